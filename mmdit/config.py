@@ -1,0 +1,242 @@
+"""YAML ↔ frozen dataclasses. Decoded once, at the edge; whatever is wrong stops the run with file, line and dotted path.
+
+A config class is a frozen dataclass that sits beside the code it configures and holds the defaults. Supported field types:
+bool, int, float, str, Literal, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, dataclasses, and unions of dataclasses told apart by
+their `type: Literal[...]` field. Checks between the fields of one class go into `__post_init__` as `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32
+
+
+class ConfigError(ValueError):
+    """A mistake in what a person wrote: `path` (dotted), what is wrong with both values, and what to do."""
+
+    def __init__(self, path: str, message: str):
+        self.path, self.message = path, message
+        super().__init__(f"{path}: {message}" if path else message)
+
+    def under(self, prefix: str) -> ConfigError:
+        return ConfigError(_join(prefix, self.path), self.message)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-4 as a string; people mean a number
+
+
+def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
+    """The mapping in `text` and the line of every dotted path. Safe: no tags are constructed, size and aliases are bounded."""
+    if len(text.encode()) > MAX_BYTES:
+        raise ConfigError("", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text")
+    loader, lines, count = None, {}, 0
+
+    def build(node: yaml.Node, path: str, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        line = node.start_mark.line + 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise ConfigError("", f"{name}:{line}: too many or too deeply nested values (aliases that expand?); write them out")
+        lines.setdefault(path, line)
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in ("map", "seq", "str", "int", "float", "bool", "null"):
+            raise ConfigError(path, f"{name}:{line}: the tag {node.tag!r} is not allowed; write plain values (quote dates)")
+        if isinstance(node, yaml.MappingNode):
+            result: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                where = f"{name}:{key_node.start_mark.line + 1}"
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise ConfigError(path, f"{where}: a key must be a word")
+                key = key_node.value
+                if key in result:
+                    raise ConfigError(_join(path, key), f"{where}: written twice (first in line {lines[_join(path, key)]}); keep one")
+                lines[_join(path, key)] = key_node.start_mark.line + 1
+                result[key] = build(value_node, _join(path, key), depth + 1)
+            return result
+        if isinstance(node, yaml.SequenceNode):
+            return [build(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value)]
+        if kind == "str":
+            plain = node.style is None
+            return float(node.value) if plain and _NUMBER.fullmatch(node.value) else node.value
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        mapping = build(node, "", 0) if node is not None else {}
+    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError, OverflowError, LookupError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError("", f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if not isinstance(mapping, dict):
+        raise ConfigError("", f"{name}: the file must hold sections, not a {type(mapping).__name__}")
+    return mapping, lines
+
+
+def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
+    """`section.key=value` words, as given on a command line, over `mapping` (a copy is returned)."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in mapping.items()}
+    for word in overrides:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise ConfigError("", f"override {word!r} is not of the form section.key=value")
+        value, _ = parse_yaml(f"value: {text}" if text else "value: null", f"override {word!r}")
+        target = result
+        *parents, last = path.split(".")
+        for parent in parents:
+            if not isinstance(target.setdefault(parent, {}), dict):
+                raise ConfigError(path, f"{parent!r} holds a single value, so {word!r} cannot set a key inside it")
+            target[parent] = dict(target[parent])
+            target = target[parent]
+        target[last] = value["value"]
+    return result
+
+
+def load(cls: type, path: str | Path, overrides: list[str] = ()) -> Any:
+    """Decode the YAML file `path` into `cls`. ConfigError messages begin with `file:line`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("", f"cannot read the config {path}: {error}") from None
+    mapping, lines = parse_yaml(text, str(path))
+    mapping = apply_overrides(mapping, list(overrides))
+    try:
+        return decode(cls, mapping)
+    except ConfigError as error:
+        overridden = any(error.path.startswith(word.partition("=")[0]) for word in overrides)
+        known = error.path
+        while known and known not in lines:
+            known = known.rpartition(".")[0]
+        where = "command line" if overridden else f"{path}:{lines[known]}" if known else str(path)
+        raise ConfigError("", f"{where}: {error}") from None
+
+
+# ── decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def decode(kind: Any, value: Any, path: str = "") -> Any:
+    """`value` (plain YAML data) as `kind`. Nothing is guessed: only int → float is converted."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, path)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(arguments, value, path)
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool) != any(isinstance(a, bool) and a == value for a in arguments):
+            hint = " (YAML reads on/off/yes/no as true/false: quote the word)" if isinstance(value, bool) else ""
+            raise ConfigError(path, f"is {value!r}, must be one of {', '.join(map(repr, arguments))}{_near(value, arguments)}{hint}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(path, f"is {value!r}, must be a list, for example [a, b]")
+        if arguments[-1] is Ellipsis:
+            return tuple(decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(arguments):
+            raise ConfigError(path, f"has {len(value)} values, must have {len(arguments)}")
+        return tuple(decode(kind_i, item, f"{path}[{i}]") for i, (kind_i, item) in enumerate(zip(arguments, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(path, "is too large for a floating-point number") from None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e5 steps
+    if kind is type(None):
+        kind_ok = value is None
+    else:
+        kind_ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not kind_ok:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+        raise ConfigError(path, f"is {value!r} ({_yaml_type(value)}), must be {words[kind]}")
+    if kind is float and value != value:
+        raise ConfigError(path, "is not a number (nan)")
+    return value
+
+
+def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(path, f"is {value!r}, must be a section of keys")
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    hints = typing.get_type_hints(kind)
+    for name in value:
+        if name not in fields:
+            known = ", ".join(fields)
+            raise ConfigError(_join(path, str(name)), f"unknown key{_near(name, fields)}; known here: {known}")
+    for name, spec in fields.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise ConfigError(_join(path, name), f"is missing; it has no default ({kind.__name__})")
+    decoded = {name: decode(hints[name], item, _join(path, name)) for name, item in value.items()}
+    try:
+        return kind(**decoded)
+    except ConfigError as error:
+        raise error.under(path) from None
+
+
+def _decode_union(options: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if all(dataclasses.is_dataclass(option) for option in options) and len(options) > 1:
+        tags = {typing.get_args(typing.get_type_hints(option)["type"])[0]: option for option in options}
+        if not isinstance(value, dict):
+            raise ConfigError(path, f"is {value!r}, must be a section with a type: {', '.join(tags)}")
+        tag = value.get("type", next(iter(tags)))
+        if tag not in tags:
+            raise ConfigError(_join(path, "type"), f"is {tag!r}, must be one of {', '.join(tags)}{_near(tag, tags)}")
+        return _decode_dataclass(tags[tag], value, path)
+    errors = []
+    for option in options:
+        try:
+            return decode(option, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0] if len(errors) == 1 else ConfigError(path, " and ".join(e.message for e in errors))
+
+
+def _near(word: Any, known) -> str:
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _yaml_type(value: Any) -> str:
+    return {dict: "a section", list: "a list", str: "text", bool: "true/false", type(None): "empty"}.get(type(value), "a number")
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def encode(value: Any) -> Any:
+    """Dataclasses → plain YAML data; `decode(type(x), encode(x)) == x`."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [encode(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def to_yaml(value: Any) -> str:
+    return yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Human-readable `path: old → new` lines between two configs (or their encoded forms)."""
+    old, new = encode(old), encode(new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        return [line for name in names for line in differences(old.get(name), new.get(name), _join(path, name))]
+    return [] if old == new else [f"{path}: {old!r} → {new!r}"]

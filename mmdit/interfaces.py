@@ -1,0 +1,123 @@
+"""The nouns every layer shares. Conventions: latents `(B, F, H, W, C)`, `t = 0` clean and `t = 1` noise, boolean masks with
+`True` = valid, pixels in `[0, 1]` as `(B, F, 3, H, W)` everywhere outside a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a tokenizer's latents are, and the one place where raw latents and model inputs are converted.
+
+    The cache holds raw latents; `normalize` is applied when a batch is used: `(z - mean_c) / std_c * scale` per channel.
+    """
+
+    channels: int
+    spatial: int = 16  # pixels a latent cell covers along each axis
+    mean: tuple[float, ...] = ()  # per channel; empty means 0
+    std: tuple[float, ...] = ()  # per channel; empty means 1
+    scale: float = 1.0
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values and len(values) != self.channels:
+                raise ValueError(f"latent {name} has {len(values)} values but the latents have {self.channels} channels")
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=like.device)
+        std = torch.tensor(self.std or (1.0,), dtype=torch.float32, device=like.device)
+        return mean, std / self.scale
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw tokenizer latents `(…, C)` to model space, float32."""
+        mean, std = self._affine(raw)
+        return (raw.float() - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        mean, std = self._affine(latents)
+        return latents.float() * std + mean
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels `(width, height)` to latent cells `(rows, columns)`."""
+        if width % self.spatial or height % self.spatial:
+            raise ValueError(f"size {width}x{height} is not a multiple of {self.spatial}, the tokenizer's downsampling")
+        return height // self.spatial, width // self.spatial
+
+
+@dataclass
+class TextTokens:
+    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped or empty caption has no valid token:
+    that is the unconditional case, in training (caption dropout) and in sampling (guidance) alike."""
+
+    embeddings: Tensor
+    valid: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def drop(self, dropped: Tensor) -> TextTokens:
+        """`dropped (B,)` bool: those captions become unconditional."""
+        return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
+
+    def null(self) -> TextTokens:
+        """The unconditional tokens of the same shape."""
+        return TextTokens(self.embeddings, torch.zeros_like(self.valid))
+
+    def __getitem__(self, index) -> TextTokens:
+        return TextTokens(self.embeddings[index], self.valid[index])
+
+    def to(self, *args, **kwargs) -> TextTokens:
+        return TextTokens(self.embeddings.to(*args, **kwargs), self.valid.to(device=self.embeddings.to(*args, **kwargs).device))
+
+    @staticmethod
+    def cat(parts: list[TextTokens]) -> TextTokens:
+        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]))
+
+
+@dataclass
+class Batch:
+    """One rank's part of a step. `indices (B,)` int64 are the positions in the global batch: with `(seed, purpose, step)`
+    they key every random draw, so that neither resume nor the number of ranks changes what is drawn."""
+
+    latents: Tensor  # (B, F, H, W, C), raw
+    captions: list[str]
+    ids: list[str]
+    indices: Tensor
+    facts: list[dict] = field(default_factory=list)
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network from tensors to tensors; it knows nothing of schedules, losses or guidance."""
+
+    def __call__(self, x: Tensor, t: Tensor, text: TextTokens) -> Tensor:
+        """`x (B, F, H, W, C)`, `t (B,)` as the objective scales it; returns the prediction, shaped like `x`."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Pixels in `[0, 1]` `(B, F, 3, H, W)` ↔ raw latents `(B, F, H/spatial, W/spatial, C)`."""
+
+    spec: LatentSpec
+    fingerprint: str  # changes when the weights or the configuration change
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Captions to `TextTokens`; an empty caption has no valid token. An `nn.Module`; trainable ones have parameters."""
+
+    dim: int
+
+    def __call__(self, captions: list[str]) -> TextTokens: ...

@@ -1,0 +1,78 @@
+"""Random draws that are pure functions of `(seed, purpose, step, index in the global batch)`.
+
+A counter-based generator: each number is a hash of its key and its position (splitmix64, Steele et al. 2014), computed with
+tensor operations. Nothing needs saving to resume, a rank draws only its own samples, and the device does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: object) -> int:
+    """A signed 64-bit integer from any printable parts; stable across processes, platforms and versions."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator for draws that concern the whole run or step (initial weights, an epoch's order)."""
+    return torch.Generator().manual_seed(key(*parts) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift: int64's own is arithmetic
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Keyed draws for the samples `indices (B,)` of one step's global batch."""
+
+    seed: int
+    step: int
+    indices: Tensor
+
+    @staticmethod
+    def of(seed: int, step: int, count: int, device: torch.device | str = "cpu") -> Draws:
+        return Draws(seed, step, torch.arange(count, device=device))
+
+    def bits(self, purpose: str, *shape: int) -> Tensor:
+        """int64 `(B, *shape)`, uniform over all 64-bit patterns."""
+        rows = _mix(_mix(self.indices.long() * _GOLDEN + key(self.seed, purpose, self.step)))
+        count = math.prod(shape)
+        columns = torch.arange(1, count + 1, device=rows.device) * _GOLDEN
+        return _mix(rows[:, None] + columns).reshape(len(rows), *shape)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """float32 `(B, *shape)` in [0, 1), 24 bits."""
+        return _shift_right(self.bits(purpose, *shape), 40).float() * 2.0**-24
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """float32 `(B, *shape)`, standard normal (Box-Muller on the two halves of 64 bits)."""
+        bits = self.bits(purpose, *shape)
+        radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).double() + 0.5) * 2.0**-32))
+        angle = (bits & 0xFFFF_FFFF).double() * (2.0**-32 * 2.0 * math.pi)
+        return (radius * torch.cos(angle)).float()
+
+    def __getitem__(self, index) -> Draws:
+        return Draws(self.seed, self.step, self.indices[index])

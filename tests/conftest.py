@@ -1,0 +1,18 @@
+"""Tests run from the repository root; `VTP/` holds the package `vtp`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "VTP"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, alone or among others."""
+    torch.manual_seed(0)

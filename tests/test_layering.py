@@ -1,0 +1,74 @@
+"""The layers of DESIGN.md section 4 import downward only; siblings do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = [
+    ["scripts"],
+    ["experiment"],
+    ["posttrain", "diagnostics"],
+    ["training"],
+    ["interop"],
+    ["models", "tokenizers", "text_encoders", "adapters", "data"],
+    ["diffusion", "nn"],
+    ["interfaces", "config", "rng"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = sorted((ROOT / "mmdit").rglob("*.py"))
+
+
+def part_of(path: Path) -> str | None:
+    parts = path.relative_to(ROOT / "mmdit").with_suffix("").parts
+    return None if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path):
+    """(line, imported mmdit part) for every import in the file, relative ones included."""
+    package = ["mmdit", *path.relative_to(ROOT / "mmdit").parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "mmdit" and len(parts) > 1 and parts[1] in RANK:
+                yield node.lineno, parts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    part = part_of(path)
+    if part is None:
+        assert not list(imports(path)), "the package itself imports nothing: importing mmdit must stay light"
+        return
+    assert part in RANK, f"{part} has no layer: add it to LAYERS and to DESIGN"
+    for line, imported in imports(path):
+        allowed = imported == part or RANK[imported] > RANK[part] or RANK[part] == RANK[imported] == len(LAYERS) - 1
+        assert allowed, f"{path}:{line}: {part} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES + sorted((ROOT / "VTP").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_is_small_and_scripts_are_thin(path):
+    limit = 80 if path.parent.name == "scripts" else 350
+    assert len(path.read_text().splitlines()) <= limit
+
+
+def test_optional_packages_are_not_imported_at_package_import():
+    """torchvision, timm, transformers, av … are imported where they are used (DESIGN section 7)."""
+    optional = {"torchvision", "timm", "transformers", "av", "accelerate", "pyarrow", "tensorboard", "flash_attn", "peft"}
+    for path in FILES + sorted((ROOT / "VTP").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            found = {name.split(".")[0] for name in names} & optional
+            assert not found, f"{path}:{node.lineno} imports {found} at module level"

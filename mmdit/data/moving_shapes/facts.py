@@ -1,0 +1,208 @@
+"""What a sample of the moving-shapes data set shows: the vocabulary of version 1, and the draw of sample `i`.
+
+Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at every size of the same aspect
+ratio. `x` grows to the right and `y` downwards. A sample is a function of (version, seed, index) alone: any order of workers
+and any subset gives the same facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from mmdit.rng import Draws, key
+
+VERSION = 1
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 50, 170),
+    "cyan": (50, 200, 210),
+    "orange": (245, 130, 30),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {"black": (12, 12, 12), "gray": (120, 120, 120), "navy": (15, 25, 75), "brown": (95, 60, 35)}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
+MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ATTRIBUTES = ("color", "shape", "size", "background", "motion")
+
+TRAVEL = 0.38  # path of a moving object / S
+MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
+GAP = 0.05  # between the bounding circles of two objects / S
+JITTER = 6  # of an object's colour, per channel, of 255
+
+# One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in training, these pairs never.
+HELD_OUT = tuple(zip(("red", "green", "blue", "yellow", "purple", "cyan"), SHAPES, strict=True))
+TRAIN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
+SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
+VARIANTS = ("one", "many")
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in the first frame."""
+
+    color: str
+    shape: str
+    size: str
+    motion: str | None  # None: an image
+    x: float
+    y: float
+    radius: float
+    rgb: tuple[int, int, int]
+
+    def velocity(self) -> tuple[float, float]:
+        """Displacement from the first frame to the last, in units of S."""
+        dx, dy = MOTIONS[self.motion or "still"]
+        return dx * TRAVEL, dy * TRAVEL
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One sample: one object, or two or three of different colours that never touch (variant `many`)."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The names that a complete caption of this sample states."""
+        return ATTRIBUTES if self.objects[0].motion is not None else ATTRIBUTES[:-1]
+
+    def to_json(self) -> dict:
+        return {
+            "version": VERSION,
+            "background": self.background,
+            "objects": [asdict(item) | {"rgb": list(item.rgb)} for item in self.objects],
+        }
+
+    @staticmethod
+    def from_json(record: dict) -> Facts:
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"facts are of moving shapes version {record.get('version')!r}, this code knows version {VERSION}: make the data again"
+            )
+        objects = tuple(Object(**{**item, "rgb": tuple(item["rgb"])}) for item in record["objects"])
+        return Facts(record["background"], objects)
+
+
+def check_canvas(width: int, height: int) -> None:
+    """ValueError unless the canvas is one that the data set is defined on."""
+    for name, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            raise ValueError(f"{name} is {value}; moving shapes need a multiple of 16, for example {max(16, round(value / 16) * 16)}")
+
+
+def draw_facts(
+    seed: int, index: int, *, video: bool, width: int, height: int, split: str = "train", variant: str = "one"
+) -> Facts:
+    """Sample `index`; the same as `draw(seed, [index], …)[0]`."""
+    return draw(seed, [index], video=video, width=width, height=height, split=split, variant=variant)[0]
+
+
+def draw(
+    seed: int,
+    indices: Iterable[int],
+    *,
+    video: bool,
+    width: int,
+    height: int,
+    split: str = "train",
+    variant: str = "one",
+) -> list[Facts]:
+    """The facts of the samples `indices`. `split`: `train` never shows a held-out (colour, shape) pair, `held_out` only those.
+
+    For one object the named attributes do not depend on the canvas; `width / height` only scales the range of positions.
+    """
+    check_canvas(width, height)
+    for name, value, known in (("split", split, SPLITS), ("variant", variant, VARIANTS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
+    indices = torch.as_tensor(list(indices), dtype=torch.int64)
+    pairs = SPLITS[split]
+    stream = key("moving_shapes", VERSION, seed)
+    canvas = (width / min(width, height), height / min(width, height))
+    count = np.ones(len(indices), int)
+    if variant == "many":
+        count += 1 + _below(Draws(stream, 0, indices), "count", 2)
+
+    result: list[Facts | None] = [None] * len(indices)
+    pending, attempt = np.arange(len(indices)), 0
+    while len(pending):  # arrangements in which objects touch are drawn again, from the next attempt's key, more at a time
+        draws = Draws(stream, attempt, indices[torch.from_numpy(pending)])
+        shape = (1, 1) if variant == "one" else (min(8 * 4**attempt, 1024), 3)
+        drawn = _candidates(draws, pairs, video, canvas, shape)
+        fits = _apart(drawn, count[pending], pairs)
+        first = fits.argmax(1)
+        for row in np.flatnonzero(fits.any(1)):
+            chosen = {name: values[row, first[row]] for name, values in drawn.items()}
+            result[pending[row]] = _facts(chosen, count[pending[row]], pairs, video)
+        pending, attempt = pending[~fits.any(1)], attempt + 1
+    return result
+
+
+def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
+    return (draws.uniform(purpose, *shape).double().numpy() * count).astype(int)
+
+
+def _candidates(draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, float], shape: tuple[int, int]) -> dict:
+    """Numbers for every candidate arrangement and object slot: arrays `(N, candidates, slots, …)`."""
+    pair, size = _below(draws, "pair", len(pairs), *shape), _below(draws, "size", len(SIZES), *shape)
+    size[..., 1:] = 0  # of several objects one may be large: two would seldom fit
+    motion = _below(draws, "motion", len(MOTIONS), *shape) if video else np.zeros_like(pair)
+    low, high = (np.array([bounds[i] for bounds in SIZES.values()])[size] for i in (0, 1))
+    radius = low + (high - low) * draws.uniform("radius", *shape).double().numpy()
+    velocity = TRAVEL * np.array(list(MOTIONS.values()), float)[motion]
+    near = radius[..., None] + MARGIN + np.maximum(0, -velocity)
+    far = np.array(canvas) - radius[..., None] - MARGIN - np.maximum(0, velocity)
+    start = near + (far - near) * draws.uniform("position", *shape, 2).double().numpy()
+    jitter = _below(draws, "jitter", 2 * JITTER + 1, *shape, 3) - JITTER
+    background = np.broadcast_to(_below(draws, "background", len(BACKGROUNDS))[:, None], pair.shape[:2])
+    return {
+        "pair": pair, "size": size, "motion": motion, "radius": radius, "start": start, "velocity": velocity,
+        "jitter": jitter, "background": background,
+    }  # fmt: skip
+
+
+def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
+    """`(N, candidates)`: whether the first `count` objects differ in colour and never come nearer than GAP."""
+    fits = np.ones(drawn["pair"].shape[:2], bool)
+    color = np.array([list(COLORS).index(name) for name, _ in pairs])[drawn["pair"]]
+    slots = color.shape[-1]
+    for a in range(slots):
+        for b in range(a + 1, slots):
+            offset = drawn["start"][..., a, :] - drawn["start"][..., b, :]
+            drift = drawn["velocity"][..., a, :] - drawn["velocity"][..., b, :]
+            square = np.maximum((drift**2).sum(-1), 1e-12)  # objects that move alike keep their distance
+            closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of closest approach
+            distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
+            ok = (distance >= drawn["radius"][..., a] + drawn["radius"][..., b] + GAP) & (color[..., a] != color[..., b])
+            fits &= ok | (count <= b)[:, None]
+    return fits
+
+
+def _facts(chosen: dict, count: int, pairs: tuple, video: bool) -> Facts:
+    objects = []
+    for slot in range(count):
+        color, shape = pairs[chosen["pair"][slot]]
+        x, y = chosen["start"][slot]
+        objects.append(
+            Object(
+                color=color,
+                shape=shape,
+                size=list(SIZES)[chosen["size"][slot]],
+                motion=list(MOTIONS)[chosen["motion"][slot]] if video else None,
+                x=round(float(x), 5),
+                y=round(float(y), 5),
+                radius=round(float(chosen["radius"][slot]), 5),
+                rgb=tuple(value + int(delta) for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)),
+            )
+        )
+    return Facts(list(BACKGROUNDS)[int(chosen["background"])], tuple(objects))

@@ -1,0 +1,201 @@
+"""The root config, the rules between its sections, and the assembly of parts. Scripts turn arguments into calls of this file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmdit import config as config_io
+from mmdit.adapters.lora import LoRAConfig, coverage, inject, lora_state, merge
+from mmdit.config import ConfigError
+from mmdit.data.batches import DataConfig, LatentBatches
+from mmdit.data.buckets import BucketingConfig, PreprocessConfig
+from mmdit.data.cache import LatentCache
+from mmdit.data.frames import VideoConfig
+from mmdit.diffusion.objective import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.interfaces import LatentSpec
+from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.rng import key
+from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
+from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
+from mmdit.training import checkpoint
+from mmdit.training.distributed import choose_device, process_group
+from mmdit.training.ema import EMAConfig
+from mmdit.training.learner import Learner
+from mmdit.training.pipeline import Pipeline
+from mmdit.training.previews import Previews
+from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One YAML file. Every section is a dataclass beside the code it configures; README lists all keys."""
+
+    experiment_name: str
+    output_dir: str = "runs"
+    seed: int = 42
+    num_workers: int = 4
+    video: VideoConfig = field(default_factory=VideoConfig)
+    tokenizer: TokenizerConfig = field(default_factory=VTPTokenizerConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=ByteLevelConfig)
+    model: VideoMMDiTConfig = field(default_factory=VideoMMDiTConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    bucketing: BucketingConfig = field(default_factory=BucketingConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tread: TreadConfig = field(default_factory=TreadConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self):
+        if not self.experiment_name or Path(self.experiment_name).name != self.experiment_name:
+            raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
+        f = self.tokenizer.latent_f
+        sizes = {"video": (self.video.width, self.video.height)}
+        if self.bucketing.enabled:
+            sizes = {f"bucketing.buckets[{i}]": size for i, size in enumerate(self.bucketing.buckets)}
+        for where, (width, height) in sizes.items():
+            if width % f or height % f:
+                near = [max(f, round(v / f) * f) for v in (width, height)]
+                raise ConfigError(where, f"is {width}x{height}, must be multiples of tokenizer.latent_f = {f}; nearest is {near[0]}x{near[1]}")
+        if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
+            raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
+                              "name the run, checkpoint or export to adapt")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.experiment_name
+
+
+def load_experiment_config(path: str | Path, overrides: list[str] = ()) -> ExperimentConfig:
+    """Read a YAML config with `section.key=value` overrides; ConfigError says file, line and dotted path."""
+    return config_io.load(ExperimentConfig, path, overrides)
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
+    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
+        text_encoder = build_text_encoder(config.text_encoder)
+        model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
+        objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
+        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
+        if config.lora.enabled:
+            inject(model, config.lora)
+    return learner
+
+
+def prepare_run_dir(config: ExperimentConfig, resume: bool) -> Path | None:
+    """Create the run folder, or find the checkpoint to continue from. A folder that holds a run is never written over."""
+    run_dir, found = config.run_dir, checkpoint.latest(config.run_dir)
+    if resume and found is None:
+        raise ValueError(f"--resume: no whole checkpoint in {run_dir / 'checkpoints'}; start without --resume")
+    if found is not None and not resume:
+        raise ValueError(f"{run_dir} already holds a run (step {int(found.name[5:])}): continue it with --resume, choose another "
+                         "experiment_name, or remove the folder")
+    return found
+
+
+def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object) -> None:
+    """Weights and tokenizer must speak of the same latents."""
+    if meta.tokenizer != fingerprint:
+        raise ValueError(f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config names {fingerprint[:16]}: "
+                         "set the tokenizer: section to the one it was trained with")
+    if meta.spec != spec:
+        raise ValueError(f"{source} was trained with other latent statistics: {'; '.join(config_io.differences(meta.spec, spec))[:300]}")
+
+
+def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
+    """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
+    with process_group(device) as world:
+        run_dir = config.run_dir
+        found = prepare_run_dir(config, resume)
+        world.barrier()  # every rank has looked before the first one writes
+        tokenizer = build_tokenizer(config.tokenizer, device=world.device)
+        spec = tokenizer.spec
+        cache = LatentCache.open(cache_dir, fingerprint=tokenizer.fingerprint, channels=spec.channels)
+        batches = LatentBatches(
+            cache, config.video, config.data, seed=config.seed, batch_size=config.train.batch_size, accum=config.train.grad_accum_steps,
+            rank=world.rank, world=world.size, num_workers=config.num_workers,
+        )
+        learner = build_learner(config, spec).to(world.device)
+        if config.train.init_from:
+            start_from(learner, config, spec, tokenizer.fingerprint)
+        state = TrainState.create(learner, config.train, config.ema)
+        if found is not None:
+            meta = checkpoint.Meta.from_json((found / "checkpoint.json").read_text(), str(found))
+            check_same_latents(meta, spec, tokenizer.fingerprint, found)
+            state.restore(found)
+            world.print(f"resuming {found} at step {state.step}")
+            for line in config_io.differences(meta.config, config):
+                world.print(f"  config changed: {line}")
+        if world.is_main:
+            describe(config, learner, batches, run_dir)
+
+        def save(state: TrainState) -> None:
+            if world.is_main:
+                meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
+                lora = {"lora": lora_state(learner.model)} if config.lora.enabled else {}
+                checkpoint.save(run_dir, meta, state.files() | lora, config.train.keep_last)
+            world.barrier()
+
+        preview = None
+        if config.train.sample_every_steps and world.is_main:
+            pipeline = Pipeline(learner, tokenizer, config.train.precision)
+            preview = Previews(pipeline, config.train, run_dir, *batches.preview_size(config.bucketing, tokenizer.spec.spatial),
+                               config.video.num_frames, max(1, round(config.video.fps / config.video.frame_stride)),
+                               config.ema.use_for_sampling)
+        return Trainer(config.train, config.seed, state, batches, world, run_dir, save, preview).run()
+
+
+def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> None:
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised."""
+    weights = checkpoint.load_weights(config.train.init_from)
+    check_same_latents(weights.meta, spec, fingerprint, weights.source)
+    checkpoint.assign(learner, weights.tensors, str(weights.source), fresh=lambda name: ".lora_" in name and name not in weights.tensors)
+
+
+def describe(config: ExperimentConfig, learner: Learner, batches: LatentBatches, run_dir: Path) -> None:
+    """Write config.yaml and say what is about to happen."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "config.yaml"
+    if path.exists():  # a resume with another config: keep the earlier one
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if path.read_text() != config_io.to_yaml(config):
+            shutil.copy(path, run_dir / f"config.before-{stamp}.yaml")
+    path.write_text(config_io.to_yaml(config))
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    print(f"run folder {run_dir}")
+    print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")
+    if config.lora.enabled:
+        print(coverage(learner.model))
+    print(batches.report(), flush=True)
+
+
+# ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
+                  overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
+    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder or an export."""
+    weights = checkpoint.load_weights(path, use_ema)
+    raw = config_io.apply_overrides(weights.meta.config, list(overrides))
+    try:
+        config = config_io.decode(ExperimentConfig, raw)
+    except ConfigError as error:
+        raise ConfigError("", f"config stored in {weights.source}: {error}") from None
+    where = choose_device(device)
+    tokenizer = build_tokenizer(config.tokenizer, device=where)
+    check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
+    learner = build_learner(config, tokenizer.spec)
+    checkpoint.assign(learner, weights.tensors, str(weights.source))
+    if config.lora.enabled:
+        merge(learner.model) if lora else None
+    precision = config.train.precision if where.type == "cuda" else "fp32"
+    return Pipeline(learner.to(where).eval(), tokenizer, precision), config

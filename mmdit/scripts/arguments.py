@@ -1,0 +1,41 @@
+"""Arguments that `sample` and `evaluate` share."""
+
+import argparse
+from dataclasses import replace
+
+from mmdit.experiment import ExperimentConfig
+from mmdit.training.pipeline import SampleSettings
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or exported .safetensors")
+    parser.add_argument("--width", type=int, help="pixels; default: the config's")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--frames", type=int, help="1 draws pictures; default: the config's video.num_frames")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
+    parser.add_argument("--solver", choices=["ddim", "euler", "heun", "dpmpp_2m"])
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off; default: train.sample_cfg_scale")
+    parser.add_argument("--interval", type=float, nargs=2, help="t range in which guidance acts; t = 1 is noise")
+    parser.add_argument("--shift", type=float, help="time shift of the sampling grid")
+    parser.add_argument("--eta", type=float, help="noise added by ddim; 0 = deterministic")
+    parser.add_argument("--seed", type=int, help="default: train.sample_seed")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the stored config (for example tokenizer.name_or_path=…)")
+
+
+def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
+    """Arguments over the `train.sample_*` keys the model was trained with."""
+    base = SampleSettings.of(config.train)
+    given = lambda **values: {name: value for name, value in values.items() if value is not None}  # noqa: E731
+    sampler = replace(base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta))
+    interval = tuple(args.interval) if args.interval else None
+    return replace(base, sampler=sampler, **given(cfg_scale=args.guidance, cfg_interval=interval, seed=args.seed))
+
+
+def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:
+    """`(width, height, frames, fps)`."""
+    video = config.video
+    frames = args.frames or video.num_frames
+    return args.width or video.width, args.height or video.height, frames, max(1, round(video.fps / video.frame_stride))

@@ -1,0 +1,183 @@
+"""Checkpoints: folders of safetensors files and one JSON, written aside and renamed, so that the latest one is always whole.
+
+    checkpoints/step_00001000/
+        model.safetensors       everything in the learner (denoiser, trained text encoder, adapters)
+        ema.safetensors         the averaged trainable parameters, when ema.enabled
+        optimizer.safetensors   moments, named after their parameters
+        lora.safetensors        the adapters alone, when lora.enabled
+        checkpoint.json         step, config, latent spec, versions
+
+An export (`mmdit.scripts.export`) is one safetensors file of the weights used for sampling, with the JSON in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mmdit
+from mmdit.interfaces import LatentSpec
+
+_NAME = re.compile(r"step_(\d{8})")
+FORMAT = "mmdit-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    step: int
+    config: dict
+    spec: LatentSpec
+    tokenizer: str  # fingerprint
+
+    def to_json(self) -> str:
+        versions = {"mmdit": mmdit.__version__, "torch": torch.__version__}
+        return json.dumps({"format": FORMAT, **asdict(self), "versions": versions}, indent=1)
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Meta:
+        try:
+            raw = json.loads(text)
+            if raw["format"] != FORMAT:
+                raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
+            spec = LatentSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw["spec"].items()})
+            return Meta(int(raw["step"]), raw["config"], spec, raw["tokenizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is not a checkpoint of this project: {error}") from None
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def _flush(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int) -> Path:
+    """Write `files` (name without suffix → tensors) as one checkpoint; older ones beyond `keep_last` are removed (0 keeps all)."""
+    final = folder_of(run_dir, meta.step)
+    aside = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({key: t.detach().contiguous().cpu() for key, t in tensors.items()}, aside / f"{name}.safetensors")
+            _flush(aside / f"{name}.safetensors")
+        (aside / "checkpoint.json").write_text(meta.to_json())
+        _flush(aside / "checkpoint.json")
+        _flush(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RuntimeError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space "
+                           "and continue with --resume") from error
+    for old in complete(run_dir)[:-keep_last] if keep_last else []:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. A half-written one never has such a name."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and (p / "checkpoint.json").is_file()]
+    return sorted(found)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; ValueError names a damaged one. Nothing is ever unpickled."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors (damaged, or another format?): {error}") from None
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files open; damaged ones are named and passed over."""
+    for folder in reversed(complete(run_dir)):
+        try:
+            Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, "pt") as handle:
+                    handle.keys()
+            return folder
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"passing over the damaged checkpoint {folder}: {error}", flush=True)
+    return None
+
+
+@dataclass
+class Weights:
+    """Weights for sampling or for starting another run."""
+
+    meta: Meta
+    tensors: dict[str, Tensor]  # names of the learner: model.*, text_encoder.*
+    source: Path
+
+
+def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
+    """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With `use_ema` the averaged
+    parameters replace the raw ones where the checkpoint has them."""
+    path = Path(path)
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as handle:
+                text = (handle.metadata() or {}).get("mmdit")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint folder or an "
+                             "exported .safetensors file") from None
+        if text is None:
+            raise ValueError(f"{path} holds no mmdit config in its metadata: it was not written by mmdit.scripts.export")
+        return Weights(Meta.from_json(text, str(path)), {k: t.float() for k, t in read_tensors(path).items()}, path)
+    folder = path if (path / "checkpoint.json").is_file() else latest(path)
+    if folder is None:
+        raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
+    meta = Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+    tensors = read_tensors(folder / "model.safetensors")
+    if use_ema and (folder / "ema.safetensors").is_file():
+        tensors |= read_tensors(folder / "ema.safetensors")
+    return Weights(meta, tensors, folder)
+
+
+def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
+    """One file with the weights in `dtype` and the config in its metadata."""
+    tensors = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in weights.tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".writing-{path.name}")
+    save_file(tensors, aside, {"mmdit": weights.meta.to_json()})
+    os.replace(aside, path)
+
+
+def assign(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, fresh=lambda name: False) -> None:
+    """Copy `tensors` into `module`, strictly: names and shapes must agree, except parameters for which `fresh(name)` holds
+    (adapters that start new). ValueError lists what differs."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors and not fresh(name)]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [f"{n}: file {tuple(tensors[n].shape)}, model {tuple(own[n].shape)}" for n in tensors if n in own and tensors[n].shape != own[n].shape]
+    if missing or unexpected or shapes:
+        problems = []
+        for label, names in (("of another shape", shapes), ("missing in the file", missing), ("unknown to the model", unexpected)):
+            if names:
+                problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{' …' if len(names) > 3 else ''})")
+        raise ValueError(f"{source} does not fit this model: {', '.join(problems)}. Use the model: and text_encoder: sections "
+                         "of the run that wrote it")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

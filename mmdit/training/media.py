@@ -1,0 +1,100 @@
+"""Pixels to files: captioned contact sheets (PNG), MP4 when PyAV is installed, animated PNG otherwise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[0, 1] float to 0…255, rounded."""
+    return (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _image(frame: Tensor) -> Image.Image:
+    """`(3, H, W)` uint8 to a picture."""
+    return Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
+
+
+def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and draw.textlength(longer, font=font) > width:
+            lines, line = [*lines, line], word
+        else:
+            line = longer
+    return [*lines, line]
+
+
+def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int = 128) -> Image.Image:
+    """`pixels (B, F, 3, H, W)`, one captioned cell a sample; clips show as strips of up to 8 of their frames."""
+    clips = to_uint8(pixels)
+    frames = clips.shape[1]
+    shown = torch.linspace(0, frames - 1, min(frames, 8)).round().long()
+    scale = max(1, round(cell / min(clips.shape[-2:])))
+    height, width = clips.shape[-2] * scale, clips.shape[-1] * scale
+    font = ImageFont.load_default(size=12)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    cell_width = (width + 2) * len(shown)
+    texts = [_lines(measure, caption, font, cell_width - 4) for caption in captions]
+    text_height = 15 * max(len(lines) for lines in texts) + 6
+    columns = max(1, min(columns, len(clips)))
+    rows = -(-len(clips) // columns)
+    sheet = Image.new("RGB", (columns * (cell_width + 6) + 6, rows * (height + text_height + 6) + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (clip, lines) in enumerate(zip(clips, texts)):
+        left, top = 6 + (i % columns) * (cell_width + 6), 6 + (i // columns) * (height + text_height + 6)
+        for j, frame in enumerate(clip[shown]):
+            sheet.paste(_image(frame).resize((width, height), Image.NEAREST), (left + j * (width + 2), top))
+        for j, line in enumerate(lines):
+            draw.text((left, top + height + 3 + 15 * j), line, fill="black", font=font)
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".writing-{path.name}")
+    image.save(aside, format="PNG")
+    os.replace(aside, path)
+    return path
+
+
+def save_video(clip: Tensor, path: Path, fps: int) -> Path:
+    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); without PyAV an animated PNG stands beside that name instead.
+    Returns the path that was written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = to_uint8(clip)
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        import av
+
+        with av.open(str(aside), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
+            stream.options = {"crf": "12"}
+            for frame in frames:
+                array = frame.permute(1, 2, 0).contiguous().numpy()
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(stream.encode())
+    except (ImportError, OSError, ValueError):  # not installed, or built without H.264
+        path = path.with_suffix(".png")
+        first, *rest = map(_image, frames)
+        first.save(aside, format="PNG", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    os.replace(aside, path)
+    return path
+
+
+def grid_video(pixels: Tensor, columns: int) -> Tensor:
+    """`(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
+    count, frames, _, height, width = pixels.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    padded = torch.cat([pixels, pixels.new_ones(rows * columns - count, *pixels.shape[1:])])
+    tiled = padded.reshape(rows, columns, frames, 3, height, width).permute(2, 3, 0, 4, 1, 5)
+    return tiled.reshape(frames, 3, rows * height, columns * width)

@@ -1,0 +1,92 @@
+"""metrics.jsonl (always), TensorBoard (when installed), and one readable line per report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+def clock(seconds: float) -> str:
+    """75 → '1:15', 7300 → '2:01:40'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class MetricsLog:
+    """Appends one JSON object a line, with strictly increasing steps: lines after `from_step` (of a run that was killed after
+    its last checkpoint) and a torn last line are dropped when the file is opened."""
+
+    def __init__(self, run_dir: Path, from_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= from_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        aside = self.path.with_name(".writing-metrics.jsonl")
+        aside.write_text("".join(line + "\n" for line in kept))
+        os.replace(aside, self.path)
+        self.file = self.path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=from_step + 1)
+        except (ImportError, RuntimeError, OSError):
+            self.board = None
+
+    def write(self, values: dict) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class Timer:
+    """Seconds since the last report, and how many of them went into waiting for data."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.waited = 0.0
+
+    def waiting(self, iterator):
+        """The same items; the time spent getting each one is counted as waiting."""
+        iterator = iter(iterator)
+        while True:
+            begin = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - begin
+            yield item
+
+    def lap(self) -> tuple[float, float]:
+        """`(seconds, share spent waiting)` since the last lap."""
+        now = time.perf_counter()
+        seconds, waited = now - self.last, self.waited
+        self.last, self.waited = now, 0.0
+        return seconds, waited / max(seconds, 1e-9)
+
+
+def report_line(values: dict, max_steps: int) -> str:
+    """`step 100/2000  loss 0.81  …  ETA 3:20`, from one metrics record."""
+    width = len(str(max_steps))
+    parts = [f"step {values['step']:>{width}}/{max_steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}",
+             f"grad {values['grad_norm']:.2f}", f"{values['samples_per_second']:.0f} samples/s", f"data wait {values['data_wait']:.0%}"]
+    if "memory_gb" in values:
+        parts.append(f"{values['memory_gb']:.1f} GB")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']} non-finite")
+    return "  ".join([*parts, f"ETA {clock(values['eta_seconds'])}"])

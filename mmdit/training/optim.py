@@ -1,0 +1,91 @@
+"""AdamW with decay on matrices only, and a learning rate that is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.config import ConfigError
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up, then constant or a half cosine down to `lr * final` at `max_steps`."""
+
+    lr: float
+    warmup_steps: int
+    schedule: Literal["constant", "cosine"]
+    final: float
+    max_steps: int
+
+    def at(self, step: int) -> float:
+        """The rate for the update that makes step `step` (counted from 1)."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
+        return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are
+    not decayed: they are offsets, and shrinking them is no regularisation."""
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ConfigError("train", "no parameter is trainable (everything frozen, no adapter enabled?)")
+    plain = {name for name, p in trainable.items() if p.ndim < 2}
+    for prefix, part in module.named_children():
+        plain |= {f"{prefix}.{name}" for name in getattr(part, "undecayed", set)()}
+    groups = [
+        {"params": [p for name, p in trainable.items() if name not in plain], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if name in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
+def clip_and_guard(optimizer: torch.optim.AdamW, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the global gradient norm (0 = no clipping); returns `(norm, skipped)` on the device, without waiting for it.
+
+    When the norm is not finite the fused optimizer leaves parameters and moments alone for this step (`found_inf`, the
+    mechanism of gradient scaling), so that one bad batch costs one step and nothing else.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    skipped = (~torch.isfinite(norm)).float()
+    if max_norm > 0:
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale)
+    optimizer.found_inf = skipped.reshape(())
+    optimizer.grad_scale = None
+    return norm, skipped
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors named `<parameter name>::<state name>`."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {f"{names[id(p)]}::{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    stored: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.rpartition("::")
+        stored.setdefault(name, {})[part] = value
+    if stored and stored.keys() != parameters.keys():
+        odd = sorted(stored.keys() ^ parameters.keys())
+        raise ValueError(
+            f"the checkpoint's optimizer state and the trainable parameters differ in {len(odd)} names, first {odd[0]!r}: "
+            "resume with the config that wrote it, or start a new run with train.init_from"
+        )
+    for name, state in stored.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            part: value.to(torch.float32 if part == "step" else parameter.dtype).to(parameter.device) for part, value in state.items()
+        }

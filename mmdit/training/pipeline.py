@@ -1,0 +1,74 @@
+"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`, `evaluate` and the quickstart alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from mmdit.diffusion import SamplerConfig, guided, sample
+from mmdit.interfaces import Tokenizer
+from mmdit.rng import Draws
+from mmdit.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    cfg_scale: float = 3.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+
+    @staticmethod
+    def of(train) -> SampleSettings:
+        """The `train.sample_*` keys."""
+        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift)
+        return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed)
+
+
+@dataclass
+class Pipeline:
+    """A learner in evaluation and a tokenizer. `device` is where the learner is."""
+
+    learner: Learner
+    tokenizer: Tokenizer
+    precision: str = "fp32"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.learner.model.parameters()).device
+
+    @torch.no_grad()
+    def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
+                progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`."""
+        learner, device = self.learner, self.device
+        rows, columns = learner.spec.grid(width, height)
+        draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
+        noise = draws.normal("sample", frames, rows, columns, learner.spec.channels)
+        was_training = learner.training
+        learner.eval()
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                text = learner.text_encoder(captions)
+                denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
+                report = (lambda done, *_: progress(done, settings.sampler.steps)) if progress else None
+                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, report)
+        finally:
+            learner.train(was_training)
+        return learner.spec.denormalize(clean)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
+                 first: int = 0, batch_size: int = 64, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time."""
+        parts = []
+        for start in range(0, len(captions), batch_size):
+            some = captions[start : start + batch_size]
+            latents = self.latents(some, width, height, frames, settings, first + start, progress)
+            parts.append(self.tokenizer.decode(latents).float().cpu())
+        return torch.cat(parts)

@@ -1,0 +1,61 @@
+"""Pictures while training: the sampler of `mmdit.scripts.sample`, fixed seeds, one folder a step, an HTML page over all steps."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
+from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.trainer import TrainConfig, TrainState
+
+
+@dataclass
+class Previews:
+    """Callable on a `TrainState`. A failure is reported and never stops the training; no randomness of it is touched."""
+
+    pipeline: Pipeline
+    config: TrainConfig
+    run_dir: Path
+    width: int
+    height: int
+    frames: int
+    fps: int
+    use_ema: bool
+
+    def __call__(self, state: TrainState) -> None:
+        try:
+            weights = state.ema.applied() if state.ema and self.use_ema else contextlib.nullcontext()
+            with weights:
+                self._write(state.step)
+        except Exception as error:  # whatever goes wrong in a picture, hours of training go on
+            (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "samples" / f"error_{state.step:08d}.txt").write_text(traceback.format_exc())
+            print(f"preview at step {state.step} failed and is left out ({type(error).__name__}: {error})", flush=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+
+    def _write(self, step: int) -> None:
+        prompts = self.config.sample_prompts
+        captions = [prompts[i % len(prompts)] for i in range(self.config.sample_num_images)]
+        pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
+        folder = self.run_dir / "samples" / f"step_{step:08d}"
+        columns = 1 if self.frames > 1 else 8
+        save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")
+        if self.frames > 1:
+            save_video(grid_video(pixels, 4), folder / "video.mp4", self.fps)
+        self._page()
+
+    def _page(self) -> None:
+        """samples/index.html: newest step first."""
+        rows = []
+        for folder in sorted((self.run_dir / "samples").glob("step_*"), reverse=True):
+            video = folder / "video.mp4"
+            clip = f'<video src="{folder.name}/video.mp4" autoplay loop muted></video>' if video.exists() else ""
+            rows.append(f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}')
+        (self.run_dir / "samples" / "index.html").write_text("<!doctype html><meta charset=utf-8>" + "\n".join(rows))

@@ -1,0 +1,195 @@
+"""The loop: exact resume, accumulation and world size change nothing, EMA, non-finite steps, previews touch no randomness."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdit.diffusion import FlowMatchingConfig, build_objective
+from mmdit.interfaces import Batch, LatentSpec
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.rng import Draws
+from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
+from mmdit.training import checkpoint
+from mmdit.training.distributed import World, process_group
+from mmdit.training.ema import EMAConfig
+from mmdit.training.learner import Learner
+from mmdit.training.optim import LearningRate
+from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+
+SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
+WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
+
+
+def learner(dropout=0.0) -> Learner:
+    torch.manual_seed(1)
+    encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2))
+    model = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, dropout=dropout), 3, encoder.dim)
+    return Learner(model, encoder, build_objective("flow_matching", flow_matching=FlowMatchingConfig()), SPEC, caption_dropout=0.3)
+
+
+def batches(rank=0, world=1, accum=1, size=8, poison=()):
+    """A global batch of 8 that is a function of the step, cut as the data layer cuts it."""
+
+    def stream(first, last):
+        for step in range(first, last):
+            latents = Draws.of(9, step, size).normal("data", 2, 2, 4, 3)
+            if step in poison:
+                latents[0] = float("nan")
+            mine = torch.arange(size)[rank::world]
+            yield [Batch(latents[i], [WORDS[j % 4] for j in i.tolist()], [f"id{j}" for j in i.tolist()], i) for i in mine.chunk(accum)]
+
+    return stream
+
+
+def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, **options):
+    config = TrainConfig(**{"precision": "fp32", "batch_size": 8, "lr": 3e-3, "warmup_steps": 2, "max_steps": steps, "log_every_steps": 2,
+                         "save_every_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.1, **options})
+    state = TrainState.create(learner(dropout), config, EMAConfig(enabled=ema, decay=0.9))
+    if resume_at is not None:
+        state.restore(checkpoint.folder_of(tmp_path, resume_at))
+
+    def save(state):
+        if world.is_main:
+            checkpoint.save(tmp_path, checkpoint.Meta(state.step, {}, SPEC, "test"), state.files(), config.keep_last)
+        world.barrier()
+
+    Trainer(config, 5, state, batches(world.rank, world.size, accum, poison=poison), world, tmp_path, save, preview).run()
+    return state
+
+
+def assert_same(a: TrainState, b: TrainState, tolerance=0.0):
+    for name, value in a.learner.state_dict().items():
+        torch.testing.assert_close(b.learner.state_dict()[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in a.ema.shadow.items():
+        torch.testing.assert_close(b.ema.shadow[name], value, rtol=0, atol=tolerance)
+
+
+def test_resume_is_exact_bit_for_bit(tmp_path):
+    """6 steps equal 3 + stop + 3, with dropout, caption dropout, EMA, AdamW, warm-up and cosine, resumed twice."""
+    whole = trained(tmp_path / "whole", dropout=0.2)
+    trained(tmp_path / "parts", steps=6, dropout=0.2, save_every_steps=1, keep_last=0)
+    for step in (4, 5, 6):
+        import shutil
+
+        shutil.rmtree(checkpoint.folder_of(tmp_path / "parts", step))
+    resumed = trained(tmp_path / "parts", dropout=0.2, resume_at=3)
+    assert_same(whole, resumed)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    assert_same(trained(tmp_path / "a"), trained(tmp_path / "b", accum=4), tolerance=2e-6)
+
+
+def test_training_learns_and_text_encoder_is_trained(tmp_path):
+    before = learner().state_dict()
+    state = trained(tmp_path, steps=40)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.93 * losses[0]
+    after = state.learner.state_dict()
+    assert any(name.startswith("text_encoder") and not torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
+    clean = trained(tmp_path / "clean", steps=2)
+    poisoned = trained(tmp_path / "poisoned", steps=3, poison=(2,), lr_schedule="constant", log_every_steps=4)
+    reference = trained(tmp_path / "reference", steps=2, lr_schedule="constant")
+    for name, value in poisoned.learner.state_dict().items():
+        assert torch.equal(value, reference.learner.state_dict()[name]), name
+    record = json.loads((tmp_path / "poisoned" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["skipped"] == 1 and record["loss"] == record["loss"]
+    report = (tmp_path / "poisoned" / "skipped.jsonl").read_text()
+    assert json.loads(report)["step"] == 2 and "id0" in json.loads(report)["ids"]
+    assert clean.step == 2
+
+
+def test_only_non_finite_steps_stop_the_run_and_save_nothing_bad(tmp_path):
+    with pytest.raises(RuntimeError, match="non-finite"):
+        trained(tmp_path, steps=6, poison=range(2, 6), save_every_steps=100)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_previews_do_not_touch_the_training(tmp_path):
+    def preview(state):
+        torch.manual_seed(123)
+        state.learner.eval()
+        with state.ema.applied():
+            torch.rand(7)
+
+    assert_same(trained(tmp_path / "a", dropout=0.2),
+                trained(tmp_path / "b", dropout=0.2, preview=preview, sample_every_steps=1, sample_prompts=("x",)))
+
+
+def test_ema_is_the_average_it_claims_to_be(tmp_path):
+    state = trained(tmp_path, steps=3, save_every_steps=1, keep_last=0)
+    weights = [checkpoint.read_tensors(checkpoint.folder_of(tmp_path, i) / "model.safetensors") for i in (1, 2, 3)]
+    name = "model.output.weight"
+    average = learner().state_dict()[name].double()
+    for n, w in enumerate(weights, 1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * w[name].double()
+    torch.testing.assert_close(state.ema.shadow[name].double(), average, rtol=1e-5, atol=1e-7)
+    raw = state.learner.state_dict()[name].clone()
+    with state.ema.applied():
+        assert torch.equal(state.learner.state_dict()[name], state.ema.shadow[name])
+    assert torch.equal(state.learner.state_dict()[name], raw)
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    rate = LearningRate(1.0, 10, "cosine", 0.1, 110)
+    assert rate.at(1) == 0.1 and rate.at(10) == 1.0
+    assert rate.at(60) == pytest.approx(0.55) and rate.at(110) == pytest.approx(0.1)
+    assert LearningRate(1.0, 0, "constant", 0.1, 110).at(110) == 1.0
+
+
+def test_checkpoints_are_pruned_whole_and_checked(tmp_path):
+    trained(tmp_path, steps=6, save_every_steps=1, keep_last=2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000005", "step_00000006"]
+    (tmp_path / "checkpoints" / "step_00000006" / "model.safetensors").write_bytes(b"torn")
+    assert checkpoint.latest(tmp_path).name == "step_00000005"
+    weights = checkpoint.load_weights(tmp_path)
+    assert weights.meta.step == 5 and weights.meta.spec == SPEC
+    checkpoint.export(weights, tmp_path / "out.safetensors", torch.float32)
+    again = checkpoint.load_weights(tmp_path / "out.safetensors")
+    assert again.tensors.keys() == weights.tensors.keys()
+    assert all(torch.equal(again.tensors[n], weights.tensors[n]) for n in weights.tensors)
+
+
+def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
+    trained(tmp_path, steps=3)
+    other = Learner(build_model(VideoMMDiTConfig(dim=24, depth=2, num_heads=2), 3, 16), learner().text_encoder, None, SPEC)
+    weights = checkpoint.load_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"of another shape.*\(16"):
+        checkpoint.assign(other, weights.tensors, "run")
+    with pytest.raises(ValueError, match="cannot be read"):
+        bad = tmp_path / "x.safetensors"
+        bad.write_bytes(b"\x80\x04pickle")
+        checkpoint.load_weights(bad)
+
+
+def test_one_two_and_four_processes_give_the_same_weights(tmp_path):
+    single = trained(tmp_path / "1")
+    for size in (2,):
+        run_ranks(tmp_path / str(size), size)
+        stored = checkpoint.read_tensors(checkpoint.folder_of(tmp_path / str(size), 6) / "model.safetensors")
+        for name, value in single.learner.state_dict().items():
+            torch.testing.assert_close(stored[name], value, rtol=0, atol=3e-6)
+
+
+def run_ranks(folder: Path, size: int):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(folder)]
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=env, cwd=root, timeout=300, capture_output=True)
+
+
+if __name__ == "__main__":  # one rank of `run_ranks`
+    with process_group("cpu") as world:
+        trained(Path(sys.argv[1]), world=world)

@@ -1,0 +1,33 @@
+"""The prototype head of DINO and iBOT (Caron et al. 2021; Oquab et al. 2023); used in pre-training only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtp.models.layers import init_linear
+
+
+class DINOHead(nn.Module):
+    """MLP in_dim → hidden → … → bottleneck, L2 normalisation, then cosine similarity to `out_dim` prototypes times a gain.
+
+    (…, in_dim) → logits (…, out_dim). The gains start at 1 and are trainable.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        layers = [nn.Linear(widths[0], widths[1])]
+        for a, b in zip(widths[1:-1], widths[2:], strict=True):
+            layers += [nn.GELU(), nn.Linear(a, b)]
+        self.mlp = nn.Sequential(*layers)
+        self.apply(init_linear)
+        self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        self.gain = nn.Parameter(torch.ones(out_dim, 1))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return F.linear(x, self.gain * F.normalize(self.prototypes, dim=-1))

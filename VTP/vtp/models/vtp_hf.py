@@ -1,0 +1,193 @@
+"""The whole VTP model: encoder, pixel decoder, text tower, under the names and checkpoint format of the public release.
+
+Images are ImageNet-normalised (b, 3, H, W); latents (b, C, h, w) with h = ⌊H / 16⌋. Behaves the same in train() and eval().
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtp.models.config import VTPConfig
+from vtp.models.decoder import DinoV3PixelDecoder
+from vtp.models.layers import init_linear
+from vtp.models.pretrained import assign_weights, checkpoint_folder, read_weights, write_checkpoint
+from vtp.models.text import TextTransformer, text_features
+from vtp.models.vision import DinoVisionTransformerWithBottleneck
+
+
+class VTPPreTrainedModel(nn.Module):
+    """Loading and saving of a model that is built from a `VTPConfig` alone."""
+
+    config_class = VTPConfig
+
+    def __init__(self, config: VTPConfig):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> VTPPreTrainedModel:
+        """The model in a checkpoint folder (or hub name), in eval mode, its parameters as `dtype` whatever the file holds.
+
+        FileNotFoundError: no such folder or file. ValueError: damaged files, or weights that do not fit config.json.
+        """
+        folder = checkpoint_folder(name_or_path)
+        config = cls.config_class.from_pretrained(folder)
+        with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
+            model = cls(config)
+        assign_weights(model, read_weights(folder), dtype, str(folder))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors into `folder`, each whole or not at all."""
+        write_checkpoint(folder, self.config.to_dict(), self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class VTPModel(VTPPreTrainedModel):
+    """Freshly initialised; `VTPModel.from_pretrained(folder)` loads a checkpoint. ValueError for a config it cannot build."""
+
+    def __init__(self, config: VTPConfig):
+        super().__init__(config)
+        self.trunk = DinoVisionTransformerWithBottleneck(
+            vit_feature_bottleneck=config.vision_feature_bottleneck,
+            patch_size=config.vision_patch_size,
+            embed_dim=config.vision_embed_dim,
+            depth=config.vision_depth,
+            num_heads=config.vision_num_heads,
+            mlp_ratio=config.vision_mlp_ratio,
+            ffn_layer=config.vision_ffn_layer,
+            norm_layer=config.vision_norm_layer,
+            init_values=config.vision_init_values,
+            qk_norm=config.vision_use_qk_norm,
+        )
+        self.pixel_decoder = self._build_decoder(config) if config.train_reconstruction else None
+        if config.train_clip:
+            self._build_contrast(config)
+
+    @staticmethod
+    def _build_decoder(config: VTPConfig) -> DinoV3PixelDecoder:
+        return DinoV3PixelDecoder(
+            in_dim=config.vision_feature_bottleneck,
+            embed_dim=config.decoder_embed_dim,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_num_heads,
+            ffn_layer=config.decoder_ffn_layer,
+            norm_layer=config.decoder_norm_layer,
+            init_values=config.decoder_init_values,
+            qk_norm=config.decoder_use_qk_norm,
+        )
+
+    def _build_contrast(self, config: VTPConfig) -> None:
+        tower = TextTransformer(
+            context_length=config.text_context_length,
+            vocab_size=config.text_vocab_size,
+            embed_dim=config.text_embed_dim,
+            num_heads=config.text_num_heads,
+            depth=config.text_depth,
+            mlp_ratio=config.text_mlp_ratio,
+            ls_init_value=config.text_ls_init_value,
+            no_causal_mask=config.text_no_causal_mask,
+            pool_type=config.text_pool_type,
+            proj_type=config.text_proj_type,
+            proj_bias=config.text_proj_bias,
+            quick_gelu=config.text_quick_gelu,
+        )
+        # the released weights name the parts without a common prefix
+        self.token_embedding, self.positional_embedding = tower.token_embedding, tower.positional_embedding
+        self.text_transformer, self.ln_final = tower.text_transformer, tower.ln_final
+        self.text_projection, self.text_pool_type = tower.text_projection, tower.text_pool_type
+        width = config.vision_embed_dim if config.vision_bottleneck_ae_only else config.vision_feature_bottleneck
+        self.visual_proj = nn.Linear(width, config.text_embed_dim, bias=False)
+        init_linear(self.visual_proj)
+        shape = [1] if config.nonscalar_logit_scale else []
+        self.logit_scale = nn.Parameter(torch.full(shape, config.init_logit_scale or math.log(1 / 0.07)))
+        self.logit_bias = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.full(shape, float(config.init_logit_bias)))
+
+    # ── reconstruction ───────────────────────────────────────────────────────────────────────────────────────────────
+    def get_reconstruction_latents(self, image: Tensor) -> Tensor:
+        """(b, 3, H, W) → latents (b, C, h, w)."""
+        return self.trunk.encode(image)
+
+    def get_latents_decoded_images(self, latents: Tensor) -> Tensor:
+        """Latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w); RuntimeError without a decoder."""
+        if self.pixel_decoder is None:
+            raise RuntimeError("this checkpoint has no pixel decoder (train_reconstruction is false): it can encode only")
+        return self.pixel_decoder(latents)
+
+    # ── features ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def get_last_layer_feature(self, image: Tensor, use_bottleneck: bool = False) -> dict[str, Tensor]:
+        """After the final norm: {"cls_token": (b, D), "patch_tokens": (b, n, D)}; width C with the bottleneck."""
+        tokens = self.trunk(image, is_training=True, use_bottleneck=use_bottleneck)
+        return {"cls_token": tokens["x_norm_clstoken"], "patch_tokens": tokens["x_norm_patchtokens"]}
+
+    def get_intermediate_layers_feature(
+        self,
+        image: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """See `DinoVisionTransformer.get_intermediate_layers`."""
+        return self.trunk.get_intermediate_layers(image, n, reshape, return_class_token, norm)
+
+    # ── contrast ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def get_clip_image_feature(self, image: Tensor, normalize: bool = True) -> Tensor:
+        """(b, 3, H, W) → (b, text_embed_dim); RuntimeError without a text tower."""
+        self._need_contrast()
+        tokens = self.get_last_layer_feature(image, use_bottleneck=not self.config.vision_bottleneck_ae_only)
+        pooled = self.config.vision_clip_feat == "pooled"
+        feature = self.visual_proj(tokens["patch_tokens"].mean(dim=1) if pooled else tokens["cls_token"])
+        return F.normalize(feature, dim=-1) if normalize else feature
+
+    def get_clip_text_feature(self, text: Tensor, normalize: bool = True) -> Tensor:
+        """Token ids (b, text_context_length) → (b, text_embed_dim); RuntimeError without a text tower."""
+        self._need_contrast()
+        feature = text_features(self, text)
+        return F.normalize(feature, dim=-1) if normalize else feature
+
+    def get_clip_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled similarities (images, texts), and their transpose."""
+        logits = self.logit_scale.exp() * self.get_clip_image_feature(image) @ self.get_clip_text_feature(text).T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        return logits, logits.T
+
+    def _need_contrast(self) -> None:
+        if not self.config.train_clip:
+            raise RuntimeError("this checkpoint has no text tower (train_clip is false): no contrastive features")
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None, forward_type: str = "clip") -> dict:
+        """forward_type "clip": image_features, text_features (None for an absent input), logit_scale, [logit_bias];
+        "rec": latents, reconstructed_image, target_image; "feature": the last layer's tokens after the bottleneck."""
+        match forward_type:
+            case "clip":
+                self._need_contrast()
+                outputs = {
+                    "image_features": None if image is None else self.get_clip_image_feature(image),
+                    "text_features": None if text is None else self.get_clip_text_feature(text),
+                    "logit_scale": self.logit_scale.exp(),
+                }
+                return outputs if self.logit_bias is None else {**outputs, "logit_bias": self.logit_bias}
+            case "rec":
+                latents = self.get_reconstruction_latents(image)
+                decoded = self.get_latents_decoded_images(latents)
+                return {"latents": latents, "reconstructed_image": decoded, "target_image": image}
+            case "feature":
+                return self.get_last_layer_feature(image, use_bottleneck=True)
+        raise ValueError(f"forward_type is {forward_type!r}; must be clip, rec or feature")

@@ -1,0 +1,104 @@
+"""Configuration of a tokenizer pre-training run: the root that `python -m vtp.train --config` decodes, and its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmdit.config import ConfigError
+from mmdit.training.ema import EMAConfig
+from vtp.models import VTPConfig
+from vtp.train.images import ImagesConfig
+from vtp.train.losses import AdversarialConfig, ContrastConfig, ReconstructionConfig
+from vtp.train.self_supervision import SelfSupervisionConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """`model:` section: the keys of the checkpoint's config.json that size the network (specs of the public release)."""
+
+    vision_embed_dim: int = 192
+    vision_depth: int = 6
+    vision_num_heads: int = 3
+    vision_mlp_ratio: float = 4.0
+    vision_use_qk_norm: bool = True  # keeps attention logits bounded at the high learning rates of a short run
+    vision_feature_bottleneck: int = 64
+    decoder_embed_dim: int = 256
+    decoder_depth: int = 6
+    decoder_num_heads: int = 4
+    decoder_use_qk_norm: bool = True
+    text_embed_dim: int = 192
+    text_depth: int = 4
+    text_num_heads: int = 3
+    text_context_length: int = 128
+
+    def __post_init__(self):
+        for part in ("vision", "decoder"):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if heads < 1 or width % (4 * heads):
+                raise ConfigError(f"{part}_embed_dim", f"is {width} with {part}_num_heads {heads}; must be a multiple of 4 x heads "
+                                  "(rotary positions take quarters of a head)")
+        if self.text_num_heads < 1 or self.text_embed_dim % self.text_num_heads:
+            raise ConfigError("text_embed_dim", f"is {self.text_embed_dim}, must be a multiple of text_num_heads {self.text_num_heads}")
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """`train:` section. The learning rate is a function of (step, planned steps); with `max_minutes` the planned number is
+    set once, from the speed measured after compilation, and kept in every checkpoint."""
+
+    max_steps: int = 12000
+    max_minutes: float | None = None
+    lr: float = 1.5e-3
+    final_lr: float = 0.01  # of lr, at the last step
+    warmup_steps: int = 300
+    weight_decay: float = 0.02
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    compile: bool = True  # CUDA only
+    log_every_steps: int = 50
+    eval_every_steps: int = 1000
+    save_every_steps: int = 2000
+
+    def __post_init__(self):
+        for name in ("max_steps", "log_every_steps", "eval_every_steps", "save_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise ConfigError("warmup_steps", f"is {self.warmup_steps}, must be below max_steps {self.max_steps}")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError("max_minutes", f"is {self.max_minutes}, must be positive (or null for no limit)")
+        if self.lr <= 0:
+            raise ConfigError("lr", f"is {self.lr}, must be positive")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The root. A loss of weight 0 is not built, costs nothing and leaves no tensor in the export."""
+
+    output_dir: str = "runs/vtp_tiny_f16d64"
+    seed: int = 0
+    model: NetworkConfig = field(default_factory=NetworkConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
+    latent_noise: float = 0.2  # see learner.noisy_latents
+    train: OptimizationConfig = field(default_factory=OptimizationConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+    def __post_init__(self):
+        if self.latent_noise < 0:
+            raise ConfigError("latent_noise", f"is {self.latent_noise}, must be 0 (off) or positive, for example 0.2")
+        if not self.ema.enabled:
+            raise ConfigError("ema.enabled", "is false, but the exported weights are the average: set ema.decay to 0 for none")
+        if self.contrast.weight and self.images.mix.shapes <= 0:
+            raise ConfigError("contrast.weight", f"is {self.contrast.weight} with images.mix.shapes 0: only shapes have captions")
+
+    def network(self) -> VTPConfig:
+        """The checkpoint's config.json. The text tower exists only when it is trained."""
+        keys = {name: getattr(self.model, name) for name in self.model.__dataclass_fields__}
+        return VTPConfig(
+            image_size=256, train_clip=self.contrast.weight > 0, train_reconstruction=True, text_vocab_size=258,
+            decoder_norm_layer="rmsnorm", **keys,
+        )

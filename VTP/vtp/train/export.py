@@ -1,0 +1,62 @@
+"""A finished run as a checkpoint folder: config.json, model.safetensors, latent_stats.json, training.json, scores.json, README.md."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from mmdit.config import encode
+from mmdit.data import moving_shapes
+from vtp.evaluate import evaluate, shapes_psnr
+from vtp.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
+from vtp.models import VTPModel
+from vtp.models.pretrained import write_checkpoint
+from vtp.pixels import normalize
+from vtp.train.config import PretrainConfig
+from vtp.train.images import PictureSource
+
+HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
+
+
+def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folder: Path, run: dict) -> None:
+    """Write the folder. `run` tells steps, minutes and device, for the README."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored, dtype, cost = _stored(model, config)
+    write_checkpoint(folder, model.config.to_dict(), stored)
+    write_json(folder / "latent_stats.json", latent_statistics(model, source))
+    write_json(folder / SCORES_FILE, evaluate(VTPModel.from_pretrained(folder).to(model.device), count=512))
+    write_json(folder / TRAINING_FILE, {**run, "stored_as": dtype, "cost_of_storage_db": round(cost, 4), "config": encode(config)})
+    write_card(folder)
+
+
+def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], str, float]:
+    """Tensors to store: float16 unless that changes the PSNR by more than HALF_TOLERANCE; and the change in dB."""
+    sizes = tuple((width, height) for width, height, _ in config.images.sizes[:2])
+    weights = model.state_dict()
+    half = {name: t.half() if t.dtype == torch.float32 else t for name, t in weights.items()}
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict({name: t.to(weights[name].dtype) for name, t in half.items()})
+    before, after = (shapes_psnr(m, 128, sizes) for m in (model, rounded))
+    cost = max(before[name] - after[name] for name in before)
+    kept, dtype = (half, "float16") if cost <= HALF_TOLERANCE else (weights, "float32")
+    return {name: t.cpu() for name, t in kept.items()}, dtype, cost
+
+
+@torch.no_grad()
+def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 4096) -> dict:
+    """Per-channel mean and standard deviation of the latents of training moving shapes, half at each of the first two sizes."""
+    sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]
+    total, squares, count = 0.0, 0.0, 0
+    for width, height in sizes:
+        pixels = source.pool(width, height).pixels
+        pixels = pixels[:: max(1, len(pixels) * len(sizes) // pictures)]
+        for part in pixels.split(256):
+            latents = model.get_reconstruction_latents(normalize(moving_shapes.to_float(part))).double()
+            total, squares = total + latents.sum((0, 2, 3)), squares + latents.square().sum((0, 2, 3))
+            count += latents[:, 0].numel()
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    measured = f"{count} latent cells of training moving shapes (stills and frames of clips), sizes {sizes}"
+    return {"mean": [round(v, 6) for v in mean.tolist()], "std": [round(v, 6) for v in std.tolist()], "measured": measured}

@@ -1,0 +1,237 @@
+"""The pre-training loop: one process, one device. Step `s` is a function of (config, s, state): resume is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from mmdit import rng
+from mmdit.config import differences, encode, to_yaml
+from mmdit.interfaces import LatentSpec
+from mmdit.training import checkpoint
+from mmdit.training.ema import EMA
+from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
+from vtp.evaluate import held_out_shapes, reconstruct, shapes_psnr
+from vtp.models import VTPModel
+from vtp.pixels import STD
+from vtp.tokenizers import get_tokenizer
+from vtp.train.config import PretrainConfig
+from vtp.train.export import export
+from vtp.train.images import PictureSource
+from vtp.train.learner import Learner
+
+CALIBRATION = (40, 120)  # between these steps the speed is measured that turns max_minutes into a number of steps
+EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
+FREE_KEYS = ("output_dir", "planned_steps", "train.compile", "train.max_minutes", "train.log_", "train.eval_", "train.save_")
+
+
+class Trainer:
+    """Everything that a step moves forward, and how it is saved."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device):
+        self.config, self.device, self.step, self.planned = config, device, 0, config.train.max_steps
+        self.folder = Path(config.output_dir)
+        torch.manual_seed(rng.key(config.seed, "initial weights") & 0x7FFF_FFFF)
+        self.learner = Learner(config).to(device)
+        parts = self.learner.generator_parts()
+        self.optimizer = build_optimizer(parts, config.train.lr, config.train.weight_decay, (0.9, config.train.beta2))
+        self.parts, self.critic, self.critic_optimizer = parts, self.learner.discriminator, None
+        if self.critic is not None:
+            self.critic_optimizer = build_optimizer(self.critic, config.adversarial.lr, 0.0, (0.5, 0.99))
+        self.ema = EMA(config.ema, self.learner.model)
+        tokenize = get_tokenizer("byte", config.model.text_context_length) if config.contrast.weight else None
+        self.source = PictureSource(config.images, config.seed, device, tokenize)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def learning_rate(self) -> float:
+        train = self.config.train
+        return LearningRate(train.lr, train.warmup_steps, "cosine", train.final_lr, self.planned).at(self.step + 1)
+
+    def advance(self) -> dict[str, Tensor]:
+        """One optimizer step; returns scalars that stay on the device."""
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        adversarial = self.critic is not None and self.step >= self.config.adversarial.start * self.planned
+        losses, norm, skipped = self._update(self.source.batch(self.step), adversarial)
+        if adversarial:
+            losses.parts["discriminator"] = self._update_critic(losses)
+        elif self.learner.self_supervision is not None:
+            self.learner.self_supervision.update_teacher(self.learner.model.trunk, self.step / self.planned)
+        self.step += 1
+        self.ema.update(self.step)
+        return {**losses.parts, "gradient_norm": norm, "skipped": skipped}
+
+    def _update(self, batch, adversarial: bool):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            losses = self.learner.losses(batch, self.step, adversarial)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        norm, skipped = clip_and_guard(self.optimizer, self.config.train.clip_norm)
+        self.optimizer.step()
+        return losses, norm, skipped
+
+    def _update_critic(self, losses) -> Tensor:
+        loss = self.learner.discriminator_loss(losses)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.critic_optimizer.step()
+        return loss.detach()
+
+    def prepare(self) -> None:
+        """Render the pools and, on CUDA, compile for every size, so that neither disturbs the measured speed. Changes no state."""
+        for size in [tuple(size[:2]) for size in self.config.images.sizes]:
+            batch = self.source.batch(0, size)
+            if self.device.type == "cuda":
+                with torch.autocast("cuda", torch.bfloat16):
+                    self.learner.losses(batch, 0, False).total.backward()
+                self.optimizer.zero_grad(set_to_none=True)
+
+    # ── the averaged model ───────────────────────────────────────────────────────────────────────────────────────────
+    def averaged_model(self) -> VTPModel:
+        """A fresh, uncompiled model with the averaged weights, in eval mode."""
+        model = VTPModel(self.config.network()).to(self.device)
+        model.load_state_dict({**self.learner.model.state_dict(), **self.ema.shadow})
+        return model.eval()
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def save(self) -> None:
+        files = {
+            "learner": self.learner.state_dict(),
+            "ema": self.ema.shadow,
+            "optimizer": optimizer_tensors(self.parts, self.optimizer),
+        }
+        if self.critic is not None:
+            files["critic_optimizer"] = optimizer_tensors(self.critic, self.critic_optimizer)
+        config = {**encode(self.config), "planned_steps": self.planned}
+        spec = LatentSpec(self.config.model.vision_feature_bottleneck)
+        checkpoint.save(self.folder, checkpoint.Meta(self.step, config, spec, "vtp.train"), files, keep_last=2)
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the output folder; ValueError when there is none or it is of another run."""
+        folder = checkpoint.latest(self.folder)
+        if folder is None:
+            raise ValueError(f"--resume, but {self.folder}/checkpoints holds no checkpoint; leave the flag out to start")
+        meta = checkpoint.Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+        changed = [line for line in differences(meta.config, encode(self.config)) if not line.startswith(FREE_KEYS)]
+        if changed:
+            raise ValueError(f"{folder} was written with another config ({'; '.join(changed[:5])}); use the same, or another output_dir")
+        checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "learner.safetensors"), str(folder))
+        for name, tensor in checkpoint.read_tensors(folder / "ema.safetensors").items():
+            self.ema.shadow[name].copy_(tensor)
+        load_optimizer_tensors(self.parts, self.optimizer, checkpoint.read_tensors(folder / "optimizer.safetensors"))
+        if self.critic is not None:
+            stored = checkpoint.read_tensors(folder / "critic_optimizer.safetensors")
+            load_optimizer_tensors(self.critic, self.critic_optimizer, stored)
+        self.step, self.planned = meta.step, meta.config["planned_steps"]
+
+
+class Report:
+    """metrics.jsonl and the progress line. Losses are read from the device once per report."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.path = trainer, trainer.folder / "metrics.jsonl"
+        self.since, self.at_step = time.perf_counter(), trainer.step
+
+    def write(self, record: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def progress(self, scalars: dict[str, Tensor]) -> None:
+        trainer, values = self.trainer, {name: float(value) for name, value in scalars.items()}
+        now = time.perf_counter()
+        speed = (trainer.step - self.at_step) / max(now - self.since, 1e-9)
+        self.since, self.at_step = now, trainer.step
+        if not math.isfinite(values["reconstruction"]):
+            raise RuntimeError(f"training stopped: the loss is {values['reconstruction']} at step {trainer.step}; lower train.lr "
+                               "or raise train.warmup_steps, and continue with --resume from the last checkpoint")
+        squared = values.pop("squared_error") * (sum(STD) / 3) ** 2
+        values["train_psnr"] = -10 * math.log10(max(squared, 1e-10))
+        left = (trainer.planned - trainer.step) / max(speed, 1e-9)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
+        record = {"step": trainer.step, "lr": trainer.learning_rate(), "steps_per_second": round(speed, 3), "memory_gib": round(memory, 2)}
+        self.write(record | {name: round(value, 5) for name, value in values.items()})
+        words = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped")
+        print(f"step {trainer.step}/{trainer.planned}  {words}  {speed:.2f} steps/s  {memory:.1f} GiB  {left / 60:.1f} min left", flush=True)
+
+    def evaluate(self, count: int) -> None:
+        started, trainer = time.perf_counter(), self.trainer
+        model = trainer.averaged_model()
+        sizes = tuple(dict.fromkeys((w, h) for w, h, _ in trainer.config.images.sizes if w == h)) or ((64, 64),)
+        scores = shapes_psnr(model, count, sizes)
+        self.write({"step": trainer.step, "held_out_psnr": scores})
+        print(f"step {trainer.step}  held-out moving shapes, averaged weights, PSNR: {scores}", flush=True)
+        self._preview(model)
+        self.since += time.perf_counter() - started  # evaluation is not training speed
+
+    def _preview(self, model: VTPModel) -> None:
+        """samples/step_N.png: made pictures above their reconstructions."""
+        width, height, _ = self.trainer.config.images.sizes[0]
+        pictures = self.trainer.source.batch(0, (width, height)).pixels
+        pictures = pictures[:: max(1, len(pictures) // 16)][:16]
+        rows = torch.stack([pictures, reconstruct(model, pictures)])
+        canvas = rearrange((rows * 255).round().byte().cpu(), "r b c h w -> (r h) (b w) c")
+        folder = self.trainer.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(canvas.numpy()).save(folder / f"step_{self.trainer.step:06d}.png")
+
+
+def train(config: PretrainConfig, device: torch.device, resume: bool = False) -> Path:
+    """Run to the planned last step, then export; returns the exported checkpoint folder."""
+    started = time.perf_counter()
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(config, device)
+    if resume:
+        trainer.restore()
+    elif checkpoint.complete(trainer.folder):
+        raise ValueError(f"{trainer.folder} holds checkpoints of an earlier run; add --resume, or choose another output_dir")
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    (trainer.folder / "config.yaml").write_text(to_yaml(config))
+    if device.type == "cuda" and config.train.compile:
+        torch._dynamo.config.suppress_errors = True  # without a working compiler the blocks run as they are
+        trainer.learner.compile()
+    trainer.prepare()
+    print(f"{sum(p.numel() for p in trainer.learner.model.parameters()):,} parameters on {device}, ready after "
+          f"{time.perf_counter() - started:.0f} s; step {trainer.step} of {trainer.planned}", flush=True)
+    report, settings, calibration = Report(trainer), config.train, None
+    while trainer.step < trainer.planned:
+        scalars = trainer.advance()
+        if settings.max_minutes is not None and not resume:
+            calibration = _calibrate(trainer, started, calibration)
+        if trainer.step % settings.log_every_steps == 0 or trainer.step == trainer.planned:
+            report.progress(scalars)
+        if trainer.step % settings.eval_every_steps == 0 and trainer.step < trainer.planned:
+            report.evaluate(128)
+        if trainer.step % settings.save_every_steps == 0 or trainer.step == trainer.planned:
+            trainer.save()
+    report.evaluate(256)
+    minutes = (time.perf_counter() - started) / 60
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    folder = trainer.folder / "export"
+    export(trainer.averaged_model(), trainer.source, config, folder, {"steps": trainer.step, "minutes": round(minutes, 1), "device": place})
+    print(f"exported to {folder} after {minutes:.1f} min", flush=True)
+    return folder
+
+
+def _calibrate(trainer: Trainer, started: float, first: float | None) -> float | None:
+    """Between two early steps, time the speed; at the second set the planned number of steps from what max_minutes leaves."""
+    if trainer.step not in CALIBRATION:
+        return first
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    if trainer.step == CALIBRATION[0]:
+        return now
+    seconds = (now - first) / (CALIBRATION[1] - CALIBRATION[0])
+    left = trainer.config.train.max_minutes * 60 - (now - started) - EXPORT_SECONDS
+    affordable = trainer.step + max(1, int(left / seconds * 0.97))
+    trainer.planned = min(trainer.planned, affordable)
+    print(f"{seconds * 1000:.1f} ms a step: {trainer.planned} steps fit into {trainer.config.train.max_minutes} minutes", flush=True)
+    return None

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from mmdit import config as config_io
-from mmdit.adapters.lora import LoRAConfig, coverage, inject, lora_state, merge
+from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge
 from mmdit.config import ConfigError
-from mmdit.data.batches import DataConfig, LatentBatches
-from mmdit.data.buckets import BucketingConfig, PreprocessConfig
-from mmdit.data.cache import LatentCache
-from mmdit.data.frames import VideoConfig
-from mmdit.diffusion.objective import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
+from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
+from mmdit.data.cache import open_cache
+from mmdit.data.frames import PreprocessConfig
+from mmdit.data.manifest import CacheManifest
+from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.interfaces import LatentSpec
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.rng import key
@@ -57,14 +58,7 @@ class ExperimentConfig:
     def __post_init__(self):
         if not self.experiment_name or Path(self.experiment_name).name != self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
-        f = self.tokenizer.latent_f
-        sizes = {"video": (self.video.width, self.video.height)}
-        if self.bucketing.enabled:
-            sizes = {f"bucketing.buckets[{i}]": size for i, size in enumerate(self.bucketing.buckets)}
-        for where, (width, height) in sizes.items():
-            if width % f or height % f:
-                near = [max(f, round(v / f) * f) for v in (width, height)]
-                raise ConfigError(where, f"is {width}x{height}, must be multiples of tokenizer.latent_f = {f}; nearest is {near[0]}x{near[1]}")
+        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)  # every size must suit the tokenizer
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
@@ -88,8 +82,9 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
         model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
         objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
         learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
-        if config.lora.enabled:
-            inject(model, config.lora)
+        inject(model, config.lora, config.seed)
+        if config.lora.enabled and config.lora.train_lora_only:
+            text_encoder.requires_grad_(False)
     return learner
 
 
@@ -121,11 +116,12 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         world.barrier()  # every rank has looked before the first one writes
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         spec = tokenizer.spec
-        cache = LatentCache.open(cache_dir, fingerprint=tokenizer.fingerprint, channels=spec.channels)
-        batches = LatentBatches(
-            cache, config.video, config.data, seed=config.seed, batch_size=config.train.batch_size, accum=config.train.grad_accum_steps,
-            rank=world.rank, world=world.size, num_workers=config.num_workers,
-        )
+        wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
+        cache = open_cache(cache_dir, wanted)
+        settings = config.train
+        plan = BatchPlan(cache, config.video, settings.batch_size * settings.grad_accum_steps * world.size, config.seed)
+        batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
+                                in_memory=config.data.in_memory, num_workers=config.num_workers)
         learner = build_learner(config, spec).to(world.device)
         if config.train.init_from:
             start_from(learner, config, spec, tokenizer.fingerprint)
@@ -138,7 +134,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             for line in config_io.differences(meta.config, config):
                 world.print(f"  config changed: {line}")
         if world.is_main:
-            describe(config, learner, batches, run_dir)
+            describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
             if world.is_main:
@@ -150,10 +146,10 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         preview = None
         if config.train.sample_every_steps and world.is_main:
             pipeline = Pipeline(learner, tokenizer, config.train.precision)
-            preview = Previews(pipeline, config.train, run_dir, *batches.preview_size(config.bucketing, tokenizer.spec.spatial),
-                               config.video.num_frames, max(1, round(config.video.fps / config.video.frame_stride)),
+            width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
+            preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
                                config.ema.use_for_sampling)
-        return Trainer(config.train, config.seed, state, batches, world, run_dir, save, preview).run()
+        return Trainer(config.train, config.seed, state, batches.iterate, world, run_dir, save, preview).run()
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> None:
@@ -163,7 +159,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     checkpoint.assign(learner, weights.tensors, str(weights.source), fresh=lambda name: ".lora_" in name and name not in weights.tensors)
 
 
-def describe(config: ExperimentConfig, learner: Learner, batches: LatentBatches, run_dir: Path) -> None:
+def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:
     """Write config.yaml and say what is about to happen."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
@@ -177,7 +173,7 @@ def describe(config: ExperimentConfig, learner: Learner, batches: LatentBatches,
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")
     if config.lora.enabled:
         print(coverage(learner.model))
-    print(batches.report(), flush=True)
+    print(plan.report(), flush=True)
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -38,4 +38,4 @@ def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int
     """`(width, height, frames, fps)`."""
     video = config.video
     frames = args.frames or video.num_frames
-    return args.width or video.width, args.height or video.height, frames, max(1, round(video.fps / video.frame_stride))
+    return args.width or video.width, args.height or video.height, frames, video.sample_fps

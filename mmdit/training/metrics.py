@@ -20,6 +20,7 @@ class MetricsLog:
     its last checkpoint) and a torn last line are dropped when the file is opened."""
 
     def __init__(self, run_dir: Path, from_step: int):
+        run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mmdit.config import ConfigError
 from mmdit.training.ema import EMAConfig
 from vtp.models import VTPConfig
+from vtp.tokenizers import ByteTokenizer
 from vtp.train.images import ImagesConfig
 from vtp.train.losses import AdversarialConfig, ContrastConfig, ReconstructionConfig
 from vtp.train.self_supervision import SelfSupervisionConfig
@@ -58,9 +59,10 @@ class OptimizationConfig:
     log_every_steps: int = 50
     eval_every_steps: int = 1000
     save_every_steps: int = 2000
+    evaluation_samples: int = 512  # moving shapes per score of the exported checkpoint
 
     def __post_init__(self):
-        for name in ("max_steps", "log_every_steps", "eval_every_steps", "save_every_steps"):
+        for name in ("max_steps", "log_every_steps", "eval_every_steps", "save_every_steps", "evaluation_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
         if not 0 <= self.warmup_steps < self.max_steps:
@@ -99,6 +101,6 @@ class PretrainConfig:
         """The checkpoint's config.json. The text tower exists only when it is trained."""
         keys = {name: getattr(self.model, name) for name in self.model.__dataclass_fields__}
         return VTPConfig(
-            image_size=256, train_clip=self.contrast.weight > 0, train_reconstruction=True, text_vocab_size=258,
+            image_size=256, train_clip=self.contrast.weight > 0, train_reconstruction=True, text_vocab_size=ByteTokenizer.vocab_size,
             decoder_norm_layer="rmsnorm", **keys,
         )

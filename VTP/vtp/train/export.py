@@ -11,7 +11,7 @@ from mmdit.config import encode
 from mmdit.data import moving_shapes
 from vtp.evaluate import evaluate, shapes_psnr
 from vtp.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
-from vtp.models import VTPModel
+from vtp.models import VTPConfig, VTPModel
 from vtp.models.pretrained import write_checkpoint
 from vtp.pixels import normalize
 from vtp.train.config import PretrainConfig
@@ -23,12 +23,21 @@ HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
 def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folder: Path, run: dict) -> None:
     """Write the folder. `run` tells steps, minutes and device, for the README."""
     folder.mkdir(parents=True, exist_ok=True)
+    model = model if config.contrast.keep_text_tower else without_text_tower(model)
     stored, dtype, cost = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     write_json(folder / "latent_stats.json", latent_statistics(model, source))
-    write_json(folder / SCORES_FILE, evaluate(VTPModel.from_pretrained(folder).to(model.device), count=512))
+    write_json(folder / SCORES_FILE, evaluate(VTPModel.from_pretrained(folder).to(model.device), count=config.train.evaluation_samples))
     write_json(folder / TRAINING_FILE, {**run, "stored_as": dtype, "cost_of_storage_db": round(cost, 4), "config": encode(config)})
     write_card(folder)
+
+
+def without_text_tower(model: VTPModel) -> VTPModel:
+    """The same tokenizer with `train_clip` false; a model without a text tower comes back equal."""
+    slim = VTPModel(VTPConfig.from_dict({**model.config.to_dict(), "train_clip": False})).to(model.device).eval()
+    weights = model.state_dict()
+    slim.load_state_dict({name: weights[name] for name in slim.state_dict()})
+    return slim
 
 
 def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], str, float]:

@@ -21,7 +21,7 @@ from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, 
 from vtp.evaluate import held_out_shapes, reconstruct, shapes_psnr
 from vtp.models import VTPModel
 from vtp.pixels import STD
-from vtp.tokenizers import get_tokenizer
+from vtp.tokenizers import ByteTokenizer
 from vtp.train.config import PretrainConfig
 from vtp.train.export import export
 from vtp.train.images import PictureSource
@@ -46,7 +46,7 @@ class Trainer:
         if self.critic is not None:
             self.critic_optimizer = build_optimizer(self.critic, config.adversarial.lr, 0.0, (0.5, 0.99))
         self.ema = EMA(config.ema, self.learner.model)
-        tokenize = get_tokenizer("byte", config.model.text_context_length) if config.contrast.weight else None
+        tokenize = ByteTokenizer(config.model.text_context_length) if config.contrast.weight else None
         self.source = PictureSource(config.images, config.seed, device, tokenize)
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -208,10 +208,10 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
         if trainer.step % settings.log_every_steps == 0 or trainer.step == trainer.planned:
             report.progress(scalars)
         if trainer.step % settings.eval_every_steps == 0 and trainer.step < trainer.planned:
-            report.evaluate(128)
+            report.evaluate(min(128, settings.evaluation_samples))
         if trainer.step % settings.save_every_steps == 0 or trainer.step == trainer.planned:
             trainer.save()
-    report.evaluate(256)
+    report.evaluate(min(256, settings.evaluation_samples))
     minutes = (time.perf_counter() - started) / 60
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     folder = trainer.folder / "export"

@@ -58,6 +58,7 @@ class ContrastConfig:
 
     weight: float = 0.0
     pairs: int = 512  # at most, a step
+    keep_text_tower: bool = False  # in the exported checkpoint, which is larger for it
 
     def __post_init__(self):
         _weights_are_valid(self, "weight")

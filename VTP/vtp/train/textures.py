@@ -61,7 +61,7 @@ def clouds(draws: Draws, height: int, width: int) -> Tensor:
     result = torch.zeros(count, 3, height, width, device=device)
     power = torch.zeros_like(decay)
     cells, octave = 2, 0
-    while cells <= min(height, width):
+    while cells <= min(height, width) // 2:  # finer noise is incompressible: learning it would only blunt the rest
         rows, columns = max(2, cells * height // min(height, width)), max(2, cells * width // min(height, width))
         grid = draws.normal(f"cloud/{octave}", 3, rows, columns)
         result = result + decay**octave * F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)

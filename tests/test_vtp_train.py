@@ -1,0 +1,251 @@
+"""Pre-training a tokenizer: pictures, losses, exact resume, export and evaluation."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from vtp.evaluate import main as evaluate_main
+from vtp.evaluate import psnr
+from vtp.models import VTPModel
+from vtp.pixels import denormalize, normalize
+from vtp.tokenizers import ByteTokenizer
+from vtp.train import textures
+from vtp.train.config import PretrainConfig
+from vtp.train.glyphs import letters
+from vtp.train.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
+from vtp.train.learner import Learner, noisy_latents
+from vtp.train.loop import Trainer, train
+from vtp.train.losses import contrast_loss, reconstruction_loss
+from vtp.train.self_supervision import balanced_assignments
+
+from mmdit.config import ConfigError, decode, load
+from mmdit.data import moving_shapes
+from mmdit.rng import Draws
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+IMAGES = {"sizes": [[32, 32, 1.0], [48, 32, 1.0]], "patches_per_step": 48, "shape_pool": 60}
+TINY = {
+    "vision_embed_dim": 32, "vision_depth": 1, "vision_num_heads": 1, "vision_feature_bottleneck": 16, "decoder_embed_dim": 32,
+    "decoder_depth": 1, "decoder_num_heads": 1, "text_embed_dim": 16, "text_depth": 1, "text_num_heads": 1,
+}  # fmt: skip
+
+
+def configured(folder, semantic=False, **train):
+    settings = {"max_steps": 6, "warmup_steps": 1, "lr": 2e-3, "evaluation_samples": 4}
+    settings |= {"save_every_steps": 100, "eval_every_steps": 100} | train
+    mapping = {"output_dir": str(folder), "model": TINY, "images": IMAGES, "train": settings}
+    if semantic:
+        mapping |= {
+            "contrast": {"weight": 0.1, "pairs": 8},
+            "self_supervision": {"weight": 0.1, "fraction": 0.5, "prototypes": 16, "local_crops": 1},
+            "adversarial": {"weight": 0.05, "start": 0.6},
+        }
+    return decode(PretrainConfig, mapping)
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_batch_is_a_function_of_seed_and_step():
+    config = decode(ImagesConfig, IMAGES)
+    source, other = PictureSource(config, 7, CPU), PictureSource(config, 7, CPU)
+    other.batch(2)  # what was asked before does not matter
+    batch = source.batch(3)
+    assert torch.equal(batch.pixels, other.batch(3).pixels)
+    assert batch.pixels.min() >= 0 and batch.pixels.max() <= 1
+    size = tuple(batch.pixels.shape[:1:-1])
+    assert not torch.equal(batch.pixels, source.batch(4, size).pixels)
+    assert not torch.equal(batch.pixels, PictureSource(config, 8, CPU).batch(3, size).pixels)
+    assert {config.size_at(7, step) for step in range(20)} == {(32, 32), (48, 32)}
+    for width, height, _ in config.sizes:
+        assert config.batch_size(width, height) * width * height == 48 * 256
+
+
+def test_mix_counts_add_up_and_follow_the_weights():
+    counts = MixConfig(shapes=1, gradients=0, clouds=1, patterns=1, piles=1, glyphs=0).counts(10)
+    assert sum(counts.values()) == 10
+    assert counts["gradients"] == counts["glyphs"] == 0
+    assert all(2 <= counts[name] <= 3 for name in ("shapes", "clouds", "patterns", "piles"))
+
+
+def test_frames_of_clips_are_described_without_motion_and_with_their_own_facts():
+    texts = []
+
+    def tokenize(captions):
+        texts.extend(captions)
+        return ByteTokenizer(96)(captions)
+
+    shapes = moving_shapes_of(5, 60, 32, 32, CPU, tokenize)
+    assert len(shapes.pixels) == len(shapes.facts) == len(shapes.tokens) == len(texts) == 60
+    assert not any(word in text for text in texts for word in ("mov", "drift", "slid", "still", "rest"))
+    found = moving_shapes.oracle(shapes.pixels[-20:, None])  # the stills
+    color_and_background = torch.stack([found.color[:, 0], found.background], 1)
+    facts = shapes.facts[-20:]
+    for i in range(20):
+        for j in range(20):
+            if facts[i] == facts[j]:
+                assert torch.equal(color_and_background[i], color_and_background[j])
+
+
+def test_pictures_have_the_structure_they_are_named_for():
+    draws, flat = Draws.of(0, 0, 32), torch.full((32, 3, 64, 64), 0.5)
+    coarse = F.interpolate(F.avg_pool2d(clouds := textures.clouds(draws, 64, 64), 8), scale_factor=8, mode="bilinear")
+    assert (clouds - coarse).var() < 0.35 * clouds.var((2, 3)).mean(), "most of a cloud is in its low frequencies"
+    assert textures.gradients(draws, 64, 64).diff(dim=-1).abs().max() < 0.25, "no hard edges"
+    assert textures.patterns(draws, 64, 64).diff(dim=-1).abs().amax((1, 2, 3)).median() > 0.1, "hard edges"
+    for covered in (textures.piles(draws, flat, 4), letters(draws, flat)):
+        untouched = (covered == flat).all(1).float().mean((1, 2))
+        assert 0.2 < untouched.mean() < 0.98, "objects and letters lie on the ground, and leave some of it"
+    assert torch.equal(textures.piles(draws, flat, 4)[5:7], textures.piles(draws[5:7], flat[5:7], 4)), "each picture is its own"
+
+
+# ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_reconstruction_loss_is_zero_only_for_a_copy_and_a_blurred_edge_costs_more_than_an_offset():
+    target = torch.zeros(1, 3, 32, 32)
+    target[..., 16:] = 1
+    blurred = F.avg_pool2d(target, 5, 1, 2, count_include_pad=False)
+    offset = target + (blurred - target).abs().mean()
+    terms = {"l1": 1.0, "l2": 0.0, "gradient": 1.0, "levels": 3}
+    copy, squared = reconstruction_loss(target, target, **terms)
+    assert copy == 0 and squared.tolist() == [0.0]
+    assert reconstruction_loss(blurred, target, **terms)[0] > reconstruction_loss(offset, target, **terms)[0]
+
+
+def test_contrast_treats_equal_facts_as_positives():
+    image = F.normalize(torch.randn(6, 8), dim=-1)
+    facts = torch.tensor([0, 1, 2, 0, 1, 2])
+    image = image[:3].repeat(2, 1)  # pictures of equal facts have equal features
+    aligned = contrast_loss(image, image, torch.tensor(50.0), facts)
+    assert aligned < contrast_loss(image, image, torch.tensor(50.0), torch.arange(6)) + 1e-6
+    assert aligned == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=0.05)  # two equally right answers
+    assert contrast_loss(image, image.roll(1, 0), torch.tensor(50.0), facts) > 1
+
+
+def test_assignments_are_distributions_and_balanced():
+    logits = torch.randn(64, 8) + torch.tensor([3.0] + [0.0] * 7)  # everything leans to the first prototype
+    assigned = balanced_assignments(logits, 0.5, rounds=20)
+    assert torch.allclose(assigned.sum(1), torch.ones(64), atol=1e-5)
+    assert torch.allclose(assigned.sum(0), torch.full((8,), 8.0), rtol=0.05)
+
+
+def test_latent_noise_is_relative_to_each_channel_and_bounded():
+    scale = torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    latents = torch.randn(64, 3, 8, 8) * scale
+    noise = noisy_latents(latents, Draws.of(0, 0, 64), 0.2) - latents
+    relative = noise.std((2, 3)) / latents.std((0, 2, 3))
+    assert relative.max() < 0.2 * 1.4 and relative.mean() == pytest.approx(0.1, abs=0.03)
+    assert torch.allclose(relative.mean(0), relative.mean().expand(3), rtol=0.1)
+    assert noisy_latents(latents, Draws.of(0, 0, 64), 0.0) is latents
+
+
+def test_pixels_round_trip_and_psnr_of_a_known_error():
+    pixels = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(denormalize(normalize(pixels)), pixels, atol=1e-6)
+    assert torch.allclose(psnr(torch.full_like(pixels, 0.5), torch.full_like(pixels, 0.6)), torch.full((2,), 20.0), atol=1e-3)
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_loss_falls():
+    trainer = Trainer(configured("unused", max_steps=40), CPU)
+    errors = [float(trainer.advance()["squared_error"]) for _ in range(40)]
+    assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
+
+
+def test_resume_is_exact_with_every_loss(tmp_path):
+    config = configured(tmp_path / "run", semantic=True)
+    whole = Trainer(config, CPU)
+    for _ in range(6):  # the adversarial stage begins at step 4
+        whole.advance()
+    first = Trainer(config, CPU)
+    for _ in range(5):
+        first.advance()
+    first.save()
+    second = Trainer(config, CPU)
+    second.restore()
+    assert second.step == 5
+    second.advance()
+    for name, value in whole.learner.state_dict().items():
+        assert torch.equal(value, second.learner.state_dict()[name]), name
+    assert all(torch.equal(value, second.ema.shadow[name]) for name, value in whole.ema.shadow.items())
+    other = Trainer(replace(config, latent_noise=0.0), CPU)
+    with pytest.raises(ValueError, match="latent_noise: 0.2 → 0.0"):
+        other.restore()
+
+
+def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
+    trainer = Trainer(configured(tmp_path, semantic=True, max_steps=4), CPU)
+    while trainer.step < 3:
+        trainer.advance()
+    before = {name: value.clone() for name, value in trainer.learner.state_dict().items()}
+    assert "discriminator" in trainer.advance()
+    after = trainer.learner.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = {name.split(".")[1] for name in moved if name.startswith("model.")}
+    assert changed == {"pixel_decoder"}
+
+
+def test_unused_losses_are_not_built():
+    learner = Learner(configured("unused"))
+    assert learner.self_supervision is None and learner.discriminator is None
+    assert {name.split(".")[0] for name in learner.model.state_dict()} == {"trunk", "pixel_decoder"}
+
+
+def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
+    config = configured(tmp_path / "tiny", semantic=True, max_steps=3, log_every_steps=1)
+    folder = train(config, CPU)
+    names = {"config.json", "model.safetensors", "latent_stats.json", "training.json", "scores.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == names
+    stored = load_file(folder / "model.safetensors")
+    assert stored["trunk.cls_token"].dtype == torch.float16
+    assert {name.split(".")[0] for name in stored} == {"trunk", "pixel_decoder"}, "the text tower is for training only"
+    model = VTPModel.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    statistics = json.loads((folder / "latent_stats.json").read_text())
+    pixels = PictureSource(config.images, config.seed, CPU).pool(32, 32).pixels
+    latents = model.get_reconstruction_latents(normalize(moving_shapes.to_float(pixels)))
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.tensor(statistics["mean"]), atol=0.3 * latents.std().item())
+    assert len(statistics["std"]) == 16 and min(statistics["std"]) > 0
+    before = json.loads((folder / "scores.json").read_text())["moving_shapes_psnr"]
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"not a picture")
+    evaluate_main(["--checkpoint", str(folder), "--count", "4", "--device", "cpu", "--images", str(tmp_path / "photos")])
+    after = json.loads((folder / "scores.json").read_text())
+    assert after["moving_shapes_psnr"] == before
+    assert after["images"]["pictures"] == 1 and f"{after['images']['psnr']:.2f} dB" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="--resume, or choose another output_dir"):
+        train(config, CPU)
+
+
+# ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("section", "value", "path"),
+    [
+        ("images", {"sizes": [[60, 64, 1.0]]}, "images.sizes"),
+        ("images", {"mix": {"shapes": -1.0}}, "images.mix"),
+        ("model", {"vision_embed_dim": 190}, "model.vision_embed_dim"),
+        ("train", {"max_steps": 10, "warmup_steps": 10}, "train.warmup_steps"),
+        ("reconstruction", {"weight": 0.0}, "reconstruction.weight"),
+        ("adversarial", {"start": 1.5}, "adversarial.start"),
+        ("ema", {"enabled": False}, "ema.enabled"),
+        ("latent_noise", -0.1, "latent_noise"),
+    ],
+)
+def test_mistakes_are_named(section, value, path):
+    with pytest.raises(ConfigError) as caught:
+        decode(PretrainConfig, {section: value})
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_semantic"])
+def test_shipped_configs_decode_and_fit_the_size_limit(name):
+    config = load(PretrainConfig, ROOT / "VTP" / "configs" / f"{name}.yaml")
+    with torch.device("meta"):
+        model = VTPModel(config.network())
+    exported = sum(p.numel() for key, p in model.named_parameters() if key.startswith(("trunk", "pixel_decoder")))
+    assert 2 * exported < 16e6
+    assert Path(config.output_dir).name == name

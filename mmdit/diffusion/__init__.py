@@ -1,0 +1,39 @@
+"""Paths between data and noise, training objectives, samplers and guidance. No networks here."""
+
+from mmdit.diffusion.guidance import guided
+from mmdit.diffusion.objective import (
+    DDPM,
+    Denoise,
+    DiffusionConfig,
+    FlowMatching,
+    FlowMatchingConfig,
+    LossParts,
+    Objective,
+    build_objective,
+)
+from mmdit.diffusion.path import CosinePath, DiscretePath, LinearPath, Path, Prediction, Time, ddpm_path, shift_time
+from mmdit.diffusion.samplers import SamplerConfig, Solver, sample, sampling_times
+
+__all__ = [
+    "DDPM",
+    "CosinePath",
+    "Denoise",
+    "DiffusionConfig",
+    "DiscretePath",
+    "FlowMatching",
+    "FlowMatchingConfig",
+    "LinearPath",
+    "LossParts",
+    "Objective",
+    "Path",
+    "Prediction",
+    "SamplerConfig",
+    "Solver",
+    "Time",
+    "build_objective",
+    "ddpm_path",
+    "guided",
+    "sample",
+    "sampling_times",
+    "shift_time",
+]

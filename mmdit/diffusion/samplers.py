@@ -1,0 +1,182 @@
+"""From noise to latents with a denoiser, in `steps` steps along any path: t_start = times[0] > … > times[steps] = 0.
+
+The network is called once a step, at the step's noisy end, never at t = 0: `n` steps are `n` calls (2n - 1 for heun). Each
+solver is a function `step(index, x, t, s) -> (x_s, clean estimate at t)` from time t to the earlier time s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.diffusion.objective import Denoise, Objective
+from mmdit.diffusion.path import Path, shift_time
+from mmdit.rng import Draws
+
+Solver = Literal["ddim", "euler", "heun", "ab2", "dpmpp_2m"]
+Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """First order: ddim, euler. Second order: heun, and ab2 and dpmpp_2m, which reuse the last step's call; ab2 is the most
+    accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py).
+
+    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end.
+    """
+
+    solver: Solver = "ab2"
+    steps: int = 50
+    eta: float = 0.0
+    shift: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ConfigError("steps", f"is {self.steps}; must be 1 or more; 20 … 50 are usual")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError("eta", f"is {self.eta}; must be between 0 and 1; use 0 for a deterministic sampler")
+        if self.eta and self.solver != "ddim":
+            message = f"is {self.eta} with solver {self.solver!r}, which is deterministic; set solver to ddim or eta to 0"
+            raise ConfigError("eta", message)
+        if not 0 < self.shift < math.inf:
+            raise ConfigError("shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps")
+
+
+def sampling_times(objective: Objective, steps: int, shift: float = 1.0) -> list[float]:
+    """`steps + 1` decreasing times from the objective's `t_start` to 0; on a discrete path, times that training has drawn."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = [objective.path.snap(t) for t in (objective.t_start * shift_time(even, shift)).tolist()]
+    if any(t <= s for t, s in zip(times, times[1:])):
+        levels = len({t for t in times if t > 0})
+        message = f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take fewer steps"
+        raise ConfigError("steps", message)
+    return times
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    noise: Tensor,
+    objective: Objective,
+    config: SamplerConfig = SamplerConfig(),
+    draws: Draws | None = None,
+    callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32.
+
+    `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0` adds, by sample and step.
+    `callback(steps done, t reached, x, clean estimate)` follows each step: progress, previews.
+    """
+    if config.eta and draws is None:
+        raise ValueError(f"eta is {config.eta}, which adds noise, but there are no draws to key it; pass draws or set eta to 0")
+    path, times = objective.path, sampling_times(objective, config.steps, config.shift)
+    step = {
+        "ddim": lambda: _ddim(denoise, path, config.eta, draws),
+        "euler": lambda: _euler(denoise, path),
+        "heun": lambda: _heun(denoise, path),
+        "ab2": lambda: _ab2(denoise, path),
+        "dpmpp_2m": lambda: _dpmpp_2m(denoise, path),
+    }[config.solver]()
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    x = x * math.hypot(*_floats(path, times[0]))  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
+    for index, (t, s) in enumerate(zip(times, times[1:])):
+        x, clean = step(index, x, t, s)
+        if callback is not None:
+            callback(index + 1, s, x, clean)
+    return x
+
+
+def _floats(path: Path, t: float) -> tuple[float, float]:
+    alpha, sigma = path.alpha_sigma(t)
+    return float(alpha), float(sigma)
+
+
+def _ddim(denoise: Denoise, path: Path, eta: float, draws: Draws | None) -> Step:
+    """Song et al. 2010.02502, eq. 12 and 16, with sigma² in place of 1 - alpha²: right on every path.
+
+    `fresh` is eta times the standard deviation of x_s given x_t and x0; any value up to sigma_s gives x_s its right marginal.
+    """
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
+        clean = denoise(x, t)
+        fresh = eta * sigma_s * math.sqrt(max(0.0, 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2))
+        noise = path.to_noise("x0", clean, x, t)
+        x = alpha_s * clean + math.sqrt(sigma_s**2 - fresh**2) * noise
+        if fresh:
+            x = x + fresh * draws.normal(f"sampler {index}", *x.shape[1:]).to(x)
+        return x, clean
+
+    return step
+
+
+def _velocity(path: Path, clean: Tensor, x: Tensor, t: float) -> Tensor:
+    return path.mix("velocity", clean, path.to_noise("x0", clean, x, t), t)
+
+
+def _euler(denoise: Denoise, path: Path) -> Step:
+    """First order along dx / d clock. On the linear path this is ddim with eta 0."""
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        clean = denoise(x, t)
+        return x + (path.clock(s) - path.clock(t)) * _velocity(path, clean, x, t), clean
+
+    return step
+
+
+def _heun(denoise: Denoise, path: Path) -> Step:
+    """Second order: the mean of the velocities at both ends. The last step is Euler's, since noise cannot be told at t = 0."""
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        clean = denoise(x, t)
+        velocity, width = _velocity(path, clean, x, t), path.clock(s) - path.clock(t)
+        ahead = x + width * velocity
+        if s > 0:
+            ahead = x + width * 0.5 * (velocity + _velocity(path, denoise(ahead, s), ahead, s))
+        return ahead, clean
+
+    return step
+
+
+def _ab2(denoise: Denoise, path: Path) -> Step:
+    """Adams-Bashforth: the velocity of this step and of the last, extrapolated to the middle of the step ahead."""
+    last_velocity: Tensor | None = None
+    last_width = torch.tensor(0.0)
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        nonlocal last_velocity, last_width
+        clean = denoise(x, t)
+        velocity, width = _velocity(path, clean, x, t), path.clock(s) - path.clock(t)
+        middle = velocity
+        if last_velocity is not None:
+            middle = velocity + width / (2 * last_width) * (velocity - last_velocity)
+        last_velocity, last_width = velocity, width
+        return x + width * middle, clean
+
+    return step
+
+
+def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
+    """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: exact in x but for the clean estimate, which is extrapolated in
+    lambda = log(alpha / sigma) from the last two. First order where a lambda is infinite: leaving alpha = 0, reaching t = 0."""
+    last_clean: Tensor | None = None
+    last_width = math.inf
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        nonlocal last_clean, last_width
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
+        clean = extrapolated = denoise(x, t)
+        shrink = alpha_t * sigma_s / (alpha_s * sigma_t)  # exp(-width)
+        width = -math.log(shrink) if shrink > 0 else math.inf
+        if last_clean is not None and width < math.inf:
+            extrapolated = clean + width / (2 * last_width) * (clean - last_clean)
+        last_clean, last_width = clean, width
+        return sigma_s / sigma_t * x + alpha_s * (1 - shrink) * extrapolated, clean
+
+    return step

@@ -26,7 +26,12 @@ SHAPE_WORDS = {
 BACKGROUND_WORDS = {"black": ("black",), "gray": ("gray", "grey"), "navy": ("navy",), "brown": ("brown",)}
 VERBS = {"still": ("stays still", "does not move", "rests"), "moving": ("moves {}", "drifts {}", "slides {}")}
 PARTICIPLES = {"still": ("still", "not moving", "at rest"), "moving": ("moving {}", "drifting {}", "sliding {}", "going {}")}
-TOWARDS = {"left": ("left", "to the left"), "right": ("right", "to the right"), "up": ("up", "upwards"), "down": ("down", "downwards")}
+TOWARDS = {
+    "left": ("left", "to the left"),
+    "right": ("right", "to the right"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+}
 
 # A template is a row of clauses; a clause is left out when the caption drops a fact that it names.
 IMAGE = (
@@ -109,9 +114,13 @@ def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
         first = words.below(len(phrases))
         phrases = phrases[first:] + phrases[:first]
         fields |= {"things": f"{', '.join(phrases[:-1])} and {phrases[-1]}", "count": {2: "two", 3: "three"}[len(phrases)]}
-    clauses = [clause for clause in template if all(name in fields for _, name, _, _ in string.Formatter().parse(clause) if name)]
+    clauses = [clause for clause in template if _placeholders(clause) <= fields.keys()]
     text = "".join(clauses).format(**fields).strip(" ,:")
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def _placeholders(clause: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(clause) if name}
 
 
 def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[str, str]:

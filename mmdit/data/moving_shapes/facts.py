@@ -7,6 +7,7 @@ and any subset gives the same facts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -29,13 +30,15 @@ COLORS = {
 }
 BACKGROUNDS = {"black": (12, 12, 12), "gray": (120, 120, 120), "navy": (15, 25, 75), "brown": (95, 60, 35)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33  # half side, inner radius, ring width, arm half-width, over the radius
 SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ATTRIBUTES = ("color", "shape", "size", "background", "motion")
 
 TRAVEL = 0.38  # path of a moving object / S
 MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
-GAP = 0.05  # between the bounding circles of two objects / S
+GAP = 0.05  # between the circles that hold two objects / S
+REACH = {"square": math.hypot(SQUARE, SQUARE), "cross": math.hypot(1, CROSS)}  # the farthest corner / radius, where not 1
 JITTER = 6  # of an object's colour, per channel, of 255
 
 # One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in training, these pairs never.
@@ -86,9 +89,8 @@ class Facts:
     @staticmethod
     def from_json(record: dict) -> Facts:
         if record.get("version") != VERSION:
-            raise ValueError(
-                f"facts are of moving shapes version {record.get('version')!r}, this code knows version {VERSION}: make the data again"
-            )
+            found = record.get("version")
+            raise ValueError(f"facts are of moving shapes version {found!r}, this code knows {VERSION}: make the data again")
         objects = tuple(Object(**{**item, "rgb": tuple(item["rgb"])}) for item in record["objects"])
         return Facts(record["background"], objects)
 
@@ -97,7 +99,8 @@ def check_canvas(width: int, height: int) -> None:
     """ValueError unless the canvas is one that the data set is defined on."""
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
-            raise ValueError(f"{name} is {value}; moving shapes need a multiple of 16, for example {max(16, round(value / 16) * 16)}")
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"{name} is {value}; moving shapes need a multiple of 16, for example {nearest}")
 
 
 def draw_facts(
@@ -175,6 +178,7 @@ def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
     """`(N, candidates)`: whether the first `count` objects differ in colour and never come nearer than GAP."""
     fits = np.ones(drawn["pair"].shape[:2], bool)
     color = np.array([list(COLORS).index(name) for name, _ in pairs])[drawn["pair"]]
+    reach = np.array([REACH.get(name, 1.0) for _, name in pairs])[drawn["pair"]] * drawn["radius"]
     slots = color.shape[-1]
     for a in range(slots):
         for b in range(a + 1, slots):
@@ -183,7 +187,7 @@ def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
             square = np.maximum((drift**2).sum(-1), 1e-12)  # objects that move alike keep their distance
             closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of closest approach
             distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
-            ok = (distance >= drawn["radius"][..., a] + drawn["radius"][..., b] + GAP) & (color[..., a] != color[..., b])
+            ok = (distance >= reach[..., a] + reach[..., b] + GAP) & (color[..., a] != color[..., b])
             fits &= ok | (count <= b)[:, None]
     return fits
 

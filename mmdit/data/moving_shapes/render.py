@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from mmdit.data.moving_shapes.facts import BACKGROUNDS, Facts, check_canvas
+from mmdit.data.moving_shapes.facts import BACKGROUNDS, CROSS, INNER_STAR, RING, SQUARE, Facts, check_canvas
 
-SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33  # half side, inner radius, ring width, arm half-width, over the radius
 CHUNK_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 25}  # a shape's fields that stay in the cache, or in a small part of the memory
 
 
@@ -60,8 +59,8 @@ def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) ->
     image = image[:, None, :, None, None]
     for slot, first in enumerate(facts[0].objects):
         objects = [item.objects[slot] for item in facts]
-        numbers = torch.tensor([(o.x, o.y, *o.velocity(), o.radius) for o in objects], dtype=torch.float32, device=device) * side
-        x, y, dx, dy, radius = numbers.T[..., None, None, None]  # each (n, 1, 1, 1)
+        numbers = torch.tensor([(o.x, o.y, *o.velocity(), o.radius) for o in objects], dtype=torch.float32, device=device)
+        x, y, dx, dy, radius = (numbers * side).T[..., None, None, None]  # each (n, 1, 1, 1)
         progress = times[None, :, None, None]
         columns = torch.arange(width, device=device) + 0.5  # centres of pixels
         rows = torch.arange(height, device=device)[:, None] + 0.5

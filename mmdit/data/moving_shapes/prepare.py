@@ -1,0 +1,144 @@
+"""Moving shapes on disk: pictures or frame folders, and the metadata lines that caching reads."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mmdit.data.moving_shapes.captions import caption, named_attributes
+from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS, VERSION, check_canvas, draw
+from mmdit.data.moving_shapes.render import render
+
+DESCRIPTION = "moving_shapes.json"
+CHUNK_FRAMES = 512  # a worker's portion
+FRAMES_PER_WORKER = 8192  # below it a second process costs more than it saves
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What sample `i` on disk depends on. A folder holds one recipe; `count` is not part of it, so a folder can grow."""
+
+    width: int
+    height: int
+    frames: int = 1
+    seed: int = 0
+    split: str = "train"
+    variant: str = "one"
+    version: int = VERSION
+
+    def __post_init__(self):
+        check_canvas(self.width, self.height)
+        if self.frames < 1:
+            raise ValueError(f"frames is {self.frames}; must be at least 1 (1: images, more: frame folders)")
+        for name, value, known in (("split", self.split, SPLITS), ("variant", self.variant, VARIANTS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
+
+    @property
+    def complete(self) -> bool:
+        """Training captions drop facts now and then; the others state everything."""
+        return self.split != "train"
+
+
+def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
+    """Writes samples 0 … count − 1 and returns the path of the metadata, which is written last and whole.
+
+    `frames == 1`: `images/<id>.png` and `train_images.jsonl`; more: `frames/<id>/0000.png …` and `train_videos.jsonl`. Paths in
+    the metadata are relative to it. Finished samples of the same recipe are kept, so an interrupted run goes on where it was.
+    `workers`: processes; 0 takes as many as pay off.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; must be at least 1")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; must be 0 (as many as pay off) or more")
+    out_dir = Path(out_dir)
+    _claim(out_dir, recipe)
+    workers = workers or max(1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER))
+    step = max(1, CHUNK_FRAMES // recipe.frames)
+    chunks = [range(start, min(start + step, count)) for start in range(0, count, step)]
+    records: list[dict] = []
+    work = partial(_write_samples, out_dir, recipe)
+    with tqdm(total=count, desc=f"moving shapes {recipe.width}x{recipe.height}", unit="sample") as bar:
+        for part in map(work, chunks) if workers == 1 else _in_processes(work, chunks, workers):
+            records += part
+            bar.update(len(part))
+    path = out_dir / ("train_images.jsonl" if recipe.frames == 1 else "train_videos.jsonl")
+    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def _in_processes(work, chunks: list[range], workers: int):
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, chunks)
+
+
+def _claim(out_dir: Path, recipe: Recipe) -> None:
+    """Records the recipe in a new folder; ValueError where the folder holds samples of another one."""
+    path = out_dir / DESCRIPTION
+    wanted = asdict(recipe)
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        if found != wanted:
+            names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+            what = ", ".join(f"{name} {found.get(name)!r} there and {wanted.get(name)!r} now" for name in names)
+            remedy = "choose another --out_dir or the same settings"
+            raise ValueError(f"{out_dir} holds moving shapes made otherwise: {what}; {remedy}")
+    elif any((out_dir / name).exists() for name in ("images", "frames", "train_images.jsonl", "train_videos.jsonl")):
+        raise ValueError(f"{out_dir} holds samples but no {DESCRIPTION} that says how they were made; choose another --out_dir")
+    else:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text or nothing: written aside, then renamed."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
+    """Writes the missing pictures or clips of `indices`; returns the metadata of all of them."""
+    from PIL import Image
+
+    video = recipe.frames > 1
+    facts = draw(
+        recipe.seed, indices, video=video, width=recipe.width, height=recipe.height, split=recipe.split, variant=recipe.variant
+    )
+    names = [f"frames/{i:06d}" if video else f"images/{i:06d}.png" for i in indices]
+    missing = [k for k, name in enumerate(names) if not (out_dir / name).exists()]
+    pixels = render([facts[k] for k in missing], recipe.width, recipe.height, recipe.frames)
+    for k, clip in zip(missing, pixels.permute(0, 1, 3, 4, 2).numpy(), strict=True):
+        target = out_dir / names[k]
+        target.parent.mkdir(exist_ok=True)
+        aside = target.with_name(target.name + ".partial")
+        if video:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for f, frame in enumerate(clip):
+                Image.fromarray(frame).save(aside / f"{f:04d}.png", compress_level=1)
+        else:
+            Image.fromarray(clip[0]).save(aside, format="PNG", compress_level=1)
+        os.replace(aside, target)
+    return [
+        {
+            "id": f"{i:06d}",
+            "frames_dir" if video else "image_path": name,
+            "caption": caption(item, recipe.seed, i, recipe.complete),
+            "facts": item.to_json() | {"named": sorted(named_attributes(item, recipe.seed, i, recipe.complete))},
+        }
+        for i, name, item in zip(indices, names, facts, strict=True)
+    ]

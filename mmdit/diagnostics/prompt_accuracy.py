@@ -1,0 +1,121 @@
+"""How often a model shows what its prompt says, judged by the moving-shapes oracle, with the controls that give it a meaning.
+
+Beside every score stand the ceiling (the true pictures after the tokenizer's round trip: no model over it can be expected to do
+better) and a control (the same samples scored against other prompts: what a model that ignores its prompt would reach).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmdit.data.moving_shapes.captions import PROMPTS, Prompt, prompts
+from mmdit.data.moving_shapes.facts import Facts
+from mmdit.data.moving_shapes.oracle import VOCABULARY, Predictions, accuracy, oracle, rate, score
+from mmdit.data.moving_shapes.render import render, to_float
+from mmdit.interfaces import Tokenizer
+
+Sample = Callable[[list[str], int], Tensor]
+
+
+def prompt_accuracy_report(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    count: int = PROMPTS,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+) -> dict:
+    """The score of a model, ready for JSON; every rate is `{value, low, high, correct, count}` with its 95 % Wilson interval.
+
+    `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at most `batch` prompts at a
+    time; `offset` is the place of the first caption among all 512 prompts, whatever `count` and `batch` are: key the noise
+    with it. `count`: how many of the 256 seen and of the 256 held-out prompts. `device`: where the true pictures for the
+    ceiling are drawn and encoded. With `frames > 1` there are also `motion_moving` and `left_right` (see `motion_report`).
+    """
+    if not 2 <= count <= PROMPTS:
+        raise ValueError(f"count is {count}; must be from 2 to {PROMPTS}, the number of fixed prompts")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; must be at least 1")
+    seen, held_out = (prompts(split, frames > 1, width, height)[:count] for split in ("seen", "held_out"))
+    facts = [prompt.facts for prompt in seen]
+
+    def predict(listed: tuple[Prompt, ...], first: int) -> Predictions:
+        parts = []
+        for start in range(0, count, batch):
+            captions = [prompt.caption for prompt in listed[start : start + batch]]
+            pixels = sample(captions, first + start)
+            expected = (len(captions), frames, 3, height, width)
+            if tuple(pixels.shape) != expected:
+                raise ValueError(f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}")
+            parts.append(_to_cpu(oracle(pixels)))
+        return Predictions.cat(parts)
+
+    predictions = predict(seen, 0)
+    on_seen, on_held_out = accuracy(predictions, facts), accuracy(predict(held_out, PROMPTS), [p.facts for p in held_out])
+    report = {
+        "prompt_accuracy": on_seen["prompt_accuracy"],
+        "attributes": on_seen["attributes"],
+        "held_out_accuracy": on_held_out["prompt_accuracy"],
+        "held_out_attributes": on_held_out["attributes"],
+        "tokenizer_ceiling": tokenizer_ceiling(tokenizer, facts, width, height, frames, batch, device),
+        "control": shuffled_control(predictions, facts),
+        "count": count,
+    }
+    return report | (motion_report(predictions, facts) if frames > 1 else {})
+
+
+@torch.no_grad()
+def tokenizer_ceiling(
+    tokenizer: Tokenizer,
+    facts: list[Facts],
+    width: int,
+    height: int,
+    frames: int,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+) -> dict:
+    """The score of the true pictures after `tokenizer`'s round trip: a rate with the `attributes` in it."""
+    parts = []
+    for start in range(0, len(facts), batch):
+        pixels = to_float(render(facts[start : start + batch], width, height, frames, device))
+        parts.append(_to_cpu(oracle(tokenizer.decode(tokenizer.encode(pixels)))))
+    result = accuracy(Predictions.cat(parts), facts)
+    return result["prompt_accuracy"] | {"attributes": result["attributes"]}
+
+
+def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
+    """The same predictions against the prompts of other samples: each against up to 8 others, so that a rate near 1 % is known.
+    `chance`: how often two different prompts agree."""
+    count, others = len(facts), min(8, len(facts) - 1)
+    shifts = [round(count * k / (others + 1)) for k in range(1, others + 1)]
+    result = accuracy(Predictions.cat([predictions] * others), [item for s in shifts for item in facts[s:] + facts[:s]])
+
+    def chance(*names: str) -> float:
+        values = [tuple(f.background if n == "background" else getattr(f.objects[0], n) for n in names) for f in facts]
+        agree = sum(values.count(value) - 1 for value in values)
+        return agree / (len(values) * (len(values) - 1))
+
+    attributes = {name: value | {"chance": chance(name)} for name, value in result["attributes"].items()}
+    return result["prompt_accuracy"] | {"chance": chance(*attributes), "attributes": attributes}
+
+
+def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
+    """`motion_moving`: motion over the prompts that move. `left_right`: over the prompts left and right, motion right, and in
+    `opposite` how often the other of the two was shown. A model without a position in time cannot tell them apart."""
+    asked = [item.objects[0].motion for item in facts]
+    right = score(predictions, facts)["motion"]
+    shown = [VOCABULARY["motion"][k] if k >= 0 else None for k in predictions.motion[:, 0].tolist()]
+    opposite = torch.tensor([{a, s} == {"left", "right"} for a, s in zip(asked, shown, strict=True)])
+    moving = torch.tensor([motion != "still" for motion in asked])
+    sideways = torch.tensor([motion in ("left", "right") for motion in asked])
+    return {"motion_moving": rate(right[moving]), "left_right": rate(right[sideways]) | {"opposite": rate(opposite[sideways])}}
+
+
+def _to_cpu(predictions: Predictions) -> Predictions:
+    return Predictions(**{name: value if value is None else value.cpu() for name, value in vars(predictions).items()})

@@ -1,0 +1,90 @@
+"""Prompt accuracy: a perfect sampler scores 1, one that ignores its prompts is at chance, the ceiling is the tokenizer's."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdit.data.moving_shapes import Predictions, prompts, render, to_float
+from mmdit.diagnostics.prompt_accuracy import motion_report, prompt_accuracy_report
+from mmdit.interfaces import LatentSpec
+
+
+class Pixels:
+    """A tokenizer that keeps every pixel, or only averages over `cell` of them."""
+
+    spec, fingerprint = LatentSpec(channels=3, spatial=1), "pixels"
+
+    def __init__(self, cell=1):
+        self.cell = cell
+
+    def encode(self, pixels):
+        return F.avg_pool2d(pixels.flatten(0, 1), self.cell).unflatten(0, pixels.shape[:2])
+
+    def decode(self, latents):
+        return latents.repeat_interleave(self.cell, -1).repeat_interleave(self.cell, -2)
+
+
+def perfect(frames):
+    """A sampler that draws the facts behind the prompt at `offset`."""
+    listed = [*prompts("seen", frames > 1), *prompts("held_out", frames > 1)]
+
+    def sample(captions, offset):
+        chosen = listed[offset : offset + len(captions)]
+        assert [p.caption for p in chosen] == captions
+        return to_float(render([p.facts for p in chosen], 64, 64, frames))
+
+    return sample
+
+
+def test_a_perfect_sampler_scores_one_and_the_control_scores_at_chance():
+    report = prompt_accuracy_report(perfect(1), Pixels(), width=64, height=64, frames=1, batch=100)
+    for name in ("prompt_accuracy", "held_out_accuracy", "tokenizer_ceiling"):
+        assert report[name]["value"] == 1 and report[name]["count"] == 256 and report[name]["low"] > 0.98
+    assert set(report["attributes"]) == set(report["held_out_attributes"]) == {"color", "shape", "size", "background"}
+    control = report["control"]
+    assert control["value"] < 0.02 and control["low"] <= control["chance"] <= control["high"]
+    for name, words in (("color", 8), ("shape", 6), ("size", 2), ("background", 4)):
+        assert control["attributes"][name]["chance"] == pytest.approx(1 / words, abs=0.03)
+        assert control["attributes"][name]["value"] == pytest.approx(1 / words, abs=0.08)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_sampler_that_ignores_its_prompt_scores_at_chance():
+    def sample(captions, offset):
+        return to_float(render([p.facts for p in prompts("seen", False)[3 : 3 + len(captions)]], 64, 64))
+
+    report = prompt_accuracy_report(sample, Pixels(16), width=64, height=64, frames=1, count=200, batch=200)
+    assert report["prompt_accuracy"]["value"] < 0.03 and report["attributes"]["color"]["value"] < 0.25
+    assert report["tokenizer_ceiling"]["value"] < 0.7  # a tokenizer that keeps 16 cells shows it
+
+
+def test_clips_report_motion_and_a_mirrored_sampler_mixes_up_left_and_right():
+    def mirrored(captions, offset):
+        return perfect(6)(captions, offset).flip(-1)
+
+    right = prompt_accuracy_report(perfect(6), Pixels(), width=64, height=64, frames=6, count=48)
+    assert (
+        right["motion_moving"]["value"] == right["left_right"]["value"] == 1 and right["left_right"]["opposite"]["value"] == 0
+    )
+    wrong = prompt_accuracy_report(mirrored, Pixels(), width=64, height=64, frames=6, count=48)
+    assert wrong["left_right"]["value"] == 0 and wrong["left_right"]["opposite"]["value"] == 1
+    assert 0.3 < wrong["motion_moving"]["value"] < 0.7 and wrong["attributes"]["shape"]["value"] == 1
+    moving = sum(p.facts.objects[0].motion != "still" for p in prompts("seen", True)[:48])
+    assert wrong["motion_moving"]["count"] == moving < 48
+
+
+def test_opposite_counts_only_left_shown_for_right_and_right_for_left():
+    facts = [p.facts for p in prompts("seen", True) if p.facts.objects[0].motion == "left"][:4]
+    column = torch.zeros(4, 1, dtype=torch.long)
+    motion = torch.tensor([[1], [2], [0], [-1]])  # left, right, still, nothing
+    report = motion_report(Predictions(column[:, 0], column == 0, column[:, 0] > 0, column, column, column, motion), facts)
+    assert report["left_right"]["correct"] == 1 and report["left_right"]["opposite"]["correct"] == 1
+
+
+def test_mistakes_are_explained():
+    with pytest.raises(ValueError, match="count is 300.*256"):
+        prompt_accuracy_report(perfect(1), Pixels(), width=64, height=64, frames=1, count=300)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 3, 64, 64\); must be \(2, 1, 3, 128, 128\)"):
+        prompt_accuracy_report(perfect(1), Pixels(), width=128, height=128, frames=1, count=2)

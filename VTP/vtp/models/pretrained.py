@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
     except ImportError:
         raise FileNotFoundError(f"{missing}; to fetch {name_or_path} from the hub, pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, "*.safetensors", "*.safetensors.index.json"]))
+        return Path(
+            snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, "*.safetensors", "*.safetensors.index.json"])
+        )
     except Exception as error:  # the hub client has dozens of kinds; all mean that it cannot be had
         raise FileNotFoundError(f"{missing}, and the hub does not give {name_or_path}: {error}") from error
 
@@ -104,6 +107,7 @@ def write_checkpoint(folder: str | os.PathLike, config: dict, weights: dict[str,
     write_config(folder, config)
     part = folder / (WEIGHTS_FILE + ".part")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG_FILE, part)  # safetensors makes it readable for the owner only
     os.replace(part, folder / WEIGHTS_FILE)
 
 

@@ -49,7 +49,9 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
         if head_dim % 4:
-            raise ValueError(f"rotary positions need a head width divisible by 4, got {head_dim}; change embed_dim or num_heads")
+            raise ValueError(
+                f"rotary positions need a head width divisible by 4, got {head_dim}; change embed_dim or num_heads"
+            )
         exponents = _round(torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
         self.register_buffer("periods", (100.0**exponents).bfloat16())
         self._tables: dict[tuple, Table] = {}

@@ -1,7 +1,7 @@
 """The text tower of the contrastive loss: a causal pre-norm transformer in the manner of CLIP (Radford et al. 2021).
 
-Axes: b batch, n = context_length tokens, d head width. The causal mask is not a buffer: SDPA makes it. (In the public release it
-is a non-persistent buffer that transformers ≥ 5 leaves uninitialised, which silently ruins the text features.)
+Axes: b batch, n = context_length tokens, d head width. SDPA makes the causal mask, so that no buffer can be wrong: in the
+public release it is a non-persistent buffer, which transformers ≥ 5 leaves uninitialised, silently ruining the text features.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b heads n d -> b n (heads d)"))
+        return self.out_proj(
+            rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b heads n d -> b n (heads d)")
+        )
 
 
 class TextMlp(nn.Module):
@@ -136,7 +138,9 @@ def text_features(tower: nn.Module, ids: Tensor) -> Tensor:
     """ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model that holds its parts flat."""
     length = len(tower.positional_embedding)
     if ids.ndim != 2 or ids.shape[1] != length:
-        raise ValueError(f"text ids are {tuple(ids.shape)}; must be (batch, {length}): use get_tokenizer(context_length={length})")
+        raise ValueError(
+            f"text ids are {tuple(ids.shape)}; must be (batch, {length}): use get_tokenizer(context_length={length})"
+        )
     x = tower.token_embedding(ids) + tower.positional_embedding
     x = tower.ln_final(tower.text_transformer(x))
     match tower.text_pool_type:

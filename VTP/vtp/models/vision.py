@@ -104,7 +104,7 @@ class DinoVisionTransformer(nn.Module):
         norm: bool = True,
     ) -> tuple:
         """Outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D), or (b, D, h, w) with `reshape`;
-        pairs (patches, class token) with `return_class_token`. Never bottlenecked. ValueError for a block that does not exist."""
+        pairs (patches, class token) with `return_class_token`. Never bottlenecked. ValueError: there is no such block."""
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if any(not 0 <= index < depth for index in wanted):

@@ -1,0 +1,29 @@
+"""Tokenizers: pixels in [0, 1] `(B, F, 3, H, W)` ↔ raw latents `(B, F, h, w, C)`.
+
+To add one: a file with its config and class, a name in the union, a case below."""
+
+from __future__ import annotations
+
+import torch
+
+from mmdit.interfaces import Tokenizer
+from mmdit.tokenizers.dummy import DummyTokenizer, DummyTokenizerConfig
+from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
+
+TokenizerConfig = VTPTokenizerConfig | DummyTokenizerConfig
+
+__all__ = ["DummyTokenizerConfig", "TokenizerConfig", "VTPTokenizerConfig", "build_tokenizer"]
+
+
+def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tokenizer:
+    """The tokenizer `config` describes, on `device`. dtype: the precision of its arithmetic; None is float32 on a CPU and
+    bfloat16 autocast on a GPU (the dummy is always float32).
+
+    ConfigError: no such checkpoint, weights or latent statistics that do not fit, or code that cannot be imported.
+    """
+    match config:
+        case VTPTokenizerConfig():
+            return VTPTokenizer(config, device, dtype)
+        case DummyTokenizerConfig():
+            return DummyTokenizer(config, device)
+    raise TypeError(f"{type(config).__name__} is not a tokenizer config")

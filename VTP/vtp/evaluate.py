@@ -1,8 +1,8 @@
-"""How good a tokenizer checkpoint is: `python -m vtp.evaluate --checkpoint DIR [--images FOLDER]` prints JSON, writes scores.json
-and renews the README of a checkpoint that this repository trained.
+"""How good a tokenizer checkpoint is: `python -m vtp.evaluate --checkpoint DIR [--images FOLDER]` prints JSON, writes it to
+scores.json and renews the README of a checkpoint that this repository trained.
 
-PSNR is per picture on values 0 … 255 after clamping, then the mean over pictures. Moving shapes are drawn with seeds that training
-never uses; half of them show (colour, shape) pairs that training never shows. Oracle accuracy is read from the decoded pixels.
+PSNR is per picture, after clamping to [0, 1], then the mean over pictures. Moving shapes are drawn with a seed that training
+never uses; half of them show (colour, shape) pairs that training never shows. Accuracies are read from the decoded pixels.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
     return scores
 
 
-def folder_pictures(folder: Path, side: int = 256) -> Iterator[tuple[str, Tensor]]:
-    """`(name, (1, 3, side, side))` of every readable picture under `folder`: shorter side resized to `side`, centre cropped.
-    ValueError when there is none."""
+def folder_pictures(folder: Path, side: int = 256) -> Iterator[Tensor]:
+    """`(1, 3, side, side)` of every readable picture under `folder`: shorter side resized to `side`, centre cropped.
+    An unreadable one is reported and skipped; ValueError when there is none at all."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"--images {folder} holds no picture ({', '.join(SUFFIXES)})")
@@ -92,15 +92,14 @@ def folder_pictures(folder: Path, side: int = 256) -> Iterator[tuple[str, Tensor
         left, top = ((length - side) // 2 for length in image.size)
         image = image.crop((left, top, left + side, top + side))
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
-        yield file.name, rearrange(values, "(h w c) -> 1 c h w", h=side, w=side)
+        yield rearrange(values, "(h w c) -> 1 c h w", h=side, w=side)
 
 
 def folder_psnr(model: VTPModel, folder: Path) -> dict:
     """Mean, lowest and highest PSNR over a folder of pictures, centre-cropped to 256."""
-    scores = {name: float(psnr(reconstruct(model, pixels), pixels.to(model.device))) for name, pixels in folder_pictures(folder)}
-    if not scores:
+    values = [float(psnr(reconstruct(model, pixels), pixels.to(model.device))) for pixels in folder_pictures(folder)]
+    if not values:
         raise ValueError(f"--images {folder}: no picture could be read")
-    values = list(scores.values())
     return {
         "pictures": len(values),
         "psnr": round(sum(values) / len(values), 2),

@@ -22,39 +22,42 @@ def write_card(folder: Path) -> None:
         (folder / "README.md").write_text(card(training, scores, (folder / "model.safetensors").stat().st_size))
 
 
-def card(training: dict, scores: dict, size: int) -> str:
-    """Markdown; `size` is that of model.safetensors in bytes."""
+def card(training: dict, scores: dict, file_bytes: int) -> str:
+    """Markdown; `file_bytes` is the size of model.safetensors."""
     config = training["config"]
     name = Path(config["output_dir"]).name
     parts = ("reconstruction", "adversarial", "contrast", "self_supervision")
     losses = ", ".join(f"{part.replace('_', '-')} {config[part]['weight']:g}" for part in parts)
-    rows = [f"| PSNR of held-out moving shapes, {key} | {value:.2f} dB |" for key, value in scores["moving_shapes_psnr"].items()]
-    rows += [
-        f"| oracle: all attributes right after the round trip, {key.replace('_', ', ')} px | {value['prompt_accuracy']['value']:.3f} |"
-        for key, value in scores["oracle_after_round_trip"].items()
-    ]
+    shapes = scores["moving_shapes_psnr"].items()
+    measured = [(f"PSNR of held-out moving shapes, {size}", f"{value:.2f} dB") for size, value in shapes]
+    for kind, value in scores["oracle_after_round_trip"].items():
+        what = f"oracle: all attributes right after the round trip, {kind.replace('_', ', ')} px"
+        measured.append((what, f"{value['prompt_accuracy']['value']:.3f}"))
     if "images" in scores:
         real = scores["images"]
-        rows.append(f"| PSNR of {real['pictures']} real pictures, {real['size']} px (lowest, highest) | "
-                    f"{real['psnr']:.2f} dB ({real['lowest']:.2f}, {real['highest']:.2f}) |")  # fmt: skip
+        what = f"PSNR of {real['pictures']} real pictures, {real['size']} px (lowest, highest)"
+        measured.append((what, f"{real['psnr']:.2f} dB ({real['lowest']:.2f}, {real['highest']:.2f})"))
+    channels = config["model"]["vision_feature_bottleneck"]
+    trained = f"{training['steps']:,} steps in {training['minutes']} minutes on one {training['device']}"
     return f"""# {name}
 
-A small VTP tokenizer: 16x downsampling, {config['model']['vision_feature_bottleneck']} channels, {scores['parameters']:,} parameters
-stored as {training['stored_as']} ({size / 1e6:.1f} MB; that storage costs {training['cost_of_storage_db']:.4f} dB).
+A small VTP tokenizer: 16x downsampling, {channels} channels, {scores['parameters']:,} parameters
+stored as {training['stored_as']} ({file_bytes / 1e6:.1f} MB; that storage costs {training['cost_of_storage_db']:.4f} dB).
 
-Trained for {training['steps']:,} steps in {training['minutes']} minutes on one {training['device']}, from the root of the repository:
+Trained for {trained}, from the root of the repository:
 
     PYTHONPATH=VTP python -m vtp.train --config VTP/configs/{name}.yaml
 
-Loss weights: {losses}. Noise on the latents in training: up to {config['latent_noise']:g} of their standard deviation.
-`training.json` holds the whole config.
+Loss weights: {losses}. Noise on the latents in training: up to
+{config['latent_noise']:g} of their standard deviation. `training.json` holds the whole config.
 
 | measured with `python -m vtp.evaluate`, {scores['samples']} samples each | |
 |---|---|
-{chr(10).join(rows)}
+{chr(10).join(f"| {what} | {value} |" for what, value in measured)}
 
 **Data.** Only pictures that the training code generates: moving shapes, gradients, noise, patterns, piles of flat objects, and
-letters of Pillow's built-in font. No photograph, no downloaded picture and no other model's weights took part; photographs lose detail.
+letters of Pillow's built-in font. No photograph, no downloaded picture and no other model's weights took part: photographs lose
+detail.
 
 **Licence.** MIT.
 

@@ -36,10 +36,11 @@ class NetworkConfig:
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if heads < 1 or width % (4 * heads):
-                raise ConfigError(f"{part}_embed_dim", f"is {width} with {part}_num_heads {heads}; must be a multiple of 4 x heads "
-                                  "(rotary positions take quarters of a head)")
-        if self.text_num_heads < 1 or self.text_embed_dim % self.text_num_heads:
-            raise ConfigError("text_embed_dim", f"is {self.text_embed_dim}, must be a multiple of text_num_heads {self.text_num_heads}")
+                message = f"is {width} with {part}_num_heads {heads}; must be a multiple of 4 x heads, for rotary positions"
+                raise ConfigError(f"{part}_embed_dim", message)
+        width, heads = self.text_embed_dim, self.text_num_heads
+        if heads < 1 or width % heads:
+            raise ConfigError("text_embed_dim", f"is {width}, must be a multiple of text_num_heads {heads}")
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,18 @@ class PretrainConfig:
         if self.latent_noise < 0:
             raise ConfigError("latent_noise", f"is {self.latent_noise}, must be 0 (off) or positive, for example 0.2")
         if not self.ema.enabled:
-            raise ConfigError("ema.enabled", "is false, but the exported weights are the average: set ema.decay to 0 for none")
+            raise ConfigError("ema.enabled", "is false, but the average is what is exported: set ema.decay to 0 for none")
         if self.contrast.weight and self.images.mix.shapes <= 0:
-            raise ConfigError("contrast.weight", f"is {self.contrast.weight} with images.mix.shapes 0: only shapes have captions")
+            message = f"is {self.contrast.weight} with images.mix.shapes 0: only moving shapes have captions; raise mix.shapes"
+            raise ConfigError("contrast.weight", message)
 
     def network(self) -> VTPConfig:
         """The checkpoint's config.json. The text tower exists only when it is trained."""
         keys = {name: getattr(self.model, name) for name in self.model.__dataclass_fields__}
         return VTPConfig(
-            image_size=256, train_clip=self.contrast.weight > 0, train_reconstruction=True, text_vocab_size=ByteTokenizer.vocab_size,
-            decoder_norm_layer="rmsnorm", **keys,
+            image_size=256,
+            train_clip=self.contrast.weight > 0,
+            text_vocab_size=ByteTokenizer.vocab_size,
+            decoder_norm_layer="rmsnorm",
+            **keys,
         )

@@ -1,4 +1,5 @@
-"""A finished run as a checkpoint folder: config.json, model.safetensors, latent_stats.json, training.json, scores.json, README.md."""
+"""A finished run as a checkpoint folder: config.json, model.safetensors, latent_stats.json, and where they come from:
+training.json, scores.json, README.md."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folde
     stored, dtype, cost = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     write_json(folder / "latent_stats.json", latent_statistics(model, source))
-    write_json(folder / SCORES_FILE, evaluate(VTPModel.from_pretrained(folder).to(model.device), count=config.train.evaluation_samples))
-    write_json(folder / TRAINING_FILE, {**run, "stored_as": dtype, "cost_of_storage_db": round(cost, 4), "config": encode(config)})
+    loaded = VTPModel.from_pretrained(folder).to(model.device)
+    write_json(folder / SCORES_FILE, evaluate(loaded, config.train.evaluation_samples))
+    storage = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
+    write_json(folder / TRAINING_FILE, {**run, **storage, "config": encode(config)})
     write_card(folder)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of letters. PIL's built-in font is drawn into an atlas once; pages of letters are warped and coloured on the device."""
+"""Pictures of letters. PIL's built-in font is drawn into an atlas once; pages of letters are warped on the device."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from mmdit.data import moving_shapes
 from vtp.train import textures
 from vtp.train.glyphs import letters
 
-POOL_PIXELS = 1 << 28
+Tokenize = Callable[[list[str]], Tensor]  # captions to ids (N, T)
+
+POOL_PIXELS = 1 << 28  # of one size
 CLIP_FRAMES = 3  # first, middle and last of a motion
 
 
@@ -50,11 +52,12 @@ class ImagesConfig:
     """`images:` section. Each step draws one size; the batch holds `patches_per_step` patches of 16x16 whatever the size."""
 
     sizes: tuple[tuple[int, int, float], ...] = (  # width, height, weight
-        (64, 64, 0.40), (128, 128, 0.30), (256, 256, 0.12), (112, 64, 0.04), (64, 112, 0.04), (192, 128, 0.05), (448, 256, 0.05),
+        (64, 64, 0.40), (128, 128, 0.30), (256, 256, 0.12),
+        (112, 64, 0.04), (64, 112, 0.04), (192, 128, 0.05), (448, 256, 0.05),
     )
     patches_per_step: int = 32768
     objects: int = 8  # at most, in a pile
-    shape_pool: int = 16384  # moving shapes are rendered once per size, at most so many (and POOL_PIXELS), then drawn from
+    shape_pool: int = 16384  # moving shapes rendered once per size, at most (see POOL_PIXELS); steps draw from them
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self):
@@ -62,7 +65,8 @@ class ImagesConfig:
             raise ConfigError("sizes", "is empty; must list [width, height, weight]")
         for width, height, weight in self.sizes:
             if width % 16 or height % 16 or min(width, height) < 32 or weight <= 0:
-                raise ConfigError("sizes", f"has [{width}, {height}, {weight}]; sides must be multiples of 16 from 32 on, weights positive")
+                message = f"has [{width}, {height}, {weight}]; sides must be multiples of 16 from 32 on, the weight positive"
+                raise ConfigError("sizes", message)
         for name in ("patches_per_step", "objects", "shape_pool"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
@@ -104,13 +108,14 @@ def _named(facts: moving_shapes.Facts) -> tuple:
 
 
 def moving_shapes_of(
-    seed: int, count: int, width: int, height: int, device: torch.device, tokenize: Callable[[list[str]], Tensor] | None = None
+    seed: int, count: int, width: int, height: int, device: torch.device, tokenize: Tokenize | None = None
 ) -> Shapes:
     """`count` frames: about half from the ends and the middle of clips, a tenth with several objects, the rest stills."""
     size = {"width": width, "height": height}
     clips = moving_shapes.draw(rng.key(seed, "clips"), range(count // (2 * CLIP_FRAMES)), video=True, **size)
     many = moving_shapes.draw(rng.key(seed, "many"), range(count // 10), video=False, variant="many", **size)
-    stills = moving_shapes.draw(rng.key(seed, "stills"), range(count - CLIP_FRAMES * len(clips) - len(many)), video=False, **size)
+    rest = count - CLIP_FRAMES * len(clips) - len(many)
+    stills = moving_shapes.draw(rng.key(seed, "stills"), range(rest), video=False, **size)
     frames = moving_shapes.render(clips, frames=CLIP_FRAMES, device=device, **size).flatten(0, 1)
     pixels = torch.cat([frames, moving_shapes.render(many + stills, device=device, **size)[:, 0]])
     # A frame of a clip shows no motion, so its caption must not name one.
@@ -127,7 +132,7 @@ def moving_shapes_of(
 class PictureSource:
     """Batches by step; `batch(step)` is a function of (config, seed, step) alone."""
 
-    def __init__(self, config: ImagesConfig, seed: int, device: torch.device, tokenize: Callable[[list[str]], Tensor] | None = None):
+    def __init__(self, config: ImagesConfig, seed: int, device: torch.device, tokenize: Tokenize | None = None):
         self.config, self.seed, self.device, self.tokenize = config, seed, device, tokenize
         self._pools: dict[tuple[int, int], Shapes] = {}
 

@@ -17,8 +17,9 @@ from vtp.train.images import Pictures
 from vtp.train.losses import PatchDiscriminator, contrast_loss, discriminator_loss, reconstruction_loss
 from vtp.train.self_supervision import SelfSupervision
 
+
 def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Gaussian noise of `u · std_c` on `latents (b, c, h, w)`, u uniform in [0, amount] per picture, std_c the batch's per channel.
+    """Gaussian noise of `u · std_c` on `latents (b, c, h, w)`: u uniform in [0, amount] per picture, std_c the batch's.
 
     A generator's latents are never exact: a decoder that has seen noise ignores errors of that size, and the encoder learns
     to spread what matters over the channels. The gradient flows through std_c, so that the encoder gains nothing by scale.

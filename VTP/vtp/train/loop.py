@@ -18,7 +18,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
 from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
-from vtp.evaluate import held_out_shapes, reconstruct, shapes_psnr
+from vtp.evaluate import reconstruct, shapes_psnr
 from vtp.models import VTPModel
 from vtp.pixels import STD
 from vtp.tokenizers import ByteTokenizer
@@ -86,7 +86,7 @@ class Trainer:
         return loss.detach()
 
     def prepare(self) -> None:
-        """Render the pools and, on CUDA, compile for every size, so that neither disturbs the measured speed. Changes no state."""
+        """Render the pools and, on CUDA, compile for every size: neither then disturbs the measured speed. Changes no state."""
         for size in [tuple(size[:2]) for size in self.config.images.sizes]:
             batch = self.source.batch(0, size)
             if self.device.type == "cuda":
@@ -115,14 +115,15 @@ class Trainer:
         checkpoint.save(self.folder, checkpoint.Meta(self.step, config, spec, "vtp.train"), files, keep_last=2)
 
     def restore(self) -> None:
-        """Continue from the newest whole checkpoint of the output folder; ValueError when there is none or it is of another run."""
+        """Continue from the newest whole checkpoint of the output folder; ValueError: none there, or one of another run."""
         folder = checkpoint.latest(self.folder)
         if folder is None:
             raise ValueError(f"--resume, but {self.folder}/checkpoints holds no checkpoint; leave the flag out to start")
         meta = checkpoint.Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
         changed = [line for line in differences(meta.config, encode(self.config)) if not line.startswith(FREE_KEYS)]
         if changed:
-            raise ValueError(f"{folder} was written with another config ({'; '.join(changed[:5])}); use the same, or another output_dir")
+            message = f"{folder} was written with another config ({'; '.join(changed[:5])})"
+            raise ValueError(f"{message}; use the same, or another output_dir")
         checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "learner.safetensors"), str(folder))
         for name, tensor in checkpoint.read_tensors(folder / "ema.safetensors").items():
             self.ema.shadow[name].copy_(tensor)
@@ -150,16 +151,20 @@ class Report:
         speed = (trainer.step - self.at_step) / max(now - self.since, 1e-9)
         self.since, self.at_step = now, trainer.step
         if not math.isfinite(values["reconstruction"]):
-            raise RuntimeError(f"training stopped: the loss is {values['reconstruction']} at step {trainer.step}; lower train.lr "
-                               "or raise train.warmup_steps, and continue with --resume from the last checkpoint")
+            raise RuntimeError(
+                f"training stopped: the loss is {values['reconstruction']} at step {trainer.step}; start again with a "
+                "lower train.lr or a longer train.warmup_steps"
+            )
         squared = values.pop("squared_error") * (sum(STD) / 3) ** 2
         values["train_psnr"] = -10 * math.log10(max(squared, 1e-10))
         left = (trainer.planned - trainer.step) / max(speed, 1e-9)
         memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
-        record = {"step": trainer.step, "lr": trainer.learning_rate(), "steps_per_second": round(speed, 3), "memory_gib": round(memory, 2)}
-        self.write(record | {name: round(value, 5) for name, value in values.items()})
+        record = {"step": trainer.step, "steps_per_second": speed, "memory_gib": memory, "lr": trainer.learning_rate()}
+        record |= values
+        self.write({name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in record.items()})
         words = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped")
-        print(f"step {trainer.step}/{trainer.planned}  {words}  {speed:.2f} steps/s  {memory:.1f} GiB  {left / 60:.1f} min left", flush=True)
+        rest = f"{speed:.2f} steps/s  {memory:.1f} GiB  {left / 60:.1f} min left"
+        print(f"step {trainer.step}/{trainer.planned}  {words}  {rest}", flush=True)
 
     def evaluate(self, count: int) -> None:
         started, trainer = time.perf_counter(), self.trainer
@@ -198,8 +203,8 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
         torch._dynamo.config.suppress_errors = True  # without a working compiler the blocks run as they are
         trainer.learner.compile()
     trainer.prepare()
-    print(f"{sum(p.numel() for p in trainer.learner.model.parameters()):,} parameters on {device}, ready after "
-          f"{time.perf_counter() - started:.0f} s; step {trainer.step} of {trainer.planned}", flush=True)
+    size, seconds = sum(p.numel() for p in trainer.learner.model.parameters()), time.perf_counter() - started
+    print(f"{size:,} parameters on {device}, ready after {seconds:.0f} s; step {trainer.step} of {trainer.planned}", flush=True)
     report, settings, calibration = Report(trainer), config.train, None
     while trainer.step < trainer.planned:
         scalars = trainer.advance()
@@ -214,8 +219,8 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
     report.evaluate(min(256, settings.evaluation_samples))
     minutes = (time.perf_counter() - started) / 60
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    folder = trainer.folder / "export"
-    export(trainer.averaged_model(), trainer.source, config, folder, {"steps": trainer.step, "minutes": round(minutes, 1), "device": place})
+    folder, run = trainer.folder / "export", {"steps": trainer.step, "minutes": round(minutes, 1), "device": place}
+    export(trainer.averaged_model(), trainer.source, config, folder, run)
     print(f"exported to {folder} after {minutes:.1f} min", flush=True)
     return folder
 
@@ -233,5 +238,6 @@ def _calibrate(trainer: Trainer, started: float, first: float | None) -> float |
     left = trainer.config.train.max_minutes * 60 - (now - started) - EXPORT_SECONDS
     affordable = trainer.step + max(1, int(left / seconds * 0.97))
     trainer.planned = min(trainer.planned, affordable)
-    print(f"{seconds * 1000:.1f} ms a step: {trainer.planned} steps fit into {trainer.config.train.max_minutes} minutes", flush=True)
+    limit = trainer.config.train.max_minutes
+    print(f"{seconds * 1000:.1f} ms a step: {trainer.planned} steps fit into {limit} minutes", flush=True)
     return None

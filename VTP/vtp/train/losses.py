@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -31,12 +30,14 @@ class ReconstructionConfig:
     def __post_init__(self):
         _weights_are_valid(self, "l1", "l2", "gradient")
         if self.weight <= 0 or self.l1 + self.l2 + self.gradient <= 0:
-            raise ConfigError("weight", f"is {self.weight}; a tokenizer cannot be trained without reconstruction: must be positive")
+            raise ConfigError("weight", f"is {self.weight}; it and the sum of l1, l2 and gradient must be positive")
         if not 1 <= self.levels <= 5:
             raise ConfigError("levels", f"is {self.levels}, must be 1 to 5")
 
 
-def reconstruction_loss(predicted: Tensor, target: Tensor, l1: float, l2: float, gradient: float, levels: int) -> tuple[Tensor, Tensor]:
+def reconstruction_loss(
+    predicted: Tensor, target: Tensor, l1: float, l2: float, gradient: float, levels: int
+) -> tuple[Tensor, Tensor]:
     """`(loss, squared error per picture (B,))` of float32 `(B, 3, H, W)`.
 
     L1 is robust, L2 is PSNR itself and punishes the few wrong pixels of an edge, and the structural term compares horizontal
@@ -90,7 +91,7 @@ class AdversarialConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """`(B, 3, H, W)` normalised pixels to a field of scores, each seeing 22 pixels; spectrally normalised (Miyato et al. 2018)."""
+    """`(B, 3, H, W)` normalised pixels to a field of scores, each of 22 pixels a side; spectral norm (Miyato et al. 2018)."""
 
     def __init__(self, width: int = 64):
         super().__init__()

@@ -41,12 +41,12 @@ class SelfSupervisionConfig:
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
             raise ConfigError("mask_ratio", f"is {list(self.mask_ratio)}, must be [low, high] between 0 and 1")
         if self.prototypes < 2 or self.local_crops < 0 or not 0 < self.crop_scale <= 1:
-            raise ConfigError("prototypes", f"is {self.prototypes} (at least 2), local_crops {self.local_crops} (at least 0), "
-                              f"crop_scale {self.crop_scale} (0 to 1)")
+            crops = f"local_crops {self.local_crops} (0 or more), crop_scale {self.crop_scale} (above 0, at most 1)"
+            raise ConfigError("prototypes", f"is {self.prototypes} (must be 2 or more), {crops}")
 
 
 def random_crops(images: Tensor, draws: Draws, purpose: str, low: float, high: float, size: tuple[int, int]) -> Tensor:
-    """Crops `(B, 3, *size)` whose sides are `low … high` of the picture's, half of them mirrored, with other contrast and tint."""
+    """Crops `(B, 3, *size)`, sides `low … high` of the picture's, half of them mirrored, with other contrast and tint."""
     side = low + (high - low) * draws.uniform(f"{purpose}/side", 1)
     centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
     mirror = torch.where(draws.uniform(f"{purpose}/mirror", 1) < 0.5, -1.0, 1.0)
@@ -87,7 +87,8 @@ class SelfSupervision(nn.Module):
     def loss(self, trunk: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """`(class-token term, masked-patch term)` for normalised `images (B, 3, H, W)`."""
         config, (height, width) = self.config, images.shape[-2:]
-        views = torch.cat([random_crops(images, draws, f"global{i}", config.crop_scale, 1.0, (height, width)) for i in range(2)])
+        pair = [random_crops(images, draws, f"global{i}", config.crop_scale, 1.0, (height, width)) for i in range(2)]
+        views = torch.cat(pair)
         masks = self._masks(draws, height * width // trunk.patch_size**2)
         flat = masks.flatten().nonzero()[:, 0]
         with torch.no_grad():

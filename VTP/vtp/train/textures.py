@@ -1,6 +1,6 @@
 """Synthetic pictures made on the device: gradients, noise, patterns and piles of flat objects.
 
-Every function takes keyed draws for N pictures and gives `(N, 3, H, W)` in [0, 1]; N = 0 is allowed. Axes: n picture, h row, w column.
+Every function takes keyed draws for N pictures (0 too) and gives `(N, 3, H, W)` in [0, 1]. Axes: n picture, h row, w column.
 """
 
 from __future__ import annotations

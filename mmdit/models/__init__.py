@@ -1,0 +1,18 @@
+"""Models: networks from tensors to tensors. To add one: a file with its config and class, a name in the union, a case below."""
+
+from __future__ import annotations
+
+from mmdit.models.routing import TreadConfig, draw_keep
+from mmdit.models.video_mmdit import VideoMMDiT, VideoMMDiTConfig
+
+ModelConfig = VideoMMDiTConfig
+
+__all__ = ["ModelConfig", "TreadConfig", "VideoMMDiT", "VideoMMDiTConfig", "build_model", "draw_keep"]
+
+
+def build_model(config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None) -> VideoMMDiT:
+    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator."""
+    match config:
+        case VideoMMDiTConfig():
+            return VideoMMDiT(config, latent_channels, text_dim, tread)
+    raise AssertionError(f"no model for {type(config).__name__}")

@@ -1,0 +1,199 @@
+"""The factorized Video MMDiT: window attention in space, attention in time, attention to text and an MLP, each modulated.
+
+Axes: b sample · f frame · r row · c column · n window · k place in the window · d width · t text token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextTokens
+from mmdit.models.routing import TreadConfig, draw_keep, route
+from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
+from mmdit.nn.conditioning import PooledText, TextContext, TimeEmbedding
+from mmdit.nn.feedforward import GELU, SwiGLU
+from mmdit.nn.norm import Modulation, add_gated, modulated_norm, upcast, working_dtype
+from mmdit.nn.position import FourierPosition, Rotary, temporal_rotary
+from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
+SUBLAYERS = 4
+
+
+@dataclass(frozen=True)
+class VideoMMDiTConfig:
+    """The section `model:`. `size` stands for `dim`, `depth` and `num_heads`; without it each may be given (else as S)."""
+
+    type: Literal["video_mmdit"] = "video_mmdit"
+    size: Literal["S", "B", "L", "XL"] | None = None
+    dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    window_size: int = 8  # the largest window, in latent cells; see WindowGrid.fit
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = True
+    temporal_position: bool = True  # False: frames are a set; the control that cannot tell left from right motion
+    pooled_text: bool = True  # the caption's mean also enters the modulation
+    residual: Literal["float32", "autocast"] = "float32"  # the stream between blocks; autocast's type is half the traffic
+    checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more time
+
+    def __post_init__(self):
+        for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):
+            value = getattr(self, name)
+            if self.size is not None and value not in (None, standard):
+                message = f"is {value}, but size {self.size} means {standard}; leave out {name} or write size: null"
+                raise ConfigError(name, message)
+            object.__setattr__(self, name, standard if value is None else value)
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {value}; must be at least 1")
+        if self.dim % self.num_heads or self.head_dim % 4:
+            message = f"is {self.num_heads}, but dim {self.dim} must split into heads of a width divisible by 4"
+            raise ConfigError("num_heads", f"{message}; change one of the two")
+        if self.window_size < 1:
+            raise ConfigError("window_size", f"is {self.window_size}; must be at least 1")
+        if not self.mlp_ratio > 0:
+            raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("dropout", f"is {self.dropout}; must be from 0 to below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+class Block(nn.Module):
+    """Space, time, text, MLP, each behind AdaLN-Zero (Peebles & Xie 2023): with closed gates the block is the identity.
+    The modulation is the model's shared one plus this block's table (as in PixArt-α, Chen et al. 2023, section 2.3)."""
+
+    def __init__(self, config: VideoMMDiTConfig):
+        super().__init__()
+        attention = (config.dim, config.num_heads, config.qk_norm, config.dropout)
+        self.spatial = SpatialAttention(*attention)
+        self.temporal = TemporalAttention(*attention)
+        self.cross = CrossAttention(*attention)
+        self.mlp = {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config.dim, config.mlp_ratio, config.dropout)
+        self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, valid: Tensor, places: Places, time: Rotary | None):
+        """`x (b, f, n, k, d)`, `modulation (b, 12, d)`, `text (b, t, d)`, `valid (b, t)` → like `x`."""
+        parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
+        space, motion, caption, mlp = (Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3))
+        x = add_gated(x, self.spatial(modulated_norm(x, space.shift, space.scale), places), space.gate)
+        if x.shape[1] > 1:
+            x = add_gated(x, self.temporal(modulated_norm(x, motion.shift, motion.scale), time), motion.gate)
+        else:  # a single frame has no past; its gradient there is zero rather than missing, which DDP would wait for
+            x = x + sum(weight.flatten()[:0].sum() for weight in self.temporal.parameters()).to(x.dtype)
+        x = add_gated(x, self.cross(modulated_norm(x, caption.shift, caption.scale), text, valid), caption.gate)
+        return add_gated(x, self.mlp(modulated_norm(x, mlp.shift, mlp.scale)), mlp.gate)
+
+
+class VideoMMDiT(nn.Module):
+    """`model(x, t, text) → like x`; images are clips of one frame. The initial output is exactly zero, and a model trained
+    on single frames only gives the same output for each frame of a clip: its temporal gates are still exactly zero."""
+
+    def __init__(self, config: VideoMMDiTConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None):
+        super().__init__()
+        self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
+        self.tread = tread if tread is not None and tread.enabled else None
+        self.span = self.tread.span(config.depth) if self.tread else None
+        dim = config.dim
+        self.input = nn.Linear(latent_channels, dim)
+        self.position = FourierPosition(dim)
+        self.time = TimeEmbedding(dim)
+        self.text = TextContext(text_dim, dim)
+        self.pooled = PooledText(dim) if config.pooled_text else None
+        self.modulation = nn.Linear(dim, 3 * SUBLAYERS * dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, latent_channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so gates too) and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            if isinstance(module, (TextContext, PooledText)):
+                nn.init.normal_(module.null, std=0.02)
+        for module in (self.modulation, self.final_modulation, self.output):
+            nn.init.zeros_(module.weight)
+
+    def undecayed(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone: they are offsets and norms, not maps."""
+        return {name for name, weight in self.named_parameters() if weight.ndim < 2 or name.endswith(".table")}
+
+    def windows(self, rows: int, columns: int) -> WindowGrid:
+        return WindowGrid.fit(rows, columns, self.config.window_size)
+
+    def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
+        """The kept places of a training step on this grid, for `forward`; None where nothing is routed (TREAD off, or eval)."""
+        if self.tread is None or not self.training:
+            return None
+        grid = self.windows(rows, columns)
+        return draw_keep(self.tread, (grid.height, grid.width), seed, step)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: Tensor | None = None) -> Tensor:
+        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions → the prediction, shaped like `x`. `keep`: from
+        `draw_keep`. ValueError if shapes do not belong together."""
+        self._check(x, t, text)
+        grid = self.windows(*x.shape[2:4])
+        exact = torch.promote_types(self.input.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
+            time = self.time(t)
+            where = self.position(coordinates(grid, x.device, exact))
+        tokens, valid = self.text(text)
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0
+            condition = nn.functional.silu(time + pooled)
+            modulation = rearrange(upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS)
+            shift, scale = rearrange(upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2)
+        h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
+        h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
+        h = self._run_blocks(h, grid, exact, keep, modulation, tokens, valid)
+        return grid.merge(self.output(modulated_norm(h, shift, scale))).to(x.dtype)
+
+    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, *condition: Tensor) -> Tensor:
+        table = (self.config.head_dim, x.device, exact)
+        layouts = [place_tables(grid, shifted, *table) for shifted in (False, True)]
+        time = temporal_rotary(x.shape[1], *table) if self.config.temporal_position else None
+
+        def run(x: Tensor, first: int, end: int, layouts: list[Places]) -> Tensor:
+            for index in range(first, end):
+                arguments = (x, *condition, layouts[index % 2], time)
+                if self.config.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(self.blocks[index], *arguments, use_reentrant=False)
+                else:
+                    x = self.blocks[index](*arguments)
+            return x
+
+        if keep is None:
+            return run(x, 0, len(self.blocks), layouts)
+        if self.tread is None:
+            raise ValueError("keep is given, but the model was built without routing; set tread.enabled: true")
+        first, end = self.span
+        keep = keep.to(x.device)
+        kept = [layout.keep(keep) for layout in layouts]
+        x = run(x, 0, first, layouts)
+        x = route(x, keep, lambda inner: run(inner, first, end, kept), self.tread.rescale)
+        return run(x, end, len(self.blocks), layouts)
+
+    def _check(self, x: Tensor, t: Tensor, text: TextTokens) -> None:
+        if x.ndim != 5 or x.shape[-1] != self.latent_channels:
+            raise ValueError(f"latents are {tuple(x.shape)}, must be (batch, frames, rows, columns, {self.latent_channels}); "
+                             "the model belongs to another tokenizer, or an axis is missing")
+        if text.embeddings.shape[-1] != self.text_dim:
+            raise ValueError(f"text tokens are {text.embeddings.shape[-1]} wide, the model was made for {self.text_dim}; "
+                             "use the text encoder it was trained with")
+        if not len(x) == len(t) == len(text):
+            raise ValueError(f"{len(x)} latents, {len(t)} times and {len(text)} captions; each sample needs one of each")

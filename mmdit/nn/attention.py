@@ -1,0 +1,101 @@
+"""Attention in space, in time and to text; the only call to a fused attention kernel.
+
+Axes: b sample · f frame · n window · k place in the window · t text token · h head · d width of a head.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdit.nn.norm import RMSNorm
+from mmdit.nn.position import Rotary, rotate
+from mmdit.nn.window import Places, shift_windows
+
+GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Softmax attention. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`, `valid` bool broadcastable to `(b, h, l, m)`, True = attend
+    (every query needs one valid key); returns `(b, h, l, d)`."""
+    for axis in (0, 1):
+        if q.shape[axis] > GRID_LIMIT:
+            shared = valid is None or valid.shape[axis] == 1
+            masks = repeat(valid) if shared else valid.split(GRID_LIMIT, axis)
+            parts = zip(*(z.split(GRID_LIMIT, axis) for z in (q, k, v)), masks, strict=False)
+            return torch.cat([attend(*part) for part in parts], axis)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
+
+
+class Attention(nn.Module):
+    """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and keys per head (Dehghani et al.
+    2023), dropout on what is added to the stream."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def heads(self, queries: Tensor, keys: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `(…, h, d)`; norms and rotation in at least float32, then the values' type."""
+        q, k, v = self.q(queries), self.k(keys), self.v(keys)
+        q, k, v = (rearrange(z, "... (h d) -> ... h d", h=self.num_heads) for z in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.dropout(self.proj(x))
+
+
+class SpatialAttention(Attention):
+    """Within the windows of each frame (Swin, Liu et al. 2021, without wrap-round and without attention to padding)."""
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """`x (b, f, n, k, h·d)` → the same shape."""
+        b, f, n = x.shape[:3]
+        x = shift_windows(x, places)
+        parts = self.heads(x, x, places.rotary)
+        if places.same is None:
+            q, k, v = (rearrange(z, "b f n k h d -> (b f n) h k d") for z in parts)
+            x = rearrange(attend(q, k, v), "(b f n) h k d -> b f n k (h d)", b=b, f=f)
+        else:  # windows first, so that one mask per window serves every sample, frame and head
+            q, k, v = (rearrange(z, "b f n k h d -> n (b f h) k d") for z in parts)
+            x = attend(q, k, v, places.same[:, None])
+            x = rearrange(x, "n (b f h) k d -> b f n k (h d)", b=b, f=f)
+        return shift_windows(self.output(x), places, back=True)
+
+
+class TemporalAttention(Attention):
+    """Along time at each place, every frame to every frame."""
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """`x (b, f, n, k, h·d)` → the same shape. Without `rotary` the frames are a set."""
+        n, k = x.shape[2:4]
+        # Places as further heads: the layout of the tokens is read as it is, without a copy.
+        parts = (rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, rotary))
+        return self.output(rearrange(attend(*parts), "b (n k h) f d -> b f n k (h d)", n=n, k=k))
+
+
+class CrossAttention(Attention):
+    """To the text tokens of the sample."""
+
+    def forward(self, x: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)`, `valid (b, t)` bool with a valid token in every row → like `x`."""
+        f, n, k = x.shape[1:4]
+        queries, keys, values = self.heads(x, text)
+        queries = rearrange(queries, "b f n k h d -> b h (f n k) d")
+        keys, values = (rearrange(z, "b t h d -> b h t d") for z in (keys, values))
+        x = attend(queries, keys, values, valid[:, None, None])
+        return self.output(rearrange(x, "b h (f n k) d -> b f n k (h d)", f=f, n=n, k=k))

@@ -1,0 +1,65 @@
+"""What a network is told besides its input: the time and the text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.interfaces import TextTokens
+from mmdit.nn.norm import RMSNorm, upcast
+
+
+def perceptron(width: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class TimeEmbedding(nn.Module):
+    """`t (b,)` on a scale of about 1000 → `(b, dim)`: sinusoids (Vaswani et al. 2017), then a small network."""
+
+    frequencies = 128
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = perceptron(2 * self.frequencies, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        ladder = torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
+        angles = upcast(t)[:, None] * torch.exp(-math.log(10_000) * ladder)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class TextContext(nn.Module):
+    """Captions as attention context: a learned null token, always valid, and then the caption's tokens. A dropped caption
+    attends to the null token alone."""
+
+    def __init__(self, text_dim: int, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(text_dim)
+        self.embed = nn.Linear(text_dim, dim)
+        self.null = nn.Parameter(torch.empty(dim))
+
+    def forward(self, text: TextTokens) -> tuple[Tensor, Tensor]:
+        """Tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings hold, even NaN, has no effect."""
+        embeddings = torch.where(text.valid[..., None], text.embeddings, torch.zeros_like(text.embeddings))
+        tokens = self.embed(self.norm(embeddings).to(self.embed.weight.dtype))
+        null = self.null.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return torch.cat([null, tokens], dim=1), F.pad(text.valid, (1, 0), value=True)
+
+
+class PooledText(nn.Module):
+    """The caption as one vector: the mean of its valid tokens through a small network, or a learned null without any."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = perceptron(dim, dim)
+        self.null = nn.Parameter(torch.empty(dim))
+
+    def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """`tokens (b, t, dim)`, `valid (b, t)` → `(b, dim)`."""
+        count = valid.sum(dim=1, keepdim=True)
+        total = upcast(tokens * valid[..., None]).sum(dim=1)
+        pooled = self.mlp((total / count.clamp(min=1)).to(self.null.dtype))
+        return torch.where(count > 0, pooled, self.null)

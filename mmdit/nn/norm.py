@@ -1,0 +1,61 @@
+"""Normalisation with statistics in at least float32, and adaptive modulation.
+
+Axes: b sample · f frame · n window · k place in the window · d width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-6
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What the next matrix product computes in: autocast's type when it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Root mean square norm over the last axis (Zhang & Sennrich 2019), at least float32."""
+    x = upcast(x)
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), EPSILON)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned weight `(width,)`; shapes stay."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
+class Modulation(NamedTuple):
+    """Of one sublayer, each broadcastable to `(b, f, n, k, d)`."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) · + shift`, cast once to what
+    the linears after it compute in (autocast would cast for each of q, k and v)."""
+    return (rms_norm(x) * (1 + scale) + shift).to(working_dtype(x))
+
+
+def add_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
+    """`x + gate · change` in the type of the residual stream `x`."""
+    return x + (gate * change).to(x.dtype)

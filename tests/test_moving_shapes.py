@@ -271,6 +271,10 @@ def test_what_is_no_object_is_wrong():
         for variant in ("one", "many"):
             assert prompt_accuracy(pixels, facts, variant) == 0
     assert score(oracle(empty), facts)["background"].all()
+    frame = empty.clone()  # none of the shapes
+    frame[..., 20:44, 20:44] = 1 - ground
+    frame[..., 22:42, 22:42] = ground
+    assert (oracle(frame).shape == -1).all() and not score(oracle(frame), facts)["shape"].any()
     bar = empty.clone()
     bar[..., 30:34, 4:60] = 1 - ground
     assert not score(oracle(bar), facts)["size"][[o.objects[0].size == "small" for o in facts]].any()

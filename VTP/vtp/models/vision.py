@@ -71,7 +71,7 @@ class DinoVisionTransformer(nn.Module):
 
         masks: (b, n) bool, True = patch replaced by `mask_token` after patch embedding (iBOT). drop_ratio: stochastic depth.
         use_bottleneck: pass the normed tokens of the dict through the bottleneck. Dict: x_norm_clstoken (b, ·),
-        x_norm_patchtokens (b, n, ·), x_storage_tokens (b, 0, ·), x_prenorm (b, 1 + n, D), masks.
+        x_norm_patchtokens (b, n, ·), x_storage_tokens (b, 0, D), x_prenorm (b, 1 + n, D), masks.
         """
         x, table, _ = self._tokens(image, masks)
         for block in self.blocks:
@@ -82,7 +82,7 @@ class DinoVisionTransformer(nn.Module):
         normed = self.bottleneck(normed) if use_bottleneck else normed
         return {
             "x_norm_clstoken": normed[:, 0],
-            "x_storage_tokens": normed[:, 1:1],
+            "x_storage_tokens": x[:, 1:1],
             "x_norm_patchtokens": normed[:, 1:],
             "x_prenorm": x,
             "masks": masks,

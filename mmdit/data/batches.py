@@ -1,0 +1,261 @@
+"""Which items a step sees, and their latents. The plan is a pure function of (seed, step): resume needs no state, every rank
+knows every step, and the number of ranks changes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmdit.data.buckets import VideoConfig
+from mmdit.data.cache import LatentCache
+from mmdit.interfaces import Batch
+from mmdit.rng import Draws, key
+
+Grid = tuple[int, int]  # latent (rows, columns)
+MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """YAML section `data:`. `in_memory`: hold the whole cache in memory; auto: if it takes at most a quarter of it."""
+
+    in_memory: Literal["auto", True, False] = "auto"
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One step's global batch: `items (B,)` numbers in the cache, `frames (B, F)` frame numbers within each."""
+
+    grid: Grid
+    items: Tensor
+    frames: Tensor
+
+
+def permutation(count: int, seed: int, *purpose: object) -> Tensor:
+    """A keyed order of `count` things, the same on every platform and version."""
+    return torch.argsort(Draws.of(key(seed, *purpose), 0, count).bits("order"), stable=True)
+
+
+class _Stream:
+    """An endless sequence of batches over groups of equal grid. An epoch holds every item at least once: each group is permuted
+    and cut into batches, the last one filled from further passes over the same group; the batches of all groups are mixed."""
+
+    def __init__(self, groups: dict[Grid, Tensor], size: int, seed: int, purpose: str):
+        self.groups, self.size, self.seed, self.purpose = groups, size, seed, purpose
+        self.counts = {grid: math.ceil(len(members) / size) for grid, members in groups.items()}
+        self.length = sum(self.counts.values())
+        self._open = lru_cache(maxsize=2)(self._epoch)  # two, for threads on both sides of an epoch's end
+
+    def _epoch(self, epoch: int) -> tuple[list[Grid], Tensor]:
+        tables, grids = [], []
+        for grid, members in self.groups.items():
+            wanted = self.counts[grid] * self.size
+            passes = math.ceil(wanted / len(members))
+            keys = [(self.purpose, epoch, grid, number) for number in range(passes)]
+            order = torch.cat([members[permutation(len(members), self.seed, *purpose)] for purpose in keys])
+            tables.append(order[:wanted].view(-1, self.size))
+            grids += [grid] * self.counts[grid]
+        mixed = permutation(self.length, self.seed, self.purpose, epoch)
+        return [grids[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
+
+    def batch(self, position: int) -> tuple[Grid, Tensor]:
+        epoch, within = divmod(position, self.length)
+        grids, table = self._open(epoch)
+        return grids[within], table[within]
+
+
+class BatchPlan:
+    """Every step's global batch. `report()` says what is used, repeated and left out; ValueError if nothing is left.
+
+    A clip must have `1 + (num_frames - 1) * frame_stride` frames, else it is left out (its single frames still serve the steps
+    that `image_fraction` gives to images). Those steps are spread evenly: step s is one if floor(s·f + phase(seed)) grows.
+    """
+
+    def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int):
+        if global_batch < 1:
+            raise ValueError(f"the global batch is {global_batch}; must be at least 1")
+        self.video, self.global_batch, self.seed = video, global_batch, seed
+        self._counts, grids = cache.shapes[:, 0], cache.shapes[:, 1:3]
+        long_enough = self._counts >= video.span
+        self.excluded = torch.nonzero(~long_enough).flatten()
+        self._excluded_names = [(cache.ids[i], int(self._counts[i])) for i in self.excluded[:5].tolist()]
+        if video.image_fraction < 1 and not long_enough.any():
+            raise ValueError(f"no item of the cache {cache.folder} is long enough.\n{self._explain_excluded()}")
+
+        def stream(name: str, members: Tensor) -> _Stream:
+            return _Stream(_by_grid(grids, members), global_batch, seed, name)
+
+        self.clips = stream("clips", torch.nonzero(long_enough).flatten()) if video.image_fraction < 1 else None
+        self.images = stream("images", torch.arange(len(grids))) if video.image_fraction else None
+        self._phase = (key(seed, "image_step") >> 40 & 0xFFFFFF) * 2.0**-24
+
+    def _images_before(self, step: int) -> int:
+        return math.floor(step * self.video.image_fraction + self._phase)
+
+    def is_image_step(self, step: int) -> bool:
+        return self._images_before(step + 1) > self._images_before(step)
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The global batch of `step` (from 0)."""
+        before = self._images_before(step)
+        if self.is_image_step(step):
+            (grid, items), span, stride = self.images.batch(before), 1, 1
+        else:
+            (grid, items), span, stride = self.clips.batch(step - before), self.video.span, self.video.frame_stride
+        room = self._counts[items] - span + 1
+        start = (Draws.of(self.seed, step, len(items)).uniform("frame_start").double() * room).long()
+        return PlannedBatch(grid, items, start[:, None] + torch.arange(0, span, stride))
+
+    # what a person should know before training
+    def _explain_excluded(self) -> str:
+        counts = self._counts[self.excluded]
+        shortest, longest = int(counts.min()), int(counts.max())
+        video = self.video
+
+        def setting(frames: int) -> str:
+            stride = (frames - 1) // (video.num_frames - 1)
+            if stride >= 1:
+                return f"video.frame_stride: {stride}"
+            return f"video.num_frames: {1 + (frames - 1) // video.frame_stride}"
+
+        names = ", ".join(f"{id} ({frames})" for id, frames in self._excluded_names)
+        return (f"left out {len(counts)} items of {shortest} to {longest} frames, for example {names}: num_frames "
+                f"{video.num_frames} with frame_stride {video.frame_stride} needs {video.span} "
+                f"(1 + {video.num_frames - 1}·{video.frame_stride}).\n"
+                f"{setting(shortest)} would keep all of them, {setting(longest)} the longest.")  # fmt: skip
+
+    def table(self) -> list[dict]:
+        """Per kind of step and grid: items, batches in an epoch, and how many places are filled by repetition."""
+        return [
+            {"steps": name, "grid": list(grid), "items": len(members), "batches": stream.counts[grid],
+             "repeats": stream.counts[grid] * stream.size - len(members)}
+            for name, stream in (("clips", self.clips), ("images", self.images)) if stream
+            for grid, members in stream.groups.items()
+        ]  # fmt: skip
+
+    def report(self) -> str:
+        lines = [f"  {row['steps']} {row['grid'][1]}x{row['grid'][0]} cells: {row['items']} items, {row['batches']} batches of "
+                 f"{self.global_batch} an epoch, {row['repeats']} places filled by repetition" for row in self.table()]
+        return "\n".join(lines + ([self._explain_excluded()] if len(self.excluded) else []))
+
+
+def _by_grid(grids: Tensor, items: Tensor) -> dict[Grid, Tensor]:
+    unique, inverse = torch.unique(grids[items], dim=0, return_inverse=True)
+    return {tuple(grid): items[inverse == number] for number, grid in enumerate(unique.tolist())}
+
+
+def memory_bytes() -> int:
+    """Of the machine, or of the container if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(total, int(text)) if text.isdecimal() else total
+
+
+class _Memory:
+    """All latents, one tensor a grid, so that a batch is one gather."""
+
+    def __init__(self, cache: LatentCache, num_workers: int, progress: bool):
+        self.frames: dict[Grid, Tensor] = {}
+        self.first = torch.zeros(len(cache), dtype=torch.int64)  # place of an item's frame 0 in its grid's tensor
+        for grid, items in _by_grid(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
+            counts = cache.shapes[items, 0]
+            self.first[items] = counts.cumsum(0) - counts
+            self.frames[grid] = torch.empty(int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16)
+
+        def fill(begin: int) -> int:
+            end = min(begin + 64, len(cache))
+            for item, first in zip(range(begin, end), self.first[begin:end].tolist(), strict=True):
+                latents = cache.load(item)
+                self.frames[tuple(latents.shape[1:3])][first : first + len(latents)] = latents
+            return end - begin
+
+        shown = progress and len(cache) >= 5000
+        with (
+            ThreadPoolExecutor(max(1, num_workers)) as pool,
+            tqdm(total=len(cache), desc="loading latents", unit="item", disable=not shown) as bar,
+        ):
+            for count in pool.map(fill, range(0, len(cache), 64)):
+                bar.update(count)
+
+    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
+        rows = self.first[items][:, None] + frames
+        return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
+
+
+class _Disk:
+    """Latents read when they are needed, of each clip only the part from its first to its last frame."""
+
+    def __init__(self, cache: LatentCache):
+        self.cache = cache
+
+    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
+        bounds = zip(items.tolist(), frames[:, 0].tolist(), frames[:, -1].tolist(), frames, strict=True)
+        return torch.stack([self.cache.load(item, first, last + 1)[chosen - first] for item, first, last, chosen in bounds])
+
+
+class LatentBatches:
+    """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are exactly the plan's global batch.
+
+    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` prefetches in threads. ValueError if the plan's global
+    batch cannot be split evenly.
+    """
+
+    def __init__(self, cache: LatentCache, plan: BatchPlan, *, rank: int = 0, world: int = 1, accum: int = 1,
+                 in_memory: Literal["auto", True, False] = "auto", num_workers: int = 4):  # fmt: skip
+        if plan.global_batch % (world * accum):
+            raise ValueError(f"the global batch of {plan.global_batch} cannot be split over {world} processes and {accum} "
+                             f"accumulation steps; make it a multiple of {world * accum}")
+        self.cache, self.plan, self.rank, self.world, self.accum = cache, plan, rank, world, accum
+        self.num_workers, self.in_memory = num_workers, in_memory
+        if in_memory == "auto":
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
+            self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
+        self._store = _Memory(cache, num_workers, rank == 0) if self.in_memory else _Disk(cache)
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of `step`. `Batch.indices` are positions in the global batch."""
+        planned = self.plan.batch(step)
+        mine = torch.arange(self.rank, self.plan.global_batch, self.world)
+        return [self._micro(planned, indices) for indices in mine.chunk(self.accum)]
+
+    def _micro(self, planned: PlannedBatch, indices: Tensor) -> Batch:
+        items, cache = planned.items[indices], self.cache
+        numbers = items.tolist()
+        return Batch(
+            latents=self._store.gather(planned.grid, items, planned.frames[indices]),
+            captions=[cache.captions[i] for i in numbers],
+            ids=[cache.ids[i] for i in numbers],
+            indices=indices,
+            facts=[cache.facts[i] for i in numbers],
+        )
+
+    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
+        """Steps in order, endless without `stop_step`. Prefetches one step from memory, `num_workers` steps from disk."""
+        ahead = min(self.num_workers, 1) if self.in_memory else self.num_workers
+        steps = iter(range(start_step, stop_step if stop_step is not None else 1 << 62))
+        if not ahead:
+            yield from map(self.step, steps)
+            return
+        with ThreadPoolExecutor(ahead, "batches") as pool:
+            waiting = deque(pool.submit(self.step, step) for step in islice(steps, ahead + 1))
+            try:
+                while waiting:
+                    ready = waiting.popleft().result()
+                    waiting.extend(pool.submit(self.step, step) for step in islice(steps, 1))
+                    yield ready
+            finally:
+                for future in waiting:
+                    future.cancel()

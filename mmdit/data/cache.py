@@ -1,0 +1,318 @@
+"""The latent cache: one `.pt` per item, a manifest that says what made them, and an index so that opening reads no item.
+
+    <folder>/manifest.json             tokenizer (fingerprint, latent spec), sizes, crop
+    <folder>/<id>.pt                   {"latents": float16 (F, H, W, C) raw, "caption": str, "facts"?: dict, "source"?: dict}
+    <folder>/<width>x<height>/<id>.pt  the same when bucketing is on
+    <folder>/index.jsonl               a line per item; more `index-<rank>.jsonl` where several processes wrote
+
+The `.pt` files are the truth and load with `torch.load(weights_only=True)`; the index is a summary that is rebuilt from them
+where it is missing, torn or contradicts itself. Every file is written aside and renamed, so a kill leaves whole items only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmdit.data.manifest import CacheManifest, write_aside
+from mmdit.data.records import check_id
+
+THREADS = 4  # that write files; making a file waits more than it computes
+_SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
+
+
+# ── items ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def to_half(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """float16 on the CPU, and which items `(B,)` are finite in it (NaN and float16 overflow are not)."""
+    half = latents.detach().to(torch.float16)
+    return half.cpu(), half.isfinite().flatten(1).all(1).cpu()
+
+
+def _entry(id: str, file: str, item: dict, raw: bytes) -> dict:
+    """The index line. `offset` and `crc` locate and check the numbers inside the file: batches are read without unpickling."""
+    latents = item["latents"].contiguous()
+    numbers = memoryview(latents.numpy()).cast("B")
+    rest = {name: item[name] for name in ("facts", "source") if item.get(name)}
+    return {"id": id, "file": file, "shape": list(latents.shape), "caption": item["caption"], **rest,
+            "bytes": len(raw), "offset": raw.find(numbers), "crc": zlib.crc32(numbers)}  # fmt: skip
+
+
+def load_item(path: str | Path, channels: int | None = None) -> dict:
+    """One cache file, checked. ValueError names a damaged or foreign file."""
+    try:
+        item = torch.load(path, weights_only=True, map_location="cpu")
+        latents, caption = item["latents"], item["caption"]
+        width = latents.shape[-1] if latents.ndim else 0
+        problem = (
+            f"its latents have shape {tuple(latents.shape)}, not (frames, rows, columns, channels)" if latents.ndim != 4
+            else "it has no frame" if not len(latents)
+            else f"its latents are {latents.dtype}, not float16" if latents.dtype != torch.float16
+            else f"its latents have {width} channels, the manifest says {channels}" if channels not in (None, width)
+            else "its caption is not text" if not isinstance(caption, str)
+            else ""
+        )  # fmt: skip
+    except FileNotFoundError:
+        problem = "it is missing"
+    except Exception as error:  # a damaged zip raises almost anything
+        problem = f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    if problem:
+        raise ValueError(f"cache file {path} is damaged: {problem}; delete it and run the caching command again")
+    return item
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """id → file relative to `folder`, from names alone. ValueError for an id in two sizes."""
+    found: dict[str, str] = {}
+    with os.scandir(folder) as top:
+        sizes = sorted(entry.name for entry in top if _SIZE_FOLDER.fullmatch(entry.name))
+    for size in ["", *sizes]:
+        for file in (f"{size}/{name}" if size else name for name in os.listdir(folder / size)):
+            inner = file.rpartition("/")[2]
+            if inner.startswith(".") or not inner.endswith(".pt"):
+                continue
+            other = found.setdefault(inner[:-3], file)
+            if other != file:
+                raise ValueError(f"id {inner[:-3]!r} is in the cache {folder} twice: {other} and {file}; "
+                                 "delete the one that the bucketing config does not give, or cache again into a new folder")
+    return found
+
+
+def _index_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("index*.jsonl"))
+
+
+def _read_entries(folder: Path, channels: int) -> tuple[dict[str, dict], list[dict], list[str]]:
+    """Entries by id for exactly the files that are there; those of them that no index holds (read from their files); and the
+    ids that an index lists without a file."""
+    files, entries, lost = _files(folder), {}, set()
+    for path in _index_files(folder):
+        mine: dict[str, dict] = {}
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                    if entry["id"] not in files:
+                        lost.add(entry["id"])
+                    elif files[entry["id"]] == entry["file"] and len(entry["shape"]) == 4:
+                        mine[entry["id"]] = entry  # a later line of one writer replaces an earlier one
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line torn by a kill: its item is read from its file below
+        for id, entry in mine.items():
+            if entries.setdefault(id, entry) != entry:
+                entries[id] = {}  # two writers disagree: the file decides
+    missing = [id for id in files if not entries.get(id)]
+    rebuilt = []
+    for id in tqdm(missing, desc=f"indexing {folder}", unit="file", disable=len(missing) < 1000):
+        item = load_item(folder / files[id], channels)
+        rebuilt.append(_entry(id, files[id], item, (folder / files[id]).read_bytes()))
+        entries[id] = rebuilt[-1]
+    return entries, rebuilt, sorted(lost)
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+class CacheWriter:
+    """Adds items to a cache folder, new or begun; used by the caching loop and by renderers that make latents directly.
+
+        with CacheWriter(folder, CacheManifest.of(tokenizer, video)) as writer:
+            writer.add_many(ids, latents, captions, facts)      # latents (B, F, H, W, C), raw
+
+    A folder made with other settings is an error, as is a second process writing as the same `rank`.
+    """
+
+    def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
+        self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._index = (self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")).open("ab")
+        self._lock()
+        self._threads = ThreadPoolExecutor(THREADS, "cache-files")
+        if (self.folder / "manifest.json").exists():
+            CacheManifest.read(self.folder).check(self.folder, manifest)
+        elif any(_files(self.folder)):
+            raise ValueError(f"{self.folder} holds .pt files but no manifest.json: what made them is unknown; use a new folder")
+        else:
+            manifest.write(self.folder, f"{rank}-0")
+        self._folders = {(w, h): self.folder / (f"{w}x{h}" if manifest.bucketed else "") for w, h in manifest.sizes}
+        for folder in self._folders.values():
+            folder.mkdir(exist_ok=True)
+            for left in folder.glob(f".writing-{rank}-*.tmp"):  # by a killed process of this rank
+                left.unlink()
+        if self._index.tell():
+            self._index.write(b"\n")  # ends a line torn by a kill
+        self.entries, rebuilt, _ = _read_entries(self.folder, manifest.spec.channels)
+        self._append(rebuilt)
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: no lock, and nothing else depends on it
+            return
+        try:
+            fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {self._index.name}; wait for it, or use another folder") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _append(self, entries: list[dict]) -> None:
+        self._index.write("".join(map(_line, entries)).encode())
+        self._index.flush()
+
+    def add(self, id: str, latents: Tensor, caption: str, facts: dict | None = None, source: dict | None = None) -> None:
+        """One item, `latents (F, H, W, C)`; see `add_many`."""
+        self.add_many([id], latents[None], [caption], [facts or {}], [source or {}])
+
+    def add_many(self, ids: list[str], latents: Tensor, captions: list[str], facts: list[dict] | None = None,
+                 sources: list[dict] | None = None) -> None:  # fmt: skip
+        """Items of one shape, `latents (B, F, H, W, C)` raw. `facts`: what is known of each, plain JSON values. `sources`:
+        where it was cut from. An id that is there is replaced. ValueError for latents that float16 cannot hold or whose size is
+        not in the manifest."""
+        if latents.ndim != 5 or not latents.shape[1]:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns, channels)")
+        rows, columns, channels = latents.shape[2:]
+        size = (columns * self.manifest.spec.spatial, rows * self.manifest.spec.spatial)
+        if channels != self.manifest.spec.channels or size not in self.manifest.sizes:
+            sizes = ", ".join(f"{w}x{h}" for w, h in self.manifest.sizes)
+            raise ValueError(f"latents of {channels} channels for {size[0]}x{size[1]} do not belong into {self.folder}, "
+                             f"which is for {self.manifest.spec.channels} channels and {sizes}")
+        half, finite = to_half(latents)
+        if not finite.all():
+            bad = [id for id, good in zip(ids, finite.tolist(), strict=True) if not good]
+            raise ValueError(f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16; look at the "
+                             "tokenizer (its weights and precision)")
+        paths = [self._folders[size] / f"{check_id(id)}.pt" for id in ids]
+
+        def write(thread: int) -> list[dict]:
+            entries = []
+            for i in range(thread, len(ids), THREADS):
+                item = {"latents": half[i].clone(), "caption": captions[i]}
+                item |= {"facts": facts[i]} if facts and facts[i] else {}
+                item |= {"source": sources[i]} if sources and sources[i] else {}
+                entries.append(self._write(ids[i], paths[i], item, f"{self.rank}-{thread}"))
+            return entries
+
+        for entries in self._threads.map(write, range(min(THREADS, len(ids)))):
+            self._append(entries)
+
+    def _write(self, id: str, path: Path, item: dict, writer: str) -> dict:
+        buffer = io.BytesIO()  # saving to a path would put the path's name, here a temporary one, into the file
+        torch.save(item, buffer)
+        file = path.relative_to(self.folder).as_posix()
+        old = self.entries.get(id)
+        if old and old["file"] != file:
+            (self.folder / old["file"]).unlink(missing_ok=True)  # its size changed
+        write_aside(path, buffer.getbuffer(), writer)
+        self.entries[id] = _entry(id, file, item, buffer.getvalue())
+        return self.entries[id]
+
+    def close(self) -> None:
+        """A lone writer leaves one index, sorted by id: the same bytes whatever the order of the work was."""
+        if self._index.closed:
+            return
+        self._threads.shutdown()
+        if self.world == 1:
+            lines = (_line(self.entries[id]) for id in sorted(self.entries))
+            write_aside(self.folder / "index.jsonl", "".join(lines).encode(), f"{self.rank}-0")
+            for path in _index_files(self.folder):
+                if path.name != "index.jsonl":
+                    path.unlink()
+        self._index.close()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+class LatentCache:
+    """An opened cache: `ids`, `captions`, `facts` and `shapes (N, 4)` int64 (frames, rows, columns, channels), sorted by id: an
+    item's number does not depend on who wrote it when."""
+
+    def __init__(self, folder: Path, manifest: CacheManifest, entries: dict[str, dict]):
+        self.folder, self.manifest = folder, manifest
+        ordered = [entries[id] for id in sorted(entries)]
+        self.ids = [entry["id"] for entry in ordered]
+        self.captions = [entry["caption"] for entry in ordered]
+        self.facts = [entry.get("facts") or {} for entry in ordered]
+        self.sources = [entry.get("source") or {} for entry in ordered]
+        self.shapes = torch.tensor([entry["shape"] for entry in ordered], dtype=torch.int64).reshape(-1, 4)
+        self._files = [entry["file"] for entry in ordered]
+        self._places = np.array([(entry["bytes"], entry["offset"], entry["crc"]) for entry in ordered], np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all latents."""
+        return int(self.shapes.prod(1).sum()) * 2
+
+    def load(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`, read without the rest."""
+        path, shape = f"{self.folder}/{self._files[index]}", self.shapes[index].tolist()
+        stop = shape[0] if stop is None else stop
+        size, offset, crc = self._places[index].tolist()
+        frame = shape[1] * shape[2] * shape[3]
+        numbers = np.empty((stop - start) * frame, np.float16)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset + start * frame * 2)
+                whole = file.readinto(numbers) == numbers.nbytes and os.fstat(file.fileno()).st_size == size and offset >= 0
+            if whole and (stop - start < shape[0] or zlib.crc32(numbers) == crc):
+                return torch.from_numpy(numbers).view(-1, *shape[1:])
+        except OSError:
+            pass  # explained by load_item
+        latents = load_item(path, self.manifest.spec.channels)["latents"]  # replaced by hand or damaged: read it in full
+        if list(latents.shape) != shape:
+            raise ValueError(f"cache file {path} has shape {tuple(latents.shape)}, the index says {tuple(shape)}; delete "
+                             f"{self.folder}/index*.jsonl (it is rebuilt from the files)")
+        return latents[start:stop]
+
+
+def open_cache(folder: str | Path, wanted: CacheManifest | None = None) -> LatentCache:
+    """The cache in `folder`. With `wanted` (`CacheManifest.of(tokenizer, video, bucketing, preprocess)`), ValueError names
+    every setting in which it differs. Reads the index and the files' names; items that no index lists are read once."""
+    folder = Path(folder)
+    manifest = CacheManifest.read(folder)
+    if wanted is not None:
+        manifest.check(folder, wanted)
+    entries, _, lost = _read_entries(folder, manifest.spec.channels)
+    if lost:
+        raise ValueError(f"{len(lost)} items of the cache {folder} have lost their files (the first is {lost[0]!r}); run "
+                         "the caching command again to make them anew, or delete index*.jsonl to go on without them")
+    if not entries:
+        raise ValueError(f"the cache {folder} holds no item; run the caching command that made its manifest again")
+    return LatentCache(folder, manifest, entries)
+
+
+def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
+    """Per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over all channels together (the single
+    factor of latent diffusion, Rombach et al. 2022). Merged item by item in float64 (Chan et al. 1983), so exact."""
+    count = min(len(cache), max_items or len(cache))
+    chosen = torch.linspace(0, len(cache) - 1, count, dtype=torch.float64).round().long().tolist()
+    values, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()  # squares: sum of squared deviations
+    for index in tqdm(chosen, desc="reading latents", unit="item", disable=count < 1000):
+        rows = cache.load(index).double().flatten(0, 2)
+        delta = rows.mean(0) - mean
+        total = values + len(rows)
+        squares = squares + (rows - rows.mean(0)).square().sum(0) + delta.square() * (values * len(rows) / total)
+        mean, values = mean + delta * (len(rows) / total), total
+    variance = squares / values
+    overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
+    std, scale = variance.sqrt(), 1 / float(overall)
+    return {"items": count, "values": values, "mean": mean.tolist(), "std": std.tolist(), "scale": scale}

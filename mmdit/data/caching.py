@@ -1,0 +1,262 @@
+"""From records to a latent cache: workers decode, the device encodes, a thread saves. Stopped at any moment, it can go on.
+
+    read_records ─► [workers: open, choose size, crop] ─► batches of one size ─► tokenizer.encode ─► [thread: CacheWriter]
+
+A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`; wrong settings stop the run before any work.
+Under `torchrun` each rank takes every world-th record: there is no communication, ranks may finish at different times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, choose_size
+from mmdit.data.cache import CacheWriter, load_item, to_half
+from mmdit.data.frames import PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
+from mmdit.data.manifest import CacheManifest, write_aside
+from mmdit.data.records import Kind, Record
+from mmdit.interfaces import Tokenizer
+
+HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
+
+
+@dataclass
+class Meta:
+    """What is stored beside one item's latents."""
+
+    id: str
+    caption: str
+    facts: dict
+    source: dict
+
+
+@dataclass
+class CacheReport:
+    """What became of every record."""
+
+    records: int = 0
+    already: int = 0  # records finished by an earlier run
+    recaptioned: int = 0  # of those, with a new caption
+    written: int = 0  # items
+    same_crops: int = 0  # crops that would have repeated an earlier one of their picture
+    empty_captions: int = 0
+    skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
+    sizes: dict[str, int] = field(default_factory=dict)  # items in the cache by size
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def text(self) -> str:
+        renewed = f" ({self.recaptioned} got their new caption)" if self.recaptioned else ""
+        lines = [
+            f"{self.records} records: {self.written} items written in {self.seconds:.1f} s, {self.already} records already "
+            f"there{renewed}, {len(self.skipped)} skipped, {self.empty_captions} empty captions (trained as unconditional)"
+        ]
+        if self.same_crops:
+            lines.append(f"{self.same_crops} crops not written: without an overhang they would repeat another crop")
+        reasons = Counter(row["reason"].partition(":")[0] for row in self.skipped)
+        lines += [f"  skipped {count}: {reason}" for reason, count in reasons.most_common(8)]
+        lines += [f"  {size}: {count} items in the cache" for size, count in sorted(self.sizes.items())]
+        return "\n".join(lines)
+
+
+# ── decoding, in the workers ─────────────────────────────────────────────────────────────────────────────────────────
+class _Decode(Dataset):
+    """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
+    neither pickled to nor copied by every worker."""
+
+    def __init__(self, kind: Kind, sizes: tuple[Size, ...], preprocess: PreprocessConfig):
+        self.kind, self.sizes, self.preprocess = kind, sizes, preprocess
+
+    def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
+        groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
+        skipped, same = [], 0
+        for record in records:
+            try:
+                crops = self.crops(record)
+            except FileNotFoundError:
+                skipped.append({"id": record.id, "path": record.path, "reason": "file not found"})
+            except Exception as error:  # decoders raise almost anything on damaged files; the list says what
+                reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+                skipped.append({"id": record.id, "path": record.path, "reason": reason})
+            else:
+                same += self.preprocess.num_crops - len(crops)
+                for pixels, meta in crops:
+                    groups.setdefault(pixels.shape, []).append((pixels, meta))
+        pairs = [([pixels for pixels, _ in group], [meta for _, meta in group]) for group in groups.values()]
+        return [(torch.from_numpy(np.stack(pixels)), metas) for pixels, metas in pairs], skipped, same
+
+    def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
+        """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has one box for all its frames."""
+        paths = [record.path] if self.kind == "image" else list_frames(record.path)
+        if not paths:
+            raise ValueError("folder without pictures")
+        boxes, frames, source, target = {}, [], (0, 0), (0, 0)
+        for number, path in enumerate(paths):
+            image = load_image(path)
+            if number == 0:
+                source, target = image.size, choose_size(image.size, self.sizes)
+                for crop in range(self.preprocess.num_crops):
+                    box = crop_box(source, target, self.preprocess, record.id, crop)
+                    if all(max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5 for other in boxes.values()):
+                        boxes[crop] = box
+            elif image.size != source:
+                raise ValueError(f"frames of different sizes: {os.path.basename(path)} is {image.size}, the first is {source}")
+            frames.append([cut(image, box, target) for box in boxes.values()])
+        stamp = stamp_of(record, self.kind)
+        return [
+            (np.stack([frame[i] for frame in frames]),
+             Meta(self.preprocess.item_id(record.id, crop), record.caption, record.facts,
+                  {"size": list(source), "crop": [round(side, 3) for side in box], "crops": list(boxes), "stamp": stamp}))
+            for i, (crop, box) in enumerate(boxes.items())
+        ]  # fmt: skip
+
+
+def stamp_of(record: Record, kind: Kind) -> int | None:
+    """Changes when a source is exchanged: bytes of an image, pictures in a folder. None when it is gone."""
+    try:
+        return os.stat(record.path).st_size if kind == "image" else len(list_frames(record.path))
+    except OSError:
+        return None
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers; they need not print about it
+
+
+# ── what is already there ────────────────────────────────────────────────────────────────────────────────────────────
+def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess: PreprocessConfig,
+             report: CacheReport) -> list[Record]:  # fmt: skip
+    """Records still to do. A finished one whose source was exchanged is done anew; a changed caption is only rewritten."""
+    pending = []
+    for record in tqdm(records, desc="looking for finished items", disable=len(records) < 20_000):
+        first = writer.entries.get(preprocess.item_id(record.id, 0))
+        source = (first or {}).get("source", {})
+        items = [writer.entries.get(preprocess.item_id(record.id, crop)) for crop in source.get("crops", [0])]
+        if not all(items) or stamp_of(record, kind) not in (None, source.get("stamp")):
+            pending.append(record)
+            continue
+        report.already += 1
+        stale = [item for item in items if (item["caption"], item.get("facts", {})) != (record.caption, record.facts)]
+        report.recaptioned += bool(stale)
+        for item in stale:
+            latents = load_item(writer.folder / item["file"], writer.manifest.spec.channels)["latents"]
+            writer.add(item["id"], latents, record.caption, record.facts, item.get("source"))
+    return pending
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def cache_latents(
+    records: list[Record],
+    kind: Kind,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    video: VideoConfig,
+    bucketing: BucketingConfig | None = None,
+    preprocess: PreprocessConfig | None = None,
+    *,
+    source: str = "",
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> CacheReport:
+    """Encode every record that the cache lacks; all frames of a clip are kept (frames are chosen when a batch is made).
+
+    ValueError: the folder holds a cache made with other settings, or nothing usable is left. Ctrl-C returns a report with
+    `interrupted`; what was written stays and the same call goes on from there.
+    """
+    begin = time.monotonic()
+    preprocess = preprocess or PreprocessConfig()
+    manifest = CacheManifest.of(tokenizer, video, bucketing, preprocess, source)
+    records = records[rank::world]
+    report = CacheReport(len(records), empty_captions=sum(not record.caption for record in records))
+    writer = CacheWriter(out_dir, manifest, rank, world)
+    saver, saving = ThreadPoolExecutor(1, "cache-writer"), deque()
+    buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = {}
+
+    def save(latents: Tensor, metas: list[Meta]) -> None:
+        half, finite = to_half(latents)
+        for meta, good in zip(metas, finite.tolist(), strict=True):
+            if not good:
+                report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
+        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
+        writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
+                        [meta.facts for meta in metas], [meta.source for meta in metas])  # fmt: skip
+        report.written += len(metas)
+
+    def flush(key: tuple) -> None:
+        parts = buffers.pop(key)
+        pixels, metas = torch.cat([part for part, _ in parts]), [meta for _, group in parts for meta in group]
+        for first in range(0, len(metas), batch_size):
+            chunk = slice(first, first + batch_size)
+            with torch.inference_mode():
+                latents = tokenizer.encode(to_unit(pixels[chunk].to(device, non_blocking=True)))
+            saving.append(saver.submit(save, latents, metas[chunk]))
+            while len(saving) > 4:
+                saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
+
+    try:
+        pending = _pending(records, kind, writer, preprocess, report)
+        chunk = 16 if kind == "image" else 1
+        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess), batch_size=None, num_workers=num_workers,
+                            sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
+                            worker_init_fn=_ignore_interrupt, pin_memory=torch.device(device).type == "cuda")  # fmt: skip
+        unit = "image" if kind == "image" else "clip"
+        bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
+        with bar:
+            for number, (groups, skipped, same) in enumerate(loader):
+                report.skipped += skipped
+                report.same_crops += same
+                for pixels, metas in groups:
+                    key = tuple(pixels.shape[1:])
+                    buffers.setdefault(key, []).append((pixels, metas))
+                    if kind == "video" or sum(len(group) for _, group in buffers[key]) >= batch_size:
+                        flush(key)
+                bar.update(len(pending[number * chunk : (number + 1) * chunk]))
+                bar.set_postfix(skipped=len(report.skipped), refresh=False)
+                if len(report.skipped) >= HOPELESS and not (report.written or report.already or saving or buffers):
+                    break
+            for key in list(buffers):
+                flush(key)
+            _wait(saving)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        saver.shutdown(wait=True)
+        writer.close()
+        _write_skipped(Path(out_dir) / (f"skipped-{rank}.jsonl" if world > 1 else "skipped.jsonl"), report.skipped)
+    rows, spatial = [entry["shape"] for entry in writer.entries.values()], tokenizer.spec.spatial
+    report.sizes = dict(Counter(f"{columns * spatial}x{height * spatial}" for _, height, columns, _ in rows))
+    report.seconds = time.monotonic() - begin
+    if records and not writer.entries and not report.interrupted:
+        examples = "\n".join(f"  {row['path'] or row['id']}: {row['reason']}" for row in report.skipped[:5])
+        raise ValueError(f"none of the {len(records)} records could be used ({len(report.skipped)} were tried):\n{examples}\n"
+                         "Paths in the metadata are relative to the metadata file's own folder.")
+    return report
+
+
+def _wait(saving: deque[Future]) -> None:
+    while saving:
+        saving.popleft().result()
+
+
+def _write_skipped(path: Path, skipped: list[dict]) -> None:
+    """The list of this run; an older one is removed, for its items have been tried again."""
+    path.unlink(missing_ok=True)
+    if skipped:
+        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped).encode(), path.stem)

@@ -1,0 +1,95 @@
+"""What made a cache: the few settings on which its latents depend, kept beside them and compared before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mmdit.config import ConfigError, decode
+from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, target_sizes
+from mmdit.data.frames import PreprocessConfig
+from mmdit.interfaces import LatentSpec, Tokenizer
+
+FORMAT = 1
+
+
+def write_aside(path: Path, data: bytes | memoryview, writer: str = "0-0") -> None:
+    """All of `data` at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs between those that
+    write at the same time."""
+    aside = path.with_name(f".writing-{writer}.tmp")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What decides the contents of a cache. `source` and the spec's statistics are for the reader's information only."""
+
+    tokenizer: str  # fingerprint: a hash of weights and configuration
+    tokenizer_name: str
+    spec: LatentSpec
+    sizes: tuple[Size, ...]
+    bucketed: bool
+    preprocess: dict = field(default_factory=lambda: {"crop": "center"})
+    source: str = ""
+    format: int = FORMAT
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
+           preprocess: PreprocessConfig | None = None, source: str = "") -> CacheManifest:  # fmt: skip
+        """The manifest that this config asks for: written when caching, wanted when training."""
+        bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
+        sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
+        name = getattr(tokenizer, "name", type(tokenizer).__name__)
+        return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
+                             source)  # fmt: skip
+
+    def write(self, folder: Path, writer: str) -> None:
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        write_aside(folder / "manifest.json", text.encode(), writer)
+
+    @staticmethod
+    def read(folder: str | Path) -> CacheManifest:
+        path = Path(folder) / "manifest.json"
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            found = row["format"]
+            if found != FORMAT:
+                raise ConfigError("", f"{path} has format {found}, this version reads {FORMAT}; cache into a new folder")
+            row["spec"] = decode(LatentSpec, row["spec"])
+            row["sizes"] = tuple(tuple(size) for size in row["sizes"])
+            return CacheManifest(**row)
+        except FileNotFoundError:
+            raise ConfigError("", f"{folder} is no latent cache (it has no manifest.json); correct the path, or make one with "
+                              "mmdit.scripts.cache_vtp_images or cache_vtp_latents") from None
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); cache again into a new folder") from None
+
+    def differences(self, wanted: CacheManifest) -> list[str]:
+        """`what: here X, wanted Y` for everything that changes the latents."""
+        pairs = [
+            ("latent channels", self.spec.channels, wanted.spec.channels),
+            ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
+            ("bucketing.enabled", self.bucketed, wanted.bucketed),
+            ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
+        ]
+        if self.tokenizer != wanted.tokenizer:  # the name alone (a moved checkpoint) decides nothing
+            names = [f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)]
+            pairs.insert(0, ("tokenizer", *names))
+        names = sorted({*self.preprocess, *wanted.preprocess})
+        pairs += [(f"preprocess.{name}", self.preprocess.get(name), wanted.preprocess.get(name)) for name in names]
+        return [f"{what}: the cache has {here}, the config asks {asked}" for what, here, asked in pairs if here != asked]
+
+    def check(self, folder: str | Path, wanted: CacheManifest) -> None:
+        """ValueError with every difference and the remedy, unless the cache is what is wanted."""
+        if found := self.differences(wanted):
+            raise ValueError("\n  ".join([f"the cache {folder} was made with other settings:", *found]) +
+                             "\nUse the settings it was made with, or cache again into a new folder (it is not touched).")

@@ -1,0 +1,69 @@
+"""Encode images once: JSONL → latent cache. Resumable; under `torchrun` the processes share the work.
+
+    python -m mmdit.scripts.cache_vtp_images --config configs/t2i_vtp_256_smoke.yaml --meta_jsonl data/train_images.jsonl \\
+        --out_dir data/cache/my_images
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from mmdit.data.caching import cache_latents
+from mmdit.data.records import Kind, read_records
+from mmdit.experiment import load_experiment_config
+from mmdit.scripts import friendly
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training.distributed import choose_device
+
+NAMES = {"image": "images", "video": "videos"}
+
+
+def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Namespace:
+    names = NAMES[kind]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser.add_argument("--split", default="train", help="names the defaults of the next two [train]")
+    parser.add_argument("--meta_jsonl", default="data", help=f"file, or folder that holds <split>_{names}.jsonl [data]")
+    parser.add_argument("--out_dir", help=f"cache folder [data/cache/<experiment_name>/<split>_{names}]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
+    parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = __doc__) -> int:
+    args = parse(argv, kind, doc)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # no process group: no communication
+    with friendly():
+        config = load_experiment_config(args.config, args.overrides)
+        meta = Path(args.meta_jsonl)
+        meta = meta / f"{args.split}_{NAMES[kind]}.jsonl" if meta.is_dir() else meta
+        out_dir = Path(args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}")
+        records = read_records(meta, kind)
+        device = choose_device(args.device)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        tokenizer = build_tokenizer(config.tokenizer, device)
+        if rank == 0:
+            print(f"{len(records)} records of {meta} → {out_dir} on {device}")
+        report = cache_latents(
+            records, kind, tokenizer, out_dir, config.video, config.bucketing, config.preprocess, source=str(meta),
+            device=device, batch_size=args.batch_size, rank=rank, world=world, progress=rank == 0,
+            num_workers=config.num_workers if args.num_workers is None else args.num_workers,
+        )  # fmt: skip
+    print((f"process {rank}: " if world > 1 else "") + report.text())
+    if report.skipped:
+        print(f"skipped ones, with reasons: {out_dir}/skipped{f'-{rank}' if world > 1 else ''}.jsonl")
+    if report.interrupted:
+        print("interrupted: what is written stays; the same command goes on from there")
+        return 130
+    if rank == 0:
+        print(f"next: python -m mmdit.scripts.train_t2v --config {args.config} --train_cache_dir {out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

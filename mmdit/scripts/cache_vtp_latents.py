@@ -1,0 +1,17 @@
+"""Encode clips once: JSONL of frame folders → latent cache with every frame. Resumable; `torchrun` shares the work.
+
+    python -m mmdit.scripts.cache_vtp_latents --config configs/t2v_vtp_256_smoke.yaml --meta_jsonl data/train_videos.jsonl \\
+        --out_dir data/cache/my_clips
+
+Frames are chosen when training (`video.num_frames`, `video.frame_stride`), so stages of equal size share one cache.
+"""
+
+from mmdit.scripts import cache_vtp_images
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cache_vtp_images.main(argv, kind="video", doc=__doc__)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""The plan: nothing is dropped, every rank agrees, any step can be computed alone; batches are what it says."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmdit.data.batches import BatchPlan, LatentBatches
+from mmdit.data.buckets import VideoConfig
+from mmdit.data.cache import CacheWriter, open_cache
+from mmdit.data.manifest import CacheManifest
+from mmdit.interfaces import LatentSpec
+
+
+def listing(*groups):
+    """A stand-in for an opened cache: (count, frames, rows, columns) per group."""
+    shapes = torch.tensor([[frames, rows, columns, 3] for count, frames, rows, columns in groups for _ in range(count)])
+    return SimpleNamespace(shapes=shapes, ids=[f"clip{i}" for i in range(len(shapes))], folder="somewhere")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """30 items of two grids; channel 0 holds the item's number, channel 1 the frame's."""
+    folder = tmp_path_factory.mktemp("cache")
+    tokenizer = SimpleNamespace(spec=LatentSpec(channels=3), fingerprint="none")
+    manifest = CacheManifest(tokenizer.fingerprint, "none", tokenizer.spec, ((32, 32), (48, 16)), True)
+    with CacheWriter(folder, manifest) as writer:
+        for i in range(30):
+            grid = (2, 2) if i < 19 else (1, 3)
+            frames = 6 + i % 5
+            latents = torch.zeros(frames, *grid, 3)
+            latents[..., 0], latents[..., 1] = i, torch.arange(frames)[:, None, None]
+            writer.add(f"{i:02}", latents, f"caption {i}", {"number": i})
+    return open_cache(folder)
+
+
+def make(cache, video, size=4, **options):
+    return LatentBatches(cache, BatchPlan(cache, video, size, seed=7), **{"num_workers": 2, **options})
+
+
+def test_an_epoch_holds_every_item_and_each_batch_one_grid():
+    plan = BatchPlan(listing((23, 1, 2, 2), (3, 1, 1, 4), (16, 1, 4, 1)), VideoConfig(), 8, seed=1)
+    length = 3 + 1 + 2
+    for epoch in range(3):
+        seen = []
+        for step in range(epoch * length, (epoch + 1) * length):
+            batch = plan.batch(step)
+            assert len(batch.items) == 8
+            assert {(2, 2): (0, 23), (1, 4): (23, 26), (4, 1): (26, 42)}[batch.grid][0] <= batch.items.min()
+            seen += batch.items.tolist()
+        assert set(seen) == set(range(42))
+        assert max(seen.count(i) for i in range(23)) == 2 and sum(seen.count(i) for i in range(23)) == 24  # one place filled
+    assert "23 items, 3 batches of 8 an epoch, 1 places filled" in plan.report()
+
+
+def test_any_step_is_the_same_whoever_asks_first():
+    def fresh():
+        return BatchPlan(listing((40, 9, 2, 2), (9, 9, 1, 4)), VideoConfig(num_frames=4, image_fraction=0.3), 4, seed=3)
+
+    ordered = fresh()
+    expected = [ordered.batch(step) for step in range(60)]
+    for step in (57, 3, 31):
+        batch = fresh().batch(step)
+        assert batch.grid == expected[step].grid
+        assert torch.equal(batch.items, expected[step].items) and torch.equal(batch.frames, expected[step].frames)
+    assert any(not torch.equal(a.items, b.items) for a, b in zip(expected[:13], expected[13:26], strict=True))
+
+
+def test_orders_differ_between_seeds_and_epochs_and_mix_the_grids():
+    plan, other = (BatchPlan(listing((64, 1, 2, 2), (64, 1, 1, 4)), VideoConfig(), 8, seed) for seed in (1, 2))
+    grids = [plan.batch(step).grid for step in range(16)]
+    assert grids != sorted(grids) and grids != sorted(grids, reverse=True)
+    assert not torch.equal(plan.batch(0).items, other.batch(0).items)
+
+
+def test_frames_follow_the_stride_stay_inside_and_use_the_whole_clip():
+    plan = BatchPlan(listing((50, 20, 2, 2)), VideoConfig(num_frames=4, frame_stride=5), 50, seed=1)
+    frames = torch.cat([plan.batch(step).frames for step in range(40)])
+    assert (frames.diff(dim=1) == 5).all()
+    starts = frames[:, 0].bincount(minlength=5) / len(frames)
+    assert frames.max() == 19 and len(starts) == 5 and (starts - 0.2).abs().max() < 0.04
+
+
+def test_short_clips_are_counted_with_a_setting_that_keeps_them():
+    video = VideoConfig(num_frames=16, frame_stride=5)
+    plan = BatchPlan(listing((5, 80, 2, 2), (2, 40, 2, 2), (1, 9, 2, 2)), video, 4, seed=1)
+    assert plan.excluded.tolist() == [5, 6, 7]
+    assert set(torch.cat([plan.batch(step).items for step in range(4)]).tolist()) == set(range(5))
+    assert "left out 3 items of 9 to 40 frames" in plan.report() and "needs 76" in plan.report()
+    assert "video.num_frames: 2 would keep all" in plan.report() and "video.frame_stride: 2 the longest" in plan.report()
+    for keeps, left in ((VideoConfig(num_frames=2, frame_stride=5), 0), (VideoConfig(num_frames=16, frame_stride=2), 1)):
+        assert len(BatchPlan(listing((1, 40, 2, 2), (1, 9, 2, 2)), keeps, 4, seed=1).excluded) == left
+    with pytest.raises(ValueError, match="no item of the cache somewhere is long enough"):
+        BatchPlan(listing((3, 75, 2, 2)), video, 4, seed=1)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.3, 1.0])
+def test_the_share_of_image_steps_is_exact_and_both_streams_are_used_in_full(fraction):
+    plan = BatchPlan(listing((12, 8, 2, 2), (4, 1, 2, 2)), VideoConfig(num_frames=4, image_fraction=fraction), 4, seed=5)
+    batches = [plan.batch(step) for step in range(400)]
+    images = [batch for batch in batches if batch.frames.shape[1] == 1]
+    assert abs(len(images) - 400 * fraction) <= 1
+    assert set(torch.cat([batch.items for batch in images[:4]]).tolist()) == set(range(16))  # single images serve here too
+    clips = [batch for batch in batches if batch.frames.shape[1] == 4]
+    assert not clips or set(torch.cat([batch.items for batch in clips[:3]]).tolist()) == set(range(12))
+
+
+@pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
+def test_ranks_and_micro_batches_together_are_the_global_batch(cache, world, accum):
+    video = VideoConfig(num_frames=3, frame_stride=2)
+    whole = make(cache, video, size=8)
+    parts = [make(cache, video, size=8, world=world, accum=accum, rank=rank) for rank in range(world)]
+    for step in range(12):
+        reference = whole.step(step)[0]
+        seen = []
+        for part in parts:
+            micro = part.step(step)
+            assert len(micro) == accum
+            for batch in micro:
+                seen += batch.indices.tolist()
+                assert torch.equal(batch.latents, reference.latents[batch.indices])
+                assert batch.ids == [reference.ids[i] for i in batch.indices.tolist()]
+                assert batch.captions == [f"caption {int(id)}" for id in batch.ids]
+                assert [fact["number"] for fact in batch.facts] == [int(id) for id in batch.ids]
+        assert sorted(seen) == list(range(8))
+
+
+def test_memory_and_disk_give_the_planned_latents(cache):
+    video = VideoConfig(num_frames=3, frame_stride=2, image_fraction=0.5)
+    memory, disk = (make(cache, video, in_memory=where) for where in (True, False))
+    for step in range(20):
+        (a,), (b,), planned = memory.step(step), disk.step(step), memory.plan.batch(step)
+        assert a.latents.dtype == torch.float16 and a.latents.shape[2:4] == planned.grid
+        assert torch.equal(a.latents, b.latents) and a.ids == b.ids
+        assert a.latents[:, :, 0, 0, 0].tolist() == planned.items[:, None].expand(planned.frames.shape).tolist()
+        assert a.latents[:, :, 0, 0, 1].tolist() == planned.frames.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("where", [True, False])
+def test_iterating_from_any_step_goes_on_as_if_never_stopped(cache, where, workers):
+    batches = make(cache, VideoConfig(num_frames=2), in_memory=where, num_workers=workers)
+    whole = [step[0] for step in batches.iterate(0, 25)]
+    assert len(whole) == 25
+    rest = [step[0] for step in batches.iterate(11, 25)]
+    assert [batch.ids for batch in rest] == [batch.ids for batch in whole[11:]]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(rest, whole[11:], strict=True))
+    endless = batches.iterate(3)
+    assert next(endless)[0].ids == whole[3].ids
+    endless.close()
+
+
+def test_auto_reads_from_disk_what_does_not_fit(cache, monkeypatch):
+    assert make(cache, VideoConfig()).in_memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))
+    assert not make(cache, VideoConfig()).in_memory
+
+
+def test_a_global_batch_that_cannot_be_split_is_refused(cache):
+    with pytest.raises(ValueError, match="global batch of 6 cannot be split over 2 processes and 2.*multiple of 4"):
+        make(cache, VideoConfig(), size=6, world=2, accum=2)

@@ -1,0 +1,267 @@
+"""The cache: whole items or none, whatever the moment of the kill; a foreign or damaged one is refused by name."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from mmdit.data.buckets import BucketingConfig, VideoConfig
+from mmdit.data.cache import CacheWriter, latent_statistics, open_cache
+from mmdit.data.caching import cache_latents
+from mmdit.data.frames import PreprocessConfig
+from mmdit.data.manifest import CacheManifest
+from mmdit.data.records import read_records
+from mmdit.interfaces import LatentSpec
+
+VIDEO = VideoConfig(32, 32)
+
+
+class MeanPixels:
+    """A tokenizer whose latents are the mean colours of 16x16 squares: what was cropped can be read off them."""
+
+    spec = LatentSpec(channels=3)
+
+    def __init__(self, fingerprint="mean pixels"):
+        self.fingerprint, self.encoded = fingerprint, 0
+
+    def encode(self, pixels):
+        assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
+        self.encoded += len(pixels)
+        return functional.avg_pool2d(pixels.flatten(0, 1), 16).movedim(1, -1).unflatten(0, pixels.shape[:2])
+
+
+def write_meta(folder, rows, name="train_images.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+@pytest.fixture
+def images(tmp_path):
+    rows = []
+    for i in range(10):
+        Image.new("RGB", (40 + 16 * (i % 2), 40), (i * 20, 100, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"id": f"画{i}", "image_path": f"{i}.png", "caption": f"picture {i}", "licence": "CC0"})
+    return write_meta(tmp_path, rows)
+
+
+def run(meta, out, tokenizer=None, kind="image", **options):
+    options = {"video": VIDEO, "progress": False, **options}
+    return cache_latents(read_records(meta, kind), kind, tokenizer or MeanPixels(), out, **options)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def test_each_item_is_one_plain_file_as_documented(images, tmp_path):
+    report = run(images, tmp_path / "cache", batch_size=3, num_workers=2)
+    assert (report.written, report.sizes, report.skipped) == (10, {"32x32": 10}, [])
+    item = torch.load(tmp_path / "cache" / "画3.pt", weights_only=True)
+    assert item["latents"].dtype == torch.float16 and item["latents"].shape == (1, 2, 2, 3)
+    torch.testing.assert_close(item["latents"].float()[0, 0, 0], torch.tensor([60, 100, 0]) / 255, atol=1e-3, rtol=0)
+    assert item["caption"] == "picture 3" and item["facts"] == {"licence": "CC0"}
+    cache = open_cache(tmp_path / "cache", CacheManifest.of(MeanPixels(), VIDEO))
+    index = cache.ids.index("画3")
+    assert torch.equal(cache.load(index), item["latents"]) and cache.captions[index] == "picture 3"
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_buckets_are_folders_and_an_id_in_two_of_them_is_an_error(images, tmp_path):
+    buckets = BucketingConfig(True, buckets=((32, 32), (48, 32)))
+    report = run(images, tmp_path / "cache", bucketing=buckets)
+    assert report.sizes == {"32x32": 5, "48x32": 5}
+    assert (tmp_path / "cache/32x32/画0.pt").exists() and (tmp_path / "cache/48x32/画1.pt").exists()
+    (tmp_path / "cache/48x32/画0.pt").write_bytes((tmp_path / "cache/32x32/画0.pt").read_bytes())
+    with pytest.raises(ValueError, match="画0.*twice: 32x32/画0.pt and 48x32/画0.pt"):
+        open_cache(tmp_path / "cache")
+
+
+def test_a_second_run_encodes_only_what_is_new_changed_or_recaptioned(images, tmp_path):
+    run(images, tmp_path / "cache")
+    rows = [json.loads(line) for line in images.read_text().splitlines()]
+    rows[2]["caption"] = "another caption"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "4.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "new.png")
+    write_meta(tmp_path, rows + [{"id": "new", "image_path": "new.png", "caption": ""}])
+    (tmp_path / "1.png").unlink()  # its latents are cached; the picture is no longer needed
+    tokenizer = MeanPixels()
+    report = run(images, tmp_path / "cache", tokenizer)
+    assert (report.written, report.already, report.recaptioned, report.empty_captions, tokenizer.encoded) == (2, 9, 1, 1, 2)
+    assert torch.load(tmp_path / "cache/画2.pt")["caption"] == "another caption"
+    cache = open_cache(tmp_path / "cache")
+    assert cache.captions[cache.ids.index("画2")] == "another caption" and len(cache) == 11
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_goes_on(images, tmp_path):
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_text("no picture")
+    (tmp_path / "2.png").write_bytes(b"")
+    report = run(images, tmp_path / "cache")
+    rows = [json.loads(line) for line in (tmp_path / "cache/skipped.jsonl").read_text().splitlines()]
+    assert report.written == 7 and [row["id"] for row in rows] == ["画0", "画1", "画2"]
+    assert rows[0]["reason"] == "file not found" and "cannot identify" in rows[1]["reason"]
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_text("no picture")
+    with pytest.raises(ValueError, match="none of the 10 records could be used"):
+        run(images, tmp_path / "other")
+
+
+def test_settings_that_differ_are_all_named_and_nothing_is_touched(images, tmp_path):
+    run(images, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    with pytest.raises(ValueError, match="(?s)tokenizer: the cache has MeanPixels mean pixels, .*asks MeanPixels other"):
+        run(images, tmp_path / "cache", MeanPixels("other"))
+    with pytest.raises(ValueError, match="(?s)preprocess.crop: the cache has center, the config asks shifted.*new folder"):
+        run(images, tmp_path / "cache", preprocess=PreprocessConfig("shifted"))
+    wanted = CacheManifest.of(MeanPixels(), VIDEO, BucketingConfig(True, buckets=((64, 64),)))
+    with pytest.raises(ValueError, match=r"(?s)bucketing.enabled.*sizes: the cache has \[\(32, 32\)\], .* asks \[\(64, 64\)\]"):
+        open_cache(tmp_path / "cache", wanted)
+    with pytest.raises(ValueError, match="is no latent cache"):
+        open_cache(tmp_path)
+    assert contents(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:300], lambda raw: b"", lambda raw: raw[:-700] + b"\xff" * 64 + raw[-636:]])
+def test_damaged_file_is_named(images, tmp_path, damage):
+    run(images, tmp_path / "cache")
+    path = tmp_path / "cache/画5.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    cache = open_cache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="画5.pt is damaged"):
+        for index in range(len(cache)):
+            cache.load(index)
+    path.unlink()
+    with pytest.raises(ValueError, match="lost their files.*画5"):
+        open_cache(tmp_path / "cache")
+    run(images, tmp_path / "cache")
+    assert len(open_cache(tmp_path / "cache")) == 10
+
+
+def test_index_is_rebuilt_when_torn_or_gone(images, tmp_path):
+    run(images, tmp_path / "cache")
+    index = tmp_path / "cache/index.jsonl"
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-50])
+    assert len(open_cache(tmp_path / "cache")) == 10
+    tokenizer = MeanPixels()
+    run(images, tmp_path / "cache", tokenizer)
+    assert tokenizer.encoded == 0 and index.read_bytes() == whole
+    index.unlink()
+    assert open_cache(tmp_path / "cache").captions[4] == "picture 4"
+
+
+def test_latents_that_float16_cannot_hold_are_refused(tmp_path, images):
+    class Loud(MeanPixels):
+        def encode(self, pixels):
+            return torch.where(pixels[:, :1, :1, :1, :1] > 0.5, torch.inf, super().encode(pixels))
+
+    report = run(images, tmp_path / "cache", Loud())
+    assert report.written == 7 and {row["reason"] for row in report.skipped} == {"latents are not finite in float16"}
+    with CacheWriter(tmp_path / "direct", CacheManifest.of(MeanPixels(), VIDEO)) as writer:
+        with pytest.raises(ValueError, match="loud.*not finite"):
+            writer.add("loud", torch.full((1, 2, 2, 3), 1e5), "")
+        with pytest.raises(ValueError, match="do not belong"):
+            writer.add("wide", torch.zeros(1, 2, 3, 3), "")
+        with pytest.raises(ValueError, match="separator"):
+            writer.add("../up", torch.zeros(1, 2, 2, 3), "")
+
+
+def test_several_crops_are_items_of_their_own_and_repetitions_are_not_written(tmp_path):
+    Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None], (32, 1, 3)) * 2).save(tmp_path / "wide.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "square.png")
+    meta = write_meta(tmp_path, [{"id": n, "image_path": f"{n}.png", "caption": n} for n in ("wide", "square")])
+    options = {"preprocess": PreprocessConfig("shifted", num_crops=3)}
+    report = run(meta, tmp_path / "cache", **options)
+    assert report.same_crops == 2
+    cache = open_cache(tmp_path / "cache")
+    assert cache.ids == ["square_c0", "wide_c0", "wide_c1", "wide_c2"]
+    for index in (1, 2, 3):  # the brightness tells where the stored crop lies
+        left = cache.sources[index]["crop"][0]
+        assert cache.load(index)[0, 0, 0, 0] * 255 == pytest.approx(2 * (left + 7.5), abs=2)
+    tokenizer = MeanPixels()
+    assert run(meta, tmp_path / "cache", tokenizer, **options).already == 2 and tokenizer.encoded == 0
+
+
+def test_clips_keep_every_frame_in_order(tmp_path):
+    for clip, count in (("a", 12), ("b", 3)):
+        (tmp_path / clip).mkdir()
+        for i in range(count):
+            Image.new("RGB", (64, 40), (i * 20, 0, 0)).save(tmp_path / clip / f"{i}.png")
+    (tmp_path / "none").mkdir()
+    rows = [{"id": name, "frames_dir": name, "caption": name} for name in ("a", "b", "none", "gone")]
+    meta = write_meta(tmp_path, rows, "train_videos.jsonl")
+    report = run(meta, tmp_path / "cache", kind="video", num_workers=1)
+    assert [row["reason"] for row in report.skipped] == ["folder without pictures", "file not found"]
+    cache = open_cache(tmp_path / "cache")
+    assert cache.shapes[:, 0].tolist() == [12, 3]
+    torch.testing.assert_close(cache.load(0)[:, 0, 0, 0].float(), torch.arange(12) * 20 / 255, atol=1e-3, rtol=0)
+    assert torch.equal(cache.load(0, 3, 7), cache.load(0)[3:7])
+
+
+def test_processes_share_the_work_and_the_result_is_the_same(images, tmp_path):
+    run(images, tmp_path / "one")
+    for rank in range(3):
+        run(images, tmp_path / "three", rank=rank, world=3)
+    one, three = open_cache(tmp_path / "one"), open_cache(tmp_path / "three")
+    assert one.ids == three.ids and one.captions == three.captions
+    run(images, tmp_path / "three")  # one process gathers the indices
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_a_second_writer_of_the_same_rank_is_refused(tmp_path):
+    manifest = CacheManifest.of(MeanPixels(), VIDEO)
+    with CacheWriter(tmp_path, manifest), pytest.raises(ValueError, match="another process is writing"):
+        CacheWriter(tmp_path, manifest)
+
+
+def test_statistics_equal_those_of_all_values_together(tmp_path):
+    latents = torch.randn(7, 2, 2, 2, 3) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([5.0, 0.0, -1.0])
+    with CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO)) as writer:
+        writer.add_many([str(i) for i in range(7)], latents, [""] * 7)
+    stats, rows = latent_statistics(open_cache(tmp_path)), latents.half().double().flatten(0, 3)
+    assert stats["mean"] == pytest.approx(rows.mean(0).tolist()) and stats["values"] == len(rows) == 56
+    assert stats["std"] == pytest.approx(rows.std(0, unbiased=False).tolist())
+    assert stats["scale"] == pytest.approx(1 / rows.std(unbiased=False).item())
+
+
+class Slow(MeanPixels):
+    name = "MeanPixels"
+
+    def encode(self, pixels):
+        time.sleep(0.05)
+        return super().encode(pixels)
+
+
+def slow_run(meta, out):
+    torch.set_num_threads(1)  # as DataLoader does in its forked workers
+    sys.exit(7 if run(meta, out, Slow(), batch_size=1).interrupted else 0)
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 7)])
+def test_stopped_at_any_moment_the_finished_cache_is_byte_identical(images, tmp_path, kind, code):
+    run(images, tmp_path / "quiet")
+    (tmp_path / "cache").mkdir()
+    for delay in (0.0, 0.005, 0.02):
+        process = multiprocessing.get_context("fork").Process(target=slow_run, args=(images, tmp_path / "cache"))
+        before = len(os.listdir(tmp_path / "cache"))
+        process.start()
+        while len(os.listdir(tmp_path / "cache")) < max(before, 2) + 1 and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(process.pid, kind)
+        process.join()
+        assert process.exitcode == code
+        for path in (tmp_path / "cache").glob("*.pt"):
+            torch.load(path, weights_only=True)
+    report = run(images, tmp_path / "cache")
+    assert report.already + report.written == 10 and report.already >= 3
+    assert contents(tmp_path / "cache") == contents(tmp_path / "quiet")

@@ -176,6 +176,16 @@ def test_resume_is_exact_with_every_loss(tmp_path):
         other.restore()
 
 
+def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp.train.loop.CALIBRATION", {2: 4, 6: 8})
+    monkeypatch.setattr("vtp.train.loop.EXPORT_SECONDS", 0)
+    config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
+    monkeypatch.setattr("vtp.train.loop.export", lambda model, source, config, folder, run: steps.append(run["steps"]))
+    steps = []
+    train(config, CPU)
+    assert 4 < steps[0] < 2000
+
+
 def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
     trainer = Trainer(configured(tmp_path, semantic=True, max_steps=4), CPU)
     while trainer.step < 3:

@@ -46,7 +46,7 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class OptimizationConfig:
     """`train:` section. The learning rate is a function of (step, planned steps); with `max_minutes` the planned number is
-    set once, from the speed measured after compilation, and kept in every checkpoint."""
+    set from the speed measured early in the run, and kept in every checkpoint."""
 
     max_steps: int = 12000
     max_minutes: float | None = None

@@ -27,7 +27,9 @@ from vtp.train.export import export
 from vtp.train.images import PictureSource
 from vtp.train.learner import Learner
 
-CALIBRATION = (40, 120)  # between these steps the speed is measured that turns max_minutes into a number of steps
+# Between these steps the speed is measured that turns max_minutes into a number of steps. The second time corrects the first
+# for what else shares the machine; both are early enough that the learning rate hardly moves.
+CALIBRATION = {40: 120, 600: 800}  # begin: end
 EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
 FREE_KEYS = ("output_dir", "planned_steps", "train.compile", "train.max_minutes", "train.log_", "train.eval_", "train.save_")
 
@@ -226,18 +228,19 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
 
 
 def _calibrate(trainer: Trainer, started: float, first: float | None) -> float | None:
-    """Between two early steps, time the speed; at the second set the planned number of steps from what max_minutes leaves."""
-    if trainer.step not in CALIBRATION:
+    """Time the speed between early steps, and set the planned number of steps from what max_minutes leaves."""
+    begins, ends = trainer.step in CALIBRATION, trainer.step in CALIBRATION.values()
+    if not begins and not (ends and first is not None):
         return first
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     now = time.perf_counter()
-    if trainer.step == CALIBRATION[0]:
+    if begins:
         return now
-    seconds = (now - first) / (CALIBRATION[1] - CALIBRATION[0])
+    begin = next(start for start, end in CALIBRATION.items() if end == trainer.step)
+    seconds = (now - first) / (trainer.step - begin)
     left = trainer.config.train.max_minutes * 60 - (now - started) - EXPORT_SECONDS
-    affordable = trainer.step + max(1, int(left / seconds * 0.97))
-    trainer.planned = min(trainer.planned, affordable)
+    trainer.planned = min(trainer.config.train.max_steps, trainer.step + max(1, int(left / seconds * 0.97)))
     limit = trainer.config.train.max_minutes
     print(f"{seconds * 1000:.1f} ms a step: {trainer.planned} steps fit into {limit} minutes", flush=True)
     return None

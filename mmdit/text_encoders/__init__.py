@@ -1,0 +1,31 @@
+"""Captions to tokens. To add an encoder: a file with `XConfig` and `X`, its name in the union, a `case` in `build_…`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmdit.config import ConfigError
+from mmdit.text_encoders.byte_level import ByteLevelConfig, ByteLevelEncoder
+from mmdit.text_encoders.hashing import HashConfig, HashEncoder
+from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder
+
+TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig
+
+
+def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
+    """The encoder of `config`: a module with `dim` and `forward(captions) -> TextTokens`, on the CPU. New weights come from the
+    global generator. A frozen encoder has no parameter that requires a gradient. ConfigError if it cannot be loaded."""
+    try:
+        match config:
+            case ByteLevelConfig():
+                return ByteLevelEncoder(config)
+            case HashConfig():
+                return HashEncoder(config)
+            case HuggingFaceConfig():
+                return HuggingFaceEncoder(config)
+    except ConfigError as error:
+        raise error.under("text_encoder") from None
+    raise AssertionError(f"no text encoder for {type(config).__name__}")
+
+
+__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "build_text_encoder"]

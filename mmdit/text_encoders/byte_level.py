@@ -1,0 +1,115 @@
+"""A small text encoder that is trained with the model and reads any language: words are spelt, not looked up.
+
+Axes: b caption · t word · u distinct word of the batch · h head · d width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextTokens
+from mmdit.nn.attention import Attention, attend
+from mmdit.nn.feedforward import GELU
+from mmdit.nn.norm import RMSNorm, rms_norm
+from mmdit.text_encoders.words import WordRows, place_table, split_words
+
+WORD_BYTES = 16  # longer words become several tokens
+NO_BYTE = 0
+
+
+@dataclass(frozen=True)
+class ByteLevelConfig:
+    """`text_encoder: {type: byte_level}`. `max_length` counts words (a word of more than 16 bytes counts for several)."""
+
+    type: Literal["byte_level"] = "byte_level"
+    dim: int = 256
+    depth: int = 2
+    num_heads: int = 4
+    max_length: int = 77
+    freeze: bool = False
+
+    def __post_init__(self):
+        for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
+        if self.dim % 2 or self.dim % self.num_heads:
+            raise ConfigError("dim", f"is {self.dim}; must be even and a multiple of num_heads, which is {self.num_heads}")
+
+
+def spell(chunk: str) -> list[str]:
+    """Words and punctuation marks of a text without spaces, long words cut between letters to at most `WORD_BYTES` bytes."""
+    pieces = []
+    for word in sum(split_words(chunk), []):
+        size = WORD_BYTES + 1
+        for letter in word:
+            needed = len(letter.encode())
+            if size + needed > WORD_BYTES:
+                pieces.append("")
+                size = 0
+            pieces[-1] += letter
+            size += needed
+    return pieces
+
+
+def byte_rows(words: list[str]) -> Tensor:
+    """`(len(words), WORD_BYTES)` int64: for byte i of the word its row in the table of place i, or NO_BYTE after the end."""
+    rows = torch.full((len(words), WORD_BYTES), NO_BYTE)
+    for row, word in zip(rows, words, strict=True):
+        content = torch.tensor(list(word.encode()))
+        row[: len(content)] = 1 + 256 * torch.arange(len(content)) + content
+    return rows
+
+
+class Layer(nn.Module):
+    """Pre-norm self-attention and MLP over the words of a caption."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = RMSNorm(dim), RMSNorm(dim)
+        self.attention = Attention(dim, num_heads)
+        self.mlp = GELU(dim, ratio=2)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """`x (b, t, h·d)`, `valid (b, t)` with a valid word in every caption → like `x`."""
+        h = self.attention_norm(x)
+        q, k, v = (rearrange(z, "b t h d -> b h t d") for z in self.attention.heads(h, h))
+        x = x + self.attention.output(rearrange(attend(q, k, v, valid[:, None, None]), "b h t d -> b t (h d)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ByteLevelEncoder(nn.Module):
+    """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an MLP makes a token of it (once
+    per distinct word of the batch), then attention reads the words in their order."""
+
+    def __init__(self, config: ByteLevelConfig):
+        super().__init__()
+        self.dim = dim = config.dim
+        self.words = WordRows(spell, byte_rows, config.max_length)
+        self.bytes = nn.Embedding(1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE)  # standard normal: words differ at once
+        self.word_mlp = GELU(dim, ratio=2)
+        self.layers = nn.ModuleList(Layer(dim, config.num_heads) for _ in range(config.depth))
+        self.norm = RMSNorm(dim)
+        self.register_buffer("positions", place_table(config.max_length, dim), persistent=False)
+        self.requires_grad_(not config.freeze)
+
+    def forward(self, captions: list[str]) -> TextTokens:
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest, about unit
+        variance."""
+        device = self.positions.device
+        rows, index, valid = (part.to(device, non_blocking=True) for part in self.words(captions))
+        words = rms_norm(self.bytes(rows).sum(dim=1))  # (u, dim)
+        words = words + self.word_mlp(words)
+        length = index.shape[1]
+        x = F.embedding(index, words) + self.positions[:length]
+        # An empty caption reads its first padding: a softmax over nothing is no number on some devices.
+        readable = valid | (~valid.any(dim=1, keepdim=True) & (torch.arange(length, device=device) == 0))
+        for layer in self.layers:
+            x = layer(x, readable)
+        return TextTokens(torch.where(valid[..., None], self.norm(x).float(), 0.0), valid)

@@ -1,0 +1,56 @@
+"""Words as fixed random vectors: no download, nothing to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit import rng
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextTokens
+from mmdit.text_encoders.words import WordRows, place_table, split_words
+
+
+@dataclass(frozen=True)
+class HashConfig:
+    """`text_encoder: {type: hash}`. `max_length` counts words."""
+
+    type: Literal["hash"] = "hash"
+    dim: int = 256
+    max_length: int = 77
+    freeze: bool = True
+
+    def __post_init__(self):
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError("dim", f"is {self.dim}; must be even and at least 2; 256 is usual")
+        if self.max_length < 1:
+            raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 word")
+        if not self.freeze:
+            raise ConfigError("freeze", "is false, but hash has nothing to train; set true, or type: byte_level")
+
+
+class HashEncoder(nn.Module):
+    """Each word is a standard normal vector drawn with the word as key, plus a sinusoid of its place. The same on every rank,
+    machine and run, so nothing is saved. Case and surrounding punctuation do not count; word order is told only by the
+    sinusoid."""
+
+    def __init__(self, config: HashConfig):
+        super().__init__()
+        self.dim = config.dim
+        self.words = WordRows(lambda chunk: split_words(chunk)[1], self._draw, config.max_length)
+        self.register_buffer("positions", place_table(config.max_length, config.dim), persistent=False)
+
+    def _draw(self, words: list[str]) -> Tensor:
+        keys = torch.tensor([rng.key(word) for word in words], dtype=torch.long)
+        return rng.Draws(seed=0, step=0, indices=keys).normal("hash text encoder", self.dim)
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> TextTokens:
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest."""
+        rows, index, valid = (part.to(self.positions.device, non_blocking=True) for part in self.words(captions))
+        embeddings = F.embedding(index, rows) + self.positions[: index.shape[1]]
+        return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)

@@ -1,0 +1,275 @@
+"""Text encoders of the transformers library: T5, UMT5, T5Gemma, CLIP and their like, from a folder or a hub name."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextTokens
+
+logger = logging.getLogger(__name__)
+
+# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through AutoModel.
+ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "t5gemma": "T5GemmaEncoderModel",
+    "clip": "CLIPTextModel",
+    "siglip": "SiglipTextModel",
+}
+GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of LENGTH_STEP) tokens
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens. `dim` may be left out; if
+    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only)."""
+
+    type: Literal["hf"] = "hf"
+    name_or_path: str = ""
+    dim: int | None = None
+    max_length: int = 77
+    freeze: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    local_files_only: bool = False
+    cache_mb: int = 1024
+
+    def __post_init__(self):
+        if not self.name_or_path:
+            raise ConfigError("name_or_path", "is empty; must be a folder or a hub name such as google/flan-t5-base")
+        if self.max_length < 1:
+            raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
+        if self.cache_mb < 0:
+            raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
+        if not self.freeze and self.dtype != "float32":
+            remedy = "set dtype: float32 (train.precision still computes in half precision) or freeze: true"
+            raise ConfigError("dtype", f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}")
+
+
+class HuggingFaceEncoder(nn.Module):
+    """The encoder's last hidden states, one token per tokenizer token, end markers included.
+
+    Frozen: outside autocast and in batches of fixed shapes, so that an embedding is a function of its caption alone, whatever
+    stands beside it; and kept. Trained: one batch, padded to its longest caption. Dropout is off in both cases, as a resumed
+    run must repeat itself.
+    """
+
+    def __init__(self, config: HuggingFaceConfig):
+        super().__init__()
+        self.config = config
+        self.frozen = config.freeze
+        self.tokenizer, self.encoder = _load(config)
+        self.reported = False
+        self.kept_limit = config.cache_mb * 2**20
+        self.forget()
+        self.requires_grad_(not self.frozen)
+        self.train()
+        with torch.set_grad_enabled(not self.frozen):
+            example = self._hidden(*self._pad(self._tokenize(["a"])))
+        self.dim = example.shape[-1]
+        if config.dim not in (None, self.dim):
+            raise ConfigError("dim", f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave it out")
+        if not self.frozen:  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
+            parameters = list(self.parameters())
+            gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.requires_grad_(gradient is not None)
+
+    def train(self, mode: bool = True) -> HuggingFaceEncoder:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forget(self) -> None:
+        """Empties the memory of embeddings. Moving the module and loading a state do so by themselves."""
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept_bytes = 0
+
+    def _apply(self, *arguments, **keywords):
+        self.forget()
+        return super()._apply(*arguments, **keywords)
+
+    def _load_from_state_dict(self, *arguments):
+        self.forget()
+        super()._load_from_state_dict(*arguments)
+
+    def forward(self, captions: list[str]) -> TextTokens:
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in the longest, at least 1."""
+        device = self.encoder.get_input_embeddings().weight.device
+        if self.frozen:
+            known = self._remembered([caption.strip() for caption in captions])
+            lengths = [len(known[caption.strip()]) for caption in captions]
+            embeddings = torch.zeros(len(captions), max([1, *lengths]), self.dim)
+            for row, caption in zip(embeddings, captions, strict=True):
+                row[: len(known[caption.strip()])] = known[caption.strip()]
+            embeddings = embeddings.to(device)
+        else:
+            tokens = self._tokenize(captions)
+            lengths = [len(part) for part in tokens]
+            embeddings = self._hidden(*self._pad(tokens)).float()
+        valid = torch.arange(embeddings.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+        return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)
+
+    # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _tokenize(self, captions: list[str]) -> list[list[int]]:
+        """Token numbers of each caption; none for one without words, though the tokenizer would add its markers."""
+        filled = [caption.strip() for caption in captions if caption.strip()]
+        limit = self.config.max_length
+        tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
+        if not self.reported:
+            for caption, ids in zip(filled, tokens, strict=True):
+                if len(ids) == limit and (length := len(self.tokenizer(caption, verbose=False)["input_ids"])) > limit:
+                    message = "a caption has %d tokens, text_encoder.max_length is %d: the rest is not read (said once): %.80s"
+                    logger.warning(message, length, limit, caption)
+                    self.reported = True
+                    break
+        remaining = iter(tokens)
+        return [next(remaining) if caption.strip() else [] for caption in captions]
+
+    def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
+        """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens attends to its first padding,
+        as a softmax over nothing is no number."""
+        length = max([length, *map(len, tokens)])
+        filler = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
+        mask = torch.tensor([[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens])
+        return ids, mask
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        device = self.encoder.get_input_embeddings().weight.device
+        return self.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+
+    # ── frozen: every caption once ───────────────────────────────────────────────────────────────────────────────────
+    @torch.no_grad()
+    def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
+        """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's precision."""
+        known = {"": torch.zeros(0, self.dim)}
+        known |= {caption: self._kept[caption] for caption in captions if caption in self._kept}
+        new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        by_length: dict[int, list[tuple[str, list[int]]]] = {}
+        for caption, ids in zip(new, self._tokenize(new), strict=True):
+            length = min(ceil(max(1, len(ids)) / LENGTH_STEP) * LENGTH_STEP, self.config.max_length)
+            by_length.setdefault(length, []).append((caption, ids))
+        for length, items in by_length.items():
+            for start in range(0, len(items), GROUP):
+                known |= self._encode_group(items[start : start + GROUP], length)
+        self._keep(known)
+        return known
+
+    def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
+        tokens = [ids for _, ids in items]
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            hidden = self._hidden(*self._pad(tokens + tokens[:1] * (GROUP - len(tokens)), length)).cpu()
+        result = {caption: row[: len(ids)].clone() for (caption, ids), row in zip(items, hidden)}
+        for caption, row in result.items():
+            if not row.isfinite().all():
+                remedy = "set text_encoder.dtype: bfloat16 or float32" if self.config.dtype == "float16" else "damaged weights?"
+                raise ValueError(f"{self.config.name_or_path} gives infinite or NaN embeddings for {caption!r}; {remedy}")
+        return result
+
+    def _keep(self, known: dict[str, Tensor]) -> None:
+        for caption, row in known.items():
+            if not caption:
+                continue
+            if caption not in self._kept:
+                self._kept[caption] = row
+                self._kept_bytes += row.nbytes
+            self._kept.move_to_end(caption)
+        while self._kept_bytes > self.kept_limit:
+            _, row = self._kept.popitem(last=False)
+            self._kept_bytes -= row.nbytes
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
+    """Tokenizer and encoder without any decoder; ConfigError (what, where, remedy) for whatever prevents it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("type", f"is hf, which needs the transformers library ({error}); pip install transformers") from None
+    source = str(Path(config.name_or_path).expanduser()) if config.name_or_path.startswith("~") else config.name_or_path
+    if not Path(source).is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
+        raise ConfigError("name_or_path", f"is {source}, which is no folder; give one with config.json, or a hub name")
+    options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
+    with _reported("config", source, config):
+        kind = transformers.AutoConfig.from_pretrained(source, **options)
+    with _reported("tokenizer", source, config):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    with _reported("weights", source, config), _quiet(transformers):
+        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5 what the file holds.
+        recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+        options["dtype" if recent else "torch_dtype"] = getattr(torch, config.dtype)
+        if kind.model_type == "t5gemma":
+            options["is_encoder_decoder"] = False
+        model_class = _encoder_class(transformers, kind)
+        encoder, report = model_class.from_pretrained(source, output_loading_info=True, **options)
+    _check(tokenizer, encoder, report, config)
+    return tokenizer, encoder
+
+
+def _encoder_class(transformers: Any, kind: Any) -> Any:
+    name = ENCODERS.get(kind.model_type)
+    if name is None and getattr(kind, "is_encoder_decoder", False):
+        raise ValueError(f"no encoder half is known for model_type {kind.model_type!r}; known: {', '.join(ENCODERS)}")
+    model_class = getattr(transformers, name or "AutoModel", None)
+    if model_class is None:
+        raise ValueError(f"transformers {transformers.__version__} has no {name}; install a newer version")
+    return model_class
+
+
+def _check(tokenizer: Any, encoder: nn.Module, report: dict, config: HuggingFaceConfig) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        absent = f"{len(missing)} tensors of {type(encoder).__name__} are absent, first {missing[0]!r}"
+        raise ConfigError("name_or_path", f"is {config.name_or_path}: {absent}; it is incomplete or of another kind")
+    known = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    if len(known) < 4:  # without its files transformers 5 makes an empty one and says nothing
+        absent = f"its {type(tokenizer).__name__} knows {len(known)} words: the tokenizer's files are absent"
+        raise ConfigError("name_or_path", f"is {config.name_or_path}: {absent}; add them, tokenizer.json for example")
+    rows = encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        sizes = f"the tokenizer has {len(tokenizer)} entries, the embedding {rows}"
+        raise ConfigError("name_or_path", f"is {config.name_or_path}: {sizes}; they belong to different models")
+    places = getattr(encoder.config, "max_position_embeddings", None)  # none: positions are relative
+    if places is not None and config.max_length > min(places, tokenizer.model_max_length):
+        limit = min(places, tokenizer.model_max_length)
+        raise ConfigError("max_length", f"is {config.max_length}, but {config.name_or_path} reads at most {limit}; set {limit}")
+
+
+@contextmanager
+def _reported(part: str, source: str, config: HuggingFaceConfig) -> Iterator[None]:
+    """Whatever the library raises while loading `part`, as one sentence."""
+    try:
+        yield
+    except Exception as error:  # its own classes, those of safetensors, of the hub client and of sentencepiece
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if Path(source).is_dir():
+            remedy = "the folder must hold config.json, the tokenizer's files and model.safetensors (save_pretrained)"
+        elif config.local_files_only:
+            remedy = "local_files_only is true: download it first, give a folder, or set it to false while online"
+        else:
+            remedy = "check the spelling and the connection, or give the folder of a downloaded copy"
+        raise ConfigError("name_or_path", f"is {source}: cannot load its {part}: {reason}; {remedy}") from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """A decoder left out is what we want, not a reason for pages of warnings."""
+    logging_module = transformers.utils.logging
+    level = logging_module.get_verbosity()
+    logging_module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging_module.set_verbosity(level)

@@ -1,0 +1,89 @@
+"""Captions as words, without a vocabulary file: what the hash and byte-level encoders share."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mmdit.nn.position import rotary_tables
+
+logger = logging.getLogger(__name__)
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han are written without spaces: each sign is a word
+_PARTS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
+PLACE_BASE = 100.0
+MEMORY = 1 << 16  # distinct words kept; a larger language costs time, not memory
+
+
+def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
+    """Text without spaces as (opening punctuation, words, closing punctuation): `("` · `red` · `,`. Lower case; composed
+    Unicode, so that é is one letter however it was typed. Punctuation inside a word stays: `left-moving`, `don't`, `3.5`."""
+    chunk = chunk.encode("utf-8", "replace").decode()  # half of a surrogate pair, as broken JSON has, becomes "?"
+    chunk = unicodedata.normalize("NFC", chunk.lower())
+    first, last = 0, len(chunk)
+    while first < last and unicodedata.category(chunk[first]).startswith("P"):
+        first += 1
+    while last > first and unicodedata.category(chunk[last - 1]).startswith("P"):
+        last -= 1
+    return list(chunk[:first]), _PARTS.findall(chunk[first:last]), list(chunk[last:])
+
+
+def place_table(max_length: int, dim: int) -> Tensor:
+    """Sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest turning by a radian in 100 words."""
+    return torch.cat(rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE), dim=-1).float()
+
+
+class WordRows:
+    """Captions to padded positions in a small table of this batch's distinct words. `split` gives the words of a piece of text
+    without spaces, `describe` the rows `(n, width)` of n new words; both are asked once per word and remembered."""
+
+    def __init__(self, split: Callable[[str], list[str]], describe: Callable[[list[str]], Tensor], max_length: int):
+        self.split, self.describe, self.max_length = split, describe, max_length
+        self.reported = False
+        self.forget()
+
+    def forget(self) -> None:
+        self.numbers: dict[str, int] = {}  # word → row
+        self.chunks: dict[str, list[int]] = {}  # piece of text → rows
+        self.rows = self.describe([])
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows (U, width)` of the distinct words, `index (B, T)` into them, `valid (B, T)` bool, all on the CPU. T is the
+        longest caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
+        if max(len(self.numbers), len(self.chunks)) > MEMORY:
+            self.forget()
+        pieces = [caption.split() for caption in captions]
+        if new := set(chain.from_iterable(pieces)) - self.chunks.keys():
+            self._learn(sorted(new))
+        numbers = [list(chain.from_iterable(map(self.chunks.__getitem__, piece))) for piece in pieces]
+        lengths = [len(caption) for caption in numbers]
+        if max(lengths, default=0) > self.max_length:
+            self._report(max(lengths))
+            numbers = [caption[: self.max_length] for caption in numbers]
+            lengths = [len(caption) for caption in numbers]
+        flat = list(chain.from_iterable(numbers))
+        distinct = {number: place for place, number in enumerate(dict.fromkeys(flat))}
+        valid = torch.arange(max([1, *lengths])) < torch.tensor(lengths)[:, None]
+        index = torch.zeros(valid.shape, dtype=torch.long)
+        index[valid] = torch.tensor([distinct[number] for number in flat], dtype=torch.long)
+        rows = self.rows[list(distinct)] if distinct else self.rows.new_zeros(1, self.rows.shape[1])
+        return rows, index, valid
+
+    def _learn(self, chunks: list[str]) -> None:
+        known = len(self.numbers)
+        for chunk in chunks:
+            self.chunks[chunk] = [self.numbers.setdefault(word, len(self.numbers)) for word in self.split(chunk)]
+        words = list(self.numbers)[known:]
+        self.rows = torch.cat([self.rows, self.describe(words)])
+
+    def _report(self, longest: int) -> None:
+        if not self.reported:
+            message = "a caption has %d words, text_encoder.max_length is %d: the rest is not read (said once)"
+            logger.warning(message, longest, self.max_length)
+        self.reported = True

@@ -71,6 +71,8 @@ def test_orders_differ_between_seeds_and_epochs_and_mix_the_grids():
     grids = [plan.batch(step).grid for step in range(16)]
     assert grids != sorted(grids) and grids != sorted(grids, reverse=True)
     assert not torch.equal(plan.batch(0).items, other.batch(0).items)
+    first, second = ({frozenset(plan.batch(step).items.tolist()) for step in range(begin, begin + 16)} for begin in (0, 16))
+    assert not first & second  # other companions in every epoch, not only another order of the same batches
 
 
 def test_frames_follow_the_stride_stay_inside_and_use_the_whole_clip():

@@ -1,5 +1,6 @@
 """The cache: whole items or none, whatever the moment of the kill; a foreign or damaged one is refused by name."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -130,7 +131,12 @@ def test_settings_that_differ_are_all_named_and_nothing_is_touched(images, tmp_p
     assert contents(tmp_path / "cache") == before
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:300], lambda raw: b"", lambda raw: raw[:-700] + b"\xff" * 64 + raw[-636:]])
+def flip(raw):
+    numbers = torch.load(io.BytesIO(raw))["latents"].numpy().tobytes()
+    return raw.replace(numbers, bytes([numbers[0] ^ 1]) + numbers[1:])
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:300], lambda raw: b"", flip])
 def test_damaged_file_is_named(images, tmp_path, damage):
     run(images, tmp_path / "cache")
     path = tmp_path / "cache/画5.pt"
@@ -189,6 +195,8 @@ def test_several_crops_are_items_of_their_own_and_repetitions_are_not_written(tm
         assert cache.load(index)[0, 0, 0, 0] * 255 == pytest.approx(2 * (left + 7.5), abs=2)
     tokenizer = MeanPixels()
     assert run(meta, tmp_path / "cache", tokenizer, **options).already == 2 and tokenizer.encoded == 0
+    (tmp_path / "cache/wide_c2.pt").unlink()
+    assert run(meta, tmp_path / "cache", **options).already == 1 and (tmp_path / "cache/wide_c2.pt").exists()
 
 
 def test_clips_keep_every_frame_in_order(tmp_path):
@@ -205,16 +213,31 @@ def test_clips_keep_every_frame_in_order(tmp_path):
     assert cache.shapes[:, 0].tolist() == [12, 3]
     torch.testing.assert_close(cache.load(0)[:, 0, 0, 0].float(), torch.arange(12) * 20 / 255, atol=1e-3, rtol=0)
     assert torch.equal(cache.load(0, 3, 7), cache.load(0)[3:7])
+    path = tmp_path / "cache/a.pt"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="a.pt is damaged"):
+        cache.load(0, 3, 7)  # the frames are there, but the file is not whole
 
 
 def test_processes_share_the_work_and_the_result_is_the_same(images, tmp_path):
     run(images, tmp_path / "one")
-    for rank in range(3):
-        run(images, tmp_path / "three", rank=rank, world=3)
+    assert [run(images, tmp_path / "three", rank=rank, world=3).written for rank in range(3)] == [4, 3, 3]
     one, three = open_cache(tmp_path / "one"), open_cache(tmp_path / "three")
     assert one.ids == three.ids and one.captions == three.captions
     run(images, tmp_path / "three")  # one process gathers the indices
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_items_are_read_without_unpickling_whatever_the_layout_of_their_tensors(tmp_path, monkeypatch):
+    latents = torch.randn(3, 4, 3, 2, 2)  # channels first, handed over as a permuted view
+    with CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO)) as writer:
+        writer.add_many(["a", "b", "c"], latents.movedim(2, -1), [""] * 3)
+    assert (tmp_path / "a.pt").stat().st_size < 3000  # its own numbers, not the batch's
+    cache = open_cache(tmp_path)
+    monkeypatch.setattr(torch, "load", None)
+    for i in range(3):
+        assert torch.equal(cache.load(i), latents[i].movedim(1, -1).half())
+        assert torch.equal(cache.load(i, 1, 3), latents[i, 1:3].movedim(1, -1).half())
 
 
 def test_a_second_writer_of_the_same_rank_is_refused(tmp_path):

@@ -134,7 +134,8 @@ class BatchPlan:
         return (f"left out {len(counts)} items of {shortest} to {longest} frames, for example {names}: num_frames "
                 f"{video.num_frames} with frame_stride {video.frame_stride} needs {video.span} "
                 f"(1 + {video.num_frames - 1}·{video.frame_stride}).\n"
-                f"{setting(shortest)} would keep all of them, {setting(longest)} the longest.")  # fmt: skip
+                f"{setting(shortest)} would keep all of them" +
+                (f", {setting(longest)} the longest." if setting(longest) != setting(shortest) else "."))  # fmt: skip
 
     def table(self) -> list[dict]:
         """Per kind of step and grid: items, batches in an epoch, and how many places are filled by repetition."""

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,8 +41,8 @@ def to_half(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 def _entry(id: str, file: str, item: dict, raw: bytes) -> dict:
     """The index line. `offset` and `crc` locate and check the numbers inside the file: batches are read without unpickling."""
-    latents = item["latents"].contiguous()
-    numbers = memoryview(latents.numpy()).cast("B")
+    latents = item["latents"]
+    numbers = latents.contiguous().numpy().tobytes()
     rest = {name: item[name] for name in ("facts", "source") if item.get(name)}
     return {"id": id, "file": file, "shape": list(latents.shape), "caption": item["caption"], **rest,
             "bytes": len(raw), "offset": raw.find(numbers), "crc": zlib.crc32(numbers)}  # fmt: skip
@@ -50,11 +51,14 @@ def _entry(id: str, file: str, item: dict, raw: bytes) -> dict:
 def load_item(path: str | Path, channels: int | None = None) -> dict:
     """One cache file, checked. ValueError names a damaged or foreign file."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare check sums
+            torn = archive.testzip()
         item = torch.load(path, weights_only=True, map_location="cpu")
         latents, caption = item["latents"], item["caption"]
         width = latents.shape[-1] if latents.ndim else 0
         problem = (
-            f"its latents have shape {tuple(latents.shape)}, not (frames, rows, columns, channels)" if latents.ndim != 4
+            f"the check sum of {torn} is wrong" if torn
+            else f"its latents have shape {tuple(latents.shape)}, not (frames, rows, columns, channels)" if latents.ndim != 4
             else "it has no frame" if not len(latents)
             else f"its latents are {latents.dtype}, not float16" if latents.dtype != torch.float16
             else f"its latents have {width} channels, the manifest says {channels}" if channels not in (None, width)
@@ -198,7 +202,8 @@ class CacheWriter:
         def write(thread: int) -> list[dict]:
             entries = []
             for i in range(thread, len(ids), THREADS):
-                item = {"latents": half[i].clone(), "caption": captions[i]}
+                latents = half[i].clone(memory_format=torch.contiguous_format)  # of its own: a view would save the whole batch
+                item = {"latents": latents, "caption": captions[i]}
                 item |= {"facts": facts[i]} if facts and facts[i] else {}
                 item |= {"source": sources[i]} if sources and sources[i] else {}
                 entries.append(self._write(ids[i], paths[i], item, f"{self.rank}-{thread}"))

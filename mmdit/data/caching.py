@@ -54,7 +54,7 @@ class CacheReport:
     same_crops: int = 0  # crops that would have repeated an earlier one of their picture
     empty_captions: int = 0
     skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
-    sizes: dict[str, int] = field(default_factory=dict)  # items in the cache by size
+    sizes: dict[str, int] = field(default_factory=dict)  # items in the cache by size (when one process makes it)
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -66,8 +66,10 @@ class CacheReport:
         ]
         if self.same_crops:
             lines.append(f"{self.same_crops} crops not written: without an overhang they would repeat another crop")
-        reasons = Counter(row["reason"].partition(":")[0] for row in self.skipped)
-        lines += [f"  skipped {count}: {reason}" for reason, count in reasons.most_common(8)]
+        kinds: dict[str, list[str]] = {}
+        for row in self.skipped:
+            kinds.setdefault(row["reason"].partition(":")[0], []).append(f"{row['reason']} ({row['id']})")
+        lines += [f"  skipped {len(rows)}, for example: {rows[0]}" for rows in kinds.values()]
         lines += [f"  {size}: {count} items in the cache" for size, count in sorted(self.sizes.items())]
         return "\n".join(lines)
 
@@ -240,8 +242,9 @@ def cache_latents(
         saver.shutdown(wait=True)
         writer.close()
         _write_skipped(Path(out_dir) / (f"skipped-{rank}.jsonl" if world > 1 else "skipped.jsonl"), report.skipped)
-    rows, spatial = [entry["shape"] for entry in writer.entries.values()], tokenizer.spec.spatial
-    report.sizes = dict(Counter(f"{columns * spatial}x{height * spatial}" for _, height, columns, _ in rows))
+    if world == 1:
+        shapes, spatial = [entry["shape"] for entry in writer.entries.values()], tokenizer.spec.spatial
+        report.sizes = dict(Counter(f"{columns * spatial}x{rows * spatial}" for _, rows, columns, _ in shapes))
     report.seconds = time.monotonic() - begin
     if records and not writer.entries and not report.interrupted:
         examples = "\n".join(f"  {row['path'] or row['id']}: {row['reason']}" for row in report.skipped[:5])

@@ -9,17 +9,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
+from mmdit.data.caching import worker_options
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
@@ -56,9 +57,9 @@ class _Stream:
         self.groups, self.size, self.seed, self.purpose = groups, size, seed, purpose
         self.counts = {grid: math.ceil(len(members) / size) for grid, members in groups.items()}
         self.length = sum(self.counts.values())
-        self._open = lru_cache(maxsize=2)(self._epoch)  # two, for threads on both sides of an epoch's end
+        self._epoch: tuple[int, list[Grid], Tensor] = (-1, [], torch.empty(0))
 
-    def _epoch(self, epoch: int) -> tuple[list[Grid], Tensor]:
+    def _plan(self, epoch: int) -> tuple[int, list[Grid], Tensor]:
         tables, grids = [], []
         for grid, members in self.groups.items():
             wanted = self.counts[grid] * self.size
@@ -68,12 +69,13 @@ class _Stream:
             tables.append(order[:wanted].view(-1, self.size))
             grids += [grid] * self.counts[grid]
         mixed = permutation(self.length, self.seed, self.purpose, epoch)
-        return [grids[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
+        return epoch, [grids[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
 
     def batch(self, position: int) -> tuple[Grid, Tensor]:
         epoch, within = divmod(position, self.length)
-        grids, table = self._open(epoch)
-        return grids[within], table[within]
+        if self._epoch[0] != epoch:
+            self._epoch = self._plan(epoch)
+        return self._epoch[1][within], self._epoch[2][within]
 
 
 class BatchPlan:
@@ -168,7 +170,7 @@ def memory_bytes() -> int:
 class _Memory:
     """All latents, one tensor a grid, so that a batch is one gather."""
 
-    def __init__(self, cache: LatentCache, num_workers: int, progress: bool):
+    def __init__(self, cache: LatentCache, progress: bool):
         self.frames: dict[Grid, Tensor] = {}
         self.first = torch.zeros(len(cache), dtype=torch.int64)  # place of an item's frame 0 in its grid's tensor
         for grid, items in _by_grid(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
@@ -176,20 +178,10 @@ class _Memory:
             self.first[items] = counts.cumsum(0) - counts
             self.frames[grid] = torch.empty(int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16)
 
-        def fill(begin: int) -> int:
-            end = min(begin + 64, len(cache))
-            for item, first in zip(range(begin, end), self.first[begin:end].tolist(), strict=True):
-                latents = cache.load(item)
-                self.frames[tuple(latents.shape[1:3])][first : first + len(latents)] = latents
-            return end - begin
-
-        shown = progress and len(cache) >= 5000
-        with (
-            ThreadPoolExecutor(max(1, num_workers)) as pool,
-            tqdm(total=len(cache), desc="loading latents", unit="item", disable=not shown) as bar,
-        ):
-            for count in pool.map(fill, range(0, len(cache), 64)):
-                bar.update(count)
+        firsts = self.first.tolist()
+        for item in tqdm(range(len(cache)), "loading latents", unit="item", disable=not progress or len(cache) < 5000):
+            latents = cache.load(item)
+            self.frames[tuple(latents.shape[1:3])][firsts[item] : firsts[item] + len(latents)] = latents
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
         rows = self.first[items][:, None] + frames
@@ -207,11 +199,11 @@ class _Disk:
         return torch.stack([self.cache.load(item, first, last + 1)[chosen - first] for item, first, last, chosen in bounds])
 
 
-class LatentBatches:
+class LatentBatches(Dataset):
     """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are exactly the plan's global batch.
 
-    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` prefetches in threads. ValueError if the plan's global
-    batch cannot be split evenly.
+    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works ahead. ValueError if the global batch cannot
+    be split evenly.
     """
 
     def __init__(self, cache: LatentCache, plan: BatchPlan, *, rank: int = 0, world: int = 1, accum: int = 1,
@@ -224,7 +216,7 @@ class LatentBatches:
         if in_memory == "auto":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
             self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
-        self._store = _Memory(cache, num_workers, rank == 0) if self.in_memory else _Disk(cache)
+        self._store = _Memory(cache, rank == 0) if self.in_memory else _Disk(cache)
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of `step`. `Batch.indices` are positions in the global batch."""
@@ -243,15 +235,20 @@ class LatentBatches:
             facts=[cache.facts[i] for i in numbers],
         )
 
-    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
-        """Steps in order, endless without `stop_step`. Prefetches one step from memory, `num_workers` steps from disk."""
-        ahead = min(self.num_workers, 1) if self.in_memory else self.num_workers
-        steps = iter(range(start_step, stop_step if stop_step is not None else 1 << 62))
-        if not ahead:
-            yield from map(self.step, steps)
-            return
-        with ThreadPoolExecutor(ahead, "batches") as pool:
-            waiting = deque(pool.submit(self.step, step) for step in islice(steps, ahead + 1))
+    __getitem__ = step  # as a map-style data set, for DataLoader's workers
+
+    def iterate(self, start_step: int = 0, stop_step: int = 1 << 62) -> Iterator[list[Batch]]:
+        """Steps in order, made ahead of time by one thread (from memory) or by `num_workers` processes (from disk: reading many
+        small files is bound by the interpreter). 0 workers: nothing ahead."""
+        steps = range(start_step, stop_step)
+        if self.num_workers and self.in_memory:
+            yield from self._ahead(iter(steps))
+        else:
+            yield from DataLoader(self, batch_size=None, sampler=_Steps(steps), **worker_options(self.num_workers))
+
+    def _ahead(self, steps: Iterator[int]) -> Iterator[list[Batch]]:
+        with ThreadPoolExecutor(1, "batches") as pool:
+            waiting = deque(pool.submit(self.step, step) for step in islice(steps, 2))
             try:
                 while waiting:
                     ready = waiting.popleft().result()
@@ -260,3 +257,13 @@ class LatentBatches:
             finally:
                 for future in waiting:
                     future.cancel()
+
+
+class _Steps(Sampler):
+    """An endless range as a sampler (a range so long has no `len`)."""
+
+    def __init__(self, steps: range):
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)

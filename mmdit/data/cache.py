@@ -35,17 +35,20 @@ _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
 # ── items ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def to_half(latents: Tensor) -> tuple[Tensor, Tensor]:
     """float16 on the CPU, and which items `(B,)` are finite in it (NaN and float16 overflow are not)."""
-    half = latents.detach().to(torch.float16)
-    return half.cpu(), half.isfinite().flatten(1).all(1).cpu()
+    low, high = latents.detach().float().flatten(1).aminmax(dim=1)
+    finite = (low > -65520) & (high < 65520)  # what rounds to float16's largest number, 65504; False for NaN
+    return latents.detach().to(torch.float16).cpu(), finite.cpu()
 
 
 def _entry(id: str, file: str, item: dict, raw: bytes) -> dict:
     """The index line. `offset` and `crc` locate and check the numbers inside the file: batches are read without unpickling."""
     latents = item["latents"]
     numbers = latents.contiguous().numpy().tobytes()
+    offset = raw.find(numbers[:64])
+    offset = offset if raw.startswith(numbers, offset) else raw.find(numbers)
     rest = {name: item[name] for name in ("facts", "source") if item.get(name)}
     return {"id": id, "file": file, "shape": list(latents.shape), "caption": item["caption"], **rest,
-            "bytes": len(raw), "offset": raw.find(numbers), "crc": zlib.crc32(numbers)}  # fmt: skip
+            "bytes": len(raw), "offset": offset, "crc": zlib.crc32(numbers)}  # fmt: skip
 
 
 def load_item(path: str | Path, channels: int | None = None) -> dict:
@@ -255,7 +258,7 @@ class LatentCache:
         self.captions = [entry["caption"] for entry in ordered]
         self.facts = [entry.get("facts") or {} for entry in ordered]
         self.sources = [entry.get("source") or {} for entry in ordered]
-        self.shapes = torch.tensor([entry["shape"] for entry in ordered], dtype=torch.int64).reshape(-1, 4)
+        self.shapes = torch.from_numpy(np.array([entry["shape"] for entry in ordered], np.int64).reshape(-1, 4))
         self._files = [entry["file"] for entry in ordered]
         self._places = np.array([(entry["bytes"], entry["offset"], entry["crc"]) for entry in ordered], np.int64).reshape(-1, 3)
 

@@ -138,6 +138,12 @@ def _ignore_interrupt(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers; they need not print about it
 
 
+def worker_options(num_workers: int) -> dict:
+    """For a DataLoader: no more workers than cores, as more only wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"num_workers": min(num_workers, cores), "worker_init_fn": _ignore_interrupt}
+
+
 # ── what is already there ────────────────────────────────────────────────────────────────────────────────────────────
 def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess: PreprocessConfig,
              report: CacheReport) -> list[Record]:  # fmt: skip
@@ -215,9 +221,9 @@ def cache_latents(
     try:
         pending = _pending(records, kind, writer, preprocess, report)
         chunk = 16 if kind == "image" else 1
-        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess), batch_size=None, num_workers=num_workers,
+        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess), batch_size=None,
                             sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
-                            worker_init_fn=_ignore_interrupt, pin_memory=torch.device(device).type == "cuda")  # fmt: skip
+                            pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
         unit = "image" if kind == "image" else "clip"
         bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
         with bar:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge
+from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remove
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -156,7 +156,8 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised."""
     weights = checkpoint.load_weights(config.train.init_from)
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    checkpoint.assign(learner, weights.tensors, str(weights.source), fresh=lambda name: ".lora_" in name and name not in weights.tensors)
+    checkpoint.assign(learner, weights.tensors, str(weights.source),
+                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
 
 
 def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:
@@ -190,8 +191,10 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
     learner = build_learner(config, tokenizer.spec)
-    checkpoint.assign(learner, weights.tensors, str(weights.source))
-    if config.lora.enabled:
-        merge(learner.model) if lora else None
+    checkpoint.assign(learner, weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
+    if lora:
+        merge(learner.model)
+    else:
+        remove(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
     return Pipeline(learner.to(where).eval(), tokenizer, precision), config

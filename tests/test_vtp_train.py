@@ -29,7 +29,7 @@ from mmdit.rng import Draws
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-IMAGES = {"sizes": [[32, 32, 1.0], [48, 32, 1.0]], "patches_per_step": 48, "shape_pool": 60}
+IMAGES = {"sizes": [[32, 32, 1.0], [48, 32, 1.0]], "patches_per_step": 48, "shape_pool": 60, "texture_pool": 60}
 TINY = {
     "vision_embed_dim": 32, "vision_depth": 1, "vision_num_heads": 1, "vision_feature_bottleneck": 16, "decoder_embed_dim": 32,
     "decoder_depth": 1, "decoder_num_heads": 1, "text_embed_dim": 16, "text_depth": 1, "text_num_heads": 1,

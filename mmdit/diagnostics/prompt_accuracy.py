@@ -117,5 +117,26 @@ def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
     return {"motion_moving": rate(right[moving]), "left_right": rate(right[sideways]) | {"opposite": rate(opposite[sideways])}}
 
 
+def format_report(report: dict) -> str:
+    """A table for people: one row a prompt list or control, one column an attribute."""
+    names = list(report["attributes"])
+
+    def row(title: str, whole: dict | None, attributes: dict) -> str:
+        cells = [f"{attributes[name]['value']:10.3f}" if name in attributes else " " * 10 for name in names]
+        interval = f"{whole['value']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}]"
+        return f"{title:18} {interval:22}" + "".join(cells)
+
+    rows = [row("seen", report["prompt_accuracy"], report["attributes"]),
+            row("held out", report["held_out_accuracy"], report["held_out_attributes"]),
+            row("tokenizer ceiling", report["tokenizer_ceiling"], report["tokenizer_ceiling"]["attributes"]),
+            row("shuffled control", report["control"], report["control"]["attributes"])]  # fmt: skip
+    if "motion_moving" in report:
+        moving, sideways = report["motion_moving"], report["left_right"]
+        rows.append(f"motion on prompts that move {moving['value']:.3f}; left or right: right {sideways['value']:.3f}, "
+                    f"the opposite {sideways['opposite']['value']:.3f}")  # fmt: skip
+    head = f"{'':18} {'all, 95 % interval':22}" + "".join(f"{name:>10}" for name in names)
+    return "\n".join([head, *rows])
+
+
 def _to_cpu(predictions: Predictions) -> Predictions:
     return Predictions(**{name: value if value is None else value.cpu() for name, value in vars(predictions).items()})

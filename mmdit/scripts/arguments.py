@@ -2,7 +2,9 @@
 
 import argparse
 from dataclasses import replace
+from typing import get_args
 
+from mmdit.diffusion import Solver
 from mmdit.experiment import ExperimentConfig
 from mmdit.training.pipeline import SampleSettings
 
@@ -13,7 +15,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--frames", type=int, help="1 draws pictures; default: the config's video.num_frames")
     parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
-    parser.add_argument("--solver", choices=["ddim", "euler", "heun", "dpmpp_2m"])
+    parser.add_argument("--solver", choices=get_args(Solver))
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off; default: train.sample_cfg_scale")
     parser.add_argument("--interval", type=float, nargs=2, help="t range in which guidance acts; t = 1 is noise")
     parser.add_argument("--shift", type=float, help="time shift of the sampling grid")

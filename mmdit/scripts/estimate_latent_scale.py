@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdit.data.cache import LatentCache, latent_statistics
+from mmdit.data.cache import latent_statistics, open_cache
 from mmdit.scripts import friendly
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", help="write the per-channel statistics as JSON, for tokenizer.latent_stats")
     args = parser.parse_args(argv)
     with friendly():
-        stats = latent_statistics(LatentCache.open(args.cache_dir), args.max_items)
+        stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
         print(f"# {stats['items']} items, {stats['values']} values a channel; channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}")
         if args.save:
             Path(args.save).write_text(json.dumps({k: stats[k] for k in ("mean", "std", "items")}))

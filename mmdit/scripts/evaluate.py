@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             return pixels
 
         start = time.perf_counter()
-        report = prompt_accuracy_report(sample, pipeline.tokenizer, width=width, height=height, frames=frames, count=args.count)
+        report = prompt_accuracy_report(sample, pipeline.tokenizer, width=width, height=height, frames=frames, count=args.count,
+                                      device=pipeline.device)
         report |= {"settings": asdict(settings), "checkpoint": str(args.checkpoint), "seconds": time.perf_counter() - start}
         print(format_report(report))
         if args.out:

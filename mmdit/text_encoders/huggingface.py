@@ -68,7 +68,7 @@ class HuggingFaceEncoder(nn.Module):
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
         self.config = config
-        self.frozen = config.freeze
+        self.frozen = self.stored_elsewhere = config.freeze  # a frozen encoder is not copied into checkpoints
         self.tokenizer, self.encoder = _load(config)
         self.reported = False
         self.kept_limit = config.cache_mb * 2**20

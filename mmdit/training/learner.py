@@ -22,6 +22,13 @@ class Learner(nn.Module):
         """Run training steps through torch.compile; sampling keeps the plain model (its shapes vary)."""
         self._compiled.append(torch.compile(self.model))
 
+    def is_stored(self, name: str) -> bool:
+        """Whether a checkpoint holds this entry of the state: a frozen foreign encoder stays where it was loaded from."""
+        return not (name.startswith("text_encoder.") and getattr(self.text_encoder, "stored_elsewhere", False))
+
+    def stored_state(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state_dict().items() if self.is_stored(name)}
+
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
         model = self._compiled[0] if self._compiled else self.model

@@ -64,11 +64,15 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
-                 first: int = 0, batch_size: int = 64, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time."""
+                 first: int = 0, batch_size: int = 64, progress: Callable[[int, int], None] | None = None,
+                 done: Callable[[int], object] | None = None) -> Tensor:
+        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time. `progress(step, steps)` follows each
+        sampling step, `done(captions)` each batch."""
         parts = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
             latents = self.latents(some, width, height, frames, settings, first + start, progress)
             parts.append(self.tokenizer.decode(latents).float().cpu())
+            if done:
+                done(len(some))
         return torch.cat(parts)

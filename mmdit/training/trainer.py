@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError
+from mmdit.diffusion import Solver
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
@@ -52,7 +53,7 @@ class TrainConfig:
     sample_every_steps: int = 0  # 0 = no previews
     sample_num_images: int = 8
     sample_num_steps: int = 30
-    sample_solver: Literal["ddim", "euler", "heun", "dpmpp_2m"] = "euler"
+    sample_solver: Solver = "ab2"
     sample_cfg_scale: float = 3.0
     sample_cfg_interval: tuple[float, float] = (0.0, 1.0)  # guidance acts for t inside
     sample_eta: float = 0.0  # ddim only
@@ -95,11 +96,12 @@ class TrainState:
         return TrainState(learner, optimizer, EMA(ema_config, learner) if ema_config.enabled else None)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        files = {"model": self.learner.state_dict(), "optimizer": optimizer_tensors(self.learner, self.optimizer)}
+        files = {"model": self.learner.stored_state(), "optimizer": optimizer_tensors(self.learner, self.optimizer)}
         return files | ({"ema": self.ema.shadow} if self.ema else {})
 
     def restore(self, folder: Path) -> None:
-        checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "model.safetensors"), str(folder))
+        stored = checkpoint.read_tensors(folder / "model.safetensors")
+        checkpoint.assign(self.learner, stored, str(folder), fresh=lambda name: not self.learner.is_stored(name))
         load_optimizer_tensors(self.learner, self.optimizer, checkpoint.read_tensors(folder / "optimizer.safetensors"))
         if self.ema:
             if not (folder / "ema.safetensors").is_file():

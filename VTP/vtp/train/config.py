@@ -79,6 +79,7 @@ class PretrainConfig:
     """The root. A loss of weight 0 is not built, costs nothing and leaves no tensor in the export."""
 
     output_dir: str = "runs/vtp_tiny_f16d64"
+    init_from: str | None = None  # an exported checkpoint folder of the same network: a further stage
     seed: int = 0
     model: NetworkConfig = field(default_factory=NetworkConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)

@@ -17,6 +17,7 @@ from vtp.train.glyphs import letters
 Tokenize = Callable[[list[str]], Tensor]  # captions to ids (N, T)
 
 POOL_PIXELS = 1 << 28  # of one size
+TEXTURE_CHUNK_PIXELS = 1 << 23
 CLIP_FRAMES = 3  # first, middle and last of a motion
 
 
@@ -36,10 +37,14 @@ class MixConfig:
         if min(weights) < 0 or sum(weights) <= 0:
             raise ConfigError("", f"has weights {weights}; must be non-negative with a positive sum")
 
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
     def counts(self, total: int) -> dict[str, int]:
         """Whole numbers that add up to `total`: cumulative rounding."""
         weights = {f.name: getattr(self, f.name) for f in fields(self)}
-        scale, sum_so_far, placed, result = total / sum(weights.values()), 0.0, 0, {}
+        scale, sum_so_far, placed, result = total / self.total, 0.0, 0, {}
         for name, weight in weights.items():
             sum_so_far += weight * scale
             result[name] = round(sum_so_far) - placed
@@ -58,6 +63,8 @@ class ImagesConfig:
     patches_per_step: int = 32768
     objects: int = 8  # at most, in a pile
     shape_pool: int = 16384  # moving shapes rendered once per size, at most (see POOL_PIXELS); steps draw from them
+    texture_pool: int = 16384  # likewise for all other pictures, which take longer to make than to train on
+    refresh_every: int = 1000  # steps after which a size's textures are made anew
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self):
@@ -67,7 +74,7 @@ class ImagesConfig:
             if width % 16 or height % 16 or min(width, height) < 32 or weight <= 0:
                 message = f"has [{width}, {height}, {weight}]; sides must be multiples of 16 from 32 on, the weight positive"
                 raise ConfigError("sizes", message)
-        for name in ("patches_per_step", "objects", "shape_pool"):
+        for name in ("patches_per_step", "objects", "shape_pool", "texture_pool", "refresh_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
 
@@ -135,6 +142,7 @@ class PictureSource:
     def __init__(self, config: ImagesConfig, seed: int, device: torch.device, tokenize: Tokenize | None = None):
         self.config, self.seed, self.device, self.tokenize = config, seed, device, tokenize
         self._pools: dict[tuple[int, int], Shapes] = {}
+        self._textures: dict[tuple[int, int], tuple[int, Tensor]] = {}  # size → (epoch, pictures)
 
     def pool(self, width: int, height: int) -> Shapes:
         """All moving shapes of one size, rendered when first wanted."""
@@ -144,19 +152,33 @@ class PictureSource:
             self._pools[width, height] = moving_shapes_of(seed, count, width, height, self.device, self.tokenize)
         return self._pools[width, height]
 
+    def textures(self, width: int, height: int, step: int) -> Tensor:
+        """The other pictures `(N, 3, H, W)` uint8 that step draws from: a function of the size and `step // refresh_every`."""
+        epoch = step // self.config.refresh_every
+        if self._textures.get((width, height), (None,))[0] != epoch:
+            count = max(1, min(self.config.texture_pool, POOL_PIXELS // (width * height)))
+            chunk = max(1, TEXTURE_CHUNK_PIXELS // (width * height))
+            draws = rng.Draws.of(rng.key(self.seed, "textures", width, height), epoch, count, self.device)
+            counts = replace(self.config.mix, shapes=0.0).counts if self.config.mix.shapes < self.config.mix.total else None
+            parts = [self._made(draws[i : i + chunk], counts, width, height) for i in range(0, count, chunk)] if counts else []
+            pictures = torch.cat(parts) if parts else torch.empty(0, 3, height, width, dtype=torch.uint8, device=self.device)
+            self._textures[width, height] = (epoch, pictures)
+        return self._textures[width, height][1]
+
     def batch(self, step: int, size: tuple[int, int] | None = None) -> Pictures:
-        """The pictures of a step, in one order by kind (nothing in training depends on it); `size` replaces the drawn one."""
+        """The pictures of a step, moving shapes first; `size` replaces the drawn one."""
         width, height = size or self.config.size_at(self.seed, step)
         total = self.config.batch_size(width, height)
-        counts = self.config.mix.counts(total)
+        shapes = self.config.mix.counts(total)["shapes"]
         draws = rng.Draws.of(rng.key(self.seed, "pictures"), step, total, self.device)
-        pool = self.pool(width, height)
-        chosen = (draws[: counts["shapes"]].uniform("shape", 1)[:, 0] * len(pool.pixels)).long()
-        made = self._textures(draws[counts["shapes"] :], counts, width, height)
-        pixels = torch.cat([moving_shapes.to_float(pool.pixels[chosen]), made])
+        where = draws.uniform("picture", 1)[:, 0]
+        pool, others = self.pool(width, height), self.textures(width, height, step)
+        chosen = (where[:shapes] * len(pool.pixels)).long()
+        made = _turned(draws[shapes:], others[(where[shapes:] * len(others)).long()])
+        pixels = moving_shapes.to_float(torch.cat([pool.pixels[chosen], made]))
         return Pictures(pixels, None if pool.tokens is None else pool.tokens[chosen], pool.facts[chosen])
 
-    def _textures(self, draws: rng.Draws, counts: dict[str, int], width: int, height: int) -> Tensor:
+    def _made(self, draws: rng.Draws, mix: Callable[[int], dict[str, int]], width: int, height: int) -> Tensor:
         makers = {
             "gradients": textures.gradients,
             "clouds": textures.clouds,
@@ -164,12 +186,21 @@ class PictureSource:
             "piles": lambda d, h, w: textures.piles(d, _ground(d, h, w), self.config.objects),
             "glyphs": lambda d, h, w: letters(d, _ground(d, h, w)),
         }
-        parts, start = [], 0
+        counts, parts, start = mix(len(draws.indices)), [], 0
         for name, make in makers.items():
             parts.append(make(draws[start : start + counts[name]], height, width))
             start += counts[name]
         made = torch.cat(parts)
-        return torch.where(draws.uniform("jitter/none", 1, 1, 1) < 0.4, made, textures.jitter(draws, made))
+        made = torch.where(draws.uniform("jitter/none", 1, 1, 1) < 0.4, made, textures.jitter(draws, made))
+        return moving_shapes.to_uint8(made)
+
+
+def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:
+    """Each picture mirrored along each axis or not, its colour channels in any order: a pool seen 24 times as large."""
+    for axis, name in ((-1, "mirror/x"), (-2, "mirror/y")):
+        pictures = torch.where(draws.uniform(name, 1, 1, 1) < 0.5, pictures.flip(axis), pictures)
+    order = draws.uniform("channels", 3).argsort(1)
+    return pictures.gather(1, order[:, :, None, None].expand_as(pictures))
 
 
 def _ground(draws: rng.Draws, height: int, width: int) -> Tensor:

@@ -57,11 +57,12 @@ class Learner(nn.Module):
         self.pixel_loss = reconstruction_loss
 
     def compile(self) -> None:
-        """Compile what repeats: transformer blocks (one graph serves all blocks of a kind) and the loss over pixels."""
+        """Compile what repeats, one graph for each size: transformer blocks (shared by all blocks of a kind) and the pixel loss."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.config.images.sizes))
         for blocks in (self.model.trunk.blocks, self.model.pixel_decoder.blocks):
             for block in blocks:
-                block.compile(dynamic=True)
-        self.pixel_loss = torch.compile(reconstruction_loss, dynamic=True)
+                block.compile(dynamic=False)
+        self.pixel_loss = torch.compile(reconstruction_loss, dynamic=False)
 
     def generator_parts(self) -> nn.ModuleDict:
         """Everything that the main optimizer trains (the teacher inside takes no gradient)."""

@@ -42,6 +42,9 @@ class Trainer:
         self.folder = Path(config.output_dir)
         torch.manual_seed(rng.key(config.seed, "initial weights") & 0x7FFF_FFFF)
         self.learner = Learner(config).to(device)
+        if config.init_from:
+            start = VTPModel.from_pretrained(config.init_from).state_dict()
+            checkpoint.assign(self.learner.model, start, config.init_from, fresh=lambda name: name not in start)
         parts = self.learner.generator_parts()
         self.optimizer = build_optimizer(parts, config.train.lr, config.train.weight_decay, (0.9, config.train.beta2))
         self.parts, self.critic, self.critic_optimizer = parts, self.learner.discriminator, None

@@ -1,0 +1,55 @@
+"""Moving shapes straight into a latent cache: no pictures on disk between the renderer and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmdit.data.cache import CacheWriter
+from mmdit.data.manifest import CacheManifest
+from mmdit.data.moving_shapes.captions import caption, named_attributes
+from mmdit.data.moving_shapes.facts import draw
+from mmdit.data.moving_shapes.prepare import Recipe
+from mmdit.data.moving_shapes.render import render, to_float
+from mmdit.interfaces import Tokenizer
+
+CHUNK_FRAMES = 4096  # rendered and encoded at once
+
+
+def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: CacheManifest, recipe: Recipe, count: int,
+                        device: torch.device | str = "cpu") -> int:  # fmt: skip
+    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare` gives them; returns how many were
+    made (items that are there are kept). ValueError: the folder is a cache made with other settings."""
+    with CacheWriter(out_dir, manifest) as writer, ThreadPoolExecutor(1) as saver:
+        missing = [i for i in range(count) if f"{i:06d}" not in writer.entries]
+        saving: list[Future] = []
+        with tqdm(total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample") as bar:
+            for indices, latents, captions, facts in _encoded(tokenizer, recipe, missing, device):
+                names = [f"{i:06d}" for i in indices]
+                while len(saving) > 2:
+                    saving.pop(0).result()
+                saving.append(saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts))
+                bar.update(len(indices))
+            for future in saving:
+                future.result()
+    return len(missing)
+
+
+def _encoded(tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str) -> Iterator[tuple]:
+    size = {"width": recipe.width, "height": recipe.height}
+    step = max(1, CHUNK_FRAMES * 64 * 64 // (recipe.width * recipe.height) // recipe.frames)
+    for start in range(0, len(missing), step):
+        indices = missing[start : start + step]
+        facts = draw(recipe.seed, indices, video=recipe.frames > 1, split=recipe.split, variant=recipe.variant, **size)
+        with torch.inference_mode():
+            pixels: Tensor = to_float(render(facts, frames=recipe.frames, device=device, **size))
+            latents = tokenizer.encode(pixels)
+        words = [(recipe.seed, i, recipe.complete) for i in indices]
+        captions = [caption(item, *word) for item, word in zip(facts, words, strict=True)]
+        known = [item.to_json() | {"named": sorted(named_attributes(item, *word))} for item, word in zip(facts, words, strict=True)]
+        yield indices, latents, captions, known

@@ -1,0 +1,188 @@
+"""The whole path on any machine, in minutes: a shipped model draws, then data → cache → training → samples → score from nothing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import mmdit
+from mmdit import config as config_io
+from mmdit.data.caching import cache_latents
+from mmdit.data.moving_shapes import prompts
+from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.records import read_records
+from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
+from mmdit.experiment import ExperimentConfig, load_experiment_config, load_pipeline, train
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training import checkpoint
+from mmdit.training.distributed import choose_device
+from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
+from mmdit.training.metrics import clock
+from mmdit.training.pipeline import Pipeline, SampleSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "assets" / "moving_shapes_64.safetensors"
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+PROBE_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything; a GPU gets the full measure, two CPU cores what fits into minutes."""
+
+    images: int  # generated training pictures
+    train_seconds: float  # time for training; steps are chosen from the measured speed
+    max_steps: int
+    batch_size: int
+    count: int  # prompts of each list that are scored, pictures
+    video_count: int
+
+    @staticmethod
+    def for_device(device: torch.device) -> Plan:
+        if device.type == "cuda":
+            return Plan(images=20_000, train_seconds=240.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
+        return Plan(images=4096, train_seconds=150.0, max_steps=3000, batch_size=64, count=128, video_count=24)
+
+
+class Stages:
+    """Says what happens before it happens, with the time so far."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.begin = total, 0, time.perf_counter()
+
+    def __call__(self, sentence: str) -> None:
+        self.done += 1
+        print(f"\n[{self.done}/{self.total}  {clock(self.seconds)}] {sentence}", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+
+def summary(report: dict) -> dict:
+    """The numbers of a prompt-accuracy report as plain values, intervals beside them."""
+    rate = lambda entry: round(entry["value"], 4)  # noqa: E731
+    interval = lambda entry: [round(entry["low"], 4), round(entry["high"], 4)]  # noqa: E731
+    return {
+        "prompt_accuracy": rate(report["prompt_accuracy"]),
+        "prompt_accuracy_interval": interval(report["prompt_accuracy"]),
+        **{name: rate(entry) for name, entry in report["attributes"].items()},
+        "held_out_accuracy": rate(report["held_out_accuracy"]),
+        "held_out_attributes": {name: rate(entry) for name, entry in report["held_out_attributes"].items()},
+        "tokenizer_ceiling": rate(report["tokenizer_ceiling"]),
+        "control": rate(report["control"]),
+        "count": report["prompt_accuracy"]["count"],
+    }
+
+
+def score(pipeline: Pipeline, config: ExperimentConfig, frames: int, count: int, settings: SampleSettings) -> dict:
+    """Prompt accuracy of `count` seen and `count` held-out prompts, with a progress bar."""
+    video = config.video
+    with tqdm(total=2 * count, desc="drawing and scoring", unit="clip" if frames > 1 else "image") as bar:
+
+        def sample(captions: list[str], first: int) -> torch.Tensor:
+            return pipeline(captions, video.width, video.height, frames, settings, first, 64 if frames == 1 else 8, done=bar.update)
+
+        return prompt_accuracy_report(sample, pipeline.tokenizer, width=video.width, height=video.height, frames=frames, count=count,
+                                      device=pipeline.device)
+
+
+def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
+    """Pictures and clips from the shipped model, then its score."""
+    say("Drawing 24 pictures and 4 clips from prompts with the small shipped model (trained by this code, see README).")
+    pipeline, config = load_pipeline(SHIPPED, device)
+    settings, video = SampleSettings.of(config.train), config.video
+    captions = [prompt.caption for prompt in prompts("seen", video=False)[:24]]
+    pixels = pipeline(captions, video.width, video.height, 1, settings)
+    path = save_image(contact_sheet(pixels, captions, 6), out / "samples" / "grid.png")
+    print(f"pictures: {path}", flush=True)
+    captions = [prompt.caption for prompt in prompts("seen", video=True)[:4]]
+    clips = pipeline(captions, video.width, video.height, video.num_frames, settings)
+    save_image(contact_sheet(clips, captions, 1), out / "samples" / "video_frames.png")
+    path = save_video(enlarge(grid_video(clips, 2), 3), out / "video.mp4", video.sample_fps)
+    print(f"clips: {path}", flush=True)
+    say(f"Scoring the shipped model: {plan.count} pictures and {plan.video_count} clips of each prompt list, judged from the pixels.")
+    images = score(pipeline, config, 1, plan.count, settings)
+    videos = score(pipeline, config, video.num_frames, plan.video_count, settings)
+    return {**summary(images), "video": summary(videos), "parameters": parameters(pipeline), "checkpoint": str(SHIPPED.relative_to(ROOT))}
+
+
+def enlarge(clip: torch.Tensor, factor: int) -> torch.Tensor:
+    """Pixels repeated, so that a small clip can be seen."""
+    return clip.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
+
+
+def parameters(pipeline: Pipeline) -> int:
+    return sum(p.numel() for p in pipeline.learner.parameters())
+
+
+def choose_steps(config: ExperimentConfig, cache: Path, device: str, plan: Plan) -> int:
+    """Steps that fit into the plan's seconds, from the speed of a few real ones."""
+    probe = replace(config, experiment_name="speed_probe", train=replace(config.train, max_steps=PROBE_STEPS, log_every_steps=PROBE_STEPS // 2,
+                    save_every_steps=PROBE_STEPS, sample_every_steps=0, compile="off"))  # fmt: skip
+    shutil.rmtree(probe.run_dir, ignore_errors=True)
+    train(probe, cache, device)
+    last = json.loads((probe.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    shutil.rmtree(probe.run_dir)
+    steps = int(plan.train_seconds * last["samples_per_second"] / config.train.batch_size)
+    return max(100, min(plan.max_steps, steps))
+
+
+def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
+    """Data, latents, training, samples and score of a model that did not exist before."""
+    config = load_experiment_config(CONFIG, [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}"])
+    video = config.video
+    say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
+    data = ROOT / "data" / "quickstart"
+    metadata = prepare(data, Recipe(video.width, video.height), plan.images)
+    say("Turning the pictures into VTP latents (cached: a second run skips this).")
+    tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
+    records = read_records(metadata, "image")
+    report = cache_latents(records, "image", tokenizer, data / "latents", video, config.bucketing, config.preprocess,
+                           source=str(data), device=choose_device(device), batch_size=128)  # fmt: skip
+    print(report.text())
+    say("Measuring the speed of this machine to choose the number of training steps.")
+    steps = choose_steps(config, data / "latents", device, plan)
+    say(f"Training a text-to-image model from scratch: {steps} steps, about {clock(plan.train_seconds)}.")
+    config = replace(config, train=replace(config.train, max_steps=steps, save_every_steps=max(1, steps // 2)))
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    begin = time.perf_counter()
+    if not train(config, data / "latents", device):
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - begin
+    say("Drawing with the model just trained, and scoring it.")
+    pipeline, config = load_pipeline(config.run_dir, device)
+    settings = SampleSettings.of(config.train)
+    captions = [prompt.caption for prompt in prompts("seen", video=False)[:24]]
+    pixels = pipeline(captions, video.width, video.height, 1, settings)
+    print(f"pictures: {save_image(contact_sheet(pixels, captions, 6), out / 'samples' / 'from_scratch.png')}", flush=True)
+    images = score(pipeline, config, 1, plan.count, settings)
+    return {**summary(images), "parameters": parameters(pipeline), "steps": steps, "train_seconds": round(seconds, 1), "checkpoint": str(config.run_dir)}
+
+
+def run(device: str = "auto") -> dict:
+    """Everything; returns what report.json holds."""
+    out = Path("runs") / "quickstart"
+    where = choose_device(device)
+    plan, say = Plan.for_device(where), Stages(total=7)
+    threads = f", {torch.get_num_threads()} threads" if where.type == "cpu" else f" ({torch.cuda.get_device_name(where)})"
+    print(f"mmdit {mmdit.__version__}, torch {torch.__version__}, device {where.type}{threads}. Results go to {out}.")
+    shipped = draw_shipped(out, device, plan, say)
+    scratch = from_scratch(out, device, plan, say)
+    report = {
+        "shipped": shipped,
+        "from_scratch": scratch,
+        "seconds": round(say.seconds, 1),
+        "parameters": {"shipped": shipped["parameters"], "from_scratch": scratch["parameters"]},
+        "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": where.type,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    return report

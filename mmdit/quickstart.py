@@ -47,7 +47,7 @@ class Plan:
     @staticmethod
     def for_device(device: torch.device) -> Plan:
         if device.type == "cuda":
-            return Plan(images=20_000, train_seconds=240.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
+            return Plan(images=20_000, train_seconds=120.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
         return Plan(images=4096, train_seconds=150.0, max_steps=3000, batch_size=64, count=128, video_count=24)
 
 
@@ -123,16 +123,16 @@ def parameters(pipeline: Pipeline) -> int:
     return sum(p.numel() for p in pipeline.learner.parameters())
 
 
-def choose_steps(config: ExperimentConfig, cache: Path, device: str, plan: Plan) -> int:
-    """Steps that fit into the plan's seconds, from the speed of a few real ones."""
-    probe = replace(config, experiment_name="speed_probe", train=replace(config.train, max_steps=PROBE_STEPS, log_every_steps=PROBE_STEPS // 2,
-                    save_every_steps=PROBE_STEPS, sample_every_steps=0, compile="off"))  # fmt: skip
+def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds: float) -> int:
+    """Training steps that fit into `seconds`, from the speed of a few real ones (the later half: the first are slow)."""
+    steps = PROBE_STEPS * (4 if choose_device(device).type == "cuda" else 1)
+    settings = replace(config.train, max_steps=steps, log_every_steps=steps // 2, save_every_steps=steps, sample_every_steps=0)
+    probe = replace(config, experiment_name=f"{config.experiment_name}_speed_probe", train=settings)
     shutil.rmtree(probe.run_dir, ignore_errors=True)
     train(probe, cache, device)
     last = json.loads((probe.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(probe.run_dir)
-    steps = int(plan.train_seconds * last["samples_per_second"] / config.train.batch_size)
-    return max(100, min(plan.max_steps, steps))
+    return max(1, int(seconds * last["samples_per_second"] / config.train.batch_size))
 
 
 def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
@@ -149,7 +149,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
                            source=str(data), device=choose_device(device), batch_size=128)  # fmt: skip
     print(report.text())
     say("Measuring the speed of this machine to choose the number of training steps.")
-    steps = choose_steps(config, data / "latents", device, plan)
+    steps = max(100, min(plan.max_steps, affordable_steps(config, data / "latents", device, plan.train_seconds)))
     say(f"Training a text-to-image model from scratch: {steps} steps, about {clock(plan.train_seconds)}.")
     config = replace(config, train=replace(config.train, max_steps=steps, save_every_steps=max(1, steps // 2)))
     shutil.rmtree(config.run_dir, ignore_errors=True)

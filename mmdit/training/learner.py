@@ -16,11 +16,13 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
-        self._compiled: list = []  # in a list: the compiled twin shares the parameters and is no submodule of its own
 
     def compile_model(self) -> None:
-        """Run training steps through torch.compile; sampling keeps the plain model (its shapes vary)."""
-        self._compiled.append(torch.compile(self.model))
+        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where no
+        working compiler is installed torch warns once and the blocks run as they are."""
+        torch._dynamo.config.suppress_errors = True
+        for block in self.model.blocks:
+            block.compile(dynamic=False)
 
     def is_stored(self, name: str) -> bool:
         """Whether a checkpoint holds this entry of the state: a frozen foreign encoder stays where it was loaded from."""
@@ -31,9 +33,8 @@ class Learner(nn.Module):
 
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
-        model = self._compiled[0] if self._compiled else self.model
         text = self.text_encoder(captions)
         if self.caption_dropout:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
-        parts = self.objective.loss(model, self.spec.normalize(latents), text, draws, keep=keep)
+        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, keep=keep)
         return parts.per_sample, parts.t

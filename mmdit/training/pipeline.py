@@ -53,7 +53,8 @@ class Pipeline:
         was_training = learner.training
         learner.eval()
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+            with autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder(captions)
                 denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
                 report = (lambda done, *_: progress(done, settings.sampler.steps)) if progress else None

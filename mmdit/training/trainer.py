@@ -44,7 +44,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0 = off
     max_steps: int = 1000
     max_skipped_steps: int = 10  # non-finite gradients between two reports that stop the run
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on with CUDA
+    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
@@ -170,7 +170,7 @@ class Trainer:
         """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at the end either way."""
         config, state, world = self.config, self.state, self.world
         learner = state.learner
-        if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
+        if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
             learner.compile_model()
         wrapped = self._wrap(learner)
         rate = config.learning_rate()

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -181,7 +182,8 @@ class _Memory:
         firsts = self.first.tolist()
         for item in tqdm(range(len(cache)), "loading latents", unit="item", disable=not progress or len(cache) < 5000):
             latents = cache.load(item)
-            self.frames[tuple(latents.shape[1:3])][firsts[item] : firsts[item] + len(latents)] = latents
+            stored = self.frames[tuple(latents.shape[1:3])][firsts[item] : firsts[item] + len(latents)]
+            np.copyto(stored.numpy(), latents.numpy())  # torch would wake all its threads for each small copy
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
         rows = self.first[items][:, None] + frames

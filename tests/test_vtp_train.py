@@ -150,9 +150,9 @@ def test_pixels_round_trip_and_psnr_of_a_known_error():
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_loss_falls():
-    trainer = Trainer(configured("unused", max_steps=40), CPU)
-    errors = [float(trainer.advance()["squared_error"]) for _ in range(40)]
-    assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
+    trainer = Trainer(configured("unused", max_steps=60), CPU)
+    errors = [float(trainer.advance()["squared_error"]) for _ in range(60)]
+    assert sum(errors[-10:]) < 0.65 * sum(errors[:10])
 
 
 def test_resume_is_exact_with_every_loss(tmp_path):
@@ -251,7 +251,7 @@ def test_mistakes_are_named(section, value, path):
     assert caught.value.path == path
 
 
-@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_semantic"])
+@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_stage1", "vtp_tiny_f16d64_semantic"])
 def test_shipped_configs_decode_and_fit_the_size_limit(name):
     config = load(PretrainConfig, ROOT / "VTP" / "configs" / f"{name}.yaml")
     with torch.device("meta"):

@@ -38,7 +38,9 @@ def card(training: dict, scores: dict, file_bytes: int) -> str:
         what = f"PSNR of {real['pictures']} real pictures, {real['size']} px (lowest, highest)"
         measured.append((what, f"{real['psnr']:.2f} dB ({real['lowest']:.2f}, {real['highest']:.2f})"))
     channels = config["model"]["vision_feature_bottleneck"]
-    trained = f"{training['steps']:,} steps in {training['minutes']} minutes on one {training['device']}"
+    stages = [*training.get("earlier_stages", []), {"config": name, **{key: training[key] for key in ("steps", "minutes", "device")}}]
+    trained = ", then ".join(f"{s['steps']:,} steps in {s['minutes']} minutes on one {s['device']}" for s in stages)
+    commands = "\n".join(f"    PYTHONPATH=VTP python -m vtp.train --config VTP/configs/{s['config']}.yaml" for s in stages)
     return f"""# {name}
 
 A small VTP tokenizer: 16x downsampling, {channels} channels, {scores['parameters']:,} parameters
@@ -46,7 +48,7 @@ stored as {training['stored_as']} ({file_bytes / 1e6:.1f} MB; that storage costs
 
 Trained for {trained}, from the root of the repository:
 
-    PYTHONPATH=VTP python -m vtp.train --config VTP/configs/{name}.yaml
+{commands}
 
 Loss weights: {losses}. Noise on the latents in training: up to
 {config['latent_noise']:g} of their standard deviation. `training.json` holds the whole config.

@@ -48,10 +48,12 @@ class SamplerConfig:
             raise ConfigError("shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps")
 
 
-def sampling_times(objective: Objective, steps: int, shift: float = 1.0) -> list[float]:
-    """`steps + 1` decreasing times from the objective's `t_start` to 0; on a discrete path, times that training has drawn."""
+def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None) -> list[float]:
+    """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a discrete path, times that
+    training has drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    times = [objective.path.snap(t) for t in (objective.t_start * shift_time(even, shift)).tolist()]
+    first = objective.t_start if start is None else min(start, objective.t_start)
+    times = [objective.path.snap(t) for t in (first * shift_time(even, shift)).tolist()]
     if any(t <= s for t, s in zip(times, times[1:])):
         levels = len({t for t in times if t > 0})
         message = f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take fewer steps"
@@ -67,15 +69,20 @@ def sample(
     config: SamplerConfig = SamplerConfig(),
     draws: Draws | None = None,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    guess: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32.
+    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32. `guess`: clean latents to start from
+    and the time to which they are noised first (SDEdit, Meng et al. 2108.01073); larger times leave less of them.
 
     `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0` adds, by sample and step.
     `callback(steps done, t reached, x, clean estimate)` follows each step: progress, previews.
     """
     if config.eta and draws is None:
         raise ValueError(f"eta is {config.eta}, which adds noise, but there are no draws to key it; pass draws or set eta to 0")
-    path, times = objective.path, sampling_times(objective, config.steps, config.shift)
+    if guess is not None and not 0 < guess[1] <= 1:
+        raise ValueError(f"the guess is to be noised to t = {guess[1]}; must be above 0 (kept as it is) and at most 1 (pure noise)")
+    path = objective.path
+    times = sampling_times(objective, config.steps, config.shift, guess[1] if guess else None)
     step = {
         "ddim": lambda: _ddim(denoise, path, config.eta, draws),
         "euler": lambda: _euler(denoise, path),
@@ -84,7 +91,10 @@ def sample(
         "dpmpp_2m": lambda: _dpmpp_2m(denoise, path),
     }[config.solver]()
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    x = x * math.hypot(*_floats(path, times[0]))  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
+    if guess is not None:
+        x = path.add_noise(guess[0].to(x), x, times[0])
+    else:
+        x = x * math.hypot(*_floats(path, times[0]))  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)
         if callback is not None:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from mmdit.experiment import load_pipeline
 from mmdit.scripts import friendly
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
-from mmdit.training.media import contact_sheet, save_image, save_video
+from mmdit.training.media import save_samples
+from mmdit.training.pipeline import SampleSettings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,30 +27,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
-    parser.add_argument("--columns", type=int, default=0, help="columns of grid.png (0: 4 for pictures, 1 for clips)")
+    parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
+    parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
+    parser.add_argument("--strength", type=float, default=0.5, help="noise level t that --refine starts from [0.5]")
     args = parser.parse_args(argv)
     with friendly():
         lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if args.prompts_file else []
         prompts = [*args.prompts, *(line.strip() for line in lines if line.strip())]
         if not prompts:
-            raise ValueError("no prompt: give --prompts \"…\" or --prompts_file FILE")
+            raise ValueError('no prompt: give --prompts "…" or --prompts_file FILE')
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
         settings = sample_settings(args, config)
         width, height, frames, fps = sample_size(args, config)
-        bar = tqdm(total=settings.sampler.steps, desc="sampling", unit="step")
-        pixels = pipeline(prompts, width, height, frames, settings, batch_size=args.batch_size,
-                          progress=lambda done, total: (bar.reset(total) if done == 1 else None, bar.update()))
-        bar.close()
+        with tqdm(total=len(prompts), desc="sampling", unit="sample") as bar:
+            pixels = pipeline(prompts, width, height, frames, settings, batch_size=args.batch_size, done=bar.update)
+        if args.refine:
+            refiner, large = load_pipeline(args.refine, args.device, use_ema=not args.raw_weights)
+            width, height = large.video.width, large.video.height
+            with tqdm(total=len(prompts), desc="refining", unit="sample") as bar:
+                pixels = refiner.refine(pixels, prompts, width, height, args.strength, SampleSettings.of(large.train), done=bar.update)
         out = Path(args.out)
-        files = []
-        for i, clip in enumerate(pixels):
-            name = out / f"{i:04d}"
-            picture = frames == 1
-            path = save_image(contact_sheet(clip[None], [prompts[i]], 1, min(width, height)), name.with_suffix(".png")) if picture else \
-                save_video(clip, name.with_suffix(".mp4"), fps)
-            files.append(path.name)
-        save_image(contact_sheet(pixels, prompts, args.columns or (4 if frames == 1 else 1)), out / "grid.png")
-        story = {"checkpoint": str(args.checkpoint), "size": [width, height, frames], "settings": asdict(settings), "torch": torch.__version__,
+        files = save_samples(pixels, prompts, out, fps, args.columns)
+        refined = {"refine": args.refine, "strength": args.strength} if args.refine else {}
+        story = {"checkpoint": args.checkpoint, **refined, "size": [width, height, frames], "settings": asdict(settings),
+                 "raw_weights": args.raw_weights, "overrides": args.overrides, "torch": torch.__version__,
                  "samples": [{"file": f, "prompt": p} for f, p in zip(files, prompts)]}
         (out / "samples.json").write_text(json.dumps(story, indent=1, ensure_ascii=False))
         print(f"wrote {len(files)} samples and {out / 'grid.png'}")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import mmdit
 from mmdit.interfaces import LatentSpec
+from mmdit.training.errors import RunError
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
@@ -87,8 +88,8 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RuntimeError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space "
-                           "and continue with --resume") from error
+        raise RunError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space "
+                       "and continue with --resume") from error
     for old in complete(run_dir)[:-keep_last] if keep_last else []:
         shutil.rmtree(old)
     return final
@@ -158,10 +159,14 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
 def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
     """One file with the weights in `dtype` and the config in its metadata."""
     tensors = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in weights.tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".writing-{path.name}")
-    save_file(tensors, aside, {"mmdit": weights.meta.to_json()})
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, {"mmdit": weights.meta.to_json()})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(f"could not write {path}: {error}; free disk space or choose another place") from error
 
 
 def assign(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, fresh=lambda name: False) -> None:

@@ -90,6 +90,20 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
     return path
 
 
+def save_samples(pixels: Tensor, captions: list[str], folder: Path, fps: int, columns: int | None = None) -> list[str]:
+    """One PNG or MP4 per sample of `pixels (B, F, 3, H, W)`, and all of them captioned in grid.png; returns the names."""
+    pictures = pixels.shape[1] == 1
+    names = []
+    for i, clip in enumerate(pixels):
+        if pictures:
+            path = save_image(_image(to_uint8(clip[0])), folder / f"{i:04d}.png")
+        else:
+            path = save_video(clip, folder / f"{i:04d}.mp4", fps)
+        names.append(path.name)
+    save_image(contact_sheet(pixels, captions, columns or (4 if pictures else 1)), folder / "grid.png")
+    return names
+
+
 def grid_video(pixels: Tensor, columns: int) -> Tensor:
     """`(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
     count, frames, _, height, width = pixels.shape

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.diffusion import SamplerConfig, guided, sample
@@ -44,8 +45,9 @@ class Pipeline:
 
     @torch.no_grad()
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
-                progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`."""
+                progress: Callable[[int, int], None] | None = None, guess: tuple[Tensor, float] | None = None) -> Tensor:
+        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
+        start from, and the time they are noised to."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
@@ -58,7 +60,8 @@ class Pipeline:
                 text = learner.text_encoder(captions)
                 denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
                 report = (lambda done, *_: progress(done, settings.sampler.steps)) if progress else None
-                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, report)
+                start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
+                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, report, start)
         finally:
             learner.train(was_training)
         return learner.spec.denormalize(clean)
@@ -76,4 +79,19 @@ class Pipeline:
             parts.append(self.tokenizer.decode(latents).float().cpu())
             if done:
                 done(len(some))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def refine(self, pixels: Tensor, captions: list[str], width: int, height: int, strength: float,
+               settings: SampleSettings = SampleSettings(), first: int = 0, done: Callable[[int], object] | None = None) -> Tensor:
+        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t = `strength`, and denoised by this
+        model, one clip at a time. What the small clip says stays; detail below that noise level is drawn anew."""
+        parts = []
+        for i, (clip, caption) in enumerate(zip(pixels, captions)):
+            large = F.interpolate(clip, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            guess = self.tokenizer.encode(large[None].to(self.device))
+            latents = self.latents([caption], width, height, len(clip), settings, first + i, guess=(guess, strength))
+            parts.append(self.tokenizer.decode(latents).float().cpu())
+            if done:
+                done(1)
         return torch.cat(parts)

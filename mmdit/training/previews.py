@@ -34,8 +34,9 @@ class Previews:
             with weights:
                 self._write(state.step)
         except Exception as error:  # whatever goes wrong in a picture, hours of training go on
-            (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "samples" / f"error_{state.step:08d}.txt").write_text(traceback.format_exc())
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+                (self.run_dir / "samples" / f"error_{state.step:08d}.txt").write_text(traceback.format_exc())
             print(f"preview at step {state.step} failed and is left out ({type(error).__name__}: {error})", flush=True)
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Literal
@@ -20,6 +21,7 @@ from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
+from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import MetricsLog, Timer, report_line
 from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
@@ -43,7 +45,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # global norm; 0 = off
     max_steps: int = 1000
-    max_skipped_steps: int = 10  # non-finite gradients between two reports that stop the run
+    max_skipped_steps: int = 10  # more non-finite gradients between two reports, or in a row, stop the run
     compile: Literal["auto", True, False] = "auto"  # auto: with CUDA
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
@@ -165,6 +167,7 @@ class Trainer:
     run_dir: Path
     save: Callable[[TrainState], None]
     preview: Callable[[TrainState], None] | None = None
+    bad_in_a_row: int = 0
 
     def run(self) -> bool:
         """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at the end either way."""
@@ -191,11 +194,13 @@ class Trainer:
                 if state.step % config.save_every_steps == 0 or done:
                     self.save(state)
                     saved = state.step
-                if self.preview and (state.step % config.sample_every_steps == 0 or done):
-                    self.preview(state)
-                    learner.train()
+                if config.sample_every_steps and (state.step % config.sample_every_steps == 0 or done):
+                    begin = time.perf_counter()
+                    if self.preview:  # on the main rank; the others wait
+                        self.preview(state)
+                        learner.train()
                     world.barrier()
-                    timer.lap()
+                    timer.last += time.perf_counter() - begin  # no time of the training
                 if stopping:
                     break
         if saved != state.step:
@@ -264,8 +269,10 @@ class Trainer:
                     for step, (ids, b) in enumerate(zip(window.ids, bad), state.step - steps):
                         if b:
                             file.write(json.dumps({"step": step, "ids": ids}) + "\n")
-        if skipped > config.max_skipped_steps or skipped == steps:
-            raise RuntimeError(
+        for b in bad:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if b else 0
+        if max(skipped, self.bad_in_a_row) > config.max_skipped_steps or skipped == steps > 1:
+            raise RunError(
                 f"{skipped} of the last {steps} steps up to step {state.step} had a non-finite loss or gradient and were skipped "
                 f"(limit train.max_skipped_steps = {config.max_skipped_steps}); their items are in {self.run_dir / 'skipped.jsonl'}. "
                 f"The weights are those before them. Lower train.lr (now {rate.at(state.step):.2e}), use train.precision: fp32, or "

@@ -4,6 +4,7 @@ training.json, scores.json, README.md."""
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -31,8 +32,18 @@ def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folde
     loaded = VTPModel.from_pretrained(folder).to(model.device)
     write_json(folder / SCORES_FILE, evaluate(loaded, config.train.evaluation_samples))
     storage = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
-    write_json(folder / TRAINING_FILE, {**run, **storage, "config": encode(config)})
+    write_json(folder / TRAINING_FILE, {**run, **_earlier_stages(config), **storage, "config": encode(config)})
     write_card(folder)
+
+
+def _earlier_stages(config: PretrainConfig) -> dict:
+    """What `init_from` recorded of its own training, for the README."""
+    record = Path(config.init_from or "") / TRAINING_FILE
+    if not (config.init_from and record.is_file()):
+        return {}
+    before = json.loads(record.read_text())
+    stage = {"config": Path(before["config"]["output_dir"]).name, **{key: before[key] for key in ("steps", "minutes", "device")}}
+    return {"earlier_stages": [*before.get("earlier_stages", []), stage]}
 
 
 def without_text_tower(model: VTPModel) -> VTPModel:

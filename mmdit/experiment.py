@@ -123,8 +123,9 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
                                 in_memory=config.data.in_memory, num_workers=config.num_workers)
         learner = build_learner(config, spec).to(world.device)
-        if config.train.init_from:
-            start_from(learner, config, spec, tokenizer.fingerprint)
+        if config.train.init_from and found is None:
+            for line in start_from(learner, config, spec, tokenizer.fingerprint):
+                world.print(line)
         state = TrainState.create(learner, config.train, config.ema)
         if found is not None:
             meta = checkpoint.Meta.from_json((found / "checkpoint.json").read_text(), str(found))
@@ -133,6 +134,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             world.print(f"resuming {found} at step {state.step}")
             for line in config_io.differences(meta.config, config):
                 world.print(f"  config changed: {line}")
+            if state.step >= settings.max_steps:
+                world.print(f"  nothing left to do: train.max_steps is {settings.max_steps}; raise it to train further")
         if world.is_main:
             describe(config, learner, plan, run_dir)
 
@@ -152,12 +155,23 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         return Trainer(config.train, config.seed, state, batches.iterate, world, run_dir, save, preview).run()
 
 
-def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> None:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised."""
-    weights = checkpoint.load_weights(config.train.init_from)
+SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
+
+
+def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised.
+    Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
+    try:
+        weights = checkpoint.load_weights(config.train.init_from)
+    except ValueError as error:
+        raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
     checkpoint.assign(learner, weights.tensors, str(weights.source),
                       fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
+    old, new = weights.meta.config, config_io.encode(config)
+    changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
+    changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
+    return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
 
 
 def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:

@@ -1,22 +1,35 @@
 """Commands. Each turns arguments into a call; what a person can mend is told in one line, without a stack trace."""
 
 import contextlib
+import os
 import sys
 
 
 @contextlib.contextmanager
 def friendly():
-    """Print a ValueError (ConfigError included), RuntimeError we raised or a file error as one line and exit with 2; anything else
-    is a bug of ours and keeps its trace. `MMDIT_TRACE=1` shows every trace."""
-    import os
+    """Print a ValueError (ConfigError included), a RunError, a file error or a full GPU as one message and exit with 2; anything
+    else is a bug of ours and keeps its trace. `MMDIT_TRACE=1` shows every trace."""
+    import torch
+
+    from mmdit.training.errors import RunError
 
     try:
         yield
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError, RunError, torch.OutOfMemoryError) as error:
         if os.environ.get("MMDIT_TRACE"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _message(error: Exception) -> str:
+    text = str(error)
+    if "Original Traceback" in text:  # from a data loader's process: what was raised there, without its trace
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    if "out of memory" in text:
+        text = (f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with train.grad_accum_steps raised the step stays "
+                "the same) or --batch_size; model.checkpointing=true saves memory in training.")
+    return text.strip()

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", default="one", help="one, or many: two or three objects")
     parser.add_argument("--device", default="auto")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         device = choose_device(args.device)

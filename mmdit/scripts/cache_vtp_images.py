@@ -31,7 +31,7 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
     parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = __doc__) -> int:

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=256, help="prompts of each list (at most 256)")
     parser.add_argument("--out", help="write the report as JSON")
     parser.add_argument("--sheet", help="write the first 32 samples as a captioned PNG")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
         settings = sample_settings(args, config)
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def sample(captions: list[str], first: int):
             pixels = pipeline(captions, width, height, frames, settings, first, args.batch_size)
-            drawn.extend(zip(pixels, captions))
+            drawn.extend(list(zip(pixels, captions))[: 32 - len(drawn)])
             return pixels
 
         start = time.perf_counter()
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.sheet:
             import torch
 
-            pixels, captions = zip(*drawn[:32])
+            pixels, captions = zip(*drawn)
             save_image(contact_sheet(torch.stack(pixels), list(captions), 8 if frames == 1 else 2), Path(args.sheet))
     return 0
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
     parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
     parser.add_argument("--strength", type=float, default=0.5, help="noise level t that --refine starts from [0.5]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if args.prompts_file else []
         prompts = [*args.prompts, *(line.strip() for line in lines if line.strip())]

@@ -1,0 +1,186 @@
+"""Assembly: runs are never overwritten, resume tells what changed, weights travel between runs, adapters end to end, previews."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from tiny import Workshop, refused
+
+from mmdit.adapters import load_lora, lora_state
+from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
+from mmdit.scripts import export, train_t2v
+from mmdit.tokenizers import build_tokenizer
+from mmdit.tokenizers.dummy import DummyTokenizer
+from mmdit.training import checkpoint
+from mmdit.training.metrics import MetricsLog
+from mmdit.training.pipeline import SampleSettings
+
+PROMPTS = ["a large red star on a navy background", "blue"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("experiment"))
+    shop.train("base")
+    return shop
+
+
+def tensors(run):
+    return checkpoint.read_tensors(checkpoint.latest(run) / "model.safetensors")
+
+
+def draw(pipeline, frames=1):
+    return pipeline(PROMPTS, 48, 32, frames, SampleSettings(seed=3))
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_run_folder_tells_its_story(shop):
+    run = shop.folder / "runs/base"
+    assert load_experiment_config(run / "config.yaml").experiment_name == "base"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and [p.name[-1] for p in checkpoint.complete(run)] == ["2", "3"], "the last step is saved, too"
+
+
+def test_an_existing_run_is_not_written_over(shop, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (shop.folder / "runs/base").rglob("*")}
+    refused(capsys, train_t2v.main, shop.train_words("base"), "runs/base", "step 3", "--resume", "experiment_name")
+    assert before == {path: path.stat().st_mtime_ns for path in (shop.folder / "runs/base").rglob("*")}
+
+
+def test_resume_needs_a_run(shop, capsys):
+    refused(capsys, train_t2v.main, [*shop.train_words("nothing"), "--resume"], "runs/nothing", "start without --resume")
+    assert not (shop.folder / "runs/nothing").exists()
+
+
+def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
+    whole = shop.train("whole", "train.max_steps=5")
+    parts = shop.train("parts")
+    capsys.readouterr()
+    shop.train("parts", "--resume", "train.max_steps=5", "train.keep_last=7")
+    out = capsys.readouterr().out
+    assert "at step 3" in out and "config changed: train.max_steps: 3 → 5" in out and "train.keep_last: 3 → 7" in out
+    assert len(list(parts.glob("config.before-*.yaml"))) == 1, "the earlier config is kept"
+    assert all(torch.equal(value, tensors(parts)[name]) for name, value in tensors(whole).items())
+    capsys.readouterr()
+    shop.train("parts", "--resume", "train.max_steps=5")
+    assert "nothing left to do: train.max_steps is 5" in capsys.readouterr().out
+
+
+def test_a_stop_signal_saves_and_resume_goes_on_exactly(shop, monkeypatch, capsys):
+    whole = shop.train("unstopped", "train.max_steps=4")
+    original = MetricsLog.write
+
+    def write(log, values):
+        original(log, values)
+        if values["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+    run = shop.train("stopped", "train.max_steps=4", "train.save_every_steps=100")
+    assert "stopped on request at step 2; continue with --resume" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.complete(run)] == ["step_00000002"]
+    monkeypatch.undo()
+    shop.train("stopped", "--resume", "train.max_steps=4", "train.save_every_steps=100")
+    assert all(torch.equal(value, tensors(run)[name]) for name, value in tensors(whole).items())
+
+
+def test_a_resumed_run_does_not_need_the_run_it_started_from(shop):
+    gone = shop.train("gone")
+    run = shop.train("heir", f"train.init_from={gone}")
+    shutil.rmtree(gone)
+    shop.train("heir", "--resume", f"train.init_from={gone}", "train.max_steps=4")
+    assert checkpoint.latest(run).name == "step_00000004"
+
+
+# ── weights from elsewhere ───────────────────────────────────────────────────────────────────────────────────────────
+def test_weights_of_another_model_or_tokenizer_are_refused(shop, capsys):
+    base = shop.folder / "runs/base"
+    other = [*shop.train_words("other"), f"train.init_from={base}"]
+    refused(capsys, train_t2v.main, [*other, "model.dim=24"], "does not fit this model", "file (16,", "model (24,", "model: and text_encoder:")
+    refused(capsys, train_t2v.main, [*shop.train_words("base"), "--resume", "model.depth=3"], "step_00000003", "missing in the file (model.blocks.2")
+    foreign = shop.cache("foreign", "tokenizer={type: dummy, latent_d: 6}")
+    refused(capsys, train_t2v.main, [*shop.train_words("other", cache=foreign), f"train.init_from={base}", "tokenizer={type: dummy, latent_d: 6}"],
+            "was trained on latents of the tokenizer", "tokenizer: section")
+    refused(capsys, train_t2v.main, [*other, "tokenizer={type: dummy, latent_d: 8, latent_scale: 2}"], "scale: 1.0 → 2.0")
+    refused(capsys, train_t2v.main, [*shop.train_words("other"), "train.init_from=runs/absent"], "train.init_from: no checkpoint at runs/absent")
+    assert not (shop.folder / "runs/other").exists(), "nothing is left of a run that could not start"
+
+
+def test_what_is_configured_otherwise_than_in_the_base_is_told(shop, capsys):
+    shop.train("shifted", f"train.init_from={shop.folder}/runs/base", "flow_matching.shift=3.0", "train.max_steps=1")
+    out = capsys.readouterr().out
+    assert "configured otherwise there: flow_matching.shift: 1.0 → 3.0" in out and out.count("configured otherwise") == 1
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_adapters_alone_need_a_base(shop, capsys):
+    refused(capsys, train_t2v.main, [*shop.train_words("lora0"), "lora.enabled=true"], "train.init_from", "lora.train_lora_only", "random frozen weights")
+
+
+def test_adapters_end_to_end(shop):
+    base = shop.folder / "runs/base"
+    run = shop.train("lora", f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.lr=0.05")
+    started = checkpoint.load_weights(base).tensors
+    after = tensors(run)
+    assert all(torch.equal(after[name], value) for name, value in started.items()), "the base is frozen, the text encoder with it"
+    file = checkpoint.latest(run) / "lora.safetensors"
+    adapter = checkpoint.read_tensors(file)
+    learned = {name for name, value in adapter.items() if name.endswith("lora_B") and value.abs().sum() > 0}
+    assert learned == {name for name in adapter if name.endswith("lora_B") and "temporal" not in name}, "pictures have no time"
+
+    merged, config = load_pipeline(run, "cpu")
+    assert not lora_state(merged.learner.model), "merged: plain layers"
+    learner = build_learner(config, merged.learner.spec)
+    checkpoint.assign(learner, checkpoint.load_weights(run).tensors, "run")
+    unmerged = type(merged)(learner.eval(), merged.tokenizer)
+    plain, _ = load_pipeline(run, "cpu", lora=False)
+    original, _ = load_pipeline(base, "cpu")
+    torch.testing.assert_close(draw(merged), draw(unmerged), rtol=0, atol=1e-5)
+    assert torch.equal(draw(plain), draw(original))
+    assert (draw(merged) - draw(original)).abs().max() > 1e-3
+
+    raw, _ = load_pipeline(run, "cpu", use_ema=False)
+    load_lora(original.learner.model, file)  # the adapter's file on the base: the last weights, as training left them
+    torch.testing.assert_close(draw(original), draw(raw), rtol=0, atol=1e-5)
+
+    shop.train("lora", "--resume", f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.lr=0.05",
+               "train.max_steps=4")
+    export.main(["--checkpoint", str(run), "--out", str(shop.folder / "lora_export.safetensors"), "--dtype", "fp32"])
+    assert torch.equal(draw(load_pipeline(shop.folder / "lora_export.safetensors", "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
+
+
+# ── previews ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch, capsys):
+    clips = shop.cache("clips", "video.num_frames=3")
+    words = ["video.num_frames=3", "train.sample_every_steps=2", "train.sample_num_images=2"]
+    good = shop.train("previews", *words, cache=clips)
+    for step in (2, 3):
+        folder = good / "samples" / f"step_{step:08d}"
+        assert (folder / "grid.png").stat().st_size > 100 and any(folder.glob("video.*"))
+    page = (good / "samples/index.html").read_text()
+    assert page.index("step_00000003") < page.index("step_00000002") and "step_00000003/grid.png" in page
+
+    def decode(self, latents):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(DummyTokenizer, "decode", decode)
+    bad = shop.train("failing", *words, cache=clips)
+    assert "preview at step 2 failed and is left out (RuntimeError: no such kernel)" in capsys.readouterr().out
+    assert "Traceback" in (bad / "samples/error_00000002.txt").read_text()
+    assert all(torch.equal(value, tensors(bad)[name]) for name, value in tensors(good).items())
+
+
+# ── latents ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_pipeline_draws_what_the_learner_says(shop):
+    """The scale of the latents is undone before the tokenizer: a learner that knows the answer draws the picture."""
+    config = load_experiment_config(shop.config, ["tokenizer={type: dummy, latent_d: 8, latent_scale: 3}"])
+    tokenizer = build_tokenizer(config.tokenizer)
+    pipeline, _ = load_pipeline(shop.folder / "runs/base", "cpu")
+    truth = tokenizer.encode(torch.rand(2, 1, 3, 32, 48))
+    pipeline.tokenizer, pipeline.learner.spec = tokenizer, tokenizer.spec
+    pipeline.learner.objective.denoiser = lambda model, text, **_: lambda x, t: tokenizer.spec.normalize(truth).expand_as(x)
+    assert tokenizer.spec.scale == 3
+    torch.testing.assert_close(pipeline.latents(PROMPTS, 48, 32, 1, SampleSettings(cfg_scale=1.0)), truth, rtol=0, atol=1e-5)

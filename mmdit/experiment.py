@@ -143,7 +143,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             if world.is_main:
                 meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
                 lora = {"lora": lora_state(learner.model)} if config.lora.enabled else {}
-                checkpoint.save(run_dir, meta, state.files() | lora, config.train.keep_last)
+                checkpoint.save(run_dir, meta, state.files() | lora, settings.keep_last, settings.keep_every_steps)
             world.barrier()
 
         preview = None

@@ -61,6 +61,10 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _flush(path: Path) -> None:
     """Make a file or folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -70,12 +74,14 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int) -> Path:
-    """Write `files` (name without suffix → tensors) as one checkpoint; older ones beyond `keep_last` are removed (0 keeps all)."""
+def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0) -> Path:
+    """Write `files` (name without suffix → tensors) as one checkpoint. Older ones beyond `keep_last` are removed (0 keeps all),
+    except milestones, whose step `keep_every` divides."""
     final = folder_of(run_dir, meta.step)
-    aside = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = final.with_name(f".writing-{final.name}"), final.with_name(f".removing-{final.name}")
     try:
+        for left in final.parent.glob(".*ing-step_*"):  # by a killed process
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
         for name, tensors in files.items():
             save_file({key: t.detach().contiguous().cpu() for key, t in tensors.items()}, aside / f"{name}.safetensors")
@@ -83,15 +89,20 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
         (aside / "checkpoint.json").write_text(meta.to_json())
         _flush(aside / "checkpoint.json")
         _flush(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # a damaged one that was passed over
+            final.rename(old)
         aside.rename(final)
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space "
                        "and continue with --resume") from error
-    for old in complete(run_dir)[:-keep_last] if keep_last else []:
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+    passing = [folder for folder in complete(run_dir) if not keep_every or step_of(folder) % keep_every]
+    for folder in passing[:-keep_last] if keep_last else []:
+        gone = folder.with_name(f".removing-{folder.name}")
+        folder.rename(gone)  # first of all: half a checkpoint must not bear its name
+        shutil.rmtree(gone)
     return final
 
 
@@ -114,7 +125,7 @@ def latest(run_dir: Path) -> Path | None:
     for folder in reversed(complete(run_dir)):
         try:
             Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
-            for file in folder.glob("*.safetensors"):
+            for file in {folder / "model.safetensors", *folder.glob("*.safetensors")}:
                 with safe_open(file, "pt") as handle:
                     handle.keys()
             return folder

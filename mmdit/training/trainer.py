@@ -51,6 +51,7 @@ class TrainConfig:
     log_every_steps: int = 50
     save_every_steps: int = 1000
     keep_last: int = 3  # checkpoints kept; 0 keeps all
+    keep_every_steps: int = 0  # besides, those of every n-th step are kept for good; 0 = none
     cfg_dropout_prob: float = 0.1
     sample_every_steps: int = 0  # 0 = no previews
     sample_num_images: int = 8
@@ -68,11 +69,14 @@ class TrainConfig:
                      "sample_num_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
-        for name in ("warmup_steps", "max_skipped_steps", "keep_last", "sample_every_steps", "grad_clip", "weight_decay"):
+        for name in ("warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps", "sample_every_steps", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
         if not 0 < self.lr < 1:
             raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 1e-4")
+        if self.keep_every_steps % self.save_every_steps:
+            raise ConfigError("keep_every_steps", f"is {self.keep_every_steps}, must be a multiple of save_every_steps "
+                              f"({self.save_every_steps}), for only those steps are saved")
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:

@@ -1,0 +1,27 @@
+"""SIGKILL, SIGTERM and a full disk, done to real runs of the training command by `kill_training.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def drive(script: str, *words: str, seconds: int) -> dict:
+    """Run a driver in a process of its own (it forks); its last line is its result."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP", ROOT / "tests")))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / script), *words], cwd=ROOT, timeout=seconds, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
+    result = drive("kill_training.py", "--kills", str(kills), "--seed", str(kills), seconds=900)
+    assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
+    assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2

@@ -13,12 +13,14 @@ import os
 import signal
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from mmdit.data.cache import CacheWriter, load_item, to_half
 from mmdit.data.frames import PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
 from mmdit.data.manifest import CacheManifest, write_aside
 from mmdit.data.records import Kind, Record
+from mmdit.data.videos import read_video
 from mmdit.interfaces import Tokenizer
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
@@ -79,8 +82,8 @@ class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
     neither pickled to nor copied by every worker."""
 
-    def __init__(self, kind: Kind, sizes: tuple[Size, ...], preprocess: PreprocessConfig):
-        self.kind, self.sizes, self.preprocess = kind, sizes, preprocess
+    def __init__(self, kind: Kind, sizes: tuple[Size, ...], preprocess: PreprocessConfig, fps: float):
+        self.kind, self.sizes, self.preprocess, self.fps = kind, sizes, preprocess, fps
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
@@ -102,12 +105,8 @@ class _Decode(Dataset):
 
     def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
         """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has one box for all its frames."""
-        paths = [record.path] if self.kind == "image" else list_frames(record.path)
-        if not paths:
-            raise ValueError("folder without pictures")
         boxes, frames, source, target = {}, [], (0, 0), (0, 0)
-        for number, path in enumerate(paths):
-            image = load_image(path)
+        for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
             if number == 0:
                 source, target = image.size, choose_size(image.size, self.sizes)
                 for crop in range(self.preprocess.num_crops):
@@ -115,20 +114,39 @@ class _Decode(Dataset):
                     if all(max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5 for other in boxes.values()):
                         boxes[crop] = box
             elif image.size != source:
-                raise ValueError(f"frames of different sizes: {os.path.basename(path)} is {image.size}, the first is {source}")
+                raise ValueError(f"frames of different sizes: {name} is {image.size}, the first is {source}")
             frames.append([cut(image, box, target) for box in boxes.values()])
-        stamp = stamp_of(record, self.kind)
+        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
+        origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
         return [
             (np.stack([frame[i] for frame in frames]),
              Meta(self.preprocess.item_id(record.id, crop), record.caption, record.facts,
-                  {"size": list(source), "crop": [round(side, 3) for side in box], "crops": list(boxes), "stamp": stamp}))
+                  origin | {"crop": [round(side, 3) for side in box]}))
             for i, (crop, box) in enumerate(boxes.items())
         ]  # fmt: skip
 
 
-def stamp_of(record: Record, kind: Kind) -> int | None:
-    """Changes when a source is exchanged: bytes of an image, pictures in a folder. None when it is gone."""
+def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Image.Image]]:
+    """(name, picture) for every frame of a record; a video file gives `fps` a second. ValueError, OSError: unusable."""
+    if kind == "image":
+        yield record.path, load_image(record.path)
+    elif os.path.isfile(record.path):
+        for number, image in enumerate(read_video(record.path, fps)):
+            yield f"frame {number}", image
+    else:
+        paths = list_frames(record.path)
+        if not paths:
+            raise ValueError("folder without pictures")
+        for path in paths:
+            yield path.name, load_image(path)
+
+
+def stamp_of(record: Record, kind: Kind, fps: float) -> int | str | None:
+    """Changes when a source is exchanged: bytes of an image, pictures in a folder, bytes and frame rate of a video file. None
+    when it is gone."""
     try:
+        if kind == "video" and os.path.isfile(record.path):
+            return f"{os.stat(record.path).st_size} bytes at {fps:g} fps"
         return os.stat(record.path).st_size if kind == "image" else len(list_frames(record.path))
     except OSError:
         return None
@@ -145,7 +163,7 @@ def worker_options(num_workers: int) -> dict:
 
 
 # ── what is already there ────────────────────────────────────────────────────────────────────────────────────────────
-def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess: PreprocessConfig,
+def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess: PreprocessConfig, fps: float,
              report: CacheReport) -> list[Record]:  # fmt: skip
     """Records still to do. A finished one whose source was exchanged is done anew; a changed caption is only rewritten."""
     pending = []
@@ -153,7 +171,7 @@ def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess:
         first = writer.entries.get(preprocess.item_id(record.id, 0))
         source = (first or {}).get("source", {})
         items = [writer.entries.get(preprocess.item_id(record.id, crop)) for crop in source.get("crops", [0])]
-        if not all(items) or stamp_of(record, kind) not in (None, source.get("stamp")):
+        if not all(items) or stamp_of(record, kind, fps) not in (None, source.get("stamp")):
             pending.append(record)
             continue
         report.already += 1
@@ -219,9 +237,9 @@ def cache_latents(
                 saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
 
     try:
-        pending = _pending(records, kind, writer, preprocess, report)
+        pending = _pending(records, kind, writer, preprocess, video.fps, report)
         chunk = 16 if kind == "image" else 1
-        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess), batch_size=None,
+        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess, video.fps), batch_size=None,
                             sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
                             pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
         unit = "image" if kind == "image" else "clip"

@@ -1,7 +1,9 @@
-"""Metadata: one JSON object a line. Images `{"id", "image_path", "caption"}`, clips `{"id", "frames_dir", "caption"}`.
+"""Metadata: one JSON object a line. Images `{"id", "image_path", "caption"}`, clips `{"id", "frames_dir", "caption"}` or, for a
+video file, `{"id", "video_path", "caption"}` (with both, the folder of frames is used).
 
-Paths are relative to the file's own folder. Further keys are kept as facts about the item. An empty caption is allowed: such
-an item trains the unconditional case. What is wrong is reported with file and line, ten at once, before any work.
+Paths are relative to the file's own folder. `"captions": […]` gives several captions, beside or instead of `caption`; training
+draws one each time. Further keys are kept as facts about the item. An empty caption is allowed: such an item trains the
+unconditional case. What is wrong is reported with file and line, ten at once, before any work.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["image", "video"]
-PATH_KEY: dict[str, str] = {"image": "image_path", "video": "frames_dir"}
+PATH_KEYS: dict[str, tuple[str, ...]] = {"image": ("image_path",), "video": ("frames_dir", "video_path")}
+WHAT = {"image_path": "an image", "frames_dir": "a folder", "video_path": "a video file"}
 MAX_ID_BYTES = 240  # a file name holds 255 bytes on common file systems, and ours adds a suffix
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image file or one folder of frames."""
+    """One image file, one folder of frames or one video file."""
 
     id: str
     path: str
@@ -45,30 +48,44 @@ def check_id(id: object) -> str:
     return id
 
 
-def _parse(line: str, kind: Kind, folder: Path) -> Record:
+def _parse(line: str, kind: Kind, folder: Path, prefer: str) -> Record:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError('is not an object like {"id": …, "caption": …}')
-    wanted, other = PATH_KEY[kind], PATH_KEY["video" if kind == "image" else "image"]
+    wanted = next((name for name in (prefer, *PATH_KEYS[kind]) if name in row), PATH_KEYS[kind][0])
+    other = next((name for name in PATH_KEYS["video" if kind == "image" else "image"] if name in row), "")
     for name in ("id", wanted, "caption"):
-        if name not in row:
-            hint = f' (it has "{other}": cache it with the other script)' if name == wanted and other in row else ""
+        if name not in row and not (name == "caption" and "captions" in row):
+            hint = f' (it has "{other}": cache it with the other script)' if name == wanted and other else ""
             raise ValueError(f'has no "{name}"{hint}; keys here: {", ".join(map(str, row)) or "none"}')
     check_id(row["id"])
-    for name in (wanted, "caption"):
-        if not isinstance(row[name], str):
-            raise ValueError(f'"{name}" is {row[name]!r}; must be text in quotes')
+    captions = _captions(row)
+    if not isinstance(row[wanted], str):
+        raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be text in quotes')
     if not row[wanted] or "\0" in row[wanted]:
-        raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be the path of a{"n image" if kind == "image" else " folder"}')
-    facts = {name: value for name, value in row.items() if name not in ("id", wanted, "caption")}
-    return Record(row["id"], str(folder / row[wanted]), row["caption"].strip(), facts)
+        raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be the path of {WHAT[wanted]}')
+    facts = {name: value for name, value in row.items() if name not in ("id", wanted, "caption", "captions")}
+    facts |= {"captions": captions} if len(captions) > 1 else {}
+    return Record(row["id"], str(folder / row[wanted]), captions[0], facts)
 
 
-def read_records(path: str | Path, kind: Kind) -> list[Record]:
-    """All records of a JSONL file, in its order. ValueError lists wrong lines as `file:line: what`."""
+def _captions(row: dict) -> list[str]:
+    """All different captions of a line, that of `caption` first; at least one, perhaps empty."""
+    if not isinstance(row.get("caption", ""), str):
+        raise ValueError(f'"caption" is {row["caption"]!r}; must be text in quotes (several: "captions": ["…", "…"])')
+    several = row.get("captions", [])
+    if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
+        raise ValueError(f'"captions" is {several!r}; must be a list of texts')
+    own = [row["caption"]] if "caption" in row else []
+    return list(dict.fromkeys(caption.strip() for caption in own + several)) or [""]
+
+
+def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]:
+    """All records of a JSONL file, in its order; `prefer`: the path key to use where a line has both. ValueError lists wrong
+    lines as `file:line: what`."""
     path = Path(path)
     records, errors, lines = [], [], {}
     try:
@@ -77,7 +94,7 @@ def read_records(path: str | Path, kind: Kind) -> list[Record]:
                 if not line.strip():
                     continue
                 try:
-                    record = _parse(line, kind, path.parent)
+                    record = _parse(line, kind, path.parent, prefer)
                     first = lines.setdefault(record.id, number)
                     if first != number:
                         raise ValueError(f"id {record.id!r} was already used in line {first}; every id must be used once")
@@ -94,5 +111,5 @@ def read_records(path: str | Path, kind: Kind) -> list[Record]:
     if errors:
         raise ValueError("\n".join(errors))
     if not records:
-        raise ValueError(f'{path}: holds no record; write one line per item: {{"id": …, "{PATH_KEY[kind]}": …, "caption": …}}')
+        raise ValueError(f'{path}: holds no record; write lines as {{"id": …, "{PATH_KEYS[kind][0]}": …, "caption": …}}')
     return records

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmdit.data.caching import cache_latents
-from mmdit.data.records import Kind, read_records
+from mmdit.data.records import PATH_KEYS, Kind, read_records
 from mmdit.experiment import load_experiment_config
 from mmdit.scripts import friendly
 from mmdit.tokenizers import build_tokenizer
@@ -30,6 +30,8 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
+    if kind == "video":
+        parser.add_argument("--prefer", choices=PATH_KEYS[kind], default="frames_dir", help="if a line has both [frames_dir]")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     return parser.parse_intermixed_args(argv)
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
         meta = Path(args.meta_jsonl)
         meta = meta / f"{args.split}_{NAMES[kind]}.jsonl" if meta.is_dir() else meta
         out_dir = Path(args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}")
-        records = read_records(meta, kind)
+        records = read_records(meta, kind, getattr(args, "prefer", ""))
         device = choose_device(args.device)
         if device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,0 +1,185 @@
+"""Video files move as a player shows them; a folder of media becomes metadata with every file accounted for."""
+
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cache import VIDEO, MeanPixels, contents, run, write_meta
+
+from mmdit.data.batches import BatchPlan
+from mmdit.data.buckets import VideoConfig
+from mmdit.data.cache import open_cache
+from mmdit.data.records import Record, read_records
+from mmdit.data.sources import extract_frames, files_below, ids_for, prepare_folder
+from mmdit.data.videos import probe, read_video
+from mmdit.scripts import prepare_folder as folder_script
+from mmdit.scripts import prepare_frames as frames_script
+
+av = pytest.importorskip("av")
+
+
+def write_video(path, times, size=(64, 48), unit=600, codec="mpeg4", ratio=None):
+    """A clip whose frame at `t` seconds has brightness 40 + 70·t: what was taken can be read off it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, unit)
+        stream.codec_context.qmin, stream.codec_context.qmax = 1, 2
+        if ratio:
+            stream.codec_context.sample_aspect_ratio = ratio
+        for t in times:
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 40 + 70 * t, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(t * unit), Fraction(1, unit)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def seconds(path, fps):
+    return np.array([(np.asarray(image).mean() - 40) / 70 for image in read_video(path, fps)])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
+def test_a_clip_at_a_lower_rate_shows_the_frame_that_is_on_screen(tmp_path, name):
+    path = write_video(tmp_path / name, np.arange(60) / 30)
+    assert probe(path).fps == pytest.approx(30, rel=0.01) and len(probe(path).stamps) == 60
+    taken = seconds(path, 15)
+    assert len(taken) == 30 and np.abs(taken - np.arange(30) / 15).max() < 0.03
+    taken = seconds(path, 16)  # no whole number: never a frame that is not yet shown, never one that is gone
+    late = np.arange(32) / 16 - taken
+    assert len(taken) == 32 and late.min() > -0.03 and late.max() < 1 / 30 + 0.03
+
+
+def test_a_rate_near_the_asked_one_is_taken_whole_and_a_slow_one_is_refused(tmp_path):
+    path = write_video(tmp_path / "a.mp4", np.arange(40) / 15)
+    assert len(list(read_video(path, 16))) == 40  # neither repeated nor left out
+    with pytest.raises(ValueError, match="too few frames a second: the file has 15, video.fps asks for 24"):
+        next(read_video(path, 24))
+
+
+def test_variable_frame_rate_is_followed_by_its_times(tmp_path):
+    times = np.concatenate([np.arange(20) / 20, 1 + np.arange(5) / 5, 2 + np.arange(20) / 20])
+    taken = seconds(write_video(tmp_path / "a.mkv", times, unit=1000), 10)
+    shown = np.array([times[times <= k / 10 + 1e-3].max() for k in range(30)])
+    assert len(taken) in (30, 31) and np.abs(taken[:30] - shown).max() < 0.05
+
+
+def test_one_frame_no_frame_and_damage_are_told(tmp_path):
+    assert len(list(read_video(write_video(tmp_path / "one.mkv", [0.0]), 16))) == 1
+    whole = write_video(tmp_path / "a.mkv", np.arange(90) / 30).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated: the video ends at .* states 3"):
+        next(read_video(tmp_path / "cut.mkv", 30))
+    for content in (b"", b"no video at all" * 100, write_video(tmp_path / "b.mp4", np.arange(9) / 30).read_bytes()[:700]):
+        (tmp_path / "bad.mp4").write_bytes(content)
+        with pytest.raises(ValueError, match="unreadable video|without frames|no video"):
+            next(read_video(tmp_path / "bad.mp4", 30))
+    with pytest.raises(FileNotFoundError):
+        next(read_video(tmp_path / "gone.mp4", 30))
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    path = write_video(tmp_path / "a.mkv", np.arange(3) / 30, ratio=Fraction(3, 2))
+    assert probe(path).width == 96 and next(read_video(path, 30)).size == (96, 48)
+
+
+def test_video_files_are_cached_with_every_frame_and_every_record_is_accounted_for(tmp_path):
+    write_video(tmp_path / "a.mp4", np.arange(24) / 24)
+    write_video(tmp_path / "slow.mp4", np.arange(10) / 5)
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    rows = [{"id": name, "video_path": f"{name}.mp4", "caption": name} for name in ("a", "slow", "bad", "gone")]
+    meta = write_meta(tmp_path, rows, "train_videos.jsonl")
+    video = VideoConfig(32, 32, fps=12)
+    report = run(meta, tmp_path / "cache", kind="video", video=video, num_workers=1)
+    assert [row["reason"].partition(":")[0] for row in report.skipped] == [
+        "too few frames a second", "unreadable video", "file not found"]  # fmt: skip
+    cache = open_cache(tmp_path / "cache")
+    shown = (cache.load(0)[:, 0, 0].float().mean(-1) * 255 - 40) / 70
+    torch.testing.assert_close(shown, torch.arange(12) / 12, atol=0.04, rtol=0)
+    tokenizer = MeanPixels()
+    assert run(meta, tmp_path / "cache", tokenizer, kind="video", video=video).already == 1 and tokenizer.encoded == 0
+    with pytest.raises(ValueError, match="at 12 frames a second, the config has video.fps: 6"):
+        BatchPlan(cache, VideoConfig(32, 32, fps=6), 1, seed=0)
+    assert run(meta, tmp_path / "cache", kind="video", video=VideoConfig(32, 32, fps=6)).written == 1
+    assert open_cache(tmp_path / "cache").shapes[0, 0] == 6
+
+
+def test_a_line_may_have_both_sources_and_several_captions(tmp_path):
+    row = {"id": "a", "frames_dir": "f", "video_path": "v.mp4", "captions": ["one", " two ", "one"]}
+    meta = write_meta(tmp_path, [row], "m.jsonl")
+    (record,) = read_records(meta, "video")
+    assert record.path.endswith("f") and record.caption == "one" and record.facts["captions"] == ["one", "two"]
+    assert read_records(meta, "video", prefer="video_path")[0].path.endswith("v.mp4")
+    with pytest.raises(ValueError, match='"captions" is .*must be a list of texts'):
+        read_records(write_meta(tmp_path, [row | {"captions": [1]}], "m.jsonl"), "video")
+
+
+def test_frames_are_extracted_whole_and_once(tmp_path):
+    write_video(tmp_path / "a.mp4", np.arange(30) / 30)
+    meta = write_meta(tmp_path, [{"id": "a", "video_path": "a.mp4", "caption": "moves"}], "train_videos.jsonl")
+    for _ in range(2):
+        assert frames_script.main(["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]) == 0
+    (record,) = read_records(tmp_path / "out/train_videos.jsonl", "video")
+    assert record.caption == "moves" and record.facts == {"num_frames": 10, "frames_fps": 10.0}
+    assert sorted(os.listdir(record.path))[::9] == ["000000.png", "000009.png"]
+    (tmp_path / "cut.mkv").write_bytes((tmp_path / "a.mp4").read_bytes()[:500])
+    with pytest.raises(ValueError):
+        extract_frames(Record("cut", str(tmp_path / "cut.mkv"), ""), tmp_path / "frames/cut", 10)
+    assert not (tmp_path / "frames/cut").exists()  # a folder of frames is whole or not there
+
+
+def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
+    folder = tmp_path / "my pictures 猫"
+    (folder / "sub").mkdir(parents=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(folder / "good one.png")
+    (folder / "good one.txt").write_text("\ufeffa  good\none\n")
+    noise.save(folder / "sub/同じ.jpg")
+    noise.save(folder / "sub_同じ.jpg")  # would meet the one above
+    noise.save(folder / "good one.webp", save_all=True, append_images=[noise.rotate(90)], duration=100)  # animated, same stem
+    noise.convert("CMYK").save(folder / "cmyk.jpg")
+    (folder / "cmyk.txt").write_bytes("caf\xe9".encode("latin-1"))
+    Image.new("RGB", (3000, 4)).save(folder / "panorama.png")
+    (folder / "zero.png").touch()
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.jpg").write_bytes((folder / "sub/同じ.jpg").read_bytes()[:900])
+    write_video(folder / "walk.mp4", np.arange(8) / 16)
+    (folder / "notes.pdf").touch()
+    os.symlink(folder, folder / "sub/loop")
+    os.symlink(folder / "gone.png", folder / "dangling.png")
+    assert folder_script.main(["--folder", str(folder), "--out_dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "10 images and 1 video files, 9 of them without a caption" in told and "1 .pdf" in told
+    assert "cmyk.jpg: used without its caption, the caption is not UTF-8" in told
+    records = read_records(tmp_path / "train_images.jsonl", "image")
+    assert len({record.id for record in records}) == 10
+    assert [record.caption for record in records if record.caption] == ["a good one"] * 2
+    report = run(tmp_path / "train_images.jsonl", tmp_path / "cache")
+    assert report.written == 6 and report.written + len(report.skipped) == report.records == 10
+    skipped = sorted(row["path"].rpartition("/")[2] for row in report.skipped)
+    assert skipped == ["cut.jpg", "dangling.png", "text.png", "zero.png"]
+    assert run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video").written == 1
+    before = contents(tmp_path / "cache")
+    assert run(tmp_path / "train_images.jsonl", tmp_path / "cache").already == 6 and contents(tmp_path / "cache") == before
+
+
+def test_ids_are_distinct_stable_and_fit_to_be_file_names():
+    files = ["a/b.png", "a_b.png", "c.png", "c.jpg", ".x/y.png", "back\\slash.png", "字" * 100 + ".png", "plain.png"]
+    ids = ids_for(files)
+    assert len(set(ids.values())) == len(files) and ids["plain.png"] == "plain"
+    assert ids_for(files[::-1]) == ids and ids_for(files + ["new.png"]).items() > ids.items()
+
+
+def test_folder_without_media_and_captions_per_line(tmp_path):
+    with pytest.raises(ValueError, match="no picture or video in"):
+        prepare_folder(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    prepare_folder(tmp_path, per_line=True)
+    (record,) = read_records(tmp_path / "train_images.jsonl", "image")
+    assert record.facts["captions"] == ["one", "two"]
+    assert list(files_below(tmp_path)) == ["a.png", "a.txt", "train_images.jsonl"]
+    assert VIDEO.fps == 16

@@ -30,6 +30,8 @@ from mmdit.training.pipeline import Pipeline, SampleSettings
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "assets" / "moving_shapes_64.safetensors"
 CONFIG = ROOT / "configs" / "quickstart.yaml"
+DATA, OUT = Path("data/quickstart"), Path("runs/quickstart")
+SETTINGS: list[str] = []  # overrides of CONFIG
 PROBE_STEPS = 12
 
 
@@ -48,7 +50,7 @@ class Plan:
     def for_device(device: torch.device) -> Plan:
         if device.type == "cuda":
             return Plan(images=20_000, train_seconds=120.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
-        return Plan(images=4096, train_seconds=150.0, max_steps=3000, batch_size=64, count=128, video_count=24)
+        return Plan(images=4096, train_seconds=140.0, max_steps=3000, batch_size=64, count=96, video_count=12)
 
 
 class Stages:
@@ -137,24 +139,23 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
 
 def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     """Data, latents, training, samples and score of a model that did not exist before."""
-    config = load_experiment_config(CONFIG, [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}"])
+    config = load_experiment_config(CONFIG, [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}", *SETTINGS])
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
-    data = ROOT / "data" / "quickstart"
-    metadata = prepare(data, Recipe(video.width, video.height), plan.images)
+    metadata = prepare(DATA, Recipe(video.width, video.height), plan.images)
     say("Turning the pictures into VTP latents (cached: a second run skips this).")
     tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
     records = read_records(metadata, "image")
-    report = cache_latents(records, "image", tokenizer, data / "latents", video, config.bucketing, config.preprocess,
-                           source=str(data), device=choose_device(device), batch_size=128)  # fmt: skip
+    report = cache_latents(records, "image", tokenizer, DATA / "latents", video, config.bucketing, config.preprocess,
+                           source=str(DATA), device=choose_device(device), batch_size=128)  # fmt: skip
     print(report.text())
     say("Measuring the speed of this machine to choose the number of training steps.")
-    steps = max(100, min(plan.max_steps, affordable_steps(config, data / "latents", device, plan.train_seconds)))
+    steps = max(100, min(plan.max_steps, affordable_steps(config, DATA / "latents", device, plan.train_seconds)))
     say(f"Training a text-to-image model from scratch: {steps} steps, about {clock(plan.train_seconds)}.")
     config = replace(config, train=replace(config.train, max_steps=steps, save_every_steps=max(1, steps // 2)))
     shutil.rmtree(config.run_dir, ignore_errors=True)
     begin = time.perf_counter()
-    if not train(config, data / "latents", device):
+    if not train(config, DATA / "latents", device):
         raise KeyboardInterrupt
     seconds = time.perf_counter() - begin
     say("Drawing with the model just trained, and scoring it.")
@@ -169,13 +170,12 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
 
 def run(device: str = "auto") -> dict:
     """Everything; returns what report.json holds."""
-    out = Path("runs") / "quickstart"
     where = choose_device(device)
     plan, say = Plan.for_device(where), Stages(total=7)
     threads = f", {torch.get_num_threads()} threads" if where.type == "cpu" else f" ({torch.cuda.get_device_name(where)})"
-    print(f"mmdit {mmdit.__version__}, torch {torch.__version__}, device {where.type}{threads}. Results go to {out}.")
-    shipped = draw_shipped(out, device, plan, say)
-    scratch = from_scratch(out, device, plan, say)
+    print(f"mmdit {mmdit.__version__}, torch {torch.__version__}, device {where.type}{threads}. Results go to {OUT}.")
+    shipped = draw_shipped(OUT, device, plan, say)
+    scratch = from_scratch(OUT, device, plan, say)
     report = {
         "shipped": shipped,
         "from_scratch": scratch,
@@ -184,5 +184,5 @@ def run(device: str = "auto") -> dict:
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": where.type,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    (OUT / "report.json").write_text(json.dumps(report, indent=1))
     return report

@@ -51,5 +51,5 @@ def _encoded(tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: t
             latents = tokenizer.encode(pixels)
         words = [(recipe.seed, i, recipe.complete) for i in indices]
         captions = [caption(item, *word) for item, word in zip(facts, words, strict=True)]
-        known = [item.to_json() | {"named": sorted(named_attributes(item, *word))} for item, word in zip(facts, words, strict=True)]
+        known = [{"facts": item.to_json() | {"named": sorted(named_attributes(item, *word))}} for item, word in zip(facts, words, strict=True)]
         yield indices, latents, captions, known

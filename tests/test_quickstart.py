@@ -1,0 +1,50 @@
+"""The quickstart on a small plan: the files and numbers it promises, from the shipped model and tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdit import quickstart
+from mmdit.quickstart import Plan
+from mmdit.scripts.quickstart import main
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = {"prompt_accuracy", "color", "shape", "size", "background", "held_out_accuracy", "tokenizer_ceiling", "control"}
+
+
+@pytest.mark.parametrize("name", ["shipped", "from_scratch"])
+def test_report_and_files(name, finished):
+    folder, report = finished
+    part = report[name]
+    assert RATES <= part.keys() and all(0 <= part[key] <= 1 for key in RATES)
+    low, high = part["prompt_accuracy_interval"]
+    assert low <= part["prompt_accuracy"] <= high
+    assert part["parameters"] > 1e5
+    assert {"seconds", "parameters", "versions"} <= report.keys()
+    assert (folder / "samples" / ("grid.png" if name == "shipped" else "from_scratch.png")).stat().st_size > 1000
+
+
+def test_the_shipped_model_draws_what_is_asked(finished):
+    folder, report = finished
+    assert report["shipped"]["prompt_accuracy"] >= 0.75  # of 16; 0.93 of 256
+    assert report["shipped"]["color"] >= 0.9 and report["shipped"]["tokenizer_ceiling"] >= 0.9
+    assert (folder / "video.mp4").exists() or (folder / "video.png").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small run in an empty folder."""
+    folder, patch = tmp_path_factory.mktemp("quickstart"), pytest.MonkeyPatch()
+    plan = Plan(images=64, train_seconds=1.0, max_steps=100, batch_size=8, count=16, video_count=2)
+    patch.setattr(quickstart.Plan, "for_device", staticmethod(lambda device: plan))
+    patch.setattr(quickstart, "DATA", folder / "data")
+    patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
+    patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=100"])
+    threads = torch.get_num_threads()
+    assert main(["--device", "cpu"]) == 0
+    patch.undo()
+    torch.set_num_threads(threads)
+    out = folder / "runs" / "quickstart"
+    return out, json.loads((out / "report.json").read_text())

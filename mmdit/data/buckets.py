@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import numpy as np
 
 from mmdit.config import ConfigError
 
@@ -45,14 +48,31 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class BucketingConfig:
-    """YAML section `bucketing:`. `closest_ar`: the listed size whose aspect ratio is nearest to the source's."""
+    """YAML section `bucketing:`. `closest_ar`: the listed size whose aspect ratio is nearest to the source's. `pixel_budget`: a
+    size of its own for each source, of at most `max_pixels_per_frame` and never larger than the source (see `budget_size`)."""
 
     enabled: bool = False
-    strategy: Literal["closest_ar"] = "closest_ar"
+    strategy: Literal["closest_ar", "pixel_budget"] = "closest_ar"
     buckets: tuple[Size, ...] = ()  # [[width, height], …]
+    max_pixels_per_frame: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Pixels a frame, where a budget decides; else 0."""
+        return self.max_pixels_per_frame if self.enabled and self.strategy == "pixel_budget" else 0
 
     def __post_init__(self):
-        if self.enabled and not self.buckets:
+        if self.strategy == "pixel_budget":
+            if self.max_pixels_per_frame <= 0:
+                raise ConfigError("max_pixels_per_frame", f"is {self.max_pixels_per_frame}; strategy pixel_budget needs it, "
+                                  "for example 65536 (256 x 256)")
+            if self.buckets:
+                raise ConfigError("buckets", "lists sizes, but with strategy pixel_budget each source gets its own; remove the "
+                                  "list, or set strategy: closest_ar")
+        elif self.max_pixels_per_frame:
+            raise ConfigError("max_pixels_per_frame", f"is {self.max_pixels_per_frame}, but strategy closest_ar uses the "
+                              "listed buckets; set strategy: pixel_budget, or remove it")
+        elif self.enabled and not self.buckets:
             raise ConfigError("buckets", "is empty but bucketing is enabled; list sizes as [[256, 256], [320, 192]] "
                               "or set bucketing.enabled: false")
         for i, size in enumerate(self.buckets):
@@ -63,9 +83,13 @@ class BucketingConfig:
 
 
 def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -> tuple[Size, ...]:
-    """Every size that items may get. Raises ConfigError for one that the tokenizer's downsampling `spatial` does not divide."""
+    """Every size that items may get; under a pixel budget that of previews. Raises ConfigError for one that the tokenizer's
+    downsampling `spatial` does not divide."""
     named = {f"bucketing.buckets[{i}]": size for i, size in enumerate(bucketing.buckets)}
-    if not bucketing.enabled:
+    if 0 < bucketing.budget < spatial**2:
+        raise ConfigError("bucketing.max_pixels_per_frame", f"is {bucketing.budget}; must be at least {spatial**2}, a cell of "
+                          f"the tokenizer ({spatial}x{spatial} pixels)")
+    if not bucketing.enabled or bucketing.budget:
         named = {"video.width, video.height": (video.width, video.height)}
     for path, (width, height) in named.items():
         if width % spatial or height % spatial:
@@ -82,3 +106,27 @@ def choose_size(source: Size, sizes: tuple[Size, ...]) -> Size:
     nearest = [size for size in sizes if distance[size] < min(distance.values()) + 1e-9]
     filled = [size for size in nearest if size[0] <= source[0] and size[1] <= source[1]]
     return max(filled, key=math.prod) if filled else min(nearest, key=math.prod)
+
+
+WORST_ASPECT = 0.05  # relative; sizes nearer than this come first
+UNUSED_WEIGHT = 0.5  # of an unused share of the budget, against a share of the picture that is cropped
+
+
+@lru_cache(maxsize=4096)
+def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
+    """Of all sizes that are multiples of `spatial`, hold at most `max_pixels` and nowhere exceed the source: among those whose
+    aspect ratio is within 5 % of the source's (else the nearest) the one that loses least, counting what is cropped and half
+    of what the budget or the source has left. ValueError: the source is smaller than one cell."""
+    width, height = source
+    if min(source) < spatial:
+        raise ValueError(f"too small: {width}x{height} pixels, the tokenizer needs at least {spatial}x{spatial}")
+    widths = np.arange(spatial, min(width, max_pixels // spatial) + 1, spatial)[:, None]
+    heights = np.arange(spatial, min(height, max_pixels // spatial) + 1, spatial)[None]
+    pixels = widths * heights
+    off = np.abs(np.log(widths / heights) - math.log(width / height))
+    unused = np.log(min(max_pixels, width * height) / pixels)
+    loss = 1 - np.exp(-off) + UNUSED_WEIGHT * unused
+    loss[off > math.log(1 + WORST_ASPECT)] += 100 * (1 + off[off > math.log(1 + WORST_ASPECT)])
+    loss[pixels > max_pixels] = np.inf
+    row, column = np.unravel_index(loss.argmin(), loss.shape)
+    return int(widths[row, 0]), int(heights[0, column])

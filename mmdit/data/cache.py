@@ -152,9 +152,9 @@ class CacheWriter:
             raise ValueError(f"{self.folder} holds .pt files but no manifest.json: what made them is unknown; use a new folder")
         else:
             manifest.write(self.folder, f"{rank}-0")
-        self._folders = {(w, h): self.folder / (f"{w}x{h}" if manifest.bucketed else "") for w, h in manifest.sizes}
-        for folder in self._folders.values():
-            folder.mkdir(exist_ok=True)
+        for size in manifest.sizes:
+            self._place(size).mkdir(exist_ok=True)
+        for folder in [self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*"))]:
             for left in folder.glob(f".writing-{rank}-*.tmp"):  # by a killed process of this rank
                 left.unlink()
         if self._index.tell():
@@ -174,6 +174,9 @@ class CacheWriter:
         except OSError:
             pass  # a file system without locks
 
+    def _place(self, size: tuple[int, int]) -> Path:
+        return self.folder / "{}x{}".format(*size) if self.manifest.bucketed else self.folder
+
     def _append(self, entries: list[dict]) -> None:
         self._index.write("".join(map(_line, entries)).encode())
         self._index.flush()
@@ -191,8 +194,9 @@ class CacheWriter:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns, channels)")
         rows, columns, channels = latents.shape[2:]
         size = (columns * self.manifest.spec.spatial, rows * self.manifest.spec.spatial)
-        if channels != self.manifest.spec.channels or size not in self.manifest.sizes:
+        if channels != self.manifest.spec.channels or not self.manifest.allows(size):
             sizes = ", ".join(f"{w}x{h}" for w, h in self.manifest.sizes)
+            sizes = sizes or f"at most {self.manifest.max_pixels_per_frame} pixels"
             raise ValueError(f"latents of {channels} channels for {size[0]}x{size[1]} do not belong into {self.folder}, "
                              f"which is for {self.manifest.spec.channels} channels and {sizes}")
         half, finite = to_half(latents)
@@ -200,7 +204,9 @@ class CacheWriter:
             bad = [id for id, good in zip(ids, finite.tolist(), strict=True) if not good]
             raise ValueError(f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16; look at the "
                              "tokenizer (its weights and precision)")
-        paths = [self._folders[size] / f"{check_id(id)}.pt" for id in ids]
+        place = self._place(size)
+        place.mkdir(exist_ok=True)
+        paths = [place / f"{check_id(id)}.pt" for id in ids]
 
         def write(thread: int) -> list[dict]:
             entries = []

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, choose_size
+from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
 from mmdit.data.cache import CacheWriter, load_item, to_half
 from mmdit.data.frames import PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
 from mmdit.data.manifest import CacheManifest, write_aside
@@ -82,8 +82,8 @@ class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
     neither pickled to nor copied by every worker."""
 
-    def __init__(self, kind: Kind, sizes: tuple[Size, ...], preprocess: PreprocessConfig, fps: float):
-        self.kind, self.sizes, self.preprocess, self.fps = kind, sizes, preprocess, fps
+    def __init__(self, kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, fps: float):
+        self.kind, self.choose, self.preprocess, self.fps = kind, choose, preprocess, fps
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
@@ -108,7 +108,7 @@ class _Decode(Dataset):
         boxes, frames, source, target = {}, [], (0, 0), (0, 0)
         for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
             if number == 0:
-                source, target = image.size, choose_size(image.size, self.sizes)
+                source, target = image.size, self.choose(image.size)
                 for crop in range(self.preprocess.num_crops):
                     box = crop_box(source, target, self.preprocess, record.id, crop)
                     if all(max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5 for other in boxes.values()):
@@ -239,7 +239,7 @@ def cache_latents(
     try:
         pending = _pending(records, kind, writer, preprocess, video.fps, report)
         chunk = 16 if kind == "image" else 1
-        loader = DataLoader(_Decode(kind, manifest.sizes, preprocess, video.fps), batch_size=None,
+        loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video.fps), batch_size=None,
                             sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
                             pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
         unit = "image" if kind == "image" else "clip"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, target_sizes
+from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
 from mmdit.data.frames import PreprocessConfig
 from mmdit.interfaces import LatentSpec, Tokenizer
 
@@ -34,11 +35,12 @@ class CacheManifest:
     tokenizer: str  # fingerprint: a hash of weights and configuration
     tokenizer_name: str
     spec: LatentSpec
-    sizes: tuple[Size, ...]
+    sizes: tuple[Size, ...]  # empty under a pixel budget
     bucketed: bool
     preprocess: dict = field(default_factory=lambda: {"crop": "center"})
     source: str = ""
     format: int = FORMAT
+    max_pixels_per_frame: int = 0
 
     @staticmethod
     def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
@@ -46,9 +48,20 @@ class CacheManifest:
         """The manifest that this config asks for: written when caching, wanted when training."""
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
+        sizes = () if bucketing.budget else sizes
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
-                             source)  # fmt: skip
+                             source, max_pixels_per_frame=bucketing.budget)  # fmt: skip
+
+    def choose(self, source: Size) -> Size:
+        """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
+        if self.max_pixels_per_frame:
+            return budget_size(source, self.max_pixels_per_frame, self.spec.spatial)
+        return choose_size(source, self.sizes)
+
+    def allows(self, size: Size) -> bool:
+        """Whether items of this size belong into the cache."""
+        return 0 < math.prod(size) <= self.max_pixels_per_frame if self.max_pixels_per_frame else size in self.sizes
 
     def write(self, folder: Path, writer: str) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -80,6 +93,7 @@ class CacheManifest:
             ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
             ("bucketing.enabled", self.bucketed, wanted.bucketed),
             ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
+            ("bucketing.max_pixels_per_frame", self.max_pixels_per_frame, wanted.max_pixels_per_frame),
         ]
         if self.tokenizer != wanted.tokenizer:  # the name alone (a moved checkpoint) decides nothing
             names = [f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)]

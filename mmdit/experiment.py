@@ -110,7 +110,7 @@ def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str
 
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
-    with process_group(device) as world:
+    with process_group(device, config.train.timeout_minutes) as world:
         run_dir = config.run_dir
         found = prepare_run_dir(config, resume)
         world.barrier()  # every rank has looked before the first one writes

@@ -1,6 +1,6 @@
 """Kill a training at random moments and at random file operations of its saving, and continue it each time.
 
-    PYTHONPATH=VTP:. python tests/kill_training.py --kills 50          (also: pytest -m slow tests/test_kills.py)
+    PYTHONPATH=VTP:. python tests/kill_training.py --kills 50          (also: pytest -m slow tests/test_processes.py)
 
 After every kill: each checkpoint that bears its name equals the undisturbed run's of that step, byte for byte, and
 metrics.jsonl parses with strictly increasing steps. At the end: the final checkpoint equals the undisturbed run's. Then

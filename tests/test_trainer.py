@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatchingConfig, build_objective
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.models import VideoMMDiTConfig, build_model
@@ -17,10 +18,13 @@ from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World, process_group
 from mmdit.training.ema import EMAConfig
+from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from mmdit.training.optim import LearningRate
+from mmdit.training.previews import Previews
 from mmdit.training.trainer import TrainConfig, Trainer, TrainState
 
+ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
 WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
 
@@ -55,7 +59,7 @@ def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0
 
     def save(state):
         if world.is_main:
-            checkpoint.save(tmp_path, checkpoint.Meta(state.step, {}, SPEC, "test"), state.files(), config.keep_last)
+            checkpoint.save(tmp_path, checkpoint.Meta(state.step, {}, SPEC, "test"), state.files(), config.keep_last, config.keep_every_steps)
         world.barrier()
 
     Trainer(config, 5, state, batches(world.rank, world.size, accum, poison=poison), world, tmp_path, save, preview).run()
@@ -105,7 +109,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     record = json.loads((tmp_path / "poisoned" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["skipped"] == 1 and record["loss"] == record["loss"]
     report = (tmp_path / "poisoned" / "skipped.jsonl").read_text()
-    assert json.loads(report)["step"] == 2 and "id0" in json.loads(report)["ids"]
+    line = json.loads(report)
+    assert (line["step"], line["seed"], line["non_finite_loss"]) == (2, 5, ["id0"]) and len(line["ids"]) == 8
+    assert line["config"] == str(tmp_path / "poisoned" / "config.yaml")
     assert clean.step == 2
 
 
@@ -124,6 +130,53 @@ def test_previews_do_not_touch_the_training(tmp_path):
 
     assert_same(trained(tmp_path / "a", dropout=0.2),
                 trained(tmp_path / "b", dropout=0.2, preview=preview, sample_every_steps=1, sample_prompts=("x",)))
+
+
+def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
+    settings = TrainConfig(sample_prompts=("a red ball",), sample_every_steps=1)
+
+    def pipeline(*arguments, **options):
+        torch.rand(3)
+        raise ZeroDivisionError("no picture")
+
+    previews = Previews(pipeline, settings, tmp_path / "b", 64, 32, 1, 8, use_ema=True)
+    assert_same(trained(tmp_path / "a", dropout=0.2),
+                trained(tmp_path / "b", dropout=0.2, preview=previews, sample_every_steps=3, sample_prompts=("x",)))
+    assert [path.name for path in sorted((tmp_path / "b" / "failures").iterdir())] == ["preview_00000003_0.json", "preview_00000006_0.json"]
+    failure = json.loads((tmp_path / "b" / "failures" / "preview_00000003_0.json").read_text())
+    assert failure["prompts"] == ["a red ball"] and failure["settings"]["seed"] == 0 and "ZeroDivisionError" in failure["trace"]
+
+
+def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch):
+    forward = Learner.forward
+
+    def full(self, latents, captions, draws, keep):
+        if draws.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return forward(self, latents, captions, draws, keep)
+
+    monkeypatch.setattr(Learner, "forward", full)
+    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size"):
+        trained(tmp_path, accum=2, save_every_steps=1)
+    failure = json.loads((tmp_path / "failures" / "memory_00000002_0.json").read_text())
+    assert failure["micro_batch"] == [4, 2, 2, 4, 3] and failure["ids"] == [f"id{i}" for i in range(8)] and failure["seed"] == 5
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 2
+
+
+def test_a_step_that_never_ends_is_ended_and_told(tmp_path):
+    """One process; several are in test_processes.py."""
+    code = "import sys, time; from mmdit.training.watch import Watch; from mmdit.training.distributed import World\n"
+    code += "with Watch(World(), 0.005).running() as watch: watch.at(7, 'waiting for data'); time.sleep(30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2 and "rank 0 stood still for 0 s in step 7 (waiting for data)" in done.stderr
+    assert "time.sleep" in done.stderr or 'File "<string>", line 2' in done.stderr  # where it stood
+
+
+def test_milestones_are_kept_besides_the_last(tmp_path):
+    trained(tmp_path, steps=7, save_every_steps=1, keep_last=2, keep_every_steps=3)
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [3, 5, 6, 7]
+    with pytest.raises(ConfigError, match="multiple of save_every_steps"):
+        TrainConfig(save_every_steps=2, keep_every_steps=3)
 
 
 def test_ema_is_the_average_it_claims_to_be(tmp_path):
@@ -173,21 +226,20 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
         checkpoint.load_weights(bad)
 
 
-def test_one_two_and_four_processes_give_the_same_weights(tmp_path):
+def test_two_processes_of_torchrun_give_the_same_weights(tmp_path):
+    """2 and 4, and from 2 to 4 to 1: test_processes.py."""
     single = trained(tmp_path / "1")
-    for size in (2,):
-        run_ranks(tmp_path / str(size), size)
-        stored = checkpoint.read_tensors(checkpoint.folder_of(tmp_path / str(size), 6) / "model.safetensors")
-        for name, value in single.learner.state_dict().items():
-            torch.testing.assert_close(stored[name], value, rtol=0, atol=3e-6)
+    run_ranks(tmp_path / "2", 2)
+    stored = checkpoint.read_tensors(checkpoint.folder_of(tmp_path / "2", 6) / "model.safetensors")
+    for name, value in single.learner.state_dict().items():
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-6)
 
 
 def run_ranks(folder: Path, size: int):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(folder)]
-    root = Path(__file__).resolve().parents[1]
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=env, cwd=root, timeout=300, capture_output=True)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=env, cwd=ROOT, timeout=300, capture_output=True)
 
 
 if __name__ == "__main__":  # one rank of `run_ranks`

@@ -21,6 +21,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    store: dist.Store | None = None  # shared by the processes of the job
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +65,8 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
-    """Join the group that torchrun describes (gloo on CPU, nccl on CUDA); yields a `World` and leaves the group at the end."""
+    """Join the group that torchrun describes (gloo on CPU, nccl on CUDA); yields a `World` and leaves the group at the end.
+    A collective waits half as long again as `timeout_minutes`: `training.watch` speaks first, and names who is missing."""
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
@@ -75,8 +77,11 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
         yield World(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=1.5 * timeout_minutes)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device, store)
     finally:
         dist.destroy_process_group()

@@ -1,5 +1,22 @@
-"""What stops a run although nobody wrote anything wrong: a full disk, a loss that is no number."""
+"""What stops a run although nobody wrote anything wrong: a full disk, a loss that is no number, a lost process."""
+
+import contextlib
+import json
+import traceback
+from pathlib import Path
 
 
 class RunError(RuntimeError):
     """The message says what happened, what is safe on disk and how to go on; commands print it without a stack trace."""
+
+
+def record_failure(run_dir: Path, kind: str, step: int, rank: int, error: BaseException, **facts) -> Path:
+    """`failures/<kind>_<step>_<rank>.json`: what is needed to repeat a step, which is a function of (config, seed, step), from
+    the nearest checkpoint before it. `step` counts finished steps, as in checkpoints. Never raises: the disk may have failed."""
+    path = run_dir / "failures" / f"{kind}_{step:08d}_{rank}.json"
+    row = {"kind": kind, "step": step, "rank": rank, "config": str(run_dir / "config.yaml"), **facts, "error": str(error)}
+    row["trace"] = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1, ensure_ascii=False))
+    return path

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import html
-import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from mmdit.training.errors import record_failure
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.trainer import TrainConfig, TrainState
@@ -34,10 +34,10 @@ class Previews:
             with weights:
                 self._write(state.step)
         except Exception as error:  # whatever goes wrong in a picture, hours of training go on
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-                (self.run_dir / "samples" / f"error_{state.step:08d}.txt").write_text(traceback.format_exc())
-            print(f"preview at step {state.step} failed and is left out ({type(error).__name__}: {error})", flush=True)
+            settings, size = asdict(SampleSettings.of(self.config)), [self.width, self.height, self.frames]
+            path = record_failure(self.run_dir, "preview", state.step, 0, error, prompts=self.config.sample_prompts, size=size,
+                                  settings=settings)  # fmt: skip
+            print(f"the preview of step {state.step} failed and is left out ({type(error).__name__}: {error}), see {path}", flush=True)
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
 

@@ -21,10 +21,11 @@ from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
-from mmdit.training.errors import RunError
+from mmdit.training.errors import RunError, record_failure
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import MetricsLog, Timer, report_line
 from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.watch import Watch
 
 LEVELS = 4  # noise-level bins of the reported loss
 
@@ -46,6 +47,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0 = off
     max_steps: int = 1000
     max_skipped_steps: int = 10  # more non-finite gradients between two reports, or in a row, stop the run
+    timeout_minutes: float = 30.0  # one step, save or preview that takes longer ends the job and names who stands still
     compile: Literal["auto", True, False] = "auto"  # auto: with CUDA
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
@@ -69,9 +71,13 @@ class TrainConfig:
                      "sample_num_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
-        for name in ("warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps", "sample_every_steps", "grad_clip", "weight_decay"):
+        for name in ("warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps", "sample_every_steps", "grad_clip",
+                     "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
+        if not 0 < self.timeout_minutes < 1e6:
+            raise ConfigError("timeout_minutes", f"is {self.timeout_minutes}, must be positive; give the longest step or "
+                              "preview time enough")
         if not 0 < self.lr < 1:
             raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 1e-4")
         if self.keep_every_steps % self.save_every_steps:
@@ -150,7 +156,8 @@ class Window:
         self.loss, self.count = torch.zeros(LEVELS, device=device), torch.zeros(LEVELS, device=device)
         self.norms: list[Tensor] = []
         self.skipped: list[Tensor] = []
-        self.ids: list[list[str]] = []
+        self.ids: list[list[str]] = []  # of this rank, by step
+        self.finite: list[Tensor] = []  # their losses
 
     def add(self, losses: Tensor, t: Tensor) -> None:
         level = (t * LEVELS).long().clamp(0, LEVELS - 1)
@@ -182,11 +189,16 @@ class Trainer:
         wrapped = self._wrap(learner)
         rate = config.learning_rate()
         metrics = MetricsLog(self.run_dir, state.step) if world.is_main else None
-        timer, window, saved = Timer(), Window(world.device), state.step
+        timer, window = Timer(), Window(world.device)
         learner.train()
-        with StopRequest().listening() as stop:
+        with StopRequest().listening() as stop, Watch(world, config.timeout_minutes).running() as watch:
+            watch.at(state.step + 1, "waiting for data")
             for micro_batches in timer.waiting(self.batches(state.step, config.max_steps)):
-                self._step(wrapped, micro_batches, rate.at(state.step + 1), window)
+                watch.at(state.step + 1, "computing")
+                try:
+                    self._step(wrapped, micro_batches, rate.at(state.step + 1), window)
+                except torch.OutOfMemoryError as error:
+                    raise self._memory_full(micro_batches, error) from error
                 state.step += 1
                 if state.ema:
                     state.ema.update(state.step)
@@ -196,19 +208,19 @@ class Trainer:
                     self._report(metrics, timer, window, rate)
                     window = Window(world.device)
                 if state.step % config.save_every_steps == 0 or done:
+                    watch.at(state.step, "saving")
                     self.save(state)
-                    saved = state.step
                 if config.sample_every_steps and (state.step % config.sample_every_steps == 0 or done):
                     begin = time.perf_counter()
+                    watch.at(state.step, "previews")
                     if self.preview:  # on the main rank; the others wait
                         self.preview(state)
                         learner.train()
                     world.barrier()
                     timer.last += time.perf_counter() - begin  # no time of the training
+                watch.at(state.step + 1, "waiting for data")
                 if stopping:
                     break
-        if saved != state.step:
-            self.save(state)
         if metrics:
             metrics.close()
         if state.step < config.max_steps:
@@ -227,6 +239,7 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
+        finite = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
             local = contextlib.nullcontext() if last or self.world.size == 1 else wrapped.no_sync()
@@ -238,12 +251,31 @@ class Trainer:
                     losses, t = wrapped(latents, batch.captions, draws, keep)
                 (losses.mean() / len(micro_batches)).backward()
             window.add(losses.detach(), t.detach())
+            finite.append(torch.isfinite(losses.detach()))
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         window.norms.append(norm)
         window.skipped.append(skipped)
         window.ids.append([id for batch in micro_batches for id in batch.ids])
+        window.finite.append(torch.cat(finite))
+
+    def _memory_full(self, micro_batches: list[Batch], error: torch.OutOfMemoryError) -> RunError:
+        batch, frames, *cells = micro_batches[0].latents.shape[:4]
+        shape = f"{batch} x {frames} frames x {cells[0]}x{cells[1]} cells"
+        cuda = self.world.device.type == "cuda"
+        peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+        ids = [id for batch in micro_batches for id in batch.ids]
+        path = record_failure(self.run_dir, "memory", self.state.step, self.world.rank, error, seed=self.seed, ids=ids,
+                              micro_batch=list(micro_batches[0].latents.shape), world=self.world.size)  # fmt: skip
+        smaller = "video.num_frames or the size"
+        if batch > 1:
+            smaller = "train.batch_size and raise train.grad_accum_steps (the step stays the same)"
+        return RunError(
+            f"the memory is full in step {self.state.step + 1} on rank {self.world.rank} with micro-batches of {shape}{peak} "
+            f"({str(error).splitlines()[0]}). Reduce {smaller}, set model.checkpointing: true or model.residual: autocast. The "
+            f"step's items are in {path}. Checkpoints are whole: continue with --resume"
+        )
 
     def _report(self, metrics: MetricsLog | None, timer: Timer, window: Window, rate: LearningRate) -> None:
         """Read the window from the device (the only wait of the loop), write it, and stop a run that has gone bad."""
@@ -268,17 +300,25 @@ class Trainer:
                 values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             metrics.write(values)
             print(report_line(values, config.max_steps), flush=True)
-            if skipped:
-                with (self.run_dir / "skipped.jsonl").open("a") as file:
-                    for step, (ids, b) in enumerate(zip(window.ids, bad), state.step - steps):
-                        if b:
-                            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+        if skipped:
+            self._record_skipped(window, bad)
         for b in bad:
             self.bad_in_a_row = self.bad_in_a_row + 1 if b else 0
         if max(skipped, self.bad_in_a_row) > config.max_skipped_steps or skipped == steps > 1:
             raise RunError(
                 f"{skipped} of the last {steps} steps up to step {state.step} had a non-finite loss or gradient and were skipped "
-                f"(limit train.max_skipped_steps = {config.max_skipped_steps}); their items are in {self.run_dir / 'skipped.jsonl'}. "
+                f"(limit train.max_skipped_steps = {config.max_skipped_steps}); their items are in {self.run_dir}/skipped*.jsonl. "
                 f"The weights are those before them. Lower train.lr (now {rate.at(state.step):.2e}), use train.precision: fp32, or "
                 "look at the latents of these items"
             )
+
+    def _record_skipped(self, window: Window, bad: list[float]) -> None:
+        """A line per skipped step; each rank has its own items, and so its own file. No id in `non_finite_loss` on any rank: the
+        gradient alone overflowed. `step` counts the steps finished before it."""
+        name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
+        with (self.run_dir / name).open("a") as file:
+            for step, (ids, finite, b) in enumerate(zip(window.ids, window.finite, bad), self.state.step - len(bad)):
+                if b:
+                    named = [id for id, good in zip(ids, finite.tolist()) if not good]
+                    row = {"step": step, "seed": self.seed, "config": str(self.run_dir / "config.yaml")}
+                    file.write(json.dumps(row | {"ids": ids, "non_finite_loss": named}) + "\n")

@@ -1,4 +1,5 @@
-"""SIGKILL, SIGTERM and a full disk, done to real runs of the training command by `kill_training.py`."""
+"""Real runs of the training command: killed, preempted, out of disk space (`kill_training.py`), on several processes, with one of
+them lost (`rank_training.py`)."""
 
 import json
 import os
@@ -25,3 +26,10 @@ def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training.py", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
     assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2
+
+
+def test_the_number_of_processes_changes_nothing_and_a_lost_one_is_named():
+    """1, 2 and 4 processes, from 2 to 4 to 1, and accumulation: weights, EMA and moments after 6 steps agree within rounding."""
+    result = drive("rank_training.py", seconds=300)
+    assert max(result["worlds"].values()) < 1e-6, result["worlds"]
+    assert result["hangs"]["seconds"] < 20 and result["dies"]["seconds"] < 20

@@ -1,0 +1,93 @@
+"""A training that stands still is ended, and the rank that stands is named: who, in which step, doing what."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mmdit.training.distributed import World
+from mmdit.training.errors import RunError
+
+STORE_SECONDS = 5  # patience with the store: it may be what died
+SHOWN = 8  # ranks named in a message
+
+
+class Watch:
+    """The loop calls `at(step, phase)`; a thread publishes it about once a second and looks at the clock. When one phase takes
+    longer than `minutes`, the process prints what every rank does and its own stacks, and ends (as the others will: a hanging
+    collective cannot be called off). A rank that dies makes the others fail at once: they name it by the same table."""
+
+    def __init__(self, world: World, minutes: float):
+        self.world, self.seconds = world, 60 * minutes
+        self._now = (0, "starting", time.monotonic())
+        self._store = world.store.clone() if world.store else None
+        if self._store:
+            self._store.set_timeout(timedelta(seconds=STORE_SECONDS))
+        self._done = threading.Event()
+
+    def at(self, step: int, phase: str) -> None:
+        """`step` is the one in work, counted from 1."""
+        self._now = (step, phase, time.monotonic())
+
+    @contextlib.contextmanager
+    def running(self):
+        """RunError instead of the RuntimeError by which a collective reports a lost peer."""
+        thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield self
+        except RunError:
+            raise
+        except RuntimeError as error:
+            if self.world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                time.sleep(min(2.0, self.seconds))  # the silent become known by their silence
+                raise RunError(f"rank {self.world.rank} lost another process in step {self._now[0]} ({self._now[1]}): "
+                               f"{str(error).splitlines()[0]}\n{self.table()}\nContinue with --resume") from error
+            raise
+        finally:
+            self._done.set()
+            thread.join(STORE_SECONDS)
+
+    def _look(self) -> None:
+        while not self._done.wait(min(1.0, self.seconds / 10)):
+            step, phase, since = self._now
+            self._publish(step, phase)
+            if time.monotonic() - since > self.seconds:
+                message = f"rank {self.world.rank} stood still for {self.seconds:.0f} s in step {step} ({phase})"
+                print(f"error: {message}, the limit of train.timeout_minutes\n{self.table()}\nContinue with --resume",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                with contextlib.suppress(Exception):  # stderr may be no real file
+                    faulthandler.dump_traceback(all_threads=True)
+                os._exit(2)
+
+    def _publish(self, step: int, phase: str) -> None:
+        if self._store:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"watch/{self.world.rank}", json.dumps([step, phase, time.time()]))
+
+    def table(self) -> str:
+        """Where every rank is, the silent and the hindmost first."""
+        if not self._store:
+            return "It is the only process."
+        rows = []
+        for rank in range(self.world.size):
+            try:
+                if self._store.check([f"watch/{rank}"]):
+                    step, phase, when = json.loads(self._store.get(f"watch/{rank}"))
+                    silent = time.time() - when
+                    told = f"silent for {silent:.0f} s" if silent > 1.5 + self.seconds / 10 else "alive"
+                    rows.append((told == "alive", step, f"  rank {rank}: step {step} ({phase}), {told}"))
+                else:
+                    rows.append((False, 0, f"  rank {rank}: never heard of"))
+            except RuntimeError:
+                return "  The store of the process group is gone, and with it the machine of rank 0 or its torchrun."
+        more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+        return "\n".join([line for _, _, line in sorted(rows)[:SHOWN]] + more)

@@ -1,0 +1,93 @@
+"""The same training on 1, 2 and 4 processes, continued from 2 to 4 to 1, and with a process that dies or hangs.
+
+    PYTHONPATH=VTP:. python tests/rank_training.py          (also: pytest tests/test_processes.py)
+
+Gloo on a CPU. Without dropout, whose masks belong to a process; all else of `forked_runs.CONFIG` is on. Prints one JSON object:
+the largest difference of any weight from one process, and what is said of a lost process after how many seconds.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from forked_runs import make, must, train, wait
+
+from mmdit.training import checkpoint
+
+SAME = ["model.dropout=0", "lora.dropout=0", "train.lr_schedule=constant"]  # a constant rate: `max_steps` may grow on resume
+SPLITS = {1: ["train.batch_size=4", "train.grad_accum_steps=2"], 2: ["train.batch_size=2", "train.grad_accum_steps=2"],
+          4: ["train.batch_size=2", "train.grad_accum_steps=1"]}  # fmt: skip
+STEPS = 6
+
+
+def run(folder: Path, name: str, world: int, *words: str) -> None:
+    words = [f"experiment_name={name}", *SAME, f"train.max_steps={STEPS}", *SPLITS[world], *words]
+    must([wait(pid) for pid in train(folder, *words, world=world)], folder)
+
+
+def difference(folder: Path, name: str, other: str) -> float:
+    """The largest of any weight, EMA value or moment."""
+    largest = 0.0
+    for kind in ("model", "ema", "optimizer"):
+        a, b = (checkpoint.read_tensors(checkpoint.folder_of(folder / "runs" / n, STEPS) / f"{kind}.safetensors") for n in (name, other))
+        assert a.keys() == b.keys()
+        largest = max([largest, *(float((a[key] - b[key]).abs().max()) for key in a)])
+    return largest
+
+
+def worlds(folder: Path) -> dict:
+    run(folder, "one", 1)
+    run(folder, "one_batch", 1, "train.batch_size=8", "train.grad_accum_steps=1")
+    for world in (2, 4):
+        run(folder, f"world{world}", world)
+    run(folder, "moving", 2, "train.max_steps=2")
+    run(folder, "moving", 4, "train.max_steps=4", "--resume")
+    run(folder, "moving", 1, "--resume")
+    steps = [json.loads(line)["step"] for line in (folder / "runs/moving/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1)), steps
+    losses = {name: [json.loads(line)["loss"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("one", "world2", "world4", "moving")}  # fmt: skip
+    spread = max(abs(a - b) for name in losses for a, b in zip(losses["one"], losses[name], strict=True))
+    return {name: difference(folder, "one", name) for name in ("one_batch", "world2", "world4", "moving")} | {"loss": spread}
+
+
+def lost(folder: Path, name: str, blow: int, minutes: float) -> dict:
+    """Rank 1 gets a signal after its first steps; what rank 0 says, and after how long."""
+    words = [f"experiment_name={name}", *SPLITS[2], "train.max_steps=100000", f"train.timeout_minutes={minutes}"]
+    first, second = train(folder, *words, "train.save_every_steps=100000", "train.keep_every_steps=0", world=2)
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    time.sleep(1.2)  # the ranks tell each other about once a second
+    begin = time.monotonic()
+    os.kill(second, blow)
+    code, seconds = wait(first), time.monotonic() - begin
+    if blow == signal.SIGSTOP:
+        os.kill(second, signal.SIGKILL)
+    wait(second)
+    text = (folder / "log0.txt").read_text()
+    message = text[text.rindex("error: ") :].splitlines()[:3]
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert code == 2 and f"step {last + 1}" in message[0], (code, message, last)
+    assert message[1].startswith("  rank 1: step ") and "silent" in message[1], message
+    return {"seconds": round(seconds, 1), "message": "\n".join(message)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "work"
+        make(folder)
+        result = {"worlds": worlds(folder), "hangs": lost(folder, "hangs", signal.SIGSTOP, 0.06),
+                  "dies": lost(folder, "dies", signal.SIGKILL, 0.06)}  # fmt: skip
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

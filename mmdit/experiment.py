@@ -16,6 +16,7 @@ from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import open_cache
+from mmdit.data.captions import CaptionsConfig
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
@@ -51,12 +52,13 @@ class ExperimentConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     bucketing: BucketingConfig = field(default_factory=BucketingConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self):
-        if not self.experiment_name or Path(self.experiment_name).name != self.experiment_name:
+        if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
         target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)  # every size must suit the tokenizer
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
@@ -121,14 +123,14 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         settings = config.train
         plan = BatchPlan(cache, config.video, settings.batch_size * settings.grad_accum_steps * world.size, config.seed)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
-                                in_memory=config.data.in_memory, num_workers=config.num_workers)
+                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
         learner = build_learner(config, spec).to(world.device)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
         state = TrainState.create(learner, config.train, config.ema)
         if found is not None:
-            meta = checkpoint.Meta.from_json((found / "checkpoint.json").read_text(), str(found))
+            meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
             state.restore(found)
             world.print(f"resuming {found} at step {state.step}")
@@ -148,7 +150,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
 
         preview = None
         if config.train.sample_every_steps and world.is_main:
-            pipeline = Pipeline(learner, tokenizer, config.train.precision)
+            pipeline = Pipeline(learner, tokenizer, config.train.precision, config.captions)
             width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
             preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
                                config.ema.use_for_sampling)
@@ -191,6 +193,15 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(plan.report(), flush=True)
 
 
+def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: Path) -> None:
+    """Weights are data. A config that comes with them may not choose whose Python is run: only the command line may."""
+    repository = getattr(config.tokenizer, "repo_path", None)
+    asked = config_io.apply_overrides({}, overrides).get("tokenizer")
+    if repository is not None and not (isinstance(asked, dict) and asked.get("repo_path") == repository):
+        raise ConfigError("tokenizer.repo_path", f"is {repository!r} in the config stored in {source}: its Python code would be run. "
+                          f"If you trust that folder add tokenizer.repo_path={repository}; to use our own VTP, tokenizer.repo_path=null")
+
+
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
@@ -201,6 +212,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
         raise ConfigError("", f"config stored in {weights.source}: {error}") from None
+    refuse_foreign_code(config, list(overrides), weights.source)
     where = choose_device(device)
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
@@ -211,4 +223,4 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     else:
         remove(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
-    return Pipeline(learner.to(where).eval(), tokenizer, precision), config
+    return Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions), config

@@ -25,7 +25,10 @@ def random_sources(count, pixels, seed=0):
     return [(round((a * ratio) ** 0.5), round((a / ratio) ** 0.5)) for a, ratio in zip(areas, ratios, strict=True)]
 
 
-@pytest.mark.parametrize("spatial, pixels", [(16, 256 * 256), (16, 448 * 256), (16, 512 * 512), (8, 256 * 256), (32, 512 * 512)])
+SIZES = [(16, 256 * 256), (16, 448 * 256), (16, 512 * 512), (8, 256 * 256), (32, 512 * 512)]
+
+
+@pytest.mark.parametrize("spatial, pixels", SIZES)
 def test_sizes_fit_the_budget_and_the_source_and_keep_nearly_every_pixel(spatial, pixels):
     kept, fill = [], []
     for source in random_sources(400, pixels):

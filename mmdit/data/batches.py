@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
+from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
@@ -213,12 +214,13 @@ class LatentBatches(Dataset):
     """
 
     def __init__(self, cache: LatentCache, plan: BatchPlan, *, rank: int = 0, world: int = 1, accum: int = 1,
-                 in_memory: Literal["auto", True, False] = "auto", num_workers: int = 4):  # fmt: skip
+                 in_memory: Literal["auto", True, False] = "auto", num_workers: int = 4,
+                 captions: CaptionsConfig | None = None):  # fmt: skip
         if plan.global_batch % (world * accum):
             raise ValueError(f"the global batch of {plan.global_batch} cannot be split over {world} processes and {accum} "
                              f"accumulation steps; make it a multiple of {world * accum}")
         self.cache, self.plan, self.rank, self.world, self.accum = cache, plan, rank, world, accum
-        self.num_workers, self.in_memory = num_workers, in_memory
+        self.num_workers, self.in_memory, self.captions = num_workers, in_memory, captions or CaptionsConfig()
         if in_memory == "auto":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
             self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
@@ -228,14 +230,16 @@ class LatentBatches(Dataset):
         """The micro-batches of `step`. `Batch.indices` are positions in the global batch."""
         planned = self.plan.batch(step)
         mine = torch.arange(self.rank, self.plan.global_batch, self.world)
-        return [self._micro(planned, indices) for indices in mine.chunk(self.accum)]
+        return [self._micro(planned, Draws(self.plan.seed, step, indices)) for indices in mine.chunk(self.accum)]
 
-    def _micro(self, planned: PlannedBatch, indices: Tensor) -> Batch:
-        items, cache = planned.items[indices], self.cache
+    def _micro(self, planned: PlannedBatch, draws: Draws) -> Batch:
+        indices, cache = draws.indices, self.cache
+        items = planned.items[indices]
         numbers = items.tolist()
+        captions = [all_captions(cache.captions[i], cache.facts[i]) for i in numbers]
         return Batch(
             latents=self._store.gather(planned.grid, items, planned.frames[indices]),
-            captions=[cache.captions[i] for i in numbers],
+            captions=drawn_captions(captions, self.captions, draws),
             ids=[cache.ids[i] for i in numbers],
             indices=indices,
             facts=[cache.facts[i] for i in numbers],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit.data.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import SamplerConfig, guided, sample
 from mmdit.interfaces import Tokenizer
 from mmdit.rng import Draws
@@ -33,11 +34,13 @@ class SampleSettings:
 
 @dataclass
 class Pipeline:
-    """A learner in evaluation and a tokenizer. `device` is where the learner is."""
+    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`: prompts get its trigger word, as the
+    captions in training do."""
 
     learner: Learner
     tokenizer: Tokenizer
     precision: str = "fp32"
+    captions: CaptionsConfig = CaptionsConfig()
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +60,7 @@ class Pipeline:
         try:
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
             with autocast, torch.compiler.set_stance("force_eager"):
-                text = learner.text_encoder(captions)
+                text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
                 denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
                 report = (lambda done, *_: progress(done, settings.sampler.steps)) if progress else None
                 start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -164,13 +165,18 @@ def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch,
     assert page.index("step_00000003") < page.index("step_00000002") and "step_00000003/grid.png" in page
 
     def decode(self, latents):
+        time.sleep(0.4)
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(DummyTokenizer, "decode", decode)
     bad = shop.train("failing", *words, cache=clips)
-    assert "preview at step 2 failed and is left out (RuntimeError: no such kernel)" in capsys.readouterr().out
-    assert "Traceback" in (bad / "samples/error_00000002.txt").read_text()
+    said = capsys.readouterr().out
+    report = bad / "failures/preview_00000002_0.json"
+    assert "the preview of step 2 failed" in said and f"RuntimeError: no such kernel), see {report}" in said and "step 3/3" in said
+    assert "in decode" in json.loads(report.read_text())["trace"]
     assert all(torch.equal(value, tensors(bad)[name]) for name, value in tensors(good).items())
+    speeds = [json.loads(line)["samples_per_second"] for line in (bad / "metrics.jsonl").read_text().splitlines()]
+    assert speeds[2] > 4 / 0.4, "the time that the preview of step 2 took is not the training's"
 
 
 # ── latents ──────────────────────────────────────────────────────────────────────────────────────────────────────────

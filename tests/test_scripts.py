@@ -136,7 +136,7 @@ def test_options_and_overrides_may_be_mixed(shop):
 def test_a_loss_that_is_no_number_stops_the_run_with_an_explanation(shop, capsys):
     """The latents overflow: their scale is absurd."""
     words = ["tokenizer={type: dummy, latent_d: 8, latent_scale: 1e38}", "train.log_every_steps=2"]
-    refused(capsys, train_t2v.main, shop.train_words("nan", *words), "2 of the last 2 steps up to step 2", "non-finite", "skipped.jsonl", "train.lr")
+    refused(capsys, train_t2v.main, shop.train_words("nan", *words), "2 of the last 2 steps up to step 2", "non-finite", "runs/nan/skipped", "train.lr")
     run = shop.folder / "runs/nan"
     rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and len(rows[0]["ids"]) == 4

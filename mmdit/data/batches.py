@@ -23,10 +23,12 @@ from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
 from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
+from mmdit.data.clips import frame_numbers, jitter_limits, usable_frames
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
 Grid = tuple[int, int]  # latent (rows, columns)
+Group = tuple[int, ...]  # of items that may share a batch: its grid and, where clips differ in that, its number of frames
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
@@ -39,7 +41,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One step's global batch: `items (B,)` numbers in the cache, `frames (B, F)` frame numbers within each."""
+    """One step's global batch: `items (B,)` numbers in the cache, `frames (B, F)` frame numbers within each, ascending."""
 
     grid: Grid
     items: Tensor
@@ -52,16 +54,17 @@ def permutation(count: int, seed: int, *purpose: object) -> Tensor:
 
 
 class _Stream:
-    """An endless sequence of batches over groups of equal grid. An epoch holds every item at least once: each group is permuted
-    and cut into batches, the last one filled from further passes over the same group; the batches of all groups are mixed."""
+    """An endless sequence of batches over groups of equal shape. An epoch holds every item at least once: each group is
+    permuted and cut into batches, the last one filled from further passes over the same group; the batches of all groups are
+    mixed."""
 
-    def __init__(self, groups: dict[Grid, Tensor], size: int, seed: int, purpose: str):
+    def __init__(self, groups: dict[Group, Tensor], size: int, seed: int, purpose: str):
         self.groups, self.size, self.seed, self.purpose = groups, size, seed, purpose
         self.counts = {grid: math.ceil(len(members) / size) for grid, members in groups.items()}
         self.length = sum(self.counts.values())
-        self._epoch: tuple[int, list[Grid], Tensor] = (-1, [], torch.empty(0))
+        self._epoch: tuple[int, list[Group], Tensor] = (-1, [], torch.empty(0))
 
-    def _plan(self, epoch: int) -> tuple[int, list[Grid], Tensor]:
+    def _plan(self, epoch: int) -> tuple[int, list[Group], Tensor]:
         tables, grids = [], []
         for grid, members in self.groups.items():
             wanted = self.counts[grid] * self.size
@@ -73,7 +76,7 @@ class _Stream:
         mixed = permutation(self.length, self.seed, self.purpose, epoch)
         return epoch, [grids[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
 
-    def batch(self, position: int) -> tuple[Grid, Tensor]:
+    def batch(self, position: int) -> tuple[Group, Tensor]:
         epoch, within = divmod(position, self.length)
         if self._epoch[0] != epoch:
             self._epoch = self._plan(epoch)
@@ -83,8 +86,9 @@ class _Stream:
 class BatchPlan:
     """Every step's global batch. `report()` says what is used, repeated and left out; ValueError if nothing is left.
 
-    A clip must have `1 + (num_frames - 1) * frame_stride` frames, else it is left out (its single frames still serve the steps
-    that `image_fraction` gives to images). Those steps are spread evenly: step s is one if floor(s·f + phase(seed)) grows.
+    A clip must have `1 + (num_frames - 1) * frame_stride` frames (or those of the smallest of `frame_counts`), else it is left
+    out (its single frames still serve the steps that `image_fraction` gives to images). Those steps are spread evenly: step s
+    is one if floor(s·f + phase(seed)) grows.
     """
 
     def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int):
@@ -96,17 +100,19 @@ class BatchPlan:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
         self._counts, grids = cache.shapes[:, 0], cache.shapes[:, 1:3]
-        long_enough = self._counts >= video.span
+        self._frames = usable_frames(self._counts, video)
+        long_enough = self._frames > 0
         self.excluded = torch.nonzero(~long_enough).flatten()
         self._excluded_names = [(cache.ids[i], int(self._counts[i])) for i in self.excluded[:5].tolist()]
         if video.image_fraction < 1 and not long_enough.any():
             raise ValueError(f"no item of the cache {cache.folder} is long enough.\n{self._explain_excluded()}")
 
-        def stream(name: str, members: Tensor) -> _Stream:
-            return _Stream(_by_grid(grids, members), global_batch, seed, name)
+        def stream(name: str, shapes: Tensor, members: Tensor) -> _Stream:
+            return _Stream(_by_shape(shapes, members), global_batch, seed, name)
 
-        self.clips = stream("clips", torch.nonzero(long_enough).flatten()) if video.image_fraction < 1 else None
-        self.images = stream("images", torch.arange(len(grids))) if video.image_fraction else None
+        shapes = torch.cat([grids, self._frames[:, None]], 1) if video.frame_counts else grids
+        self.clips = stream("clips", shapes, torch.nonzero(long_enough).flatten()) if video.image_fraction < 1 else None
+        self.images = stream("images", grids, torch.arange(len(grids))) if video.image_fraction else None
         self._phase = (key(seed, "image_step") >> 40 & 0xFFFFFF) * 2.0**-24
 
     def _images_before(self, step: int) -> int:
@@ -119,12 +125,12 @@ class BatchPlan:
         """The global batch of `step` (from 0)."""
         before = self._images_before(step)
         if self.is_image_step(step):
-            (grid, items), span, stride = self.images.batch(before), 1, 1
+            (group, items), frames = self.images.batch(before), 1
         else:
-            (grid, items), span, stride = self.clips.batch(step - before), self.video.span, self.video.frame_stride
-        room = self._counts[items] - span + 1
-        start = (Draws.of(self.seed, step, len(items)).uniform("frame_start").double() * room).long()
-        return PlannedBatch(grid, items, start[:, None] + torch.arange(0, span, stride))
+            group, items = self.clips.batch(step - before)
+            frames = int(self._frames[items[0]])
+        draws = Draws.of(self.seed, step, len(items))
+        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws))
 
     # what a person should know before training
     def _explain_excluded(self) -> str:
@@ -133,6 +139,8 @@ class BatchPlan:
         video = self.video
 
         def setting(frames: int) -> str:
+            if video.shrink_video_to_frames:
+                return f"video.num_frames: {frames}"
             stride = (frames - 1) // (video.num_frames - 1)
             if stride >= 1:
                 return f"video.frame_stride: {stride}"
@@ -140,29 +148,39 @@ class BatchPlan:
 
         names = ", ".join(f"{id} ({frames})" for id, frames in self._excluded_names)
         return (f"left out {len(counts)} items of {shortest} to {longest} frames, for example {names}: num_frames "
-                f"{video.num_frames} with frame_stride {video.frame_stride} needs {video.span} "
-                f"(1 + {video.num_frames - 1}·{video.frame_stride}).\n"
+                f"{video.num_frames} with frame_stride {video.frame_stride} needs {video.span}"
+                f"{'' if video.shrink_video_to_frames else f' (1 + {video.num_frames - 1}·{video.frame_stride})'}.\n"
                 f"{setting(shortest)} would keep all of them" +
                 (f", {setting(longest)} the longest." if setting(longest) != setting(shortest) else "."))  # fmt: skip
 
     def table(self) -> list[dict]:
         """Per kind of step and grid: items, batches in an epoch, and how many places are filled by repetition."""
         return [
-            {"steps": name, "grid": list(grid), "items": len(members), "batches": stream.counts[grid],
-             "repeats": stream.counts[grid] * stream.size - len(members)}
+            {"steps": name, "grid": list(group[:2]), "frames": 1 if stream is self.images else int(self._frames[members[0]]),
+             "items": len(members), "batches": stream.counts[group],
+             "repeats": stream.counts[group] * stream.size - len(members)}
             for name, stream in (("clips", self.clips), ("images", self.images)) if stream
-            for grid, members in stream.groups.items()
+            for group, members in stream.groups.items()
         ]  # fmt: skip
 
+    def unmoved(self) -> int:
+        """Clips whose frames lie too close together for `temporal_jitter` to move any."""
+        long_enough = self._frames > 1
+        counts, frames = self._counts[long_enough], self._frames[long_enough]
+        return int((jitter_limits(counts, frames, self.video) == 0).sum()) if self.video.temporal_jitter else 0
+
     def report(self) -> str:
-        lines = [f"  {row['steps']} {row['grid'][1]}x{row['grid'][0]} cells: {row['items']} items, {row['batches']} batches of "
-                 f"{self.global_batch} an epoch, {row['repeats']} places filled by repetition" for row in self.table()]
+        lines = [f"  {row['steps']} {row['grid'][1]}x{row['grid'][0]} cells, {row['frames']} frames: {row['items']} items, "
+                 f"{row['batches']} batches of {self.global_batch} an epoch, {row['repeats']} places filled by repetition"
+                 for row in self.table()]
+        if self.unmoved():
+            lines.append(f"  temporal_jitter moves no frame of {self.unmoved()} clips: their frames lie less than 3 apart")
         return "\n".join(lines + ([self._explain_excluded()] if len(self.excluded) else []))
 
 
-def _by_grid(grids: Tensor, items: Tensor) -> dict[Grid, Tensor]:
-    unique, inverse = torch.unique(grids[items], dim=0, return_inverse=True)
-    return {tuple(grid): items[inverse == number] for number, grid in enumerate(unique.tolist())}
+def _by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
+    unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
+    return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
 
 
 def memory_bytes() -> int:
@@ -179,7 +197,7 @@ class _Memory:
     def __init__(self, cache: LatentCache, progress: bool):
         self.frames: dict[Grid, Tensor] = {}
         self.first = torch.zeros(len(cache), dtype=torch.int64)  # place of an item's frame 0 in its grid's tensor
-        for grid, items in _by_grid(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
+        for grid, items in _by_shape(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
             counts = cache.shapes[items, 0]
             self.first[items] = counts.cumsum(0) - counts
             self.frames[grid] = torch.empty(int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16)

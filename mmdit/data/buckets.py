@@ -16,13 +16,20 @@ Size = tuple[int, int]  # pixels (width, height)
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """YAML section `video:`. One frame is text-to-image. Clips are cached whole; frames are chosen when a batch is made."""
+    """YAML section `video:`. One frame is text-to-image. Clips are cached whole; frames are chosen when a batch is made.
+
+    `shrink_video_to_frames` stretches the sample over the whole clip, whatever its length, instead of taking a window of it.
+    `temporal_jitter` moves each frame but the first by up to so many source frames; their order stays.
+    """
 
     width: int = 256
     height: int = 256
-    fps: float = 16.0  # of the frame folders
+    fps: float = 16.0  # of the frame folders; video files are decoded at it
     num_frames: int = 1
     frame_stride: int = 1  # take every n-th frame of the source
+    frame_counts: tuple[int, ...] = ()  # smaller numbers, for clips too short for num_frames: the largest that fits is used
+    shrink_video_to_frames: bool = False
+    temporal_jitter: int = 0
     image_fraction: float = 0.0  # share of the training steps that use single frames of the clips (and single images)
 
     def __post_init__(self):
@@ -34,11 +41,26 @@ class VideoConfig:
         if self.image_fraction and self.num_frames == 1:
             raise ConfigError("image_fraction", f"is {self.image_fraction} but num_frames is 1, so every step uses single "
                               "frames; set it to 0 or raise num_frames")
+        for i, count in enumerate(self.frame_counts):
+            if not 1 < count < self.num_frames or count in self.frame_counts[:i]:
+                raise ConfigError(f"frame_counts[{i}]", f"is {count}; must be from 2 to below num_frames ({self.num_frames}), "
+                                  "and stand there once")
+        if self.temporal_jitter < 0 or (self.temporal_jitter and self.num_frames == 1):
+            raise ConfigError("temporal_jitter", f"is {self.temporal_jitter} with num_frames {self.num_frames}; must be at "
+                              "least 0, and 0 for single frames")
+        if self.shrink_video_to_frames and (self.frame_stride > 1 or self.num_frames == 1):
+            raise ConfigError("shrink_video_to_frames", f"is true with num_frames {self.num_frames} and frame_stride "
+                              f"{self.frame_stride}: the clip's length decides the stride; set frame_stride: 1 and num_frames "
+                              "to at least 2")
+
+    def needed(self, frames: int) -> int:
+        """Source frames that a sample of `frames` needs at least."""
+        return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
 
     @property
     def span(self) -> int:
-        """Source frames that one training sample covers."""
-        return 1 + (self.num_frames - 1) * self.frame_stride
+        """Source frames that one training sample needs."""
+        return self.needed(self.num_frames)
 
     @property
     def sample_fps(self) -> int:

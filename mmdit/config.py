@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -24,11 +25,16 @@ class ConfigError(ValueError):
     """A mistake in what a person wrote: `path` (dotted), what is wrong with both values, and what to do."""
 
     def __init__(self, path: str, message: str):
-        self.path, self.message = path, message
-        super().__init__(f"{path}: {message}" if path else message)
+        self.path, self.message = shortened(path, 400), shortened(message, 4000)
+        super().__init__(f"{self.path}: {self.message}" if path else self.message)
 
     def under(self, prefix: str) -> ConfigError:
         return ConfigError(_join(prefix, self.path), self.message)
+
+
+def shortened(text: str, most: int) -> str:
+    """A value of megabytes in a message: its beginning, and the end of the message, where the remedy is."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _join(prefix: str, name: str) -> str:
@@ -164,10 +170,11 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
     else:
         kind_ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not kind_ok:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+                 dict: "a section of keys"}
         raise ConfigError(path, f"is {value!r} ({_yaml_type(value)}), must be {words[kind]}")
-    if kind is float and value != value:
-        raise ConfigError(path, "is not a number (nan)")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(path, "is infinite" if value == value else "is not a number (nan)")
     return value
 
 
@@ -200,7 +207,7 @@ def _decode_union(options: tuple, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(path, f"is {value!r}, must be a section with a type: {', '.join(tags)}")
         tag = value.get("type", next(iter(tags)))
-        if tag not in tags:
+        if not isinstance(tag, str) or tag not in tags:
             raise ConfigError(_join(path, "type"), f"is {tag!r}, must be one of {', '.join(tags)}{_near(tag, tags)}")
         return _decode_dataclass(tags[tag], value, path)
     errors = []

@@ -58,7 +58,7 @@ class ExperimentConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self):
-        if not self.experiment_name or Path(self.experiment_name).name != self.experiment_name:
+        if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
         target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)  # every size must suit the tokenizer
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
@@ -130,7 +130,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                 world.print(line)
         state = TrainState.create(learner, config.train, config.ema)
         if found is not None:
-            meta = checkpoint.Meta.from_json((found / "checkpoint.json").read_text(), str(found))
+            meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
             state.restore(found)
             world.print(f"resuming {found} at step {state.step}")
@@ -193,6 +193,15 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(plan.report(), flush=True)
 
 
+def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: Path) -> None:
+    """Weights are data. A config that comes with them may not choose whose Python is run: only the command line may."""
+    repository = getattr(config.tokenizer, "repo_path", None)
+    asked = config_io.apply_overrides({}, overrides).get("tokenizer")
+    if repository is not None and not (isinstance(asked, dict) and asked.get("repo_path") == repository):
+        raise ConfigError("tokenizer.repo_path", f"is {repository!r} in the config stored in {source}: its Python code would be run. "
+                          f"If you trust that folder add tokenizer.repo_path={repository}; to use our own VTP, tokenizer.repo_path=null")
+
+
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
@@ -203,6 +212,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
         raise ConfigError("", f"config stored in {weights.source}: {error}") from None
+    refuse_foreign_code(config, list(overrides), weights.source)
     where = choose_device(device)
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -77,6 +78,15 @@ def load_item(path: str | Path, channels: int | None = None) -> dict:
     return item
 
 
+def _is_entry(entry: dict) -> bool:
+    """Of the types that `_entry` writes, and no larger than its file."""
+    shape, numbers = entry["shape"], [*entry["shape"], entry["bytes"], entry["offset"], entry["crc"]]
+    return (len(shape) == 4 and all(type(number) is int for number in numbers) and min(shape) > 0 and 0 <= entry["crc"] < 1 << 32
+            and 2 * math.prod(shape) <= entry["bytes"] < 1 << 62 and -1 <= entry["offset"] < 1 << 62
+            and isinstance(entry["caption"], str)
+            and all(isinstance(entry.get(name, {}), dict) for name in ("facts", "source")))  # fmt: skip
+
+
 def _files(folder: Path) -> dict[str, str]:
     """id → file relative to `folder`, from names alone. ValueError for an id in two sizes."""
     found: dict[str, str] = {}
@@ -110,9 +120,9 @@ def _read_entries(folder: Path, channels: int) -> tuple[dict[str, dict], list[di
                     entry = json.loads(line)
                     if entry["id"] not in files:
                         lost.add(entry["id"])
-                    elif files[entry["id"]] == entry["file"] and len(entry["shape"]) == 4:
+                    elif files[entry["id"]] == entry["file"] and _is_entry(entry):
                         mine[entry["id"]] = entry  # a later line of one writer replaces an earlier one
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # a line torn by a kill: its item is read from its file below
         for id, entry in mine.items():
             if entries.setdefault(id, entry) != entry:
@@ -143,7 +153,10 @@ class CacheWriter:
     def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
         self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._index = (self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")).open("ab")
+        index = self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")
+        if index.is_symlink():
+            raise ValueError(f"{index} is a link; a cache writes into its own folder only: replace it by a copy")
+        self._index = index.open("ab")
         self._lock()
         self._threads = ThreadPoolExecutor(THREADS, "cache-files")
         if (self.folder / "manifest.json").exists():
@@ -153,7 +166,7 @@ class CacheWriter:
         else:
             manifest.write(self.folder, f"{rank}-0")
         for size in manifest.sizes:
-            self._place(size).mkdir(exist_ok=True)
+            self._place(size)
         for folder in [self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*"))]:
             for left in folder.glob(f".writing-{rank}-*.tmp"):  # by a killed process of this rank
                 left.unlink()
@@ -175,7 +188,12 @@ class CacheWriter:
             pass  # a file system without locks
 
     def _place(self, size: tuple[int, int]) -> Path:
-        return self.folder / "{}x{}".format(*size) if self.manifest.bucketed else self.folder
+        """The folder of this size, made."""
+        place = self.folder / "{}x{}".format(*size) if self.manifest.bucketed else self.folder
+        if place != self.folder and place.is_symlink():
+            raise ValueError(f"{place} is a link; a cache writes into its own folder only: replace it by a folder")
+        place.mkdir(exist_ok=True)
+        return place
 
     def _append(self, entries: list[dict]) -> None:
         self._index.write("".join(map(_line, entries)).encode())
@@ -205,7 +223,6 @@ class CacheWriter:
             raise ValueError(f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16; look at the "
                              "tokenizer (its weights and precision)")
         place = self._place(size)
-        place.mkdir(exist_ok=True)
         paths = [place / f"{check_id(id)}.pt" for id in ids]
 
         def write(thread: int) -> list[dict]:
@@ -282,11 +299,12 @@ class LatentCache:
         stop = shape[0] if stop is None else stop
         size, offset, crc = self._places[index].tolist()
         frame = shape[1] * shape[2] * shape[3]
-        numbers = np.empty((stop - start) * frame, np.float16)
         try:
             with open(path, "rb", buffering=0) as file:
-                file.seek(offset + start * frame * 2)
-                whole = file.readinto(numbers) == numbers.nbytes and os.fstat(file.fileno()).st_size == size and offset >= 0
+                whole = os.fstat(file.fileno()).st_size == size and offset >= 0
+                numbers = np.empty((stop - start) * frame if whole else 0, np.float16)
+                file.seek(offset + start * frame * 2 if whole else 0)
+                whole = whole and file.readinto(numbers) == numbers.nbytes
             if whole and (stop - start < shape[0] or zlib.crc32(numbers) == crc):
                 return torch.from_numpy(numbers).view(-1, *shape[1:])
         except OSError:

@@ -21,6 +21,7 @@ def write_aside(path: Path, data: bytes | memoryview, writer: str = "0-0") -> No
     write at the same time."""
     aside = path.with_name(f".writing-{writer}.tmp")
     try:
+        aside.unlink(missing_ok=True)  # of a killed process; never written through, if it is a link
         aside.write_bytes(data)
         os.replace(aside, path)
     except BaseException:
@@ -75,16 +76,15 @@ class CacheManifest:
             found = row["format"]
             if found != FORMAT:
                 raise ConfigError("", f"{path} has format {found}, this version reads {FORMAT}; cache into a new folder")
-            row["spec"] = decode(LatentSpec, row["spec"])
-            row["sizes"] = tuple(tuple(size) for size in row["sizes"])
-            return CacheManifest(**row)
+            return decode(CacheManifest, row)
         except FileNotFoundError:
             raise ConfigError("", f"{folder} is no latent cache (it has no manifest.json); correct the path, or make one with "
                               "mmdit.scripts.cache_vtp_images or cache_vtp_latents") from None
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); cache again into a new folder") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, ConfigError) and str(path) in str(error):
+                raise
+            told = error if isinstance(error, ConfigError) else repr(error)[:1000]
+            raise ConfigError("", f"{path} is damaged ({told}); cache again into a new folder") from None
 
     def differences(self, wanted: CacheManifest) -> list[str]:
         """`what: here X, wanted Y` for everything that changes the latents."""

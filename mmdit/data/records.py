@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mmdit.config import shortened
+
 Kind = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {"image": ("image_path",), "video": ("frames_dir", "video_path")}
 WHAT = {"image_path": "an image", "frames_dir": "a folder", "video_path": "a video file"}
@@ -100,7 +102,7 @@ def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]
                         raise ValueError(f"id {record.id!r} was already used in line {first}; every id must be used once")
                     records.append(record)
                 except ValueError as error:
-                    errors.append(f"{path}:{number}: {error}")
+                    errors.append(f"{path}:{number}: {shortened(str(error), 600)}")
                     if len(errors) == 10:
                         errors.append("… and perhaps more; reading stopped at the tenth")
                         break

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmdit
+from mmdit.config import decode
 from mmdit.interfaces import LatentSpec
 from mmdit.training.errors import RunError
 
@@ -51,10 +52,19 @@ class Meta:
             raw = json.loads(text)
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
-            spec = LatentSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw["spec"].items()})
-            return Meta(int(raw["step"]), raw["config"], spec, raw["tokenizer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} is not a checkpoint of this project: {error}") from None
+            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer")})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where} is not a checkpoint of this project: {str(error)[:1000]}") from None
+
+    @staticmethod
+    def read(folder: Path) -> Meta:
+        """Of a checkpoint folder."""
+        path = folder / "checkpoint.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        return Meta.from_json(text, str(path))
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -124,7 +134,7 @@ def latest(run_dir: Path) -> Path | None:
     """The newest checkpoint whose files open; damaged ones are named and passed over."""
     for folder in reversed(complete(run_dir)):
         try:
-            Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+            Meta.read(folder)
             for file in {folder / "model.safetensors", *folder.glob("*.safetensors")}:
                 with safe_open(file, "pt") as handle:
                     handle.keys()
@@ -160,7 +170,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     folder = path if (path / "checkpoint.json").is_file() else latest(path)
     if folder is None:
         raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
-    meta = Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+    meta = Meta.read(folder)
     tensors = read_tensors(folder / "model.safetensors")
     if use_ema and (folder / "ema.safetensors").is_file():
         tensors |= read_tensors(folder / "ema.safetensors")

@@ -121,7 +121,7 @@ class TrainState:
             stored = checkpoint.read_tensors(folder / "ema.safetensors")
             for name, shadow in self.ema.shadow.items():
                 shadow.copy_(stored[name])
-        self.step = checkpoint.Meta.from_json((folder / "checkpoint.json").read_text(), str(folder)).step
+        self.step = checkpoint.Meta.read(folder).step
 
 
 class StopRequest:

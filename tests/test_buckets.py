@@ -46,6 +46,7 @@ def test_known_shapes():
     assert budget_size((2390, 1000), 512 * 512, 32) == (768, 320)
     assert budget_size((1080, 1920), 512 * 512, 32) == (384, 672)
     assert budget_size((300, 300), 512 * 512, 16) == (288, 288)  # a small source is not enlarged
+    assert budget_size((47, 320), 512 * 512, 16) == (32, 224)  # 48x320 would be nearer and larger, but enlarged
     assert budget_size((17, 4000), 512 * 512, 16)[0] == 16
     with pytest.raises(ValueError, match="too small: 30000x10 pixels"):
         budget_size((30000, 10), 65536, 16)

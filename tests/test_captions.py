@@ -64,7 +64,7 @@ def test_dropout_shuffle_and_the_first_tokens():
         ("[name] and [name]", "ohwx and ohwx"),
         ("a dog", "ohwx, a dog"),
         ("An OHWX dog", "An OHWX dog"),
-        ("ohwxes", "ohwx, ohwxes"),
+        ("ohwxes, nohwx", "ohwx, ohwxes, nohwx"),
         ("", "ohwx"),
     ],
 )

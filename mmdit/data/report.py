@@ -1,0 +1,93 @@
+"""What training will make of a cache, before it starts: what is used, cropped, repeated and left out, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from mmdit.data.batches import BatchPlan
+from mmdit.data.cache import LatentCache
+from mmdit.data.captions import all_captions, length_report
+from mmdit.data.clips import usable_frames
+
+EXAMPLES = 5
+
+
+def data_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
+    """JSON-able. Sizes are (width, height) in pixels; shares are from 0 to 1; every list of examples is of the worst first."""
+    spatial = cache.manifest.spec.spatial
+    groups = []
+    for row in plan.table():
+        rows, columns = row.pop("grid")
+        groups.append({"size": [columns * spatial, rows * spatial], **row})
+    places = sum(row["batches"] for row in groups) * plan.global_batch
+    repeats = sum(row["repeats"] for row in groups)
+    return {
+        "cache": str(cache.folder),
+        "made_from": cache.manifest.source,
+        "items": len(cache),
+        "gigabytes": round(cache.nbytes / 1e9, 3),
+        "global_batch": plan.global_batch,
+        "groups": groups,
+        "repeated": {"places": repeats, "share_of_an_epoch": round(repeats / places, 4)},
+        "epochs": _epochs(plan, max_steps),
+        "left_out": _left_out(cache, plan),
+        "frames": _frames(cache, plan),
+        "cropped": _cropped(cache),
+        "skipped_when_cached": _skipped(Path(cache.folder)),
+        "captions": length_report([all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]),
+    }
+
+
+def _epochs(plan: BatchPlan, max_steps: int) -> dict:
+    image_steps = sum(plan.is_image_step(step) for step in range(max_steps)) if plan.video.image_fraction else 0
+    steps = {"clips": max_steps - image_steps, "images": image_steps}
+    return {
+        name: {"steps_an_epoch": stream.length, "steps": steps[name], "epochs": round(steps[name] / stream.length, 3)}
+        for name, stream in (("clips", plan.clips), ("images", plan.images)) if stream
+    }  # fmt: skip
+
+
+def _left_out(cache: LatentCache, plan: BatchPlan) -> dict:
+    clips = [{"id": cache.ids[i], "frames": int(cache.shapes[i, 0])} for i in plan.excluded.tolist()]
+    clips.sort(key=lambda row: (row["frames"], row["id"]))
+    why = next((line for line in plan.report().splitlines() if line.startswith("left out")), "")
+    return {"items": len(clips), "why": why, "examples": clips[:EXAMPLES]}
+
+
+def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
+    counts = cache.shapes[:, 0]
+    ordered = counts.sort().values.tolist()
+    used = Counter(usable_frames(counts, plan.video).tolist())
+    return {"shortest": ordered[0], "median": ordered[len(ordered) // 2], "longest": ordered[-1],
+            "items_by_frames_used": {str(number): used[number] for number in sorted(used) if number},
+            "not_moved_by_jitter": plan.unmoved()}  # fmt: skip
+
+
+def _cropped(cache: LatentCache) -> dict:
+    """From the crop stored with each item; items that were rendered straight into the cache have none."""
+    spatial = cache.manifest.spec.spatial
+    known, enlarged = [], 0
+    for id, source, (_, rows, columns, _) in zip(cache.ids, cache.sources, cache.shapes.tolist(), strict=True):
+        if "crop" not in source:
+            continue
+        left, top, right, bottom = source["crop"]
+        known.append((round((right - left) * (bottom - top) / math.prod(source["size"]), 4), id, source["size"]))
+        enlarged += columns * spatial > right - left + 0.5 or rows * spatial > bottom - top + 0.5
+    if not known:
+        return {"items": 0}
+    known.sort()
+    kept = [share for share, _, _ in known]
+    worst = [{"id": id, "size": size, "kept": share} for share, id, size in known[:EXAMPLES]]
+    return {"items": len(kept), "mean_kept": round(sum(kept) / len(kept), 4), "least_kept": kept[0],
+            "items_below_80_percent": sum(share < 0.8 for share in kept), "enlarged": enlarged, "examples": worst}  # fmt: skip
+
+
+def _skipped(folder: Path) -> dict:
+    rows = []
+    for path in sorted(folder.glob("skipped*.jsonl")):
+        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    reasons = Counter(row["reason"].partition(":")[0] for row in rows)
+    return {"items": len(rows), "reasons": dict(reasons.most_common()), "examples": rows[:EXAMPLES]}

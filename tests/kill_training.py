@@ -66,6 +66,7 @@ def kill_once(folder: Path, name: str, how: str, chance: random.Random, seconds:
     """Start or continue the run and kill it; returns the exit code (0: it finished first)."""
     run = folder / "runs" / name
     words = [f"experiment_name={name}", *(["--resume"] if checkpoint.complete(run) else [])]
+    words += [f"data.in_memory={chance.choice(('true', 'false'))}"]  # from disk: by a worker process, which must not outlive us
     if how == "operation":
         operation = chance.randrange(60)
         def work():

@@ -1,4 +1,4 @@
-"""The same training on 1, 2 and 4 processes, continued from 2 to 4 to 1, and with a process that dies or hangs.
+"""The same training on 1, 2 and 4 processes, continued from 2 to 4 to 1, and with a process preempted, dying or hanging.
 
     PYTHONPATH=VTP:. python tests/rank_training.py          (also: pytest tests/test_processes.py)
 
@@ -73,8 +73,24 @@ def lost(folder: Path, name: str, blow: int, minutes: float) -> dict:
     message = text[text.rindex("error: ") :].splitlines()[:3]
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert code == 2 and f"step {last + 1}" in message[0], (code, message, last)
-    assert message[1].startswith("  rank 1: step ") and "silent" in message[1], message
+    assert message[1].startswith("  rank 1: last heard of "), message
     return {"seconds": round(seconds, 1), "message": "\n".join(message)}
+
+
+def preempted(folder: Path) -> dict:
+    """SIGTERM to one of two ranks: both finish the step, one saves, both end with 0; the run goes on to the same end."""
+    words = ["experiment_name=preempted", *SAME, "train.max_steps=1000", *SPLITS[2]]
+    pids = train(folder, *words, "train.save_every_steps=1000", "train.keep_every_steps=0", world=2)
+    metrics = folder / "runs" / "preempted" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        time.sleep(0.002)
+    os.kill(pids[1], signal.SIGTERM)
+    must([wait(pid) for pid in pids], folder)
+    stopped = checkpoint.step_of(checkpoint.latest(folder / "runs" / "preempted"))
+    if stopped >= STEPS:  # a busy machine was slow to signal
+        return {"stopped_at": stopped, "difference": 0.0}
+    run(folder, "preempted", 2, "--resume")
+    return {"stopped_at": stopped, "difference": difference(folder, "world2", "preempted")}
 
 
 def main() -> int:
@@ -83,7 +99,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "work"
         make(folder)
-        result = {"worlds": worlds(folder), "hangs": lost(folder, "hangs", signal.SIGSTOP, 0.06),
+        result = {"worlds": worlds(folder), "preempted": preempted(folder), "hangs": lost(folder, "hangs", signal.SIGSTOP, 0.06),
                   "dies": lost(folder, "dies", signal.SIGKILL, 0.06)}  # fmt: skip
         print(json.dumps(result))
     return 0

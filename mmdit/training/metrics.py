@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+from mmdit.training.errors import RunError
+
 
 def clock(seconds: float) -> str:
     """75 → '1:15', 7300 → '2:01:40'."""
@@ -23,7 +25,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["step"] <= from_step:
                     kept.append(line)
@@ -41,8 +43,12 @@ class MetricsLog:
             self.board = None
 
     def write(self, values: dict) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunError(f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space and continue with "
+                           "--resume") from error
         if self.board:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):

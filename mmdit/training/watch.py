@@ -83,8 +83,9 @@ class Watch:
                 if self._store.check([f"watch/{rank}"]):
                     step, phase, when = json.loads(self._store.get(f"watch/{rank}"))
                     silent = time.time() - when
-                    told = f"silent for {silent:.0f} s" if silent > 1.5 + self.seconds / 10 else "alive"
-                    rows.append((told == "alive", step, f"  rank {rank}: step {step} ({phase}), {told}"))
+                    alive = silent < 1.5 + self.seconds / 10
+                    told = "alive" if alive else f"last heard of {silent:.0f} s ago"
+                    rows.append((alive, step, f"  rank {rank}: {told} in step {step} ({phase})"))
                 else:
                     rows.append((False, 0, f"  rank {rank}: never heard of"))
             except RuntimeError:

@@ -89,6 +89,26 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     assert probe(path).width == 96 and next(read_video(path, 30)).size == (96, 48)
 
 
+def test_a_clip_filmed_with_a_turned_camera_is_shown_upright(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        pixels = np.zeros((32, 64, 3), np.uint8)
+        pixels[:, :32] = 200
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    raw = path.read_bytes()
+    one, minus = b"\0\1\0\0", b"\xff\xff\0\0"
+    at = raw.index(b"tkhd") + 44  # the matrix of the track: ISO 14496-12, 8.3.2
+    turned = bytes(4) + one + bytes(4) + minus + bytes(20)  # a quarter turn clockwise, as phones store it
+    assert raw[at : at + 4] == one
+    path.write_bytes(raw[:at] + turned[:32] + raw[at + 32 :])
+    shown = np.asarray(next(read_video(path, 10)))
+    assert shown.shape == (64, 32, 3) and shown[:28].mean() > 180 and shown[36:].mean() < 20
+
+
 def test_video_files_are_cached_with_every_frame_and_every_record_is_accounted_for(tmp_path):
     write_video(tmp_path / "a.mp4", np.arange(24) / 24)
     write_video(tmp_path / "slow.mp4", np.arange(10) / 5)
@@ -162,6 +182,7 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     assert [record.caption for record in records if record.caption] == ["a good one"] * 2
     report = run(tmp_path / "train_images.jsonl", tmp_path / "cache")
     assert report.written == 6 and report.written + len(report.skipped) == report.records == 10
+    assert report.animated == 1 and "1 items from animated pictures" in report.text()
     skipped = sorted(row["path"].rpartition("/")[2] for row in report.skipped)
     assert skipped == ["cut.jpg", "dangling.png", "text.png", "zero.png"]
     assert run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video").written == 1

@@ -56,6 +56,7 @@ class CacheReport:
     written: int = 0  # items
     same_crops: int = 0  # crops that would have repeated an earlier one of their picture
     empty_captions: int = 0
+    animated: int = 0  # items from an animated picture
     skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
     sizes: dict[str, int] = field(default_factory=dict)  # items in the cache by size (when one process makes it)
     seconds: float = 0.0
@@ -69,6 +70,8 @@ class CacheReport:
         ]
         if self.same_crops:
             lines.append(f"{self.same_crops} crops not written: without an overhang they would repeat another crop")
+        if self.animated:
+            lines.append(f"{self.animated} items from animated pictures: their first frame is used")
         kinds: dict[str, list[str]] = {}
         for row in self.skipped:
             kinds.setdefault(row["reason"].partition(":")[0], []).append(f"{row['reason']} ({row['id']})")
@@ -118,6 +121,7 @@ class _Decode(Dataset):
             frames.append([cut(image, box, target) for box in boxes.values()])
         origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
         origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
+        origin |= {"animated": True} if image.info.get("animated") else {}
         return [
             (np.stack([frame[i] for frame in frames]),
              Meta(self.preprocess.item_id(record.id, crop), record.caption, record.facts,
@@ -224,6 +228,7 @@ def cache_latents(
         writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
                         [meta.facts for meta in metas], [meta.source for meta in metas])  # fmt: skip
         report.written += len(metas)
+        report.animated += sum("animated" in meta.source for meta in metas)
 
     def flush(key: tuple) -> None:
         parts = buffers.pop(key)

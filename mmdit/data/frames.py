@@ -56,8 +56,9 @@ class PreprocessConfig:
 
 def load_image(path: str | Path) -> Image.Image:
     """The picture as mode RGB: EXIF rotation applied, transparency laid on white, CMYK, palette and 16-bit converted, the first
-    frame of an animation. OSError (or whatever the decoder raises) if the file is missing, truncated or no image."""
+    frame of an animation (`info["animated"]` says so). OSError (or whatever a decoder raises): missing, truncated, no image."""
     with Image.open(path) as image:
+        animated = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)  # those hold other pictures
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits per pixel (or 16 in 32): Pillow would clip at 255
             values = np.asarray(image).astype(np.float64)
@@ -68,7 +69,9 @@ def load_image(path: str | Path) -> Image.Image:
         if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info = {"animated": animated}
+        return image
 
 
 def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0) -> Box:

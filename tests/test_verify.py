@@ -31,9 +31,11 @@ def damage_all(folder):
     (folder / "画4.pt").write_bytes((folder / "画5.pt").read_bytes())  # whole, but another item's
     torch.save({"latents": torch.zeros(1, 3, 3, 3, dtype=torch.float16), "caption": ""}, folder / "画6.pt")
     torch.save({"latents": torch.full((1, 2, 2, 3), torch.nan, dtype=torch.float16), "caption": "picture 7"}, folder / "画7.pt")
+    torch.save({"latents": torch.zeros(1, 2, 2, 3, dtype=torch.float16), "caption": "picture 8"}, folder / "画8.pt")
     (folder / ".writing-0-1.tmp").touch()
     return {"画1.pt": "cannot be read", "画2.pt": "check sum", "画3.pt": "cannot be read", "画4.pt": "index says otherwise",
-            "画6.pt": "48x48 does not belong", "画7.pt": "not finite", ".writing-0-1.tmp": "killed process"}  # fmt: skip
+            "画8.pt": "index says otherwise", "画6.pt": "48x48 does not belong",
+            "画7.pt": "not finite", ".writing-0-1.tmp": "killed process"}  # fmt: skip
 
 
 def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path, capsys):  # noqa: F811
@@ -46,8 +48,8 @@ def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path
     assert count == 10 and {row["file"] for row in damage} == set(expected)
     assert all(expected[row["file"]] in row["problem"] and row["delete"] for row in damage)
     assert verify_script.main(["--cache_dir", str(tmp_path / "cache"), "--delete", "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["damage"]) == 7
-    assert run(images, tmp_path / "cache").written == 6
+    assert len(json.loads(capsys.readouterr().out)["damage"]) == 8
+    assert run(images, tmp_path / "cache").written == 7
     assert verify_cache(tmp_path / "cache") == (10, []) and contents(tmp_path / "cache") == before
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.manifest import CacheManifest, write_aside
+from mmdit.data.manifest import CacheManifest, no_link, write_aside
 from mmdit.data.records import check_id
 
 THREADS = 4  # that write files; making a file waits more than it computes
@@ -67,6 +67,7 @@ def load_item(path: str | Path, channels: int | None = None) -> dict:
             else f"its latents are {latents.dtype}, not float16" if latents.dtype != torch.float16
             else f"its latents have {width} channels, the manifest says {channels}" if channels not in (None, width)
             else "its caption is not text" if not isinstance(caption, str)
+            else "its facts or source are no dictionary" if not _are_sections(item)
             else ""
         )  # fmt: skip
     except FileNotFoundError:
@@ -80,11 +81,14 @@ def load_item(path: str | Path, channels: int | None = None) -> dict:
 
 def _is_entry(entry: dict) -> bool:
     """Of the types that `_entry` writes, and no larger than its file."""
-    shape, numbers = entry["shape"], [*entry["shape"], entry["bytes"], entry["offset"], entry["crc"]]
-    return (len(shape) == 4 and all(type(number) is int for number in numbers) and min(shape) > 0 and 0 <= entry["crc"] < 1 << 32
-            and 2 * math.prod(shape) <= entry["bytes"] < 1 << 62 and -1 <= entry["offset"] < 1 << 62
-            and isinstance(entry["caption"], str)
-            and all(isinstance(entry.get(name, {}), dict) for name in ("facts", "source")))  # fmt: skip
+    shape, size, offset, crc = (entry[name] for name in ("shape", "bytes", "offset", "crc"))
+    return (len(shape) == 4 and all(type(number) is int for number in (*shape, size, offset, crc)) and min(shape) > 0
+            and 2 * math.prod(shape) <= size < 1 << 62 and -1 <= offset < 1 << 62 and 0 <= crc < 1 << 62
+            and isinstance(entry["caption"], str) and _are_sections(entry))
+
+
+def _are_sections(item: dict) -> bool:
+    return all(isinstance(item.get(name, {}), dict) for name in ("facts", "source"))
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -153,10 +157,7 @@ class CacheWriter:
     def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
         self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
-        index = self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")
-        if index.is_symlink():
-            raise ValueError(f"{index} is a link; a cache writes into its own folder only: replace it by a copy")
-        self._index = index.open("ab")
+        self._index = no_link(self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")).open("ab")
         self._lock()
         self._threads = ThreadPoolExecutor(THREADS, "cache-files")
         if (self.folder / "manifest.json").exists():
@@ -189,9 +190,7 @@ class CacheWriter:
 
     def _place(self, size: tuple[int, int]) -> Path:
         """The folder of this size, made."""
-        place = self.folder / "{}x{}".format(*size) if self.manifest.bucketed else self.folder
-        if place != self.folder and place.is_symlink():
-            raise ValueError(f"{place} is a link; a cache writes into its own folder only: replace it by a folder")
+        place = no_link(self.folder / "{}x{}".format(*size)) if self.manifest.bucketed else self.folder
         place.mkdir(exist_ok=True)
         return place
 

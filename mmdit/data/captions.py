@@ -62,7 +62,9 @@ class CaptionsConfig:
 
 def all_captions(caption: str, facts: dict) -> list[str]:
     """Those of an item, as `records` stores them: one, or several among its facts."""
-    return facts.get("captions") or [caption]
+    several = facts.get("captions")
+    foreign = not isinstance(several, list) or not all(isinstance(text, str) for text in several)  # a file not made by us
+    return [caption] if foreign or not several else several
 
 
 def has_word(text: str, word: str) -> bool:

@@ -29,6 +29,13 @@ def write_aside(path: Path, data: bytes | memoryview, writer: str = "0-0") -> No
         raise
 
 
+def no_link(path: Path) -> Path:
+    """`path`, which may not be there yet. ValueError if it is a link, by which one would write elsewhere."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; a cache writes into its own folder only: replace it by what it leads to")
+    return path
+
+
 @dataclass(frozen=True)
 class CacheManifest:
     """What decides the contents of a cache. `source` and the spec's statistics are for the reader's information only."""

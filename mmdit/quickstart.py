@@ -50,7 +50,7 @@ class Plan:
     def for_device(device: torch.device) -> Plan:
         if device.type == "cuda":
             return Plan(images=20_000, train_seconds=120.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
-        return Plan(images=4096, train_seconds=140.0, max_steps=3000, batch_size=64, count=96, video_count=12)
+        return Plan(images=4096, train_seconds=180.0, max_steps=3000, batch_size=64, count=96, video_count=12)
 
 
 class Stages:

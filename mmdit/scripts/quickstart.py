@@ -6,6 +6,7 @@ Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores ta
 """
 
 import argparse
+import os
 
 from mmdit.scripts import friendly
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch starts: spinning threads crawl on a shared machine
     with friendly():
         from mmdit.quickstart import run
 

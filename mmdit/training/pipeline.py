@@ -48,7 +48,7 @@ class Pipeline:
 
     @torch.no_grad()
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
-                progress: Callable[[int, int], None] | None = None, guess: tuple[Tensor, float] | None = None) -> Tensor:
+                guess: tuple[Tensor, float] | None = None) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
         start from, and the time they are noised to."""
         learner, device = self.learner, self.device
@@ -62,23 +62,21 @@ class Pipeline:
             with autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
                 denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
-                report = (lambda done, *_: progress(done, settings.sampler.steps)) if progress else None
                 start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
-                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, report, start)
+                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
         finally:
             learner.train(was_training)
         return learner.spec.denormalize(clean)
 
     @torch.no_grad()
     def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
-                 first: int = 0, batch_size: int = 64, progress: Callable[[int, int], None] | None = None,
+                 first: int = 0, batch_size: int = 64,
                  done: Callable[[int], object] | None = None) -> Tensor:
-        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time. `progress(step, steps)` follows each
-        sampling step, `done(captions)` each batch."""
+        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time; `done(captions)` follows each batch."""
         parts = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
-            latents = self.latents(some, width, height, frames, settings, first + start, progress)
+            latents = self.latents(some, width, height, frames, settings, first + start)
             parts.append(self.tokenizer.decode(latents).float().cpu())
             if done:
                 done(len(some))

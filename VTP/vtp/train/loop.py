@@ -109,7 +109,7 @@ class Trainer:
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
     def save(self) -> None:
         files = {
-            "learner": self.learner.state_dict(),
+            "model": self.learner.state_dict(),
             "ema": self.ema.shadow,
             "optimizer": optimizer_tensors(self.parts, self.optimizer),
         }
@@ -129,7 +129,7 @@ class Trainer:
         if changed:
             message = f"{folder} was written with another config ({'; '.join(changed[:5])})"
             raise ValueError(f"{message}; use the same, or another output_dir")
-        checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "learner.safetensors"), str(folder))
+        checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "model.safetensors"), str(folder))
         for name, tensor in checkpoint.read_tensors(folder / "ema.safetensors").items():
             self.ema.shadow[name].copy_(tensor)
         load_optimizer_tensors(self.parts, self.optimizer, checkpoint.read_tensors(folder / "optimizer.safetensors"))

@@ -2,7 +2,7 @@
 
     python -m mmdit.scripts.quickstart
 
-Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores take about seven minutes; a GPU trains further.
+Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores take about five minutes; a GPU trains further.
 """
 
 import argparse

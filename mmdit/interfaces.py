@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,19 +31,21 @@ class LatentSpec:
             if values and len(values) != self.channels:
                 raise ValueError(f"latent {name} has {len(values)} values but the latents have {self.channels} channels")
 
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=like.device)
-        std = torch.tensor(self.std or (1.0,), dtype=torch.float32, device=like.device)
-        return mean, std / self.scale
+    @lru_cache(maxsize=8)  # made anew it would hold up every step: a copy to a GPU waits for the work queued there
+    def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # first made while sampling, it must also serve training
+            mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=device)
+            std = torch.tensor(self.std or (1.0,), dtype=torch.float32, device=device)
+            return mean, std / self.scale
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Raw tokenizer latents `(…, C)` to model space, float32."""
-        mean, std = self._affine(raw)
+        mean, std = self._affine(raw.device)
         return (raw.float() - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Inverse of `normalize`."""
-        mean, std = self._affine(latents)
+        mean, std = self._affine(latents.device)
         return latents.float() * std + mean
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
@@ -70,6 +74,11 @@ class TextTokens:
         """The unconditional tokens of the same shape."""
         return TextTokens(self.embeddings, torch.zeros_like(self.valid))
 
+    def pad(self, length: int) -> TextTokens:
+        """Invalid tokens behind, up to `length` in all."""
+        extra = length - self.valid.shape[1]
+        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False))
+
     def __getitem__(self, index) -> TextTokens:
         return TextTokens(self.embeddings[index], self.valid[index])
 
@@ -91,6 +100,10 @@ class Batch:
     ids: list[str]
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader knows this name."""
+        return replace(self, latents=self.latents.pin_memory(), indices=self.indices.pin_memory())
 
 
 @runtime_checkable

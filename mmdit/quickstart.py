@@ -45,11 +45,14 @@ class Plan:
     batch_size: int
     count: int  # prompts of each list that are scored, pictures
     video_count: int
+    overrides: tuple[str, ...] = ()  # of CONFIG
 
     @staticmethod
     def for_device(device: torch.device) -> Plan:
         if device.type == "cuda":
-            return Plan(images=20_000, train_seconds=120.0, max_steps=12_000, batch_size=512, count=256, video_count=256)
+            return Plan(images=30_000, train_seconds=200.0, max_steps=12_000, batch_size=2048, count=256, video_count=256,
+                        overrides=("model.dim=256", "model.depth=7", "model.num_heads=4", "text_encoder.dim=128",
+                                   "text_encoder.depth=1", "train.precision=bf16", "train.warmup_steps=200", "ema.decay=0.999"))  # fmt: skip
         return Plan(images=4096, train_seconds=180.0, max_steps=3000, batch_size=64, count=96, video_count=12)
 
 
@@ -139,7 +142,7 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
 
 def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     """Data, latents, training, samples and score of a model that did not exist before."""
-    config = load_experiment_config(CONFIG, [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}", *SETTINGS])
+    config = load_experiment_config(CONFIG, [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}", *plan.overrides, *SETTINGS])
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
     metadata = prepare(DATA, Recipe(video.width, video.height), plan.images)

@@ -5,7 +5,7 @@ import torch
 
 from mmdit import config as configs
 from mmdit.config import ConfigError
-from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective, sample, sampling_times
 from mmdit.interfaces import TextTokens
 from mmdit.rng import Draws
 
@@ -176,6 +176,24 @@ def test_flow_times_follow_their_distribution():
     ]:
         t = times(flow(**keys), 20000)
         assert torch.allclose(t.quantile(quantiles), expected, atol=0.015), keys
+
+
+def test_clips_are_shifted_by_the_square_root_of_their_frames_in_training_and_in_sampling():
+    by_frames = flow(shift=1.5, shift_by_frames=True)
+    draws = Draws.of(0, 0, 64)
+    assert torch.equal(by_frames.draw_time(draws, 16), flow(shift=6.0).draw_time(draws))
+    assert torch.equal(by_frames.draw_time(draws), flow(shift=1.5).draw_time(draws, 16))
+    clip, seen = torch.randn(64, 16, 1, 1, 2), []
+    losses = by_frames.loss(lambda x, t, text: torch.zeros_like(x), clip, TEXT, draws)
+    assert torch.equal(losses.t, flow(shift=6.0).draw_time(draws).float())
+
+    def model(x, t, text):
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    sample(by_frames.denoiser(model, TEXT), clip, by_frames, SamplerConfig("euler", 5, shift=2.0))
+    expected = [1000 * t for t in sampling_times(by_frames, 5, 8.0)[:-1]]
+    assert seen == pytest.approx(expected, rel=1e-6)
 
 
 def test_network_is_told_scaled_times_within_its_training_range():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatchingConfig, build_objective
@@ -245,3 +246,29 @@ def run_ranks(folder: Path, size: int):
 if __name__ == "__main__":  # one rank of `run_ranks`
     with process_group("cpu") as world:
         trained(Path(sys.argv[1]), world=world)
+
+
+def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs(monkeypatch):
+    """Text is padded to a few lengths, which changes nothing: else every length of the longest caption would be compiled, and after
+    the limit the blocks would run uncompiled without a word."""
+    plain, compiled = learner(), learner()
+    plain.caption_dropout = 0.0
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.2)  # at its start the model is nothing
+    compiled.load_state_dict(plain.state_dict())
+    compiled.caption_dropout = 0.0
+    counter, original = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **keys: original(module, backend=counter, **keys))
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    try:
+        compiled.compile_model()
+        latents, draws = torch.randn(2, 1, 2, 2, SPEC.channels), Draws.of(0, 0, 2)
+        with torch.no_grad():
+            for words in range(1, 16):
+                captions = ["red " * words, "a blue ring"]
+                torch.testing.assert_close(compiled(latents, captions, draws)[0], plain(latents, captions, draws)[0], rtol=0, atol=1e-6)
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.reset()
+    assert 1 <= counter.frame_count <= 2  # a kind of graph, not one for each length

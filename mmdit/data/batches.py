@@ -272,15 +272,20 @@ class LatentBatches(Dataset):
         if self.num_workers and self.in_memory:
             yield from self._ahead(iter(steps))
         else:
-            yield from DataLoader(self, batch_size=None, sampler=_Steps(steps), **worker_options(self.num_workers))
+            yield from DataLoader(self, batch_size=None, sampler=_Steps(steps), pin_memory=torch.cuda.is_available(),
+                                  **worker_options(self.num_workers))
 
     def _ahead(self, steps: Iterator[int]) -> Iterator[list[Batch]]:
+        def make(step: int) -> list[Batch]:
+            batches = self.step(step)
+            return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
+
         with ThreadPoolExecutor(1, "batches") as pool:
-            waiting = deque(pool.submit(self.step, step) for step in islice(steps, 2))
+            waiting = deque(pool.submit(make, step) for step in islice(steps, 2))
             try:
                 while waiting:
                     ready = waiting.popleft().result()
-                    waiting.extend(pool.submit(self.step, step) for step in islice(steps, 1))
+                    waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
                     yield ready
             finally:
                 for future in waiting:

@@ -44,8 +44,12 @@ class Objective(ABC):
         self.t_range, self.t_start, self.time_scale = t_range, t_start, time_scale
 
     @abstractmethod
-    def draw_time(self, draws: Draws) -> Tensor:
-        """`(B,)` float64 in `t_range`."""
+    def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
+        """`(B,)` float64 in `t_range`, for clips of `frames`."""
+
+    def clip_shift(self, frames: int) -> float:
+        """By how much more than those of pictures the times of clips are shifted, in training and in sampling."""
+        return 1.0
 
     @abstractmethod
     def error_scale(self, t: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class Objective(ABC):
     def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, **network_inputs) -> LossParts:
         """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is float32, autocast or not."""
         clean = clean.float()
-        noise, t = draws.normal("noise", *clean.shape[1:]), self.draw_time(draws)
+        noise, t = draws.normal("noise", *clean.shape[1:]), self.draw_time(draws, clean.shape[1])
         x = self.path.add_noise(clean, noise, t)
         prediction = model(x, self._network_time(t, x), text, **network_inputs).float()
         target = self.path.mix(self.prediction, clean, noise, t)
@@ -123,7 +127,7 @@ class DDPM(Objective):
         super().__init__(path, config.prediction_type, (1 / config.num_timesteps, 1.0), t_start, DDPM_TIME_SCALE)
         self.num_timesteps, self.min_snr_gamma = config.num_timesteps, config.min_snr_gamma
 
-    def draw_time(self, draws: Draws) -> Tensor:
+    def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
         return ((draws.uniform("time").double() * self.num_timesteps).floor() + 1) / self.num_timesteps
 
     def error_scale(self, t: Tensor) -> Tensor:
@@ -136,9 +140,10 @@ class DDPM(Objective):
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """Flow matching. Times are drawn on [0, 1] (`uniform`, or `logit_normal`: sigmoid of a normal, Esser et al. 2403.03206),
-    shifted, then laid onto [t_min, t_max]. `prediction: x0` predicts the clean latents under the velocity loss, which helps
-    when latents have many channels (2511.13720). `direction_weight` adds 1 - cosine over channels between the true and the
-    predicted velocity (2501.01423)."""
+    shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by sqrt(frames) more, in training and in sampling, since n
+    frames that repeat each other are as clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along
+    time). `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents have many channels
+    (2511.13720). `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
 
     path: Literal["linear", "cosine"] = "linear"
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -149,6 +154,7 @@ class FlowMatchingConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
+    shift_by_frames: bool = False
     direction_weight: float = 0.0
 
     def __post_init__(self):
@@ -175,13 +181,16 @@ class FlowMatching(Objective):
         super().__init__(path, config.prediction, (config.t_min, config.t_max), config.t_max, config.time_scale)
         self.config = config
 
-    def draw_time(self, draws: Draws) -> Tensor:
+    def clip_shift(self, frames: int) -> float:
+        return math.sqrt(frames) if self.config.shift_by_frames else 1.0
+
+    def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
         config = self.config
         if config.time == "logit_normal":
             t = torch.sigmoid(config.logit_mean + config.logit_std * draws.normal("time").double())
         else:
             t = draws.uniform("time").double()
-        return config.t_min + (config.t_max - config.t_min) * shift_time(t, config.shift)
+        return config.t_min + (config.t_max - config.t_min) * shift_time(t, config.shift * self.clip_shift(frames))
 
     def error_scale(self, t: Tensor) -> Tensor:
         if self.prediction == "x0":

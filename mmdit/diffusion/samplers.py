@@ -28,7 +28,8 @@ class SamplerConfig:
     """First order: ddim, euler. Second order: heun, and ab2 and dpmpp_2m, which reuse the last step's call; ab2 is the most
     accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py).
 
-    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end.
+    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end; the
+    objective's `clip_shift` multiplies it.
     """
 
     solver: Solver = "ab2"
@@ -82,7 +83,8 @@ def sample(
     if guess is not None and not 0 < guess[1] <= 1:
         raise ValueError(f"the guess is to be noised to t = {guess[1]}; must be above 0 (kept as it is) and at most 1 (pure noise)")
     path = objective.path
-    times = sampling_times(objective, config.steps, config.shift, guess[1] if guess else None)
+    shift = config.shift * objective.clip_shift(noise.shape[1])
+    times = sampling_times(objective, config.steps, shift, guess[1] if guess else None)
     step = {
         "ddim": lambda: _ddim(denoise, path, config.eta, draws),
         "euler": lambda: _euler(denoise, path),

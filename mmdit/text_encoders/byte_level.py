@@ -103,7 +103,7 @@ class ByteLevelEncoder(nn.Module):
         """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest, about unit
         variance."""
         device = self.positions.device
-        rows, index, valid = (part.to(device, non_blocking=True) for part in self.words(captions))
+        rows, index, valid = self.words(captions, device)
         words = rms_norm(self.bytes(rows).sum(dim=1))  # (u, dim)
         words = words + self.word_mlp(words)
         length = index.shape[1]

@@ -51,6 +51,6 @@ class HashEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, captions: list[str]) -> TextTokens:
         """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest."""
-        rows, index, valid = (part.to(self.positions.device, non_blocking=True) for part in self.words(captions))
+        rows, index, valid = self.words(captions, self.positions.device)
         embeddings = F.embedding(index, rows) + self.positions[: index.shape[1]]
         return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)

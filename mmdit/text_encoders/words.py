@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,11 @@ def place_table(max_length: int, dim: int) -> Tensor:
     return torch.cat(rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE), dim=-1).float()
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A new tensor to `device` without waiting for the work queued there, which a copy from pageable memory would do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class WordRows:
     """Captions to padded positions in a small table of this batch's distinct words. `split` gives the words of a piece of text
     without spaces, `describe` the rows `(n, width)` of n new words; both are asked once per word and remembered."""
@@ -53,9 +59,9 @@ class WordRows:
         self.chunks: dict[str, list[int]] = {}  # piece of text → rows
         self.rows = self.describe([])
 
-    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """`rows (U, width)` of the distinct words, `index (B, T)` into them, `valid (B, T)` bool, all on the CPU. T is the
-        longest caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
+    def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows (U, width)` of the distinct words, `index (B, T)` into them, `valid (B, T)` bool, on `device`. T is the longest
+        caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
         pieces = [caption.split() for caption in captions]
@@ -69,11 +75,11 @@ class WordRows:
             lengths = [len(caption) for caption in numbers]
         flat = list(chain.from_iterable(numbers))
         distinct = {number: place for place, number in enumerate(dict.fromkeys(flat))}
-        valid = torch.arange(max([1, *lengths])) < torch.tensor(lengths)[:, None]
-        index = torch.zeros(valid.shape, dtype=torch.long)
-        index[valid] = torch.tensor([distinct[number] for number in flat], dtype=torch.long)
+        valid = np.arange(max([1, *lengths])) < np.array(lengths, dtype=np.int64)[:, None]
+        index = np.zeros(valid.shape, dtype=np.int64)  # numpy: torch wakes all its threads for an indexed write
+        index[valid] = [distinct[number] for number in flat]
         rows = self.rows[list(distinct)] if distinct else self.rows.new_zeros(1, self.rows.shape[1])
-        return rows, index, valid
+        return tuple(upload(part, device) for part in (rows, torch.from_numpy(index), torch.from_numpy(valid)))
 
     def _learn(self, chunks: list[str]) -> None:
         known = len(self.numbers)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
+
+TEXT_STEP = 16  # compiled blocks see 16, 32, 48 … text tokens, the model's null token among them
+GRAPHS = 64  # kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
 
 
 class Learner(nn.Module):
@@ -16,11 +21,14 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
+        self.compiled = False
 
     def compile_model(self) -> None:
         """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where no
         working compiler is installed torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
+        torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
+        self.compiled = True
         for block in self.model.blocks:
             block.compile(dynamic=False)
 
@@ -34,6 +42,8 @@ class Learner(nn.Module):
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
+        if self.compiled:  # few lengths, few graphs; padding changes nothing
+            text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
         parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, keep=keep)

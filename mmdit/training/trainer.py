@@ -245,7 +245,7 @@ class Trainer:
             local = contextlib.nullcontext() if last or self.world.size == 1 else wrapped.no_sync()
             with local:
                 latents = batch.latents.to(device, non_blocking=True)
-                draws = Draws(self.seed, state.step, batch.indices.to(device))
+                draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
                 keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     losses, t = wrapped(latents, batch.captions, draws, keep)

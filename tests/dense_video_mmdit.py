@@ -96,6 +96,10 @@ def dense_forward(model, x, t, text, keep=None):
     where = torch.tensor([[(2 * r + 1) / rows - 1, (2 * c + 1) / columns - 1] for r in range(rows) for c in range(columns)],
                          dtype=x.dtype)
     h = model.input(rearrange(x, "b f r c d -> b f (r c) d")) + model.position(where)
+    if config.temporal_position:
+        turned = [[f * 1000.0 ** (-i / 16) for i in range(16)] for f in range(x.shape[1])]
+        features = [[math.sin(a) for a in row] + [1 - math.cos(a) for a in row] for row in turned]
+        h = h + (torch.tensor(features, dtype=x.dtype) @ model.frame.embed.weight.T)[:, None]
     everything = torch.arange(rows * columns)
     subset = everything
     if keep is not None:

@@ -105,6 +105,17 @@ def test_the_order_of_frames_matters_and_without_a_position_in_time_it_does_not(
     torch.testing.assert_close(control(x.flip(1), TIMES, text), control(x, TIMES, text).flip(1), rtol=0, atol=1e-10)
 
 
+def test_frames_know_their_number_even_where_all_look_alike():
+    """At the highest noise all frames are alike to the network, and what moves where must be decided there."""
+    model, text, alike = awake(), captions(2), clip(2, 1, 4, 4).expand(-1, 4, -1, -1, -1)
+    output = model(alike, TIMES, text)
+    assert min((output[:, i] - output[:, j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
+    first = model(alike[:, :1], TIMES, text)
+    with torch.no_grad():
+        model.frame.embed.weight.normal_()
+    torch.testing.assert_close(model(alike[:, :1], TIMES, text), first, rtol=0, atol=0)  # pictures know nothing of it
+
+
 def test_windows_know_where_they_are():
     model, x, text = awake(), clip(2, 1, 8, 8), captions(2)
     for axis in (2, 3):
@@ -119,7 +130,7 @@ def test_every_parameter_has_a_gradient_on_clips_and_only_temporal_ones_are_zero
         model(clip(2, frames, 8, 8), TIMES, text).square().sum().backward()
         for name, weight in model.named_parameters():
             assert weight.grad is not None, name
-            assert weight.grad.any() != (frames == 1 and ".temporal." in name), name
+            assert weight.grad.any() != (frames == 1 and (".temporal." in name or name == "frame.embed.weight")), name
 
 
 def test_a_model_trained_on_images_gives_the_same_for_every_frame_of_a_clip():

@@ -20,7 +20,7 @@ from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttenti
 from mmdit.nn.conditioning import PooledText, TextContext, TimeEmbedding
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, modulated_norm, upcast, working_dtype
-from mmdit.nn.position import FourierPosition, Rotary, temporal_rotary
+from mmdit.nn.position import FourierPosition, FramePosition, Rotary, temporal_rotary
 from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
@@ -108,6 +108,7 @@ class VideoMMDiT(nn.Module):
         dim = config.dim
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
+        self.frame = FramePosition(dim) if config.temporal_position else None
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
@@ -118,7 +119,8 @@ class VideoMMDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so gates too) and output."""
+        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so gates too), frame numbers
+        and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -126,7 +128,8 @@ class VideoMMDiT(nn.Module):
                     nn.init.zeros_(module.bias)
             if isinstance(module, (TextContext, PooledText)):
                 nn.init.normal_(module.null, std=0.02)
-        for module in (self.modulation, self.final_modulation, self.output):
+        frame = [self.frame.embed] if self.frame else []
+        for module in (self.modulation, self.final_modulation, self.output, *frame):
             nn.init.zeros_(module.weight)
 
     def undecayed(self) -> set[str]:
@@ -151,7 +154,9 @@ class VideoMMDiT(nn.Module):
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
             time = self.time(t)
-            where = self.position(coordinates(grid, x.device, exact))
+            where = self.position(coordinates(grid, x.device, exact))  # (n, k, d)
+            if self.frame is not None:
+                where = where + self.frame(x.shape[1])[:, None, None]  # (f, n, k, d)
         tokens, valid = self.text(text)
         with torch.autocast(x.device.type, enabled=False):
             pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0

@@ -1,4 +1,4 @@
-"""Positions: rotary tables for attention (relative) and Fourier features for the input (absolute)."""
+"""Positions: rotary tables for attention (relative), Fourier features of place and frame for the input (absolute)."""
 
 from __future__ import annotations
 
@@ -52,3 +52,21 @@ class FourierPosition(nn.Module):
         powers = math.pi / 2 * 2.0 ** torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
         angles = (coordinates[..., None] * powers).flatten(-2)
         return self.embed(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.embed.weight.dtype))
+
+
+class FramePosition(nn.Module):
+    """Which frame of its clip a token belongs to: `frames` → `(frames, dim)`, zero for the first, so pictures know nothing of it.
+    Rotary attention sees differences only, and at high noise, where motion is decided, all frames look alike: an average over
+    equal values cannot tell the first from the last."""
+
+    pairs = 16
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embed = nn.Linear(2 * self.pairs, dim, bias=False)
+
+    def forward(self, frames: int) -> Tensor:
+        weight = self.embed.weight
+        ladder = torch.arange(self.pairs, dtype=torch.float64, device=weight.device) / self.pairs
+        angles = torch.arange(frames, device=weight.device)[:, None] * TEMPORAL_BASE**-ladder
+        return self.embed(torch.cat([angles.sin(), 1 - angles.cos()], dim=-1).to(weight.dtype))

@@ -26,6 +26,7 @@ from vtp.train.self_supervision import balanced_assignments
 from mmdit.config import ConfigError, decode, load
 from mmdit.data import moving_shapes
 from mmdit.rng import Draws
+from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -198,6 +199,18 @@ def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
     assert changed == {"pixel_decoder"}
 
 
+def test_a_frozen_encoder_keeps_latents_and_statistics_and_so_caches_and_models(tmp_path):
+    config = configured(tmp_path / "first", max_steps=2)
+    first = train(config, CPU)
+    second = train(replace(config, output_dir=str(tmp_path / "second"), init_from=str(first), freeze_encoder=True, seed=5), CPU)
+    fingerprints = {VTPTokenizer(VTPTokenizerConfig(name_or_path=str(folder), latent_d=16)).fingerprint for folder in (first, second)}
+    assert len(fingerprints) == 1
+    assert (first / "latent_stats.json").read_bytes() == (second / "latent_stats.json").read_bytes()
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"pixel_decoder"}
+
+
 def test_unused_losses_are_not_built():
     learner = Learner(configured("unused"))
     assert learner.self_supervision is None and learner.discriminator is None
@@ -243,6 +256,7 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
         ("adversarial", {"start": 1.5}, "adversarial.start"),
         ("ema", {"enabled": False}, "ema.enabled"),
         ("latent_noise", -0.1, "latent_noise"),
+        ("freeze_encoder", True, "freeze_encoder"),
     ],
 )
 def test_mistakes_are_named(section, value, path):
@@ -251,7 +265,7 @@ def test_mistakes_are_named(section, value, path):
     assert caught.value.path == path
 
 
-@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_stage1", "vtp_tiny_f16d64_semantic"])
+@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_stage1", "vtp_tiny_f16d64_decoder", "vtp_tiny_f16d64_semantic"])
 def test_shipped_configs_decode_and_fit_the_size_limit(name):
     config = load(PretrainConfig, ROOT / "VTP" / "configs" / f"{name}.yaml")
     with torch.device("meta"):

@@ -108,7 +108,7 @@ class VideoMMDiT(nn.Module):
         dim = config.dim
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
-        self.frame = FramePosition(dim) if config.temporal_position else None
+        self.frame = FramePosition(dim)
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
@@ -128,8 +128,7 @@ class VideoMMDiT(nn.Module):
                     nn.init.zeros_(module.bias)
             if isinstance(module, (TextContext, PooledText)):
                 nn.init.normal_(module.null, std=0.02)
-        frame = [self.frame.embed] if self.frame else []
-        for module in (self.modulation, self.final_modulation, self.output, *frame):
+        for module in (self.modulation, self.final_modulation, self.output, self.frame.embed):
             nn.init.zeros_(module.weight)
 
     def undecayed(self) -> set[str]:
@@ -154,9 +153,8 @@ class VideoMMDiT(nn.Module):
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
             time = self.time(t)
-            where = self.position(coordinates(grid, x.device, exact))  # (n, k, d)
-            if self.frame is not None:
-                where = where + self.frame(x.shape[1])[:, None, None]  # (f, n, k, d)
+            when = self.frame(x.shape[1] if self.config.temporal_position else 1)  # (f or 1, d)
+            where = self.position(coordinates(grid, x.device, exact)) + when[:, None, None]  # (f or 1, n, k, d)
         tokens, valid = self.text(text)
         with torch.autocast(x.device.type, enabled=False):
             pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0

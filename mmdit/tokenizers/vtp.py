@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor
 
 from mmdit.config import ConfigError
@@ -71,14 +72,18 @@ class VTPTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what raw latents depend on: weights, network, pixel normalisation; not of `latent_scale` or `latent_stats`."""
+        """Of what raw latents depend on: the encoder's weights, the network, pixel normalisation; not of `latent_scale` or
+        `latent_stats`, and not of the decoder's weights, so that a better decoder serves the caches and models there are."""
         digest = hashlib.sha256(f"{IMAGENET_MEAN} {IMAGENET_STD}".encode())
         digest.update((self._folder / "config.json").read_bytes())
         whole = self._folder / "model.safetensors"
         for file in [whole] if whole.is_file() else sorted(self._folder.glob("model-*.safetensors")):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
+            with safe_open(file, "pt") as stored:
+                for name in sorted(stored.keys()):
+                    if name.startswith("trunk."):
+                        tensor = stored.get_tensor(name).float().contiguous()
+                        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                        digest.update(tensor.numpy())
         return digest.hexdigest()
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -88,12 +88,19 @@ class PretrainConfig:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
     latent_noise: float = 0.2  # see learner.noisy_latents
+    freeze_encoder: bool = False  # train the decoder alone: latents, their statistics and all caches stay as they are
     train: OptimizationConfig = field(default_factory=OptimizationConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
 
     def __post_init__(self):
         if self.latent_noise < 0:
             raise ConfigError("latent_noise", f"is {self.latent_noise}, must be 0 (off) or positive, for example 0.2")
+        if self.freeze_encoder:
+            if not self.init_from:
+                raise ConfigError("freeze_encoder", "is true without init_from: a random encoder would stay random; name a checkpoint")
+            if self.contrast.weight or self.self_supervision.weight:
+                raise ConfigError("freeze_encoder", f"is true with contrast.weight {self.contrast.weight} and self_supervision.weight "
+                                  f"{self.self_supervision.weight}, which train the encoder; set them to 0, or it to false")
         if not self.ema.enabled:
             raise ConfigError("ema.enabled", "is false, but the average is what is exported: set ema.decay to 0 for none")
         if self.contrast.weight and self.images.mix.shapes <= 0:

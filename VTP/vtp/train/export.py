@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from vtp.pixels import normalize
 from vtp.train.config import PretrainConfig
 from vtp.train.images import PictureSource
 
+STATISTICS_FILE = "latent_stats.json"
 HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
 
 
@@ -28,7 +30,10 @@ def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folde
     model = model if config.contrast.keep_text_tower else without_text_tower(model)
     stored, dtype, cost = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
-    write_json(folder / "latent_stats.json", latent_statistics(model, source))
+    if config.freeze_encoder:
+        shutil.copyfile(Path(config.init_from) / STATISTICS_FILE, folder / STATISTICS_FILE)
+    else:
+        write_json(folder / STATISTICS_FILE, latent_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)
     write_json(folder / SCORES_FILE, evaluate(loaded, config.train.evaluation_samples))
     storage = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}

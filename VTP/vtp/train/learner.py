@@ -53,6 +53,8 @@ class Learner(nn.Module):
             self.self_supervision = SelfSupervision(config.self_supervision, self.model.trunk)
         else:
             self.model.trunk.mask_token.requires_grad_(False)
+        if config.freeze_encoder:
+            self.model.trunk.requires_grad_(False)
         self.discriminator = PatchDiscriminator() if config.adversarial.weight else None
         self.pixel_loss = reconstruction_loss
 
@@ -73,7 +75,7 @@ class Learner(nn.Module):
         """All losses of a step. `adversarial`: the last stage, with a frozen encoder and the discriminator's opinion."""
         config, target = self.config, normalize(batch.pixels)
         draws = Draws.of(config.seed, step, len(target), target.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not adversarial):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (adversarial or config.freeze_encoder)):
             features = self.model.trunk(target, is_training=True, use_bottleneck=False)
             latents = self.model.trunk.bottleneck(features["x_norm_patchtokens"])
             latents = rearrange(latents, "b (h w) c -> b c h w", h=target.shape[-2] // 16)

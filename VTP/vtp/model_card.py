@@ -19,13 +19,13 @@ def write_card(folder: Path) -> None:
     """Write README.md; a folder without training.json (a checkpoint from elsewhere) is left alone."""
     if (folder / TRAINING_FILE).is_file():
         training, scores = (json.loads((folder / name).read_text()) for name in (TRAINING_FILE, SCORES_FILE))
-        (folder / "README.md").write_text(card(training, scores, (folder / "model.safetensors").stat().st_size))
+        size = (folder / "model.safetensors").stat().st_size
+        (folder / "README.md").write_text(card(folder.resolve().name, training, scores, size))
 
 
-def card(training: dict, scores: dict, file_bytes: int) -> str:
+def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
     """Markdown; `file_bytes` is the size of model.safetensors."""
     config = training["config"]
-    name = Path(config["output_dir"]).name
     parts = ("reconstruction", "adversarial", "contrast", "self_supervision")
     losses = ", ".join(f"{part.replace('_', '-')} {config[part]['weight']:g}" for part in parts)
     shapes = scores["moving_shapes_psnr"].items()
@@ -38,10 +38,11 @@ def card(training: dict, scores: dict, file_bytes: int) -> str:
         what = f"PSNR of {real['pictures']} real pictures, {real['size']} px (lowest, highest)"
         measured.append((what, f"{real['psnr']:.2f} dB ({real['lowest']:.2f}, {real['highest']:.2f})"))
     channels = config["model"]["vision_feature_bottleneck"]
-    stages = [*training.get("earlier_stages", []), {"config": name, **{key: training[key] for key in ("steps", "minutes", "device")}}]
+    last = {"config": Path(config["output_dir"]).name} | {key: training[key] for key in ("steps", "minutes", "device")}
+    stages = [*training.get("earlier_stages", []), last]
     trained = ", then ".join(f"{s['steps']:,} steps in {s['minutes']} minutes on one {s['device']}" for s in stages)
     commands = "\n".join(f"    PYTHONPATH=VTP python -m vtp.train --config VTP/configs/{s['config']}.yaml" for s in stages)
-    return f"""# {name}
+    return f"""# {title}
 
 A small VTP tokenizer: 16x downsampling, {channels} channels, {scores['parameters']:,} parameters
 stored as {training['stored_as']} ({file_bytes / 1e6:.1f} MB; that storage costs {training['cost_of_storage_db']:.4f} dB).

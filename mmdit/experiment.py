@@ -128,6 +128,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
+        if config.video.num_frames > 1 and found is None:
+            learner.model.number_frames(config.seed)
         state = TrainState.create(learner, config.train, config.ema)
         if found is not None:
             meta = checkpoint.Meta.read(found)

@@ -156,5 +156,17 @@ def test_a_picture_model_opened_as_a_clip_model_draws_the_same_frames(tmp_path):
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
 
 
+def test_frames_are_numbered_when_training_on_clips_begins_and_not_before(tmp_path):
+    previous = None
+    for name, numbered in (("moving_shapes_64_t2i", False), ("moving_shapes_64", True)):
+        path, cache = ROOT / f"configs/{name}.yaml", str(tmp_path / f"cache_{name}")
+        words = [*shrunk(path, tmp_path), "train.lr=1e-9", "train.max_steps=1", f"train.init_from={previous or 'null'}"]
+        cache_moving_shapes.main(["--config", str(path), "--out_dir", cache, "--count", "4", "--device", "cpu", *words])
+        train_t2v.main(["--config", str(path), "--train_cache_dir", cache, "--device", "cpu", *words])
+        previous = tmp_path / "runs" / name
+        weight = checkpoint.load_weights(previous).tensors["model.frame.embed.weight"]
+        assert (weight.std() > 0.1) == weight.any().item() == numbered
+
+
 def config_name(path: Path) -> str:
     return load_experiment_config(path).experiment_name

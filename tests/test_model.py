@@ -116,6 +116,23 @@ def test_frames_know_their_number_even_where_all_look_alike():
     torch.testing.assert_close(model(alike[:, :1], TIMES, text), first, rtol=0, atol=0)  # pictures know nothing of it
 
 
+def test_numbers_are_drawn_once_before_clips_and_pictures_do_not_see_them():
+    torch.manual_seed(0)
+    model, text = build_model(SMALL, CHANNELS, TEXT).double(), captions(2)
+    for name, weight in model.named_parameters():
+        if name != "frame.embed.weight":
+            weight.data.add_(0.3 * torch.randn_like(weight))
+    picture, alike = clip(2, 1, 4, 4), clip(2, 1, 4, 4).expand(-1, 4, -1, -1, -1)
+    before = model(picture, TIMES, text)
+    model.number_frames(seed=1)
+    numbers = model.frame.embed.weight.clone()
+    assert numbers.any() and torch.equal(model(picture, TIMES, text), before)
+    output = model(alike, TIMES, text)
+    assert min((output[:, i] - output[:, j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
+    model.number_frames(seed=2)
+    assert torch.equal(model.frame.embed.weight, numbers)  # trained numbers stay
+
+
 def test_windows_know_where_they_are():
     model, x, text = awake(), clip(2, 1, 8, 8), captions(2)
     for axis in (2, 3):

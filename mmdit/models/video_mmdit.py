@@ -26,7 +26,7 @@ from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
 SUBLAYERS = 4
-FRAME_NUMBER_STD = 0.5  # of a toy of moving blobs: 0.3 and 1.0 learn left from right within 300 steps, 0.1 not in 700
+FRAME_NUMBER_STD = 0.5  # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,10 @@ class VideoMMDiT(nn.Module):
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
-        """Before the first training on clips: draw the frame numbers' weights, zero until then (pictures have no use for them, and
-        must leave every frame of a clip alike). From zero, or from attention in time alone, training soon finds the axis of a
-        motion, but its sign stays a coin flip for thousands of steps: it depends on text, frame and place only together."""
+        """Before the first training on clips: draw the frame numbers' weights, zero until then (pictures have no use for them,
+        and must leave every frame of a clip alike). From zero, or from attention in time alone, training soon finds the axis
+        of a motion, but its sign stays a coin flip for thousands of steps: it depends on text, frame and place only together
+        (tests/test_motion.py)."""
         weight = self.frame.embed.weight
         if weight.requires_grad and not weight.any():
             drawn = torch.randn(weight.shape, generator=rng.generator(seed, "frame numbers"))

@@ -1,0 +1,119 @@
+"""Tensors of one checkpoint, whatever files they lie in: read lazily, one at a time, without ever unpickling code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".pt", ".pth", ".bin")
+INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as the file names it: F32, BF16, F8_E4M3 …
+
+
+class Checkpoint:
+    """`entries`: what is stored, from the headers alone. `tensors()` reads them file by file; at most one tensor is held here.
+    ValueError: a file is missing, damaged, of another kind, or would run code."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files = _files(self.path)
+        self.entries: dict[str, Entry] = {}
+        self._loaded: dict[Path, dict[str, Tensor]] = {}
+        for file in self.files:
+            for name, shape, dtype in self._header(file):
+                if name in self.entries:
+                    first = self.entries[name].file.name
+                    raise ValueError(f"{name} is stored in {first} and in {file.name} of {self.path}; remove one")
+                self.entries[name] = Entry(file, shape, dtype)
+        self._check_index()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for file in self.files:
+            if file.suffix in PICKLES:
+                yield from self._loaded[file].items()
+                continue
+            with safe_open(file, "pt") as handle:
+                for name in list(handle.keys()):
+                    yield name, handle.get_tensor(name)
+
+    def _header(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        if file.suffix in PICKLES:
+            self._loaded[file] = unpickled_tensors(file)
+            for name, tensor in self._loaded[file].items():
+                yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            return
+        try:
+            with safe_open(file, "pt"):  # checks the whole header against the file's size
+                pass
+            with file.open("rb") as stream:
+                (size,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(size))
+        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            raise ValueError(f"{file} cannot be read as safetensors (cut off, damaged, or another format): {error}") from None
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, tuple(entry["shape"]), entry["dtype"]
+
+    def _check_index(self) -> None:
+        """Of a sharded checkpoint: every tensor that the index names must be there."""
+        for index in self.files[0].parent.glob(f"*{INDEX}") if self.path.is_dir() else ():
+            names = json.loads(index.read_text())["weight_map"]
+            if absent := sorted(set(names) - set(self.entries)):
+                raise ValueError(f"{index} names {len(absent)} tensors that its shards lack, first {absent[0]}; fetch them")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLES):
+            raise ValueError(f"{path} is no weight file: can read .safetensors, and {', '.join(PICKLES)} holding tensors alone")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; name a weight file or its folder")
+    indices = sorted(path.glob(f"*{INDEX}"))
+    if len(indices) > 1:
+        raise ValueError(f"{path} holds {len(indices)} index files ({', '.join(i.name for i in indices[:3])}); leave one")
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{indices[0]} is no index of shards: {error!r}") from None
+        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"{indices[0]} names a shard outside its folder: {outside[0]!r}")
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise ValueError(f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them")
+        return [path / name for name in names]
+    single = sorted(path.glob("*.safetensors"))
+    if len(single) != 1:
+        found = f"{len(single)} .safetensors files without an index ({single[0].name} …)" if single else "no .safetensors file"
+        raise ValueError(f"{path} holds {found}; name the file")
+    return single
+
+
+def unpickled_tensors(file: Path) -> dict[str, Tensor]:
+    """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it holds anything else."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        message = f"{file} is refused: it is damaged, or holds more than tensors, which could run code ({reason})"
+        raise ValueError(message) from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{file} holds no dictionary of tensors; give the weights of the model alone")
+    return content

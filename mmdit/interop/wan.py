@@ -1,0 +1,255 @@
+"""Wan 2.1 / 2.2 transformers from and to the files in the wild: official layout, that of Diffusers, repacked single files.
+
+Layouts differ in names only, one to one. High and low expert of a pair cannot be told from their weights: folders name them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdit.interop.files import INDEX, Checkpoint
+from mmdit.models.wan import WanConfig, WanDiT
+
+Expert = Literal["high", "low"]
+Layout = Literal["official", "diffusers"]
+
+EXPERT_FOLDERS = {"high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")}
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
+WEIGHTS = "diffusion_pytorch_model"
+SHARD_BYTES = 10_000_000_000
+HEAD_DIM = 128
+
+MODULES = {  # official → Diffusers, outside the blocks
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.head": "proj_out",
+}
+PARAMETERS = {"head.modulation": "scale_shift_table", "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
+ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+BLOCK_MODULES = {  # inside a block
+    **{f"{ours}.{part}": f"{theirs}.to_{part}" for ours, theirs in ATTENTIONS.items() for part in "qkv"},
+    **{f"{ours}.o": f"{theirs}.to_out.0" for ours, theirs in ATTENTIONS.items()},
+    **{f"{ours}.norm_{part}": f"{theirs}.norm_{part}" for ours, theirs in ATTENTIONS.items() for part in "qk"},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "norm3": "norm2",  # Diffusers counts norms as they run: its norm2 is the one before cross-attention
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+CONFIG_KEYS = {  # Diffusers' config.json → ours
+    "ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "in_channels": "in_dim",
+    "out_channels": "out_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "eps": "eps", "image_dim": "image_dim",
+    "pos_embed_seq_len": "image_positions",
+}  # fmt: skip
+
+
+def diffusers_module(module: str) -> str:
+    """The Diffusers path of an official module path (`blocks.3.ffn.0` → `blocks.3.ffn.net.0.proj`). KeyError: not Wan's."""
+    if match := re.fullmatch(r"(blocks\.\d+)\.(.+)", module):
+        return f"{match[1]}.{BLOCK_MODULES[match[2]]}"
+    return MODULES[module]
+
+
+def diffusers_name(name: str) -> str:
+    """The Diffusers name of an official parameter. KeyError: not Wan's."""
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    if match := re.fullmatch(r"(blocks\.\d+)\.modulation", name):
+        return f"{match[1]}.scale_shift_table"
+    module, _, kind = name.rpartition(".")
+    return f"{diffusers_module(module)}.{kind}"
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def locate(path: str | Path, expert: Expert | None = None) -> Path:
+    """The file or folder with the weights asked for: `path` itself, or the expert's folder in it. ValueError: an expert must
+    be named and is not, or is named and not there."""
+    path = Path(path)
+    if expert not in (None, "high", "low"):
+        raise ValueError(f"expert is {expert!r}; must be 'high', 'low', or None for a model without experts")
+    found = {name: path / folder for name, folders in EXPERT_FOLDERS.items() for folder in folders if (path / folder).is_dir()}
+    if len(found) == 2 and expert is None:
+        raise ValueError(f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say expert='high' or 'low'")
+    if expert in found and (len(found) == 2 or (path / EXPERT_FOLDERS[expert][0]).is_dir()):
+        return found[expert]
+    if expert is not None:
+        words = {name: (f"{name}_noise", *folders) for name, folders in EXPERT_FOLDERS.items()}
+        named = [name for name, own in words.items() if path.name in own or own[0] in path.name.lower()]
+        if named == [expert]:
+            return path
+        what = f"the {named[0]}-noise expert" if named else "a model without experts"
+        raise ValueError(f"the {expert}-noise expert is asked for, but {path} is {what}")
+    return next(iter(found.values()), path)
+
+
+def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
+    """Stored name → official name of every tensor, the layout, and the prefix that was taken off."""
+    prefix = next((p for p in PREFIXES if all(name.startswith(p) or SCALES.search(name) for name in names)), "")
+    bare = {name: name.removeprefix(prefix) for name in names}
+    if not any(".attn1." in name or name.startswith("condition_embedder.") for name in bare.values()):
+        return bare, "official", prefix
+    blocks = {match[1] for name in bare.values() if (match := re.match(r"(blocks\.\d+)\.", name))}
+    modules = {theirs: ours for ours, theirs in MODULES.items()}
+    modules |= {f"{b}.{theirs}": f"{b}.{ours}" for b in blocks for ours, theirs in BLOCK_MODULES.items()}
+    whole = {theirs: ours for ours, theirs in PARAMETERS.items()}
+    whole |= {f"{b}.scale_shift_table": f"{b}.modulation" for b in blocks}
+
+    def official(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        return whole.get(name) or (f"{modules[module]}.{kind}" if module in modules else name)
+
+    return {stored: official(name) for stored, name in bare.items()}, "diffusers", prefix
+
+
+def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
+    """From official names and shapes alone; heads are 128 wide, as in every released Wan. ValueError: no Wan transformer."""
+    try:
+        dim, in_dim = shapes["patch_embedding.weight"][:2]
+        blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+        return WanConfig(
+            dim=dim, ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=max(1, dim // HEAD_DIM), num_layers=max(blocks) + 1,
+            in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // 4, freq_dim=shapes["time_embedding.0.weight"][1],
+            text_dim=shapes["text_embedding.0.weight"][1], image_dim=shapes.get("img_emb.proj.1.weight", (0,))[0],
+            image_positions=shapes.get("img_emb.emb_pos", (1, 0, 0))[1],
+        )  # fmt: skip
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{source} is no Wan transformer: {error} is missing among its {len(shapes)} tensors") from None
+
+
+def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
+    """`inferred` with what config.json in `folder` says, of either layout: the number of heads, epsilon and text length do not
+    show in shapes. ValueError: it cannot be read, or contradicts the weights."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return inferred
+    try:
+        stored = json.loads(file.read_text())
+        known = {field.name for field in fields(WanConfig)}
+        foreign = "attention_head_dim" in stored
+        renamed = {CONFIG_KEYS.get(key, key) if foreign else key: value or 0 for key, value in stored.items()}
+        told = {key: value for key, value in renamed.items() if key in known}
+        if foreign:
+            told["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no config of a Wan transformer: {error!r}") from None
+    for key, value in told.items():
+        if key not in ("num_heads", "eps", "text_len") and value != getattr(inferred, key):
+            found = getattr(inferred, key)
+            raise ValueError(f"{file}: {key} is {value}, the weights beside it have {found}; they do not belong together")
+    return WanConfig(**{field.name: told.get(field.name, getattr(inferred, field.name)) for field in fields(WanConfig)})
+
+
+def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+             expert: Expert | None = None) -> WanDiT:  # fmt: skip
+    """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation, time and patch embeddings
+    and the head stay float32 when `dtype` is less. Tensors are read one by one into a model that has no memory before.
+
+    ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it, quantised weights, not a Wan
+    transformer, config.json of another model, the wrong expert, tensors missing or unknown."""
+    place = locate(path, expert)
+    stored = Checkpoint(place)
+    names, _, _ = official_names(list(stored.entries))
+    if scales := [name for name in names if SCALES.search(name)]:
+        raise ValueError(f"{place} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
+    shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
+    inferred = infer_config(shapes, place)
+    config = read_config(place, inferred) if place.is_dir() else inferred
+    if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:
+        raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
+    with torch.device("meta"):
+        model = WanDiT(config)
+    own = dict(model.named_parameters())
+    _compare(shapes, {name: tuple(p.shape) for name, p in own.items()}, place, config)
+    for name, tensor in stored.tensors():
+        module, _, leaf = names[name].rpartition(".")
+        tensor = tensor.to(device=device, dtype=WanDiT.stored_dtype(names[name], dtype), copy=True)
+        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor))
+    return model.eval()
+
+
+def _compare(shapes: dict, own: dict, place: Path, config: WanConfig) -> None:
+    problems = []
+    foreign = [name for name in shapes if name not in own and not name.endswith("norm_added_q.weight")]  # Diffusers ignores it
+    unknown = {name: difflib.get_close_matches(name, own, 1) for name in foreign}
+    if missing := [name for name in own if name not in shapes]:
+        problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")
+    if unknown:
+        name, near = next(iter(unknown.items()))
+        problems.append(f"holds {len(unknown)} unknown tensors, first {name}" + (f" (near {near[0]})" if near else ""))
+    if wrong := [n for n in own if n in shapes and shapes[n] != own[n]]:
+        name = wrong[0]
+        problems.append(f"holds {len(wrong)} tensors of another shape, first {name} {shapes[name]} where {own[name]} belongs")
+    if problems:
+        raise ValueError(f"{place}, read as {config.variant}, {' and '.join(problems)}")
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def config_json(config: WanConfig, layout: Layout) -> dict:
+    if layout == "official":
+        kind = "i2v" if config.in_dim != config.out_dim else "ti2v" if config.in_dim == 48 else "t2v"
+        kind = "flf2v" if config.image_positions else kind
+        keys = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
+        return {"_class_name": "WanModel", "model_type": kind} | {key: getattr(config, key) for key in keys}
+    ours = {theirs: getattr(config, key) for theirs, key in CONFIG_KEYS.items()}
+    ours |= {"image_dim": config.image_dim or None, "pos_embed_seq_len": config.image_positions or None}
+    return {
+        "_class_name": "WanTransformer3DModel", "attention_head_dim": config.dim // config.num_heads, "cross_attn_norm": True,
+        "added_kv_proj_dim": config.dim if config.image_dim else None, "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, **ours,
+    }  # fmt: skip
+
+
+def save_dit(model: WanDiT, folder: str | Path, layout: Layout = "official", shard_bytes: int = SHARD_BYTES) -> None:
+    """config.json and weights, bit for bit as they are, in shards with an index when larger than `shard_bytes`. Written aside,
+    then renamed. ValueError: the folder is there and not empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; choose another place")
+    if layout not in ("official", "diffusers"):
+        raise ValueError(f"layout is {layout!r}; must be 'official' or 'diffusers'")
+    rename = diffusers_name if layout == "diffusers" else str
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, parameter in model.named_parameters():
+        if shards[-1] and size + parameter.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][rename(name)] = parameter.detach()
+        size += parameter.nbytes
+    aside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    files = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{WEIGHTS}.safetensors"]
+    else:
+        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+                 "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}  # fmt: skip
+        (aside / f"{WEIGHTS}{INDEX}").write_text(json.dumps(index, indent=1))
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: t.contiguous().cpu() for name, t in shard.items()}, aside / file, {"format": "pt"})
+    (aside / "config.json").write_text(json.dumps(config_json(model.config, layout), indent=1))
+    if folder.exists():
+        folder.rmdir()
+    os.replace(aside, folder)

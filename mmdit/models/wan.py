@@ -1,0 +1,292 @@
+"""The Wan 2.1 / 2.2 diffusion transformer (Wan Team 2025, arXiv 2503.20314), all variants, under the official names of modules.
+
+What the public weights mean, and where arithmetic is kept in float32, follows the official code. Where that wastes work there
+is an exact short cut: one row of modulation per distinct time rather than per token, and one key for all padding of a text.
+
+Axes: b sample · l token (f, h, w order, w fastest) · t text position · i image token · d width · u distinct time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdit.nn.attention import attend
+from mmdit.nn.norm import upcast, working_dtype
+
+PATCH = (1, 2, 2)
+ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan transformer, named as in the official config.json. `image_dim`: width of CLIP states (2.1 I2V), 0 = none;
+    `image_positions`: length of their position table (514 in FLF2V), 0 = none."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    image_dim: int = 0
+    image_positions: int = 0
+
+    @property
+    def variant(self) -> str:
+        """The public name of this architecture; experts of A14B have one, and so has T2V-14B of 2.1, which has its shapes."""
+        if self.image_dim:
+            return "FLF2V-14B" if self.image_positions else "I2V-14B"
+        known = {
+            (1536, 16): "T2V-1.3B", (3072, 48): "TI2V-5B",
+            (5120, 16): "T2V-14B or a T2V-A14B expert", (5120, 36): "I2V-A14B expert",
+        }  # fmt: skip
+        return known.get((self.dim, self.in_dim), f"{'I2V' if self.in_dim != self.out_dim else 'T2V'} of width {self.dim}")
+
+
+class RMSNorm(nn.Module):
+    """Over the whole width, all heads together, before they are split."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = upcast(x)
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the adjacent pairs `(2i, 2i + 1)` of `x (b, h, l, d)`; tables `(l, d / 2)`."""
+    first, second = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cosine - second * sine, first * sine + second * cosine], -1).flatten(-2)
+
+
+@lru_cache(maxsize=16)
+def rotary_tables(frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `(frames · rows · columns, head_dim / 2)`: height and width turn `head_dim // 6` pairs each, time the
+    rest; every axis has its own ladder of frequencies."""
+    with torch.inference_mode(False):
+        side = 2 * (head_dim // 6)
+        angles = []
+        for axis, (count, width) in enumerate(((frames, head_dim - 2 * side), (rows, side), (columns, side))):
+            ladder = ROTARY_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+            shape = [1, 1, 1, len(ladder)]
+            shape[axis] = count
+            angles.append((torch.arange(count).double()[:, None] * ladder).view(shape).expand(frames, rows, columns, -1))
+        turned = torch.cat(angles, -1).flatten(0, 2)
+        return turned.cos().float().to(device), turned.sin().float().to(device)
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """`t (u,)` on 0 … 1000 → `(u, width)` float32, cosines before sines, computed in float64."""
+    ladder = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2))
+    angles = t.double()[:, None] * ladder
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: WanConfig, image: bool = False):
+        super().__init__()
+        dim, self.num_heads = config.dim, config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, config.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
+
+    def joined(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b h l d -> b l (h d)")
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+        q, k = (rotate_pairs(z, *rotary).to(v.dtype) for z in (q, k))
+        return self.o(self.joined(attend(q, k, v)))
+
+
+class CrossAttention(Attention):
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None, image: Tensor | None) -> Tensor:
+        """`text (b, t, d)` with `bias (b, 1, 1, t)` on its logits, `image (b, i, d)`."""
+        v = self.heads(self.v(text))
+        q, k = self.heads(self.norm_q(self.q(x))).to(v.dtype), self.heads(self.norm_k(self.k(text))).to(v.dtype)
+        result = attend(q, k, v, None if bias is None else bias.to(v.dtype))
+        if image is not None:
+            keys, values = self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+            result = result + attend(q, keys.to(values.dtype), values)
+        return self.o(self.joined(result))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (not modulated, not gated), MLP. The stream is float32; norm1, norm2 have no weights."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config, image=config.image_dim > 0)
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor, where: Tensor | None, rotary, text: Tensor, bias: Tensor | None,
+                image: Tensor | None) -> Tensor:  # fmt: skip
+        """`x (b, l, d)` float32; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
+        table = (upcast(self.modulation) + time).unbind(1)
+        dtype = working_dtype(text)
+        shift, scale, gate = (per_token(part, where) for part in table[:3])
+        h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
+        x = x + self.self_attn(h, rotary) * gate
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, bias, image)
+        shift, scale, gate = (per_token(part, where) for part in table[3:])
+        h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
+        return x + self.ffn(h) * gate
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def per_token(part: Tensor, where: Tensor | None) -> Tensor:
+    """Rows of `part (u, d)` for each token: `(b, l, d)`; without `where` one row a sample, `(b, 1, d)`."""
+    return part[:, None] if where is None else part[where]
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, math.prod(PATCH) * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor, where: Tensor | None) -> Tensor:
+        shift, scale = (per_token(part, where) for part in (upcast(self.modulation) + time[:, None]).unbind(1))
+        return self.head((layer_norm(x, self.eps) * (1 + scale) + shift).to(self.head.weight.dtype))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP states `(b, i, image_dim)` → `(b, i, dim)`; two pictures have a position table. Its norms have torch's own epsilon,
+    and its GELU is the exact one."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        width = config.image_dim
+        first, second = nn.Linear(width, width), nn.Linear(width, config.dim)
+        self.proj = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second, nn.LayerNorm(config.dim))
+        self.emb_pos = nn.Parameter(torch.empty(1, config.image_positions, width)) if config.image_positions else None
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states.to(self.proj[1].weight.dtype)
+        if self.emb_pos is not None:
+            states = states + self.emb_pos
+        return self.proj(states)
+
+
+class WanDiT(nn.Module):
+    """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit` fills in the weights.
+
+    `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of text padding (exact).
+    `checkpointing`: recompute blocks in the backward pass."""
+
+    exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
+
+    def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False):
+        super().__init__()
+        self.config, self.collapse_padding, self.checkpointing = config, collapse_padding, checkpointing
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.img_emb = ImageEmbedding(config) if config.image_dim else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @classmethod
+    def stored_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a parameter is kept in when the model is asked for in `dtype`: the float32 islands of the official code stay."""
+        exact = any(part in name for part in cls.exact_parts)
+        return torch.promote_types(dtype, torch.float32) if exact else dtype
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, y: Tensor | None = None, clip: Tensor | None = None) -> Tensor:
+        """`x (b, c, f, h, w)` latents, `t (b,)` or one per token `(b, l)`, on 0 … 1000, `text (b, t, text_dim)` zero after each
+        prompt's end (shorter than `text_len` means padded to it), `y (b, 20, f, h, w)` mask and picture latents of I2V,
+        `clip (b, 257, 1280)` states, `(b, 514, 1280)` for FLF2V. Returns `(b, out_dim, f, h, w)` in the type of `x`. ValueError
+        if shapes do not belong together or to this variant."""
+        config = self.config
+        inputs = x if y is None else torch.cat([x, y.to(x)], 1)
+        self._check(x, inputs, t, text, y, clip)
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            tokens = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype))
+            grid = tokens.shape[2:]
+            tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d"))
+            values, where = (t, None) if t.ndim == 1 else torch.unique(t, return_inverse=True)
+            embedded = self.time_embedding(sinusoid(values, config.freq_dim).to(self.time_embedding[0].weight.dtype))
+            time = self.time_projection(embedded).unflatten(-1, (6, config.dim))
+            image = None if clip is None else self.img_emb(clip)
+        text, bias = self.text_keys(text)
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        image = None if image is None else image.to(text.dtype)
+        rotary = rotary_tables(*grid, config.dim // config.num_heads, x.device)
+        for block in self.blocks:
+            arguments = (tokens, time, where, rotary, text, bias, image)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+        with torch.autocast(device, enabled=False):
+            tokens = self.head(tokens, embedded, where)
+        p, q, r = PATCH
+        size = dict(zip("fhw", grid, strict=True))
+        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", p=p, q=q, r=r, **size).to(x.dtype)
+
+    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their logits: each prompt's rows, and one
+        zero row that stands for all its padding up to `text_len`. Without collapsing: padded to `text_len`, no bias."""
+        length = self.config.text_len
+        if not self.collapse_padding:
+            return F.pad(text, (0, 0, 0, length - text.shape[1])), None
+        positions = torch.arange(1, text.shape[1] + 1, device=text.device)
+        lengths = (text.ne(0).any(-1) * positions).amax(1) if text.shape[1] else positions.new_zeros(len(text))
+        longest = int(lengths.max())
+        keys = F.pad(text[:, :longest], (0, 0, 0, 1))
+        bias = upcast(text.new_zeros(len(text), longest + 1))
+        bias.masked_fill_(torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf)
+        bias[:, -1] = torch.log((length - lengths).to(bias.dtype))  # no padding: log 0, nothing attends to it
+        return keys, bias[:, None, None]
+
+    def _check(self, x: Tensor, inputs: Tensor, t: Tensor, text: Tensor, y: Tensor | None, clip: Tensor | None) -> None:
+        config = self.config
+        if x.ndim != 5 or x.shape[-1] % PATCH[2] or x.shape[-2] % PATCH[1]:
+            raise ValueError(f"latents are {tuple(x.shape)}; must be (batch, channels, frames, height, width), those two even")
+        if inputs.shape[1] != config.in_dim:
+            given = f"{x.shape[1]} channels" + ("" if y is None else f" and y of {y.shape[1]}")
+            raise ValueError(f"latents have {given}, this model ({config.variant}) takes {config.in_dim}: an I2V model needs y "
+                             "(4 mask channels, 16 of the picture), a T2V model none; latents must come from the model's VAE")
+        tokens = math.prod(x.shape[2:]) // math.prod(PATCH)
+        if t.shape not in {(len(x),), (len(x), tokens)}:
+            raise ValueError(f"t is {tuple(t.shape)}; must be one per sample ({len(x)},) or per token ({len(x)}, {tokens})")
+        if text.ndim != 3 or len(text) != len(x) or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
+            raise ValueError(f"text is {tuple(text.shape)}; must be ({len(x)}, at most {config.text_len}, {config.text_dim})")
+        tokens = config.image_positions or 257
+        if clip is not None and self.img_emb is not None and clip.shape != (len(x), tokens, config.image_dim):
+            raise ValueError(f"clip is {tuple(clip.shape)}; must be ({len(x)}, {tokens}, {config.image_dim})")
+        if (clip is not None) != (self.img_emb is not None):
+            verb = "needs CLIP states" if self.img_emb is not None else "takes no CLIP states"
+            raise ValueError(f"{config.variant} {verb}: only I2V and FLF2V of Wan 2.1 have an image embedding")

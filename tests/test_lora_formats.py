@@ -1,0 +1,193 @@
+"""LoRA files of other tools: what they mean, and that what we write is read back the same, by us and by them."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_wan import GOLDEN, INPUTS, META, TINY, VARIANTS, error, random_model, refused
+
+from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
+from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
+from mmdit.interop.wan import diffusers_module, load_dit
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.models.wan import WanDiT
+
+WANTED = load_file(GOLDEN / "lora_io.safetensors")["out.with_lora"]
+FILES = {name: GOLDEN / f"lora_{name}.safetensors" for name in ("comfy", "kohya", "diffusers_peft")}
+
+
+def single_precision_sinusoid(t, width):
+    """As the library that recorded `out.with_lora` computes it; the difference to ours is 2.2e-6 at the output."""
+    angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+@pytest.fixture
+def model(monkeypatch) -> WanDiT:
+    monkeypatch.setattr("mmdit.models.wan.sinusoid", single_precision_sinusoid)
+    model = WanDiT(TINY)
+    model.load_state_dict(load_file(GOLDEN / "official.safetensors"))
+    return model.eval()
+
+
+def official(kohya: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """The golden LoRA by official layer name: A, B and alpha."""
+    names = {name.replace(".", "_"): name for name in META["lora"]["budget"] if name != "total"}
+    parts = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+    result = {}
+    for key, tensor in kohya.items():
+        mangled, _, part = key.removeprefix("lora_unet_").partition(".")
+        result.setdefault(names[mangled], {})[parts[part]] = tensor
+    return result
+
+
+LAYERS = official(load_file(FILES["kohya"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FILES)
+def test_golden_files_of_three_formats_give_the_official_numbers(model, name):
+    assert error(WANTED, model(*INPUTS)) > 0.1
+    assert len(load_lora(model, FILES[name])) == 20
+    assert error(model(*INPUTS), WANTED) < 2e-6
+    refused("adapters already", call=lambda: load_lora(model, FILES[name]))
+    assert error(merge(model)(*INPUTS), WANTED) < 2e-6
+
+
+def dialects(folder: Path) -> dict[str, Path]:
+    """The golden LoRA as eight tools write it."""
+    scaled = {name: {**p, "B": p["B"] * p["alpha"] / 4} for name, p in LAYERS.items()}
+    files = {
+        "2 peft": {f"base_model.model.{diffusers_module(n)}.lora_{k}.weight": p[k] for n, p in LAYERS.items() for k in "AB"},
+        "3 diffusion-pipe": {f"diffusion_model.{n}.lora_{k}.weight": p[k] for n, p in scaled.items() for k in "AB"},
+        "5 diffsynth": {f"{n}.lora_{k}.default.weight": p[k] for n, p in scaled.items() for k in "AB"},
+        "6 fastvideo": {f"{n}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"},
+        "7 distilled": {f"diffusion_model.{n}.lora_{end}.weight": p[k]
+                        for n, p in scaled.items() for end, k in (("down", "A"), ("up", "B"))},
+        "8 two experts": {f"diffusion_model.transformer_{i}.{n}.lora_{k}.weight": p[k] * i
+                          for i in (1, 2) for n, p in scaled.items() for k in "AB"},
+    }  # fmt: skip
+    paths = {"1 diffusers": FILES["diffusers_peft"], "4 kohya": FILES["kohya"]}
+    for name, tensors in files.items():
+        place = folder / name.replace(" ", "_")
+        paths[name] = place if name == "2 peft" else place.with_suffix(".safetensors")
+        if name == "2 peft":
+            place.mkdir()
+            settings = {"lora_alpha": 3, "r": 4, "alpha_pattern": {r"blocks\.\d+\..*": 8}, "rank_pattern": {}}
+            (place / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(tensors, place / "adapter_model.safetensors" if name == "2 peft" else paths[name])
+    return paths
+
+
+@torch.no_grad()
+def test_eight_dialects_mean_the_same(model, tmp_path):
+    for name, path in dialects(tmp_path).items():
+        load_lora(model, path, expert="high" if name.startswith("8") else None)
+        assert error(model(*INPUTS), WANTED) < 2e-6, name
+        remove(model)
+    two = tmp_path / "8_two_experts.safetensors"
+    refused("two experts", "expert='high'", call=lambda: load_lora(model, two))
+    load_lora(model, two, expert="low")
+    assert error(model(*INPUTS), WANTED) > 0.1
+    refused("no LoRA of the low-noise expert", call=lambda: read_lora(remove(model), keep_expert(two, 1), "low"))
+
+
+def keep_expert(file: Path, number: int) -> Path:
+    kept = file.with_name("one.safetensors")
+    save_file({k: v for k, v in load_file(file).items() if f"transformer_{number}." in k}, kept)
+    return kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "comfy"])
+@pytest.mark.parametrize("kind", ["wan", "video_mmdit"])
+def test_what_is_saved_is_what_is_read(tmp_path, format, kind):
+    """Partial, of two ranks, with an alpha that is not the rank."""
+
+    def fresh():
+        if kind == "wan":
+            return random_model(VARIANTS["i2v 2.1"]), ("cross_attn.k_img", "cross_attn.v")
+        torch.manual_seed(0)
+        return build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2), 3, 5), ("cross.k", "spatial.q")
+
+    model, targets = fresh()
+    for rank, target in zip((2, 3), targets, strict=True):
+        inject(model, LoRAConfig(enabled=True, rank=rank, alpha=5.0, target_modules=(target,)), seed=rank)
+    for layer in adapters(model).values():
+        layer.lora_B.normal_()
+    path = tmp_path / ("saved" if format == "peft" else "saved.safetensors")
+    save_lora(model, path, format)
+    refused("is there already", call=lambda: save_lora(model, path, format))
+    other, _ = fresh()
+    assert set(load_lora(other, path)) == set(adapters(model))
+    for (name, a), b in zip(adapters(model).items(), adapters(other).values(), strict=True):
+        assert a.rank == b.rank, name
+        torch.testing.assert_close(b.scale * b.lora_B @ b.lora_A, a.scale * a.lora_B @ a.lora_A)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing is left beside it"
+
+
+def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_path, monkeypatch):
+    load_lora(model, FILES["kohya"])
+    monkeypatch.setattr("mmdit.interop.lora_formats._header", lambda file: {})  # as if the header were not written
+    refused("is not what was saved", call=lambda: save_lora(model, tmp_path / "x.safetensors", "diffusers"))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_differences_are_added_to_whole_parameters(model, tmp_path):
+    before = model.blocks[0].norm3.bias.clone(), model.blocks[1].ffn[0].weight.clone()
+    file = tmp_path / "distilled.safetensors"
+    differences = {"blocks.0.norm3.diff_b": torch.full((64,), 0.5), "blocks.1.ffn.0.diff": torch.ones(112, 64)}
+    save_file({f"diffusion_model.{key}": value for key, value in differences.items()}, file)
+    assert load_lora(model, file) == []
+    torch.testing.assert_close(model.blocks[0].norm3.bias, before[0] + 0.5)
+    torch.testing.assert_close(model.blocks[1].ffn[0].weight, before[1] + 1)
+    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(63)}, file)
+    refused("(63,)", "(64,)", call=lambda: load_lora(model, file))
+
+
+def test_what_does_not_fit_is_one_sentence(model, tmp_path):
+    file, layer = tmp_path / "lora.safetensors", "diffusion_model.blocks.0.cross_attn."
+    a, b = torch.ones(2, 64), torch.ones(64, 2)
+
+    def stored(**tensors):
+        save_file({layer + key: value for key, value in tensors.items()}, file)
+
+    stored(**{"k_img.lora_A.weight": a, "k_img.lora_B.weight": b})
+    refused("2 of 2 keys", "k_img", "near names", "I2V", call=lambda: load_lora(model, file))
+    stored(**{"k.lora_A.weight": a})
+    refused("blocks.0.cross_attn.k", "no lora_B", call=lambda: load_lora(model, file))
+    stored(**{"k.lora_A.weight": torch.ones(2, 128), "k.lora_B.weight": b})
+    refused("64 → 64", "(2, 128)", "another size", call=lambda: load_lora(model, file))
+    stored(**{"k.lora_A.weight": a, "k.lora_B.weight": b, "k.dora_scale": torch.ones(64)})
+    refused("DoRA", call=lambda: load_lora(model, file))
+    stored(**{"norm_k.lora_A.weight": a, "norm_k.lora_B.weight": b})
+    refused("RMSNorm", "linear", call=lambda: load_lora(model, file))
+    assert not adapters(model)
+    refused("no adapters", call=lambda: save_lora(model, tmp_path / "none.safetensors", "kohya"))
+
+
+@torch.no_grad()
+def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
+    pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    model = random_model(replace(TINY, text_len=512))
+    from mmdit.interop.wan import save_dit
+
+    save_dit(model, tmp_path / "base", "diffusers")
+    inject(model, LoRAConfig(enabled=True, rank=2, alpha=5.0, target_modules=("cross_attn.k", "cross_attn.v", "ffn.0")), seed=1)
+    for layer in adapters(model).values():
+        layer.lora_B.normal_()
+    save_lora(model, tmp_path / "lora.safetensors", "diffusers")
+    x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([417.0]), torch.randn(1, 512, TINY.text_dim)
+    expected = model(x, t, text)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
+    with safe_open(tmp_path / "lora.safetensors", "pt") as handle:
+        assert "lora_adapter_metadata" in handle.metadata()
+    theirs.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors", prefix="transformer")
+    assert error(expected, theirs(x, t, text, return_dict=False)[0]) < 1e-5
+    assert error(expected, load_dit(tmp_path / "base")(x, t, text)) > 0.05

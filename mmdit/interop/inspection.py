@@ -1,0 +1,79 @@
+"""What a weight file is, from its headers alone: names, shapes, types, and which model or adapter they make."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from mmdit.interop.files import Checkpoint
+from mmdit.interop.lora_formats import PARTS, PREFIXES
+from mmdit.interop.wan import EXPERT_FOLDERS, SCALES, infer_config, locate, official_names
+
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # by the name in a header; others: 1
+
+
+def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
+    """Everything as JSON-able data: `kind`, `variant`, `layout`, `prefix`, `files`, `parameters`, `bytes`, `dtypes`,
+    `groups` (numbered blocks as one row), `quantised`. ValueError as `Checkpoint` and `locate` give it."""
+    path = Path(path)
+    experts = [name for name, folders in EXPERT_FOLDERS.items() if any((path / folder).is_dir() for folder in folders)]
+    if len(experts) == 2 and expert is None:
+        return {"kind": "two experts", "path": str(path), "experts": {name: inspect_weights(path, name) for name in experts}}
+    place = locate(path, expert)
+    stored = Checkpoint(place)
+    entries = stored.entries
+    size = {name: math.prod(entry.shape) for name, entry in entries.items()}
+    report = {
+        "path": str(place), **_kind(entries), "files": [file.name for file in stored.files], "tensors": len(entries),
+        "parameters": sum(size.values()), "bytes": sum(size[n] * BYTES.get(entry.dtype, 1) for n, entry in entries.items()),
+        "dtypes": dict(Counter(entry.dtype for entry in entries.values())),
+        "quantised": [name for name in entries if SCALES.search(name)],
+    }  # fmt: skip
+    rows = defaultdict(list)
+    for name, entry in entries.items():
+        rows[re.sub(r"(^|[._])\d+(?=[._]|$)", r"\1*", name), entry.shape, entry.dtype].append(size[name])
+    report["groups"] = [
+        {"name": name, "count": len(sizes), "shape": list(shape), "dtype": dtype, "parameters": sum(sizes)}
+        for (name, shape, dtype), sizes in rows.items()
+    ]
+    return report
+
+
+def _kind(entries: dict) -> dict:
+    """What the names and shapes make."""
+    adapter = [name for name in entries if name.endswith(tuple(end for end, part in PARTS.items() if part in ("A", "B")))]
+    if adapter:
+        prefix = next(p for p in PREFIXES if all(name.startswith(p) for name in adapter))
+        downs = [name for name in adapter if PARTS[max((e for e in PARTS if name.endswith(e)), key=len)] == "A"]
+        ranks = Counter(entries[name].shape[0] for name in downs)
+        return {"kind": "LoRA", "prefix": prefix, "layers": len(downs), "ranks": {str(r): n for r, n in sorted(ranks.items())},
+                "alphas": sum(name.endswith(".alpha") for name in entries)}  # fmt: skip
+    names, layout, prefix = official_names(list(entries))
+    try:
+        config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
+    except ValueError:
+        kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer"}
+        return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
+    blocks = {"layers": config.num_layers, "width": config.dim, "channels": [config.in_dim, config.out_dim]}
+    return {"kind": "Wan transformer", "variant": config.variant, "layout": layout, "prefix": prefix, **blocks}
+
+
+def format_inspection(report: dict) -> str:
+    """A report as text."""
+    if "experts" in report:
+        return "\n\n".join(f"{name}-noise expert\n{format_inspection(part)}" for name, part in report["experts"].items())
+    facts = [f"{key} {report[key]}" for key in ("variant", "layout", "layers", "ranks", "alphas") if key in report]
+    facts += [f"prefix {report['prefix']!r}"] if report.get("prefix") else []
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
+    lines = [f"{report['path']}: {', '.join([report['kind'], *facts])}",
+             f"{report['tensors']} tensors ({dtypes}) in {len(report['files'])} files, {report['parameters']:,} parameters, "
+             f"{report['bytes'] / 1e9:.2f} GB"]  # fmt: skip
+    if report["quantised"]:
+        lines.append(f"quantised: {len(report['quantised'])} scale tensors, first {report['quantised'][0]}")
+    width = max(len(row["name"]) for row in report["groups"])
+    for row in report["groups"]:
+        shape = "x".join(map(str, row["shape"])) or "-"
+        lines.append(f"  {row['name']:{width}}  {row['count']:>4} x {shape:<18} {row['dtype']:<6} {row['parameters']:>15,}")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""What is told of weight files from their headers."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_wan import GOLDEN, TINY, VARIANTS, random_model
+
+from mmdit.interop.wan import save_dit
+from mmdit.scripts import inspect_weights
+
+
+def told(capsys, *words) -> dict:
+    assert inspect_weights.main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_a_transformer(tmp_path, capsys, layout):
+    model = random_model(VARIANTS["flf2v"])
+    save_dit(model, tmp_path / "wan", layout, shard_bytes=50_000)
+    report = told(capsys, tmp_path / "wan")
+    assert (report["kind"], report["variant"]) == ("Wan transformer", "FLF2V-14B")
+    assert (report["layout"], report["prefix"]) == (layout, "")
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) == report["bytes"] // 4
+    assert report["tensors"] == len(model.state_dict()) and len(report["files"]) > 1
+    assert sum(row["parameters"] for row in report["groups"]) == report["parameters"]
+    assert sum(row["count"] for row in report["groups"]) == report["tensors"] > len(report["groups"])
+    inspect_weights.main([str(tmp_path / "wan")])
+    assert "FLF2V-14B" in (text := capsys.readouterr().out) and "blocks.*." in text
+
+
+def test_experts_prefixes_scales_and_adapters(tmp_path, capsys):
+    for name in ("transformer", "transformer_2"):
+        save_dit(random_model(TINY), tmp_path / "pair" / name, "diffusers")
+    report = told(capsys, tmp_path / "pair")
+    assert list(report["experts"]) == ["high", "low"] and report["experts"]["low"]["path"].endswith("transformer_2")
+    assert told(capsys, tmp_path / "pair", "--expert", "high")["kind"] == "Wan transformer"
+    tensors = {f"model.diffusion_model.{k}": v.clone() for k, v in random_model(TINY).state_dict().items()}
+    save_file({**tensors, "scaled_fp8": torch.ones(1)}, tmp_path / "comfy.safetensors")
+    report = told(capsys, tmp_path / "comfy.safetensors")
+    assert report["prefix"] == "model.diffusion_model." and report["quantised"] == ["scaled_fp8"]
+    report = told(capsys, GOLDEN / "lora_kohya.safetensors")
+    assert (report["kind"], report["prefix"], report["layers"], report["alphas"]) == ("LoRA", "lora_unet_", 20, 20)
+    assert report["ranks"] == {"4": 20}
+    inspect_weights.main([str(GOLDEN / "lora_comfy.safetensors")])
+    assert "LoRA" in capsys.readouterr().out
+
+
+def test_our_own_files_and_what_is_none(tmp_path, capsys):
+    assert told(capsys, "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors")["kind"] == "VTP tokenizer"
+    assert told(capsys, "assets/moving_shapes_64.safetensors")["kind"] == "mmdit model"
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert told(capsys, tmp_path / "x.safetensors")["kind"] == "unknown"
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(SystemExit) as caught:
+        inspect_weights.main([str(tmp_path / "x.safetensors")])
+    assert caught.value.code and "cannot be read" in (capsys.readouterr().err + str(caught.value))

@@ -116,6 +116,7 @@ def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
     draw = ["--checkpoint", base, "--device", "cpu", "--out", tmp_path / "out", "--prompts", "a"]
     refused(capsys, sample.main, ["--checkpoint", shop.folder / "nothing", "--prompts", "a"], "no checkpoint at")
     refused(capsys, sample.main, draw[:-2], "no prompt")
+    refused(capsys, sample.main, [*draw, "train.precision=fp32"], "train.precision=fp32", "before --prompts")
     refused(capsys, sample.main, [*draw, "--width", "40"], "40x32 is not a multiple of 16")
     refused(capsys, sample.main, [*draw, "--frames", "0"], "--frames is 0")
     refused(capsys, sample.main, [*draw, "--batch_size", "0"], "--batch_size is 0")

@@ -1,13 +1,14 @@
 """Draw pictures or clips from prompts with a trained model.
 
     python -m mmdit.scripts.sample --checkpoint runs/my_run --prompts "a red circle on black" "a blue star" --out samples
-    python -m mmdit.scripts.sample --checkpoint assets/moving_shapes_128.safetensors --frames 16 --prompts_file prompts.txt
+    python -m mmdit.scripts.sample --checkpoint assets/moving_shapes_64.safetensors --frames 16 --prompts_file prompts.txt
 
 Writes grid.png (captioned), one PNG or MP4 per prompt, and samples.json with everything needed to draw them again.
 """
 
 import argparse
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         prompts = [*args.prompts, *(line.strip() for line in lines if line.strip())]
         if not prompts:
             raise ValueError('no prompt: give --prompts "…" or --prompts_file FILE')
+        if wrong := [prompt for prompt in args.prompts if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=\S*", prompt)]:
+            raise ValueError(f"--prompts took {wrong[0]!r}, which reads like an override: write overrides before --prompts")
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
         settings = sample_settings(args, config)
         width, height, frames, fps = sample_size(args, config)

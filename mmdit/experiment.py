@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remo
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
-from mmdit.data.cache import open_cache
+from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
@@ -31,7 +30,9 @@ from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
-from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
     return learner
 
 
+def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1) -> BatchPlan:
+    """What each step of the training sees of `cache`."""
+    train = config.train
+    size = train.batch_size * train.grad_accum_steps * processes
+    return BatchPlan(cache, config.video, size, config.seed, train.val_share if train.val_every_steps else 0.0)
+
+
 def prepare_run_dir(config: ExperimentConfig, resume: bool) -> Path | None:
     """Create the run folder, or find the checkpoint to continue from. A folder that holds a run is never written over."""
     run_dir, found = config.run_dir, checkpoint.latest(config.run_dir)
@@ -121,7 +129,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
         cache = open_cache(cache_dir, wanted)
         settings = config.train
-        plan = BatchPlan(cache, config.video, settings.batch_size * settings.grad_accum_steps * world.size, config.seed)
+        plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
                                 in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
         learner = build_learner(config, spec).to(world.device)
@@ -154,7 +162,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
             preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
                                config.ema.use_for_sampling)
-        return Trainer(config.train, config.seed, state, batches.iterate, world, run_dir, save, preview).run()
+        validate = Validation(settings, batches, world) if settings.val_every_steps else None
+        return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`

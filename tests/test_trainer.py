@@ -23,7 +23,8 @@ from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from mmdit.training.optim import LearningRate
 from mmdit.training.previews import Previews
-from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.trainer import Trainer, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))

@@ -12,7 +12,8 @@ import torch
 from mmdit.training.errors import record_failure
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.training.trainer import TrainConfig, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.trainer import TrainState
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
@@ -32,7 +33,10 @@ class Learner(nn.Module):
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
         self.compiled = True
         for block in self.model.blocks:
-            block.compile(dynamic=False)
+            if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
+                block.forward = torch.compile(block.forward, dynamic=False)
+            else:
+                block.compile(dynamic=False)
 
     def is_stored(self, name: str) -> bool:
         """Whether a checkpoint holds this entry of the state: a frozen foreign encoder stays where it was loaded from."""

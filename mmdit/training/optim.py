@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmdit.config import ConfigError
+from mmdit.training.stored import local, place
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,13 @@ def clip_and_guard(optimizer: torch.optim.AdamW, max_norm: float) -> tuple[Tenso
     When the norm is not finite the fused optimizer leaves parameters and moments alone for this step (`found_inf`, the
     mechanism of gradient scaling), so that one bad batch costs one step and nothing else.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    own = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [local(gradient) for gradient in own]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if any(isinstance(gradient, DTensor) for gradient in own):  # all of them are, and each element is in one process
+        square = norm.square()
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
     skipped = (~torch.isfinite(norm)).float()
     if max_norm > 0:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
@@ -71,21 +79,22 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {f"{names[id(p)]}::{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    stored: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    stored: dict[str, list[str]] = {}
+    for key in tensors:
         name, _, part = key.rpartition("::")
-        stored.setdefault(name, {})[part] = value
+        stored.setdefault(name, []).append(part)
     if stored and stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())
         raise ValueError(
             f"the checkpoint's optimizer state and the trainable parameters differ in {len(odd)} names, first {odd[0]!r}: "
             "resume with the config that wrote it, or start a new run with train.init_from"
         )
-    for name, state in stored.items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            part: value.to(torch.float32 if part == "step" else parameter.dtype).to(parameter.device) for part, value in state.items()
-        }
+    for name, parts in stored.items():
+        parameter, state = parameters[name], {}
+        for part in parts:
+            value = tensors[f"{name}::{part}"]
+            state[part] = value.reshape(()).float().to(parameter.device) if part == "step" else place(value, parameter)
+        optimizer.state[parameter] = state

@@ -28,6 +28,7 @@ class Previews:
     frames: int
     fps: int
     use_ema: bool
+    writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
 
     def __call__(self, state: TrainState) -> None:
         try:
@@ -46,6 +47,8 @@ class Previews:
         prompts = self.config.sample_prompts
         captions = [prompts[i % len(prompts)] for i in range(self.config.sample_num_images)]
         pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
+        if not self.writes:
+            return
         folder = self.run_dir / "samples" / f"step_{step:08d}"
         columns = 1 if self.frames > 1 else 8
         save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")

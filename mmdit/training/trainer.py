@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
@@ -22,8 +21,10 @@ from mmdit.training.errors import RunError, record_failure
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.parallel import accumulating, wrap
 from mmdit.training.report import Reporter, Window
 from mmdit.training.settings import TrainConfig
+from mmdit.training.stored import Stored
 from mmdit.training.watch import Watch
 
 
@@ -47,15 +48,13 @@ class TrainState:
         return files | ({"ema": self.ema.shadow} if self.ema else {})
 
     def restore(self, folder: Path) -> None:
-        stored = checkpoint.read_tensors(folder / "model.safetensors")
-        checkpoint.assign(self.learner, stored, str(folder), fresh=lambda name: not self.learner.is_stored(name))
-        load_optimizer_tensors(self.learner, self.optimizer, checkpoint.read_tensors(folder / "optimizer.safetensors"))
+        foreign = lambda name: not self.learner.is_stored(name)  # noqa: E731
+        checkpoint.assign(self.learner.state_dict(), Stored(folder / "model.safetensors"), str(folder), fresh=foreign)
+        load_optimizer_tensors(self.learner, self.optimizer, Stored(folder / "optimizer.safetensors"))
         if self.ema:
-            if not (folder / "ema.safetensors").is_file():
+            if not any(folder.glob("ema*")):
                 raise ValueError(f"{folder} has no EMA weights but ema.enabled is true: set ema.enabled to false as it was")
-            stored = checkpoint.read_tensors(folder / "ema.safetensors")
-            for name, shadow in self.ema.shadow.items():
-                shadow.copy_(stored[name])
+            checkpoint.assign(self.ema.shadow, Stored(folder / "ema.safetensors"), str(folder))
         self.step = checkpoint.Meta.read(folder).step
 
 
@@ -104,7 +103,7 @@ class Trainer:
         learner = state.learner
         if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
             learner.compile_model()
-        wrapped = self._wrap(learner)
+        wrapped = wrap(learner, world)
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step)
         timer, window = reporter.timer, Window(world.device)
         learner.train()
@@ -152,12 +151,6 @@ class Trainer:
         timer.last += time.perf_counter() - begin
         return values or {}
 
-    def _wrap(self, learner: Learner) -> nn.Module:
-        if self.world.size == 1:
-            return learner
-        ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
-
     def _step(self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window) -> None:
         """One optimizer step over this rank's micro-batches. Gradients are means over the global batch."""
         config, state, device = self.config, self.state, self.world.device
@@ -166,9 +159,7 @@ class Trainer:
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
         done: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(micro_batches):
-            last = i + 1 == len(micro_batches)
-            local = contextlib.nullcontext() if last or self.world.size == 1 else wrapped.no_sync()
-            with local:
+            with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
                 keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)

@@ -70,6 +70,9 @@ class ExperimentConfig:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
 
+        if self.parallel.type == "fsdp" and self.train.optimizer == "muon":
+            raise ConfigError("train.optimizer", "is muon with parallel.type fsdp, but it needs whole matrices; use adamw, or ddp")
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.experiment_name

@@ -25,6 +25,7 @@ from mmdit.training.optim import LearningRate
 from mmdit.training.parallel import shard
 from mmdit.training.previews import Previews
 from mmdit.training.settings import TrainConfig
+from mmdit.training.stored import Stored
 from mmdit.training.trainer import Trainer, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +92,31 @@ def test_resume_is_exact_bit_for_bit(tmp_path):
     assert_same(whole, resumed)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_muon_resumes_exactly_and_skips_bad_steps(tmp_path):
+    """With AdamW for all but the matrices of the blocks; both follow the same rate."""
+    options = {"optimizer": "muon", "save_every_steps": 2, "keep_last": 0}
+    whole = trained(tmp_path, **options)
+    assert_same(whole, trained(tmp_path, resume_at=2, **options))
+    kinds = {name: part for part in whole.optimizer.parts for name, p in whole.learner.named_parameters() if p in part.state}
+    muon = {name for name, part in kinds.items() if isinstance(part, torch.optim.Muon)}
+    assert muon == {n for n, p in whole.learner.named_parameters() if ".blocks." in n and n.endswith(".weight") and p.ndim == 2}
+    assert len({group["lr"] for group in whole.optimizer.param_groups}) == 1
+    options |= {"lr_schedule": "constant"}
+    trained(tmp_path / "two", steps=2, **options)
+    trained(tmp_path / "poisoned", steps=3, poison=(2,), **options)
+    for kind in ("model", "optimizer"):
+        two = Stored(checkpoint.folder_of(tmp_path / "two", 2) / f"{kind}.safetensors")
+        poisoned = Stored(checkpoint.folder_of(tmp_path / "poisoned", 3) / f"{kind}.safetensors")
+        assert all(torch.equal(two[name], poisoned[name]) for name in two), kind
+    step = whole.learner.state_dict()["model.blocks.0.mlp.up.weight"] - learner().state_dict()["model.blocks.0.mlp.up.weight"]
+    spread = torch.linalg.svdvals(step)
+    assert spread[-1] > 0.1 * spread[0], "an orthogonal update moves all directions alike"
+    frozen = learner().requires_grad_(False)
+    frozen.model.output.requires_grad_(True)
+    with pytest.raises(ConfigError, match="no matrix of the denoiser"):
+        TrainState.create(frozen, TrainConfig(optimizer="muon"), EMAConfig())
 
 
 def test_accumulation_changes_nothing(tmp_path):

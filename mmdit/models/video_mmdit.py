@@ -133,6 +133,10 @@ class VideoMMDiT(nn.Module):
         """Names of parameters that weight decay should leave alone: they are offsets and norms, not maps."""
         return {name for name, weight in self.named_parameters() if weight.ndim < 2 or name.endswith(".table")}
 
+    def matrices(self) -> set[str]:
+        """Names of the parameters that map hidden states to hidden states: those that an optimizer of matrices is for."""
+        return {f"blocks.{name}.weight" for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
 

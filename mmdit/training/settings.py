@@ -18,6 +18,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     batch_size: int = 32
     grad_accum_steps: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest, at the same lr
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_final: float = 0.0  # share of lr left at max_steps under cosine

@@ -20,7 +20,7 @@ from mmdit.training.ema import EMA
 from mmdit.training.errors import RunError, record_failure
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import Timer
-from mmdit.training.optim import build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.optim import Optimizer, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
 from mmdit.training.parallel import accumulating, wrap
 from mmdit.training.report import Reporter, Window
 from mmdit.training.settings import TrainConfig
@@ -34,13 +34,13 @@ class TrainState:
     learning rate are functions of `(seed, step)`."""
 
     learner: Learner
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     ema: EMA | None
     step: int = 0
 
     @staticmethod
     def create(learner: Learner, config: TrainConfig, ema_config) -> TrainState:
-        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas)
+        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer)
         return TrainState(learner, optimizer, EMA(ema_config, learner) if ema_config.enabled else None)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
@@ -170,7 +170,7 @@ class Trainer:
             window.flops += len(latents) * state.learner.train_flops(tuple(latents.shape[1:4]), keep)
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
         state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         window.add(*map(torch.cat, zip(*done)), [id for batch in micro_batches for id in batch.ids], norm, skipped)
 
     def _memory_full(self, micro_batches: list[Batch], error: torch.OutOfMemoryError) -> RunError:

@@ -1,5 +1,5 @@
-"""Real runs of the training command: killed, preempted, out of disk space (`kill_training.py`), on several processes, with one of
-them lost (`rank_training.py`)."""
+"""Real runs of the training command: killed, preempted, out of disk space (`kill_training.py`), on several processes, with one
+of them lost (`rank_training.py`), and those that GPUs are measured with (`gpu_checks.py`)."""
 
 import json
 import os
@@ -26,6 +26,12 @@ def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training.py", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
     assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize("only", ["resume,large", pytest.param("scaling,sharded,memory", marks=pytest.mark.slow)])
+def test_the_script_for_gpus_works_on_a_cpu(only):
+    result = drive("gpu_checks.py", "--tiny", "--only", only, seconds=300)
+    assert not any("failed" in result[name] or name not in result for name in only.split(",")), result
 
 
 def test_the_number_of_processes_changes_nothing_and_a_lost_one_is_named():

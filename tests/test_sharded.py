@@ -2,7 +2,9 @@
 one process, by torch's own reader and by export, and damaged ones that are not."""
 
 import json
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_trainer import learner, run_ranks, trained
+from test_trainer import SPEC, learner, run_ranks, trained
 from tiny import Workshop
 
 from mmdit.experiment import load_pipeline
 from mmdit.scripts import export, train_t2v
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
+from mmdit.training.errors import RunError
 from mmdit.training.pipeline import SampleSettings
 from mmdit.training.stored import Stored
 
@@ -43,7 +46,15 @@ def one_rank(folder: Path, part: str) -> None:
         compiled = torch.compile
         torch.compile = lambda function, **options: compiled(function, backend="eager", **options)
         with process_group("cpu", timeout_minutes=1) as world:
-            trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
+            state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as on a full disk
+            try:
+                checkpoint.save(folder / "full", checkpoint.Meta(4, {}, SPEC, "test"), state.files(), 0, world=world)
+            except RunError as error:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+                (folder / f"full{world.rank}.txt").write_text(str(error))
     else:
         words = ["parallel.type=fsdp", "train.batch_size=2", *ADAPTERS, f"train.init_from={folder / 'runs/base'}"]
         train_t2v.main(Workshop(folder).train_words("adapters", *words))
@@ -102,6 +113,13 @@ def test_the_parts_are_what_torch_reads_itself(shop):
         read = {name: torch.empty(shape, dtype=stored[name].dtype) for name, shape in stored.shapes.items()}
         dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(folder / kind)), no_dist=True)
         assert all(torch.equal(read[name], stored[name]) for name in stored)
+
+
+def test_a_full_disk_is_told_by_every_process_and_leaves_nothing(shop):
+    for rank in (0, 1):
+        message = (shop.folder / f"full{rank}.txt").read_text()
+        assert "could not save the checkpoint" in message and "step_00000004" in message and "--resume" in message, message
+    assert not list((shop.folder / "full/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["absent", "torn", "elsewhere", "huge", "negative", "shapes"])

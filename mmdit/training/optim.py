@@ -49,8 +49,8 @@ class Optimizer:
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        part = next(part for part in self.parts for group in part.param_groups if any(parameter is p for p in group["params"]))
-        part.state[parameter] = state
+        groups = ((part, group["params"]) for part in self.parts for group in part.param_groups)
+        next(part for part, own in groups if any(parameter is p for p in own)).state[parameter] = state
 
     def step(self) -> None:
         for part in self.parts:
@@ -68,8 +68,9 @@ class Optimizer:
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
                     kind: Literal["adamw", "muon"] = "adamw") -> Optimizer:
     """Over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
-    they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its updates
-    as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it gets none."""
+    they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its
+    updates as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it
+    gets none."""
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError("train", "no parameter is trainable (everything frozen, no adapter enabled?)")
@@ -80,7 +81,8 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tu
     plain = {name for name, p in trainable.items() if p.ndim < 2} | named("undecayed")
     matrices = named("matrices") & trainable.keys() if kind == "muon" else set()
     if kind == "muon" and not matrices:
-        raise ConfigError("train.optimizer", "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use adamw")
+        raise ConfigError("train.optimizer", "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use "
+                          "adamw")
     groups = [
         {"params": [p for name, p in trainable.items() if name not in plain | matrices], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable.items() if name in plain], "weight_decay": 0.0},

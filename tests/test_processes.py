@@ -21,7 +21,7 @@ def drive(script: str, *words: str, seconds: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training.py", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1

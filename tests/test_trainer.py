@@ -119,6 +119,22 @@ def test_muon_resumes_exactly_and_skips_bad_steps(tmp_path):
         TrainState.create(frozen, TrainConfig(optimizer="muon"), EMAConfig())
 
 
+def test_rates_and_decay_are_those_said_where_the_parameters_are_made(tmp_path, monkeypatch):
+    """Adam's first step moves a weight by its rate, whatever the gradient."""
+    model = learner()
+    model.text_encoder.lr_scale = 0.25
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)  # at its start the model has few gradients
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(sys.modules[__name__], "learner", lambda dropout: model)
+    trained(tmp_path, steps=1, lr=1e-3, weight_decay=0.5, warmup_steps=0, lr_schedule="constant")
+    for name, weight in model.named_parameters():
+        rate = 2.5e-4 if name.startswith("text_encoder.") else 1e-3
+        decay = 0.0 if weight.ndim < 2 or name.endswith(".table") else 0.5
+        moved = (weight - before[name] * (1 - rate * decay)).abs().max().item()
+        assert 0.5 * rate < moved < 1.002 * rate, (name, moved)  # less where the gradient is as small as Adam's epsilon
+
+
 def test_accumulation_changes_nothing(tmp_path):
     assert_same(trained(tmp_path / "a"), trained(tmp_path / "b", accum=4), tolerance=2e-6)
 

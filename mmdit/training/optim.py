@@ -70,7 +70,7 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tu
     """Over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
     they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its
     updates as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it
-    gets none."""
+    gets none. A group's rate is the run's times its `lr_scale`, which a submodule may have as an attribute (else 1)."""
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError("train", "no parameter is trainable (everything frozen, no adapter enabled?)")
@@ -83,15 +83,19 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tu
     if kind == "muon" and not matrices:
         raise ConfigError("train.optimizer", "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use "
                           "adamw")
-    groups = [
-        {"params": [p for name, p in trainable.items() if name not in plain | matrices], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable.items() if name in plain], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
-    if not matrices:
-        return Optimizer(adamw)
-    hidden = [trainable[name] for name in sorted(matrices)]
-    return Optimizer(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    scales = {prefix: getattr(part, "lr_scale", 1.0) for prefix, part in module.named_children()}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        kind_of = (name in matrices, 0.0 if name in plain else weight_decay, scales.get(name.partition(".")[0], 1.0))
+        groups.setdefault(kind_of, []).append(p)
+
+    def taken(by_muon: bool) -> list[dict]:
+        return [{"params": own, "weight_decay": decay, "lr_scale": scale, "lr": lr * scale}
+                for (matrix, decay, scale), own in groups.items() if matrix == by_muon]
+
+    muon = [torch.optim.Muon(taken(True), adjust_lr_fn="match_rms_adamw")] if matrices else []
+    adamw = [torch.optim.AdamW(rest, betas=betas, eps=1e-8, fused=True)] if (rest := taken(False)) else []
+    return Optimizer(*muon, *adamw)
 
 
 def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ class Trainer:
         """One optimizer step over this rank's micro-batches. Gradients are means over the global batch."""
         config, state, device = self.config, self.state, self.world.device
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
         done: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(micro_batches):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remove
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
-from mmdit.data.cache import open_cache
+from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
@@ -29,9 +29,13 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
+from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
-from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.stored import whole
+from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ExperimentConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     bucketing: BucketingConfig = field(default_factory=BucketingConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -64,6 +69,9 @@ class ExperimentConfig:
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
+
+        if self.parallel.type == "fsdp" and self.train.optimizer == "muon":
+            raise ConfigError("train.optimizer", "is muon with parallel.type fsdp, but it needs whole matrices; use adamw, or ddp")
 
     @property
     def run_dir(self) -> Path:
@@ -88,6 +96,13 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
         if config.lora.enabled and config.lora.train_lora_only:
             text_encoder.requires_grad_(False)
     return learner
+
+
+def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1) -> BatchPlan:
+    """What each step of the training sees of `cache`."""
+    train = config.train
+    size = train.batch_size * train.grad_accum_steps * processes
+    return BatchPlan(cache, config.video, size, config.seed, train.val_share if train.val_every_steps else 0.0)
 
 
 def prepare_run_dir(config: ExperimentConfig, resume: bool) -> Path | None:
@@ -121,15 +136,18 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
         cache = open_cache(cache_dir, wanted)
         settings = config.train
-        plan = BatchPlan(cache, config.video, settings.batch_size * settings.grad_accum_steps * world.size, config.seed)
+        plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
                                 in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
-        learner = build_learner(config, spec).to(world.device)
+        learner = build_learner(config, spec)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
         if config.video.num_frames > 1 and found is None:
             learner.model.number_frames(config.seed)
+        if config.parallel.type == "fsdp" and world.size > 1:
+            shard(learner, world)
+        learner.to(world.device)
         state = TrainState.create(learner, config.train, config.ema)
         if found is not None:
             meta = checkpoint.Meta.read(found)
@@ -144,19 +162,21 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
-            if world.is_main:
-                meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
-                lora = {"lora": lora_state(learner.model)} if config.lora.enabled else {}
-                checkpoint.save(run_dir, meta, state.files() | lora, settings.keep_last, settings.keep_every_steps)
-            world.barrier()
+            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
+            files = state.files()
+            if config.lora.enabled:  # one file, to hand on
+                files["lora"] = {name: whole(tensor) for name, tensor in lora_state(learner.model).items()}
+            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world)
 
         preview = None
-        if config.train.sample_every_steps and world.is_main:
+        sharded = isinstance(learner.model, FSDPModule)  # then every process draws, and the main one writes
+        if config.train.sample_every_steps and (world.is_main or sharded):
             pipeline = Pipeline(learner, tokenizer, config.train.precision, config.captions)
             width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
             preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
-                               config.ema.use_for_sampling)
-        return Trainer(config.train, config.seed, state, batches.iterate, world, run_dir, save, preview).run()
+                               config.ema.use_for_sampling, writes=world.is_main)
+        validate = Validation(settings, batches, world) if settings.val_every_steps else None
+        return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
@@ -170,7 +190,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    checkpoint.assign(learner, weights.tensors, str(weights.source),
+    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
                       fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
@@ -219,7 +239,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
     learner = build_learner(config, tokenizer.spec)
-    checkpoint.assign(learner, weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
+    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
     if lora:
         merge(learner.model)
     else:

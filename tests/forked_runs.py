@@ -34,7 +34,7 @@ CONFIG = {
     "train": {
         "precision": "fp32", "batch_size": 2, "grad_accum_steps": 2, "lr": 3e-3, "lr_schedule": "cosine", "warmup_steps": 3,
         "max_steps": 12, "log_every_steps": 1, "save_every_steps": 2, "keep_last": 2, "keep_every_steps": 4,
-        "cfg_dropout_prob": 0.3,
+        "cfg_dropout_prob": 0.3, "val_every_steps": 2, "val_share": 0.2, "val_samples": 3,
     },
     "ema": {"decay": 0.9},
     "tread": {"enabled": True, "apply_to": [1, 2]},

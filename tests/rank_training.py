@@ -1,4 +1,5 @@
-"""The same training on 1, 2 and 4 processes, continued from 2 to 4 to 1, and with a process preempted, dying or hanging.
+"""The same training on 1, 2 and 4 processes, copied (DDP) and sharded (FSDP2), continued from 2 to 4 to 1 and from one kind to
+the other, and with a process preempted, dying or hanging.
 
     PYTHONPATH=VTP:. python tests/rank_training.py          (also: pytest tests/test_processes.py)
 
@@ -22,6 +23,8 @@ SAME = ["model.dropout=0", "lora.dropout=0", "train.lr_schedule=constant"]  # a 
 SPLITS = {1: ["train.batch_size=4", "train.grad_accum_steps=2"], 2: ["train.batch_size=2", "train.grad_accum_steps=2"],
           4: ["train.batch_size=2", "train.grad_accum_steps=1"]}  # fmt: skip
 STEPS = 6
+FSDP = "parallel.type=fsdp"
+MOVES = {"moving": [(2,), (4,), (1,)], "sharded": [(2, FSDP), (4, FSDP), (1,)], "mixed": [(4, FSDP), (2,), (2, FSDP)]}
 
 
 def run(folder: Path, name: str, world: int, *words: str) -> None:
@@ -33,7 +36,8 @@ def difference(folder: Path, name: str, other: str) -> float:
     """The largest of any weight, EMA value or moment."""
     largest = 0.0
     for kind in ("model", "ema", "optimizer"):
-        a, b = (checkpoint.read_tensors(checkpoint.folder_of(folder / "runs" / n, STEPS) / f"{kind}.safetensors") for n in (name, other))
+        folders = (checkpoint.folder_of(folder / "runs" / run, STEPS) for run in (name, other))
+        a, b = (checkpoint.read_tensors(path / f"{kind}.safetensors") for path in folders)
         assert a.keys() == b.keys()
         largest = max([largest, *(float((a[key] - b[key]).abs().max()) for key in a)])
     return largest
@@ -44,15 +48,19 @@ def worlds(folder: Path) -> dict:
     run(folder, "one_batch", 1, "train.batch_size=8", "train.grad_accum_steps=1")
     for world in (2, 4):
         run(folder, f"world{world}", world)
-    run(folder, "moving", 2, "train.max_steps=2")
-    run(folder, "moving", 4, "train.max_steps=4", "--resume")
-    run(folder, "moving", 1, "--resume")
-    steps = [json.loads(line)["step"] for line in (folder / "runs/moving/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1)), steps
-    losses = {name: [json.loads(line)["loss"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("one", "world2", "world4", "moving")}  # fmt: skip
-    spread = max(abs(a - b) for name in losses for a, b in zip(losses["one"], losses[name], strict=True))
-    return {name: difference(folder, "one", name) for name in ("one_batch", "world2", "world4", "moving")} | {"loss": spread}
+        run(folder, f"sharded{world}", world, FSDP)
+    for name, stages in MOVES.items():
+        for number, (world, *words) in enumerate(stages, 1):
+            run(folder, name, world, f"train.max_steps={2 * number}", *words, *["--resume"] * (number > 1))
+    others = ("world2", "world4", "sharded2", "sharded4", *MOVES)
+    told = {name: [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", *others)}  # fmt: skip
+    assert all([record["step"] for record in records] == list(range(1, STEPS + 1)) for records in told.values())
+    kinds = {key for record in told["one"] for key in record if "loss" in key}
+    assert {"loss_ema_10", "val_loss_ema", "val_loss_q9"} <= kinds, kinds
+    pairs = [pair for records in told.values() for pair in zip(told["one"], records, strict=True)]
+    spread = max(abs(a.get(key, 0) - b.get(key, 0)) for a, b in pairs for key in kinds)
+    return {name: difference(folder, "one", name) for name in ("one_batch", *others)} | {"loss": spread}
 
 
 def lost(folder: Path, name: str, blow: int, minutes: float) -> dict:

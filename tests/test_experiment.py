@@ -135,7 +135,7 @@ def test_adapters_end_to_end(shop):
     merged, config = load_pipeline(run, "cpu")
     assert not lora_state(merged.learner.model), "merged: plain layers"
     learner = build_learner(config, merged.learner.spec)
-    checkpoint.assign(learner, checkpoint.load_weights(run).tensors, "run")
+    checkpoint.assign(learner.state_dict(), checkpoint.load_weights(run).tensors, "run")
     unmerged = type(merged)(learner.eval(), merged.tokenizer)
     plain, _ = load_pipeline(run, "cpu", lora=False)
     original, _ = load_pipeline(base, "cpu")

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import TOKENIZER, Workshop, refused
 
 import mmdit.training.checkpoint as checkpoint
+import mmdit.training.stored as stored
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images, cache_vtp_latents, evaluate, export, friendly, sample, train_t2v
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +150,8 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(shop, capsys, monke
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    for module in (stored, checkpoint):
+        monkeypatch.setattr(module, "save_file", full)
     refused(capsys, train_t2v.main, shop.train_words("full"), "could not save the checkpoint", "No space left", "continue with --resume")
     assert not list((shop.folder / "runs/full/checkpoints").iterdir())
     refused(capsys, export.main, ["--checkpoint", shop.folder / "runs/base", "--out", tmp_path / "x.safetensors"], "could not write", "No space left")

@@ -22,8 +22,11 @@ from mmdit.training.ema import EMAConfig
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from mmdit.training.optim import LearningRate
+from mmdit.training.parallel import shard
 from mmdit.training.previews import Previews
-from mmdit.training.trainer import TrainConfig, Trainer, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.stored import Stored
+from mmdit.training.trainer import Trainer, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
@@ -51,17 +54,20 @@ def batches(rank=0, world=1, accum=1, size=8, poison=()):
     return stream
 
 
-def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, **options):
+def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, fsdp=False,
+            **options):
     config = TrainConfig(**{"precision": "fp32", "batch_size": 8, "lr": 3e-3, "warmup_steps": 2, "max_steps": steps, "log_every_steps": 2,
                          "save_every_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.1, **options})
-    state = TrainState.create(learner(dropout), config, EMAConfig(enabled=ema, decay=0.9))
+    model = learner(dropout)
+    if fsdp:
+        shard(model, world)
+    state = TrainState.create(model, config, EMAConfig(enabled=ema, decay=0.9))
     if resume_at is not None:
         state.restore(checkpoint.folder_of(tmp_path, resume_at))
 
     def save(state):
-        if world.is_main:
-            checkpoint.save(tmp_path, checkpoint.Meta(state.step, {}, SPEC, "test"), state.files(), config.keep_last, config.keep_every_steps)
-        world.barrier()
+        meta = checkpoint.Meta(state.step, {}, SPEC, "test")
+        checkpoint.save(tmp_path, meta, state.files(), config.keep_last, config.keep_every_steps, world)
 
     Trainer(config, 5, state, batches(world.rank, world.size, accum, poison=poison), world, tmp_path, save, preview).run()
     return state
@@ -86,6 +92,47 @@ def test_resume_is_exact_bit_for_bit(tmp_path):
     assert_same(whole, resumed)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_muon_resumes_exactly_and_skips_bad_steps(tmp_path):
+    """With AdamW for all but the matrices of the blocks; both follow the same rate."""
+    options = {"optimizer": "muon", "save_every_steps": 2, "keep_last": 0}
+    whole = trained(tmp_path, **options)
+    assert_same(whole, trained(tmp_path, resume_at=2, **options))
+    kinds = {name: part for part in whole.optimizer.parts for name, p in whole.learner.named_parameters() if p in part.state}
+    muon = {name for name, part in kinds.items() if isinstance(part, torch.optim.Muon)}
+    assert muon == {n for n, p in whole.learner.named_parameters() if ".blocks." in n and n.endswith(".weight") and p.ndim == 2}
+    assert len({group["lr"] for group in whole.optimizer.param_groups}) == 1
+    options |= {"lr_schedule": "constant"}
+    trained(tmp_path / "two", steps=2, **options)
+    trained(tmp_path / "poisoned", steps=3, poison=(2,), **options)
+    for kind in ("model", "optimizer"):
+        two = Stored(checkpoint.folder_of(tmp_path / "two", 2) / f"{kind}.safetensors")
+        poisoned = Stored(checkpoint.folder_of(tmp_path / "poisoned", 3) / f"{kind}.safetensors")
+        assert all(torch.equal(two[name], poisoned[name]) for name in two), kind
+    step = whole.learner.state_dict()["model.blocks.0.mlp.up.weight"] - learner().state_dict()["model.blocks.0.mlp.up.weight"]
+    spread = torch.linalg.svdvals(step)
+    assert spread[-1] > 0.1 * spread[0], "an orthogonal update moves all directions alike"
+    frozen = learner().requires_grad_(False)
+    frozen.model.output.requires_grad_(True)
+    with pytest.raises(ConfigError, match="no matrix of the denoiser"):
+        TrainState.create(frozen, TrainConfig(optimizer="muon"), EMAConfig())
+
+
+def test_rates_and_decay_are_those_said_where_the_parameters_are_made(tmp_path, monkeypatch):
+    """Adam's first step moves a weight by its rate, whatever the gradient."""
+    model = learner()
+    model.text_encoder.lr_scale = 0.25
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)  # at its start the model has few gradients
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(sys.modules[__name__], "learner", lambda dropout: model)
+    trained(tmp_path, steps=1, lr=1e-3, weight_decay=0.5, warmup_steps=0, lr_schedule="constant")
+    for name, weight in model.named_parameters():
+        rate = 2.5e-4 if name.startswith("text_encoder.") else 1e-3
+        decay = 0.0 if weight.ndim < 2 or name.endswith(".table") else 0.5
+        moved = (weight - before[name] * (1 - rate * decay)).abs().max().item()
+        assert 0.5 * rate < moved < 1.002 * rate, (name, moved)  # less where the gradient is as small as Adam's epsilon
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -220,7 +267,7 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
     other = Learner(build_model(VideoMMDiTConfig(dim=24, depth=2, num_heads=2), 3, 16), learner().text_encoder, None, SPEC)
     weights = checkpoint.load_weights(tmp_path)
     with pytest.raises(ValueError, match=r"of another shape.*\(16"):
-        checkpoint.assign(other, weights.tensors, "run")
+        checkpoint.assign(other.state_dict(), weights.tensors, "run")
     with pytest.raises(ValueError, match="cannot be read"):
         bad = tmp_path / "x.safetensors"
         bad.write_bytes(b"\x80\x04pickle")
@@ -236,11 +283,12 @@ def test_two_processes_of_torchrun_give_the_same_weights(tmp_path):
         torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-6)
 
 
-def run_ranks(folder: Path, size: int):
+def run_ranks(folder: Path, size: int, script=__file__, *words: str):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(folder)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=env, cwd=ROOT, timeout=300, capture_output=True)
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(folder), *words]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP", ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 if __name__ == "__main__":  # one rank of `run_ranks`

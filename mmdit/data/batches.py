@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from mmdit.rng import Draws, key
 
 Grid = tuple[int, int]  # latent (rows, columns)
 Group = tuple[int, ...]  # of items that may share a batch: its grid and, where clips differ in that, its number of frames
+_CROP = re.compile(r"_c\d+$")
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
@@ -88,10 +90,10 @@ class BatchPlan:
 
     A clip must have `1 + (num_frames - 1) * frame_stride` frames (or those of the smallest of `frame_counts`), else it is left
     out (its single frames still serve the steps that `image_fraction` gives to images). Those steps are spread evenly: step s
-    is one if floor(s·f + phase(seed)) grows.
+    is one if floor(s·f + phase(seed)) grows. The share `held_out` of the items, by a hash of their ids, is in no batch.
     """
 
-    def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int):
+    def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int, held_out: float = 0.0):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
         self.video, self.global_batch, self.seed = video, global_batch, seed
@@ -99,20 +101,28 @@ class BatchPlan:
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
-        self._counts, grids = cache.shapes[:, 0], cache.shapes[:, 1:3]
+        self._ids, self._counts, grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
+        self._shapes = grids
         self._frames = usable_frames(self._counts, video)
         long_enough = self._frames > 0
+        self.held_out = _held_out(cache.ids, held_out, seed)
+        used = torch.ones(len(cache.ids), dtype=torch.bool).index_fill_(0, self.held_out, False)
+        if held_out and not 0 < len(self.held_out) < len(cache.ids):
+            none = "train on" if len(self.held_out) else "measure"
+            raise ValueError(f"train.val_share {held_out:g} holds {len(self.held_out)} of the {len(cache.ids)} items of the "
+                             f"cache {cache.folder} out: none is left to {none}; "
+                             "change it, or set train.val_every_steps: 0")
         self.excluded = torch.nonzero(~long_enough).flatten()
         self._excluded_names = [(cache.ids[i], int(self._counts[i])) for i in self.excluded[:5].tolist()]
-        if video.image_fraction < 1 and not long_enough.any():
+        if video.image_fraction < 1 and not (long_enough & used).any():
             raise ValueError(f"no item of the cache {cache.folder} is long enough.\n{self._explain_excluded()}")
 
         def stream(name: str, shapes: Tensor, members: Tensor) -> _Stream:
             return _Stream(_by_shape(shapes, members), global_batch, seed, name)
 
         shapes = torch.cat([grids, self._frames[:, None]], 1) if video.frame_counts else grids
-        self.clips = stream("clips", shapes, torch.nonzero(long_enough).flatten()) if video.image_fraction < 1 else None
-        self.images = stream("images", grids, torch.arange(len(grids))) if video.image_fraction else None
+        self.clips = stream("clips", shapes, torch.nonzero(long_enough & used).flatten()) if video.image_fraction < 1 else None
+        self.images = stream("images", grids, torch.nonzero(used).flatten()) if video.image_fraction else None
         self._phase = (key(seed, "image_step") >> 40 & 0xFFFFFF) * 2.0**-24
 
     def _images_before(self, step: int) -> int:
@@ -131,6 +141,21 @@ class BatchPlan:
             frames = int(self._frames[items[0]])
         draws = Draws.of(self.seed, step, len(items))
         return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws))
+
+    def held_out_batches(self, most: int) -> list[PlannedBatch]:
+        """The first `most` held-out items (clips, unless training sees pictures alone), one batch a shape, with keys that make
+        all that is drawn for an item its own."""
+        items = self.held_out if self.clips is None else self.held_out[self._frames[self.held_out] > 0]
+        if not len(items):
+            raise ValueError("every held-out item is too short for a clip: raise train.val_share")
+        frames = torch.ones_like(self._frames) if self.clips is None else self._frames
+        shapes = torch.cat([self._shapes, frames[:, None]], 1)
+        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own)))
+                for group, own in _by_shape(shapes, items[:most]).items()]
+
+    def own_draws(self, items: Tensor) -> Draws:
+        """Draws that depend on the ids of `items (B,)` and nothing else."""
+        return Draws(self.seed, 0, torch.tensor([key(self._ids[i]) for i in items.tolist()]))
 
     # what a person should know before training
     def _explain_excluded(self) -> str:
@@ -173,9 +198,21 @@ class BatchPlan:
         lines = [f"  {row['steps']} {row['grid'][1]}x{row['grid'][0]} cells, {row['frames']} frames: {row['items']} items, "
                  f"{row['batches']} batches of {self.global_batch} an epoch, {row['repeats']} places filled by repetition"
                  for row in self.table()]
+        if len(self.held_out):
+            lines.append(f"  {len(self.held_out)} items are held out for validation")
         if self.unmoved():
             lines.append(f"  temporal_jitter moves no frame of {self.unmoved()} clips: their frames lie less than 3 apart")
         return "\n".join(lines + ([self._explain_excluded()] if len(self.excluded) else []))
+
+
+def _held_out(ids: list[str], share: float, seed: int) -> Tensor:
+    """Numbers of the items whose hash is below `share`, lowest first; more items in a cache change nothing for those it had.
+    The crops of a picture (`id_c0`, `id_c1`) stay together."""
+    if not share:
+        return torch.empty(0, dtype=torch.int64)
+    hashes = torch.tensor([(key(seed, "held_out", _CROP.sub("", id)) >> 11 & (1 << 53) - 1) * 2.0**-53 for id in ids]).double()
+    order = hashes.argsort(stable=True)
+    return order[hashes[order] < share]
 
 
 def _by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
@@ -248,18 +285,22 @@ class LatentBatches(Dataset):
         """The micro-batches of `step`. `Batch.indices` are positions in the global batch."""
         planned = self.plan.batch(step)
         mine = torch.arange(self.rank, self.plan.global_batch, self.world)
-        return [self._micro(planned, Draws(self.plan.seed, step, indices)) for indices in mine.chunk(self.accum)]
+        return [self._batch(planned.grid, planned.items[own], planned.frames[own], Draws(self.plan.seed, step, own))
+                for own in mine.chunk(self.accum)]
 
-    def _micro(self, planned: PlannedBatch, draws: Draws) -> Batch:
-        indices, cache = draws.indices, self.cache
-        items = planned.items[indices]
-        numbers = items.tolist()
+    def held_out(self, most: int) -> Iterator[Batch]:
+        """The first `most` held-out items, the same on every rank, a batch a shape; `indices` are keys of the items."""
+        for planned in self.plan.held_out_batches(most):
+            yield self._batch(planned.grid, planned.items, planned.frames, self.plan.own_draws(planned.items))
+
+    def _batch(self, grid: Grid, items: Tensor, frames: Tensor, draws: Draws) -> Batch:
+        cache, numbers = self.cache, items.tolist()
         captions = [all_captions(cache.captions[i], cache.facts[i]) for i in numbers]
         return Batch(
-            latents=self._store.gather(planned.grid, items, planned.frames[indices]),
+            latents=self._store.gather(grid, items, frames),
             captions=drawn_captions(captions, self.captions, draws),
             ids=[cache.ids[i] for i in numbers],
-            indices=indices,
+            indices=draws.indices,
             facts=[cache.facts[i] for i in numbers],
         )
 

@@ -34,6 +34,7 @@ def data_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "repeated": {"places": repeats, "share_of_an_epoch": round(repeats / places, 4)},
         "epochs": _epochs(plan, max_steps),
         "left_out": _left_out(cache, plan),
+        "held_out": len(plan.held_out),
         "frames": _frames(cache, plan),
         "cropped": _cropped(cache),
         "skipped_when_cached": _skipped(Path(cache.folder)),

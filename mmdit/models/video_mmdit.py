@@ -148,6 +148,10 @@ class VideoMMDiT(nn.Module):
         """Names of parameters that weight decay should leave alone: they are offsets and norms, not maps."""
         return {name for name, weight in self.named_parameters() if weight.ndim < 2 or name.endswith(".table")}
 
+    def matrices(self) -> set[str]:
+        """Names of the parameters that map hidden states to hidden states: those that an optimizer of matrices is for."""
+        return {f"blocks.{name}.weight" for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
 
@@ -203,6 +207,33 @@ class VideoMMDiT(nn.Module):
         x = run(x, 0, first, layouts)
         x = route(x, keep, lambda inner: run(inner, first, end, kept), self.tread.rescale)
         return run(x, end, len(self.blocks), layouts)
+
+    def train_flops(self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None) -> int:
+        """Floating-point operations of the matrix products of one sample's forward and backward pass. `grid`: latent (frames,
+        rows, columns); `kept`: places of a window that the routed span sees. As Chowdhery et al. 2022 (2204.02311, appendix B):
+        what the model asks for, whatever an attention kernel or checkpointing computes twice."""
+
+        def weights(module: nn.Module, backward: bool = True) -> int:  # products a token: forward, gradients of input, weights
+            two_d = [weight for weight in module.parameters() if weight.ndim == 2]
+            return sum(weight.numel() * (1 + backward + weight.requires_grad) for weight in two_d)
+
+        frames, dim, text = grid[0], self.config.dim, 1 + text_tokens
+        layout = self.windows(*grid[1:])
+        windows, places = layout.counts[0] * layout.counts[1], layout.height * layout.width
+        tokens = frames * windows * places
+        total = tokens * (weights(self.input, False) + weights(self.output)) + text * weights(self.text, False)
+        once = (self.time, self.modulation, self.final_modulation, self.pooled)
+        total += sum(weights(part) for part in once if part is not None)
+        for index, block in enumerate(self.blocks):
+            routed = kept is not None and self.span[0] <= index < self.span[1]
+            inside = kept if routed else places
+            seen = frames * windows * inside
+            total += seen * sum(weights(part) for part in (block.spatial, block.mlp, block.cross.q, block.cross.proj))
+            total += text * (weights(block.cross.k) + weights(block.cross.v))
+            total += 6 * seen * dim * (inside + text)
+            if frames > 1:
+                total += seen * (weights(block.temporal) + 6 * dim * frames)
+        return 2 * total
 
     def _check(self, x: Tensor, t: Tensor, text: TextTokens) -> None:
         if x.ndim != 5 or x.shape[-1] != self.latent_channels:

@@ -29,7 +29,7 @@ def _message(error: Exception) -> str:
     text = str(error)
     if "Original Traceback" in text:  # from a data loader's process: what was raised there, without its trace
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    if "out of memory" in text:
+    if type(error).__name__ == "OutOfMemoryError":  # elsewhere than in a training step, which says more
         text = (f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with train.grad_accum_steps raised the step stays "
                 "the same) or --batch_size; model.checkpointing=true saves memory in training.")
     return text.strip()

@@ -6,11 +6,10 @@
 import argparse
 import json
 
-from mmdit.data.batches import BatchPlan
 from mmdit.data.cache import open_cache
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.report import data_report
-from mmdit.experiment import load_experiment_config
+from mmdit.experiment import build_plan, load_experiment_config
 from mmdit.scripts import friendly
 from mmdit.tokenizers import build_tokenizer
 
@@ -28,9 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_experiment_config(args.config, args.overrides)
         wanted = CacheManifest.of(build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess)
         cache = open_cache(args.train_cache_dir, wanted)
-        train = config.train
-        plan = BatchPlan(cache, config.video, train.batch_size * train.grad_accum_steps * args.processes, config.seed)
-        print(json.dumps(data_report(cache, plan, train.max_steps), indent=1, ensure_ascii=False))
+        plan = build_plan(config, cache, args.processes)
+        print(json.dumps(data_report(cache, plan, config.train.max_steps), indent=1, ensure_ascii=False))
     return 0
 
 

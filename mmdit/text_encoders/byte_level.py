@@ -34,8 +34,11 @@ class ByteLevelConfig:
     num_heads: int = 4
     max_length: int = 77
     freeze: bool = False
+    lr_scale: float = 1.0  # its learning rate as a multiple of train.lr
 
     def __post_init__(self):
+        if not 0 < self.lr_scale <= 1000:
+            raise ConfigError("lr_scale", f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains nothing")
         for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
@@ -91,6 +94,7 @@ class ByteLevelEncoder(nn.Module):
     def __init__(self, config: ByteLevelConfig):
         super().__init__()
         self.dim = dim = config.dim
+        self.lr_scale = config.lr_scale
         self.words = WordRows(spell, byte_rows, config.max_length)
         self.bytes = nn.Embedding(1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE)  # standard normal: words differ at once
         self.word_mlp = GELU(dim, ratio=2)

@@ -41,6 +41,7 @@ class HuggingFaceConfig:
     dim: int | None = None
     max_length: int = 77
     freeze: bool = True
+    lr_scale: float = 1.0  # unfrozen: its learning rate as a multiple of train.lr; pre-trained weights like less
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     local_files_only: bool = False
     cache_mb: int = 1024
@@ -48,6 +49,8 @@ class HuggingFaceConfig:
     def __post_init__(self):
         if not self.name_or_path:
             raise ConfigError("name_or_path", "is empty; must be a folder or a hub name such as google/flan-t5-base")
+        if not 0 < self.lr_scale <= 1000:
+            raise ConfigError("lr_scale", f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains nothing")
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
         if self.cache_mb < 0:
@@ -67,7 +70,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
-        self.config = config
+        self.config, self.lr_scale = config, config.lr_scale
         self.frozen = self.stored_elsewhere = config.freeze  # a frozen encoder is not copied into checkpoints
         self.tokenizer, self.encoder = _load(config)
         self.reported = False

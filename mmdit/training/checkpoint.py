@@ -7,6 +7,7 @@
         lora.safetensors        the adapters alone, when lora.enabled
         checkpoint.json         step, config, latent spec, versions
 
+Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes reads either.
 An export (`mmdit.scripts.export`) is one safetensors file of the weights used for sampling, with the JSON in its metadata.
 """
 
@@ -16,21 +17,25 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mmdit
 from mmdit.config import decode
 from mmdit.interfaces import LatentSpec
+from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
+from mmdit.training.stored import Stored, place, write
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,26 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0) -> Path:
-    """Write `files` (name without suffix → tensors) as one checkpoint. Older ones beyond `keep_last` are removed (0 keeps all),
-    except milestones, whose step `keep_every` divides."""
+def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0,
+         world: World = ALONE) -> Path:
+    """Write `files` (name without suffix → tensors) as one checkpoint; every process must call. Older ones beyond `keep_last`
+    are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
     final = folder_of(run_dir, meta.step)
     aside, old = final.with_name(f".writing-{final.name}"), final.with_name(f".removing-{final.name}")
     try:
-        for left in final.parent.glob(".*ing-step_*"):  # by a killed process
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
+        if world.is_main:
+            for left in final.parent.glob(".*ing-step_*"):  # by a killed process
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+        world.barrier()
         for name, tensors in files.items():
-            save_file({key: t.detach().contiguous().cpu() for key, t in tensors.items()}, aside / f"{name}.safetensors")
-            _flush(aside / f"{name}.safetensors")
+            write(aside, name, tensors, world.is_main)
+        world.barrier()
+        if not world.is_main:
+            world.barrier()
+            return final
+        for path in aside.rglob("*"):
+            _flush(path)
         (aside / "checkpoint.json").write_text(meta.to_json())
         _flush(aside / "checkpoint.json")
         _flush(aside)
@@ -113,6 +126,7 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
         gone = folder.with_name(f".removing-{folder.name}")
         folder.rename(gone)  # first of all: half a checkpoint must not bear its name
         shutil.rmtree(gone)
+    world.barrier()
     return final
 
 
@@ -123,11 +137,8 @@ def complete(run_dir: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; ValueError names a damaged one. Nothing is ever unpickled."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors (damaged, or another format?): {error}") from None
+    """All of a `Stored`."""
+    return dict(Stored(path))
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -135,11 +146,11 @@ def latest(run_dir: Path) -> Path | None:
     for folder in reversed(complete(run_dir)):
         try:
             Meta.read(folder)
-            for file in {folder / "model.safetensors", *folder.glob("*.safetensors")}:
-                with safe_open(file, "pt") as handle:
-                    handle.keys()
+            parts = {path.parent for path in folder.glob("*/*.safetensors")}
+            for path in {folder / "model.safetensors", *folder.glob("*.safetensors"), *parts}:
+                Stored(path.with_suffix(".safetensors"))
             return folder
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError) as error:
             print(f"passing over the damaged checkpoint {folder}: {error}", flush=True)
     return None
 
@@ -172,7 +183,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
         raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
     meta = Meta.read(folder)
     tensors = read_tensors(folder / "model.safetensors")
-    if use_ema and (folder / "ema.safetensors").is_file():
+    if use_ema and any(folder.glob("ema*")):
         tensors |= read_tensors(folder / "ema.safetensors")
     return Weights(meta, tensors, folder)
 
@@ -190,13 +201,14 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
         raise RunError(f"could not write {path}: {error}; free disk space or choose another place") from error
 
 
-def assign(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, fresh=lambda name: False) -> None:
-    """Copy `tensors` into `module`, strictly: names and shapes must agree, except parameters for which `fresh(name)` holds
-    (adapters that start new). ValueError lists what differs."""
-    own = module.state_dict()
+def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False) -> None:
+    """Copy `tensors` into `own` (a `state_dict()`, sharded or not), strictly: names and shapes must agree, except those for
+    which `fresh(name)` holds (adapters that start new). ValueError lists what differs."""
+    stored = tensors.shapes if isinstance(tensors, Stored) else {name: tensor.shape for name, tensor in tensors.items()}
     missing = [name for name in own if name not in tensors and not fresh(name)]
     unexpected = [name for name in tensors if name not in own]
-    shapes = [f"{n}: file {tuple(tensors[n].shape)}, model {tuple(own[n].shape)}" for n in tensors if n in own and tensors[n].shape != own[n].shape]
+    shapes = [f"{n}: file {tuple(shape)}, model {tuple(own[n].shape)}" for n, shape in stored.items() if n in own
+              and shape != own[n].shape]
     if missing or unexpected or shapes:
         problems = []
         for label, names in (("of another shape", shapes), ("missing in the file", missing), ("unknown to the model", unexpected)):
@@ -206,4 +218,4 @@ def assign(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, fre
                          "of the run that wrote it")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(place(tensor, own[name]))

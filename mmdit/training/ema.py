@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
+from mmdit.training.stored import local
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class EMAConfig:
 
 
 class EMA:
-    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names."""
+    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and sharded like it."""
 
     def __init__(self, config: EMAConfig, module: nn.Module):
         self.config = config
@@ -45,8 +46,8 @@ class EMA:
     def update(self, step: int) -> None:
         if step < self.config.start_step or step % self.config.update_every:
             return
-        sources = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), sources, 1.0 - self.decay_at(step))
+        sources = [local(p.detach()).float() for p in self.parameters.values()]
+        torch._foreach_lerp_([local(shadow) for shadow in self.shadow.values()], sources, 1.0 - self.decay_at(step))
 
     @contextmanager
     def applied(self):
@@ -61,4 +62,4 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
@@ -22,6 +23,8 @@ class Learner(nn.Module):
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.compiled = False
+        self.text_tokens = 0  # of the longest caption of the last batch
+        self._flops: dict[tuple, int] = {}
 
     def compile_model(self) -> None:
         """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where no
@@ -30,7 +33,10 @@ class Learner(nn.Module):
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
         self.compiled = True
         for block in self.model.blocks:
-            block.compile(dynamic=False)
+            if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
+                block.forward = torch.compile(block.forward, dynamic=False)
+            else:
+                block.compile(dynamic=False)
 
     def is_stored(self, name: str) -> bool:
         """Whether a checkpoint holds this entry of the state: a frozen foreign encoder stays where it was loaded from."""
@@ -42,9 +48,18 @@ class Learner(nn.Module):
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
+        self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
-        if self.caption_dropout:
+        if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
         parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, keep=keep)
         return parts.per_sample, parts.t
+
+    def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:
+        """Of the denoiser, forward and backward, for one sample of `grid` (frames, rows, columns) with captions as in the last
+        batch; the recomputation of checkpointing is not counted."""
+        shape = (grid, self.text_tokens, None if keep is None else len(keep))
+        if shape not in self._flops:
+            self._flops[shape] = self.model.train_flops(*shape)
+        return self._flops[shape]

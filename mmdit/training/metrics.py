@@ -24,11 +24,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, from_step: int):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        kept = []
+        kept, self.last = [], {}  # `last`: the newest record
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
-                if json.loads(line)["step"] <= from_step:
+                record = json.loads(line)
+                if record["step"] <= from_step:
                     kept.append(line)
+                    self.last = record
             except (ValueError, KeyError, TypeError):
                 continue
         aside = self.path.with_name(".writing-metrics.jsonl")
@@ -43,6 +45,7 @@ class MetricsLog:
             self.board = None
 
     def write(self, values: dict) -> None:
+        self.last = values
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
@@ -92,6 +95,10 @@ def report_line(values: dict, max_steps: int) -> str:
     width, speed = len(str(max_steps)), values["samples_per_second"]
     parts = [f"step {values['step']:>{width}}/{max_steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}",
              f"grad {values['grad_norm']:.2f}", f"{speed:.{0 if speed >= 10 else 2}f} samples/s", f"data wait {values['data_wait']:.0%}"]
+    if "tflops_share" in values:
+        parts.append(f"{values['tflops']:.0f} TFLOP/s ({values['tflops_share']:.0%})")
+    if values.get("val_loss") is not None:
+        parts.append(f"validation {values['val_loss']:.4f}")
     if "memory_gb" in values:
         parts.append(f"{values['memory_gb']:.1f} GB")
     if values["skipped"]:

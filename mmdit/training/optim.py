@@ -1,15 +1,18 @@
-"""AdamW with decay on matrices only, and a learning rate that is a pure function of the step."""
+"""AdamW and Muon with decay on matrices only, and a learning rate that is a pure function of the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmdit.config import ConfigError
+from mmdit.training.stored import local, place
 
 
 @dataclass(frozen=True)
@@ -32,60 +35,112 @@ class LearningRate:
         return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are
-    not decayed: they are offsets, and shrinking them is no regularisation."""
+class Optimizer:
+    """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, stepped as one. `found_inf` (1 or 0, on the
+    device) leaves parameters and moments alone for a step."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.found_inf: Tensor | None = None
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+
+    def restore(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        groups = ((part, group["params"]) for part in self.parts for group in part.param_groups)
+        next(part for part, own in groups if any(parameter is p for p in own)).state[parameter] = state
+
+    def step(self) -> None:
+        for part in self.parts:
+            if isinstance(part, torch.optim.AdamW):  # fused: it looks on the device, and nothing waits
+                part.found_inf, part.grad_scale = self.found_inf, None
+            elif self.found_inf is not None and self.found_inf.item():
+                continue
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+
+def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
+                    kind: Literal["adamw", "muon"] = "adamw") -> Optimizer:
+    """Over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
+    they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its
+    updates as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it
+    gets none. A group's rate is the run's times its `lr_scale`, which a submodule may have as an attribute (else 1)."""
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError("train", "no parameter is trainable (everything frozen, no adapter enabled?)")
-    plain = {name for name, p in trainable.items() if p.ndim < 2}
-    for prefix, part in module.named_children():
-        plain |= {f"{prefix}.{name}" for name in getattr(part, "undecayed", set)()}
-    groups = [
-        {"params": [p for name, p in trainable.items() if name not in plain], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable.items() if name in plain], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
+
+    def named(method: str) -> set[str]:
+        return {f"{prefix}.{name}" for prefix, part in module.named_children() for name in getattr(part, method, set)()}
+
+    plain = {name for name, p in trainable.items() if p.ndim < 2} | named("undecayed")
+    matrices = named("matrices") & trainable.keys() if kind == "muon" else set()
+    if kind == "muon" and not matrices:
+        raise ConfigError("train.optimizer", "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use "
+                          "adamw")
+    scales = {prefix: getattr(part, "lr_scale", 1.0) for prefix, part in module.named_children()}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        kind_of = (name in matrices, 0.0 if name in plain else weight_decay, scales.get(name.partition(".")[0], 1.0))
+        groups.setdefault(kind_of, []).append(p)
+
+    def taken(by_muon: bool) -> list[dict]:
+        return [{"params": own, "weight_decay": decay, "lr_scale": scale, "lr": lr * scale}
+                for (matrix, decay, scale), own in groups.items() if matrix == by_muon]
+
+    muon = [torch.optim.Muon(taken(True), adjust_lr_fn="match_rms_adamw")] if matrices else []
+    adamw = [torch.optim.AdamW(rest, betas=betas, eps=1e-8, fused=True)] if (rest := taken(False)) else []
+    return Optimizer(*muon, *adamw)
 
 
-def clip_and_guard(optimizer: torch.optim.AdamW, max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the global gradient norm (0 = no clipping); returns `(norm, skipped)` on the device, without waiting for it.
 
-    When the norm is not finite the fused optimizer leaves parameters and moments alone for this step (`found_inf`, the
-    mechanism of gradient scaling), so that one bad batch costs one step and nothing else.
+    When the norm is not finite the optimizer leaves parameters and moments alone for this step (`found_inf`, the mechanism of
+    gradient scaling), so that one bad batch costs one step and nothing else.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    own = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [local(gradient) for gradient in own]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if any(isinstance(gradient, DTensor) for gradient in own):  # all of them are, and each element is in one process
+        square = norm.square()
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
     skipped = (~torch.isfinite(norm)).float()
     if max_norm > 0:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         torch._foreach_mul_(gradients, scale)
     optimizer.found_inf = skipped.reshape(())
-    optimizer.grad_scale = None
     return norm, skipped
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named `<parameter name>::<state name>`."""
     names = {id(p): name for name, p in module.named_parameters()}
     return {f"{names[id(p)]}::{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    stored: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    stored: dict[str, list[str]] = {}
+    for key in tensors:
         name, _, part = key.rpartition("::")
-        stored.setdefault(name, {})[part] = value
+        stored.setdefault(name, []).append(part)
     if stored and stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())
         raise ValueError(
             f"the checkpoint's optimizer state and the trainable parameters differ in {len(odd)} names, first {odd[0]!r}: "
             "resume with the config that wrote it, or start a new run with train.init_from"
         )
-    for name, state in stored.items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            part: value.to(torch.float32 if part == "step" else parameter.dtype).to(parameter.device) for part, value in state.items()
-        }
+    for name, parts in stored.items():
+        parameter, state = parameters[name], {}
+        for part in parts:
+            value = tensors[f"{name}::{part}"]
+            state[part] = value.reshape(()).float().to(parameter.device) if part == "step" else place(value, parameter)
+        optimizer.restore(parameter, state)

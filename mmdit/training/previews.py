@@ -12,7 +12,8 @@ import torch
 from mmdit.training.errors import record_failure
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.training.trainer import TrainConfig, TrainState
+from mmdit.training.settings import TrainConfig
+from mmdit.training.trainer import TrainState
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Previews:
     frames: int
     fps: int
     use_ema: bool
+    writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
 
     def __call__(self, state: TrainState) -> None:
         try:
@@ -45,6 +47,8 @@ class Previews:
         prompts = self.config.sample_prompts
         captions = [prompts[i % len(prompts)] for i in range(self.config.sample_num_images)]
         pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
+        if not self.writes:
+            return
         folder = self.run_dir / "samples" / f"step_{step:08d}"
         columns = 1 if self.frames > 1 else 8
         save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")

@@ -44,7 +44,7 @@ class Trainer:
         self.learner = Learner(config).to(device)
         if config.init_from:
             start = VTPModel.from_pretrained(config.init_from).state_dict()
-            checkpoint.assign(self.learner.model, start, config.init_from, fresh=lambda name: name not in start)
+            checkpoint.assign(self.learner.model.state_dict(), start, config.init_from, fresh=lambda name: name not in start)
         parts = self.learner.generator_parts()
         self.optimizer = build_optimizer(parts, config.train.lr, config.train.weight_decay, (0.9, config.train.beta2))
         self.parts, self.critic, self.critic_optimizer = parts, self.learner.discriminator, None
@@ -77,7 +77,7 @@ class Trainer:
     def _update(self, batch, adversarial: bool):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             losses = self.learner.losses(batch, self.step, adversarial)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         losses.total.backward()
         norm, skipped = clip_and_guard(self.optimizer, self.config.train.clip_norm)
         self.optimizer.step()
@@ -85,7 +85,7 @@ class Trainer:
 
     def _update_critic(self, losses) -> Tensor:
         loss = self.learner.discriminator_loss(losses)
-        self.critic_optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
         return loss.detach()
@@ -97,7 +97,7 @@ class Trainer:
             if self.device.type == "cuda":
                 with torch.autocast("cuda", torch.bfloat16):
                     self.learner.losses(batch, 0, False).total.backward()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
 
     # ── the averaged model ───────────────────────────────────────────────────────────────────────────────────────────
     def averaged_model(self) -> VTPModel:
@@ -129,7 +129,7 @@ class Trainer:
         if changed:
             message = f"{folder} was written with another config ({'; '.join(changed[:5])})"
             raise ValueError(f"{message}; use the same, or another output_dir")
-        checkpoint.assign(self.learner, checkpoint.read_tensors(folder / "model.safetensors"), str(folder))
+        checkpoint.assign(self.learner.state_dict(), checkpoint.read_tensors(folder / "model.safetensors"), str(folder))
         for name, tensor in checkpoint.read_tensors(folder / "ema.safetensors").items():
             self.ema.shadow[name].copy_(tensor)
         load_optimizer_tensors(self.parts, self.optimizer, checkpoint.read_tensors(folder / "optimizer.safetensors"))

@@ -1,0 +1,29 @@
+"""Draw the curves of one or several runs: losses, validation, gradient, speed, memory.
+
+    python -m mmdit.scripts.plot_run --runs runs/a runs/b --out curves.png
+"""
+
+import argparse
+from pathlib import Path
+
+from mmdit.scripts import friendly
+from mmdit.training.curves import draw_curves, read_metrics
+from mmdit.training.media import save_image
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="run folders or metrics.jsonl files, a colour each")
+    parser.add_argument("--out", default="curves.png", help="PNG to write [curves.png]")
+    args = parser.parse_args(argv)
+    with friendly():
+        out = Path(args.out)
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out is {args.out!r}, must end in .png")
+        save_image(draw_curves({run: read_metrics(Path(run)) for run in args.runs}), out)
+        print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

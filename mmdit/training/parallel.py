@@ -1,0 +1,56 @@
+"""How a learner lies on several processes: copied (DDP), or cut into shards (FSDP2) when it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from mmdit.interfaces import TextTokens
+from mmdit.training.distributed import World
+from mmdit.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The section `parallel:`. `ddp`: every process holds everything. `fsdp`: weights, gradients, averages and moments are cut
+    over the processes, and a block is gathered while it computes; nothing is cut in one process. Each reads the checkpoints of
+    the other."""
+
+    type: Literal["ddp", "fsdp"] = "ddp"
+
+
+def shard(learner: Learner, world: World) -> None:
+    """Cut the denoiser and the text encoder over all processes, block by block, onto `world.device`; in place."""
+    with contextlib.suppress(ValueError):  # known from an earlier run in this process
+        torch.export.register_dataclass(TextTokens)  # FSDP looks inside for what needs a gradient
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of in-place changes of outputs: there are none
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for part in (learner.text_encoder, learner.model):
+        within: list[nn.Module] = []
+        for module in part.modules():
+            if isinstance(module, nn.ModuleList) and not any(module in outer.modules() for outer in within):
+                within.extend(module)
+        for module in (*within, part):  # gathered again for the backward pass; kept, a part would miss what changes its weights
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def wrap(learner: Learner, world: World) -> nn.Module:
+    """What to call in training: gradients become means over all processes."""
+    if world.size == 1 or isinstance(learner.model, FSDPModule):
+        return learner
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def accumulating(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """For one of several micro-batches: copies reduce gradients with the `last` alone; shards always, or each process would
+    hold gradients for all."""
+    return contextlib.nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()

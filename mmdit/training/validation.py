@@ -1,0 +1,75 @@
+"""Loss on held-out items at fixed times with fixed noise: curves that a few training steps do not shake."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdit.data.batches import LatentBatches
+from mmdit.rng import Draws
+from mmdit.training.distributed import World
+from mmdit.training.settings import TrainConfig
+from mmdit.training.trainer import TrainState
+
+QUANTILES = 9
+
+
+@dataclass(frozen=True)
+class FixedTimes(Draws):
+    """Draws of which `time` is at given `quantiles (B,)` of the distribution that the objective draws from."""
+
+    quantiles: Tensor
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        return self.quantiles if purpose == "time" else super().uniform(purpose, *shape)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        if purpose == "time":
+            return math.sqrt(2) * torch.erfinv(2 * self.quantiles - 1)
+        return super().normal(purpose, *shape)
+
+
+@dataclass
+class Validation:
+    """Callable on a `TrainState`, by all ranks together. Every held-out item is measured at the middles of `QUANTILES` equal
+    parts of the distribution of times, each item with noise of its own; step and number of processes do not enter."""
+
+    config: TrainConfig
+    batches: LatentBatches
+    world: World
+
+    def __call__(self, state: TrainState) -> dict[str, float | None]:
+        """`val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest), and `val_loss_ema` of the averaged
+        weights; None where a loss is not finite."""
+        losses = self._measure(state)
+        values = {"val_loss": sum(losses) / QUANTILES} | {f"val_loss_q{i}": loss for i, loss in enumerate(losses, 1)}
+        if state.ema:
+            with state.ema.applied():
+                values["val_loss_ema"] = sum(self._measure(state)) / QUANTILES
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    @torch.no_grad()
+    def _measure(self, state: TrainState) -> list[float]:
+        device, size = self.world.device, self.config.batch_size
+        table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
+        state.learner.eval()
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with autocast, torch.compiler.set_stance("force_eager"):
+            for items in self.batches.held_out(self.config.val_samples):
+                samples = len(items.ids) * QUANTILES
+                rounds = math.ceil(samples / (size * self.world.size))  # every rank takes part in each, with repeats if need be
+                mine = torch.arange(rounds * size * self.world.size)[self.world.rank :: self.world.size]
+                for numbers in mine.split(size):
+                    rows, quantile = (numbers % samples) // QUANTILES, numbers % samples % QUANTILES
+                    times = ((quantile + 0.5) / QUANTILES).to(device)
+                    draws = FixedTimes(self.batches.plan.seed, 0, items.indices[rows].to(device), times)
+                    captions = [items.captions[i] for i in rows.tolist()]
+                    losses, _ = state.learner(items.latents[rows].to(device), captions, draws)
+                    counted = (numbers < samples).to(device)
+                    values = torch.stack([torch.where(counted, losses, 0.0).double(), counted.double()])
+                    table.index_add_(1, quantile.to(device), values)
+        self.world.sum_(table)
+        return (table[0] / table[1]).tolist()

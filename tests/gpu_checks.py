@@ -1,0 +1,225 @@
+"""Measure on the GPUs of this machine what a CPU cannot show. Prints one JSON object, within `--minutes` (6).
+
+    PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,sharded,resume,memory,large] [--minutes 6]
+    PYTHONPATH=VTP:. python tests/gpu_checks.py --tiny        the same on a CPU with gloo, to see that the script works
+
+scaling   DDP on 1, 2, 4 GPUs, the same global batch: samples/s, efficiency against 1, how far the loss curves lie apart
+sharded   the same model under FSDP on 2 GPUs: its curve against DDP's, then continued from its parts by 1 GPU
+resume    one GPU, deterministic kernels: 2n steps equal n + stop + n, bit for bit
+memory    a batch that does not fit: the message, the exit code, the file to repeat it
+large     3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s
+A check that fails or has no time left says so in its place; the others go on. Exit code 1 if any failed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mmdit.config import decode
+from mmdit.data.cache import CacheWriter
+from mmdit.data.manifest import CacheManifest
+from mmdit.experiment import ExperimentConfig
+from mmdit.scripts import train_t2v
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKS = ("scaling", "sharded", "resume", "memory", "large")
+SIZES = {  # of --tiny and of the real thing
+    "cells": (2, 16), "channels": (4, 64), "items": (48, 512), "micro": (2, 64), "micros": (4, 4), "steps": (8, 60),
+    "log": (2, 10), "model": ({"dim": 16, "depth": 2, "num_heads": 2}, {"size": "B"}),
+    "large": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2560, "depth": 24, "num_heads": 40}), "large_micro": (2, 16),
+    "compile": (False, True),
+}  # fmt: skip
+
+
+class Checks:
+    """`folder` holds a config, a cache of noise, and the runs."""
+
+    def __init__(self, folder: Path, tiny: bool, deadline: float):
+        self.folder, self.tiny, self.deadline = folder, tiny, deadline
+        self.size = {name: values[0 if tiny else 1] for name, values in SIZES.items()}
+        self.gpus = 2 if tiny else torch.cuda.device_count()
+        side, channels = self.size["cells"], self.size["channels"]
+        raw = {
+            "experiment_name": "run", "output_dir": str(folder / "runs"), "num_workers": 2,
+            "video": {"width": 16 * side, "height": 16 * side}, "tokenizer": {"type": "dummy", "latent_d": channels},
+            "text_encoder": {"type": "byte_level", "dim": 16 if tiny else 256, "depth": 1 if tiny else 2},
+            "model": self.size["model"],
+            "train": {"precision": "bf16", "warmup_steps": 10, "max_steps": self.size["steps"], "save_every_steps": 100_000,
+                      "log_every_steps": self.size["log"], "compile": self.size["compile"], "batch_size": self.size["micro"]},
+        }  # fmt: skip
+        (folder / "config.yaml").write_text(json.dumps(raw))
+        config = decode(ExperimentConfig, raw)
+        manifest = CacheManifest.of(build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess)
+        generator = torch.Generator().manual_seed(0)
+        with CacheWriter(folder / "cache", manifest) as writer:
+            for i in range(self.size["items"]):
+                latents = torch.randn(1, side, side, channels, generator=generator) * (0.5 + i % 3)
+                writer.add(f"item{i}", latents, "a red ball " * (1 + i % 4))
+
+    def launch(self, name: str, processes: int, *words: str, part: str = "train") -> subprocess.CompletedProcess:
+        """`part` of this file on so many processes; AssertionError with the end of what it said when time is over."""
+        words = ["--config", str(self.folder / "config.yaml"), "--train_cache_dir", str(self.folder / "cache"),
+                 "--device", "cpu" if self.tiny else "cuda", f"experiment_name={name}", *words]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = (command if processes > 1 else [sys.executable]) + [__file__, "--part", part, json.dumps(words)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))), "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled")}  # fmt: skip
+        with (self.folder / f"{name}.log").open("w+") as log:
+            child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+            try:
+                code = child.wait(max(1.0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                code = child.wait()
+            log.seek(0)
+            return subprocess.CompletedProcess(command, code, log.read())
+
+    def train(self, name: str, processes: int, *words: str, part: str = "train") -> list[dict]:
+        """The records of a run that must succeed."""
+        done = self.launch(name, processes, *words, part=part)
+        assert done.returncode == 0, f"{name}: exit code {done.returncode}: {done.stdout[-1500:]}"
+        return [json.loads(line) for line in (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+    def speed(self, records: list[dict]) -> dict:
+        steady = records[len(records) // 3 :]  # the first ones compile
+        middle = lambda name: round(statistics.median(record[name] for record in steady), 4)  # noqa: E731
+        names = ("samples_per_second", "tflops", "tflops_share", "data_wait", "memory_gb")
+        return {name: middle(name) for name in names if name in steady[-1]}
+
+    @staticmethod
+    def apart(a: list[dict], b: list[dict]) -> float:
+        """The largest relative difference of two loss curves."""
+        return max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
+
+    def scaling(self) -> dict:
+        curves, result = {}, {}
+        for processes in (n for n in (1, 2, 4) if n <= self.gpus):
+            words = [f"train.grad_accum_steps={self.size['micros'] // processes}"]
+            curves[processes] = self.train(f"ddp{processes}", processes, *words)
+            row = self.speed(curves[processes])
+            row["efficiency"] = round(row["samples_per_second"] / processes / result.get("1", row)["samples_per_second"], 4)
+            row["loss_apart"] = self.apart(curves[processes], curves[1])
+            result[str(processes)] = row
+        log = (self.folder / "ddp1.log").read_text()
+        result["model"] = next(line for line in log.splitlines() if line.startswith("model "))
+        assert all(row["loss_apart"] < 0.02 for row in result.values() if isinstance(row, dict)), result
+        return result
+
+    def sharded(self) -> dict:
+        words = [f"train.grad_accum_steps={self.size['micros'] // 2}"]
+        if not (self.folder / "runs/ddp2").exists():
+            self.train("ddp2", 2, *words)
+        expected = [json.loads(line) for line in (self.folder / "runs/ddp2/metrics.jsonl").read_text().splitlines()]
+        records = self.train("fsdp2", 2, *words, "parallel.type=fsdp")
+        result = self.speed(records) | {"loss_apart": self.apart(records, expected)}
+        more = self.size["steps"] + self.size["log"]
+        words = [f"train.grad_accum_steps={self.size['micros']}", f"train.max_steps={more}", "train.compile=false", "--resume"]
+        records = self.train("fsdp2", 1, *words)
+        result["loss_before_and_after_going_on_alone"] = [record["loss"] for record in records[-2:]]
+        assert result["loss_apart"] < 0.02 and records[-1]["step"] == more, result
+        return result
+
+    def resume(self) -> dict:
+        self.train("whole", 1, part="resume")
+        paths = [checkpoint.latest(self.folder / "runs" / name) for name in ("whole", "parts")]
+        assert paths[0].name == paths[1].name, paths
+        different = []
+        for kind in ("model", "ema", "optimizer"):
+            a, b = (checkpoint.read_tensors(path / f"{kind}.safetensors") for path in paths)
+            different += [f"{kind} {name}" for name in a if not torch.equal(a[name], b[name])]
+        assert not different, f"{len(different)} tensors differ, first {different[0]}"
+        return {"steps": checkpoint.step_of(paths[0]), "different_tensors": 0}
+
+    def memory(self) -> dict:
+        if self.tiny:
+            return {"skipped": "a CPU has no such error"}
+        done = self.launch("memory", 1, "train.batch_size=4096", "train.compile=false")
+        message = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        files = [path.name for path in (self.folder / "runs/memory/failures").glob("*.json")]
+        assert done.returncode == 2 and message and "the memory is full in step 1" in message[0] and files, done.stdout[-1500:]
+        return {"message": message[0], "files": files}
+
+    def large(self) -> dict:
+        model = json.dumps({"size": None, **self.size["large"]})
+        steps = 6
+        words = [f"model={model}", "parallel.type=fsdp", f"train.batch_size={self.size['large_micro']}", "train.log_every_steps=1",
+                 f"train.max_steps={steps}", "train.compile=false"]  # fmt: skip
+        begin = time.monotonic()
+        records = self.train("large", 2, *words, part="unsaved")
+        log = (self.folder / "large.log").read_text()
+        batch = 2 * self.size["large_micro"]
+        result = self.speed(records)
+        model = next(line for line in log.splitlines() if line.startswith("model "))
+        return {"model": model, "samples_a_step": batch, "seconds_a_step": round(batch / result["samples_per_second"], 3), **result,
+                "losses": [round(record["loss"], 4) for record in records], "seconds_in_all": round(time.monotonic() - begin)}
+
+    def run(self, names: list[str]) -> tuple[dict, bool]:
+        result, good = {"gpus": self.gpus, "torch": torch.__version__}, True
+        for name in names:
+            if name in ("sharded", "large") and self.gpus < 2:
+                result[name] = {"skipped": "needs 2 GPUs"}
+                continue
+            begin = time.monotonic()
+            try:
+                assert begin < self.deadline - 5, "no time left"
+                result[name] = getattr(self, name)()
+            except Exception as error:
+                result[name], good = {"failed": f"{type(error).__name__}: {error}"}, False
+            print(f"{name}: {json.dumps(result[name])} ({time.monotonic() - begin:.0f} s)", flush=True)
+        return result, good
+
+
+def one_process(part: str, words: list[str]) -> None:
+    """What a process of `launch` does."""
+    if part == "resume":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        half = ["train.max_steps=10", "train.log_every_steps=5", "train.compile=false", "train.grad_accum_steps=2"]
+        whole, parts = ["train.max_steps=20"], ["experiment_name=parts"]
+        for more in (whole, parts, [*parts, *whole, "--resume"]):
+            train_t2v.main([*words, *half, *more])
+        return
+    if part == "unsaved":  # tens of gigabytes that nobody will read
+        checkpoint.save = lambda *arguments, **options: None
+    train_t2v.main(words)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CHECKS), help="comma-separated")
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="?", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        one_process(args.part, json.loads(args.words))
+        return 0
+    names = args.only.split(",")
+    if unknown := set(names) - set(CHECKS):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(CHECKS)}")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; --tiny runs the same on a CPU")
+    deadline = time.monotonic() + 60 * args.minutes - 10
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        result, good = Checks(Path(folder), args.tiny, deadline).run(names)
+    text = json.dumps(result)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

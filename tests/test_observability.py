@@ -1,0 +1,126 @@
+"""What a run tells is true: operations as torch counts them, means as defined, held-out items apart, fixed draws, curves."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from test_batches import listing
+from tiny import Workshop, refused
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdit.adapters import LoRAConfig, inject
+from mmdit.data.batches import BatchPlan
+from mmdit.data.buckets import VideoConfig
+from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.interfaces import TextTokens
+from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.rng import Draws
+from mmdit.scripts import plot_run
+from mmdit.training import checkpoint
+from mmdit.training.curves import draw_curves
+from mmdit.training.report import running_means
+from mmdit.training.validation import QUANTILES, FixedTimes
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("observability"))
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", ["clip", "picture", "routed", "adapters"])
+def test_operations_are_those_that_torch_counts(case):
+    tread = TreadConfig(enabled=True, apply_to=(1, 2)) if case == "routed" else None
+    model = build_model(VideoMMDiTConfig(dim=64, depth=3, num_heads=2, window_size=4), 8, 16, tread)
+    if case == "adapters":
+        inject(model, LoRAConfig(enabled=True, rank=4))
+    frames, rows, columns, words = 1 if case == "picture" else 3, 5, 8, 7
+    keep = model.draw_keep(rows, columns, 0, 0)
+    text = TextTokens(torch.randn(2, words, 16), torch.ones(2, words, dtype=torch.bool))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(2, frames, rows, columns, 8), torch.rand(2), text, keep=keep).sum().backward()
+    counted = counter.get_total_flops() / 2
+    claimed = model.train_flops((frames, rows, columns), words, None if keep is None else len(keep))
+    # Nothing is asked of what lies before the first adapter: a large part of three blocks.
+    assert claimed == pytest.approx(counted, rel=0.04 if case == "adapters" else 0.01)
+
+
+def test_running_means_do_not_depend_on_when_they_are_reported():
+    losses = torch.rand(150, generator=torch.Generator().manual_seed(0)).double().tolist()
+    whole, parts = running_means({}, losses, 150), {}
+    for first in range(0, 150, 7):
+        some = losses[first : first + 7]
+        parts = running_means(parts, some, first + len(some))
+    assert parts == whole
+    assert running_means({}, losses[:10], 10)["loss_ema_10"] == pytest.approx(sum(losses[:10]) / 10)
+    assert whole["loss_trend"] == pytest.approx(whole["loss_ema_10"] / whole["loss_ema_100"] - 1)
+    assert running_means({}, [], 1) == {}  # every step was skipped
+
+
+@pytest.mark.parametrize("objective", [
+    build_objective("ddpm", diffusion=DiffusionConfig()), build_objective("flow_matching"),
+    build_objective("flow_matching", flow_matching=FlowMatchingConfig(time="logit_normal", logit_mean=0.4, shift=2.0))])
+def test_fixed_times_are_quantiles_of_the_drawn_ones(objective):
+    many = torch.arange(20_001)
+    drawn = objective.draw_time(FixedTimes(0, 0, many, (many + 0.5) / 20_001))
+    random = objective.draw_time(Draws(3, 4, many)).sort().values
+    assert (drawn - random).abs().max() < 0.02
+    assert torch.equal(drawn, drawn.sort().values)
+
+
+def test_held_out_items_are_in_no_batch_and_stay_held_out_as_the_cache_grows():
+    small, large = listing((60, 9, 2, 2)), listing((90, 9, 2, 2))
+    video = VideoConfig(num_frames=4, image_fraction=0.5)
+    cases = ((small, 1), (large, 1), (small, 2))
+    plan, grown, other = (BatchPlan(cache, video, 4, seed, held_out=0.2) for cache, seed in cases)
+    held = set(plan.held_out.tolist())
+    assert 3 < len(held) < 25 and held == {i for i in grown.held_out.tolist() if i < 60} != set(other.held_out.tolist())
+    seen = {item for step in range(200) for item in plan.batch(step).items.tolist()}
+    assert seen == set(range(60)) - held, "all else is used, by clips and by pictures"
+    small.ids = [f"photo{i // 3}_c{i % 3}" for i in range(60)]
+    crops = BatchPlan(small, video, 4, 1, held_out=0.2).held_out.tolist()
+    assert crops and all({i - i % 3, i - i % 3 + 1, i - i % 3 + 2} <= set(crops) for i in crops)
+    with pytest.raises(ValueError, match=r"val_share 0.0001 holds 0 of the 60 items"):
+        BatchPlan(small, video, 4, 1, held_out=0.0001)
+
+
+def test_validation_is_fixed_and_touches_no_training(shop):
+    """The same weights give the same curve at any step and batch size; the training is the same with and without measuring."""
+    words = ["train.val_share=0.3", "train.val_samples=4", "train.max_steps=4", "train.save_every_steps=4", "num_workers=0"]
+    often = shop.train("often", *words, "train.val_every_steps=1")
+    rarely = shop.train("rarely", *words, "train.val_every_steps=4")
+    a, b = (checkpoint.read_tensors(checkpoint.latest(run) / "model.safetensors") for run in (often, rarely))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    last, same = records(often)[-1], records(rarely)[-1]
+    names = ["val_loss", "val_loss_ema", *(f"val_loss_q{i}" for i in range(1, QUANTILES + 1))]
+    assert [last[name] for name in names] == [same[name] for name in names]
+    assert last["val_loss"] == pytest.approx(sum(last[f"val_loss_q{i}"] for i in range(1, QUANTILES + 1)) / QUANTILES)
+    still = shop.train("still", *words, "train.val_every_steps=1", "train.lr=1e-30", "train.weight_decay=0")
+    curve = [record["val_loss"] for record in records(still)]
+    assert max(curve) - min(curve) < 1e-6 * curve[0] and len({record["loss"] for record in records(still)}) == 4
+    smaller = ["train.val_every_steps=4", "train.lr=1e-30", "train.batch_size=2", "train.grad_accum_steps=2"]
+    batched = shop.train("batched", *words, *smaller)
+    assert records(batched)[-1]["val_loss"] == pytest.approx(curve[0], rel=1e-6)
+
+
+def test_curves_are_drawn_where_their_values_are(shop, tmp_path, capsys):
+    run = shop.train("drawn", "train.val_every_steps=2", "train.val_share=0.3")
+    assert plot_run.main(["--runs", str(run), str(run / "metrics.jsonl"), "--out", str(tmp_path / "curves.png")]) == 0
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width == 920 and picture.height > 1000
+    rising = draw_curves({"a": [{"step": i, "loss_ema_100": float(i)} for i in range(11)]})
+    places = ((x, y) for x in range(62, rising.width) for y in range(40, rising.height))
+    blue = [place for place in places if rising.getpixel(place) == (31, 98, 180)]
+    (left, low), (right, high) = min(blue), max(blue)
+    assert low - high > 150 and right - left > 350
+    assert math.isclose((low + high) / 2, sum(y for _, y in blue) / len(blue), abs_tol=4)
+    (tmp_path / "bad.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    refused(capsys, plot_run.main, ["--runs", tmp_path / "bad.jsonl"], "bad.jsonl:2", "not a record")
+    refused(capsys, plot_run.main, ["--runs", tmp_path / "none"], "no metrics at", "run folder")
+    refused(capsys, plot_run.main, ["--runs", run, "--out", "x.jpg"], "--out", ".png")

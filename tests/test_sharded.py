@@ -1,0 +1,151 @@
+"""FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights, previews, files that are read by
+one process, by torch's own reader and by export, and damaged ones that are not."""
+
+import json
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_trainer import SPEC, learner, run_ranks, trained
+from tiny import Workshop
+
+from mmdit.experiment import load_pipeline
+from mmdit.scripts import export, train_t2v
+from mmdit.training import checkpoint
+from mmdit.training.distributed import process_group
+from mmdit.training.errors import RunError
+from mmdit.training.pipeline import SampleSettings
+from mmdit.training.stored import Stored
+
+ADAPTERS = ["lora.enabled=true", "lora.rank=3", "model.checkpointing=true", "train.lr=0.05", "train.sample_every_steps=2",
+            "train.sample_num_images=2", "train.val_every_steps=2", "train.val_share=0.3"]  # fmt: skip
+LR = 0.05  # of ADAPTERS: AdamW moves by about this much a step, however small a gradient and its rounding are
+POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "log_every_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Two runs on two processes: `poisoned` (the loop alone) and `adapters` (the command), beside the same on one."""
+    shop = Workshop(tmp_path_factory.mktemp("sharded"))
+    shop.train("base")
+    shop.words = [*ADAPTERS, f"train.init_from={shop.folder / 'runs/base'}"]
+    shop.train("adapters_alone", *shop.words)
+    for part in ("loop", "command"):
+        run_ranks(shop.folder, 2, __file__, part)
+    return shop
+
+
+def one_rank(folder: Path, part: str) -> None:
+    if part == "loop":
+        compiled = torch.compile
+        torch.compile = lambda function, **options: compiled(function, backend="eager", **options)
+        with process_group("cpu", timeout_minutes=1) as world:
+            state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as on a full disk
+            try:
+                checkpoint.save(folder / "full", checkpoint.Meta(4, {}, SPEC, "test"), state.files(), 0, world=world)
+            except RunError as error:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+                (folder / f"full{world.rank}.txt").write_text(str(error))
+    else:
+        words = ["parallel.type=fsdp", "train.batch_size=2", *ADAPTERS, f"train.init_from={folder / 'runs/base'}"]
+        train_t2v.main(Workshop(folder).train_words("adapters", *words))
+
+
+def newest(run):
+    return checkpoint.latest(run)
+
+
+def test_a_bad_step_is_skipped_by_every_shard_and_compiled_blocks_change_nothing(shop):
+    alone = trained(shop.folder / "alone", **POISONED)
+    weights = Stored(newest(shop.folder / "poisoned") / "model.safetensors")
+    assert not (newest(shop.folder / "poisoned") / "model.safetensors").exists()
+    for name, value in alone.learner.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    assert not torch.equal(weights["model.output.weight"], learner().state_dict()["model.output.weight"])
+    told = (shop.folder / "poisoned/metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["skipped"] for line in told) == 1
+
+
+def test_adapters_are_trained_drawn_with_and_stored_as_by_one_process(shop):
+    runs = [shop.folder / "runs" / name for name in ("adapters", "adapters_alone")]
+    lora, expected = (load_file(newest(run) / "lora.safetensors") for run in runs)
+    assert lora.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(lora[name], value, rtol=0, atol=1e-4 * LR)
+    last, same = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs)
+    for name in ("loss", "val_loss", "val_loss_ema", "grad_norm"):
+        assert last[name] == pytest.approx(same[name], rel=1e-5), name
+    for run in runs:
+        assert sorted(p.parent.name for p in run.glob("samples/*/grid.png")) == ["step_00000002", "step_00000003"]
+    assert not (runs[0] / "failures").exists()
+    names = {path.name for path in newest(runs[0]).iterdir()}
+    assert names == {"checkpoint.json", "ema", "lora.safetensors", "model", "optimizer"}
+
+
+def test_one_process_samples_exports_and_goes_on(shop):
+    run = shop.folder / "runs/adapters"
+    draw = lambda path: load_pipeline(path, "cpu")[0](["a red ring"], 48, 32, 1, SampleSettings(seed=1))  # noqa: E731
+    torch.testing.assert_close(draw(run), draw(shop.folder / "runs/adapters_alone"), rtol=0, atol=1e-5)
+    export.main(["--checkpoint", str(run), "--out", str(shop.folder / "one.safetensors"), "--dtype", "fp32"])
+    assert torch.equal(draw(shop.folder / "one.safetensors"), draw(run))
+    shutil.copytree(run, shop.folder / "runs/goes_on")
+    train_t2v.main([*shop.train_words("goes_on", *shop.words, "train.max_steps=5"), "--resume"])
+    whole = shop.train("whole", *shop.words, "train.max_steps=5")
+    gone_on = Stored(newest(shop.folder / "runs/goes_on") / "model.safetensors")
+    for name, value in Stored(newest(whole) / "model.safetensors").items():
+        torch.testing.assert_close(gone_on[name], value, rtol=0, atol=1e-4 * LR)
+
+
+def test_the_parts_are_what_torch_reads_itself(shop):
+    folder = newest(shop.folder / "poisoned")
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    for kind in ("model", "optimizer", "ema"):
+        stored = Stored(folder / f"{kind}.safetensors")
+        read = {name: torch.empty(shape, dtype=stored[name].dtype) for name, shape in stored.shapes.items()}
+        dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(folder / kind)), no_dist=True)
+        assert all(torch.equal(read[name], stored[name]) for name in stored)
+
+
+def test_a_full_disk_is_told_by_every_process_and_leaves_nothing(shop):
+    for rank in (0, 1):
+        message = (shop.folder / f"full{rank}.txt").read_text()
+        assert "could not save the checkpoint" in message and "step_00000004" in message and "--resume" in message, message
+    assert not list((shop.folder / "full/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["absent", "torn", "elsewhere", "huge", "negative", "shapes"])
+def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
+    run = shutil.copytree(shop.folder / "poisoned", tmp_path / "run")
+    part = sorted((newest(run) / "model").glob("*.safetensors"))[1]
+    with safe_open(part, "pt") as file:
+        header = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    tensors = load_file(part)
+    if damage == "absent":
+        part.unlink()
+    elif damage == "torn":
+        part.write_bytes(part.read_bytes()[:-9])
+    elif damage == "shapes":
+        (part.parent / "shapes.json").write_text("[]")
+    else:
+        place = {"elsewhere": [1], "huge": [10**15], "negative": [-4]}[damage]
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 1 and len(tensor))
+        header[name]["saved_offsets"] = place
+        save_file(tensors, part, {"DCP_SHARDING_INFO": json.dumps(header)})
+    before = newest(run)
+    assert checkpoint.step_of(before) == 3 and "passing over the damaged checkpoint" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="step_00000004/model.safetensors cannot be read"):
+        checkpoint.load_weights(before.with_name("step_00000004"))
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]), sys.argv[2])

@@ -81,6 +81,16 @@ def test_a_checkpoint(evil, tmp_path):
     folder = saved(tmp_path / "run", 2)
     evil(folder / "optimizer.safetensors")
     assert checkpoint.latest(tmp_path / "run") is None
+    folder = saved(tmp_path / "run", 3)
+    (folder / "model.safetensors").unlink()  # parts of a sharded training instead, and what torch would keep beside its own
+    (folder / "model").mkdir()
+    for name in ("shard-00001-model-00001-of-00001.safetensors", ".metadata", "__0_0.distcp"):
+        evil(folder / "evil").rename(folder / "model" / name)
+    for shapes in ("{}", "[" * 10_000, '{"w": [-1]}', '{"w": 1e400}'):
+        (folder / "model" / "shapes.json").write_text(shapes)
+        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+            checkpoint.load_weights(folder)
+    assert checkpoint.latest(tmp_path / "run") is None
     evil(folder / "checkpoint.json")
     with pytest.raises(ValueError, match="checkpoint.json cannot be read|no checkpoint"):
         checkpoint.load_weights(folder)

@@ -105,7 +105,7 @@ def test_the_report_counts_what_is_used_cropped_repeated_left_out_and_skipped(tm
 def test_crop_coordinates_are_stored_for_every_crop(images, tmp_path):  # noqa: F811
     run(images, tmp_path / "cache", preprocess=PreprocessConfig("shifted", num_crops=2))
     cache = open_cache(tmp_path / "cache")
-    for source, file in zip(cache.sources, cache._files, strict=True):
+    for source, file in zip(cache.sources, cache._columns.files, strict=True):
         left, top, right, bottom = source["crop"]
         assert (right - left, bottom - top) == (40, 40) and right <= source["size"][0] and bottom <= source["size"][1]
         assert torch.load(tmp_path / "cache" / file, weights_only=True)["source"] == source

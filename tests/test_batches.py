@@ -15,7 +15,7 @@ from mmdit.interfaces import LatentSpec
 def listing(*groups):
     """A stand-in for an opened cache: (count, frames, rows, columns) per group."""
     shapes = torch.tensor([[frames, rows, columns, 3] for count, frames, rows, columns in groups for _ in range(count)])
-    return SimpleNamespace(shapes=shapes, ids=[f"clip{i}" for i in range(len(shapes))], folder="somewhere", sources=[])
+    return SimpleNamespace(shapes=shapes, ids=[f"clip{i}" for i in range(len(shapes))], folder="somewhere", rates=set())
 
 
 @pytest.fixture(scope="module")

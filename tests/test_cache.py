@@ -16,11 +16,12 @@ from PIL import Image
 from torch.nn import functional
 
 from mmdit.data.buckets import BucketingConfig, VideoConfig
-from mmdit.data.cache import CacheWriter, latent_statistics, open_cache
+from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.caching import cache_latents
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import read_records
+from mmdit.data.statistics import latent_statistics
 from mmdit.interfaces import LatentSpec
 
 VIDEO = VideoConfig(32, 32)

@@ -97,7 +97,7 @@ class BatchPlan:
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
         self.video, self.global_batch, self.seed = video, global_batch, seed
-        rates = {source["fps"] for source in cache.sources if "fps" in source} - {video.fps}
+        rates = cache.rates - {video.fps}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")

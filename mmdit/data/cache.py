@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.manifest import CacheManifest, no_link, write_aside
+from mmdit.data.manifest import CacheManifest, lock, no_link, write_aside
+from mmdit.data.packed import Columns, damage_of, is_packed, read_index
 from mmdit.data.records import check_id
 
 THREADS = 4  # that write files; making a file waits more than it computes
@@ -157,8 +158,11 @@ class CacheWriter:
     def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
         self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
+        if is_packed(self.folder):
+            raise ValueError(f"{self.folder} is a packed cache; add items to the cache it was packed from, then run "
+                             "mmdit.scripts.pack_cache again")
         self._index = no_link(self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")).open("ab")
-        self._lock()
+        lock(self._index)
         self._threads = ThreadPoolExecutor(THREADS, "cache-files")
         if (self.folder / "manifest.json").exists():
             CacheManifest.read(self.folder).check(self.folder, manifest)
@@ -175,18 +179,6 @@ class CacheWriter:
             self._index.write(b"\n")  # ends a line torn by a kill
         self.entries, rebuilt, _ = _read_entries(self.folder, manifest.spec.channels)
         self._append(rebuilt)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock, and nothing else depends on it
-            return
-        try:
-            fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self._index.name}; wait for it, or use another folder") from None
-        except OSError:
-            pass  # a file system without locks
 
     def _place(self, size: tuple[int, int]) -> Path:
         """The folder of this size, made."""
@@ -269,20 +261,24 @@ class CacheWriter:
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-class LatentCache:
-    """An opened cache: `ids`, `captions`, `facts` and `shapes (N, 4)` int64 (frames, rows, columns, channels), sorted by id: an
-    item's number does not depend on who wrote it when."""
+def _columns(entries: dict[str, dict]) -> Columns:
+    ordered = [entries[id] for id in sorted(entries)]
+    shapes = np.array([entry["shape"] for entry in ordered], np.int64).reshape(-1, 4)
+    places = np.array([(entry["bytes"], entry["offset"], entry["crc"]) for entry in ordered], np.int64).reshape(-1, 3)
+    ids, captions, files = ([entry[name] for entry in ordered] for name in ("id", "caption", "file"))
+    facts, sources = ([entry.get(name) or {} for entry in ordered] for name in ("facts", "source"))
+    rates = {source["fps"] for source in sources if "fps" in source}
+    return Columns(ids, captions, facts, sources, files, torch.from_numpy(shapes), torch.from_numpy(places), rates)
 
-    def __init__(self, folder: Path, manifest: CacheManifest, entries: dict[str, dict]):
-        self.folder, self.manifest = folder, manifest
-        ordered = [entries[id] for id in sorted(entries)]
-        self.ids = [entry["id"] for entry in ordered]
-        self.captions = [entry["caption"] for entry in ordered]
-        self.facts = [entry.get("facts") or {} for entry in ordered]
-        self.sources = [entry.get("source") or {} for entry in ordered]
-        self.shapes = torch.from_numpy(np.array([entry["shape"] for entry in ordered], np.int64).reshape(-1, 4))
-        self._files = [entry["file"] for entry in ordered]
-        self._places = np.array([(entry["bytes"], entry["offset"], entry["crc"]) for entry in ordered], np.int64).reshape(-1, 3)
+
+class LatentCache:
+    """An opened cache, packed or not: `ids`, `captions`, `facts` and `shapes (N, 4)` int64 (frames, rows, columns, channels),
+    sorted by id: an item's number does not depend on who wrote it when. The texts of a packed one are read when asked for."""
+
+    def __init__(self, folder: Path, manifest: CacheManifest, columns: Columns):
+        self.folder, self.manifest, self._columns = folder, manifest, columns
+        self.ids, self.captions, self.facts, self.sources = columns.ids, columns.captions, columns.facts, columns.sources
+        self.shapes, self.rates = columns.shapes, columns.rates
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -292,11 +288,16 @@ class LatentCache:
         """Of all latents."""
         return int(self.shapes.prod(1).sum()) * 2
 
+    def crcs(self, items: range) -> list[int]:
+        """CRC-32 of the latents of these items, as the index has them."""
+        return self._columns.places[items.start : items.stop, 2].tolist()
+
     def load(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`, read without the rest."""
-        path, shape = f"{self.folder}/{self._files[index]}", self.shapes[index].tolist()
+        """Latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`, read without the rest. ValueError names a
+        damaged file or shard."""
+        path, shape = f"{self.folder}/{self._columns.files[index]}", self.shapes[index].tolist()
         stop = shape[0] if stop is None else stop
-        size, offset, crc = self._places[index].tolist()
+        size, offset, crc = self._columns.places[index].tolist()
         frame = shape[1] * shape[2] * shape[3]
         try:
             with open(path, "rb", buffering=0) as file:
@@ -307,7 +308,9 @@ class LatentCache:
             if whole and (stop - start < shape[0] or zlib.crc32(numbers) == crc):
                 return torch.from_numpy(numbers).view(-1, *shape[1:])
         except OSError:
-            pass  # explained by load_item
+            pass  # explained below
+        if not path.endswith(".pt"):
+            raise damage_of(path, size, self.ids[index])
         latents = load_item(path, self.manifest.spec.channels)["latents"]  # replaced by hand or damaged: read it in full
         if list(latents.shape) != shape:
             raise ValueError(f"cache file {path} has shape {tuple(latents.shape)}, the index says {tuple(shape)}; delete "
@@ -322,28 +325,12 @@ def open_cache(folder: str | Path, wanted: CacheManifest | None = None) -> Laten
     manifest = CacheManifest.read(folder)
     if wanted is not None:
         manifest.check(folder, wanted)
+    if is_packed(folder):
+        return LatentCache(folder, manifest, read_index(folder))
     entries, _, lost = _read_entries(folder, manifest.spec.channels)
     if lost:
         raise ValueError(f"{len(lost)} items of the cache {folder} have lost their files (the first is {lost[0]!r}); run "
                          "the caching command again to make them anew, or delete index*.jsonl to go on without them")
     if not entries:
         raise ValueError(f"the cache {folder} holds no item; run the caching command that made its manifest again")
-    return LatentCache(folder, manifest, entries)
-
-
-def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
-    """Per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over all channels together (the single
-    factor of latent diffusion, Rombach et al. 2022). Merged item by item in float64 (Chan et al. 1983), so exact."""
-    count = min(len(cache), max_items or len(cache))
-    chosen = torch.linspace(0, len(cache) - 1, count, dtype=torch.float64).round().long().tolist()
-    values, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()  # squares: sum of squared deviations
-    for index in tqdm(chosen, desc="reading latents", unit="item", disable=count < 1000):
-        rows = cache.load(index).double().flatten(0, 2)
-        delta = rows.mean(0) - mean
-        total = values + len(rows)
-        squares = squares + (rows - rows.mean(0)).square().sum(0) + delta.square() * (values * len(rows) / total)
-        mean, values = mean + delta * (len(rows) / total), total
-    variance = squares / values
-    overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
-    std, scale = variance.sqrt(), 1 / float(overall)
-    return {"items": count, "values": values, "mean": mean.tolist(), "std": std.tolist(), "scale": scale}
+    return LatentCache(folder, manifest, _columns(entries))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
 from mmdit.data.cache import CacheWriter, load_item, to_half
-from mmdit.data.frames import PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
+from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
 from mmdit.data.manifest import CacheManifest, write_aside
 from mmdit.data.records import Kind, Record
 from mmdit.data.videos import read_video
@@ -94,11 +94,8 @@ class _Decode(Dataset):
         for record in records:
             try:
                 crops = self.crops(record)
-            except FileNotFoundError:
-                skipped.append({"id": record.id, "path": record.path, "reason": "file not found"})
             except Exception as error:  # decoders raise almost anything on damaged files; the list says what
-                reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-                skipped.append({"id": record.id, "path": record.path, "reason": reason})
+                skipped.append({"id": record.id, "path": record.path, "reason": reason_of(error)})
             else:
                 same += self.preprocess.num_crops - len(crops)
                 for pixels, meta in crops:
@@ -112,12 +109,8 @@ class _Decode(Dataset):
         for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
             if number == 0:
                 source, target = image.size, self.choose(image.size)
-                for crop in range(self.preprocess.num_crops):
-                    box = crop_box(source, target, self.preprocess, record.id, crop)
-                    if all(max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5 for other in boxes.values()):
-                        boxes[crop] = box
-            elif image.size != source:
-                raise ValueError(f"frames of different sizes: {name} is {image.size}, the first is {source}")
+                boxes = boxes_of(source, target, self.preprocess, record.id)
+            check_frame(name, image.size, source)
             frames.append([cut(image, box, target) for box in boxes.values()])
         origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
         origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
@@ -128,6 +121,29 @@ class _Decode(Dataset):
                   origin | {"crop": [round(side, 3) for side in box]}))
             for i, (crop, box) in enumerate(boxes.items())
         ]  # fmt: skip
+
+
+def reason_of(error: Exception) -> str:
+    """Why a source is skipped, in words."""
+    if isinstance(error, FileNotFoundError):
+        return "file not found"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
+    """Crop number → box, for every crop that does not repeat an earlier one."""
+    boxes: dict[int, Box] = {}
+    for crop in range(preprocess.num_crops):
+        box = crop_box(source, target, preprocess, id, crop)
+        if all(max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5 for other in boxes.values()):
+            boxes[crop] = box
+    return boxes
+
+
+def check_frame(name: str, size: Size, first: Size) -> None:
+    """ValueError for a frame that is not of its clip's size."""
+    if size != first:
+        raise ValueError(f"frames of different sizes: {name} is {size}, the first is {first}")
 
 
 def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Image.Image]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
@@ -16,13 +18,14 @@ from mmdit.interfaces import LatentSpec, Tokenizer
 FORMAT = 1
 
 
-def write_aside(path: Path, data: bytes | memoryview, writer: str = "0-0") -> None:
-    """All of `data` at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs between those that
-    write at the same time."""
+def write_aside(path: Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
+    """All of `data`, perhaps in pieces, at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs
+    between those that write at the same time."""
     aside = path.with_name(f".writing-{writer}.tmp")
     try:
         aside.unlink(missing_ok=True)  # of a killed process; never written through, if it is a link
-        aside.write_bytes(data)
+        with aside.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -34,6 +37,20 @@ def no_link(path: Path) -> Path:
     if path.is_symlink():
         raise ValueError(f"{path} is a link; a cache writes into its own folder only: replace it by what it leads to")
     return path
+
+
+def lock(file: IO) -> None:
+    """Holds `file` until it is closed; ValueError if another process does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, and nothing else depends on it
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {file.name}; wait for it, or use another folder") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from mmdit.data.clips import usable_frames
 EXAMPLES = 5
 
 
-def data_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
-    """JSON-able. Sizes are (width, height) in pixels; shares are from 0 to 1; every list of examples is of the worst first."""
+def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
+    """JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not repetitions. Sizes are
+    (width, height) in pixels; shares are from 0 to 1; every list of examples is of the worst first."""
     spatial = cache.manifest.spec.spatial
     groups = []
     for row in plan.table():
         rows, columns = row.pop("grid")
-        groups.append({"size": [columns * spatial, rows * spatial], **row})
+        fill = 1 - row["repeats"] / (row["batches"] * plan.global_batch)
+        groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
     places = sum(row["batches"] for row in groups) * plan.global_batch
     repeats = sum(row["repeats"] for row in groups)
     return {
@@ -92,3 +94,31 @@ def _skipped(folder: Path) -> dict:
         rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     reasons = Counter(row["reason"].partition(":")[0] for row in rows)
     return {"items": len(rows), "reasons": dict(reasons.most_common()), "examples": rows[:EXAMPLES]}
+
+
+def report_text(report: dict) -> str:
+    """For people: what `cache_report` found."""
+    lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
+    lines += [f"made from {report['made_from']}"] if report["made_from"] else []
+    for row in report["groups"]:
+        size = "{}x{}".format(*row["size"])
+        lines.append(f"  {row['steps']} {size}, {row['frames']} frames: {row['items']} items, {row['batches']} batches of "
+                     f"{report['global_batch']} an epoch, {row['fill']:.1%} filled without repetition")
+    for name, row in report["epochs"].items():
+        lines.append(f"  {name}: {row['steps']} steps are {row['epochs']:g} epochs of {row['steps_an_epoch']} steps")
+    frames, crops, captions = report["frames"], report["cropped"], report["captions"]
+    lines.append(f"frames: {frames['shortest']} to {frames['longest']}, median {frames['median']}")
+    still = frames["not_moved_by_jitter"]
+    lines += [f"temporal_jitter moves no frame of {still} clips: their frames lie less than 3 apart"] if still else []
+    if crops["items"]:
+        lines.append(f"pixels kept: {crops['mean_kept']:.1%} on average, {crops['least_kept']:.1%} at least; below 80 %: "
+                     f"{crops['items_below_80_percent']}; enlarged: {crops['enlarged']}")
+        lines += [f"  {row['id']} {row['size'][0]}x{row['size'][1]}: {row['kept']:.1%} kept" for row in crops["examples"]]
+    words = captions["words"]
+    lines.append(f"captions: {captions['captions']}, {captions['empty']} of them empty, {captions['items_with_several']} items "
+                 f"have several; words: median {words['median']}, 95 % at most {words['p95']}, longest {words['longest']}")
+    lines += [report["left_out"]["why"]] if report["left_out"]["items"] else []
+    skipped = report["skipped_when_cached"]
+    lines += [f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()]
+    lines += [f"contact sheet: {report['sheet']}"] if "sheet" in report else []
+    return "\n".join(lines)

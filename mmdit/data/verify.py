@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from mmdit.data.cache import THREADS, load_item
 from mmdit.data.manifest import CacheManifest
+from mmdit.data.packed import is_packed
+from mmdit.data.packing import verify_packed
 
 
 def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
@@ -31,10 +33,12 @@ def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
 
 
 def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
-    """(files looked at, damage found): rows `{"file", "problem", "delete"}`, the last true where deleting the file lets the
-    caching command make it anew. ValueError: no cache."""
+    """(files or, of a packed cache, shards looked at; damage found): rows `{"file", "problem", "delete"}`, the last true where
+    deleting the file lets the caching command make it anew. ValueError: no cache."""
     folder = Path(folder)
     manifest = CacheManifest.read(folder)
+    if is_packed(folder):
+        return verify_packed(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt") if not path.name.startswith("."))
     damage: list[dict] = []
     entries: dict[str, dict] = {}

@@ -7,7 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdit.data.cache import latent_statistics, open_cache
+from mmdit.data.cache import open_cache
+from mmdit.data.statistics import latent_statistics
 from mmdit.scripts import friendly
 
 
@@ -19,12 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with friendly():
         stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
-        print(f"# {stats['items']} items, {stats['values']} values a channel; channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}")
+        print(f"# {stats['items']} items, {stats['values']} values a channel; "
+              f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}")
         if args.save:
             Path(args.save).write_text(json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:
-            print(f"# per-channel statistics are better: --save latent_stats.json\ntokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.4f}")
+            print("# per-channel statistics are better: --save latent_stats.json\n"
+                  f"tokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.4f}")
     return 0
 
 

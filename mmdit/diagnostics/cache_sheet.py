@@ -1,0 +1,51 @@
+"""A contact sheet of what a cache holds: samples of every size, decoded, so that one sees what the model will be shown."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmdit.data.cache import LatentCache
+from mmdit.interfaces import Tokenizer
+from mmdit.training.media import contact_sheet
+
+CELL = 160  # pixels, the side of the square that a frame is fitted into
+FRAMES = 8  # of a clip, at most
+
+
+def spread(cache: LatentCache, count: int) -> list[int]:
+    """Numbers of `count` items (all, if there are fewer): every size in turn, evenly over the items of each."""
+    sizes, inverse = torch.unique(cache.shapes[:, 1:3], dim=0, return_inverse=True)
+    groups = [torch.nonzero(inverse == number).flatten() for number in range(len(sizes))]
+    chosen: list[int] = []
+    for place, group in enumerate(sorted(groups, key=len)):  # what small groups leave goes to larger ones
+        wanted = min(len(group), -(-(count - len(chosen)) // (len(groups) - place)))
+        chosen += group[torch.linspace(0, len(group) - 1, wanted, dtype=torch.float64).round().long()].tolist()
+    return chosen
+
+
+def _fitted(pixels: Tensor) -> Tensor:
+    """`(F, 3, H, W)` scaled to fit into a white square of `CELL` pixels."""
+    scale = CELL / max(pixels.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
+    small = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+    return F.pad(small, (0, CELL - width, 0, CELL - height), value=1.0)
+
+
+def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.Image:
+    """`count` items with id, size and caption; clips as strips of up to 8 frames, evenly over their length. Each frame is
+    decoded alone, as tokenizers here encode it. ValueError: a damaged item."""
+    items = spread(cache, count)
+    shown = min(FRAMES, int(cache.shapes[items, 0].max()))
+    cells, texts = [], []
+    for item in items:
+        latents = cache.load(item)
+        chosen = torch.linspace(0, len(latents) - 1, shown).round().long()
+        with torch.inference_mode():
+            pixels = tokenizer.decode(latents[chosen][None].float())[0].float().cpu()
+        cells.append(_fitted(pixels))
+        frames = f", {len(latents)} frames" if len(latents) > 1 else ""
+        texts.append(f"{cache.ids[item]} {pixels.shape[-1]}x{pixels.shape[-2]}{frames}: {cache.captions[item]}")
+    return contact_sheet(torch.stack(cells), texts, max(1, 8 // shown), CELL)

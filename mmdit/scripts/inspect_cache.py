@@ -1,0 +1,52 @@
+"""Look at a cache before training: sizes, counts, what is cropped, repeated and left out, captions; decoded samples as PNG.
+
+    python -m mmdit.scripts.inspect_cache --config my.yaml --cache_dir data/cache/mine [--sheet sheet.png] [--json]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from mmdit.data.batches import BatchPlan
+from mmdit.data.cache import open_cache
+from mmdit.data.manifest import CacheManifest
+from mmdit.data.report import cache_report, report_text
+from mmdit.diagnostics.cache_sheet import cache_sheet
+from mmdit.experiment import load_experiment_config
+from mmdit.scripts import friendly
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training.distributed import choose_device
+from mmdit.training.media import save_image
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser.add_argument("--cache_dir", type=Path, required=True, help="packed or not")
+    parser.add_argument("--processes", type=int, default=1, help="of torchrun; the global batch grows with them [1]")
+    parser.add_argument("--sheet", type=Path, help="the contact sheet, a PNG [sheet.png in the cache folder]")
+    parser.add_argument("--samples", type=int, default=32, help="on the sheet, of every size; 0: no sheet [32]")
+    parser.add_argument("--device", default="auto", help="that decodes: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        if args.processes < 1:
+            raise ValueError(f"--processes is {args.processes}, must be at least 1")
+        sheet = args.sheet or args.cache_dir / "sheet.png"
+        if sheet.suffix.lower() != ".png" or args.samples < 0:
+            raise ValueError(f"--sheet is {sheet} and --samples {args.samples}; must end with .png, and be at least 0")
+        config = load_experiment_config(args.config, args.overrides)
+        tokenizer = build_tokenizer(config.tokenizer, choose_device(args.device))
+        wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
+        cache, train = open_cache(args.cache_dir, wanted), config.train
+        plan = BatchPlan(cache, config.video, train.batch_size * train.grad_accum_steps * args.processes, config.seed)
+        report = cache_report(cache, plan, train.max_steps)
+        if args.samples:
+            report["sheet"] = str(save_image(cache_sheet(cache, tokenizer, args.samples), sheet))
+        print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

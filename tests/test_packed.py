@@ -1,0 +1,167 @@
+"""A packed cache gives the batches of the cache it was packed from, bit for bit; killed, damaged or grown, it says so."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cache import MeanPixels, contents
+
+from mmdit.data import packing
+from mmdit.data.batches import BatchPlan, LatentBatches
+from mmdit.data.buckets import BucketingConfig, VideoConfig
+from mmdit.data.cache import CacheWriter, open_cache
+from mmdit.data.manifest import CacheManifest
+from mmdit.data.packed import INDEX, read_shard
+from mmdit.data.verify import verify_cache
+from mmdit.scripts.pack_cache import main
+
+VIDEO = VideoConfig(32, 32, num_frames=3, image_fraction=0.4, temporal_jitter=1, frame_stride=3, fps=8)
+MANIFEST = CacheManifest.of(MeanPixels(), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16))))
+
+
+def add(folder, names):
+    with CacheWriter(folder, MANIFEST) as writer:
+        for i, name in enumerate(names):
+            facts = {"captions": ["猫 one", "two\nlines"]} if i % 2 else {}
+            source = {"size": [9, 9], "crop": [0, 0, 9, 9], "fps": 8.0} if i % 3 else {}
+            latents = torch.randn(7 + i % 5, *((2, 2) if i % 4 else (1, 3)), 3)
+            writer.add(name, latents, "" if i == 2 else f"caption {i}", facts, source)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return add(tmp_path / "cache", [f"猫{i:02}" if i % 2 else f"item {i}" for i in range(25)])
+
+
+def pack(cache, shard_bytes=1500):
+    return packing.pack_cache(cache, cache.parent / "packed", shard_bytes)
+
+
+def steps(folder, **options):
+    opened = open_cache(folder, MANIFEST)
+    batches = LatentBatches(opened, BatchPlan(opened, VIDEO, 6, seed=3), **options)
+    return [batch for step in range(12) for batch in batches.step(step)]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_are_bit_equal_to_those_of_the_unpacked_cache(cache, in_memory):
+    assert pack(cache)["shards"] > 2
+    mine, theirs = (steps(folder, in_memory=in_memory) for folder in (cache.parent / "packed", cache))
+    for packed, plain in zip(mine, theirs, strict=True):
+        assert torch.equal(packed.latents.view(torch.int16), plain.latents.view(torch.int16))
+        assert (packed.captions, packed.ids, packed.facts) == (plain.captions, plain.ids, plain.facts)
+    packed, plain = open_cache(cache.parent / "packed"), open_cache(cache)
+    assert list(packed.sources) == plain.sources and packed.rates == plain.rates == {8.0} and packed.ids[-1] == plain.ids[-1]
+    assert verify_cache(cache.parent / "packed") == (pack(cache)["shards"], [])
+
+
+def test_worker_processes_read_a_packed_cache(cache):
+    pack(cache)
+    opened = open_cache(cache.parent / "packed")
+    batches = LatentBatches(opened, BatchPlan(opened, VIDEO, 6, seed=3), in_memory=False, num_workers=1)
+    for made, known in zip(batches.iterate(0, 3), range(3), strict=True):
+        assert torch.equal(made[0].latents, batches.step(known)[0].latents)
+
+
+def test_a_shard_is_a_plain_safetensors_file_that_holds_everything(cache):
+    pack(cache)
+    opened, found = open_cache(cache), {}
+    for path in sorted((cache.parent / "packed").glob("shard-*")):
+        tensors = load_file(path)
+        lines = [json.loads(line) for line in tensors.pop(".texts").numpy().tobytes().splitlines()]
+        assert tensors.keys() == {row["id"] for row in read_shard(path)} and len(lines) == len(tensors)
+        found |= tensors
+    assert found.keys() == set(opened.ids)
+    assert all(torch.equal(found[id], opened.load(i)) for i, id in enumerate(opened.ids))
+
+
+def test_packing_again_writes_only_what_changed(cache):
+    made = pack(cache)
+    out, before = cache.parent / "packed", contents(cache.parent / "packed")
+    assert made["written"] == made["shards"] and pack(cache)["written"] == 0 and contents(out) == before
+    (out / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is missing.*pack_cache again"):
+        open_cache(out)
+    (out / INDEX).unlink()
+    with pytest.raises(ValueError, match="packing was not finished"):
+        open_cache(out)
+    assert pack(cache)["written"] == 1 and contents(out) == before
+    with CacheWriter(cache, MANIFEST) as writer:
+        plain = open_cache(cache)
+        writer.add("猫23", plain.load(24), "caption 99", plain.facts[24], plain.sources[24])  # of the same length
+    assert pack(cache)["written"] == 1 and open_cache(out).captions[24] == "caption 99"
+    packing.pack_cache(cache, out, 1 << 20)
+    assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(open_cache(out)) == 25
+
+
+def test_a_damaged_shard_or_index_is_named(cache):
+    pack(cache)
+    out = cache.parent / "packed"
+    shard, index = out / "shard-00001.safetensors", out / INDEX
+    row = read_shard(shard)[1]
+    good, columns = shard.read_bytes(), index.read_bytes()
+    bad = bytearray(good)
+    bad[row["offset"] + 3] ^= 4
+    shard.write_bytes(bad)
+    opened = open_cache(out)
+    with pytest.raises(ValueError, match=f"shard-00001.safetensors is damaged: the check sum of item '{row['id']}' is wrong"):
+        opened.load(opened.ids.index(row["id"]))
+    (found,) = verify_cache(out)[1]
+    assert found["file"] == shard.name and f"item '{row['id']}': its check sum is wrong; delete it and run" in found["problem"]
+    shard.write_bytes(good[:-50])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged: it has \d+ bytes, the index .* says"):
+        open_cache(out)
+    assert {row["file"] for row in verify_cache(out)[1]} == {shard.name}
+    shard.write_bytes(good)
+    for bad in (columns[:1000], columns[:12] + b"\xff" + columns[13:], b""):
+        index.write_bytes(bad)
+        with pytest.raises(ValueError, match=f"{INDEX} is damaged"):
+            open_cache(out)
+    head = 8 + int.from_bytes(columns[:8], "little")
+    index.write_bytes(columns[:head] + bytes(byte ^ 64 for byte in columns[head:]))
+    with pytest.raises(ValueError, match=f"{INDEX} is damaged"):
+        open_cache(out)
+    assert [row["file"] for row in verify_cache(out)[1]] == [INDEX]
+
+
+def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
+    """SIGKILL while the shard number `at` is being written, then the same command again."""
+    pack(cache)
+    expected = contents(cache.parent / "packed")
+    script = ("import os, signal, sys; from mmdit.data import packing; first = packing._shard\n"
+              "def shard(cache, part, *rest):\n for n, piece in enumerate(first(cache, part, *rest)):\n"
+              "  yield piece\n  if part.start >= int(sys.argv[3]) and n == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "packing._shard = shard; packing.pack_cache(sys.argv[1], sys.argv[2], 1500)")  # fmt: skip
+    for at in (0, 5, 15):
+        out = cache.parent / f"killed{at}"
+        killed = subprocess.run([sys.executable, "-c", script, cache, out, str(at)], cwd=Path(__file__).parents[1])
+        assert killed.returncode == -signal.SIGKILL and list(out.glob(".writing-*"))
+        with pytest.raises(ValueError, match="packing was not finished|is no latent cache|holds no item"):
+            open_cache(out)
+        whole = len(list(out.glob("shard-*")))
+        made = packing.pack_cache(cache, out, 1500)
+        assert made["written"] == made["shards"] - whole and contents(out) == expected
+
+
+def test_other_folders_are_refused(cache, tmp_path, capsys):
+    pack(cache)
+    with pytest.raises(ValueError, match="holds an unpacked cache"):
+        packing.pack_cache(cache, cache)
+    with pytest.raises(ValueError, match="is a packed cache; add items to the cache it was packed from"):
+        CacheWriter(tmp_path / "packed", MANIFEST)
+    other = CacheManifest.of(MeanPixels("another"), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16))))
+    with CacheWriter(tmp_path / "other", other) as writer:
+        writer.add("__metadata__", torch.zeros(1, 2, 2, 3), "")
+    with pytest.raises(ValueError, match="made with other settings"):
+        packing.pack_cache(tmp_path / "other", tmp_path / "packed")
+    with pytest.raises(SystemExit):
+        main(["--cache_dir", str(tmp_path / "other"), "--out_dir", str(tmp_path / "new")])
+    assert "give that item another id" in capsys.readouterr().err
+    assert main(["--cache_dir", str(cache), "--out_dir", str(tmp_path / "new2")]) == 0
+    assert "25 items" in capsys.readouterr().out

@@ -7,12 +7,11 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdit.data.batches import BatchPlan
 from mmdit.data.cache import open_cache
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.report import cache_report, report_text
 from mmdit.diagnostics.cache_sheet import cache_sheet
-from mmdit.experiment import load_experiment_config
+from mmdit.experiment import build_plan, load_experiment_config
 from mmdit.scripts import friendly
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
@@ -39,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_experiment_config(args.config, args.overrides)
         tokenizer = build_tokenizer(config.tokenizer, choose_device(args.device))
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
-        cache, train = open_cache(args.cache_dir, wanted), config.train
-        plan = BatchPlan(cache, config.video, train.batch_size * train.grad_accum_steps * args.processes, config.seed)
-        report = cache_report(cache, plan, train.max_steps)
+        cache = open_cache(args.cache_dir, wanted)
+        plan = build_plan(config, cache, args.processes)
+        report = cache_report(cache, plan, config.train.max_steps)
         if args.samples:
             report["sheet"] = str(save_image(cache_sheet(cache, tokenizer, args.samples), sheet))
         print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report))

@@ -27,8 +27,8 @@ class Learner(nn.Module):
         self._flops: dict[tuple, int] = {}
 
     def compile_model(self) -> None:
-        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where no
-        working compiler is installed torch warns once and the blocks run as they are."""
+        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where
+        no working compiler is installed torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
         self.compiled = True

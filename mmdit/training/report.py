@@ -129,8 +129,8 @@ class Reporter:
             raise RunError(
                 f"{skipped} of the last {len(bad)} steps up to step {step} had a non-finite loss or gradient and were skipped "
                 f"(limit train.max_skipped_steps = {self.config.max_skipped_steps}); their items are in "
-                f"{self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr (now {values['lr']:.2e}), use "
-                "train.precision: fp32, or look at the latents of these items"
+                f"{self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr (now {values['lr']:.2e}), "
+                "use train.precision: fp32, or look at the latents of these items"
             )
 
     def _record_skipped(self, last_step: int, window: Window) -> None:

@@ -72,8 +72,8 @@ class TrainConfig:
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:
-            raise ConfigError("sample_prompts", f"is empty but sample_every_steps is {self.sample_every_steps}; write a prompt or "
-                              "set it to 0")
+            raise ConfigError("sample_prompts", f"is empty but sample_every_steps is {self.sample_every_steps}; write a prompt "
+                              "or set it to 0")
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup_steps, self.lr_schedule, self.lr_final, self.max_steps)

@@ -5,7 +5,6 @@ Layouts differ in names only, one to one. High and low expert of a pair cannot b
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -18,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdit.interop.files import INDEX, Checkpoint
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.weights import INDEX, Checkpoint, fill
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
@@ -179,29 +178,9 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
         raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
     with torch.device("meta"):
         model = WanDiT(config)
-    own = dict(model.named_parameters())
-    _compare(shapes, {name: tuple(p.shape) for name, p in own.items()}, place, config)
-    for name, tensor in stored.tensors():
-        module, _, leaf = names[name].rpartition(".")
-        tensor = tensor.to(device=device, dtype=WanDiT.stored_dtype(names[name], dtype), copy=True)
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor))
-    return model.eval()
-
-
-def _compare(shapes: dict, own: dict, place: Path, config: WanConfig) -> None:
-    problems = []
-    foreign = [name for name in shapes if name not in own and not name.endswith("norm_added_q.weight")]  # Diffusers ignores it
-    unknown = {name: difflib.get_close_matches(name, own, 1) for name in foreign}
-    if missing := [name for name in own if name not in shapes]:
-        problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")
-    if unknown:
-        name, near = next(iter(unknown.items()))
-        problems.append(f"holds {len(unknown)} unknown tensors, first {name}" + (f" (near {near[0]})" if near else ""))
-    if wrong := [n for n in own if n in shapes and shapes[n] != own[n]]:
-        name = wrong[0]
-        problems.append(f"holds {len(wrong)} tensors of another shape, first {name} {shapes[name]} where {own[name]} belongs")
-    if problems:
-        raise ValueError(f"{place}, read as {config.variant}, {' and '.join(problems)}")
+    ignored = tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))  # as Diffusers does
+    return fill(model, stored, names, f"{place}, read as {config.variant},", device,
+                lambda name: WanDiT.stored_dtype(name, dtype), ignored)  # fmt: skip
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

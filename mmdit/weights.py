@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
+SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: ob
     tensor is read at a time. It comes back in evaluation. ValueError, in one sentence: some lack, are unknown or misshapen."""
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
+    if scales := [name for name in stored.entries if SCALES.search(name)]:
+        raise ValueError(f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
     problems = []
     if missing := [name for name in own if name not in shapes]:
         problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")

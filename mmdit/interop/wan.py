@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit.models.wan import WanConfig, WanDiT
-from mmdit.weights import INDEX, Checkpoint, fill
+from mmdit.weights import INDEX, SCALES, Checkpoint, fill
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
 
 EXPERT_FOLDERS = {"high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
@@ -169,8 +168,6 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     place = locate(path, expert)
     stored = Checkpoint(place)
     names, _, _ = official_names(list(stored.entries))
-    if scales := [name for name in names if SCALES.search(name)]:
-        raise ValueError(f"{place} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     inferred = infer_config(shapes, place)
     config = read_config(place, inferred) if place.is_dir() else inferred

@@ -96,8 +96,11 @@ class BatchPlan:
     def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int, held_out: float = 0.0):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
+        spec = cache.manifest.spec
+        rate, video = video.fps, video.in_latents(spec) if spec.temporal > 1 else video
+        self.aligned = video.num_frames if spec.temporal > 1 else 1
         self.video, self.global_batch, self.seed = video, global_batch, seed
-        rates = cache.rates - {video.fps}
+        rates = cache.rates - {rate}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
@@ -140,7 +143,7 @@ class BatchPlan:
             group, items = self.clips.batch(step - before)
             frames = int(self._frames[items[0]])
         draws = Draws.of(self.seed, step, len(items))
-        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws))
+        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws, self.aligned))
 
     def held_out_batches(self, most: int) -> list[PlannedBatch]:
         """The first `most` held-out items (clips, unless training sees pictures alone), one batch a shape, with keys that make
@@ -150,7 +153,7 @@ class BatchPlan:
             raise ValueError("every held-out item is too short for a clip: raise train.val_share")
         frames = torch.ones_like(self._frames) if self.clips is None else self._frames
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
-        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own)))
+        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own), self.aligned))
                 for group, own in _by_shape(shapes, items[:most]).items()]
 
     def own_draws(self, items: Tensor) -> Draws:

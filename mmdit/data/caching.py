@@ -85,8 +85,9 @@ class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
     neither pickled to nor copied by every worker."""
 
-    def __init__(self, kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, fps: float):
-        self.kind, self.choose, self.preprocess, self.fps = kind, choose, preprocess, fps
+    def __init__(self, kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, fps: float,
+                 windows: Callable[[int], list[int]] | None = None):  # fmt: skip
+        self.kind, self.choose, self.preprocess, self.fps, self.windows = kind, choose, preprocess, fps, windows
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
@@ -112,6 +113,8 @@ class _Decode(Dataset):
                 boxes = boxes_of(source, target, self.preprocess, record.id)
             check_frame(name, image.size, source)
             frames.append([cut(image, box, target) for box in boxes.values()])
+        if self.windows and self.kind == "video":
+            frames = [frames[i] for i in self.windows(len(frames))]
         origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
         origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
         origin |= {"animated": True} if image.info.get("animated") else {}
@@ -252,7 +255,9 @@ def cache_latents(
         for first in range(0, len(metas), batch_size):
             chunk = slice(first, first + batch_size)
             with torch.inference_mode():
-                latents = tokenizer.encode(to_unit(pixels[chunk].to(device, non_blocking=True)))
+                unit = to_unit(pixels[chunk].to(device, non_blocking=True))
+                windows = unit.split(video.num_frames, 1) if tokenizer.spec.temporal > 1 else [unit]
+                latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
             saving.append(saver.submit(save, latents, metas[chunk]))
             while len(saving) > 4:
                 saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
@@ -260,7 +265,8 @@ def cache_latents(
     try:
         pending = _pending(records, kind, writer, preprocess, video.fps, report)
         chunk = 16 if kind == "image" else 1
-        loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video.fps), batch_size=None,
+        select = video.windows if tokenizer.spec.temporal > 1 else None
+        loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video.fps, select), batch_size=None,
                             sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
                             pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
         unit = "image" if kind == "image" else "clip"

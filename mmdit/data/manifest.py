@@ -74,8 +74,10 @@ class CacheManifest:
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
         sizes = () if bucketing.budget else sizes
-        name = getattr(tokenizer, "name", type(tokenizer).__name__)
-        return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
+        name, described = getattr(tokenizer, "name", type(tokenizer).__name__), preprocess.describe()
+        if tokenizer.spec.temporal > 1:  # which frames a sample has is decided before they are encoded
+            described |= {"num_frames": video.num_frames, "frame_stride": video.frame_stride, "frame_counts": list(video.frame_counts)}
+        return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, described,
                              source, max_pixels_per_frame=bucketing.budget)  # fmt: skip
 
     def choose(self, source: Size) -> Size:

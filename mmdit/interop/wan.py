@@ -17,7 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdit.config import ConfigError
+from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill
 
 Expert = Literal["high", "low"]
@@ -159,7 +162,7 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
 
 
 def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-             expert: Expert | None = None) -> WanDiT:  # fmt: skip
+             expert: Expert | None = None, kind: type[WanDiT] = WanDiT) -> WanDiT:  # fmt: skip
     """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation, time and patch embeddings
     and the head stay float32 when `dtype` is less. Tensors are read one by one into a model that has no memory before.
 
@@ -174,10 +177,27 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:
         raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
     with torch.device("meta"):
-        model = WanDiT(config)
+        model = kind(config)
     ignored = tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))  # as Diffusers does
     return fill(model, stored, names, f"{place}, read as {config.variant},", device,
                 lambda name: WanDiT.stored_dtype(name, dtype), ignored)  # fmt: skip
+
+
+def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: Expert | None = None) -> WanDenoiser:
+    """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be trained on latents of `spec` with
+    text `text_dim` wide. ConfigError, in one sentence: it cannot be read, or they do not belong together."""
+    try:
+        model = load_dit(settings.name_or_path, getattr(torch, settings.dtype), expert=expert or settings.expert, kind=WanDenoiser)
+    except ValueError as error:
+        raise ConfigError("model.name_or_path", str(error)) from None
+    config = model.config
+    if spec.channels != config.out_dim:
+        name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(config.out_dim, "another tokenizer")
+        raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: use {name}")
+    if text_dim != config.text_dim:
+        raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the UMT5 of its release")
+    model.settings, model.checkpointing = settings, settings.checkpointing
+    return model
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

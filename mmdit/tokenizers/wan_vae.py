@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -48,6 +48,7 @@ class WanVAETokenizerConfig:
     latent_f: int = 8
     latent_d: int = 16
     tile: int = 0
+    temporal: ClassVar[int] = GROUP
 
     def __post_init__(self):
         require_positive(self, "latent_f", "latent_d")

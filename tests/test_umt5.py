@@ -155,3 +155,23 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     refused("train_blocks: is 3, but the encoder has 2 blocks", weights, freeze=False, train_blocks=3)
     with pytest.raises(ConfigError, match="freeze: false"):
         UMT5Config(name_or_path="x", train_blocks=2)
+
+
+@torch.no_grad()
+def test_kept_captions_need_no_encoder(tmp_path):
+    encoder = opened(tmp_path)
+    keys = {"name_or_path": str(tmp_path), "dtype": "float32", "cache_dir": str(tmp_path / "kept")}
+    first, second = (build_text_encoder(UMT5Config(**keys)) for _ in range(2))
+    captions = ["a red star", "", "a cat"]
+    expected = encoder(captions)
+    for filled in (first, second):
+        text = filled(captions)
+        assert torch.equal(text.embeddings, expected.embeddings) and torch.equal(text.valid, expected.valid)
+        assert torch.equal(text.empty, expected.empty) and filled.dim == 24
+    assert list(first.parameters()) and not list(second.parameters())  # the second one was never loaded
+    second(["a new one"])
+    assert list(second.parameters())
+    other = build_text_encoder(UMT5Config(**keys | {"max_length": 4}))
+    assert other(["a cat"]).valid.shape[1] == 4
+    with pytest.raises(ConfigError, match="cache_dir"):
+        UMT5Config(**keys, freeze=False)

@@ -15,7 +15,7 @@ from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.interop.wan import load_dit
 from mmdit.rng import Draws
-from mmdit.scripts import cache_moving_shapes, cache_vtp_latents, sample, train_t2v
+from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, sample, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
 from tiny import refused
@@ -243,3 +243,14 @@ def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
         assert message.strip().count("\n") == 0, message
     with pytest.raises(ValueError, match="takes no picture"):
         load_pipeline(shop.release, "cpu")[0].latents(["a"], 64, 32, 5, SampleSettings(), image=torch.rand(3, 32, 64))
+
+
+def test_captions_are_cached_by_their_command(shop, capsys):
+    cache, words = shop.cache(), ["--config", str(shop.config), "--device", "cpu"]
+    refused(capsys, cache_text.main, [*words, "--cache_dir", cache], "text_encoder.cache_dir")
+    kept = f"text_encoder.cache_dir={shop.folder}/text"
+    assert cache_text.main([*words, "--cache_dir", str(cache), kept]) == 0
+    assert "captions are in" in capsys.readouterr().out
+    same = load_file(shop.train("kept", kept) / "checkpoints/step_00000003/model.safetensors")
+    plain = load_file(shop.train("plain") / "checkpoints/step_00000003/model.safetensors")
+    assert all(torch.equal(same[name], value) for name, value in plain.items())

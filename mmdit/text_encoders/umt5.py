@@ -5,7 +5,10 @@ The network is that of the transformers library (4e-7 from the official code); n
 
 from __future__ import annotations
 
+import hashlib
 import html
+import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder, _reported
 from mmdit.weights import Checkpoint, fill
 
+logger = logging.getLogger(__name__)
+NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")  # beside the weights, in official and Diffusers releases
 END, UNTRAINED_LAYOUT = 1, ("encoder.embed_tokens.weight", "spiece_model")  # a tied copy, the tokenizer in ComfyUI's files
@@ -36,19 +42,23 @@ OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.fi
 class UMT5Config(HuggingFaceConfig):
     """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or one with `text_encoder/`.
     tokenizer_path: folder with tokenizer.json or spiece.model; empty: looked for beside the weights. train_blocks: with
-    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything."""
+    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. cache_dir: a folder that keeps
+    the tokens of captions (frozen only, see `mmdit.scripts.cache_text`); the encoder is loaded when one is missing there."""
 
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer_path: str = ""
     train_blocks: int = 0
+    cache_dir: str = ""
 
     def __post_init__(self):
         super().__post_init__()
         if self.train_blocks < 0 or (self.train_blocks and self.freeze):
             raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and needs freeze: "
                               "false to train them")  # fmt: skip
+        if self.cache_dir and not self.freeze:
+            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; what is trained cannot be kept: remove one")
 
 
 class UMT5Encoder(HuggingFaceEncoder):
@@ -57,17 +67,57 @@ class UMT5Encoder(HuggingFaceEncoder):
     def __init__(self, config: UMT5Config):
         super().__init__(config)
         self.silent = {}
+        self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device while the encoder is not loaded
 
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
-        place = _locate(Path(config.name_or_path).expanduser())
+        path = _locate(Path(config.name_or_path).expanduser())
         with _reported("weights", config.name_or_path, config):
-            stored = Checkpoint(place)
-            encoder = _load(stored, place, getattr(torch, config.dtype))
-            tokenizer = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, place, stored)
+            stored = Checkpoint(path)
+            encoder = nn.Identity() if config.cache_dir else _load(stored, path, getattr(torch, config.dtype))
+            tokenizer = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored)
+            if not config.cache_dir:
+                return tokenizer, encoder
+            if not (names := [name for name in NORMS if name in stored.entries]):
+                raise ValueError(f"{path} is no UMT5 encoder: {NORMS[0]} is missing among its {len(stored.entries)} tensors")
+            norm = stored.tensor(names[0])
+        self.width, digest = len(norm), hashlib.sha256(norm.float().numpy().tobytes())
+        sizes = sorted((transformers_name(name), entry.shape) for name, entry in stored.entries.items())
+        digest.update(repr((sizes, config.dtype, config.max_length)).encode())
+        self.folder = Path(config.cache_dir) / digest.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
         return tokenizer, encoder
 
+    @property
+    def device(self) -> torch.device:
+        return self.place.device if self.frozen else super().device
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(self.encoder, nn.Identity):
+            path = _locate(Path(self.config.name_or_path).expanduser())
+            logger.info("a caption is not in %s: loading the text encoder", self.folder)
+            self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
+        return super()._hidden(ids, mask)
+
+    def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
+        if not self.config.cache_dir:
+            return super()._remembered(captions)
+        files = {caption: self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors" for caption in captions}
+        new = [caption for caption in files if caption not in self._kept]
+        found = {caption: load_file(files[caption])["tokens"] for caption in new if files[caption].is_file()}
+        missing = [caption for caption in files if caption not in self._kept and caption not in found]
+        known = (super()._remembered(missing) if missing else {}) | found
+        for caption in missing:
+            aside = self.folder / f".{os.getpid()}-{files[caption].name}"
+            save_file({"tokens": known[caption].contiguous()}, aside)
+            os.replace(aside, files[caption])
+        known |= {caption: self._kept[caption] for caption in files if caption not in known}
+        self._keep(known)
+        return known
+
     def _settle(self) -> int:
+        if self.config.cache_dir:
+            return self.width
         blocks = self.encoder.encoder.block
         if self.config.train_blocks > len(blocks):
             raise ConfigError("train_blocks", f"is {self.config.train_blocks}, but the encoder has {len(blocks)} blocks")

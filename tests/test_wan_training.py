@@ -19,7 +19,7 @@ from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, sa
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
 from tiny import refused
-from wan_release import DIT, I2V, TI2V, config_text, make_release
+from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
 LORA = "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}"
 
@@ -168,6 +168,13 @@ def test_a_release_is_sampled_by_the_command(pair):
     assert story["sampler"] == {"solver": "unipc", "steps": 4, "eta": 0.0, "shift": 12.0, "grid": "wan"}
     assert (story["cfg_scale"], story["cfg_scale_low"]) == (4.0, 3.0) and len(story["negative_prompt"]) == 137
     assert len(list(out.glob("*.mp4"))) == 1
+
+
+def test_a_release_of_diffusers_draws_the_same(pair):
+    settings = SampleSettings(SamplerConfig("unipc", 3, shift=12.0, grid="wan"), 4.0, cfg_scale_low=3.0)
+    folders = pair.release, make_diffusers_release(pair.folder / "diffusers")
+    ours, theirs = (load_pipeline(folder, "cpu")[0].latents(["a cat"], 64, 32, 5, settings) for folder in folders)
+    assert torch.equal(ours, theirs)
 
 
 def test_experts_guidance_and_whole_times_follow_the_official_rules(pair):

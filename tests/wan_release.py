@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.text_encoders.umt5 import transformers_name
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 from test_umt5 import write_tokenizer
 
@@ -45,6 +46,26 @@ def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> P
     torch.save(vae, folder / name)
     torch.save(load_file(GOLDEN / "umt5_tiny/official.safetensors"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
+
+
+def make_diffusers_release(folder: Path, config: WanConfig = DIT, pair: bool = True) -> Path:
+    """The same weights as those of `make_release`, laid out as Diffusers has them."""
+    for seed, name in enumerate(("transformer", "transformer_2")[: 1 + pair]):
+        save_dit(random_dit(config, seed), folder / name, "diffusers")
+        stored = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(stored | {"text_len": config.text_len}))
+    meta = json.loads((GOLDEN / "wan_vae21_tiny/meta.json").read_text())
+    vae, text = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors"), load_file(GOLDEN / "umt5_tiny/official.safetensors")
+    for part, tensors, file in (
+        ("vae", {meta["key_map_official_to_diffusers"][name]: value for name, value in vae.items()}, "diffusion_pytorch_model"),
+        ("text_encoder", {transformers_name(name): value for name, value in text.items()}, "model"),
+    ):
+        (folder / part).mkdir()
+        save_file(tensors, folder / part / f"{file}.safetensors")
+    (folder / "vae/config.json").write_text(json.dumps(meta["diffusers_config"]))
+    (folder / "model_index.json").write_text("{}")
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

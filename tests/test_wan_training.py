@@ -1,6 +1,8 @@
 """Wan through the ordinary commands: caches of windows, full training and adapters, experts, first frames, sampling releases."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.interop.wan import load_dit
 from mmdit.rng import Draws
-from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, sample, train_t2v
+from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
 from tiny import refused
@@ -120,6 +122,23 @@ def test_adapters_alone_are_stored_and_merged_for_sampling(shop):
     assert changed and all(name.endswith(("q.weight", "v.weight", "ffn.0.weight")) for name in changed)
 
 
+def test_adapters_are_exported_and_laid_over_a_release(shop, capsys):
+    run = shop.train("export", LORA, "ema.enabled=false", "train.lr=0.1")
+    for kind in ("kohya", "comfy", "diffusers"):
+        file = shop.folder / f"{kind}.safetensors"
+        assert export.main(["--checkpoint", str(run), "--out", str(file), "--lora", kind]) == 0
+        drawn = []
+        for words in (["--checkpoint", run], ["--checkpoint", shop.release, "--lora", file], ["--checkpoint", shop.release]):
+            out = shop.folder / "out"
+            given = [*words, "--device", "cpu", "--width", 64, "--height", 32, "--frames", 1, "--steps", 2, "--solver", "euler", "--shift", 1,
+                     "--guidance", 2, "--negative", "bad", "--out", out, "--prompts", "a cat"]  # fmt: skip
+            assert sample.main([str(word) for word in given]) == 0
+            file_name = json.loads((out / "samples.json").read_text())["samples"][0]["file"]
+            drawn.append(np.array(Image.open(out / file_name)).astype(int))
+        assert abs(drawn[0] - drawn[1]).max() <= 1 < abs(drawn[0] - drawn[2]).max()
+    refused(capsys, sample.main, ["--checkpoint", shop.release, "--device", "cpu", "--lora_low", file, "--prompts", "x"], "no pair of experts")
+
+
 def test_pictures_are_trained_too(shop):
     shop.cache("video.num_frames=1")
     assert train_t2v.main(["--config", str(shop.config), "--train_cache_dir", str(shop.folder / "cache1"), "--device", "cpu",
@@ -157,6 +176,24 @@ def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
     expected = pipeline.tokenizer.encode(picture[None, None])
     torch.testing.assert_close(latents[:, :1], expected.expand(2, -1, -1, -1, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(latents[0, 1:], latents[1, 1:])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs/wan").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_run_on_a_small_release(tmp_path, path):
+    channels = 48 if "5b" in path.stem else 16
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=channels, out_dim=channels), pair="a14b" in path.stem)
+    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
+    words += [f"output_dir={tmp_path}", f"text_encoder.cache_dir={tmp_path}/text", "train.max_steps=2", "train.grad_accum_steps=1",
+              "video.width=64", "video.height=32", "video.num_frames=5", "train.precision=fp32"]  # fmt: skip
+    given = ["--config", str(path), "--device", "cpu", *words]
+    cache_moving_shapes.main([*given, "--out_dir", str(tmp_path / "cache"), "--count", "3"])
+    assert cache_text.main([*given, "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert train_t2v.main([*given, "--train_cache_dir", str(tmp_path / "cache")]) == 0
+    run = load_experiment_config(path, words).run_dir
+    assert any((run / "checkpoints/step_00000002").glob("lora.safetensors"))
+    words = ["--checkpoint", str(run), "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out"), "--prompts", "a cat"]
+    picture = ["--image", str(Path(__file__).parents[1] / "assets/pictures.png")] if channels == 48 else []
+    assert sample.main([*words, *picture]) == 0
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────

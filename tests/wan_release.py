@@ -35,9 +35,10 @@ def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> P
         for file in (folder / "aside").iterdir():
             file.rename(folder / file.name)
         (folder / "aside").rmdir()
-    if config.out_dim == 48:
+    if config.out_dim in (16, 48):
         torch.manual_seed(5)
-        vae, name = WanVAE(WanVAESizes(2, 2, 48, True)).state_dict(), "Wan2.2_VAE.pth"
+        large = config.out_dim == 48
+        vae, name = WanVAE(WanVAESizes(2, 2, config.out_dim, large)).state_dict(), f"Wan2.{1 + large}_VAE.pth"
     else:
         vae, name = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors"), "Wan2.1_VAE.pth"
         known = json.loads((GOLDEN / "wan_vae21_tiny/meta.json").read_text())["diffusers_config"]

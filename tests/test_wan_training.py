@@ -15,6 +15,7 @@ from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import open_cache
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
+from mmdit.interfaces import TextTokens
 from mmdit.interop.wan import load_dit
 from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
@@ -137,6 +138,22 @@ def test_adapters_are_exported_and_laid_over_a_release(shop, capsys):
             drawn.append(np.array(Image.open(out / file_name)).astype(int))
         assert abs(drawn[0] - drawn[1]).max() <= 1 < abs(drawn[0] - drawn[2]).max()
     refused(capsys, sample.main, ["--checkpoint", shop.release, "--device", "cpu", "--lora_low", file, "--prompts", "x"], "no pair of experts")
+
+
+@torch.no_grad()
+def test_the_trainers_view_of_the_network_is_the_network(shop):
+    model, plain = shop.learner().model.eval(), load_dit(shop.release)
+    x, t, lengths = torch.randn(2, 3, 4, 8, 4), torch.tensor([700.6, 20.0]), torch.tensor([5, 1])
+    garbage = TextTokens(torch.randn(2, 7, 24), torch.arange(7) < lengths[:, None])  # rows that are not valid say nothing
+    padded = torch.where(garbage.valid[..., None], garbage.embeddings, 0)
+    swapped = x.permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close(model(x, t, garbage).permute(0, 4, 1, 2, 3), plain(swapped, t, padded))
+    torch.testing.assert_close(model(x, t, garbage, whole_times=True).permute(0, 4, 1, 2, 3), plain(swapped, t.floor(), padded))
+    tokens = t[:, None].repeat(1, 24)
+    tokens[:, :8] = 0
+    torch.testing.assert_close(model(x, t, garbage, given=1).permute(0, 4, 1, 2, 3), plain(swapped, tokens, padded))
+    model.train()  # keeps the shape of the text, for the same result
+    torch.testing.assert_close(model(x, t, garbage).permute(0, 4, 1, 2, 3), plain(swapped, t, padded), rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_are_trained_too(shop):

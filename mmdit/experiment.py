@@ -68,7 +68,8 @@ class ExperimentConfig:
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
         wan = isinstance(self.model, WanModelConfig)
-        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))  # every size must suit the tokenizer, and patches
+        # every size must suit the tokenizer, and the patches of the network
+        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))
         self._check_compressed_time()
         if wan:
             self._check_wan()
@@ -87,20 +88,20 @@ class ExperimentConfig:
             except ValueError as error:
                 raise ConfigError(f"video.{name}", f"is {count}, but {error}") from None
         if temporal > 1 and (video.shrink_video_to_frames or video.temporal_jitter):
-            raise ConfigError("video", "asks for shrink_video_to_frames or temporal_jitter, but this tokenizer compresses time, so frames "
-                              "are chosen before they are cached; leave both out")
+            raise ConfigError("video", "asks for shrink_video_to_frames or temporal_jitter, but this tokenizer compresses "
+                              "time, so frames are chosen before they are cached; leave both out")
 
     def _check_wan(self) -> None:
         """What a Wan transformer was made for, and what its trainer can do."""
         flow, train = self.flow_matching, self.train
         if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
-            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
-                              "leave these keys at their defaults")
+            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with "
+                              "time_scale 1000; leave these keys at their defaults")
         if self.tread.enabled:
             raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
         if self.model.expert and train.sample_every_steps:
-            raise ConfigError("train.sample_every_steps", f"is {train.sample_every_steps}, but the {self.model.expert}-noise expert alone "
-                              "draws no pictures; set it to 0 and use mmdit.scripts.sample, which loads both")
+            raise ConfigError("train.sample_every_steps", f"is {train.sample_every_steps}, but the {self.model.expert}-noise "
+                              "expert alone draws no pictures; set it to 0 and use mmdit.scripts.sample, which loads both")
 
     @property
     def run_dir(self) -> Path:
@@ -219,11 +220,11 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
 def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
     """ConfigError unless this Wan transformer can be trained as configured."""
     if model.config.in_dim != model.config.out_dim:
-        raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are sampled here, not "
-                          "trained; train T2V, or TI2V-5B with model.first_frame")
+        raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are "
+                          "sampled here, not trained; train T2V, or TI2V-5B with model.first_frame")
     if config.model.dtype == "bfloat16" and not (config.lora.enabled and config.lora.train_lora_only):
-        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; use float32, or "
-                          "lora.enabled with train_lora_only")
+        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; "
+                          "use float32, or lora.enabled with train_lora_only")
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
@@ -274,8 +275,9 @@ def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool | None = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
-    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release of
-    Wan. An expert gets its sibling from the release it came from. `lora`: adapters are merged, removed (False), or kept (None)."""
+    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release
+    of Wan. An expert gets its sibling from the release it came from. `lora`: adapters are merged, removed (False), or kept
+    (None)."""
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)

@@ -53,8 +53,8 @@ class LatentSpec:
         """Frames of a clip to latent frames. ValueError with the nearest counts that can be."""
         if (count - 1) % self.temporal or count < 1:
             below = 1 + max(0, count - 1) // self.temporal * self.temporal
-            raise ValueError(f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest are {below} and "
-                             f"{below + self.temporal}")
+            raise ValueError(f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest are {below} "
+                             f"and {below + self.temporal}")
         return 1 + (count - 1) // self.temporal
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
@@ -66,9 +66,9 @@ class LatentSpec:
 
 @dataclass
 class TextTokens:
-    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the unconditional case, in training
-    (caption dropout) and in sampling (guidance) alike: it has no valid token, or the rows of `empty (N, D)` where the encoder
-    has something to say for it (an encoded empty or negative prompt)."""
+    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the unconditional case, in
+    training (caption dropout) and in sampling (guidance) alike: it has no valid token, or the rows of `empty (N, D)` where the
+    encoder has something to say for it (an encoded empty or negative prompt)."""
 
     embeddings: Tensor
     valid: Tensor

@@ -131,7 +131,8 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: object, device: torch.device | str = "cpu",
-         dtype: Callable[[str], torch.dtype] = lambda _: torch.float32, ignored: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
+         dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
+         ignored: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
     """`model`, made without memory (on meta), with the tensors of `stored` under their names in it (`names`: stored → own); one
     tensor is read at a time. It comes back in evaluation. ValueError, in one sentence: some lack, are unknown or misshapen."""
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}

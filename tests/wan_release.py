@@ -29,8 +29,8 @@ def random_dit(config: WanConfig, seed: int = 0) -> WanDiT:
 
 
 def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> Path:
-    for seed, name in enumerate(("high_noise_model", "low_noise_model") if pair else (".",)):
-        save_dit(random_dit(config, seed), folder / name if pair else folder / "aside")
+    for seed, expert in enumerate(("high_noise_model", "low_noise_model") if pair else ("aside",)):
+        save_dit(random_dit(config, seed), folder / expert)
     if not pair:
         for file in (folder / "aside").iterdir():
             file.rename(folder / file.name)

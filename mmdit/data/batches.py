@@ -153,7 +153,8 @@ class BatchPlan:
             raise ValueError("every held-out item is too short for a clip: raise train.val_share")
         frames = torch.ones_like(self._frames) if self.clips is None else self._frames
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
-        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own), self.aligned))
+        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own),
+                                                           self.aligned))
                 for group, own in _by_shape(shapes, items[:most]).items()]
 
     def own_draws(self, items: Tensor) -> Draws:

@@ -59,11 +59,13 @@ class VideoConfig:
         return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
 
     def windows(self, count: int) -> list[int]:
-        """Frame numbers of a clip of `count` for a tokenizer that compresses time, which must see them as they will be used: all
-        whole windows of a sample, one after another, or one of the largest `frame_counts` that fits. ValueError: too short."""
+        """Frame numbers of a clip of `count` for a tokenizer that compresses time, which must see them as they will be used:
+        all whole windows of a sample, one after another, or one of the largest `frame_counts` that fits. ValueError: too
+        short."""
         fitting = [n for n in sorted((self.num_frames, *self.frame_counts), reverse=True) if self.needed(n) <= count]
         if not fitting:
-            raise ValueError(f"too short: {count} frames, a sample needs {self.needed(min((self.num_frames, *self.frame_counts)))}")
+            least = self.needed(min((self.num_frames, *self.frame_counts)))
+            raise ValueError(f"too short: {count} frames, a sample needs {least}")
         starts = range(0, count - self.span + 1, self.span) if fitting[0] == self.num_frames else [0]
         return [start + i * self.frame_stride for start in starts for i in range(fitting[0])]
 

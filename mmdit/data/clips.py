@@ -26,7 +26,8 @@ def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> T
 
 def frame_numbers(counts: Tensor, frames: int, video: VideoConfig, draws: Draws, aligned: int = 1) -> Tensor:
     """`(B, frames)` int64 for clips of `counts (B,)` frames, ascending, none twice. A single frame is drawn from all of them.
-    `aligned`: samples start at multiples of it (the windows that a tokenizer has seen). The first frame is never moved by jitter, so that it can serve as the given one."""
+    `aligned`: samples start at multiples of it (the windows that a tokenizer has seen). The first frame is never moved by
+    jitter, so that it can serve as the given one."""
     if frames == 1 or not video.shrink_video_to_frames:
         room = counts - (video.needed(frames) if frames > 1 else 1) + 1
         start = (draws.uniform("frame_start").double() * ((room + aligned - 1) // aligned)).long() * aligned

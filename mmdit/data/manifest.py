@@ -76,7 +76,8 @@ class CacheManifest:
         sizes = () if bucketing.budget else sizes
         name, described = getattr(tokenizer, "name", type(tokenizer).__name__), preprocess.describe()
         if tokenizer.spec.temporal > 1:  # which frames a sample has is decided before they are encoded
-            described |= {"num_frames": video.num_frames, "frame_stride": video.frame_stride, "frame_counts": list(video.frame_counts)}
+            described |= {"num_frames": video.num_frames, "frame_stride": video.frame_stride}
+            described |= {"frame_counts": list(video.frame_counts)}
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, described,
                              source, max_pixels_per_frame=bucketing.budget)  # fmt: skip
 

@@ -59,7 +59,8 @@ class Objective(ABC):
         """Scaled error `(B, ...)` to losses `(B,)`."""
         return error.square().flatten(1).mean(1)
 
-    def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, given: int = 0, **network_inputs) -> LossParts:
+    def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, given: int = 0,
+             **network_inputs) -> LossParts:  # fmt: skip
         """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is float32, autocast or not.
         `given`: that many frames (axis 1) from the first stay clean, the network is told so, and they are not in the loss."""
         clean = clean.float()
@@ -147,7 +148,8 @@ class FlowMatchingConfig:
     shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by sqrt(frames) more, in training and in sampling, since n
     frames that repeat each other are as clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along
     time). `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents have many channels
-    (2511.13720). `between`: only times inside are drawn, and there the law keeps its shape (an expert's range). `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
+    (2511.13720). `between`: only times inside are drawn, and there the law keeps its shape (an expert's range).
+    `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
 
     path: Literal["linear", "cosine"] = "linear"
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -166,7 +168,7 @@ class FlowMatchingConfig:
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError("t_min", f"is {self.t_min} with t_max {self.t_max}; must be 0 <= t_min < t_max <= 1; use 0 and 1")
         if not 0 <= self.between[0] < self.between[1] <= 1:
-            raise ConfigError("between", f"is {list(self.between)}; must be two times with 0 <= first < second <= 1; [0, 1] is all")
+            raise ConfigError("between", f"is {list(self.between)}; must be 0 <= first < second <= 1; [0, 1] is all")
         for name in ("time_scale", "logit_std", "shift"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be above 0 and finite; leave it out for the default")

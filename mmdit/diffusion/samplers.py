@@ -27,12 +27,11 @@ Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class SamplerConfig:
     """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the last step's call; ab2 is the
-    most accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py). `grid`: before the shift,
-    even times, or those of Wan's official code or of Diffusers, which also tell the network whole timesteps.
+    most accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py). `grid`: before the
+    shift, even times, or those of Wan's official code or of Diffusers, which also tell the network whole timesteps.
 
-    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end; the
-    objective's `clip_shift` multiplies it.
-    """
+    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end;
+    the objective's `clip_shift` multiplies it."""
 
     solver: Solver = "ab2"
     steps: int = 50
@@ -52,7 +51,8 @@ class SamplerConfig:
             raise ConfigError("shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps")
 
 
-def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None, grid: Grid = "even") -> list[float]:
+def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None,
+                   grid: Grid = "even") -> list[float]:  # fmt: skip
     """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a discrete path, times that
     training has drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -206,7 +206,8 @@ def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
 
 def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
     """UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al. 2302.04867, algorithms 1 and 2: each step
-    predicts from the last two estimates; the next estimate first corrects what was predicted. The last step is of first order."""
+    predicts from the last two estimates; the next estimate first corrects what was predicted. The last step is of first
+    order."""
     past: list[tuple[Tensor, float]] = []  # clean estimates and their times, newest last
     before: Tensor | None = None  # x of the last step, corrected
     order = 1

@@ -55,7 +55,8 @@ def _kind(entries: dict) -> dict:
         config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
     except ValueError:
         kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer",
-                 "decoder.conv1.weight": "Wan VAE", "post_quant_conv.weight": "Wan VAE (Diffusers)", "token_embedding.weight": "UMT5",
+                 "decoder.conv1.weight": "Wan VAE", "post_quant_conv.weight": "Wan VAE (Diffusers)",
+                 "token_embedding.weight": "UMT5",
                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "T5 or UMT5 (transformers)"}
         return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
     blocks = {"layers": config.num_layers, "width": config.dim, "channels": [config.in_dim, config.out_dim]}

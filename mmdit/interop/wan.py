@@ -187,15 +187,18 @@ def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, exp
     """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be trained on latents of `spec` with
     text `text_dim` wide. ConfigError, in one sentence: it cannot be read, or they do not belong together."""
     try:
-        model = load_dit(settings.name_or_path, getattr(torch, settings.dtype), expert=expert or settings.expert, kind=WanDenoiser)
+        dtype, expert = getattr(torch, settings.dtype), expert or settings.expert
+        model = load_dit(settings.name_or_path, dtype, expert=expert, kind=WanDenoiser)
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
     config = model.config
     if spec.channels != config.out_dim:
         name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(config.out_dim, "another tokenizer")
-        raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: use {name}")
+        raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: "
+                          f"use {name}")
     if text_dim != config.text_dim:
-        raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the UMT5 of its release")
+        raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the "
+                          "UMT5 of its release")
     model.settings, model.checkpointing = settings, settings.checkpointing
     return model
 

@@ -47,5 +47,6 @@ def release_config(path: str | Path) -> dict | None:
                   **({"boundary": boundary} if boundary else {})},
         "lora": {"enabled": False},
         "train": {"sample_solver": "unipc", "sample_num_steps": steps, "sample_shift": shift, "sample_grid": "wan",
-                  "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None, "sample_negative_prompt": NEGATIVE_PROMPT},
+                  "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None,
+                  "sample_negative_prompt": NEGATIVE_PROMPT},
     }  # fmt: skip

@@ -12,8 +12,8 @@ __all__ = ["ModelConfig", "TreadConfig", "VideoMMDiT", "VideoMMDiTConfig", "WanM
 
 
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None) -> VideoMMDiT:
-    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator. (Wan
-    has stored ones: `interop.wan.load_denoiser`.)"""
+    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator.
+    (Wan has stored ones: `interop.wan.load_denoiser`.)"""
     match config:
         case VideoMMDiTConfig():
             return VideoMMDiT(config, latent_channels, text_dim, tread)

@@ -22,10 +22,10 @@ MASK = 4  # channels that say which frames are given, before those of the pictur
 
 @dataclass(frozen=True)
 class WanModelConfig:
-    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `expert`: which of a
-    pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose first
-    latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave frozen.
-    `checkpointing`: recompute blocks in the backward pass."""
+    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `expert`: which of
+    a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
+    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave
+    frozen. `checkpointing`: recompute blocks in the backward pass."""
 
     type: Literal["wan"] = "wan"
     name_or_path: str = ""
@@ -56,8 +56,8 @@ class WanDenoiser(WanDiT):
 
     def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: None = None, given: int = 0, y: Tensor | None = None,
                 whole_times: bool = False) -> Tensor:  # fmt: skip
-        """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or b, f, r, c, 20)`: I2V's mask and
-        picture. `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
+        """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or b, f, r, c, 20)`: I2V's
+        mask and picture. `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
         t = t.floor() if whole_times else t
         if given:
             per_frame = x.shape[2] * x.shape[3] // 4
@@ -106,12 +106,14 @@ class WanDenoiser(WanDiT):
 
 
 def picture_inputs(model: WanDenoiser, tokenizer: Tokenizer, picture: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
-    """What a clip of `frames` that begins with `picture (b, 3, H, W)` needs: further inputs of the network, and its first latent
-    frame `(b, 1, r, c, d)` if that is given (TI2V). ValueError: a picture for a model of text alone, or none for one of pictures."""
+    """What a clip of `frames` that begins with `picture (b, 3, H, W)` needs: further inputs of the network, and its first
+    latent frame `(b, 1, r, c, d)` if that is given (TI2V). ValueError: a picture for a model of text alone, or none for one of
+    pictures."""
     config = model.config
     takes_y, takes_frame = config.in_dim > config.out_dim, config.in_dim == config.out_dim == 48
     if config.image_dim:
-        raise ValueError(f"{config.variant} needs CLIP states of the picture, which are not computed here; use I2V-A14B or TI2V-5B")
+        raise ValueError(f"{config.variant} needs CLIP states of the picture, which are not computed here; use I2V-A14B or "
+                         "TI2V-5B")
     if picture is None:
         if takes_y:
             raise ValueError(f"{config.variant} continues a picture: give one with --image")

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         if tokenizer.spec.temporal > 1:  # it must see a sample as it will be used, frame by frame
             frames = config.video.num_frames
             if args.frames not in (None, frames):
-                raise ValueError(f"--frames is {args.frames}, but this tokenizer compresses time: clips have video.num_frames, {frames}")
+                reason = f"this tokenizer compresses time: clips have video.num_frames, {frames}"
+                raise ValueError(f"--frames is {args.frames}; {reason}")
         recipe = Recipe(config.video.width, config.video.height, frames, args.seed, variant=args.variant)
         made = cache_moving_shapes(tokenizer, args.out_dir, manifest, recipe, args.count, device)
         print(f"{made} samples made, {args.count - made} were there; next: python -m mmdit.scripts.train_t2v --config {args.config} "

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         if not getattr(config.text_encoder, "cache_dir", ""):
-            raise ConfigError("text_encoder.cache_dir", "is empty or not a key of this encoder; name a folder (type umt5 has it)")
+            raise ConfigError("text_encoder.cache_dir", "is empty or no key of this encoder; name a folder (type umt5 has it)")
         cache = open_cache(args.cache_dir)
         every = [text for caption, facts in zip(cache.captions, cache.facts) for text in all_captions(caption, facts)]
         captions = ["", config.train.sample_negative_prompt, *config.train.sample_prompts, *every]

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
-    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, as these programs read them")
+    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format")
     args = parser.parse_args(argv)
     with friendly():
         if args.lora:

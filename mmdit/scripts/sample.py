@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         width, height, frames, fps = sample_size(args, config)
         image = load_first_frame(args.image, (width, height)) if args.image else None
         with tqdm(total=len(prompts), desc="sampling", unit="sample") as bar:
-            pixels = pipeline(prompts, width, height, frames, settings, batch_size=args.batch_size, done=bar.update, image=image)
+            more = {"batch_size": args.batch_size, "done": bar.update, "image": image}
+            pixels = pipeline(prompts, width, height, frames, settings, **more)
         if args.refine:
             refiner, large = load_pipeline(args.refine, args.device, use_ema=not args.raw_weights)
             width, height = large.video.width, large.video.height

@@ -1,5 +1,5 @@
-"""UMT5-XXL as Wan uses it (Chung et al. 2023, arXiv 2304.09151): from the official .pth, a Diffusers or transformers folder, or a
-single file. A caption's tokens are trimmed to its length; the denoiser pads them with zeros.
+"""UMT5-XXL as Wan uses it (Chung et al. 2023, arXiv 2304.09151): from the official .pth, a Diffusers or transformers folder, or
+a single file. A caption's tokens are trimmed to its length; the denoiser pads them with zeros.
 
 The network is that of the transformers library (4e-7 from the official code); names, cleaning and tokens are here."""
 
@@ -33,7 +33,8 @@ NAMES = {  # official → transformers, inside a block
     "norm1": "layer.0.layer_norm", "norm2": "layer.1.layer_norm",
     **{f"attn.{part}": f"layer.0.SelfAttention.{part}" for part in "qkvo"},
     "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1", "ffn.fc2": "layer.1.DenseReluDense.wo",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
 }  # fmt: skip
 OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 
@@ -42,8 +43,9 @@ OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.fi
 class UMT5Config(HuggingFaceConfig):
     """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or one with `text_encoder/`.
     tokenizer_path: folder with tokenizer.json or spiece.model; empty: looked for beside the weights. train_blocks: with
-    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. cache_dir: a folder that keeps
-    the tokens of captions (frozen only, see `mmdit.scripts.cache_text`); the encoder is loaded when one is missing there."""
+    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. cache_dir: a folder that
+    keeps the tokens of captions (frozen only, see `mmdit.scripts.cache_text`); the encoder is loaded when one is missing
+    there."""
 
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
@@ -55,10 +57,10 @@ class UMT5Config(HuggingFaceConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.train_blocks < 0 or (self.train_blocks and self.freeze):
-            raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and needs freeze: "
-                              "false to train them")  # fmt: skip
+            raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and "
+                              "needs freeze: false to train them")  # fmt: skip
         if self.cache_dir and not self.freeze:
-            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; what is trained cannot be kept: remove one")
+            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; what is trained cannot be kept")
 
 
 class UMT5Encoder(HuggingFaceEncoder):
@@ -96,7 +98,8 @@ class UMT5Encoder(HuggingFaceEncoder):
         if isinstance(self.encoder, nn.Identity):
             path = _locate(Path(self.config.name_or_path).expanduser())
             logger.info("a caption is not in %s: loading the text encoder", self.folder)
-            self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
+            encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype))
+            self.encoder = encoder.requires_grad_(False).to(self.device)
         return super()._hidden(ids, mask)
 
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
@@ -135,7 +138,8 @@ class UMT5Encoder(HuggingFaceEncoder):
             try:
                 import ftfy
             except ImportError:
-                raise ConfigError("type", "is umt5 with a caption that is not plain ASCII, which needs ftfy; pip install ftfy") from None
+                message = "is umt5 with a caption that is not plain ASCII, which needs ftfy; pip install ftfy"
+                raise ConfigError("type", message) from None
             caption = ftfy.fix_text(caption)
         return re.sub(r"\s+", " ", html.unescape(html.unescape(caption)).strip()).strip()
 
@@ -190,7 +194,7 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
     found = [file for name in ("tokenizer.json", "spiece.model") for f in folders if (file := f / name).is_file()]
-    embedded = [tensor for name, tensor in stored.tensors() if name == "spiece_model"] if "spiece_model" in stored.entries else []
+    embedded = [stored.tensor("spiece_model")] if "spiece_model" in stored.entries else []
     if found and found[0].suffix == ".json":
         import tokenizers
 
@@ -207,8 +211,8 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable
         reader = sentencepiece.SentencePieceProcessor(**source)
         size, encode = reader.get_piece_size(), reader.encode
     else:
-        raise ValueError(f"no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; set text_encoder.tokenizer_path to the "
-                         "folder of google/umt5-xxl's tokenizer")  # fmt: skip
+        raise ValueError(f"no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; set text_encoder.tokenizer_path "
+                         "to the folder of google/umt5-xxl's tokenizer")  # fmt: skip
     rows = max(entry.shape[0] for name, entry in stored.entries.items() if name in ("shared.weight", "token_embedding.weight"))
     if size > rows:
         raise ValueError(f"the tokenizer has {size} entries, the embedding {rows}; they belong to different models")

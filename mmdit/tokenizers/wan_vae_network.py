@@ -1,4 +1,4 @@
-"""The causal video autoencoders of Wan 2.1 (4x8x8, Wan Team 2025, arXiv 2503.20314) and 2.2 (4x16x16), under the official names.
+"""The causal video autoencoders of Wan 2.1 (4x8x8, Wan Team 2025, arXiv 2503.20314) and 2.2 (4x16x16), under official names.
 
 Everything streams: frame 0 alone, then groups of 4 (decoding: one latent frame each). A `Stream` carries the last two frames
 that each convolution saw, so a clip costs the memory of a few frames and gives what it would give as a whole.
@@ -124,11 +124,11 @@ class FrameAttention(nn.Module):
         self.to_qkv, self.proj = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, _stream: Stream) -> Tensor:
-        size = {"b": len(x), "h": x.shape[3]}
         frames = rearrange(x, "b c f h w -> (b f) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
         seen = F.scaled_dot_product_attention(q, k, v)
-        return x + rearrange(self.proj(rearrange(seen, "n 1 (h w) c -> n c h w", h=size["h"])), "(b f) c h w -> b c f h w", b=len(x))
+        seen = self.proj(rearrange(seen, "n 1 (h w) c -> n c h w", h=x.shape[3]))
+        return x + rearrange(seen, "(b f) c h w -> b c f h w", b=len(x))
 
 
 def per_frame(function, x: Tensor) -> Tensor:
@@ -241,13 +241,15 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """`encode`: pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C, n + 1, h', w')`; `decode`: back, not clamped."""
+    """`encode`: pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C, n + 1, h', w')`; `decode`: back, not
+    clamped."""
 
     def __init__(self, sizes: WanVAESizes):
         super().__init__()
         self.sizes = sizes
         self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
-        self.conv1, self.conv2 = CausalConv(2 * sizes.channels, 2 * sizes.channels, 1), CausalConv(sizes.channels, sizes.channels, 1)
+        self.conv1 = CausalConv(2 * sizes.channels, 2 * sizes.channels, 1)
+        self.conv2 = CausalConv(sizes.channels, sizes.channels, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         p = self.sizes.patch
@@ -274,9 +276,9 @@ def streamed(network: nn.Module, chunks: list[Tensor]) -> Tensor:
     return torch.cat(parts, 2)
 
 
-_INSIDE = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut",
-           "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1",
-           "head.0": "norm_out", "head.2": "conv_out"}  # fmt: skip
+_INSIDE = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+           "shortcut": "conv_shortcut", "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0",
+           "middle.2": "mid_block.resnets.1", "head.0": "norm_out", "head.2": "conv_out"}  # fmt: skip
 
 
 def _diffusers_name(name: str, residual: bool) -> str:

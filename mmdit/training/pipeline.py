@@ -1,4 +1,5 @@
-"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`, `evaluate` and the quickstart alike."""
+"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`, `evaluate` and the quickstart
+alike."""
 
 from __future__ import annotations
 
@@ -34,15 +35,16 @@ class SampleSettings:
     @staticmethod
     def of(train) -> SampleSettings:
         """The `train.sample_*` keys."""
-        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift, train.sample_grid)
+        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift,
+                                train.sample_grid)  # fmt: skip
         return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
                               train.sample_cfg_scale_low, train.sample_negative_prompt)  # fmt: skip
 
 
 @dataclass
 class Pipeline:
-    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`: prompts get its trigger word, as the
-    captions in training do. `low`: of a pair of experts that for times below `boundary`; the learner has the other."""
+    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`: prompts get its trigger word, as
+    the captions in training do. `low`: of a pair of experts that for times below `boundary`; the learner has the other."""
 
     learner: Learner
     tokenizer: Tokenizer
@@ -106,7 +108,8 @@ class Pipeline:
     def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
                  first: int = 0, batch_size: int = 64,
                  done: Callable[[int], object] | None = None, image: Tensor | None = None) -> Tensor:
-        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time; `done(captions)` follows each batch."""
+        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time; `done(captions)` follows each
+        batch."""
         parts = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
@@ -119,8 +122,8 @@ class Pipeline:
     @torch.no_grad()
     def refine(self, pixels: Tensor, captions: list[str], width: int, height: int, strength: float,
                settings: SampleSettings = SampleSettings(), first: int = 0, done: Callable[[int], object] | None = None) -> Tensor:
-        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t = `strength`, and denoised by this
-        model, one clip at a time. What the small clip says stays; detail below that noise level is drawn anew."""
+        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t = `strength`, and denoised by
+        this model, one clip at a time. What the small clip says stays; detail below that noise level is drawn anew."""
         parts = []
         for i, (clip, caption) in enumerate(zip(pixels, captions)):
             large = F.interpolate(clip, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

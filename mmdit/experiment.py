@@ -28,6 +28,7 @@ from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenize
 from mmdit.training import checkpoint
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
+from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
@@ -69,9 +70,9 @@ class ExperimentConfig:
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
-
-        if self.parallel.type == "fsdp" and self.train.optimizer == "muon":
-            raise ConfigError("train.optimizer", "is muon with parallel.type fsdp, but it needs whole matrices; use adamw, or ddp")
+        if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
+            raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
+                              f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
 
     @property
     def run_dir(self) -> Path:
@@ -145,6 +146,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                 world.print(line)
         if config.video.num_frames > 1 and found is None:
             learner.model.number_frames(config.seed)
+        if settings.precision == "pure_bf16":
+            to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
         learner.to(world.device)

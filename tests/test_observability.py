@@ -107,6 +107,9 @@ def test_validation_is_fixed_and_touches_no_training(shop):
     smaller = ["train.val_every_steps=4", "train.lr=1e-30", "train.batch_size=2", "train.grad_accum_steps=2"]
     batched = shop.train("batched", *words, *smaller)
     assert records(batched)[-1]["val_loss"] == pytest.approx(curve[0], rel=1e-6)
+    fixed = [*words, "train.val_every_steps=4", "train.lr=1e-30", f"train.init_from={often}", "ema.enabled=false"]
+    kept, dropped = (records(shop.train(f"dropout{p}", *fixed, f"train.cfg_dropout_prob={p}"))[-1] for p in (0, 1))
+    assert kept["val_loss"] == dropped["val_loss"] and kept["loss"] != dropped["loss"], "captions are dropped in training alone"
 
 
 def test_curves_are_drawn_where_their_values_are(shop, tmp_path, capsys):

@@ -82,7 +82,7 @@ class Reporter:
         self.config, self.seed, self.world, self.run_dir = config, seed, world, run_dir
         self.rate = config.learning_rate()
         self.metrics = MetricsLog(run_dir, step) if world.is_main else None
-        self.matmul_rate = matmul_rate(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self.matmul_rate = matmul_rate(world.device, torch.bfloat16 if config.autocast else torch.float32)
         self.timer = Timer()
         self.bad_in_a_row = 0
 
@@ -96,7 +96,7 @@ class Reporter:
         loss, count = table.sum(0).tolist()
         steps, skipped = len(norms), sum(bad)
         seconds, waited = self.timer.lap()
-        values = {"step": step, "loss": sum(loss) / max(sum(count), 1.0)}
+        values = {"step": step, "loss": sum(loss) / sum(count) if sum(count) else None}
         if self.metrics:
             values |= running_means(self.metrics.last, [total / n for total, n in by_step if n], step)
         values |= {f"loss_level_{i}": part / n for i, (part, n) in enumerate(zip(loss, count)) if n}

@@ -40,7 +40,8 @@ class TrainState:
 
     @staticmethod
     def create(learner: Learner, config: TrainConfig, ema_config) -> TrainState:
-        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer)
+        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer,
+                                    config.offload_optimizer)
         return TrainState(learner, optimizer, EMA(ema_config, learner) if ema_config.enabled else None)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
@@ -154,8 +155,7 @@ class Trainer:
     def _step(self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window) -> None:
         """One optimizer step over this rank's micro-batches. Gradients are means over the global batch."""
         config, state, device = self.config, self.state, self.world.device
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        state.optimizer.set_lr(lr)
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
         done: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(micro_batches):
@@ -163,7 +163,7 @@ class Trainer:
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
                 keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
                     losses, t = wrapped(latents, batch.captions, draws, keep)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach()))

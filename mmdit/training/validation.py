@@ -56,7 +56,7 @@ class Validation:
         device, size = self.world.device, self.config.batch_size
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast)
         with autocast, torch.compiler.set_stance("force_eager"):
             for items in self.batches.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES

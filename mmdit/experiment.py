@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remove
+from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -194,7 +194,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
     checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
+                      fresh=lambda name: is_adapter(name) or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")

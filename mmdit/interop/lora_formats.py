@@ -36,7 +36,7 @@ EXPERTS = {"transformer_1.": "high", "transformer_2.": "low"}
 PARTS = {  # ends of keys → what they hold
     **{f".lora_{part}{end}": f"lora_{part}" for part in "AB" for end in ("", ".weight", ".default.weight")},
     ".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha", ".diff": "weight", ".diff_b": "bias",
-    ".dora_scale": "lora_magnitude", ".lora_magnitude_vector": "lora_magnitude", ".lora_magnitude_vector.weight": "lora_magnitude",
+    ".dora_scale": "lora_magnitude", ".lora_magnitude": "lora_magnitude", ".lora_magnitude_vector": "lora_magnitude", ".lora_magnitude_vector.weight": "lora_magnitude",
     **{f".{part}": part for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
 }  # fmt: skip
 HEADER = "lora_adapter_metadata"  # of Diffusers

@@ -172,6 +172,18 @@ def stamp_of(record: Record, kind: Kind, fps: float) -> int | str | None:
         return None
 
 
+def decoded(records: list[Record], kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, fps: float,
+            num_workers: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:
+    """Cut pictures of the records, decoded by workers, in their order: how many records, uint8 groups `(B, F, 3, H, W)` of one
+    size with what is known of each, the rows of what was skipped, and how many crops repeated another."""
+    chunk = 16 if kind == "image" else 1
+    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    loader = DataLoader(_Decode(kind, choose, preprocess, fps), batch_size=None, sampler=parts,
+                        pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
+    for part, result in zip(parts, loader, strict=True):
+        yield len(part), *result
+
+
 def _ignore_interrupt(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers; they need not print about it
 
@@ -248,25 +260,23 @@ def cache_latents(
 
     def flush(key: tuple) -> None:
         parts = buffers.pop(key)
-        pixels, metas = torch.cat([part for part, _ in parts]), [meta for _, group in parts for meta in group]
+        pixels = torch.cat([part.to(device, non_blocking=True) for part, _ in parts])  # joined there: page-locked here
+        metas = [meta for _, group in parts for meta in group]
         for first in range(0, len(metas), batch_size):
             chunk = slice(first, first + batch_size)
             with torch.inference_mode():
-                latents = tokenizer.encode(to_unit(pixels[chunk].to(device, non_blocking=True)))
+                latents = tokenizer.encode(to_unit(pixels[chunk]))
             saving.append(saver.submit(save, latents, metas[chunk]))
             while len(saving) > 4:
                 saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
 
     try:
         pending = _pending(records, kind, writer, preprocess, video.fps, report)
-        chunk = 16 if kind == "image" else 1
-        loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video.fps), batch_size=None,
-                            sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
-                            pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
+        parts = decoded(pending, kind, manifest.choose, preprocess, video.fps, num_workers, device)
         unit = "image" if kind == "image" else "clip"
         bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
         with bar:
-            for number, (groups, skipped, same) in enumerate(loader):
+            for count, groups, skipped, same in parts:
                 report.skipped += skipped
                 report.same_crops += same
                 for pixels, metas in groups:
@@ -274,7 +284,7 @@ def cache_latents(
                     buffers.setdefault(key, []).append((pixels, metas))
                     if kind == "video" or sum(len(group) for _, group in buffers[key]) >= batch_size:
                         flush(key)
-                bar.update(len(pending[number * chunk : (number + 1) * chunk]))
+                bar.update(count)
                 bar.set_postfix(skipped=len(report.skipped), refresh=False)
                 if len(report.skipped) >= HOPELESS and not (report.written or report.already or saving or buffers):
                     break

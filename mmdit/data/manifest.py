@@ -21,14 +21,20 @@ FORMAT = 1
 def write_aside(path: Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
     """All of `data`, perhaps in pieces, at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs
     between those that write at the same time."""
-    aside = path.with_name(f".writing-{writer}.tmp")
+    aside = f"{path.parent}/.writing-{writer}.tmp"
     try:
-        aside.unlink(missing_ok=True)  # of a killed process; never written through, if it is a link
-        with aside.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
+        try:
+            file = open(aside, "xb", buffering=0)
+        except FileExistsError:  # of a killed process; never written through, if it is a link
+            os.unlink(aside)
+            file = open(aside, "xb", buffering=0)
+        with file:
+            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
+                while len(piece):  # a system call writes at most 2 GiB
+                    piece = memoryview(piece).cast("B")[file.write(piece) :]
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,7 +47,8 @@ def no_link(path: Path) -> Path:
 
 
 def lock(file: IO) -> None:
-    """Holds `file` until it is closed; ValueError if another process does."""
+    """Holds `file` until it is closed; ValueError if another process does. A forked worker lets go of it: one that outlives its
+    killed parent by seconds must not keep the next run away."""
     try:
         import fcntl
     except ImportError:  # Windows: no lock, and nothing else depends on it
@@ -56,7 +58,17 @@ def lock(file: IO) -> None:
     except BlockingIOError:
         raise ValueError(f"another process is writing to {file.name}; wait for it, or use another folder") from None
     except OSError:
-        pass  # a file system without locks
+        return  # a file system without locks
+    known = weakref.ref(file)
+
+    def let_go() -> None:
+        held = known()
+        if held is not None and not held.closed:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, held.fileno(), inheritable=False)
+            os.close(nothing)
+
+    os.register_at_fork(after_in_child=let_go)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         settings = config.train
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
-                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
+                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions,
+                                crops=config.model.crop)
         learner = build_learner(config, spec)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
@@ -183,7 +184,7 @@ SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread"
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised.
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters and a new `model.crop` stay as initialised.
     Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
     try:
         weights = checkpoint.load_weights(config.train.init_from)
@@ -191,7 +192,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
     checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
+                      fresh=lambda name: ".lora_" in name or name.startswith("model.crop.") or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")

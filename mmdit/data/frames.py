@@ -93,6 +93,15 @@ def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, 
     return left, top, min(left + box[0], source[0]), min(top + box[1], source[1])
 
 
+def crop_shares(source: dict) -> Box:
+    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as an item stores it; all of the
+    picture where no crop was stored (generated items)."""
+    if "crop" not in source:
+        return 0.0, 0.0, 1.0, 1.0
+    (width, height), (left, top, right, bottom) = source["size"], source["crop"]
+    return left / width, top / height, right / width, bottom / height
+
+
 def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
     """`box` of the image at size `target`: uint8 `(3, H, W)`, antialiased bicubic."""
     part = image.resize(target, Image.Resampling.BICUBIC, box=box)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -236,6 +236,8 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     except ConfigError as error:
         raise ConfigError("", f"config stored in {weights.source}: {error}") from None
     refuse_foreign_code(config, list(overrides), weights.source)
+    if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
+        config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     where = choose_device(device)
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)

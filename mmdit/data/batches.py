@@ -24,7 +24,7 @@ from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
 from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
-from mmdit.data.clips import frame_numbers, jitter_limits, usable_frames
+from mmdit.data.clips import frame_numbers, jitter_limits, latent_video, usable_frames
 from mmdit.data.frames import crop_shares
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
@@ -97,11 +97,12 @@ class BatchPlan:
     def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int, held_out: float = 0.0):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
-        self.video, self.global_batch, self.seed = video, global_batch, seed
+        self.video, self.global_batch, self.seed = latent_video(video, cache.manifest.spec), global_batch, seed
         rates = cache.rates - {video.fps}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
+        video = self.video
         self._ids, self._counts, grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
         self._shapes = grids
         self._frames = usable_frames(self._counts, video)

@@ -13,6 +13,7 @@ from typing import IO
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
+from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.interfaces import LatentSpec, Tokenizer
 
@@ -84,6 +85,7 @@ class CacheManifest:
     source: str = ""
     format: int = FORMAT
     max_pixels_per_frame: int = 0
+    clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
 
     @staticmethod
     def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
@@ -94,7 +96,7 @@ class CacheManifest:
         sizes = () if bucketing.budget else sizes
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
-                             source, max_pixels_per_frame=bucketing.budget)  # fmt: skip
+                             source, max_pixels_per_frame=bucketing.budget, clip_plan=clip_plan(video, tokenizer.spec))  # fmt: skip
 
     def choose(self, source: Size) -> Size:
         """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
@@ -133,6 +135,7 @@ class CacheManifest:
         pairs = [
             ("latent channels", self.spec.channels, wanted.spec.channels),
             ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
+            ("frames per latent frame", self.spec.temporal, wanted.spec.temporal),
             ("bucketing.enabled", self.bucketed, wanted.bucketed),
             ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
             ("bucketing.max_pixels_per_frame", self.max_pixels_per_frame, wanted.max_pixels_per_frame),
@@ -140,8 +143,8 @@ class CacheManifest:
         if self.tokenizer != wanted.tokenizer:  # the name alone (a moved checkpoint) decides nothing
             names = [f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)]
             pairs.insert(0, ("tokenizer", *names))
-        names = sorted({*self.preprocess, *wanted.preprocess})
-        pairs += [(f"preprocess.{name}", self.preprocess.get(name), wanted.preprocess.get(name)) for name in names]
+        for section, here, asked in (("preprocess", self.preprocess, wanted.preprocess), ("video", self.clip_plan, wanted.clip_plan)):
+            pairs += [(f"{section}.{name}", here.get(name), asked.get(name)) for name in sorted({*here, *asked})]
         return [f"{what}: the cache has {here}, the config asks {asked}" for what, here, asked in pairs if here != asked]
 
     def check(self, folder: str | Path, wanted: CacheManifest) -> None:

@@ -62,12 +62,12 @@ def caching_speed(tokenizer: Tokenizer, folder: Path, device: torch.device, work
     """Pictures a second, from files to items on the disk, and by the same workers when all is thrown away after decoding; the
     two alternate, the best of each counts (other work on the machine only slows)."""
     records = make_pictures(folder / "pictures", count, max(1, workers))
-    choose = CacheManifest.of(tokenizer, VIDEO).choose
+    manifest = CacheManifest.of(tokenizer, VIDEO)
     cache_latents(records[: 2 * batch_size], "image", tokenizer, folder / "warm", VIDEO, device=device, batch_size=batch_size)
     rates: dict[str, list[float]] = {"decode": [], "cache": []}
     for number in range(rounds):
         begin = time.perf_counter()
-        for _ in decoded(records, "image", choose, PreprocessConfig(), VIDEO.fps, workers, device):
+        for _ in decoded(records, "image", manifest, PreprocessConfig(), VIDEO, workers, device):
             pass
         rates["decode"].append(count / (time.perf_counter() - begin))
         report = cache_latents(records, "image", tokenizer, folder / f"cache{number}", VIDEO, device=device,

@@ -86,9 +86,9 @@ class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
     neither pickled to nor copied by every worker."""
 
-    def __init__(self, kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, video: VideoConfig, plan: dict):
-        self.kind, self.choose, self.preprocess, self.fps = kind, choose, preprocess, video.fps
-        self.video = video if plan and kind == "video" else None  # its frames are chosen here
+    def __init__(self, kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig):
+        self.kind, self.choose, self.preprocess, self.fps = kind, manifest.choose, preprocess, video.fps
+        self.video = video if manifest.clip_plan and kind == "video" else None  # its frames are chosen here
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
@@ -183,8 +183,8 @@ def decoded(records: list[Record], kind: Kind, manifest: CacheManifest, preproce
     size with what is known of each, the rows of what was skipped, and how many crops repeated another."""
     chunk = 16 if kind == "image" else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video, manifest.clip_plan), batch_size=None,
-                        sampler=parts, pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
+    loader = DataLoader(_Decode(kind, manifest, preprocess, video), batch_size=None, sampler=parts,
+                        pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
     for part, result in zip(parts, loader, strict=True):
         yield len(part), *result
 

@@ -60,8 +60,8 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
         return {}
     for name in ("temporal_jitter", "image_fraction"):
         if getattr(video, name):
-            raise ConfigError(f"video.{name}", f"is {getattr(video, name)}, but this tokenizer joins {spec.temporal} frames into "
-                              "one, so frames are chosen when the clip is cached; set it to 0")
+            raise ConfigError(f"video.{name}", f"is {getattr(video, name)}, but this tokenizer joins {spec.temporal} frames "
+                              "into one, so frames are chosen when the clip is cached; set it to 0")
     for number in (video.num_frames, *video.frame_counts):
         try:
             spec.frames(number)
@@ -75,7 +75,8 @@ def cached_frames(count: int, video: VideoConfig) -> list[int]:
     stretched. ValueError: too few."""
     frames = int(usable_frames(torch.tensor([count]), video)[0])
     if not frames:
-        raise ValueError(f"too short: {count} frames, a sample needs {video.needed(min((video.num_frames, *video.frame_counts)))}")
+        least = video.needed(min((video.num_frames, *video.frame_counts)))
+        raise ValueError(f"too short: {count} frames, a sample needs {least}")
     if video.shrink_video_to_frames:
         return frame_numbers(torch.tensor([count]), frames, video, Draws.of(0, 0, 1))[0].tolist()
     first = (count - video.needed(frames)) // 2

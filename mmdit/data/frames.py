@@ -94,8 +94,8 @@ def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, 
 
 
 def crop_shares(source: dict) -> Box:
-    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as an item stores it; all of the
-    picture where no crop was stored (generated items)."""
+    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as an item stores it; all of
+    the picture where no crop was stored (generated items)."""
     if "crop" not in source:
         return 0.0, 0.0, 1.0, 1.0
     (width, height), (left, top, right, bottom) = source["size"], source["crop"]

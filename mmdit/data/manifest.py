@@ -93,10 +93,10 @@ class CacheManifest:
         """The manifest that this config asks for: written when caching, wanted when training."""
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
-        sizes = () if bucketing.budget else sizes
+        sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
-                             source, max_pixels_per_frame=bucketing.budget, clip_plan=clip_plan(video, tokenizer.spec))  # fmt: skip
+                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan)  # fmt: skip
 
     def choose(self, source: Size) -> Size:
         """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
@@ -143,7 +143,8 @@ class CacheManifest:
         if self.tokenizer != wanted.tokenizer:  # the name alone (a moved checkpoint) decides nothing
             names = [f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)]
             pairs.insert(0, ("tokenizer", *names))
-        for section, here, asked in (("preprocess", self.preprocess, wanted.preprocess), ("video", self.clip_plan, wanted.clip_plan)):
+        sections = ("preprocess", self.preprocess, wanted.preprocess), ("video", self.clip_plan, wanted.clip_plan)
+        for section, here, asked in sections:
             pairs += [(f"{section}.{name}", here.get(name), asked.get(name)) for name in sorted({*here, *asked})]
         return [f"{what}: the cache has {here}, the config asks {asked}" for what, here, asked in pairs if here != asked]
 

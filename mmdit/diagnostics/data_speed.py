@@ -76,7 +76,8 @@ def caching_speed(tokenizer: Tokenizer, folder: Path, device: torch.device, work
         rates["cache"].append(count / report.seconds)
     decode, cache = (max(rates[name]) for name in ("decode", "cache"))
     yield {"part": "cache", "pictures": count, "source": list(SOURCE), "workers": workers, "decode_per_s": round(decode, 1),
-           "cache_per_s": round(cache, 1), "ratio": round(cache / decode, 3), "rounds": {k: [round(v, 1) for v in vs] for k, vs in rates.items()}}  # fmt: skip
+           "cache_per_s": round(cache, 1), "ratio": round(cache / decode, 3),
+           "rounds": {name: [round(rate, 1) for rate in several] for name, several in rates.items()}}  # fmt: skip
 
 
 def encoding_speed(tokenizer: Tokenizer, device: torch.device, batch_size: int, seconds: float = 3.0) -> dict:
@@ -115,7 +116,8 @@ def loading_speed(folder: Path, count: int, workers: int, batch_size: int = 256,
     made = time.perf_counter() - begin
     yield {"part": "loader", "from": "writing the cache", "items": count, "items_per_s": round(count / made, 1)}
     pack_cache(folder / "items", folder / "packed")
-    for name, source, in_memory in (("memory", cache, True), ("files", cache, False), ("packed", open_cache(folder / "packed"), False)):
+    packed = open_cache(folder / "packed")
+    for name, source, in_memory in (("memory", cache, True), ("files", cache, False), ("packed", packed, False)):
         batches = LatentBatches(source, BatchPlan(source, VIDEO, batch_size, 0), in_memory=in_memory, num_workers=workers)
         steps = batches.iterate()
         for _ in range(count // batch_size + 2 * workers):  # an epoch: every file has been read once, the workers run

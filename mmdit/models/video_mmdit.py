@@ -169,7 +169,8 @@ class VideoMMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: Tensor | None = None,
                 crop: Tensor | None = None) -> Tensor:
         """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions → the prediction, shaped like `x`. `keep`: from
-        `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError if shapes do not belong together."""
+        `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError if shapes do not
+        belong together."""
         self._check(x, t, text)
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)

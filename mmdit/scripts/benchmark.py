@@ -27,7 +27,8 @@ def tokenizer_of(args: argparse.Namespace, device: torch.device, folder: Path, c
     path, name = VTPTokenizerConfig.name_or_path, "vtp_tiny"
     if args.vtp_small:
         path, name = data_speed.make_vtp_small(folder / "vtp_small"), "vtp_small"
-    return build_tokenizer(VTPTokenizerConfig(name_or_path=str(path), chunk_size=args.batch_size, compile=compile), device), name
+    config = VTPTokenizerConfig(name_or_path=str(path), chunk_size=args.batch_size, compile=compile)
+    return build_tokenizer(config, device), name
 
 
 def cache(args: argparse.Namespace, device: torch.device, folder: Path) -> Iterator[dict]:

@@ -59,8 +59,8 @@ class HuggingFaceConfig:
         if self.cache_mb < 0:
             raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
         if self.cache_dir and not self.freeze:
-            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is trained "
-                              "change with each step; leave it empty")
+            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is "
+                              "trained change with each step; leave it empty")
         if not self.freeze and self.dtype != "float32":
             remedy = "set dtype: float32 (train.precision still computes in half precision) or freeze: true"
             raise ConfigError("dtype", f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}")

@@ -2,7 +2,7 @@
 
     <folder>/<key>/<hash of the caption>.safetensors        `embedding (T, dim)` in the encoder's precision
 
-The key is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder finds nothing here."""
+The key is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder finds none."""
 
 from __future__ import annotations
 

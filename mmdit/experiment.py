@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -139,7 +139,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         settings = config.train
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
-                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
+                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions,
+                                crops=config.model.crop)
         learner = build_learner(config, spec)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
@@ -186,7 +187,7 @@ SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread"
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised.
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters and a new `model.crop` stay as initialised.
     Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
     try:
         weights = checkpoint.load_weights(config.train.init_from)
@@ -194,7 +195,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
     checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: is_adapter(name) or not learner.is_stored(name))  # fmt: skip
+                      fresh=lambda name: is_adapter(name) or name.startswith("model.crop.") or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
@@ -238,6 +239,8 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     except ConfigError as error:
         raise ConfigError("", f"config stored in {weights.source}: {error}") from None
     refuse_foreign_code(config, list(overrides), weights.source)
+    if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
+        config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     where = choose_device(device)
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)

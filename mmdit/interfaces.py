@@ -24,6 +24,7 @@ class LatentSpec:
     mean: tuple[float, ...] = ()  # per channel; empty means 0
     std: tuple[float, ...] = ()  # per channel; empty means 1
     scale: float = 1.0
+    temporal: int = 1  # frames a latent frame covers; of more than 1 the first latent frame covers the first frame alone
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -47,6 +48,14 @@ class LatentSpec:
         """Inverse of `normalize`."""
         mean, std = self._affine(latents.device)
         return latents.float() * std + mean
+
+    def frames(self, count: int) -> int:
+        """Frames of a clip to latent frames. ValueError with the nearest counts that can be."""
+        if (count - 1) % self.temporal or count < 1:
+            below = 1 + max(0, count - 1) // self.temporal * self.temporal
+            raise ValueError(f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest are {below} and "
+                             f"{below + self.temporal}")
+        return 1 + (count - 1) // self.temporal
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Pixels `(width, height)` to latent cells `(rows, columns)`."""
@@ -100,10 +109,12 @@ class Batch:
     ids: list[str]
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
+    crops: Tensor | None = None  # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader knows this name."""
-        return replace(self, latents=self.latents.pin_memory(), indices=self.indices.pin_memory())
+        tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
 
 
 @runtime_checkable

@@ -45,15 +45,18 @@ class Learner(nn.Module):
     def stored_state(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.state_dict().items() if self.is_stored(name)}
 
-    def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
+    def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None,
+                crops: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a model with
+        `model.crop`. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
-        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, keep=keep)
+        inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
+        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:

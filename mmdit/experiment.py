@@ -17,11 +17,14 @@ from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
+from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.interfaces import LatentSpec
-from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.interop.wan import load_denoiser
+from mmdit.interop.wan_release import release_config
+from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
@@ -50,7 +53,7 @@ class ExperimentConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     tokenizer: TokenizerConfig = field(default_factory=VTPTokenizerConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ByteLevelConfig)
-    model: VideoMMDiTConfig = field(default_factory=VideoMMDiTConfig)
+    model: ModelConfig = field(default_factory=VideoMMDiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -66,13 +69,29 @@ class ExperimentConfig:
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
-        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)  # every size must suit the tokenizer
-        if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
+        wan = isinstance(self.model, WanModelConfig)
+        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))  # every size must suit the tokenizer, and patches
+        clip_plan(self.video, LatentSpec(1, temporal=getattr(self.tokenizer, "temporal", 1)))  # ConfigError: what it cannot cut
+        if wan:
+            self._check_wan()
+        elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+
+    def _check_wan(self) -> None:
+        """What a Wan transformer was made for, and what its trainer can do."""
+        flow, train = self.flow_matching, self.train
+        if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
+            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
+                              "leave these keys at their defaults")
+        if self.tread.enabled:
+            raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
+        if self.model.expert and train.sample_every_steps:
+            raise ConfigError("train.sample_every_steps", f"is {train.sample_every_steps}, but the {self.model.expert}-noise expert alone "
+                              "draws no pictures; set it to 0 and use mmdit.scripts.sample, which loads both")
 
     @property
     def run_dir(self) -> Path:
@@ -90,8 +109,14 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
-        model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
-        objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
+        flow_matching = config.flow_matching
+        if isinstance(config.model, WanModelConfig):
+            model = load_denoiser(config.model, spec, text_encoder.dim)
+            if config.model.expert:
+                flow_matching = replace(flow_matching, between=config.model.between)
+        else:
+            model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
+        objective = build_objective(config.train.objective, config.diffusion, flow_matching)
         learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
         inject(model, config.lora, config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
@@ -140,8 +165,10 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
                                 in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions,
-                                crops=config.model.crop)
+                                crops=getattr(config.model, "crop", False))
         learner = build_learner(config, spec)
+        if isinstance(config.model, WanModelConfig):
+            check_trainable(learner.model, config)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
@@ -181,6 +208,16 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                                config.ema.use_for_sampling, writes=world.is_main)
         validate = Validation(settings, batches, world) if settings.val_every_steps else None
         return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
+
+
+def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
+    """ConfigError unless this Wan transformer can be trained as configured."""
+    if model.config.in_dim != model.config.out_dim:
+        raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are sampled here, not "
+                          "trained; train T2V, or TI2V-5B with model.first_frame")
+    if config.model.dtype == "bfloat16" and not (config.lora.enabled and config.lora.train_lora_only):
+        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; use float32, or "
+                          "lora.enabled with train_lora_only")
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
@@ -231,24 +268,37 @@ def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
-    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder or an export."""
-    weights = checkpoint.load_weights(path, use_ema)
-    raw = config_io.apply_overrides(weights.meta.config, list(overrides))
+    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release of
+    Wan. An expert gets its sibling from the release it came from."""
+    where, release = choose_device(device), release_config(path)
+    weights = None if release else checkpoint.load_weights(path, use_ema)
+    source = weights.source if weights else Path(path)
+    raw = config_io.apply_overrides(weights.meta.config if weights else release, list(overrides))
+    if release and where.type == "cpu":
+        raw["model"]["dtype"] = raw["text_encoder"]["dtype"] = "float32"
     try:
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
-        raise ConfigError("", f"config stored in {weights.source}: {error}") from None
-    refuse_foreign_code(config, list(overrides), weights.source)
+        raise ConfigError("", f"config stored in {source}: {error}") from None
+    refuse_foreign_code(config, list(overrides), source)
     if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
-    where = choose_device(device)
     tokenizer = build_tokenizer(config.tokenizer, device=where)
-    check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
+    if weights:
+        check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, source)
     learner = build_learner(config, tokenizer.spec)
-    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
+    if weights:
+        checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))
     if lora:
         merge(learner.model)
     else:
         remove(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
-    return Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions), config
+    pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
+    if isinstance(config.model, WanModelConfig) and config.model.expert:
+        sibling = "low" if config.model.expert == "high" else "high"
+        other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, sibling).to(where)
+        pipeline.low, pipeline.boundary = other, config.model.boundary
+        if sibling == "high":
+            learner.model, pipeline.low = other, learner.model
+    return pipeline, config

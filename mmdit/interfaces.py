@@ -66,37 +66,49 @@ class LatentSpec:
 
 @dataclass
 class TextTokens:
-    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped or empty caption has no valid token:
-    that is the unconditional case, in training (caption dropout) and in sampling (guidance) alike."""
+    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the unconditional case, in training
+    (caption dropout) and in sampling (guidance) alike: it has no valid token, or the rows of `empty (N, D)` where the encoder
+    has something to say for it (an encoded empty or negative prompt)."""
 
     embeddings: Tensor
     valid: Tensor
+    empty: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def drop(self, dropped: Tensor) -> TextTokens:
         """`dropped (B,)` bool: those captions become unconditional."""
-        return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
+        if self.empty is None:
+            return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
+        text = self.pad(max(self.valid.shape[1], len(self.empty)))
+        instead = F.pad(self.empty, (0, 0, 0, text.valid.shape[1] - len(self.empty)))
+        valid = torch.arange(text.valid.shape[1], device=dropped.device) < len(self.empty)
+        rows = torch.where(dropped[:, None, None], instead.to(text.embeddings.dtype), text.embeddings)
+        return TextTokens(rows, torch.where(dropped[:, None], valid, text.valid), self.empty)
 
     def null(self) -> TextTokens:
-        """The unconditional tokens of the same shape."""
-        return TextTokens(self.embeddings, torch.zeros_like(self.valid))
+        """The unconditional tokens of as many captions."""
+        return self.drop(torch.ones(len(self), dtype=torch.bool, device=self.valid.device))
 
     def pad(self, length: int) -> TextTokens:
         """Invalid tokens behind, up to `length` in all."""
         extra = length - self.valid.shape[1]
-        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False))
+        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False), self.empty)
 
     def __getitem__(self, index) -> TextTokens:
-        return TextTokens(self.embeddings[index], self.valid[index])
+        return TextTokens(self.embeddings[index], self.valid[index], self.empty)
 
     def to(self, *args, **kwargs) -> TextTokens:
-        return TextTokens(self.embeddings.to(*args, **kwargs), self.valid.to(device=self.embeddings.to(*args, **kwargs).device))
+        embeddings = self.embeddings.to(*args, **kwargs)
+        empty = None if self.empty is None else self.empty.to(*args, **kwargs)
+        return TextTokens(embeddings, self.valid.to(device=embeddings.device), empty)
 
     @staticmethod
     def cat(parts: list[TextTokens]) -> TextTokens:
-        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]))
+        longest = max(part.valid.shape[1] for part in parts)
+        parts = [part.pad(longest) for part in parts]
+        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]), parts[0].empty)
 
 
 @dataclass

@@ -77,7 +77,7 @@ def test_short_clips_get_fewer_frames_and_stretched_ones_the_whole_clip(clips, t
 
 
 @pytest.mark.parametrize("change, path", [({"num_frames": 8}, "num_frames"), ({"temporal_jitter": 1}, "temporal_jitter"),
-                                          ({"image_fraction": 0.5}, "image_fraction"), ({"frame_counts": (4,)}, "frame_counts")])
+                                          ({"frame_counts": (4,)}, "frame_counts")])
 def test_what_a_joining_tokenizer_cannot_do_is_refused(change, path):
     with pytest.raises(ConfigError, match=f"video.{path}"):
         clip_plan(replace(VIDEO, **change), Joining.spec)

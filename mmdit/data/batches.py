@@ -97,7 +97,9 @@ class BatchPlan:
     def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int, held_out: float = 0.0):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
-        self.video, self.global_batch, self.seed = latent_video(video, cache.manifest.spec), global_batch, seed
+        spec = cache.manifest.spec
+        self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
+        self.aligned = self.video.num_frames if spec.temporal > 1 else 1  # samples start where a window of the tokenizer did
         rates = cache.rates - {video.fps}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
@@ -142,7 +144,7 @@ class BatchPlan:
             group, items = self.clips.batch(step - before)
             frames = int(self._frames[items[0]])
         draws = Draws.of(self.seed, step, len(items))
-        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws))
+        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws, self.aligned))
 
     def held_out_batches(self, most: int) -> list[PlannedBatch]:
         """The first `most` held-out items (clips, unless training sees pictures alone), one batch a shape, with keys that make
@@ -152,7 +154,7 @@ class BatchPlan:
             raise ValueError("every held-out item is too short for a clip: raise train.val_share")
         frames = torch.ones_like(self._frames) if self.clips is None else self._frames
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
-        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own)))
+        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own), self.aligned))
                 for group, own in _by_shape(shapes, items[:most]).items()]
 
     def own_draws(self, items: Tensor) -> Draws:

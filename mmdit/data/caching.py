@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,7 +270,9 @@ def cache_latents(
         for first in range(0, len(metas), batch_size):
             chunk = slice(first, first + batch_size)
             with torch.inference_mode():
-                latents = tokenizer.encode(to_unit(pixels[chunk]))
+                unit = to_unit(pixels[chunk])
+                windows = unit.split(video.num_frames, 1) if manifest.clip_plan else [unit]
+                latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
             saving.append(saver.submit(save, latents, metas[chunk]))
             while len(saving) > 4:
                 saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)

@@ -32,12 +32,13 @@ def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> T
     return ((gaps - 1) // 2).clamp(0, video.temporal_jitter)
 
 
-def frame_numbers(counts: Tensor, frames: int, video: VideoConfig, draws: Draws) -> Tensor:
+def frame_numbers(counts: Tensor, frames: int, video: VideoConfig, draws: Draws, aligned: int = 1) -> Tensor:
     """`(B, frames)` int64 for clips of `counts (B,)` frames, ascending, none twice. A single frame is drawn from all of them.
-    The first frame is never moved by jitter, so that it can serve as the given one."""
+    `aligned`: samples start at multiples of it (the samples that a tokenizer has seen). The first frame
+    is never moved by jitter, so that it can serve as the given one."""
     if frames == 1 or not video.shrink_video_to_frames:
         room = counts - (video.needed(frames) if frames > 1 else 1) + 1
-        start = (draws.uniform("frame_start").double() * room).long()
+        start = (draws.uniform("frame_start").double() * ((room + aligned - 1) // aligned)).long() * aligned
         chosen = start[:, None] + torch.arange(frames) * video.frame_stride
     else:
         gaps = (counts - 1).double() / (frames - 1)
@@ -58,10 +59,9 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
     frames to be chosen for each batch."""
     if spec.temporal == 1:
         return {}
-    for name in ("temporal_jitter", "image_fraction"):
-        if getattr(video, name):
-            raise ConfigError(f"video.{name}", f"is {getattr(video, name)}, but this tokenizer joins {spec.temporal} frames "
-                              "into one, so frames are chosen when the clip is cached; set it to 0")
+    if video.temporal_jitter:
+        raise ConfigError("video.temporal_jitter", f"is {video.temporal_jitter}, but this tokenizer joins {spec.temporal} frames into "
+                          "one, so frames are chosen when the clip is cached; set it to 0")
     for number in (video.num_frames, *video.frame_counts):
         try:
             spec.frames(number)
@@ -71,16 +71,18 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
 
 
 def cached_frames(count: int, video: VideoConfig) -> list[int]:
-    """Numbers of the frames that a tokenizer joining frames is given of a clip of `count`: the middle of it, or all of it
-    stretched. ValueError: too few."""
+    """Numbers of the frames that a tokenizer joining frames is given of a clip of `count`: as many samples, one behind the other,
+    as there are from its middle; or all of it stretched to one. ValueError: too few."""
     frames = int(usable_frames(torch.tensor([count]), video)[0])
     if not frames:
         least = video.needed(min((video.num_frames, *video.frame_counts)))
         raise ValueError(f"too short: {count} frames, a sample needs {least}")
     if video.shrink_video_to_frames:
         return frame_numbers(torch.tensor([count]), frames, video, Draws.of(0, 0, 1))[0].tolist()
-    first = (count - video.needed(frames)) // 2
-    return [first + number * video.frame_stride for number in range(frames)]
+    span = video.needed(frames)
+    samples = count // span if frames == video.num_frames else 1
+    first = (count - samples * span) // 2
+    return [first + sample * span + number * video.frame_stride for sample in range(samples) for number in range(frames)]
 
 
 def latent_video(video: VideoConfig, spec: LatentSpec) -> VideoConfig:

@@ -76,6 +76,12 @@ def load_image(path: str | Path) -> Image.Image:
         return image
 
 
+def load_first_frame(path: str | Path, size: Size) -> Tensor:
+    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]."""
+    image = load_image(path)
+    return to_unit(torch.from_numpy(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)))
+
+
 def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0) -> Box:
     """The part of the source that becomes the picture: the largest of the target's aspect ratio, so that no resized overhang is
     ever made (a 30000x10 panorama costs as little as its crop). Deterministic in (seed, id, crop)."""

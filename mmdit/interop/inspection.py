@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from mmdit.adapters import is_adapter
-from mmdit.interop.files import Checkpoint
 from mmdit.interop.lora_formats import PARTS, PREFIXES
-from mmdit.interop.wan import EXPERT_FOLDERS, SCALES, infer_config, locate, official_names
+from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.weights import SCALES, Checkpoint
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # by the name in a header; others: 1
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, kind_of
 from mmdit.adapters.lora import adapters, insert, near
-from mmdit.interop.files import Checkpoint
 from mmdit.interop.wan import diffusers_module
 from mmdit.models.wan import WanDiT
+from mmdit.weights import Checkpoint
 
 Format = Literal["peft", "diffusers", "kohya", "comfy"]
 

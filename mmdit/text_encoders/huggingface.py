@@ -78,22 +78,33 @@ class HuggingFaceEncoder(nn.Module):
         super().__init__()
         self.config, self.lr_scale = config, config.lr_scale
         self.frozen = self.stored_elsewhere = config.freeze  # a frozen encoder is not copied into checkpoints
-        self.tokenizer, self.encoder = _load(config)
+        self.tokenizer, self.encoder = self._open()
         self.reported = False
         self.kept_limit = config.cache_mb * 2**20
         self.forget()
         self.requires_grad_(not self.frozen)
         self.train()
-        with torch.set_grad_enabled(not self.frozen):
-            example = self._hidden(*self._pad(self._tokenize(["a"])))
-        self.dim = example.shape[-1]
+        self.dim = self._settle()
         if config.dim not in (None, self.dim):
             raise ConfigError("dim", f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave it out")
+        self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
+
+    def _open(self) -> tuple[Any, nn.Module]:
+        return _load(self.config)
+
+    def _settle(self) -> int:
+        """The width of the tokens; freezes what does not reach them."""
+        with torch.set_grad_enabled(not self.frozen):
+            example = self._hidden(*self._pad(self._tokenize(["a"])))
         if not self.frozen:  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.requires_grad_(gradient is not None)
+        return example.shape[-1]
+
+    def clean(self, caption: str) -> str:
+        return caption.strip()
 
     def train(self, mode: bool = True) -> HuggingFaceEncoder:
         super().train(mode)
@@ -124,12 +135,13 @@ class HuggingFaceEncoder(nn.Module):
     def forward(self, captions: list[str]) -> TextTokens:
         """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in the longest, at least 1."""
         device = self.encoder.get_input_embeddings().weight.device
+        captions = [self.clean(caption) for caption in captions]
         if self.frozen:
-            known = self._remembered([caption.strip() for caption in captions])
-            lengths = [len(known[caption.strip()]) for caption in captions]
+            known = self._remembered(captions)
+            lengths = [len(known[caption]) for caption in captions]
             embeddings = torch.zeros(len(captions), max([1, *lengths]), self.dim)
             for row, caption in zip(embeddings, captions, strict=True):
-                row[: len(known[caption.strip()])] = known[caption.strip()]
+                row[: len(known[caption])] = known[caption]
             embeddings = embeddings.to(device)
         else:
             tokens = self._tokenize(captions)
@@ -141,7 +153,7 @@ class HuggingFaceEncoder(nn.Module):
     # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
         """Token numbers of each caption; none for one without words, though the tokenizer would add its markers."""
-        filled = [caption.strip() for caption in captions if caption.strip()]
+        filled = [caption for caption in captions if caption]
         limit = self.config.max_length
         tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
         if not self.reported:
@@ -152,13 +164,13 @@ class HuggingFaceEncoder(nn.Module):
                     self.reported = True
                     break
         remaining = iter(tokens)
-        return [next(remaining) if caption.strip() else [] for caption in captions]
+        return [next(remaining) if caption else [] for caption in captions]
 
     def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
         """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens attends to its first padding,
         as a softmax over nothing is no number."""
         length = max([length, *map(len, tokens)])
-        filler = self.tokenizer.pad_token_id or 0
+        filler = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
         mask = torch.tensor([[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens])
         return ids, mask
@@ -171,8 +183,7 @@ class HuggingFaceEncoder(nn.Module):
     @torch.no_grad()
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
         """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's precision."""
-        known = {"": torch.zeros(0, self.dim)}
-        known |= {caption: self._kept[caption] for caption in captions if caption in self._kept}
+        known = self.silent | {caption: self._kept[caption] for caption in captions if caption in self._kept}
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         files = self._files() if new else None
         if files:
@@ -204,7 +215,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def _keep(self, known: dict[str, Tensor]) -> None:
         for caption, row in known.items():
-            if not caption:
+            if caption in self.silent:
                 continue
             if caption not in self._kept:
                 self._kept[caption] = row

@@ -22,6 +22,7 @@ from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.interfaces import LatentSpec
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
@@ -61,6 +62,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
@@ -70,6 +72,8 @@ class ExperimentConfig:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
 
+        if self.posttrain is not None and not self.train.init_from:
+            raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
         if self.parallel.type == "fsdp" and self.train.optimizer == "muon":
             raise ConfigError("train.optimizer", "is muon with parallel.type fsdp, but it needs whole matrices; use adamw, or ddp")
 

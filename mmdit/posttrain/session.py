@@ -121,12 +121,13 @@ class Session:
 
     # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
     @torch.no_grad()
-    def roll_out(self, field_of: Field, draws: Draws, stochastic: Sequence[int] = (), plan: StoragePlan | None = None) -> Trajectory:
+    def roll_out(self, field_of: Field, draws: Draws, stochastic: Sequence[int] = (), plan: StoragePlan | None = None,
+                 first: Draws | None = None) -> Trajectory:
         """Sample along `times`: the given steps by the configured dynamics, the others by the ODE. Each state is rounded as it is
-        stored before anything is computed from it; means of stochastic steps are kept as `mean`."""
+        stored before anything is computed from it; means of stochastic steps are kept as `mean`. `first` keys the noise at t = 1."""
         rollout, times = self.config.rollout, self.times
         trajectory = Trajectory(plan or StoragePlan.for_steps((), rollout.steps))
-        x = trajectory.put(0, draws.normal("rollout", *self.shape))
+        x = trajectory.put(0, (first or draws).normal("rollout", *self.shape))
         for index, t in enumerate(times[:-1]):
             noisy = index in stochastic
             step = dynamics.step(rollout.dynamics if noisy else "ode", rollout.noise_level, times, index)
@@ -172,7 +173,8 @@ class Session:
             draws = Draws(self.seed, epoch, indices.to(self.device))
             field_of = self.velocity(self.text[places.to(self.device)], weights)
             groups = torch.tensor([group_id(self.prompts.captions[i]) for i in places.tolist()])
-            rollout = Rollout(self.roll_out(field_of, draws, stochastic, plan), places, groups, indices)
+            first = Draws(self.seed, epoch, draws.indices // self.config.group_size) if self.config.rollout.shared_noise else None
+            rollout = Rollout(self.roll_out(field_of, draws, stochastic, plan, first), places, groups, indices)
             samples = self.samples(rollout.clean, self.prompts.at(places.tolist()), groups, draws, self.pool)
             rollouts.append(rollout.to("cpu") if self.config.storage.offload else rollout)
             futures.append(self.pool.submit(samples))

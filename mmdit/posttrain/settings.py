@@ -39,6 +39,7 @@ class RolloutConfig:
     noise_level: float = 0.7
     sde_steps: tuple[int, ...] = ()
     sde_pick: int = 0
+    shared_noise: bool = False  # the samples of a group begin alike and part in their stochastic steps: what is compared is what is trained
     policy: Literal["current", "old"] = "current"
 
     def __post_init__(self):
@@ -180,6 +181,8 @@ class PosttrainConfig:
                               "in the picture and CPS has none there")
         if self.algorithm == "guard" and self.rollout.dynamics == "cps":
             raise ConfigError("rollout.dynamics", "is cps with guard, which is made for flow_sde and dance_sde")
+        if self.rollout.shared_noise and not self.trains_steps:
+            raise ConfigError("rollout.shared_noise", f"is true with {self.algorithm}, whose rollouts have no noise but the first; set it to false")
         if self.rollout.policy == "old" and self.algorithm != "nft":
             raise ConfigError("rollout.policy", f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current")
 

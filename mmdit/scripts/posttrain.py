@@ -1,6 +1,6 @@
 """Improve a trained model with a reward: GRPO, GRPO-Guard, NFT, AWM, SRPO or DPO, as the config's section posttrain: says.
 
-    python -m mmdit.scripts.posttrain --config configs/posttrain_grpo.yaml [--dry-run] [--resume] [section.key=value …]
+    python -m mmdit.scripts.posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume] [section.key=value …]
 """
 
 import argparse
@@ -12,7 +12,7 @@ from mmdit.scripts import friendly
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with a posttrain: section, see configs/posttrain_*.yaml")
+    parser.add_argument("--config", required=True, help="YAML file with a posttrain: section, see configs/posttrain/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     parser.add_argument("--dry-run", action="store_true", help="build everything and say what would happen: geometry, memory, noise levels")

@@ -2,7 +2,11 @@
 nothing, and the command."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from mmdit.training.checkpoint import latest, read_tensors
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 
+ROOT = Path(__file__).resolve().parents[1]
 CLIP = RatioConfig(clip=(-7e-3, 7e-3))
 NFT = {"algorithm": "nft", "draws_per_sample": 4, "advantage": AdvantageConfig(clip=2.0)}
 SRPO = {"algorithm": "srpo", "prompts_per_epoch": 32, "micro_batch": 32, "lr": 1e-4}
@@ -261,3 +266,15 @@ def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
     _, futures = running.collect(0)
     assert all(0 < future.result()["latent_norm"].min() <= 1 for future in futures)
     shutil.rmtree(tmp_path)
+
+
+def test_two_processes_are_one(shop):
+    """Each update takes the same samples, and their mean, however many processes share it."""
+    words = ["posttrain.micro_batch=1", "posttrain.updates_per_epoch=2", "train.max_steps=4", "ema.enabled=false"]
+    posttrain.main(command(shop, "alone", *words))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP")))
+    subprocess.run([sys.executable, *launch, "-m", "mmdit.scripts.posttrain", *command(shop, "together", *words)], cwd=ROOT, timeout=200,
+                   check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in ("alone", "together"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5

@@ -27,9 +27,10 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
     if settings is None:
         raise ConfigError("posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}")
     if config.parallel.type != "ddp":
-        raise ConfigError("parallel.type", f"is {config.parallel.type}; post-training copies the model to every process: use ddp")
+        raise ConfigError("parallel.type", f"is {config.parallel.type}; every process has the whole model here: use ddp")
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
-        raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it or set that to 0")
+        raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
+                                         "set that to 0")
     with process_group(device, train.timeout_minutes) as world:
         found = None if dry_run else prepare_run_dir(config, resume)
         world.barrier()
@@ -40,7 +41,8 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         learner.to(world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
-        prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height, settings.eval_prompts)
+        prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,
+                                          settings.eval_prompts)  # fmt: skip
 
         def save(session: Session) -> None:
             meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint)
@@ -49,8 +51,9 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
                 files["lora"] = lora_state(learner.model)
             checkpoint.save(config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world)
 
-        session = Session(settings, train, config.seed, TrainState.create(learner, train, config.ema), tokenizer, prompts, evaluated,
-                          width, height, frames, config.run_dir, save, world)
+        state = TrainState.create(learner, train, config.ema)
+        session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
+                          config.run_dir, save, world)  # fmt: skip
         if found is not None:
             check_same_latents(checkpoint.Meta.read(found), tokenizer.spec, tokenizer.fingerprint, found)
             session.restore(found)
@@ -61,13 +64,14 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         if world.is_main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.yaml").write_text(config_io.to_yaml(config))
-        loop = {"srpo": srpo, "dpo": dpo_offline if settings.dpo.source == "offline" else online}.get(settings.algorithm, online)
+        dpo = dpo_offline if settings.dpo.source == "offline" else online
+        loop = {"srpo": srpo, "dpo": dpo}.get(settings.algorithm, online)
         return loop(session)
 
 
 def plan(session: Session, boundary: float | None = None) -> list[str]:
-    """What is about to happen: geometry, memory of the stored trajectories, windows as noise levels and, with two experts, the one
-    that lies there."""
+    """What is about to happen: geometry, memory of the stored trajectories, windows as noise levels and, with two experts, the
+    one that lies there."""
     config, world = session.config, session.world
     samples = config.prompts_per_epoch * config.group_size
     rows = [f"{config.algorithm}: {sum(p.numel() for p in session.reference.values()):,} trained parameters on {world.device}, "
@@ -76,13 +80,15 @@ def plan(session: Session, boundary: float | None = None) -> list[str]:
     rows.append(f"noise levels of a rollout: {levels}")
     if config.algorithm == "srpo":
         window_check(config.srpo.sigma_window, config.srpo.step, boundary)
-        rows.append(f"an update: {config.prompts_per_epoch} prompts, noise levels {config.srpo.sigma_window[0]} … {config.srpo.sigma_window[1]}")
+        noisy, clean = config.srpo.sigma_window
+        rows.append(f"an update: {config.prompts_per_epoch} prompts, noise levels {noisy} … {clean}")
         touched = [config.srpo.sigma_window]
     else:
         stochastic, dimensions = session.stochastic(0), torch.Size(session.shape).numel()
         stored = session.plan(stochastic).bytes(dimensions)
-        rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of {world.size} processes "
-                    f"{session.micro_batches} micro-batches of {config.micro_batch}, {config.updates_per_epoch} updates")
+        rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of "
+                    f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
+                    f"{config.updates_per_epoch} updates")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a process on {where}")
         touched = [(session.times[i], session.times[i + 1]) for i in stochastic] or [(1.0, 0.0)]

@@ -1,1 +1,1 @@
-"""Reward post-training: dynamics, storage, advantages and losses that are checked against closed forms, and three short loops."""
+"""Reward post-training: dynamics, storage, advantages and losses, checked against closed forms; three short loops."""

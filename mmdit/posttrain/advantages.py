@@ -37,7 +37,8 @@ def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Te
         parts = []
         for name, value in rewards.items():
             mean, deviation = group_moments(value, groups)
-            parts.append(weights[name] * torch.where(deviation > FLOOR, (value.double() - mean) / deviation.clamp(min=FLOOR), 0.0))
+            scaled = (value.double() - mean) / deviation.clamp(min=FLOOR)
+            parts.append(weights[name] * torch.where(deviation > FLOOR, scaled, 0.0))
         total = sum(parts)
     centred = total - group_moments(total, groups)[0]
     if mode == "gdpo" or std == "global":
@@ -46,7 +47,8 @@ def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Te
         deviation = spread
     flat = spread <= FLOOR
     result = torch.where(flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=FLOOR)).clamp(-clip, clip)
-    return result, {"zero_std_share": flat.double().mean().item(), "advantage_clipped": (result.abs() >= clip).double().mean().item()}
+    share = lambda flags: flags.double().mean().item()  # noqa: E731
+    return result, {"zero_std_share": share(flat), "advantage_clipped": share(result.abs() >= clip)}
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def ranks(values: Tensor) -> Tensor:
 def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
     """Micro-batches a rank has in an epoch; whole groups stay on one rank. ConfigError says what does not divide."""
     if group < 2:
-        raise ConfigError("posttrain.group_size", f"is {group}; must be 2 or more, for an advantage compares samples of one prompt")
+        raise ConfigError("posttrain.group_size", f"is {group}; must be 2 or more, samples of one prompt are compared")
     if prompts % processes:
         raise ConfigError("posttrain.prompts_per_epoch", f"is {prompts}, must be a multiple of the {processes} processes")
     own = prompts * group // processes
@@ -66,6 +68,6 @@ def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, u
         raise ConfigError("posttrain.micro_batch", f"is {micro_batch}, must divide the {own} samples of a process "
                           f"({prompts} prompts × {group} / {processes} processes)")
     if own // micro_batch % updates:
-        raise ConfigError("posttrain.updates_per_epoch", f"is {updates}, must divide the {own // micro_batch} micro-batches of a process; "
-                          "take a smaller posttrain.micro_batch")
+        raise ConfigError("posttrain.updates_per_epoch", f"is {updates}, must divide the {own // micro_batch} micro-batches "
+                          "of a process; take a smaller posttrain.micro_batch")
     return own // micro_batch

@@ -18,14 +18,14 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Similarity(nn.Module):
-    """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features, mean over frames. Differentiable
-    in the pixels; the network is frozen."""
+    """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features, mean over frames.
+    Differentiable in the pixels; the network is frozen."""
 
     def __init__(self, folder: str, weights: str | None = None):
         super().__init__()
         if not (Path(folder) / "config.json").is_file():
-            raise ConfigError("posttrain.rewards", f"name the folder {folder!r}, which holds no config.json; give a local CLIP in the "
-                              "transformers layout (config.json, model.safetensors, tokenizer files)")
+            raise ConfigError("posttrain.rewards", f"name the folder {folder!r}, which holds no config.json; give a local CLIP "
+                              "in the transformers layout (config.json, model.safetensors, tokenizer files)")
         from transformers import AutoTokenizer, CLIPModel
 
         self.clip = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
@@ -44,9 +44,11 @@ class Similarity(nn.Module):
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
         seen = clip.visual_projection(clip.vision_model(pixel_values=(images - mean) / std).pooler_output)
         unique = list(dict.fromkeys(texts))
-        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=clip.config.text_config.max_position_embeddings,
-                                return_tensors="pt").to(images.device)
-        said = clip.text_projection(clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output)
+        longest = clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = tokens.to(images.device)
+        said = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        said = clip.text_projection(said)
         said = said[[unique.index(text) for text in texts]]
         both = F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1)) * F.normalize(said, dim=-1)[:, None]
         return both.sum(-1).mean(1)
@@ -82,7 +84,8 @@ class HPS(ClipReward):
 
     def __post_init__(self):
         if self.weights is None:
-            raise ConfigError("weights", "is empty; must name the HPS v2 file (path is the folder of the CLIP ViT-H it was made from)")
+            raise ConfigError("weights", "is empty; must name the HPS v2 file; path is the folder of the CLIP ViT-H it is "
+                                         "made of")
 
 
 def read_state(path: str) -> dict[str, Tensor]:
@@ -102,8 +105,10 @@ def from_open_clip(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str
              "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
              "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
              "positional_embedding": "text_model.embeddings.position_embedding.weight"}  # fmt: skip
-    ends = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm", "ln_final": "text_model.final_layer_norm"}
-    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+    ends = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
+            "ln_final": "text_model.final_layer_norm"}  # fmt: skip
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
     projections = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")

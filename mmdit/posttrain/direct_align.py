@@ -29,10 +29,11 @@ def window_check(window: tuple[float, float], width: float, boundary: float | No
     """`window`: (noisy end, clean end) of where steps land. With two experts it must lie on one side of their `boundary`."""
     noisy, clean = window
     if not 0 < clean < noisy or noisy + width > 0.99 or clean - width <= 0:
-        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)} with step {width}; must be [noisy, clean] with noisy + step at "
-                          "most 0.99 (nothing is left of the picture beyond) and clean - step above 0")
+        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)} with step {width}; must be [noisy, clean] with "
+                          "noisy + step at most 0.99 (nothing is left of the picture beyond) and clean - step above 0")
     if boundary is not None and clean - width < boundary <= noisy + width:
-        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)}, on both sides of the experts' boundary {boundary}; choose one side")
+        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)}, on both sides of the experts' boundary "
+                          f"{boundary}; choose one side")
 
 
 def discount(ends: tuple[float, float], window: tuple[float, float], sigma: float) -> float:
@@ -45,5 +46,6 @@ def relative_score(scorer: Scorer, pixels: Tensor, positive: list[str], negative
     scores = [scorer(pixels, texts) for texts in (positive, negative)]
     for score in scores:
         if not bool((score.detach().abs() <= 1 + 1e-4).all()):  # not finite included
-            raise ValueError(f"the scorer gave {score.detach().abs().max().item():.3g}; similarities must be finite and within -1 … 1")
+            worst = score.detach().abs().max().item()
+            raise ValueError(f"the scorer gave {worst:.3g}; similarities must be finite and within -1 … 1")
     return (1 + k) * scores[0] - scores[1]

@@ -25,7 +25,8 @@ def dpo_offline(session: Session) -> bool:
     pairs = read_pairs(path, session)
     count, size = len(pairs["prompts"]), session.world.size
     if config.batch % size or config.batch > count:
-        raise ConfigError("posttrain.dpo.batch", f"is {config.batch}; must be a multiple of the {size} processes and at most the {count} pairs")
+        raise ConfigError("posttrain.dpo.batch", f"is {config.batch}; must be a multiple of the {size} processes and at most "
+                          f"the {count} pairs")
 
     def update() -> dict[str, float]:
         step = session.state.step
@@ -43,23 +44,24 @@ def dpo_offline(session: Session) -> bool:
 
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
-    """Whole epochs of rollouts with the first model until `dpo.collect` prompts were asked; prompts with equal rewards give none."""
+    """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal rewards give no pair."""
     found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": []}
     for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
         rollouts, futures = session.collect(epoch)
         for rollout, future in zip(rollouts, futures, strict=True):
             total = sum(session.pool.weights[name] * value for name, value in future.result().items())
             best, worst = extremes(total, rollout.groups)
-            for name, rows in (("win", rollout.clean[best]), ("lose", rollout.clean[worst]), ("prompts", rollout.prompts[best])):
-                found[name].append(rows.cpu())
+            rows = {"win": rollout.clean[best], "lose": rollout.clean[worst], "prompts": rollout.prompts[best]}
+            for name, values in rows.items():
+                found[name].append(values.cpu())
     pairs = {name: torch.cat(parts) for name, parts in found.items()}
     if session.world.size > 1:
         parts: list = [None] * session.world.size
         torch.distributed.all_gather_object(parts, pairs)
         pairs = {name: torch.cat([part[name] for part in parts]) for name in pairs}
     if not len(pairs["prompts"]):
-        raise ValueError("no group had samples of different reward, so there is no pair to learn from; take a larger posttrain.group_size or "
-                         "another reward")
+        raise ValueError("no group had samples of different reward, so there is no pair to learn from; take a larger "
+                         "posttrain.group_size or another reward")
     return pairs
 
 
@@ -74,9 +76,10 @@ def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
     try:
         pairs = load_file(path)
         assert pairs.keys() == {"win", "lose", "prompts"}, f"it holds {sorted(pairs)}"
-        assert pairs["win"].shape == pairs["lose"].shape == (len(pairs["prompts"]), *session.shape), f"it holds {tuple(pairs['win'].shape)}"
-        assert 0 <= int(pairs["prompts"].min()) and int(pairs["prompts"].max()) < len(session.prompts), "a prompt is not in the list"
+        places, wanted = pairs["prompts"], (len(pairs["prompts"]), *session.shape)
+        assert all(pairs[name].shape == wanted for name in ("win", "lose")), f"it holds {tuple(pairs['win'].shape)}"
+        assert ((places >= 0) & (places < len(session.prompts))).all(), "a prompt is not in the list"
     except Exception as error:  # noqa: BLE001  (safetensors has its own kinds)
-        raise ConfigError("posttrain.dpo.pairs", f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose (pairs, "
-                          f"{', '.join(map(str, session.shape))}) and prompts (pairs,), places in posttrain.prompts") from None
+        raise ConfigError("posttrain.dpo.pairs", f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose "
+                          f"(pairs, {', '.join(map(str, session.shape))}) and prompts (pairs,): places in the list") from None
     return pairs

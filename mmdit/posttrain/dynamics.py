@@ -1,7 +1,7 @@
 """One step of sampling as a Gaussian: ODE, Flow-SDE, Dance-SDE, CPS; its log-probability, log-ratio and KL.
 
-Every kind is linear in the state and the velocity: `y = c_x x + c_v v + s z`. Times are sigma = t of the linear path, decreasing
-from 1 to 0; `v = noise - clean`. The means over all but the batch axis (`mean_d`) keep numbers alike for every latent size.
+Every kind is linear in the state and the velocity: `y = c_x x + c_v v + s z`. Times are sigma = t of the linear path, from 1
+down to 0; `v = noise - clean`. The means over all but the batch axis (`mean_d`) keep numbers alike for every latent size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 Kind = Literal["ode", "flow_sde", "dance_sde", "cps"]
@@ -29,8 +28,8 @@ class Step(NamedTuple):
 
 
 def step(kind: Kind, level: float, times: Sequence[float], index: int) -> Step:
-    """From `times[index]` to `times[index + 1]`. Flow-SDE (Liu et al. 2505.05470, eq. 9): `g = level sqrt(t / (1 - t))`, with the
-    second time in the denominator at t = 1; Dance-SDE (Xue et al. 2505.07818): `g = level`; both keep the marginals of the flow.
+    """From `times[index]` to `times[index + 1]`. Flow-SDE (Liu et al. 2505.05470, eq. 9): `g = level sqrt(t / (1 - t))`, with
+    the second time in the denominator at t = 1; Dance-SDE (Xue et al. 2505.07818): `g = level`; both keep the flow's marginals.
     CPS (2509.05952) keeps the noise level but not the marginals, and leaves no residual noise. ODE: `level` has no meaning."""
     t, s = times[index], times[index + 1]
     width = t - s

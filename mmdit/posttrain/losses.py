@@ -27,8 +27,9 @@ def wide(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.reshape(-1, *[1] * (like.dim() - 1)).to(like)
 
 
-def nft(v: Tensor, v_old: Tensor, x: Tensor, clean: Tensor, sigma: Tensor, share: Tensor, beta: float, weighted: bool = True) -> Tensor:
-    """`(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how much a sample is a positive one. The
+def nft(v: Tensor, v_old: Tensor, x: Tensor, clean: Tensor, sigma: Tensor, share: Tensor, beta: float,
+        weighted: bool = True) -> Tensor:  # fmt: skip
+    """`(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how much a sample is positive. The
     optimum moves v by (2 / beta) E[share (target - v_old)]. `weighted`: divided by its own mean error, which is then not
     differentiated."""
     share, level = share.to(v), wide(sigma, v)

@@ -58,8 +58,8 @@ def check_replay(session: Session, sums: dict[str, list[Tensor]]) -> float:
     off = max((value.item() for value in sums.get("ratio_off", [])), default=0.0)
     if off > session.config.ratio.replay_tolerance:
         raise RunError(f"before the first update a ratio is {off:.2e} from 1 (posttrain.ratio.replay_tolerance "
-                       f"{session.config.ratio.replay_tolerance:.0e}): what is scored is not what was sampled. Use train.precision: fp32, no "
-                       "dropout, and the guidance of the rollout")
+                       f"{session.config.ratio.replay_tolerance:.0e}): what is scored is not what was sampled. Use "
+                       "train.precision: fp32, no dropout, and the guidance of the rollout")
     return off
 
 
@@ -71,7 +71,8 @@ def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
     elif session.config.algorithm == "dpo":
         best, worst = extremes(worth, rollout.groups)
         if len(best):
-            yield from pair_terms(session, rollout.clean[best], rollout.clean[worst], rollout.prompts[best], rollout.indices[best])
+            clean, prompts, indices = rollout.clean, rollout.prompts[best], rollout.indices[best]
+            yield from pair_terms(session, clean[best], clean[worst], prompts, indices)
     else:
         yield from sample_terms(session, rollout, worth)
 
@@ -92,14 +93,13 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
         loss = losses.clipped(log_ratio, advantage, *config.ratio.clip).mean()
         low, high = config.ratio.clip
         off = log_ratio.detach().expm1()
-        numbers = {"clip_share": ((off < low) | (off > high)).float().mean(), "log_ratio_std": log_ratio.detach().std(correction=0),
-                   "ratio_off": off.abs().max(), "policy_loss": loss.detach()}
+        numbers = {"clip_share": ((off < low) | (off > high)).float().mean(), "ratio_off": off.abs().max(),
+                   "log_ratio_std": log_ratio.detach().std(correction=0), "policy_loss": loss.detach()}
         if config.kl.beta:
             with torch.no_grad():
                 v_ref = base(x, t)
-            gap = {"v": lambda: dynamics.mean_d((v - v_ref).square()),
-                   "x": lambda: dynamics.mean_d((mean - step.mean(x, v_ref)).square()),
-                   "exact": lambda: dynamics.kl(mean, step.mean(x, v_ref), step.std)}[config.kl.space]().mean()  # fmt: skip
+            apart = v - v_ref if config.kl.space == "v" else mean - step.mean(x, v_ref)
+            gap = dynamics.mean_d(apart.square()).mean() / (2 * step.std**2 if config.kl.space == "exact" else 1)
             loss, numbers["kl"] = loss + config.kl.beta * gap, gap.detach()
         yield loss / len(stored), numbers
 
@@ -170,5 +170,5 @@ def pair_terms(session: Session, win: Tensor, lose: Tensor, prompts: Tensor, ind
             base = losses.matching(session.velocity(both, session.reference)(x, sigma), clean, noise).chunk(2)
         margin = losses.dpo_margin(error[0], base[0], error[1], base[1], config.dpo.beta)
         loss = losses.dpo(error[0], base[0], error[1], base[1], config.dpo.beta).mean().float()
-        yield loss / count, {"pair_loss": loss.detach(), "implicit_accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean(),
-                             "error_win": error[0].detach().mean(), "error_lose": error[1].detach().mean()}  # fmt: skip
+        numbers = {"pair_loss": loss, "margin": margin.mean(), "error_win": error[0].mean(), "error_lose": error[1].mean()}
+        yield loss / count, {"implicit_accuracy": (margin > 0).float().mean(), **{k: v.detach() for k, v in numbers.items()}}

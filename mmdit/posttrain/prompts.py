@@ -24,9 +24,10 @@ class Prompts:
         return Prompts([self.captions[i] for i in places], self.facts and [self.facts[i] for i in places])
 
 
-def load_prompts(source: str, count: int, seed: int, video: bool, width: int, height: int, held: int) -> tuple[Prompts, dict[str, Prompts]]:
-    """To train on, and by name to evaluate on: `seen` and `held_out`, at most `held` of each. Of a file every eighth prompt is held
-    out, when it has 16 or more."""
+def load_prompts(source: str, count: int, seed: int, video: bool, width: int, height: int,
+                 held: int) -> tuple[Prompts, dict[str, Prompts]]:  # fmt: skip
+    """To train on, and by name to evaluate on: `seen` and `held_out`, at most `held` of each. Of a file every eighth prompt is
+    held out, when it has 16 or more."""
     size = {"video": video, "width": width, "height": height}
     if source == "moving_shapes":
         drawn = key("posttrain prompts", seed)
@@ -51,6 +52,7 @@ def read_prompts(path: Path) -> list[str]:
             captions = parse_yaml(text, str(path))[0]["prompts"]
         assert isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)
     except (OSError, UnicodeError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise ConfigError("posttrain.prompts", f"is {str(path)!r}, which cannot be read ({error!r:.200}); must be moving_shapes, a YAML file "
-                          'with prompts: [text, …], or a JSON file [{"caption": text}, …]') from None
+        raise ConfigError("posttrain.prompts", f"is {str(path)!r}, which cannot be read ({error!r:.200}); must be "
+                                               "moving_shapes, a YAML "
+                          'file with prompts: [text, …], or a JSON file [{"caption": text}, …]') from None
     return captions

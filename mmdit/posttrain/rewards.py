@@ -1,11 +1,12 @@
 """Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A reward is its own configuration:
-a frozen dataclass in the list `posttrain.rewards`, told apart by `type`. To add one: a class here or beside, a name in the union."""
+a frozen dataclass in the list `posttrain.rewards`, told apart by `type`. To add one: a class, and its name in the union."""
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -95,7 +96,8 @@ class Motion(Reward):
 
     def call(self, samples: Samples) -> Tensor:
         pixels = samples.pixels
-        return (pixels[:, 1:] - pixels[:, :-1]).abs().flatten(1).mean(1) if pixels.shape[1] > 1 else pixels.new_zeros(len(pixels))
+        moved = (pixels[:, 1:] - pixels[:, :-1]).abs().flatten(1)
+        return moved.mean(1) if moved.shape[1] else pixels.new_zeros(len(pixels))
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,9 @@ class ColorWords:
         pass
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        table = {name: F.normalize(torch.tensor(rgb) / 255 - sum(rgb) / 765, dim=0) for name, rgb in COLORS.items() if len(set(rgb)) > 1}
-        words = [[table[word] for word in text.lower().replace(".", " ").replace(",", " ").split() if word in table] for text in texts]
+        coloured = {name: torch.tensor(rgb) / 255 - sum(rgb) / 765 for name, rgb in COLORS.items() if len(set(rgb)) > 1}
+        table = {name: F.normalize(off, dim=0) for name, off in coloured.items()}
+        words = [[table[word] for word in re.findall(r"\w+", text.lower()) if word in table] for text in texts]
         direction = torch.stack([torch.stack(some).mean(0) if some else torch.zeros(3) for some in words]).to(pixels.device)
         mean = pixels.mean((1, 3, 4))
         return ((mean - mean.mean(1, keepdim=True)) * direction).sum(1)
@@ -168,7 +171,7 @@ class ColorWords:
 
 @dataclass
 class RewardPool:
-    """Runs a list of rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0: the same values."""
+    """Runs rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0: the same values."""
 
     rewards: tuple
     workers: int = 1
@@ -203,7 +206,8 @@ class RewardPool:
     def _one(self, reward: Reward, samples: Samples) -> Tensor:
         for name in reward.needs:
             if getattr(samples, name) is None:
-                raise ValueError(f"the reward {reward.label!r} needs {name}, which these samples have not; use prompts that come with them")
+                raise ValueError(f"the reward {reward.label!r} needs {name}, which these samples have not; use prompts that "
+                                 "come with them, as moving_shapes do")
         if reward.groupwise:
             value = torch.empty(len(samples.captions))
             for group in samples.groups.unique():
@@ -216,12 +220,15 @@ class RewardPool:
         low, high = reward.limits
         bad = (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()  # nan included
         if bad:
-            raise ValueError(f"the reward {reward.label!r} gave {value[bad[0]].item()} for {samples.captions[bad[0]]!r}; must be finite and "
-                             f"within {low} … {high}")
+            raise ValueError(f"the reward {reward.label!r} gave {value[bad[0]].item()} for {samples.captions[bad[0]]!r}; must "
+                             f"be finite and within {low} … {high}")
         return value
 
 
 def rows_of(samples: Samples, rows: Tensor) -> Samples:
-    take = lambda x: None if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list) else x[rows.to(x.device)]  # noqa: E731
-    return Samples(take(samples.captions), take(samples.latents), take(samples.groups), samples.draws[rows.to(samples.draws.indices.device)],
-                   take(samples.pixels), take(samples.facts))
+    def take(x):
+        return None if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list) else x[rows.to(x.device)]
+
+    draws = replace(samples.draws, indices=take(samples.draws.indices))
+    own = {name: take(getattr(samples, name)) for name in ("captions", "latents", "groups", "pixels", "facts")}
+    return replace(samples, draws=draws, **own)

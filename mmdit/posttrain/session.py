@@ -1,4 +1,4 @@
-"""What the loops share: the policy and its frozen copies as velocity fields, rollouts, rewards, one update, evaluation, drift."""
+"""What the loops share: policy and frozen copies as velocity fields, rollouts, rewards, one update, evaluation, drift."""
 
 from __future__ import annotations
 
@@ -66,20 +66,23 @@ class Session:
         self.micro_batches = check_geometry(config.prompts_per_epoch, config.group_size, self.world.size, config.micro_batch,
                                             config.updates_per_epoch)
         if self.train.max_steps % config.updates_per_epoch:
-            raise ConfigError("train.max_steps", f"is {self.train.max_steps}, must be a multiple of updates_per_epoch, {config.updates_per_epoch}")
+            raise ConfigError("train.max_steps", f"is {self.train.max_steps}, must be a multiple of posttrain."
+                              f"updates_per_epoch, {config.updates_per_epoch}")
         if config.prompts_per_epoch > len(self.prompts):
-            raise ConfigError("posttrain.prompts_per_epoch", f"is {config.prompts_per_epoch}, but there are {len(self.prompts)} prompts")
+            raise ConfigError("posttrain.prompts_per_epoch", f"is {config.prompts_per_epoch}, must be at most the "
+                              f"{len(self.prompts)} prompts")
         if (config.micro_batch % config.group_size
                 and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and config.dpo.source == "online")):
-            raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size {config.group_size}: "
-                              "a groupwise reward or online dpo compares whole groups")
+            raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size "
+                              f"{config.group_size}: a groupwise reward or online dpo compares whole groups")
         for reward in (*config.rewards, *config.eval_rewards, config.srpo.scorer):
             if reward is not config.srpo.scorer or config.algorithm == "srpo":
                 reward.prepare(self.device)
         self.pool = RewardPool(config.rewards, workers=int(config.async_rewards))
         self.judge = RewardPool(config.eval_rewards, workers=0)
         self.shape = (self.frames, *learner.spec.grid(self.width, self.height), learner.spec.channels)
-        self.times = sampling_times(learner.objective, config.rollout.steps, config.rollout.shift * learner.objective.clip_shift(self.frames))
+        shift = config.rollout.shift * learner.objective.clip_shift(self.frames)
+        self.times = sampling_times(learner.objective, config.rollout.steps, shift)
         with torch.no_grad():  # once; the encoder is not needed again
             self.text = learner.text_encoder(self.prompts.captions).to(self.device)
         self.reference, self.old = self.snapshot(), self.snapshot()
@@ -123,8 +126,9 @@ class Session:
     @torch.no_grad()
     def roll_out(self, field_of: Field, draws: Draws, stochastic: Sequence[int] = (), plan: StoragePlan | None = None,
                  first: Draws | None = None) -> Trajectory:
-        """Sample along `times`: the given steps by the configured dynamics, the others by the ODE. Each state is rounded as it is
-        stored before anything is computed from it; means of stochastic steps are kept as `mean`. `first` keys the noise at t = 1."""
+        """Sample along `times`: the given steps by the configured dynamics, the others by the ODE. Each state is rounded as it
+        is stored before anything is computed from it; means of stochastic steps are kept as `mean`. `first` keys the noise at
+        t = 1."""
         rollout, times = self.config.rollout, self.times
         trajectory = Trajectory(plan or StoragePlan.for_steps((), rollout.steps))
         x = trajectory.put(0, (first or draws).normal("rollout", *self.shape))
@@ -159,8 +163,8 @@ class Session:
         config = self.config
         part = config.prompts_per_epoch * config.group_size // config.updates_per_epoch
         for update in range(config.updates_per_epoch):
-            share = torch.arange(part)[self.world.rank * part // self.world.size : (self.world.rank + 1) * part // self.world.size]
-            yield from (update * part + share).split(config.micro_batch)
+            own = torch.arange(part).tensor_split(self.world.size)[self.world.rank]
+            yield from (update * part + own).split(config.micro_batch)
 
     def collect(self, epoch: int) -> tuple[list[Rollout], list[Future]]:
         """This process's rollouts of an epoch, and their rewards to come."""
@@ -173,7 +177,8 @@ class Session:
             draws = Draws(self.seed, epoch, indices.to(self.device))
             field_of = self.velocity(self.text[places.to(self.device)], weights)
             groups = torch.tensor([group_id(self.prompts.captions[i]) for i in places.tolist()])
-            first = Draws(self.seed, epoch, draws.indices // self.config.group_size) if self.config.rollout.shared_noise else None
+            shared = self.config.rollout.shared_noise
+            first = Draws(self.seed, epoch, draws.indices // self.config.group_size) if shared else None
             rollout = Rollout(self.roll_out(field_of, draws, stochastic, plan, first), places, groups, indices)
             samples = self.samples(rollout.clean, self.prompts.at(places.tolist()), groups, draws, self.pool)
             rollouts.append(rollout.to("cpu") if self.config.storage.offload else rollout)

@@ -29,8 +29,10 @@ ScorerConfig = ColorWords | ClipReward | PickScore | HPS
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """`sde_steps`: candidates for stochastic, trained steps (empty: all but the last, which an SDE would leave noisy); `sde_pick`
-    of them are drawn for each epoch (0: all). Other steps are the ODE's. `policy: old` samples NFT's slow copy."""
+    """`sde_steps`: candidates for stochastic, trained steps (empty: all but the last, which an SDE would leave noisy);
+    `sde_pick` of them are drawn for each epoch (0: all). Other steps are the ODE's. `shared_noise`: the samples of a group
+    begin alike and part in their stochastic steps, so that what is compared is what is trained. `policy: old` samples NFT's
+    slow copy."""
 
     steps: int = 10
     shift: float = 1.0
@@ -39,7 +41,7 @@ class RolloutConfig:
     noise_level: float = 0.7
     sde_steps: tuple[int, ...] = ()
     sde_pick: int = 0
-    shared_noise: bool = False  # the samples of a group begin alike and part in their stochastic steps: what is compared is what is trained
+    shared_noise: bool = False
     policy: Literal["current", "old"] = "current"
 
     def __post_init__(self):
@@ -109,8 +111,8 @@ class AWMConfig:
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """`source: online` takes best and worst of each group; `offline` learns from `pairs`, a file, or makes one with the first model
-    from `collect` prompts."""
+    """`source: online` takes best and worst of each group; `offline` learns from `pairs`, a file, or makes one with the first
+    model from `collect` prompts."""
 
     beta: float = 500.0
     source: Literal["online", "offline"] = "offline"
@@ -167,22 +169,24 @@ class PosttrainConfig:
     async_rewards: bool = True
 
     def __post_init__(self):
-        for name in ("prompt_count", "prompts_per_epoch", "micro_batch", "updates_per_epoch", "draws_per_sample", "eval_every_epochs"):
+        for name in ("prompt_count", "prompts_per_epoch", "micro_batch", "updates_per_epoch", "draws_per_sample",
+                     "eval_every_epochs"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
         if not self.rewards:
             raise ConfigError("rewards", "is empty; name at least one, for example [{type: prompt_accuracy}]")
         if self.group_size < 2:
-            raise ConfigError("group_size", f"is {self.group_size}; must be 2 or more, for an advantage compares samples of one prompt")
+            raise ConfigError("group_size", f"is {self.group_size}; must be 2 or more: samples of one prompt are compared")
         if self.algorithm in ("grpo", "guard") and self.rollout.dynamics == "ode":
             raise ConfigError("rollout.dynamics", f"is ode, but {self.algorithm} needs noise in its steps; use flow_sde")
         if self.algorithm in ("grpo", "guard") and self.rollout.steps - 1 in self.rollout.sde_steps:
-            raise ConfigError("rollout.sde_steps", f"holds the last step, {self.rollout.steps - 1}: it must be the ODE's, for an SDE leaves noise "
-                              "in the picture and CPS has none there")
+            raise ConfigError("rollout.sde_steps", f"holds the last step, {self.rollout.steps - 1}: it must be the ODE's, for "
+                              "an SDE leaves noise in the picture and CPS has none there")
         if self.algorithm == "guard" and self.rollout.dynamics == "cps":
             raise ConfigError("rollout.dynamics", "is cps with guard, which is made for flow_sde and dance_sde")
         if self.rollout.shared_noise and not self.trains_steps:
-            raise ConfigError("rollout.shared_noise", f"is true with {self.algorithm}, whose rollouts have no noise but the first; set it to false")
+            raise ConfigError("rollout.shared_noise", f"is true with {self.algorithm}, whose rollouts have no noise but the "
+                              "first; set it to false")
         if self.rollout.policy == "old" and self.algorithm != "nft":
             raise ConfigError("rollout.policy", f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current")
 

@@ -24,12 +24,13 @@ def srpo(session: Session) -> bool:
         noisy, clear = settings.sigma_window
         landed = clear + (noisy - clear) * draw
         positive, negative = (words[step % len(words)] for words in (settings.positive, settings.negative))
-        places = torch.randperm(len(session.prompts), generator=generator(session.seed, "epoch prompts", step))[: config.prompts_per_epoch]
+        order = torch.randperm(len(session.prompts), generator=generator(session.seed, "epoch prompts", step))
+        places = order[: config.prompts_per_epoch]
         own = places[session.world.rank :: size].split(config.micro_batch)
         numbers: dict[str, list[Tensor]] = {}
         for some in own:
             text = session.text[some.to(session.device)]
-            draws = Draws(session.seed, step, torch.zeros(len(some), dtype=torch.long, device=session.device))  # the same noise for all
+            draws = Draws(session.seed, step, torch.zeros_like(some, device=session.device))  # the same noise for all
             clean, noise = session.roll_out(session.velocity(text), draws).get(-1), draws.normal("rollout", *session.shape)
             captions = session.prompts.at(some.tolist()).captions
             for branch in settings.branches:
@@ -45,7 +46,9 @@ def srpo(session: Session) -> bool:
                     begun["invert"] = score.detach().mean()
                 wanted = score < settings.hinge if sign > 0 else score > begun["invert"] - settings.hinge
                 ((-score * wanted).mean() * len(some) / (len(places) / size) / len(settings.branches)).backward()
-                for name, value in ((f"score_{branch}", score.mean()), (f"active_{branch}", wanted.float().mean()), ("latent_std", found.std())):
+                active = wanted.float().mean()
+                seen = {f"score_{branch}": score.mean(), f"active_{branch}": active, "latent_std": found.std()}
+                for name, value in seen.items():
                     numbers.setdefault(name, []).append(value.detach())
         report = {name: torch.stack(values).mean().item() for name, values in numbers.items()}
         begun.setdefault("std", torch.tensor(report["latent_std"]))

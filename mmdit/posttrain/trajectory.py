@@ -53,8 +53,8 @@ class Trajectory:
         self.values: dict[tuple[str, int], Tensor] = {}
 
     def put(self, position: int, x: Tensor) -> Tensor:
-        """Keep `x` if planned. Returns it rounded as storage rounds it: the sampler goes on from there, kept or not, so that what
-        is scored later is what was sampled."""
+        """Keep `x` if planned. Returns it rounded as storage rounds it: the sampler goes on from there, kept or not, so that
+        what is scored later is what was sampled."""
         rounded = x.to(self.plan.dtype)
         if position in self.plan.positions:
             self.states[position] = rounded
@@ -89,8 +89,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One micro-batch of samples: `prompts (B,)` are places in the prompt list, `groups (B,)` int64 ids, `indices (B,)` places in
-    the epoch."""
+    """One micro-batch of samples: `prompts (B,)` are places in the prompt list, `groups (B,)` int64 ids, `indices (B,)` places
+    in the epoch."""
 
     trajectory: Trajectory
     prompts: Tensor

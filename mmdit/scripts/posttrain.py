@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file with a posttrain: section, see configs/posttrain/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
-    parser.add_argument("--dry-run", action="store_true", help="build everything and say what would happen: geometry, memory, noise levels")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen: geometry, memory, noise levels")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():

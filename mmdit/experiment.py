@@ -25,6 +25,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_release import release_config
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
+from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
@@ -65,6 +66,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
@@ -80,6 +82,8 @@ class ExperimentConfig:
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+        if self.posttrain is not None and not (wan or self.train.init_from):
+            raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
 
     def _check_wan(self) -> None:
         """What a Wan transformer was made for, and what its trainer can do."""

@@ -211,8 +211,7 @@ class Session:
         self.world.sum_(*gradients)
         if self.world.size > 1:
             torch._foreach_div_(gradients, self.world.size)
-        for group in optimizer.param_groups:
-            group["lr"] = self.train.learning_rate().at(state.step + 1) * group["lr_scale"]
+        optimizer.set_lr(self.train.learning_rate().at(state.step + 1))
         norm, skipped = clip_and_guard(optimizer, self.train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

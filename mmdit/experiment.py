@@ -270,10 +270,10 @@ def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: 
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
+def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool | None = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
     """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release of
-    Wan. An expert gets its sibling from the release it came from."""
+    Wan. An expert gets its sibling from the release it came from. `lora`: merge its adapters, leave them out, or (None) keep them."""
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)
@@ -293,10 +293,8 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     learner = build_learner(config, tokenizer.spec)
     if weights:
         checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))
-    if lora:
-        merge(learner.model)
-    else:
-        remove(learner.model)
+    if lora is not None:
+        (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
     pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
     if isinstance(config.model, WanModelConfig) and config.model.expert:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from test_adapters import KINDS, adapted, base
 from test_wan import GOLDEN, INPUTS, META, TINY
+from tiny import Workshop, refused
 
 from mmdit.adapters import adapters
 from mmdit.diagnostics.adapters import Change, delta_budget, spectral_norm, summarise
@@ -15,6 +16,12 @@ from mmdit.interfaces import TextTokens
 from mmdit.interop.lora_formats import load_lora
 from mmdit.models.wan import WanDiT
 from mmdit.nn.attention import attend, observers
+from mmdit.scripts import inspect_adapter
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture
@@ -96,3 +103,35 @@ def test_every_attention_of_our_model_is_seen_head_by_head():
     assert kinds == {"spatial", "temporal", "cross"} and len(found) == 9
     assert all(len(statistics.result()["logit_std"]) == 2 for statistics in found.values())
     json.dumps({name: statistics.result() for name, statistics in found.items()})
+
+
+def test_the_command_reads_wan_layer_by_layer_and_keeps_to_limits(tmp_path, capsys, monkeypatch):
+    base, adapter = str(GOLDEN / "official.safetensors"), str(GOLDEN / "lora_diffusers_peft.safetensors")
+    monkeypatch.setattr(inspect_adapter, "infer_config", lambda *_: TINY)
+    assert inspect_adapter.main(["--base", base, "--adapter", adapter, "--out", str(tmp_path), "--max_ratio", "0.6"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["budget"]
+    assert report["total"]["ratio"] == pytest.approx(META["lora"]["total_fro_ratio"], rel=1e-6)
+    assert inspect_adapter.main(["--base", base, "--adapter", adapter, "--max_ratio", "0.4", "--max_spectral_ratio", "1"]) == 1
+    told = capsys.readouterr().out
+    assert "max_ratio is 0.4957, the limit 0.4" in told and "max_spectral_ratio is 1." in told
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star")
+    words = ["--base", base, "--adapter", adapter, "--out", str(tmp_path / "no")]
+    refused(capsys, inspect_adapter.main, [*words, "--prompts_file", str(prompts)], "without text encoder")
+    refused(capsys, inspect_adapter.main, [*words, "--max_logit", "3"], "--max_logit needs --prompts_file")
+
+
+def test_the_command_draws_before_and_after(shop, tmp_path, capsys):
+    base = shop.train("base", "train.max_steps=2")
+    run = shop.train("adapted", "train.max_steps=2", f"train.init_from={base}", "lora.enabled=true", "lora.target_modules=[cross.k]",
+                     "train.lr=0.3", "ema.enabled=false")  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    words = ["--base", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert inspect_adapter.main(words) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (tmp_path / "out/before_after.png").is_file() and report["budget"]["kinds"].keys() == {"blocks.*.cross.k"}
+    assert report["before"].keys() == report["after"].keys() and min(report["pixels_moved"].values()) > 0
+    moved = [name for name in report["before"] if report["before"][name]["logit_std"] != report["after"][name]["logit_std"]]
+    assert "blocks.0.cross" in moved
+    assert inspect_adapter.main([*words, "--max_logit", "1e-6"]) == 1
+    refused(capsys, inspect_adapter.main, ["--base", str(base)], "holds no adapter")

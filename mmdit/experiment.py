@@ -11,7 +11,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remove
+from mmdit.adapters import LoRAConfig, adapters, coverage, inject, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, load_alphas, set_alpha
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -20,12 +21,15 @@ from mmdit.data.captions import CaptionsConfig
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.diffusion.experts import ExpertPlan, ExpertsConfig, Stages
 from mmdit.interfaces import LatentSpec
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.nn.experts import Experts, twin
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
+from mmdit.training.alpha_schedule import AlphaScheduleConfig
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import to_bfloat16
@@ -62,6 +66,8 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
@@ -70,6 +76,17 @@ class ExperimentConfig:
         if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
+        for name in ("alpha_schedule", "experts"):
+            if getattr(self, name).enabled and not self.lora.enabled:
+                raise ConfigError(f"{name}.enabled", "is true but lora.enabled is false: it is about adapters; enable both or neither")
+            if getattr(self, name).enabled and self.parallel.type == "fsdp":
+                raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts parameters that must be whole; use ddp")
+        if self.experts.enabled and not self.lora.train_lora_only:
+            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their common base; "
+                              "set that to true")
+        if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
+            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every step; set "
+                              "train.compile: false, or use preserve")
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
@@ -92,8 +109,14 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
         text_encoder = build_text_encoder(config.text_encoder)
         model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
         objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
-        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
-        inject(model, config.lora, config.seed)
+        plan = None
+        if config.experts.enabled:
+            stages = Stages(("high", "low"), (config.experts.boundary,), objective.time_scale)
+            plan = ExpertPlan(stages, objective, config.experts.trained, config.seed, config.experts.routing, config.experts.switch_every)
+            model = Experts({"high": model, "low": twin(model)}, stages.route)
+        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
+        for name, part in learner.parts().items():
+            inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
             text_encoder.requires_grad_(False)
     return learner
@@ -151,7 +174,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
         learner.to(world.device)
-        state = TrainState.create(learner, config.train, config.ema)
+        state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
             meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
@@ -165,11 +188,12 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
-            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
+            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint, alphas(learner.model))
             files = state.files()
-            if config.lora.enabled:  # one file, to hand on
-                files["lora"] = {name: whole(tensor) for name, tensor in lora_state(learner.model).items()}
-            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world)
+            if config.lora.enabled:  # to hand on: all, and each expert alone
+                for name, part in ({"": learner.model} | learner.parts()).items():
+                    files["lora_" + name if name else "lora"] = {key: whole(tensor) for key, tensor in lora_state(part).items()}
+            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world, state.notes())
 
         preview = None
         sharded = isinstance(learner.model, FSDPModule)  # then every process draws, and the main one writes
@@ -182,7 +206,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
 
 
-SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
+SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
@@ -193,9 +217,17 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
+    tensors, stored = weights.tensors, weights.meta.alphas
+    if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
+        tensors = learner.model.spread(tensors, "model.")
+        stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
+    checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
+                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
+    for name, layer in adapters(learner.model).items():  # adapters that go on keep their strength under the new alpha
+        wanted = layer.alpha
+        set_alpha(layer, stored.get(name, wanted))
+        set_alpha(layer, wanted, preserve=True)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
@@ -215,6 +247,11 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")
     if config.lora.enabled:
         print(coverage(learner.model))
+    if config.experts.enabled:
+        shares = ", ".join(f"{name} {learner.experts.mass(name):.1%} of the times" for name in learner.parts())
+        print(f"experts, boundary t = {config.experts.boundary:g}, {config.experts.routing}: {shares}")
+    if config.alpha_schedule.enabled:
+        print(config.alpha_schedule.describe())
     print(plan.report(), flush=True)
 
 
@@ -243,6 +280,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
     learner = build_learner(config, tokenizer.spec)
     checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
+    load_alphas(learner.model, weights.meta.alphas)
     if lora:
         merge(learner.model)
     else:

@@ -78,15 +78,15 @@ class ExperimentConfig:
                               "name the run, checkpoint or export to adapt")
         for name in ("alpha_schedule", "experts"):
             if getattr(self, name).enabled and not self.lora.enabled:
-                raise ConfigError(f"{name}.enabled", "is true but lora.enabled is false: it is about adapters; enable both or neither")
+                raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
             if getattr(self, name).enabled and self.parallel.type == "fsdp":
-                raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts parameters that must be whole; use ddp")
+                raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
         if self.experts.enabled and not self.lora.train_lora_only:
-            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their common base; "
-                              "set that to true")
+            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
+                              "common base; set that to true")
         if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
-            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every step; set "
-                              "train.compile: false, or use preserve")
+            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every "
+                              "step; set train.compile: false, or use preserve")
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
@@ -111,8 +111,9 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
         objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
         plan = None
         if config.experts.enabled:
-            stages = Stages(("high", "low"), (config.experts.boundary,), objective.time_scale)
-            plan = ExpertPlan(stages, objective, config.experts.trained, config.seed, config.experts.routing, config.experts.switch_every)
+            experts = config.experts
+            stages = Stages(("high", "low"), (experts.boundary,), objective.time_scale)
+            plan = ExpertPlan(stages, objective, experts.trained, config.seed, experts.routing, experts.switch_every)
             model = Experts({"high": model, "low": twin(model)}, stages.route)
         learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
         for name, part in learner.parts().items():

@@ -132,7 +132,7 @@ def test_alphas_travel_and_bad_ones_are_refused():
     for bad in (0, -1, math.inf, math.nan, "8", None):
         with pytest.raises(ValueError, match="must be a positive number"):
             load_alphas(other, {"0": bad})
-    with pytest.raises(ValueError, match="no adapter here"):
+    with pytest.raises(ValueError, match="has no adapter"):
         load_alphas(other, {"7": 1.0})
 
 
@@ -207,7 +207,7 @@ def test_sections_are_refused_with_a_remedy(shop, capsys):
         (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 0}]}"], ["phases[0].alpha", "positive"]),
         (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}, {name: a, alpha: 2}]}"], ["name of its own"]),
         (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1, exit: fast}]}"], ["exit", "'tested'"]),
-        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}]}"], ["alpha_schedule.enabled", "lora.enabled is false"]),
+        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}]}"], ["alpha_schedule.enabled", "but lora.enabled is false"]),
         (["alpha_schedule={enabled: true, on_change: ramp, phases: [{name: a, alpha: 1}]}", "lora.enabled=true", f"train.init_from={shop.base}"],
          ["ramp", "train.compile: false"]),
     ):  # fmt: skip

@@ -310,7 +310,7 @@ def test_each_expert_has_its_own_phases(shop):
 
 def test_sections_are_refused_with_a_remedy(shop, capsys):
     for words, parts in (
-        (["experts.enabled=true"], ["experts.enabled", "lora.enabled is false"]),
+        (["experts.enabled=true"], ["experts.enabled", "but lora.enabled is false"]),
         (["experts.enabled=true", "lora.enabled=true", "lora.train_lora_only=false"], ["experts.enabled", "common base"]),
         (["experts={enabled: true, train: none}"], ["experts.train", "'both'"]),
         (["experts={enabled: true, boundary: 1.5}"], ["experts.boundary", "between 0"]),

@@ -15,8 +15,8 @@ OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")  # the factor that starts at zero; th
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those that adapters have beside the base layer's, by name."""
     layers = {f"{name}." if name else "": layer for name, layer in adapters(model).items()}
-    return {prefix + name: parameter for prefix, layer in layers.items() for name, parameter in layer.named_parameters(recurse=False)
-            if name not in ("weight", "bias")}
+    return {prefix + name: parameter for prefix, layer in layers.items()
+            for name, parameter in layer.named_parameters(recurse=False) if name not in ("weight", "bias")}  # fmt: skip
 
 
 def outer(layer: nn.Module) -> nn.Parameter:
@@ -26,8 +26,8 @@ def outer(layer: nn.Module) -> nn.Parameter:
 
 @torch.no_grad()
 def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
-    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did. Returns by how much the factor
-    was, or would have to be, multiplied (1 where alpha has no say: LoKr with both factors whole). ValueError if not positive."""
+    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did. Returns by how much it was,
+    or would have to be, multiplied (1 where alpha has no say: LoKr with both factors whole). ValueError if not positive."""
     if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ValueError(f"alpha is {alpha!r}, must be a positive number")
     before = layer.scale
@@ -48,5 +48,5 @@ def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
     layers = adapters(model)
     for name, alpha in stored.items():
         if name not in layers:
-            raise ValueError(f"the stored alpha {alpha!r} is of {name!r}, which has no adapter here: use the lora: section of the run")
+            raise ValueError(f"the stored alpha {alpha!r} is of {name!r}, which has no adapter: use the run's lora: section")
         set_alpha(layers[name], alpha)

@@ -23,9 +23,9 @@ HALVINGS = 64  # of the interval in which a boundary's quantile lies
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The section `experts:`. Two sets of adapters on one base: `high` serves t >= boundary, `low` the rest. A step trains one of
-    them, at times of its own range: in blocks of `switch_every` optimizer steps, or each step the one that a time drawn from the
-    whole law belongs to (`by_sigma`). `train`: the other expert gets no adapter."""
+    """The section `experts:`. Two sets of adapters on one base: `high` serves t >= boundary, `low` the rest. A step trains one
+    of them, at times of its own range: in blocks of `switch_every` optimizer steps, or each step the one that a time drawn from
+    the whole law belongs to (`by_sigma`). `train`: the other expert gets no adapter."""
 
     enabled: bool = False
     train: Literal["both", "high", "low"] = "both"
@@ -75,7 +75,7 @@ class Stages:
     def __post_init__(self):
         falling = all(a > b for a, b in zip((1.0, *self.boundaries), (*self.boundaries, 0.0)))
         if not falling or len(self.names) != len(self.boundaries) + 1:
-            raise ValueError(f"{len(self.names)} experts with boundaries {self.boundaries}; must be one fewer, falling from 1 to 0")
+            raise ValueError(f"{len(self.names)} experts, boundaries {self.boundaries}; must be one fewer, falling from 1 to 0")
 
     @cached_property
     def thresholds(self) -> Tensor:
@@ -97,8 +97,8 @@ class ExpertPlan:
         self._ranges: dict[int, dict[str, tuple[float, float]]] = {}
         empty = [name for name in trained if self.mass(name) <= 0]
         if empty:
-            raise ConfigError("experts.boundary", f"leaves no time to the expert {empty[0]!r}: times are drawn in {objective.t_range}; "
-                              "move it inside, or leave the expert out of experts.train")
+            raise ConfigError("experts.boundary", f"leaves no time to the expert {empty[0]!r}: times are drawn in "
+                              f"{objective.t_range}; move it inside, or leave the expert out of experts.train")
 
     def ranges(self, frames: int) -> dict[str, tuple[float, float]]:
         """By expert the quantiles [low, high) of the law that clips of `frames` draw their times from."""

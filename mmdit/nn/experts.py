@@ -32,8 +32,8 @@ class Experts(nn.Module):
         return [self.get_submodule(name) for name in self.names]
 
     def forward(self, x: Tensor, t: Tensor, text, expert: str | None = None, **inputs) -> Tensor:
-        """`expert`: known to be right (no waiting for the device), or None: looked up. Training draws the times of a batch for one
-        expert; ValueError if they straddle. In evaluation each sample finds its own."""
+        """`expert`: known to be right (no waiting for the device), or None: looked up. Training draws the times of a batch for
+        one expert; ValueError if they straddle. In evaluation each sample finds its own."""
         if expert is None:
             numbers = self.route(t)
             own = sorted(set(numbers.tolist()))

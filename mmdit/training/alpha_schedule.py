@@ -1,11 +1,11 @@
 """Alpha of adapters in named phases: how strongly each step moves them, changed when the loss has come to rest.
 
-A phase ends after `min_steps` (of its expert) when its exit criteria hold. `tested`, the default, asks for a plateau that a test
-can tell: over W = max(200, 4800 CV²) steps, where chance moves the relative slope by 5 %, the loss changes by less than 10 % and
-by less than two standard errors, and gradients agree in sign more than by chance. Each window is judged once: looking at
-overlapping ones again and again would accept anything in the end. `image` and `video` are the thresholds documented for the
-AI-Toolkit fork that the idea is from, judged at every look; a slope below 0.005 a step is met by nearly every loss curve, and R²
-above a threshold by few plateaus, so they are for comparison.
+A phase ends after `min_steps` (of its expert) when its exit criteria hold. `tested`, the default, asks for a plateau that a
+test can tell: over W = max(200, 4800 CV²) steps, where chance moves the relative slope by 5 %, the loss changes by less than
+10 % and by less than two standard errors, and gradients agree in sign more than by chance. Each window is judged once: looking
+at overlapping ones again and again would accept anything in the end. `image` and `video` are the thresholds documented for the
+AI-Toolkit fork that the idea is from, judged at every look; a slope below 0.005 a step is met by nearly every loss curve, and
+R² above a threshold by few plateaus, so they are for comparison.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import outer, set_alpha
 from mmdit.config import ConfigError
+from mmdit.training.optim import Optimizer
 from mmdit.training.trend import LONGEST, WINDOW, Course, Trend
 
 LOOK = 10  # steps between two looks at the criteria
@@ -41,7 +42,7 @@ class ExitConfig:
 
     def __post_init__(self):
         if self.samples is not None and not 20 <= self.samples <= WINDOW:
-            raise ConfigError("samples", f"is {self.samples}; must be 20 … {WINDOW}, or null for a window by the losses' noise")
+            raise ConfigError("samples", f"is {self.samples}; must be 20 … {WINDOW}, or null for one by the losses' noise")
 
     def window(self, losses: list[float]) -> int | None:
         """Steps that a judgement needs; None where that cannot be told yet."""
@@ -107,9 +108,9 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class AlphaScheduleConfig:
-    """The section `alpha_schedule:`, for runs with adapters; its alpha is in force in place of `lora.alpha`. `on_change`: `preserve`
-    rescales one factor, its moments and its average, so that the model stays the same function and alpha changes only how fast
-    it moves; `ramp` goes linearly over `ramp_steps`; `jump` at once (8 → 14 multiplies the update by 1.75 in one step)."""
+    """The section `alpha_schedule:`, for runs with adapters; its alpha is in force in place of `lora.alpha`. `on_change`:
+    `preserve` rescales one factor, its moments and its average, so that the model stays the same function and alpha changes
+    only how fast it moves; `ramp` goes linearly over `ramp_steps`; `jump` at once (8 → 14 multiplies the update by 1.75)."""
 
     enabled: bool = False
     on_change: Literal["preserve", "ramp", "jump"] = "preserve"
@@ -118,7 +119,7 @@ class AlphaScheduleConfig:
 
     def __post_init__(self):
         if self.enabled and not self.phases:
-            raise ConfigError("phases", "is empty but alpha_schedule.enabled is true: give at least one, like {name: start, alpha: 8}")
+            raise ConfigError("phases", "is empty but alpha_schedule.enabled is true: give one, {name: start, alpha: 8}")
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError("phases", f"are named {names}; each needs a name of its own")
@@ -141,10 +142,11 @@ class Progress:
 
 
 class AlphaSchedule:
-    """Moves the alpha of the adapters in `models` (by expert; "" where there are none) along the phases. `optimizer` and `shadow`
-    (averages by parameter) are kept in step with what is rescaled."""
+    """Moves the alpha of the adapters in `models` (by expert; "" where there are none) along the phases. `optimizer` and
+    `shadow` (averages by parameter) are kept in step with what is rescaled."""
 
-    def __init__(self, config: AlphaScheduleConfig, models: dict[str, nn.Module], optimizer, shadow: dict[nn.Parameter, Tensor]):
+    def __init__(self, config: AlphaScheduleConfig, models: dict[str, nn.Module], optimizer: Optimizer,
+                 shadow: dict[nn.Parameter, Tensor]):
         self.config, self.optimizer, self.shadow = config, optimizer, shadow
         self.layers = {name: list(adapters(model).values()) for name, model in models.items()}
         self.progress = {name: Progress() for name in models}
@@ -224,14 +226,15 @@ class AlphaSchedule:
 
     # state
     def state(self) -> dict:
-        return {"experts": {name: {**vars(progress), "alpha": self.alpha(name)} for name, progress in self.progress.items()},
-                "history": self.history}  # fmt: skip
+        experts = {name: {**vars(progress), "alpha": self.alpha(name)} for name, progress in self.progress.items()}
+        return {"experts": experts, "history": self.history}
 
     def restore(self, state: dict) -> None:
         """What `state` gave; a changed alpha of the config is then reached as `on_change` says. ValueError if it is of other
         experts or phases."""
         if state["experts"].keys() != self.progress.keys():
-            raise ValueError(f"the stored alpha schedule is of the experts {list(state['experts'])}, the config has {list(self.progress)}")
+            raise ValueError(f"the stored alpha schedule is of the experts {list(state['experts'])}, the config has "
+                             f"{list(self.progress)}")
         for name, stored in state["experts"].items():
             self.progress[name] = Progress(stored["phase"], stored["start"], stored["judged"])
             if not 0 <= stored["phase"] < len(self.config.phases):

@@ -95,8 +95,8 @@ def _flush(path: Path) -> None:
 
 def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0,
          world: World = ALONE, notes: dict | None = None) -> Path:
-    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint; every process must call. Older ones beyond `keep_last`
-    are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
+    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint; every process must
+    call. Older ones beyond `keep_last` are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
     final = folder_of(run_dir, meta.step)
     aside, old = final.with_name(f".writing-{final.name}"), final.with_name(f".removing-{final.name}")
     try:
@@ -153,8 +153,8 @@ def read_notes(folder: Path) -> dict | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:1000]}") from None
     if step != Meta.read(folder).step:
-        raise ValueError(f"{path} is of step {step!r}, the checkpoint of step {Meta.read(folder).step}: it belongs to another one; "
-                         "remove it to start the metrics and the alpha schedule anew")
+        raise ValueError(f"{path} is of step {step!r}, the checkpoint of step {Meta.read(folder).step}: it belongs to another "
+                         "one; remove it to start the metrics and the alpha schedule anew")
     return notes
 
 

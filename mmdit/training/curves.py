@@ -15,6 +15,8 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "validation loss by noise quantile": tuple(f"val_loss_q{i}" for i in range(1, 10)),
     "gradient norm": ("grad_norm",),
     "learning rate": ("lr",),
+    "agreement of the gradient's signs": ("grad_ema_100", "gradient_stability_avg"),
+    "alpha": ("linear_alpha",),
     "samples a second": ("samples_per_second",),
     "TFLOP/s of one process": ("tflops",),
     "share of the matmul rate": ("tflops_share",),

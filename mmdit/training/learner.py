@@ -58,7 +58,8 @@ class Learner(nn.Module):
 
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None,
                 expert: str | None = None) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `expert`: draw its times alone. Returns `(losses (b,), t (b,))`, float32."""
+        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `expert`: draw its times alone. Returns
+        `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing

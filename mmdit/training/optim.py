@@ -162,9 +162,10 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
             for part, tensor in inner_tensors(key, value).items()}
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: tuple[str, ...] = ()) -> None:
-    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round, except that
-    all parameters whose names begin with one of `groups` (an expert that has not trained yet) may have nothing stored."""
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor],
+                           groups: tuple[str, ...] = ()) -> None:
+    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round, except
+    that all parameters whose names begin with one of `groups` (an expert that has not trained yet) may have nothing stored."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     stored: dict[str, list[str]] = {}
     for key in tensors:

@@ -85,8 +85,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
 
 
 class Monitor:
-    """What a run has been so far, by expert ("" where there are none): the state behind the metrics and the alpha schedule, kept
-    beside each checkpoint as JSON."""
+    """What a run has been so far, by expert ("" where there are none): the state behind the metrics and the alpha schedule,
+    kept beside each checkpoint as JSON."""
 
     def __init__(self, experts: tuple[str, ...] = ("",)):
         self.courses = {name: Course() for name in experts}
@@ -114,7 +114,8 @@ class Monitor:
         course = self.courses[name]
         own = [f.loss for f in facts if f.expert == name and f.loss is not None]
         phase = schedule and {"phase": schedule.phase(name).name, "phase_idx": schedule.progress[name].phase}
-        return {"loss": sum(own) / len(own) if own else None, **course.values(), **(phase or {"phase": None, "phase_idx": None}),
+        phase = phase or {"phase": None, "phase_idx": None}
+        return {"loss": sum(own) / len(own) if own else None, **course.values(), **phase,
                 "steps_in_phase": course.steps if schedule else None, "linear_alpha": alpha}  # fmt: skip
 
     def state(self) -> dict:
@@ -124,7 +125,7 @@ class Monitor:
     def restore(self, state: dict) -> None:
         """ValueError if it is of other experts."""
         if state["courses"].keys() != self.courses.keys():
-            raise ValueError(f"the stored metrics are of the experts {list(state['courses'])}, the config has {list(self.courses)}")
+            raise ValueError(f"the stored metrics are of experts {list(state['courses'])}, the config has {list(self.courses)}")
         self.run_id, self.images, self.wall = state["run_id"], state["images"], state["wall"]
         self.courses = {name: Course(**course) for name, course in state["courses"].items()}
 

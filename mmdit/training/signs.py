@@ -19,8 +19,8 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 
 
 class _History:
-    """Of some parameters: the sign of the last gradient of each element that was not 0. A tensor whose gradients have all been 0
-    (LoRA's A in the first step) has none yet; an element that was 0 is not counted, and keeps its bit."""
+    """Of some parameters: the sign of the last gradient of each element that was not 0. A tensor whose gradients have all been
+    0 (LoRA's A in the first step) has none yet; an element that was 0 is not counted, and keeps its bit."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -62,6 +62,6 @@ class Signs:
         """ValueError if they are of other parameters."""
         own = self.tensors()
         if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
-            raise ValueError("the stored signs are of other adapters: resume with the lora: and experts: sections that wrote them")
+            raise ValueError("the stored signs are of other adapters: resume with the run's lora: and experts: sections")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

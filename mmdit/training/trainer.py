@@ -47,14 +47,15 @@ class TrainState:
     step: int = 0
 
     @staticmethod
-    def create(learner: Learner, config: TrainConfig, ema_config, alpha_schedule: AlphaScheduleConfig | None = None) -> TrainState:
+    def create(learner: Learner, config: TrainConfig, ema_config,
+               alpha_schedule: AlphaScheduleConfig | None = None) -> TrainState:
         optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer,
                                     config.offload_optimizer)
         ema, parts, signs, schedule = EMA(ema_config, learner) if ema_config.enabled else None, learner.parts(), None, None
         if adapters(learner.model) and not isinstance(learner.model, FSDPModule):  # a shard's signs would be one rank's own
             own = {name: [p for p in own_parameters(part).values() if p.requires_grad] for name, part in parts.items()}
             signs = Signs(own)
-        if alpha_schedule is not None and alpha_schedule.enabled:
+        if alpha_schedule and alpha_schedule.enabled:
             shadow = {p: ema.shadow[name] for name, p in ema.parameters.items()} if ema else {}
             schedule = AlphaSchedule(alpha_schedule, parts, optimizer, shadow)
         return TrainState(learner, optimizer, ema, Monitor(tuple(parts)), signs, schedule)
@@ -93,7 +94,8 @@ class TrainState:
             if self.schedule and notes and "alpha_schedule" in notes:
                 self.schedule.restore(notes["alpha_schedule"])
             elif self.schedule:
-                print(f"{folder} holds no alpha schedule: it starts with phase {self.schedule.config.phases[0].name!r}", flush=True)
+                first = self.schedule.config.phases[0].name
+                print(f"{folder} holds no alpha schedule: it starts with phase {first!r}", flush=True)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'monitor.json'} is not of this project: {error!r}"[:1000]) from None
         self.step = meta.step

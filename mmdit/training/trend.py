@@ -18,7 +18,7 @@ PATIENCE = 100  # visits over which the mean loss of a noise level is taken
 
 @dataclass(frozen=True)
 class Trend:
-    """Least squares over the steps of a window: `slope` a step, its `t` (in standard errors), `cv` = standard deviation / mean."""
+    """Least squares over the steps of a window: `slope` a step, `t` in standard errors, `cv`: standard deviation / mean."""
 
     samples: int
     mean: float
@@ -45,7 +45,8 @@ class Trend:
         total, rest = float(((y - mean) ** 2).sum()), float(((y - mean - slope * x) ** 2).sum())
         error = math.sqrt(rest / (n - 2) / spread)
         t = slope / error if error else math.copysign(math.inf, slope) if slope else 0.0
-        return Trend(n, mean, slope, t, 1 - rest / total if total else None, math.sqrt(total / (n - 1)) / mean if mean > 0 else None)
+        cv = math.sqrt(total / (n - 1)) / mean if mean > 0 else None
+        return Trend(n, mean, slope, t, 1 - rest / total if total else None, cv)
 
 
 def ema(mean: float | None, value: float, span: int) -> float:
@@ -104,8 +105,8 @@ class Course:
             del kept[:-LONGEST]
 
     def _levelled(self, facts: StepFacts) -> float:
-        """Each sample's loss by the running mean of its noise level, times the mean of these means: one common scale, on which a
-        trend stays as it is and the draw of t does not shake the loss."""
+        """Each sample's loss by the running mean of its noise level, times the mean of these means: one common scale, on which
+        a trend stays as it is and the draw of t does not shake the loss."""
         pairs = [(i, total / n, n) for i, (total, n) in enumerate(zip(facts.sums, facts.counts)) if n]
         for i, loss, _ in pairs:
             self.means[i] = loss if self.means[i] is None else self.means[i]

@@ -122,6 +122,28 @@ def test_ramp_is_linear_and_jump_is_at_once():
     assert seen == [8, 9.5, 11, 12.5, 14, 14] and torch.equal(weight, next(iter(adapters(model).values())).lora_B)
 
 
+def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
+    model, course = adapted(), Course(steps=10)
+    plan = schedule(model, on_change="ramp", ramp_steps=4)
+    plan.look(10, {"": course})
+    course.steps = 2
+    plan.look(12, {"": course})
+    other = copy.deepcopy(model)
+    stored, course_too = json.loads(json.dumps(plan.state())), Course(**json.loads(json.dumps(vars(course))))
+    again = schedule(other, on_change="ramp", ramp_steps=4)
+    load_alphas(other, alphas(model))
+    again.restore(stored)
+    assert again.state() == plan.state() and again.alpha("") == plan.alpha("") == 11
+    for number in (13, 14, 15):
+        for own, steps in ((plan, course), (again, course_too)):
+            steps.steps += 1
+            own.look(number, {"": steps})
+        assert again.alpha("") == plan.alpha("") and again.state() == plan.state()
+    for broken, words in (({"high": stored["experts"][""]}, "experts"), ({"": {**stored["experts"][""], "phase": 2}}, "phases")):
+        with pytest.raises(ValueError, match=words):
+            again.restore({"experts": broken, "history": []})
+
+
 def test_alphas_travel_and_bad_ones_are_refused():
     model, other = adapted(), adapted()
     for number, layer in enumerate(adapters(model).values()):

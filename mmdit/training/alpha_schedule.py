@@ -226,20 +226,17 @@ class AlphaSchedule:
 
     # state
     def state(self) -> dict:
-        experts = {name: {**vars(progress), "alpha": self.alpha(name)} for name, progress in self.progress.items()}
-        return {"experts": experts, "history": self.history}
+        return {"experts": {name: vars(progress) for name, progress in self.progress.items()}, "history": self.history}
 
     def restore(self, state: dict) -> None:
-        """What `state` gave; a changed alpha of the config is then reached as `on_change` says. ValueError if it is of other
-        experts or phases."""
+        """What `state` gave (the alphas in force come with the weights); a changed alpha of the config is then reached as
+        `on_change` says. ValueError if it is of other experts or phases."""
         if state["experts"].keys() != self.progress.keys():
             raise ValueError(f"the stored alpha schedule is of the experts {list(state['experts'])}, the config has "
                              f"{list(self.progress)}")
         for name, stored in state["experts"].items():
-            self.progress[name] = Progress(stored["phase"], stored["start"], stored["judged"])
+            self.progress[name] = Progress(**stored)
             if not 0 <= stored["phase"] < len(self.config.phases):
                 raise ValueError(f"the stored alpha schedule is in phase {stored['phase']}, alpha_schedule.phases has "
                                  f"{len(self.config.phases)}: keep the phases that were run")
-            for layer in self.layers[name]:
-                set_alpha(layer, stored["alpha"])
         self.history = state["history"]

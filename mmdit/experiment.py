@@ -11,7 +11,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters import LoRAConfig, adapters, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, load_alphas, set_alpha
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -21,15 +22,18 @@ from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.diffusion.experts import ExpertPlan, ExpertsConfig, Stages
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_release import release_config
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
+from mmdit.nn.experts import Experts, twin
 from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
+from mmdit.training.alpha_schedule import AlphaScheduleConfig
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import to_bfloat16
@@ -67,6 +71,8 @@ class ExperimentConfig:
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
+    alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
@@ -79,6 +85,17 @@ class ExperimentConfig:
         elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
+        for name in ("alpha_schedule", "experts"):
+            if getattr(self, name).enabled and not self.lora.enabled:
+                raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
+            if getattr(self, name).enabled and self.parallel.type == "fsdp":
+                raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
+        if self.experts.enabled and not self.lora.train_lora_only:
+            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
+                              "common base; set that to true")
+        if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
+            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every "
+                              "step; set train.compile: false, or use preserve")
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
@@ -91,6 +108,8 @@ class ExperimentConfig:
         if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
             raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
                               "leave these keys at their defaults")
+        if self.experts.enabled:
+            raise ConfigError("experts.enabled", "is true, but Wan's experts are models of their own; name one by model.expert")
         if self.tread.enabled:
             raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
         if self.model.expert and train.sample_every_steps:
@@ -121,8 +140,15 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
         else:
             model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
         objective = build_objective(config.train.objective, config.diffusion, flow_matching)
-        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
-        inject(model, config.lora, config.seed)
+        plan = None
+        if config.experts.enabled:
+            experts = config.experts
+            stages = Stages(("high", "low"), (experts.boundary,), objective.time_scale)
+            plan = ExpertPlan(stages, objective, experts.trained, config.seed, experts.routing, experts.switch_every)
+            model = Experts({"high": model, "low": twin(model)}, stages.route)
+        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
+        for name, part in learner.parts().items():
+            inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
             text_encoder.requires_grad_(False)
     return learner
@@ -183,7 +209,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
         learner.to(world.device)
-        state = TrainState.create(learner, config.train, config.ema)
+        state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
             meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
@@ -197,11 +223,12 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
-            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
+            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint, alphas(learner.model))
             files = state.files()
-            if config.lora.enabled:  # one file, to hand on
-                files["lora"] = {name: whole(tensor) for name, tensor in lora_state(learner.model).items()}
-            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world)
+            if config.lora.enabled:  # to hand on: all, and each expert alone
+                for name, part in ({"": learner.model} | learner.parts()).items():
+                    files["lora_" + name if name else "lora"] = {key: whole(tensor) for key, tensor in lora_state(part).items()}
+            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world, state.notes())
 
         preview = None
         sharded = isinstance(learner.model, FSDPModule)  # then every process draws, and the main one writes
@@ -224,7 +251,7 @@ def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
                           "lora.enabled with train_lora_only")
 
 
-SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
+SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
@@ -235,9 +262,17 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: is_adapter(name) or name.startswith("model.crop.") or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
+    tensors, stored = weights.tensors, weights.meta.alphas
+    if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
+        tensors = learner.model.spread(tensors, "model.")
+        stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
+    checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
+                      fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
+    for name, layer in adapters(learner.model).items():  # adapters that go on keep their strength under the new alpha
+        wanted = layer.alpha
+        set_alpha(layer, stored.get(name, wanted))
+        set_alpha(layer, wanted, preserve=True)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
@@ -257,6 +292,11 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")
     if config.lora.enabled:
         print(coverage(learner.model))
+    if config.experts.enabled:
+        shares = ", ".join(f"{name} {learner.experts.mass(name):.1%} of the times" for name in learner.parts())
+        print(f"experts, boundary t = {config.experts.boundary:g}, {config.experts.routing}: {shares}")
+    if config.alpha_schedule.enabled:
+        print(config.alpha_schedule.describe())
     print(plan.report(), flush=True)
 
 
@@ -293,6 +333,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     learner = build_learner(config, tokenizer.spec)
     if weights:
         checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))
+        load_alphas(learner.model, weights.meta.alphas)
     if lora is not None:
         (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"

@@ -21,7 +21,6 @@ from mmdit.rng import Draws
 from mmdit.scripts import plot_run
 from mmdit.training import checkpoint
 from mmdit.training.curves import draw_curves
-from mmdit.training.report import running_means
 from mmdit.training.validation import QUANTILES, FixedTimes
 
 
@@ -49,18 +48,6 @@ def test_operations_are_those_that_torch_counts(case):
     claimed = model.train_flops((frames, rows, columns), words, None if keep is None else len(keep))
     # Nothing is asked of what lies before the first adapter: a large part of three blocks.
     assert claimed == pytest.approx(counted, rel=0.04 if case == "adapters" else 0.01)
-
-
-def test_running_means_do_not_depend_on_when_they_are_reported():
-    losses = torch.rand(150, generator=torch.Generator().manual_seed(0)).double().tolist()
-    whole, parts = running_means({}, losses, 150), {}
-    for first in range(0, 150, 7):
-        some = losses[first : first + 7]
-        parts = running_means(parts, some, first + len(some))
-    assert parts == whole
-    assert running_means({}, losses[:10], 10)["loss_ema_10"] == pytest.approx(sum(losses[:10]) / 10)
-    assert whole["loss_trend"] == pytest.approx(whole["loss_ema_10"] / whole["loss_ema_100"] - 1)
-    assert running_means({}, [], 1) == {}  # every step was skipped
 
 
 @pytest.mark.parametrize("objective", [

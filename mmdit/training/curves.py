@@ -22,6 +22,8 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "share of clipped ratios": ("clip_share",),
     "gradient norm": ("grad_norm",),
     "learning rate": ("lr",),
+    "agreement of the gradient's signs": ("grad_ema_100", "gradient_stability_avg"),
+    "alpha": ("linear_alpha",),
     "samples a second": ("samples_per_second",),
     "TFLOP/s of one process": ("tflops",),
     "share of the matmul rate": ("tflops_share",),

@@ -28,7 +28,7 @@ class MetricsLog:
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
-                if record["step"] <= from_step:
+                if self.last.get("step", -1) < record["step"] <= from_step:
                     kept.append(line)
                     self.last = record
             except (ValueError, KeyError, TypeError):

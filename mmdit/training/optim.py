@@ -162,15 +162,18 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
             for part, tensor in inner_tensors(key, value).items()}
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round."""
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor],
+                           groups: tuple[str, ...] = ()) -> None:
+    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round, except
+    that all parameters whose names begin with one of `groups` (an expert that has not trained yet) may have nothing stored."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     stored: dict[str, list[str]] = {}
     for key in tensors:
         name, _, part = key.rpartition("::")
         stored.setdefault(name, []).append(part)
-    if stored and stored.keys() != parameters.keys():
-        odd = sorted(stored.keys() ^ parameters.keys())
+    new = tuple(prefix for prefix in groups if not any(name.startswith(prefix) for name in stored))
+    odd = sorted(name for name in stored.keys() ^ parameters.keys() if not name.startswith(new))
+    if stored and odd:
         raise ValueError(
             f"the checkpoint's optimizer state and the trainable parameters differ in {len(odd)} names, first {odd[0]!r}: "
             "resume with the config that wrote it, or start a new run with train.init_from"

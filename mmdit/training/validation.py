@@ -6,30 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mmdit.data.batches import LatentBatches
-from mmdit.rng import Draws
+from mmdit.diffusion.experts import FixedTimes
 from mmdit.training.distributed import World
 from mmdit.training.settings import TrainConfig
 from mmdit.training.trainer import TrainState
 
 QUANTILES = 9
-
-
-@dataclass(frozen=True)
-class FixedTimes(Draws):
-    """Draws of which `time` is at given `quantiles (B,)` of the distribution that the objective draws from."""
-
-    quantiles: Tensor
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        return self.quantiles if purpose == "time" else super().uniform(purpose, *shape)
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        if purpose == "time":
-            return math.sqrt(2) * torch.erfinv(2 * self.quantiles - 1)
-        return super().normal(purpose, *shape)
 
 
 @dataclass

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, adapters, coverage, inject, lora_state, merge, remove
-from mmdit.adapters.strength import alphas, load_alphas, set_alpha
+from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, carry_over, load_alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
+from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
-from mmdit.diffusion.experts import ExpertPlan, ExpertsConfig, Stages
+from mmdit.diffusion.experts import ExpertsConfig
 from mmdit.interfaces import LatentSpec
-from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
+from mmdit.interop.wan import load_denoiser
+from mmdit.interop.wan_release import release_config
+from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
 from mmdit.nn.experts import Experts, twin
+from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
@@ -54,7 +58,7 @@ class ExperimentConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     tokenizer: TokenizerConfig = field(default_factory=VTPTokenizerConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ByteLevelConfig)
-    model: VideoMMDiTConfig = field(default_factory=VideoMMDiTConfig)
+    model: ModelConfig = field(default_factory=VideoMMDiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -68,12 +72,17 @@ class ExperimentConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
-        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)  # every size must suit the tokenizer
-        if self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
+        wan = isinstance(self.model, WanModelConfig)
+        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))  # every size must suit the tokenizer, and patches
+        clip_plan(self.video, LatentSpec(1, temporal=getattr(self.tokenizer, "temporal", 1)))  # ConfigError: what it cannot cut
+        if wan:
+            self._check_wan()
+        elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
         for name in ("alpha_schedule", "experts"):
@@ -81,6 +90,11 @@ class ExperimentConfig:
                 raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
             if getattr(self, name).enabled and self.parallel.type == "fsdp":
                 raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
+            if getattr(self, name).enabled and self.posttrain is not None:
+                raise ConfigError(f"{name}.enabled", "is true with a posttrain section, whose loops know nothing of it; remove one")
+        if self.experts.enabled and wan and (self.model.expert or self.model.boundary != self.experts.boundary):
+            raise ConfigError("experts.boundary", f"is {self.experts.boundary} with model.boundary {self.model.boundary} and "
+                              f"model.expert {self.model.expert}: for a pair set both boundaries alike and model.expert to null")
         if self.experts.enabled and not self.lora.train_lora_only:
             raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
                               "common base; set that to true")
@@ -90,6 +104,20 @@ class ExperimentConfig:
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+        if self.posttrain is not None and not (wan or self.train.init_from):
+            raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
+
+    def _check_wan(self) -> None:
+        """What a Wan transformer was made for, and what its trainer can do."""
+        flow, train = self.flow_matching, self.train
+        if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
+            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
+                              "leave these keys at their defaults")
+        if self.tread.enabled:
+            raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
+        if self.model.expert and train.sample_every_steps:
+            raise ConfigError("train.sample_every_steps", f"is {train.sample_every_steps}, but the {self.model.expert}-noise expert alone "
+                              "draws no pictures; set it to 0 and use mmdit.scripts.sample, which loads both")
 
     @property
     def run_dir(self) -> Path:
@@ -107,14 +135,19 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
-        model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
-        objective = build_objective(config.train.objective, config.diffusion, config.flow_matching)
-        plan = None
-        if config.experts.enabled:
-            experts = config.experts
-            stages = Stages(("high", "low"), (experts.boundary,), objective.time_scale)
-            plan = ExpertPlan(stages, objective, experts.trained, config.seed, experts.routing, experts.switch_every)
-            model = Experts({"high": model, "low": twin(model)}, stages.route)
+        flow_matching, experts, wan = config.flow_matching, config.experts, isinstance(config.model, WanModelConfig)
+        if wan:
+            names = ("high", "low") if experts.enabled else (config.model.expert,)
+            networks = {name: load_denoiser(config.model, spec, text_encoder.dim, name) for name in names}
+            model = networks[names[0]]
+            if config.model.expert:
+                flow_matching = replace(flow_matching, between=config.model.between)
+        else:
+            model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
+        objective = build_objective(config.train.objective, config.diffusion, flow_matching)
+        plan = experts.plan(objective, config.seed) if experts.enabled else None
+        if plan:
+            model = Experts(networks if wan else {"high": model, "low": twin(model)}, plan.stages.route).requires_grad_(False)
         learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
         for name, part in learner.parts().items():
             inject(part, config.lora, key(config.seed, name) if name else config.seed)
@@ -163,8 +196,12 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         settings = config.train
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
-                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
+                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions,
+                                crops=getattr(config.model, "crop", False))
         learner = build_learner(config, spec)
+        if isinstance(config.model, WanModelConfig):
+            for part in learner.parts().values():
+                check_trainable(part, config)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
@@ -207,11 +244,21 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
 
 
+def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
+    """ConfigError unless this Wan transformer can be trained as configured."""
+    if model.config.in_dim != model.config.out_dim:
+        raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are sampled here, not "
+                          "trained; train T2V, or TI2V-5B with model.first_frame")
+    if config.model.dtype == "bfloat16" and not (config.lora.enabled and config.lora.train_lora_only):
+        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; use float32, or "
+                          "lora.enabled with train_lora_only")
+
+
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised.
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters and a new `model.crop` stay as initialised.
     Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
     try:
         weights = checkpoint.load_weights(config.train.init_from)
@@ -224,11 +271,8 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         tensors = learner.model.spread(tensors, "model.")
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
     checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
-                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
-    for name, layer in adapters(learner.model).items():  # adapters that go on keep their strength under the new alpha
-        wanted = layer.alpha
-        set_alpha(layer, stored.get(name, wanted))
-        set_alpha(layer, wanted, preserve=True)
+                      fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
+    carry_over(learner.model, stored)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
@@ -266,25 +310,40 @@ def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: 
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool = True,
+def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool | None = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
-    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder or an export."""
-    weights = checkpoint.load_weights(path, use_ema)
-    raw = config_io.apply_overrides(weights.meta.config, list(overrides))
+    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release of
+    Wan. An expert gets its sibling from the release it came from. `lora`: merge its adapters, leave them out, or (None) keep them."""
+    where, release = choose_device(device), release_config(path)
+    weights = None if release else checkpoint.load_weights(path, use_ema)
+    source = weights.source if weights else Path(path)
+    raw = config_io.apply_overrides(weights.meta.config if weights else release, list(overrides))
+    if release and where.type == "cpu":
+        raw["model"]["dtype"] = raw["text_encoder"]["dtype"] = "float32"
     try:
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
-        raise ConfigError("", f"config stored in {weights.source}: {error}") from None
-    refuse_foreign_code(config, list(overrides), weights.source)
-    where = choose_device(device)
+        raise ConfigError("", f"config stored in {source}: {error}") from None
+    refuse_foreign_code(config, list(overrides), source)
+    if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
+        config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where)
-    check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, weights.source)
+    if weights:
+        check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, source)
     learner = build_learner(config, tokenizer.spec)
-    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source), fresh=lambda name: not learner.is_stored(name))
-    load_alphas(learner.model, weights.meta.alphas)
-    if lora:
-        merge(learner.model)
-    else:
-        remove(learner.model)
+    if weights:
+        checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))
+        load_alphas(learner.model, weights.meta.alphas)
+    if lora is not None:
+        (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
-    return Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions), config
+    pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
+    if isinstance(learner.model, Experts) and isinstance(config.model, WanModelConfig):
+        pipeline.low, pipeline.boundary, learner.model = learner.model.low, config.experts.boundary, learner.model.high
+    elif isinstance(config.model, WanModelConfig) and config.model.expert:
+        sibling = "low" if config.model.expert == "high" else "high"
+        other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, sibling).to(where)
+        pipeline.low, pipeline.boundary = other, config.model.boundary
+        if sibling == "high":
+            learner.model, pipeline.low = other, learner.model
+    return pipeline, config

@@ -24,6 +24,7 @@ class LatentSpec:
     mean: tuple[float, ...] = ()  # per channel; empty means 0
     std: tuple[float, ...] = ()  # per channel; empty means 1
     scale: float = 1.0
+    temporal: int = 1  # frames a latent frame covers; of more than 1 the first latent frame covers the first frame alone
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -48,6 +49,14 @@ class LatentSpec:
         mean, std = self._affine(latents.device)
         return latents.float() * std + mean
 
+    def frames(self, count: int) -> int:
+        """Frames of a clip to latent frames. ValueError with the nearest counts that can be."""
+        if (count - 1) % self.temporal or count < 1:
+            below = 1 + max(0, count - 1) // self.temporal * self.temporal
+            raise ValueError(f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest are {below} and "
+                             f"{below + self.temporal}")
+        return 1 + (count - 1) // self.temporal
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Pixels `(width, height)` to latent cells `(rows, columns)`."""
         if width % self.spatial or height % self.spatial:
@@ -57,37 +66,49 @@ class LatentSpec:
 
 @dataclass
 class TextTokens:
-    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped or empty caption has no valid token:
-    that is the unconditional case, in training (caption dropout) and in sampling (guidance) alike."""
+    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the unconditional case, in training
+    (caption dropout) and in sampling (guidance) alike: it has no valid token, or the rows of `empty (N, D)` where the encoder
+    has something to say for it (an encoded empty or negative prompt)."""
 
     embeddings: Tensor
     valid: Tensor
+    empty: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def drop(self, dropped: Tensor) -> TextTokens:
         """`dropped (B,)` bool: those captions become unconditional."""
-        return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
+        if self.empty is None:
+            return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
+        text = self.pad(max(self.valid.shape[1], len(self.empty)))
+        instead = F.pad(self.empty, (0, 0, 0, text.valid.shape[1] - len(self.empty)))
+        valid = torch.arange(text.valid.shape[1], device=dropped.device) < len(self.empty)
+        rows = torch.where(dropped[:, None, None], instead.to(text.embeddings.dtype), text.embeddings)
+        return TextTokens(rows, torch.where(dropped[:, None], valid, text.valid), self.empty)
 
     def null(self) -> TextTokens:
-        """The unconditional tokens of the same shape."""
-        return TextTokens(self.embeddings, torch.zeros_like(self.valid))
+        """The unconditional tokens of as many captions."""
+        return self.drop(torch.ones(len(self), dtype=torch.bool, device=self.valid.device))
 
     def pad(self, length: int) -> TextTokens:
         """Invalid tokens behind, up to `length` in all."""
         extra = length - self.valid.shape[1]
-        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False))
+        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False), self.empty)
 
     def __getitem__(self, index) -> TextTokens:
-        return TextTokens(self.embeddings[index], self.valid[index])
+        return TextTokens(self.embeddings[index], self.valid[index], self.empty)
 
     def to(self, *args, **kwargs) -> TextTokens:
-        return TextTokens(self.embeddings.to(*args, **kwargs), self.valid.to(device=self.embeddings.to(*args, **kwargs).device))
+        embeddings = self.embeddings.to(*args, **kwargs)
+        empty = None if self.empty is None else self.empty.to(*args, **kwargs)
+        return TextTokens(embeddings, self.valid.to(device=embeddings.device), empty)
 
     @staticmethod
     def cat(parts: list[TextTokens]) -> TextTokens:
-        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]))
+        longest = max(part.valid.shape[1] for part in parts)
+        parts = [part.pad(longest) for part in parts]
+        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]), parts[0].empty)
 
 
 @dataclass
@@ -100,10 +121,12 @@ class Batch:
     ids: list[str]
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
+    crops: Tensor | None = None  # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader knows this name."""
-        return replace(self, latents=self.latents.pin_memory(), indices=self.indices.pin_memory())
+        tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
 
 
 @runtime_checkable

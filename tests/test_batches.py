@@ -15,7 +15,9 @@ from mmdit.interfaces import LatentSpec
 def listing(*groups):
     """A stand-in for an opened cache: (count, frames, rows, columns) per group."""
     shapes = torch.tensor([[frames, rows, columns, 3] for count, frames, rows, columns in groups for _ in range(count)])
-    return SimpleNamespace(shapes=shapes, ids=[f"clip{i}" for i in range(len(shapes))], folder="somewhere", rates=set())
+    manifest = SimpleNamespace(spec=LatentSpec(channels=3))
+    ids = [f"clip{i}" for i in range(len(shapes))]
+    return SimpleNamespace(shapes=shapes, ids=ids, folder="somewhere", rates=set(), manifest=manifest)
 
 
 @pytest.fixture(scope="module")

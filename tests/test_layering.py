@@ -8,14 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["scripts"],
-    ["quickstart"],
+    ["quickstart", "align"],
     ["experiment"],
     ["posttrain", "diagnostics"],
     ["training"],
     ["interop"],
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
     ["diffusion", "nn"],
-    ["interfaces", "config", "rng"],
+    ["interfaces", "config", "rng", "weights"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))

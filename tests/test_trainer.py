@@ -200,7 +200,7 @@ def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
 def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch):
     forward = Learner.forward
 
-    def full(self, latents, captions, draws, keep, expert):
+    def full(self, latents, captions, draws, keep, crops, expert):
         if draws.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return forward(self, latents, captions, draws, keep)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmdit.interop.files import Checkpoint
 from mmdit.interop.wan import diffusers_name, load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "wan_t2v_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())

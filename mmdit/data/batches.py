@@ -24,7 +24,8 @@ from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
 from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
-from mmdit.data.clips import frame_numbers, jitter_limits, usable_frames
+from mmdit.data.clips import frame_numbers, jitter_limits, latent_video, usable_frames
+from mmdit.data.frames import crop_shares
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
@@ -96,11 +97,14 @@ class BatchPlan:
     def __init__(self, cache: LatentCache, video: VideoConfig, global_batch: int, seed: int, held_out: float = 0.0):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
-        self.video, self.global_batch, self.seed = video, global_batch, seed
+        spec = cache.manifest.spec
+        self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
+        self.aligned = self.video.num_frames if spec.temporal > 1 else 1  # samples start where a window of the tokenizer did
         rates = cache.rates - {video.fps}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
+        video = self.video
         self._ids, self._counts, grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
         self._shapes = grids
         self._frames = usable_frames(self._counts, video)
@@ -140,7 +144,7 @@ class BatchPlan:
             group, items = self.clips.batch(step - before)
             frames = int(self._frames[items[0]])
         draws = Draws.of(self.seed, step, len(items))
-        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws))
+        return PlannedBatch(group[:2], items, frame_numbers(self._counts[items], frames, self.video, draws, self.aligned))
 
     def held_out_batches(self, most: int) -> list[PlannedBatch]:
         """The first `most` held-out items (clips, unless training sees pictures alone), one batch a shape, with keys that make
@@ -150,7 +154,7 @@ class BatchPlan:
             raise ValueError("every held-out item is too short for a clip: raise train.val_share")
         frames = torch.ones_like(self._frames) if self.clips is None else self._frames
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
-        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own)))
+        return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own), self.aligned))
                 for group, own in _by_shape(shapes, items[:most]).items()]
 
     def own_draws(self, items: Tensor) -> Draws:
@@ -270,12 +274,13 @@ class LatentBatches(Dataset):
 
     def __init__(self, cache: LatentCache, plan: BatchPlan, *, rank: int = 0, world: int = 1, accum: int = 1,
                  in_memory: Literal["auto", True, False] = "auto", num_workers: int = 4,
-                 captions: CaptionsConfig | None = None):  # fmt: skip
+                 captions: CaptionsConfig | None = None, crops: bool = False):  # fmt: skip
         if plan.global_batch % (world * accum):
             raise ValueError(f"the global batch of {plan.global_batch} cannot be split over {world} processes and {accum} "
                              f"accumulation steps; make it a multiple of {world * accum}")
         self.cache, self.plan, self.rank, self.world, self.accum = cache, plan, rank, world, accum
         self.num_workers, self.in_memory, self.captions = num_workers, in_memory, captions or CaptionsConfig()
+        self.crops = crops  # whether batches say which part of its picture each item shows
         if in_memory == "auto":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
             self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
@@ -302,6 +307,7 @@ class LatentBatches(Dataset):
             ids=[cache.ids[i] for i in numbers],
             indices=draws.indices,
             facts=[cache.facts[i] for i in numbers],
+            crops=torch.tensor([crop_shares(cache.sources[i]) for i in numbers]) if self.crops else None,
         )
 
     __getitem__ = step  # as a map-style data set, for DataLoader's workers

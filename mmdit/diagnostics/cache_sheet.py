@@ -44,7 +44,11 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
         latents = cache.load(item)
         chosen = torch.linspace(0, len(latents) - 1, shown).round().long()
         with torch.inference_mode():
-            pixels = tokenizer.decode(latents[chosen][None].float())[0].float().cpu()
+            if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
+                pixels = tokenizer.decode(latents[None, :shown].float())[0].float().cpu()
+                pixels = pixels[torch.linspace(0, len(pixels) - 1, shown).round().long()]
+            else:
+                pixels = tokenizer.decode(latents[chosen][None].float())[0].float().cpu()
         cells.append(_fitted(pixels))
         frames = f", {len(latents)} frames" if len(latents) > 1 else ""
         texts.append(f"{cache.ids[item]} {pixels.shape[-1]}x{pixels.shape[-2]}{frames}: {cache.captions[item]}")

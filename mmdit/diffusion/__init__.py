@@ -12,7 +12,7 @@ from mmdit.diffusion.objective import (
     build_objective,
 )
 from mmdit.diffusion.path import CosinePath, DiscretePath, LinearPath, Path, Prediction, Time, ddpm_path, shift_time
-from mmdit.diffusion.samplers import SamplerConfig, Solver, sample, sampling_times
+from mmdit.diffusion.samplers import Grid, SamplerConfig, Solver, sample, sampling_times
 
 __all__ = [
     "DDPM",
@@ -22,6 +22,7 @@ __all__ = [
     "DiscretePath",
     "FlowMatching",
     "FlowMatchingConfig",
+    "Grid",
     "LinearPath",
     "LossParts",
     "Objective",

@@ -59,16 +59,20 @@ class Objective(ABC):
         """Scaled error `(B, ...)` to losses `(B,)`."""
         return error.square().flatten(1).mean(1)
 
-    def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, **network_inputs) -> LossParts:
-        """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is float32, autocast or not."""
+    def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, given: int = 0, **network_inputs) -> LossParts:
+        """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is float32, autocast or not.
+        `given`: that many frames (axis 1) from the first stay clean, the network is told so, and they are not in the loss."""
         clean = clean.float()
         noise, t = draws.normal("noise", *clean.shape[1:]), self.draw_time(draws, clean.shape[1])
         x = self.path.add_noise(clean, noise, t)
+        if given:
+            x, network_inputs = torch.cat([clean[:, :given], x[:, given:]], 1), network_inputs | {"given": given}
         prediction = model(x, self._network_time(t, x), text, **network_inputs).float()
         target = self.path.mix(self.prediction, clean, noise, t)
         assert prediction.shape == target.shape, f"network gave {tuple(prediction.shape)} for latents {tuple(target.shape)}"
         scale = self.error_scale(t).reshape(-1, *[1] * (clean.dim() - 1)).float()
-        return LossParts(self.measure(scale * (prediction - target), clean, noise, t), t.float())
+        error = scale * (prediction - target)
+        return LossParts(self.measure(error[:, given:], clean[:, given:], noise[:, given:], t), t.float())
 
     def denoiser(self, model: Denoiser, text: TextTokens, **network_inputs) -> Denoise:
         """`denoise(x (B, ...), t float | () | (B,)) -> clean estimate (B, ...)`, at least float32.
@@ -143,7 +147,7 @@ class FlowMatchingConfig:
     shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by sqrt(frames) more, in training and in sampling, since n
     frames that repeat each other are as clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along
     time). `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents have many channels
-    (2511.13720). `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
+    (2511.13720). `between`: only times inside are drawn, and there the law keeps its shape (an expert's range). `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
 
     path: Literal["linear", "cosine"] = "linear"
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -156,10 +160,13 @@ class FlowMatchingConfig:
     shift: float = 1.0
     shift_by_frames: bool = False
     direction_weight: float = 0.0
+    between: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError("t_min", f"is {self.t_min} with t_max {self.t_max}; must be 0 <= t_min < t_max <= 1; use 0 and 1")
+        if not 0 <= self.between[0] < self.between[1] <= 1:
+            raise ConfigError("between", f"is {list(self.between)}; must be two times with 0 <= first < second <= 1; [0, 1] is all")
         for name in ("time_scale", "logit_std", "shift"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be above 0 and finite; leave it out for the default")
@@ -185,12 +192,27 @@ class FlowMatching(Objective):
         return math.sqrt(frames) if self.config.shift_by_frames else 1.0
 
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        config = self.config
-        if config.time == "logit_normal":
+        config, shift, width = self.config, self.config.shift * self.clip_shift(frames), self.config.t_max - self.config.t_min
+        u = draws.uniform("time").double()
+        if config.between != (0.0, 1.0):  # the law's quantiles inside
+            bounds = ((torch.tensor(config.between, dtype=torch.float64) - config.t_min) / width).clamp(0, 1)
+            low, high = self._share(shift_time(bounds, 1 / shift).clamp(0, 1)).tolist()
+            if not low < high:
+                raise ConfigError("flow_matching.between", f"is {list(config.between)}, where the law of times draws nothing")
+            u = low + (high - low) * u
+        if config.time == "uniform":
+            t = u
+        elif config.between == (0.0, 1.0):
             t = torch.sigmoid(config.logit_mean + config.logit_std * draws.normal("time").double())
         else:
-            t = draws.uniform("time").double()
-        return config.t_min + (config.t_max - config.t_min) * shift_time(t, config.shift * self.clip_shift(frames))
+            t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
+        return config.t_min + width * shift_time(t, shift)
+
+    def _share(self, t: Tensor) -> Tensor:
+        """Of the times drawn before the shift, how many lie below t."""
+        if self.config.time == "uniform":
+            return t
+        return torch.special.ndtr((torch.special.logit(t) - self.config.logit_mean) / self.config.logit_std)
 
     def error_scale(self, t: Tensor) -> Tensor:
         if self.prediction == "x0":

@@ -19,14 +19,16 @@ from mmdit.diffusion.objective import Denoise, Objective
 from mmdit.diffusion.path import Path, shift_time
 from mmdit.rng import Draws
 
-Solver = Literal["ddim", "euler", "heun", "ab2", "dpmpp_2m"]
+Solver = Literal["ddim", "euler", "heun", "ab2", "dpmpp_2m", "unipc"]
+Grid = Literal["even", "wan", "diffusers"]
 Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """First order: ddim, euler. Second order: heun, and ab2 and dpmpp_2m, which reuse the last step's call; ab2 is the most
-    accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py).
+    """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the last step's call; ab2 is the
+    most accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py). `grid`: before the shift,
+    even times, or those of Wan's official code or of Diffusers, which also tell the network whole timesteps.
 
     `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end; the
     objective's `clip_shift` multiplies it.
@@ -36,6 +38,7 @@ class SamplerConfig:
     steps: int = 50
     eta: float = 0.0
     shift: float = 1.0
+    grid: Grid = "even"
 
     def __post_init__(self):
         if self.steps < 1:
@@ -49,12 +52,18 @@ class SamplerConfig:
             raise ConfigError("shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps")
 
 
-def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None) -> list[float]:
+def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None, grid: Grid = "even") -> list[float]:
     """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a discrete path, times that
     training has drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if grid == "wan":  # starts at 0.999
+        even = even * 0.999
+    elif grid == "diffusers":  # ends at 0.001, from where the last step leads to 0
+        even = torch.linspace(1, 1 / 1000, steps + 1, dtype=torch.float64)
+        even[-1] = 0
     first = objective.t_start if start is None else min(start, objective.t_start)
     times = [objective.path.snap(t) for t in (first * shift_time(even, shift)).tolist()]
+    times[0] -= 1e-6 * (grid == "diffusers" and times[0] == 1)  # as it avoids the infinite log(alpha / sigma)
     if any(t <= s for t, s in zip(times, times[1:])):
         levels = len({t for t in times if t > 0})
         message = f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take fewer steps"
@@ -84,13 +93,14 @@ def sample(
         raise ValueError(f"the guess is to be noised to t = {guess[1]}; must be above 0 (kept as it is) and at most 1 (pure noise)")
     path = objective.path
     shift = config.shift * objective.clip_shift(noise.shape[1])
-    times = sampling_times(objective, config.steps, shift, guess[1] if guess else None)
+    times = sampling_times(objective, config.steps, shift, guess[1] if guess else None, config.grid)
     step = {
         "ddim": lambda: _ddim(denoise, path, config.eta, draws),
         "euler": lambda: _euler(denoise, path),
         "heun": lambda: _heun(denoise, path),
         "ab2": lambda: _ab2(denoise, path),
         "dpmpp_2m": lambda: _dpmpp_2m(denoise, path),
+        "unipc": lambda: _unipc(denoise, path, times),
     }[config.solver]()
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     if guess is not None:
@@ -190,5 +200,49 @@ def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
             extrapolated = clean + width / (2 * last_width) * (clean - last_clean)
         last_clean, last_width = clean, width
         return sigma_s / sigma_t * x + alpha_s * (1 - shrink) * extrapolated, clean
+
+    return step
+
+
+def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
+    """UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al. 2302.04867, algorithms 1 and 2: each step
+    predicts from the last two estimates; the next estimate first corrects what was predicted. The last step is of first order."""
+    past: list[tuple[Tensor, float]] = []  # clean estimates and their times, newest last
+    before: Tensor | None = None  # x of the last step, corrected
+    order = 1
+
+    def clock(t: float) -> float:  # log(alpha / sigma)
+        alpha, sigma = _floats(path, t)
+        return math.inf if sigma == 0 else math.log(alpha / sigma) if alpha > 0 else -math.inf
+
+    def linear(x: Tensor, clean: Tensor, t: float, s: float) -> tuple[Tensor, float, float]:
+        """First order from t to s; the width in `clock`, and what a change of the estimate is worth."""
+        (_, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
+        width = clock(s) - clock(t)
+        return sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * clean, width, -alpha_s * math.expm1(-width)
+
+    def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+        nonlocal before, order
+        clean = denoise(x, t)
+        if before is not None and math.isfinite(clock(past[-1][1])):  # correct x, for which the estimate was asked
+            last, then = past[-1]
+            x, width, worth = linear(before, last, then, t)
+            if order == 1:
+                x = x + worth * 0.5 * (clean - last)
+            else:
+                ratio, h = (clock(past[-2][1]) - clock(then)) / width, -width
+                first = math.expm1(h) / h - 1
+                b = torch.tensor([first / math.expm1(h), (first / h - 0.5) * 2 / math.expm1(h)], dtype=torch.float64)
+                a, c = torch.linalg.solve(torch.tensor([[1, 1], [ratio, 1]], dtype=torch.float64), b).tolist()
+                x = x + worth * (a / ratio * (past[-2][0] - last) + c * (clean - last))
+        before = x
+        past.append((clean, t))
+        del past[:-2]
+        ahead, width, worth = linear(x, clean, t, s)
+        order = 2 if len(past) == 2 and index + 2 < len(times) and math.isfinite(clock(past[0][1])) else 1
+        if order == 2:
+            older, then = past[0]
+            ahead = ahead + worth * 0.5 * width / (clock(then) - clock(t)) * (older - clean)
+        return ahead, clean
 
     return step

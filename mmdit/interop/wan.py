@@ -5,7 +5,6 @@ Layouts differ in names only, one to one. High and low expert of a pair cannot b
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -18,15 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdit.interop.files import INDEX, Checkpoint
+from mmdit.config import ConfigError
+from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
+from mmdit.weights import INDEX, SCALES, Checkpoint, fill
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
 
 EXPERT_FOLDERS = {"high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
@@ -161,7 +162,7 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
 
 
 def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-             expert: Expert | None = None) -> WanDiT:  # fmt: skip
+             expert: Expert | None = None, kind: type[WanDiT] = WanDiT) -> WanDiT:  # fmt: skip
     """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation, time and patch embeddings
     and the head stay float32 when `dtype` is less. Tensors are read one by one into a model that has no memory before.
 
@@ -170,38 +171,33 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     place = locate(path, expert)
     stored = Checkpoint(place)
     names, _, _ = official_names(list(stored.entries))
-    if scales := [name for name in names if SCALES.search(name)]:
-        raise ValueError(f"{place} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     inferred = infer_config(shapes, place)
     config = read_config(place, inferred) if place.is_dir() else inferred
     if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:
         raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
     with torch.device("meta"):
-        model = WanDiT(config)
-    own = dict(model.named_parameters())
-    _compare(shapes, {name: tuple(p.shape) for name, p in own.items()}, place, config)
-    for name, tensor in stored.tensors():
-        module, _, leaf = names[name].rpartition(".")
-        tensor = tensor.to(device=device, dtype=WanDiT.stored_dtype(names[name], dtype), copy=True)
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor))
-    return model.eval()
+        model = kind(config)
+    ignored = tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))  # as Diffusers does
+    return fill(model, stored, names, f"{place}, read as {config.variant},", device,
+                lambda name: WanDiT.stored_dtype(name, dtype), ignored)  # fmt: skip
 
 
-def _compare(shapes: dict, own: dict, place: Path, config: WanConfig) -> None:
-    problems = []
-    foreign = [name for name in shapes if name not in own and not name.endswith("norm_added_q.weight")]  # Diffusers ignores it
-    unknown = {name: difflib.get_close_matches(name, own, 1) for name in foreign}
-    if missing := [name for name in own if name not in shapes]:
-        problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")
-    if unknown:
-        name, near = next(iter(unknown.items()))
-        problems.append(f"holds {len(unknown)} unknown tensors, first {name}" + (f" (near {near[0]})" if near else ""))
-    if wrong := [n for n in own if n in shapes and shapes[n] != own[n]]:
-        name = wrong[0]
-        problems.append(f"holds {len(wrong)} tensors of another shape, first {name} {shapes[name]} where {own[name]} belongs")
-    if problems:
-        raise ValueError(f"{place}, read as {config.variant}, {' and '.join(problems)}")
+def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: Expert | None = None) -> WanDenoiser:
+    """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be trained on latents of `spec` with
+    text `text_dim` wide. ConfigError, in one sentence: it cannot be read, or they do not belong together."""
+    try:
+        model = load_dit(settings.name_or_path, getattr(torch, settings.dtype), expert=expert or settings.expert, kind=WanDenoiser)
+    except ValueError as error:
+        raise ConfigError("model.name_or_path", str(error)) from None
+    config = model.config
+    if spec.channels != config.out_dim:
+        name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(config.out_dim, "another tokenizer")
+        raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: use {name}")
+    if text_dim != config.text_dim:
+        raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the UMT5 of its release")
+    model.settings, model.checkpointing = settings, settings.checkpointing
+    return model
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

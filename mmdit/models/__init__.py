@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from mmdit.models.routing import TreadConfig, draw_keep
 from mmdit.models.video_mmdit import VideoMMDiT, VideoMMDiTConfig
+from mmdit.models.wan_denoiser import WanModelConfig
 
-ModelConfig = VideoMMDiTConfig
+ModelConfig = VideoMMDiTConfig | WanModelConfig
 
-__all__ = ["ModelConfig", "TreadConfig", "VideoMMDiT", "VideoMMDiTConfig", "build_model", "draw_keep"]
+__all__ = ["ModelConfig", "TreadConfig", "VideoMMDiT", "VideoMMDiTConfig", "WanModelConfig", "build_model", "draw_keep"]
 
 
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None) -> VideoMMDiT:
-    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator."""
+    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator. (Wan
+    has stored ones: `interop.wan.load_denoiser`.)"""
     match config:
         case VideoMMDiTConfig():
             return VideoMMDiT(config, latent_channels, text_dim, tread)

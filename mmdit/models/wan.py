@@ -205,6 +205,9 @@ class WanDiT(nn.Module):
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 
+    lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
+    lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
+
     def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False):
         super().__init__()
         self.config, self.collapse_padding, self.checkpointing = config, collapse_padding, checkpointing
@@ -264,7 +267,7 @@ class WanDiT(nn.Module):
             return F.pad(text, (0, 0, 0, length - text.shape[1])), None
         positions = torch.arange(1, text.shape[1] + 1, device=text.device)
         lengths = (text.ne(0).any(-1) * positions).amax(1) if text.shape[1] else positions.new_zeros(len(text))
-        longest = int(lengths.max())
+        longest = text.shape[1] if self.training else int(lengths.max())  # in training nothing waits, and shapes are few
         keys = F.pad(text[:, :longest], (0, 0, 0, 1))
         bias = upcast(text.new_zeros(len(text), longest + 1))
         bias.masked_fill_(torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf)

@@ -18,6 +18,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
     parser.add_argument("--solver", choices=get_args(Solver))
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off; default: train.sample_cfg_scale")
+    parser.add_argument("--guidance_low", type=float, help="of the low-noise expert of a pair; default: the same")
+    parser.add_argument("--negative", help="prompt that guidance leads away from; default: the empty prompt, or a release's own")
     parser.add_argument("--interval", type=float, nargs=2, help="t range in which guidance acts; t = 1 is noise")
     parser.add_argument("--shift", type=float, help="time shift of the sampling grid")
     parser.add_argument("--eta", type=float, help="noise added by ddim; 0 = deterministic")
@@ -34,7 +36,7 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
     given = lambda **values: {name: value for name, value in values.items() if value is not None}  # noqa: E731
     sampler = replace(base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta))
     interval = tuple(args.interval) if args.interval else None
-    return replace(base, sampler=sampler, **given(cfg_scale=args.guidance, cfg_interval=interval, seed=args.seed))
+    return replace(base, sampler=sampler, **given(cfg_scale=args.guidance, cfg_scale_low=args.guidance_low, negative_prompt=args.negative, cfg_interval=interval, seed=args.seed))
 
 
 def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:

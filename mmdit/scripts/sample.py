@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmdit.data.frames import load_first_frame
 from mmdit.experiment import load_pipeline
 from mmdit.scripts import friendly
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
+    parser.add_argument("--image", help="picture that every clip begins with (Wan I2V, TI2V)")
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
     parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
     parser.add_argument("--strength", type=float, default=0.5, help="noise level t that --refine starts from [0.5]")
@@ -42,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
         settings = sample_settings(args, config)
         width, height, frames, fps = sample_size(args, config)
+        image = load_first_frame(args.image, (width, height)) if args.image else None
         with tqdm(total=len(prompts), desc="sampling", unit="sample") as bar:
-            pixels = pipeline(prompts, width, height, frames, settings, batch_size=args.batch_size, done=bar.update)
+            pixels = pipeline(prompts, width, height, frames, settings, batch_size=args.batch_size, done=bar.update, image=image)
         if args.refine:
             refiner, large = load_pipeline(args.refine, args.device, use_ema=not args.raw_weights)
             width, height = large.video.width, large.video.height
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
                 pixels = refiner.refine(pixels, prompts, width, height, args.strength, SampleSettings.of(large.train), done=bar.update)
         out = Path(args.out)
         files = save_samples(pixels, prompts, out, fps, args.columns)
-        refined = {"refine": args.refine, "strength": args.strength} if args.refine else {}
+        refined = {"image": args.image} if args.image else {}
+        refined |= {"refine": args.refine, "strength": args.strength} if args.refine else {}
         story = {"checkpoint": args.checkpoint, **refined, "size": [width, height, frames], "settings": asdict(settings),
                  "raw_weights": args.raw_weights, "overrides": args.overrides, "torch": torch.__version__,
                  "samples": [{"file": f, "prompt": p} for f, p in zip(files, prompts)]}

@@ -8,8 +8,9 @@ from mmdit.config import ConfigError
 from mmdit.text_encoders.byte_level import ByteLevelConfig, ByteLevelEncoder
 from mmdit.text_encoders.hashing import HashConfig, HashEncoder
 from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder
+from mmdit.text_encoders.umt5 import UMT5Config, UMT5Encoder
 
-TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig
+TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Config
 
 
 def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
@@ -21,6 +22,8 @@ def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
                 return ByteLevelEncoder(config)
             case HashConfig():
                 return HashEncoder(config)
+            case UMT5Config():
+                return UMT5Encoder(config)
             case HuggingFaceConfig():
                 return HuggingFaceEncoder(config)
     except ConfigError as error:
@@ -28,4 +31,4 @@ def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
     raise AssertionError(f"no text encoder for {type(config).__name__}")
 
 
-__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "build_text_encoder"]
+__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "UMT5Config", "build_text_encoder"]

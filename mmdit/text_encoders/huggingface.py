@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
+from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 @dataclass(frozen=True)
 class HuggingFaceConfig:
     """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens. `dim` may be left out; if
-    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only)."""
+    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only);
+    `cache_dir` keeps them in files, too, for the next run (`stored`)."""
 
     type: Literal["hf"] = "hf"
     name_or_path: str = ""
@@ -45,6 +47,7 @@ class HuggingFaceConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     local_files_only: bool = False
     cache_mb: int = 1024
+    cache_dir: str = ""
 
     def __post_init__(self):
         if not self.name_or_path:
@@ -55,6 +58,9 @@ class HuggingFaceConfig:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
         if self.cache_mb < 0:
             raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
+        if self.cache_dir and not self.freeze:
+            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is "
+                              "trained change with each step; leave it empty")
         if not self.freeze and self.dtype != "float32":
             remedy = "set dtype: float32 (train.precision still computes in half precision) or freeze: true"
             raise ConfigError("dtype", f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}")
@@ -72,22 +78,33 @@ class HuggingFaceEncoder(nn.Module):
         super().__init__()
         self.config, self.lr_scale = config, config.lr_scale
         self.frozen = self.stored_elsewhere = config.freeze  # a frozen encoder is not copied into checkpoints
-        self.tokenizer, self.encoder = _load(config)
+        self.tokenizer, self.encoder = self._open()
         self.reported = False
         self.kept_limit = config.cache_mb * 2**20
         self.forget()
         self.requires_grad_(not self.frozen)
         self.train()
-        with torch.set_grad_enabled(not self.frozen):
-            example = self._hidden(*self._pad(self._tokenize(["a"])))
-        self.dim = example.shape[-1]
+        self.dim = self._settle()
         if config.dim not in (None, self.dim):
             raise ConfigError("dim", f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave it out")
+        self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
+
+    def _open(self) -> tuple[Any, nn.Module]:
+        return _load(self.config)
+
+    def _settle(self) -> int:
+        """The width of the tokens; freezes what does not reach them."""
+        with torch.set_grad_enabled(not self.frozen):
+            example = self._hidden(*self._pad(self._tokenize(["a"])))
         if not self.frozen:  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.requires_grad_(gradient is not None)
+        return example.shape[-1]
+
+    def clean(self, caption: str) -> str:
+        return caption.strip()
 
     def train(self, mode: bool = True) -> HuggingFaceEncoder:
         super().train(mode)
@@ -98,6 +115,14 @@ class HuggingFaceEncoder(nn.Module):
         """Empties the memory of embeddings. Moving the module and loading a state do so by themselves."""
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._kept_bytes = 0
+        self._stored: StoredEmbeddings | None = None
+
+    def _files(self) -> StoredEmbeddings | None:
+        if self._stored is None and self.config.cache_dir:
+            settings = (self.config.max_length, GROUP, LENGTH_STEP)  # a batch's shape decides its rounding
+            key = encoder_key(self.encoder, self.tokenizer, *settings)
+            self._stored = StoredEmbeddings(Path(self.config.cache_dir).expanduser(), key, self.dim)
+        return self._stored
 
     def _apply(self, *arguments, **keywords):
         self.forget()
@@ -110,12 +135,13 @@ class HuggingFaceEncoder(nn.Module):
     def forward(self, captions: list[str]) -> TextTokens:
         """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in the longest, at least 1."""
         device = self.encoder.get_input_embeddings().weight.device
+        captions = [self.clean(caption) for caption in captions]
         if self.frozen:
-            known = self._remembered([caption.strip() for caption in captions])
-            lengths = [len(known[caption.strip()]) for caption in captions]
+            known = self._remembered(captions)
+            lengths = [len(known[caption]) for caption in captions]
             embeddings = torch.zeros(len(captions), max([1, *lengths]), self.dim)
             for row, caption in zip(embeddings, captions, strict=True):
-                row[: len(known[caption.strip()])] = known[caption.strip()]
+                row[: len(known[caption])] = known[caption]
             embeddings = embeddings.to(device)
         else:
             tokens = self._tokenize(captions)
@@ -127,7 +153,7 @@ class HuggingFaceEncoder(nn.Module):
     # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
         """Token numbers of each caption; none for one without words, though the tokenizer would add its markers."""
-        filled = [caption.strip() for caption in captions if caption.strip()]
+        filled = [caption for caption in captions if caption]
         limit = self.config.max_length
         tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
         if not self.reported:
@@ -138,13 +164,13 @@ class HuggingFaceEncoder(nn.Module):
                     self.reported = True
                     break
         remaining = iter(tokens)
-        return [next(remaining) if caption.strip() else [] for caption in captions]
+        return [next(remaining) if caption else [] for caption in captions]
 
     def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
         """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens attends to its first padding,
         as a softmax over nothing is no number."""
         length = max([length, *map(len, tokens)])
-        filler = self.tokenizer.pad_token_id or 0
+        filler = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
         mask = torch.tensor([[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens])
         return ids, mask
@@ -157,16 +183,22 @@ class HuggingFaceEncoder(nn.Module):
     @torch.no_grad()
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
         """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's precision."""
-        known = {"": torch.zeros(0, self.dim)}
-        known |= {caption: self._kept[caption] for caption in captions if caption in self._kept}
+        known = self.silent | {caption: self._kept[caption] for caption in captions if caption in self._kept}
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        files = self._files() if new else None
+        if files:
+            known |= files.load(new)
+            new = [caption for caption in new if caption not in known]
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for caption, ids in zip(new, self._tokenize(new), strict=True):
             length = min(ceil(max(1, len(ids)) / LENGTH_STEP) * LENGTH_STEP, self.config.max_length)
             by_length.setdefault(length, []).append((caption, ids))
         for length, items in by_length.items():
             for start in range(0, len(items), GROUP):
-                known |= self._encode_group(items[start : start + GROUP], length)
+                encoded = self._encode_group(items[start : start + GROUP], length)
+                known |= encoded
+                if files:
+                    files.save(encoded)
         self._keep(known)
         return known
 
@@ -183,7 +215,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def _keep(self, known: dict[str, Tensor]) -> None:
         for caption, row in known.items():
-            if not caption:
+            if caption in self.silent:
                 continue
             if caption not in self._kept:
                 self._kept[caption] = row

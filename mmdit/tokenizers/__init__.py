@@ -9,10 +9,11 @@ import torch
 from mmdit.interfaces import Tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer, DummyTokenizerConfig
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
+from mmdit.tokenizers.wan_vae import WanVAETokenizer, WanVAETokenizerConfig
 
-TokenizerConfig = VTPTokenizerConfig | DummyTokenizerConfig
+TokenizerConfig = VTPTokenizerConfig | DummyTokenizerConfig | WanVAETokenizerConfig
 
-__all__ = ["DummyTokenizerConfig", "TokenizerConfig", "VTPTokenizerConfig", "build_tokenizer"]
+__all__ = ["DummyTokenizerConfig", "TokenizerConfig", "VTPTokenizerConfig", "WanVAETokenizerConfig", "build_tokenizer"]
 
 
 def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tokenizer:
@@ -26,4 +27,6 @@ def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu",
             return VTPTokenizer(config, device, dtype)
         case DummyTokenizerConfig():
             return DummyTokenizer(config, device)
+        case WanVAETokenizerConfig():
+            return WanVAETokenizer(config, device, dtype)
     raise TypeError(f"{type(config).__name__} is not a tokenizer config")

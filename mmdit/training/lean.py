@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mmdit.adapters import is_adapter
 from mmdit.config import ConfigError
 from mmdit.training.stored import local
 
@@ -16,7 +17,7 @@ CHUNK = 2**26  # parameters whose moments are on the GPU at a time
 def to_bfloat16(module: nn.Module) -> None:
     """All weights but those of adapters, which are few and learn by small steps."""
     for name, weight in module.named_parameters():
-        weight.data = weight.data if ".lora_" in name else weight.data.bfloat16()
+        weight.data = weight.data if is_adapter(name) else weight.data.bfloat16()
 
 
 class SplitAdamW(torch.optim.Optimizer):

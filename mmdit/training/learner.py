@@ -50,26 +50,29 @@ class Learner(nn.Module):
         return tuple(f"model.{name}." for name in self.parts() if name != expert)
 
     def is_stored(self, name: str) -> bool:
-        """Whether a checkpoint holds this entry of the state: a frozen foreign encoder stays where it was loaded from."""
-        return not (name.startswith("text_encoder.") and getattr(self.text_encoder, "stored_elsewhere", False))
+        """Whether a checkpoint holds this entry of the state: frozen foreign weights stay where they were loaded from."""
+        part, _, inner = name.partition(".")
+        elsewhere = getattr(self.get_submodule(part), "stored_elsewhere", False)
+        return not (elsewhere(inner) if callable(elsewhere) else elsewhere)
 
     def stored_state(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.state_dict().items() if self.is_stored(name)}
 
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None,
-                expert: str | None = None) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `expert`: draw its times alone. Returns
-        `(losses (b,), t (b,))`, float32."""
+                crops: Tensor | None = None, expert: str | None = None) -> tuple[Tensor, Tensor]:
+        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a model with
+        `model.crop`, `expert`: draw its times alone. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
-        inputs = {"keep": keep}
+        given = self.model.given_frames(latents.shape[1], draws) if hasattr(self.model, "given_frames") else 0
+        inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
         if expert is not None:
             draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
-        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, **inputs)
+        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:

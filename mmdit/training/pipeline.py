@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.data.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import SamplerConfig, guided, sample
-from mmdit.interfaces import Tokenizer
+from mmdit.diffusion import Denoise, SamplerConfig, guided, sample
+from mmdit.interfaces import TextTokens, Tokenizer
+from mmdit.models.wan_denoiser import WanDenoiser, picture_inputs
 from mmdit.rng import Draws
 from mmdit.training.learner import Learner
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size."""
+    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size. `cfg_scale_low`: of the
+    low-noise expert of a pair. `negative_prompt`: what guidance leads away from, in place of the empty prompt."""
 
     sampler: SamplerConfig = SamplerConfig()
     cfg_scale: float = 3.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
+    cfg_scale_low: float | None = None
+    negative_prompt: str = ""
 
     @staticmethod
     def of(train) -> SampleSettings:
         """The `train.sample_*` keys."""
-        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift)
-        return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed)
+        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift, train.sample_grid)
+        return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
+                              train.sample_cfg_scale_low, train.sample_negative_prompt)  # fmt: skip
 
 
 @dataclass
 class Pipeline:
     """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`: prompts get its trigger word, as the
-    captions in training do."""
+    captions in training do. `low`: of a pair of experts that for times below `boundary`; the learner has the other."""
 
     learner: Learner
     tokenizer: Tokenizer
     precision: str = "fp32"
     captions: CaptionsConfig = CaptionsConfig()
+    low: nn.Module | None = None
+    boundary: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -48,35 +57,60 @@ class Pipeline:
 
     @torch.no_grad()
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
-                guess: tuple[Tensor, float] | None = None) -> Tensor:
+                guess: tuple[Tensor, float] | None = None, image: Tensor | None = None) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
-        start from, and the time they are noised to."""
+        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
-        noise = draws.normal("sample", frames, rows, columns, learner.spec.channels)
+        noise = draws.normal("sample", learner.spec.frames(frames), rows, columns, learner.spec.channels)
         was_training = learner.training
         learner.eval()
         try:
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
             with autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
-                denoise = guided(learner.objective, learner.model, text, settings.cfg_scale, settings.cfg_interval)
+                if settings.negative_prompt:
+                    negative = learner.text_encoder([settings.negative_prompt])
+                    text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
+                denoise = self._denoiser(text, settings, image, frames)
                 start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
                 clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
         finally:
             learner.train(was_training)
         return learner.spec.denormalize(clean)
 
+    def _denoiser(self, text: TextTokens, settings: SampleSettings, image: Tensor | None, frames: int) -> Denoise:
+        """Guidance round the network, or round both experts, each in its times; with a given first frame kept as it is."""
+        learner, first = self.learner, None
+        parts = [learner.model, *([self.low] if self.low is not None else [])]
+        scales = [settings.cfg_scale, settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low]
+        if isinstance(learner.model, WanDenoiser):
+            picture = None if image is None else image[None].to(self.device)
+            inputs, first = picture_inputs(learner.model, self.tokenizer, picture, frames)
+            parts = [partial(part, whole_times=settings.sampler.grid != "even", **inputs) for part in parts]
+        elif image is not None:
+            raise ValueError("a picture is given, but this model takes text alone; leave --image out")
+        denoisers = [guided(learner.objective, part, text, scale, settings.cfg_interval) for part, scale in zip(parts, scales)]
+
+        def denoise(x: Tensor, t: float) -> Tensor:
+            high = len(denoisers) == 1 or math.floor(1000 * float(t)) >= round(1000 * self.boundary)
+            if first is None:
+                return denoisers[not high](x, t)
+            given = first.to(x.dtype).expand(len(x), *first.shape[1:])
+            return torch.cat([given, denoisers[not high](torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
+
+        return denoise
+
     @torch.no_grad()
     def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
                  first: int = 0, batch_size: int = 64,
-                 done: Callable[[int], object] | None = None) -> Tensor:
+                 done: Callable[[int], object] | None = None, image: Tensor | None = None) -> Tensor:
         """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time; `done(captions)` follows each batch."""
         parts = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
-            latents = self.latents(some, width, height, frames, settings, first + start)
+            latents = self.latents(some, width, height, frames, settings, first + start, image=image)
             parts.append(self.tokenizer.decode(latents).float().cpu())
             if done:
                 done(len(some))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmdit.config import ConfigError
-from mmdit.diffusion import Solver
+from mmdit.diffusion import Grid, Solver
 from mmdit.training.optim import LearningRate, OptimizerKind
 
 
@@ -48,6 +48,9 @@ class TrainConfig:
     sample_cfg_interval: tuple[float, float] = (0.0, 1.0)  # guidance acts for t inside
     sample_eta: float = 0.0  # ddim only
     sample_shift: float = 1.0  # time shift of the sampling grid; > 1 spends more steps at high noise
+    sample_grid: Grid = "even"  # wan, diffusers: Wan's own times
+    sample_cfg_scale_low: float | None = None  # of the low-noise expert of a pair, if it has another
+    sample_negative_prompt: str = ""  # what guidance leads away from, instead of the empty prompt
     sample_seed: int = 0
     sample_prompts: tuple[str, ...] = field(default=())
 

@@ -210,9 +210,10 @@ class Trainer:
             with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
+                crops = None if batch.crops is None else batch.crops.to(device, non_blocking=True)
                 keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                    losses, t = wrapped(latents, batch.captions, draws, keep, expert)
+                    losses, t = wrapped(latents, batch.captions, draws, keep, crops, expert)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach()))
             window.flops += len(latents) * state.learner.train_flops(tuple(latents.shape[1:4]), keep)

@@ -51,7 +51,8 @@ class Validation:
                     times = ((quantile + 0.5) / QUANTILES).to(device)
                     draws = FixedTimes(self.batches.plan.seed, 0, items.indices[rows].to(device), times)
                     captions = [items.captions[i] for i in rows.tolist()]
-                    losses, _ = state.learner(items.latents[rows].to(device), captions, draws)
+                    crops = None if items.crops is None else items.crops[rows].to(device)
+                    losses, _ = state.learner(items.latents[rows].to(device), captions, draws, crops=crops)
                     counted = (numbers < samples).to(device)
                     values = torch.stack([torch.where(counted, losses, 0.0).double(), counted.double()])
                     table.index_add_(1, quantile.to(device), values)

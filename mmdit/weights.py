@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import pickle
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
+SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,29 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{file} holds no dictionary of tensors; give the weights of the model alone")
     return content
+
+
+def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: object, device: torch.device | str = "cpu",
+         dtype: Callable[[str], torch.dtype] = lambda _: torch.float32, ignored: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
+    """`model`, made without memory (on meta), with the tensors of `stored` under their names in it (`names`: stored → own); one
+    tensor is read at a time. It comes back in evaluation. ValueError, in one sentence: some lack, are unknown or misshapen."""
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
+    if scales := [name for name in stored.entries if SCALES.search(name)]:
+        raise ValueError(f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
+    problems = []
+    if missing := [name for name in own if name not in shapes]:
+        problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")
+    if unknown := [name for name in shapes if name not in own and name not in ignored]:
+        near = difflib.get_close_matches(unknown[0], own, 1)
+        problems.append(f"holds {len(unknown)} unknown tensors, first {unknown[0]}" + (f" (near {near[0]})" if near else ""))
+    if wrong := [name for name in own if name in shapes and shapes[name] != own[name]]:
+        first = f"{wrong[0]} {shapes[wrong[0]]} where {own[wrong[0]]} belongs"
+        problems.append(f"holds {len(wrong)} tensors of another shape, first {first}")
+    if problems:
+        raise ValueError(f"{source} {' and '.join(problems)}")
+    for name, tensor in stored.tensors():
+        if (name := names.get(name, name)) in own:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype(name), copy=True)))
+    return model.eval()

@@ -1,0 +1,51 @@
+"""A released Wan folder as a config of ours, with the sampling settings it was published with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.weights import Checkpoint
+
+MARKS = ("model_index.json", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+NEGATIVE_PROMPT = (  # what the official code takes for an empty one
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+SIZE_480P, SIZE_720P, SIZE_5B = (832, 480), (1280, 720), (1280, 704)
+PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), boundary, size
+    "T2V-1.3B": (50, 8.0, (6.0, 6.0), None, SIZE_480P),
+    "T2V-14B": (50, 5.0, (5.0, 5.0), None, SIZE_720P),
+    "I2V-14B": (40, 3.0, (5.0, 5.0), None, SIZE_480P),
+    "FLF2V-14B": (50, 16.0, (5.0, 5.0), None, SIZE_720P),
+    "T2V-A14B": (40, 12.0, (4.0, 3.0), 0.875, SIZE_720P),
+    "I2V-A14B": (40, 5.0, (3.5, 3.5), 0.9, SIZE_720P),
+    "TI2V-5B": (50, 5.0, (5.0, 5.0), None, SIZE_5B),
+}
+
+
+def release_config(path: str | Path) -> dict | None:
+    """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be read."""
+    path = Path(path)
+    if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
+        return None
+    pair = all(any((path / folder).is_dir() for folder in folders) for folders in EXPERT_FOLDERS.values())
+    stored = Checkpoint(locate(path, "high" if pair else None))
+    names, _, _ = official_names(list(stored.entries))
+    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, path)
+    name = config.variant.split(" ")[0]
+    if pair:
+        name = "I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"
+    small = config.out_dim == 48
+    steps, shift, (high, low), boundary, (width, height) = PUBLISHED.get(name, PUBLISHED["TI2V-5B" if small else "T2V-14B"])
+    return {
+        "experiment_name": "wan",
+        "video": {"width": width, "height": height, "fps": 24 if small else 16, "num_frames": 121 if small else 81},
+        "tokenizer": {"type": "wan_vae", "name_or_path": str(path), "latent_f": 16 if small else 8, "latent_d": config.out_dim},
+        "text_encoder": {"type": "umt5", "name_or_path": str(path)},
+        "model": {"type": "wan", "name_or_path": str(path), "dtype": "bfloat16", "expert": "high" if pair else None,
+                  **({"boundary": boundary} if boundary else {})},
+        "lora": {"enabled": False},
+        "train": {"sample_solver": "unipc", "sample_num_steps": steps, "sample_shift": shift, "sample_grid": "wan",
+                  "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None, "sample_negative_prompt": NEGATIVE_PROMPT},
+    }  # fmt: skip

@@ -1,0 +1,246 @@
+"""Wan through the ordinary commands: caches of windows, full training and adapters, experts, first frames, sampling releases."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import refused
+from wan_release import DIT, I2V, TI2V, config_text, make_release
+
+from mmdit.data.batches import BatchPlan
+from mmdit.data.buckets import VideoConfig
+from mmdit.data.cache import open_cache
+from mmdit.data.clips import cached_frames
+from mmdit.diffusion import SamplerConfig
+from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
+from mmdit.interop.wan import load_dit
+from mmdit.rng import Draws
+from mmdit.scripts import cache_moving_shapes, cache_vtp_latents, sample, train_t2v
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training.pipeline import SampleSettings
+
+LORA = "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}"
+
+
+class Shop:
+    def __init__(self, folder, config=DIT, pair=False):
+        self.folder, self.release = folder, make_release(folder / "release", config, pair)
+        spatial = 16 if config.out_dim == 48 else 8
+        self.config = folder / "wan.yaml"
+        self.config.write_text(config_text(self.release, folder, spatial, config.out_dim))
+
+    def cache(self, *words, count=4):
+        out = self.folder / f"cache{len(words)}"
+        if not out.exists():
+            cache_moving_shapes.main(["--config", str(self.config), "--out_dir", str(out), "--count", str(count), "--device", "cpu", *words])
+        return out
+
+    def words(self, name, *words):
+        return ["--config", str(self.config), "--train_cache_dir", str(self.cache()), "--device", "cpu", f"experiment_name={name}", *words]
+
+    def train(self, name, *words):
+        assert train_t2v.main(self.words(name, *words)) == 0
+        return self.folder / "runs" / name
+
+    def learner(self, *words):
+        config = load_experiment_config(self.config, list(words))
+        return build_learner(config, build_tokenizer(config.tokenizer).spec)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Shop(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return Shop(tmp_path_factory.mktemp("pair"), pair=True)
+
+
+# ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_windows_are_whole_samples():
+    video = VideoConfig(num_frames=9, frame_stride=2, frame_counts=(5,))
+    assert cached_frames(17, video) == list(range(0, 17, 2)) and len(cached_frames(34, video)) == 18
+    assert cached_frames(16, video) == [3, 5, 7, 9, 11]
+    with pytest.raises(ValueError, match="too short: 8 frames, a sample needs 9"):
+        cached_frames(8, video)
+
+
+def test_a_long_clip_is_cached_as_the_windows_that_training_uses(shop):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (shop.folder / "frames").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 64, 3), dtype=np.uint8)).save(shop.folder / f"frames/{i}.png")
+    meta = shop.folder / "videos.jsonl"
+    meta.write_text(json.dumps({"id": "a", "frames_dir": "frames", "caption": "noise"}))
+    out = shop.folder / "windows"
+    assert cache_vtp_latents.main(["--config", str(shop.config), "--meta_jsonl", str(meta), "--out_dir", str(out), "--device", "cpu"]) == 0
+    cache = open_cache(out)
+    assert cache.shapes.tolist() == [[6, 4, 8, 4]]  # two windows of 9 frames, 3 latent frames each
+    tokenizer = build_tokenizer(load_experiment_config(shop.config).tokenizer)
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(shop.folder / f"frames/{i}.png"))) for i in range(10, 19)]) / 255
+    expected = tokenizer.encode(pixels.permute(0, 3, 1, 2)[None])[0]
+    torch.testing.assert_close(cache.load(0)[3:].float(), expected, rtol=0, atol=5e-3)
+    plan = BatchPlan(cache, VideoConfig(width=64, height=32, num_frames=9, image_fraction=0.5), 8, 0)
+    starts = {tuple(row) for step in range(20) for row in plan.batch(step).frames.tolist()}
+    assert starts == {(0, 1, 2), (3, 4, 5), (0,), (3,)}  # a first latent frame is a picture
+
+
+def test_a_cache_of_other_windows_is_refused(shop, capsys):
+    words = shop.words("other", "video.num_frames=5")
+    refused(capsys, train_t2v.main, words, "video.num_frames: the cache has 9, the config asks 5")
+    refused(capsys, train_t2v.main, shop.words("other", "video.num_frames=8"), "video.num_frames: 8 frames", "4n + 1", "5 and 9")
+    refused(capsys, train_t2v.main, shop.words("other", "video.height=24"), "multiples of 16")
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_all_weights_are_trained_from_the_released_ones_and_resume_is_exact(shop):
+    run = shop.train("full")
+    stored = load_file(run / "checkpoints/step_00000003/model.safetensors")
+    released = load_dit(shop.release).state_dict()
+    assert {name.removeprefix("model.") for name in stored} == set(released)
+    moved = [name for name, value in released.items() if not torch.equal(stored[f"model.{name}"], value)]
+    assert len(moved) == len(released)
+    shop.train("parts", "train.max_steps=2")
+    shop.train("parts", "--resume")
+    again = load_file(shop.folder / "runs/parts/checkpoints/step_00000003/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in stored.items())
+
+
+def test_adapters_alone_are_stored_and_merged_for_sampling(shop):
+    run = shop.train("lora", LORA, "model.dtype=bfloat16")
+    stored = load_file(run / "checkpoints/step_00000003/model.safetensors")
+    assert stored and all(name.endswith(("lora_A", "lora_B")) for name in stored)
+    shop.train("lora", LORA, "model.dtype=bfloat16", "--resume", "train.max_steps=4")
+    pipeline, _ = load_pipeline(run, "cpu")
+    released = load_dit(shop.release, torch.bfloat16).state_dict()
+    changed = {name for name, value in pipeline.learner.model.state_dict().items() if not torch.equal(value, released[name])}
+    assert changed and all(name.endswith(("q.weight", "v.weight", "ffn.0.weight")) for name in changed)
+
+
+def test_pictures_are_trained_too(shop):
+    shop.cache("video.num_frames=1")
+    assert train_t2v.main(["--config", str(shop.config), "--train_cache_dir", str(shop.folder / "cache1"), "--device", "cpu",
+                           "experiment_name=pictures", "video.num_frames=1", "train.sample_every_steps=3",
+                           "train.sample_prompts=[a red star]", "train.val_every_steps=3", "train.val_share=0.5"]) == 0  # fmt: skip
+    assert list((shop.folder / "runs/pictures/samples").glob("step_*/grid.png"))
+
+
+def test_each_expert_is_trained_in_its_times(pair):
+    for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
+        learner = pair.learner(f"model.expert={expert}")
+        t = learner.objective.draw_time(Draws.of(0, 0, 2000))
+        assert low <= t.min() < low + 0.05 and high - 0.05 < t.max() <= high
+    run = pair.train("high", "model.expert=high")
+    pipeline, _ = load_pipeline(run, "cpu")
+    assert pipeline.boundary == 0.875
+    assert torch.equal(pipeline.low.head.head.weight, load_dit(pair.release, expert="low").head.head.weight)
+    assert not torch.equal(pipeline.learner.model.head.head.weight, load_dit(pair.release, expert="high").head.head.weight)
+    run = pair.train("low", "model.expert=low")
+    pipeline, _ = load_pipeline(run, "cpu")
+    assert torch.equal(pipeline.learner.model.head.head.weight, load_dit(pair.release, expert="high").head.head.weight)
+
+
+def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
+    shop = Shop(tmp_path, TI2V)
+    model = shop.learner("model.first_frame=0.5").model
+    given = [model.given_frames(3, Draws.of(0, step, 2)) for step in range(200)]
+    assert 70 < sum(given) < 130 and model.given_frames(1, Draws.of(0, 0, 2)) == 0
+    assert given == [model.given_frames(3, Draws.of(0, step, 8)) for step in range(200)]
+    shop.train("first", "model.first_frame=1")
+    # in sampling the first latent frame is the picture's, whatever the noise
+    pipeline, config = load_pipeline(shop.release, "cpu")
+    picture, settings = torch.rand(3, 32, 64), SampleSettings(SamplerConfig("unipc", 3, grid="wan"), 2.0)
+    latents = pipeline.latents(["a", "b"], 64, 32, 9, settings, image=picture)
+    expected = pipeline.tokenizer.encode(picture[None, None])
+    torch.testing.assert_close(latents[:, :1], expected.expand(2, -1, -1, -1, -1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(latents[0, 1:], latents[1, 1:])
+
+
+# ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_release_is_sampled_by_the_command(pair):
+    out = pair.folder / "samples"
+    words = ["--checkpoint", pair.release, "--device", "cpu", "--width", 64, "--height", 32, "--frames", 5, "--steps", 4, "--out", out]
+    assert sample.main([str(word) for word in [*words, "--prompts", "a cat"]]) == 0
+    story = json.loads((out / "samples.json").read_text())["settings"]
+    assert story["sampler"] == {"solver": "unipc", "steps": 4, "eta": 0.0, "shift": 12.0, "grid": "wan"}
+    assert (story["cfg_scale"], story["cfg_scale_low"]) == (4.0, 3.0) and len(story["negative_prompt"]) == 137
+    assert len(list(out.glob("*.mp4"))) == 1
+
+
+def test_experts_guidance_and_whole_times_follow_the_official_rules(pair):
+    pipeline, config = load_pipeline(pair.release, "cpu")
+    seen = []
+    for name, model in (("high", pipeline.learner.model), ("low", pipeline.low)):
+        def forward(x, t, text, inner=model.forward, name=name, **keys):
+            seen.append((name, keys["whole_times"], len(x)))
+            return inner(x, t, text, **keys)
+
+        model.forward = forward
+    pipeline.latents(["a cat"], 64, 32, 5, SampleSettings.of(config.train))
+    assert len(seen) == 40 and [name for name, *_ in seen] == ["high"] * 26 + ["low"] * 14
+    assert all(whole and size == 2 for _, whole, size in seen)  # guided: the doubled batch
+
+
+@torch.no_grad()
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(shop):
+    pipeline, config = load_pipeline(shop.release, "cpu")
+    draw = lambda **keys: pipeline.latents(["a cat"], 64, 32, 1, SampleSettings(SamplerConfig("euler", 2), **keys))  # noqa: E731
+    plain, negative = draw(cfg_scale=3.0), draw(cfg_scale=3.0, negative_prompt="a dog")
+    assert not torch.allclose(plain, negative)
+    torch.testing.assert_close(draw(cfg_scale=1.0), draw(cfg_scale=1.0, negative_prompt="a dog"))
+    # guidance by hand: unconditional is the encoded empty prompt, one token
+    learner, t = pipeline.learner, torch.tensor([500.0])
+    x, text = torch.randn(1, 1, 4, 8, 4), learner.text_encoder(["a cat"])
+    empty = learner.text_encoder([""])
+    torch.testing.assert_close(learner.model(x, t, text.null()), learner.model(x, t, empty))
+
+
+@torch.no_grad()
+def test_a_picture_becomes_mask_and_latents_for_i2v(tmp_path):
+    shop = Shop(tmp_path, I2V)
+    pipeline, config = load_pipeline(shop.release, "cpu")
+    seen = {}
+    inner = pipeline.learner.model.forward
+    pipeline.learner.model.forward = lambda *rest, y=None, **keys: (seen.update(y=y), inner(*rest, y=y, **keys))[1]
+    picture = torch.rand(3, 32, 64)
+    settings = SampleSettings(SamplerConfig("unipc", 2, grid="wan"), 2.0)
+    assert pipeline.latents(["a", "b"], 64, 32, 9, settings, image=picture).shape == (2, 3, 4, 8, 4)
+    y, spec = seen["y"], pipeline.tokenizer.spec
+    clip = torch.cat([picture[None, None], torch.full((1, 8, 3, 32, 64), 0.5)], 1)
+    torch.testing.assert_close(y[..., 4:], spec.normalize(pipeline.tokenizer.encode(clip)))
+    assert (y[:, 0, ..., :4] == 1).all() and (y[:, 1:, ..., :4] == 0).all()
+    with pytest.raises(ValueError, match="continues a picture"):
+        pipeline.latents(["a"], 64, 32, 9, settings)
+
+
+# ── what does not belong together ────────────────────────────────────────────────────────────────────────────────────
+def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
+    other = make_release(tmp_path / "ti2v", TI2V)
+    vae = f"tokenizer={{type: wan_vae, name_or_path: {other}, latent_f: 16, latent_d: 48}}"
+    for words, expected in (
+        ((vae,), ("tokenizer: gives latents of 48 channels", "takes 4")),
+        ((f"model.name_or_path={pair.release}",), ("holds two experts", "say expert='high' or 'low'")),
+        (("model.expert=high",), ("high-noise expert is asked for", "a model without experts")),
+        (("text_encoder={type: byte_level}",), ("text_encoder: gives tokens", "takes 24", "UMT5")),
+        (("model.dtype=bfloat16",), ("model.dtype: is bfloat16", "lora.enabled")),
+        (("train.objective=ddpm",), ("train.objective", "velocity")),
+        (("tread.enabled=true",), ("tread.enabled", "routes no tokens")),
+        ((LORA.replace("q,", "proj,"),), ("'proj' matches no linear layer",)),
+        ((f"tokenizer.name_or_path={other}/Wan2.2_VAE.pth",), ("Wan 2.2 VAE with 16",)),
+        ((f"model.name_or_path={tmp_path}",), ("model.name_or_path", "no .safetensors file")),
+    ):
+        if words == (vae,):
+            config = load_experiment_config(shop.config, list(words))
+            with pytest.raises(ValueError) as caught:
+                build_learner(config, build_tokenizer(config.tokenizer).spec)
+            message = str(caught.value)
+            assert all(part in message for part in expected), message
+        else:
+            message = refused(capsys, train_t2v.main, shop.words("mixed", *words), *expected)
+        assert message.strip().count("\n") == 0, message
+    with pytest.raises(ValueError, match="takes no picture"):
+        load_pipeline(shop.release, "cpu")[0].latents(["a"], 64, 32, 5, SampleSettings(), image=torch.rand(3, 32, 64))

@@ -9,6 +9,7 @@ from test_adapters import KINDS, adapted, base
 from test_wan import GOLDEN, INPUTS, META, TINY
 from tiny import Workshop, refused
 
+from mmdit import adapter_report
 from mmdit.adapters import adapters
 from mmdit.diagnostics.adapters import Change, delta_budget, spectral_norm, summarise
 from mmdit.diagnostics.attention import Statistics, observed
@@ -107,7 +108,7 @@ def test_every_attention_of_our_model_is_seen_head_by_head():
 
 def test_the_command_reads_wan_layer_by_layer_and_keeps_to_limits(tmp_path, capsys, monkeypatch):
     base, adapter = str(GOLDEN / "official.safetensors"), str(GOLDEN / "lora_diffusers_peft.safetensors")
-    monkeypatch.setattr(inspect_adapter, "infer_config", lambda *_: TINY)
+    monkeypatch.setattr(adapter_report, "infer_config", lambda *_: TINY)
     assert inspect_adapter.main(["--base", base, "--adapter", adapter, "--out", str(tmp_path), "--max_ratio", "0.6"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())["budget"]
     assert report["total"]["ratio"] == pytest.approx(META["lora"]["total_fro_ratio"], rel=1e-6)

@@ -155,3 +155,42 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     refused("train_blocks: is 3, but the encoder has 2 blocks", weights, freeze=False, train_blocks=3)
     with pytest.raises(ConfigError, match="freeze: false"):
         UMT5Config(name_or_path="x", train_blocks=2)
+
+
+@torch.no_grad()
+def test_kept_captions_need_no_encoder(tmp_path):
+    encoder = opened(tmp_path)
+    keys = {"name_or_path": str(tmp_path), "dtype": "float32", "cache_dir": str(tmp_path / "kept")}
+    first, second = (build_text_encoder(UMT5Config(**keys)) for _ in range(2))
+    captions = ["a red star", "", "a cat"]
+    expected = encoder(captions)
+    for filled in (first, second):
+        text = filled(captions)
+        assert torch.equal(text.embeddings, expected.embeddings) and torch.equal(text.valid, expected.valid)
+        assert torch.equal(text.empty, expected.empty) and filled.dim == 24
+    assert list(first.parameters()) and not list(second.parameters())  # the second one was never loaded
+    second(["a new one"])
+    assert list(second.parameters())
+    other = build_text_encoder(UMT5Config(**keys | {"max_length": 4}))
+    assert other(["a cat"]).valid.shape[1] == 4
+    with pytest.raises(ConfigError, match="cache_dir"):
+        UMT5Config(**keys, freeze=False)
+
+
+def test_kept_captions_belong_to_the_weights_and_not_to_their_place(tmp_path):
+    """One weight changed deep inside is another encoder; a copy elsewhere is the same."""
+    (tmp_path / "a").mkdir()
+    opened(tmp_path / "a")
+    keys = {"dtype": "float32", "cache_dir": str(tmp_path / "kept")}
+    first = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "a"), **keys))
+    first(["a cat"])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copied = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "b"), **keys))
+    assert torch.equal(copied(["a cat"]).embeddings, first(["a cat"]).embeddings) and not list(copied.parameters())
+    (file,) = (path for path in (tmp_path / "b").rglob("*") if path.suffix in (".pth", ".safetensors"))
+    weights = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(file)
+    name = next(name for name in weights if name.endswith("attn.q.weight"))
+    weights[name] = weights[name] + 1
+    torch.save(weights, file) if file.suffix == ".pth" else save_file(weights, file)
+    changed = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "b"), **keys))
+    assert not torch.equal(changed(["a cat"]).embeddings, first(["a cat"]).embeddings)

@@ -4,6 +4,8 @@ import json
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,39 @@ def test_inputs_that_do_not_belong(folder):
     y = torch.randn(2, 20, 3, 8, 12)
     refused("needs CLIP states", call=lambda: picture(x, t, text, y))
     refused("(2, 514, 24)", "257", call=lambda: picture(x, t, text, y, torch.randn(2, 514, 24)))
+
+
+MEASURE = """
+import sys, threading, time, torch
+from mmdit.interop.wan import load_dit
+own_memory = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) * 1024
+peak, before, done = 0, own_memory(), threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, own_memory())
+        time.sleep(5e-4)
+watching = threading.Thread(target=watch)
+watching.start()
+model = load_dit(sys.argv[1], torch.bfloat16)
+done.set(), watching.join()
+print(max(peak, own_memory()) - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_takes_the_memory_of_the_model_and_one_tensor(tmp_path):
+    with torch.device("meta"):
+        model = WanDiT(WanConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=12, text_dim=64))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(0.01)
+    save_dit(model, tmp_path / "wan", shard_bytes=60_000_000)
+    words = [sys.executable, "-c", MEASURE, str(tmp_path / "wan")]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    taken, own = map(int, result.stdout.split())
+    assert own > 200e6 and taken < own + 20e6, f"{taken / 1e6:.0f} MB for a model of {own / 1e6:.0f} MB"
 
 
 # ── names and files ──────────────────────────────────────────────────────────────────────────────────────────────────

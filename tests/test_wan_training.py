@@ -1,6 +1,8 @@
 """Wan through the ordinary commands: caches of windows, full training and adapters, experts, first frames, sampling releases."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import refused
-from wan_release import DIT, I2V, TI2V, config_text, make_release
+from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
 from mmdit.data.batches import BatchPlan
 from mmdit.data.buckets import VideoConfig
@@ -18,7 +20,7 @@ from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.interop.wan import load_dit
 from mmdit.rng import Draws
-from mmdit.scripts import cache_moving_shapes, cache_vtp_latents, sample, train_t2v
+from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
 
@@ -121,6 +123,23 @@ def test_adapters_alone_are_stored_and_merged_for_sampling(shop):
     assert changed and all(name.endswith(("q.weight", "v.weight", "ffn.0.weight")) for name in changed)
 
 
+def test_adapters_are_exported_and_laid_over_a_release(shop, capsys):
+    run = shop.train("export", LORA, "ema.enabled=false", "train.lr=0.1")
+    for kind in ("kohya", "comfy", "diffusers"):
+        file = shop.folder / f"{kind}.safetensors"
+        assert export.main(["--checkpoint", str(run), "--out", str(file), "--lora", kind]) == 0
+        drawn = []
+        for words in (["--checkpoint", run], ["--checkpoint", shop.release, "--lora", file], ["--checkpoint", shop.release]):
+            out = shop.folder / "out"
+            given = [*words, "--device", "cpu", "--width", 64, "--height", 32, "--frames", 1, "--steps", 2, "--solver", "euler", "--shift", 1,
+                     "--guidance", 2, "--negative", "bad", "--out", out, "--prompts", "a cat"]  # fmt: skip
+            assert sample.main([str(word) for word in given]) == 0
+            file_name = json.loads((out / "samples.json").read_text())["samples"][0]["file"]
+            drawn.append(np.array(Image.open(out / file_name)).astype(int))
+        assert abs(drawn[0] - drawn[1]).max() <= 1 < abs(drawn[0] - drawn[2]).max()
+    refused(capsys, sample.main, ["--checkpoint", shop.release, "--device", "cpu", "--lora_low", file, "--prompts", "x"], "no pair of experts")
+
+
 def test_pictures_are_trained_too(shop):
     shop.cache("video.num_frames=1")
     assert train_t2v.main(["--config", str(shop.config), "--train_cache_dir", str(shop.folder / "cache1"), "--device", "cpu",
@@ -160,6 +179,24 @@ def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
     assert not torch.allclose(latents[0, 1:], latents[1, 1:])
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs/wan").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_run_on_a_small_release(tmp_path, path):
+    channels = 48 if "5b" in path.stem else 16
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=channels, out_dim=channels), pair="a14b" in path.stem)
+    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
+    words += [f"output_dir={tmp_path}", f"text_encoder.cache_dir={tmp_path}/text", "train.max_steps=2", "train.grad_accum_steps=1",
+              "video.width=64", "video.height=32", "video.num_frames=5", "train.precision=fp32"]  # fmt: skip
+    given = ["--config", str(path), "--device", "cpu", *words]
+    cache_moving_shapes.main([*given, "--out_dir", str(tmp_path / "cache"), "--count", "3"])
+    assert cache_text.main([*given, "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert train_t2v.main([*given, "--train_cache_dir", str(tmp_path / "cache")]) == 0
+    run = load_experiment_config(path, words).run_dir
+    assert any((run / "checkpoints/step_00000002").glob("lora.safetensors"))
+    words = ["--checkpoint", str(run), "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out"), "--prompts", "a cat"]
+    picture = ["--image", str(Path(__file__).parents[1] / "assets/pictures.png")] if channels == 48 else []
+    assert sample.main([*words, *picture]) == 0
+
+
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_release_is_sampled_by_the_command(pair):
     out = pair.folder / "samples"
@@ -169,6 +206,13 @@ def test_a_release_is_sampled_by_the_command(pair):
     assert story["sampler"] == {"solver": "unipc", "steps": 4, "eta": 0.0, "shift": 12.0, "grid": "wan"}
     assert (story["cfg_scale"], story["cfg_scale_low"]) == (4.0, 3.0) and len(story["negative_prompt"]) == 137
     assert len(list(out.glob("*.mp4"))) == 1
+
+
+def test_a_release_of_diffusers_draws_the_same(pair):
+    settings = SampleSettings(SamplerConfig("unipc", 3, shift=12.0, grid="wan"), 4.0, cfg_scale_low=3.0)
+    folders = pair.release, make_diffusers_release(pair.folder / "diffusers")
+    ours, theirs = (load_pipeline(folder, "cpu")[0].latents(["a cat"], 64, 32, 5, settings) for folder in folders)
+    assert torch.equal(ours, theirs)
 
 
 def test_experts_guidance_and_whole_times_follow_the_official_rules(pair):
@@ -244,3 +288,14 @@ def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
         assert message.strip().count("\n") == 0, message
     with pytest.raises(ValueError, match="takes no picture"):
         load_pipeline(shop.release, "cpu")[0].latents(["a"], 64, 32, 5, SampleSettings(), image=torch.rand(3, 32, 64))
+
+
+def test_captions_are_cached_by_their_command(shop, capsys):
+    cache, words = shop.cache(), ["--config", str(shop.config), "--device", "cpu"]
+    refused(capsys, cache_text.main, [*words, "--cache_dir", cache], "text_encoder.cache_dir")
+    kept = f"text_encoder.cache_dir={shop.folder}/text"
+    assert cache_text.main([*words, "--cache_dir", str(cache), kept]) == 0
+    assert "captions are in" in capsys.readouterr().out
+    same = load_file(shop.train("kept", kept) / "checkpoints/step_00000003/model.safetensors")
+    plain = load_file(shop.train("plain") / "checkpoints/step_00000003/model.safetensors")
+    assert all(torch.equal(same[name], value) for name, value in plain.items())

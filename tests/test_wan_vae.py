@@ -123,3 +123,17 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     torch.save(weights, tmp_path / "x.pth")
     with pytest.raises(ConfigError, match="read as a Wan 2.1 VAE, lacks 1 tensors, first decoder.head.2.bias"):
         build_tokenizer(WanVAETokenizerConfig(name_or_path=str(tmp_path / "x.pth")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", SIZES)
+def test_diffusers_reads_and_computes_the_same(tmp_path, version):
+    diffusers = pytest.importorskip("diffusers")
+    tokenizer = opened(tmp_path, version, "diffusers")
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path / "vae").eval()
+    video = torch.rand(1, 9, 3, 32, 64)
+    expected = theirs.encode(video.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mode().permute(0, 2, 3, 4, 1)
+    assert error(tokenizer.encode(video), expected) < 1e-6
+    latents = torch.randn(1, 3, 2, 4, SIZES[version]["latent_d"])
+    pixels = theirs.decode(latents.permute(0, 4, 1, 2, 3)).sample.permute(0, 2, 1, 3, 4) / 2 + 0.5
+    assert error(tokenizer.decode(latents), pixels.clamp(0, 1)) < 2e-5

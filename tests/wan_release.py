@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_umt5 import write_tokenizer
 
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.text_encoders.umt5 import transformers_name
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,9 +35,10 @@ def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> P
         for file in (folder / "aside").iterdir():
             file.rename(folder / file.name)
         (folder / "aside").rmdir()
-    if config.out_dim == 48:
+    if config.out_dim in (16, 48):
         torch.manual_seed(5)
-        vae, name = WanVAE(WanVAESizes(2, 2, 48, True)).state_dict(), "Wan2.2_VAE.pth"
+        large = config.out_dim == 48
+        vae, name = WanVAE(WanVAESizes(2, 2, config.out_dim, large)).state_dict(), f"Wan2.{1 + large}_VAE.pth"
     else:
         vae, name = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors"), "Wan2.1_VAE.pth"
         known = json.loads((GOLDEN / "wan_vae21_tiny/meta.json").read_text())["diffusers_config"]
@@ -45,6 +47,26 @@ def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> P
     torch.save(vae, folder / name)
     torch.save(load_file(GOLDEN / "umt5_tiny/official.safetensors"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
+
+
+def make_diffusers_release(folder: Path, config: WanConfig = DIT, pair: bool = True) -> Path:
+    """The same weights as those of `make_release`, laid out as Diffusers has them."""
+    for seed, name in enumerate(("transformer", "transformer_2")[: 1 + pair]):
+        save_dit(random_dit(config, seed), folder / name, "diffusers")
+        stored = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(stored | {"text_len": config.text_len}))
+    meta = json.loads((GOLDEN / "wan_vae21_tiny/meta.json").read_text())
+    vae, text = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors"), load_file(GOLDEN / "umt5_tiny/official.safetensors")
+    for part, tensors, file in (
+        ("vae", {meta["key_map_official_to_diffusers"][name]: value for name, value in vae.items()}, "diffusion_pytorch_model"),
+        ("text_encoder", {transformers_name(name): value for name, value in text.items()}, "model"),
+    ):
+        (folder / part).mkdir()
+        save_file(tensors, folder / part / f"{file}.safetensors")
+    (folder / "vae/config.json").write_text(json.dumps(meta["diffusers_config"]))
+    (folder / "model_index.json").write_text("{}")
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

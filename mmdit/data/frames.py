@@ -79,7 +79,7 @@ def load_image(path: str | Path) -> Image.Image:
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
     """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]."""
     image = load_image(path)
-    return to_unit(torch.from_numpy(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)))
+    return to_unit(torch.tensor(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)))
 
 
 def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0) -> Box:

@@ -89,3 +89,12 @@ def summary(found: dict[str, Statistics]) -> dict[str, dict[str, float]]:
     rows = {name: statistics.result() for name, statistics in found.items()}
     return {name: {key: (max(values) if key.startswith("max") else sum(values) / len(values)) for key, values in row.items()}
             for name, row in rows.items()}  # fmt: skip
+
+
+def format_attention(before: dict, after: dict) -> str:
+    """A table for people of two summaries of the same layers."""
+    columns = {"logit_std": "logit std", "max_logit": "largest logit", "mean_entropy": "entropy", "padding_mass": "on padding"}
+    lines = [f"{'before, after':32}" + "".join(f"  {title:>17}" for title in columns.values())]
+    for name, row in after.items():
+        lines.append(f"{name:32}" + "".join(f"  {before[name][key]:8.3f} {row[key]:8.3f}" for key in columns))
+    return "\n".join(lines)

@@ -58,7 +58,9 @@ def _kind(entries: dict) -> dict:
     try:
         config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
     except ValueError:
-        kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer"}
+        kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer",
+                 "decoder.conv1.weight": "Wan VAE", "post_quant_conv.weight": "Wan VAE (Diffusers)", "token_embedding.weight": "UMT5",
+                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "T5 or UMT5 (transformers)"}
         return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
     blocks = {"layers": config.num_layers, "width": config.dim, "channels": [config.in_dim, config.out_dim]}
     return {"kind": "Wan transformer", "variant": config.variant, "layout": layout, "prefix": prefix, **blocks}

@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("bucketing.enabled is true, generated samples have one size; use prepare_moving_shapes and cache_vtp_images")
         manifest = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess, source="moving shapes")
         frames = args.frames or config.video.span
+        if tokenizer.spec.temporal > 1:  # it must see a sample as it will be used, frame by frame
+            frames = config.video.num_frames
+            if args.frames not in (None, frames):
+                raise ValueError(f"--frames is {args.frames}, but this tokenizer compresses time: clips have video.num_frames, {frames}")
         recipe = Recipe(config.video.width, config.video.height, frames, args.seed, variant=args.variant)
         made = cache_moving_shapes(tokenizer, args.out_dir, manifest, recipe, args.count, device)
         print(f"{made} samples made, {args.count - made} were there; next: python -m mmdit.scripts.train_t2v --config {args.config} "

@@ -1,6 +1,7 @@
 """One safetensors file from a run, with its config inside: for sampling, sharing or train.init_from.
 
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_model.safetensors [--dtype bf16] [--raw_weights]
+    python -m mmdit.scripts.export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
 """
 
 import argparse
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from mmdit.experiment import load_pipeline
+from mmdit.interop.lora_formats import save_lora
 from mmdit.scripts import friendly
 from mmdit.training.checkpoint import export, load_weights
 
@@ -18,8 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
+    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, as these programs read them")
     args = parser.parse_args(argv)
     with friendly():
+        if args.lora:
+            pipeline, _ = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=None)
+            save_lora(pipeline.learner.model, args.out, args.lora)
+            print(f"wrote {args.out}")
+            return 0
         weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
         export(weights, Path(args.out), dtype)

@@ -13,60 +13,14 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from tqdm import tqdm
-
-from mmdit.adapters import adapters, merge, remove
-from mmdit.diagnostics.adapters import Change, delta_budget, format_budget, summarise
-from mmdit.diagnostics.attention import observed, summary
-from mmdit.experiment import load_pipeline
-from mmdit.interop.lora_formats import load_lora, read_lora
-from mmdit.interop.wan import infer_config, locate, official_names
+from mmdit.adapter_report import changes, compare, is_ours
+from mmdit.diagnostics.adapters import format_budget, summarise
+from mmdit.diagnostics.attention import format_attention
 from mmdit.interop.wan_release import release_config
-from mmdit.models.wan import WanDiT
 from mmdit.scripts import friendly
-from mmdit.training.media import contact_sheet, save_image
-from mmdit.training.pipeline import SampleSettings
-from mmdit.weights import Checkpoint
 
 LIMITS = {"max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers", "max_layer_ratio": "of it in one layer",
           "max_spectral_ratio": "of the spectral norms in one layer", "max_logit": "of an attention logit with the adapter"}
-
-
-def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
-    """Of the adapted layers of Wan weights, one at a time: no model is built."""
-    stored = Checkpoint(locate(Path(base), expert))
-    names, _, _ = official_names(list(stored.entries))
-    with torch.device("meta"):
-        model = WanDiT(infer_config({names[name]: entry.shape for name, entry in stored.entries.items() if name in names}, base))
-    updates, changes = read_lora(model, adapter, expert).updates, []
-    for key, tensor in tqdm(stored.tensors(), total=len(stored.entries), desc="layers", unit="tensor"):
-        layer = names.get(key, "").removesuffix(".weight")
-        if layer in updates and names[key].endswith(".weight"):
-            linear = torch.nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
-            changes += delta_budget([(layer, updates[layer].adapter(linear))])
-    return changes
-
-
-def compare(args: argparse.Namespace, prompts: list[str]) -> dict:
-    """Samples and attention without and with the adapter, from the same noise."""
-    report, pixels = {}, {}
-    for which in ("before", "after"):
-        pipeline, config = load_pipeline(args.base, args.device, lora=which == "after" and not args.adapter)
-        if which == "after" and args.adapter:
-            load_lora(pipeline.learner.model, args.adapter)
-            merge(pipeline.learner.model)
-        frames = args.frames or config.video.num_frames
-        with observed(pipeline.learner.model) as found:
-            pixels[which] = pipeline(prompts, config.video.width, config.video.height, frames, SampleSettings.of(config.train))
-        report[which] = summary(found)
-    both = torch.stack([pixels["before"], pixels["after"]], 1).flatten(0, 1)
-    captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
-    save_image(contact_sheet(both, captions, 4 if frames == 1 else 1), args.out / "before_after.png")
-    moved = (pixels["after"] - pixels["before"]).abs().flatten(1).mean(1)
-    return report | {"pixels_moved": {prompt: value for prompt, value in zip(prompts, moved.tolist(), strict=True)}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,27 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         if args.prompts_file and not args.out:
             raise ValueError("--prompts_file needs --out, a folder for what is drawn")
-        ours = not args.adapter or _is_ours(args.base)
-        if args.prompts_file and not (ours or release_config(args.base)):
+        if args.prompts_file and not (not args.adapter or is_ours(args.base) or release_config(args.base)):
             raise ValueError(f"--prompts_file draws, but {args.base} is a transformer without text encoder and VAE; name the release's folder")
-        if ours:
-            model = load_pipeline(args.base, "cpu", lora=None)[0].learner.model
-            if args.adapter:
-                load_lora(remove(model), args.adapter)
-            if not adapters(model):
-                raise ValueError(f"{args.base} holds no adapter: name one with --adapter")
-            changes = delta_budget(adapters(model).items())
-        else:
-            changes = wan_changes(args.base, args.adapter, args.expert)
-        report = {"budget": summarise(changes)}
+        report = {"budget": summarise(changes(args.base, args.adapter, args.expert))}
         print(format_budget(report["budget"]))
         if args.prompts_file:
             prompts = [line.strip() for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
-            report |= compare(args, prompts)
-            print(f"\n{'attention':32}  {'logit std':>17}  {'largest logit':>17}  {'entropy':>17}  {'on padding':>17}")
-            for name, row in report["after"].items():
-                cells = (f"{report['before'][name][key]:8.3f} {row[key]:8.3f}" for key in ("logit_std", "max_logit", "mean_entropy", "padding_mass"))
-                print(f"{name:32}  {'  '.join(cells)}")
+            report |= compare(args.base, args.adapter, prompts, args.out / "before_after.png", args.frames, args.device)
+            print(format_attention(report["before"], report["after"]))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
@@ -118,17 +59,6 @@ def main(argv: list[str] | None = None) -> int:
         for line in beyond:
             print(f"beyond the limit: {line}")
     return 1 if beyond else 0
-
-
-def _is_ours(base: str) -> bool:
-    """A run, a checkpoint folder or an export, and not Wan weights."""
-    path = Path(base)
-    if path.is_dir():
-        return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    with safe_open(path, "pt") as handle:
-        return "mmdit" in (handle.metadata() or {})
 
 
 if __name__ == "__main__":

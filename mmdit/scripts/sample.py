@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmdit.adapters import merge
 from mmdit.data.frames import load_first_frame
 from mmdit.experiment import load_pipeline
+from mmdit.interop.lora_formats import load_lora
 from mmdit.scripts import friendly
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.media import save_samples
@@ -30,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
     parser.add_argument("--image", help="picture that every clip begins with (Wan I2V, TI2V)")
+    parser.add_argument("--lora", help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)")
+    parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
     parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
     parser.add_argument("--strength", type=float, default=0.5, help="noise level t that --refine starts from [0.5]")
@@ -42,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         if wrong := [prompt for prompt in args.prompts if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=\S*", prompt)]:
             raise ValueError(f"--prompts took {wrong[0]!r}, which reads like an override: write overrides before --prompts")
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
+        for model, file, expert in ((pipeline.learner.model, args.lora, "high"), (pipeline.low, args.lora_low, "low")):
+            if file and model is None:
+                raise ValueError("--lora_low is given, but this model is no pair of experts")
+            if file:
+                load_lora(model, file, expert if pipeline.low is not None else None)
+                merge(model)
         settings = sample_settings(args, config)
         width, height, frames, fps = sample_size(args, config)
         image = load_first_frame(args.image, (width, height)) if args.image else None
@@ -54,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 pixels = refiner.refine(pixels, prompts, width, height, args.strength, SampleSettings.of(large.train), done=bar.update)
         out = Path(args.out)
         files = save_samples(pixels, prompts, out, fps, args.columns)
-        refined = {"image": args.image} if args.image else {}
+        refined = {name: given for name in ("image", "lora", "lora_low") if (given := getattr(args, name))}
         refined |= {"refine": args.refine, "strength": args.strength} if args.refine else {}
         story = {"checkpoint": args.checkpoint, **refined, "size": [width, height, frames], "settings": asdict(settings),
                  "raw_weights": args.raw_weights, "overrides": args.overrides, "torch": torch.__version__,

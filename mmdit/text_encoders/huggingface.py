@@ -103,6 +103,10 @@ class HuggingFaceEncoder(nn.Module):
                 parameter.requires_grad_(gradient is not None)
         return example.shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.get_input_embeddings().weight.device
+
     def clean(self, caption: str) -> str:
         return caption.strip()
 
@@ -134,7 +138,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def forward(self, captions: list[str]) -> TextTokens:
         """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in the longest, at least 1."""
-        device = self.encoder.get_input_embeddings().weight.device
+        device = self.device
         captions = [self.clean(caption) for caption in captions]
         if self.frozen:
             known = self._remembered(captions)
@@ -176,7 +180,7 @@ class HuggingFaceEncoder(nn.Module):
         return ids, mask
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        device = self.encoder.get_input_embeddings().weight.device
+        device = self.device
         return self.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
 
     # ── frozen: every caption once ───────────────────────────────────────────────────────────────────────────────────
@@ -204,7 +208,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
         tokens = [ids for _, ids in items]
-        with torch.autocast(self.encoder.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             hidden = self._hidden(*self._pad(tokens + tokens[:1] * (GROUP - len(tokens)), length)).cpu()
         result = {caption: row[: len(ids)].clone() for (caption, ids), row in zip(items, hidden)}
         for caption, row in result.items():

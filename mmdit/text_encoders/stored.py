@@ -29,6 +29,35 @@ def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
     return digest.hexdigest()
 
 
+def files_key(files: list[Path], folder: Path, *settings: object) -> str:
+    """As `encoder_key`, from weight files that are not loaded. Hashing gigabytes takes seconds, so `folder` remembers the hash of a
+    file by its path, size and time."""
+    memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    for file in files:
+        stat = file.stat()
+        place = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        if not isinstance(known.get(place), str):
+            with file.open("rb") as stream:
+                known[place] = _digest(stream)
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f".writing-{os.getpid()}.tmp"
+            aside.write_text(json.dumps(known))
+            os.replace(aside, memory)
+        digest.update(known[place].encode())
+    return digest.hexdigest()
+
+
+def _digest(stream) -> str:
+    digest = hashlib.sha256()
+    while data := stream.read(2**24):
+        digest.update(data)
+    return digest.hexdigest()
+
+
 class StoredEmbeddings:
     """Reads and writes the folder of one key. Several processes may, at once."""
 

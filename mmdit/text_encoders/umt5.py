@@ -5,7 +5,9 @@ The network is that of the transformers library (4e-7 from the official code); n
 
 from __future__ import annotations
 
+import hashlib
 import html
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
-from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder, _reported
+from mmdit.text_encoders.huggingface import GROUP, LENGTH_STEP, HuggingFaceConfig, HuggingFaceEncoder, _reported
+from mmdit.text_encoders.stored import StoredEmbeddings, files_key
 from mmdit.weights import Checkpoint, fill
 
+logger = logging.getLogger(__name__)
+NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")  # beside the weights, in official and Diffusers releases
 END, UNTRAINED_LAYOUT = 1, ("encoder.embed_tokens.weight", "spiece_model")  # a tied copy, the tokenizer in ComfyUI's files
@@ -36,7 +41,8 @@ OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.fi
 class UMT5Config(HuggingFaceConfig):
     """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or one with `text_encoder/`.
     tokenizer_path: folder with tokenizer.json or spiece.model; empty: looked for beside the weights. train_blocks: with
-    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything."""
+    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. With `cache_dir` the encoder is
+    loaded only when a caption is missing there (see `mmdit.scripts.cache_text`)."""
 
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
@@ -57,17 +63,43 @@ class UMT5Encoder(HuggingFaceEncoder):
     def __init__(self, config: UMT5Config):
         super().__init__(config)
         self.silent = {}
+        self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device while the encoder is not loaded
 
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
-        place = _locate(Path(config.name_or_path).expanduser())
+        path = _locate(Path(config.name_or_path).expanduser())
         with _reported("weights", config.name_or_path, config):
-            stored = Checkpoint(place)
-            encoder = _load(stored, place, getattr(torch, config.dtype))
-            tokenizer = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, place, stored)
+            stored = Checkpoint(path)
+            encoder = nn.Identity() if config.cache_dir else _load(stored, path, getattr(torch, config.dtype))
+            tokenizer, self.vocabulary = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored)
+            if not (names := [name for name in NORMS if name in stored.entries]):
+                raise ValueError(f"{path} is no UMT5 encoder: {NORMS[0]} is missing among its {len(stored.entries)} tensors")
+            (self.width,) = stored.entries[names[0]].shape
         return tokenizer, encoder
 
+    @property
+    def device(self) -> torch.device:
+        return self.place.device if self.frozen else super().device
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(self.encoder, nn.Identity):
+            path = _locate(Path(self.config.name_or_path).expanduser())
+            logger.info("a caption is not in %s: loading the text encoder", self.config.cache_dir)
+            self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
+        return super()._hidden(ids, mask)
+
+    def _files(self) -> StoredEmbeddings | None:
+        config = self.config
+        if self._stored is None and config.cache_dir:
+            folder = Path(config.cache_dir).expanduser()
+            files = Checkpoint(_locate(Path(config.name_or_path).expanduser())).files
+            settings = (config.dtype, config.max_length, GROUP, LENGTH_STEP, self.vocabulary)
+            self._stored = StoredEmbeddings(folder, files_key(files, folder, *settings), self.dim)
+        return self._stored
+
     def _settle(self) -> int:
+        if self.config.cache_dir:
+            return self.width
         blocks = self.encoder.encoder.block
         if self.config.train_blocks > len(blocks):
             raise ConfigError("train_blocks", f"is {self.config.train_blocks}, but the encoder has {len(blocks)} blocks")
@@ -135,8 +167,8 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
     return fill(model, stored, names, f"{place}, read as UMT5,", dtype=lambda _: dtype, ignored=(*UNTRAINED_LAYOUT, *decoder))
 
 
-def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable[[list[str]], list[list[int]]]:
-    """Captions → token numbers without markers. ValueError: none there, or of another vocabulary."""
+def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """Captions → token numbers without markers, and a hash of the vocabulary. ValueError: none there, or of another vocabulary."""
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
     found = [file for name in ("tokenizer.json", "spiece.model") for f in folders if (file := f / name).is_file()]
@@ -162,4 +194,5 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable
     rows = max(entry.shape[0] for name, entry in stored.entries.items() if name in ("shared.weight", "token_embedding.weight"))
     if size > rows:
         raise ValueError(f"the tokenizer has {size} entries, the embedding {rows}; they belong to different models")
-    return encode
+    vocabulary = found[0].read_bytes() if found else embedded[0].numpy().tobytes()
+    return encode, hashlib.sha256(vocabulary).hexdigest()

@@ -1,0 +1,45 @@
+"""Encode the captions of a latent cache once, so that training with a large frozen text encoder need not load it.
+
+    python -m mmdit.scripts.cache_text --config wan.yaml --cache_dir data/cache/mine text_encoder.cache_dir=data/text
+
+Keep `text_encoder.cache_dir` in the training config. Captions that augmentation changes are encoded when they come up.
+"""
+
+import argparse
+
+from tqdm import tqdm
+
+from mmdit.config import ConfigError
+from mmdit.data.cache import open_cache
+from mmdit.data.captions import all_captions, with_trigger
+from mmdit.experiment import load_experiment_config
+from mmdit.scripts import friendly
+from mmdit.text_encoders import build_text_encoder
+from mmdit.training.distributed import choose_device
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser.add_argument("--cache_dir", required=True, help="the latent cache")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        config = load_experiment_config(args.config, args.overrides)
+        if not getattr(config.text_encoder, "cache_dir", ""):
+            raise ConfigError("text_encoder.cache_dir", "is empty or not a key of this encoder; name a folder (type umt5 has it)")
+        cache = open_cache(args.cache_dir)
+        every = [text for caption, facts in zip(cache.captions, cache.facts) for text in all_captions(caption, facts)]
+        captions = ["", config.train.sample_negative_prompt, *config.train.sample_prompts, *every]
+        captions = list(dict.fromkeys(with_trigger(caption, config.captions) for caption in captions))
+        encoder = build_text_encoder(config.text_encoder).to(choose_device(args.device))
+        for start in tqdm(range(0, len(captions), args.batch_size), desc="encoding captions"):
+            encoder(captions[start : start + args.batch_size])
+        print(f"{len(captions)} captions are in {config.text_encoder.cache_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

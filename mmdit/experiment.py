@@ -11,8 +11,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, adapters, coverage, inject, is_adapter, lora_state, merge, remove
-from mmdit.adapters.strength import alphas, load_alphas, set_alpha
+from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, carry_over, load_alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -22,7 +22,7 @@ from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
-from mmdit.diffusion.experts import ExpertPlan, ExpertsConfig, Stages
+from mmdit.diffusion.experts import ExpertsConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_release import release_config
@@ -70,9 +70,9 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
     alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
@@ -90,6 +90,11 @@ class ExperimentConfig:
                 raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
             if getattr(self, name).enabled and self.parallel.type == "fsdp":
                 raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
+            if getattr(self, name).enabled and self.posttrain is not None:
+                raise ConfigError(f"{name}.enabled", "is true with a posttrain section, whose loops know nothing of it; remove one")
+        if self.experts.enabled and wan and (self.model.expert or self.model.boundary != self.experts.boundary):
+            raise ConfigError("experts.boundary", f"is {self.experts.boundary} with model.boundary {self.model.boundary} and "
+                              f"model.expert {self.model.expert}: for a pair set both boundaries alike and model.expert to null")
         if self.experts.enabled and not self.lora.train_lora_only:
             raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
                               "common base; set that to true")
@@ -132,20 +137,19 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
-        flow_matching = config.flow_matching
-        if isinstance(config.model, WanModelConfig):
-            model = load_denoiser(config.model, spec, text_encoder.dim)
+        flow_matching, experts, wan = config.flow_matching, config.experts, isinstance(config.model, WanModelConfig)
+        if wan:
+            names = ("high", "low") if experts.enabled else (config.model.expert,)
+            networks = {name: load_denoiser(config.model, spec, text_encoder.dim, name) for name in names}
+            model = networks[names[0]]
             if config.model.expert:
                 flow_matching = replace(flow_matching, between=config.model.between)
         else:
             model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
         objective = build_objective(config.train.objective, config.diffusion, flow_matching)
-        plan = None
-        if config.experts.enabled:
-            experts = config.experts
-            stages = Stages(("high", "low"), (experts.boundary,), objective.time_scale)
-            plan = ExpertPlan(stages, objective, experts.trained, config.seed, experts.routing, experts.switch_every)
-            model = Experts({"high": model, "low": twin(model)}, stages.route)
+        plan = experts.plan(objective, config.seed) if experts.enabled else None
+        if plan:
+            model = Experts(networks if wan else {"high": model, "low": twin(model)}, plan.stages.route).requires_grad_(False)
         learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
         for name, part in learner.parts().items():
             inject(part, config.lora, key(config.seed, name) if name else config.seed)
@@ -198,7 +202,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                                 crops=getattr(config.model, "crop", False))
         learner = build_learner(config, spec)
         if isinstance(config.model, WanModelConfig):
-            check_trainable(learner.model, config)
+            for part in learner.parts().values():
+                check_trainable(part, config)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
@@ -269,10 +274,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
     checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
                       fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
-    for name, layer in adapters(learner.model).items():  # adapters that go on keep their strength under the new alpha
-        wanted = layer.alpha
-        set_alpha(layer, stored.get(name, wanted))
-        set_alpha(layer, wanted, preserve=True)
+    carry_over(learner.model, stored)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
@@ -338,7 +340,9 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
         (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
     pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
-    if isinstance(config.model, WanModelConfig) and config.model.expert:
+    if isinstance(learner.model, Experts) and isinstance(config.model, WanModelConfig):
+        pipeline.low, pipeline.boundary, learner.model = learner.model.low, config.experts.boundary, learner.model.high
+    elif isinstance(config.model, WanModelConfig) and config.model.expert:
         sibling = "low" if config.model.expert == "high" else "high"
         other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, sibling).to(where)
         pipeline.low, pipeline.boundary = other, config.model.boundary

@@ -11,8 +11,8 @@ from test_metrics import facts
 from tiny import Workshop, refused
 from torch import nn
 
-from mmdit.adapters import LoRAConfig, adapters, inject, lora_state
-from mmdit.adapters.strength import alphas, load_alphas, own_parameters, set_alpha
+from mmdit.adapters import LoRAConfig, adapters, inject, lora_state, merge
+from mmdit.adapters.strength import alphas, load_alphas, outer, own_parameters, set_alpha
 from mmdit.config import ConfigError, decode, encode
 from mmdit.experiment import load_pipeline
 from mmdit.scripts import train_t2v
@@ -29,12 +29,12 @@ def shop(tmp_path_factory):
     return shop
 
 
-def adapted(alpha=8.0):
+def adapted(alpha=8.0, **kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
-    inject(model, LoRAConfig(enabled=True, rank=4, alpha=alpha, target_modules=("0", "2")))
+    inject(model, LoRAConfig(**{"enabled": True, "rank": 4, "alpha": alpha, "target_modules": ("0", "2")} | kind))
     for layer in adapters(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+        nn.init.normal_(outer(layer), std=0.1)
     return model
 
 
@@ -103,6 +103,22 @@ def test_preserved_moments_are_those_of_a_run_in_the_new_units():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
         for name in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(first.state[a][name], second.state[b][name], rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [{"rslora": True}, {"type": "dora"}, {"type": "lokr", "factor": 2, "rank": 1},
+                                  {"type": "lokr", "factor": 4, "full_second": True}])  # fmt: skip
+def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_force(kind):
+    model, x = adapted(**kind), torch.randn(64, 12)
+    before, weights = model(x), {p: p.detach().clone() for p in own_parameters(model).values()}
+    plan = schedule(model)
+    plan.look(10, {"": Course(steps=10)})
+    assert set(alphas(model).values()) == {14.0}
+    assert ((model(x) - before).norm() / before.norm()).item() < 1e-6
+    merged = copy.deepcopy(model)
+    assert ((merge(merged)(x) - before).norm() / before.norm()).item() < 1e-6
+    moved = {p for p in weights if not torch.equal(p, weights[p])}
+    whole = kind.get("full_second")  # nothing divides by a rank there, and alpha has no say
+    assert moved == (set() if whole else {outer(layer) for layer in adapters(model).values()})
 
 
 def test_ramp_is_linear_and_jump_is_at_once():

@@ -9,14 +9,16 @@ import pytest
 import torch
 from test_metrics import DOCUMENTED, records
 from test_trainer import SPEC, assert_same, batches, learner, run_ranks
+from test_wan_training import Shop as WanShop
 from tiny import Workshop, refused
 
-from mmdit.adapters import LoRAConfig, adapters, inject, load_lora, load_lora_state, lora_state
+from mmdit.adapters import LoRAConfig, adapters, inject, load_lora, load_lora_state, lora_state, merge
 from mmdit.config import ConfigError
-from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.diffusion.experts import ExpertPlan, Stages, in_turn
 from mmdit.experiment import load_pipeline
 from mmdit.interfaces import TextTokens
+from mmdit.interop.wan import load_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.nn.experts import Experts, twin
 from mmdit.rng import Draws
@@ -25,6 +27,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
+from mmdit.training.pipeline import SampleSettings
 from mmdit.training.settings import TrainConfig
 from mmdit.training.trainer import Trainer, TrainState
 
@@ -164,6 +167,32 @@ def test_a_pair_with_two_bases_fits_the_same_seam():
     for network in networks.values():
         inject(network, LoRAConfig(enabled=True, rank=2, target_modules=("cross_attn.k",)))
     assert {name.partition(".")[0] for name in adapters(model)} == set(NAMES)
+
+
+def test_a_wan_pair_trains_in_one_run_and_is_sampled(tmp_path):
+    """Bases frozen and not stored, an adapter file for each expert, each step in its times, both used in sampling."""
+    shop = WanShop(tmp_path, pair=True)
+    words = ["lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}", "train.lr=0.05", "train.max_steps=5",
+             "train.save_every_steps=5", "ema.enabled=false", "experts={enabled: true, switch_every: 2}"]  # fmt: skip
+    run = shop.train("pair", *words)
+    assert [(record["expert"], record["sigma_mean"] >= 0.875) for record in records(run)] == [
+        (name, name == "high") for name in ("high", "high", "low", "low", "high")]  # fmt: skip
+    folder = checkpoint.latest(run)
+    stored = checkpoint.read_tensors(folder / "model.safetensors")
+    assert stored and all(".lora_" in name for name in stored if name.startswith("model."))
+    files = {name: checkpoint.read_tensors(folder / f"lora_{name}.safetensors") for name in NAMES}
+    assert all(any(value.any() for key, value in own.items() if key.endswith("lora_B")) for own in files.values())
+    pipeline = load_pipeline(run, "cpu")[0]
+    for name, model in (("high", pipeline.learner.model), ("low", pipeline.low)):
+        one = load_dit(shop.release, expert=name)
+        load_lora_state(one, files[name])
+        weights = merge(one).state_dict()
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
+    assert pipeline.boundary == 0.875
+    assert torch.isfinite(pipeline(["a red star"], 32, 32, 5, SampleSettings(SamplerConfig(steps=3)))).all()
+    with pytest.raises(SystemExit):
+        shop.train("odd", *words, "model.boundary=0.9")
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────

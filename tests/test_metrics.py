@@ -144,6 +144,7 @@ def test_zeros_are_not_compared(one):
     assert compare(signs, parameter, half) == 0.5 and signs.compare("", GOOD)[1] == 50_000
     assert compare(signs, parameter, ones * float("nan"), BAD) is None  # a skipped step leaves the last one
     assert compare(signs, parameter, half) == 1.0
+    assert compare(signs, parameter, ones) == 0.75, "what was 0 is compared with its last sign"
 
 
 def test_experts_compare_their_own_history_and_signs_take_one_bit(one):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from mmdit.adapters.layers import is_adapter
 from mmdit.adapters.lora import adapters
 
 OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")  # the factor that starts at zero; the update is proportional to it
@@ -14,7 +15,7 @@ OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")  # the factor that starts at zero; th
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those that adapters have beside the base layer's, by name."""
-    return {f"{name}.{part}".lstrip("."): own for name, layer in adapters(model).items() for part, own in layer.own().items()}
+    return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
 def outer(layer: nn.Module) -> nn.Parameter:
@@ -39,6 +40,15 @@ def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
 def alphas(model: nn.Module) -> dict[str, float]:
     """The alpha in force of every adapter, by layer."""
     return {name: float(layer.alpha) for name, layer in adapters(model).items()}
+
+
+def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
+    """For weights of adapters that were trained with the alphas `stored` (layers that it lacks are new): they keep their strength
+    under the alpha that the layers have here."""
+    for name, layer in adapters(model).items():
+        wanted = layer.alpha
+        set_alpha(layer, stored.get(name, wanted))
+        set_alpha(layer, wanted, preserve=True)
 
 
 def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:

@@ -43,6 +43,10 @@ class ExpertsConfig:
     def trained(self) -> tuple[str, ...]:
         return ("high", "low") if self.train == "both" else (self.train,)
 
+    def plan(self, objective: Objective, seed: int) -> ExpertPlan:
+        stages = Stages(("high", "low"), (self.boundary,), objective.time_scale)
+        return ExpertPlan(stages, objective, self.trained, seed, self.routing, self.switch_every)
+
 
 @dataclass(frozen=True)
 class FixedTimes(Draws):

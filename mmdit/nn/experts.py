@@ -58,6 +58,11 @@ class Experts(nn.Module):
             result |= {f"{prefix}{place}": tensor for place in places} or {name: tensor}
         return result
 
+    def stored_elsewhere(self, name: str) -> bool:
+        """As the expert that has it says (`Learner.is_stored`)."""
+        expert, _, inner = name.partition(".")
+        return getattr(self.get_submodule(expert), "stored_elsewhere", lambda name: False)(inner)
+
     # what the training asks of a denoiser
     @property
     def blocks(self) -> list[nn.Module]:

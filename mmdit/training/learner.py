@@ -60,20 +60,19 @@ class Learner(nn.Module):
 
     def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None,
                 crops: Tensor | None = None, expert: str | None = None) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a model with `model.crop`, `expert`:
-        draw its times alone. Returns `(losses (b,), t (b,))`, float32."""
+        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a model with
+        `model.crop`, `expert`: draw its times alone. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
+        given = self.model.given_frames(latents.shape[1], draws) if hasattr(self.model, "given_frames") else 0
         inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
-        if hasattr(self.model, "given_frames"):
-            inputs["given"] = self.model.given_frames(latents.shape[1], draws)
         if expert is not None:
             draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
-        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, **inputs)
+        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:

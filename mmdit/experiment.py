@@ -11,25 +11,32 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, lora_state, merge, remove
+from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, carry_over, load_alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
+from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
+from mmdit.diffusion.experts import ExpertsConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_release import release_config
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
+from mmdit.nn.experts import Experts, twin
+from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.rng import key
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_encoder
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
+from mmdit.training.alpha_schedule import AlphaScheduleConfig
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
+from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
@@ -63,40 +70,51 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tread: TreadConfig = field(default_factory=TreadConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
 
     def __post_init__(self):
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", "..") or "\0" in self.experiment_name:
             raise ConfigError("experiment_name", f"is {self.experiment_name!r}, must be a folder name without separators")
         wan = isinstance(self.model, WanModelConfig)
-        # every size must suit the tokenizer, and the patches of the network
-        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))
-        self._check_compressed_time()
+        target_sizes(self.video, self.bucketing, self.tokenizer.latent_f * (1 + wan))  # every size must suit the tokenizer, and patches
+        clip_plan(self.video, LatentSpec(1, temporal=getattr(self.tokenizer, "temporal", 1)))  # ConfigError: what it cannot cut
         if wan:
             self._check_wan()
         elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
-
-        if self.parallel.type == "fsdp" and self.train.optimizer == "muon":
-            raise ConfigError("train.optimizer", "is muon with parallel.type fsdp, but it needs whole matrices; use adamw, or ddp")
-
-    def _check_compressed_time(self) -> None:
-        temporal, video = getattr(self.tokenizer, "temporal", 1), self.video
-        for name, count in (("num_frames", video.num_frames), *(("frame_counts", count) for count in video.frame_counts)):
-            try:
-                LatentSpec(1, temporal=temporal).frames(count)
-            except ValueError as error:
-                raise ConfigError(f"video.{name}", f"is {count}, but {error}") from None
-        if temporal > 1 and (video.shrink_video_to_frames or video.temporal_jitter):
-            raise ConfigError("video", "asks for shrink_video_to_frames or temporal_jitter, but this tokenizer compresses "
-                              "time, so frames are chosen before they are cached; leave both out")
+        for name in ("alpha_schedule", "experts"):
+            if getattr(self, name).enabled and not self.lora.enabled:
+                raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
+            if getattr(self, name).enabled and self.parallel.type == "fsdp":
+                raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
+            if getattr(self, name).enabled and self.posttrain is not None:
+                raise ConfigError(f"{name}.enabled", "is true with a posttrain section, whose loops know nothing of it; remove one")
+        if self.experts.enabled and wan and (self.model.expert or self.model.boundary != self.experts.boundary):
+            raise ConfigError("experts.boundary", f"is {self.experts.boundary} with model.boundary {self.model.boundary} and "
+                              f"model.expert {self.model.expert}: for a pair set both boundaries alike and model.expert to null")
+        if self.experts.enabled and not self.lora.train_lora_only:
+            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
+                              "common base; set that to true")
+        if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
+            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every "
+                              "step; set train.compile: false, or use preserve")
+        if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
+            raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
+                              f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+        if self.posttrain is not None and not (wan or self.train.init_from):
+            raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
 
     def _check_wan(self) -> None:
         """What a Wan transformer was made for, and what its trainer can do."""
         flow, train = self.flow_matching, self.train
         if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
-            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with "
-                              "time_scale 1000; leave these keys at their defaults")
+            raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
+                              "leave these keys at their defaults")
+        if self.experts.enabled:
+            raise ConfigError("experts.enabled", "is true, but Wan's experts are models of their own; name one by model.expert")
         if self.tread.enabled:
             raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
         if self.model.expert and train.sample_every_steps:
@@ -119,16 +137,22 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
-        flow_matching = config.flow_matching
-        if isinstance(config.model, WanModelConfig):
-            model = load_denoiser(config.model, spec, text_encoder.dim)
+        flow_matching, experts, wan = config.flow_matching, config.experts, isinstance(config.model, WanModelConfig)
+        if wan:
+            names = ("high", "low") if experts.enabled else (config.model.expert,)
+            networks = {name: load_denoiser(config.model, spec, text_encoder.dim, name) for name in names}
+            model = networks[names[0]]
             if config.model.expert:
                 flow_matching = replace(flow_matching, between=config.model.between)
         else:
             model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
         objective = build_objective(config.train.objective, config.diffusion, flow_matching)
-        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob)
-        inject(model, config.lora, config.seed)
+        plan = experts.plan(objective, config.seed) if experts.enabled else None
+        if plan:
+            model = Experts(networks if wan else {"high": model, "low": twin(model)}, plan.stages.route).requires_grad_(False)
+        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
+        for name, part in learner.parts().items():
+            inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
             text_encoder.requires_grad_(False)
     return learner
@@ -174,19 +198,23 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         settings = config.train
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
-                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions)
+                                in_memory=config.data.in_memory, num_workers=config.num_workers, captions=config.captions,
+                                crops=getattr(config.model, "crop", False))
         learner = build_learner(config, spec)
         if isinstance(config.model, WanModelConfig):
-            check_trainable(learner.model, config)
+            for part in learner.parts().values():
+                check_trainable(part, config)
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
         if config.video.num_frames > 1 and found is None:
             learner.model.number_frames(config.seed)
+        if settings.precision == "pure_bf16":
+            to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
         learner.to(world.device)
-        state = TrainState.create(learner, config.train, config.ema)
+        state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
             meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
@@ -200,11 +228,12 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
-            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint)
+            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint, alphas(learner.model))
             files = state.files()
-            if config.lora.enabled:  # one file, to hand on
-                files["lora"] = {name: whole(tensor) for name, tensor in lora_state(learner.model).items()}
-            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world)
+            if config.lora.enabled:  # to hand on: all, and each expert alone
+                for name, part in ({"": learner.model} | learner.parts()).items():
+                    files["lora_" + name if name else "lora"] = {key: whole(tensor) for key, tensor in lora_state(part).items()}
+            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world, state.notes())
 
         preview = None
         sharded = isinstance(learner.model, FSDPModule)  # then every process draws, and the main one writes
@@ -227,20 +256,25 @@ def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
                           "use float32, or lora.enabled with train_lora_only")
 
 
-SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora")  # sections, for `start_from`
+SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`
 
 
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters stay as initialised.
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters and a new `model.crop` stay as initialised.
     Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
     try:
         weights = checkpoint.load_weights(config.train.init_from)
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    checkpoint.assign(learner.state_dict(), weights.tensors, str(weights.source),
-                      fresh=lambda name: ".lora_" in name or not learner.is_stored(name))  # fmt: skip
     old, new = weights.meta.config, config_io.encode(config)
+    tensors, stored = weights.tensors, weights.meta.alphas
+    if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
+        tensors = learner.model.spread(tensors, "model.")
+        stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
+    checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
+                      fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
+    carry_over(learner.model, stored)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
@@ -260,6 +294,11 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")
     if config.lora.enabled:
         print(coverage(learner.model))
+    if config.experts.enabled:
+        shares = ", ".join(f"{name} {learner.experts.mass(name):.1%} of the times" for name in learner.parts())
+        print(f"experts, boundary t = {config.experts.boundary:g}, {config.experts.routing}: {shares}")
+    if config.alpha_schedule.enabled:
+        print(config.alpha_schedule.describe())
     print(plan.report(), flush=True)
 
 
@@ -275,9 +314,8 @@ def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool | None = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
-    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release
-    of Wan. An expert gets its sibling from the release it came from. `lora`: adapters are merged, removed (False), or kept
-    (None)."""
+    """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint folder, an export, or a release of
+    Wan. An expert gets its sibling from the release it came from. `lora`: merge its adapters, leave them out, or (None) keep them."""
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)
@@ -289,19 +327,22 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     except ConfigError as error:
         raise ConfigError("", f"config stored in {source}: {error}") from None
     refuse_foreign_code(config, list(overrides), source)
+    if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
+        config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     if weights:
         check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, source)
     learner = build_learner(config, tokenizer.spec)
     if weights:
         checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))
-    if lora:
-        merge(learner.model)
-    elif lora is False:
-        remove(learner.model)
+        load_alphas(learner.model, weights.meta.alphas)
+    if lora is not None:
+        (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
     pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
-    if isinstance(config.model, WanModelConfig) and config.model.expert:
+    if isinstance(learner.model, Experts) and isinstance(config.model, WanModelConfig):
+        pipeline.low, pipeline.boundary, learner.model = learner.model.low, config.experts.boundary, learner.model.high
+    elif isinstance(config.model, WanModelConfig) and config.model.expert:
         sibling = "low" if config.model.expert == "high" else "high"
         other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, sibling).to(where)
         pipeline.low, pipeline.boundary = other, config.model.boundary

@@ -121,10 +121,12 @@ class Batch:
     ids: list[str]
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
+    crops: Tensor | None = None  # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader knows this name."""
-        return replace(self, latents=self.latents.pin_memory(), indices=self.indices.pin_memory())
+        tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
 
 
 @runtime_checkable

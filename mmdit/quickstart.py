@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 import mmdit
-from mmdit import config as config_io
 from mmdit.data.caching import cache_latents
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
@@ -21,7 +20,6 @@ from mmdit.data.records import read_records
 from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
 from mmdit.experiment import ExperimentConfig, load_experiment_config, load_pipeline, train
 from mmdit.tokenizers import build_tokenizer
-from mmdit.training import checkpoint
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
 from mmdit.training.metrics import clock

@@ -55,14 +55,6 @@ class Checkpoint:
                 for name in list(handle.keys()):
                     yield name, handle.get_tensor(name)
 
-    def tensor(self, name: str) -> Tensor:
-        """One of `entries`. KeyError: none of them."""
-        file = self.entries[name].file
-        if file.suffix in PICKLES:
-            return self._loaded[file][name]
-        with safe_open(file, "pt") as handle:
-            return handle.get_tensor(name)
-
     def _header(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         if file.suffix in PICKLES:
             self._loaded[file] = unpickled_tensors(file)

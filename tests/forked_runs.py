@@ -8,6 +8,7 @@ a fork.
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def fork(work, log: Path, **environment: str) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+
+
+def die_at(operation: int, *names: str) -> None:
+    """Installed in a child: SIGKILL itself just before its n-th file operation on a path that holds one of `names`."""
+    left = operation
+
+    def hook(event: str, details: tuple) -> None:
+        nonlocal left
+        if event in FILE_EVENTS and isinstance(details[0], (str, Path)) and any(name in str(details[0]) for name in names):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def wait(pid: int) -> int:

@@ -1,12 +1,13 @@
 """Measure on the GPUs of this machine what a CPU cannot show. Prints one JSON object, within `--minutes` (6).
 
-    PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,sharded,resume,memory,large] [--minutes 6]
+    PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,sharded,resume,memory,lean,large] [--minutes 6]
     PYTHONPATH=VTP:. python tests/gpu_checks.py --tiny        the same on a CPU with gloo, to see that the script works
 
 scaling   DDP on 1, 2, 4 GPUs, the same global batch: samples/s, efficiency against 1, how far the loss curves lie apart
 sharded   the same model under FSDP on 2 GPUs: its curve against DDP's, then continued from its parts by 1 GPU
 resume    one GPU, deterministic kernels: 2n steps equal n + stop + n, bit for bit
 memory    a batch that does not fit: the message, the exit code, the file to repeat it
+lean      one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory
 large     3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s
 A check that fails or has no time left says so in its place; the others go on. Exit code 1 if any failed.
 """
@@ -33,12 +34,19 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = ("scaling", "sharded", "resume", "memory", "large")
+CHECKS = ("scaling", "sharded", "resume", "memory", "lean", "large")
 SIZES = {  # of --tiny and of the real thing
-    "cells": (2, 16), "channels": (4, 64), "items": (48, 512), "micro": (2, 64), "micros": (4, 4), "steps": (8, 60),
+    "cells": (2, 16), "channels": (4, 64), "items": (48, 1024), "micro": (2, 128), "micros": (4, 4), "steps": (8, 60),
     "log": (2, 10), "model": ({"dim": 16, "depth": 2, "num_heads": 2}, {"size": "B"}),
     "large": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2560, "depth": 24, "num_heads": 40}), "large_micro": (2, 16),
+    "lean": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2048, "depth": 16, "num_heads": 16}),
     "compile": (False, True),
+}  # fmt: skip
+
+LEAN = {
+    "plain": [{}], "checkpointing": [{"checkpointing": True}], "every_other_block": [{"checkpointing": True, "checkpoint_every": 2}],
+    "pure_bf16": [{}, "train.precision=pure_bf16"], "offload_optimizer": [{}, "train.offload_optimizer=true"],
+    "adamw8bit": [{}, "train.optimizer=adamw8bit"],
 }  # fmt: skip
 
 
@@ -157,6 +165,18 @@ class Checks:
         files = [path.name for path in (self.folder / "runs/memory/failures").glob("*.json")]
         assert done.returncode == 2 and message and "the memory is full in step 1" in message[0] and files, done.stdout[-1500:]
         return {"message": message[0], "files": files}
+
+    def lean(self) -> dict:
+        result = self.so_far
+        for name, (model, *words) in LEAN.items():
+            model = json.dumps({"size": None, **self.size["lean"], **model})
+            words += [f"model={model}", f"train.batch_size={self.size['large_micro']}", "train.log_every_steps=1", "train.max_steps=8",
+                      "train.compile=false"]  # fmt: skip
+            records = self.train(f"lean_{name}", 1, *words, part="unsaved")
+            row = self.speed(records)
+            result[name] = {"seconds_a_step": round(self.size["large_micro"] / row.pop("samples_per_second"), 4), **row,
+                            "loss": records[-1]["loss"]}  # fmt: skip
+        return result
 
     def large(self) -> dict:
         model = json.dumps({"size": None, **self.size["large"]})

@@ -14,32 +14,16 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from forked_runs import CONFIG, arguments, fork, make, must, train, train_t2v, wait
+from forked_runs import CONFIG, arguments, die_at, fork, make, must, train, train_t2v, wait
 
 from mmdit.training import checkpoint
 
 STEPS = CONFIG["train"]["max_steps"]
-FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
-
-
-def die_at(operation: int) -> None:
-    """Installed in a child: SIGKILL itself just before its n-th file operation on checkpoints or metrics."""
-    left = operation
-
-    def hook(event: str, details: tuple) -> None:
-        nonlocal left
-        if event in FILE_EVENTS and isinstance(details[0], (str, Path)) and ("step_" in str(details[0]) or "metrics" in str(details[0])):
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def metric_steps(run: Path) -> list[int]:
@@ -70,7 +54,7 @@ def kill_once(folder: Path, name: str, how: str, chance: random.Random, seconds:
     if how == "operation":
         operation = chance.randrange(60)
         def work():
-            die_at(operation)
+            die_at(operation, "step_", "metrics")
             return train_t2v.main(arguments(folder, *words))
 
         return wait(fork(work, folder / "log.txt"))

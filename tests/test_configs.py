@@ -44,7 +44,7 @@ def test_the_head_comment_names_commands_that_exist(path):
     names = {load_experiment_config(other).experiment_name for other in CONFIGS}
     assert set(re.findall(r"runs/(\w+)", text)) <= names
     if config.train.init_from:
-        assert Path(config.train.init_from).name in names
+        assert Path(config.train.init_from).name in names or (ROOT / config.train.init_from).is_file()
     made = set(re.findall(r"--out_dir (\S+)", text))
     for command, words in re.findall(r"-m mmdit\.scripts\.(\w+) (.*)", text):
         flags = set(re.findall(r"(?<!\w)--\w+", words.replace("--nproc_per_node", "")))
@@ -66,7 +66,8 @@ def options_of(command: str) -> set[str]:
 def test_a_config_has_the_model_and_tokenizer_of_the_run_that_it_starts_from(path):
     config = load_experiment_config(path)
     if config.train.init_from:
-        base = next(c for c in map(load_experiment_config, CONFIGS) if str(c.run_dir) == config.train.init_from)
+        runs = {str(base.run_dir): base for base in map(load_experiment_config, CONFIGS)}
+        base = runs.get(config.train.init_from) or load_pipeline(ROOT / config.train.init_from, "cpu")[1]
         assert replace(base.model, checkpointing=config.model.checkpointing) == config.model
         assert base.text_encoder == config.text_encoder
         assert (base.tokenizer.type, base.tokenizer.name_or_path) == (config.tokenizer.type, config.tokenizer.name_or_path)

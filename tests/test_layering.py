@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["scripts"],
-    ["quickstart"],
+    ["quickstart", "align", "adapter_report"],
     ["experiment"],
     ["posttrain", "diagnostics"],
     ["training"],

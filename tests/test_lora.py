@@ -244,7 +244,7 @@ def test_a_second_injection_says_to_merge():
 
 def test_a_layer_whose_forward_is_not_called_is_no_target():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
-    assert select(model, ("*",)) == ["fc"]  # MultiheadAttention reads out_proj.weight itself
+    assert select(model, LoRAConfig(target_modules=("*",))) == ["fc"]  # MultiheadAttention reads out_proj.weight itself
 
 
 def test_a_shared_layer_stays_shared():
@@ -340,7 +340,7 @@ def test_files_carry_the_adapter_to_a_plain_and_to_an_injected_model(inputs, tmp
     assert [p.name for p in path.parent.iterdir()] == ["lora.safetensors"]
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]
-    assert header == {"format": "mmdit.lora", "rank": "3", "alpha": "5.5", "step": "12"}
+    assert header == {"format": "mmdit.lora", "type": "lora", "rank": "3", "alpha": "5.5", "step": "12"}
 
     plain = make()
     assert load_lora(plain, path) == list(adapters(model))

@@ -182,15 +182,17 @@ def test_distributed_training_on_images_goes_past_the_second_step():
             dist.destroy_process_group()
 
 
-def test_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_gives_the_same_gradients(every):
     plain = awake()
-    saving = VideoMMDiT(VideoMMDiTConfig(**{**encode(SMALL), "checkpointing": True}), CHANNELS, TEXT).double()
+    saving = VideoMMDiT(VideoMMDiTConfig(**{**encode(SMALL), "checkpointing": True, "checkpoint_every": every}), CHANNELS, TEXT).double()
     saving.load_state_dict(plain.state_dict())
-    calls = []
-    saving.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    calls = [[] for _ in saving.blocks]
+    for block, own in zip(saving.blocks, calls):
+        block.mlp.register_forward_hook(lambda *_, own=own: own.append(1))
     for model in (plain, saving):
         model(clip(2, 2, 4, 4), TIMES, captions(2)).square().sum().backward()
-    assert len(calls) == 2  # once forward, once recomputed
+    assert [len(own) for own in calls[:2]] == [2, 2 if every == 1 else 1]  # once forward, once recomputed
     for a, b in zip(plain.parameters(), saving.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 

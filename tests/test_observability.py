@@ -21,7 +21,6 @@ from mmdit.rng import Draws
 from mmdit.scripts import plot_run
 from mmdit.training import checkpoint
 from mmdit.training.curves import draw_curves
-from mmdit.training.report import running_means
 from mmdit.training.validation import QUANTILES, FixedTimes
 
 
@@ -49,18 +48,6 @@ def test_operations_are_those_that_torch_counts(case):
     claimed = model.train_flops((frames, rows, columns), words, None if keep is None else len(keep))
     # Nothing is asked of what lies before the first adapter: a large part of three blocks.
     assert claimed == pytest.approx(counted, rel=0.04 if case == "adapters" else 0.01)
-
-
-def test_running_means_do_not_depend_on_when_they_are_reported():
-    losses = torch.rand(150, generator=torch.Generator().manual_seed(0)).double().tolist()
-    whole, parts = running_means({}, losses, 150), {}
-    for first in range(0, 150, 7):
-        some = losses[first : first + 7]
-        parts = running_means(parts, some, first + len(some))
-    assert parts == whole
-    assert running_means({}, losses[:10], 10)["loss_ema_10"] == pytest.approx(sum(losses[:10]) / 10)
-    assert whole["loss_trend"] == pytest.approx(whole["loss_ema_10"] / whole["loss_ema_100"] - 1)
-    assert running_means({}, [], 1) == {}  # every step was skipped
 
 
 @pytest.mark.parametrize("objective", [
@@ -107,6 +94,9 @@ def test_validation_is_fixed_and_touches_no_training(shop):
     smaller = ["train.val_every_steps=4", "train.lr=1e-30", "train.batch_size=2", "train.grad_accum_steps=2"]
     batched = shop.train("batched", *words, *smaller)
     assert records(batched)[-1]["val_loss"] == pytest.approx(curve[0], rel=1e-6)
+    fixed = [*words, "train.val_every_steps=4", "train.lr=1e-30", f"train.init_from={often}", "ema.enabled=false"]
+    kept, dropped = (records(shop.train(f"dropout{p}", *fixed, f"train.cfg_dropout_prob={p}"))[-1] for p in (0, 1))
+    assert kept["val_loss"] == dropped["val_loss"] and kept["loss"] != dropped["loss"], "captions are dropped in training alone"
 
 
 def test_curves_are_drawn_where_their_values_are(shop, tmp_path, capsys):

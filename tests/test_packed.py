@@ -1,9 +1,13 @@
 """A packed cache gives the batches of the cache it was packed from, bit for bit; killed, damaged or grown, it says so."""
 
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,9 @@ from mmdit.data.batches import BatchPlan, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig
 from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.manifest import CacheManifest
-from mmdit.data.packed import INDEX, read_shard
+from mmdit.data.packed import INDEX, index_of, read_shard, shard_name, write_index
 from mmdit.data.verify import verify_cache
+from mmdit.interfaces import LatentSpec
 from mmdit.scripts.pack_cache import main
 
 VIDEO = VideoConfig(32, 32, num_frames=3, image_fraction=0.4, temporal_jitter=1, frame_stride=3, fps=8)
@@ -165,3 +170,42 @@ def test_other_folders_are_refused(cache, tmp_path, capsys):
     assert "give that item another id" in capsys.readouterr().err
     assert main(["--cache_dir", str(cache), "--out_dir", str(tmp_path / "new2")]) == 0
     assert "25 items" in capsys.readouterr().out
+
+
+def memory():
+    """Megabytes of this process that are its own, mapped files aside."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
+
+
+@pytest.mark.slow
+def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tmp_path):
+    """Ten shards of 100,000 items of 256x256 pictures (sparse files: 33 GB of zeros)."""
+    manifest = CacheManifest("none", "none", LatentSpec(64), ((256, 256),), False)
+    manifest.write(tmp_path, "0-0")
+    size, texts = 2 * 16 * 16 * 64, {"facts": {}, "source": {"size": [1024, 768], "crop": [128, 0, 896, 768]}}
+    crc = zlib.crc32(bytes(size))
+
+    def shards():
+        for number in range(10):
+            path = tmp_path / shard_name(number)
+            with path.open("wb") as file:
+                os.truncate(file.fileno(), 100_000 * size)
+            yield path, [{"id": f"item{number}{i:06}", "shape": [1, 16, 16, 64], "offset": i * size, "crc": crc,
+                          "caption": f"a picture of thing {i} on a table", **texts} for i in range(100_000)]  # fmt: skip
+
+    write_index(tmp_path, index_of(shards()))
+    gc.collect()
+    before, begin = memory(), time.perf_counter()
+    opened = open_cache(tmp_path, manifest)
+    batches = LatentBatches(opened, BatchPlan(opened, VideoConfig(256, 256), 256, 0), in_memory=False, num_workers=0)
+    first = batches.step(0)
+    spent = time.perf_counter() - begin
+    for step in range(1, 20):
+        batches.step(step)
+    settled = memory()
+    for step in range(20, 60):
+        batches.step(step)
+    assert memory() - settled < 20
+    grown = memory() - before
+    print(f"opened, planned and read a first batch of {len(opened):,} items in {spent:.2f} s; {grown:.0f} MB")
+    assert len(opened) == 1_000_000 and len(first[0].ids) == 256 and spent < 10 and grown < 200

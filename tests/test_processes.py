@@ -1,4 +1,4 @@
-"""Real runs of the training command: killed, preempted, out of disk space (`kill_training.py`), on several processes, with one
+"""Real runs of the training command: killed, preempted, out of disk space (`kill_training.py`, `kill_caching.py`), on several processes, with one
 of them lost (`rank_training.py`), and those that GPUs are measured with (`gpu_checks.py`)."""
 
 import json
@@ -26,6 +26,12 @@ def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training.py", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
     assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_cache_killed_again_and_again_is_byte_identical_to_an_undisturbed_one(kills):
+    result = drive("kill_caching.py", "--kills", str(kills), "--seed", str(kills), seconds=600)
+    assert result["kills"] == kills and result["finished"] >= 1 and result["distinct_moments"] > 1
 
 
 @pytest.mark.parametrize("only", ["resume,large", pytest.param("scaling,sharded,memory", marks=pytest.mark.slow)])

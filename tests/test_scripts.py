@@ -10,11 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import TOKENIZER, Workshop, refused
+from tiny import Workshop, refused
 
 import mmdit.training.checkpoint as checkpoint
 import mmdit.training.stored as stored
-from mmdit.scripts import cache_moving_shapes, cache_vtp_images, cache_vtp_latents, evaluate, export, friendly, sample, train_t2v
+from mmdit.scripts import (
+    cache_moving_shapes,
+    cache_vtp_images,
+    cache_vtp_latents,
+    evaluate,
+    export,
+    friendly,
+    sample,
+    train_t2v,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 

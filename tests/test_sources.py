@@ -15,6 +15,7 @@ from mmdit.data.cache import open_cache
 from mmdit.data.records import Record, read_records
 from mmdit.data.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.videos import probe, read_video
+from mmdit.scripts import cache_vtp_images
 from mmdit.scripts import prepare_folder as folder_script
 from mmdit.scripts import prepare_frames as frames_script
 
@@ -31,6 +32,7 @@ def write_video(path, times, size=(64, 48), unit=600, codec="mpeg4", ratio=None,
         stream.codec_context.max_b_frames = b_frames
         if ratio:
             stream.codec_context.sample_aspect_ratio = ratio
+        container.start_encoding()  # a clip without frames has a header, too
         for t in times:
             frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 40 + 70 * t, np.uint8), format="rgb24")
             frame.pts, frame.time_base = round(t * unit), Fraction(1, unit)
@@ -165,17 +167,21 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     noise.save(folder / "good one.webp", save_all=True, append_images=[noise.rotate(90)], duration=100)  # animated, same stem
     noise.convert("CMYK").save(folder / "cmyk.jpg")
     (folder / "cmyk.txt").write_bytes("caf\xe9".encode("latin-1"))
-    Image.new("RGB", (3000, 4)).save(folder / "panorama.png")
+    Image.new("RGB", (30000, 10)).save(folder / "panorama.png")
     (folder / "zero.png").touch()
     (folder / "text.png").write_text("no picture")
     (folder / "cut.jpg").write_bytes((folder / "sub/同じ.jpg").read_bytes()[:900])
     write_video(folder / "walk.mp4", np.arange(8) / 16)
+    write_video(folder / "one frame.mp4", [0.0])
+    write_video(folder / "no frame.mp4", [])
+    write_video(folder / "changing.mkv", np.cumsum([1, 2, 1, 1, 3, 1, 1, 1, 2, 1]) / 40, unit=1000)
+    (folder / "torn.webm").write_bytes((folder / "walk.mp4").read_bytes()[:300])
     (folder / "notes.pdf").touch()
     os.symlink(folder, folder / "sub/loop")
     os.symlink(folder / "gone.png", folder / "dangling.png")
     assert folder_script.main(["--folder", str(folder), "--out_dir", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "10 images and 1 video files, 9 of them without a caption" in told and "1 .pdf" in told
+    assert "10 images and 5 video files, 13 of them without a caption" in told and "1 .pdf" in told
     assert "cmyk.jpg: used without its caption, the caption is not UTF-8" in told
     records = read_records(tmp_path / "train_images.jsonl", "image")
     assert len({record.id for record in records}) == 10
@@ -185,7 +191,19 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     assert report.animated == 1 and "1 items from animated pictures" in report.text()
     skipped = sorted(row["path"].rpartition("/")[2] for row in report.skipped)
     assert skipped == ["cut.jpg", "dangling.png", "text.png", "zero.png"]
-    assert run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video").written == 1
+    clips = run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video")
+    assert clips.records == 5 and sorted(row["id"] for row in clips.skipped) == ["no frame", "torn"]
+    cached = open_cache(tmp_path / "clips")
+    assert dict(zip(cached.ids, cached.shapes[:, 0].tolist(), strict=True)) == {"changing": 6, "one frame": 1, "walk": 8}
+    (tmp_path / "config.yaml").write_text("{experiment_name: a, num_workers: 1, tokenizer: {type: dummy}, video: {width: 32, height: 32}}")
+    for shell in (["--out_dir", str(tmp_path / "again")], ["--out_dir", str(tmp_path / "cache"), "--verify"]):  # as a person does it
+        words = ["--config", str(tmp_path / "config.yaml"), "--meta_jsonl", str(tmp_path), "--device", "cpu"]
+        assert cache_vtp_images.main([*words, *shell]) == 0
+    twice = (tmp_path / "train_images.jsonl").read_text().splitlines()
+    (tmp_path / "train_images.jsonl").write_text("\n".join([*twice, twice[0]]))
+    with pytest.raises(ValueError, match=r"train_images.jsonl:11: id .* was already used in line 1"):
+        read_records(tmp_path / "train_images.jsonl", "image")
+    (tmp_path / "train_images.jsonl").write_text("\n".join(twice))
     before = contents(tmp_path / "cache")
     assert run(tmp_path / "train_images.jsonl", tmp_path / "cache").already == 6 and contents(tmp_path / "cache") == before
 

@@ -55,7 +55,7 @@ def batches(rank=0, world=1, accum=1, size=8, poison=()):
 
 
 def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, fsdp=False,
-            **options):
+            size=8, **options):
     config = TrainConfig(**{"precision": "fp32", "batch_size": 8, "lr": 3e-3, "warmup_steps": 2, "max_steps": steps, "log_every_steps": 2,
                          "save_every_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.1, **options})
     model = learner(dropout)
@@ -69,7 +69,7 @@ def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0
         meta = checkpoint.Meta(state.step, {}, SPEC, "test")
         checkpoint.save(tmp_path, meta, state.files(), config.keep_last, config.keep_every_steps, world)
 
-    Trainer(config, 5, state, batches(world.rank, world.size, accum, poison=poison), world, tmp_path, save, preview).run()
+    Trainer(config, 5, state, batches(world.rank, world.size, accum, size, poison), world, tmp_path, save, preview).run()
     return state
 
 
@@ -167,6 +167,8 @@ def test_only_non_finite_steps_stop_the_run_and_save_nothing_bad(tmp_path):
     with pytest.raises(RuntimeError, match="non-finite"):
         trained(tmp_path, steps=6, poison=range(2, 6), save_every_steps=100)
     assert checkpoint.latest(tmp_path) is None
+    trained(tmp_path / "all", steps=1, poison=(0,), size=1)
+    assert json.loads((tmp_path / "all" / "metrics.jsonl").read_text())["loss"] is None, "no loss is not a loss of zero"
 
 
 def test_previews_do_not_touch_the_training(tmp_path):
@@ -198,7 +200,7 @@ def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
 def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch):
     forward = Learner.forward
 
-    def full(self, latents, captions, draws, keep):
+    def full(self, latents, captions, draws, keep, crops, expert):
         if draws.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return forward(self, latents, captions, draws, keep)

@@ -175,3 +175,22 @@ def test_kept_captions_need_no_encoder(tmp_path):
     assert other(["a cat"]).valid.shape[1] == 4
     with pytest.raises(ConfigError, match="cache_dir"):
         UMT5Config(**keys, freeze=False)
+
+
+def test_kept_captions_belong_to_the_weights_and_not_to_their_place(tmp_path):
+    """One weight changed deep inside is another encoder; a copy elsewhere is the same."""
+    (tmp_path / "a").mkdir()
+    opened(tmp_path / "a")
+    keys = {"dtype": "float32", "cache_dir": str(tmp_path / "kept")}
+    first = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "a"), **keys))
+    first(["a cat"])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copied = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "b"), **keys))
+    assert torch.equal(copied(["a cat"]).embeddings, first(["a cat"]).embeddings) and not list(copied.parameters())
+    (file,) = (path for path in (tmp_path / "b").rglob("*") if path.suffix in (".pth", ".safetensors"))
+    weights = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(file)
+    name = next(name for name in weights if name.endswith("attn.q.weight"))
+    weights[name] = weights[name] + 1
+    torch.save(weights, file) if file.suffix == ".pth" else save_file(weights, file)
+    changed = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "b"), **keys))
+    assert not torch.equal(changed(["a cat"]).embeddings, first(["a cat"]).embeddings)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import refused
+from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
 from mmdit.data.batches import BatchPlan
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import open_cache
+from mmdit.data.clips import cached_frames
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.interfaces import TextTokens
@@ -21,8 +24,6 @@ from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
-from tiny import refused
-from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
 LORA = "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}"
 
@@ -65,10 +66,10 @@ def pair(tmp_path_factory):
 # ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_windows_are_whole_samples():
     video = VideoConfig(num_frames=9, frame_stride=2, frame_counts=(5,))
-    assert video.windows(17) == list(range(0, 17, 2)) and len(video.windows(34)) == 18
-    assert video.windows(16) == [0, 2, 4, 6, 8]
+    assert cached_frames(17, video) == list(range(0, 17, 2)) and len(cached_frames(34, video)) == 18
+    assert cached_frames(16, video) == [3, 5, 7, 9, 11]
     with pytest.raises(ValueError, match="too short: 8 frames, a sample needs 9"):
-        video.windows(8)
+        cached_frames(8, video)
 
 
 def test_a_long_clip_is_cached_as_the_windows_that_training_uses(shop):
@@ -83,7 +84,7 @@ def test_a_long_clip_is_cached_as_the_windows_that_training_uses(shop):
     cache = open_cache(out)
     assert cache.shapes.tolist() == [[6, 4, 8, 4]]  # two windows of 9 frames, 3 latent frames each
     tokenizer = build_tokenizer(load_experiment_config(shop.config).tokenizer)
-    pixels = torch.stack([torch.from_numpy(np.array(Image.open(shop.folder / f"frames/{i}.png"))) for i in range(9, 18)]) / 255
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(shop.folder / f"frames/{i}.png"))) for i in range(10, 19)]) / 255
     expected = tokenizer.encode(pixels.permute(0, 3, 1, 2)[None])[0]
     torch.testing.assert_close(cache.load(0)[3:].float(), expected, rtol=0, atol=5e-3)
     plan = BatchPlan(cache, VideoConfig(width=64, height=32, num_frames=9, image_fraction=0.5), 8, 0)
@@ -93,8 +94,8 @@ def test_a_long_clip_is_cached_as_the_windows_that_training_uses(shop):
 
 def test_a_cache_of_other_windows_is_refused(shop, capsys):
     words = shop.words("other", "video.num_frames=5")
-    refused(capsys, train_t2v.main, words, "preprocess.num_frames: the cache has 9, the config asks 5")
-    refused(capsys, train_t2v.main, shop.words("other", "video.num_frames=8"), "video.num_frames: is 8", "4n + 1", "5 and 9")
+    refused(capsys, train_t2v.main, words, "video.num_frames: the cache has 9, the config asks 5")
+    refused(capsys, train_t2v.main, shop.words("other", "video.num_frames=8"), "video.num_frames: 8 frames", "4n + 1", "5 and 9")
     refused(capsys, train_t2v.main, shop.words("other", "video.height=24"), "multiples of 16")
 
 

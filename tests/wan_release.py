@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from test_umt5 import write_tokenizer
 
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.text_encoders.umt5 import transformers_name
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
-from test_umt5 import write_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 DIT = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=24, text_len=32)

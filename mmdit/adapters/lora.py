@@ -1,9 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA", eq. 3): `y = W x + b + (alpha / rank) B A x`; `A (rank, in)`, `B (out, rank)`.
-
-An adapted layer is still a `Linear` under its old name: the base parameters keep their keys (`blocks.0.q.weight`) and two are
-added beside them (`blocks.0.q.lora_A`, `blocks.0.q.lora_B`). So a base checkpoint loads strictly before or after `inject`, and
-`base_state` of an injected model loads strictly into a plain one.
-"""
+"""Which layers get an adapter, and putting it there."""
 
 from __future__ import annotations
 
@@ -12,112 +7,129 @@ import fnmatch
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mmdit import rng
+from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
 from mmdit.config import ConfigError
 
-PARTS = ("lora_A", "lora_B")
+Make = Callable[[nn.Linear, torch.Generator], Adapter]
+
+
+@dataclass(frozen=True)
+class ModuleRank:
+    """An entry of `lora.per_module`: rank and alpha of the layers that `modules` choose (the first entry that does counts)."""
+
+    modules: tuple[str, ...]
+    rank: int
+    alpha: float
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """The `lora:` section. A target is the end of a module's dotted name, whole words (`q`, `cross.k`), or a pattern with
-    `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`; `*` also spans dots)."""
+    `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`; `*` also spans dots). Without targets: the model's
+    `lora_targets`, or q, k, v and proj."""
 
     enabled: bool = False
+    type: Literal["lora", "dora", "lokr"] = "lora"
     rank: int = 16
     alpha: float = 16.0
+    rslora: bool = False  # scale by alpha / sqrt(rank)
     dropout: float = 0.0
+    rank_dropout: float = 0.0  # the probability of leaving out a rank (lokr: an output row)
     train_lora_only: bool = True
-    target_modules: tuple[str, ...] = ("q", "k", "v", "proj")
+    target_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] = ()  # wins over target_modules
+    blocks: tuple[str, ...] = ()  # of the model, as numbers and ranges: ["0-9", "20"]; none: all
+    per_module: tuple[ModuleRank, ...] = ()
+    factor: int = 8  # lokr: size of the first factor; -1: both alike
+    full_second: bool = False  # lokr: the second factor whole, whatever the rank
+    decompose_first: bool = False  # lokr: the first factor of rank `rank`, too, where that is smaller
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError("rank", f"is {self.rank}; must be at least 1; 8 to 64 is usual")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError("alpha", f"is {self.alpha}; must be positive and finite; the update is scaled by alpha/rank")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("dropout", f"is {self.dropout}; must be in [0, 1)")
-        if not self.target_modules or not all(pattern.strip() for pattern in self.target_modules):
+        for rank, alpha in ((self.rank, self.alpha), *((entry.rank, entry.alpha) for entry in self.per_module)):
+            if rank < 1:
+                raise ConfigError("rank", f"is {rank}; must be at least 1; 8 to 64 is usual")
+            if not 0 < alpha < math.inf:
+                raise ConfigError("alpha", f"is {alpha}; must be positive and finite; the update is scaled by alpha/rank")
+        for name in ("dropout", "rank_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}; must be in [0, 1)")
+        if self.target_modules is not None and not (self.target_modules and all(word.strip() for word in self.target_modules)):
             raise ConfigError("target_modules", f"is {list(self.target_modules)}; must name linear layers, like [q, k]")
+        if self.rslora and self.type == "lokr":
+            raise ConfigError("rslora", "is true with type lokr, whose scale it does not define; use lora or dora")
+        if self.factor == 0 or self.factor < -1:
+            raise ConfigError("factor", f"is {self.factor}; must be positive, or -1")
+        for word in self.blocks:
+            if not re.fullmatch(r"\d+(-\d+)?", word):
+                raise ConfigError("blocks", f"has {word!r}; must be a number or a range such as '0-9'")
 
-
-class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank update. Shares the base layer's parameters; nothing changes in Python per call, so it is
-    safe under DDP and torch.compile. The adapter is float32 whatever the base is, and computes in the input's precision."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator | None = None):
-        nn.Module.__init__(self)  # Linear's own would allocate a second weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.alpha = alpha
-        self.dropout = dropout
-        bound = 1 / math.sqrt(base.in_features)  # Kaiming-uniform with a = √5, as in the authors' code
-        down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(down.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        self.train(base.training)
-
-    @property
-    def rank(self) -> int:
-        return len(self.lora_A)
-
-    @property
-    def scale(self) -> float:
-        """The one place where the strength is decided: forward, merge and export use it."""
-        return self.alpha / self.rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (…, in)` to `(…, out)`. B A is never formed: two thin products cost rank·(in + out) a token."""
-        base = F.linear(x, self.weight, self.bias)
-        h = F.dropout(x, self.dropout, self.training)
-        h = F.linear(h, self.lora_A.to(x.dtype)) * self.scale
-        return base + F.linear(h, self.lora_B.to(h.dtype)).to(base.dtype)
-
-    def plain(self) -> nn.Linear:
-        """The base layer: the same parameters, no adapter."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
-
-    def merged(self) -> nn.Linear:
-        """A plain layer with the update added, at least in float32, to a copy of the weight (it may be tied to another's)."""
-        precise = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.scale * (self.lora_B.detach().to(precise) @ self.lora_A.detach().to(precise))
-        weight = self.weight.detach().to(precise) + update
-        linear = self.plain()
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
-        return linear
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        """A checkpoint of the base alone is complete: its absent adapter is not missing. Half an adapter is."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        keys = {prefix + part for part in PARTS}
-        if not keys & state_dict.keys():
-            missing_keys[:] = [key for key in missing_keys if key not in keys]
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+    def maker(self, name: str) -> Make:
+        """Makes the adapter of the layer `name`."""
+        chosen = next((entry for entry in self.per_module if any(_matches(name, word) for word in entry.modules)), self)
+        common = {"rank": chosen.rank, "alpha": chosen.alpha, "dropout": self.dropout, "rank_dropout": self.rank_dropout}
+        if self.type == "lokr":
+            shape = {"factor": self.factor, "full_second": self.full_second, "decompose_first": self.decompose_first}
+            return lambda base, generator: LoKrLinear(base, **common, **shape, generator=generator)
+        kind = DoRALinear if self.type == "dora" else LoRALinear
+        return lambda base, generator: kind(base, **common, rslora=self.rslora, generator=generator)
 
 
 # ── choosing and injecting ───────────────────────────────────────────────────────────────────────────────────────────
-def select(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the `nn.Linear` layers that `patterns` choose, in model order. A pattern that chooses none is a ValueError
-    that says what it did match and which names are near."""
+def select(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the `nn.Linear` layers that `config` chooses, in model order. Words that choose none are a ValueError that says
+    what they did match and which names are near. Layers whose name has a word of the model's `lora_only_if_named` are chosen
+    only by a target that has it, too."""
     modules = dict(model.named_modules(remove_duplicate=False))
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]  # a subclass may not call forward
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = [name for name in linears if _matches(name, pattern)]
-        if not matched:
-            raise ValueError(f"lora.target_modules: {pattern!r} matches no linear layer{_hint(pattern, modules, linears)}")
-        chosen.update(matched)
+    reserved = getattr(model, "lora_only_if_named", ())
+
+    def matched(key: str, words: tuple[str, ...]) -> set[str]:
+        found: set[str] = set()
+        for word in words:
+            own = {name for name in linears if _matches(name, word)}
+            if not own:
+                raise ValueError(f"lora.{key}: {word!r} matches no linear layer{_hint(word, modules, linears)}")
+            found |= {name for name in own if key != "target_modules" or not any(part in name and part not in word for part in reserved)}
+        return found
+
+    chosen = matched("target_modules", config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS))
+    chosen -= matched("exclude_modules", config.exclude_modules)
+    for entry in config.per_module:
+        matched("per_module", entry.modules)
+    if config.blocks:
+        numbers = {number for word in config.blocks for number in _range(word)}
+        outside = numbers - {_block(name) for name in linears}
+        if outside:
+            there = sorted({_block(name) for name in linears} - {-1})
+            raise ValueError(f"lora.blocks: there is no block {min(outside)}; this model has {there[0]} to {there[-1]}" if there else
+                             "lora.blocks: this model has no numbered blocks")
+        chosen = {name for name in chosen if _block(name) in numbers}
+    if not chosen:
+        note = f"; layers of {', '.join(reserved)} are chosen only by a target that names them" if reserved else ""
+        raise ValueError(f"lora: target_modules without exclude_modules, within lora.blocks, leave no layer{note}")
     return [name for name in linears if name in chosen]
+
+
+DEFAULT_TARGETS = ("q", "k", "v", "proj")
+
+
+def _range(word: str) -> range:
+    first, _, last = word.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _block(name: str) -> int:
+    """The number of the block that a layer lies in; -1 outside."""
+    number = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+    return int(number[1]) if number else -1
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -128,7 +140,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _hint(pattern: str, modules: dict[str, nn.Module], linears: list[str]) -> str:
     others = [name for name in modules if name and _matches(name, pattern)]
-    if any(isinstance(modules[name], LoRALinear) for name in others):
+    if any(isinstance(modules[name], Adapter) for name in others):
         return f"; {others[0]!r} has an adapter already: merge it first"
     inside = sorted({name.rpartition(".")[2] for other in others for name in linears if name.startswith(other + ".")})
     if inside:
@@ -160,26 +172,26 @@ def _kind(name: str) -> str:
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
     """Adapts the chosen layers of `model` in place and returns their names; nothing when not `enabled`.
 
-    Each A is a function of (seed, layer name): every rank, order of injection and device gives the same. The model's output is
-    unchanged, bit for bit, as B starts at zero. With `train_lora_only` every other parameter of `model` is frozen.
+    Each adapter is a function of (seed, layer name): every rank, order of injection and device gives the same. The model's output
+    is unchanged, bit for bit, as one factor starts at zero. With `train_lora_only` every other parameter of `model` is frozen.
     """
     if not config.enabled:
         return []
-    names = select(model, config.target_modules)
-    insert(model, {name: (config.rank, config.alpha) for name in names}, config.dropout, seed)
+    names = select(model, config)
+    insert(model, {name: config.maker(name) for name in names}, seed)
     if config.train_lora_only:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(PARTS))
+            parameter.requires_grad_(is_adapter(name))
     return names
 
 
-def insert(model: nn.Module, shapes: dict[str, tuple[int, float]], dropout: float, seed: int) -> None:
-    """Adapts the named layers with their (rank, alpha); `inject` chooses them by pattern instead."""
+def insert(model: nn.Module, makers: dict[str, Make], seed: int = 0) -> None:
+    """Adapts the named layers; `inject` chooses them by pattern instead."""
     adapted = {}
-    for name, (rank, alpha) in shapes.items():
+    for name, make in makers.items():
         base = model.get_submodule(name)
         if base not in adapted:  # one layer may have several names
-            adapted[base] = LoRALinear(base, rank, alpha, dropout, rng.generator(seed, "lora", name))
+            adapted[base] = make(base, rng.generator(seed, "lora", name))
     _replace(model, adapted)
 
 
@@ -190,9 +202,9 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
                 setattr(parent, name, replacements[child])
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapted layers of `model` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -209,7 +221,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 def count(model: nn.Module) -> int:
     """Number of adapter parameters."""
-    return sum(module.lora_A.numel() + module.lora_B.numel() for module in adapters(model).values())
+    return sum(parameter.numel() for module in adapters(model).values() for parameter in module.own().values())
 
 
 def coverage(model: nn.Module) -> str:
@@ -218,7 +230,7 @@ def coverage(model: nn.Module) -> str:
     shapes = {}
     for name, module in adapters(model).items():
         row = rows.setdefault(_kind(name), [0, 0, 0])
-        for column, value in enumerate((1, module.weight.numel(), module.lora_A.numel() + module.lora_B.numel())):
+        for column, value in enumerate((1, module.weight.numel(), sum(p.numel() for p in module.own().values()))):
             row[column] += value
         shapes[_kind(name)] = f"{module.in_features}→{module.out_features} rank {module.rank}"
     rows["total"] = [sum(row[column] for row in rows.values()) for column in range(3)]

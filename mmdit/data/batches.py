@@ -24,7 +24,8 @@ from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
 from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
-from mmdit.data.clips import frame_numbers, jitter_limits, usable_frames
+from mmdit.data.clips import frame_numbers, jitter_limits, latent_video, usable_frames
+from mmdit.data.frames import crop_shares
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
@@ -97,13 +98,13 @@ class BatchPlan:
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
         spec = cache.manifest.spec
-        rate, video = video.fps, video.in_latents(spec) if spec.temporal > 1 else video
-        self.aligned = video.num_frames if spec.temporal > 1 else 1
-        self.video, self.global_batch, self.seed = video, global_batch, seed
-        rates = cache.rates - {rate}
+        self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
+        self.aligned = self.video.num_frames if spec.temporal > 1 else 1  # samples start where a window of the tokenizer did
+        rates = cache.rates - {video.fps}
         if rates:
             raise ValueError(f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a second, the "
                              f"config has video.fps: {video.fps:g}; set it to {min(rates):g}, or run the caching command again")
+        video = self.video
         self._ids, self._counts, grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
         self._shapes = grids
         self._frames = usable_frames(self._counts, video)
@@ -274,12 +275,13 @@ class LatentBatches(Dataset):
 
     def __init__(self, cache: LatentCache, plan: BatchPlan, *, rank: int = 0, world: int = 1, accum: int = 1,
                  in_memory: Literal["auto", True, False] = "auto", num_workers: int = 4,
-                 captions: CaptionsConfig | None = None):  # fmt: skip
+                 captions: CaptionsConfig | None = None, crops: bool = False):  # fmt: skip
         if plan.global_batch % (world * accum):
             raise ValueError(f"the global batch of {plan.global_batch} cannot be split over {world} processes and {accum} "
                              f"accumulation steps; make it a multiple of {world * accum}")
         self.cache, self.plan, self.rank, self.world, self.accum = cache, plan, rank, world, accum
         self.num_workers, self.in_memory, self.captions = num_workers, in_memory, captions or CaptionsConfig()
+        self.crops = crops  # whether batches say which part of its picture each item shows
         if in_memory == "auto":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
             self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
@@ -306,6 +308,7 @@ class LatentBatches(Dataset):
             ids=[cache.ids[i] for i in numbers],
             indices=draws.indices,
             facts=[cache.facts[i] for i in numbers],
+            crops=torch.tensor([crop_shares(cache.sources[i]) for i in numbers]) if self.crops else None,
         )
 
     __getitem__ = step  # as a map-style data set, for DataLoader's workers

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
 from mmdit.config import ConfigError
-from mmdit.interfaces import LatentSpec
 
 Size = tuple[int, int]  # pixels (width, height)
 
@@ -57,22 +56,6 @@ class VideoConfig:
     def needed(self, frames: int) -> int:
         """Source frames that a sample of `frames` needs at least."""
         return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
-
-    def windows(self, count: int) -> list[int]:
-        """Frame numbers of a clip of `count` for a tokenizer that compresses time, which must see them as they will be used:
-        all whole windows of a sample, one after another, or one of the largest `frame_counts` that fits. ValueError: too
-        short."""
-        fitting = [n for n in sorted((self.num_frames, *self.frame_counts), reverse=True) if self.needed(n) <= count]
-        if not fitting:
-            least = self.needed(min((self.num_frames, *self.frame_counts)))
-            raise ValueError(f"too short: {count} frames, a sample needs {least}")
-        starts = range(0, count - self.span + 1, self.span) if fitting[0] == self.num_frames else [0]
-        return [start + i * self.frame_stride for start in starts for i in range(fitting[0])]
-
-    def in_latents(self, spec: LatentSpec) -> VideoConfig:
-        """The same in latent frames of a tokenizer that compresses time: its cache holds windows of a sample."""
-        counts = tuple(spec.frames(count) for count in self.frame_counts)
-        return replace(self, num_frames=spec.frames(self.num_frames), frame_counts=counts, frame_stride=1)
 
     @property
     def span(self) -> int:

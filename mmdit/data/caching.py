@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
 from mmdit.data.cache import CacheWriter, load_item, to_half
+from mmdit.data.clips import cached_frames
 from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
 from mmdit.data.manifest import CacheManifest, write_aside
 from mmdit.data.records import Kind, Record
@@ -85,9 +86,9 @@ class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so that a million of them are
     neither pickled to nor copied by every worker."""
 
-    def __init__(self, kind: Kind, choose: Callable[[Size], Size], preprocess: PreprocessConfig, fps: float,
-                 windows: Callable[[int], list[int]] | None = None):  # fmt: skip
-        self.kind, self.choose, self.preprocess, self.fps, self.windows = kind, choose, preprocess, fps, windows
+    def __init__(self, kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig):
+        self.kind, self.choose, self.preprocess, self.fps = kind, manifest.choose, preprocess, video.fps
+        self.video = video if manifest.clip_plan and kind == "video" else None  # its frames are chosen here
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
@@ -113,13 +114,13 @@ class _Decode(Dataset):
                 boxes = boxes_of(source, target, self.preprocess, record.id)
             check_frame(name, image.size, source)
             frames.append([cut(image, box, target) for box in boxes.values()])
-        if self.windows and self.kind == "video":
-            frames = [frames[i] for i in self.windows(len(frames))]
+        chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
         origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
         origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
+        origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if image.info.get("animated") else {}
         return [
-            (np.stack([frame[i] for frame in frames]),
+            (np.stack([frames[number][i] for number in chosen]),
              Meta(self.preprocess.item_id(record.id, crop), record.caption, record.facts,
                   origin | {"crop": [round(side, 3) for side in box]}))
             for i, (crop, box) in enumerate(boxes.items())
@@ -173,6 +174,19 @@ def stamp_of(record: Record, kind: Kind, fps: float) -> int | str | None:
         return os.stat(record.path).st_size if kind == "image" else len(list_frames(record.path))
     except OSError:
         return None
+
+
+def decoded(records: list[Record], kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig,
+            num_workers: int, device: torch.device | str = "cpu"
+            ) -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:  # fmt: skip
+    """Cut pictures of the records, decoded by workers, in their order: how many records, uint8 groups `(B, F, 3, H, W)` of one
+    size with what is known of each, the rows of what was skipped, and how many crops repeated another."""
+    chunk = 16 if kind == "image" else 1
+    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    loader = DataLoader(_Decode(kind, manifest, preprocess, video), batch_size=None, sampler=parts,
+                        pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
+    for part, result in zip(parts, loader, strict=True):
+        yield len(part), *result
 
 
 def _ignore_interrupt(_worker: int) -> None:
@@ -251,12 +265,13 @@ def cache_latents(
 
     def flush(key: tuple) -> None:
         parts = buffers.pop(key)
-        pixels, metas = torch.cat([part for part, _ in parts]), [meta for _, group in parts for meta in group]
+        pixels = torch.cat([part.to(device, non_blocking=True) for part, _ in parts])  # joined there: page-locked here
+        metas = [meta for _, group in parts for meta in group]
         for first in range(0, len(metas), batch_size):
             chunk = slice(first, first + batch_size)
             with torch.inference_mode():
-                unit = to_unit(pixels[chunk].to(device, non_blocking=True))
-                windows = unit.split(video.num_frames, 1) if tokenizer.spec.temporal > 1 else [unit]
+                unit = to_unit(pixels[chunk])
+                windows = unit.split(video.num_frames, 1) if manifest.clip_plan else [unit]
                 latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
             saving.append(saver.submit(save, latents, metas[chunk]))
             while len(saving) > 4:
@@ -264,15 +279,11 @@ def cache_latents(
 
     try:
         pending = _pending(records, kind, writer, preprocess, video.fps, report)
-        chunk = 16 if kind == "image" else 1
-        select = video.windows if tokenizer.spec.temporal > 1 else None
-        loader = DataLoader(_Decode(kind, manifest.choose, preprocess, video.fps, select), batch_size=None,
-                            sampler=[pending[i : i + chunk] for i in range(0, len(pending), chunk)],
-                            pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
+        parts = decoded(pending, kind, manifest, preprocess, video, num_workers, device)
         unit = "image" if kind == "image" else "clip"
         bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
         with bar:
-            for number, (groups, skipped, same) in enumerate(loader):
+            for count, groups, skipped, same in parts:
                 report.skipped += skipped
                 report.same_crops += same
                 for pixels, metas in groups:
@@ -280,7 +291,7 @@ def cache_latents(
                     buffers.setdefault(key, []).append((pixels, metas))
                     if kind == "video" or sum(len(group) for _, group in buffers[key]) >= batch_size:
                         flush(key)
-                bar.update(len(pending[number * chunk : (number + 1) * chunk]))
+                bar.update(count)
                 bar.set_postfix(skipped=len(report.skipped), refresh=False)
                 if len(report.skipped) >= HOPELESS and not (report.written or report.already or saving or buffers):
                     break

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from mmdit import rng
@@ -59,7 +59,9 @@ def load_image(path: str | Path) -> Image.Image:
     frame of an animation (`info["animated"]` says so). OSError (or whatever a decoder raises): missing, truncated, no image."""
     with Image.open(path) as image:
         animated = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)  # those hold other pictures
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else only a copy
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits per pixel (or 16 in 32): Pillow would clip at 255
             values = np.asarray(image).astype(np.float64)
             wide = image.mode.startswith("I;16") or values.max() > 255
@@ -69,7 +71,7 @@ def load_image(path: str | Path) -> Image.Image:
         if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" and not animated else image.convert("RGB")  # a copy is a tenth of the work
         image.info = {"animated": animated}
         return image
 
@@ -95,6 +97,15 @@ def crop_box(source: Size, target: Size, preprocess: PreprocessConfig, id: str, 
         offsets.append(slack * place)
     left, top = offsets
     return left, top, min(left + box[0], source[0]), min(top + box[1], source[1])
+
+
+def crop_shares(source: dict) -> Box:
+    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as an item stores it; all of
+    the picture where no crop was stored (generated items)."""
+    if "crop" not in source:
+        return 0.0, 0.0, 1.0, 1.0
+    (width, height), (left, top, right, bottom) = source["size"], source["crop"]
+    return left / width, top / height, right / width, bottom / height
 
 
 def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:

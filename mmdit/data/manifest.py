@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
+from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
 from mmdit.interfaces import LatentSpec, Tokenizer
 
@@ -21,14 +23,20 @@ FORMAT = 1
 def write_aside(path: Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
     """All of `data`, perhaps in pieces, at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs
     between those that write at the same time."""
-    aside = path.with_name(f".writing-{writer}.tmp")
+    aside = f"{path.parent}/.writing-{writer}.tmp"
     try:
-        aside.unlink(missing_ok=True)  # of a killed process; never written through, if it is a link
-        with aside.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
+        try:
+            file = open(aside, "xb", buffering=0)
+        except FileExistsError:  # of a killed process; never written through, if it is a link
+            os.unlink(aside)
+            file = open(aside, "xb", buffering=0)
+        with file:
+            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
+                while len(piece):  # a system call writes at most 2 GiB
+                    piece = memoryview(piece).cast("B")[file.write(piece) :]
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 
@@ -40,7 +48,8 @@ def no_link(path: Path) -> Path:
 
 
 def lock(file: IO) -> None:
-    """Holds `file` until it is closed; ValueError if another process does."""
+    """Holds `file` until it is closed; ValueError if another process does. A forked worker lets go of it: one that outlives its
+    killed parent by seconds must not keep the next run away."""
     try:
         import fcntl
     except ImportError:  # Windows: no lock, and nothing else depends on it
@@ -50,7 +59,17 @@ def lock(file: IO) -> None:
     except BlockingIOError:
         raise ValueError(f"another process is writing to {file.name}; wait for it, or use another folder") from None
     except OSError:
-        pass  # a file system without locks
+        return  # a file system without locks
+    known = weakref.ref(file)
+
+    def let_go() -> None:
+        held = known()
+        if held is not None and not held.closed:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, held.fileno(), inheritable=False)
+            os.close(nothing)
+
+    os.register_at_fork(after_in_child=let_go)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class CacheManifest:
     source: str = ""
     format: int = FORMAT
     max_pixels_per_frame: int = 0
+    clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
 
     @staticmethod
     def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
@@ -73,13 +93,10 @@ class CacheManifest:
         """The manifest that this config asks for: written when caching, wanted when training."""
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
-        sizes = () if bucketing.budget else sizes
-        name, described = getattr(tokenizer, "name", type(tokenizer).__name__), preprocess.describe()
-        if tokenizer.spec.temporal > 1:  # which frames a sample has is decided before they are encoded
-            described |= {"num_frames": video.num_frames, "frame_stride": video.frame_stride}
-            described |= {"frame_counts": list(video.frame_counts)}
-        return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, described,
-                             source, max_pixels_per_frame=bucketing.budget)  # fmt: skip
+        sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
+        name = getattr(tokenizer, "name", type(tokenizer).__name__)
+        return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
+                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan)  # fmt: skip
 
     def choose(self, source: Size) -> Size:
         """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
@@ -118,6 +135,7 @@ class CacheManifest:
         pairs = [
             ("latent channels", self.spec.channels, wanted.spec.channels),
             ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
+            ("frames per latent frame", self.spec.temporal, wanted.spec.temporal),
             ("bucketing.enabled", self.bucketed, wanted.bucketed),
             ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
             ("bucketing.max_pixels_per_frame", self.max_pixels_per_frame, wanted.max_pixels_per_frame),
@@ -125,8 +143,9 @@ class CacheManifest:
         if self.tokenizer != wanted.tokenizer:  # the name alone (a moved checkpoint) decides nothing
             names = [f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)]
             pairs.insert(0, ("tokenizer", *names))
-        names = sorted({*self.preprocess, *wanted.preprocess})
-        pairs += [(f"preprocess.{name}", self.preprocess.get(name), wanted.preprocess.get(name)) for name in names]
+        sections = ("preprocess", self.preprocess, wanted.preprocess), ("video", self.clip_plan, wanted.clip_plan)
+        for section, here, asked in sections:
+            pairs += [(f"{section}.{name}", here.get(name), asked.get(name)) for name in sorted({*here, *asked})]
         return [f"{what}: the cache has {here}, the config asks {asked}" for what, here, asked in pairs if here != asked]
 
     def check(self, folder: str | Path, wanted: CacheManifest) -> None:

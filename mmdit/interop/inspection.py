@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from mmdit.adapters import is_adapter
 from mmdit.interop.lora_formats import PARTS, PREFIXES
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
 from mmdit.weights import SCALES, Checkpoint
@@ -43,12 +44,15 @@ def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
 
 def _kind(entries: dict) -> dict:
     """What the names and shapes make."""
-    adapter = [name for name in entries if name.endswith(tuple(end for end, part in PARTS.items() if part in ("A", "B")))]
+    ends = {name: max((end for end in PARTS if name.endswith(end)), key=len, default="") for name in entries}
+    adapter = {name: (name.removesuffix(end), PARTS[end]) for name, end in ends.items() if is_adapter("." + PARTS.get(end, ""))}
     if adapter:
         prefix = next(p for p in PREFIXES if all(name.startswith(p) for name in adapter))
-        downs = [name for name in adapter if PARTS[max((e for e in PARTS if name.endswith(e)), key=len)] == "A"]
-        ranks = Counter(entries[name].shape[0] for name in downs)
-        return {"kind": "LoRA", "prefix": prefix, "layers": len(downs), "ranks": {str(r): n for r, n in sorted(ranks.items())},
+        parts = {part for _, part in adapter.values()}
+        kind = "LoKr" if any(part.startswith("lokr") for part in parts) else "DoRA" if "lora_magnitude" in parts else "LoRA"
+        ranks = Counter(entries[name].shape[0] for name, (_, part) in adapter.items() if part in ("lora_A", "lokr_w2_b"))
+        return {"kind": kind, "prefix": prefix, "layers": len({layer for layer, _ in adapter.values()}),
+                "ranks": {str(r): n for r, n in sorted(ranks.items())},
                 "alphas": sum(name.endswith(".alpha") for name in entries)}  # fmt: skip
     names, layout, prefix = official_names(list(entries))
     try:

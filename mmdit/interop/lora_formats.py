@@ -1,6 +1,7 @@
-"""LoRA files of other tools, read into and written from any of our models: PEFT, Diffusers, kohya, ComfyUI and their relatives.
+"""LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT, Diffusers, kohya, ComfyUI and
+their relatives.
 
-All mean `ΔW = s B A`; they differ in how a layer is named and where `s` stands: in `.alpha` tensors (s = alpha / rank), in a
+All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named and where `s` stands: in `.alpha` tensors (s = alpha / rank), in a
 config beside the weights or in the file's header, or nowhere (s = 1).
 """
 
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, kind_of
 from mmdit.adapters.lora import adapters, insert, near
 from mmdit.interop.wan import diffusers_module
 from mmdit.models.wan import WanDiT
@@ -32,9 +34,10 @@ Format = Literal["peft", "diffusers", "kohya", "comfy"]
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_", "")
 EXPERTS = {"transformer_1.": "high", "transformer_2.": "low"}
 PARTS = {  # ends of keys → what they hold
-    **{f".lora_{part}{end}": part for part in "AB" for end in ("", ".weight", ".default.weight")},
-    ".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha", ".diff": "weight", ".diff_b": "bias",
-    ".dora_scale": "dora",
+    **{f".lora_{part}{end}": f"lora_{part}" for part in "AB" for end in ("", ".weight", ".default.weight")},
+    ".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha", ".diff": "weight", ".diff_b": "bias",
+    ".dora_scale": "lora_magnitude", ".lora_magnitude": "lora_magnitude", ".lora_magnitude_vector": "lora_magnitude", ".lora_magnitude_vector.weight": "lora_magnitude",
+    **{f".{part}": part for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
 }  # fmt: skip
 HEADER = "lora_adapter_metadata"  # of Diffusers
 SAME = 1e-6  # relative error that a saved and reloaded update may have
@@ -42,12 +45,18 @@ SAME = 1e-6  # relative error that a saved and reloaded update may have
 
 @dataclass
 class Update:
-    """Of one linear layer: `ΔW = scale · B A`, `A (rank, in)`, `B (out, rank)`."""
+    """Of one linear layer: tensors by the names of `adapters.layers`."""
 
-    A: Tensor | None = None
-    B: Tensor | None = None
-    alpha: float | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None  # as the file has it
     scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return next((len(tensor) for name, tensor in self.parts.items() if name == "lora_A" or name.endswith("_b")), 1)
+
+    def adapter(self, base: nn.Linear) -> Adapter:
+        return kind_of(self.parts)[0].of(base, self.parts, self.scale * self.rank)
 
 
 @dataclass
@@ -76,7 +85,7 @@ def foreign_names(model: nn.Module) -> dict[str, str]:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None) -> LoRAFile:
     """The file, or PEFT folder, at `path` in terms of `model`. ValueError: keys that name no layer of it (with near names),
-    half an update, another shape, two experts of which none is chosen, or DoRA."""
+    half an update, another shape, or two experts of which none is chosen."""
     path, names, result = Path(path), foreign_names(model), LoRAFile()
     folder = path.is_dir() and (path / "adapter_config.json").is_file()
     stored = Checkpoint(path)
@@ -88,14 +97,13 @@ def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
         module, part = found
         if module is None:
             unknown.append(key)
-        elif part == "dora":
-            raise ValueError(f"{path} is a DoRA file ({key}): its magnitudes would be lost; merge it with its own tool")
         elif part in ("weight", "bias"):
             result.differences[f"{module}.{part}"] = tensor
         elif part == "alpha":
             result.updates.setdefault(module, Update()).alpha = float(tensor)
         else:
-            setattr(result.updates.setdefault(module, Update()), part, tensor)
+            tensor = tensor.squeeze(1) if part == "lora_magnitude" and tensor.ndim == 2 else tensor
+            result.updates.setdefault(module, Update()).parts[part] = tensor
     if unknown:
         word = re.sub(r"\.?lora_.*$|\.alpha$|\.diff(_b)?$", "", unknown[0])
         raise ValueError(f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, first {unknown[0]}"
@@ -147,7 +155,9 @@ def _header(file: Path) -> dict:
 
 
 def _scale(update: Update, settings: dict, module: str, model: nn.Module) -> float:
-    rank = len(update.A)
+    rank = update.rank
+    if update.parts.keys() == {"lokr_w1", "lokr_w2"}:
+        return 1.0  # every reader of whole factors ignores alpha
     if update.alpha is not None:
         return update.alpha / rank
     if "lora_alpha" not in settings:
@@ -162,14 +172,18 @@ def _scale(update: Update, settings: dict, module: str, model: nn.Module) -> flo
 
 def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
     layer = model.get_submodule(module)
-    if update.A is None or update.B is None:
-        raise ValueError(f"{path}: {module} has {'no lora_A (down)' if update.A is None else 'no lora_B (up)'}: half an update")
-    shapes = tuple(update.A.shape), tuple(update.B.shape)
+    for part, word in (("lora_A", "down"), ("lora_B", "up")):
+        if part not in update.parts and not any(name.startswith("lokr") for name in update.parts):
+            raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{path}: an update of {module}, which is a {type(layer).__name__}; only linear layers can have one")
-    rank = len(update.A)
-    if shapes != ((rank, layer.in_features), (layer.out_features, rank)):
-        raise ValueError(f"{path}: {module} has A {shapes[0]} and B {shapes[1]}; this layer is {layer.in_features} → "
+    try:
+        _, *sizes = kind_of(update.parts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {module}: {error}") from None
+    if sizes != [layer.in_features, layer.out_features]:
+        shapes = ", ".join(f"{name.removeprefix('lora_')} {tuple(tensor.shape)}" for name, tensor in update.parts.items())
+        raise ValueError(f"{path}: {module} has {shapes}; this layer is {layer.in_features} → "
                          f"{layer.out_features}: the LoRA is for a model of another size")
 
 
@@ -180,11 +194,7 @@ def load_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
     if adapters(model):
         raise ValueError("the model has adapters already: merge or remove them first")
     content = read_lora(model, path, expert)
-    insert(model, {name: (len(u.A), u.scale * len(u.A)) for name, u in content.updates.items()}, dropout=0.0, seed=0)
-    for name, layer in adapters(model).items():
-        if name in content.updates:
-            layer.lora_A.copy_(content.updates[name].A)
-            layer.lora_B.copy_(content.updates[name].B)
+    insert(model, {name: lambda base, _, update=update: update.adapter(base) for name, update in content.updates.items()})
     parameters = dict(model.named_parameters())
     for name, difference in content.differences.items():
         parameters[name].add_(difference.to(parameters[name]))
@@ -194,35 +204,49 @@ def load_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def save_lora(model: nn.Module, path: str | Path, format: Format) -> None:
     """Write the adapters of `model`: `diffusers`, `kohya` or `comfy` as one file, `peft` as a folder. Then it is read back and
-    compared, layer by layer, before it bears its name. ValueError: no adapters, or a path that is there."""
+    compared, layer by layer, before it bears its name. LoKr is written as LyCORIS does (`kohya`, `comfy`), with its scale in W1:
+    readers ignore the alpha of whole factors. ValueError: no adapters, a path that is there, LoKr in the other formats."""
     path, layers = Path(path), adapters(model)
     if format not in ("peft", "diffusers", "kohya", "comfy"):
         raise ValueError(f"format is {format!r}; must be peft, diffusers, kohya or comfy")
     if not layers:
         raise ValueError("the model has no adapters to save")
+    if format != "peft" and path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors: {format} is one file")
     if path.exists():
         raise ValueError(f"{path} is there already; choose another place")
+    if format in ("peft", "diffusers") and any(isinstance(layer, LoKrLinear) for layer in layers.values()):
+        raise ValueError(f"{format} files hold no LoKr; choose kohya or comfy")
     diffusers = format in ("peft", "diffusers") and isinstance(model, WanDiT)
     theirs = {name: diffusers_module(name) if diffusers else name for name in layers}
-    ranks, alphas = ({theirs[n]: getattr(m, key) for n, m in layers.items()} for key in ("rank", "alpha"))
+    ranks, alphas = {theirs[n]: m.rank for n, m in layers.items()}, {theirs[n]: m.scale * m.rank for n, m in layers.items()}
     common = (Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0])
     settings = {
         "peft_type": "LORA", "r": common[0], "lora_alpha": common[1], "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(theirs.values()), "use_rslora": False,
+        "target_modules": list(theirs.values()), "use_rslora": False, "use_dora": any(isinstance(m, DoRALinear) for m in layers.values()),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common[0]},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common[1]},
     }  # fmt: skip
     tensors, header = {}, {"format": "pt"}
     for name, layer in layers.items():
-        a, b = layer.lora_A.detach().cpu().contiguous(), layer.lora_B.detach().cpu().contiguous()
-        if format == "kohya":
-            key = f"lora_unet_{name.replace('.', '_')}"
-            alpha = torch.tensor(float(layer.alpha))
-            tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": alpha}
+        own = {part: tensor.cpu().contiguous() for part, tensor in layer.state().items()}
+        prefix = {"peft": "base_model.model.", "diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"}[format]
+        key = prefix + (name.replace(".", "_") if format == "kohya" else theirs[name])
+        alpha = own.pop("alpha")
+        if isinstance(layer, LoKrLinear):
+            first = "lokr_w1" if "lokr_w1" in own else "lokr_w1_a"
+            own[first] = own[first] * layer.scale
+            tensors |= {f"{key}.{part}": tensor for part, tensor in own.items()} | {f"{key}.alpha": torch.tensor(float(layer.rank))}
             continue
-        prefix = {"peft": "base_model.model.", "diffusers": "transformer.", "comfy": "diffusion_model."}[format]
-        b = b * layer.scale if format == "comfy" else b
-        tensors |= {f"{prefix}{theirs[name]}.lora_A.weight": a, f"{prefix}{theirs[name]}.lora_B.weight": b}
+        ends = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude": ".lora_magnitude_vector"}
+        if format in ("kohya", "comfy") and "lora_magnitude" in own:
+            ends["lora_magnitude"], own["lora_magnitude"] = ".dora_scale", own["lora_magnitude"][:, None].contiguous()
+        if format == "kohya":
+            ends |= {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight"}
+            tensors[f"{key}.alpha"] = alpha
+        if format == "comfy":
+            own["lora_B"] = own["lora_B"] * layer.scale
+        tensors |= {key + ends[part]: tensor for part, tensor in own.items()}
     aside = path.with_name(f".writing-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if format == "peft":
@@ -242,7 +266,7 @@ def save_lora(model: nn.Module, path: str | Path, format: Format) -> None:
 def _compare(model: nn.Module, written: Path) -> None:
     back = read_lora(model, written).updates
     for name, layer in adapters(model).items():
-        expected = layer.scale * (layer.lora_B.detach().double() @ layer.lora_A.detach().double()).cpu()
-        found = back[name].scale * (back[name].B.double() @ back[name].A.double())
-        if (found - expected).norm() > SAME * expected.norm():
+        expected, found = layer.delta(), back[name].adapter(layer).delta()
+        lengths = [own.get("lora_magnitude", torch.zeros(1)) for own in (layer.state(), back[name].parts)]
+        if (found - expected).norm() > SAME * expected.norm() or not torch.equal(*(length.cpu() for length in lengths)):
             raise ValueError(f"{written}: {name} is not what was saved; it is left for inspection")

@@ -18,7 +18,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
-from mmdit.nn.conditioning import PooledText, TextContext, TimeEmbedding
+from mmdit.nn.conditioning import CropEmbedding, PooledText, TextContext, TimeEmbedding
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, modulated_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition, Rotary, temporal_rotary
@@ -45,8 +45,10 @@ class VideoMMDiTConfig:
     qk_norm: bool = True
     temporal_position: bool = True  # False: frames are a set; the control that cannot tell left from right motion
     pooled_text: bool = True  # the caption's mean also enters the modulation
+    crop: bool = False  # tell the model which part of its picture each sample shows; drawn pictures are whole ones
     residual: Literal["float32", "autocast"] = "float32"  # the stream between blocks; autocast's type is half the traffic
-    checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more time
+    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, up to a third more time
+    checkpoint_every: int = 1  # with checkpointing, of every n-th block: 2 saves half as much
 
     def __post_init__(self):
         for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):
@@ -60,8 +62,9 @@ class VideoMMDiTConfig:
         if self.dim % self.num_heads or self.head_dim % 4:
             message = f"is {self.num_heads}, but dim {self.dim} must split into heads of a width divisible by 4"
             raise ConfigError("num_heads", f"{message}; change one of the two")
-        if self.window_size < 1:
-            raise ConfigError("window_size", f"is {self.window_size}; must be at least 1")
+        for name in ("window_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
         if not self.mlp_ratio > 0:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
         if not 0 <= self.dropout < 1:
@@ -114,6 +117,7 @@ class VideoMMDiT(nn.Module):
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
+        self.crop = CropEmbedding(dim) if config.crop else None
         self.modulation = nn.Linear(dim, 3 * SUBLAYERS * dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
@@ -132,6 +136,8 @@ class VideoMMDiT(nn.Module):
                 nn.init.normal_(module.null, std=0.02)
         for module in (self.modulation, self.final_modulation, self.output, self.frame.embed):
             nn.init.zeros_(module.weight)
+        if self.crop is not None:
+            self.crop.init_weights()
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
@@ -162,14 +168,20 @@ class VideoMMDiT(nn.Module):
         grid = self.windows(rows, columns)
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
-    def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: Tensor | None = None,
+                crop: Tensor | None = None) -> Tensor:
         """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions → the prediction, shaped like `x`. `keep`: from
-        `draw_keep`. ValueError if shapes do not belong together."""
+        `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError if shapes do not
+        belong together."""
         self._check(x, t, text)
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
             time = self.time(t)
+            if self.crop is not None:
+                time = time + self.crop(t.new_tensor([[0.0, 0.0, 1.0, 1.0]]) if crop is None else crop)
+            elif crop is not None:
+                raise ValueError("crop is given, but the model was built without; set model.crop: true")
             when = self.frame(x.shape[1] if self.config.temporal_position else 1)  # (f or 1, d)
             where = self.position(coordinates(grid, x.device, exact)) + when[:, None, None]  # (f or 1, n, k, d)
         tokens, valid = self.text(text)
@@ -191,7 +203,7 @@ class VideoMMDiT(nn.Module):
         def run(x: Tensor, first: int, end: int, layouts: list[Places]) -> Tensor:
             for index in range(first, end):
                 arguments = (x, *condition, layouts[index % 2], time)
-                if self.config.checkpointing and torch.is_grad_enabled():
+                if self.config.checkpointing and index % self.config.checkpoint_every == 0 and torch.is_grad_enabled():
                     x = checkpoint(self.blocks[index], *arguments, use_reentrant=False)
                 else:
                     x = self.blocks[index](*arguments)
@@ -222,7 +234,7 @@ class VideoMMDiT(nn.Module):
         windows, places = layout.counts[0] * layout.counts[1], layout.height * layout.width
         tokens = frames * windows * places
         total = tokens * (weights(self.input, False) + weights(self.output)) + text * weights(self.text, False)
-        once = (self.time, self.modulation, self.final_modulation, self.pooled)
+        once = (self.time, self.modulation, self.final_modulation, self.pooled, self.crop)
         total += sum(weights(part) for part in once if part is not None)
         for index, block in enumerate(self.blocks):
             routed = kept is not None and self.span[0] <= index < self.span[1]

@@ -205,6 +205,9 @@ class WanDiT(nn.Module):
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 
+    lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
+    lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
+
     def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False):
         super().__init__()
         self.config, self.collapse_padding, self.checkpointing = config, collapse_padding, checkpointing

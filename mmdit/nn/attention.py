@@ -5,6 +5,7 @@ Axes: b sample · f frame · n window · k place in the window · t text token �
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 
 import torch
@@ -16,12 +17,15 @@ from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
 from mmdit.nn.window import Places, shift_windows
 
+observers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []  # of queries, keys and mask (diagnostics.attention)
 GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """Softmax attention. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`, `valid` bool broadcastable to `(b, h, l, m)`, True = attend
-    (every query needs one valid key); returns `(b, h, l, d)`."""
+    (every query needs one valid key), or a bias on the logits; returns `(b, h, l, d)`."""
+    for observer in observers:
+        observer(q, k, valid)
     for axis in (0, 1):
         if q.shape[axis] > GRID_LIMIT:
             shared = valid is None or valid.shape[axis] == 1

@@ -31,6 +31,24 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
+class CropEmbedding(nn.Module):
+    """Which part of its picture a sample shows, `(b, 4)` left, top, right, bottom as shares → `(b, dim)`: the conditioning on
+    crop coordinates of SDXL (Podell et al. 2023, section 2.2). Zero before training, for any crop."""
+
+    frequencies = 8  # periods of the whole picture down to 1/128
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = perceptron(8 * self.frequencies, dim)
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.mlp[2].weight)
+
+    def forward(self, crop: Tensor) -> Tensor:
+        turns = upcast(crop)[..., None] * 2.0 ** torch.arange(self.frequencies, device=crop.device) * math.pi
+        return self.mlp(torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp[0].weight.dtype))
+
+
 class TextContext(nn.Module):
     """Captions as attention context: a learned null token, always valid, and then the caption's tokens. A dropped caption
     attends to the null token alone."""

@@ -13,7 +13,7 @@ import torch
 from mmdit.data.caching import cache_latents
 from mmdit.data.records import PATH_KEYS, Kind, read_records
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, verify_cache
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -30,6 +30,8 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
+    parser.add_argument("--verify", action="store_true", help="cache nothing: read every file of out_dir, list what is damaged "
+                        "(as mmdit.scripts.verify_cache)")  # fmt: skip
     if kind == "video":
         parser.add_argument("--prefer", choices=PATH_KEYS[kind], default="frames_dir", help="if a line has both [frames_dir]")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
@@ -44,6 +46,8 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
         meta = Path(args.meta_jsonl)
         meta = meta / f"{args.split}_{NAMES[kind]}.jsonl" if meta.is_dir() else meta
         out_dir = Path(args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}")
+        if args.verify:
+            return verify_cache.main(["--cache_dir", str(out_dir)])
         records = read_records(meta, kind, getattr(args, "prefer", ""))
         device = choose_device(args.device)
         if device == torch.device("cuda"):

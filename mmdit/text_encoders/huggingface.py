@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
+from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 @dataclass(frozen=True)
 class HuggingFaceConfig:
     """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens. `dim` may be left out; if
-    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only)."""
+    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only);
+    `cache_dir` keeps them in files, too, for the next run (`stored`)."""
 
     type: Literal["hf"] = "hf"
     name_or_path: str = ""
@@ -45,6 +47,7 @@ class HuggingFaceConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     local_files_only: bool = False
     cache_mb: int = 1024
+    cache_dir: str = ""
 
     def __post_init__(self):
         if not self.name_or_path:
@@ -55,6 +58,9 @@ class HuggingFaceConfig:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
         if self.cache_mb < 0:
             raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
+        if self.cache_dir and not self.freeze:
+            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is "
+                              "trained change with each step; leave it empty")
         if not self.freeze and self.dtype != "float32":
             remedy = "set dtype: float32 (train.precision still computes in half precision) or freeze: true"
             raise ConfigError("dtype", f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}")
@@ -113,6 +119,14 @@ class HuggingFaceEncoder(nn.Module):
         """Empties the memory of embeddings. Moving the module and loading a state do so by themselves."""
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._kept_bytes = 0
+        self._stored: StoredEmbeddings | None = None
+
+    def _files(self) -> StoredEmbeddings | None:
+        if self._stored is None and self.config.cache_dir:
+            settings = (self.config.max_length, GROUP, LENGTH_STEP)  # a batch's shape decides its rounding
+            key = encoder_key(self.encoder, self.tokenizer, *settings)
+            self._stored = StoredEmbeddings(Path(self.config.cache_dir).expanduser(), key, self.dim)
+        return self._stored
 
     def _apply(self, *arguments, **keywords):
         self.forget()
@@ -175,13 +189,20 @@ class HuggingFaceEncoder(nn.Module):
         """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's precision."""
         known = self.silent | {caption: self._kept[caption] for caption in captions if caption in self._kept}
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        files = self._files() if new else None
+        if files:
+            known |= files.load(new)
+            new = [caption for caption in new if caption not in known]
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for caption, ids in zip(new, self._tokenize(new), strict=True):
             length = min(ceil(max(1, len(ids)) / LENGTH_STEP) * LENGTH_STEP, self.config.max_length)
             by_length.setdefault(length, []).append((caption, ids))
         for length, items in by_length.items():
             for start in range(0, len(items), GROUP):
-                known |= self._encode_group(items[start : start + GROUP], length)
+                encoded = self._encode_group(items[start : start + GROUP], length)
+                known |= encoded
+                if files:
+                    files.save(encoded)
         self._keep(known)
         return known
 

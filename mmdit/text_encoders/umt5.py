@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import html
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
-from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder, _reported
+from mmdit.text_encoders.huggingface import GROUP, LENGTH_STEP, HuggingFaceConfig, HuggingFaceEncoder, _reported
+from mmdit.text_encoders.stored import StoredEmbeddings, files_key
 from mmdit.weights import Checkpoint, fill
 
 logger = logging.getLogger(__name__)
@@ -43,24 +42,20 @@ OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.fi
 class UMT5Config(HuggingFaceConfig):
     """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or one with `text_encoder/`.
     tokenizer_path: folder with tokenizer.json or spiece.model; empty: looked for beside the weights. train_blocks: with
-    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. cache_dir: a folder that
-    keeps the tokens of captions (frozen only, see `mmdit.scripts.cache_text`); the encoder is loaded when one is missing
-    there."""
+    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. With `cache_dir` the encoder is
+    loaded only when a caption is missing there (see `mmdit.scripts.cache_text`)."""
 
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer_path: str = ""
     train_blocks: int = 0
-    cache_dir: str = ""
 
     def __post_init__(self):
         super().__post_init__()
         if self.train_blocks < 0 or (self.train_blocks and self.freeze):
-            raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and "
-                              "needs freeze: false to train them")  # fmt: skip
-        if self.cache_dir and not self.freeze:
-            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; what is trained cannot be kept")
+            raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and needs freeze: "
+                              "false to train them")  # fmt: skip
 
 
 class UMT5Encoder(HuggingFaceEncoder):
@@ -77,17 +72,10 @@ class UMT5Encoder(HuggingFaceEncoder):
         with _reported("weights", config.name_or_path, config):
             stored = Checkpoint(path)
             encoder = nn.Identity() if config.cache_dir else _load(stored, path, getattr(torch, config.dtype))
-            tokenizer = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored)
-            if not config.cache_dir:
-                return tokenizer, encoder
+            tokenizer, self.vocabulary = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored)
             if not (names := [name for name in NORMS if name in stored.entries]):
                 raise ValueError(f"{path} is no UMT5 encoder: {NORMS[0]} is missing among its {len(stored.entries)} tensors")
-            norm = stored.tensor(names[0])
-        self.width, digest = len(norm), hashlib.sha256(norm.float().numpy().tobytes())
-        sizes = sorted((transformers_name(name), entry.shape) for name, entry in stored.entries.items())
-        digest.update(repr((sizes, config.dtype, config.max_length)).encode())
-        self.folder = Path(config.cache_dir) / digest.hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+            (self.width,) = stored.entries[names[0]].shape
         return tokenizer, encoder
 
     @property
@@ -97,26 +85,18 @@ class UMT5Encoder(HuggingFaceEncoder):
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         if isinstance(self.encoder, nn.Identity):
             path = _locate(Path(self.config.name_or_path).expanduser())
-            logger.info("a caption is not in %s: loading the text encoder", self.folder)
-            encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype))
-            self.encoder = encoder.requires_grad_(False).to(self.device)
+            logger.info("a caption is not in %s: loading the text encoder", self.config.cache_dir)
+            self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
         return super()._hidden(ids, mask)
 
-    def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
-        if not self.config.cache_dir:
-            return super()._remembered(captions)
-        files = {caption: self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors" for caption in captions}
-        new = [caption for caption in files if caption not in self._kept]
-        found = {caption: load_file(files[caption])["tokens"] for caption in new if files[caption].is_file()}
-        missing = [caption for caption in files if caption not in self._kept and caption not in found]
-        known = (super()._remembered(missing) if missing else {}) | found
-        for caption in missing:
-            aside = self.folder / f".{os.getpid()}-{files[caption].name}"
-            save_file({"tokens": known[caption].contiguous()}, aside)
-            os.replace(aside, files[caption])
-        known |= {caption: self._kept[caption] for caption in files if caption not in known}
-        self._keep(known)
-        return known
+    def _files(self) -> StoredEmbeddings | None:
+        config = self.config
+        if self._stored is None and config.cache_dir:
+            folder = Path(config.cache_dir).expanduser()
+            files = Checkpoint(_locate(Path(config.name_or_path).expanduser())).files
+            settings = (config.dtype, config.max_length, GROUP, LENGTH_STEP, self.vocabulary)
+            self._stored = StoredEmbeddings(folder, files_key(files, folder, *settings), self.dim)
+        return self._stored
 
     def _settle(self) -> int:
         if self.config.cache_dir:
@@ -189,8 +169,8 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
     return fill(model, stored, names, f"{place}, read as UMT5,", dtype=lambda _: dtype, ignored=(*UNTRAINED_LAYOUT, *decoder))
 
 
-def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable[[list[str]], list[list[int]]]:
-    """Captions → token numbers without markers. ValueError: none there, or of another vocabulary."""
+def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """Captions → token numbers without markers, and a hash of the vocabulary. ValueError: none there, or of another vocabulary."""
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
     found = [file for name in ("tokenizer.json", "spiece.model") for f in folders if (file := f / name).is_file()]
@@ -216,4 +196,5 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> Callable
     rows = max(entry.shape[0] for name, entry in stored.entries.items() if name in ("shared.weight", "token_embedding.weight"))
     if size > rows:
         raise ValueError(f"the tokenizer has {size} entries, the embedding {rows}; they belong to different models")
-    return encode
+    vocabulary = found[0].read_bytes() if found else embedded[0].numpy().tobytes()
+    return encode, hashlib.sha256(vocabulary).hexdigest()

@@ -5,7 +5,10 @@
         ema.safetensors         the averaged trainable parameters, when ema.enabled
         optimizer.safetensors   moments, named after their parameters
         lora.safetensors        the adapters alone, when lora.enabled
-        checkpoint.json         step, config, latent spec, versions
+        lora_<expert>.safetensors   those of one expert, under the names of a single model, when experts.enabled
+        signs.safetensors       of the adapters' last gradients, one bit a parameter
+        monitor.json            windows and means behind the metrics, phases of the alpha schedule
+        checkpoint.json         step, config, latent spec, alphas in force, versions
 
 Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes reads either.
 An export (`mmdit.scripts.export`) is one safetensors file of the weights used for sampling, with the JSON in its metadata.
@@ -18,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -46,6 +49,7 @@ class Meta:
     config: dict
     spec: LatentSpec
     tokenizer: str  # fingerprint
+    alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
 
     def to_json(self) -> str:
         versions = {"mmdit": mmdit.__version__, "torch": torch.__version__}
@@ -57,7 +61,7 @@ class Meta:
             raw = json.loads(text)
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
-            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer")})
+            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer", "alphas") if name in raw})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is not a checkpoint of this project: {str(error)[:1000]}") from None
 
@@ -90,9 +94,9 @@ def _flush(path: Path) -> None:
 
 
 def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0,
-         world: World = ALONE) -> Path:
-    """Write `files` (name without suffix → tensors) as one checkpoint; every process must call. Older ones beyond `keep_last`
-    are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
+         world: World = ALONE, notes: dict | None = None) -> Path:
+    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint; every process must
+    call. Older ones beyond `keep_last` are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
     final = folder_of(run_dir, meta.step)
     aside, old = final.with_name(f".writing-{final.name}"), final.with_name(f".removing-{final.name}")
     try:
@@ -107,6 +111,8 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
         if not world.is_main:
             world.barrier()
             return final
+        if notes is not None:
+            (aside / "monitor.json").write_text(json.dumps({"step": meta.step, **notes}))
         for path in aside.rglob("*"):
             _flush(path)
         (aside / "checkpoint.json").write_text(meta.to_json())
@@ -134,6 +140,22 @@ def complete(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. A half-written one never has such a name."""
     found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and (p / "checkpoint.json").is_file()]
     return sorted(found)
+
+
+def read_notes(folder: Path) -> dict | None:
+    """monitor.json; None if there is none. ValueError if it is damaged or of another step than the checkpoint."""
+    path = folder / "monitor.json"
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        step = notes["step"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:1000]}") from None
+    if step != Meta.read(folder).step:
+        raise ValueError(f"{path} is of step {step!r}, the checkpoint of step {Meta.read(folder).step}: it belongs to another "
+                         "one; remove it to start the metrics and the alpha schedule anew")
+    return notes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

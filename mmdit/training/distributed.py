@@ -10,7 +10,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
 CPU_THREADS = 4  # beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
 
 
@@ -36,10 +35,10 @@ class World:
             dist.barrier()
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when `flag` is true on any."""
+        """True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for its GPU, which has work queued."""
         if self.size == 1:
             return flag
-        votes = torch.tensor([float(flag)], device=self.device)
+        votes = torch.tensor([float(flag)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
@@ -65,7 +64,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
-    """Join the group that torchrun describes (gloo on CPU, nccl on CUDA); yields a `World` and leaves the group at the end.
+    """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a `World` and leaves the group at the end.
     A collective waits half as long again as `timeout_minutes`: `training.watch` speaks first, and names who is missing."""
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -76,7 +75,7 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     if size == 1:
         yield World(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=1.5 * timeout_minutes)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)

@@ -43,11 +43,13 @@ class EMA:
         return min(self.config.decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
+        """After optimizer step `step`; parameters whose names begin with a `resting` prefix had no part in it."""
         if step < self.config.start_step or step % self.config.update_every:
             return
-        sources = [local(p.detach()).float() for p in self.parameters.values()]
-        torch._foreach_lerp_([local(shadow) for shadow in self.shadow.values()], sources, 1.0 - self.decay_at(step))
+        names = [name for name in self.parameters if not name.startswith(resting)]
+        sources = [local(self.parameters[name].detach()).float() for name in names]
+        torch._foreach_lerp_([local(self.shadow[name]) for name in names], sources, 1.0 - self.decay_at(step))
 
     @contextmanager
     def applied(self):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from mmdit.diffusion.experts import ExpertPlan
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
 
@@ -18,10 +19,12 @@ GRAPHS = 64  # kinds of compiled blocks: plain or shifted, pictures or clips, ea
 class Learner(nn.Module):
     """`forward` gives the per-sample losses of one micro-batch; everything random in it comes from `draws`."""
 
-    def __init__(self, model: nn.Module, text_encoder: nn.Module, objective, spec: LatentSpec, caption_dropout: float = 0.0):
+    def __init__(self, model: nn.Module, text_encoder: nn.Module, objective, spec: LatentSpec, caption_dropout: float = 0.0,
+                 experts: ExpertPlan | None = None):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
+        self.experts = experts  # then `model` is an `nn.experts.Experts`
         self.compiled = False
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
@@ -38,6 +41,14 @@ class Learner(nn.Module):
             else:
                 block.compile(dynamic=False)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The experts that are trained, by name, or the one denoiser as ""."""
+        return {name: self.model.get_submodule(name) for name in self.experts.trained} if self.experts else {"": self.model}
+
+    def resting(self, expert: str) -> tuple[str, ...]:
+        """How the names of the parameters begin that a step of `expert` leaves alone."""
+        return tuple(f"model.{name}." for name in self.parts() if name != expert)
+
     def is_stored(self, name: str) -> bool:
         """Whether a checkpoint holds this entry of the state: frozen foreign weights stay where they were loaded from."""
         part, _, inner = name.partition(".")
@@ -47,8 +58,10 @@ class Learner(nn.Module):
     def stored_state(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.state_dict().items() if self.is_stored(name)}
 
-    def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it. Returns `(losses (b,), t (b,))`, float32."""
+    def forward(self, latents: Tensor, captions: list[str], draws: Draws, keep: Tensor | None = None,
+                crops: Tensor | None = None, expert: str | None = None) -> tuple[Tensor, Tensor]:
+        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a model with
+        `model.crop`, `expert`: draw its times alone. Returns `(losses (b,), t (b,))`, float32."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
@@ -56,7 +69,10 @@ class Learner(nn.Module):
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
         given = self.model.given_frames(latents.shape[1], draws) if hasattr(self.model, "given_frames") else 0
-        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, keep=keep)
+        inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
+        if expert is not None:
+            draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
+        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:

@@ -28,7 +28,7 @@ class MetricsLog:
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
-                if record["step"] <= from_step:
+                if self.last.get("step", -1) < record["step"] <= from_step:
                     kept.append(line)
                     self.last = record
             except (ValueError, KeyError, TypeError):
@@ -93,7 +93,8 @@ class Timer:
 def report_line(values: dict, max_steps: int) -> str:
     """`step 100/2000  loss 0.81  …  ETA 3:20`, from one metrics record."""
     width, speed = len(str(max_steps)), values["samples_per_second"]
-    parts = [f"step {values['step']:>{width}}/{max_steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}",
+    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    parts = [f"step {values['step']:>{width}}/{max_steps}", f"loss {loss}", f"lr {values['lr']:.2e}",
              f"grad {values['grad_norm']:.2f}", f"{speed:.{0 if speed >= 10 else 2}f} samples/s", f"data wait {values['data_wait']:.0%}"]
     if "tflops_share" in values:
         parts.append(f"{values['tflops']:.0f} TFLOP/s ({values['tflops_share']:.0%})")

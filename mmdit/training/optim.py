@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmdit.config import ConfigError
+from mmdit.training.lean import Parking, SplitAdamW, adamw_8bit, fresh_8bit, in_chunks, inner_tensors
 from mmdit.training.stored import local, place
+
+OptimizerKind = Literal["adamw", "muon", "adamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,41 @@ class LearningRate:
 
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, stepped as one. `found_inf` (1 or 0, on the
-    device) leaves parameters and moments alone for a step."""
+    device) leaves parameters and moments alone for a step. `offload`: the parts' moments wait in the memory of the CPU."""
 
-    def __init__(self, *parts: torch.optim.Optimizer):
+    def __init__(self, *parts: torch.optim.Optimizer, offload: bool = False):
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
+        self.parking = Parking() if offload else None
         self.found_inf: Tensor | None = None
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        if self.parking and torch.cuda.is_available():
+            torch.cuda.synchronize()  # moments may still be on their way
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """`state`: tensors by the names of `optimizer_tensors`."""
         groups = ((part, group["params"]) for part in self.parts for group in part.param_groups)
-        next(part for part, own in groups if any(parameter is p for p in own)).state[parameter] = state
+        part = next(part for part, own in groups if any(parameter is p for p in own))
+        own = fresh_8bit(part, parameter) if any("." in name for name in state) else {}
+        for name, value in state.items():
+            outer, _, inner = name.partition(".")
+            if inner:
+                getattr(own[outer], inner).copy_(value)
+            elif name == "step":  # fused AdamW counts on the device
+                own[name] = value.reshape(()).float().to(parameter.device if isinstance(part, torch.optim.AdamW) else "cpu")
+            else:
+                own[name] = place(value, parameter)
+        part.state[parameter] = own
+        if self.parking:
+            self.parking.put_back(part)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            rate = lr * group["lr_scale"]
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
     def step(self) -> None:
         for part in self.parts:
@@ -58,7 +82,11 @@ class Optimizer:
                 part.found_inf, part.grad_scale = self.found_inf, None
             elif self.found_inf is not None and self.found_inf.item():
                 continue
+            if self.parking:
+                self.parking.fetch(part)
             part.step()
+            if self.parking:
+                self.parking.put_back(part)
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -66,8 +94,8 @@ class Optimizer:
 
 
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
-                    kind: Literal["adamw", "muon"] = "adamw") -> Optimizer:
-    """Over the trainable parameters. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
+                    kind: OptimizerKind = "adamw", offload: bool = False) -> Optimizer:
+    """Over the trainable parameters; `training.lean` has what weights in bfloat16, 8-bit moments and `offload` are. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
     they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its
     updates as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it
     gets none. A group's rate is the run's times its `lr_scale`, which a submodule may have as an attribute (else 1)."""
@@ -93,9 +121,17 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tu
         return [{"params": own, "weight_decay": decay, "lr_scale": scale, "lr": lr * scale}
                 for (matrix, decay, scale), own in groups.items() if matrix == by_muon]
 
+    def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+        if kind == "adamw8bit":
+            return adamw_8bit(groups, betas)
+        if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+            return SplitAdamW(groups, betas)
+        return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
+
     muon = [torch.optim.Muon(taken(True), adjust_lr_fn="match_rms_adamw")] if matrices else []
-    adamw = [torch.optim.AdamW(rest, betas=betas, eps=1e-8, fused=True)] if (rest := taken(False)) else []
-    return Optimizer(*muon, *adamw)
+    rest = taken(False)
+    parts = (in_chunks(rest) if offload else [rest]) if rest else []
+    return Optimizer(*muon, *map(adamw, parts), offload=offload)
 
 
 def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -122,25 +158,25 @@ def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tenso
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named `<parameter name>::<state name>`."""
     names = {id(p): name for name, p in module.named_parameters()}
-    return {f"{names[id(p)]}::{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {f"{names[id(p)]}::{part}": tensor for p, state in optimizer.state.items() for key, value in state.items()
+            for part, tensor in inner_tensors(key, value).items()}
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round."""
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor],
+                           groups: tuple[str, ...] = ()) -> None:
+    """Inverse of `optimizer_tensors`; every stored name must belong to a trainable parameter and the other way round, except
+    that all parameters whose names begin with one of `groups` (an expert that has not trained yet) may have nothing stored."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     stored: dict[str, list[str]] = {}
     for key in tensors:
         name, _, part = key.rpartition("::")
         stored.setdefault(name, []).append(part)
-    if stored and stored.keys() != parameters.keys():
-        odd = sorted(stored.keys() ^ parameters.keys())
+    new = tuple(prefix for prefix in groups if not any(name.startswith(prefix) for name in stored))
+    odd = sorted(name for name in stored.keys() ^ parameters.keys() if not name.startswith(new))
+    if stored and odd:
         raise ValueError(
             f"the checkpoint's optimizer state and the trainable parameters differ in {len(odd)} names, first {odd[0]!r}: "
             "resume with the config that wrote it, or start a new run with train.init_from"
         )
     for name, parts in stored.items():
-        parameter, state = parameters[name], {}
-        for part in parts:
-            value = tensors[f"{name}::{part}"]
-            state[part] = value.reshape(()).float().to(parameter.device) if part == "step" else place(value, parameter)
-        optimizer.restore(parameter, state)
+        optimizer.restore(parameters[name], {part: tensors[f"{name}::{part}"] for part in parts})

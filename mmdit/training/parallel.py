@@ -47,7 +47,8 @@ def wrap(learner: Learner, world: World) -> nn.Module:
     if world.size == 1 or isinstance(learner.model, FSDPModule):
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+    resting = learner.experts is not None  # an expert that does not train has no gradients to wait for
+    return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=resting)
 
 
 def accumulating(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -69,7 +69,7 @@ class Pipeline:
         was_training = learner.training
         learner.eval()
         try:
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
             with autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
                 if settings.negative_prompt:

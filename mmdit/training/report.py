@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
+import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mmdit.training.alpha_schedule import AlphaSchedule
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.metrics import MetricsLog, Timer, report_line
 from mmdit.training.settings import TrainConfig
+from mmdit.training.trend import BINS, SPANS, Course, StepFacts
 
-LEVELS = 4  # noise-level bins of the reported loss
-SPANS = (10, 50, 100)  # steps that the running means of the loss look back
+LEVELS = 4  # noise levels of the reported loss
+WIDE = BINS // LEVELS
 
 
 class Window:
@@ -22,26 +27,45 @@ class Window:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.losses: list[Tensor] = []  # (2, LEVELS) by step: sums and counts of the finite losses by noise level
+        self.tables: list[Tensor] = []  # (3, BINS) by step: sums and counts of the finite losses by noise level, sums of times
         self.norms: list[Tensor] = []
         self.skipped: list[Tensor] = []
+        self.signs: list[Tensor] = []  # (2,): elements of the gradient that agree in sign with the last, elements compared
+        self.experts: list[str] = []
         self.ids: list[list[str]] = []  # of this rank, by step
         self.finite: list[Tensor] = []  # their losses
         self.flops = 0
-        self.bad: list[bool] = []  # by step, once it was read
+        self.steps: list[StepFacts] = []  # once they were read
 
-    def add(self, losses: Tensor, t: Tensor, ids: list[str], norm: Tensor, skipped: Tensor) -> None:
+    def add(self, losses: Tensor, t: Tensor, ids: list[str], norm: Tensor, skipped: Tensor, expert: str = "",
+            signs: Tensor | None = None) -> None:
         """One step of this rank: `losses (n,)` of its samples at the times `t (n,)`."""
-        level = (t * LEVELS).long().clamp(0, LEVELS - 1)
+        level = (t * BINS).long().clamp(0, BINS - 1)
         finite = torch.isfinite(losses)
-        table = torch.zeros(2, LEVELS, device=self.device)
-        table[0].index_add_(0, level, torch.where(finite, losses, 0.0).float())
-        table[1].index_add_(0, level, finite.float())
-        self.losses.append(table)
+        table = torch.zeros(3, BINS, device=self.device)
+        for row, values in enumerate((losses, torch.ones_like(losses), t)):
+            table[row].index_add_(0, level, torch.where(finite, values, 0.0).float())
+        self.tables.append(table)
         self.norms.append(norm)
         self.skipped.append(skipped)
+        self.signs.append(torch.zeros(2, device=self.device, dtype=torch.float64) if signs is None else signs)
+        self.experts.append(expert)
         self.ids.append(ids)
         self.finite.append(finite)
+
+    def read(self, world: World) -> list[StepFacts]:
+        """The steps since the last read, of all ranks (which must all ask); waits for the device."""
+        first = len(self.steps)
+        if first == len(self.tables):
+            return []
+        table = torch.stack(self.tables[first:])
+        world.sum_(table)
+        numbers = zip(table.tolist(), torch.stack(self.norms[first:]).tolist(), torch.stack(self.skipped[first:]).tolist(),
+                      torch.stack(self.signs[first:]).tolist(), self.experts[first:])  # fmt: skip
+        new = [StepFacts(sums, counts, sum(times), norm, bool(bad), expert, *signs)
+               for (sums, counts, times), norm, bad, signs, expert in numbers]
+        self.steps += new
+        return new
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 16) -> float | None:
@@ -60,51 +84,91 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
     return 2 * size**3 * repeats / (begin.elapsed_time(end) * 1e-3)
 
 
-def running_means(last: dict, losses: list[float], step: int) -> dict[str, float]:
-    """`loss_ema_<span>` and `loss_trend`. `last`: the previous record; `losses`: of the steps up to `step`. The mean of all
-    steps until there are `span`, an exponential one after. The trend is how far the shortest mean lies above (+) or below (-)
-    the longest, as a share of it."""
-    means = {}
-    for span in SPANS:
-        name = f"loss_ema_{span}"
-        means[name] = last.get(name)
-        for number, loss in enumerate(losses, step - len(losses) + 1):
-            before = loss if means[name] is None else means[name]
-            means[name] = before + (loss - before) / min(span, number)
-    short, long = means[f"loss_ema_{SPANS[0]}"], means[f"loss_ema_{SPANS[-1]}"]
-    return means | {"loss_trend": (short - long) / max(abs(long), 1e-12)} if None not in (short, long) else {}
+class Monitor:
+    """What a run has been so far, by expert ("" where there are none): the state behind the metrics and the alpha schedule,
+    kept beside each checkpoint as JSON."""
+
+    def __init__(self, experts: tuple[str, ...] = ("",)):
+        self.courses = {name: Course() for name in experts}
+        self.run_id, self.images, self.wall = uuid.uuid4().hex[:12], 0, 0.0
+
+    def add(self, facts: StepFacts) -> None:
+        self.images += round(sum(facts.counts))
+        self.courses[facts.expert].add(facts)
+
+    def values(self, facts: list[StepFacts], schedule: AlphaSchedule | None, alphas: dict[str, float | None]) -> dict:
+        """For a report of these steps. The documented names are of the expert of the last one; with several experts, each name
+        comes again with `_<expert>` behind it."""
+        told = {name: self._told(name, facts, schedule, alphas[name]) for name in self.courses}
+        last = facts[-1].expert
+        losses = {"loss_" + name: own.pop("loss") for name, own in told.items()}
+        count = sum(sum(f.counts) for f in facts)
+        values = {"run_id": self.run_id, "timestamp": time.time(), "wall_s": self.wall, "images_seen": self.images,
+                  "expert": last or None, "sigma_mean": sum(f.times for f in facts) / count if count else None,
+                  "alpha_enabled": schedule is not None, "conv_alpha": None, **told[last]}  # fmt: skip
+        if len(told) > 1:
+            values |= losses | {f"{key}_{name}": value for name, own in told.items() for key, value in own.items()}
+        return values
+
+    def _told(self, name: str, facts: list[StepFacts], schedule: AlphaSchedule | None, alpha: float | None) -> dict:
+        course = self.courses[name]
+        own = [f.loss for f in facts if f.expert == name and f.loss is not None]
+        phase = schedule and {"phase": schedule.phase(name).name, "phase_idx": schedule.progress[name].phase}
+        phase = phase or {"phase": None, "phase_idx": None}
+        return {"loss": sum(own) / len(own) if own else None, **course.values(), **phase,
+                "steps_in_phase": course.steps if schedule else None, "linear_alpha": alpha}  # fmt: skip
+
+    def state(self) -> dict:
+        return {"run_id": self.run_id, "images": self.images, "wall": self.wall,
+                "courses": {name: asdict(course) for name, course in self.courses.items()}}  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        """ValueError if it is of other experts."""
+        if state["courses"].keys() != self.courses.keys():
+            raise ValueError(f"the stored metrics are of experts {list(state['courses'])}, the config has {list(self.courses)}")
+        self.run_id, self.images, self.wall = state["run_id"], state["images"], state["wall"]
+        self.courses = {name: Course(**course) for name, course in state["courses"].items()}
 
 
 class Reporter:
     """Reads windows, writes metrics.jsonl on the main rank, and stops a run that has gone bad."""
 
-    def __init__(self, config: TrainConfig, seed: int, world: World, run_dir: Path, step: int):
-        self.config, self.seed, self.world, self.run_dir = config, seed, world, run_dir
+    def __init__(self, config: TrainConfig, seed: int, world: World, run_dir: Path, step: int, monitor: Monitor):
+        self.config, self.seed, self.world, self.run_dir, self.monitor = config, seed, world, run_dir, monitor
         self.rate = config.learning_rate()
         self.metrics = MetricsLog(run_dir, step) if world.is_main else None
-        self.matmul_rate = matmul_rate(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self.matmul_rate = matmul_rate(world.device, torch.bfloat16 if config.autocast else torch.float32)
         self.timer = Timer()
         self.bad_in_a_row = 0
 
-    def read(self, step: int, window: Window) -> dict:
-        """The record of the steps up to `step`; waits for the device (no step does). Every rank must ask."""
-        table = torch.stack(window.losses)
-        self.world.sum_(table)
-        norms, bad = torch.stack(window.norms).tolist(), torch.stack(window.skipped).bool().tolist()
-        window.bad = bad
-        by_step = table.sum(2).tolist()
-        loss, count = table.sum(0).tolist()
-        steps, skipped = len(norms), sum(bad)
+    def observe(self, window: Window) -> None:
+        """Take in the steps of `window` that are not yet; waits for the device (no step does). Every rank must ask."""
+        for facts in window.read(self.world):
+            self.monitor.add(facts)
+
+    def read(self, state, window: Window) -> dict:
+        """The record of the steps of `window`. Every rank must ask."""
+        self.observe(window)
+        facts, step = window.steps, state.step
+        good = [f for f in facts if not f.bad]
+        levels = [[sum(getattr(f, part)[i * WIDE + j] for f in facts for j in range(WIDE)) for i in range(LEVELS)]
+                  for part in ("sums", "counts")]  # fmt: skip
+        count = sum(levels[1])
         seconds, waited = self.timer.lap()
-        values = {"step": step, "loss": sum(loss) / max(sum(count), 1.0)}
-        if self.metrics:
-            values |= running_means(self.metrics.last, [total / n for total, n in by_step if n], step)
-        values |= {f"loss_level_{i}": part / n for i, (part, n) in enumerate(zip(loss, count)) if n}
+        self.monitor.wall += seconds
+        values = {"step": step, "loss": sum(levels[0]) / count if count else None}
+        values |= self.monitor.values(facts, state.schedule, state.alphas())
+        short, long = (values[f"loss_ema_{span}"] for span in (SPANS[0], SPANS[-1]))
+        values["loss_trend"] = None if short is None else (short - long) / max(abs(long), 1e-12)
+        values |= {f"loss_level_{i}": part / n if n else None for i, (part, n) in enumerate(zip(*levels))}
+        rates = [float(group["lr"]) for group in state.optimizer.param_groups[:2]]
         values |= {
             "lr": self.rate.at(step),
-            "grad_norm": sum(norm for norm, b in zip(norms, bad) if not b) / max(steps - skipped, 1),
-            "skipped": skipped,
-            "samples_per_second": sum(count) / seconds,
+            "lr_0": rates[0],
+            "lr_1": rates[1] if len(rates) > 1 else None,
+            "grad_norm": sum(f.norm for f in good) / max(len(good), 1),
+            "skipped": len(facts) - len(good),
+            "samples_per_second": count / seconds,
             "data_wait": waited,
             "tflops": window.flops / seconds * 1e-12,  # of one process
         }
@@ -112,7 +176,7 @@ class Reporter:
             values["tflops_share"] = window.flops / seconds / self.matmul_rate
         if self.world.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return values | {"eta_seconds": seconds / steps * (self.config.max_steps - step)}
+        return values | {"eta_seconds": seconds / len(facts) * (self.config.max_steps - step)}
 
     def write(self, values: dict, window: Window) -> None:
         """Write a record; RunError after too many steps without a finite loss or gradient."""
@@ -120,7 +184,7 @@ class Reporter:
         if self.metrics:
             self.metrics.write(values)
             print(report_line(values, self.config.max_steps), flush=True)
-        bad = window.bad
+        bad = [facts.bad for facts in window.steps]
         if skipped:
             self._record_skipped(step, window)
         for b in bad:
@@ -138,7 +202,8 @@ class Reporter:
         the gradient alone overflowed. `step` counts the steps finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         with (self.run_dir / name).open("a") as file:
-            steps = enumerate(zip(window.ids, window.finite, window.bad), last_step - len(window.bad))
+            bad = [facts.bad for facts in window.steps]
+            steps = enumerate(zip(window.ids, window.finite, bad), last_step - len(bad))
             for step, (ids, finite, b) in steps:
                 if b:
                     named = [id for id, good in zip(ids, finite.tolist()) if not good]

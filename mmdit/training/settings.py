@@ -7,7 +7,7 @@ from typing import Literal
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import Grid, Solver
-from mmdit.training.optim import LearningRate
+from mmdit.training.optim import LearningRate, OptimizerKind
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,11 @@ class TrainConfig:
     """`train:` section. `batch_size` is per process and micro-step: a step sees batch_size × grad_accum_steps × processes."""
 
     objective: Literal["ddpm", "flow_matching"] = "flow_matching"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "pure_bf16"] = "bf16"  # of products; pure_bf16: of weights and moments, too (Kahan-summed)
     batch_size: int = 32
     grad_accum_steps: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest, at the same lr
+    optimizer: OptimizerKind = "adamw"  # muon: for the matrices of the blocks, adamw for the rest, at the same lr
+    offload_optimizer: bool = False  # moments wait in the memory of the CPU: less on the GPU, a slower step
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_final: float = 0.0  # share of lr left at max_steps under cosine
@@ -72,11 +73,22 @@ class TrainConfig:
         if self.keep_every_steps % self.save_every_steps:
             raise ConfigError("keep_every_steps", f"is {self.keep_every_steps}, must be a multiple of save_every_steps "
                               f"({self.save_every_steps}), for only those steps are saved")
+        if self.optimizer != "adamw" and (self.precision == "pure_bf16" or self.offload_optimizer):
+            raise ConfigError("optimizer", f"is {self.optimizer}, but train.precision pure_bf16 and train.offload_optimizer are "
+                              "made for adamw; use that, or neither")
+        if self.precision == "pure_bf16" and self.betas[1] > 0.99:
+            raise ConfigError("betas", f"are {self.betas} with precision pure_bf16, whose second moments would stand still: their "
+                              "steps of 1/256 are coarser than the update; lower the second to at most 0.99, or use precision bf16")
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:
             raise ConfigError("sample_prompts", f"is empty but sample_every_steps is {self.sample_every_steps}; write a prompt "
                               "or set it to 0")
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products are taken in bfloat16."""
+        return self.precision != "fp32"
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup_steps, self.lr_schedule, self.lr_final, self.max_steps)

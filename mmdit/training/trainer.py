@@ -11,10 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from mmdit.adapters import adapters
+from mmdit.adapters.strength import load_alphas, own_parameters
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
+from mmdit.training.alpha_schedule import AlphaSchedule, AlphaScheduleConfig
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
 from mmdit.training.errors import RunError, record_failure
@@ -22,8 +26,9 @@ from mmdit.training.learner import Learner
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import Optimizer, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
 from mmdit.training.parallel import accumulating, wrap
-from mmdit.training.report import Reporter, Window
+from mmdit.training.report import Monitor, Reporter, Window
 from mmdit.training.settings import TrainConfig
+from mmdit.training.signs import Signs
 from mmdit.training.stored import Stored
 from mmdit.training.watch import Watch
 
@@ -36,26 +41,64 @@ class TrainState:
     learner: Learner
     optimizer: Optimizer
     ema: EMA | None
+    monitor: Monitor
+    signs: Signs | None = None
+    schedule: AlphaSchedule | None = None
     step: int = 0
 
     @staticmethod
-    def create(learner: Learner, config: TrainConfig, ema_config) -> TrainState:
-        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer)
-        return TrainState(learner, optimizer, EMA(ema_config, learner) if ema_config.enabled else None)
+    def create(learner: Learner, config: TrainConfig, ema_config,
+               alpha_schedule: AlphaScheduleConfig | None = None) -> TrainState:
+        optimizer = build_optimizer(learner, config.lr, config.weight_decay, config.betas, config.optimizer,
+                                    config.offload_optimizer)
+        ema, parts, signs, schedule = EMA(ema_config, learner) if ema_config.enabled else None, learner.parts(), None, None
+        if adapters(learner.model) and not isinstance(learner.model, FSDPModule):  # a shard's signs would be one rank's own
+            own = {name: [p for p in own_parameters(part).values() if p.requires_grad] for name, part in parts.items()}
+            signs = Signs(own)
+        if alpha_schedule and alpha_schedule.enabled:
+            shadow = {p: ema.shadow[name] for name, p in ema.parameters.items()} if ema else {}
+            schedule = AlphaSchedule(alpha_schedule, parts, optimizer, shadow)
+        return TrainState(learner, optimizer, ema, Monitor(tuple(parts)), signs, schedule)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         files = {"model": self.learner.stored_state(), "optimizer": optimizer_tensors(self.learner, self.optimizer)}
-        return files | ({"ema": self.ema.shadow} if self.ema else {})
+        files |= {"ema": self.ema.shadow} if self.ema else {}
+        return files | ({"signs": self.signs.tensors()} if self.signs else {})
+
+    def notes(self) -> dict:
+        """What a checkpoint keeps beside its tensors."""
+        return {"monitor": self.monitor.state()} | ({"alpha_schedule": self.schedule.state()} if self.schedule else {})
+
+    def alphas(self) -> dict[str, float | None]:
+        """By expert the alpha in force, of the first adapter."""
+        layers = {name: next(iter(adapters(part).values()), None) for name, part in self.learner.parts().items()}
+        return {name: layer and float(layer.alpha) for name, layer in layers.items()}
 
     def restore(self, folder: Path) -> None:
         foreign = lambda name: not self.learner.is_stored(name)  # noqa: E731
+        meta = checkpoint.Meta.read(folder)
         checkpoint.assign(self.learner.state_dict(), Stored(folder / "model.safetensors"), str(folder), fresh=foreign)
-        load_optimizer_tensors(self.learner, self.optimizer, Stored(folder / "optimizer.safetensors"))
+        load_alphas(self.learner.model, meta.alphas)
+        experts = tuple(f"model.{name}." for name in self.learner.parts() if name)
+        load_optimizer_tensors(self.learner, self.optimizer, Stored(folder / "optimizer.safetensors"), experts)
         if self.ema:
             if not any(folder.glob("ema*")):
                 raise ValueError(f"{folder} has no EMA weights but ema.enabled is true: set ema.enabled to false as it was")
             checkpoint.assign(self.ema.shadow, Stored(folder / "ema.safetensors"), str(folder))
-        self.step = checkpoint.Meta.read(folder).step
+        if self.signs and (folder / "signs.safetensors").is_file():
+            self.signs.restore(checkpoint.read_tensors(folder / "signs.safetensors"))
+        notes = checkpoint.read_notes(folder)
+        try:
+            if notes:
+                self.monitor.restore(notes["monitor"])
+            if self.schedule and notes and "alpha_schedule" in notes:
+                self.schedule.restore(notes["alpha_schedule"])
+            elif self.schedule:
+                first = self.schedule.config.phases[0].name
+                print(f"{folder} holds no alpha schedule: it starts with phase {first!r}", flush=True)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'monitor.json'} is not of this project: {error!r}"[:1000]) from None
+        self.step = meta.step
 
 
 class StopRequest:
@@ -104,7 +147,7 @@ class Trainer:
         if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
             learner.compile_model()
         wrapped = wrap(learner, world)
-        reporter = Reporter(config, self.seed, world, self.run_dir, state.step)
+        reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
         timer, window = reporter.timer, Window(world.device)
         learner.train()
         with StopRequest().listening() as stop, Watch(world, config.timeout_minutes).running() as watch:
@@ -117,12 +160,16 @@ class Trainer:
                     raise self._memory_full(micro_batches, error) from error
                 state.step += 1
                 if state.ema:
-                    state.ema.update(state.step)
+                    state.ema.update(state.step, learner.resting(window.experts[-1]))
+                if state.schedule and state.schedule.due(state.step):
+                    reporter.observe(window)
+                    for line in state.schedule.look(state.step, state.monitor.courses):
+                        world.print(line)
                 stopping = world.any(stop.asked)
                 done = stopping or state.step == config.max_steps
                 due = lambda every: every and (state.step % every == 0 or done)  # noqa: B023, E731
                 if due(config.log_every_steps) or due(config.save_every_steps) or due(config.val_every_steps):
-                    values = reporter.read(state.step, window)
+                    values = reporter.read(state, window)
                     if due(config.val_every_steps):
                         watch.at(state.step, "validation")
                         values |= self._aside(timer, self.validate)
@@ -154,24 +201,28 @@ class Trainer:
     def _step(self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window) -> None:
         """One optimizer step over this rank's micro-batches. Gradients are means over the global batch."""
         config, state, device = self.config, self.state, self.world.device
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        state.optimizer.set_lr(lr)
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
+        plan, frames = state.learner.experts, micro_batches[0].latents.shape[1]
+        expert = plan.active(state.step, frames) if plan else None
         done: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(micro_batches):
             with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
+                crops = None if batch.crops is None else batch.crops.to(device, non_blocking=True)
                 keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    losses, t = wrapped(latents, batch.captions, draws, keep)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                    losses, t = wrapped(latents, batch.captions, draws, keep, crops, expert)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach()))
             window.flops += len(latents) * state.learner.train_flops(tuple(latents.shape[1:4]), keep)
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
+        signs = state.signs.compare(expert or "", skipped) if state.signs else None
         state.optimizer.step()
         state.optimizer.zero_grad()
-        window.add(*map(torch.cat, zip(*done)), [id for batch in micro_batches for id in batch.ids], norm, skipped)
+        ids = [id for batch in micro_batches for id in batch.ids]
+        window.add(*map(torch.cat, zip(*done)), ids, norm, skipped, expert or "", signs)
 
     def _memory_full(self, micro_batches: list[Batch], error: torch.OutOfMemoryError) -> RunError:
         batch, frames, *cells = micro_batches[0].latents.shape[:4]

@@ -6,30 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mmdit.data.batches import LatentBatches
-from mmdit.rng import Draws
+from mmdit.diffusion.experts import FixedTimes
 from mmdit.training.distributed import World
 from mmdit.training.settings import TrainConfig
 from mmdit.training.trainer import TrainState
 
 QUANTILES = 9
-
-
-@dataclass(frozen=True)
-class FixedTimes(Draws):
-    """Draws of which `time` is at given `quantiles (B,)` of the distribution that the objective draws from."""
-
-    quantiles: Tensor
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        return self.quantiles if purpose == "time" else super().uniform(purpose, *shape)
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        if purpose == "time":
-            return math.sqrt(2) * torch.erfinv(2 * self.quantiles - 1)
-        return super().normal(purpose, *shape)
 
 
 @dataclass
@@ -56,7 +40,7 @@ class Validation:
         device, size = self.world.device, self.config.batch_size
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast)
         with autocast, torch.compiler.set_stance("force_eager"):
             for items in self.batches.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
@@ -67,7 +51,8 @@ class Validation:
                     times = ((quantile + 0.5) / QUANTILES).to(device)
                     draws = FixedTimes(self.batches.plan.seed, 0, items.indices[rows].to(device), times)
                     captions = [items.captions[i] for i in rows.tolist()]
-                    losses, _ = state.learner(items.latents[rows].to(device), captions, draws)
+                    crops = None if items.crops is None else items.crops[rows].to(device)
+                    losses, _ = state.learner(items.latents[rows].to(device), captions, draws, crops=crops)
                     counted = (numbers < samples).to(device)
                     values = torch.stack([torch.where(counted, losses, 0.0).double(), counted.double()])
                     table.index_add_(1, quantile.to(device), values)

@@ -1,0 +1,60 @@
+"""The alpha of adapter layers, changed while they are in use. Every kind of adapter has `alpha` and, made of it, `scale`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mmdit.adapters.layers import is_adapter
+from mmdit.adapters.lora import adapters
+
+OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")  # the factor that starts at zero; the update is proportional to it
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that adapters have beside the base layer's, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+def outer(layer: nn.Module) -> nn.Parameter:
+    """The parameter of an adapter by which its strength can be held while alpha changes."""
+    return next(getattr(layer, name) for name in OUTER if hasattr(layer, name))
+
+
+@torch.no_grad()
+def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
+    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did. Returns by how much it was,
+    or would have to be, multiplied (1 where alpha has no say: LoKr with both factors whole). ValueError if not positive."""
+    if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise ValueError(f"alpha is {alpha!r}, must be a positive number")
+    before = layer.scale
+    layer.alpha = float(alpha)
+    ratio = before / layer.scale
+    if preserve:
+        outer(layer).mul_(ratio)
+    return ratio
+
+
+def alphas(model: nn.Module) -> dict[str, float]:
+    """The alpha in force of every adapter, by layer."""
+    return {name: float(layer.alpha) for name, layer in adapters(model).items()}
+
+
+def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
+    """For weights of adapters that were trained with the alphas `stored` (layers that it lacks are new): they keep their strength
+    under the alpha that the layers have here."""
+    for name, layer in adapters(model).items():
+        wanted = layer.alpha
+        set_alpha(layer, stored.get(name, wanted))
+        set_alpha(layer, wanted, preserve=True)
+
+
+def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
+    """Puts what `alphas` gave back; ValueError for a layer that is no adapter here."""
+    layers = adapters(model)
+    for name, alpha in stored.items():
+        if name not in layers:
+            raise ValueError(f"the stored alpha {alpha!r} is of {name!r}, which has no adapter: use the run's lora: section")
+        set_alpha(layers[name], alpha)

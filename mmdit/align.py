@@ -1,0 +1,99 @@
+"""Reward post-training assembled: a trained model, prompts, rewards and one of the loops of `mmdit.posttrain`."""
+
+from __future__ import annotations
+
+import torch
+
+from mmdit import config as config_io
+from mmdit.adapters import lora_state
+from mmdit.config import ConfigError
+from mmdit.data.buckets import target_sizes
+from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, prepare_run_dir, start_from
+from mmdit.posttrain.direct_align import window_check
+from mmdit.posttrain.dpo_offline import dpo_offline
+from mmdit.posttrain.online import online
+from mmdit.posttrain.prompts import load_prompts
+from mmdit.posttrain.session import Session
+from mmdit.posttrain.srpo import srpo
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training import checkpoint
+from mmdit.training.distributed import process_group
+from mmdit.training.trainer import TrainState
+
+
+def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False) -> bool:
+    """Post-train as configured; True when it ended, False when it was asked to stop (continue with resume)."""
+    settings, train = config.posttrain, config.train
+    if settings is None:
+        raise ConfigError("posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}")
+    if config.parallel.type != "ddp":
+        raise ConfigError("parallel.type", f"is {config.parallel.type}; every process has the whole model here: use ddp")
+    if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
+        raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
+                                         "set that to 0")
+    with process_group(device, train.timeout_minutes) as world:
+        found = None if dry_run else prepare_run_dir(config, resume)
+        world.barrier()
+        tokenizer = build_tokenizer(config.tokenizer, device=world.device)
+        learner = build_learner(config, tokenizer.spec)
+        told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
+        learner.text_encoder.requires_grad_(False)
+        learner.to(world.device)
+        width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
+        frames = config.video.num_frames
+        prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,
+                                          settings.eval_prompts)  # fmt: skip
+
+        def save(session: Session) -> None:
+            meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint)
+            files = session.state.files() | session.files()
+            if config.lora.enabled:
+                files["lora"] = lora_state(learner.model)
+            checkpoint.save(config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world)
+
+        state = TrainState.create(learner, train, config.ema)
+        session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
+                          config.run_dir, save, world)  # fmt: skip
+        if found is not None:
+            check_same_latents(checkpoint.Meta.read(found), tokenizer.spec, tokenizer.fingerprint, found)
+            session.restore(found)
+            told = [f"resuming {found} at update {session.state.step}; the reference is {train.init_from}"]
+        world.print("\n".join([*told, *plan(session)]))
+        if dry_run:
+            return True
+        if world.is_main:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.yaml").write_text(config_io.to_yaml(config))
+        dpo = dpo_offline if settings.dpo.source == "offline" else online
+        loop = {"srpo": srpo, "dpo": dpo}.get(settings.algorithm, online)
+        return loop(session)
+
+
+def plan(session: Session, boundary: float | None = None) -> list[str]:
+    """What is about to happen: geometry, memory of the stored trajectories, windows as noise levels and, with two experts, the
+    one that lies there."""
+    config, world = session.config, session.world
+    samples = config.prompts_per_epoch * config.group_size
+    rows = [f"{config.algorithm}: {sum(p.numel() for p in session.reference.values()):,} trained parameters on {world.device}, "
+            f"{len(session.prompts)} prompts, updates {session.state.step} … {session.train.max_steps}"]
+    levels = [round(t, 3) for t in session.times]
+    rows.append(f"noise levels of a rollout: {levels}")
+    if config.algorithm == "srpo":
+        window_check(config.srpo.sigma_window, config.srpo.step, boundary)
+        noisy, clean = config.srpo.sigma_window
+        rows.append(f"an update: {config.prompts_per_epoch} prompts, noise levels {noisy} … {clean}")
+        touched = [config.srpo.sigma_window]
+    else:
+        stochastic, dimensions = session.stochastic(0), torch.Size(session.shape).numel()
+        stored = session.plan(stochastic).bytes(dimensions)
+        rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of "
+                    f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
+                    f"{config.updates_per_epoch} updates")
+        where = "the CPU" if config.storage.offload else str(world.device)
+        rows.append(f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a process on {where}")
+        touched = [(session.times[i], session.times[i + 1]) for i in stochastic] or [(1.0, 0.0)]
+        rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
+    if boundary is not None:
+        experts = {"high" if level >= boundary else "low" for pair in touched for level in pair[:1]}
+        rows.append(f"experts (boundary {boundary}): {' and '.join(sorted(experts))}")
+    return rows

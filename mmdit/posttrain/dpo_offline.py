@@ -1,0 +1,85 @@
+"""DPO on stored pairs: a file of winners and losers, or best and worst of the first model's own groups, collected once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.posttrain.online import extremes, pair_terms
+from mmdit.posttrain.session import Session
+from mmdit.rng import generator
+
+
+def dpo_offline(session: Session) -> bool:
+    """`train.max_steps` updates of `dpo.batch` pairs each. Resuming reads the pairs that were collected."""
+    config = session.config.dpo
+    path = Path(config.pairs) if config.pairs else session.run_dir / "pairs.safetensors"
+    if not config.pairs and not path.is_file():
+        save_pairs(path, collect_pairs(session), session.world.is_main)
+        session.world.barrier()
+    pairs = read_pairs(path, session)
+    count, size = len(pairs["prompts"]), session.world.size
+    if config.batch % size or config.batch > count:
+        raise ConfigError("posttrain.dpo.batch", f"is {config.batch}; must be a multiple of the {size} processes and at most "
+                          f"the {count} pairs")
+
+    def update() -> dict[str, float]:
+        step = session.state.step
+        order = torch.randperm(count, generator=generator(session.seed, "pairs", step))[: config.batch]
+        own = order[session.world.rank :: size]
+        win, lose = (pairs[name][own].to(session.device) for name in ("win", "lose"))
+        reports: dict[str, list[Tensor]] = {}
+        for loss, numbers in pair_terms(session, win, lose, pairs["prompts"][own], own):
+            loss.backward()
+            for name, value in numbers.items():
+                reports.setdefault(name, []).append(value.detach())
+        return session.apply() | {name: torch.stack(values).mean().item() for name, values in reports.items()}
+
+    return session.run(update, 1)
+
+
+def collect_pairs(session: Session) -> dict[str, Tensor]:
+    """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal rewards give no pair."""
+    found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": []}
+    for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
+        rollouts, futures = session.collect(epoch)
+        for rollout, future in zip(rollouts, futures, strict=True):
+            total = sum(session.pool.weights[name] * value for name, value in future.result().items())
+            best, worst = extremes(total, rollout.groups)
+            rows = {"win": rollout.clean[best], "lose": rollout.clean[worst], "prompts": rollout.prompts[best]}
+            for name, values in rows.items():
+                found[name].append(values.cpu())
+    pairs = {name: torch.cat(parts) for name, parts in found.items()}
+    if session.world.size > 1:
+        parts: list = [None] * session.world.size
+        torch.distributed.all_gather_object(parts, pairs)
+        pairs = {name: torch.cat([part[name] for part in parts]) for name in pairs}
+    if not len(pairs["prompts"]):
+        raise ValueError("no group had samples of different reward, so there is no pair to learn from; take a larger "
+                         "posttrain.group_size or another reward")
+    return pairs
+
+
+def save_pairs(path: Path, pairs: dict[str, Tensor], writes: bool) -> None:
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in pairs.items()}, path.with_suffix(".writing"))
+        os.replace(path.with_suffix(".writing"), path)
+
+
+def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
+    try:
+        pairs = load_file(path)
+        assert pairs.keys() == {"win", "lose", "prompts"}, f"it holds {sorted(pairs)}"
+        places, wanted = pairs["prompts"], (len(pairs["prompts"]), *session.shape)
+        assert all(pairs[name].shape == wanted for name in ("win", "lose")), f"it holds {tuple(pairs['win'].shape)}"
+        assert ((places >= 0) & (places < len(session.prompts))).all(), "a prompt is not in the list"
+    except Exception as error:  # noqa: BLE001  (safetensors has its own kinds)
+        raise ConfigError("posttrain.dpo.pairs", f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose "
+                          f"(pairs, {', '.join(map(str, session.shape))}) and prompts (pairs,): places in the list") from None
+    return pairs

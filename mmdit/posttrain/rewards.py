@@ -1,0 +1,234 @@
+"""Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A reward is its own configuration:
+a frozen dataclass in the list `posttrain.rewards`, told apart by `type`. To add one: a class, and its name in the union."""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.data.moving_shapes.facts import COLORS, Facts
+from mmdit.data.moving_shapes.oracle import oracle, score
+from mmdit.posttrain.advantages import ranks
+from mmdit.rng import Draws
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `latents` normalised; `draws` key anything random. A reward reads and
+    never changes them."""
+
+    captions: list[str]
+    latents: Tensor
+    groups: Tensor
+    draws: Draws
+    pixels: Tensor | None = None
+    facts: list[Facts] | None = None
+
+
+@dataclass(frozen=True)
+class Reward:
+    """`needs`: fields of `Samples`; `limits`: the values it may give; `differentiable`: in its pixels or latents. A groupwise
+    reward sees all samples of one prompt at a time. `call(samples) -> (B,)`."""
+
+    needs: ClassVar[tuple[str, ...]] = ("pixels",)
+    limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    groupwise: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+    weight: float = 1.0
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.type
+
+    def prepare(self, device: torch.device) -> None:
+        """Load what it needs, once."""
+
+    def call(self, samples: Samples) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Brightness(Reward):
+    type: Literal["brightness"] = "brightness"
+
+    def call(self, samples: Samples) -> Tensor:
+        return samples.pixels.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class ColorMatch(Reward):
+    """Minus the squared distance of the mean colour from `target`."""
+
+    limits: ClassVar[tuple[float, float]] = (-3.0, 0.0)
+    type: Literal["color_match"] = "color_match"
+    target: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+    def call(self, samples: Samples) -> Tensor:
+        target = torch.tensor(self.target, device=samples.pixels.device)
+        return -(samples.pixels.mean((1, 3, 4)) - target).square().sum(1)
+
+
+@dataclass(frozen=True)
+class Sharpness(Reward):
+    """Mean absolute Laplacian, over its largest value 8."""
+
+    type: Literal["sharpness"] = "sharpness"
+
+    def call(self, samples: Samples) -> Tensor:
+        kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=samples.pixels.device)[None, None] / 8
+        return F.conv2d(samples.pixels.flatten(0, 2)[:, None].float(), kernel).abs().reshape(len(samples.pixels), -1).mean(1)
+
+
+@dataclass(frozen=True)
+class Motion(Reward):
+    """Mean absolute difference of neighbouring frames; 0 for pictures."""
+
+    type: Literal["motion"] = "motion"
+
+    def call(self, samples: Samples) -> Tensor:
+        pixels = samples.pixels
+        moved = (pixels[:, 1:] - pixels[:, :-1]).abs().flatten(1)
+        return moved.mean(1) if moved.shape[1] else pixels.new_zeros(len(pixels))
+
+
+@dataclass(frozen=True)
+class LatentNorm(Reward):
+    """exp(-(rms of the latents - 1)²): a reward that needs no decoder."""
+
+    needs: ClassVar[tuple[str, ...]] = ("latents",)
+    type: Literal["latent_norm"] = "latent_norm"
+
+    def call(self, samples: Samples) -> Tensor:
+        return torch.exp(-(samples.latents.flatten(1).square().mean(1).sqrt() - 1).square())
+
+
+@dataclass(frozen=True)
+class PromptAccuracy(Reward):
+    """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest is for all of them."""
+
+    needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
+    differentiable: ClassVar[bool] = False
+    type: Literal["prompt_accuracy"] = "prompt_accuracy"
+    partial: float = 0.0
+
+    def call(self, samples: Samples) -> Tensor:
+        right = score(oracle(samples.pixels), samples.facts)
+        named = [samples.facts[0].attributes] * len(samples.facts)
+        share = torch.stack([right[name].float() for name in named[0]]).mean(0)
+        return self.partial * share + (1 - self.partial) * right["all"].float()
+
+
+@dataclass(frozen=True)
+class Noise(Reward):
+    """Random: the null run, whose drift is what an algorithm does without any reason."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[bool] = False
+    type: Literal["noise"] = "noise"
+
+    def call(self, samples: Samples) -> Tensor:
+        return samples.draws.uniform("null reward")
+
+
+@dataclass(frozen=True)
+class BrightnessRank(Reward):
+    """The place of a sample's brightness within its group, ties alike: a groupwise reward."""
+
+    groupwise: ClassVar[bool] = True
+    type: Literal["brightness_rank"] = "brightness_rank"
+
+    def call(self, samples: Samples) -> Tensor:
+        return ranks(samples.pixels.flatten(1).mean(1))
+
+
+@dataclass(frozen=True)
+class ColorWords:
+    """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that the text names, from grey.
+    Bounded, differentiable, no weights."""
+
+    type: Literal["color_words"] = "color_words"
+
+    def prepare(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        coloured = {name: torch.tensor(rgb) / 255 - sum(rgb) / 765 for name, rgb in COLORS.items() if len(set(rgb)) > 1}
+        table = {name: F.normalize(off, dim=0) for name, off in coloured.items()}
+        words = [[table[word] for word in re.findall(r"\w+", text.lower()) if word in table] for text in texts]
+        direction = torch.stack([torch.stack(some).mean(0) if some else torch.zeros(3) for some in words]).to(pixels.device)
+        mean = pixels.mean((1, 3, 4))
+        return ((mean - mean.mean(1, keepdim=True)) * direction).sum(1)
+
+
+@dataclass
+class RewardPool:
+    """Runs rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0: the same values."""
+
+    rewards: tuple
+    workers: int = 1
+    seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self):
+        names = [reward.label for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ConfigError("posttrain.rewards", f"have the names {names}; must differ: give each a name")
+        self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {reward.label: reward.weight for reward in self.rewards}
+
+    def submit(self, samples: Samples) -> Future:
+        """Of `score(samples)`; its error comes with `result()`."""
+        if self.pool:
+            return self.pool.submit(self.score, samples)
+        done: Future = Future()
+        done.set_result(self.score(samples))
+        return done
+
+    @torch.no_grad()
+    def score(self, samples: Samples) -> dict[str, Tensor]:
+        """`(B,)` float32 on the CPU by reward. ValueError names the reward whose value is not finite, in its range or (B,)."""
+        begin = time.perf_counter()
+        values = {reward.label: self._one(reward, samples) for reward in self.rewards}
+        self.seconds += time.perf_counter() - begin
+        return values
+
+    def _one(self, reward: Reward, samples: Samples) -> Tensor:
+        for name in reward.needs:
+            if getattr(samples, name) is None:
+                raise ValueError(f"the reward {reward.label!r} needs {name}, which these samples have not; use prompts that "
+                                 "come with them, as moving_shapes do")
+        if reward.groupwise:
+            value = torch.empty(len(samples.captions))
+            for group in samples.groups.unique():
+                rows = (samples.groups == group).nonzero()[:, 0]
+                value[rows] = reward.call(rows_of(samples, rows)).float().cpu()
+        else:
+            value = reward.call(samples).detach().float().cpu()
+        if tuple(value.shape) != (len(samples.captions),):
+            raise ValueError(f"the reward {reward.label!r} gave {tuple(value.shape)} for {len(samples.captions)} samples")
+        low, high = reward.limits
+        bad = (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()  # nan included
+        if bad:
+            raise ValueError(f"the reward {reward.label!r} gave {value[bad[0]].item()} for {samples.captions[bad[0]]!r}; must "
+                             f"be finite and within {low} … {high}")
+        return value
+
+
+def rows_of(samples: Samples, rows: Tensor) -> Samples:
+    def take(x):
+        return None if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list) else x[rows.to(x.device)]
+
+    draws = replace(samples.draws, indices=take(samples.draws.indices))
+    own = {name: take(getattr(samples, name)) for name in ("captions", "latents", "groups", "pixels", "facts")}
+    return replace(samples, draws=draws, **own)

@@ -1,0 +1,292 @@
+"""What the loops share: policy and frozen copies as velocity fields, rollouts, rewards, one update, evaluation, drift."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mmdit.config import ConfigError
+from mmdit.diffusion import LinearPath, guided, sampling_times
+from mmdit.interfaces import TextTokens, Tokenizer
+from mmdit.posttrain import dynamics
+from mmdit.posttrain.advantages import check_geometry
+from mmdit.posttrain.losses import wide
+from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.rewards import RewardPool, Samples
+from mmdit.posttrain.settings import PosttrainConfig
+from mmdit.posttrain.trajectory import Rollout, StoragePlan, Trajectory, group_id
+from mmdit.rng import Draws, generator
+from mmdit.training import checkpoint
+from mmdit.training.distributed import World
+from mmdit.training.metrics import MetricsLog
+from mmdit.training.optim import clip_and_guard
+from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.settings import TrainConfig
+from mmdit.training.stored import Stored
+from mmdit.training.trainer import StopRequest, TrainState
+
+Field = Callable[[Tensor, float | Tensor], Tensor]  # x (B, ...) and sigma to the velocity, float32
+PROBES = 32  # samples on which the drift is measured
+PROBE_LEVELS = (0.9, 0.6, 0.3)
+
+
+@dataclass
+class Session:
+    """A built run. The text encoder is frozen and the network stays in evaluation mode, so that scoring a rollout again gives
+    exactly what was sampled."""
+
+    config: PosttrainConfig
+    train: TrainConfig
+    seed: int
+    state: TrainState
+    tokenizer: Tokenizer
+    prompts: Prompts
+    evaluated: dict[str, Prompts]
+    width: int
+    height: int
+    frames: int
+    run_dir: Path
+    save: Callable[[Session], None]
+    world: World = World()
+    log: MetricsLog | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        learner, config = self.state.learner, self.config
+        if not isinstance(learner.objective.path, LinearPath):
+            raise ConfigError("train.objective", "is not flow matching on the linear path, which post-training is made for")
+        self.learner, self.device = learner.eval(), self.world.device
+        self.micro_batches = check_geometry(config.prompts_per_epoch, config.group_size, self.world.size, config.micro_batch,
+                                            config.updates_per_epoch)
+        if self.train.max_steps % config.updates_per_epoch:
+            raise ConfigError("train.max_steps", f"is {self.train.max_steps}, must be a multiple of posttrain."
+                              f"updates_per_epoch, {config.updates_per_epoch}")
+        if config.prompts_per_epoch > len(self.prompts):
+            raise ConfigError("posttrain.prompts_per_epoch", f"is {config.prompts_per_epoch}, must be at most the "
+                              f"{len(self.prompts)} prompts")
+        if (config.micro_batch % config.group_size
+                and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and config.dpo.source == "online")):
+            raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size "
+                              f"{config.group_size}: a groupwise reward or online dpo compares whole groups")
+        for reward in (*config.rewards, *config.eval_rewards, config.srpo.scorer):
+            if reward is not config.srpo.scorer or config.algorithm == "srpo":
+                reward.prepare(self.device)
+        self.pool = RewardPool(config.rewards, workers=int(config.async_rewards))
+        self.judge = RewardPool(config.eval_rewards, workers=0)
+        self.shape = (self.frames, *learner.spec.grid(self.width, self.height), learner.spec.channels)
+        shift = config.rollout.shift * learner.objective.clip_shift(self.frames)
+        self.times = sampling_times(learner.objective, config.rollout.steps, shift)
+        with torch.no_grad():  # once; the encoder is not needed again
+            self.text = learner.text_encoder(self.prompts.captions).to(self.device)
+        self.reference, self.old = self.snapshot(), self.snapshot()
+        self.marks: dict[str, Tensor] = {}  # scalars that tell where the run began
+        self._probes: tuple[TextTokens, list[tuple[float, Tensor, Tensor]]] | None = None
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds besides the state, for an exact resume."""
+        slow = {"old": self.old} if self.config.algorithm in ("nft", "awm") else {}
+        return slow | ({"marks": self.marks} if self.marks else {})
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint; `reference` stays the model that the first run began from."""
+        self.state.restore(folder)
+        if self.config.algorithm in ("nft", "awm"):
+            checkpoint.assign(self.old, Stored(folder / "old.safetensors"), str(folder))
+        self.marks = checkpoint.read_tensors(folder / "marks.safetensors") if (folder / "marks.safetensors").is_file() else {}
+
+    # ── policies ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of what is trained, by the network's own names."""
+        return {name: p.detach().clone() for name, p in self.learner.model.named_parameters() if p.requires_grad}
+
+    def averaged(self) -> dict[str, Tensor]:
+        return {name.removeprefix("model."): value for name, value in self.state.ema.shadow.items()}
+
+    def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Field:
+        """Of the policy, or of a copy of its trained weights; with the guidance that rollouts have, here as there."""
+        model = self.learner.model
+        call = model if weights is None else lambda *inputs: functional_call(model, weights, inputs)
+        denoise = guided(self.learner.objective, call, text, self.config.rollout.guidance)
+
+        def field_of(x: Tensor, t: float | Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.autocast):
+                clean = denoise(x, t).float()
+            return (x - clean) / (wide(t, x) if isinstance(t, Tensor) else t)
+
+        return field_of
+
+    # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    @torch.no_grad()
+    def roll_out(self, field_of: Field, draws: Draws, stochastic: Sequence[int] = (), plan: StoragePlan | None = None,
+                 first: Draws | None = None) -> Trajectory:
+        """Sample along `times`: the given steps by the configured dynamics, the others by the ODE. Each state is rounded as it
+        is stored before anything is computed from it; means of stochastic steps are kept as `mean`. `first` keys the noise at
+        t = 1."""
+        rollout, times = self.config.rollout, self.times
+        trajectory = Trajectory(plan or StoragePlan.for_steps((), rollout.steps))
+        x = trajectory.put(0, (first or draws).normal("rollout", *self.shape))
+        for index, t in enumerate(times[:-1]):
+            noisy = index in stochastic
+            step = dynamics.step(rollout.dynamics if noisy else "ode", rollout.noise_level, times, index)
+            mean = step.mean(x, field_of(x, t))
+            x = trajectory.put(index + 1, mean + step.std * draws.normal(f"sde {index}", *self.shape) if noisy else mean)
+            trajectory.put_value("mean", index, mean)
+        return trajectory
+
+    def stochastic(self, epoch: int) -> tuple[int, ...]:
+        """The steps that are noisy, stored and trained in this epoch."""
+        rollout = self.config.rollout
+        if not self.config.trains_steps:
+            return ()
+        order = torch.randperm(len(rollout.candidates), generator=generator(self.seed, "sde window", epoch))
+        return tuple(sorted(rollout.candidates[i] for i in order[: rollout.sde_pick or None]))
+
+    def plan(self, stochastic: tuple[int, ...]) -> StoragePlan:
+        storage = self.config.storage
+        dtype = torch.bfloat16 if storage.dtype == "bf16" else torch.float32
+        return StoragePlan.for_steps(stochastic, self.config.rollout.steps, ("mean",), dtype, storage.positions == "all")
+
+    def epoch_prompts(self, epoch: int) -> Tensor:
+        """`(samples,)`: the prompt of every sample of the epoch, over all processes."""
+        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "epoch prompts", epoch))
+        return order[: self.config.prompts_per_epoch].repeat_interleave(self.config.group_size)
+
+    def own_indices(self) -> Iterator[Tensor]:
+        """Of this process, micro-batch by micro-batch: each update takes the same samples however many processes share it."""
+        config = self.config
+        part = config.prompts_per_epoch * config.group_size // config.updates_per_epoch
+        for update in range(config.updates_per_epoch):
+            own = torch.arange(part).tensor_split(self.world.size)[self.world.rank]
+            yield from (update * part + own).split(config.micro_batch)
+
+    def collect(self, epoch: int) -> tuple[list[Rollout], list[Future]]:
+        """This process's rollouts of an epoch, and their rewards to come."""
+        prompts, stochastic = self.epoch_prompts(epoch), self.stochastic(epoch)
+        plan = self.plan(stochastic)
+        weights = self.old if self.config.rollout.policy == "old" else None
+        rollouts, futures = [], []
+        for indices in self.own_indices():
+            places = prompts[indices]
+            draws = Draws(self.seed, epoch, indices.to(self.device))
+            field_of = self.velocity(self.text[places.to(self.device)], weights)
+            groups = torch.tensor([group_id(self.prompts.captions[i]) for i in places.tolist()])
+            shared = self.config.rollout.shared_noise
+            first = Draws(self.seed, epoch, draws.indices // self.config.group_size) if shared else None
+            rollout = Rollout(self.roll_out(field_of, draws, stochastic, plan, first), places, groups, indices)
+            samples = self.samples(rollout.clean, self.prompts.at(places.tolist()), groups, draws, self.pool)
+            rollouts.append(rollout.to("cpu") if self.config.storage.offload else rollout)
+            futures.append(self.pool.submit(samples))
+        return rollouts, futures
+
+    @torch.no_grad()
+    def samples(self, clean: Tensor, prompts: Prompts, groups: Tensor, draws: Draws, pool: RewardPool) -> Samples:
+        decoded = any("pixels" in reward.needs for reward in pool.rewards)
+        return Samples(prompts.captions, clean, groups, draws, self.decode(clean) if decoded else None, prompts.facts)
+
+    def decode(self, clean: Tensor) -> Tensor:
+        return self.tokenizer.decode(self.learner.spec.denormalize(clean)).float()
+
+    def gather(self, futures: list[Future], rollouts: list[Rollout]) -> dict[str, Tensor]:
+        """Rewards of the whole epoch `(samples,)` by name, on every process."""
+        total = self.config.prompts_per_epoch * self.config.group_size
+        whole = {name: torch.zeros(total, dtype=torch.float64, device=self.device) for name in self.pool.weights}
+        for future, rollout in zip(futures, rollouts, strict=True):
+            for name, value in future.result().items():
+                whole[name][rollout.indices.to(self.device)] = value.double().to(self.device)
+        self.world.sum_(*whole.values())
+        return {name: value.cpu() for name, value in whole.items()}
+
+    # ── one update ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def apply(self) -> dict[str, float]:
+        """An optimizer step from the gradients there are (summed over micro-batches; their mean over processes)."""
+        optimizer, state = self.state.optimizer, self.state
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.world.sum_(*gradients)
+        if self.world.size > 1:
+            torch._foreach_div_(gradients, self.world.size)
+        optimizer.set_lr(self.train.learning_rate().at(state.step + 1))
+        norm, skipped = clip_and_guard(optimizer, self.train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.step)
+        return {"grad_norm": norm.item(), "skipped": skipped.item()}
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    @torch.no_grad()
+    def drift(self) -> float:
+        """Mean squared change of the velocity since the start, on fixed samples of the first model at fixed noise levels."""
+        if self._probes is None:
+            text = self.text[torch.arange(min(PROBES, len(self.prompts)), device=self.device)]
+            draws = Draws.of(self.seed, -1, len(text), self.device)
+            first = self.velocity(text, self.reference)
+            clean, noise = self.roll_out(first, draws).get(-1), draws.normal("probe", *self.shape)
+            states = [(t, (1 - t) * clean + t * noise) for t in PROBE_LEVELS]
+            self._probes = text, [(t, x, first(x, t)) for t, x in states]
+        text, probes = self._probes
+        now = self.velocity(text)
+        return sum((now(x, t) - v).square().mean().item() for t, x, v in probes) / len(probes)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """`seen_…` and `held_out_…` means of the evaluation rewards, of fixed noise, with the sampler of `train.sample_*`."""
+        values, first = {}, 0
+        pipeline, settings = Pipeline(self.learner, self.tokenizer, self.train.precision), SampleSettings.of(self.train)
+        for title, prompts in self.evaluated.items():
+            pixels = pipeline(prompts.captions, self.width, self.height, self.frames, settings, first, batch_size=256)
+            draws = Draws(self.seed, -2, torch.arange(first, first + len(prompts)))
+            groups = torch.arange(len(prompts))
+            where = self.device if self.device.type == "cuda" else "cpu"
+            samples = Samples(prompts.captions, pixels, groups, draws, pixels.to(where), prompts.facts)
+            values |= {f"{title}_{name}": value.mean().item() for name, value in self.judge.score(samples).items()}
+            first += len(prompts)
+        return values
+
+    def run(self, body: Callable[[], dict[str, float]], updates: int) -> bool:
+        """Call `body` (one epoch of `updates` updates, giving numbers to report) to `train.max_steps`, with evaluation, drift,
+        checkpoints and stop rules between. True when it came to its end or a stop rule ended it; False: asked to stop."""
+        state, train, config = self.state, self.train, self.config
+        self.log = MetricsLog(self.run_dir, state.step) if self.world.is_main else None
+        if state.step == 0:
+            self._report({"step": 0, "drift": 0.0, **self.evaluate()})
+        ended = state.step >= train.max_steps
+        with StopRequest().listening() as stop:
+            while not ended:
+                begin = time.perf_counter()
+                values = body()
+                values |= {"step": state.step, "seconds": time.perf_counter() - begin, "drift": self.drift()}
+                reason = values.pop("stop", None)
+                if config.max_drift and values["drift"] > config.max_drift:
+                    reason = f"the drift {values['drift']:.3g} is above posttrain.max_drift"
+                if not all(math.isfinite(value) for value in values.values()) or values.get("skipped"):
+                    reason = "a loss or gradient is not finite"
+                asked = self.world.any(stop.asked)
+                ended = state.step >= train.max_steps or reason is not None
+                epoch = state.step // updates
+                if epoch % config.eval_every_epochs == 0 or ended or asked:
+                    values |= self.evaluate()
+                self._report(values)
+                if state.step % train.save_every_steps < updates or ended or asked:
+                    self.save(self)
+                if reason:
+                    self.world.print(f"stopped at update {state.step}: {reason}")
+                if asked and not ended:
+                    self.world.print(f"stopped on request at update {state.step}; continue with --resume")
+                    return False
+        if self.log:
+            self.log.close()
+        return True
+
+    def _report(self, values: dict[str, float]) -> None:
+        if self.log:
+            self.log.write(values)
+            shown = [f"{name} {value:.4g}" for name, value in values.items() if name != "step"]
+            print(f"update {values['step']}/{self.train.max_steps}  " + "  ".join(shown), flush=True)

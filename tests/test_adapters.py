@@ -1,0 +1,233 @@
+"""LoKr, DoRA, rank-stabilised scale and rank dropout; which layers are chosen; what files hold of them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmdit.adapters import (
+    DoRALinear,
+    LoKrLinear,
+    LoRAConfig,
+    LoRALinear,
+    adapters,
+    inject,
+    load_lora,
+    lora_state,
+    merge,
+    save_lora,
+    select,
+)
+from mmdit.adapters.layers import factorise
+from mmdit.config import ConfigError, decode
+from mmdit.interop import lora_formats
+from mmdit.interop.inspection import inspect_weights
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.models.wan import WanConfig, WanDiT
+
+KINDS = {
+    "lora": {"rank": 4, "alpha": 6.0}, "rslora": {"rank": 4, "alpha": 6.0, "rslora": True}, "dora": {"type": "dora", "rank": 4, "alpha": 6.0},
+    "lokr": {"type": "lokr", "rank": 2, "alpha": 6.0, "factor": 4}, "lokr_whole": {"type": "lokr", "full_second": True, "alpha": 6.0},
+    "lokr_thin": {"type": "lokr", "rank": 1, "alpha": 6.0, "factor": 4, "decompose_first": True},
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def base(dim=32, seed=0):
+    torch.manual_seed(seed)
+    model = build_model(VideoMMDiTConfig(dim=dim, depth=3, num_heads=2, window_size=2), 3, 8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def adapted(kind="lora", trained=True, **keys):
+    model = base()
+    inject(model, LoRAConfig(enabled=True, **{**KINDS[kind], **keys}), seed=3)
+    if trained:
+        for layer in adapters(model).values():
+            for parameter in layer.own().values():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def outputs(model, x):
+    return torch.cat([layer(x) for layer in adapters(model).values() if layer.in_features == 32 == layer.out_features])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+
+
+@every_kind
+def test_a_fresh_adapter_changes_no_bit(kind, x):
+    model = adapted(kind, trained=False)
+    for layer in adapters(model).values():
+        if layer.in_features == 32:
+            assert torch.equal(layer(x), layer.plain()(x))
+
+
+@every_kind
+def test_forward_is_merge_is_file_for_an_alpha_that_is_not_the_rank(kind, x, tmp_path):
+    model = adapted(kind)
+    expected = outputs(model, x)
+    assert (expected - torch.cat([m.plain()(x) for m in adapters(model).values() if m.in_features == 32 == m.out_features])).norm() > 0.1
+    merged = torch.cat([m.merged()(x) for m in adapters(model).values() if m.in_features == 32 == m.out_features])
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    save_lora(model, tmp_path / "own.safetensors")
+    for other in (base(), adapted(kind)):
+        load_lora(other, tmp_path / "own.safetensors")
+        torch.testing.assert_close(outputs(other, x), expected, rtol=1e-6, atol=1e-6)
+    for format in ("kohya", "comfy", *(() if kind.startswith("lokr") else ("peft", "diffusers"))):
+        path = tmp_path / (format if format == "peft" else f"{format}.safetensors")
+        lora_formats.save_lora(model, path, format)
+        other = base()
+        lora_formats.load_lora(other, path)
+        torch.testing.assert_close(outputs(other, x), expected, rtol=1e-5, atol=1e-5)
+        half = {name: tensor.half() for name, tensor in lora_state(other).items()}
+        assert all(tensor.isfinite().all() for tensor in half.values())
+    report = inspect_weights(tmp_path / "kohya.safetensors")
+    assert (report["kind"], report["layers"]) == ({"lo": "LoRA", "do": "DoRA", "rs": "LoRA"}.get(kind[:2] if kind[:4] != "lokr" else "", "LoKr"),
+                                                  len(adapters(model)))  # fmt: skip
+
+
+def test_lokr_files_have_their_strength_in_the_first_factor(tmp_path):
+    """Readers divide alpha by the rank, or, where both factors are whole, ignore alpha: both must give what was trained."""
+    from safetensors.torch import load_file
+
+    for kind in ("lokr", "lokr_whole", "lokr_thin"):
+        model = adapted(kind)
+        lora_formats.save_lora(model, tmp_path / f"{kind}.safetensors", "comfy")
+        stored = load_file(tmp_path / f"{kind}.safetensors")
+        for name, layer in adapters(model).items():
+            own = {part.rpartition(".")[2]: tensor for part, tensor in stored.items() if part.startswith(f"diffusion_model.{name}.")}
+            first, second = (own.get(w) if w in own else own[f"{w}_a"] @ own[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
+            assert own["alpha"] == layer.rank
+            torch.testing.assert_close(torch.kron(first, second), layer.delta(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="choose kohya or comfy"):
+        lora_formats.save_lora(model, tmp_path / "no", "peft")
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        lora_formats.save_lora(model, tmp_path / "no", "kohya")
+
+
+def test_lokr_is_the_kronecker_product():
+    assert [factorise(*pair) for pair in ((5120, 8), (13824, 8), (127, -1), (5120, -1), (30, 8))] == [
+        (8, 640), (8, 1728), (1, 127), (64, 80), (5, 6)]  # fmt: skip
+    with torch.device("meta"):
+        sizes = [(5120, 5120, 8, 32), (5120, 13824, 8, 32), (5120, 5120, 16, 32)]
+        layers = [LoKrLinear(nn.Linear(i, o), 400, 1.0, factor=f, full_second=True) for i, o, f, _ in sizes]
+    assert [sum(p.numel() for p in layer.own().values()) for layer in layers] == [409_664, 1_105_984, 102_656]
+    torch.manual_seed(0)
+    layer = LoKrLinear(nn.Linear(160, 96).double(), rank=3, alpha=5.0, factor=8)
+    for parameter in layer.own().values():
+        nn.init.normal_(parameter)
+    layer = layer.double()
+    first, second = layer.factors(torch.float64)
+    x = torch.randn(4, 160, dtype=torch.float64)
+    torch.testing.assert_close(layer.update(x), x @ (5 / 3 * torch.kron(first, second)).T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.delta().norm(), 5 / 3 * first.norm() * second.norm())
+    assert torch.linalg.matrix_rank(layer.delta()) == torch.linalg.matrix_rank(first) * torch.linalg.matrix_rank(second)
+
+
+def test_dora_is_a_length_and_a_direction(x):
+    """Equation 5, and the norm has no gradient: with the length fixed, a row's gradient is that of W' times length / norm."""
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(32, 12), rank=3, alpha=4.0).double()
+    for parameter in layer.own().values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    direction = layer.weight + 4 / 3 * layer.lora_B @ layer.lora_A
+    expected = layer.lora_magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()
+    found = layer(x.double())
+    torch.testing.assert_close(found, x.double() @ expected.T + layer.bias, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(y.square().sum(), tuple(layer.own().values()), retain_graph=True)
+                 for y in (found, x.double() @ expected.T + layer.bias)]  # fmt: skip
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rank_dropout_leaves_out_ranks_or_rows_with_that_probability():
+    torch.manual_seed(0)
+    lora = LoRALinear(nn.Linear(8, 64), rank=64, alpha=64.0, rank_dropout=0.25).train()
+    nn.init.eye_(lora.lora_B)
+    lokr = LoKrLinear(nn.Linear(8, 64), rank=64, alpha=1.0, rank_dropout=0.25).train()
+    nn.init.normal_(lokr.lokr_w2)
+    x = torch.randn(3, 8)
+    for layer in (lora, lokr):
+        whole = layer.eval().update(x)
+        ratios = torch.stack([layer.train().update(x) / whole for _ in range(300)])
+        assert ((ratios == 0) | ((ratios - 4 / 3).abs() < 1e-3)).all()
+        assert ratios.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.01) and torch.equal(ratios[:, 0] == 0, ratios[:, 1] == 0)
+
+
+def chosen(**keys):
+    return select(base(), LoRAConfig(**keys))
+
+
+def test_what_is_included_excluded_and_in_which_blocks():
+    kv = chosen(target_modules=("cross.k", "cross.v"))
+    assert len(kv) == 6 and chosen(target_modules=("blocks.*.cross.[kv]",)) == kv
+    assert chosen(target_modules=("cross.k", "cross.v"), exclude_modules=("v",)) == [name for name in kv if name.endswith("k")]
+    assert chosen(target_modules=("cross.k", "cross.v"), blocks=("0", "2-2")) == [name for name in kv if ".1." not in name]
+    mixed = [name for name in chosen(target_modules=("cross.k", "input"), blocks=("1",))]
+    assert mixed == ["blocks.1.cross.k"], "what lies outside the blocks is in none of them"
+    for keys, words in (
+        ({"exclude_modules": ("kk",)}, ("lora.exclude_modules", "kk", "near names")),
+        ({"blocks": ("7",)}, ("no block 7", "0 to 2")),
+        ({"target_modules": ("q",), "exclude_modules": ("q",)}, ("leave no layer",)),
+        ({"per_module": ({"modules": ("nope",), "rank": 2, "alpha": 1.0},)}, ("lora.per_module", "nope")),
+    ):
+        with pytest.raises(ValueError) as caught:
+            select(base(), decode(LoRAConfig, keys))
+        assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_rank_and_alpha_by_module():
+    model = base()
+    inject(model, decode(LoRAConfig, {"enabled": True, "rank": 8, "alpha": 4, "target_modules": ["cross.k", "cross.v", "mlp.up"], "per_module": [
+        {"modules": ["blocks.0.*"], "rank": 2, "alpha": 1}, {"modules": ["mlp.up"], "rank": 3, "alpha": 9}]}))  # fmt: skip
+    found = {name: (layer.rank, layer.alpha) for name, layer in adapters(model).items()}
+    assert found["blocks.0.mlp.up"] == (2, 1) and found["blocks.1.mlp.up"] == (3, 9) and found["blocks.2.cross.v"] == (8, 4)
+
+
+def test_wan_is_translated_and_its_self_attention_only_when_named(capsys):
+    tiny = WanConfig(dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, freq_dim=16)
+    assert {name.rpartition(".")[0][9:] for name in select(WanDiT(tiny), LoRAConfig())} == {"cross_attn"}
+    assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("q",)))} == {"cross_attn.q"}
+    assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("self_attn.q",)))} == {"self_attn.q"}
+    with pytest.raises(ValueError, match="self_attn"):
+        select(WanDiT(tiny), LoRAConfig(target_modules=("blocks.*.[!c]*.q",)))
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    layer = LoRALinear(nn.Linear(4, 4), rank=16, alpha=8.0, rslora=True)
+    assert layer.scale == 8.0 / math.sqrt(16)
+
+
+@pytest.mark.parametrize("keys,word", [
+    ({"type": "lokr", "rslora": True}, "rslora"), ({"factor": 0}, "factor"), ({"blocks": ["a"]}, "blocks"), ({"rank_dropout": 1.0}, "rank_dropout"),
+    ({"per_module": [{"modules": ["q"], "rank": 0, "alpha": 1}]}, "rank"), ({"type": "lokrr"}, "lokr"),
+])  # fmt: skip
+def test_bad_settings_name_the_key(keys, word):
+    with pytest.raises(ConfigError, match=word):
+        decode(LoRAConfig, keys)
+
+
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    save_lora(adapted("lokr"), tmp_path / "lokr.safetensors")
+    with pytest.raises(ValueError, match="has type LoKrLinear, the model LoRALinear; set lora.type: lokr"):
+        load_lora(adapted("lora"), tmp_path / "lokr.safetensors")
+    save_lora(adapted("lokr", factor=2, rank=1), tmp_path / "eight.safetensors")
+    with pytest.raises(ValueError, match="lora.factor"):
+        load_lora(adapted("lokr", rank=1), tmp_path / "eight.safetensors")
+
+
+@every_kind
+def test_merging_a_model_keeps_its_outputs(kind):
+    model = adapted(kind)
+    from mmdit.interfaces import TextTokens
+
+    arguments = (torch.randn(1, 2, 4, 4, 3), torch.tensor([300.0]), TextTokens(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool)))
+    expected = model(*arguments)
+    torch.testing.assert_close(merge(model)(*arguments), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,134 @@
+"""Optimizers that need less memory do what plain AdamW in float32 does, and go on exactly where they stopped."""
+
+import json
+
+import pytest
+import test_trainer
+import torch
+from test_trainer import assert_same, learner, trained
+from torch import nn
+
+from mmdit.config import ConfigError, decode
+from mmdit.experiment import ExperimentConfig
+from mmdit.training import lean
+from mmdit.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.settings import TrainConfig
+
+
+def stepped(weight: torch.Tensor, gradients: torch.Tensor, make) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    parameter = nn.Parameter(weight.clone())
+    optimizer = make([{"params": [parameter], "lr": 1e-4, "weight_decay": 0.1}])
+    for gradient in gradients:
+        parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return parameter.detach(), optimizer
+
+
+def test_two_bfloat16_words_follow_float32_where_one_stands_still():
+    """Steps of 1e-4 on weights near 1, whose neighbours in bfloat16 lie 1/128 apart."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (1 + 0.5 * torch.rand(500, generator=generator)).bfloat16()
+    gradients = torch.randn(300, 500, generator=generator) + 0.5
+    plain = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95))  # noqa: E731
+    expected, _ = stepped(weight.float(), gradients.bfloat16().float(), plain)
+    moved = (expected - weight.float()).abs().mean()
+    split, optimizer = stepped(weight, gradients, lambda groups: lean.SplitAdamW(groups, (0.9, 0.95)))
+    value = split.float() + next(iter(optimizer.state.values()))["rest"].float()
+    assert moved > 5e-3 and (value - expected).abs().max() < 0.05 * moved
+    alone, _ = stepped(weight, gradients, plain)
+    assert (alone.float() - expected).abs().mean() > 0.5 * moved, "plain rounding loses the steps"
+
+
+def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypatch):
+    def halved(dropout=0.0):
+        model = learner(dropout)
+        lean.to_bfloat16(model)
+        return model
+
+    losses = {}
+    for precision in ("fp32", "pure_bf16"):
+        if precision == "pure_bf16":
+            monkeypatch.setattr(test_trainer, "learner", halved)
+        trained(tmp_path / precision, steps=40, precision=precision, ema=False)
+        losses[precision] = [json.loads(line)["loss"] for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()]
+    assert max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True)) < 0.01 and losses["fp32"][-1] < 0.93 * losses["fp32"][0]
+    options = {"precision": "pure_bf16", "save_every_steps": 2, "keep_last": 0}
+    whole = trained(tmp_path / "whole", **options)
+    assert {p.dtype for p in whole.learner.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in whole.ema.shadow.values()} == {torch.float32}
+    assert_same(whole, trained(tmp_path / "whole", resume_at=2, **options))
+    two = trained(tmp_path / "two", steps=2, lr_schedule="constant", **options)
+    poisoned = trained(tmp_path / "poisoned", steps=3, lr_schedule="constant", poison=(2,), log_every_steps=3, **options)
+    assert all(torch.equal(a, b) for a, b in zip(two.learner.parameters(), poisoned.learner.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 2**26])
+def test_moments_that_wait_elsewhere_change_no_bit(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(lean, "CHUNK", chunk)
+    options = {"save_every_steps": 2, "keep_last": 0}
+    expected = trained(tmp_path / "plain", **options)
+    state = trained(tmp_path / "away", offload_optimizer=True, **options)
+    assert_same(expected, state)
+    assert len(state.optimizer.parts) == (len(list(state.learner.parameters())) if chunk == 1 else 1)
+    homes = state.optimizer.parking.homes
+    moments = [(id(p), name) for p, own in state.optimizer.state.items() for name in own if name != "step"]
+    assert moments and all(state is homes[key] for key, state in zip(
+        moments, (own[name] for own in state.optimizer.state.values() for name in own if name != "step"), strict=True))  # fmt: skip
+    assert_same(expected, trained(tmp_path / "away", resume_at=2, offload_optimizer=True, **options))
+    assert_same(expected, trained(tmp_path / "away", resume_at=2, **options))  # and without
+
+
+def test_chunks_keep_every_parameter_with_its_settings():
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (5, 3, 2, 9, 1, 1)]
+    groups = [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:], "weight_decay": 0.0}]
+    original, lean.CHUNK = lean.CHUNK, 6
+    try:
+        chunks = list(lean.in_chunks(groups))
+    finally:
+        lean.CHUNK = original
+    sizes = [[(group["weight_decay"], [p.numel() for p in group["params"]]) for group in chunk] for chunk in chunks]
+    assert sizes == [[(0.1, [5])], [(0.1, [3, 2])], [(0.0, [9])], [(0.0, [1, 1])]]
+
+
+def test_8_bit_moments_train_and_resume_exactly(tmp_path):
+    pytest.importorskip("torchao.optim")
+    options = {"optimizer": "adamw8bit", "save_every_steps": 2, "keep_last": 0}
+    import unittest.mock
+
+    wide = nn.Linear(64, 128, bias=False)  # torchao leaves what has under 4096 elements in float32
+    with unittest.mock.patch("torch.compile", lambda function, **_: function):
+        whole = trained(tmp_path, **options)
+        assert_same(whole, trained(tmp_path, resume_at=2, **options))
+        one = build_optimizer(nn.ModuleDict({"model": wide}), 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
+        wide.weight.grad = torch.randn(128, 64)
+        one.step()
+    module = nn.ModuleDict({"model": wide})
+    stored = optimizer_tensors(module, one)
+    assert {name.partition("::")[2] for name in stored} == {
+        "step", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale"}  # fmt: skip
+    other = build_optimizer(module, 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
+    load_optimizer_tensors(module, other, stored)
+    again = optimizer_tensors(module, other)
+    assert all(torch.equal(stored[name], again[name]) for name in stored) and stored["model.weight::exp_avg.codes"].dtype == torch.uint8
+
+
+def test_without_torchao_the_remedy_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
+    with pytest.raises(ConfigError, match="pip install torchao"):
+        build_optimizer(learner(), 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
+
+
+@pytest.mark.parametrize("words,match", [
+    ({"precision": "pure_bf16", "optimizer": "muon"}, "made for adamw"),
+    ({"offload_optimizer": True, "optimizer": "adamw8bit"}, "made for adamw"),
+    ({"precision": "pure_bf16", "betas": (0.9, 0.999)}, "stand still"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_said(words, match):
+    with pytest.raises(ConfigError, match=match):
+        TrainConfig(**words)
+
+
+def test_sharding_needs_the_plain_optimizer():
+    for words in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}, {"optimizer": "muon"}):
+        with pytest.raises(ConfigError, match="need whole parameters"):
+            decode(ExperimentConfig, {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words})

@@ -1,0 +1,287 @@
+"""The loops of post-training on a toy that learns in a second: exact replay, exact resume, rewards that rise, rewards that mean
+nothing, and the command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Workshop, refused
+from toy_posttrain import Glass, RedOverBlue, run, session
+
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.posttrain.online import step_terms
+from mmdit.posttrain.rewards import LatentNorm, Noise
+from mmdit.posttrain.settings import (
+    AdvantageConfig,
+    AWMConfig,
+    DPOConfig,
+    KLConfig,
+    NFTConfig,
+    RatioConfig,
+    SRPOConfig,
+    StorageConfig,
+)  # fmt: skip
+from mmdit.posttrain.trajectory import Trajectory
+from mmdit.scripts import posttrain
+from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
+from mmdit.training.checkpoint import latest, read_tensors
+from mmdit.training.errors import RunError
+from mmdit.training.learner import Learner
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIP = RatioConfig(clip=(-7e-3, 7e-3))
+NFT = {"algorithm": "nft", "draws_per_sample": 4, "advantage": AdvantageConfig(clip=2.0)}
+SRPO = {"algorithm": "srpo", "prompts_per_epoch": 32, "micro_batch": 32, "lr": 1e-4}
+
+
+def words(**changes) -> SRPOConfig:
+    return SRPOConfig(**({"scorer": RedOverBlue(), "positive": ("red",), "negative": ("blue",)} | changes))
+
+
+# ── C2: replay ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def transformer(checkpointing: bool) -> Learner:
+    """The real network, awake."""
+    from mmdit.diffusion import FlowMatching, FlowMatchingConfig
+
+    torch.manual_seed(0)
+    encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2))
+    config = VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, checkpointing=checkpointing)
+    model = build_model(config, 3, 16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return Learner(model, encoder, FlowMatching(FlowMatchingConfig()), Glass.spec)
+
+
+def first_update(folder, **changes):
+    """Largest distance of a ratio from 1 before any update, gradients and bytes of the first micro-batch."""
+    settings = {"ratio": RatioConfig(), "prompts_per_epoch": 4, "group_size": 2, "micro_batch": 8, "rewards": (Noise(),)}
+    running = session(folder, algorithm="grpo", **(settings | changes))
+    rollouts, _ = running.collect(0)
+    worth, off = torch.linspace(-1, 1, 8), 0.0
+    for rollout in rollouts:
+        for loss, numbers in step_terms(running, rollout.to("cpu"), worth[rollout.indices]):
+            loss.backward()
+            off = max(off, numbers["ratio_off"].item())
+    return off, [p.grad.clone() for p in running.learner.model.parameters() if p.grad is not None], sum(r.trajectory.bytes() for r in rollouts)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_ratio_is_one_before_the_first_update(tmp_path, dtype, checkpointing):
+    model = transformer(checkpointing)
+    for batch in (1, 8):
+        off, gradients, _ = first_update(tmp_path, model=model, storage=StorageConfig(dtype=dtype), micro_batch=batch)
+        assert off == 0 and any(g.abs().sum() > 0 for g in gradients)
+    for guidance in (1.0, 2.0):
+        assert first_update(tmp_path, model=model, rollout={"guidance": guidance})[0] == 0
+
+
+def test_scoring_before_rounding_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trajectory, "put", lambda self, place, x: (self.states.__setitem__(place, x.to(self.plan.dtype)), x)[1])
+    mean = RatioConfig(norm="mean")
+    assert first_update(tmp_path, model=transformer(False), ratio=mean)[0] == 0
+    assert first_update(tmp_path, model=transformer(False), ratio=mean, storage=StorageConfig(dtype="bf16"))[0] > 1e-5
+    with pytest.raises(RunError, match="before the first update"):
+        run(session(tmp_path, epochs=1, algorithm="grpo", storage=StorageConfig(dtype="bf16"), prompts_per_epoch=4, rewards=(Noise(),),
+                    micro_batch=64))
+
+
+def test_storing_everything_or_offloading_changes_no_gradient(tmp_path):
+    rollout = {"sde_steps": (1, 2, 6), "sde_pick": 2}
+    _, least, few = first_update(tmp_path, rollout=rollout)
+    for storage in (StorageConfig(positions="all"), StorageConfig(offload=False)):
+        _, other, many = first_update(tmp_path, rollout=rollout, storage=storage)
+        assert all(torch.equal(a, b) for a, b in zip(least, other, strict=True))
+        assert (many > few) == (storage.positions == "all")
+    running = session(tmp_path, algorithm="grpo", rollout=rollout)
+    assert few == 8 * running.plan(running.stochastic(0)).bytes(48)
+
+
+# ── C5: learning, and not learning ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name, reward, keep, settings", [
+    ("grpo", -0.20, 0.70, {"algorithm": "grpo", "ratio": CLIP}),
+    ("grpo, early steps", -0.22, 0.75, {"algorithm": "grpo", "ratio": CLIP, "rollout": {"sde_steps": (0, 1, 2)}}),
+    ("guard", -0.18, 0.65, {"algorithm": "guard", "ratio": CLIP}),
+    ("nft", -0.14, 0.80, NFT),
+    ("awm", -0.17, 0.90, {"algorithm": "awm", "ema": 0.9, "ratio": RatioConfig(clip=(-1e-2, 1e-2)), "awm": AWMConfig()}),
+    ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
+    ("dpo offline", -0.38, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(collect=128), "prompts_per_epoch": 64}),
+])  # fmt: skip
+def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, settings):
+    last = run(session(tmp_path, **settings))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["seen_bright"] < -0.55 and records[0]["seen_keep"] > 0.93
+    assert last["seen_bright"] > reward and last["seen_keep"] > keep and last["drift"] > 0
+    if "dpo" in name:
+        assert records[1]["pair_loss"] == pytest.approx(0.6931, abs=1e-3) and last["implicit_accuracy"] >= 0.75
+    if name == "grpo":
+        assert all(record["replay"] == 0 for record in records[1:])
+
+
+def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
+    held = [run(session(tmp_path / f"kl{beta}", epochs=30, algorithm="grpo", ratio=CLIP, kl=KLConfig(beta=beta), rollout={"sde_steps": (0, 2)}))
+            for beta in (0.0, 0.3, 10.0)]
+    assert held[0]["seen_bright"] > held[1]["seen_bright"] > held[2]["seen_bright"]
+    assert held[0]["drift"] > held[1]["drift"] > held[2]["drift"] and held[2]["kl"] > 0
+    clips = [run(session(tmp_path / f"clip{high}", epochs=10, algorithm="grpo", ratio=RatioConfig(clip=(-high, high)), updates_per_epoch=4,
+                         micro_batch=64, rollout={"sde_steps": (0, 2)}))["clip_share"] for high in (1e-5, 1e-3, 1e-1)]  # fmt: skip
+    assert clips[0] > clips[1] > clips[2] == 0
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "grpo", "ratio": CLIP}, NFT, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}],
+                         ids=["grpo", "nft", "dpo"])  # fmt: skip
+def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings):
+    last = run(session(tmp_path, rewards=(Noise(),), **settings))
+    assert abs(last["seen_bright"] + 0.589) < 0.12
+
+
+# ── C6: SRPO ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_srpo_follows_its_words_and_stops(tmp_path):
+    ends = {}
+    for name, pair in (("red", ("red", "blue")), ("blue", ("blue", "red"))):
+        srpo = words(positive=pair[:1], negative=pair[1:], branches=("denoise",))
+        ends[name] = run(session(tmp_path / name, epochs=60, srpo=srpo, **SRPO))
+        assert ends[name]["seen_keep"] > 0.7
+    assert ends["red"]["score_denoise"] > 0.35 and ends["blue"]["score_denoise"] > 0.35, "each in its own direction"
+    both = run(session(tmp_path / "both", epochs=60, srpo=words(), **SRPO))
+    assert both["score_denoise"] > 0.35 > -0.35 > both["score_invert"]
+
+
+def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
+    srpo = words(hinge=0.4)
+    last = run(session(tmp_path / "rest", epochs=150, srpo=srpo, **SRPO))
+    assert last["active_denoise"] < 0.3 and last["active_invert"] < 0.3 and last["latent_std"] < 1.0
+    last = run(session(tmp_path / "growth", epochs=50, srpo=words(max_std_growth=1.001), **SRPO))
+    assert last["step"] < 50 and "deviation grew" in capsys.readouterr().out
+    last = run(session(tmp_path / "drift", epochs=50, srpo=words(), max_drift=1e-3, **SRPO))
+    assert last["step"] < 50 and "max_drift" in capsys.readouterr().out
+
+
+# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("settings", [
+    {"algorithm": "grpo", "updates_per_epoch": 2, "micro_batch": 128},
+    {"algorithm": "nft", "nft": NFTConfig(rate=0.1)},
+    {"algorithm": "awm", "ema": 0.9},
+    {"algorithm": "dpo", "dpo": DPOConfig(collect=32, batch=16)},
+    {"srpo": words(), **SRPO},
+], ids=lambda s: s.get("algorithm"))  # fmt: skip
+def test_four_epochs_are_two_and_two_bit_for_bit(tmp_path, settings):
+    run(session(tmp_path / "straight", epochs=4, **settings))
+    run(session(tmp_path / "cut", epochs=2, **settings))
+    again = session(tmp_path / "cut", epochs=4, **settings)
+    again.restore(latest(tmp_path / "cut"))
+    run(again)
+    ends = [latest(tmp_path / name) for name in ("straight", "cut")]
+    for file in ("model", "optimizer", *(["old"] if settings["algorithm"] in ("nft", "awm") else [])):
+        one, two = (read_tensors(end / f"{file}.safetensors") for end in ends)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    drop = ("seconds",)
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in drop and not k.startswith("seen")} for line in
+             (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("straight", "cut")]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+SECTION = """
+posttrain:
+  prompts_per_epoch: 2
+  group_size: 2
+  micro_batch: 2
+  rollout: {steps: 3}
+  rewards: [{type: brightness}, {type: prompt_accuracy, partial: 0.5}]
+  eval_prompts: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("posttrain"))
+    base = shop.train("base")
+    shop.section = shop.folder / "post.yaml"
+    shop.section.write_text(shop.config.read_text().replace("train:", f"train:\n  init_from: {base}", 1) + SECTION)
+    return shop
+
+
+def command(shop, name: str, *words: str) -> list[str]:
+    return ["--config", str(shop.section), "--device", "cpu", f"experiment_name={name}", "train.max_steps=2", *words]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "guard", "nft", "awm", "srpo", "dpo"])
+def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys):
+    from mmdit.experiment import load_pipeline
+
+    extra = [f"posttrain.algorithm={algorithm}", "posttrain.dpo={collect: 4, batch: 1}"]
+    assert posttrain.main(command(shop, algorithm, *extra, "--dry-run")) == 0
+    told = capsys.readouterr().out
+    assert "noise levels" in told and not (shop.folder / "runs" / algorithm).exists()
+    if algorithm == "grpo":
+        # 3 steps, 2 stochastic: positions 0 … 3 and 2 means of 48 latent values in float32
+        assert "2 prompts × 2 = 4 samples" in told and f"{(4 + 2) * 48 * 4:,} bytes a sample" in told
+    assert posttrain.main(command(shop, algorithm, *extra)) == 0
+    assert posttrain.main(command(shop, algorithm, *extra, "--resume", "train.max_steps=3")) == 0
+    assert "update 3/3" in capsys.readouterr().out
+    pipeline, config = load_pipeline(shop.folder / "runs" / algorithm, "cpu")
+    assert config.posttrain.algorithm == algorithm and pipeline(["a red star"], 48, 32).isfinite().all()
+
+
+def test_adapters_alone_are_trained_when_asked(shop):
+    words = ["lora.enabled=true", "lora.rank=2", "ema.enabled=false", "posttrain.rewards=[{type: brightness}]"]
+    posttrain.main(command(shop, "lora", *words))
+    ours, base = (read_tensors(latest(shop.folder / "runs" / name) / f"{file}.safetensors") for name, file in (("lora", "model"), ("base", "ema")))
+    assert all(torch.equal(ours[name], value) for name, value in base.items())
+    assert any(value.abs().sum() > 0 for name, value in ours.items() if name.endswith("lora_B"))
+
+
+def test_prompts_come_from_files_too(shop, capsys):
+    rows = [f"a red circle {i}" for i in range(16)]
+    (shop.folder / "p.json").write_text(json.dumps([{"caption": row} for row in rows]))
+    (shop.folder / "p.yaml").write_text("prompts:\n" + "".join(f"- {row}\n" for row in rows))
+    rewards = ["posttrain.rewards=[{type: brightness}]", "posttrain.eval_rewards=[{type: brightness}]"]
+    for suffix in ("json", "yaml"):
+        posttrain.main(command(shop, f"file_{suffix}", f"posttrain.prompts={shop.folder}/p.{suffix}", *rewards))
+        assert "14 prompts" in capsys.readouterr().out
+    refused(capsys, posttrain.main, command(shop, "no_facts", f"posttrain.prompts={shop.folder}/p.json"), "'prompt_accuracy' needs facts")
+    refused(capsys, posttrain.main, command(shop, "bad", f"posttrain.prompts={shop.folder}/none.json"), "posttrain.prompts", "must be")
+
+
+def test_mistakes_are_told_before_anything_runs(shop, capsys):
+    for word, *parts in (
+        ("posttrain.micro_batch=3", "posttrain.micro_batch", "must divide"),
+        ("posttrain.group_size=1", "posttrain.group_size"),
+        ("posttrain.rollout={dynamics: ode}", "posttrain.rollout.dynamics", "flow_sde"),
+        ("posttrain.rollout={steps: 3, sde_steps: [2]}", "posttrain.rollout.sde_steps", "last step"),
+        ("posttrain.srpo={sigma_window: [0.99, 0.5]}", "sigma_window"),
+        ("posttrain.rewards=[{type: hps, path: x}]", "weights"),
+        ("posttrain.rewards=[{type: clip, path: nowhere}]", "config.json"),
+        ("posttrain.rewards=[{type: aesthetics}]", "brightness", "pickscore"),
+        ("train.objective=ddpm", "train.objective", "linear path"),
+        ("train.init_from=null", "train.init_from"),
+    ):
+        refused(capsys, posttrain.main, command(shop, "mistake", word), *parts)
+    assert not (shop.folder / "runs" / "mistake").exists()
+
+
+def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
+    running = session(tmp_path, epochs=1, algorithm="grpo", rewards=(LatentNorm(),))
+    monkeypatch.setattr(running.tokenizer, "decode", None)
+    _, futures = running.collect(0)
+    assert all(0 < future.result()["latent_norm"].min() <= 1 for future in futures)
+    shutil.rmtree(tmp_path)
+
+
+def test_two_processes_are_one(shop):
+    """Each update takes the same samples, and their mean, however many processes share it."""
+    words = ["posttrain.micro_batch=1", "posttrain.updates_per_epoch=2", "train.max_steps=4", "ema.enabled=false"]
+    posttrain.main(command(shop, "alone", *words))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP")))
+    subprocess.run([sys.executable, *launch, "-m", "mmdit.scripts.posttrain", *command(shop, "together", *words)], cwd=ROOT, timeout=200,
+                   check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in ("alone", "together"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5

@@ -1,0 +1,57 @@
+"""Embeddings in files: a caption is encoded once for all runs, and by another encoder's embedding never mistaken."""
+
+import pytest
+import torch
+from test_text_encoders import CAPTIONS, checkpoint, count_calls, hf  # noqa: F401 (checkpoint is a fixture)
+
+from mmdit.config import ConfigError
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_second_run_encodes_nothing_and_sees_the_same_bits(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    folder, _ = checkpoint("t5")
+    expected = hf(folder)(CAPTIONS)
+    assert torch.equal(hf(folder, cache_dir=str(tmp_path))(CAPTIONS).embeddings, expected.embeddings)
+    again = hf(folder, cache_dir=str(tmp_path), cache_mb=0)
+    calls = count_calls(again, monkeypatch)
+    text = again(CAPTIONS)
+    assert not calls and torch.equal(text.embeddings, expected.embeddings) and torch.equal(text.valid, expected.valid)
+    dropped = text.drop(torch.arange(len(CAPTIONS)) == 0)  # caption dropout acts on what was read, too
+    assert not dropped.valid[0].any() and torch.equal(dropped.valid[1:], text.valid[1:])
+    assert len(files(tmp_path)) == len({caption.strip() for caption in CAPTIONS if caption.strip()})
+
+
+def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    folder, _ = checkpoint("t5")
+    options = {"cache_dir": str(tmp_path)}
+    hf(folder, **options)(["red"])
+    changed = hf(folder, **options)
+    changed(["red"])  # with the weights it came with: nothing new
+    assert len(files(tmp_path)) == 1
+    state = changed.state_dict()
+    state["encoder.shared.weight"] = state["encoder.shared.weight"] + 1e-6
+    changed.load_state_dict(state | {name: state["encoder.shared.weight"] for name in state if name.endswith("embed_tokens.weight")})
+    calls = count_calls(changed, monkeypatch)
+    changed(["red"])
+    hf(folder, max_length=12, **options)(["red"])
+    hf(folder, dtype="bfloat16", **options)(["red"])
+    assert len(calls) == 1 and len(files(tmp_path)) == len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):  # noqa: F811
+    folder, _ = checkpoint("t5")
+    expected = hf(folder, cache_dir=str(tmp_path))(["red"]).embeddings
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    for damage in (whole[:20], b"", b"no safetensors at all"):
+        file.write_bytes(damage)
+        assert torch.equal(hf(folder, cache_dir=str(tmp_path))(["red"]).embeddings, expected)
+        assert file.read_bytes() == whole
+
+
+def test_a_trained_encoder_has_no_embeddings_to_keep(checkpoint):  # noqa: F811
+    with pytest.raises(ConfigError, match="cache_dir"):
+        hf(checkpoint("t5")[0], freeze=False, cache_dir="somewhere")

@@ -113,8 +113,6 @@ class ExperimentConfig:
         if (train.objective, flow.path, flow.prediction, flow.time_scale) != ("flow_matching", "linear", "velocity", 1000.0):
             raise ConfigError("train.objective", "and flow_matching: Wan predicts the velocity on the linear path with time_scale 1000; "
                               "leave these keys at their defaults")
-        if self.experts.enabled:
-            raise ConfigError("experts.enabled", "is true, but Wan's experts are models of their own; name one by model.expert")
         if self.tread.enabled:
             raise ConfigError("tread.enabled", "is true, but a Wan transformer routes no tokens; remove the section")
         if self.model.expert and train.sample_every_steps:

@@ -61,7 +61,7 @@ def worlds(folder: Path) -> dict:
     kinds = {key for record in told["one"] for key in record if "loss" in key}
     assert {"loss_ema_10", "val_loss_ema", "val_loss_q9"} <= kinds, kinds
     pairs = [pair for records in told.values() for pair in zip(told["one"], records, strict=True)]
-    spread = max(abs(a.get(key, 0) - b.get(key, 0)) for a, b in pairs for key in kinds)
+    spread = max(abs((a.get(key) or 0) - (b.get(key) or 0)) for a, b in pairs for key in kinds)
     return {name: difference(folder, "one", name) for name in ("one_batch", *others)} | {"loss": spread}
 
 

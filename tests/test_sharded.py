@@ -89,7 +89,7 @@ def test_adapters_are_trained_drawn_with_and_stored_as_by_one_process(shop):
         assert sorted(p.parent.name for p in run.glob("samples/*/grid.png")) == ["step_00000002", "step_00000003"]
     assert not (runs[0] / "failures").exists()
     names = {path.name for path in newest(runs[0]).iterdir()}
-    assert names == {"checkpoint.json", "ema", "lora.safetensors", "model", "optimizer"}
+    assert names == {"checkpoint.json", "monitor.json", "ema", "lora.safetensors", "model", "optimizer"}
 
 
 def test_one_process_samples_exports_and_goes_on(shop):

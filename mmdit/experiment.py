@@ -85,6 +85,9 @@ class ExperimentConfig:
         elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
+        if self.model.freeze and (self.lora.enabled or not (wan or self.train.init_from)):
+            raise ConfigError("model.freeze", "is true " + ("with lora.enabled, which trains adapters in it; set one of them to false" if
+                              self.lora.enabled else "without train.init_from: the text encoder would learn for random weights; name a run"))
         for name in ("alpha_schedule", "experts"):
             if getattr(self, name).enabled and not self.lora.enabled:
                 raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
@@ -153,6 +156,8 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
             inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
             text_encoder.requires_grad_(False)
+        if config.model.freeze:
+            model.requires_grad_(False)
     return learner
 
 
@@ -249,7 +254,7 @@ def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
     if model.config.in_dim != model.config.out_dim:
         raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are "
                           "sampled here, not trained; train T2V, or TI2V-5B with model.first_frame")
-    if config.model.dtype == "bfloat16" and not (config.lora.enabled and config.lora.train_lora_only):
+    if config.model.dtype == "bfloat16" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
         raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; "
                           "use float32, or lora.enabled with train_lora_only")
 

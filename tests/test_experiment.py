@@ -11,6 +11,7 @@ import torch
 from tiny import Workshop, refused
 
 from mmdit.adapters import load_lora, lora_state
+from mmdit.config import ConfigError
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.scripts import export, train_t2v
 from mmdit.tokenizers import build_tokenizer
@@ -190,3 +191,15 @@ def test_a_pipeline_draws_what_the_learner_says(shop):
     pipeline.learner.objective.denoiser = lambda model, text, **_: lambda x, t: tokenizer.spec.normalize(truth).expand_as(x)
     assert tokenizer.spec.scale == 3
     torch.testing.assert_close(pipeline.latents(PROMPTS, 48, 32, 1, SampleSettings(cfg_scale=1.0)), truth, rtol=0, atol=1e-5)
+
+
+def test_a_frozen_model_leaves_the_training_to_its_text_encoder(shop):
+    base = shop.train("translated", "train.max_steps=2")
+    run = shop.train("encoder_alone", f"train.init_from={base}", "model.freeze=true", "train.max_steps=2", "ema.enabled=false")
+    before, after = (checkpoint.load_weights(folder).tensors for folder in (base, run))
+    changed = {name.partition(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"text_encoder"}
+    with pytest.raises(ConfigError, match="model.freeze: is true with lora.enabled"):
+        load_experiment_config(shop.config, ["model.freeze=true", "lora.enabled=true", f"train.init_from={base}"])
+    with pytest.raises(ConfigError, match="model.freeze: is true without train.init_from"):
+        load_experiment_config(shop.config, ["model.freeze=true"])

@@ -25,7 +25,7 @@ class WanModelConfig:
     """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `expert`: which of
     a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
     first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave
-    frozen. `checkpointing`: recompute blocks in the backward pass."""
+    frozen. `checkpointing`: recompute blocks in the backward pass. `freeze`: train the text encoder alone."""
 
     type: Literal["wan"] = "wan"
     name_or_path: str = ""
@@ -34,6 +34,7 @@ class WanModelConfig:
     first_frame: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
+    freeze: bool = False
 
     def __post_init__(self):
         if not self.name_or_path:

@@ -88,22 +88,19 @@ class ExperimentConfig:
         if self.model.freeze and (self.lora.enabled or not (wan or self.train.init_from)):
             raise ConfigError("model.freeze", "is true " + ("with lora.enabled, which trains adapters in it; set one of them to false" if
                               self.lora.enabled else "without train.init_from: the text encoder would learn for random weights; name a run"))
-        for name in ("alpha_schedule", "experts"):
-            if getattr(self, name).enabled and not self.lora.enabled:
+        for name in (name for name in ("alpha_schedule", "experts") if getattr(self, name).enabled):
+            if not self.lora.enabled:
                 raise ConfigError(f"{name}.enabled", "is true, but lora.enabled is false: it is about adapters; set both or none")
-            if getattr(self, name).enabled and self.parallel.type == "fsdp":
+            if self.parallel.type == "fsdp":
                 raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
-            if getattr(self, name).enabled and self.posttrain is not None:
+            if self.posttrain is not None:
                 raise ConfigError(f"{name}.enabled", "is true with a posttrain section, whose loops know nothing of it; remove one")
         if self.experts.enabled and wan and (self.model.expert or self.model.boundary != self.experts.boundary):
-            raise ConfigError("experts.boundary", f"is {self.experts.boundary} with model.boundary {self.model.boundary} and "
-                              f"model.expert {self.model.expert}: for a pair set both boundaries alike and model.expert to null")
+            raise ConfigError("experts.boundary", f"is {self.experts.boundary}: a pair needs model.boundary alike, model.expert null")
         if self.experts.enabled and not self.lora.train_lora_only:
-            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both experts would train their "
-                              "common base; set that to true")
+            raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both would train their common base")
         if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
-            raise ConfigError("alpha_schedule.on_change", "is ramp, which changes a number in the compiled blocks at every "
-                              "step; set train.compile: false, or use preserve")
+            raise ConfigError("alpha_schedule.on_change", "is ramp: blocks would be compiled anew; set train.compile: false")
         if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
             raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
                               f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
@@ -298,8 +295,7 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     if config.lora.enabled:
         print(coverage(learner.model))
     if config.experts.enabled:
-        shares = ", ".join(f"{name} {learner.experts.mass(name):.1%} of the times" for name in learner.parts())
-        print(f"experts, boundary t = {config.experts.boundary:g}, {config.experts.routing}: {shares}")
+        print(learner.experts.describe())
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())
     print(plan.report(), flush=True)

@@ -127,6 +127,11 @@ class ExpertPlan:
         low, high = self.ranges(frames)[name]
         return high - low
 
+    def describe(self) -> str:
+        """What to tell before training."""
+        shares = ", ".join(f"{name} has {self.mass(name):.1%} of the times" for name in self.trained)
+        return f"experts with boundary {', '.join(f't = {t:g}' for t in self.stages.boundaries)}, {self.routing}: {shares}"
+
     def active(self, step: int, frames: int = 1) -> str:
         """The expert that optimizer step `step` (from 0) trains."""
         if self.routing == "block":

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 def pack(flags: Tensor) -> Tensor:
-    """`(n,)` bool → `(⌈n / 8⌉,)` uint8."""
-    padded = nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
+    """`(n,)` bool → `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a product moves byte i to bit 56 + i of it."""
+    eight = nn.functional.pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(torch.int64)
+    return (eight * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
     """Inverse of `pack`."""
-    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1).bool().flatten()[:count]
+    table = torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
+    return table.bool()[bits.int()].flatten()[:count]
 
 
 class _History:
@@ -36,7 +37,7 @@ class _History:
         positive, nonzero = flat > 0, flat != 0
         old = unpack(self.bits, self.count)
         known = nonzero & torch.repeat_interleave(self.seen.bool(), self.sizes, output_size=self.count)
-        result = torch.stack([(known & (positive == old)).sum(), known.sum()]).double()
+        result = torch.stack([torch.count_nonzero(known & (positive == old)), torch.count_nonzero(known)]).double()
         keep = skipped.bool()
         self.bits = torch.where(keep, self.bits, pack(torch.where(nonzero, positive, old)))
         found = torch.stack(torch._foreach_norm(gradients, float("inf"))) > 0
@@ -45,10 +46,10 @@ class _History:
 
 
 class Signs:
-    """`groups`: expert → its parameters. Nothing waits for the device."""
+    """`groups`: expert → its parameters, one at least. Nothing waits for the device."""
 
     def __init__(self, groups: dict[str, list[nn.Parameter]]):
-        self.history = {name: _History(parameters) for name, parameters in groups.items() if parameters}
+        self.history = {name: _History(parameters) for name, parameters in groups.items()}
 
     @torch.no_grad()
     def compare(self, expert: str, skipped: Tensor) -> Tensor:

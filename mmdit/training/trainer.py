@@ -54,7 +54,7 @@ class TrainState:
         ema, parts, signs, schedule = EMA(ema_config, learner) if ema_config.enabled else None, learner.parts(), None, None
         if adapters(learner.model) and not isinstance(learner.model, FSDPModule):  # a shard's signs would be one rank's own
             own = {name: [p for p in own_parameters(part).values() if p.requires_grad] for name, part in parts.items()}
-            signs = Signs(own)
+            signs = Signs(own) if all(own.values()) else None
         if alpha_schedule and alpha_schedule.enabled:
             shadow = {p: ema.shadow[name] for name, p in ema.parameters.items()} if ema else {}
             schedule = AlphaSchedule(alpha_schedule, parts, optimizer, shadow)

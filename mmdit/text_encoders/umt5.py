@@ -174,7 +174,8 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> tuple[Ca
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
     found = [file for name in ("tokenizer.json", "spiece.model") for f in folders if (file := f / name).is_file()]
-    embedded = [stored.tensor("spiece_model")] if "spiece_model" in stored.entries else []
+    inside = stored.tensors() if "spiece_model" in stored.entries else ()
+    embedded = [tensor for name, tensor in inside if name == "spiece_model"]
     if found and found[0].suffix == ".json":
         import tokenizers
 

@@ -238,6 +238,7 @@ def test_the_resting_expert_is_left_alone_bit_for_bit(tmp_path, routing):
                for name in NAMES}  # fmt: skip
     assert counted == {name: {turns.count(name)} for name in NAMES}
     assert {name: course.steps for name, course in state.monitor.courses.items()} == {name: turns.count(name) for name in NAMES}
+    assert all(records(tmp_path)[-1][f"gradient_stability_{name}"] is not None for name in NAMES if turns.count(name) > 1)
     for record, turn in zip(records(tmp_path), turns):
         assert record["expert"] == turn and (record["sigma_mean"] >= 0.6) == (turn == "high")
         assert record["loss"] == pytest.approx(record[f"loss_{turn}"]) and record["loss_low" if turn == "high" else "loss_high"] is None

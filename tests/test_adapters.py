@@ -12,6 +12,7 @@ from mmdit.adapters import (
     LoRAConfig,
     LoRALinear,
     adapters,
+    coverage,
     inject,
     load_lora,
     lora_state,
@@ -191,11 +192,15 @@ def test_rank_and_alpha_by_module():
     assert found["blocks.0.mlp.up"] == (2, 1) and found["blocks.1.mlp.up"] == (3, 9) and found["blocks.2.cross.v"] == (8, 4)
 
 
-def test_wan_is_translated_and_its_self_attention_only_when_named(capsys):
+def test_wan_is_translated_and_its_self_attention_only_when_named():
     tiny = WanConfig(dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, freq_dim=16)
     assert {name.rpartition(".")[0][9:] for name in select(WanDiT(tiny), LoRAConfig())} == {"cross_attn"}
     assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("q",)))} == {"cross_attn.q"}
     assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("self_attn.q",)))} == {"self_attn.q"}
+    for targets, warned in ((("self_attn.q",), True), (None, False)):
+        model = WanDiT(tiny)
+        inject(model, LoRAConfig(enabled=True, target_modules=targets))
+        assert ("warning: self_attn is adapted" in coverage(model)) == warned
     with pytest.raises(ValueError, match="self_attn"):
         select(WanDiT(tiny), LoRAConfig(target_modules=("blocks.*.[!c]*.q",)))
 

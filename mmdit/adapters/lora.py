@@ -238,6 +238,9 @@ def coverage(model: nn.Module) -> str:
     lines = [f"{'layer':{width}}  {'shape':{shape_width}}  {'count':>5}  {'weights':>13}  {'adapter':>11}"]
     for kind, (number, base, added) in rows.items():
         lines.append(f"{kind:{width}}  {shapes.get(kind, ''):{shape_width}}  {number:>5}  {base:>13,}  {added:>11,}")
+    for part in getattr(model, "lora_only_if_named", ()):
+        if any(part in kind for kind in rows):
+            lines.append(f"warning: {part} is adapted, which moves every picture, whatever its caption; cross-attention alone changes words")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in model.parameters())
     return "\n".join([*lines, f"trainable: {trained:,} of {whole:,} parameters ({trained / max(whole, 1):.2%})"])

@@ -236,6 +236,14 @@ def encode(value: Any) -> Any:
     return [encode(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
+def completed(cls: type, mapping: dict) -> dict:
+    """A stored config with the defaults of keys that it lacks, as an older version wrote it; as it is if it no longer fits."""
+    try:
+        return encode(decode(cls, mapping))
+    except ConfigError:
+        return mapping
+
+
 def to_yaml(value: Any) -> str:
     return yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True)
 

@@ -220,7 +220,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
             state.restore(found)
             world.print(f"resuming {found} at step {state.step}")
-            for line in config_io.differences(meta.config, config):
+            for line in config_io.differences(config_io.completed(ExperimentConfig, meta.config), config):
                 world.print(f"  config changed: {line}")
             if state.step >= settings.max_steps:
                 world.print(f"  nothing left to do: train.max_steps is {settings.max_steps}; raise it to train further")
@@ -267,7 +267,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
-    old, new = weights.meta.config, config_io.encode(config)
+    old, new = config_io.completed(ExperimentConfig, weights.meta.config), config_io.encode(config)
     tensors, stored = weights.tensors, weights.meta.alphas
     if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
         tensors = learner.model.spread(tensors, "model.")

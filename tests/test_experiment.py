@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import Workshop, refused
 
+from mmdit import config as config_io
 from mmdit.adapters import load_lora, lora_state
 from mmdit.config import ConfigError
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
@@ -203,3 +204,11 @@ def test_a_frozen_model_leaves_the_training_to_its_text_encoder(shop):
         load_experiment_config(shop.config, ["model.freeze=true", "lora.enabled=true", f"train.init_from={base}"])
     with pytest.raises(ConfigError, match="model.freeze: is true without train.init_from"):
         load_experiment_config(shop.config, ["model.freeze=true"])
+
+
+def test_keys_that_an_older_version_did_not_know_are_no_change(shop):
+    config = load_experiment_config(shop.config)
+    older = config_io.encode(config)
+    del older["experts"], older["lora"]["factor"]
+    assert config_io.differences(config_io.completed(type(config), older), config) == []
+    assert config_io.completed(type(config), {"gone": 1}) == {"gone": 1}

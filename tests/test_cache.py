@@ -261,7 +261,7 @@ class Slow(MeanPixels):
     name = "MeanPixels"
 
     def encode(self, pixels):
-        time.sleep(0.05)
+        time.sleep(0.25)  # long enough that a busy parent still stops it half way
         return super().encode(pixels)
 
 

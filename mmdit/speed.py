@@ -1,25 +1,32 @@
-"""How fast the model trains and samples: steps of the ordinary trainer on latents of noise, counted against the matmul rate.
+"""The parts of `mmdit.scripts.benchmark`: each yields rows of figures. A new part is a function and its name in PARTS.
 
-Operations are those the model asks for (`train_flops`), whatever a kernel or checkpointing computes twice; the matmul rate is
-that of an 8192³ product in bfloat16, measured beside each row."""
+Training and sampling are those of the ordinary trainer and pipeline, on latents of noise. Operations are those the model asks
+for (`train_flops`), whatever a kernel or checkpointing computes twice; the matmul rate is that of an 8192³ product in bfloat16,
+measured beside each row."""
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mmdit.config import decode
+from mmdit.diagnostics import data_speed
 from mmdit.diagnostics.families import by_family
+from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import ExperimentConfig, build_learner
 from mmdit.interfaces import Batch
-from mmdit.tokenizers import build_tokenizer
+from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
+from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.report import Window, matmul_rate
 from mmdit.training.trainer import Trainer, TrainState
 
@@ -30,12 +37,12 @@ class Bench:
     """A learner with random weights, its optimizer and one batch of noise on `device`; `shape`: (samples, frames, rows,
     columns) of latents with 64 channels."""
 
-    def __init__(self, model: dict, shape: tuple[int, int, int, int], device: torch.device, compile: bool, **sections):
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, compile: bool, **sections):
         samples, frames, rows, columns = shape
         raw = {
             "experiment_name": "speed", "video": {"width": 16 * columns, "height": 16 * rows, "num_frames": frames},
             "tokenizer": {"type": "dummy", "latent_d": 64}, "text_encoder": {"type": "hash", "dim": 512},
-            "model": model, **sections,
+            **sections,
         }  # fmt: skip
         self.config, self.device = decode(ExperimentConfig, raw), device
         tokenizer = build_tokenizer(self.config.tokenizer)
@@ -90,48 +97,136 @@ def row(part: str, times: list[float], samples: int, flops: float, device: torch
     return told
 
 
-def train(model: dict, shape: tuple[int, int, int, int], device: torch.device, compile: bool, repeats: int = 8,
-          profile: bool = False, **sections) -> Iterator[dict]:  # fmt: skip
-    """A row for the training step, with `profile` a second one: milliseconds of a step by family of kernels."""
+def fresh_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bench = Bench(model, shape, device, compile, **sections)
-    begin = time.perf_counter()
-    timed(bench.step, device, 3)
-    warm = time.perf_counter() - begin
-    times = timed(bench.step, device, repeats)
-    keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
-    flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
-    facts = {"shape": list(shape), "parameters": bench.parameters, "compile": compile, "warm_up_s": round(warm, 1)}
-    yield row("train", times, shape[0], flops, device) | facts
-    if profile:
-        yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
 
 
-def peer(build: Callable[[], nn.Module], inputs: Callable[[], tuple], samples: int, device: torch.device, compile: bool,
-         repeats: int = 8) -> dict:  # fmt: skip
+def settings(args: Namespace) -> dict:
+    """Sections of a config from the command line."""
+    routed = {"tread": {"enabled": True, "selection_rate": args.tread}} if args.tread else {}
+    return {"model": dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in args.model), **routed}
+
+
+def train(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """A row a shape for the training step; with `--profile` another: milliseconds of a step by family of kernels."""
+    for shape in args.shapes:
+        fresh_peak(device)
+        bench = Bench(shape, device, args.compile, **settings(args))
+        begin = time.perf_counter()
+        timed(bench.step, device, 4)
+        warm = time.perf_counter() - begin
+        times = timed(bench.step, device, args.repeats)
+        keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
+        flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
+        facts = {"shape": list(shape), "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}
+        yield row("train", times, shape[0], flops, device) | facts
+        if args.profile:
+            yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
+        del bench
+
+
+def sample(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """A row a shape: latents of captions by `--steps` steps with guidance, two calls of the network each."""
+    for shape in args.shapes:
+        fresh_peak(device)
+        bench = Bench(shape, device, False, ema={"enabled": False}, **settings(args))
+        pipeline = Pipeline(bench.learner, build_tokenizer(bench.config.tokenizer), "bf16")
+        video = bench.config.video
+
+        def draw(steps: int) -> None:
+            chosen = SampleSettings(SamplerConfig("euler", steps), cfg_scale=3.0)
+            pipeline.latents([CAPTION] * shape[0], video.width, video.height, shape[1], chosen)
+
+        draw(2)
+        times = timed(lambda: draw(args.steps), device, 2)
+        flops = 2 * args.steps * shape[0] * bench.learner.train_flops(shape[1:], None) / 3  # forward is a third
+        yield row("sample", times, shape[0], flops, device) | {"shape": list(shape), "steps": args.steps}
+        del bench, pipeline
+
+
+def peers(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """SiT-XL/2 on 128 pictures and Latte-XL/2 on 8 clips of 16 frames, both of 256 tokens, from clones in `--peers`; Latte's
+    attention as torch's fused one, for it knows an older name of it."""
+    found = {name: Path(args.peers or "", name, file) for name, file in (("SiT", "models.py"), ("Latte", "models/latte.py"))}
+    for name, path in found.items():
+        if not args.peers or not path.is_file():
+            raise ValueError(f"{path} is not there; clone willisma/SiT and Vchitect/Latte into one folder, name it with --peers")
+    for name, path in found.items():
+        fresh_peak(device)
+        code = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(f"peer_{name}", path))
+        spec.loader.exec_module(code)
+        if name == "SiT":
+            model, latents = code.SiT_XL_2(input_size=32), torch.randn(128, 4, 32, 32, device=device)
+            more = [torch.zeros(128, dtype=torch.long, device=device)]
+        else:
+            code.Attention.forward = _sdpa
+            model, latents, more = code.Latte_XL_2(input_size=32, num_frames=16), torch.randn(8, 16, 4, 32, 32, device=device), []
+        yield {**peer(model, (latents, torch.rand(len(latents), device=device), *more), args, device), "peer": name}
+        del model
+
+
+def _sdpa(self, x: Tensor) -> Tensor:
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def peer(model: nn.Module, inputs: tuple, args: Namespace, device: torch.device) -> dict:
     """A training step of somebody else's denoiser `model(*inputs) → prediction`: bfloat16 autocast, mean square, fused AdamW;
     operations are counted by torch over one forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch.cuda.reset_peak_memory_stats()
-    model = build().to(device).train()
+    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    given = inputs()
 
     def loss(network: nn.Module) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return network(*given).float().square().mean()
+            return network(*inputs).float().square().mean()
 
     with FlopCounterMode(display=False) as counter:
         loss(model).backward()
-    network = torch.compile(model) if compile else model
+    network = torch.compile(model) if args.compile else model
 
     def step() -> None:
         loss(network).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    timed(step, device, 3)
-    told = row("peer", timed(step, device, repeats), samples, counter.get_total_flops(), device)
-    return told | {"parameters": sum(weight.numel() for weight in model.parameters()), "compile": compile}
+    timed(step, device, 4)
+    told = row("peer", timed(step, device, args.repeats), len(inputs[0]), counter.get_total_flops(), device)
+    return told | {"parameters": sum(weight.numel() for weight in model.parameters()), "compile": args.compile}
+
+
+def tokenizer_of(args: Namespace, device: torch.device, folder: Path, compile: bool):
+    path, name = VTPTokenizerConfig.name_or_path, "vtp_tiny"
+    if args.vtp_small:
+        path, name = data_speed.make_vtp_small(folder / "vtp_small"), "vtp_small"
+    config = VTPTokenizerConfig(name_or_path=str(path), chunk_size=args.batch_size, compile=compile)
+    return build_tokenizer(config, device), name
+
+
+def cache(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """Pictures a second from JPEG files to cached latents, beside decoding alone by the same workers."""
+    tokenizer, name = tokenizer_of(args, device, folder, args.compile)
+    for told in data_speed.caching_speed(tokenizer, folder, device, args.workers, args.pictures, min(args.batch_size, 64)):
+        yield told | {"tokenizer": name}
+
+
+def encode(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """Pictures a second through the tokenizer alone, from pixels on the device to latents, and back."""
+    for compile in (False, True) if args.compile else (False,):
+        tokenizer, name = tokenizer_of(args, device, folder, compile)
+        for way in ("encode", "decode"):
+            told = data_speed.tokenizer_speed(tokenizer, way, device, args.batch_size, args.seconds)
+            yield {"part": way, "tokenizer": name, "compile": compile, **told}
+
+
+def loader(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+    """Cached 256x256 items a second to the training loop."""
+    yield from data_speed.loading_speed(folder, args.items, args.workers, seconds=args.seconds)
+
+
+PARTS: dict[str, Callable[[Namespace, torch.device, Path], Iterator[dict]]] = {
+    "cache": cache, "encode": encode, "loader": loader, "train": train, "sample": sample, "peers": peers,
+}  # fmt: skip

@@ -80,17 +80,19 @@ def caching_speed(tokenizer: Tokenizer, folder: Path, device: torch.device, work
            "rounds": {name: [round(rate, 1) for rate in several] for name, several in rates.items()}}  # fmt: skip
 
 
-def encoding_speed(tokenizer: Tokenizer, device: torch.device, batch_size: int, seconds: float = 3.0) -> dict:
-    """Pictures of 256x256 a second through `tokenizer.encode`, from pixels that lie on the device to latents there."""
-    pixels = torch.rand(batch_size, 1, 3, 256, 256, device=device)
+def tokenizer_speed(tokenizer: Tokenizer, way: str, device: torch.device, batch_size: int, seconds: float = 3.0) -> dict:
+    """Pictures of 256x256 a second through `tokenizer.encode` or `.decode` (`way`), from and to the device."""
+    given = torch.rand(batch_size, 1, 3, 256, 256, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with torch.inference_mode():
+        given = tokenizer.encode(given) if way == "decode" else given
+        work = getattr(tokenizer, way)
         for _ in range(3):
-            tokenizer.encode(pixels)
+            work(given)
         wait()
         begin, done = time.perf_counter(), 0
         while (spent := time.perf_counter() - begin) < seconds:
-            tokenizer.encode(pixels)
+            work(given)
             wait()
             done += batch_size
     return {"batch_size": batch_size, "images_per_s": round(done / spent, 1)}

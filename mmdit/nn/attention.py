@@ -69,9 +69,12 @@ class Attention(nn.Module):
 
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
-        gains = self.gains(self.q_norm, self.k_norm)
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return kernels.attention.group_attention(q, k, v, gains, tiles.index, tiles.names, tiles.turns, self.num_heads)
+        layers, gains = (self.q, self.k, self.v), self.gains(self.q_norm, self.k_norm)
+        if all(type(layer) is nn.Linear for layer in layers):  # one product: its backward pass adds three gradients in one, too
+            qkv = F.linear(x, torch.cat([layer.weight for layer in layers]))
+        else:  # adapters
+            qkv = torch.cat([layer(x) for layer in layers], -1)
+        return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def output(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(x))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mmdit.nn import EPSILON
 
-WARPS = 4, 4  # of a program with a tile of 64 rows, forward and backward
 PARTS = 16  # at most, into which the queries of one sample and head are cut
 EXACT = tl.constexpr("ieee")  # products of float32 stay float32
 EPS = tl.constexpr(EPSILON)
@@ -74,8 +73,8 @@ def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
 
 # ── within groups ────────────────────────────────────────────────────────────────────────────────────────────────────
 @triton.jit
-def _group_kernel(q, k, v, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_q, grad_k, grad_v, gain_grads,
-                  groups, block, scale, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+def _group_kernel(qkv, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_qkv, gain_grads, groups, block, apart, scale,
+                  HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
                   ROTATE: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
@@ -84,16 +83,18 @@ def _group_kernel(q, k, v, out, q_gain, k_gain, index, names, cosine, sine, grad
     place = tl.load(index + group * ROWS + rows)
     name = tl.load(names + group * ROWS + rows)
     valid = place >= 0
-    offset = ((tile // groups).to(tl.int64) * block + place) * (HEADS * D) + head * D
+    token = (tile // groups).to(tl.int64) * block + place
+    WIDTH: tl.constexpr = HEADS * D
+    offset, inner = token * WIDTH + head * D, token * (3 * WIDTH) + head * D
     turn_cos = tl.zeros((ROWS, HALF), tl.float32)
     turn_sin = tl.zeros((ROWS, HALF), tl.float32)
     if ROTATE:
         turn_cos = tl.load(cosine + rows[:, None] * HALF + columns[None, :])
         turn_sin = tl.load(sine + rows[:, None] * HALF + columns[None, :])
-    kind = v.dtype.element_ty
-    q_low, q_high = _load(q, offset, columns, valid), _load(q, offset + HALF, columns, valid)
-    k_low, k_high = _load(k, offset, columns, valid), _load(k, offset + HALF, columns, valid)
-    values = tl.load(v + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+    kind = qkv.dtype.element_ty
+    q_low, q_high = _load(qkv, inner, columns, valid), _load(qkv, inner + HALF, columns, valid)
+    k_low, k_high = _load(qkv + WIDTH, inner, columns, valid), _load(qkv + WIDTH, inner + HALF, columns, valid)
+    values = tl.load(qkv + 2 * WIDTH + inner[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
     q1, q2, q_inverse = _prepare(q_low, q_high, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
     k1, k2, k_inverse = _prepare(k_low, k_high, k_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
     q1, q2, k1, k2 = q1.to(kind), q2.to(kind), k1.to(kind), k2.to(kind)
@@ -104,82 +105,81 @@ def _group_kernel(q, k, v, out, q_gain, k_gain, index, names, cosine, sine, grad
     else:
         change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
         value_grad = tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
-        tl.store(grad_v + offset[:, None] + wide[None, :], value_grad.to(kind), mask=valid[:, None])
+        tl.store(grad_qkv + 2 * WIDTH + inner[:, None] + wide[None, :], value_grad.to(kind), mask=valid[:, None])
         weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
         logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
         logit_grad = logit_grad.to(kind)
         back = tl.trans(logit_grad)
-        own = gain_grads + (tile.to(tl.int64) * HEADS + head) * 2 * D + columns
+        own = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
         low, high, gain_low, gain_high = _unprepare(
             tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT), q_low, q_high,
             q_inverse, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
-        _store_halves(grad_q, low, high, offset, columns, valid, HALF)
+        _store_halves(grad_qkv, low, high, inner, columns, valid, HALF)
         if NORM:
             tl.store(own, gain_low)
             tl.store(own + HALF, gain_high)
         low, high, gain_low, gain_high = _unprepare(
             tl.dot(back, q1, input_precision=EXACT), tl.dot(back, q2, input_precision=EXACT), k_low, k_high, k_inverse, k_gain,
             columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
-        _store_halves(grad_k, low, high, offset, columns, valid, HALF)
+        _store_halves(grad_qkv + WIDTH, low, high, inner, columns, valid, HALF)
         if NORM:
-            tl.store(own + D, gain_low)
-            tl.store(own + D + HALF, gain_high)
+            tl.store(own + apart, gain_low)
+            tl.store(own + apart + HALF, gain_high)
 
 
-def _launch_groups(q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
-                   heads: int, grad: Tensor | None) -> list[Tensor]:  # fmt: skip
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+def _launch_groups(qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int,
+                   grad: Tensor | None) -> list[Tensor]:  # fmt: skip
+    qkv, backward = qkv.contiguous(), grad is not None
     groups, rows = index.shape
-    block = int(v.shape[-2])
-    tiles, d = v.numel() // (block * v.shape[-1]) * groups, v.shape[-1] // heads
-    backward = grad is not None
-    results = [torch.empty_like(v)] if not backward else [torch.empty_like(z) for z in (q, k, v)]
-    partial = v.new_empty((tiles, heads, 2, d) if backward and gains else (1,), dtype=torch.float32)
+    block, width = qkv.shape[-2], qkv.shape[-1] // 3
+    tiles, d = qkv.numel() // (block * 3 * width) * groups, width // heads
+    result = torch.empty_like(qkv) if backward else qkv.new_empty((*qkv.shape[:-1], width))
+    sums = qkv.new_empty((2, tiles, heads, d) if backward and gains else (1,), dtype=torch.float32)
     _group_kernel[(heads, tiles)](
-        q, k, v, results[0], *(gains or (v, v)), index, names, *(turns or (v, v)), grad.contiguous() if backward else v,
-        *(results if backward else (v, v, v)), partial, groups, block, d**-0.5, HEADS=heads, ROWS=rows, D=d, NORM=bool(gains),
-        ROTATE=bool(turns), BACKWARD=backward, num_warps=WARPS[backward] * max(1, rows // 64),
+        qkv, result, *(gains or (qkv, qkv)), index, names, *(turns or (qkv, qkv)), grad.contiguous() if backward else qkv, result,
+        sums, groups, block, tiles * heads * d, d**-0.5, HEADS=heads, ROWS=rows, D=d, NORM=bool(gains), ROTATE=bool(turns),
+        BACKWARD=backward, num_warps=rows // 16,
     )  # fmt: skip
-    return results + ([partial[:, :, i].sum((0, 1)) for i in (0, 1)] if backward and gains else [])
+    return [result, *(part.sum((0, 1)) for part in sums)] if backward and gains else [result]
 
 
 @torch.library.custom_op("mmdit::group_attention", mutates_args=())
-def group_attention(q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
-                    heads: int) -> Tensor:  # fmt: skip
-    """Softmax attention of every token to those of its group. `q`, `k`, `v (…, t, h·d)`; `index (g, l)` int32: the tokens of
-    each group's tile among the t, -1 for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: of the
-    norms of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the rotation `(l, d/2)` float32, or
-    none. Every token must be in one tile; l and d are powers of two from 16 and 32 on. Returns `(…, t, h·d)`."""
-    return _launch_groups(q, k, v, gains, index, names, turns, heads, None)[0]
+def group_attention(qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int) -> Tensor:
+    """Softmax attention of every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys and values side by side;
+    `index (g, l)` int32: the tokens of each group's tile among the t, -1 for none; `names (g, l)` int32: tokens attend to those
+    of the same name; `gains`: of the norms of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the
+    rotation `(l, d/2)` float32, or none. Every token must be in one tile; l and d are powers of two from 16 and 32 on. Returns
+    `(…, t, h·d)`."""
+    return _launch_groups(qkv, gains, index, names, turns, heads, None)[0]
 
 
 @group_attention.register_fake
-def _(q, k, v, gains, index, names, turns, heads):
-    return torch.empty_like(v)
+def _(qkv, gains, index, names, turns, heads):
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
 
 
 @torch.library.custom_op("mmdit::group_attention_backward", mutates_args=())
-def group_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor,
-                             turns: list[Tensor], heads: int) -> list[Tensor]:  # fmt: skip
-    return _launch_groups(q, k, v, gains, index, names, turns, heads, grad)
+def group_attention_backward(grad: Tensor, qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
+                             heads: int) -> list[Tensor]:  # fmt: skip
+    return _launch_groups(qkv, gains, index, names, turns, heads, grad)
 
 
 @group_attention_backward.register_fake
-def _(grad, q, k, v, gains, index, names, turns, heads):
-    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *(torch.empty_like(gain) for gain in gains)]
+def _(grad, qkv, gains, index, names, turns, heads):
+    return [qkv.new_empty(qkv.shape), *(torch.empty_like(gain) for gain in gains)]
 
 
 def _keep_groups(ctx, inputs, output):
-    q, k, v, gains, index, names, turns, ctx.heads = inputs
-    ctx.gains, ctx.turns = len(gains), len(turns)
-    ctx.save_for_backward(q, k, v, index, names, *gains, *turns)
+    qkv, gains, index, names, turns, ctx.heads = inputs
+    ctx.gains = len(gains)
+    ctx.save_for_backward(qkv, index, names, *gains, *turns)
 
 
 def _groups_back(ctx, grad):
-    q, k, v, index, names, *rest = ctx.saved_tensors
+    qkv, index, names, *rest = ctx.saved_tensors
     gains, turns = rest[: ctx.gains], rest[ctx.gains :]
-    result = group_attention_backward(grad, q, k, v, gains, index, names, turns, ctx.heads)
-    return *result[:3], result[3:], None, None, [None] * ctx.turns, None
+    grad_qkv, *gain_grads = group_attention_backward(grad, qkv, gains, index, names, turns, ctx.heads)
+    return grad_qkv, gain_grads, None, None, [None] * len(turns), None
 
 
 group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
@@ -254,7 +254,7 @@ def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Ten
     _text_kernel[(heads, parts, samples)](
         q, k, v, valid.contiguous().view(torch.uint8), result, *(gains or (q,)), grad.contiguous() if backward else q, result,
         *sums, gain, length, chunk, keys, (width // heads) ** -0.5, HEADS=heads, ROWS=64, KEYS=rows, D=width // heads,
-        NORM=bool(gains), BACKWARD=backward, num_warps=WARPS[backward] * max(1, rows // 64),
+        NORM=bool(gains), BACKWARD=backward, num_warps=4 * max(1, rows // 64),
     )  # fmt: skip
     if not backward:
         return [result]

@@ -8,6 +8,8 @@ gradients of gate, scale and shift are, stay in registers.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from mmdit.nn import EPSILON
 
-PROGRAMS = 1024  # about; each leaves its sums to a last reduction
+PROGRAMS, ROWS, WARPS = (int(n) for n in os.environ.get("RES", "1024,1,8").split(","))
 EPS = tl.constexpr(EPSILON)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from mmdit.nn.position import Rotary, temporal_rotary
 
 NARROWEST, WIDEST = 16, 128  # rows of a tile
-ROWS = 64  # of a tile that takes several columns of frames
 
 
 class Tiles(NamedTuple):
@@ -47,7 +46,7 @@ def frame_tables(frames: int, places: int, head_dim: int, device: torch.device, 
     """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several if they are few."""
     rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None
     with torch.inference_mode(False):
-        columns = max(1, ROWS // frames)  # places of a tile
+        columns = max(1, NARROWEST // frames)  # places of a tile
         place = torch.arange(-(-places // columns) * columns, device=device).view(-1, columns, 1)
         index = torch.arange(frames, device=device) * places + place
         index = torch.where(place < places, index, -1).flatten(1)

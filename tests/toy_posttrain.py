@@ -85,7 +85,7 @@ class Keep(Reward):
 
 @dataclass(frozen=True)
 class RedOverBlue:
-    """A bounded scorer: the word's direction, red - blue or its opposite."""
+    """A bounded scorer: half the cosine of the mean colour, off grey, with the word's direction, red - blue or its opposite."""
 
     type: Literal["toy"] = "toy"
 
@@ -94,8 +94,9 @@ class RedOverBlue:
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
         sign = torch.tensor([1.0 if text.startswith("red") else -1.0 for text in texts])
-        mean = pixels.mean((1, 3, 4))
-        return torch.tanh(mean[:, 0] - mean[:, 2]) / 2 * sign
+        off = pixels.mean((1, 3, 4)) - pixels.mean((1, 2, 3, 4))[:, None]
+        unit = nn.functional.normalize(torch.cat([off, torch.full_like(off[:, :1], 0.1)], 1), dim=1)  # grey has no direction
+        return (unit[:, 0] - unit[:, 2]) * 0.5**1.5 * sign
 
 
 def draw(draws: Draws, which: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ class PosttrainConfig:
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
     eval_rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
+    reward_frames: tuple[int, ...] = ()  # of a clip, which rewards see (-1: the last); only they are decoded. Empty: all
     eval_prompts: int = 128  # of the seen and of the held-out prompts
     eval_every_epochs: int = 10
     max_drift: float = 0.0  # mean squared change of the velocity on fixed probes, beyond which training stops; 0 = never

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import show_posttrain
 import torch
 from tiny import Workshop, refused
 from toy_posttrain import Glass, RedOverBlue, run, session
@@ -297,3 +298,16 @@ def test_two_processes_are_one(shop):
                    check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in ("alone", "together"))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
+def test_the_show_runs_small(tmp_path, monkeypatch):
+    """The command of the figures in the README, from the cache to the curves."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))))
+    monkeypatch.chdir(ROOT)
+    model = ["model.size=null", "model.dim=16", "model.depth=2", "model.num_heads=2", "text_encoder.dim=16", "text_encoder.num_heads=2"]
+    train = ["train.batch_size=8", "train.precision=fp32", "train.sample_num_steps=2", "train.max_steps=2"]
+    small = ["prompts_per_epoch=2", "group_size=4", "micro_batch=4", "eval_prompts=4", "prompt_count=16"]
+    report = show_posttrain.main(["--out", str(tmp_path / "show"), "--seconds", "200", "--device", "cpu", "--count", "8", "--steps", "2", "--every", "1",
+                                  "--judged", "4", "--runs", "null_nft", "nft", "--overrides", *model, *train, *(f"posttrain.{word}" for word in small)])  # fmt: skip
+    assert report.keys() == {"null_nft", "nft"} and all(row["last"]["step"] == 2 and row["replay_most"] == 0 for row in report.values())
+    assert {"summary.json", "curves.png", "nft.png", "nft.jsonl", "null_nft.jsonl"} <= {path.name for path in (tmp_path / "show").iterdir()}

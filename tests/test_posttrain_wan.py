@@ -7,15 +7,21 @@ import argparse
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from test_posttrain_rewards import clip_folder  # noqa: F401
+from tiny import refused
 from torch import Tensor, nn
+from wan_release import DIT, make_release
 
 from mmdit.adapters import LoRAConfig, adapters, inject
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
+from mmdit.experiment import load_experiment_config
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.posttrain.online import online
@@ -24,6 +30,8 @@ from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.settings import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
 from mmdit.posttrain.srpo import srpo
+from mmdit.scripts import posttrain
+from mmdit.training.checkpoint import latest, read_tensors
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
@@ -31,6 +39,7 @@ from mmdit.training.settings import TrainConfig
 from mmdit.training.trainer import TrainState
 
 BOUNDARY = 0.875
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "configs/posttrain").glob("wan_*.yaml"))
 TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, text_len=8, freq_dim=16)
 FULL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)  # 1.3 B
 
@@ -114,6 +123,47 @@ def test_one_update_moves_the_adapters_of_one_expert_alone():
         for frames in (1, 3):
             report = one_update(algorithm, TINY, 32, 32, frames)
             assert report["high_untouched"] and report["adapters_moved"] > 0 and report["replay"] == 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(path, tmp_path, clip_folder, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(path.parents[2])
+    shipped = load_experiment_config(path)
+    expert, settings = shipped.model.expert, shipped.posttrain
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=16, out_dim=16), pair=expert is not None)
+    judge = f"[{{type: pickscore, path: {clip_folder}}}]"
+    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
+    words += [f"output_dir={tmp_path}", f"text_encoder.cache_dir={tmp_path}/text", "video.width=64", "video.height=32", "train.sample_num_steps=2",
+              f"posttrain.rewards={judge}", f"posttrain.eval_rewards={judge}", f"posttrain.srpo.scorer={judge[1:-1]}", "posttrain.eval_prompts=2",
+              "posttrain.prompts_per_epoch=2", "posttrain.group_size=2", "posttrain.micro_batch=2", "posttrain.dpo.collect=2", "posttrain.dpo.batch=1",
+              f"train.max_steps={settings.updates_per_epoch}"]  # fmt: skip
+    given = ["--config", str(path), "--device", "cpu", *words]
+    assert posttrain.main([*given, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    frames = shipped.video.num_frames
+    latents = [(frames - 1) // 4 + 1, 4, 8, 16]
+    assert f"64 × 32, {frames} frames" in told and f"latents {latents}" in told and "trained noise levels" in told and "bytes a sample" in told
+    assert (f"{expert} is trained" in told) == (expert is not None)
+    if settings.algorithm in ("grpo", "guard"):  # bf16 states, and the means in float32
+        picked = told.split("trained noise levels: ")[1].splitlines()[0].count("→")
+        assert picked == settings.rollout.sde_pick and "2 prompts × 2 = 4 samples" in told
+    assert posttrain.main(given) == 0
+    run = load_experiment_config(path, words).run_dir
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == settings.updates_per_epoch and last["grad_norm"] > 0 and last.get("replay", 0) == 0 and "held_out_pickscore" in last
+    weights = read_tensors(latest(run) / "lora.safetensors")
+    assert sum(value.abs().sum() for name, value in weights.items() if "lora_B" in name) > 0
+
+
+def test_an_expert_is_trained_on_its_own_noise_levels_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(RECIPES[0].parents[2])
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=16, out_dim=16), pair=True)
+    for recipe, word, key in (("guard", "model.expert=low", "rollout.sde_steps"), ("guard", "posttrain.rollout.sde_steps=[0, 15]", "rollout.sde_steps"),
+                              ("srpo", "model.expert=high", "srpo.sigma_window"), ("srpo", "posttrain.srpo.sigma_window=[0.9, 0.5]", "srpo.sigma_window")):  # fmt: skip
+        words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
+        words += ["video.width=64", "video.height=32", "posttrain.rewards=[{type: brightness}]", "posttrain.eval_rewards=[{type: brightness}]",
+                  "posttrain.srpo.scorer={type: color_words}", "text_encoder.cache_dir=''", f"output_dir={tmp_path}"]  # fmt: skip
+        refused(capsys, posttrain.main, ["--config", f"configs/posttrain/wan_{recipe}.yaml", "--device", "cpu", "--dry-run", *words, word], key)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from toy_posttrain import Glass, RedOverBlue, run, session
 
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.online import step_terms
-from mmdit.posttrain.rewards import LatentNorm, Noise
+from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
 from mmdit.posttrain.settings import (
     DPOConfig,
     KLConfig,
@@ -103,6 +103,27 @@ def test_storing_everything_or_offloading_changes_no_gradient(tmp_path):
         assert (many > few) == (storage.positions == "all")
     running = session(tmp_path, algorithm="grpo", rollout=rollout)
     assert few == 8 * running.plan(running.stochastic(0)).bytes(48)
+
+
+class AnyMotion(Motion):
+    limits = (0.0, 1e3)  # the toy's pixels have no bounds
+
+
+def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
+    """Show 3: clips of the real network, two of four stochastic steps trained in an epoch."""
+    frames, values = 5, 5 * 4 * 4 * 3
+    clips = {"model": transformer(False), "frames": frames, "rollout": {"steps": 6, "sde_steps": (0, 1, 2, 3), "sde_pick": 2}}
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        least, everything = (first_update(tmp_path, rewards=(AnyMotion(),), storage=StorageConfig(positions=which, dtype=dtype), **clips)
+                             for which in ("auto", "all"))  # fmt: skip
+        assert least[0] == everything[0] == 0 and all(torch.equal(a, b) for a, b in zip(least[1], everything[1], strict=True))
+        steps = session(tmp_path, algorithm="grpo", **clips).stochastic(0)
+        places = len({place for step in steps for place in (step, step + 1)} | {6})
+        assert least[2] == 8 * values * (size * places + 4 * len(steps)) and everything[2] == 8 * values * (size * 7 + 4 * len(steps))
+    run(session(tmp_path / "run", algorithm="grpo", rewards=(AnyMotion(),), eval_rewards=(AnyMotion(),), epochs=12, lr=3e-3, prompts_per_epoch=4,
+                micro_batch=64, ratio=CLIP, train={"sample_num_steps": 6}, **clips))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["seen_motion"] > 1.1 * records[0]["seen_motion"]
 
 
 # ── C5: learning, and not learning ───────────────────────────────────────────────────────────────────────────────────────

@@ -122,7 +122,7 @@ def pretrained(steps: int = 1500) -> Learner:
 
 
 def session(run_dir, epochs: int = 60, lr: float = 3e-4, ema: float | None = None, model=None, train: dict | None = None, seed: int = 0,
-            **changes) -> Session:
+            frames: int = 1, **changes) -> Session:
     rollout = {"steps": 10, "shift": 3.0} | changes.pop("rollout", {})
     settings = {"prompts_per_epoch": 16, "group_size": 16, "micro_batch": 256, "rewards": (Bright(),), "eval_rewards": (Bright(), Keep()),
                 "async_rewards": False, "eval_every_epochs": 10**6, "rollout": RolloutConfig(**rollout)}
@@ -139,7 +139,7 @@ def session(run_dir, epochs: int = 60, lr: float = 3e-4, ema: float | None = Non
 
     prompts = Prompts([f"class {i % 4} number {i}" for i in range(64)])
     evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(512)])}
-    return Session(config, options, seed, state, Glass(), prompts, evaluated, 4, 4, 1, run_dir, store)
+    return Session(config, options, seed, state, Glass(), prompts, evaluated, 4, 4, frames, run_dir, store)
 
 
 def run(session: Session) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 import show_posttrain
 import torch
 from tiny import Workshop, refused
-from toy_posttrain import Glass, RedOverBlue, run, session
+from toy_posttrain import Colour, Glass, Keep, RedOverBlue, run, session
 
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.online import step_terms
@@ -146,6 +146,15 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
         assert records[1]["pair_loss"] == pytest.approx(0.6931, abs=1e-3) and last["implicit_accuracy"] >= 0.75
     if name == "grpo":
         assert all(record["replay"] == 0 for record in records[1:])
+
+
+def test_a_colour_is_learnt_and_a_small_beta_of_nft_trades_pictures_for_it(tmp_path):
+    ends = {name: run(session(tmp_path / name, rewards=(Colour(),), eval_rewards=(Colour(), Keep()), **settings)) for name, settings in
+            (("grpo", GRPO), ("guard", GRPO | {"algorithm": "guard"}), ("nft", NFT), ("bold", NFT | {"nft": NFTConfig(beta=0.1)}))}  # fmt: skip
+    first = json.loads((tmp_path / "nft" / "metrics.jsonl").read_text().splitlines()[0])
+    for name, left, keep in (("grpo", 0.06, 0.68), ("guard", 0.06, 0.64), ("nft", 0.13, 0.92)):  # of 0.19 with centred patterns
+        assert ends[name]["seen_colour"] > left / 0.19 * first["seen_colour"] and ends[name]["seen_keep"] > keep, name
+    assert ends["bold"]["seen_colour"] > ends["nft"]["seen_colour"] and ends["bold"]["seen_keep"] < ends["nft"]["seen_keep"] - 0.1
 
 
 def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):

@@ -71,6 +71,15 @@ class Bright(Reward):
 
 
 @dataclass(frozen=True)
+class Colour(Reward):
+    limits: ClassVar[tuple[float, float]] = (-1e3, 0.0)
+    type: Literal["colour"] = "colour"
+
+    def call(self, samples: Samples) -> Tensor:
+        return -(samples.pixels.mean((1, 3, 4)) - torch.tensor([0.1, -0.05, 0.0])).square().sum(1)
+
+
+@dataclass(frozen=True)
 class Keep(Reward):
     """Cosine of a sample, offset removed, with the pattern of its class: what over-optimisation destroys."""
 

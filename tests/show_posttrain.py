@@ -9,7 +9,6 @@ a sheet of pictures; prints a table. Overrides (section.key=value) go to every c
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -136,5 +135,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[1:])
     main()

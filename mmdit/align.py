@@ -17,7 +17,7 @@ from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.online import online
 from mmdit.posttrain.prompts import load_prompts
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import srpo
+from mmdit.posttrain.srpo import real_latents, srpo
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
@@ -95,7 +95,8 @@ def plan(session: Session) -> list[str]:
     dimensions = torch.Size(session.shape).numel()
     if config.algorithm == "srpo":
         noisy, clean = config.srpo.sigma_window
-        rows.append(f"an update: {config.prompts_per_epoch} prompts; stored: {4 * dimensions:,} bytes a sample, its clean end")
+        source = f"of {len(real_latents(session))} real samples" if config.srpo.latents else "prompts"
+        rows.append(f"an update: {config.prompts_per_epoch} {source}; stored: {4 * dimensions:,} bytes a sample, its clean end")
         rows.append(f"trained noise levels: sigma_window {noisy} … {clean}, entered {config.srpo.step} beside them")
     else:
         stochastic = session.stochastic(0)

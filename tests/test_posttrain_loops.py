@@ -17,6 +17,7 @@ from toy_posttrain import Colour, Glass, Keep, RedOverBlue, run, session
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.online import step_terms
 from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
+from mmdit.posttrain.session import Session
 from mmdit.posttrain.settings import (
     DPOConfig,
     KLConfig,
@@ -271,6 +272,17 @@ def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys
     assert "update 3/3" in capsys.readouterr().out
     pipeline, config = load_pipeline(shop.folder / "runs" / algorithm, "cpu")
     assert config.posttrain.algorithm == algorithm and pipeline(["a red star"], 48, 32).isfinite().all()
+
+
+def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch):
+    extra = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.cache('pictures')}"]
+    monkeypatch.setattr(Session, "roll_out", None)
+    monkeypatch.setattr(Session, "drift", lambda session: 0.0)
+    assert posttrain.main(command(shop, "real", *extra)) == 0
+    last = json.loads((shop.folder / "runs/real/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["grad_norm"] > 0
+    refused(capsys, posttrain.main, command(shop, "small", *extra, "video.width=32"), "posttrain.srpo.latents", "must hold 2 or more")
+    refused(capsys, posttrain.main, command(shop, "none", *extra[:1], "posttrain.srpo.latents=nowhere"), "posttrain.srpo.latents", "nowhere")
 
 
 def test_adapters_alone_are_trained_when_asked(shop):

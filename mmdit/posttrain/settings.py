@@ -123,12 +123,14 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class SRPOConfig:
-    """Windows are noise levels, [noisy, clean], never step numbers: with a time shift the same steps are other levels."""
+    """Windows are noise levels, [noisy, clean], never step numbers: with a time shift the same steps are other levels.
+    `latents`: a cache of real pictures or clips and their captions, which stand in for rollouts and prompts."""
 
     sigma_window: tuple[float, float] = (0.96, 0.75)
     step: float = 0.02
     discount_denoise: tuple[float, float] = (0.10, 0.25)
     discount_invert: tuple[float, float] = (0.30, 0.01)
+    latents: str | None = None
     positive: tuple[str, ...] = ("red",)
     negative: tuple[str, ...] = ("blue",)
     hinge: float = 0.7

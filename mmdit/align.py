@@ -111,5 +111,5 @@ def plan(session: Session) -> list[str]:
         rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
     if session.pair:
         trained, frozen = ("high", "low") if session.pair.trains_high else ("low", "high")
-        rows.append(f"experts (boundary {session.pair.boundary}): {trained} is trained; {frozen} is frozen and samples its levels")
+        rows.append(f"experts (boundary {session.pair.boundary}): {trained} is trained; {frozen} is frozen, for its own levels")
     return rows

@@ -34,6 +34,7 @@ from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.settings import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
 from mmdit.posttrain.srpo import srpo
+from mmdit.rng import Draws
 from mmdit.scripts import posttrain
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 from mmdit.training.checkpoint import latest, read_tensors
@@ -127,6 +128,33 @@ def updates(algorithm: str, config: WanConfig, width: int, height: int, frames: 
         "trained": sum(map(torch.Tensor.numel, session.reference.values())), "loss_or_score": last.get("loss", last.get("score_denoise")),
         "grad_norm": last["grad_norm"], "drift": last["drift"], "whole_seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
+
+
+def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_its_levels(tmp_path):
+    class Seen(WanDenoiser):
+        def forward(self, x, t, text):
+            levels.append(t[0].item())
+            return torch.zeros_like(x)
+
+    levels: list[float] = []
+    learner = Learner(random_expert(TINY, torch.float32, "cpu", False), Words(TINY), FlowMatching(FlowMatchingConfig()), Decoder.spec)
+    train, prompts = TrainConfig(precision="fp32", sample_num_steps=2, sample_cfg_scale=1.0), Prompts(["a cat", "a dog"])
+    for between, own in (((0.0, 0.9), [1000.0, 900.0]), ((0.9, 1.0), [750.0, 500.0])):  # a level at the boundary is the high expert's
+        settings = PosttrainConfig(algorithm="nft", prompts_per_epoch=2, micro_batch=2, group_size=2, rewards=(Brightness(),), eval_rewards=(Brightness(),),
+                                   rollout=RolloutConfig(steps=4, shift=3.0), reward_frames=(0, -5))  # fmt: skip
+        session = Session(settings, train, 0, TrainState.create(learner, train, EMAConfig(enabled=False)), Decoder(4, "cpu"), prompts, {}, 32, 32, 9,
+                          tmp_path, lambda session: None, World(), Pair(Seen(TINY), between))  # fmt: skip
+        levels.clear()
+        clean = session.roll_out(session.velocity(session.text), Draws.of(0, 0, 2)).get(-1)
+        assert levels == pytest.approx(own)
+        with pytest.raises(ValueError, match="both sides"):
+            session.velocity(session.text)(clean, torch.tensor([0.95, 0.2]))
+        asked: list[int] = []
+        whole = session.tokenizer.decode(clean)
+        decode = session.tokenizer.decode
+        session.tokenizer.decode = lambda latents: (asked.append(latents.shape[1]), decode(latents))[1]
+        torch.testing.assert_close(session.decode(clean), whole[:, [0, 4]])
+        assert asked == [2], "of three latent frames no more than the second is needed"
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "srpo"])

@@ -201,8 +201,8 @@ class Session:
         return Samples(prompts.captions, clean, groups, draws, self.decode(clean) if decoded else None, prompts.facts)
 
     def decode(self, clean: Tensor) -> Tensor:
-        """Pixels of `reward_frames`, or of all. No more is decoded than they need: of a tokenizer of single frames those, of one
-        along time what comes before the last of them."""
+        """Pixels of `reward_frames`, or of all. No more is decoded than they need: of a tokenizer of single frames those, of
+        one along time what comes before the last of them."""
         spec, places = self.learner.spec, [place % self.frames for place in self.config.reward_frames]
         if not places:
             return self.tokenizer.decode(spec.denormalize(clean)).float()

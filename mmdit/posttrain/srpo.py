@@ -75,7 +75,7 @@ def real_latents(session: Session) -> LatentCache:
         raise ConfigError("posttrain.srpo.latents", f"is {path!r}: {error}") from None
     fits = (cache.shapes[:, 0] >= wanted[0]) & (cache.shapes[:, 1:] == torch.tensor(wanted[1:])).all(1)
     if cache.manifest.spec != session.learner.spec or not fits.all() or len(cache) < session.config.prompts_per_epoch:
-        raise ConfigError("posttrain.srpo.latents", f"is {path!r} with {len(cache)} items, the first {cache.shapes[0].tolist()}; "
+        raise ConfigError("posttrain.srpo.latents", f"is {path!r}: {len(cache)} items, the first {cache.shapes[0].tolist()}; "
                           f"must hold {session.config.prompts_per_epoch} or more, all {list(wanted)}, of this tokenizer")
     return cache
 

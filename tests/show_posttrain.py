@@ -56,7 +56,7 @@ def half_trained(run: Path, device: str, count: int) -> tuple[Path, float]:
 
 def improve(name: str, args, start: Path, seconds: float) -> None:
     """One run as a process of its own, asked to stop when its time is over."""
-    algorithm, device = name.removeprefix("null_"), args.device
+    algorithm, device, begun = name.removeprefix("null_"), args.device, time.monotonic()
     if seconds < BEGINNING:
         return print(f"no time for {name}", flush=True)
     words = ["--config", f"configs/posttrain/{algorithm}.yaml", "--device", device, f"output_dir={args.out}", f"experiment_name={name}",
@@ -66,9 +66,19 @@ def improve(name: str, args, start: Path, seconds: float) -> None:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(60)
-    print(f"{name} ended with {code}: {(args.out / f'{name}.log').read_text().strip().splitlines()[-1][:200]}", flush=True)
+            process.send_signal(signal.SIGTERM)  # it evaluates and saves
+            try:
+                code = process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+    said = (args.out / f"{name}.log").read_text().strip().splitlines() or ["nothing said"]
+    print(f"{name} ended with {code} after {time.monotonic() - begun:.0f} s: {said[-1][:200]}", flush=True)
+
+
+def sheet(path: Path, device: str, out: Path) -> None:
+    pixels, listed = drawn(path, device, 24)
+    save_image(contact_sheet(pixels, [p.caption for p in listed], 6), out)
 
 
 def summary(out: Path, names: list[str]) -> dict:
@@ -127,8 +137,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(name, json.dumps(row), flush=True)
         shutil.copy(out / name / "metrics.jsonl", out / f"{name}.jsonl")
         if not name.startswith("null"):
-            pixels, listed = drawn(out / name, args.device, 24)
-            save_image(contact_sheet(pixels, [p.caption for p in listed], 6), out / f"{name}.png")
+            sheet(out / name, args.device, out / f"{name}.png")
+    sheet(start, args.device, out / "half.png")
     if report:
         plot_run.main(["--runs", *(str(out / name) for name in report), "--out", str(out / "curves.png")])
     return report

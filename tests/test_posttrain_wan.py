@@ -104,7 +104,7 @@ def updates(algorithm: str, config: WanConfig, width: int, height: int, frames: 
     before, base = digest(high), {name: p.detach().clone() for name, p in low.named_parameters() if name.startswith("blocks.0.") and not p.requires_grad}
     # noise levels of 4 steps at shift 3: 1, 0.9, 0.75, 0.5, 0; steps 2 and 3 are the low expert's
     settings = PosttrainConfig(algorithm=algorithm, prompts_per_epoch=2, group_size=4, micro_batch=2 if algorithm == "grpo" else 1, rewards=(Brightness(),),
-                               eval_rewards=(Brightness(),), rollout=RolloutConfig(steps=4, shift=3.0, sde_steps=(2,)), ratio=RatioConfig(replay_tolerance=0.0),
+                               eval_rewards=(Brightness(),), rollout=RolloutConfig(steps=4, shift=3.0, sde_steps=(2,)), ratio=RatioConfig(replay_tolerance=float(cuda)),  # told, on a GPU
                                srpo=SRPOConfig(sigma_window=(0.8, 0.5)), reward_frames=(0, 4) if frames > 1 else ())  # fmt: skip
     train = TrainConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32", lr=1e-3, warmup_steps=0, max_steps=2, sample_num_steps=2,
                         sample_cfg_scale=1.0, weight_decay=0.0)  # fmt: skip

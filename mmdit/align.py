@@ -6,15 +6,18 @@ import torch
 
 from mmdit import config as config_io
 from mmdit.adapters import lora_state
+from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.buckets import target_sizes
-from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, prepare_run_dir, start_from
-from mmdit.posttrain.direct_align import window_check
+from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, check_trainable, prepare_run_dir, start_from
+from mmdit.interop.wan import load_denoiser
+from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.posttrain.dpo_offline import dpo_offline
+from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.online import online
 from mmdit.posttrain.prompts import load_prompts
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import srpo
+from mmdit.posttrain.srpo import real_latents, srpo
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
@@ -36,7 +39,15 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         world.barrier()
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
-        told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
+        told, pair, expert = [], None, getattr(config.model, "expert", None)
+        if isinstance(config.model, WanModelConfig):
+            check_trainable(learner.model, config)
+            told = [f"starting from {config.model.name_or_path}"]
+        if expert:
+            other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, "low" if expert == "high" else "high")
+            pair = Pair(other.requires_grad_(False).eval().to(world.device), config.model.between)
+        if train.init_from:
+            told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
         learner.to(world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
@@ -45,7 +56,8 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
                                           settings.eval_prompts)  # fmt: skip
 
         def save(session: Session) -> None:
-            meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint)
+            meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint,
+                                   alphas(learner.model))
             files = session.state.files() | session.files()
             if config.lora.enabled:
                 files["lora"] = lora_state(learner.model)
@@ -53,11 +65,11 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
 
         state = TrainState.create(learner, train, config.ema)
         session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
-                          config.run_dir, save, world)  # fmt: skip
+                          config.run_dir, save, world, pair)  # fmt: skip
         if found is not None:
             check_same_latents(checkpoint.Meta.read(found), tokenizer.spec, tokenizer.fingerprint, found)
             session.restore(found)
-            told = [f"resuming {found} at update {session.state.step}; the reference is {train.init_from}"]
+            told = [f"resuming {found} at update {session.state.step}; the reference: {told[0]}"]
         world.print("\n".join([*told, *plan(session)]))
         if dry_run:
             return True
@@ -69,7 +81,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         return loop(session)
 
 
-def plan(session: Session, boundary: float | None = None) -> list[str]:
+def plan(session: Session) -> list[str]:
     """What is about to happen: geometry, memory of the stored trajectories, windows as noise levels and, with two experts, the
     one that lies there."""
     config, world = session.config, session.world
@@ -78,22 +90,26 @@ def plan(session: Session, boundary: float | None = None) -> list[str]:
             f"{len(session.prompts)} prompts, updates {session.state.step} … {session.train.max_steps}"]
     levels = [round(t, 3) for t in session.times]
     rows.append(f"noise levels of a rollout: {levels}")
+    rows.append(f"a sample: {session.width} × {session.height}, {session.frames} frames (rewards see "
+                f"{list(config.reward_frames) or 'all'}), latents {list(session.shape)}")
+    dimensions = torch.Size(session.shape).numel()
     if config.algorithm == "srpo":
-        window_check(config.srpo.sigma_window, config.srpo.step, boundary)
         noisy, clean = config.srpo.sigma_window
-        rows.append(f"an update: {config.prompts_per_epoch} prompts, noise levels {noisy} … {clean}")
-        touched = [config.srpo.sigma_window]
+        source = f"of {len(real_latents(session))} real samples" if config.srpo.latents else "prompts"
+        rows.append(f"an update: {config.prompts_per_epoch} {source}; stored: {4 * dimensions:,} bytes a sample, its clean end")
+        rows.append(f"trained noise levels: sigma_window {noisy} … {clean}, entered {config.srpo.step} beside them")
     else:
-        stochastic, dimensions = session.stochastic(0), torch.Size(session.shape).numel()
+        stochastic = session.stochastic(0)
         stored = session.plan(stochastic).bytes(dimensions)
         rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of "
                     f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
                     f"{config.updates_per_epoch} updates")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a process on {where}")
-        touched = [(session.times[i], session.times[i + 1]) for i in stochastic] or [(1.0, 0.0)]
+        drawn = session.pair.between[::-1] if session.pair else (1.0, 0.0)
+        touched = [(session.times[i], session.times[i + 1]) for i in stochastic] or [drawn]
         rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
-    if boundary is not None:
-        experts = {"high" if level >= boundary else "low" for pair in touched for level in pair[:1]}
-        rows.append(f"experts (boundary {boundary}): {' and '.join(sorted(experts))}")
+    if session.pair:
+        trained, frozen = ("high", "low") if session.pair.trains_high else ("low", "high")
+        rows.append(f"experts (boundary {session.pair.boundary}): {trained} is trained; {frozen} is frozen, for its own levels")
     return rows

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import show_posttrain
 import torch
 from tiny import Workshop, refused
-from toy_posttrain import Glass, RedOverBlue, run, session
+from toy_posttrain import Colour, Glass, Keep, RedOverBlue, run, session
 
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.online import step_terms
-from mmdit.posttrain.rewards import LatentNorm, Noise
+from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
+from mmdit.posttrain.session import Session
 from mmdit.posttrain.settings import (
-    AdvantageConfig,
-    AWMConfig,
     DPOConfig,
     KLConfig,
     NFTConfig,
@@ -34,8 +34,11 @@ from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
-CLIP = RatioConfig(clip=(-7e-3, 7e-3))
-NFT = {"algorithm": "nft", "draws_per_sample": 4, "advantage": AdvantageConfig(clip=2.0)}
+TWICE = {"updates_per_epoch": 2, "micro_batch": 128}
+GRPO = {"algorithm": "grpo", "ratio": RatioConfig(clip=(-7e-3, 7e-3)), **TWICE}
+CLIP = GRPO["ratio"]
+NFT = {"algorithm": "nft", "draws_per_sample": 4, **TWICE}
+AWM = {"algorithm": "awm", "ema": 0.9, "draws_per_sample": 4, "ratio": RatioConfig(clip=(-1e-2, 1e-2)), **TWICE}
 SRPO = {"algorithm": "srpo", "prompts_per_epoch": 32, "micro_batch": 32, "lr": 1e-4}
 
 
@@ -103,15 +106,37 @@ def test_storing_everything_or_offloading_changes_no_gradient(tmp_path):
     assert few == 8 * running.plan(running.stochastic(0)).bytes(48)
 
 
+class AnyMotion(Motion):
+    limits = (0.0, 1e3)  # the toy's pixels have no bounds
+
+
+def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
+    """Show 3: clips of the real network, two of four stochastic steps trained in an epoch."""
+    frames, values = 5, 5 * 4 * 4 * 3
+    clips = {"model": transformer(False), "frames": frames, "rollout": {"steps": 6, "sde_steps": (0, 1, 2, 3), "sde_pick": 2}}
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        least, everything = (first_update(tmp_path, rewards=(AnyMotion(),), storage=StorageConfig(positions=which, dtype=dtype), **clips)
+                             for which in ("auto", "all"))  # fmt: skip
+        assert least[0] == everything[0] == 0 and all(torch.equal(a, b) for a, b in zip(least[1], everything[1], strict=True))
+        steps = session(tmp_path, algorithm="grpo", **clips).stochastic(0)
+        places = len({place for step in steps for place in (step, step + 1)} | {6})
+        assert least[2] == 8 * values * (size * places + 4 * len(steps)) and everything[2] == 8 * values * (size * 7 + 4 * len(steps))
+    run(session(tmp_path / "run", algorithm="grpo", rewards=(AnyMotion(),), eval_rewards=(AnyMotion(),), epochs=12, lr=3e-3, prompts_per_epoch=4,
+                micro_batch=64, ratio=CLIP, train={"sample_num_steps": 6}, **clips))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["seen_motion"] > 1.1 * records[0]["seen_motion"]
+
+
 # ── C5: learning, and not learning ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name, reward, keep, settings", [
-    ("grpo", -0.20, 0.70, {"algorithm": "grpo", "ratio": CLIP}),
-    ("grpo, early steps", -0.22, 0.75, {"algorithm": "grpo", "ratio": CLIP, "rollout": {"sde_steps": (0, 1, 2)}}),
-    ("guard", -0.18, 0.65, {"algorithm": "guard", "ratio": CLIP}),
-    ("nft", -0.14, 0.80, NFT),
-    ("awm", -0.17, 0.90, {"algorithm": "awm", "ema": 0.9, "ratio": RatioConfig(clip=(-1e-2, 1e-2)), "awm": AWMConfig()}),
+    ("grpo", -0.20, 0.75, GRPO),
+    ("grpo, early steps", -0.22, 0.75, GRPO | {"rollout": {"sde_steps": (0, 1, 2)}}),
+    ("guard", -0.18, 0.68, GRPO | {"algorithm": "guard"}),
+    ("nft", -0.12, 0.92, NFT),
+    ("awm", -0.12, 0.90, AWM),
     ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
-    ("dpo offline", -0.38, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(collect=128), "prompts_per_epoch": 64}),
+    ("dpo offline", -0.22, 0.90, {"algorithm": "dpo", "dpo": DPOConfig(collect=512, beta=20), "kl": KLConfig(beta=0.03),
+                                  "prompts_per_epoch": 64, "draws_per_sample": 2, "epochs": 120}),
 ])  # fmt: skip
 def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, settings):
     last = run(session(tmp_path, **settings))
@@ -124,6 +149,15 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
         assert all(record["replay"] == 0 for record in records[1:])
 
 
+def test_a_colour_is_learnt_and_a_small_beta_of_nft_trades_pictures_for_it(tmp_path):
+    ends = {name: run(session(tmp_path / name, rewards=(Colour(),), eval_rewards=(Colour(), Keep()), **settings)) for name, settings in
+            (("grpo", GRPO), ("guard", GRPO | {"algorithm": "guard"}), ("nft", NFT), ("bold", NFT | {"nft": NFTConfig(beta=0.1)}))}  # fmt: skip
+    first = json.loads((tmp_path / "nft" / "metrics.jsonl").read_text().splitlines()[0])
+    for name, left, keep in (("grpo", 0.06, 0.68), ("guard", 0.06, 0.64), ("nft", 0.13, 0.92)):  # of 0.19 with centred patterns
+        assert ends[name]["seen_colour"] > left / 0.19 * first["seen_colour"] and ends[name]["seen_keep"] > keep, name
+    assert ends["bold"]["seen_colour"] > ends["nft"]["seen_colour"] and ends["bold"]["seen_keep"] < ends["nft"]["seen_keep"] - 0.1
+
+
 def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     held = [run(session(tmp_path / f"kl{beta}", epochs=30, algorithm="grpo", ratio=CLIP, kl=KLConfig(beta=beta), rollout={"sde_steps": (0, 2)}))
             for beta in (0.0, 0.3, 10.0)]
@@ -134,29 +168,39 @@ def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     assert clips[0] > clips[1] > clips[2] == 0
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "grpo", "ratio": CLIP}, NFT, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}],
-                         ids=["grpo", "nft", "dpo"])  # fmt: skip
+@pytest.mark.parametrize("settings", [GRPO | {"kl": KLConfig(beta=0.03)}, NFT, AWM, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}],
+                         ids=lambda s: s["algorithm"])  # fmt: skip
 def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings):
-    last = run(session(tmp_path, rewards=(Noise(),), **settings))
-    assert abs(last["seen_bright"] + 0.589) < 0.12
+    for seed in (0, 1):
+        last = run(session(tmp_path / str(seed), rewards=(Noise(),), seed=seed, **settings))
+        assert abs(last["seen_bright"] + 0.589) < 0.12 and last["drift"] < 0.08
+
+
+def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
+    """What the configs of GRPO rest on."""
+    settings = GRPO | {"epochs": 100, "rollout": {"sde_steps": (0, 1, 2, 3), "shared_noise": True}}
+    ends = {(beta, reward): run(session(tmp_path / f"{beta}{reward}", kl=KLConfig(beta=beta), **settings | ({"rewards": (Noise(),)} if reward else {})))
+            for beta in (0.0, 0.03) for reward in (0, 1)}  # fmt: skip
+    assert ends[0.03, 0]["seen_bright"] > ends[0.0, 0]["seen_bright"] - 0.03 and ends[0.03, 0]["seen_keep"] > ends[0.0, 0]["seen_keep"] + 0.1
+    assert ends[0.03, 1]["drift"] < ends[0.0, 1]["drift"] / 5
 
 
 # ── C6: SRPO ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_srpo_follows_its_words_and_stops(tmp_path):
-    ends = {}
+def test_srpo_follows_its_words(tmp_path):
     for name, pair in (("red", ("red", "blue")), ("blue", ("blue", "red"))):
-        srpo = words(positive=pair[:1], negative=pair[1:], branches=("denoise",))
-        ends[name] = run(session(tmp_path / name, epochs=60, srpo=srpo, **SRPO))
-        assert ends[name]["seen_keep"] > 0.7
-    assert ends["red"]["score_denoise"] > 0.35 and ends["blue"]["score_denoise"] > 0.35, "each in its own direction"
-    both = run(session(tmp_path / "both", epochs=60, srpo=words(), **SRPO))
-    assert both["score_denoise"] > 0.35 > -0.35 > both["score_invert"]
+        for branches in (("denoise",), ("denoise", "invert")):
+            srpo = words(positive=pair[:1], negative=pair[1:], branches=branches)
+            last = run(session(tmp_path / f"{name}{len(branches)}", epochs=20, srpo=srpo, **SRPO))
+            assert last["seen_keep"] > 0.7 and last["score_denoise"] > 0.6, "each in its own direction"
+            assert "score_invert" not in last or last["score_invert"] < -0.6
 
 
 def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
-    srpo = words(hinge=0.4)
-    last = run(session(tmp_path / "rest", epochs=150, srpo=srpo, **SRPO))
-    assert last["active_denoise"] < 0.3 and last["active_invert"] < 0.3 and last["latent_std"] < 1.0
+    for branches in (("denoise",), ("denoise", "invert")):
+        short, long = (run(session(tmp_path / f"{epochs}{len(branches)}", epochs=epochs, srpo=words(branches=branches), **SRPO))
+                       for epochs in (100, 300))  # fmt: skip
+        assert abs(long["score_denoise"] - short["score_denoise"]) < 0.05 and long["seen_keep"] > 0.7
+        assert long["active_denoise"] == 0 == long.get("active_invert", 0) and long["latent_std"] < 1.5 * 0.56
     last = run(session(tmp_path / "growth", epochs=50, srpo=words(max_std_growth=1.001), **SRPO))
     assert last["step"] < 50 and "deviation grew" in capsys.readouterr().out
     last = run(session(tmp_path / "drift", epochs=50, srpo=words(), max_drift=1e-3, **SRPO))
@@ -230,6 +274,17 @@ def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys
     assert config.posttrain.algorithm == algorithm and pipeline(["a red star"], 48, 32).isfinite().all()
 
 
+def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch):
+    extra = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.cache('pictures')}"]
+    monkeypatch.setattr(Session, "roll_out", None)
+    monkeypatch.setattr(Session, "drift", lambda session: 0.0)
+    assert posttrain.main(command(shop, "real", *extra)) == 0
+    last = json.loads((shop.folder / "runs/real/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["grad_norm"] > 0
+    refused(capsys, posttrain.main, command(shop, "small", *extra, "video.width=32"), "posttrain.srpo.latents", "must hold 2 or more")
+    refused(capsys, posttrain.main, command(shop, "none", *extra[:1], "posttrain.srpo.latents=nowhere"), "posttrain.srpo.latents", "nowhere")
+
+
 def test_adapters_alone_are_trained_when_asked(shop):
     words = ["lora.enabled=true", "lora.rank=2", "ema.enabled=false", "posttrain.rewards=[{type: brightness}]"]
     posttrain.main(command(shop, "lora", *words))
@@ -285,3 +340,16 @@ def test_two_processes_are_one(shop):
                    check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in ("alone", "together"))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
+def test_the_show_runs_small(tmp_path, monkeypatch):
+    """The command of the figures in the README, from the cache to the curves."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))))
+    monkeypatch.chdir(ROOT)
+    model = ["model.size=null", "model.dim=16", "model.depth=2", "model.num_heads=2", "text_encoder.dim=16", "text_encoder.num_heads=2"]
+    train = ["train.batch_size=8", "train.precision=fp32", "train.sample_num_steps=2", "train.max_steps=2"]
+    small = ["prompts_per_epoch=2", "group_size=4", "micro_batch=4", "eval_prompts=4", "prompt_count=16"]
+    report = show_posttrain.main(["--out", str(tmp_path / "show"), "--seconds", "200", "--device", "cpu", "--count", "8", "--steps", "2", "--every", "1",
+                                  "--judged", "4", "--runs", "null_nft", "nft", "--overrides", *model, *train, *(f"posttrain.{word}" for word in small)])  # fmt: skip
+    assert report.keys() == {"null_nft", "nft"} and all(row["last"]["step"] == 2 and row["replay_most"] == 0 for row in report.values())
+    assert {"summary.json", "curves.png", "nft.png", "nft.jsonl", "null_nft.jsonl"} <= {path.name for path in (tmp_path / "show").iterdir()}

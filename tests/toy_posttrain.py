@@ -71,6 +71,15 @@ class Bright(Reward):
 
 
 @dataclass(frozen=True)
+class Colour(Reward):
+    limits: ClassVar[tuple[float, float]] = (-1e3, 0.0)
+    type: Literal["colour"] = "colour"
+
+    def call(self, samples: Samples) -> Tensor:
+        return -(samples.pixels.mean((1, 3, 4)) - torch.tensor([0.1, -0.05, 0.0])).square().sum(1)
+
+
+@dataclass(frozen=True)
 class Keep(Reward):
     """Cosine of a sample, offset removed, with the pattern of its class: what over-optimisation destroys."""
 
@@ -85,7 +94,7 @@ class Keep(Reward):
 
 @dataclass(frozen=True)
 class RedOverBlue:
-    """A bounded scorer: the word's direction, red - blue or its opposite."""
+    """A bounded scorer: half the cosine of the mean colour, off grey, with the word's direction, red - blue or its opposite."""
 
     type: Literal["toy"] = "toy"
 
@@ -94,8 +103,9 @@ class RedOverBlue:
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
         sign = torch.tensor([1.0 if text.startswith("red") else -1.0 for text in texts])
-        mean = pixels.mean((1, 3, 4))
-        return torch.tanh(mean[:, 0] - mean[:, 2]) / 2 * sign
+        off = pixels.mean((1, 3, 4)) - pixels.mean((1, 2, 3, 4))[:, None]
+        unit = nn.functional.normalize(torch.cat([off, torch.full_like(off[:, :1], 0.1)], 1), dim=1)  # grey has no direction
+        return (unit[:, 0] - unit[:, 2]) * 0.5**1.5 * sign
 
 
 def draw(draws: Draws, which: Tensor) -> Tensor:
@@ -121,7 +131,7 @@ def pretrained(steps: int = 1500) -> Learner:
 
 
 def session(run_dir, epochs: int = 60, lr: float = 3e-4, ema: float | None = None, model=None, train: dict | None = None, seed: int = 0,
-            **changes) -> Session:
+            frames: int = 1, **changes) -> Session:
     rollout = {"steps": 10, "shift": 3.0} | changes.pop("rollout", {})
     settings = {"prompts_per_epoch": 16, "group_size": 16, "micro_batch": 256, "rewards": (Bright(),), "eval_rewards": (Bright(), Keep()),
                 "async_rewards": False, "eval_every_epochs": 10**6, "rollout": RolloutConfig(**rollout)}
@@ -138,7 +148,7 @@ def session(run_dir, epochs: int = 60, lr: float = 3e-4, ema: float | None = Non
 
     prompts = Prompts([f"class {i % 4} number {i}" for i in range(64)])
     evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(512)])}
-    return Session(config, options, seed, state, Glass(), prompts, evaluated, 4, 4, 1, run_dir, store)
+    return Session(config, options, seed, state, Glass(), prompts, evaluated, 4, 4, frames, run_dir, store)
 
 
 def run(session: Session) -> dict[str, float]:

@@ -165,10 +165,14 @@ def pair_terms(session: Session, win: Tensor, lose: Tensor, prompts: Tensor, ind
         x_win, noise, sigma = noised(session, win, indices, number, count)
         x = torch.cat([x_win, noised(session, lose, indices, number, count)[0]])
         clean, noise, sigma = torch.cat([win, lose]), torch.cat([noise, noise]), torch.cat([sigma, sigma])
-        error = losses.matching(session.velocity(both)(x, sigma), clean, noise).chunk(2)
+        v = session.velocity(both)(x, sigma)
         with torch.no_grad():
-            base = losses.matching(session.velocity(both, session.reference)(x, sigma), clean, noise).chunk(2)
+            v_ref = session.velocity(both, session.reference)(x, sigma)
+        error, base = (losses.matching(field, clean, noise).chunk(2) for field in (v, v_ref))
         margin = losses.dpo_margin(error[0], base[0], error[1], base[1], config.dpo.beta)
         loss = losses.dpo(error[0], base[0], error[1], base[1], config.dpo.beta).mean().float()
         numbers = {"pair_loss": loss, "margin": margin.mean(), "error_win": error[0].mean(), "error_lose": error[1].mean()}
+        if config.kl.beta:
+            numbers["kl"] = gap = dynamics.mean_d((v - v_ref).square()).mean()
+            loss = loss + config.kl.beta * gap
         yield loss / count, {"implicit_accuracy": (margin > 0).float().mean(), **{k: v.detach() for k, v in numbers.items()}}

@@ -18,6 +18,7 @@ from mmdit.diffusion import LinearPath, guided, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.posttrain import dynamics
 from mmdit.posttrain.advantages import check_geometry
+from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.losses import wide
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import RewardPool, Samples
@@ -26,6 +27,7 @@ from mmdit.posttrain.trajectory import Rollout, StoragePlan, Trajectory, group_i
 from mmdit.rng import Draws, generator
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+from mmdit.training.learner import Learner
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.pipeline import Pipeline, SampleSettings
@@ -41,7 +43,7 @@ PROBE_LEVELS = (0.9, 0.6, 0.3)
 @dataclass
 class Session:
     """A built run. The text encoder is frozen and the network stays in evaluation mode, so that scoring a rollout again gives
-    exactly what was sampled."""
+    exactly what was sampled. Of two experts (`pair`) the learner has the one that is trained; rollouts use both."""
 
     config: PosttrainConfig
     train: TrainConfig
@@ -56,6 +58,7 @@ class Session:
     run_dir: Path
     save: Callable[[Session], None]
     world: World = World()
+    pair: Pair | None = None
     log: MetricsLog | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -80,9 +83,15 @@ class Session:
                 reward.prepare(self.device)
         self.pool = RewardPool(config.rewards, workers=int(config.async_rewards))
         self.judge = RewardPool(config.eval_rewards, workers=0)
-        self.shape = (self.frames, *learner.spec.grid(self.width, self.height), learner.spec.channels)
-        shift = config.rollout.shift * learner.objective.clip_shift(self.frames)
+        latent_frames = learner.spec.frames(self.frames)
+        self.shape = (latent_frames, *learner.spec.grid(self.width, self.height), learner.spec.channels)
+        shift = config.rollout.shift * learner.objective.clip_shift(latent_frames)
         self.times = sampling_times(learner.objective, config.rollout.steps, shift)
+        if any(not -self.frames <= place < self.frames for place in config.reward_frames):
+            raise ConfigError("posttrain.reward_frames", f"is {list(config.reward_frames)}; must be frames of a clip of "
+                              f"{self.frames}, from 0, or -1 for the last")
+        if self.pair:
+            self.pair.check(config, self.times)
         with torch.no_grad():  # once; the encoder is not needed again
             self.text = learner.text_encoder(self.prompts.captions).to(self.device)
         self.reference, self.old = self.snapshot(), self.snapshot()
@@ -112,7 +121,8 @@ class Session:
     def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Field:
         """Of the policy, or of a copy of its trained weights; with the guidance that rollouts have, here as there."""
         model = self.learner.model
-        call = model if weights is None else lambda *inputs: functional_call(model, weights, inputs)
+        own = model if weights is None else lambda *inputs: functional_call(model, weights, inputs)
+        call = self.pair.routed(own, self.learner.objective.time_scale) if self.pair else own
         denoise = guided(self.learner.objective, call, text, self.config.rollout.guidance)
 
         def field_of(x: Tensor, t: float | Tensor) -> Tensor:
@@ -191,7 +201,15 @@ class Session:
         return Samples(prompts.captions, clean, groups, draws, self.decode(clean) if decoded else None, prompts.facts)
 
     def decode(self, clean: Tensor) -> Tensor:
-        return self.tokenizer.decode(self.learner.spec.denormalize(clean)).float()
+        """Pixels of `reward_frames`, or of all. No more is decoded than they need: of a tokenizer of single frames those, of
+        one along time what comes before the last of them."""
+        spec, places = self.learner.spec, [place % self.frames for place in self.config.reward_frames]
+        if not places:
+            return self.tokenizer.decode(spec.denormalize(clean)).float()
+        if spec.temporal == 1:
+            return self.tokenizer.decode(spec.denormalize(clean[:, places])).float()
+        latents = clean[:, : 1 + -(-max(places) // spec.temporal)]
+        return self.tokenizer.decode(spec.denormalize(latents))[:, places].float()
 
     def gather(self, futures: list[Future], rollouts: list[Rollout]) -> dict[str, Tensor]:
         """Rewards of the whole epoch `(samples,)` by name, on every process."""
@@ -229,7 +247,7 @@ class Session:
             draws = Draws.of(self.seed, -1, len(text), self.device)
             first = self.velocity(text, self.reference)
             clean, noise = self.roll_out(first, draws).get(-1), draws.normal("probe", *self.shape)
-            states = [(t, (1 - t) * clean + t * noise) for t in PROBE_LEVELS]
+            states = [(t, (1 - t) * clean + t * noise) for t in PROBE_LEVELS if not self.pair or self.pair.owns(t)]
             self._probes = text, [(t, x, first(x, t)) for t, x in states]
         text, probes = self._probes
         now = self.velocity(text)
@@ -239,7 +257,13 @@ class Session:
     def evaluate(self) -> dict[str, float]:
         """`seen_…` and `held_out_…` means of the evaluation rewards, of fixed noise, with the sampler of `train.sample_*`."""
         values, first = {}, 0
-        pipeline, settings = Pipeline(self.learner, self.tokenizer, self.train.precision), SampleSettings.of(self.train)
+        settings = SampleSettings.of(self.train)
+        pipeline = Pipeline(self.learner, self.tokenizer, self.train.precision)
+        if self.pair:  # it wants the noisier expert first
+            pipeline.low, pipeline.boundary = self.pair.sibling, self.pair.boundary
+            if not self.pair.trains_high:
+                own, pipeline.low = self.learner, self.learner.model
+                pipeline.learner = Learner(self.pair.sibling, own.text_encoder, own.objective, own.spec)
         for title, prompts in self.evaluated.items():
             pixels = pipeline(prompts.captions, self.width, self.height, self.frames, settings, first, batch_size=256)
             draws = Draws(self.seed, -2, torch.arange(first, first + len(prompts)))

@@ -123,12 +123,14 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class SRPOConfig:
-    """Windows are noise levels, [noisy, clean], never step numbers: with a time shift the same steps are other levels."""
+    """Windows are noise levels, [noisy, clean], never step numbers: with a time shift the same steps are other levels.
+    `latents`: a cache of real pictures or clips and their captions, which stand in for rollouts and prompts."""
 
     sigma_window: tuple[float, float] = (0.96, 0.75)
     step: float = 0.02
     discount_denoise: tuple[float, float] = (0.10, 0.25)
     discount_invert: tuple[float, float] = (0.30, 0.01)
+    latents: str | None = None
     positive: tuple[str, ...] = ("red",)
     negative: tuple[str, ...] = ("blue",)
     hinge: float = 0.7
@@ -163,6 +165,7 @@ class PosttrainConfig:
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
     eval_rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
+    reward_frames: tuple[int, ...] = ()  # of a clip, which rewards see (-1: the last); only they are decoded. Empty: all
     eval_prompts: int = 128  # of the seen and of the held-out prompts
     eval_every_epochs: int = 10
     max_drift: float = 0.0  # mean squared change of the velocity on fixed probes, beyond which training stops; 0 = never

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmdit.config import ConfigError
+from mmdit.data.cache import LatentCache, open_cache
+from mmdit.interfaces import TextTokens
 from mmdit.posttrain.direct_align import discount, inject, recover, relative_score
 from mmdit.posttrain.session import Session
 from mmdit.rng import Draws, generator
@@ -16,7 +19,7 @@ def srpo(session: Session) -> bool:
     succeeds, so it ends when it lies `hinge` below where it began; it would never end otherwise."""
     config, settings = session.config, session.config.srpo
     scorer = settings.scorer
-    begun = session.marks
+    begun, cache = session.marks, real_latents(session) if settings.latents else None
 
     def update() -> dict[str, float | str]:
         step, size = session.state.step, session.world.size
@@ -24,15 +27,18 @@ def srpo(session: Session) -> bool:
         noisy, clear = settings.sigma_window
         landed = clear + (noisy - clear) * draw
         positive, negative = (words[step % len(words)] for words in (settings.positive, settings.negative))
-        order = torch.randperm(len(session.prompts), generator=generator(session.seed, "epoch prompts", step))
+        order = torch.randperm(len(cache or session.prompts), generator=generator(session.seed, "epoch prompts", step))
         places = order[: config.prompts_per_epoch]
         own = places[session.world.rank :: size].split(config.micro_batch)
         numbers: dict[str, list[Tensor]] = {}
         for some in own:
-            text = session.text[some.to(session.device)]
             draws = Draws(session.seed, step, torch.zeros_like(some, device=session.device))  # the same noise for all
-            clean, noise = session.roll_out(session.velocity(text), draws).get(-1), draws.normal("rollout", *session.shape)
-            captions = session.prompts.at(some.tolist()).captions
+            noise = draws.normal("rollout", *session.shape)
+            if cache:
+                text, captions, clean = real(session, cache, some.tolist())
+            else:
+                text, captions = session.text[some.to(session.device)], session.prompts.at(some.tolist()).captions
+                clean = session.roll_out(session.velocity(text), draws).get(-1)
             for branch in settings.branches:
                 sign = 1 if branch == "denoise" else -1
                 entered = landed + sign * settings.step
@@ -58,3 +64,25 @@ def srpo(session: Session) -> bool:
         return report
 
     return session.run(update, 1)
+
+
+def real_latents(session: Session) -> LatentCache:
+    """The cache `srpo.latents`. ConfigError: it is of another tokenizer or size, or has too few items."""
+    path, wanted = session.config.srpo.latents, session.shape
+    try:
+        cache = open_cache(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError("posttrain.srpo.latents", f"is {path!r}: {error}") from None
+    fits = (cache.shapes[:, 0] >= wanted[0]) & (cache.shapes[:, 1:] == torch.tensor(wanted[1:])).all(1)
+    if cache.manifest.spec != session.learner.spec or not fits.all() or len(cache) < session.config.prompts_per_epoch:
+        raise ConfigError("posttrain.srpo.latents", f"is {path!r}: {len(cache)} items, the first {cache.shapes[0].tolist()}; "
+                          f"must hold {session.config.prompts_per_epoch} or more, all {list(wanted)}, of this tokenizer")
+    return cache
+
+
+@torch.no_grad()
+def real(session: Session, cache: LatentCache, places: list[int]) -> tuple[TextTokens, list[str], Tensor]:
+    """Text, captions and normalised latents of items of the cache; of longer clips the beginning."""
+    captions = [cache.captions[i] for i in places]
+    latents = torch.stack([cache.load(i, 0, session.shape[0]) for i in places]).to(session.device)
+    return session.learner.text_encoder(captions).to(session.device), captions, session.learner.spec.normalize(latents)

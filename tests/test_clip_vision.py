@@ -17,11 +17,13 @@ def official_tensors(width: int = WIDTH, blocks: int = BLOCKS, places: int = 17,
     """Random weights under the names of the official file, with a text tower and the ends that Wan does not read."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"visual.patch_embedding.weight": (width, 3, PATCH, PATCH), "visual.pos_embedding": (1, places, width),
-              "visual.cls_embedding": (1, 1, width), "visual.head": (width, 8), "textual.model.a.weight": (3, 3), "log_scale": ()}
+              "visual.cls_embedding": (1, 1, width), "visual.head": (width, 8), "textual.model.a.weight": (3, 3),
+              "log_scale": ()}
     norms = ["visual.pre_norm", "visual.post_norm"]
     for i in range(blocks):
         norms += [f"visual.transformer.{i}.norm{j}" for j in (1, 2)]
-        for name, out, into in (("attn.to_qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.0", 48, width), ("mlp.2", width, 48)):
+        layers = {"attn.to_qkv": (3 * width, width), "attn.proj": (width, width), "mlp.0": (48, width), "mlp.2": (width, 48)}
+        for name, (out, into) in layers.items():
             shapes |= {f"visual.transformer.{i}.{name}.weight": (out, into), f"visual.transformer.{i}.{name}.bias": (out,)}
     shapes |= {f"{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
@@ -34,7 +36,8 @@ def transformers_tensors(official: dict[str, torch.Tensor], prefix: str = "visio
               "embeddings.position_embedding.weight": official["visual.pos_embedding"][0],
               "embeddings.patch_embedding.weight": official["visual.patch_embedding.weight"]}
     for kind in ("weight", "bias"):
-        result |= {f"pre_layrnorm.{kind}": official[f"visual.pre_norm.{kind}"], f"post_layernorm.{kind}": official[f"visual.post_norm.{kind}"]}
+        result |= {f"{new}.{kind}": official[f"visual.{old}.{kind}"]
+                   for new, old in (("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm"))}
         i = 0
         while f"visual.transformer.{i}.norm1.weight" in official:
             old, new = f"visual.transformer.{i}.", f"encoder.layers.{i}."
@@ -100,7 +103,8 @@ def test_what_is_no_such_encoder_is_refused_in_one_sentence(tmp_path):
             load_clip_vision(path)
         assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
 
-    refused("holds no CLIP picture encoder", OFFICIAL, "image_encoder")
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    refused("is no CLIP picture encoder", f"holds neither {OFFICIAL} nor image_encoder")
     tensors = official_tensors()
     torch.save({name: value for name, value in tensors.items() if "1.norm2.bias" not in name}, tmp_path / OFFICIAL)
     refused("lacks 1 tensors, first transformer.1.norm2.bias")

@@ -134,8 +134,6 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
     ValueError, in one sentence: it is not there, cannot be read, or is no such encoder."""
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).exists()), path)
-    if place == path and path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no CLIP picture encoder: neither {' nor '.join(PLACES)}")
     stored = _Split(Checkpoint(place))
     names = {name: our_name(name) for name in stored.entries}
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
@@ -145,13 +143,14 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
         sizes = ClipVisionSizes(dim, shapes["transformer.0.mlp.0.weight"][0], blocks - 1, max(1, dim // HEAD_DIM),
                                 shapes["patch_embedding.weight"][-1], places)  # fmt: skip
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{place} is no CLIP picture encoder: {error} is missing among its {len(shapes)} tensors") from None
+        known = f", and it holds neither {' nor '.join(PLACES)}" if place == path and path.is_dir() else ""
+        raise ValueError(f"{place} is no CLIP picture encoder: {error} is missing among its {len(shapes)} tensors{known}") from None
     if place.is_dir() and (place / "config.json").is_file():
         sizes = _told(place / "config.json", sizes)
     with torch.device("meta"):
         model = ClipVision(sizes)
     own = {name for name, _ in model.named_parameters()}
-    beyond = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embeddings.position_ids", f"transformer.{blocks - 1}.")
+    beyond = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embeddings.", f"transformer.{blocks - 1}.")
     ignored = tuple(name for name in shapes if name not in own and name.startswith(beyond))
     model = fill(model, stored, names, f"{place}, read as CLIP's picture encoder,", device, lambda _: dtype, ignored)
     return model.requires_grad_(False)

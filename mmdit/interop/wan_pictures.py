@@ -103,6 +103,6 @@ def check_trainable(model: WanDenoiser, config) -> None:
                           "set it to 0 and use mmdit.scripts.sample with --image")  # fmt: skip
     if kind != "none" and config.model.first_frame:
         raise ConfigError("model.first_frame", f"is {config.model.first_frame}, but {variant} always has its picture; set it to 0")
-    if config.model.dtype == "bfloat16" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
-        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; "
-                          "use float32, or lora.enabled with train_lora_only")
+    if config.model.dtype != "float32" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
+        raise ConfigError("model.dtype", f"is {config.model.dtype}, but these weights are trained, and small updates "
+                          "would vanish in it; use float32, or lora.enabled with train_lora_only")

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
+from mmdit.training.learner import GRAPHS
 
 RANK, WORDS, GIGABYTES = 16, 100, 120
 ATTENTION = ("*.self_attn.[qkvo]", "*.cross_attn.[qkvo]"), r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -53,14 +54,15 @@ class Way:
     compiled: bool = True
     collapse: bool = True
     cudnn: bool = False
+    lean: bool = True  # as the trainer compiles Wan
 
 
-WAYS = [  # the likely best first; None: the peer
+WAYS = [  # the likely best first, what is compiled anew last; None: the peer
     Way("plain"), Way("checkpointing, bf16 stream", checkpointing=True, residual="autocast"), None,
-    Way("checkpointing", checkpointing=True), Way("plain, bf16 stream", residual="autocast"), Way("plain, cudnn", cudnn=True),
-    Way("plain, padding not collapsed", collapse=False), Way("every second block", checkpointing=True, every=2),
-    Way("checkpointing, not compiled", checkpointing=True, compiled=False),
-    Way("checkpointing, bf16 stream, cudnn", checkpointing=True, residual="autocast", cudnn=True),
+    Way("checkpointing", checkpointing=True), Way("plain, bf16 stream", residual="autocast"),
+    Way("every second block", checkpointing=True, every=2), Way("plain, padding not collapsed", collapse=False),
+    Way("checkpointing, not compiled", checkpointing=True, compiled=False), Way("plain, cudnn", cudnn=True),
+    Way("plain, not lean", lean=False),
 ]  # fmt: skip
 
 
@@ -94,7 +96,8 @@ def inputs(config: WanConfig, grid: tuple[int, int, int], device: str, length: i
 class Bench:
     def __init__(self, device: str, tiny: bool, steps: int, deadline: float):
         self.device, self.tiny, self.steps, self.deadline = device, tiny, steps, deadline
-        self.cuda, self.cudnn, self.known = device == "cuda", False, set()
+        self.cuda, self.kind, self.known = device == "cuda", (False, True), set()
+        torch._dynamo.config.recompile_limit = GRAPHS
         torch._functorch.config.enable_autograd_cache = False  # its key does not know which attention kernels are allowed
         if self.cuda:
             share = GIGABYTES * 1e9 / torch.cuda.get_device_properties(0).total_memory
@@ -181,9 +184,10 @@ class Bench:
         parameters = [p for p in model.parameters() if p.requires_grad]
         x, t, text = inputs(model.config, grid, self.device, min(112, model.config.text_len) - 1)
         flops = WanDenoiser.train_flops(model, grid, text.shape[1])
-        if way.cudnn != self.cudnn:  # a compiled block keeps the kernel that it was compiled with
+        if (way.cudnn, way.lean) != self.kind:  # a compiled block stays as it was compiled
             torch._dynamo.reset()
-            self.cudnn = way.cudnn
+            self.kind = way.cudnn, way.lean
+        torch._functorch.config.aggressive_recomputation = way.lean
         kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(kernels, set_priority=True) if way.cudnn else contextlib.nullcontext():
             return self.step(shape, "ours", lambda: model(x, t, text), parameters, flops, way=way.name, compiled=way.compiled,
@@ -231,7 +235,7 @@ class Bench:
         medians: dict[str, float] = {}
         model = None
         for way in WAYS:
-            compiles = way is not None and (not medians or way.cudnn != self.cudnn)
+            compiles = way is not None and (not medians or (way.cudnn, way.lean) != self.kind)
             if time.monotonic() > self.deadline - (0 if self.tiny else 80 if compiles else 30):
                 name = way.name if way else "diffusers + peft"
                 say(what="skipped", shape=shape, way=name, why="no time left: raise --seconds or use --only")

@@ -209,6 +209,7 @@ class WanDiT(nn.Module):
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 
+    lean = True  # compiled blocks keep what matrix products gave and compute the rest anew: a third less memory
     lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
     lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
 

@@ -349,6 +349,9 @@ def test_what_is_no_wan_transformer_is_refused_in_one_sentence(folder, tmp_path,
     refused("refused", "evil.pth", call=lambda: load_dit(tmp_path / "evil.pth"))
     torch.save({"patch_embedding.weight": Runs()}, tmp_path / "evil2.pth")
     refused("refused", "could run code", call=lambda: load_dit(tmp_path / "evil2.pth"))
+    torch.save(tensors, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-2000])
+    refused("refused", "damaged", "cut.pth", call=lambda: load_dit(tmp_path / "cut.pth"))
     assert not (tmp_path / "ran").exists()
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))

@@ -141,6 +141,7 @@ def test_what_does_not_belong_together_is_one_sentence(two, tmp_path, capsys):
     refused(capsys, train_t2v.main, two.words("plain"), "tokenizer.picture: is none", "is given first_last")
     plain = Shop(tmp_path / "plain", DIT) if (tmp_path / "plain").mkdir() is None else None
     refused(capsys, train_t2v.main, plain.words("x", "tokenizer.picture=first"), "the cache has 4, the config asks 8")
+    refused(capsys, train_t2v.main, plain.words("x", "tokenizer.picture=first", "model={size: S}"), "only Wan's I2V models")
     given = continuing(plain, "first")
     given.cache("seed=1")
     words = [word.replace("cache0", "cache1") for word in given.words("x", "seed=1")]

@@ -25,6 +25,7 @@ from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.diffusion.experts import ExpertsConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
+from mmdit.interop.wan_pictures import Pictures, check_trainable, picture_of
 from mmdit.interop.wan_release import release_config
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig, WanModelConfig, build_model
 from mmdit.nn.experts import Experts, twin
@@ -82,6 +83,8 @@ class ExperimentConfig:
         clip_plan(self.video, LatentSpec(1, temporal=getattr(self.tokenizer, "temporal", 1)))  # ConfigError: what it cannot cut
         if wan:
             self._check_wan()
+        elif getattr(self.tokenizer, "picture", "none") != "none":
+            raise ConfigError("tokenizer.picture", f"is {self.tokenizer.picture}; only Wan's I2V models take one: set it to none")
         elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")
@@ -192,8 +195,9 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         found = prepare_run_dir(config, resume)
         world.barrier()  # every rank has looked before the first one writes
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
-        spec = tokenizer.spec
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
+        tokenizer = getattr(tokenizer, "plain", tokenizer)
+        spec = tokenizer.spec
         cache = open_cache(cache_dir, wanted)
         settings = config.train
         plan = build_plan(config, cache, world.size)
@@ -204,6 +208,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if isinstance(config.model, WanModelConfig):
             for part in learner.parts().values():
                 check_trainable(part, config)
+                if picture_of(part) != "none":
+                    learner.conditions = Pictures(part, tokenizer).of_latents
         if config.train.init_from and found is None:
             for line in start_from(learner, config, spec, tokenizer.fingerprint):
                 world.print(line)
@@ -244,16 +250,6 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                                config.ema.use_for_sampling, writes=world.is_main)
         validate = Validation(settings, batches, world) if settings.val_every_steps else None
         return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
-
-
-def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
-    """ConfigError unless this Wan transformer can be trained as configured."""
-    if model.config.in_dim != model.config.out_dim:
-        raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are "
-                          "sampled here, not trained; train T2V, or TI2V-5B with model.first_frame")
-    if config.model.dtype == "bfloat16" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
-        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; "
-                          "use float32, or lora.enabled with train_lora_only")
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`
@@ -329,6 +325,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where)
+    tokenizer = getattr(tokenizer, "plain", tokenizer)
     if weights:
         check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, source)
     learner = build_learner(config, tokenizer.spec)

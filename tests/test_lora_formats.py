@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,8 +177,32 @@ def test_what_does_not_fit_is_one_sentence(model, tmp_path):
 
 
 @torch.no_grad()
+def test_a_lora_of_t2v_on_i2v_is_laid_over_what_both_have_and_told(tmp_path):
+    """The picture's keys and values are not in it: they stay (specification, section 10). The other way round is refused."""
+    words, both = ("cross_attn.k", "cross_attn.v", "ffn.0"), {}
+    for kind, targets in (("t2v", words), ("i2v 2.1", (*words, "cross_attn.k_img"))):
+        model = random_model(VARIANTS[kind])
+        inject(model, LoRAConfig(enabled=True, rank=2, target_modules=targets), seed=1)
+        for layer in adapters(model).values():
+            layer.lora_B.normal_()
+        both[kind] = tmp_path / f"{kind}.safetensors"
+        save_lora(model, both[kind], "comfy")
+    picture = random_model(VARIANTS["i2v 2.1"])
+    before = picture.state_dict() | {}
+    with pytest.warns(UserWarning, match="4 layers that read the text and none of the 4 .*made for a T2V model") as caught:
+        assert len(load_lora(picture, both["t2v"])) == 6
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert all(torch.equal(merge(picture).state_dict()[n], v) for n, v in before.items() if "_img" in n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora(random_model(VARIANTS["i2v 2.1"]), both["i2v 2.1"])
+        load_lora(random_model(VARIANTS["t2v"]), both["t2v"])
+    refused("4 of 16 keys", "k_img", "another model (I2V, T2V", call=lambda: load_lora(random_model(VARIANTS["t2v"]), both["i2v 2.1"]))
+
+
+@torch.no_grad()
 def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
-    pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     diffusers = pytest.importorskip("diffusers")
     model = random_model(replace(TINY, text_len=512))
     from mmdit.interop.wan import save_dit
@@ -195,3 +220,7 @@ def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
     theirs.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors", prefix="transformer")
     assert error(expected, theirs(x, t, text, return_dict=False)[0]) < 1e-5
     assert error(expected, load_dit(tmp_path / "base")(x, t, text)) > 0.05
+    save_lora(model, tmp_path / "folder", "peft")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "folder"))
+    assert error(expected, theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]) < 1e-5

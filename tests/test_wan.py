@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,50 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
         refused("lacks 1 of", shards[-1].name, call=lambda: load_dit(tmp_path / "saved"))
 
 
+def drawn_config(rng: random.Random) -> WanConfig:
+    """Of any variant, tiny, with whatever sizes are allowed."""
+    heads, width, kind = rng.randint(1, 3), 2 * rng.randint(3, 12), rng.choice(list(VARIANTS))
+    channels = 48 if "5b" in kind else rng.choice([4, 16])
+    image = rng.choice([8, 24]) if kind in ("i2v 2.1", "flf2v") else 0
+    return WanConfig(heads * width, rng.randint(5, 40), heads, rng.randint(1, 3), channels + (4 + channels) * ("i2v" in kind or "flf" in kind),
+                     channels, 2 * rng.randint(2, 20), rng.randint(3, 30), rng.randint(6, 40), rng.choice([1e-6, 1e-5]), image,
+                     514 if kind == "flf2v" else 0)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(24))
+def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(tmp_path, seed):
+    rng = random.Random(seed)
+    config, dtype = drawn_config(rng), rng.choice([torch.float32, torch.bfloat16])
+    model = random_model(config)
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(WanDiT.stored_dtype(name, dtype))
+    size = sum(p.nbytes for p in model.parameters())
+    there = model
+    for number, layout in enumerate(rng.sample(["official", "diffusers"], 2)):
+        save_dit(there, tmp_path / str(number), layout, rng.choice([size + 1, size // 3 + 1]))
+        if layout == "diffusers":  # the one thing that it does not store
+            file = tmp_path / str(number) / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"text_len": config.text_len}))
+        there = load_dit(tmp_path / str(number), dtype)
+        assert there.config == config
+        assert all(torch.equal(value, there.state_dict()[key]) and value.dtype == there.state_dict()[key].dtype
+                   for key, value in model.state_dict().items())  # fmt: skip
+    batch, frames, rows, columns = rng.randint(1, 2), rng.randint(1, 3), 2 * rng.randint(1, 3), 2 * rng.randint(1, 3)
+    x = torch.randn(batch, config.out_dim, frames, rows, columns)
+    text = torch.randn(batch, rng.randint(1, config.text_len), config.text_dim)
+    text[:, rng.randint(1, text.shape[1]) :] = 0
+    y = torch.randn(batch, config.in_dim - config.out_dim, *x.shape[2:]) if config.in_dim > config.out_dim else None
+    clip = torch.randn(batch, config.image_positions or 257, config.image_dim) if config.image_dim else None
+    t = torch.rand(batch) * 1000
+    expected = model(x, t, text, y, clip)
+    assert torch.equal(there(x, t, text, y, clip), expected)
+    whole, there = there.float(), load_dit(tmp_path / "1").float()
+    there.collapse_padding = False
+    tokens = t[:, None].expand(-1, frames * rows * columns // 4)
+    assert error(whole(x, tokens, text, y, clip), there(x, t, text, y, clip)) < 2e-5  # tiny widths: rounding is not averaged
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_single_files_with_and_without_a_prefix(tmp_path, prefix, suffix):
@@ -304,6 +349,9 @@ def test_what_is_no_wan_transformer_is_refused_in_one_sentence(folder, tmp_path,
     refused("refused", "evil.pth", call=lambda: load_dit(tmp_path / "evil.pth"))
     torch.save({"patch_embedding.weight": Runs()}, tmp_path / "evil2.pth")
     refused("refused", "could run code", call=lambda: load_dit(tmp_path / "evil2.pth"))
+    torch.save(tensors, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-2000])
+    refused("refused", "damaged", "cut.pth", call=lambda: load_dit(tmp_path / "cut.pth"))
     assert not (tmp_path / "ran").exists()
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))

@@ -199,7 +199,8 @@ def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs/wan").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_run_on_a_small_release(tmp_path, path):
     channels = 48 if "5b" in path.stem else 16
-    release = make_release(tmp_path / "release", replace(DIT, in_dim=channels, out_dim=channels), pair="a14b" in path.stem)
+    more = 20 if "i2v_a14b" in path.stem else 0
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=channels + more, out_dim=channels), pair="a14b" in path.stem)
     words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
     words += [f"output_dir={tmp_path}", f"text_encoder.cache_dir={tmp_path}/text", "train.max_steps=2", "train.grad_accum_steps=1",
               "video.width=64", "video.height=32", "video.num_frames=5", "train.precision=fp32"]  # fmt: skip
@@ -210,7 +211,7 @@ def test_shipped_recipes_run_on_a_small_release(tmp_path, path):
     run = load_experiment_config(path, words).run_dir
     assert any((run / "checkpoints/step_00000002").glob("lora.safetensors"))
     words = ["--checkpoint", str(run), "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out"), "--prompts", "a cat"]
-    picture = ["--image", str(Path(__file__).parents[1] / "assets/pictures.png")] if channels == 48 else []
+    picture = ["--image", str(Path(__file__).parents[1] / "assets/pictures.png")] if channels == 48 or more else []
     assert sample.main([*words, *picture]) == 0
 
 
@@ -303,8 +304,35 @@ def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
         else:
             message = refused(capsys, train_t2v.main, shop.words("mixed", *words), *expected)
         assert message.strip().count("\n") == 0, message
+    config = load_experiment_config(pair.config, ["model.expert=high", vae])
+    with pytest.raises(ValueError, match="gives latents of 48 channels, .* takes 4: use") as caught:
+        build_learner(config, build_tokenizer(config.tokenizer).spec)
+    assert "\n" not in str(caught.value)
+    refused(capsys, train_t2v.main, pair.words("swapped", "model.expert=low", f"model.name_or_path={pair.release}/high_noise_model"),
+            "the low-noise expert is asked for", "is the high-noise expert")
     with pytest.raises(ValueError, match="takes no picture"):
         load_pipeline(shop.release, "cpu")[0].latents(["a"], 64, 32, 5, SampleSettings(), image=torch.rand(3, 32, 64))
+
+
+def test_a_trained_transformer_leaves_in_both_layouts(shop, pair, tmp_path, capsys):
+    """All weights: what a run holds is what either layout holds, bit for bit; of a pair the expert that was trained."""
+    run = shop.train("leaves", "ema.enabled=false", "train.lr=0.01")
+    stored = load_file(run / "checkpoints/step_00000003/model.safetensors")
+    for layout in ("official", "diffusers"):
+        assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / layout), "--layout", layout]) == 0
+        there = load_dit(tmp_path / layout).state_dict()
+        assert len(there) == len(stored) and all(torch.equal(stored[f"model.{name}"], value) for name, value in there.items())
+    low = pair.train("low_leaves", "model.expert=low", "ema.enabled=false")
+    stored = load_file(low / "checkpoints/step_00000003/model.safetensors")
+    for expert, words in (("low", []), ("high", ["--expert", "high"])):
+        assert export.main(["--checkpoint", str(low), "--out", str(tmp_path / expert), "--layout", "official", *words]) == 0
+        there = load_dit(tmp_path / expert).state_dict()
+        same = [torch.equal(stored[f"model.{name}"], value) for name, value in there.items()]
+        assert all(same) if expert == "low" else not all(same)
+    refused(capsys, export.main, ["--checkpoint", run, "--out", tmp_path / "x", "--layout", "official", "--expert", "low"], "no pair")
+    adapted = pair.train("low_lora", "model.expert=low", LORA)
+    assert export.main(["--checkpoint", str(adapted), "--out", str(tmp_path / "low.safetensors"), "--lora", "comfy"]) == 0
+    assert load_file(tmp_path / "low.safetensors")
 
 
 def test_captions_are_cached_by_their_command(shop, capsys):

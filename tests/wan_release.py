@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from test_clip_vision import official_tensors, write_encoder
 from test_umt5 import write_tokenizer
 
 from mmdit.interop.wan import save_dit
@@ -17,6 +18,8 @@ from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 GOLDEN = Path(__file__).parent / "golden"
 DIT = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=24, text_len=32)
 TI2V, I2V = replace(DIT, in_dim=48, out_dim=48), replace(DIT, in_dim=12)
+I2V_21 = replace(I2V, image_dim=80)
+FLF2V = replace(I2V_21, image_positions=514)
 
 
 def random_dit(config: WanConfig, seed: int = 0) -> WanDiT:
@@ -45,6 +48,8 @@ def make_release(folder: Path, config: WanConfig = DIT, pair: bool = False) -> P
         own = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
         (folder / "config.json").write_text(json.dumps(own | {key: known[key] for key in ("latents_mean", "latents_std")}))
     torch.save(vae, folder / name)
+    if config.image_dim:
+        write_encoder(folder, "official", official_tensors(config.image_dim, places=257))
     torch.save(load_file(GOLDEN / "umt5_tiny/official.safetensors"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     write_tokenizer(folder / "google" / "umt5-xxl")
     return folder
@@ -64,6 +69,8 @@ def make_diffusers_release(folder: Path, config: WanConfig = DIT, pair: bool = T
     ):
         (folder / part).mkdir()
         save_file(tensors, folder / part / f"{file}.safetensors")
+    if config.image_dim:
+        write_encoder(folder, "diffusers", official_tensors(config.image_dim, places=257), heads=1)
     (folder / "vae/config.json").write_text(json.dumps(meta["diffusers_config"]))
     (folder / "model_index.json").write_text("{}")
     write_tokenizer(folder / "tokenizer")

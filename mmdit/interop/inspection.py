@@ -60,7 +60,9 @@ def _kind(entries: dict) -> dict:
     except ValueError:
         kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer",
                  "decoder.conv1.weight": "Wan VAE", "post_quant_conv.weight": "Wan VAE (Diffusers)",
-                 "token_embedding.weight": "UMT5",
+                 "token_embedding.weight": "UMT5", "visual.pos_embedding": "CLIP picture encoder",
+                 "vision_model.embeddings.class_embedding": "CLIP picture encoder (transformers)",
+                 "embeddings.class_embedding": "CLIP picture encoder (transformers)",
                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "T5 or UMT5 (transformers)"}
         return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
     blocks = {"layers": config.num_layers, "width": config.dim, "channels": [config.in_dim, config.out_dim]}

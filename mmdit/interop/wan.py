@@ -199,7 +199,8 @@ def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, exp
     if text_dim != config.text_dim:
         raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the "
                           "UMT5 of its release")
-    model.settings, model.checkpointing = settings, settings.checkpointing
+    model.settings, model.residual = settings, settings.residual
+    model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
     return model
 
 

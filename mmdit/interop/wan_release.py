@@ -12,6 +12,7 @@ NEGATIVE_PROMPT = (  # what the official code takes for an empty one
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+NEGATIVE_FIRST = {"I2V-14B": "镜头晃动，", "FLF2V-14B": "镜头切换，"}  # a shaking camera, a cut: what two of them avoid before that
 SIZE_480P, SIZE_720P, SIZE_5B = (832, 480), (1280, 720), (1280, 704)
 PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), boundary, size
     "T2V-1.3B": (50, 8.0, (6.0, 6.0), None, SIZE_480P),
@@ -48,5 +49,5 @@ def release_config(path: str | Path) -> dict | None:
         "lora": {"enabled": False},
         "train": {"sample_solver": "unipc", "sample_num_steps": steps, "sample_shift": shift, "sample_grid": "wan",
                   "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None,
-                  "sample_negative_prompt": NEGATIVE_PROMPT},
+                  "sample_negative_prompt": NEGATIVE_FIRST.get(name, "") + NEGATIVE_PROMPT},
     }  # fmt: skip

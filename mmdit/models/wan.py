@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from mmdit.nn.attention import attend
 from mmdit.nn.norm import upcast, working_dtype
 
 PATCH = (1, 2, 2)
+Residual = Literal["float32", "autocast"]
 ROTARY_BASE = 10_000.0
 
 
@@ -133,7 +135,8 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (not modulated, not gated), MLP. The stream is float32; norm1, norm2 have no weights."""
+    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32, whatever the stream is kept
+    in; norm1, norm2 have no weights."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -146,20 +149,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, where: Tensor | None, rotary, text: Tensor, bias: Tensor | None,
                 image: Tensor | None) -> Tensor:  # fmt: skip
-        """`x (b, l, d)` float32; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
+        """`x (b, l, d)`; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
         table = (upcast(self.modulation) + time).unbind(1)
         dtype = working_dtype(text)
         shift, scale, gate = (per_token(part, where) for part in table[:3])
         h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
-        x = x + self.self_attn(h, rotary) * gate
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, bias, image)
+        x = (x + self.self_attn(h, rotary) * gate).to(x.dtype)
+        x = (x + upcast(self.cross_attn(self.norm3(upcast(x)).to(dtype), text, bias, image))).to(x.dtype)
         shift, scale, gate = (per_token(part, where) for part in table[3:])
         h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
-        return x + self.ffn(h) * gate
+        return (x + self.ffn(h) * gate).to(x.dtype)
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
 
 
 def per_token(part: Tensor, where: Tensor | None) -> Tensor:
@@ -201,16 +204,20 @@ class WanDiT(nn.Module):
     """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit` fills in the weights.
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of text padding (exact).
-    `checkpointing`: recompute blocks in the backward pass."""
+    `checkpointing`: recompute blocks in the backward pass, every `checkpoint_every`-th of them. `residual`: what the stream
+    between blocks is kept in, float32 as in the official code, or autocast's type as in Diffusers (half the traffic)."""
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 
+    lean = True  # compiled blocks keep what matrix products gave and compute the rest anew: a third less memory
     lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
     lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
 
-    def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False):
+    def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False, checkpoint_every: int = 1,
+                 residual: Residual = "float32"):  # fmt: skip
         super().__init__()
-        self.config, self.collapse_padding, self.checkpointing = config, collapse_padding, checkpointing
+        self.config, self.collapse_padding, self.residual = config, collapse_padding, residual
+        self.checkpointing, self.checkpoint_every = checkpointing, checkpoint_every
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -247,9 +254,10 @@ class WanDiT(nn.Module):
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         image = None if image is None else image.to(text.dtype)
         rotary = rotary_tables(*grid, config.dim // config.num_heads, x.device)
-        for block in self.blocks:
+        tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens
+        for index, block in enumerate(self.blocks):
             arguments = (tokens, time, where, rotary, text, bias, image)
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)

@@ -1,4 +1,4 @@
-"""A Wan transformer as this project's trainer and samplers call their networks, and the pictures that it continues.
+"""A Wan transformer as this project's trainer and samplers call their networks.
 
 Axes: b sample · f latent frame · r row · c column · d channel.
 """
@@ -13,27 +13,30 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
-from mmdit.interfaces import TextTokens, Tokenizer
-from mmdit.models.wan import WanDiT
+from mmdit.interfaces import TextTokens
+from mmdit.models.wan import Residual, WanDiT
 from mmdit.rng import Draws
-
-MASK = 4  # channels that say which frames are given, before those of the picture's latents
 
 
 @dataclass(frozen=True)
 class WanModelConfig:
-    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `expert`: which of
+    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `clip`: file or
+    folder of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not hold it. `expert`: which of
     a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
     first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave
-    frozen. `checkpointing`: recompute blocks in the backward pass. `freeze`: train the text encoder alone."""
+    frozen. `checkpointing`: recompute blocks in the backward pass, of every `checkpoint_every`-th. `residual`: see `WanDiT`.
+    `freeze`: train the text encoder alone."""
 
     type: Literal["wan"] = "wan"
     name_or_path: str = ""
+    clip: str = ""
     expert: Literal["high", "low"] | None = None
     boundary: float = 0.875  # of T2V-A14B; 0.9 for I2V-A14B
     first_frame: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    residual: Residual = "float32"
     checkpointing: bool = False
+    checkpoint_every: int = 1
     freeze: bool = False
 
     def __post_init__(self):
@@ -41,6 +44,8 @@ class WanModelConfig:
             raise ConfigError("name_or_path", "is empty; must be the folder of a Wan release, or a weight file")
         if not 0 < self.boundary < 1:
             raise ConfigError("boundary", f"is {self.boundary}; must be between 0 and 1: 0.875 for T2V-A14B, 0.9 for I2V-A14B")
+        if self.checkpoint_every < 1:
+            raise ConfigError("checkpoint_every", f"is {self.checkpoint_every}; must be at least 1")
         if not 0 <= self.first_frame <= 1:
             raise ConfigError("first_frame", f"is {self.first_frame}; must be from 0 (never) to 1 (every step on clips)")
 
@@ -56,9 +61,10 @@ class WanDenoiser(WanDiT):
     settings = WanModelConfig(name_or_path="unset")
 
     def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: None = None, given: int = 0, y: Tensor | None = None,
-                whole_times: bool = False) -> Tensor:  # fmt: skip
+                clip: Tensor | None = None, whole_times: bool = False) -> Tensor:  # fmt: skip
         """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or b, f, r, c, 20)`: I2V's
-        mask and picture. `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
+        mask and picture; `clip (1 or b, i, d)`: states of it. `whole_times`: timesteps are cut to whole numbers, as Wan's
+        samplers do."""
         t = t.floor() if whole_times else t
         if given:
             per_frame = x.shape[2] * x.shape[3] // 4
@@ -66,7 +72,8 @@ class WanDenoiser(WanDiT):
             t[:, : given * per_frame] = 0
         context = torch.where(text.valid[..., None], text.embeddings, 0)[:, : self.config.text_len]
         y = None if y is None else rearrange(y.expand(len(x), *y.shape[1:]), "b f r c d -> b d f r c")
-        velocity = super().forward(rearrange(x, "b f r c d -> b d f r c"), t, context, y)
+        clip = None if clip is None else clip.expand(len(x), *clip.shape[1:])
+        velocity = super().forward(rearrange(x, "b f r c d -> b d f r c"), t, context, y, clip)
         return rearrange(velocity, "b d f r c -> b f r c d")
 
     def given_frames(self, frames: int, draws: Draws) -> int:
@@ -104,28 +111,3 @@ class WanDenoiser(WanDiT):
             total += tokens * weights(block.self_attn, block.ffn, cross.q, cross.o) + keys * weights(cross.k, cross.v)
             total += 6 * tokens * self.config.dim * (tokens + keys)
         return 2 * total
-
-
-def picture_inputs(model: WanDenoiser, tokenizer: Tokenizer, picture: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
-    """What a clip of `frames` that begins with `picture (b, 3, H, W)` needs: further inputs of the network, and its first
-    latent frame `(b, 1, r, c, d)` if that is given (TI2V). ValueError: a picture for a model of text alone, or none for one of
-    pictures."""
-    config = model.config
-    takes_y, takes_frame = config.in_dim > config.out_dim, config.in_dim == config.out_dim == 48
-    if config.image_dim:
-        raise ValueError(f"{config.variant} needs CLIP states of the picture, which are not computed here; use I2V-A14B or "
-                         "TI2V-5B")
-    if picture is None:
-        if takes_y:
-            raise ValueError(f"{config.variant} continues a picture: give one with --image")
-        return {}, None
-    if not takes_y and not takes_frame:
-        raise ValueError(f"{config.variant} takes no picture: use an I2V or TI2V model, or leave --image out")
-    spec = tokenizer.spec
-    if takes_frame:
-        return {"given": 1}, spec.normalize(tokenizer.encode(picture[:, None]))
-    blank = torch.full_like(picture, 0.5)[:, None].expand(-1, frames - 1, -1, -1, -1)
-    latents = spec.normalize(tokenizer.encode(torch.cat([picture[:, None], blank], 1)))
-    mask = torch.zeros_like(latents[..., :1]).repeat(1, 1, 1, 1, MASK)
-    mask[:, 0] = 1
-    return {"y": torch.cat([mask, latents], -1)}, None

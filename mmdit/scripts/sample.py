@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
-    parser.add_argument("--image", help="picture that every clip begins with (Wan I2V, TI2V)")
+    parser.add_argument("--image", action="append", help="picture that a clip begins with (Wan); a second one ends it (FLF2V)")
     parser.add_argument("--lora", help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)")
     parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 merge(model)
         settings = sample_settings(args, config)
         width, height, frames, fps = sample_size(args, config)
-        image = load_first_frame(args.image, (width, height)) if args.image else None
+        image = torch.stack([load_first_frame(path, (width, height)) for path in args.image]) if args.image else None
         with tqdm(total=len(prompts), desc="sampling", unit="sample") as bar:
             more = {"batch_size": args.batch_size, "done": bar.update, "image": image}
             pixels = pipeline(prompts, width, height, frames, settings, **more)

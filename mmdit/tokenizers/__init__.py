@@ -10,6 +10,7 @@ from mmdit.interfaces import Tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer, DummyTokenizerConfig
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.tokenizers.wan_vae import WanVAETokenizer, WanVAETokenizerConfig
+from mmdit.tokenizers.with_picture import WithPicture
 
 TokenizerConfig = VTPTokenizerConfig | DummyTokenizerConfig | WanVAETokenizerConfig
 
@@ -28,5 +29,6 @@ def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu",
         case DummyTokenizerConfig():
             return DummyTokenizer(config, device)
         case WanVAETokenizerConfig():
-            return WanVAETokenizer(config, device, dtype)
+            tokenizer = WanVAETokenizer(config, device, dtype)
+            return tokenizer if config.picture == "none" else WithPicture(tokenizer, config.picture)
     raise TypeError(f"{type(config).__name__} is not a tokenizer config")

@@ -19,6 +19,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
+from mmdit.tokenizers.with_picture import Picture
 from mmdit.weights import Checkpoint, fill
 
 FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")  # in the root of an official release
@@ -41,13 +42,15 @@ STATISTICS = {  # of the latents, by the number of channels: the released consta
 @dataclass(frozen=True)
 class WanVAETokenizerConfig:
     """name_or_path: `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, the release's folder that holds it, or a Diffusers folder. Wan 2.2 VAE:
-    latent_f 16, latent_d 48. tile: pixels of the square tiles that frames are cut into, a quarter overlapping; 0 = none.
+    latent_f 16, latent_d 48. picture: caches also hold the latents of each clip's first, or first and last, frame (to train I2V
+    and FLF2V). tile: pixels of the square tiles that frames are cut into, a quarter overlapping; 0 = none.
     dtype: of the arithmetic; the official code has float32 (bfloat16 costs 1 % of the latents, measured on tiny weights)."""
 
     type: Literal["wan_vae"] = "wan_vae"
     name_or_path: str = ""
     latent_f: int = 8
     latent_d: int = 16
+    picture: Picture = "none"
     tile: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     temporal: ClassVar[int] = GROUP

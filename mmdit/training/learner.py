@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,6 +27,7 @@ class Learner(nn.Module):
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
+        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None  # cached latents → the clips', further inputs
         self.compiled = False
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
@@ -34,6 +37,7 @@ class Learner(nn.Module):
         no working compiler is installed torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
+        torch._functorch.config.aggressive_recomputation = any(getattr(part, "lean", False) for part in self.model.modules())
         self.compiled = True
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
@@ -70,6 +74,9 @@ class Learner(nn.Module):
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
         given = self.model.given_frames(latents.shape[1], draws) if hasattr(self.model, "given_frames") else 0
         inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
+        if self.conditions:
+            latents, more = self.conditions(latents)
+            inputs |= more
         if expert is not None:
             draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
         parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, **inputs)

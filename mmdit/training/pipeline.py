@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Callable
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmdit.data.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import Denoise, SamplerConfig, guided, sample
 from mmdit.interfaces import TextTokens, Tokenizer
-from mmdit.models.wan_denoiser import WanDenoiser, picture_inputs
+from mmdit.interop.wan_pictures import Pictures
+from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
 from mmdit.training.learner import Learner
 
@@ -57,11 +58,16 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.learner.model.parameters()).device
 
+    @cached_property
+    def pictures(self) -> Pictures:
+        return Pictures(self.learner.model, self.tokenizer)
+
     @torch.no_grad()
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
                 guess: tuple[Tensor, float] | None = None, image: Tensor | None = None) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
-        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip."""
+        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`: also
+        the last."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
@@ -88,8 +94,8 @@ class Pipeline:
         parts = [learner.model, *([self.low] if self.low is not None else [])]
         scales = [settings.cfg_scale, settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low]
         if isinstance(learner.model, WanDenoiser):
-            picture = None if image is None else image[None].to(self.device)
-            inputs, first = picture_inputs(learner.model, self.tokenizer, picture, frames)
+            pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
+            inputs, first = self.pictures.given(pictures, frames)
             parts = [partial(part, whole_times=settings.sampler.grid != "even", **inputs) for part in parts]
         elif image is not None:
             raise ValueError("a picture is given, but this model takes text alone; leave --image out")

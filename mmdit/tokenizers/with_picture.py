@@ -1,0 +1,53 @@
+"""What I2V models of Wan are trained on: beside the latents of each clip those of its pictures, cached as further channels.
+
+Axes: b clip · f frame · c channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmdit.interfaces import Tokenizer
+
+Picture = Literal["none", "first", "first_last"]
+GREY = 0.5  # of the frames that are not given
+
+
+def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
+    """A clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then the picture `last` if there is one."""
+    clip = torch.full_like(first, GREY)[:, None].repeat(1, frames, 1, 1, 1)
+    clip[:, 0] = first
+    if last is not None:
+        clip[:, -1] = last
+    return clip
+
+
+class WithPicture:
+    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's and then those of its
+    first (and last) frame with grey in between, as the model is given them."""
+
+    def __init__(self, tokenizer: Tokenizer, picture: Picture):
+        spec = tokenizer.spec
+        self.plain, self.picture = tokenizer, picture
+        self.spec = replace(spec, channels=2 * spec.channels, mean=2 * spec.mean, std=2 * spec.std)
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.plain).__name__} with the picture {self.picture}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.plain.fingerprint} {self.picture}"
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        last = pixels[:, -1] if self.picture == "first_last" else None
+        given = with_grey(pixels[:, 0], pixels.shape[1], last)
+        return torch.cat([self.plain.encode(pixels), self.plain.encode(given)], -1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Of the clip."""
+        return self.plain.decode(latents[..., : self.plain.spec.channels])

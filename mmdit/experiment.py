@@ -38,6 +38,7 @@ from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
+from mmdit.training.offload import settle
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
@@ -101,9 +102,10 @@ class ExperimentConfig:
             raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both would train their common base")
         if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
             raise ConfigError("alpha_schedule.on_change", "is ramp: blocks would be compiled anew; set train.compile: false")
-        if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
-            raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
-                              f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+        own, stored = self.train, getattr(self.model, "dtype", "float32")
+        if self.parallel.type == "fsdp" and (own.optimizer != "adamw" or own.offload_optimizer or own.offload_blocks or stored == "float8"):
+            raise ConfigError("parallel.type", "is fsdp, which cuts parameters, but train.optimizer other than adamw, train.offload_optimizer, "
+                              "train.offload_blocks and model.dtype float8 need whole ones; use adamw without these, or ddp")
         if self.posttrain is not None and not (wan or self.train.init_from):
             raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
 
@@ -130,15 +132,15 @@ def load_experiment_config(path: str | Path, overrides: list[str] = ()) -> Exper
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
-    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone."""
+def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser) -> Learner:
+    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone. `load`: gives Wan's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
         flow_matching, experts, wan = config.flow_matching, config.experts, isinstance(config.model, WanModelConfig)
         if wan:
             names = ("high", "low") if experts.enabled else (config.model.expert,)
-            networks = {name: load_denoiser(config.model, spec, text_encoder.dim, name) for name in names}
+            networks = {name: load(config.model, spec, text_encoder.dim, name) for name in names}
             model = networks[names[0]]
             if config.model.expert:
                 flow_matching = replace(flow_matching, between=config.model.between)
@@ -188,13 +190,11 @@ def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
     with process_group(device, config.train.timeout_minutes) as world:
-        run_dir = config.run_dir
-        found = prepare_run_dir(config, resume)
+        run_dir, found = config.run_dir, prepare_run_dir(config, resume)
         world.barrier()  # every rank has looked before the first one writes
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         spec = tokenizer.spec
-        wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
-        cache = open_cache(cache_dir, wanted)
+        cache = open_cache(cache_dir, CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess))
         settings = config.train
         plan = build_plan(config, cache, world.size)
         batches = LatentBatches(cache, plan, rank=world.rank, world=world.size, accum=settings.grad_accum_steps,
@@ -213,7 +213,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
-        learner.to(world.device)
+        settle(learner, settings.offload_blocks, world.device)
         state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
             meta = checkpoint.Meta.read(found)
@@ -251,8 +251,8 @@ def check_trainable(model: torch.nn.Module, config: ExperimentConfig) -> None:
     if model.config.in_dim != model.config.out_dim:
         raise ConfigError("model.name_or_path", f"is {model.config.variant}: models with a picture in further channels are "
                           "sampled here, not trained; train T2V, or TI2V-5B with model.first_frame")
-    if config.model.dtype == "bfloat16" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
-        raise ConfigError("model.dtype", "is bfloat16, but these weights are trained, and small updates would vanish in it; "
+    if config.model.dtype != "float32" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
+        raise ConfigError("model.dtype", f"is {config.model.dtype}, but these weights are trained, and small updates would vanish in it; "
                           "use float32, or lora.enabled with train_lora_only")
 
 

@@ -24,15 +24,15 @@ MASK = 4  # channels that say which frames are given, before those of the pictur
 class WanModelConfig:
     """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `expert`: which of
     a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
-    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave
-    frozen. `checkpointing`: recompute blocks in the backward pass. `freeze`: train the text encoder alone."""
+    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for weights that adapters
+    leave frozen; float8: the matrices of the blocks, with a scale a row, the rest bfloat16. `checkpointing`: recompute blocks in the backward pass. `freeze`: train the text encoder alone."""
 
     type: Literal["wan"] = "wan"
     name_or_path: str = ""
     expert: Literal["high", "low"] | None = None
     boundary: float = 0.875  # of T2V-A14B; 0.9 for I2V-A14B
     first_frame: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     checkpointing: bool = False
     freeze: bool = False
 

@@ -84,8 +84,8 @@ class Meter(TorchDispatchMode):
             if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
                 self._add(value.untyped_storage())
         if "attention" in func.__name__ and func.__name__.endswith("backward.default"):
-            query = args[1]  # the fused kernels sum its gradient in float32, and keep a number a row
-            self.peak = max(self.peak, self.live + 4 * query.numel() + 4 * query[..., 0].numel())
+            b, h, l, d = args[1].shape  # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a row
+            self.peak = max(self.peak, self.live + 4 * b * h * (-(-l // 128) * 128) * (-(-d // 32) * 32 + 1))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -180,6 +180,8 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
         trained = [p for p in learner.parameters() if p.requires_grad]
         weights = sum(map(stored_bytes, learner.parameters()))
         averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0
+        with torch.no_grad():
+            learner.text_encoder(captions)  # learns its words, on the CPU
         gc.collect()
         before = meter.peak = meter.live
         activations, gradients = 0, sum(p.nbytes for p in trained)

@@ -97,7 +97,7 @@ def rungs(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
     frozen = config.lora.enabled and config.lora.train_lora_only or config.model.freeze
     stored = getattr(config.model, "dtype", None) if frozen else None
     if train.batch_size > 1:
-        steps.append((f"train.batch_size=1", f"train.grad_accum_steps={train.batch_size * train.grad_accum_steps}"))  # noqa: F541
+        steps.append(("train.batch_size=1", f"train.grad_accum_steps={train.batch_size * train.grad_accum_steps}"))
     steps += [("model.dtype=bfloat16",)] * (stored == "float32")
     steps += [("model.checkpointing=true",)] * (not config.model.checkpointing)
     steps += [("model.dtype=float8",)] * (stored in ("float32", "bfloat16"))
@@ -111,13 +111,19 @@ def rungs(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
         yield tuple(chosen.values())
 
 
-def climb(config: ExperimentConfig, gpu_gb: float, sizes: WanConfig | None = None) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
-    """Rungs and their plans, up to the first that leaves a twentieth of `gpu_gb` (1e9 bytes) for what a plan does not see."""
+def climb(config: ExperimentConfig, gpu_gb: float = math.inf, sizes: WanConfig | None = None,
+          words: int | None = None) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:  # fmt: skip
+    """Rungs and their plans, up to the first that `fits`; of `sizes` and `words` as `plan` takes them."""
     wan = isinstance(config.model, WanModelConfig)
     sizes = sizes or (released_sizes(config.model) if wan else None)
-    for words in rungs(config, sizes.num_layers if wan else config.model.depth):
-        raw = config_io.apply_overrides(config_io.encode(config), list(words))
-        found = plan(config_io.decode(ExperimentConfig, raw), sizes)
-        yield words, found
-        if found.total < 0.95e9 * gpu_gb:
+    for changes in rungs(config, sizes.num_layers if wan else config.model.depth):
+        raw = config_io.apply_overrides(config_io.encode(config), list(changes))
+        found = plan(config_io.decode(ExperimentConfig, raw), sizes, words)
+        yield changes, found
+        if fits(found, gpu_gb):
             return
+
+
+def fits(found: MemoryPlan, gpu_gb: float) -> bool:
+    """Whether it leaves a twentieth of `gpu_gb` (1e9 bytes) for what a plan does not see."""
+    return found.total < 0.95e9 * gpu_gb

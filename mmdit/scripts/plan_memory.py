@@ -3,15 +3,16 @@
     python -m mmdit.scripts.plan_memory --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B] [section.key=value …]
 
 With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits. One process; blocks as they
-are written (compiled ones need less). On one H200 the tests/gpu_memory_plan.py compares plans with what was measured.
+are written (compiled ones need less). tests/gpu_memory_plan.py compares plans with what is measured.
 """
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 
 from mmdit.experiment import load_experiment_config
-from mmdit.memory_ladder import climb, latent_shape, plan
+from mmdit.memory_ladder import climb, fits, latent_shape
 from mmdit.scripts import friendly
 from mmdit.training.memory_plan import SIZES
 
@@ -27,18 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        sizes = SIZES.get(args.variant)
-        found = plan(config, sizes, args.words)
-        if args.json:
-            print(json.dumps(asdict(found) | {"total": found.total}))
-        else:
-            print(f"micro-batch of latents {latent_shape(config)}\n{found.describe()}")
-        if args.gpu_gb:
-            for words, rung in climb(config, args.gpu_gb, sizes):
-                print(f"{rung.total / 1e9:8.1f} GB  {' '.join(words) or 'as configured'}")
-            fits = rung.total < 0.95e9 * args.gpu_gb
-            advice = f"fits with: {' '.join(words) or 'the config as it is'}" if fits else "does not fit: take fewer frames, or a smaller size"
-            print(f"{args.gpu_gb:g} GB: {advice}")
+        for words, found in climb(config, args.gpu_gb or math.inf, SIZES.get(args.variant), args.words):
+            if args.json:
+                print(json.dumps({"overrides": words} | asdict(found) | {"total": found.total}))
+            else:
+                print(f"{found.total / 1e9:8.3f} GB  {' '.join(words) or f'as configured, for latents {latent_shape(config)}'}")
+            if not words and not args.json:
+                print(found.describe())
+        if args.gpu_gb and not args.json:
+            told = f"fits {' '.join(words) or 'as configured'}" if fits(found, args.gpu_gb) else "does not fit: take fewer frames or a smaller size"
+            print(f"{args.gpu_gb:g} GB: {told}")
     return 0
 
 

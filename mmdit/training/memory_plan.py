@@ -13,7 +13,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
@@ -23,12 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from mmdit.adapters import is_adapter
-from mmdit.interfaces import TextTokens
 from mmdit.interop.wan import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.nn.stored_weights import StoredWeight, linear_layers
+from mmdit.nn.stored_weights import StoredWeight
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import CHUNK, to_bfloat16
@@ -106,12 +105,12 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, x[..., :1].clone(), weight)
-        return torch.empty_like(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, _, weight = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+        *_, weight = ctx.saved_tensors
+        return gradient.clone(), None if weight is None else torch.zeros_like(weight)
 
 
 @contextlib.contextmanager
@@ -161,8 +160,7 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     return size, 0
 
 
-def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...], captions: list[str],
-                autocast: bool | None = None) -> MemoryPlan:  # fmt: skip
+def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...], captions: list[str]) -> MemoryPlan:
     """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f, r, c, d)` and `captions`, in
     one process."""
     with without_memory() as meter:
@@ -180,7 +178,7 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
         trained = [p for p in learner.parameters() if p.requires_grad]
         weights = sum(map(stored_bytes, learner.parameters()))
         averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
             learner.text_encoder(captions)  # learns its words, on the CPU
         gc.collect()
         before = meter.peak = meter.live
@@ -188,7 +186,7 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
         for _ in range(min(2, train.grad_accum_steps)):
             start = meter.live
             raw, draws = torch.empty(latents, dtype=torch.float16), Draws.of(0, 0, latents[0])
-            with torch.autocast("cpu", torch.bfloat16, enabled=train.autocast if autocast is None else autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
                 losses, _ = learner(raw, captions, draws, keep)
             loss = losses.mean() / train.grad_accum_steps
             del losses, draws, raw
@@ -196,11 +194,11 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
             loss.backward()
             del loss
     state, visiting = optimizer_bytes(learner, train)
-    if any(is_adapter(name) for name, _ in learner.named_parameters()):
-        state += sum(p.numel() for p in trained) // 8  # the signs of the last gradients
+    signs = sum(p.numel() for p in trained) if any(is_adapter(name) for name, _ in learner.named_parameters()) else 0
     home, slots = slot_bytes(learner.model.blocks[: train.offload_blocks]) if train.offload_blocks else (0, 0)
     changed = 4 * sum(p.numel() for p in trained) if ema.enabled and any(p.dtype != torch.float32 for p in trained) else 0
-    step = gradients + max(visiting, changed)
+    step = gradients + max(visiting, changed, 10 * signs)
+    state += signs // 8  # of the last gradients
     constant = weights - home + slots + state + averaged
     peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY
     return MemoryPlan(weights - home + slots, gradients, state, averaged, activations,

@@ -33,7 +33,8 @@ def released_sizes(config: WanModelConfig) -> WanConfig:
         sizes = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, place)
         return read_config(place, sizes) if place.is_dir() else sizes
     except ValueError as error:
-        raise ConfigError("model.name_or_path", f"{error}. Before it is there, --variant {' or '.join(SIZES)} plans for it") from None
+        remedy = f"Before it is there, --variant {' or '.join(SIZES)} plans for it"
+        raise ConfigError("model.name_or_path", f"{error}. {remedy}") from None
 
 
 def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
@@ -51,8 +52,8 @@ def plan(config: ExperimentConfig, sizes: WanConfig | None = None, words: int | 
     wan, text = isinstance(config.model, WanModelConfig), config.text_encoder
     pair, further = config.experts.enabled, 0
     if pair:  # one of them computes at a time
-        config = replace(config, experts=replace(config.experts, enabled=False), alpha_schedule=replace(config.alpha_schedule, enabled=False),
-                         model=replace(config.model, expert="high") if wan else config.model)
+        off = {name: replace(getattr(config, name), enabled=False) for name in ("experts", "alpha_schedule")}
+        config = replace(config, **off, model=replace(config.model, expert="high") if wan else config.model)
     if wan:
         sizes = sizes or released_sizes(config.model)
     if isinstance(text, HuggingFaceConfig):
@@ -74,9 +75,9 @@ def plan(config: ExperimentConfig, sizes: WanConfig | None = None, words: int | 
     result = plan_memory(lambda: build_learner(config, spec, load), config.train, config.ema, shape, captions)
     if pair:
         adapters = result.gradients * (config.lora.enabled and len(config.experts.trained) - 1)
-        base = result.weights - result.gradients if wan else 0
+        base, count = result.weights - result.gradients if wan else 0, 2 if adapters else 1
         result = replace(result, weights=result.weights + base + adapters, host=2 * result.host,
-                         optimizer=result.optimizer * (2 if adapters else 1), ema=result.ema * (2 if adapters else 1))  # fmt: skip
+                         optimizer=count * result.optimizer, ema=count * result.ema)  # fmt: skip
     return replace(result, weights=result.weights + further)
 
 
@@ -87,7 +88,8 @@ def encoder_bytes(config: HuggingFaceConfig) -> int:
     try:
         count = sum(math.prod(entry.shape) for entry in Checkpoint(found[0]).entries.values())
     except ValueError as error:
-        raise ConfigError("text_encoder.name_or_path", f"{error}. With cache_dir set the encoder is not loaded, nor counted") from None
+        message = f"{error}. With cache_dir set the encoder is not loaded, nor counted"
+        raise ConfigError("text_encoder.name_or_path", message) from None
     return count * getattr(torch, config.dtype).itemsize
 
 

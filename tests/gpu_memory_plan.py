@@ -1,10 +1,11 @@
-"""Planned against measured memory on one GPU of 140 GB, for full-size networks with random weights; a JSON line a case, some 3 minutes.
+"""Planned against measured memory on one GPU of 140 GB, for full-size networks with random weights: a JSON line a case, some
+3 minutes.
 
     PYTHONPATH=VTP:.:tests python tests/gpu_memory_plan.py [--only 5B] [--tiny]
 
-Each case is two optimizer steps by the trainer's own step code: Wan 1.3B (32,760 tokens) and 5B (27,280 tokens) with LoRA, batch 1,
-with and without checkpointing, the rungs of the ladder for 5B, and the Video MMDiT in full and with LoRA. Without checkpointing 5B
-does not fit: it is cut to some of its blocks there. `step_s`: the second step. Plans are made meanwhile, by further processes.
+Each case is two optimizer steps by the trainer's own step code: Wan 1.3B (32,760 tokens) and 5B (27,280 tokens) with LoRA, batch
+1, with and without checkpointing, the rungs of the ladder for 5B, and the Video MMDiT in full and with LoRA. Without checkpointing
+5B does not fit: it is cut to some of its blocks there. `step_s`: the second step. Plans are made meanwhile, by further processes.
 Exit code 1 if a ratio of planned to measured is off by more than a tenth. --tiny: small shapes, plans alone without a GPU.
 """
 
@@ -44,7 +45,8 @@ def wan(variant: str, tiny: bool, blocks: int | None = None, offload: int = 0, *
         "video": {"width": width, "height": height, "num_frames": frames},
         "tokenizer": {"type": "wan_vae", "name_or_path": "none", "latent_f": cell, "latent_d": channels},
         "text_encoder": {"type": "hash", "dim": 4096, "max_length": 512},
-        "model": {"type": "wan", "name_or_path": variant, "dtype": "bfloat16"} | model, "lora": WAN_LORA, "ema": {"enabled": False},
+        "model": {"type": "wan", "name_or_path": variant, "dtype": "bfloat16"} | model,
+        "lora": WAN_LORA, "ema": {"enabled": False},
         "train": {"offload_blocks": min(offload, 4) if tiny else offload},
     }, sizes  # fmt: skip
 
@@ -65,7 +67,8 @@ def cases(tiny: bool) -> dict[str, tuple[dict, dict]]:
         "5B checkpointing": wan("5B", tiny, **checked), "5B checkpointing, float8": wan("5B", tiny, dtype="float8", **checked),
         "5B checkpointing, offload": wan("5B", tiny, offload=30, **checked),
         "5B checkpointing, float8, offload": wan("5B", tiny, offload=30, dtype="float8", **checked),
-        "VideoMMDiT-L": mmdit(tiny, 2), "VideoMMDiT-L checkpointing": mmdit(tiny, 2, **checked), "VideoMMDiT-L LoRA": mmdit(tiny, 2, True),
+        "VideoMMDiT-L": mmdit(tiny, 2), "VideoMMDiT-L checkpointing": mmdit(tiny, 2, **checked),
+        "VideoMMDiT-L LoRA": mmdit(tiny, 2, True),
     }  # fmt: skip
 
 

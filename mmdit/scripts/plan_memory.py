@@ -1,6 +1,7 @@
 """The GPU memory that a training step will take, part by part, before it is run; nothing is loaded or allocated.
 
-    python -m mmdit.scripts.plan_memory --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B] [section.key=value …]
+    python -m mmdit.scripts.plan_memory --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B]
+        [section.key=value …]
 
 With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits. One process; blocks as they
 are written (compiled ones need less). tests/gpu_memory_plan.py compares plans with what is measured.
@@ -36,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
             if not words and not args.json:
                 print(found.describe())
         if args.gpu_gb and not args.json:
-            told = f"fits {' '.join(words) or 'as configured'}" if fits(found, args.gpu_gb) else "does not fit: take fewer frames or a smaller size"
-            print(f"{args.gpu_gb:g} GB: {told}")
+            told = f"fits {' '.join(words) or 'as configured'}"
+            other = "does not fit: take fewer frames or a smaller size"
+            print(f"{args.gpu_gb:g} GB: {told if fits(found, args.gpu_gb) else other}")
     return 0
 
 

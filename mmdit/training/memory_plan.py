@@ -1,9 +1,9 @@
 """How much GPU memory a training step will take, before there is a GPU: the step itself on tensors without memory.
 
 The learner is built, and runs forward and backward, on fake tensors (shapes, types and lifetimes, no numbers), while a meter
-adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are. What
-does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass. Blocks
-run as they are written; compiled ones (`train.compile`) need less.
+adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are.
+What does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass.
+Blocks run as they are written; compiled ones (`train.compile`) need less.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class _FusedNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def without_memory():
-    """Tensors made inside are fake; yields the meter of what they would take on a GPU. Tables that are kept for the process stay real, and
-    what would need numbers is answered by shape: a unique timestep or two."""
+    """Tensors made inside are fake; yields the meter of what they would take on a GPU. Tables that are kept for the process stay
+    real, and what would need numbers is answered by shape: there are two distinct timesteps."""
 
     def real(function: Callable) -> Callable:
         def call(*arguments):
@@ -128,11 +128,14 @@ def without_memory():
     def unique(values: Tensor, return_inverse: bool):
         return values.flatten()[:2], torch.zeros_like(values, dtype=torch.long)
 
+    def rms_norm(x: Tensor, shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return _FusedNorm.apply(x, weight)
+
     with contextlib.ExitStack() as stack:
         for module, name in TABLES:
             stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
         stack.enter_context(mock.patch.object(torch, "unique", unique))
-        stack.enter_context(mock.patch.object(nn.functional, "rms_norm", lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)))
+        stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Meter())
 
@@ -160,7 +163,8 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     return size, 0
 
 
-def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...], captions: list[str]) -> MemoryPlan:
+def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...],
+                captions: list[str]) -> MemoryPlan:
     """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f, r, c, d)` and `captions`, in
     one process."""
     with without_memory() as meter:

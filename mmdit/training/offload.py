@@ -94,19 +94,20 @@ def _view(offset: int, size: int, dtype: torch.dtype, shape: torch.Size, memory:
 def settle(learner: Learner, offload_blocks: int, device: torch.device) -> None:
     """Move `learner` to `device`, but the frozen matrices of its first `offload_blocks` blocks (of each expert) to page-locked
     memory; on a CPU there is nothing to gain, which a warning says. ConfigError: there are fewer blocks, or trained ones."""
-    networks = {id(network.blocks): network for network in learner.model.modules() if isinstance(getattr(network, "blocks", None), nn.ModuleList)}
+    told = f"is {offload_blocks}, but"
     if offload_blocks and device.type != "cuda":
-        warnings.warn(f"train.offload_blocks is {offload_blocks}, but training runs on the {device.type}: weights stay as they are", stacklevel=2)
+        warnings.warn(f"train.offload_blocks {told} training runs on the {device.type}: weights stay as they are", stacklevel=2)
     elif offload_blocks:
-        if len({id(weight) for weight in learner.model.parameters()}) < sum(1 for n in networks.values() for _ in n.parameters()):
-            raise ConfigError("train.offload_blocks", f"is {offload_blocks}, but two experts share these blocks; set it to 0")
-        for network in networks.values():
+        networks = [part for part in learner.model.modules() if isinstance(getattr(part, "blocks", None), nn.ModuleList)]
+        if sum(1 for network in networks for _ in network.parameters()) > len(list(learner.model.parameters())):
+            raise ConfigError("train.offload_blocks", f"{told} two experts share these blocks; set it to 0")
+        for network in networks:
             if offload_blocks > len(network.blocks):
-                raise ConfigError("train.offload_blocks", f"is {offload_blocks}, but the model has {len(network.blocks)} blocks")
+                raise ConfigError("train.offload_blocks", f"{told} the model has {len(network.blocks)} blocks")
             try:
-                network.streamer = Streamer(list(network.blocks[:offload_blocks]), device)
+                Streamer(list(network.blocks[:offload_blocks]), device)
             except ValueError as error:
-                raise ConfigError("train.offload_blocks", f"is {offload_blocks}: {error}") from None
+                raise ConfigError("train.offload_blocks", f"{told} {error}") from None
     learner.to(device)
     stored = [name for name, weight in learner.named_parameters() if isinstance(weight, StoredWeight)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, stored)  # all processes read the same ones

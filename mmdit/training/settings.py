@@ -81,8 +81,8 @@ class TrainConfig:
             raise ConfigError("betas", f"are {self.betas} with precision pure_bf16, whose second moments would stand still: their "
                               "steps of 1/256 are coarser than the update; lower the second to at most 0.99, or use precision bf16")
         if self.offload_blocks and self.compile is True:
-            raise ConfigError("offload_blocks", f"is {self.offload_blocks} with compile: true, whose graphs hold weights that stay; set "
-                              "one of the two to 0 or false")
+            raise ConfigError("offload_blocks", f"is {self.offload_blocks} with compile: true, whose graphs know only weights that "
+                              "stay; set the one to 0 or the other to auto")
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:

@@ -18,6 +18,7 @@ from mmdit.posttrain.srpo import srpo
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
+from mmdit.training.offload import settle
 from mmdit.training.trainer import TrainState
 
 
@@ -38,7 +39,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         learner = build_learner(config, tokenizer.spec)
         told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
-        learner.to(world.device)
+        settle(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,

@@ -85,7 +85,7 @@ class ExperimentConfig:
         if wan:
             self._check_wan()
         elif getattr(self.tokenizer, "picture", "none") != "none":
-            raise ConfigError("tokenizer.picture", f"is {self.tokenizer.picture}, which only Wan's I2V models are given; set it to none")
+            raise ConfigError("tokenizer.picture", f"is {self.tokenizer.picture}; only Wan's I2V models take one: set it to none")
         elif self.lora.enabled and self.lora.train_lora_only and not self.train.init_from:
             raise ConfigError("train.init_from", "is empty but lora.train_lora_only is true: adapters would train on random frozen weights; "
                               "name the run, checkpoint or export to adapt")

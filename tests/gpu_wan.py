@@ -7,8 +7,8 @@ costs, beside diffusers with peft where they are installed. A JSON line for each
 
 Steps: batch 1, rank 16, bfloat16 base, autocast, fused AdamW on float32 adapters, 100 words of a padded text; median of 5 after
 one that warms up (and compiles). `tflops`: the work of one forward and backward pass, recomputation not counted; `share`: of
-the rate of an 8192³ bfloat16 product in the same call. Memory: what tensors take at most, of 120 GB that are allowed. Compiling may
-take a minute for each shape, kind of stream and kind of attention.
+the rate of an 8192³ bfloat16 product in the same call. Memory: what tensors take at most, of 120 GB that are allowed. Compiling
+may take a minute for each shape, kind of stream and kind of attention.
 """
 
 import argparse

@@ -90,8 +90,8 @@ def test_adapters_and_all_weights_learn_and_are_sampled(shop, tmp_path):
     images = [word for i in range(count) for word in ("--image", str(tmp_path / f"{i}.png"))]
     for checkpoint in (run, shop.release):
         out = tmp_path / checkpoint.name
-        assert sample.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--width", "64", "--height", "32", "--frames", "9",
-                            "--steps", "2", *images, "--out", str(out), "--prompts", "a cat"]) == 0  # fmt: skip
+        words = ["--device", "cpu", "--width", "64", "--height", "32", "--frames", "9", "--steps", "2", *images]
+        assert sample.main(["--checkpoint", str(checkpoint), *words, "--out", str(out), "--prompts", "a cat"]) == 0
         assert json.loads((out / "samples.json").read_text())["image"] == images[1::2]
 
 
@@ -141,7 +141,7 @@ def test_what_does_not_belong_together_is_one_sentence(two, tmp_path, capsys):
     refused(capsys, train_t2v.main, two.words("plain"), "tokenizer.picture: is none", "is given first_last")
     plain = Shop(tmp_path / "plain", DIT) if (tmp_path / "plain").mkdir() is None else None
     refused(capsys, train_t2v.main, plain.words("x", "tokenizer.picture=first"), "the cache has 4, the config asks 8")
-    refused(capsys, train_t2v.main, plain.words("x", "tokenizer.picture=first", "model={size: S}"), "only Wan's I2V models")
+    refused(capsys, train_t2v.main, plain.words("x", "tokenizer.picture=first", "model={size: S}"), "only Wan's I2V models take one")
     given = continuing(plain, "first")
     given.cache("seed=1")
     words = [word.replace("cache0", "cache1") for word in given.words("x", "seed=1")]

@@ -85,8 +85,8 @@ def foreign_names(model: nn.Module) -> dict[str, str]:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None) -> LoRAFile:
-    """The file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model and is warned of. ValueError: keys that name no layer of it (with near
-    names), half an update, another shape, or two experts of which none is chosen."""
+    """The file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model, with a
+    warning. ValueError: keys that name no layer of it (with near names), half an update, another shape, or two experts of which none is chosen."""
     path, names, result = Path(path), foreign_names(model), LoRAFile()
     folder = path.is_dir() and (path / "adapter_config.json").is_file()
     stored = Checkpoint(path)
@@ -118,8 +118,8 @@ def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
     pictured = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
     told = [name for name in result.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
     if pictured and told and not result.updates.keys() & pictured:
-        warnings.warn(f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} that read the picture: "
-                      "it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=3)  # fmt: skip
+        warnings.warn(f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} that read the "
+                      "picture: it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=3)  # fmt: skip
     parameters = dict(model.named_parameters())
     for name, tensor in result.differences.items():
         own = parameters.get(name)

@@ -46,8 +46,8 @@ class Pictures:
 
     def given(self, pictures: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
         """For sampling clips of `frames` with `pictures (n, 3, H, W)`, their first frame and for FLF2V their last: further
-        inputs of the network, and the first latent frame `(1, 1, r, c, d)` if that is given (TI2V). ValueError: too many, or too
-        few."""
+        inputs of the network, and the first latent frame `(1, 1, r, c, d)` if that is given (TI2V). ValueError: too many or
+        too few."""
         config, kind = self.model.config, picture_of(self.model)
         count = 0 if pictures is None else len(pictures)
         takes_frame = config.in_dim == config.out_dim == 48
@@ -99,10 +99,10 @@ def check_trainable(model: WanDenoiser, config) -> None:
         raise ConfigError("video.num_frames" if video.num_frames == 1 else "video.image_fraction", "asks for single pictures, "
                           f"which {variant} is given already; train it on clips alone")  # fmt: skip
     if kind != "none" and config.train.sample_every_steps:
-        raise ConfigError("train.sample_every_steps", f"is {config.train.sample_every_steps}, but {variant} draws from pictures; "
-                          "set it to 0 and use mmdit.scripts.sample with --image")  # fmt: skip
+        raise ConfigError("train.sample_every_steps", f"is {config.train.sample_every_steps}, but {variant} draws from "
+                          "pictures; set it to 0 and use mmdit.scripts.sample with --image")  # fmt: skip
     if kind != "none" and config.model.first_frame:
-        raise ConfigError("model.first_frame", f"is {config.model.first_frame}, but {variant} always has its picture; set it to 0")
+        raise ConfigError("model.first_frame", f"is {config.model.first_frame}, but {variant} always has its picture: 0")
     if config.model.dtype != "float32" and not (config.model.freeze or config.lora.enabled and config.lora.train_lora_only):
         raise ConfigError("model.dtype", f"is {config.model.dtype}, but these weights are trained, and small updates "
                           "would vanish in it; use float32, or lora.enabled with train_lora_only")

@@ -135,8 +135,8 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32, whatever the stream is kept in;
-    norm1, norm2 have no weights."""
+    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32, whatever the stream is kept
+    in; norm1, norm2 have no weights."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -204,8 +204,8 @@ class WanDiT(nn.Module):
     """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit` fills in the weights.
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of text padding (exact).
-    `checkpointing`: recompute blocks in the backward pass; of every `checkpoint_every`-th one. `residual`: what the stream between
-    blocks is kept in, float32 as in the official code, or autocast's type as in Diffusers (half the memory and traffic)."""
+    `checkpointing`: recompute blocks in the backward pass, every `checkpoint_every`-th of them. `residual`: what the stream
+    between blocks is kept in, float32 as in the official code, or autocast's type as in Diffusers (half the traffic)."""
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 

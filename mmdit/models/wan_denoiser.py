@@ -20,8 +20,8 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class WanModelConfig:
-    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `clip`: file or folder
-    of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not hold it. `expert`: which of
+    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `clip`: file or
+    folder of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not hold it. `expert`: which of
     a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
     first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for weights that adapters
     leave frozen; float8: the matrices of the blocks, with a scale a row, the rest bfloat16. `residual`: see `WanDiT`.

@@ -25,18 +25,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
     parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format")
-    parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as a folder in this layout, adapters merged")
-    parser.add_argument("--expert", choices=["high", "low"], help="of a pair of Wan, for --lora and --layout [the trained one, or high]")
+    parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as such a folder, adapters merged")
+    parser.add_argument("--expert", choices=["high", "low"], help="of a pair, for --lora and --layout [the trained one, or high]")
     args = parser.parse_args(argv)
     with friendly():
         if args.lora or args.layout:
-            pipeline, config = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=None if args.lora else True)
+            keep = None if args.lora else True
+            pipeline, config = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep)
             expert = args.expert or getattr(config.model, "expert", None) or "high"
             if args.expert and pipeline.low is None:
                 raise ValueError(f"--expert is {args.expert}, but {args.checkpoint} is no pair of Wan experts; leave it out")
             model = pipeline.low if pipeline.low is not None and expert == "low" else pipeline.learner.model
             if args.layout and not isinstance(model, WanDiT):
-                raise ValueError(f"--layout {args.layout} is for Wan transformers, {args.checkpoint} is a {type(model).__name__}; leave it out")
+                raise ValueError(f"--layout is for Wan transformers, {args.checkpoint} is a {type(model).__name__}; leave it out")
             save_dit(model, args.out, args.layout) if args.layout else save_lora(model, args.out, args.lora)
             print(f"wrote {args.out}")
             return 0

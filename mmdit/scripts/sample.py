@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
-    parser.add_argument("--image", action="append", help="picture that every clip begins with (Wan); a second one ends it (FLF2V)")
+    parser.add_argument("--image", action="append", help="picture that a clip begins with (Wan); a second one ends it (FLF2V)")
     parser.add_argument("--lora", help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)")
     parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")

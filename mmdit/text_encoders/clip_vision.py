@@ -144,7 +144,8 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
                                 shapes["patch_embedding.weight"][-1], places)  # fmt: skip
     except (KeyError, ValueError) as error:
         known = f", and it holds neither {' nor '.join(PLACES)}" if place == path and path.is_dir() else ""
-        raise ValueError(f"{place} is no CLIP picture encoder: {error} is missing among its {len(shapes)} tensors{known}") from None
+        reason = f"{error} is missing among its {len(shapes)} tensors{known}"
+        raise ValueError(f"{place} is no CLIP picture encoder: {reason}") from None
     if place.is_dir() and (place / "config.json").is_file():
         sizes = _told(place / "config.json", sizes)
     with torch.device("meta"):

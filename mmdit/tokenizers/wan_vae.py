@@ -42,8 +42,8 @@ STATISTICS = {  # of the latents, by the number of channels: the released consta
 @dataclass(frozen=True)
 class WanVAETokenizerConfig:
     """name_or_path: `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, the release's folder that holds it, or a Diffusers folder. Wan 2.2 VAE:
-    latent_f 16, latent_d 48. picture: caches also hold the latents of each clip's first, or first and last, frame (training of I2V,
-    FLF2V). tile: pixels of the square tiles that frames are cut into, a quarter overlapping; 0 = none.
+    latent_f 16, latent_d 48. picture: caches also hold the latents of each clip's first, or first and last, frame (to train I2V
+    and FLF2V). tile: pixels of the square tiles that frames are cut into, a quarter overlapping; 0 = none.
     dtype: of the arithmetic; the official code has float32 (bfloat16 costs 1 % of the latents, measured on tiny weights)."""
 
     type: Literal["wan_vae"] = "wan_vae"

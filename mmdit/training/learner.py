@@ -27,7 +27,7 @@ class Learner(nn.Module):
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
-        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None  # cached latents → those of clips, further inputs
+        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None  # cached latents → the clips', further inputs
         self.compiled = False
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}

@@ -66,8 +66,8 @@ class Pipeline:
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
                 guess: tuple[Tensor, float] | None = None, image: Tensor | None = None) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
-        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip, or `(2, 3, H, W)` also the
-        last."""
+        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`: also
+        the last."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))

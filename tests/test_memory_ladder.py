@@ -157,7 +157,7 @@ def test_whole_weights_are_copies_that_no_fetch_changes():
 
 def tiny(*words, text=None):
     raw = yaml.safe_load((text or CONFIG).format(folder="none"))
-    return decode(ExperimentConfig, apply_overrides(raw, list(words)))
+    return decode(ExperimentConfig, apply_overrides(raw, ["train.compile=false", *words]))
 
 
 def test_on_a_cpu_a_warning_says_that_nothing_is_offloaded():
@@ -207,7 +207,8 @@ def test_what_cannot_be_offloaded_is_said(monkeypatch):
         settle(twins, 1, cuda)
     with pytest.raises(ConfigError, match="compile: true"):
         tiny("train.offload_blocks=1", "train.compile=true")
-    assert not tiny("train.offload_blocks=1").train.compiles("cuda") and tiny().train.compiles("cuda")
+    auto = "train.compile=auto"
+    assert not tiny("train.offload_blocks=1", auto).train.compiles("cuda") and tiny(auto).train.compiles("cuda")
 
 
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,7 +216,7 @@ def case(name, tmp_path, *words):
     """A config, what builds its learner, and the sizes of its Wan transformer."""
     if name == "wan":
         raw = apply_overrides(yaml.safe_load(config_text(tmp_path, tmp_path, 16, 48)), [
-            "video={width: 256, height: 256, num_frames: 9}", "text_encoder={type: hash, dim: 24, max_length: 6}", "model.dtype=bfloat16", "train.precision=bf16",
+            "train.compile=false", "video={width: 256, height: 256, num_frames: 9}", "text_encoder={type: hash, dim: 24, max_length: 6}", "model.dtype=bfloat16", "train.precision=bf16",
             "lora={enabled: true, rank: 2, alpha: 4, target_modules: ['*.self_attn.q', v, ffn.0]}", *words])  # fmt: skip
         config, sizes = decode(ExperimentConfig, raw), TI2V
     else:
@@ -304,7 +305,7 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     file = tmp_path / "wan.yaml"
     make_release(tmp_path / "release", TI2V)
     file.write_text(config_text(tmp_path / "release", tmp_path, 16, 48))
-    words = ["--config", str(file), "text_encoder.cache_dir=none", "lora={enabled: true, target_modules: [k]}", "video={width: 1024, height: 1024, num_frames: 81}"]
+    words = ["--config", str(file), "train.compile=false", "text_encoder.cache_dir=none", "lora={enabled: true, target_modules: [k]}", "video={width: 1024, height: 1024, num_frames: 81}"]
     assert plan_memory.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"] == sum(value for name, value in told.items() if name not in ("total", "host", "overrides"))
@@ -315,6 +316,13 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert "does not fit" in out[-1] and out[-2].endswith(" model.dtype=float8 model.checkpointing=true train.offload_blocks=2")
     refused(capsys, plan_memory.main, [*words, "model.name_or_path=absent"], "absent does not exist", "--variant 1.3B")
+
+
+def test_compiled_blocks_keep_less():
+    words = ("video={width: 256, height: 256, num_frames: 3}", "train.precision=bf16")
+    alone, compiled = plan(tiny(*words)), plan(tiny(*words, "train.compile=true"))
+    assert 0.5 < compiled.activations / alone.activations < 0.9 and compiled.total < alone.total
+    assert compiled.weights == alone.weights and plan(tiny(*words)) == alone  # nothing is left behind
 
 
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():

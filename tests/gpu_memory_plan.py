@@ -6,8 +6,8 @@
 Each case is two optimizer steps by the trainer's own step code: Wan 1.3B (32,760 tokens) and 5B (27,280 tokens) with LoRA, batch
 1, with and without checkpointing, the rungs of the ladder for 5B, and the Video MMDiT in full and with LoRA. Without checkpointing
 5B does not fit: it is cut to some of its blocks there. `step_s`: the second step. Plans are made meanwhile, by further processes.
-Exit code 1 if a ratio of planned to measured is off by more than a tenth. --compiled: only three cases with compiled blocks, of
-which plans know nothing yet (their ratio tells how far they are on the safe side). --tiny: small shapes, plans alone without a GPU.
+Exit code 1 if a ratio of planned to measured is off by more than a tenth. --compiled: three cases with compiled blocks
+instead, whose plans are meant to be on the safe side. --tiny: small shapes, plans alone without a GPU.
 """
 
 import argparse

@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from tiny import CONFIG, refused
+from safetensors.torch import load_file
+from test_wan_training import Shop
+from tiny import CONFIG, Workshop, refused
 from torch import nn
 from wan_release import DIT, TI2V, config_text, make_release, random_dit
 
 from mmdit.adapters import LoRAConfig, inject, merge
 from mmdit.config import ConfigError, apply_overrides, decode
-from mmdit.experiment import ExperimentConfig, build_learner, check_trainable
+from mmdit.experiment import ExperimentConfig, build_learner, check_trainable, load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.memory_ladder import latent_shape, plan, rungs
@@ -155,7 +157,7 @@ def test_whole_weights_are_copies_that_no_fetch_changes():
 
 def tiny(*words, text=None):
     raw = yaml.safe_load((text or CONFIG).format(folder="none"))
-    return decode(ExperimentConfig, apply_overrides(raw, list(words)))
+    return decode(ExperimentConfig, apply_overrides(raw, ["train.compile=false", *words]))
 
 
 def test_on_a_cpu_a_warning_says_that_nothing_is_offloaded():
@@ -167,6 +169,29 @@ def test_on_a_cpu_a_warning_says_that_nothing_is_offloaded():
         warnings.simplefilter("error")
         settle(learner, 0, torch.device("cpu"))
     assert not any(isinstance(weight, StoredWeight) for weight in learner.parameters())
+
+
+def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path, monkeypatch):
+    shop = Workshop(tmp_path)
+    base = shop.train("base")
+    words = ["lora.enabled=true", f"train.init_from={base}", "model.depth=2"]
+    shop.train("plain", *words)
+    monkeypatch.setattr("mmdit.experiment.settle", lambda learner, _, device: Streamer(list(learner.model.blocks), device))
+    shop.train("moved", *words, "train.max_steps=2")
+    shop.train("moved", *words, "--resume")
+    plain, moved = (load_file(tmp_path / f"runs/{name}/checkpoints/step_00000003/model.safetensors") for name in ("plain", "moved"))
+    assert plain.keys() == moved.keys() and all(torch.equal(plain[name], moved[name]) for name in plain)
+
+
+def test_a_run_on_a_float8_base_is_resumed_and_sampled(tmp_path):
+    shop = Shop(tmp_path)
+    words = ["lora={enabled: true, rank: 2, alpha: 4, target_modules: [q]}", "model.dtype=float8", "train.precision=bf16"]
+    run = shop.train("eighth", *words, "train.max_steps=2")
+    shop.train("eighth", *words, "--resume")
+    assert all("lora_" in name for name in load_file(run / "checkpoints/step_00000003/model.safetensors"))
+    network = load_pipeline(run, "cpu")[0].learner.model
+    kinds = {name.rpartition(".")[0]: type(weight) is StoredWeight for name, weight in network.blocks[0].named_parameters() if "weight" in name}
+    assert not kinds["cross_attn.q"] and kinds["self_attn.q"] and kinds["ffn.0"]  # merged ones are plain
 
 
 def test_what_cannot_be_offloaded_is_said(monkeypatch):
@@ -182,7 +207,8 @@ def test_what_cannot_be_offloaded_is_said(monkeypatch):
         settle(twins, 1, cuda)
     with pytest.raises(ConfigError, match="compile: true"):
         tiny("train.offload_blocks=1", "train.compile=true")
-    assert not tiny("train.offload_blocks=1").train.compiles("cuda") and tiny().train.compiles("cuda")
+    auto = "train.compile=auto"
+    assert not tiny("train.offload_blocks=1", auto).train.compiles("cuda") and tiny(auto).train.compiles("cuda")
 
 
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,7 +216,7 @@ def case(name, tmp_path, *words):
     """A config, what builds its learner, and the sizes of its Wan transformer."""
     if name == "wan":
         raw = apply_overrides(yaml.safe_load(config_text(tmp_path, tmp_path, 16, 48)), [
-            "video={width: 256, height: 256, num_frames: 9}", "text_encoder={type: hash, dim: 24, max_length: 6}", "model.dtype=bfloat16", "train.precision=bf16",
+            "train.compile=false", "video={width: 256, height: 256, num_frames: 9}", "text_encoder={type: hash, dim: 24, max_length: 6}", "model.dtype=bfloat16", "train.precision=bf16",
             "lora={enabled: true, rank: 2, alpha: 4, target_modules: ['*.self_attn.q', v, ffn.0]}", *words])  # fmt: skip
         config, sizes = decode(ExperimentConfig, raw), TI2V
     else:
@@ -279,7 +305,7 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     file = tmp_path / "wan.yaml"
     make_release(tmp_path / "release", TI2V)
     file.write_text(config_text(tmp_path / "release", tmp_path, 16, 48))
-    words = ["--config", str(file), "text_encoder.cache_dir=none", "lora={enabled: true, target_modules: [k]}", "video={width: 1024, height: 1024, num_frames: 81}"]
+    words = ["--config", str(file), "train.compile=false", "text_encoder.cache_dir=none", "lora={enabled: true, target_modules: [k]}", "video={width: 1024, height: 1024, num_frames: 81}"]
     assert plan_memory.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"] == sum(value for name, value in told.items() if name not in ("total", "host", "overrides"))
@@ -290,6 +316,18 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert "does not fit" in out[-1] and out[-2].endswith(" model.dtype=float8 model.checkpointing=true train.offload_blocks=2")
     refused(capsys, plan_memory.main, [*words, "model.name_or_path=absent"], "absent does not exist", "--variant 1.3B")
+
+
+def test_compiled_blocks_keep_less():
+    words = ("video={width: 256, height: 256, num_frames: 3}", "train.precision=bf16")
+    alone, compiled = plan(tiny(*words)), plan(tiny(*words, "train.compile=true"))
+    assert 0.5 < compiled.activations / alone.activations < 0.9 and compiled.total < alone.total
+    assert compiled.weights == alone.weights and plan(tiny(*words)) == alone  # nothing is left behind
+
+
+def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
+    once, twice = plan(tiny()), plan(tiny("train.grad_accum_steps=2"))
+    assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
 
 
 def test_rungs_leave_out_what_is_chosen_already():

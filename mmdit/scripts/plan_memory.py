@@ -3,8 +3,8 @@
     python -m mmdit.scripts.plan_memory --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B]
         [section.key=value …]
 
-With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits. One process; blocks as they
-are written (compiled ones need less). tests/gpu_memory_plan.py compares plans with what is measured.
+With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits. One process, with blocks
+compiled where train.compile says so on a GPU. tests/gpu_memory_plan.py compares plans with what is measured.
 """
 
 import argparse

@@ -3,7 +3,8 @@
 The learner is built, and runs forward and backward, on fake tensors (shapes, types and lifetimes, no numbers), while a meter
 adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are.
 What does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass.
-Blocks run as they are written; compiled ones (`train.compile`) need less.
+Compiled blocks (`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their temporaries are
+counted as if no operations were fused, so that such a plan is on the safe side.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.sizes: dict[int, int] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Blocks are compiled although a mode is on."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -184,19 +190,29 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
         averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
             learner.text_encoder(captions)  # learns its words, on the CPU
-        gc.collect()
-        before = meter.peak = meter.live
-        activations, gradients = 0, sum(p.nbytes for p in trained)
-        for _ in range(min(2, train.grad_accum_steps)):
+
+        def micro_batch() -> int:
             start = meter.live
             raw, draws = torch.empty(latents, dtype=torch.float16), Draws.of(0, 0, latents[0])
             with torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
                 losses, _ = learner(raw, captions, draws, keep)
             loss = losses.mean() / train.grad_accum_steps
             del losses, draws, raw
-            activations = meter.live - start
+            kept = meter.live - start
             loss.backward()
-            del loss
+            return kept
+
+        if train.compiles("cuda"):
+            torch._dynamo.reset()  # an earlier plan's graphs count towards the limit of one function's
+            learner.compiled = True
+            for block in learner.model.blocks:
+                block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+            micro_batch()
+            learner.zero_grad(set_to_none=True)
+        gc.collect()
+        before = meter.peak = meter.live
+        gradients = sum(p.nbytes for p in trained)
+        activations = max(micro_batch() for _ in range(min(2, train.grad_accum_steps)))
     state, visiting = optimizer_bytes(learner, train)
     signs = sum(p.numel() for p in trained) if any(is_adapter(name) for name, _ in learner.named_parameters()) else 0
     home, slots = slot_bytes(learner.model.blocks[: train.offload_blocks]) if train.offload_blocks else (0, 0)

@@ -21,6 +21,7 @@ from mmdit.posttrain.srpo import real_latents, srpo
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
+from mmdit.training.offload import settle
 from mmdit.training.trainer import TrainState
 
 
@@ -49,7 +50,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         if train.init_from:
             told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
-        learner.to(world.device)
+        settle(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,

@@ -39,6 +39,7 @@ from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
+from mmdit.training.offload import settle
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
@@ -104,9 +105,10 @@ class ExperimentConfig:
             raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both would train their common base")
         if self.alpha_schedule.enabled and self.alpha_schedule.on_change == "ramp" and self.train.compile is not False:
             raise ConfigError("alpha_schedule.on_change", "is ramp: blocks would be compiled anew; set train.compile: false")
-        if self.parallel.type == "fsdp" and (self.train.optimizer != "adamw" or self.train.offload_optimizer):
-            raise ConfigError("parallel.type", f"is fsdp, but train.optimizer {self.train.optimizer} and train.offload_optimizer "
-                              f"{str(self.train.offload_optimizer).lower()} need whole parameters; use adamw without offload, or ddp")
+        own, stored = self.train, getattr(self.model, "dtype", "float32")
+        if self.parallel.type == "fsdp" and (own.optimizer != "adamw" or own.offload_optimizer or own.offload_blocks or stored == "float8"):
+            raise ConfigError("parallel.type", "is fsdp, which cuts parameters, but train.optimizer other than adamw, train.offload_optimizer, "
+                              "train.offload_blocks and model.dtype float8 need whole ones; use adamw without these, or ddp")
         if self.posttrain is not None and not (wan or self.train.init_from):
             raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
 
@@ -133,15 +135,15 @@ def load_experiment_config(path: str | Path, overrides: list[str] = ()) -> Exper
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def build_learner(config: ExperimentConfig, spec: LatentSpec) -> Learner:
-    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone."""
+def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser) -> Learner:
+    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone. `load`: gives Wan's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
         flow_matching, experts, wan = config.flow_matching, config.experts, isinstance(config.model, WanModelConfig)
         if wan:
             names = ("high", "low") if experts.enabled else (config.model.expert,)
-            networks = {name: load_denoiser(config.model, spec, text_encoder.dim, name) for name in names}
+            networks = {name: load(config.model, spec, text_encoder.dim, name) for name in names}
             model = networks[names[0]]
             if config.model.expert:
                 flow_matching = replace(flow_matching, between=config.model.between)
@@ -191,8 +193,7 @@ def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
     with process_group(device, config.train.timeout_minutes) as world:
-        run_dir = config.run_dir
-        found = prepare_run_dir(config, resume)
+        run_dir, found = config.run_dir, prepare_run_dir(config, resume)
         world.barrier()  # every rank has looked before the first one writes
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
@@ -219,7 +220,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
             shard(learner, world)
-        learner.to(world.device)
+        settle(learner, settings.offload_blocks, world.device)
         state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
             meta = checkpoint.Meta.read(found)

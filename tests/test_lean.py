@@ -129,6 +129,6 @@ def test_what_does_not_go_together_is_said(words, match):
 
 
 def test_sharding_needs_the_plain_optimizer():
-    for words in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}, {"optimizer": "muon"}):
-        with pytest.raises(ConfigError, match="need whole parameters"):
+    for words in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}, {"offload_blocks": 1}, {"optimizer": "muon"}):
+        with pytest.raises(ConfigError, match="need whole ones"):
             decode(ExperimentConfig, {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words})

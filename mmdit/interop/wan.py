@@ -21,6 +21,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
+from mmdit.nn.stored_weights import store_float8
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill
 
 Expert = Literal["high", "low"]
@@ -187,7 +188,7 @@ def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, exp
     """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be trained on latents of `spec` with
     text `text_dim` wide. ConfigError, in one sentence: it cannot be read, or they do not belong together."""
     try:
-        dtype, expert = getattr(torch, settings.dtype), expert or settings.expert
+        dtype, expert = torch.float32 if settings.dtype == "float32" else torch.bfloat16, expert or settings.expert
         model = load_dit(settings.name_or_path, dtype, expert=expert, kind=WanDenoiser)
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
@@ -199,8 +200,15 @@ def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, exp
     if text_dim != config.text_dim:
         raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the "
                           "UMT5 of its release")
+    return prepare(model, settings)
+
+
+def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
+    """A loaded network as `settings` ask for it; in place."""
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
+    if settings.dtype == "float8":
+        store_float8(model.blocks)
     return model
 
 

@@ -23,9 +23,9 @@ class WanModelConfig:
     """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `clip`: file or
     folder of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not hold it. `expert`: which of
     a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
-    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; bfloat16 only for weights that adapters leave
-    frozen. `checkpointing`: recompute blocks in the backward pass, of every `checkpoint_every`-th. `residual`: see `WanDiT`.
-    `freeze`: train the text encoder alone."""
+    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for weights that adapters
+    leave frozen; float8: the matrices of the blocks, with a scale a row, the rest bfloat16. `residual`: see `WanDiT`.
+    `checkpointing`: recompute blocks in the backward pass, of every `checkpoint_every`-th. `freeze`: train the text encoder alone."""
 
     type: Literal["wan"] = "wan"
     name_or_path: str = ""
@@ -33,7 +33,7 @@ class WanModelConfig:
     expert: Literal["high", "low"] | None = None
     boundary: float = 0.875  # of T2V-A14B; 0.9 for I2V-A14B
     first_frame: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     residual: Residual = "float32"
     checkpointing: bool = False
     checkpoint_every: int = 1

@@ -20,6 +20,7 @@ class TrainConfig:
     grad_accum_steps: int = 1
     optimizer: OptimizerKind = "adamw"  # muon: for the matrices of the blocks, adamw for the rest, at the same lr
     offload_optimizer: bool = False  # moments wait in the memory of the CPU: less on the GPU, a slower step
+    offload_blocks: int = 0  # so many first blocks have their frozen weights in the memory of the CPU, and visit the GPU
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_final: float = 0.0  # share of lr left at max_steps under cosine
@@ -30,7 +31,7 @@ class TrainConfig:
     max_steps: int = 1000
     max_skipped_steps: int = 10  # more non-finite gradients between two reports, or in a row, stop the run
     timeout_minutes: float = 30.0  # one step, save or preview that takes longer ends the job and names who stands still
-    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA
+    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
@@ -60,7 +61,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
         for name in ("warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps", "sample_every_steps",
-                     "val_every_steps", "grad_clip", "weight_decay"):
+                     "val_every_steps", "offload_blocks", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
         if not 0 < self.timeout_minutes < 1e6:
@@ -79,6 +80,9 @@ class TrainConfig:
         if self.precision == "pure_bf16" and self.betas[1] > 0.99:
             raise ConfigError("betas", f"are {self.betas} with precision pure_bf16, whose second moments would stand still: their "
                               "steps of 1/256 are coarser than the update; lower the second to at most 0.99, or use precision bf16")
+        if self.offload_blocks and self.compile is True:
+            raise ConfigError("offload_blocks", f"is {self.offload_blocks} with compile: true, whose graphs know only weights that "
+                              "stay; set the one to 0 or the other to auto")
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:
@@ -89,6 +93,10 @@ class TrainConfig:
     def autocast(self) -> bool:
         """Whether products are taken in bfloat16."""
         return self.precision != "fp32"
+
+    def compiles(self, device: str) -> bool:
+        """Whether blocks are compiled on a device of this type."""
+        return self.compile is True or (self.compile == "auto" and device == "cuda" and not self.offload_blocks)
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup_steps, self.lr_schedule, self.lr_final, self.max_steps)

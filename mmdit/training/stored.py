@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmdit.nn.stored_weights import StoredWeight
+
 SHAPES = "shapes.json"  # beside the parts: the whole shapes, or a part that is absent would not be missed
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
 
@@ -94,7 +96,7 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = T
         if is_main:
             (folder / name / SHAPES).write_text(json.dumps({key: list(tensor.shape) for key, tensor in flat.items()}))
     elif is_main:
-        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        save_file({key: whole(tensor.detach()).contiguous().cpu() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:
@@ -107,7 +109,9 @@ def place(value: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every process must ask); any other as it is."""
+    """A sharded tensor gathered (every process must ask), one that is kept otherwise unpacked; any other as it is."""
+    if isinstance(tensor, StoredWeight):
+        return tensor.whole()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

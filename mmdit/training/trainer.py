@@ -144,7 +144,7 @@ class Trainer:
         """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at the end either way."""
         config, state, world = self.config, self.state, self.world
         learner = state.learner
-        if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+        if config.compiles(world.device.type):
             learner.compile_model()
         wrapped = wrap(learner, world)
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)

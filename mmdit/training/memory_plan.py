@@ -4,7 +4,7 @@ The learner is built, and runs forward and backward, on fake tensors (shapes, ty
 adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are.
 What does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass.
 Compiled blocks (`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their temporaries are
-counted as if no operations were fused, so that such a plan is on the safe side.
+counted as if no operations were fused, so that such a plan should be on the safe side.
 """
 
 from __future__ import annotations
@@ -172,7 +172,13 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
 def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...],
                 captions: list[str]) -> MemoryPlan:
     """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f, r, c, d)` and `captions`, in
-    one process."""
+    one process. Of compiled blocks the smaller of the plans with and without compiling: neither knows fused operations."""
+    kinds = (False, True) if train.compiles("cuda") else (False,)
+    return min((_plan(build, train, ema, latents, captions, kind) for kind in kinds), key=lambda found: found.total)
+
+
+def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...], captions: list[str],
+          compiled: bool) -> MemoryPlan:  # fmt: skip
     with without_memory() as meter:
         learner = build()
         if train.precision == "pure_bf16":
@@ -202,7 +208,7 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
             loss.backward()
             return kept
 
-        if train.compiles("cuda"):
+        if compiled:
             torch._dynamo.reset()  # an earlier plan's graphs count towards the limit of one function's
             learner.compiled = True
             for block in learner.model.blocks:

@@ -120,7 +120,7 @@ def measured(case: tuple[dict, dict]) -> dict:
             torch.cuda.reset_peak_memory_stats()  # compiling takes memory of its own
         begin = time.perf_counter()
         window = Window(device)
-        trainer._step(learner, [batch], config.train.lr, window)
+        trainer.optimizer_step(learner, [batch], config.train.lr, window)
         if state.ema:
             state.ema.update(state.step + 1)
         torch.cuda.synchronize()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError, apply_overrides, decode, encode, parse_yaml
-from mmdit.data.cache import CacheWriter, load_item, open_cache
+from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.captions import all_captions
+from mmdit.data.items import load_item
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import check_id, read_records
 from mmdit.experiment import ExperimentConfig, load_experiment_config

@@ -189,7 +189,7 @@ def test_checkpointing_gives_the_same_gradients(every):
     saving.load_state_dict(plain.state_dict())
     calls = [[] for _ in saving.blocks]
     for block, own in zip(saving.blocks, calls):
-        block.mlp.register_forward_hook(lambda *_, own=own: own.append(1))
+        block.spatial.register_forward_hook(lambda *_, own=own: own.append(1))
     for model in (plain, saving):
         model(clip(2, 2, 4, 4), TIMES, captions(2)).square().sum().backward()
     assert [len(own) for own in calls[:2]] == [2, 2 if every == 1 else 1]  # once forward, once recomputed
@@ -202,7 +202,7 @@ def test_autocast_stays_close_and_the_stream_has_the_type_asked_for(residual):
     model = build_model(VideoMMDiTConfig(**{**encode(SMALL), "residual": residual}), CHANNELS, TEXT)
     model.load_state_dict(awake().state_dict())
     streams = []
-    model.blocks[1].register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: streams.append(output[0].dtype))
     x, text = clip(2, 3, 5, 7).float(), captions(2, torch.float32)
     exact = model(x, TIMES.float(), text)
     with torch.autocast("cpu", torch.bfloat16):

@@ -17,8 +17,9 @@ from torch import nn
 from mmdit.adapters import load_lora
 from mmdit.config import encode
 from mmdit.data import BucketingConfig, VideoConfig, open_cache, read_records
-from mmdit.data.cache import CacheWriter, load_item
+from mmdit.data.cache import CacheWriter
 from mmdit.data.caching import cache_latents
+from mmdit.data.items import load_item
 from mmdit.data.manifest import CacheManifest
 from mmdit.experiment import ExperimentConfig, load_experiment_config, load_pipeline
 from mmdit.interfaces import LatentSpec

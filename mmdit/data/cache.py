@@ -11,12 +11,9 @@ where it is missing, torn or contradicts itself. Every file is written aside and
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import re
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,70 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.items import index_entry, is_entry, item_bytes, load_item, read_entry, to_half
 from mmdit.data.manifest import CacheManifest, lock, no_link, write_aside
 from mmdit.data.packed import Columns, damage_of, is_packed, read_index
 from mmdit.data.records import check_id
 
 THREADS = 4  # that write files; making a file waits more than it computes
 _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
-
-
-# ── items ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def to_half(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """float16 on the CPU, and which items `(B,)` are finite in it (NaN and float16 overflow are not)."""
-    low, high = latents.detach().float().flatten(1).aminmax(dim=1)
-    finite = (low > -65520) & (high < 65520)  # what rounds to float16's largest number, 65504; False for NaN
-    return latents.detach().to(torch.float16).cpu(), finite.cpu()
-
-
-def _entry(id: str, file: str, item: dict, raw: bytes) -> dict:
-    """The index line. `offset` and `crc` locate and check the numbers inside the file: batches are read without unpickling."""
-    latents = item["latents"]
-    numbers = latents.contiguous().numpy().tobytes()
-    offset = raw.find(numbers[:64])
-    offset = offset if raw.startswith(numbers, offset) else raw.find(numbers)
-    rest = {name: item[name] for name in ("facts", "source") if item.get(name)}
-    return {"id": id, "file": file, "shape": list(latents.shape), "caption": item["caption"], **rest,
-            "bytes": len(raw), "offset": offset, "crc": zlib.crc32(numbers)}  # fmt: skip
-
-
-def load_item(path: str | Path, channels: int | None = None) -> dict:
-    """One cache file, checked. ValueError names a damaged or foreign file."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare check sums
-            torn = archive.testzip()
-        item = torch.load(path, weights_only=True, map_location="cpu")
-        latents, caption = item["latents"], item["caption"]
-        width = latents.shape[-1] if latents.ndim else 0
-        problem = (
-            f"the check sum of {torn} is wrong" if torn
-            else f"its latents have shape {tuple(latents.shape)}, not (frames, rows, columns, channels)" if latents.ndim != 4
-            else "it has no frame" if not len(latents)
-            else f"its latents are {latents.dtype}, not float16" if latents.dtype != torch.float16
-            else f"its latents have {width} channels, the manifest says {channels}" if channels not in (None, width)
-            else "its caption is not text" if not isinstance(caption, str)
-            else "its facts or source are no dictionary" if not _are_sections(item)
-            else ""
-        )  # fmt: skip
-    except FileNotFoundError:
-        problem = "it is missing"
-    except Exception as error:  # a damaged zip raises almost anything
-        problem = f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    if problem:
-        raise ValueError(f"cache file {path} is damaged: {problem}; delete it and run the caching command again")
-    return item
-
-
-def _is_entry(entry: dict) -> bool:
-    """Of the types that `_entry` writes, and no larger than its file."""
-    shape, size, offset, crc = (entry[name] for name in ("shape", "bytes", "offset", "crc"))
-    return (len(shape) == 4 and all(type(number) is int for number in (*shape, size, offset, crc)) and min(shape) > 0
-            and 2 * math.prod(shape) <= size < 1 << 62 and -1 <= offset < 1 << 62 and 0 <= crc < 1 << 62
-            and isinstance(entry["caption"], str) and _are_sections(entry))
-
-
-def _are_sections(item: dict) -> bool:
-    return all(isinstance(item.get(name, {}), dict) for name in ("facts", "source"))
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -125,7 +65,7 @@ def _read_entries(folder: Path, channels: int) -> tuple[dict[str, dict], list[di
                     entry = json.loads(line)
                     if entry["id"] not in files:
                         lost.add(entry["id"])
-                    elif files[entry["id"]] == entry["file"] and _is_entry(entry):
+                    elif files[entry["id"]] == entry["file"] and is_entry(entry):
                         mine[entry["id"]] = entry  # a later line of one writer replaces an earlier one
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # a line torn by a kill: its item is read from its file below
@@ -135,8 +75,7 @@ def _read_entries(folder: Path, channels: int) -> tuple[dict[str, dict], list[di
     missing = [id for id in files if not entries.get(id)]
     rebuilt = []
     for id in tqdm(missing, desc=f"indexing {folder}", unit="file", disable=len(missing) < 1000):
-        item = load_item(folder / files[id], channels)
-        rebuilt.append(_entry(id, files[id], item, (folder / files[id]).read_bytes()))
+        rebuilt.append(read_entry(id, files[id], folder, channels))
         entries[id] = rebuilt[-1]
     return entries, rebuilt, sorted(lost)
 
@@ -195,8 +134,8 @@ class CacheWriter:
         self.add_many([id], latents[None], [caption], [facts or {}], [source or {}])
 
     def add_many(self, ids: list[str], latents: Tensor, captions: list[str], facts: list[dict] | None = None,
-                 sources: list[dict] | None = None) -> None:  # fmt: skip
-        """Items of one shape, `latents (B, F, H, W, C)` raw. `facts`: what is known of each, plain JSON values. `sources`:
+                 sources: list[dict] | None = None, checked: bool = False) -> None:  # fmt: skip
+        """Items of one shape, `latents (B, F, H, W, C)` raw; `checked`: they come from `to_half`, and are finite. `facts`: what is known of each, plain JSON values. `sources`:
         where it was cut from. An id that is there is replaced. ValueError for latents that float16 cannot hold or whose size is
         not in the manifest."""
         if latents.ndim != 5 or not latents.shape[1]:
@@ -208,36 +147,33 @@ class CacheWriter:
             sizes = sizes or f"at most {self.manifest.max_pixels_per_frame} pixels"
             raise ValueError(f"latents of {channels} channels for {size[0]}x{size[1]} do not belong into {self.folder}, "
                              f"which is for {self.manifest.spec.channels} channels and {sizes}")
-        half, finite = to_half(latents)
-        if not finite.all():
+        half, finite = (latents, None) if checked else to_half(latents)
+        if finite is not None and not finite.all():
             bad = [id for id, good in zip(ids, finite.tolist(), strict=True) if not good]
             raise ValueError(f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16; look at the "
                              "tokenizer (its weights and precision)")
-        place = self._place(size)
-        paths = [place / f"{check_id(id)}.pt" for id in ids]
+        inside = "{}x{}/".format(*size) if self._place(size) != self.folder else ""
+        files, numbers = [f"{inside}{check_id(id)}.pt" for id in ids], half.contiguous().numpy()
 
         def write(thread: int) -> list[dict]:
             entries = []
             for i in range(thread, len(ids), THREADS):
-                latents = half[i].clone(memory_format=torch.contiguous_format)  # of its own: a view would save the whole batch
-                item = {"latents": latents, "caption": captions[i]}
-                item |= {"facts": facts[i]} if facts and facts[i] else {}
-                item |= {"source": sources[i]} if sources and sources[i] else {}
-                entries.append(self._write(ids[i], paths[i], item, f"{self.rank}-{thread}"))
+                rest = {"caption": captions[i]}
+                rest |= {"facts": facts[i]} if facts and facts[i] else {}
+                rest |= {"source": sources[i]} if sources and sources[i] else {}
+                entries.append(self._write(ids[i], files[i], numbers[i], rest, f"{self.rank}-{thread}"))
             return entries
 
         for entries in self._threads.map(write, range(min(THREADS, len(ids)))):
             self._append(entries)
 
-    def _write(self, id: str, path: Path, item: dict, writer: str) -> dict:
-        buffer = io.BytesIO()  # saving to a path would put the path's name, here a temporary one, into the file
-        torch.save(item, buffer)
-        file = path.relative_to(self.folder).as_posix()
+    def _write(self, id: str, file: str, numbers: np.ndarray, rest: dict, writer: str) -> dict:
+        data, offset, crc = item_bytes(numbers, rest)
         old = self.entries.get(id)
         if old and old["file"] != file:
             (self.folder / old["file"]).unlink(missing_ok=True)  # its size changed
-        write_aside(path, buffer.getbuffer(), writer)
-        self.entries[id] = _entry(id, file, item, buffer.getvalue())
+        write_aside(f"{self.folder}/{file}", data, writer)
+        self.entries[id] = index_entry(id, file, numbers.shape, rest, len(data), offset, crc)
         return self.entries[id]
 
     def close(self) -> None:

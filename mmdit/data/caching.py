@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
-from mmdit.data.cache import CacheWriter, load_item, to_half
+from mmdit.data.cache import CacheWriter
 from mmdit.data.clips import cached_frames
 from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
+from mmdit.data.items import load_item, to_half
 from mmdit.data.manifest import CacheManifest, write_aside
 from mmdit.data.records import Kind, Record
 from mmdit.data.videos import read_video
@@ -259,7 +260,7 @@ def cache_latents(
                 report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
         metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
         writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
-                        [meta.facts for meta in metas], [meta.source for meta in metas])  # fmt: skip
+                        [meta.facts for meta in metas], [meta.source for meta in metas], checked=True)  # fmt: skip
         report.written += len(metas)
         report.animated += sum("animated" in meta.source for meta in metas)
 

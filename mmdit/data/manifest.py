@@ -20,10 +20,10 @@ from mmdit.interfaces import LatentSpec, Tokenizer
 FORMAT = 1
 
 
-def write_aside(path: Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
+def write_aside(path: str | Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
     """All of `data`, perhaps in pieces, at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs
     between those that write at the same time."""
-    aside = f"{path.parent}/.writing-{writer}.tmp"
+    aside = f"{os.path.dirname(path) or '.'}/.writing-{writer}.tmp"
     try:
         try:
             file = open(aside, "xb", buffering=0)

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mmdit.data.cache import THREADS, load_item
+from mmdit.data.cache import THREADS
+from mmdit.data.items import load_item
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import is_packed
 from mmdit.data.packing import verify_packed

@@ -20,8 +20,9 @@ from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
 from mmdit.nn.conditioning import CropEmbedding, PooledText, TextContext, TimeEmbedding
 from mmdit.nn.feedforward import GELU, SwiGLU
-from mmdit.nn.norm import Modulation, add_gated, modulated_norm, upcast, working_dtype
-from mmdit.nn.position import FourierPosition, FramePosition, Rotary, temporal_rotary
+from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
+from mmdit.nn.position import FourierPosition, FramePosition
+from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
@@ -89,17 +90,22 @@ class Block(nn.Module):
         self.mlp = {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config.dim, config.mlp_ratio, config.dropout)
         self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, valid: Tensor, places: Places, time: Rotary | None):
-        """`x (b, f, n, k, d)`, `modulation (b, 12, d)`, `text (b, t, d)`, `valid (b, t)` → like `x`."""
+    def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor, text: Tensor, valid: Tensor,
+                places: Places, frames: Frames) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes its
+        norm. `modulation (b, 12, d)`, `text (b, t, d)`, `valid (b, t)` → the stream after this block, likewise in three."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3))
-        x = add_gated(x, self.spatial(modulated_norm(x, space.shift, space.scale), places), space.gate)
+        x, seen = add_norm(x, change, gate, space)
+        seen = self.spatial(seen, places)
         if x.shape[1] > 1:
-            x = add_gated(x, self.temporal(modulated_norm(x, motion.shift, motion.scale), time), motion.gate)
+            x, seen = add_norm(x, seen, space.gate, motion)
+            x, seen = add_norm(x, self.temporal(seen, frames), motion.gate, caption)
         else:  # a single frame has no past; its gradient there is zero rather than missing, which DDP would wait for
-            x = x + sum(weight.flatten()[:0].sum() for weight in self.temporal.parameters()).to(x.dtype)
-        x = add_gated(x, self.cross(modulated_norm(x, caption.shift, caption.scale), text, valid), caption.gate)
-        return add_gated(x, self.mlp(modulated_norm(x, mlp.shift, mlp.scale)), mlp.gate)
+            zero = sum(weight.flatten()[:0].sum() for weight in self.temporal.parameters())
+            x, seen = add_norm(x, seen, space.gate + zero, caption)
+        x, seen = add_norm(x, self.cross(seen, text, valid), caption.gate, mlp)
+        return x, self.mlp(seen), mlp.gate
 
 
 class VideoMMDiT(nn.Module):
@@ -190,25 +196,28 @@ class VideoMMDiT(nn.Module):
             pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0
             condition = nn.functional.silu(time + pooled)
             modulation = rearrange(upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS)
-            shift, scale = rearrange(upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2)
+            last = rearrange(upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2)
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
-        h = self._run_blocks(h, grid, exact, keep, modulation, tokens, valid)
-        return grid.merge(self.output(modulated_norm(h, shift, scale))).to(x.dtype)
+        _, seen = add_norm(*self._run_blocks(h, grid, exact, keep, modulation, tokens, valid), Modulation(*last, last[1]))
+        return grid.merge(self.output(seen)).to(x.dtype)
 
-    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, *condition: Tensor) -> Tensor:
+    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, *condition: Tensor):
+        """The stream as `Block.forward` returns it."""
         table = (self.config.head_dim, x.device, exact)
         layouts = [place_tables(grid, shifted, *table) for shifted in (False, True)]
-        time = temporal_rotary(x.shape[1], *table) if self.config.temporal_position else None
 
-        def run(x: Tensor, first: int, end: int, layouts: list[Places]) -> Tensor:
+        def run(x: Tensor, first: int, end: int, layouts: list[Places]):
+            frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position)
+            change = gate = None
             for index in range(first, end):
-                arguments = (x, *condition, layouts[index % 2], time)
+                block, rest = self.blocks[index], (*condition, layouts[index % 2], frames)
                 if self.config.checkpointing and index % self.config.checkpoint_every == 0 and torch.is_grad_enabled():
-                    x = checkpoint(self.blocks[index], *arguments, use_reentrant=False)
+                    x = add_gated(x, change, gate)  # one tensor to keep
+                    x, change, gate = checkpoint(block, x, None, None, *rest, use_reentrant=False)
                 else:
-                    x = self.blocks[index](*arguments)
-            return x
+                    x, change, gate = block(x, change, gate, *rest)
+            return x, change, gate
 
         if keep is None:
             return run(x, 0, len(self.blocks), layouts)
@@ -217,8 +226,8 @@ class VideoMMDiT(nn.Module):
         first, end = self.span
         keep = keep.to(x.device)
         kept = [layout.keep(keep) for layout in layouts]
-        x = run(x, 0, first, layouts)
-        x = route(x, keep, lambda inner: run(inner, first, end, kept), self.tread.rescale)
+        x = add_gated(*run(x, 0, first, layouts))
+        x = route(x, keep, lambda inner: add_gated(*run(inner, first, end, kept)), self.tread.rescale)
         return run(x, end, len(self.blocks), layouts)
 
     def train_flops(self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None) -> int:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.nn import kernels
 from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
+from mmdit.nn.tiles import WIDEST, Frames, Tiles
 from mmdit.nn.window import Places, shift_windows
 
 observers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []  # of queries, keys and mask (diagnostics.attention)
@@ -59,6 +61,18 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q.to(v.dtype), k.to(v.dtype), v
 
+    def fuses(self, x: Tensor) -> bool:
+        return kernels.serve(x) and x.shape[-1] // self.num_heads in (32, 64, 128) and not observers
+
+    def gains(self, *norms: nn.Module) -> list[Tensor]:
+        return [norm.weight for norm in norms if isinstance(norm, RMSNorm)]
+
+    def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
+        """`x (…, t, h·d)` attending within the groups of `tiles`."""
+        gains = self.gains(self.q_norm, self.k_norm)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return kernels.attention.group_attention(q, k, v, gains, tiles.index, tiles.names, tiles.turns, self.num_heads)
+
     def output(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(x))
 
@@ -69,6 +83,8 @@ class SpatialAttention(Attention):
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`x (b, f, n, k, h·d)` → the same shape."""
         b, f, n = x.shape[:3]
+        if places.tiles is not None and self.fuses(x):
+            return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)
         x = shift_windows(x, places)
         parts = self.heads(x, x, places.rotary)
         if places.same is None:
@@ -84,11 +100,13 @@ class SpatialAttention(Attention):
 class TemporalAttention(Attention):
     """Along time at each place, every frame to every frame."""
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        """`x (b, f, n, k, h·d)` → the same shape. Without `rotary` the frames are a set."""
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """`x (b, f, n, k, h·d)` → the same shape. Without rotary tables the frames are a set."""
         n, k = x.shape[2:4]
+        if frames.tiles is not None and self.fuses(x):
+            return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)
         # Places as further heads: the layout of the tokens is read as it is, without a copy.
-        parts = (rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, rotary))
+        parts = (rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, frames.rotary))
         return self.output(rearrange(attend(*parts), "b (n k h) f d -> b f n k (h d)", n=n, k=k))
 
 
@@ -98,6 +116,10 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, text: Tensor, valid: Tensor) -> Tensor:
         """`x (b, f, n, k, h·d)`, `text (b, t, h·d)`, `valid (b, t)` bool with a valid token in every row → like `x`."""
         f, n, k = x.shape[1:4]
+        if text.shape[1] <= WIDEST and self.fuses(x):
+            q, v, gains = self.q(x.flatten(1, 3)), self.v(text), self.gains(self.q_norm)
+            keys = self.k_norm(self.k(text).unflatten(-1, (self.num_heads, -1))).flatten(-2).to(v.dtype)
+            return self.output(kernels.attention.text_attention(q, keys, v, valid, gains, self.num_heads)).view_as(x)
         queries, keys, values = self.heads(x, text)
         queries = rearrange(queries, "b f n k h d -> b h (f n k) d")
         keys, values = (rearrange(z, "b t h d -> b h t d") for z in (keys, values))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPSILON = 1e-6
+from mmdit.nn import EPSILON, kernels
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -56,6 +56,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (rms_norm(x) * (1 + scale) + shift).to(working_dtype(x))
 
 
-def add_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
-    """`x + gate · change` in the type of the residual stream `x`."""
-    return x + (gate * change).to(x.dtype)
+def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
+    """`x + gate · change` in the type of the residual stream `x`; `x` without a change."""
+    return x if change is None else x + (gate * change).to(x.dtype)
+
+
+def add_norm(x: Tensor, change: Tensor | None, gate: Tensor | None, then: Modulation) -> tuple[Tensor, Tensor]:
+    """`add_gated`, and what the sublayer modulated by `then` sees of the sum. `x`, `change (b, f, n, k, d)`."""
+    if change is not None and kernels.serve(x):
+        vectors = (vector.flatten(1) for vector in (gate, then.shift, then.scale))
+        return tuple(kernels.residual.add_norm(x, change, *vectors, working_dtype(x)))
+    x = add_gated(x, change, gate)
+    return x, modulated_norm(x, then.shift, then.scale)

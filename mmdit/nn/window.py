@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mmdit.nn.position import SPATIAL_BASE, Rotary, rotary_tables
+from mmdit.nn.tiles import Tiles, lay
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Places(NamedTuple):
     same: Tensor | None  # (n, k, k) bool: query and key share a window; None where all do
     rows_moved: Tensor | None  # (k, 1) bool: in shifted windows these places come from the next cell down; None: no shift
     columns_moved: Tensor | None  # likewise from the next cell across
+    cells: Tensor  # (n, k): the cell that each place of each window comes from
+    names: Tensor  # (n, k): tokens of one name share a window
+    tiles: Tiles | None  # for the fused kernel; None where windows are too large for it
 
     def keep(self, keep: Tensor) -> Places:
         """For the tokens at the places `keep (K,)` alone."""
@@ -83,8 +87,16 @@ class Places(NamedTuple):
             return None if table is None else table[keep]
 
         same = None if self.same is None else self.same[:, keep][:, :, keep]
-        cosine, sine = self.rotary
-        return Places(self.counts, (cosine[keep], sine[keep]), same, pick(self.rows_moved), pick(self.columns_moved))
+        rotary = tuple(table[keep] for table in self.rotary)
+        cells, names = self.cells[:, keep], self.names[:, keep]
+        moved = pick(self.rows_moved), pick(self.columns_moved)
+        return Places(self.counts, rotary, same, *moved, cells, names, window_tiles(cells, names, rotary))
+
+
+def window_tiles(cells: Tensor, names: Tensor, rotary: Rotary) -> Tiles | None:
+    count = cells.shape[1]
+    index = cells * count + torch.arange(count, device=cells.device)
+    return lay(index, names, [table.flatten(0, -2) for table in rotary])
 
 
 def shift_windows(x: Tensor, places: Places, back: bool = False) -> Tensor:
@@ -110,13 +122,17 @@ def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.d
         inside = (residues - torch.tensor(offset)) % torch.tensor([grid.height, grid.width])
         rotary = tuple(table[:, None].to(device, dtype) for table in rotary_tables(inside, head_dim, SPATIAL_BASE))
         moved = [(residues[:, i : i + 1] < offset[i]).to(device) if offset[i] else None for i in (0, 1)]
-        result = Places(grid.counts, rotary, None, *moved)
+        cells = torch.arange(grid.counts[0] * grid.counts[1], device=device)[None, None, :, None, None]
+        cells = cells.expand(1, 1, -1, grid.places, 1)
+        result = Places(grid.counts, rotary, None, *moved, cells[0, 0, ..., 0], cells[0, 0, ..., 0], None)
+        cells = shift_windows(cells, result)[0, 0, ..., 0]
         # Name every token by its window, padding by -1, and move the names the way tokens move.
         down = (torch.arange(grid.rows) + grid.height - offset[0]) // grid.height
         across = (torch.arange(grid.columns) + grid.width - offset[1]) // grid.width
         names = grid.partition((down[:, None] * (grid.columns + 2) + across)[None, None, ..., None].to(device), padding=-1)
         names = shift_windows(names, result)[0, 0, ..., 0]  # (n, k)
         same = names[:, :, None] == names[:, None, :]
+        result = result._replace(cells=cells, names=names, tiles=window_tiles(cells, names, rotary))
         return result if same.all() else result._replace(same=same)
 
 

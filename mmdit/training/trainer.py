@@ -155,7 +155,7 @@ class Trainer:
             for micro_batches in timer.waiting(self.batches(state.step, config.max_steps)):
                 watch.at(state.step + 1, "computing")
                 try:
-                    self._step(wrapped, micro_batches, reporter.rate.at(state.step + 1), window)
+                    self.optimizer_step(wrapped, micro_batches, reporter.rate.at(state.step + 1), window)
                 except torch.OutOfMemoryError as error:
                     raise self._memory_full(micro_batches, error) from error
                 state.step += 1
@@ -198,7 +198,7 @@ class Trainer:
         timer.last += time.perf_counter() - begin
         return values or {}
 
-    def _step(self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window) -> None:
+    def optimizer_step(self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window) -> None:
         """One optimizer step over this rank's micro-batches. Gradients are means over the global batch."""
         config, state, device = self.config, self.state, self.world.device
         state.optimizer.set_lr(lr)

@@ -1,0 +1,298 @@
+"""Attention within small groups and to short texts as one kernel each, forward and backward (Triton, CUDA).
+
+A window (64 places) or a few columns of frames fit into one tile of a kernel: it reads queries, keys and values where the
+linears left them, norms and rotates them in float32, attends, and writes where the next linear reads. Nothing is laid out anew,
+no mask is stored, and the backward pass computes all of it again from q, k, v. `nn/attention.py` decides where these serve.
+
+Axes: t token · h head · d width of a head · g group · l row of a group's tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmdit.nn import EPSILON
+
+WARPS = 4, 4  # of a program with a tile of 64 rows, forward and backward
+PARTS = 16  # at most, into which the queries of one sample and head are cut
+EXACT = tl.constexpr("ieee")  # products of float32 stay float32
+EPS = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def _load(source, rows, columns, valid):
+    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _prepare(low, high, gain, columns, cosine, sine, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr):
+    """Halves of queries or keys, normed and rotated; and the reciprocal root mean square of each row."""
+    inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
+    if NORM:
+        low = low * inverse[:, None] * tl.load(gain + columns)[None, :]
+        high = high * inverse[:, None] * tl.load(gain + HALF + columns)[None, :]
+    if ROTATE:
+        low, high = low * cosine - high * sine, high * cosine + low * sine
+    return low, high, inverse
+
+
+@triton.jit
+def _unprepare(grad_low, grad_high, low, high, inverse, gain, columns, cosine, sine, HALF: tl.constexpr, NORM: tl.constexpr,
+               ROTATE: tl.constexpr):  # fmt: skip
+    """From the gradient of `_prepare`'s outputs those of its inputs `low`, `high` and of the gain's halves."""
+    if ROTATE:
+        grad_low, grad_high = grad_low * cosine + grad_high * sine, grad_high * cosine - grad_low * sine
+    if NORM:
+        low, high = low * inverse[:, None], high * inverse[:, None]
+    gain_low, gain_high = tl.sum(grad_low * low, 0), tl.sum(grad_high * high, 0)
+    if NORM:
+        grad_low = grad_low * tl.load(gain + columns)[None, :]
+        grad_high = grad_high * tl.load(gain + HALF + columns)[None, :]
+        along = (tl.sum(grad_low * low, 1) + tl.sum(grad_high * high, 1)) / (2 * HALF)
+        grad_low = (grad_low - low * along[:, None]) * inverse[:, None]
+        grad_high = (grad_high - high * along[:, None]) * inverse[:, None]
+    return grad_low, grad_high, gain_low, gain_high
+
+
+@triton.jit
+def _store_halves(target, low, high, rows, columns, valid, HALF: tl.constexpr):
+    kind = target.dtype.element_ty
+    tl.store(target + rows[:, None] + columns[None, :], low.to(kind), mask=valid[:, None])
+    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(kind), mask=valid[:, None])
+
+
+@triton.jit
+def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
+    logits = tl.dot(q_low, tl.trans(k_low), input_precision=EXACT) + tl.dot(q_high, tl.trans(k_high), input_precision=EXACT)
+    logits = tl.where(allowed, logits * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+# ── within groups ────────────────────────────────────────────────────────────────────────────────────────────────────
+@triton.jit
+def _group_kernel(q, k, v, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_q, grad_k, grad_v, gain_grads,
+                  groups, block, scale, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+                  ROTATE: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    rows, columns, wide = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
+    group = tile % groups
+    place = tl.load(index + group * ROWS + rows)
+    name = tl.load(names + group * ROWS + rows)
+    valid = place >= 0
+    offset = ((tile // groups).to(tl.int64) * block + place) * (HEADS * D) + head * D
+    turn_cos = tl.zeros((ROWS, HALF), tl.float32)
+    turn_sin = tl.zeros((ROWS, HALF), tl.float32)
+    if ROTATE:
+        turn_cos = tl.load(cosine + rows[:, None] * HALF + columns[None, :])
+        turn_sin = tl.load(sine + rows[:, None] * HALF + columns[None, :])
+    kind = v.dtype.element_ty
+    q_low, q_high = _load(q, offset, columns, valid), _load(q, offset + HALF, columns, valid)
+    k_low, k_high = _load(k, offset, columns, valid), _load(k, offset + HALF, columns, valid)
+    values = tl.load(v + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+    q1, q2, q_inverse = _prepare(q_low, q_high, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
+    k1, k2, k_inverse = _prepare(k_low, k_high, k_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
+    q1, q2, k1, k2 = q1.to(kind), q2.to(kind), k1.to(kind), k2.to(kind)
+    weights = _softmax(q1, q2, k1, k2, name[:, None] == name[None, :], scale)
+    if not BACKWARD:
+        result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+        tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=valid[:, None])
+    else:
+        change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+        value_grad = tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+        tl.store(grad_v + offset[:, None] + wide[None, :], value_grad.to(kind), mask=valid[:, None])
+        weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+        logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+        logit_grad = logit_grad.to(kind)
+        back = tl.trans(logit_grad)
+        own = gain_grads + (tile.to(tl.int64) * HEADS + head) * 2 * D + columns
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT), q_low, q_high,
+            q_inverse, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
+        _store_halves(grad_q, low, high, offset, columns, valid, HALF)
+        if NORM:
+            tl.store(own, gain_low)
+            tl.store(own + HALF, gain_high)
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(back, q1, input_precision=EXACT), tl.dot(back, q2, input_precision=EXACT), k_low, k_high, k_inverse, k_gain,
+            columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
+        _store_halves(grad_k, low, high, offset, columns, valid, HALF)
+        if NORM:
+            tl.store(own + D, gain_low)
+            tl.store(own + D + HALF, gain_high)
+
+
+def _launch_groups(q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
+                   heads: int, grad: Tensor | None) -> list[Tensor]:  # fmt: skip
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    groups, rows = index.shape
+    block = int(v.shape[-2])
+    tiles, d = v.numel() // (block * v.shape[-1]) * groups, v.shape[-1] // heads
+    backward = grad is not None
+    results = [torch.empty_like(v)] if not backward else [torch.empty_like(z) for z in (q, k, v)]
+    partial = v.new_empty((tiles, heads, 2, d) if backward and gains else (1,), dtype=torch.float32)
+    _group_kernel[(heads, tiles)](
+        q, k, v, results[0], *(gains or (v, v)), index, names, *(turns or (v, v)), grad.contiguous() if backward else v,
+        *(results if backward else (v, v, v)), partial, groups, block, d**-0.5, HEADS=heads, ROWS=rows, D=d, NORM=bool(gains),
+        ROTATE=bool(turns), BACKWARD=backward, num_warps=WARPS[backward] * max(1, rows // 64),
+    )  # fmt: skip
+    return results + ([partial[:, :, i].sum((0, 1)) for i in (0, 1)] if backward and gains else [])
+
+
+@torch.library.custom_op("mmdit::group_attention", mutates_args=())
+def group_attention(q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
+                    heads: int) -> Tensor:  # fmt: skip
+    """Softmax attention of every token to those of its group. `q`, `k`, `v (…, t, h·d)`; `index (g, l)` int32: the tokens of
+    each group's tile among the t, -1 for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: of the
+    norms of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the rotation `(l, d/2)` float32, or
+    none. Every token must be in one tile; l and d are powers of two from 16 and 32 on. Returns `(…, t, h·d)`."""
+    return _launch_groups(q, k, v, gains, index, names, turns, heads, None)[0]
+
+
+@group_attention.register_fake
+def _(q, k, v, gains, index, names, turns, heads):
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("mmdit::group_attention_backward", mutates_args=())
+def group_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gains: list[Tensor], index: Tensor, names: Tensor,
+                             turns: list[Tensor], heads: int) -> list[Tensor]:  # fmt: skip
+    return _launch_groups(q, k, v, gains, index, names, turns, heads, grad)
+
+
+@group_attention_backward.register_fake
+def _(grad, q, k, v, gains, index, names, turns, heads):
+    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *(torch.empty_like(gain) for gain in gains)]
+
+
+def _keep_groups(ctx, inputs, output):
+    q, k, v, gains, index, names, turns, ctx.heads = inputs
+    ctx.gains, ctx.turns = len(gains), len(turns)
+    ctx.save_for_backward(q, k, v, index, names, *gains, *turns)
+
+
+def _groups_back(ctx, grad):
+    q, k, v, index, names, *rest = ctx.saved_tensors
+    gains, turns = rest[: ctx.gains], rest[ctx.gains :]
+    result = group_attention_backward(grad, q, k, v, gains, index, names, turns, ctx.heads)
+    return *result[:3], result[3:], None, None, [None] * ctx.turns, None
+
+
+group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
+
+
+# ── to a text ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@triton.jit
+def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_k, grad_v, gain_grads, length, chunk, keys, scale,
+                 HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+                 BACKWARD: tl.constexpr):  # fmt: skip
+    head, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    rows, columns, wide, places = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D), tl.arange(0, KEYS)
+    kind = v.dtype.element_ty
+    there = places < keys
+    text = (sample * keys + places) * (HEADS * D) + head * D
+    k1 = tl.load(k + text[:, None] + columns[None, :], mask=there[:, None], other=0.0)
+    k2 = tl.load(k + text[:, None] + HALF + columns[None, :], mask=there[:, None], other=0.0)
+    values = tl.load(v + text[:, None] + wide[None, :], mask=there[:, None], other=0.0)
+    allowed = tl.load(valid + sample * keys + places, mask=there, other=0) != 0
+    none = tl.zeros((ROWS, HALF), tl.float32)
+    k1_grad, k2_grad = tl.zeros((KEYS, HALF), tl.float32), tl.zeros((KEYS, HALF), tl.float32)
+    v_grad = tl.zeros((KEYS, D), tl.float32)
+    gain_low_sum, gain_high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, length), ROWS):
+        inside = first + rows < length
+        offset = (sample * length + first + rows) * (HEADS * D) + head * D
+        q_low, q_high = _load(q, offset, columns, inside), _load(q, offset + HALF, columns, inside)
+        q1, q2, inverse = _prepare(q_low, q_high, q_gain, columns, none, none, HALF, NORM, False)
+        q1, q2 = q1.to(kind), q2.to(kind)
+        weights = _softmax(q1, q2, k1, k2, allowed[None, :], scale)
+        if not BACKWARD:
+            result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+            tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=inside[:, None])
+        else:
+            change = tl.load(grad + offset[:, None] + wide[None, :], mask=inside[:, None], other=0.0)
+            v_grad += tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+            weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+            logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+            logit_grad = logit_grad.to(kind)
+            back = tl.trans(logit_grad)
+            k1_grad += tl.dot(back, q1, input_precision=EXACT)
+            k2_grad += tl.dot(back, q2, input_precision=EXACT)
+            low, high, gain_low, gain_high = _unprepare(
+                tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT), q_low, q_high,
+                inverse, q_gain, columns, none, none, HALF, NORM, False)  # fmt: skip
+            _store_halves(grad_q, low, high, offset, columns, inside, HALF)
+            gain_low_sum += gain_low
+            gain_high_sum += gain_high
+    if BACKWARD:
+        samples = tl.num_programs(2)
+        own = (part * samples + sample) * keys * (HEADS * D)
+        text = own + places * (HEADS * D) + head * D
+        _store_halves(grad_k, k1_grad, k2_grad, text, columns, there, HALF)
+        tl.store(grad_v + text[:, None] + wide[None, :], v_grad, mask=there[:, None])
+        if NORM:
+            own = ((part * samples + sample) * HEADS + head) * D
+            tl.store(gain_grads + own + columns, gain_low_sum)
+            tl.store(gain_grads + own + HALF + columns, gain_high_sum)
+
+
+def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int,
+                 grad: Tensor | None) -> list[Tensor]:  # fmt: skip
+    q, k, v, backward = q.contiguous(), k.contiguous(), v.contiguous(), grad is not None
+    samples, keys, width = v.shape
+    length = q.numel() // (samples * width)
+    chunk = 64 * max(4, triton.cdiv(length, 64 * PARTS))  # queries of a program: their sums over keys are kept apart
+    parts = triton.cdiv(length, chunk)
+    sums = [v.new_empty((parts if backward else 0, *v.shape), dtype=torch.float32) for _ in range(2)]
+    gain = v.new_empty((parts, samples, heads, width // heads) if backward and gains else (0,), dtype=torch.float32)
+    result, rows = torch.empty_like(q), max(16, triton.next_power_of_2(keys))
+    _text_kernel[(heads, parts, samples)](
+        q, k, v, valid.contiguous().view(torch.uint8), result, *(gains or (q,)), grad.contiguous() if backward else q, result,
+        *sums, gain, length, chunk, keys, (width // heads) ** -0.5, HEADS=heads, ROWS=64, KEYS=rows, D=width // heads,
+        NORM=bool(gains), BACKWARD=backward, num_warps=WARPS[backward] * max(1, rows // 64),
+    )  # fmt: skip
+    if not backward:
+        return [result]
+    return [result, *(part.sum(0).to(v.dtype) for part in sums), *([gain.sum((0, 1, 2))] if gains else [])]
+
+
+@torch.library.custom_op("mmdit::text_attention", mutates_args=())
+def text_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int) -> Tensor:
+    """Softmax attention of `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b, t)` bool with a valid token in
+    every row; `gains`: that of the norm of queries `(d,)` float32, or none (keys come normed). Returns the shape of `q`."""
+    return _launch_text(q, k, v, valid, gains, heads, None)[0]
+
+
+@text_attention.register_fake
+def _(q, k, v, valid, gains, heads):
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("mmdit::text_attention_backward", mutates_args=())
+def text_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor],
+                            heads: int) -> list[Tensor]:  # fmt: skip
+    return _launch_text(q, k, v, valid, gains, heads, grad)
+
+
+@text_attention_backward.register_fake
+def _(grad, q, k, v, valid, gains, heads):
+    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *(torch.empty_like(gain) for gain in gains)]
+
+
+def _keep_text(ctx, inputs, output):
+    q, k, v, valid, gains, ctx.heads = inputs
+    ctx.save_for_backward(q, k, v, valid, *gains)
+
+
+def _text_back(ctx, grad):
+    q, k, v, valid, *gains = ctx.saved_tensors
+    result = text_attention_backward(grad, q, k, v, valid, gains, ctx.heads)
+    return *result[:3], None, result[3:], None
+
+
+text_attention.register_autograd(_text_back, setup_context=_keep_text)

@@ -1,0 +1,56 @@
+"""Tables that lay groups of tokens into the tiles of the fused kernels (nn/fused.py).
+
+Axes: g group · k token of a group · l row of a tile, the next power of two."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.nn.position import Rotary, temporal_rotary
+
+NARROWEST, WIDEST = 16, 128  # rows of a tile
+ROWS = 64  # of a tile that takes several columns of frames
+
+
+class Tiles(NamedTuple):
+    """See `fused.group_attention`."""
+
+    index: Tensor  # (g, l) int32, -1 where a row has no token
+    names: Tensor  # (g, l) int32: tokens of one name attend to each other
+    turns: list[Tensor]  # cosines and sines, each (l, d / 2); or none
+
+
+class Frames(NamedTuple):
+    """What attention along time must know: rotary tables (None: frames are a set) and tiles."""
+
+    rotary: Rotary | None
+    tiles: Tiles | None
+
+
+def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
+    """`index`, `names (g, k)` and `turns (k, d / 2)`, padded to a tile; None for groups that are too large for one."""
+    count = index.shape[1]
+    rows = max(NARROWEST, 1 << (count - 1).bit_length())
+    if rows > WIDEST:
+        return None
+    pad = lambda table, value: torch.nn.functional.pad(table.int(), (0, rows - count), value=value)  # noqa: E731
+    turns = [torch.nn.functional.pad(table, (0, 0, 0, rows - count)) for table in turns]
+    return Tiles(pad(index, -1), pad(names, -1), turns)
+
+
+@lru_cache(maxsize=32)
+def frame_tables(frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool) -> Frames:
+    """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several if they are few."""
+    rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None
+    with torch.inference_mode(False):
+        columns = max(1, ROWS // frames)  # places of a tile
+        place = torch.arange(-(-places // columns) * columns, device=device).view(-1, columns, 1)
+        index = torch.arange(frames, device=device) * places + place
+        index = torch.where(place < places, index, -1).flatten(1)
+        names = torch.arange(columns, device=device).repeat_interleave(frames).expand(len(index), -1)
+        turns = [table.flatten(0, -2).repeat(columns, 1) for table in rotary] if rotary else []
+        return Frames(rotary, lay(index, names, turns))

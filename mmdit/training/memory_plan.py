@@ -4,13 +4,15 @@ The learner is built, and runs forward and backward, on fake tensors (shapes, ty
 adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are.
 What does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass.
 Compiled blocks (`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their temporaries are
-counted as if no operations were fused, so that such a plan is on the safe side.
+counted as if no operations were fused, so that such a plan should be on the safe side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
+import importlib.util
 import math
 import weakref
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from mmdit.interop.wan import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
+from mmdit.nn import kernels
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
@@ -42,7 +45,7 @@ SIZES = {  # of the released transformers, to plan before there is a file
     "5B": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48),
     "14B": WanConfig(5120, 13824, 40, 40),
 }
-TABLES = ((video_mmdit, "place_tables"), (video_mmdit, "temporal_rotary"), (video_mmdit, "coordinates"), (wan, "rotary_tables"))
+TABLES = ((video_mmdit, "place_tables"), (video_mmdit, "frame_tables"), (video_mmdit, "coordinates"), (wan, "rotary_tables"))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Meter(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
                 self._add(value.untyped_storage())
-        if "attention" in func.__name__ and func.__name__.endswith("backward.default"):
+        if func.__name__.startswith("_scaled_dot_product") and func.__name__.endswith("backward.default"):
             b, h, l, d = args[1].shape  # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a row
             self.peak = max(self.peak, self.live + 4 * b * h * (-(-l // 128) * 128) * (-(-d // 32) * 32 + 1))
         return result
@@ -140,6 +143,10 @@ def without_memory():
     with contextlib.ExitStack() as stack:
         for module, name in TABLES:
             stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
+        if importlib.util.find_spec("triton"):  # as on a GPU: the fused kernels say what they make and keep
+            stack.enter_context(mock.patch.object(kernels, "serve", lambda x: x.dtype != torch.float64))
+            for name in ("attention", "residual"):
+                stack.enter_context(mock.patch.object(kernels, name, importlib.import_module(f"mmdit.nn.fused_{name}")))
         stack.enter_context(mock.patch.object(torch, "unique", unique))
         stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -172,7 +179,13 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
 def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...],
                 captions: list[str]) -> MemoryPlan:
     """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f, r, c, d)` and `captions`, in
-    one process."""
+    one process. Of compiled blocks the smaller of the plans with and without compiling: neither knows fused operations."""
+    kinds = (False, True) if train.compiles("cuda") else (False,)
+    return min((_plan(build, train, ema, latents, captions, kind) for kind in kinds), key=lambda found: found.total)
+
+
+def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, latents: tuple[int, ...], captions: list[str],
+          compiled: bool) -> MemoryPlan:  # fmt: skip
     with without_memory() as meter:
         learner = build()
         if train.precision == "pure_bf16":
@@ -202,7 +215,7 @@ def plan_memory(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig
             loss.backward()
             return kept
 
-        if train.compiles("cuda"):
+        if compiled:
             torch._dynamo.reset()  # an earlier plan's graphs count towards the limit of one function's
             learner.compiled = True
             for block in learner.model.blocks:

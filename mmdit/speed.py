@@ -30,6 +30,7 @@ from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.report import Window, matmul_rate
 from mmdit.training.trainer import Trainer, TrainState
 
+LONG = 400  # matrix products, about half a second: a GPU keeps its first clock for some milliseconds only
 CAPTION = "a red ball moves slowly over a wide green field while a blue cube stands still"
 
 
@@ -88,7 +89,7 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> lis
 
 def row(part: str, times: list[float], samples: int, flops: float, device: torch.device) -> dict:
     """What is said of every part: milliseconds (median, least, most), rate, share of the matmul rate, memory."""
-    middle, rate = statistics.median(times), matmul_rate(device, torch.bfloat16)
+    middle, rate = statistics.median(times), matmul_rate(device, torch.bfloat16, repeats=LONG)
     told = {"part": part, "ms": round(middle, 2), "ms_min": round(min(times), 2), "ms_max": round(max(times), 2),
             "per_s": round(samples / middle * 1e3, 2), "tflops": round(flops / middle / 1e9, 1)}  # fmt: skip
     if rate:
@@ -112,38 +113,44 @@ def settings(args: Namespace) -> dict:
 def train(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
     """A row a shape for the training step; with `--profile` another: milliseconds of a step by family of kernels."""
     for shape in args.shapes:
-        fresh_peak(device)
-        bench = Bench(shape, device, args.compile, **settings(args))
-        begin = time.perf_counter()
-        timed(bench.step, device, 4)
-        warm = time.perf_counter() - begin
-        times = timed(bench.step, device, args.repeats)
-        keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
-        flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
-        facts = {"shape": list(shape), "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}
-        yield row("train", times, shape[0], flops, device) | facts
-        if args.profile:
-            yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
-        del bench
+        yield from _train(shape, args, device)
+
+
+def _train(shape: tuple[int, int, int, int], args: Namespace, device: torch.device) -> Iterator[dict]:
+    fresh_peak(device)
+    bench = Bench(shape, device, args.compile, **settings(args))
+    begin = time.perf_counter()
+    timed(bench.step, device, 4)
+    warm = time.perf_counter() - begin
+    times = timed(bench.step, device, args.repeats)
+    keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
+    flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
+    facts = {"shape": list(shape), "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}
+    yield row("train", times, shape[0], flops, device) | facts
+    if args.profile:
+        yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
 
 
 def sample(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
     """A row a shape: latents of captions by `--steps` steps with guidance, two calls of the network each."""
     for shape in args.shapes:
-        fresh_peak(device)
-        bench = Bench(shape, device, False, ema={"enabled": False}, **settings(args))
-        pipeline = Pipeline(bench.learner, build_tokenizer(bench.config.tokenizer), "bf16")
-        video = bench.config.video
+        yield _sample(shape, args, device)
 
-        def draw(steps: int) -> None:
-            chosen = SampleSettings(SamplerConfig("euler", steps), cfg_scale=3.0)
-            pipeline.latents([CAPTION] * shape[0], video.width, video.height, shape[1], chosen)
 
-        draw(2)
-        times = timed(lambda: draw(args.steps), device, 2)
-        flops = 2 * args.steps * shape[0] * bench.learner.train_flops(shape[1:], None) / 3  # forward is a third
-        yield row("sample", times, shape[0], flops, device) | {"shape": list(shape), "steps": args.steps}
-        del bench, pipeline
+def _sample(shape: tuple[int, int, int, int], args: Namespace, device: torch.device) -> dict:
+    fresh_peak(device)
+    bench = Bench(shape, device, False, ema={"enabled": False}, **settings(args))
+    pipeline = Pipeline(bench.learner, build_tokenizer(bench.config.tokenizer), "bf16")
+    video = bench.config.video
+
+    def draw(steps: int) -> None:
+        chosen = SampleSettings(SamplerConfig("euler", steps), cfg_scale=3.0)
+        pipeline.latents([CAPTION] * shape[0], video.width, video.height, shape[1], chosen)
+
+    draw(2)
+    times = timed(lambda: draw(args.steps), device, 2)
+    flops = 2 * args.steps * shape[0] * bench.learner.train_flops(shape[1:], None) / 3  # forward is a third
+    return row("sample", times, shape[0], flops, device) | {"shape": list(shape), "steps": args.steps}
 
 
 def peers(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:

@@ -1,10 +1,10 @@
 """A translator for new words: a base that never saw two colours learns them by adapters of cross-attention alone.
 
-    PYTHONPATH=VTP:. python tests/new_words.py [--steps 1100] [--adapter_steps 500]        about 10 minutes on two cores
+    PYTHONPATH=VTP:. python tests/new_words.py [--steps 900] [--adapter_steps 1000]        about 10 minutes on two cores
 
 Trains the quickstart's model on moving shapes without the new colours, then adapts it on all of them: LoRA and LoKr on the keys and
 values of cross-attention, and LoRA of the same size on attention within the picture. Prints one JSON object: how often the colour
-is right for the new and for the old words, before and after, and how far each adapter moves its base.
+is right for the new and for the old words, before and after, how far each adapter moves its base, and what becomes of attention.
 """
 
 import argparse
@@ -43,12 +43,20 @@ def colours(run: Path, device: str) -> dict[str, float]:
     return {which: round(sum(own) / len(own), 4) for which, own in right.items()} | {"prompts": {k: len(v) for k, v in right.items()}}
 
 
+def logits(told: dict, kind: str) -> dict[str, list[float]]:
+    """Before and after, over the layers of a kind: the largest logit, and the mean spread of logits and entropy."""
+    rows = [[row for name, row in told[which].items() if f".{kind}" in name] for which in ("before", "after")]
+    mean = lambda key: [round(sum(row[key] for row in some) / len(some), 3) for some in rows]  # noqa: E731
+    return {"max_logit": [round(max(row["max_logit"] for row in some), 2) for some in rows], "logit_std": mean("logit_std"),
+            "entropy": mean("mean_entropy")}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--adapter_steps", type=int, default=500)
-    parser.add_argument("--lr", default="3e-3", help="of the adapters")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--adapter_steps", type=int, default=1000)
+    parser.add_argument("--lr", default="5e-3", help="of the adapters")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -66,15 +74,19 @@ def main() -> None:
                             f"experiment_name={run}", "train.log_every_steps=100", *words])  # fmt: skip
             return folder / "runs" / run
 
+        asked = folder / "asked.txt"
+        asked.write_text("\n".join(f"a {color} circle on a white background" for color in COLORS))
         base = train("base", "known", f"train.max_steps={args.steps}")
         report = {"new": NEW, "base": colours(base, args.device)}
         for run, words in ADAPTERS.items():
             path = train(run, "all", f"train.max_steps={args.adapter_steps}", f"train.init_from={base}", f"train.lr={args.lr}",
                          "lora.enabled=true", *words)  # fmt: skip
             with contextlib.redirect_stdout(io.StringIO()):
-                inspect_adapter.main(["--base", str(path), "--out", str(folder / run)])
-            total = json.loads((folder / run / "report.json").read_text())["budget"]["total"]
+                inspect_adapter.main(["--base", str(path), "--prompts_file", str(asked), "--out", str(folder / run), "--device", args.device])
+            told = json.loads((folder / run / "report.json").read_text())
+            total = told["budget"]["total"]
             report[run] = colours(path, args.device) | {"moved": round(total["ratio"], 4), "spectral": round(total["max_spectral_ratio"], 4)}
+            report[run] |= {kind: logits(told, kind) for kind in ("spatial", "cross")}
     print(json.dumps(report))
 
 

@@ -66,10 +66,12 @@ class Words(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.dim = config.text_dim
+        self.register_buffer("place", torch.zeros(()))
 
     def forward(self, captions: list[str]) -> TextTokens:
         generator = torch.Generator().manual_seed(len(captions))
-        return TextTokens(torch.randn(len(captions), 6, self.dim, generator=generator), torch.ones(len(captions), 6, dtype=torch.bool))
+        words = torch.randn(len(captions), 6, self.dim, generator=generator)
+        return TextTokens(words, torch.ones(len(captions), 6, dtype=torch.bool)).to(self.place.device)
 
 
 class Decoder:

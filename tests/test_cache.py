@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from mmdit.data.buckets import BucketingConfig, VideoConfig
 from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.caching import cache_latents
 from mmdit.data.frames import PreprocessConfig
+from mmdit.data.items import index_entry, item_bytes, load_item, read_entry
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import read_records
 from mmdit.data.statistics import latent_statistics
@@ -289,3 +292,20 @@ def test_stopped_at_any_moment_the_finished_cache_is_byte_identical(images, tmp_
     report = run(images, tmp_path / "cache")
     assert report.already + report.written == 10 and report.already >= 3
     assert contents(tmp_path / "cache") == contents(tmp_path / "quiet")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7)])
+def test_an_item_is_what_torch_save_would_write(tmp_path, shape):
+    numbers = torch.randn(shape).half()
+    rest = {"caption": "ein Käfer 🐞\n", "facts": {"a": [1, 2.5, None, True]}, "source": {"size": [3, 4]}}
+    data, offset, crc = item_bytes(numbers.numpy(), rest)
+    (tmp_path / "a.pt").write_bytes(data)
+    for mapped in (False, True):
+        item = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
+        assert torch.equal(item.pop("latents"), numbers) and item == rest
+    raw = numbers.numpy().tobytes()
+    assert data[offset : offset + len(raw)] == raw and zlib.crc32(raw) == crc and offset % 64 == 0
+    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None and load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
+    torch.save({"latents": numbers, **rest}, tmp_path / "b.pt")  # one made elsewhere enters the index alike
+    assert read_entry("b", "b.pt", tmp_path, shape[-1]) | {"bytes": 0, "offset": 0} == \
+        index_entry("b", "b.pt", shape, rest, 0, 0, crc)  # fmt: skip

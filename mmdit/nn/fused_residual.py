@@ -30,14 +30,14 @@ def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_
     shifts = tl.load(shift + sample * shift_step + columns, mask=inside, other=0.0).to(tl.float32)
     scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
     for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
-        row = (sample * tokens + token) * width + columns
-        added = tl.load(change + row, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + row, mask=inside, other=0.0)
+        row = (sample * tokens + token) * width
+        added = tl.load(change + row + columns, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + row + columns, mask=inside, other=0.0)
         value = value + (gates * added).to(value.dtype)
-        tl.store(stream + row, value, mask=inside)
+        tl.store(stream + row + columns, value, mask=inside)
         value = value.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
-        tl.store(y + row, (value * inverse * scales + shifts).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + row + columns, (value * inverse * scales + shifts).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -46,25 +46,24 @@ def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_cha
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < width
-    gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
-    scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
     gate_sum, shift_sum = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     scale_sum = tl.zeros((D,), tl.float32)
     for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
-        row = (sample * tokens + token) * width + columns
-        value = tl.load(stream + row, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_y + row, mask=inside, other=0.0).to(tl.float32)
-        passed = tl.load(grad_stream + row, mask=inside, other=0.0)
-        added = tl.load(change + row, mask=inside, other=0.0)
+        row = (sample * tokens + token) * width
+        value = tl.load(stream + row + columns, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + row + columns, mask=inside, other=0.0).to(tl.float32)
+        passed = tl.load(grad_stream + row + columns, mask=inside, other=0.0)
+        added = tl.load(change + row + columns, mask=inside, other=0.0)
         inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
         value = value * inverse
         shift_sum += grad
         scale_sum += grad * value
-        grad = grad * scales
+        grad = grad * (1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32))
         total = passed.to(tl.float32) + (grad - value * (tl.sum(grad * value, 0) / width)) * inverse
-        tl.store(grad_x + row, total.to(passed.dtype), mask=inside)
+        tl.store(grad_x + row + columns, total.to(passed.dtype), mask=inside)
+        gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
         gate_sum += total * added.to(tl.float32)
-        tl.store(grad_change + row, (total * gates).to(added.dtype), mask=inside)
+        tl.store(grad_change + row + columns, (total * gates).to(added.dtype), mask=inside)
     own = sums + (sample * tl.num_programs(0) + part) * 3 * width + columns
     tl.store(own, gate_sum, mask=inside)
     tl.store(own + width, shift_sum, mask=inside)

@@ -45,7 +45,7 @@ def shop(tmp_path_factory):
 def one_rank(folder: Path, part: str) -> None:
     if part == "loop":
         compiled = torch.compile
-        torch.compile = lambda function, **options: compiled(function, backend="eager", **options)
+        torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
         with process_group("cpu", timeout_minutes=1) as world:
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

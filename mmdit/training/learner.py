@@ -32,7 +32,7 @@ class Learner(nn.Module):
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
 
-    def compile_model(self) -> None:
+    def compile_model(self, backend: str | Callable = "inductor") -> None:
         """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where
         no working compiler is installed torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
@@ -41,9 +41,9 @@ class Learner(nn.Module):
         self.compiled = True
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
-                block.forward = torch.compile(block.forward, dynamic=False)
+                block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
             else:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, backend=backend)
 
     def parts(self) -> dict[str, nn.Module]:
         """The experts that are trained, by name, or the one denoiser as ""."""

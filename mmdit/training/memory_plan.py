@@ -217,9 +217,7 @@ def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, late
 
         if compiled:
             torch._dynamo.reset()  # an earlier plan's graphs count towards the limit of one function's
-            learner.compiled = True
-            for block in learner.model.blocks:
-                block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+            learner.compile_model("aot_eager_decomp_partition")
             micro_batch()
             learner.zero_grad(set_to_none=True)
         gc.collect()

@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from mmdit.nn import kernels
 
 
 @pytest.mark.parametrize("case", [1, 4])  # the others: tests/fused_kernels.py, also for GPUs
@@ -17,3 +21,43 @@ def test_whole_models_agree_with_the_plain_path(case):
     done = subprocess.run([sys.executable, script, "--cases", str(case)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["fused_to_plain"] < 2e-5
+
+
+OWN = {"index": "*i32", "names": "*i32", "valid": "*u8", "scale": "fp32", **dict.fromkeys(("gain_grads", "sums", "grad_stream", "grad_x"), "*fp32"),
+       **dict.fromkeys(("stream", "x", "q_gain", "k_gain", "cosine", "sine", "gate", "shift", "grad_k", "grad_v"), "*fp32")}  # fmt: skip
+NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run", "width", "gate_step", "shift_step", "scale_step")
+
+
+@pytest.mark.parametrize("which, sizes", [
+    ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
+    ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 64, "D": 64, "NORM": True, "BACKWARD": True}),
+    ("residual._forward", {"MOST": 1024, "REST": 128}),
+    ("residual._backward", {"MOST": 1024, "REST": 128}),
+])  # fmt: skip
+def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmdit.nn import fused_attention, fused_residual
+
+    module, name = which.split(".")
+    kernel = getattr({"attention": fused_attention, "residual": fused_residual}[module], name)
+    types = {arg: "constexpr" if arg in sizes else "i32" if arg in NUMBERS else OWN.get(arg, "*bf16") for arg in kernel.arg_names}
+    if module == "residual":
+        types["scale"] = "*fp32"
+    constants = {(kernel.arg_names.index(arg),): value for arg, value in sizes.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024  # what a program may have on any GPU since the A100
+
+
+@pytest.mark.parametrize("capability, told", [((9, 0), False), ((7, 5), True)])
+def test_older_gpus_take_the_plain_path_and_are_told_once(monkeypatch, capability, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "_able", True)
+    monkeypatch.setattr(kernels, "residual", kernels)  # there
+    with warnings.catch_warnings(record=True) as heard:
+        kernels.look_at(torch.device("cpu"))
+        kernels.look_at(torch.device("cuda", 0))
+    assert kernels._able is not told and [("(7, 5)" in str(line.message)) for line in heard] == [True] * told

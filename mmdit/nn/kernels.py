@@ -6,10 +6,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
+CAPABILITY = (8, 0)  # of the GPUs with bfloat16, A100 and later
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _able = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 attention = importlib.import_module("mmdit.nn.fused_attention") if _able else None
@@ -18,3 +20,15 @@ residual = importlib.import_module("mmdit.nn.fused_residual") if _able else None
 
 def serve(x: Tensor) -> bool:
     return _able and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
+
+
+def look_at(device: torch.device) -> None:
+    """Where the kernels cannot serve on a GPU, say so once and leave them alone."""
+    global _able
+    if device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    reason = "Triton is not installed" if residual is None else f"it has compute capability {found}, they need {CAPABILITY}"
+    if residual is None or found < CAPABILITY:
+        _able = False
+        warnings.warn(f"no fused kernels on {device}: {reason}; the plain path computes the same, slower", stacklevel=2)

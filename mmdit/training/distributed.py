@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mmdit.nn import kernels
+
 CPU_THREADS = 4  # beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
 
 
@@ -59,6 +61,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device is {name!r}, must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r} but this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+    if "LOCAL_RANK" not in os.environ:  # under torchrun once this process has taken its own GPU
+        kernels.look_at(device)
     return device
 
 
@@ -71,6 +75,7 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        kernels.look_at(device)
         torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))
     if size == 1:
         yield World(0, 1, device)

@@ -264,12 +264,13 @@ class Slow(MeanPixels):
     name = "MeanPixels"
 
     def encode(self, pixels):
-        time.sleep(0.25)  # long enough that a busy parent still stops it half way
+        time.sleep(0.1)  # long enough that a busy parent still stops it half way
         return super().encode(pixels)
 
 
 def slow_run(meta, out):
     torch.set_num_threads(1)  # as DataLoader does in its forked workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
     sys.exit(7 if run(meta, out, Slow(), batch_size=1).interrupted else 0)
 
 

@@ -30,9 +30,9 @@ NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run
 
 @pytest.mark.parametrize("which, sizes", [
     ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
-    ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 64, "D": 64, "NORM": True, "BACKWARD": True}),
-    ("residual._forward", {"MOST": 1024, "REST": 128}),
-    ("residual._backward", {"MOST": 1024, "REST": 128}),
+    ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True}),
+    ("residual._forward", {"D": 2048}),
+    ("residual._backward", {"D": 2048}),
 ])  # fmt: skip
 def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     triton = pytest.importorskip("triton")

@@ -22,58 +22,45 @@ EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def _tile(source, rows, columns, valid):
-    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)
+def _load(source, rows, columns, valid):
+    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _save(target, rows, columns, valid, value):
-    tl.store(target + rows[:, None] + columns[None, :], value.to(target.dtype.element_ty), mask=valid[:, None])
-
-
-@triton.jit
-def _turn(low, high, cosine, sine):
-    return low * cosine - high * sine, high * cosine + low * sine
-
-
-@triton.jit
-def _ready(source, rows, valid, gain, cosine, sine, turns, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr):
-    """Queries or keys in two halves, normed and rotated in float32, in their own type."""
-    columns = tl.arange(0, HALF)
-    low = _tile(source, rows, columns, valid).to(tl.float32)
-    high = _tile(source + HALF, rows, columns, valid).to(tl.float32)
+def _prepare(low, high, gain, columns, cosine, sine, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr):
+    """Halves of queries or keys, normed and rotated; and the reciprocal root mean square of each row."""
+    inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
     if NORM:
-        inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
         low = low * inverse[:, None] * tl.load(gain + columns)[None, :]
         high = high * inverse[:, None] * tl.load(gain + HALF + columns)[None, :]
     if ROTATE:
-        low, high = _turn(low, high, _tile(cosine, turns, columns, valid), _tile(sine, turns, columns, valid))
-    return low.to(source.dtype.element_ty), high.to(source.dtype.element_ty)
+        low, high = low * cosine - high * sine, high * cosine + low * sine
+    return low, high, inverse
 
 
 @triton.jit
-def _back(source, target, grad_low, grad_high, rows, valid, gain, cosine, sine, turns, HALF: tl.constexpr, NORM: tl.constexpr,
-          ROTATE: tl.constexpr):  # fmt: skip
-    """From the gradients of what `_ready` returns, those of `source` into `target`; returns those of the gain's halves. Reads
-    the rows again: kept in registers they would push others out."""
-    columns = tl.arange(0, HALF)
+def _unprepare(grad_low, grad_high, low, high, inverse, gain, columns, cosine, sine, HALF: tl.constexpr, NORM: tl.constexpr,
+               ROTATE: tl.constexpr):  # fmt: skip
+    """From the gradient of `_prepare`'s outputs those of its inputs `low`, `high` and of the gain's halves."""
     if ROTATE:
-        grad_low, grad_high = _turn(grad_low, grad_high, _tile(cosine, turns, columns, valid), -_tile(sine, turns, columns, valid))
-    gain_low, gain_high = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+        grad_low, grad_high = grad_low * cosine + grad_high * sine, grad_high * cosine - grad_low * sine
     if NORM:
-        low = _tile(source, rows, columns, valid).to(tl.float32)
-        high = _tile(source + HALF, rows, columns, valid).to(tl.float32)
-        inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
         low, high = low * inverse[:, None], high * inverse[:, None]
-        gain_low, gain_high = tl.sum(grad_low * low, 0), tl.sum(grad_high * high, 0)
+    gain_low, gain_high = tl.sum(grad_low * low, 0), tl.sum(grad_high * high, 0)
+    if NORM:
         grad_low = grad_low * tl.load(gain + columns)[None, :]
         grad_high = grad_high * tl.load(gain + HALF + columns)[None, :]
         along = (tl.sum(grad_low * low, 1) + tl.sum(grad_high * high, 1)) / (2 * HALF)
         grad_low = (grad_low - low * along[:, None]) * inverse[:, None]
         grad_high = (grad_high - high * along[:, None]) * inverse[:, None]
-    _save(target, rows, columns, valid, grad_low)
-    _save(target + HALF, rows, columns, valid, grad_high)
-    return gain_low, gain_high
+    return grad_low, grad_high, gain_low, gain_high
+
+
+@triton.jit
+def _store_halves(target, low, high, rows, columns, valid, HALF: tl.constexpr):
+    kind = target.dtype.element_ty
+    tl.store(target + rows[:, None] + columns[None, :], low.to(kind), mask=valid[:, None])
+    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(kind), mask=valid[:, None])
 
 
 @triton.jit
@@ -84,50 +71,57 @@ def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit
-def _logit_grad(weights, change, values, scale):
-    grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
-    return (weights * (grad - tl.sum(weights * grad, 1)[:, None]) * scale).to(values.dtype)
-
-
 # ── within groups ────────────────────────────────────────────────────────────────────────────────────────────────────
 @triton.jit
 def _group_kernel(qkv, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_qkv, gain_grads, groups, block, apart, scale,
-                  HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-                  BACKWARD: tl.constexpr):  # fmt: skip
+                  HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+                  ROTATE: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
+    rows, columns, wide = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
+    group = tile % groups
+    place = tl.load(index + group * ROWS + rows)
+    name = tl.load(names + group * ROWS + rows)
+    valid = place >= 0
+    token = (tile // groups).to(tl.int64) * block + place
     WIDTH: tl.constexpr = HEADS * D
-    lanes, columns, wide = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
-    group, turns = tile % groups, lanes * HALF
-    place = tl.load(index + group * ROWS + lanes)
-    name = tl.load(names + group * ROWS + lanes)
-    valid, rows, inner = place >= 0, place * WIDTH, place * (3 * WIDTH)
-    start = (tile // groups).to(tl.int64) * block * WIDTH
-    source = qkv + 3 * start + head * D  # the rest of each address fits 32 bits
-    q1, q2 = _ready(source, inner, valid, q_gain, cosine, sine, turns, HALF, NORM, ROTATE)
-    k1, k2 = _ready(source + WIDTH, inner, valid, k_gain, cosine, sine, turns, HALF, NORM, ROTATE)
-    values = _tile(source + 2 * WIDTH, inner, wide, valid)
+    offset, inner = token * WIDTH + head * D, token * (3 * WIDTH) + head * D
+    turn_cos = tl.zeros((ROWS, HALF), tl.float32)
+    turn_sin = tl.zeros((ROWS, HALF), tl.float32)
+    if ROTATE:
+        turn_cos = tl.load(cosine + rows[:, None] * HALF + columns[None, :])
+        turn_sin = tl.load(sine + rows[:, None] * HALF + columns[None, :])
+    kind = qkv.dtype.element_ty
+    q_low, q_high = _load(qkv, inner, columns, valid), _load(qkv, inner + HALF, columns, valid)
+    k_low, k_high = _load(qkv + WIDTH, inner, columns, valid), _load(qkv + WIDTH, inner + HALF, columns, valid)
+    values = tl.load(qkv + 2 * WIDTH + inner[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+    q1, q2, q_inverse = _prepare(q_low, q_high, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
+    k1, k2, k_inverse = _prepare(k_low, k_high, k_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)
+    q1, q2, k1, k2 = q1.to(kind), q2.to(kind), k1.to(kind), k2.to(kind)
     weights = _softmax(q1, q2, k1, k2, name[:, None] == name[None, :], scale)
     if not BACKWARD:
-        result = tl.dot(weights.to(values.dtype), values, input_precision=EXACT)
-        _save(out + start + head * D, rows, wide, valid, result)
+        result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+        tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=valid[:, None])
     else:
-        target = grad_qkv + 3 * start + head * D
+        change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+        value_grad = tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+        tl.store(grad_qkv + 2 * WIDTH + inner[:, None] + wide[None, :], value_grad.to(kind), mask=valid[:, None])
+        weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+        logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+        logit_grad = logit_grad.to(kind)
+        back = tl.trans(logit_grad)
         own = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
-        change = _tile(grad + start + head * D, rows, wide, valid)
-        value_grad = tl.dot(tl.trans(weights.to(values.dtype)), change, input_precision=EXACT)
-        _save(target + 2 * WIDTH, inner, wide, valid, value_grad)
-        logit_grad = _logit_grad(weights, change, values, scale)
-        low, high = tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT)
-        gain_low, gain_high = _back(source, target, low, high, inner, valid, q_gain, cosine, sine, turns, HALF, NORM, ROTATE)
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT), q_low, q_high,
+            q_inverse, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
+        _store_halves(grad_qkv, low, high, inner, columns, valid, HALF)
         if NORM:
             tl.store(own, gain_low)
             tl.store(own + HALF, gain_high)
-        back = tl.trans(logit_grad)
-        low, high = tl.dot(back, q1, input_precision=EXACT), tl.dot(back, q2, input_precision=EXACT)
-        gain_low, gain_high = _back(source + WIDTH, target + WIDTH, low, high, inner, valid, k_gain, cosine, sine, turns, HALF,
-                                    NORM, ROTATE)  # fmt: skip
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(back, q1, input_precision=EXACT), tl.dot(back, q2, input_precision=EXACT), k_low, k_high, k_inverse, k_gain,
+            columns, turn_cos, turn_sin, HALF, NORM, ROTATE)  # fmt: skip
+        _store_halves(grad_qkv + WIDTH, low, high, inner, columns, valid, HALF)
         if NORM:
             tl.store(own + apart, gain_low)
             tl.store(own + apart + HALF, gain_high)
@@ -198,42 +192,53 @@ def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_k, grad_v, gain
                  BACKWARD: tl.constexpr):  # fmt: skip
     head, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HALF: tl.constexpr = D // 2
-    WIDTH: tl.constexpr = HEADS * D
-    lanes, columns, wide, places = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D), tl.arange(0, KEYS)
-    there, text, start = places < keys, places * WIDTH, sample * keys * WIDTH + head * D
-    k1, k2 = _tile(k + start, text, columns, there), _tile(k + start + HALF, text, columns, there)
-    values = _tile(v + start, text, wide, there)
+    rows, columns, wide, places = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D), tl.arange(0, KEYS)
+    kind = v.dtype.element_ty
+    there = places < keys
+    text = (sample * keys + places) * (HEADS * D) + head * D
+    k1 = tl.load(k + text[:, None] + columns[None, :], mask=there[:, None], other=0.0)
+    k2 = tl.load(k + text[:, None] + HALF + columns[None, :], mask=there[:, None], other=0.0)
+    values = tl.load(v + text[:, None] + wide[None, :], mask=there[:, None], other=0.0)
     allowed = tl.load(valid + sample * keys + places, mask=there, other=0) != 0
+    none = tl.zeros((ROWS, HALF), tl.float32)
     k1_grad, k2_grad = tl.zeros((KEYS, HALF), tl.float32), tl.zeros((KEYS, HALF), tl.float32)
     v_grad = tl.zeros((KEYS, D), tl.float32)
-    gain_low, gain_high = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    gain_low_sum, gain_high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, length), ROWS):
-        inside, rows = first + lanes < length, lanes * WIDTH
-        start = (sample * length + first) * WIDTH + head * D
-        q1, q2 = _ready(q + start, rows, inside, q_gain, q_gain, q_gain, lanes, HALF, NORM, False)
+        inside = first + rows < length
+        offset = (sample * length + first + rows) * (HEADS * D) + head * D
+        q_low, q_high = _load(q, offset, columns, inside), _load(q, offset + HALF, columns, inside)
+        q1, q2, inverse = _prepare(q_low, q_high, q_gain, columns, none, none, HALF, NORM, False)
+        q1, q2 = q1.to(kind), q2.to(kind)
         weights = _softmax(q1, q2, k1, k2, allowed[None, :], scale)
         if not BACKWARD:
-            _save(out + start, rows, wide, inside, tl.dot(weights.to(values.dtype), values, input_precision=EXACT))
+            result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+            tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=inside[:, None])
         else:
-            change = _tile(grad + start, rows, wide, inside)
-            v_grad += tl.dot(tl.trans(weights.to(values.dtype)), change, input_precision=EXACT)
-            logit_grad = _logit_grad(weights, change, values, scale)
+            change = tl.load(grad + offset[:, None] + wide[None, :], mask=inside[:, None], other=0.0)
+            v_grad += tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+            weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+            logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+            logit_grad = logit_grad.to(kind)
             back = tl.trans(logit_grad)
             k1_grad += tl.dot(back, q1, input_precision=EXACT)
             k2_grad += tl.dot(back, q2, input_precision=EXACT)
-            low, high = tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT)
-            low, high = _back(q + start, grad_q + start, low, high, rows, inside, q_gain, q_gain, q_gain, lanes, HALF, NORM, False)
-            gain_low += low
-            gain_high += high
+            low, high, gain_low, gain_high = _unprepare(
+                tl.dot(logit_grad, k1, input_precision=EXACT), tl.dot(logit_grad, k2, input_precision=EXACT), q_low, q_high,
+                inverse, q_gain, columns, none, none, HALF, NORM, False)  # fmt: skip
+            _store_halves(grad_q, low, high, offset, columns, inside, HALF)
+            gain_low_sum += gain_low
+            gain_high_sum += gain_high
     if BACKWARD:
-        start = (part * tl.num_programs(2) + sample) * keys * WIDTH + head * D
-        _save(grad_k + start, text, columns, there, k1_grad)
-        _save(grad_k + start + HALF, text, columns, there, k2_grad)
-        _save(grad_v + start, text, wide, there, v_grad)
+        samples = tl.num_programs(2)
+        own = (part * samples + sample) * keys * (HEADS * D)
+        text = own + places * (HEADS * D) + head * D
+        _store_halves(grad_k, k1_grad, k2_grad, text, columns, there, HALF)
+        tl.store(grad_v + text[:, None] + wide[None, :], v_grad, mask=there[:, None])
         if NORM:
-            own = ((part * tl.num_programs(2) + sample) * HEADS + head) * D + columns
-            tl.store(gain_grads + own, gain_low)
-            tl.store(gain_grads + own + HALF, gain_high)
+            own = ((part * samples + sample) * HEADS + head) * D
+            tl.store(gain_grads + own + columns, gain_low_sum)
+            tl.store(gain_grads + own + HALF + columns, gain_high_sum)
 
 
 def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int,
@@ -245,11 +250,11 @@ def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Ten
     parts = triton.cdiv(length, chunk)
     sums = [v.new_empty((parts if backward else 0, *v.shape), dtype=torch.float32) for _ in range(2)]
     gain = v.new_empty((parts, samples, heads, width // heads) if backward and gains else (0,), dtype=torch.float32)
-    result, rows = torch.empty_like(q), max(64, triton.next_power_of_2(keys))  # fewer than 64 keys cost more registers
+    result, rows = torch.empty_like(q), max(16, triton.next_power_of_2(keys))
     _text_kernel[(heads, parts, samples)](
         q, k, v, valid.contiguous().view(torch.uint8), result, *(gains or (q,)), grad.contiguous() if backward else q, result,
         *sums, gain, length, chunk, keys, (width // heads) ** -0.5, HEADS=heads, ROWS=64, KEYS=rows, D=width // heads,
-        NORM=bool(gains), BACKWARD=backward, num_warps=rows // 16, num_stages=1,
+        NORM=bool(gains), BACKWARD=backward, num_warps=4 * max(1, rows // 64),
     )  # fmt: skip
     if not backward:
         return [result]

@@ -8,8 +8,6 @@ gradients of gate, scale and shift are, stay in registers.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -17,105 +15,67 @@ from torch import Tensor
 
 from mmdit.nn import EPSILON
 
-PROGRAMS, ROWS, WARPS = (int(n) for n in os.environ.get("RES", "1024,1,8").split(","))
+PROGRAMS = 1024  # about; each leaves its sums to a last reduction
 EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def _vector(source, columns, width):
-    return tl.load(source + columns, mask=columns < width, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _sum(x, change, gate, stream, columns, width):
-    """The stream of a token, written; its values and the sum of their squares."""
-    value = tl.load(x + columns, mask=columns < width, other=0.0)
-    value = value + (_vector(gate, columns, width) * _vector(change, columns, width)).to(value.dtype)
-    tl.store(stream + columns, value, mask=columns < width)
-    value = value.to(tl.float32)
-    return value, tl.sum(value * value, 0)
-
-
-@triton.jit
-def _modulate(value, shift, scale, y, columns, width):
-    value = value * (1 + _vector(scale, columns, width)) + _vector(shift, columns, width)
-    tl.store(y + columns, value.to(y.dtype.element_ty), mask=columns < width)
-
-
-@triton.jit
-def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_step, shift_step, scale_step, MOST: tl.constexpr,
-             REST: tl.constexpr):  # fmt: skip
+def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_step, shift_step, scale_step, D: tl.constexpr):
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    left, right = tl.arange(0, MOST), MOST + tl.arange(0, REST)
-    gate, shift, scale = gate + sample * gate_step, shift + sample * shift_step, scale + sample * scale_step
+    columns = tl.arange(0, D)
+    inside = columns < width
+    gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
+    shifts = tl.load(shift + sample * shift_step + columns, mask=inside, other=0.0).to(tl.float32)
+    scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
     for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
-        row = (sample * tokens + token) * width
-        a, squares = _sum(x + row, change + row, gate, stream + row, left, width)
-        b, more = _sum(x + row, change + row, gate, stream + row, right, width)
-        inverse = tl.rsqrt((squares + more) / width + EPS)
-        _modulate(a * inverse, shift, scale, y + row, left, width)
-        _modulate(b * inverse, shift, scale, y + row, right, width)
-
-
-@triton.jit
-def _read(stream, grad_y, scale, columns, width):
-    """Of a token: its stream, the gradient of its modulated norm, that of its norm; the sums that the norm's backward takes."""
-    value, grad = _vector(stream, columns, width), _vector(grad_y, columns, width)
-    inner = grad * (1 + _vector(scale, columns, width))
-    return value, grad, inner, tl.sum(value * value, 0), tl.sum(inner * value, 0)
-
-
-@triton.jit
-def _write(value, inner, along, inverse, change, gate, grad_stream, grad_x, grad_change, columns, width):
-    """The gradients of a token's stream and change; returns the gate's."""
-    passed = tl.load(grad_stream + columns, mask=columns < width, other=0.0)
-    total = passed.to(tl.float32) + (inner - value * along) * inverse
-    tl.store(grad_x + columns, total.to(passed.dtype), mask=columns < width)
-    changed = (total * _vector(gate, columns, width)).to(grad_change.dtype.element_ty)
-    tl.store(grad_change + columns, changed, mask=columns < width)
-    return total * _vector(change, columns, width)
-
-
-@triton.jit
-def _keep_sums(sums, gate, shift, scale, columns, width):
-    tl.store(sums + columns, gate, mask=columns < width)
-    tl.store(sums + width + columns, shift, mask=columns < width)
-    tl.store(sums + 2 * width + columns, scale, mask=columns < width)
+        row = (sample * tokens + token) * width + columns
+        added = tl.load(change + row, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + row, mask=inside, other=0.0)
+        value = value + (gates * added).to(value.dtype)
+        tl.store(stream + row, value, mask=inside)
+        value = value.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
+        tl.store(y + row, (value * inverse * scales + shifts).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, tokens, run, width, gate_step,
-              scale_step, MOST: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+              scale_step, D: tl.constexpr):  # fmt: skip
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    left, right = tl.arange(0, MOST), MOST + tl.arange(0, REST)
-    gate, scale = gate + sample * gate_step, scale + sample * scale_step
-    gate_a, shift_a, scale_a = tl.zeros((MOST,), tl.float32), tl.zeros((MOST,), tl.float32), tl.zeros((MOST,), tl.float32)
-    gate_b, shift_b, scale_b = tl.zeros((REST,), tl.float32), tl.zeros((REST,), tl.float32), tl.zeros((REST,), tl.float32)
+    columns = tl.arange(0, D)
+    inside = columns < width
+    gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
+    scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
+    gate_sum, shift_sum = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
+    scale_sum = tl.zeros((D,), tl.float32)
     for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
-        row = (sample * tokens + token) * width
-        a, grad_a, inner_a, squares_a, along_a = _read(stream + row, grad_y + row, scale, left, width)
-        b, grad_b, inner_b, squares_b, along_b = _read(stream + row, grad_y + row, scale, right, width)
-        inverse = tl.rsqrt((squares_a + squares_b) / width + EPS)
-        along = (along_a + along_b) * inverse / width
-        a, b = a * inverse, b * inverse
-        shift_a, shift_b = shift_a + grad_a, shift_b + grad_b
-        scale_a, scale_b = scale_a + grad_a * a, scale_b + grad_b * b
-        gate_a += _write(a, inner_a, along, inverse, change + row, gate, grad_stream + row, grad_x + row, grad_change + row, left, width)
-        gate_b += _write(b, inner_b, along, inverse, change + row, gate, grad_stream + row, grad_x + row, grad_change + row, right, width)
-    sums += (sample * tl.num_programs(0) + part) * 3 * width
-    _keep_sums(sums, gate_a, shift_a, scale_a, left, width)
-    _keep_sums(sums, gate_b, shift_b, scale_b, right, width)
+        row = (sample * tokens + token) * width + columns
+        value = tl.load(stream + row, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + row, mask=inside, other=0.0).to(tl.float32)
+        passed = tl.load(grad_stream + row, mask=inside, other=0.0)
+        added = tl.load(change + row, mask=inside, other=0.0)
+        inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
+        value = value * inverse
+        shift_sum += grad
+        scale_sum += grad * value
+        grad = grad * scales
+        total = passed.to(tl.float32) + (grad - value * (tl.sum(grad * value, 0) / width)) * inverse
+        tl.store(grad_x + row, total.to(passed.dtype), mask=inside)
+        gate_sum += total * added.to(tl.float32)
+        tl.store(grad_change + row, (total * gates).to(added.dtype), mask=inside)
+    own = sums + (sample * tl.num_programs(0) + part) * 3 * width + columns
+    tl.store(own, gate_sum, mask=inside)
+    tl.store(own + width, shift_sum, mask=inside)
+    tl.store(own + 2 * width, scale_sum, mask=inside)
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
-    """The grid of programs; tokens of a sample, of a program, and the width; options. A row is cut in two parts, as Triton's
-    vectors are powers of two: 1152 = 1024 + 128."""
+    """The grid of programs; tokens of a sample, of a program, and the width; options."""
     samples, width = len(x), x.shape[-1]
     tokens = x.numel() // (samples * width)
     run = triton.cdiv(tokens * samples, PROGRAMS)
-    most = 1 << (width.bit_length() - 1)
-    options = {"MOST": most, "REST": max(16, triton.next_power_of_2(width - most)), "num_warps": 4 if most <= 1024 else 8}
-    return (triton.cdiv(tokens, run), samples), (tokens, run, width), options
+    side = triton.next_power_of_2(width)
+    return (triton.cdiv(tokens, run), samples), (tokens, run, width), {"D": side, "num_warps": 4 if side <= 1024 else 8}
 
 
 @torch.library.custom_op("mmdit::add_norm", mutates_args=())

@@ -135,9 +135,9 @@ class CacheWriter:
 
     def add_many(self, ids: list[str], latents: Tensor, captions: list[str], facts: list[dict] | None = None,
                  sources: list[dict] | None = None, checked: bool = False) -> None:  # fmt: skip
-        """Items of one shape, `latents (B, F, H, W, C)` raw; `checked`: they come from `to_half`, and are finite. `facts`: what is known of each, plain JSON values. `sources`:
-        where it was cut from. An id that is there is replaced. ValueError for latents that float16 cannot hold or whose size is
-        not in the manifest."""
+        """Items of one shape, `latents (B, F, H, W, C)` raw; `checked`: they come from `to_half`, and are finite. `facts`: what
+        is known of each, plain JSON values. `sources`: where it was cut from. An id that is there is replaced. ValueError for
+        latents that float16 cannot hold or whose size is not in the manifest."""
         if latents.ndim != 5 or not latents.shape[1]:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns, channels)")
         rows, columns, channels = latents.shape[2:]

@@ -37,6 +37,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
 
 
+def gains_of(*norms: nn.Module) -> list[Tensor]:
+    """Weights of the norms; none where queries and keys are not normed."""
+    return [norm.weight for norm in norms if isinstance(norm, RMSNorm)]
+
+
 class Attention(nn.Module):
     """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and keys per head (Dehghani et al.
     2023), dropout on what is added to the stream."""
@@ -64,12 +69,9 @@ class Attention(nn.Module):
     def fuses(self, x: Tensor) -> bool:
         return kernels.serve(x) and x.shape[-1] // self.num_heads in (32, 64, 128) and not observers
 
-    def gains(self, *norms: nn.Module) -> list[Tensor]:
-        return [norm.weight for norm in norms if isinstance(norm, RMSNorm)]
-
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
-        layers, gains = (self.q, self.k, self.v), self.gains(self.q_norm, self.k_norm)
+        layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
         if all(type(layer) is nn.Linear for layer in layers):  # one product: its backward pass adds three gradients in one, too
             qkv = F.linear(x, torch.cat([layer.weight for layer in layers]))
         else:  # adapters
@@ -120,7 +122,7 @@ class CrossAttention(Attention):
         """`x (b, f, n, k, h·d)`, `text (b, t, h·d)`, `valid (b, t)` bool with a valid token in every row → like `x`."""
         f, n, k = x.shape[1:4]
         if text.shape[1] <= WIDEST and self.fuses(x):
-            q, v, gains = self.q(x.flatten(1, 3)), self.v(text), self.gains(self.q_norm)
+            q, v, gains = self.q(x.flatten(1, 3)), self.v(text), gains_of(self.q_norm)
             keys = self.k_norm(self.k(text).unflatten(-1, (self.num_heads, -1))).flatten(-2).to(v.dtype)
             return self.output(kernels.attention.text_attention(q, keys, v, valid, gains, self.num_heads)).view_as(x)
         queries, keys, values = self.heads(x, text)

@@ -8,11 +8,10 @@ costs, beside diffusers with peft where they are installed. A JSON line for each
 Steps: batch 1, rank 16, bfloat16 base, autocast, fused AdamW on float32 adapters, 100 words of a padded text; median of 5 after
 one that warms up (and compiles). `tflops`: the work of one forward and backward pass, recomputation not counted; `share`: of
 the rate of an 8192³ bfloat16 product in the same call. Memory: what tensors take at most, of 120 GB that are allowed. Compiling
-may take a minute for each shape, kind of stream and kind of attention.
+may take a minute for each shape and kind of stream.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import math
@@ -22,9 +21,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.models.wan import WanConfig, WanDiT
@@ -53,16 +50,13 @@ class Way:
     residual: str = "float32"
     compiled: bool = True
     collapse: bool = True
-    cudnn: bool = False
-    lean: bool = True  # as the trainer compiles Wan
 
 
 WAYS = [  # the likely best first, what is compiled anew last; None: the peer
     Way("plain"), Way("checkpointing, bf16 stream", checkpointing=True, residual="autocast"), None,
     Way("checkpointing", checkpointing=True), Way("plain, bf16 stream", residual="autocast"),
     Way("every second block", checkpointing=True, every=2), Way("plain, padding not collapsed", collapse=False),
-    Way("checkpointing, not compiled", checkpointing=True, compiled=False), Way("plain, cudnn", cudnn=True),
-    Way("plain, not lean", lean=False),
+    Way("checkpointing, not compiled", checkpointing=True, compiled=False),
 ]  # fmt: skip
 
 
@@ -96,9 +90,8 @@ def inputs(config: WanConfig, grid: tuple[int, int, int], device: str, length: i
 class Bench:
     def __init__(self, device: str, tiny: bool, steps: int, deadline: float):
         self.device, self.tiny, self.steps, self.deadline = device, tiny, steps, deadline
-        self.cuda, self.kind, self.known = device == "cuda", (False, True), set()
+        self.cuda, self.known = device == "cuda", set()
         torch._dynamo.config.recompile_limit = GRAPHS
-        torch._functorch.config.enable_autograd_cache = False  # its key does not know which attention kernels are allowed
         if self.cuda:
             share = GIGABYTES * 1e9 / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -185,14 +178,8 @@ class Bench:
         parameters = [p for p in model.parameters() if p.requires_grad]
         x, t, text = inputs(model.config, grid, self.device, min(112, model.config.text_len) - 1)
         flops = WanDenoiser.train_flops(model, grid, text.shape[1])
-        if (way.cudnn, way.lean) != self.kind:  # a compiled block stays as it was compiled
-            torch._dynamo.reset()
-            self.kind = way.cudnn, way.lean
-        torch._functorch.config.aggressive_recomputation = way.lean
-        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(kernels, set_priority=True) if way.cudnn else contextlib.nullcontext():
-            return self.step(shape, "ours", lambda: model(x, t, text), parameters, flops, way=way.name, compiled=way.compiled,
-                             checkpointing=way.checkpointing, trained=sum(p.numel() for p in parameters), targets=list(targets))
+        return self.step(shape, "ours", lambda: model(x, t, text), parameters, flops, way=way.name, compiled=way.compiled,
+                         checkpointing=way.checkpointing, trained=sum(p.numel() for p in parameters), targets=list(targets))
 
     def peer(self, shape: str, config: WanConfig, grid: tuple[int, int, int], targets: str, flops: float) -> float | None:
         try:
@@ -236,8 +223,7 @@ class Bench:
         medians: dict[str, float] = {}
         model = None
         for way in WAYS:
-            compiles = way is not None and (not medians or (way.cudnn, way.lean) != self.kind)
-            if time.monotonic() > self.deadline - (0 if self.tiny else 80 if compiles else 30):
+            if time.monotonic() > self.deadline - (0 if self.tiny else 30 if medians else 80):  # the first one compiles
                 name = way.name if way else "diffusers + peft"
                 say(what="skipped", shape=shape, way=name, why="no time left: raise --seconds or use --only")
                 continue

@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from test_wan import TINY, VARIANTS, error, random_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition as PARTITION
 
 from mmdit.adapters import LoRAConfig, adapters, inject
 from mmdit.models.wan_denoiser import WanModelConfig
@@ -93,3 +96,23 @@ def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recompute
         again, other = step(model, t, **more)
         assert error(again, output) < 1e-3
         assert all(error(other[name], value) < 0.05 for name, value in gradients.items() if value.norm() > 1e-4)
+
+
+def test_a_compiled_block_keeps_products_and_attention_for_its_backward_pass():
+    model, passes = adapted(), []
+
+    def looked_at(graph, inputs):
+        kinds = [node.target.overloadpacket.__name__ for node in graph.graph.nodes if hasattr(node.target, "overloadpacket")]
+        passes.append({"attention": sum(kind.startswith("_scaled_dot_product") and "backward" not in kind for kind in kinds),
+                       "products": sum(kind in ("mm", "addmm") for kind in kinds), "norms": kinds.count("rsqrt")})  # fmt: skip
+        return make_boxed_func(graph.forward)
+
+    model.blocks[1].compile(backend=aot_autograd(fw_compiler=looked_at, partition_fn=PARTITION), dynamic=False)
+    expected = step(adapted())
+    output, gradients = step(model)
+    assert error(output, expected[0]) < 1e-3 and all(error(gradients[name], value) < 0.05 for name, value in expected[1].items())
+    forward, backward = passes
+    linear = 10 + 2 * 2  # of self- and cross-attention and the MLP; the LoRA's two pairs
+    assert forward["attention"] == 2 and forward["products"] == linear
+    back = 10 - 2 + 2 * 3  # no gradient to the text: k and v have theirs through A, B and a second product of B
+    assert backward["attention"] == 0 and backward["products"] == back and backward["norms"] == forward["norms"] == 4, (forward, backward)

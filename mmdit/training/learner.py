@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -37,7 +36,6 @@ class Learner(nn.Module):
         no working compiler is installed torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
-        torch._functorch.config.aggressive_recomputation = any(getattr(part, "lean", False) for part in self.model.modules())
         self.compiled = True
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled

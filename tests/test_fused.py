@@ -31,8 +31,7 @@ NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run
 @pytest.mark.parametrize("which, sizes", [
     ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
     ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True}),
-    ("residual._forward", {"D": 2048}),
-    ("residual._backward", {"D": 2048}),
+    *((f"residual.{name}", {"D": d, "STAGES": stages}) for name in ("_forward", "_backward") for d, stages in ((2048, 4), (4096, 2))),
 ])  # fmt: skip
 def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     triton = pytest.importorskip("triton")

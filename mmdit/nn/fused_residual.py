@@ -15,19 +15,20 @@ from torch import Tensor
 
 from mmdit.nn import EPSILON
 
-PROGRAMS = 1024  # about; each leaves its sums to a last reduction
+PROGRAMS = 528  # about; each leaves its sums to a last reduction
 EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_step, shift_step, scale_step, D: tl.constexpr):
+def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_step, shift_step, scale_step, D: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < width
     gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
     shifts = tl.load(shift + sample * shift_step + columns, mask=inside, other=0.0).to(tl.float32)
     scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
-    for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
+    for token in tl.range(part * run, tl.minimum((part + 1) * run, tokens), num_stages=STAGES):
         row = (sample * tokens + token) * width + columns
         added = tl.load(change + row, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + row, mask=inside, other=0.0)
@@ -40,7 +41,7 @@ def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_
 
 @triton.jit
 def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, tokens, run, width, gate_step,
-              scale_step, D: tl.constexpr):  # fmt: skip
+              scale_step, D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < width
@@ -48,7 +49,7 @@ def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_cha
     scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(tl.float32)
     gate_sum, shift_sum = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     scale_sum = tl.zeros((D,), tl.float32)
-    for token in range(part * run, tl.minimum((part + 1) * run, tokens)):
+    for token in tl.range(part * run, tl.minimum((part + 1) * run, tokens), num_stages=STAGES):
         row = (sample * tokens + token) * width + columns
         value = tl.load(stream + row, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_y + row, mask=inside, other=0.0).to(tl.float32)
@@ -70,12 +71,14 @@ def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_cha
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
-    """The grid of programs; tokens of a sample, of a program, and the width; options."""
+    """The grid of programs; tokens of a sample, of a program, and the width; options. Rows are fetched some steps ahead: without
+    that a program waits for each."""
     samples, width = len(x), x.shape[-1]
     tokens = x.numel() // (samples * width)
     run = triton.cdiv(tokens * samples, PROGRAMS)
     side = triton.next_power_of_2(width)
-    return (triton.cdiv(tokens, run), samples), (tokens, run, width), {"D": side, "num_warps": 4 if side <= 1024 else 8}
+    options = {"STAGES": 4, "num_warps": 4} if side <= 2048 else {"STAGES": 2, "num_warps": 8}
+    return (triton.cdiv(tokens, run), samples), (tokens, run, width), {"D": side, **options}
 
 
 @torch.library.custom_op("mmdit::add_norm", mutates_args=())

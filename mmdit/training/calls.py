@@ -19,6 +19,12 @@ Call = Callable[[Tensor, Tensor], Tensor]  # latents, times → prediction
 _able = True  # until a capture fails
 
 
+def can_replay(model: nn.Module, x: Tensor) -> bool:
+    """False also where somebody looks at each call, of which a replay would show nothing."""
+    watched = attention.observers or any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return _able and x.is_cuda and not watched
+
+
 @lru_cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all runs, as cuBLAS keeps a workspace for every stream that it has seen."""
@@ -74,13 +80,12 @@ class Calls:
         if not isinstance(model, VideoMMDiT) or isinstance(model, FSDPModule):  # shards are gathered by whole calls alone
             return model(x, t, text)
         kind = (id(model), id(text), x.shape, x.dtype)
-        replays = _able and x.is_cuda and not _watched(model)
         if kind not in self.made:
             call = partial(model, text=model.prepare(text))
             self.made[kind] = text, call
-            return first_call(call, x, t) if replays else call(x, t)
+            return first_call(call, x, t) if can_replay(model, x) else call(x, t)
         call = self.made[kind][1]
-        if replays and not isinstance(call, Replay):
+        if not isinstance(call, Replay) and can_replay(model, x):
             call = self._captured(call, x, t)
             self.made[kind] = text, call
         return call(x, t)
@@ -95,8 +100,3 @@ class Calls:
             reason = str(error).partition("\n")[0]
             warnings.warn(f"sampling without CUDA graphs, the same but slower where batches are small: {reason}", stacklevel=2)
             return call
-
-
-def _watched(model: nn.Module) -> bool:
-    """Whether somebody looks at each call, which a replay would not show."""
-    return bool(attention.observers) or any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())

@@ -103,9 +103,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor,
                 text: Tensor | tuple[Tensor, Tensor], valid: Tensor, places: Places, frames: Frames
                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes its
-        norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys and values, `valid (b, t)` → the stream after this block,
-        likewise in three."""
+        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes
+        its norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys and values, `valid (b, t)` → the stream after this
+        block, likewise in three."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3))
         x, seen = add_norm(x, change, gate, space)

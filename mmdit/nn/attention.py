@@ -120,8 +120,8 @@ class CrossAttention(Attention):
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the text."""
-        v = self.v(text)
-        return self._normed(self.k_norm, self.k(text), v.dtype), v
+        k, v = self.k(text), self.v(text)
+        return self._normed(self.k_norm, k, v.dtype), v
 
     def _normed(self, norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
         return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2).to(dtype)

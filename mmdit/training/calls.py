@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
@@ -59,19 +60,37 @@ class Replay:
         return self.result.clone()
 
 
+def captured(call: Call, x: Tensor, t: Tensor) -> Call:
+    """A `Replay`, or where that fails the call itself; this is told, and not tried again."""
+    global _able
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        return Replay(call, x, t, pool)
+    except RuntimeError as error:
+        reason = str(error.__context__ or error).partition("\n")[0]
+    _able = False
+    warnings.warn(f"sampling without CUDA graphs, the same but slower where batches are small: {reason}", stacklevel=2)
+    for finish in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # what torch 2.11 leaves undone (pytorch#180395, #190348)
+        with suppress(Exception):  # done already, in later versions
+            getattr(torch._C, finish)(x.device.index, pool)
+        torch.cuda.empty_cache()
+    return call
+
+
 class Calls:
     """`calls(model, x, t, text)` is `model(x, t, text)`. Of a Video MMDiT, alone or in a pair, what depends on the text alone
     is computed in the first call with this very `text`; on CUDA the second call is captured, and it and those that follow are
-    replayed: bit for bit the same. Leaving the context frees all that. Any other network is called as it is."""
+    replayed: bit for bit the same. Leaving the context, which belongs outside autocast's, frees all that. Any other network is
+    called as it is."""
 
     def __enter__(self) -> Calls:
         self.made: dict[tuple, tuple[TextTokens, Call]] = {}  # the text is held, so that no other has its id
-        self.pool = None
         return self
 
     def __exit__(self, *_) -> None:
+        graphs = any(isinstance(call, Replay) for _, call in self.made.values())
         self.made.clear()
-        if self.pool is not None:
+        if graphs:
             torch.cuda.empty_cache()
 
     def __call__(self, model: nn.Module, x: Tensor, t: Tensor, text: TextTokens) -> Tensor:
@@ -86,17 +105,6 @@ class Calls:
             return first_call(call, x, t) if can_replay(model, x) else call(x, t)
         call = self.made[kind][1]
         if not isinstance(call, Replay) and can_replay(model, x):
-            call = self._captured(call, x, t)
+            call = captured(call, x, t)
             self.made[kind] = text, call
         return call(x, t)
-
-    def _captured(self, call: Call, x: Tensor, t: Tensor) -> Call:
-        global _able
-        try:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
-            return Replay(call, x, t, self.pool)
-        except RuntimeError as error:
-            _able = False
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"sampling without CUDA graphs, the same but slower where batches are small: {reason}", stacklevel=2)
-            return call

@@ -77,7 +77,7 @@ class Pipeline:
         learner.eval()
         try:
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
-            with autocast, torch.compiler.set_stance("force_eager"), Calls() as calls:
+            with Calls() as calls, autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
                 if settings.negative_prompt:
                     negative = learner.text_encoder([settings.negative_prompt])

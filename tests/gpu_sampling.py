@@ -68,7 +68,7 @@ def speed(device: torch.device, shape: tuple, model: dict, steps: int) -> dict:
         with way(name):
             case.draw(3)  # kernels, tables
             fresh_peak(device)
-            times = timed(lambda: drawn.update({name: case.draw(steps)}), device, 2 if shape[0] > 1 else 5)
+            times = timed(lambda: drawn.update({name: case.draw(steps)}), device, 2 if shape[0] > 1 else 3)
             gib = [round(getattr(torch.cuda, meter)() / 2**30, 2) for meter in METERS if device.type == "cuda"]
             told[name] = row(name, times, shape[0], flops, device) | {"gib": gib, "replayed": calls._able}
     return told | compared(drawn)

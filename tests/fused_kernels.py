@@ -39,7 +39,9 @@ def run(case: tuple, device: torch.device, autocast: bool, fuse: bool) -> dict[s
     serve, kernels.serve = kernels.serve, lambda x: fuse
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = model(x, torch.tensor([100.0, 900.0], device=device), text, keep)
+            t = torch.tensor([100.0, 900.0], device=device)
+            out = model(x, t, text, keep)
+            assert torch.equal(model(x, t, model.prepare(text), keep), out), "keys and values made beforehand"
         (out.float() * torch.randn(out.shape).to(device)).sum().backward()
     finally:
         kernels.serve = serve

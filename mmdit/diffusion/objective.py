@@ -89,8 +89,10 @@ class Objective(ABC):
         return denoise
 
     def _network_time(self, t: Time, x: Tensor) -> Tensor:
-        t = torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range)
-        return (t * self.time_scale).float().to(x.device).expand(len(x))
+        t = (torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range) * self.time_scale).float()
+        if t.dim() == 0 and t.device.type == "cpu":  # written there by a kernel: a copy would wait for the work queued there
+            return torch.full((len(x),), t.item(), dtype=torch.float32, device=x.device)
+        return t.to(x.device).expand(len(x))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Axes: b sample · f frame · r row · c column · n window · k place in the win
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,6 +77,16 @@ class VideoMMDiTConfig:
         return self.dim // self.num_heads
 
 
+@dataclass(frozen=True)
+class PreparedText:
+    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their keys and values; `valid
+    (b, t)`; `pooled (b, d)`, or 0 without."""
+
+    context: list[Tensor | tuple[Tensor, Tensor]]
+    valid: Tensor
+    pooled: Tensor | int
+
+
 class Block(nn.Module):
     """Space, time, text, MLP, each behind AdaLN-Zero (Peebles & Xie 2023): with closed gates the block is the identity.
     The modulation is the model's shared one plus this block's table (as in PixArt-α, Chen et al. 2023, section 2.3)."""
@@ -90,10 +100,12 @@ class Block(nn.Module):
         self.mlp = {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config.dim, config.mlp_ratio, config.dropout)
         self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
 
-    def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor, text: Tensor, valid: Tensor,
-                places: Places, frames: Frames) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes its
-        norm. `modulation (b, 12, d)`, `text (b, t, d)`, `valid (b, t)` → the stream after this block, likewise in three."""
+    def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor,
+                text: Tensor | tuple[Tensor, Tensor], valid: Tensor, places: Places, frames: Frames
+                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes
+        its norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys and values, `valid (b, t)` → the stream after this
+        block, likewise in three."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3))
         x, seen = add_norm(x, change, gate, space)
@@ -175,34 +187,51 @@ class VideoMMDiT(nn.Module):
         grid = self.windows(rows, columns)
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
-    def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: Tensor | None = None,
+    def prepare(self, text: TextTokens) -> PreparedText:
+        """For many calls with the same captions and weights, as in sampling, under the autocast of those calls. Keys and values
+        are `2 · depth · b · t · d` numbers."""
+        read = self._read(text)
+        context = [block.cross.keys_values(tokens) for block, tokens in zip(self.blocks, read.context, strict=True)]
+        return replace(read, context=context)
+
+    def _read(self, text: TextTokens) -> PreparedText:
+        if text.embeddings.shape[-1] != self.text_dim:
+            raise ValueError(f"text tokens are {text.embeddings.shape[-1]} wide, the model was made for {self.text_dim}; "
+                             "use the text encoder it was trained with")
+        tokens, valid = self.text(text)
+        with torch.autocast(tokens.device.type, enabled=False):
+            pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0
+        return PreparedText([tokens] * len(self.blocks), valid, pooled)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextTokens | PreparedText, keep: Tensor | None = None,
                 crop: Tensor | None = None) -> Tensor:
-        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions → the prediction, shaped like `x`. `keep`: from
-        `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError if shapes do not
-        belong together."""
-        self._check(x, t, text)
+        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions, `prepare`d or not → the prediction, shaped like
+        `x`. `keep`: from `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError
+        if shapes do not belong together."""
+        self._check(x, t, len(text.valid))
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
             time = self.time(t)
             if self.crop is not None:
-                time = time + self.crop(t.new_tensor([[0.0, 0.0, 1.0, 1.0]]) if crop is None else crop)
+                whole = nn.functional.pad(t.new_zeros(1, 2), (0, 2), value=1.0)
+                time = time + self.crop(whole if crop is None else crop)
             elif crop is not None:
                 raise ValueError("crop is given, but the model was built without; set model.crop: true")
             when = self.frame(x.shape[1] if self.config.temporal_position else 1)  # (f or 1, d)
             where = self.position(coordinates(grid, x.device, exact)) + when[:, None, None]  # (f or 1, n, k, d)
-        tokens, valid = self.text(text)
+        read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
-            pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0
-            condition = nn.functional.silu(time + pooled)
+            condition = nn.functional.silu(time + read.pooled)
             modulation = rearrange(upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS)
             last = rearrange(upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2)
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
-        _, seen = add_norm(*self._run_blocks(h, grid, exact, keep, modulation, tokens, valid), Modulation(*last, last[1]))
+        _, seen = add_norm(*self._run_blocks(h, grid, exact, keep, modulation, read), Modulation(*last, last[1]))
         return grid.merge(self.output(seen)).to(x.dtype)
 
-    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, *condition: Tensor):
+    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, modulation: Tensor,
+                    text: PreparedText) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream as `Block.forward` returns it."""
         table = (self.config.head_dim, x.device, exact)
         layouts = [place_tables(grid, shifted, *table) for shifted in (False, True)]
@@ -211,7 +240,8 @@ class VideoMMDiT(nn.Module):
             frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position)
             change = gate = None
             for index in range(first, end):
-                block, rest = self.blocks[index], (*condition, layouts[index % 2], frames)
+                block = self.blocks[index]
+                rest = (modulation, text.context[index], text.valid, layouts[index % 2], frames)
                 if self.config.checkpointing and index % self.config.checkpoint_every == 0 and torch.is_grad_enabled():
                     x = add_gated(x, change, gate)  # one tensor to keep
                     x, change, gate = checkpoint(block, x, None, None, *rest, use_reentrant=False)
@@ -257,12 +287,9 @@ class VideoMMDiT(nn.Module):
                 total += seen * (weights(block.temporal) + 6 * dim * frames)
         return 2 * total
 
-    def _check(self, x: Tensor, t: Tensor, text: TextTokens) -> None:
+    def _check(self, x: Tensor, t: Tensor, captions: int) -> None:
         if x.ndim != 5 or x.shape[-1] != self.latent_channels:
             raise ValueError(f"latents are {tuple(x.shape)}, must be (batch, frames, rows, columns, {self.latent_channels}); "
                              "the model belongs to another tokenizer, or an axis is missing")
-        if text.embeddings.shape[-1] != self.text_dim:
-            raise ValueError(f"text tokens are {text.embeddings.shape[-1]} wide, the model was made for {self.text_dim}; "
-                             "use the text encoder it was trained with")
-        if not len(x) == len(t) == len(text):
-            raise ValueError(f"{len(x)} latents, {len(t)} times and {len(text)} captions; each sample needs one of each")
+        if not len(x) == len(t) == captions:
+            raise ValueError(f"{len(x)} latents, {len(t)} times and {captions} captions; each sample needs one of each")

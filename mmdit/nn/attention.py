@@ -1,6 +1,6 @@
 """Attention in space, in time and to text; the only call to a fused attention kernel.
 
-Axes: b sample · f frame · n window · k place in the window · t text token · h head · d width of a head.
+Axes: b sample · f frame · n window · k place in the window · t text token · l any token · h head · d width of a head.
 """
 
 from __future__ import annotations
@@ -118,15 +118,21 @@ class TemporalAttention(Attention):
 class CrossAttention(Attention):
     """To the text tokens of the sample."""
 
-    def forward(self, x: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)`, `valid (b, t)` bool with a valid token in every row → like `x`."""
-        f, n, k = x.shape[1:4]
-        if text.shape[1] <= WIDEST and self.fuses(x):
-            q, v, gains = self.q(x.flatten(1, 3)), self.v(text), gains_of(self.q_norm)
-            keys = self.k_norm(self.k(text).unflatten(-1, (self.num_heads, -1))).flatten(-2).to(v.dtype)
-            return self.output(kernels.attention.text_attention(q, keys, v, valid, gains, self.num_heads)).view_as(x)
-        queries, keys, values = self.heads(x, text)
-        queries = rearrange(queries, "b f n k h d -> b h (f n k) d")
-        keys, values = (rearrange(z, "b t h d -> b h t d") for z in (keys, values))
-        x = attend(queries, keys, values, valid[:, None, None])
-        return self.output(rearrange(x, "b h (f n k) d -> b f n k (h d)", f=f, n=n, k=k))
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the text."""
+        k, v = self.k(text), self.v(text)
+        return self._normed(self.k_norm, k, v.dtype), v
+
+    def _normed(self, norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2).to(dtype)
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
+        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)` or its `keys_values`, `valid (b, t)` bool with a valid token in every row →
+        like `x`."""
+        queries, (keys, values) = self.q(x.flatten(1, 3)), text if isinstance(text, tuple) else self.keys_values(text)
+        if keys.shape[1] <= WIDEST and self.fuses(x):
+            gains = gains_of(self.q_norm)
+            return self.output(kernels.attention.text_attention(queries, keys, values, valid, gains, self.num_heads)).view_as(x)
+        queries = self._normed(self.q_norm, queries, values.dtype)
+        parts = (rearrange(z, "b l (h d) -> b h l d", h=self.num_heads) for z in (queries, keys, values))
+        return self.output(rearrange(attend(*parts, valid[:, None, None]), "b h l d -> b l (h d)")).view_as(x)

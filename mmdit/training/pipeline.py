@@ -18,6 +18,7 @@ from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
+from mmdit.training.calls import Calls
 from mmdit.training.learner import Learner
 
 
@@ -76,19 +77,19 @@ class Pipeline:
         learner.eval()
         try:
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
-            with autocast, torch.compiler.set_stance("force_eager"):
+            with Calls() as calls, autocast, torch.compiler.set_stance("force_eager"):
                 text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
                 if settings.negative_prompt:
                     negative = learner.text_encoder([settings.negative_prompt])
                     text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
-                denoise = self._denoiser(text, settings, image, frames)
+                denoise = self._denoiser(text, settings, image, frames, calls)
                 start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
                 clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
         finally:
             learner.train(was_training)
         return learner.spec.denormalize(clean)
 
-    def _denoiser(self, text: TextTokens, settings: SampleSettings, image: Tensor | None, frames: int) -> Denoise:
+    def _denoiser(self, text: TextTokens, settings: SampleSettings, image: Tensor | None, frames: int, calls: Calls) -> Denoise:
         """Guidance round the network, or round both experts, each in its times; with a given first frame kept as it is."""
         learner, first = self.learner, None
         parts = [learner.model, *([self.low] if self.low is not None else [])]
@@ -99,6 +100,8 @@ class Pipeline:
             parts = [partial(part, whole_times=settings.sampler.grid != "even", **inputs) for part in parts]
         elif image is not None:
             raise ValueError("a picture is given, but this model takes text alone; leave --image out")
+        else:
+            parts = [partial(calls, part) for part in parts]
         denoisers = [guided(learner.objective, part, text, scale, settings.cfg_interval) for part, scale in zip(parts, scales)]
 
         def denoise(x: Tensor, t: float) -> Tensor:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", type=shape, default=[shape("128x1x16x16"), shape("8x16x16x16")])
     parser.add_argument("--model", nargs="+", default=["dim=1152", "depth=25", "num_heads=18"], metavar="KEY=VALUE",
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
-    parser.add_argument("--parallel", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
+    parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
     parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
     parser.add_argument("--repeats", type=int, default=8, help="steps measured, for train and peers [8]")
     parser.add_argument("--profile", action="store_true", help="train: also the time of a step by family of kernels")

@@ -15,10 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_trainer import SPEC, learner, run_ranks, trained
 from tiny import Workshop
+from torch._dynamo.testing import CompileCounter
 
 from mmdit.experiment import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
+from mmdit.speed import Bench
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
@@ -47,9 +49,10 @@ def shop(tmp_path_factory):
 def one_rank(folder: Path, part: str) -> None:
     if part == "loop":
         compiled = torch.compile
-        torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
         with process_group("cpu", timeout_minutes=1) as world:
             gradients(folder, world)
+            graphs(folder, world)
+            torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -81,6 +84,15 @@ def gradients(folder: Path, world: World) -> None:
         whole = {key: gradient.full_tensor() if name == "fsdp16" else gradient for key, gradient in found.items()}
         if world.is_main or name == "own":
             torch.save(whole, folder / f"{name}{world.rank}.pt")
+
+
+def graphs(folder: Path, world: World) -> None:
+    """Made of a compiled block of 1.5 M parameters, more than DDP's first bucket holds."""
+    counter = CompileCounter()
+    bench = Bench((1, 1, 2, 2), world, False, model={"dim": 256, "depth": 1, "num_heads": 4})
+    bench.learner.compile_model(counter)
+    bench.step()
+    (folder / f"graphs{world.rank}.txt").write_text(str(counter.frame_count))
 
 
 def newest(run):
@@ -125,6 +137,10 @@ def test_gradients_travel_as_bfloat16_and_only_then_are_rounded(shop, way):
         assert ((reduced[name] - gradient).abs() <= scale / 120 + 1e-7).all(), name
         assert reduced[name].dtype == torch.float32 and torch.equal(reduced[name], reduced[name].bfloat16().float()), name
     assert any(not torch.equal(reduced[name], gradient) for name, gradient in mean.items())
+
+
+def test_copies_leave_a_compiled_block_whole(shop):
+    assert [(shop.folder / f"graphs{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
 def test_a_run_reduces_as_its_config_says(shop):

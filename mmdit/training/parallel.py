@@ -51,6 +51,7 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
     if world.size == 1 or isinstance(learner.model, FSDPModule):
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
+    torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks where a bucket is full
     resting = learner.experts is not None  # an expert that does not train has no gradients to wait for
     copied = DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=resting)
     if config.reduce == "bfloat16":  # a hook of each bucket: gradients travel while the backward pass goes on, as without it

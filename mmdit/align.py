@@ -22,6 +22,7 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
 from mmdit.training.offload import settle
+from mmdit.training.parallel import ParallelConfig
 from mmdit.training.trainer import TrainState
 
 
@@ -30,8 +31,9 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
     settings, train = config.posttrain, config.train
     if settings is None:
         raise ConfigError("posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}")
-    if config.parallel.type != "ddp":
-        raise ConfigError("parallel.type", f"is {config.parallel.type}; every process has the whole model here: use ddp")
+    if config.parallel != ParallelConfig():
+        raise ConfigError("parallel", f"is {config_io.encode(config.parallel)}; every process has the whole model here, and "
+                                      "gradients are added up in float32: remove the section")
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
                                          "set that to 0")

@@ -219,7 +219,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if settings.precision == "pure_bf16":
             to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
-            shard(learner, world)
+            shard(learner, world, config.parallel)
         settle(learner, settings.offload_blocks, world.device)
         state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
         if found is not None:
@@ -250,7 +250,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
                                config.ema.use_for_sampling, writes=world.is_main)
         validate = Validation(settings, batches, world) if settings.val_every_steps else None
-        return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate).run()
+        return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate, config.parallel).run()
 
 
 SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread", "lora", "experts")  # sections, for `start_from`

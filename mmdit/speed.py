@@ -2,11 +2,14 @@
 
 Training and sampling are those of the ordinary trainer and pipeline, on latents of noise. Operations are those the model asks
 for (`train_flops`), whatever a kernel or checkpointing computes twice; the matmul rate is that of an 8192³ product in bfloat16,
-measured beside each row."""
+measured beside each row. Under torchrun `train` alone is measured, on a GPU a process: rates are of all, the rest of the main
+one, with which the others keep step."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import math
 import statistics
 import time
 from argparse import Namespace
@@ -26,6 +29,7 @@ from mmdit.experiment import ExperimentConfig, build_learner
 from mmdit.interfaces import Batch
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
+from mmdit.training.parallel import shard, wrap
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.report import Window, matmul_rate
 from mmdit.training.trainer import Trainer, TrainState
@@ -35,27 +39,31 @@ CAPTION = "a red ball moves slowly over a wide green field while a blue cube sta
 
 
 class Bench:
-    """A learner with random weights, its optimizer and one batch of noise on `device`; `shape`: (samples, frames, rows,
-    columns) of latents with 64 channels."""
+    """A learner with random weights, its optimizer and one batch of noise, in `world` as in a run; `shape`: (samples, frames,
+    rows, columns) of this process's latents with 64 channels."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, compile: bool, **sections):
+    def __init__(self, shape: tuple[int, int, int, int], world: World, compile: bool, **sections):
         samples, frames, rows, columns = shape
         raw = {
             "experiment_name": "speed", "video": {"width": 16 * columns, "height": 16 * rows, "num_frames": frames},
             "tokenizer": {"type": "dummy", "latent_d": 64}, "text_encoder": {"type": "hash", "dim": 512},
             **sections,
         }  # fmt: skip
-        self.config, self.device = decode(ExperimentConfig, raw), device
+        self.config, device = decode(ExperimentConfig, raw), world.device
         tokenizer = build_tokenizer(self.config.tokenizer)
-        self.learner = build_learner(self.config, tokenizer.spec).to(device)
+        self.learner = build_learner(self.config, tokenizer.spec)
+        if self.config.parallel.type == "fsdp" and world.size > 1:
+            shard(self.learner, world, self.config.parallel)
+        self.learner.to(device)
         self.state = TrainState.create(self.learner, self.config.train, self.config.ema)
-        self.trainer = Trainer(self.config.train, 0, self.state, None, World(device=device), Path("."), None)
+        self.trainer = Trainer(self.config.train, 0, self.state, None, world, Path("."), None)
         latents = torch.randn(samples, frames, rows, columns, 64, device=device, dtype=torch.float16)
         ids = [f"item{i}" for i in range(samples)]
-        self.batch = Batch(latents, [CAPTION] * samples, ids, torch.arange(samples))
+        self.batch = Batch(latents, [CAPTION] * samples, ids, torch.arange(samples) + samples * world.rank)
         self.window = Window(device)
         if compile:
             self.learner.compile_model()
+        self.wrapped = wrap(self.learner, world, self.config.parallel)
         self.learner.train()
 
     @property
@@ -63,7 +71,7 @@ class Bench:
         return sum(weight.numel() for weight in self.learner.model.parameters())
 
     def step(self) -> None:
-        self.trainer.optimizer_step(self.learner, [self.batch], 1e-4, self.window)
+        self.trainer.optimizer_step(self.wrapped, [self.batch], 1e-4, self.window)
         self.state.step += 1
         if self.state.ema:
             self.state.ema.update(self.state.step)
@@ -87,11 +95,12 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> lis
     return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
-def row(part: str, times: list[float], samples: int, flops: float, device: torch.device) -> dict:
-    """What is said of every part: milliseconds (median, least, most), rate, share of the matmul rate, memory."""
+def row(part: str, times: list[float], samples: int, flops: float, device: torch.device, gpus: int = 1) -> dict:
+    """What is said of every part: milliseconds (median, least, most), samples a second on all `gpus`, and of one of them, whose
+    part is `samples` and `flops`, TFLOP/s, share of the matmul rate, and memory."""
     middle, rate = statistics.median(times), matmul_rate(device, torch.bfloat16, repeats=LONG)
     told = {"part": part, "ms": round(middle, 2), "ms_min": round(min(times), 2), "ms_max": round(max(times), 2),
-            "per_s": round(samples / middle * 1e3, 2), "tflops": round(flops / middle / 1e9, 1)}  # fmt: skip
+            "per_s": round(gpus * samples / middle * 1e3, 2), "tflops": round(flops / middle / 1e9, 1)}  # fmt: skip
     if rate:
         told |= {"matmul_tflops": round(rate / 1e12, 1), "share": round(flops / (middle * 1e-3) / rate, 3),
                  "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}  # fmt: skip
@@ -99,6 +108,7 @@ def row(part: str, times: list[float], samples: int, flops: float, device: torch
 
 
 def fresh_peak(device: torch.device) -> None:
+    gc.collect()  # an earlier learner and its optimizer know each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -107,39 +117,46 @@ def fresh_peak(device: torch.device) -> None:
 def settings(args: Namespace) -> dict:
     """Sections of a config from the command line."""
     routed = {"tread": {"enabled": True, "selection_rate": args.tread}} if args.tread else {}
-    return {"model": dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in args.model), **routed}
+    read = lambda pairs: dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in pairs)  # noqa: E731
+    return {"model": read(args.model), "parallel": read(args.parallel), **routed}
 
 
-def train(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def train(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """A row a shape for the training step; with `--profile` another: milliseconds of a step by family of kernels."""
     for shape in args.shapes:
-        yield from _train(shape, args, device)
+        yield from _train(shape, args, world)
 
 
-def _train(shape: tuple[int, int, int, int], args: Namespace, device: torch.device) -> Iterator[dict]:
+def _train(shape: tuple[int, int, int, int], args: Namespace, world: World) -> Iterator[dict]:
+    device = world.device
     fresh_peak(device)
-    bench = Bench(shape, device, args.compile, **settings(args))
+    bench = Bench(shape, world, args.compile, **settings(args))
     begin = time.perf_counter()
     timed(bench.step, device, 4)
     warm = time.perf_counter() - begin
     times = timed(bench.step, device, args.repeats)
     keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
     flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
-    facts = {"shape": list(shape), "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}
-    yield row("train", times, shape[0], flops, device) | facts
+    told = row("train", times, shape[0], flops, device, world.size)
+    if device.type == "cuda":
+        told["rest_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)  # between steps: weights, moments, averages
+    yield told | {"gpus": world.size, "shape": list(shape), "tokens": math.prod(shape[1:]),
+                  "clips_per_day": round(world.size * shape[0] / statistics.median(times) * 86_400_000),
+                  "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}  # fmt: skip
     if args.profile:
         yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
 
 
-def sample(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def sample(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """A row a shape: latents of captions by `--steps` steps with guidance, two calls of the network each."""
     for shape in args.shapes:
-        yield _sample(shape, args, device)
+        yield _sample(shape, args, world)
 
 
-def _sample(shape: tuple[int, int, int, int], args: Namespace, device: torch.device) -> dict:
+def _sample(shape: tuple[int, int, int, int], args: Namespace, world: World) -> dict:
+    device = world.device
     fresh_peak(device)
-    bench = Bench(shape, device, False, ema={"enabled": False}, **settings(args))
+    bench = Bench(shape, world, False, ema={"enabled": False}, **settings(args))
     pipeline = Pipeline(bench.learner, build_tokenizer(bench.config.tokenizer), "bf16")
     video = bench.config.video
 
@@ -153,9 +170,10 @@ def _sample(shape: tuple[int, int, int, int], args: Namespace, device: torch.dev
     return row("sample", times, shape[0], flops, device) | {"shape": list(shape), "steps": args.steps}
 
 
-def peers(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def peers(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """SiT-XL/2 on 128 pictures and Latte-XL/2 on 8 clips of 16 frames, both of 256 tokens, from clones in `--peers`; Latte's
     attention as torch's fused one, for it knows an older name of it."""
+    device = world.device
     found = {name: Path(args.peers or "", name, file) for name, file in (("SiT", "models.py"), ("Latte", "models/latte.py"))}
     for name, path in found.items():
         if not args.peers or not path.is_file():
@@ -213,27 +231,28 @@ def tokenizer_of(args: Namespace, device: torch.device, folder: Path, compile: b
     return build_tokenizer(config, device), name
 
 
-def cache(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def cache(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """Pictures a second from JPEG files to cached latents, beside decoding alone by the same workers."""
-    tokenizer, name = tokenizer_of(args, device, folder, args.compile)
-    for told in data_speed.caching_speed(tokenizer, folder, device, args.workers, args.pictures, min(args.batch_size, 64)):
+    tokenizer, name = tokenizer_of(args, world.device, folder, args.compile)
+    batch = min(args.batch_size, 64)
+    for told in data_speed.caching_speed(tokenizer, folder, world.device, args.workers, args.pictures, batch):
         yield told | {"tokenizer": name}
 
 
-def encode(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """Pictures a second through the tokenizer alone, from pixels on the device to latents, and back."""
     for compile in (False, True) if args.compile else (False,):
-        tokenizer, name = tokenizer_of(args, device, folder, compile)
+        tokenizer, name = tokenizer_of(args, world.device, folder, compile)
         for way in ("encode", "decode"):
-            told = data_speed.tokenizer_speed(tokenizer, way, device, args.batch_size, args.seconds)
+            told = data_speed.tokenizer_speed(tokenizer, way, world.device, args.batch_size, args.seconds)
             yield {"part": way, "tokenizer": name, "compile": compile, **told}
 
 
-def loader(args: Namespace, device: torch.device, folder: Path) -> Iterator[dict]:
+def loader(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """Cached 256x256 items a second to the training loop."""
     yield from data_speed.loading_speed(folder, args.items, args.workers, seconds=args.seconds)
 
 
-PARTS: dict[str, Callable[[Namespace, torch.device, Path], Iterator[dict]]] = {
+PARTS: dict[str, Callable[[Namespace, World, Path], Iterator[dict]]] = {
     "cache": cache, "encode": encode, "loader": loader, "train": train, "sample": sample, "peers": peers,
 }  # fmt: skip

@@ -3,7 +3,8 @@
     PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,sharded,resume,memory,fast,lean,large] [--minutes 6]
     PYTHONPATH=VTP:. python tests/gpu_checks.py --tiny        the same on a CPU with gloo, to see that the script works
 
-scaling   DDP on 1, 2, 4 GPUs, the same global batch: samples/s, efficiency against 1, how far the loss curves lie apart
+scaling   DDP on 1, 2, 4 GPUs, the same global batch of 1024: samples/s, efficiency against 1, how far the loss curves lie
+          apart; on the most GPUs also with gradients that travel as bfloat16
 sharded   the same model under FSDP on 2 GPUs: its curve against DDP's, then continued from its parts by 1 GPU
 resume    one GPU, deterministic kernels: 2n steps equal n + stop + n, bit for bit
 memory    a batch that does not fit: the message, the exit code, the file to repeat it
@@ -38,7 +39,7 @@ from mmdit.training import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = ("scaling", "sharded", "resume", "memory", "fast", "lean", "large")
 SIZES = {  # of --tiny and of the real thing
-    "cells": (2, 16), "channels": (4, 64), "items": (48, 1024), "micro": (2, 128), "micros": (4, 4), "steps": (8, 60),
+    "cells": (2, 16), "channels": (4, 64), "items": (48, 2048), "micro": (2, 256), "micros": (4, 4), "steps": (8, 60),
     "log": (2, 10), "model": ({"dim": 16, "depth": 2, "num_heads": 2}, {"size": "B"}),
     "large": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2560, "depth": 24, "num_heads": 40}), "large_micro": (2, 16),
     "lean": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2048, "depth": 16, "num_heads": 16}),
@@ -121,14 +122,17 @@ class Checks:
         return max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
 
     def scaling(self) -> dict:
-        curves, result = {}, self.so_far
-        for processes in (n for n in (1, 2, 4) if n <= self.gpus):
-            words = [f"train.grad_accum_steps={self.size['micros'] // processes}"]
-            curves[processes] = self.train(f"ddp{processes}", processes, *words)
-            row = self.speed(curves[processes])
+        alone, result = [], self.so_far
+        cases = [(n, "float32") for n in (1, 2, 4) if n <= self.gpus]
+        for processes, reduce in (*cases, (cases[-1][0], "bfloat16")):
+            name = str(processes) if reduce == "float32" else f"{processes}_{reduce}"
+            words = [f"train.grad_accum_steps={self.size['micros'] // processes}", f"parallel.reduce={reduce}"]
+            records = self.train(f"ddp{name}", processes, *words)
+            alone = alone or records
+            row = self.speed(records)
             row["efficiency"] = round(row["samples_per_second"] / processes / result.get("1", row)["samples_per_second"], 4)
-            row["loss_apart"] = self.apart(curves[processes], curves[1])
-            result[str(processes)] = row
+            row["loss_apart"] = self.apart(records, alone)
+            result[name] = row
         log = (self.folder / "ddp1.log").read_text()
         result["model"] = next(line for line in log.splitlines() if line.startswith("model "))
         assert all(row["loss_apart"] < 0.02 for row in result.values() if isinstance(row, dict)), result
@@ -172,7 +176,7 @@ class Checks:
         """Most differ by rounding alone: in float32 by a thousandth at the end, in bfloat16 by what its own rounding does."""
         steps, result = ("train.max_steps=200", "train.log_every_steps=10"), self.so_far
         for precision in ("fp32", "bf16"):
-            words = [*(steps[: 0 if self.tiny else 2]), f"train.precision={precision}"]
+            words = [*(steps[: 0 if self.tiny else 2]), f"train.precision={precision}", f"train.batch_size={self.size['micro'] // 2}"]
             plain = self.train(f"plain_{precision}", 1, *words, "train.compile=false", part="plain")
             fast = self.train(f"fast_{precision}", 1, *words)
             rates = [self.speed(records)["samples_per_second"] for records in (plain, fast)]

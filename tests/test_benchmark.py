@@ -1,11 +1,22 @@
 """The benchmark's figures are JSON lines, one a part, on any machine."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from tiny import refused
 
+from mmdit import speed
 from mmdit.diagnostics.families import family
 from mmdit.scripts import benchmark
+from mmdit.training.distributed import World
+from mmdit.training.parallel import ParallelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--device", "cpu", "--shapes", "2x2x4x4", "--model", "dim=32", "depth=1", "num_heads=2", "--repeats", "2"]
 
 
 def test_each_part_gives_its_figures(tmp_path, capsys):
@@ -20,12 +31,38 @@ def test_each_part_gives_its_figures(tmp_path, capsys):
 
 
 def test_training_and_sampling_are_measured_and_told_by_family(capsys):
-    words = ["--device", "cpu", "--shapes", "2x2x4x4", "--model", "dim=32", "depth=1", "num_heads=2", "--repeats", "2", "--steps", "2"]
-    assert benchmark.main(["--parts", "train", "sample", "--profile", *words]) == 0
+    assert benchmark.main(["--parts", "train", "sample", "--profile", "--steps", "2", *TINY]) == 0
     train, profile, sample = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     assert train["ms_min"] <= train["ms"] <= train["ms_max"] and train["per_s"] == pytest.approx(2e3 / train["ms"], rel=0.01)
     assert train["parameters"] > 1000 and train["shape"] == [2, 2, 4, 4] and sample["steps"] == 2 and sample["ms"] > 0
+    assert train["tokens"] == 32 and train["gpus"] == 1
     assert profile["ms"]["matmul"] > 0 and sum(profile["ms"].values()) > 0
+
+
+def test_two_processes_train_together_and_one_tells():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+               "mmdit.scripts.benchmark", "--parts", "train", "--parallel", "reduce=bfloat16", *TINY]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert row["gpus"] == 2 and row["shape"] == [2, 2, 4, 4] and row["per_s"] == pytest.approx(2 * 2e3 / row["ms"], rel=0.01)
+    assert row["clips_per_day"] == pytest.approx(86400 * row["per_s"], rel=0.01)
+
+
+def test_other_parts_refuse_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, benchmark.main, ["--parts", "train", "encode", *TINY], "--parts has encode under torchrun, where only train is")
+
+
+def test_what_is_measured_is_what_gets_reduced(monkeypatch):
+    """Else every process would train a model of its own, and faster."""
+    seen, world = [], World(rank=1)
+    monkeypatch.setattr(speed, "wrap", lambda learner, *how: lambda *inputs: seen.append(how) or learner(*inputs))
+    sections = {"model": {"dim": 16, "depth": 1, "num_heads": 2}, "parallel": {"reduce": "bfloat16"}}
+    bench = speed.Bench((2, 1, 2, 2), world, False, **sections)
+    bench.step()
+    assert seen == [(world, ParallelConfig(reduce="bfloat16"))] and bench.batch.indices.tolist() == [2, 3]
 
 
 def test_kernels_belong_to_families():

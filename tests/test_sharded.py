@@ -1,5 +1,5 @@
 """FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights, previews, files that are read by
-one process, by torch's own reader and by export, and damaged ones that are not."""
+one process, by torch's own reader and by export, and damaged ones that are not. And gradients that travel as bfloat16."""
 
 import json
 import resource
@@ -15,12 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_trainer import SPEC, learner, run_ranks, trained
 from tiny import Workshop
+from torch._dynamo.testing import CompileCounter
 
 from mmdit.experiment import load_pipeline
+from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
+from mmdit.speed import Bench
 from mmdit.training import checkpoint
-from mmdit.training.distributed import process_group
+from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
+from mmdit.training.parallel import ParallelConfig, shard, wrap
 from mmdit.training.pipeline import SampleSettings
 from mmdit.training.stored import Stored
 
@@ -32,12 +36,12 @@ POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    """Two runs on two processes: `poisoned` (the loop alone) and `adapters` (the command), beside the same on one."""
+    """Runs on two processes: `poisoned` (the loop alone), `adapters` and `reduced` (the command), beside the same on one."""
     shop = Workshop(tmp_path_factory.mktemp("sharded"))
     shop.train("base")
     shop.words = [*ADAPTERS, f"train.init_from={shop.folder / 'runs/base'}"]
     shop.train("adapters_alone", *shop.words)
-    for part in ("loop", "command"):
+    for part in ("loop", "command", "reduced"):
         run_ranks(shop.folder, 2, __file__, part)
     return shop
 
@@ -45,8 +49,10 @@ def shop(tmp_path_factory):
 def one_rank(folder: Path, part: str) -> None:
     if part == "loop":
         compiled = torch.compile
-        torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
         with process_group("cpu", timeout_minutes=1) as world:
+            gradients(folder, world)
+            graphs(folder, world)
+            torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -56,9 +62,37 @@ def one_rank(folder: Path, part: str) -> None:
             except RunError as error:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
                 (folder / f"full{world.rank}.txt").write_text(str(error))
+    elif part == "reduced":
+        train_t2v.main(Workshop(folder).train_words("reduced", "train.batch_size=2", "parallel.reduce=bfloat16"))
     else:
         words = ["parallel.type=fsdp", "train.batch_size=2", *ADAPTERS, f"train.init_from={folder / 'runs/base'}"]
         train_t2v.main(Workshop(folder).train_words("adapters", *words))
+
+
+def gradients(folder: Path, world: World) -> None:
+    """Of this rank alone, and the means by each way to reduce them, for noise of its own."""
+    latents = torch.randn(4, 2, 2, 2, SPEC.channels, generator=torch.Generator().manual_seed(world.rank))
+    ways = {"own": None, "ddp": ParallelConfig(), "ddp16": ParallelConfig(reduce="bfloat16"),
+            "fsdp16": ParallelConfig(type="fsdp", reduce="bfloat16")}  # fmt: skip
+    for name, config in ways.items():
+        model = learner()
+        if name == "fsdp16":
+            shard(model, world, config)
+        called = wrap(model, world, config) if config else model
+        called(latents, ["a red ring"] * 4, Draws.of(0, world.rank, 4))[0].mean().backward()
+        found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        whole = {key: gradient.full_tensor() if name == "fsdp16" else gradient for key, gradient in found.items()}
+        if world.is_main or name == "own":
+            torch.save(whole, folder / f"{name}{world.rank}.pt")
+
+
+def graphs(folder: Path, world: World) -> None:
+    """Made of a compiled block of 1.5 M parameters, more than DDP's first bucket holds."""
+    counter = CompileCounter()
+    bench = Bench((1, 1, 2, 2), world, False, model={"dim": 256, "depth": 1, "num_heads": 4})
+    bench.learner.compile_model(counter)
+    bench.step()
+    (folder / f"graphs{world.rank}.txt").write_text(str(counter.frame_count))
 
 
 def newest(run):
@@ -90,6 +124,31 @@ def test_adapters_are_trained_drawn_with_and_stored_as_by_one_process(shop):
     assert not (runs[0] / "failures").exists()
     names = {path.name for path in newest(runs[0]).iterdir()}
     assert names == {"checkpoint.json", "monitor.json", "ema", "lora.safetensors", "model", "optimizer"}
+
+
+@pytest.mark.parametrize("way", ["ddp16", "fsdp16"])
+def test_gradients_travel_as_bfloat16_and_only_then_are_rounded(shop, way):
+    """A process's gradient is rounded to 8 bits (an error of 1/256 at most), and so is the sum."""
+    first, second, mean, reduced = (torch.load(shop.folder / f"{name}.pt") for name in ("own0", "own1", "ddp0", f"{way}0"))
+    assert mean.keys() == reduced.keys() and any(gradient.any() for gradient in mean.values())
+    for name, gradient in mean.items():
+        scale = (first[name].abs() + second[name].abs()) / 2
+        torch.testing.assert_close(gradient, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-7)
+        assert ((reduced[name] - gradient).abs() <= scale / 120 + 1e-7).all(), name
+        assert reduced[name].dtype == torch.float32 and torch.equal(reduced[name], reduced[name].bfloat16().float()), name
+    assert any(not torch.equal(reduced[name], gradient) for name, gradient in mean.items())
+
+
+def test_copies_leave_a_compiled_block_whole(shop):
+    assert [(shop.folder / f"graphs{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_run_reduces_as_its_config_says(shop):
+    told, base = ([json.loads(line) for line in (shop.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+                  for name in ("reduced", "base"))  # fmt: skip
+    for step, tolerance in ((0, 1e-6), (-1, 0.02)):
+        assert told[step]["loss"] == pytest.approx(base[step]["loss"], rel=tolerance)
+    assert 1e-6 < abs(told[0]["grad_norm"] / base[0]["grad_norm"] - 1) < 1 / 256
 
 
 def test_one_process_samples_exports_and_goes_on(shop):

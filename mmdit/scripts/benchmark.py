@@ -2,13 +2,16 @@
 
     python -m mmdit.scripts.benchmark --parts cache encode loader                          # on a GPU: add --compile
     python -m mmdit.scripts.benchmark --parts train --compile --profile --shapes 128x1x16x16 8x16x16x16
+    torchrun --nproc_per_node=4 -m mmdit.scripts.benchmark --parts train --compile --parallel reduce=bfloat16
     python -m mmdit.scripts.benchmark --parts peers --compile --peers FOLDER               # clones of SiT and Latte
 
-`mmdit/speed.py` says what each part measures. Shapes are samples x frames x rows x columns of latent cells; 16 pixels a cell.
+`mmdit/speed.py` says what each part measures. Shapes are samples (of a process) x frames x rows x columns of latent
+cells; 16 pixels a cell.
 """
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 
 from mmdit.scripts import friendly
 from mmdit.speed import PARTS
-from mmdit.training.distributed import choose_device
+from mmdit.training.distributed import process_group
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", type=shape, default=[shape("128x1x16x16"), shape("8x16x16x16")])
     parser.add_argument("--model", nargs="+", default=["dim=1152", "depth=25", "num_heads=18"], metavar="KEY=VALUE",
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
+    parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
     parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
     parser.add_argument("--repeats", type=int, default=8, help="steps measured, for train and peers [8]")
     parser.add_argument("--profile", action="store_true", help="train: also the time of a step by family of kernels")
@@ -47,13 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vtp_small", action="store_true", help="a network of VTP-S size instead of the shipped tokenizer")
     parser.add_argument("--folder", help="scratch folder that is kept, so that a second run makes less [a temporary one]")
     args = parser.parse_args(argv)
-    device = choose_device(args.device)
     torch.set_float32_matmul_precision("high")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with friendly(), tempfile.TemporaryDirectory() as scratch:
-        for part in args.parts:
-            for row in PARTS[part](args, device, Path(args.folder or scratch)):
-                print(json.dumps(row | {"device": machine}), flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (others := [part for part in args.parts if part != "train"]):
+            raise ValueError(f"--parts has {', '.join(others)} under torchrun, where only train is measured; use python -m")
+        with process_group(args.device) as world:
+            machine = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+            for part in args.parts:
+                for row in PARTS[part](args, world, Path(args.folder or scratch)):
+                    world.print(json.dumps(row | {"device": machine}))
     return 0
 
 

@@ -25,7 +25,7 @@ from mmdit.training.errors import RunError, record_failure
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import Optimizer, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
-from mmdit.training.parallel import accumulating, wrap
+from mmdit.training.parallel import ParallelConfig, accumulating, wrap
 from mmdit.training.report import Monitor, Reporter, Window
 from mmdit.training.settings import TrainConfig
 from mmdit.training.signs import Signs
@@ -139,6 +139,7 @@ class Trainer:
     save: Callable[[TrainState], None]
     preview: Callable[[TrainState], None] | None = None
     validate: Callable[[TrainState], dict[str, float]] | None = None
+    parallel: ParallelConfig = ParallelConfig()
 
     def run(self) -> bool:
         """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at the end either way."""
@@ -146,7 +147,7 @@ class Trainer:
         learner = state.learner
         if config.compiles(world.device.type):
             learner.compile_model()
-        wrapped = wrap(learner, world)
+        wrapped = wrap(learner, world, self.parallel)
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
         timer, window = reporter.timer, Window(world.device)
         learner.train()

@@ -21,6 +21,7 @@ from mmdit.nn.experts import Experts, twin
 from mmdit.speed import CAPTION, Bench, fresh_peak, row, timed
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import calls
+from mmdit.training.distributed import World
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 WAYS = ("plain", "prepared", "graphs")
@@ -42,7 +43,7 @@ def way(name: str):
 class Case:
     def __init__(self, device: torch.device, shape: tuple, model: dict, precision: str = "bf16"):
         self.device, self.shape = device, shape
-        bench = Bench(shape, device, False, ema={"enabled": False}, model=model)
+        bench = Bench(shape, World(device=device), False, ema={"enabled": False}, model=model)
         self.learner = bench.learner
         with torch.no_grad():
             for weight in self.learner.model.parameters():  # what starts at zero would hide differences

@@ -2,8 +2,10 @@
 CUDA graphs: it replays what a capture saw, without any Python, and refuses what would wait for a device."""
 
 import contextlib
+import gc
 import inspect
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +179,20 @@ def test_replays_give_the_same_bits_with_a_graph_for_each_kind_of_call(tapes, va
 def test_the_experts_of_a_pair_are_replayed_each_in_its_times(tapes):
     model = pair()
     assert torch.equal(draw(model, cfg_scale=2.0), draw_plainly(model, cfg_scale=2.0)) and len(tapes) == 2
+
+
+def test_a_replay_holds_the_text_whose_memory_its_graph_reads(tapes, monkeypatch):
+    model, made = network(), []
+    prepare = model.prepare
+    monkeypatch.setattr(model, "prepare", lambda text: made.append(weakref.ref(kept := prepare(text))) or kept)
+    text, x = TextTokens(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)), torch.randn(2, 1, 4, 3, CHANNELS)
+    with torch.no_grad(), Calls() as run:
+        for _ in range(3):
+            run(model, x, torch.tensor([100.0, 800.0]), text)
+        gc.collect()
+        assert len(tapes) == len(made) == 1 and made[0]() is not None
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_what_cannot_be_captured_runs_as_it_is_and_that_is_said_once(tapes):

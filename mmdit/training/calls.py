@@ -48,6 +48,7 @@ class Replay:
 
     def __init__(self, call: Call, x: Tensor, t: Tensor, pool: object):
         self.inputs, self.graph = (x.clone(), t.clone()), torch.cuda.CUDAGraph()
+        self.call = call  # the graph reads the text's memory, but does not hold it
         # thread_local: other threads (loaders, NCCL's) may use the device meanwhile; a failed capture leaves its stream current
         capture = torch.cuda.graph(self.graph, pool=pool, stream=side_stream(x.device), capture_error_mode="thread_local")
         with torch.cuda.stream(torch.cuda.current_stream(x.device)), capture:

@@ -40,8 +40,9 @@ class Costs:
     def __init__(self, args: argparse.Namespace):
         self.args, self.end, self.rows, self.free = args, time.monotonic() + args.seconds, [], queue.Queue()
         self.gpus = 2 if args.tiny else torch.cuda.device_count()
+        own = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of this process: its children see what is named here
         for gpu in range(self.gpus):
-            self.free.put(str(gpu))
+            self.free.put(own[gpu] if len(own) > gpu and own[gpu] else str(gpu))
 
     def run(self, jobs: list[Job]) -> list[dict]:
         """The rows of `jobs`, which are begun in this order, as many at a time as there are GPUs."""

@@ -91,6 +91,11 @@ def test_eight_dialects_mean_the_same(model, tmp_path):
         load_lora(model, path, expert="high" if name.startswith("8") else None)
         assert error(model(*INPUTS), WANTED) < 2e-6, name
         remove(model)
+    settings = {"lora_alpha": 4, "r": 4, "use_rslora": True}  # 4 / √4 is what the golden 8 / 4 is
+    (tmp_path / "2_peft" / "adapter_config.json").write_text(json.dumps(settings))
+    load_lora(model, tmp_path / "2_peft")
+    assert error(model(*INPUTS), WANTED) < 2e-6
+    remove(model)
     two = tmp_path / "8_two_experts.safetensors"
     refused("two experts", "expert='high'", call=lambda: load_lora(model, two))
     load_lora(model, two, expert="low")

@@ -190,6 +190,9 @@ def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):
     save_dit(random_model(TINY), tmp_path / "repo" / "transformer", "diffusers")
     load_dit(tmp_path / "repo")
     refused("a model without experts", call=lambda: load_dit(tmp_path / "repo", expert="high"))
+    file = tmp_path / "repo" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(64)}, file)
+    load_dit(tmp_path / "repo")  # which Diffusers ignores, too
 
 
 def test_headers_tell_before_anything_is_read(folder):
@@ -241,5 +244,7 @@ def test_what_is_no_wan_transformer_is_refused_in_one_sentence(folder, tmp_path,
     refused("refused", "damaged", "cut.pth", call=lambda: load_dit(tmp_path / "cut.pth"))
     assert not (tmp_path / "ran").exists()
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*tensors, "another"], file.name)}))
+    refused("names 1 tensors that its shards lack, first another", call=lambda: load_dit(folder))
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     refused("outside its folder", call=lambda: load_dit(folder))

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+SHOWN = 4  # names in a message
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
 
 
@@ -31,11 +34,15 @@ class Entry:
 
 class Checkpoint:
     """`entries`: what is stored, from the headers alone. `tensors()` reads them file by file; at most one tensor is held here.
-    ValueError: a file is missing, damaged, of another kind, or would run code."""
+    ValueError: a file is missing, damaged, of another kind, or would run code; shards without an index, unless `parts`."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, parts: bool = False):
         self.path = Path(path)
         self.files = _files(self.path)
+        shard = SHARD.search(self.files[0].name)
+        if not parts and shard and len(self.files) < int(shard[1]):
+            raise ValueError(f"{self.path} is {len(self.files)} of {int(shard[1])} shards; name the folder that holds all of them "
+                             "and their index")  # fmt: skip
         self.entries: dict[str, Entry] = {}
         self._loaded: dict[Path, dict[str, Tensor]] = {}
         for file in self.files:
@@ -102,6 +109,8 @@ def _files(path: Path) -> list[Path]:
             raise ValueError(f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them")
         return [path / name for name in names]
     single = sorted(path.glob("*.safetensors"))
+    if single and (shard := SHARD.search(single[0].name)) and int(shard[1]) > 1:
+        raise ValueError(f"{path} holds {len(single)} of {int(shard[1])} shards without their index, *{INDEX}; fetch the rest")
     if len(single) != 1:
         found = f"{len(single)} .safetensors files without an index ({single[0].name} …)" if single else "no .safetensors file"
         raise ValueError(f"{path} holds {found}; name the file")
@@ -111,11 +120,11 @@ def _files(path: Path) -> list[Path]:
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it holds anything else."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # else older than 2020
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        message = f"{file} is refused: it is damaged, or holds more than tensors, which could run code ({reason})"
-        raise ValueError(message) from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {code[1]}" if code else f"it is damaged ({type(error).__name__}), or holds more than tensors"
+        raise ValueError(f"{file} is refused: {what}, which could run code; take a file of tensors alone") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{file} holds no dictionary of tensors; give the weights of the model alone")
@@ -133,10 +142,11 @@ def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: ob
         raise ValueError(f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
     problems = []
     if missing := [name for name in own if name not in shapes]:
-        problems.append(f"lacks {len(missing)} tensors, first {missing[0]}")
+        problems.append(f"lacks {len(missing)} tensors, first {', '.join(missing[:SHOWN])}")
     if unknown := [name for name in shapes if name not in own and name not in ignored]:
         near = difflib.get_close_matches(unknown[0], own, 1)
-        problems.append(f"holds {len(unknown)} unknown tensors, first {unknown[0]}" + (f" (near {near[0]})" if near else ""))
+        first = ", ".join(unknown[:SHOWN]) + (f" (near {near[0]})" if near else "")
+        problems.append(f"holds {len(unknown)} unknown tensors, first {first}")
     if wrong := [name for name in own if name in shapes and shapes[name] != own[name]]:
         first = f"{wrong[0]} {shapes[wrong[0]]} where {own[wrong[0]]} belongs"
         problems.append(f"holds {len(wrong)} tensors of another shape, first {first}")

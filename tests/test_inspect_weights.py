@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_wan import GOLDEN, TINY, VARIANTS, random_model
+from test_wan_files import hollow_release
 
 from mmdit.interop.wan import save_dit
+from mmdit.models.wan import WanConfig
 from mmdit.scripts import inspect_weights
+from mmdit.weights import Checkpoint
 
 
 def told(capsys, *words) -> dict:
@@ -46,6 +49,17 @@ def test_experts_prefixes_scales_and_adapters(tmp_path, capsys):
     assert report["ranks"] == {"4": 20}
     inspect_weights.main([str(GOLDEN / "lora_comfy.safetensors")])
     assert "LoRA" in capsys.readouterr().out
+
+
+def test_headers_are_enough(tmp_path, capsys, monkeypatch):
+    """28.6 GB of holes: nothing but their headers is looked at."""
+    count = hollow_release(tmp_path / "wan", WanConfig(5120, 13824, 40, 40), shards=6)
+    monkeypatch.setattr(Checkpoint, "tensors", lambda self: pytest.fail("a tensor was read"))
+    report = told(capsys, tmp_path / "wan")
+    assert report["parameters"] == count == 14_288_491_584 and report["bytes"] == 2 * count and len(report["files"]) == 6
+    assert report["variant"] == "T2V-14B or a T2V-A14B expert" and report["dtypes"] == {"BF16": 1095}
+    part = told(capsys, tmp_path / "wan" / report["files"][1])  # one shard alone is told, too
+    assert part["tensors"] == 183
 
 
 def test_our_own_files_and_what_is_none(tmp_path, capsys):

@@ -67,7 +67,7 @@ def dialects(folder: Path) -> dict[str, Path]:
         "2 peft": {f"base_model.model.{diffusers_module(n)}.lora_{k}.weight": p[k] for n, p in LAYERS.items() for k in "AB"},
         "3 diffusion-pipe": {f"diffusion_model.{n}.lora_{k}.weight": p[k] for n, p in scaled.items() for k in "AB"},
         "5 diffsynth": {f"{n}.lora_{k}.default.weight": p[k] for n, p in scaled.items() for k in "AB"},
-        "6 fastvideo": {f"{n}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"},
+        "6 fastvideo": {f"{diffusers_module(n)}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"},
         "7 distilled": {f"diffusion_model.{n}.lora_{end}.weight": p[k]
                         for n, p in scaled.items() for end, k in (("down", "A"), ("up", "B"))},
         "8 two experts": {f"diffusion_model.transformer_{i}.{n}.lora_{k}.weight": p[k] * i
@@ -91,6 +91,11 @@ def test_eight_dialects_mean_the_same(model, tmp_path):
         load_lora(model, path, expert="high" if name.startswith("8") else None)
         assert error(model(*INPUTS), WANTED) < 2e-6, name
         remove(model)
+    settings = {"lora_alpha": 4, "r": 4, "use_rslora": True}  # 4 / √4 is what the golden 8 / 4 is
+    (tmp_path / "2_peft" / "adapter_config.json").write_text(json.dumps(settings))
+    load_lora(model, tmp_path / "2_peft")
+    assert error(model(*INPUTS), WANTED) < 2e-6
+    remove(model)
     two = tmp_path / "8_two_experts.safetensors"
     refused("two experts", "expert='high'", call=lambda: load_lora(model, two))
     load_lora(model, two, expert="low")
@@ -142,9 +147,16 @@ def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_pa
 def test_differences_are_added_to_whole_parameters(model, tmp_path):
     before = model.blocks[0].norm3.bias.clone(), model.blocks[1].ffn[0].weight.clone()
     file = tmp_path / "distilled.safetensors"
-    differences = {"blocks.0.norm3.diff_b": torch.full((64,), 0.5), "blocks.1.ffn.0.diff": torch.ones(112, 64)}
+    differences = {"blocks.0.norm3.diff_b": torch.full((64,), 0.5),
+                   "blocks.1.ffn.0.diff": torch.ones(112, 64), "blocks.0.diff_m": torch.ones(1, 6, 64),
+                   "blocks.0.ffn.0.diff_b": torch.ones(112), "blocks.0.ffn.0.lora_down.weight": torch.ones(2, 64),
+                   "blocks.0.ffn.0.lora_up.weight": torch.ones(112, 2)}  # fmt: skip
     save_file({f"diffusion_model.{key}": value for key, value in differences.items()}, file)
-    assert load_lora(model, file) == []
+    before += model.blocks[0].modulation.clone(), model.blocks[0].ffn[0].bias.clone()
+    assert load_lora(model, file) == ["blocks.0.ffn.0"]
+    torch.testing.assert_close(model.blocks[0].modulation, before[2] + 1)
+    torch.testing.assert_close(model.blocks[0].ffn[0].bias, before[3] + 1)
+    remove(model)
     torch.testing.assert_close(model.blocks[0].norm3.bias, before[0] + 0.5)
     torch.testing.assert_close(model.blocks[1].ffn[0].weight, before[1] + 1)
     save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(63)}, file)
@@ -160,6 +172,8 @@ def test_what_does_not_fit_is_one_sentence(model, tmp_path):
 
     stored(**{"k_img.lora_A.weight": a, "k_img.lora_B.weight": b})
     refused("2 of 2 keys", "k_img", "near names", "I2V", call=lambda: load_lora(model, file))
+    save_file({f"lora_unet_blocks_0_cross_atn_k.lora_{end}.weight": t for end, t in (("down", a), ("up", b))}, file)
+    refused("2 of 2 keys", "near names: blocks_0_cross_attn_k,", call=lambda: load_lora(model, file))
     stored(**{"k.lora_A.weight": a})
     refused("blocks.0.cross_attn.k", "no lora_B", call=lambda: load_lora(model, file))
     stored(**{"k.lora_A.weight": torch.ones(2, 128), "k.lora_B.weight": b})

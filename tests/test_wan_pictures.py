@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_wan_training import LORA, Shop
 from tiny import refused
-from wan_release import DIT, FLF2V, I2V, I2V_21, make_diffusers_release
+from wan_release import DIT, FLF2V, I2V, I2V_21, make_diffusers_release, make_release
 
 from mmdit.data.cache import open_cache
 from mmdit.diffusion import SamplerConfig
@@ -117,6 +117,19 @@ def test_releases_of_both_layouts_draw_the_same_and_see_the_pictures(tmp_path, c
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
     other = pipeline.latents(["a", "b"], 64, 32, 9, SETTINGS, image=pictures.flip(-1))
     assert not torch.allclose(drawn[1], other, rtol=0.01)
+
+
+def test_half_a_pair_is_no_release(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    official, diffusers = make_release(tmp_path / "a", I2V, pair=True), make_diffusers_release(tmp_path / "b", I2V)
+    (diffusers / "model_index.json").write_text('{"boundary_ratio": 0.9}')
+    for folder, gone, kept in ((official, "low_noise_model", "high_noise_model"), (diffusers, "transformer_2", "transformer")):
+        assert release_config(folder)["model"]["expert"] == "high"
+        (folder / gone).rename(tmp_path / gone)
+        with pytest.raises(ValueError, match=f"one expert of two, {kept}; fetch the other"):
+            release_config(folder)
+    (diffusers / "model_index.json").write_text('{"boundary_ratio": null}')
+    assert release_config(diffusers)["model"]["expert"] is None  # a dense model
 
 
 def test_the_published_negative_prompts(two, shop):

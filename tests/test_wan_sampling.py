@@ -1,5 +1,6 @@
 """Wan's schedules and UniPC, the law of times inside an expert's range, first frames that are given."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig, SamplerConfig, sample, sampling_times
 from mmdit.interfaces import TextTokens
+from mmdit.interop.wan_release import NEGATIVE_PROMPT, PUBLISHED
 from mmdit.rng import Draws
 
 ROWS = json.loads((Path(__file__).parent / "golden" / "wan_schedules.json").read_text())["rows"]
@@ -25,6 +27,19 @@ def test_schedules_are_those_of_both_codes(row):
     if row["boundary"]:
         times = sampling_times(FLOW, row["steps"], row["shift"], grid="wan")
         assert sum(t >= row["boundary"] for t in times) == row["high_noise_steps"]
+
+
+def test_what_was_published_is_in_the_table():
+    for row in ROWS:
+        (name,) = {name for name in PUBLISHED if row["case"].lower().startswith(name.lower())}
+        steps, shift, _, boundary, _ = PUBLISHED[name]
+        assert (steps, shift, boundary) == (row["steps"], row["shift"], row["boundary"]), name
+    guided = {name: guidance for name, (_, _, guidance, _, _) in PUBLISHED.items()}  # specification: high, then low
+    assert guided["T2V-A14B"] == (4.0, 3.0) and guided["I2V-A14B"] == (3.5, 3.5) and guided["T2V-1.3B"] == (6.0, 6.0)
+    assert {guided[name] for name in ("T2V-14B", "I2V-14B", "FLF2V-14B", "TI2V-5B")} == {(5.0, 5.0)}
+    assert PUBLISHED["FLF2V-14B"][:2] == (50, 16.0) and PUBLISHED["T2V-14B"][:2] == (50, 5.0)
+    digest = hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest()
+    assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
 
 
 def gaussian(x, t):

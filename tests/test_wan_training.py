@@ -292,7 +292,7 @@ def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
         (("train.objective=ddpm",), ("train.objective", "velocity")),
         (("tread.enabled=true",), ("tread.enabled", "routes no tokens")),
         ((LORA.replace("q,", "proj,"),), ("'proj' matches no linear layer",)),
-        ((f"tokenizer.name_or_path={other}/Wan2.2_VAE.pth",), ("Wan 2.2 VAE with 16",)),
+        ((f"tokenizer.name_or_path={other}/Wan2.2_VAE.pth",), ("Wan 2.2 VAE with 16", "TI2V-5B alone")),
         ((f"model.name_or_path={tmp_path}",), ("model.name_or_path", "no .safetensors file")),
     ):
         if words == (vae,):

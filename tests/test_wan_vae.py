@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError
 from mmdit.tokenizers import WanVAETokenizerConfig, build_tokenizer
-from mmdit.tokenizers.wan_vae import STATISTICS
+from mmdit.tokenizers.wan_vae import FILES, STATISTICS
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,6 +118,10 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ConfigError, match=words):
             build_tokenizer(WanVAETokenizerConfig(name_or_path=str(tmp_path / "x.pth")))
+    for name in FILES:
+        torch.save({}, tmp_path / name)
+    with pytest.raises(ConfigError, match="holds Wan2.1_VAE.pth and Wan2.2_VAE.pth: name the file"):
+        build_tokenizer(WanVAETokenizerConfig(name_or_path=str(tmp_path)))
     weights = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors")
     del weights["decoder.head.2.bias"]
     torch.save(weights, tmp_path / "x.pth")

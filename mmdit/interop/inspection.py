@@ -23,7 +23,7 @@ def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
     if len(experts) == 2 and expert is None:
         return {"kind": "two experts", "path": str(path), "experts": {name: inspect_weights(path, name) for name in experts}}
     place = locate(path, expert)
-    stored = Checkpoint(place)
+    stored = Checkpoint(place, parts=True)
     entries = stored.entries
     size = {name: math.prod(entry.shape) for name, entry in entries.items()}
     report = {

@@ -1,8 +1,8 @@
 """LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT, Diffusers, kohya, ComfyUI and
 their relatives.
 
-All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named and where `s` stands: in `.alpha` tensors (s = alpha / rank), in a
-config beside the weights or in the file's header, or nowhere (s = 1).
+All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named and where `s` stands: in `.alpha` tensors
+(s = alpha / rank), in a config beside the weights or in the file's header, or nowhere (s = 1).
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from mmdit.weights import Checkpoint
 Format = Literal["peft", "diffusers", "kohya", "comfy"]
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_", "")
+WRITTEN = {"peft": "base_model.model.", "diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"}
 EXPERTS = {"transformer_1.": "high", "transformer_2.": "low"}
 PARTS = {  # ends of keys → what they hold
     **{f".lora_{part}{end}": f"lora_{part}" for part in "AB" for end in ("", ".weight", ".default.weight")},
-    ".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha", ".diff": "weight", ".diff_b": "bias",
-    ".dora_scale": "lora_magnitude", ".lora_magnitude": "lora_magnitude", ".lora_magnitude_vector": "lora_magnitude", ".lora_magnitude_vector.weight": "lora_magnitude",
+    ".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha",
+    ".diff": "weight", ".diff_b": "bias", ".diff_m": "modulation",  # of whole parameters
+    **{end: "lora_magnitude" for end in (".dora_scale", ".lora_magnitude", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")},
     **{f".{part}": part for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
 }  # fmt: skip
 HEADER = "lora_adapter_metadata"  # of Diffusers
@@ -85,8 +87,8 @@ def foreign_names(model: nn.Module) -> dict[str, str]:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None) -> LoRAFile:
-    """The file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model, with a
-    warning. ValueError: keys that name no layer of it (with near names), half an update, another shape, or two experts of which none is chosen."""
+    """The file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model, with a warning. ValueError: keys
+    that name no layer of it (with near names), half an update, another shape, or two experts of which none is chosen."""
     path, names, result = Path(path), foreign_names(model), LoRAFile()
     folder = path.is_dir() and (path / "adapter_config.json").is_file()
     stored = Checkpoint(path)
@@ -98,7 +100,7 @@ def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
         module, part = found
         if module is None:
             unknown.append(key)
-        elif part in ("weight", "bias"):
+        elif part in ("weight", "bias", "modulation"):
             result.differences[f"{module}.{part}"] = tensor
         elif part == "alpha":
             result.updates.setdefault(module, Update()).alpha = float(tensor)
@@ -106,9 +108,10 @@ def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
             tensor = tensor.squeeze(1) if part == "lora_magnitude" and tensor.ndim == 2 else tensor
             result.updates.setdefault(module, Update()).parts[part] = tensor
     if unknown:
-        word = re.sub(r"\.?lora_.*$|\.alpha$|\.diff(_b)?$", "", unknown[0])
+        word = re.sub(r"^lora_unet_|\.lora_[^.]*(\.default)?(\.weight)?$|\.alpha$|\.diff(_[bm])?$", "", unknown[0])
+        alike = sorted(name for name in names if ("." in name) == ("." in word))
         raise ValueError(f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, first {unknown[0]}"
-                         f"{near(word, sorted(set(names.values())))}; is it for another model (I2V, T2V, 1.3B, 14B)?")
+                         f"{near(word, alike)}; is it for another model (I2V, T2V, 1.3B, 14B)?")
     if not result.updates and not result.differences:
         raise ValueError(f"{path} holds no LoRA{f' of the {expert}-noise expert' if expert else ''}")
     settings = json.loads((path / "adapter_config.json").read_text()) if folder else _header(stored.files[0])
@@ -119,7 +122,7 @@ def read_lora(model: nn.Module, path: str | Path, expert: Literal["high", "low"]
     told = [name for name in result.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
     if pictured and told and not result.updates.keys() & pictured:
         warnings.warn(f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} that read the "
-                      "picture: it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=3)  # fmt: skip
+                      "picture: it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=4)  # fmt: skip
     parameters = dict(model.named_parameters())
     for name, tensor in result.differences.items():
         own = parameters.get(name)
@@ -229,20 +232,21 @@ def save_lora(model: nn.Module, path: str | Path, format: Format) -> None:
     common = (Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0])
     settings = {
         "peft_type": "LORA", "r": common[0], "lora_alpha": common[1], "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(theirs.values()), "use_rslora": False, "use_dora": any(isinstance(m, DoRALinear) for m in layers.values()),
+        "target_modules": list(theirs.values()), "use_rslora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common[0]},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common[1]},
     }  # fmt: skip
     tensors, header = {}, {"format": "pt"}
     for name, layer in layers.items():
         own = {part: tensor.cpu().contiguous() for part, tensor in layer.state().items()}
-        prefix = {"peft": "base_model.model.", "diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"}[format]
-        key = prefix + (name.replace(".", "_") if format == "kohya" else theirs[name])
+        key = WRITTEN[format] + (name.replace(".", "_") if format == "kohya" else theirs[name])
         alpha = own.pop("alpha")
         if isinstance(layer, LoKrLinear):
             first = "lokr_w1" if "lokr_w1" in own else "lokr_w1_a"
             own[first] = own[first] * layer.scale
-            tensors |= {f"{key}.{part}": tensor for part, tensor in own.items()} | {f"{key}.alpha": torch.tensor(float(layer.rank))}
+            own["alpha"] = torch.tensor(float(layer.rank))
+            tensors |= {f"{key}.{part}": tensor for part, tensor in own.items()}
             continue
         ends = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude": ".lora_magnitude_vector"}
         if format in ("kohya", "comfy") and "lora_magnitude" in own:

@@ -93,16 +93,19 @@ def locate(path: str | Path, expert: Expert | None = None) -> Path:
     found = {name: path / folder for name, folders in EXPERT_FOLDERS.items() for folder in folders if (path / folder).is_dir()}
     if len(found) == 2 and expert is None:
         raise ValueError(f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say expert='high' or 'low'")
-    if expert in found and (len(found) == 2 or (path / EXPERT_FOLDERS[expert][0]).is_dir()):
-        return found[expert]
-    if expert is not None:
-        words = {name: (f"{name}_noise", *folders) for name, folders in EXPERT_FOLDERS.items()}
-        named = [name for name, own in words.items() if path.name in own or own[0] in path.name.lower()]
-        if named == [expert]:
-            return path
-        what = f"the {named[0]}-noise expert" if named else "a model without experts"
-        raise ValueError(f"the {expert}-noise expert is asked for, but {path} is {what}")
-    return next(iter(found.values()), path)
+    if expert is None:
+        return next(iter(found.values()), path)
+    clear = {name: folder for name, folder in found.items() if len(found) == 2 or folder.name != "transformer"}  # alone: dense
+    if expert in clear:
+        return clear[expert]
+    words = {name: (f"{name}_noise", *folders) for name, folders in EXPERT_FOLDERS.items()}
+    told = {path.name, path.parent.name if path.is_file() else path.name}
+    named = [name for name, own in words.items() if told & {*own} or own[0] in path.name.lower()]
+    if named == [expert]:
+        return path
+    what = f"is the {named[0]}-noise expert" if named else "is a model without experts"
+    what = f"holds the {next(iter(clear))}-noise expert alone" if clear else what
+    raise ValueError(f"the {expert}-noise expert is asked for, but {path} {what}")
 
 
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
@@ -125,14 +128,16 @@ def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
-    """From official names and shapes alone; heads are 128 wide, as in every released Wan. ValueError: no Wan transformer."""
+    """From official names and shapes alone; heads are 128 wide, as in every released Wan; 0 heads: they cannot be. ValueError:
+    no Wan transformer."""
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
         return WanConfig(
-            dim=dim, ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=max(1, dim // HEAD_DIM), num_layers=max(blocks) + 1,
-            in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // 4, freq_dim=shapes["time_embedding.0.weight"][1],
-            text_dim=shapes["text_embedding.0.weight"][1], image_dim=shapes.get("img_emb.proj.1.weight", (0,))[0],
+            dim=dim, ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=0 if dim % HEAD_DIM else dim // HEAD_DIM,
+            num_layers=max(blocks) + 1, in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // 4,
+            freq_dim=shapes["time_embedding.0.weight"][1], text_dim=shapes["text_embedding.0.weight"][1],
+            image_dim=shapes.get("img_emb.proj.1.weight", (0,))[0],
             image_positions=shapes.get("img_emb.emb_pos", (1, 0, 0))[1],
         )  # fmt: skip
     except (KeyError, ValueError, IndexError) as error:
@@ -174,7 +179,11 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     names, _, _ = official_names(list(stored.entries))
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     inferred = infer_config(shapes, place)
-    config = read_config(place, inferred) if place.is_dir() else inferred
+    folder = place.parent if place.name.startswith(WEIGHTS) else place  # of a release's own file its config.json counts, too
+    config = read_config(folder, inferred)
+    if not config.num_heads:
+        raise ValueError(f"{place}: a width of {config.dim} is no multiple of {HEAD_DIM}, which all released heads have; "
+                         "its config.json, which says how many heads it has, must lie beside it")
     if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:
         raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
     with torch.device("meta"):

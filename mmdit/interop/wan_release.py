@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
@@ -25,12 +26,22 @@ PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), b
 }
 
 
+def _has_boundary(index: Path) -> bool:
+    try:
+        return json.loads(index.read_text()).get("boundary_ratio") is not None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read: {error}") from None
+
+
 def release_config(path: str | Path) -> dict | None:
     """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be read."""
     path = Path(path)
     if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
         return None
-    pair = all(any((path / folder).is_dir() for folder in folders) for folders in EXPERT_FOLDERS.values())
+    experts = [folder for folders in EXPERT_FOLDERS.values() for folder in folders if (path / folder).is_dir()]
+    pair = len(experts) == 2
+    if len(experts) == 1 and (experts != ["transformer"] or _has_boundary(path / "model_index.json")):
+        raise ValueError(f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared between them")
     stored = Checkpoint(locate(path, "high" if pair else None))
     names, _, _ = official_names(list(stored.entries))
     config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, path)

@@ -295,9 +295,12 @@ class WanDiT(nn.Module):
         lengths = (text.ne(0).any(-1) * positions).amax(1) if text.shape[1] else positions.new_zeros(len(text))
         longest = text.shape[1] if self.training else int(lengths.max())  # in training nothing waits, and shapes are few
         keys = F.pad(text[:, :longest], (0, 0, 0, 1))
-        bias = upcast(text.new_zeros(len(text), longest + 1))
+        count = upcast(text.new_zeros(len(text))) + (length - lengths)
+        coarse = count.log().bfloat16().to(count.dtype)  # no padding: log 0, nothing attends to it
+        rest = torch.where(count > 0, coarse - count.log(), 0)  # what bfloat16 cannot hold of the logarithm goes to the words
+        bias = rest[:, None].repeat(1, longest + 1)
         bias.masked_fill_(torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf)
-        bias[:, -1] = torch.log((length - lengths).to(bias.dtype))  # no padding: log 0, nothing attends to it
+        bias[:, -1] = coarse
         return keys, bias[:, None, None]
 
     def _check(self, x: Tensor, inputs: Tensor, t: Tensor, text: Tensor, y: Tensor | None, clip: Tensor | None) -> None:

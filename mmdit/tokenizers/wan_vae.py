@@ -81,9 +81,9 @@ class WanVAETokenizer:
         sizes = self._model.sizes
         for name, actual in (("latent_f", sizes.spatial), ("latent_d", sizes.channels)):
             if getattr(config, name) != actual:
-                version = "2.2" if sizes.residual else "2.1"
-                found = f"{place} is a Wan {version} VAE with {actual}"
-                raise ConfigError(f"tokenizer.{name}", f"is {getattr(config, name)}, but {found}")
+                version, user = ("2.2", "TI2V-5B alone has") if sizes.residual else ("2.1", "every Wan but TI2V-5B has")
+                found = f"{place} is a Wan {version} VAE with {actual}, which {user}"
+                raise ConfigError(f"tokenizer.{name}", f"is {getattr(config, name)}, but {found}: take that of the model's release")
         self.spec = LatentSpec(sizes.channels, sizes.spatial, mean, std, temporal=GROUP)
 
     @cached_property

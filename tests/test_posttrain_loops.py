@@ -106,6 +106,36 @@ def test_storing_everything_or_offloading_changes_no_gradient(tmp_path):
     assert few == 8 * running.plan(running.stochastic(0)).bytes(48)
 
 
+def test_the_kl_moves_the_policy_alone_and_is_not_in_the_policy_loss(tmp_path):
+    """Away from the reference, with no advantage: all of the gradient is the KL's. Its spaces are those of the closed form."""
+    def step_by_step(worth: float, **kl):
+        running = session(tmp_path, algorithm="grpo", kl=KLConfig(**kl), prompts_per_epoch=4, group_size=2, micro_batch=8, rewards=(Noise(),))
+        shift = torch.Generator().manual_seed(0)
+        for p in running.learner.model.parameters():
+            p.data += 0.02 * torch.randn(p.shape, generator=shift)
+        kept = {name: p.clone() for name, p in running.reference.items()}
+        rollout = running.collect(0)[0][0]
+        terms = list(step_terms(running, rollout, torch.full((8,), worth)))
+        sum(loss for loss, _ in terms).backward()
+        assert all(torch.equal(p, kept[name]) and not p.requires_grad for name, p in running.reference.items())
+        size = sum(p.grad.abs().sum().item() for p in running.learner.model.parameters())
+        return size, [loss.item() * len(terms) for loss, _ in terms], [{k: v.item() for k, v in n.items()} for _, n in terms], running
+
+    assert step_by_step(0.0)[0] == 0 < step_by_step(0.0, beta=0.5)[0]
+    plain = [n["policy_loss"] for n in step_by_step(1.0)[2]]
+    found = {}
+    for space in ("v", "x", "exact"):
+        _, losses, numbers, running = step_by_step(1.0, beta=0.5, space=space)
+        assert [n["policy_loss"] for n in numbers] == plain
+        assert losses == pytest.approx([n["policy_loss"] + 0.5 * n["kl"] for n in numbers], rel=1e-5)
+        found[space] = [n["kl"] for n in numbers]
+    for index, (v, x, exact) in enumerate(zip(*found.values(), strict=True)):
+        t, s = running.times[index : index + 2]
+        g = 0.7 * (t / (1 - (running.times[1] if t == 1 else t))) ** 0.5
+        assert exact == pytest.approx((t - s) / 2 * (g * (1 - t) / (2 * t) + 1 / g) ** 2 * v, rel=1e-4)
+        assert x == pytest.approx(2 * g * g * (t - s) * exact, rel=1e-4)
+
+
 class AnyMotion(Motion):
     limits = (0.0, 1e3)  # the toy's pixels have no bounds
 
@@ -225,7 +255,7 @@ def test_four_epochs_are_two_and_two_bit_for_bit(tmp_path, settings):
     for file in ("model", "optimizer", *(["old"] if settings["algorithm"] in ("nft", "awm") else [])):
         one, two = (read_tensors(end / f"{file}.safetensors") for end in ends)
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    drop = ("seconds",)
+    drop = ("seconds", "reward_seconds")
     logs = [[{k: v for k, v in json.loads(line).items() if k not in drop and not k.startswith("seen")} for line in
              (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("straight", "cut")]  # fmt: skip
     assert logs[0] == logs[1]
@@ -274,6 +304,26 @@ def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys
     assert config.posttrain.algorithm == algorithm and pipeline(["a red star"], 48, 32).isfinite().all()
 
 
+def test_the_best_on_held_out_prompts_is_kept_apart(shop, monkeypatch, capsys):
+    """Not the last, not the one of the highest reward on seen prompts; a resumed run goes on to compare with it."""
+    from mmdit.experiment import load_pipeline
+
+    scores = iter([0.2, 0.1, 0.6, 0.4])
+    monkeypatch.setattr(Session, "evaluate", lambda session: {"seen_brightness": 0.1 * session.state.step, "held_out_brightness": next(scores)})
+    words = [f"posttrain.{name}=[{{type: brightness}}]" for name in ("rewards", "eval_rewards")]
+    words += ["posttrain.eval_every_epochs=1", "train.save_every_steps=1", "train.keep_last=0"]
+    posttrain.main(command(shop, "best", *words))
+    posttrain.main(command(shop, "best", *words, "--resume", "train.max_steps=3"))
+    run = shop.folder / "runs" / "best"
+    assert f"of update 2: {run / 'best'}" in capsys.readouterr().out.splitlines()[-1]
+    kept, same = latest(run / "best"), run / "checkpoints" / "step_00000002"
+    assert kept.name == same.name and not (kept / "optimizer.safetensors").exists()
+    for name in ("model", "ema"):
+        one, two = (read_tensors(folder / f"{name}.safetensors") for folder in (kept, same))
+        assert all(torch.equal(one[key], two[key]) for key in two)
+    assert load_pipeline(run / "best", "cpu")[0](["a red star"], 48, 32).isfinite().all()
+
+
 def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch):
     extra = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.cache('pictures')}"]
     monkeypatch.setattr(Session, "roll_out", None)
@@ -309,6 +359,13 @@ def test_mistakes_are_told_before_anything_runs(shop, capsys):
     for word, *parts in (
         ("posttrain.micro_batch=3", "posttrain.micro_batch", "must divide"),
         ("posttrain.group_size=1", "posttrain.group_size"),
+        ("posttrain={algorithm: srpo, kl: {beta: 0.1}}", "posttrain.kl.beta", "no effect in srpo"),
+        ("posttrain={algorithm: srpo, srpo: {scorer: {type: clip, path: x, weight: 2}}}", "posttrain.srpo.scorer", "remove them"),
+        ("posttrain={algorithm: nft, kl: {space: exact}}", "posttrain.kl.space", "must be v"),
+        ("posttrain.draws_per_sample=2", "posttrain.draws_per_sample", "no effect in grpo"),
+        ("posttrain={algorithm: dpo, updates_per_epoch: 2}", "posttrain.updates_per_epoch", "without epochs"),
+        ("posttrain.advantage={mode: gdpo, std: group}", "posttrain.advantage.std", "gdpo"),
+        ("posttrain.rewards=[{type: brightness_rank, batch: 2}]", "batch", "groupwise"),
         ("posttrain.rollout={dynamics: ode}", "posttrain.rollout.dynamics", "flow_sde"),
         ("posttrain.rollout={steps: 3, sde_steps: [2]}", "posttrain.rollout.sde_steps", "last step"),
         ("posttrain.srpo={sigma_window: [0.99, 0.5]}", "sigma_window"),

@@ -73,9 +73,8 @@ def test_every_mutant_of_the_sde_is_found(kind):
 
 
 def test_an_ode_last_step_leaves_no_noise():
-    left = [math.sqrt(moments(of("flow_sde"), 10, 0.02, 3.0, ode_last)[1] ** 2) for ode_last in (True, False)]
-    assert abs(left[0] - 0.02) < 0.005 or left[0] < 0.02
-    assert left[1] > 0.2
+    left = [moments(of("flow_sde"), 10, 0.02, 3.0, ode_last)[1] for ode_last in (True, False)]
+    assert left[0] < 0.005 and left[1] == pytest.approx(0.227, abs=1e-3)
 
 
 def test_log_probability_and_kl_are_those_of_torch():
@@ -351,7 +350,7 @@ def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
     found = direct_align.recover(x, v, noise, entered, landed)
     assert (found - clean).abs().max() < 5e-5
     gain, = torch.autograd.grad(found.sum(), v)
-    torch.testing.assert_close(gain, torch.full_like(gain, (landed - entered) / (1 - landed)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gain, torch.full_like(gain, (landed - entered) / (1 - landed)), rtol=1e-5, atol=0)
     for part in ("inject", "recover"):
         with pytest.raises(AssertionError, match="float32"):
             half = [z.detach().bfloat16() for z in (x, v, noise)]

@@ -111,6 +111,9 @@ def plan(session: Session) -> list[str]:
         rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of "
                     f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
                     f"{config.updates_per_epoch} updates")
+        if config.algorithm == "dpo" and config.dpo.source == "offline":
+            source = config.dpo.pairs or f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
+            rows.append(f"pairs: {source}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a process on {where}")
         drawn = session.pair.between[::-1] if session.pair else (1.0, 0.0)

@@ -37,8 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TWICE = {"updates_per_epoch": 2, "micro_batch": 128}
 GRPO = {"algorithm": "grpo", "ratio": RatioConfig(clip=(-7e-3, 7e-3)), **TWICE}
 CLIP = GRPO["ratio"]
-NFT = {"algorithm": "nft", "draws_per_sample": 4, **TWICE}
-AWM = {"algorithm": "awm", "ema": 0.9, "draws_per_sample": 4, "ratio": RatioConfig(clip=(-1e-2, 1e-2)), **TWICE}
+EARLY = {"algorithm": "grpo", "ratio": CLIP, "rollout": {"sde_steps": (0, 1, 2)}}  # one update an epoch: no ratio leaves 1
+NFT = {"algorithm": "nft", "draws_per_sample": 2, **TWICE}
+AWM = {"algorithm": "awm", "ema": 0.9, "draws_per_sample": 2, "ratio": RatioConfig(clip=(-1e-2, 1e-2)), **TWICE}
 SRPO = {"algorithm": "srpo", "prompts_per_epoch": 32, "micro_batch": 32, "lr": 1e-4}
 
 
@@ -160,7 +161,7 @@ def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
 # ── C5: learning, and not learning ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name, reward, keep, settings", [
     ("grpo", -0.20, 0.75, GRPO),
-    ("grpo, early steps", -0.22, 0.75, GRPO | {"rollout": {"sde_steps": (0, 1, 2)}}),
+    ("grpo, early steps", -0.22, 0.75, EARLY),
     ("guard", -0.18, 0.68, GRPO | {"algorithm": "guard"}),
     ("nft", -0.12, 0.92, NFT),
     ("awm", -0.12, 0.90, AWM),
@@ -175,7 +176,7 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
     assert last["seen_bright"] > reward and last["seen_keep"] > keep and last["drift"] > 0
     if "dpo" in name:
         assert records[1]["pair_loss"] == pytest.approx(0.6931, abs=1e-3) and last["implicit_accuracy"] >= 0.75
-    if name == "grpo":
+    if name.startswith("grpo"):
         assert all(record["replay"] == 0 for record in records[1:])
 
 
@@ -192,26 +193,29 @@ def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     held = [run(session(tmp_path / f"kl{beta}", epochs=30, algorithm="grpo", ratio=CLIP, kl=KLConfig(beta=beta), rollout={"sde_steps": (0, 2)}))
             for beta in (0.0, 0.3, 10.0)]
     assert held[0]["seen_bright"] > held[1]["seen_bright"] > held[2]["seen_bright"]
+    assert held[0]["seen_keep"] < held[1]["seen_keep"] < held[2]["seen_keep"]
     assert held[0]["drift"] > held[1]["drift"] > held[2]["drift"] and held[2]["kl"] > 0
-    clips = [run(session(tmp_path / f"clip{high}", epochs=10, algorithm="grpo", ratio=RatioConfig(clip=(-high, high)), updates_per_epoch=4,
-                         micro_batch=64, rollout={"sde_steps": (0, 2)}))["clip_share"] for high in (1e-5, 1e-3, 1e-1)]  # fmt: skip
-    assert clips[0] > clips[1] > clips[2] == 0
+    clips = [run(session(tmp_path / f"clip{high}", epochs=20, algorithm="grpo", ratio=RatioConfig(clip=(-high, high)), updates_per_epoch=4,
+                         micro_batch=64, rollout={"sde_steps": (0, 2)})) for high in (7e-5, 7e-4, 7e-3)]  # fmt: skip
+    assert clips[0]["clip_share"] > clips[1]["clip_share"] > clips[2]["clip_share"] == 0
+    assert clips[0]["seen_keep"] > clips[1]["seen_keep"] > clips[2]["seen_keep"]
 
 
-@pytest.mark.parametrize("settings", [GRPO | {"kl": KLConfig(beta=0.03)}, NFT, AWM, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}],
-                         ids=lambda s: s["algorithm"])  # fmt: skip
-def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings):
-    for seed in (0, 1):
+@pytest.mark.parametrize("settings, drift", [(EARLY, 0.3), (NFT, 0.05), (AWM, 0.05), ({"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08)],
+                         ids=lambda s: s["algorithm"] if isinstance(s, dict) else "")  # fmt: skip
+def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings, drift):
+    """As they are where a reward is learnt, without a KL."""
+    for seed in range(5):
         last = run(session(tmp_path / str(seed), rewards=(Noise(),), seed=seed, **settings))
-        assert abs(last["seen_bright"] + 0.589) < 0.12 and last["drift"] < 0.08
+        assert abs(last["seen_bright"] + 0.589) < 0.12 and last["drift"] < drift
 
 
 def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
     """What the configs of GRPO rest on."""
-    settings = GRPO | {"epochs": 100, "rollout": {"sde_steps": (0, 1, 2, 3), "shared_noise": True}}
+    settings = GRPO | {"epochs": 60, "rollout": {"sde_steps": (0, 1, 2, 3), "shared_noise": True}}
     ends = {(beta, reward): run(session(tmp_path / f"{beta}{reward}", kl=KLConfig(beta=beta), **settings | ({"rewards": (Noise(),)} if reward else {})))
             for beta in (0.0, 0.03) for reward in (0, 1)}  # fmt: skip
-    assert ends[0.03, 0]["seen_bright"] > ends[0.0, 0]["seen_bright"] - 0.03 and ends[0.03, 0]["seen_keep"] > ends[0.0, 0]["seen_keep"] + 0.1
+    assert ends[0.03, 0]["seen_bright"] > ends[0.0, 0]["seen_bright"] - 0.03 and ends[0.03, 0]["seen_keep"] > ends[0.0, 0]["seen_keep"] + 0.08
     assert ends[0.03, 1]["drift"] < ends[0.0, 1]["drift"] / 5
 
 
@@ -294,6 +298,7 @@ def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys
     assert posttrain.main(command(shop, algorithm, *extra, "--dry-run")) == 0
     told = capsys.readouterr().out
     assert "noise levels" in told and not (shop.folder / "runs" / algorithm).exists()
+    assert ("pairs: best and worst of 4 prompts" in told) == (algorithm == "dpo")
     if algorithm == "grpo":
         # 3 steps, 2 stochastic: positions 0 … 3 and 2 means of 48 latent values in float32
         assert "2 prompts × 2 = 4 samples" in told and f"{(4 + 2) * 48 * 4:,} bytes a sample" in told

@@ -22,8 +22,8 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class Samples:
-    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them; `latents` normalised; `draws` key
-    anything random. A reward reads and never changes them."""
+    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them; `latents` normalised; `draws`
+    key anything random. A reward reads and never changes them."""
 
     captions: list[str]
     latents: Tensor
@@ -47,8 +47,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Reward:
-    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all samples of one prompt at a time,
-    others `batch` samples (0: all that were drawn together). `device`: where it runs, if not where the model does.
+    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all samples of one prompt at a
+    time, others `batch` samples (0: all that were drawn together). `device`: where it runs, if not where the model does.
     `call(samples) -> (B,)`."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
@@ -61,7 +61,7 @@ class Reward:
 
     def __post_init__(self):
         if self.batch < 0 or self.batch and self.groupwise:
-            raise ConfigError("batch", f"is {self.batch}; must be 0 or more, and 0 for a groupwise reward, which takes whole groups")
+            raise ConfigError("batch", f"is {self.batch}; must be 0 or more, and 0 for a groupwise reward: it takes whole groups")
 
     @property
     def label(self) -> str:

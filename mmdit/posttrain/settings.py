@@ -142,7 +142,8 @@ class SRPOConfig:
         window_check(self.sigma_window, self.step)
         if not self.positive or not self.negative or not self.branches:
             raise ConfigError("positive", "positive, negative and branches must not be empty")
-        if isinstance(self.scorer, ClipReward) and (self.scorer.weight, self.scorer.name, self.scorer.batch, self.scorer.device) != (1.0, None, 0, None):
+        own = self.scorer
+        if isinstance(own, ClipReward) and (own.weight, own.name, own.batch, own.device) != (1.0, None, 0, None):
             raise ConfigError("scorer", "has a weight, name, batch or device, which count for a reward of samples; remove them")
 
 
@@ -197,8 +198,9 @@ class PosttrainConfig:
             ("kl.beta", self.kl.beta, 0.0, self.algorithm == "srpo", "srpo"),
             ("kl.space", self.kl.space, "v", not steps, f"{self.algorithm}, which compares velocities"),
             ("draws_per_sample", self.draws_per_sample, 1, steps or self.algorithm == "srpo", self.algorithm),
-            ("updates_per_epoch", self.updates_per_epoch, 1, stored or self.algorithm == "srpo", f"{self.algorithm} without epochs"),
-            ("advantage.std", self.advantage.std, "global", self.advantage.mode == "gdpo", "gdpo, which has both deviations"),
+            ("updates_per_epoch", self.updates_per_epoch, 1, stored or self.algorithm == "srpo",
+             f"{self.algorithm} without epochs"),
+            ("advantage.std", self.advantage.std, "global", self.advantage.mode == "gdpo", "gdpo, which uses both"),
         ):
             if idle and value != usual:
                 raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {usual}")

@@ -286,6 +286,9 @@ def test_the_guard_is_centred_and_the_plain_ratio_is_not():
     assert guard.mean().abs() < error(guard)
     expected = -(new - old)[0].square().mean() / (2 * std**2)
     assert (raw.mean() - expected).abs() < error(raw) and expected.abs() > error(raw) / 3
+    z, delta = (y - old) / std, new - old
+    torch.testing.assert_close(guard, (z * delta).mean(1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(guard, std * (raw + delta.square().mean(1) / (2 * std**2)), atol=1e-6, rtol=1e-5)
     small = old + 1e-6 * torch.randn(48)
     y = old + torch.randn(800, 48)
     torch.testing.assert_close(dynamics.guard_log_ratio(y, old, small, 1.0), dynamics.log_ratio(y, old, small, 1.0), atol=1e-6, rtol=0)

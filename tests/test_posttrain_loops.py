@@ -137,6 +137,31 @@ def test_the_kl_moves_the_policy_alone_and_is_not_in_the_policy_loss(tmp_path):
         assert x == pytest.approx(2 * g * g * (t - s) * exact, rel=1e-4)
 
 
+def test_the_samples_of_a_group_may_begin_alike_and_the_noisy_steps_are_drawn_anew_in_each_epoch(tmp_path):
+    common = {"prompts_per_epoch": 4, "group_size": 2, "micro_batch": 8, "rewards": (Noise(),), "algorithm": "grpo"}
+    for shared in (True, False):
+        running = session(tmp_path, storage=StorageConfig(positions="all"), rollout={"shared_noise": shared}, **common)
+        first, last = (running.collect(0)[0][0].trajectory.get(place).reshape(4, 2, -1) for place in (0, -1))
+        assert torch.equal(first[:, 0], first[:, 1]) == shared and not torch.equal(first[0], first[1])
+        assert not torch.equal(last[:, 0], last[:, 1])
+    running = session(tmp_path, rollout={"sde_steps": (0, 1, 2, 3), "sde_pick": 2}, **common)
+    drawn = [running.stochastic(epoch) for epoch in range(40)]
+    assert {len(set(steps)) for steps in drawn} == {2} and len(set(drawn)) == 6, "each of the six pairs"
+
+
+def test_gradients_are_clipped(tmp_path):
+    """AdamW's first step has one size whatever the gradient: its moments tell."""
+    sizes = []
+    for clip in (0.5, 1.0):
+        running = session(tmp_path, train={"grad_clip": clip})
+        for p in running.learner.model.parameters():
+            p.grad = torch.ones_like(p)
+        assert running.apply()["grad_norm"] > 10
+        moments = [value for name, value in running.state.files()["optimizer"].items() if name.endswith("exp_avg")]
+        sizes.append(torch.cat([m.flatten() for m in moments]).norm().item())
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=1e-4)
+
+
 class AnyMotion(Motion):
     limits = (0.0, 1e3)  # the toy's pixels have no bounds
 
@@ -364,6 +389,7 @@ def test_mistakes_are_told_before_anything_runs(shop, capsys):
     for word, *parts in (
         ("posttrain.micro_batch=3", "posttrain.micro_batch", "must divide"),
         ("posttrain.group_size=1", "posttrain.group_size"),
+        ("posttrain={algorithm: dpo, prompts_per_epoch: 4, group_size: 4, micro_batch: 2}", "posttrain.micro_batch", "whole groups"),
         ("posttrain={algorithm: srpo, kl: {beta: 0.1}}", "posttrain.kl.beta", "no effect in srpo"),
         ("posttrain={algorithm: srpo, srpo: {scorer: {type: clip, path: x, weight: 2}}}", "posttrain.srpo.scorer", "remove them"),
         ("posttrain={algorithm: nft, kl: {space: exact}}", "posttrain.kl.space", "must be v"),
@@ -392,15 +418,23 @@ def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
 
 
-def test_two_processes_are_one(shop):
+@pytest.mark.parametrize("words", [
+    ("posttrain.micro_batch=1", "posttrain.updates_per_epoch=2"),
+    ("posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 2, beta: 5}"),
+    ("posttrain.algorithm=srpo", "posttrain.micro_batch=1"),
+], ids=("grpo", "dpo", "srpo"))  # fmt: skip
+def test_two_processes_are_one(shop, words, request):
     """Each update takes the same samples, and their mean, however many processes share it."""
-    words = ["posttrain.micro_batch=1", "posttrain.updates_per_epoch=2", "train.max_steps=4", "ema.enabled=false"]
-    posttrain.main(command(shop, "alone", *words))
+    name = request.node.callspec.id
+    words = [*words, "train.max_steps=4", "ema.enabled=false"]
+    posttrain.main(command(shop, f"alone_{name}", *words))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP")))
-    subprocess.run([sys.executable, *launch, "-m", "mmdit.scripts.posttrain", *command(shop, "together", *words)], cwd=ROOT, timeout=200,
+    subprocess.run([sys.executable, *launch, "-m", "mmdit.scripts.posttrain", *command(shop, f"together_{name}", *words)], cwd=ROOT, timeout=200,
                    check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-    one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in ("alone", "together"))
+    one, two = (read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors") for name in (f"alone_{name}", f"together_{name}"))
+    start = read_tensors(latest(shop.folder / "runs" / "base") / "ema.safetensors")
+    assert any(not torch.equal(one[name], start[name]) for name in start)
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 
 

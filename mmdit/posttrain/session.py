@@ -75,9 +75,9 @@ class Session:
             raise ConfigError("posttrain.prompts_per_epoch", f"is {config.prompts_per_epoch}, must be at most the "
                               f"{len(self.prompts)} prompts")
         if (config.micro_batch % config.group_size
-                and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and config.dpo.source == "online")):
+                and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and not config.dpo.given)):
             raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size "
-                              f"{config.group_size}: a groupwise reward or online dpo compares whole groups")
+                              f"{config.group_size}: a groupwise reward or dpo compares whole groups")
         for reward in (*config.rewards, *config.eval_rewards, config.srpo.scorer):
             if reward is not config.srpo.scorer or config.algorithm == "srpo":
                 reward.prepare(torch.device(getattr(reward, "device", None) or self.device))
@@ -306,6 +306,8 @@ class Session:
                     reason = f"the drift {values['drift']:.3g} is above posttrain.max_drift"
                 if not all(math.isfinite(value) for value in values.values()) or values.get("skipped"):
                     reason = "a loss or gradient is not finite"
+                if self.world.any(reason is not None):
+                    reason = reason or "another process found a reason to"
                 asked = self.world.any(stop.asked)
                 ended = state.step >= train.max_steps or reason is not None
                 epoch = state.step // updates

@@ -120,6 +120,11 @@ class DPOConfig:
     collect: int = 512
     batch: int = 64  # pairs of one update, over all processes
 
+    @property
+    def given(self) -> bool:
+        """Whether pairs come from a file, and none are made."""
+        return self.source == "offline" and self.pairs is not None
+
 
 @dataclass(frozen=True)
 class SRPOConfig:

@@ -269,9 +269,11 @@ def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
 # ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("settings", [
     {"algorithm": "grpo", "updates_per_epoch": 2, "micro_batch": 128},
+    {"algorithm": "guard", "updates_per_epoch": 2, "micro_batch": 128, "rollout": {"sde_steps": (0, 1, 2), "sde_pick": 1}},
     {"algorithm": "nft", "nft": NFTConfig(rate=0.1)},
     {"algorithm": "awm", "ema": 0.9},
     {"algorithm": "dpo", "dpo": DPOConfig(collect=32, batch=16)},
+    {"algorithm": "dpo", "dpo": DPOConfig(source="online")},
     {"srpo": words(), **SRPO},
 ], ids=lambda s: s.get("algorithm"))  # fmt: skip
 def test_four_epochs_are_two_and_two_bit_for_bit(tmp_path, settings):

@@ -24,7 +24,13 @@ def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
     """Of the adapted layers: of a run with its own adapter or another, or of Wan weights. ValueError: there is no adapter."""
     if adapter and not is_ours(base):
         return wan_changes(base, adapter, expert)
-    model = load_pipeline(base, "cpu", lora=None)[0].learner.model
+    pipeline = load_pipeline(base, "cpu", lora=None)[0]
+    model, low = pipeline.learner.model, pipeline.low
+    if expert:
+        parts = {"high": model, "low": low} if low is not None else dict(model.named_children())
+        if "low" not in parts:
+            raise ValueError(f"--expert is {expert}, but {base} is no pair of experts; leave it out")
+        model = parts[expert]
     if adapter:
         load_lora(remove(model), adapter)
     if not adapters(model):

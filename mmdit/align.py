@@ -58,13 +58,17 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,
                                           settings.eval_prompts)  # fmt: skip
 
-        def save(session: Session) -> None:
+        def save(session: Session, best: bool) -> None:
             meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint,
                                    alphas(learner.model))
             files = session.state.files() | session.files()
             if config.lora.enabled:
                 files["lora"] = lora_state(learner.model)
-            checkpoint.save(config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world)
+            if best:
+                weights = {name: files[name] for name in ("model", "ema", "lora") if name in files}
+                checkpoint.save(config.run_dir / "best", meta, weights, 1, world=world)
+            else:
+                checkpoint.save(config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world)
 
         state = TrainState.create(learner, train, config.ema)
         session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
@@ -107,6 +111,9 @@ def plan(session: Session) -> list[str]:
         rows.append(f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples} samples, on each of "
                     f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
                     f"{config.updates_per_epoch} updates")
+        if config.algorithm == "dpo" and config.dpo.source == "offline":
+            source = config.dpo.pairs or f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
+            rows.append(f"pairs: {source}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a process on {where}")
         drawn = session.pair.between[::-1] if session.pair else (1.0, 0.0)

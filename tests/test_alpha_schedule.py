@@ -223,6 +223,12 @@ def test_the_criteria_are_those_of_the_table():
     tested = PhaseConfig("a", 8)
     plan, course = phase_after(tested, flat)  # 3 standard errors of 1000 elements: 0.547
     assert plan.progress[""].phase == 1 and plan.history[0]["steps"] == 200 and course.steps == 200, "the window begins anew"
+    plan, course = schedule(adapted(), phases=(tested, PhaseConfig("b", 9), PhaseConfig("c", 10))), Course()
+    for number, loss in enumerate(flat, 1):
+        course.add(facts(loss, agreeing=560.0, compared=1000.0))
+        if plan.due(number):
+            plan.look(number, {"": course})
+    assert [move["steps"] for move in plan.history] == [200, 200], "each phase has its own windows"
     for agreeing, compared in ((540.0, 1000.0), (0.0, 0.0)):
         assert phase_after(tested, flat, agreeing, compared)[0].progress[""].phase == 0, "too little agreement, or none known"
     assert phase_after(PhaseConfig("a", 8, min_steps=300), flat)[0].history[0]["steps"] == 300

@@ -12,6 +12,7 @@ from test_trainer import SPEC, assert_same, batches, learner, run_ranks
 from test_wan_training import Shop as WanShop
 from tiny import Workshop, refused
 
+from mmdit.adapter_report import changes
 from mmdit.adapters import LoRAConfig, adapters, inject, load_lora, load_lora_state, lora_state, merge
 from mmdit.config import ConfigError
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
@@ -291,13 +292,17 @@ def test_from_a_config_to_files_and_pictures(shop):
     pair = load_pipeline(run, "cpu")[0].learner
     files = {name: folder / f"lora_{name}.safetensors" for name in NAMES}
     told = {}
+    both = changes(str(run), None, None)
     for name, t in (("high", 0.8), ("low", 0.2)):
+        assert [change.delta for change in changes(str(run), None, name)] == [c.delta for c in both if c.layer.startswith(name)]
         one = load_pipeline(shop.base, "cpu")[0].learner
         plain = draw(one, t)
         load_lora(one.model, files[name])
         told[name] = draw(one, 0.8), draw(one, 0.2)
         torch.testing.assert_close(draw(pair, t), draw(one, t), rtol=1e-4, atol=1e-5)
         assert (draw(pair, t) - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="no pair of experts"):
+        changes(str(shop.base), None, "low")
     assert (told["high"][0] - told["low"][0]).abs().max() > 1e-3
     export.main(["--checkpoint", str(run), "--out", str(shop.folder / "pair.safetensors"), "--dtype", "fp32"])
     again = load_pipeline(shop.folder / "pair.safetensors", "cpu")[0].learner

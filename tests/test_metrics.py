@@ -14,7 +14,7 @@ from torch import nn
 from mmdit.training import checkpoint
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.signs import Signs, pack, unpack
-from mmdit.training.trend import BINS, Course, StepFacts, Trend, ema
+from mmdit.training.trend import BINS, LONGEST, Course, StepFacts, Trend, ema
 
 DOCUMENTED = [
     "step", "timestamp", "loss", "gradient_stability", "expert", "lr_0", "lr_1", "alpha_enabled", "phase", "phase_idx",
@@ -86,6 +86,13 @@ def test_levelling_takes_out_what_the_draw_of_t_does_and_leaves_the_trend():
     assert level.relative == pytest.approx(-0.25 / 0.625, rel=0.1) and abs(level.t) > 4 * abs(plain.t)
 
 
+def test_the_level_of_a_noise_level_is_that_of_lately():
+    course = Course()
+    for loss in [1.0] * 1000 + [0.1] * 500:
+        course.add(facts(loss, 0.3))
+    assert course.means[int(0.3 * BINS)] == pytest.approx(0.1 + 0.9 * 0.99**500, rel=1e-6)
+
+
 def test_skipped_steps_and_other_experts_leave_no_trace():
     course, plain = Course(), Course()
     for step in range(60):
@@ -97,6 +104,9 @@ def test_skipped_steps_and_other_experts_leave_no_trace():
     assert course.values()["loss_samples"] == 60 and course.values()["gradient_stability_se"] == 0.5 / math.sqrt(8)
     course.reset()
     assert course.values()["loss_slope"] is None and course.steps == 0 and course.loss_emas == plain.loss_emas
+    long = Course(losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST)
+    long.add(facts(2.0, agreeing=5.0, compared=8.0))
+    assert {len(kept) for kept in (long.losses, long.levelled, long.stabilities)} == {LONGEST} and long.losses[-1] == 2
     assert Course().values().keys() == plain.values().keys() and Course().values()["gradient_stability"] is None
 
 
@@ -137,6 +147,7 @@ def test_zeros_are_not_compared(one):
     zero, ones = torch.zeros(100, 1000), torch.ones(100, 1000)
     assert compare(signs, parameter, zero) is None and compare(signs, parameter, zero) is None  # counting them would say 1
     assert compare(signs, parameter, None) is None
+    assert compare(signs, parameter, ones * math.inf, BAD) is None  # skipped before any was seen
     assert compare(signs, parameter, ones) is None, "all before were zero"
     half = ones.clone()
     half[:50] = 0
@@ -192,6 +203,14 @@ def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
     log.close()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, at + 2)) and at > 50
+
+
+def test_a_log_that_went_back_is_read_once(tmp_path):
+    """Steps that were written twice, by a run that was restored without its log, and lines that are none."""
+    written = [*({"step": step} for step in (1, 2, 3, 2, 3, 4, 9)), ["no record"]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written) + '{"st')
+    MetricsLog(tmp_path, 4).close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_the_documented_names_are_always_there(shop):

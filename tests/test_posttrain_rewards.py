@@ -1,12 +1,27 @@
 """Rewards that look at pictures: analytic ones, the oracle on true pictures, and CLIP-like networks from local weights."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
+from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.captions import prompts
 from mmdit.data.moving_shapes.render import render, to_float
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore, from_open_clip
-from mmdit.posttrain.rewards import Brightness, ColorMatch, ColorWords, Motion, PromptAccuracy, RewardPool, Samples, Sharpness
+from mmdit.posttrain.rewards import (
+    Brightness,
+    BrightnessRank,
+    ColorMatch,
+    ColorWords,
+    Motion,
+    PromptAccuracy,
+    Reward,
+    RewardPool,
+    Samples,
+    Sharpness,
+)
 from mmdit.rng import Draws
 
 
@@ -29,6 +44,39 @@ def test_analytic_rewards_rank_pictures_as_an_eye_would():
         x = torch.rand(2, 2, 3, 8, 8, requires_grad=True)
         reward.call(samples(x)).sum().backward()
         assert x.grad.abs().sum() > 0
+
+
+@dataclass(frozen=True)
+class Saved(Reward):
+    """Looks at pictures as files have them, some at a time."""
+
+    needs: ClassVar[tuple[str, ...]] = ("images", "latents")
+    type: str = "saved"
+
+    def call(self, samples):
+        assert samples.images.dtype == torch.uint8 and len(samples.images) == len(samples.captions) <= (self.batch or 5)
+        seen.append(samples.latents.device.type)
+        return samples.images[:, 0, 0, 0].float().mean(1) / 255
+
+
+seen: list[str] = []
+
+
+def test_a_reward_may_ask_for_images_in_batches_on_its_own_device():
+    pixels, facts = torch.rand(5, 2, 3, 4, 6), [object()] * 5
+    given = samples(pixels, [f"c{i}" for i in range(5)], facts)
+    assert given.images.shape == (5, 2, 4, 6, 3) and (given.images[..., 1] / 255 - pixels[:, :, 1]).abs().max() <= 0.5 / 255 + 1e-6
+    values = RewardPool((Saved(name="two", batch=2), Saved(name="all"), Brightness(batch=3), Brightness(name="whole")), 0).score(given)
+    assert torch.equal(values["two"], values["all"]) and torch.equal(values["brightness"], values["whole"])
+    moved = given.to("meta")
+    assert moved.pixels.is_meta and moved.draws.indices.is_meta and moved.facts is facts and not given.pixels.is_meta
+    seen.clear()
+    with pytest.raises(NotImplementedError):  # a meta tensor has no values to give
+        RewardPool((Saved(device="meta"),), 0).score(given)
+    assert seen == ["meta"] or not seen
+    for bad in (lambda: Brightness(batch=-1), lambda: BrightnessRank(batch=2)):
+        with pytest.raises(ConfigError, match="batch"):
+            bad()
 
 
 def test_the_oracle_rewards_true_pictures_of_their_own_prompt():

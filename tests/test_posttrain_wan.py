@@ -113,7 +113,7 @@ def updates(algorithm: str, config: WanConfig, width: int, height: int, frames: 
     with tempfile.TemporaryDirectory() as folder:
         prompts = Prompts(["a cat", "a dog"])
         session = Session(settings, train, 0, TrainState.create(learner, train, EMAConfig(enabled=False)), Decoder(vae, device), prompts,
-                          {"seen": prompts.at([0])}, width, height, frames, Path(folder), lambda session: None, World(device=torch.device(device)),
+                          {"seen": prompts.at([0])}, width, height, frames, Path(folder), lambda *_: None, World(device=torch.device(device)),
                           Pair(high.requires_grad_(False).eval(), (0.0, BOUNDARY)))  # fmt: skip
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -145,7 +145,7 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
         settings = PosttrainConfig(algorithm="nft", prompts_per_epoch=2, micro_batch=2, group_size=2, rewards=(Brightness(),), eval_rewards=(Brightness(),),
                                    rollout=RolloutConfig(steps=4, shift=3.0), reward_frames=(0, -5))  # fmt: skip
         session = Session(settings, train, 0, TrainState.create(learner, train, EMAConfig(enabled=False)), Decoder(4, "cpu"), prompts, {}, 32, 32, 9,
-                          tmp_path, lambda session: None, World(), Pair(Seen(TINY), between))  # fmt: skip
+                          tmp_path, lambda *_: None, World(), Pair(Seen(TINY), between))  # fmt: skip
         levels.clear()
         clean = session.roll_out(session.velocity(session.text), Draws.of(0, 0, 2)).get(-1)
         assert levels == pytest.approx(own)

@@ -142,9 +142,9 @@ def session(run_dir, epochs: int = 60, lr: float = 3e-4, ema: float | None = Non
     options = TrainConfig(**(options | (train or {})))
     state = TrainState.create(learner, options, EMAConfig(enabled=ema is not None, decay=ema or 0.9))
 
-    def store(running: Session) -> None:
+    def store(running: Session, best: bool) -> None:
         meta = Meta(running.state.step, {}, Glass.spec, "glass")
-        save(run_dir, meta, running.state.files() | running.files(), 0)
+        save(run_dir / "best" if best else run_dir, meta, running.state.files() | running.files(), int(best))
 
     prompts = Prompts([f"class {i % 4} number {i}" for i in range(64)])
     evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(512)])}

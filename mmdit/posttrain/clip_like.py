@@ -83,6 +83,7 @@ class HPS(ClipReward):
     type: Literal["hps"] = "hps"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.weights is None:
             raise ConfigError("weights", "is empty; must name the HPS v2 file; path is the folder of the CLIP ViT-H it is "
                                          "made of")

@@ -45,13 +45,15 @@ def dpo_offline(session: Session) -> bool:
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
     """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal rewards give no pair."""
-    found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": []}
+    found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": [], "place": []}
+    samples = session.config.prompts_per_epoch * session.config.group_size
     for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
         rollouts, futures = session.collect(epoch)
         for rollout, future in zip(rollouts, futures, strict=True):
             total = sum(session.pool.weights[name] * value for name, value in future.result().items())
             best, worst = extremes(total, rollout.groups)
-            rows = {"win": rollout.clean[best], "lose": rollout.clean[worst], "prompts": rollout.prompts[best]}
+            rows = {"win": rollout.clean[best], "lose": rollout.clean[worst], "prompts": rollout.prompts[best],
+                    "place": epoch * samples + rollout.indices[best]}
             for name, values in rows.items():
                 found[name].append(values.cpu())
     pairs = {name: torch.cat(parts) for name, parts in found.items()}
@@ -59,7 +61,9 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
         parts: list = [None] * session.world.size
         torch.distributed.all_gather_object(parts, pairs)
         pairs = {name: torch.cat([part[name] for part in parts]) for name in pairs}
-    if not len(pairs["prompts"]):
+    order = pairs.pop("place").argsort()  # as one process would have made them
+    pairs = {name: value[order] for name, value in pairs.items()}
+    if not len(order):
         raise ValueError("no group had samples of different reward, so there is no pair to learn from; take a larger "
                          "posttrain.group_size or another reward")
     return pairs

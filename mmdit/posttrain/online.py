@@ -30,6 +30,8 @@ def online(session: Session) -> bool:
                                        config.advantage.clip)
         total = sum(session.pool.weights[name] * value for name, value in rewards.items())
         report |= {f"reward_{name}": value.mean().item() for name, value in rewards.items()}
+        report |= {f"reward_{name}_std": value.std(correction=0).item() for name, value in rewards.items()}
+        report["reward_seconds"], session.pool.seconds = session.pool.seconds, 0.0
         sums: dict[str, list[Tensor]] = {}
         share = len(rollouts) // updates
         for update in range(updates):

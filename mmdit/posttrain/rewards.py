@@ -22,8 +22,8 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class Samples:
-    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `latents` normalised; `draws` key anything random. A reward reads and
-    never changes them."""
+    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them; `latents` normalised; `draws`
+    key anything random. A reward reads and never changes them."""
 
     captions: list[str]
     latents: Tensor
@@ -32,18 +32,36 @@ class Samples:
     pixels: Tensor | None = None
     facts: list[Facts] | None = None
 
+    @property
+    def images(self) -> Tensor | None:
+        """uint8 `(B, F, H, W, 3)` on the CPU: a frame is what `PIL.Image.fromarray(frame.numpy())` takes."""
+        if self.pixels is None:
+            return None
+        return self.pixels.clamp(0, 1).mul(255).round().byte().movedim(2, -1).cpu()
+
+    def to(self, device: torch.device | str) -> Samples:
+        """A new record on `device`; this one stays where it is."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, draws=replace(self.draws, indices=self.draws.indices.to(device)), **moved)
+
 
 @dataclass(frozen=True)
 class Reward:
-    """`needs`: fields of `Samples`; `limits`: the values it may give; `differentiable`: in its pixels or latents. A groupwise
-    reward sees all samples of one prompt at a time. `call(samples) -> (B,)`."""
+    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all samples of one prompt at a
+    time, others `batch` samples (0: all that were drawn together). `device`: where it runs, if not where the model does.
+    `call(samples) -> (B,)`."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
     groupwise: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
     weight: float = 1.0
     name: str | None = None
+    batch: int = 0
+    device: str | None = None
+
+    def __post_init__(self):
+        if self.batch < 0 or self.batch and self.groupwise:
+            raise ConfigError("batch", f"is {self.batch}; must be 0 or more, and 0 for a groupwise reward: it takes whole groups")
 
     @property
     def label(self) -> str:
@@ -116,7 +134,6 @@ class PromptAccuracy(Reward):
     """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest is for all of them."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
-    differentiable: ClassVar[bool] = False
     type: Literal["prompt_accuracy"] = "prompt_accuracy"
     partial: float = 0.0
 
@@ -132,7 +149,6 @@ class Noise(Reward):
     """Random: the null run, whose drift is what an algorithm does without any reason."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    differentiable: ClassVar[bool] = False
     type: Literal["noise"] = "noise"
 
     def call(self, samples: Samples) -> Tensor:
@@ -208,15 +224,18 @@ class RewardPool:
             if getattr(samples, name) is None:
                 raise ValueError(f"the reward {reward.label!r} needs {name}, which these samples have not; use prompts that "
                                  "come with them, as moving_shapes do")
+        count = len(samples.captions)
         if reward.groupwise:
-            value = torch.empty(len(samples.captions))
-            for group in samples.groups.unique():
-                rows = (samples.groups == group).nonzero()[:, 0]
-                value[rows] = reward.call(rows_of(samples, rows)).float().cpu()
+            parts = [(samples.groups == group).nonzero()[:, 0] for group in samples.groups.unique()]
         else:
-            value = reward.call(samples).detach().float().cpu()
-        if tuple(value.shape) != (len(samples.captions),):
-            raise ValueError(f"the reward {reward.label!r} gave {tuple(value.shape)} for {len(samples.captions)} samples")
+            parts = torch.arange(count).split(reward.batch or count)
+        value = torch.empty(count)
+        for rows in parts:
+            some = samples if len(rows) == count else rows_of(samples, rows)
+            found = reward.call(some.to(reward.device) if reward.device else some).float().cpu()
+            if tuple(found.shape) != (len(rows),):
+                raise ValueError(f"the reward {reward.label!r} gave {tuple(found.shape)} for {len(rows)} samples")
+            value[rows] = found
         low, high = reward.limits
         bad = (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()  # nan included
         if bad:

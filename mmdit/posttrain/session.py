@@ -56,7 +56,7 @@ class Session:
     height: int
     frames: int
     run_dir: Path
-    save: Callable[[Session], None]
+    save: Callable[[Session, bool], None]  # with True: weights alone, as the best so far
     world: World = World()
     pair: Pair | None = None
     log: MetricsLog | None = field(default=None, init=False)
@@ -75,12 +75,12 @@ class Session:
             raise ConfigError("posttrain.prompts_per_epoch", f"is {config.prompts_per_epoch}, must be at most the "
                               f"{len(self.prompts)} prompts")
         if (config.micro_batch % config.group_size
-                and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and config.dpo.source == "online")):
+                and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and not config.dpo.given)):
             raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size "
-                              f"{config.group_size}: a groupwise reward or online dpo compares whole groups")
+                              f"{config.group_size}: a groupwise reward or dpo compares whole groups")
         for reward in (*config.rewards, *config.eval_rewards, config.srpo.scorer):
             if reward is not config.srpo.scorer or config.algorithm == "srpo":
-                reward.prepare(self.device)
+                reward.prepare(torch.device(getattr(reward, "device", None) or self.device))
         self.pool = RewardPool(config.rewards, workers=int(config.async_rewards))
         self.judge = RewardPool(config.eval_rewards, workers=0)
         latent_frames = learner.spec.frames(self.frames)
@@ -197,7 +197,7 @@ class Session:
 
     @torch.no_grad()
     def samples(self, clean: Tensor, prompts: Prompts, groups: Tensor, draws: Draws, pool: RewardPool) -> Samples:
-        decoded = any("pixels" in reward.needs for reward in pool.rewards)
+        decoded = any({"pixels", "images"} & set(reward.needs) for reward in pool.rewards)
         return Samples(prompts.captions, clean, groups, draws, self.decode(clean) if decoded else None, prompts.facts)
 
     def decode(self, clean: Tensor) -> Tensor:
@@ -274,13 +274,27 @@ class Session:
             first += len(prompts)
         return values
 
+    def judged(self) -> dict[str, float]:
+        """`evaluate`, and the weights saved apart when their rewards on held-out prompts (on seen ones, without these) are the
+        highest so far and above those of the start: rewards rise on training prompts long after pictures get worse."""
+        values, step = self.evaluate(), self.state.step
+        if self.evaluated:
+            title = "held_out" if "held_out" in self.evaluated else "seen"
+            score = sum(weight * values[f"{title}_{name}"] for name, weight in self.judge.weights.items())
+            first = "best" not in self.marks
+            if self.world.any(first or score > self.marks["best"][0].item()):
+                self.marks["best"] = torch.tensor([score, step], dtype=torch.float64)
+                if not first:
+                    self.save(self, True)
+        return values
+
     def run(self, body: Callable[[], dict[str, float]], updates: int) -> bool:
         """Call `body` (one epoch of `updates` updates, giving numbers to report) to `train.max_steps`, with evaluation, drift,
         checkpoints and stop rules between. True when it came to its end or a stop rule ended it; False: asked to stop."""
         state, train, config = self.state, self.train, self.config
         self.log = MetricsLog(self.run_dir, state.step) if self.world.is_main else None
         if state.step == 0:
-            self._report({"step": 0, "drift": 0.0, **self.evaluate()})
+            self._report({"step": 0, "drift": 0.0, **self.judged()})
         ended = state.step >= train.max_steps
         with StopRequest().listening() as stop:
             while not ended:
@@ -292,14 +306,16 @@ class Session:
                     reason = f"the drift {values['drift']:.3g} is above posttrain.max_drift"
                 if not all(math.isfinite(value) for value in values.values()) or values.get("skipped"):
                     reason = "a loss or gradient is not finite"
+                if self.world.any(reason is not None):
+                    reason = reason or "another process found a reason to"
                 asked = self.world.any(stop.asked)
                 ended = state.step >= train.max_steps or reason is not None
                 epoch = state.step // updates
                 if epoch % config.eval_every_epochs == 0 or ended or asked:
-                    values |= self.evaluate()
+                    values |= self.judged()
                 self._report(values)
                 if state.step % train.save_every_steps < updates or ended or asked:
-                    self.save(self)
+                    self.save(self, False)
                 if reason:
                     self.world.print(f"stopped at update {state.step}: {reason}")
                 if asked and not ended:
@@ -307,6 +323,8 @@ class Session:
                     return False
         if self.log:
             self.log.close()
+            if (self.run_dir / "best").is_dir():
+                print(f"the best on evaluation prompts, of update {int(self.marks['best'][1])}: {self.run_dir / 'best'}")
         return True
 
     def _report(self, values: dict[str, float]) -> None:

@@ -120,6 +120,11 @@ class DPOConfig:
     collect: int = 512
     batch: int = 64  # pairs of one update, over all processes
 
+    @property
+    def given(self) -> bool:
+        """Whether pairs come from a file, and none are made."""
+        return self.source == "offline" and self.pairs is not None
+
 
 @dataclass(frozen=True)
 class SRPOConfig:
@@ -142,6 +147,9 @@ class SRPOConfig:
         window_check(self.sigma_window, self.step)
         if not self.positive or not self.negative or not self.branches:
             raise ConfigError("positive", "positive, negative and branches must not be empty")
+        own = self.scorer
+        if isinstance(own, ClipReward) and (own.weight, own.name, own.batch, own.device) != (1.0, None, 0, None):
+            raise ConfigError("scorer", "has a weight, name, batch or device, which count for a reward of samples; remove them")
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,17 @@ class PosttrainConfig:
         if self.rollout.shared_noise and not self.trains_steps:
             raise ConfigError("rollout.shared_noise", f"is true with {self.algorithm}, whose rollouts have no noise but the "
                               "first; set it to false")
+        steps, stored = self.trains_steps, self.algorithm == "dpo" and self.dpo.source == "offline"
+        for name, value, usual, idle, where in (
+            ("kl.beta", self.kl.beta, 0.0, self.algorithm == "srpo", "srpo"),
+            ("kl.space", self.kl.space, "v", not steps, f"{self.algorithm}, which compares velocities"),
+            ("draws_per_sample", self.draws_per_sample, 1, steps or self.algorithm == "srpo", self.algorithm),
+            ("updates_per_epoch", self.updates_per_epoch, 1, stored or self.algorithm == "srpo",
+             f"{self.algorithm} without epochs"),
+            ("advantage.std", self.advantage.std, "global", self.advantage.mode == "gdpo", "gdpo, which uses both"),
+        ):
+            if idle and value != usual:
+                raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {usual}")
         if self.rollout.policy == "old" and self.algorithm != "nft":
             raise ConfigError("rollout.policy", f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current")
 

@@ -50,13 +50,17 @@ def srpo(session: Session) -> bool:
                 score = relative_score(scorer, session.decode(found), *texts, discount(ends, settings.sigma_window, landed))
                 if branch == "invert" and "invert" not in begun:
                     begun["invert"] = score.detach().mean()
+                    session.world.sum_(begun["invert"])
+                    begun["invert"] /= size
                 wanted = score < settings.hinge if sign > 0 else score > begun["invert"] - settings.hinge
                 ((-score * wanted).mean() * len(some) / (len(places) / size) / len(settings.branches)).backward()
                 active = wanted.float().mean()
                 seen = {f"score_{branch}": score.mean(), f"active_{branch}": active, "latent_std": found.std()}
                 for name, value in seen.items():
                     numbers.setdefault(name, []).append(value.detach())
-        report = {name: torch.stack(values).mean().item() for name, values in numbers.items()}
+        means = torch.stack([torch.stack(values).mean() for values in numbers.values()])
+        session.world.sum_(means)
+        report = dict(zip(numbers, (means / size).tolist()))
         begun.setdefault("std", torch.tensor(report["latent_std"]))
         report |= session.apply()
         if report["latent_std"] > settings.max_std_growth * begun["std"].item():

@@ -1,6 +1,7 @@
 """Wan through the ordinary commands: caches of windows, full training and adapters, experts, first frames, sampling releases."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -339,8 +340,11 @@ def test_captions_are_cached_by_their_command(shop, capsys):
     cache, words = shop.cache(), ["--config", str(shop.config), "--device", "cpu"]
     refused(capsys, cache_text.main, [*words, "--cache_dir", cache], "text_encoder.cache_dir")
     kept = f"text_encoder.cache_dir={shop.folder}/text"
-    assert cache_text.main([*words, "--cache_dir", str(cache), kept]) == 0
-    assert "captions are in" in capsys.readouterr().out
+    for command in (lambda *given: cache_text.main([*words, "--cache_dir", *given]),
+                    lambda *given: train_t2v.main([*words, "--cache_only", "--train_cache_dir", *given])):  # fmt: skip
+        shutil.rmtree(shop.folder / "text", ignore_errors=True)
+        assert command(str(cache), kept) == 0
+        assert "captions are in" in capsys.readouterr().out and any((shop.folder / "text").rglob("*.safetensors"))
     same = load_file(shop.train("kept", kept) / "checkpoints/step_00000003/model.safetensors")
     plain = load_file(shop.train("plain") / "checkpoints/step_00000003/model.safetensors")
     assert all(torch.equal(same[name], value) for name, value in plain.items())

@@ -95,10 +95,11 @@ class Optimizer:
 
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
                     kind: OptimizerKind = "adamw", offload: bool = False) -> Optimizer:
-    """Over the trainable parameters; `training.lean` has what weights in bfloat16, 8-bit moments and `offload` are. Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed:
-    they are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its
-    updates as large as AdamW's (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it
-    gets none. A group's rate is the run's times its `lr_scale`, which a submodule may have as an attribute (else 1)."""
+    """Over the trainable parameters; `training.lean` has what weights in bfloat16, 8-bit moments and `offload` are. Vectors
+    (biases, norm gains) and what a submodule's `undecayed()` names are not decayed: they are offsets, and shrinking them is no
+    regularisation. Muon (Jordan et al. 2024) gets what `matrices()` names, its updates as large as AdamW's
+    (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. ConfigError if it gets none. A
+    group's rate is the run's times its `lr_scale`, which a submodule may have as an attribute (else 1)."""
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError("train", "no parameter is trainable (everything frozen, no adapter enabled?)")

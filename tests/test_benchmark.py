@@ -39,6 +39,7 @@ def test_training_and_sampling_are_measured_and_told_by_family(capsys):
     assert profile["ms"]["matmul"] > 0 and sum(profile["ms"].values()) > 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_together_and_one_tells():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
                "mmdit.scripts.benchmark", "--parts", "train", "--parallel", "reduce=bfloat16", *TINY]  # fmt: skip

@@ -205,6 +205,7 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
         assert all(record["replay"] == 0 for record in records[1:])
 
 
+@pytest.mark.slow
 def test_a_colour_is_learnt_and_a_small_beta_of_nft_trades_pictures_for_it(tmp_path):
     ends = {name: run(session(tmp_path / name, rewards=(Colour(),), eval_rewards=(Colour(), Keep()), **settings)) for name, settings in
             (("grpo", GRPO), ("guard", GRPO | {"algorithm": "guard"}), ("nft", NFT), ("bold", NFT | {"nft": NFTConfig(beta=0.1)}))}  # fmt: skip
@@ -226,8 +227,10 @@ def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     assert clips[0]["seen_keep"] > clips[1]["seen_keep"] > clips[2]["seen_keep"]
 
 
-@pytest.mark.parametrize("settings, drift", [(EARLY, 0.3), (NFT, 0.05), (AWM, 0.05), ({"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08)],
-                         ids=lambda s: s["algorithm"] if isinstance(s, dict) else "")  # fmt: skip
+@pytest.mark.parametrize("settings, drift", [
+    (EARLY, 0.3), ({"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08),
+    pytest.param(NFT, 0.05, marks=pytest.mark.slow), pytest.param(AWM, 0.05, marks=pytest.mark.slow),
+], ids=lambda s: s["algorithm"] if isinstance(s, dict) else "")  # fmt: skip
 def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings, drift):
     """As they are where a reward is learnt, without a KL."""
     for seed in range(5):
@@ -422,8 +425,8 @@ def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [
     ("posttrain.micro_batch=1", "posttrain.updates_per_epoch=2"),
-    ("posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 2, beta: 5}"),
-    ("posttrain.algorithm=srpo", "posttrain.micro_batch=1"),
+    pytest.param(("posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 2, beta: 5}"), marks=pytest.mark.slow),
+    pytest.param(("posttrain.algorithm=srpo", "posttrain.micro_batch=1"), marks=pytest.mark.slow),
 ], ids=("grpo", "dpo", "srpo"))  # fmt: skip
 def test_two_processes_are_one(shop, words, request):
     """Each update takes the same samples, and their mean, however many processes share it."""
@@ -440,6 +443,7 @@ def test_two_processes_are_one(shop, words, request):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_show_runs_small(tmp_path, monkeypatch):
     """The command of the figures in the README, from the cache to the curves."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))))

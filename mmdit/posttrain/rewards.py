@@ -18,6 +18,7 @@ from mmdit.data.moving_shapes.facts import COLORS, Facts
 from mmdit.data.moving_shapes.oracle import oracle, score
 from mmdit.posttrain.advantages import ranks
 from mmdit.rng import Draws
+from mmdit.training.media import to_uint8
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Samples:
         """uint8 `(B, F, H, W, 3)` on the CPU: a frame is what `PIL.Image.fromarray(frame.numpy())` takes."""
         if self.pixels is None:
             return None
-        return self.pixels.clamp(0, 1).mul(255).round().byte().movedim(2, -1).cpu()
+        return to_uint8(self.pixels).movedim(2, -1)
 
     def to(self, device: torch.device | str) -> Samples:
         """A new record on `device`; this one stays where it is."""

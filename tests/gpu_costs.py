@@ -7,7 +7,8 @@
 Cases are `mmdit.scripts.benchmark --parts train --compile` in processes of their own, those on few GPUs beside each other; what
 was compiled stays in runs/compiled. Efficiency: the rate against so many times that of one GPU. Growth: 688 M parameters with
 checkpointing, steps of about as many tokens; GB beyond weights, moments and averages; a straight line and the largest relative
-distance from it. Nothing begins after `--seconds`; what failed or had no time left says so in its place: exit code 1.
+distance from it. All by the tokens computed, of which some only fill windows. Nothing begins after `--seconds`; what failed or
+had no time left says so in its place: exit code 1.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import torch
+
+from mmdit.models import VideoMMDiTConfig
+from mmdit.nn.window import WindowGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["dim=16", "depth=1", "num_heads=2"]
@@ -89,13 +93,13 @@ class Costs:
         return f"exit code {code}: {next((line for line in lines if 'rror: ' in line), lines[-1])[:500]}"
 
 
-def cost_jobs(tiny: bool, gpus: int) -> list[Job]:
+def cost_jobs(tiny: bool, gpus: list[int]) -> list[Job]:
     jobs = {size: Job(size, [f"size={size}"], shapes) for size, shapes in COSTS.items()}
     jobs["long"] = Job("XL, checkpointing", ["size=XL", "checkpointing=true"], ["1x80x45x80"])
     if tiny:
         jobs = {"B": Job("B", TINY, ["2x1x4x4", "1x2x4x4"]), "long": Job("long", TINY, ["1x3x4x5"])}
     order = {1: ("long", "XL", "L", "B"), 2: ("XL", "B", "L", "long"), 4: ("XL", "long", "B", "L")}  # of least interest last
-    return [jobs[name]._replace(gpus=n) for n, names in order.items() if n <= gpus for name in names if name in jobs]
+    return [jobs[name]._replace(gpus=n) for n, names in order.items() if n in gpus for name in names if name in jobs]
 
 
 def cost_table(rows: list[dict]) -> list[list]:
@@ -114,18 +118,25 @@ def growth_jobs(tiny: bool, gpus: int) -> list[Job]:
     return [Job("growth", model, shapes[i::gpus]) for i in range(gpus) if shapes[i::gpus]]
 
 
+def computed(shape: str) -> int:
+    """Tokens of a clip as the model computes them, those that fill its windows among them."""
+    _, frames, rows, columns = map(int, shape.split("x"))
+    grid = WindowGrid.fit(rows, columns, VideoMMDiTConfig.window_size)
+    return frames * math.prod(grid.counts) * grid.places
+
+
 def growth_table(rows: list[dict]) -> list[list]:
-    table = [["shape", "tokens", "s a clip", "µs a token", "GB a clip", "MB a token"]]
+    table = [["shape", "tokens", "computed", "s a clip", "µs a token", "GB a clip", "MB a token"]]
     rows.sort(key=lambda row: row["tokens"])
-    tokens, clips = [row["tokens"] for row in rows], [int(row["shape"].partition("x")[0]) for row in rows]
+    tokens, clips = [computed(row["shape"]) for row in rows], [int(row["shape"].partition("x")[0]) for row in rows]
     seconds = [row["ms"] / 1e3 / n for row, n in zip(rows, clips)]
     memory = [(row.get("peak_gb", math.nan) - row.get("rest_gb", 0)) / n for row, n in zip(rows, clips)]
     for row, n, s, gb in zip(rows, tokens, seconds, memory):
-        table.append([row["shape"], n, *(f"{value:.4g}" for value in (s, 1e6 * s / n, gb, 1e3 * gb / n))])
+        table.append([row["shape"], row["tokens"], n, *(f"{value:.4g}" for value in (s, 1e6 * s / n, gb, 1e3 * gb / n))])
     for name, values in (("seconds", seconds), ("GB", memory)) if len(rows) > 2 else ():
         slope, start = statistics.linear_regression(tokens, values)
         worst = max(abs((start + slope * n) / value - 1) for n, value in zip(tokens, values))
-        table.append([f"{name} of a clip = {start:.4g} + {slope:.4g} · tokens, within {worst:.1%}"])
+        table.append([f"{name} of a clip = {start:.4g} + {slope:.4g} · tokens computed, within {worst:.1%}"])
     return table
 
 
@@ -134,14 +145,18 @@ def main() -> int:
     for name in ("costs", "growth", "tiny"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--seconds", type=float, default=300.0, help="nothing begins after so many [300]")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2, 4], help="on how many, for --costs [1 2 4, where there are as many]")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="as of the benchmark")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; --tiny runs the same on a CPU")
     work = Costs(args)
-    for make, table, wanted in ((cost_jobs, cost_table, args.costs), (growth_jobs, growth_table, args.growth)):
-        if wanted:
-            head, *rest = table(work.run(make(args.tiny, work.gpus)))
+    counts = [n for n in args.gpus if n <= work.gpus]
+    costs = cost_jobs(args.tiny, counts) if args.costs else []
+    growth = growth_jobs(args.tiny, work.gpus) if args.growth else []
+    for jobs, table in ((costs, cost_table), (growth, growth_table)):
+        if jobs:
+            head, *rest = table(work.run(jobs))
             for cells in (head, ["---"] * len(head), *rest):
                 print(f"| {' | '.join(map(str, cells))} |")
     return 1 if any("failed" in row for row in work.rows) else 0

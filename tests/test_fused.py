@@ -13,7 +13,7 @@ import torch
 from mmdit.nn import kernels
 
 
-@pytest.mark.parametrize("case", [1, 4])  # the others: tests/fused_kernels.py, also for GPUs
+@pytest.mark.parametrize("case", [1, 5])  # the others: tests/fused_kernels.py, also for GPUs
 def test_whole_models_agree_with_the_plain_path(case):
     pytest.importorskip("triton")
     script = Path(__file__).with_name("fused_kernels.py")
@@ -31,6 +31,7 @@ NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run
 @pytest.mark.parametrize("which, sizes", [
     ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
     ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True}),
+    *(("rounding._rows", {"COLUMNS": columns, "D": 8192, "STAGES": 3}) for columns in (False, True)),
     *((f"residual.{name}", {"D": d, "STAGES": stages}) for name in ("_forward", "_backward") for d, stages in ((2048, 4), (4096, 2))),
 ])  # fmt: skip
 def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
@@ -38,13 +39,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdit.nn import fused_attention, fused_residual
+    from mmdit.nn import fused_attention, fused_residual, fused_rounding
 
     module, name = which.split(".")
-    kernel = getattr({"attention": fused_attention, "residual": fused_residual}[module], name)
+    kernel = getattr({"attention": fused_attention, "residual": fused_residual, "rounding": fused_rounding}[module], name)
     types = {arg: "constexpr" if arg in sizes else "i32" if arg in NUMBERS else OWN.get(arg, "*bf16") for arg in kernel.arg_names}
     if module == "residual":
         types["scale"] = "*fp32"
+    if module == "rounding":
+        types |= {"result": "*fp8e4nv", "columns": "*fp32", "scales": "*fp32", "rows": "i32"}
     constants = {(kernel.arg_names.index(arg),): value for arg, value in sizes.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.nn import kernels
+from mmdit.nn.float8 import Float8Linear, linear
 from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
 from mmdit.nn.tiles import WIDEST, Frames, Tiles
@@ -44,15 +45,15 @@ def gains_of(*norms: nn.Module) -> list[Tensor]:
 
 class Attention(nn.Module):
     """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and keys per head (Dehghani et al.
-    2023), dropout on what is added to the stream."""
+    2023), dropout on what is added to the stream. `kind`: of the linears."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, dropout: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.q = kind(dim, dim, bias=False)
+        self.k = kind(dim, dim, bias=False)
+        self.v = kind(dim, dim, bias=False)
+        self.proj = kind(dim, dim, bias=False)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -72,9 +73,10 @@ class Attention(nn.Module):
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
         layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        if all(type(layer) is nn.Linear for layer in layers):  # one product: its backward pass adds three gradients in one, too
-            qkv = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        else:  # adapters
+        # One product: its backward pass adds three gradients in one, too. Not of adapters.
+        if all(type(layer) in (nn.Linear, Float8Linear) for layer in layers):
+            qkv = linear(x, torch.cat([layer.weight for layer in layers]), self.q)
+        else:
             qkv = torch.cat([layer(x) for layer in layers], -1)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) · up(x))` (Shazeer 2020), two thirds as wide as a GELU network of the same cost."""
 
-    def __init__(self, dim: int, ratio: float, dropout: float = 0.0):
+    def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
         super().__init__()
         multiple = 64 if dim >= 256 else 8  # widths that matrix units like
         hidden = max(multiple, round(2 / 3 * ratio * dim / multiple) * multiple)
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate = kind(dim, hidden, bias=False)
+        self.up = kind(dim, hidden, bias=False)
+        self.down = kind(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,11 +25,11 @@ class SwiGLU(nn.Module):
 class GELU(nn.Module):
     """`down(gelu(up(x)))` (Vaswani et al. 2017 with Hendrycks & Gimpel 2016, tanh form)."""
 
-    def __init__(self, dim: int, ratio: float, dropout: float = 0.0):
+    def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
         super().__init__()
         hidden = max(8, round(ratio * dim))
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = kind(dim, hidden, bias=False)
+        self.down = kind(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

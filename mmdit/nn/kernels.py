@@ -12,22 +12,31 @@ import torch
 from torch import Tensor
 
 CAPABILITY = (8, 0)  # of the GPUs with bfloat16, A100 and later
+CODES = (8, 9)  # of those with products of 8-bit floats
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _able = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
+_codes = INTERPRETED
 attention = importlib.import_module("mmdit.nn.fused_attention") if _able else None
 residual = importlib.import_module("mmdit.nn.fused_residual") if _able else None
+rounding = importlib.import_module("mmdit.nn.fused_rounding") if _able else None
 
 
 def serve(x: Tensor) -> bool:
     return _able and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
+def codes_serve(x: Tensor) -> bool:
+    """Whether 8-bit floats may take the place of `x` in a product."""
+    return _codes and serve(x) and x.dtype == torch.bfloat16
+
+
 def look_at(device: torch.device) -> None:
     """Where the kernels cannot serve on a GPU, say so once and leave them alone."""
-    global _able
+    global _able, _codes
     if device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
+    _codes = found >= CODES
     reason = "Triton is not installed" if residual is None else f"it has compute capability {found}, they need {CAPABILITY}"
     if residual is None or found < CAPABILITY:
         _able = False

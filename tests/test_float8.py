@@ -1,0 +1,183 @@
+"""Products of 8-bit floats: what they round, what they leave exact, and where they serve."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdit.config import ConfigError
+from mmdit.experiment import load_experiment_config
+from mmdit.interfaces import TextTokens
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.nn import float8, kernels
+from mmdit.nn.float8 import Float8Linear, codes, multiply
+
+SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """As on a GPU with such products: on this CPU codes are multiplied as the numbers they stand for."""
+    monkeypatch.setattr(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(float8, "FEW", 0)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_codes_keep_the_largest_of_a_row_and_three_bits_of_the_rest():
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 50)[:, None]
+    x[7] = 0
+    found, scale = codes(x)
+    assert found.dtype == torch.float8_e4m3fn and scale.shape == (50, 1) and scale.dtype == torch.float32
+    back = found.float() * scale
+    assert back[7].eq(0).all() and scale[7] > 0
+    torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1), rtol=1e-6, atol=0)
+    least = x.abs().amax(1, keepdim=True) / 448 * 2**-6  # below it codes lie evenly, 2 ** -9 apart
+    assert ((back - x).abs() <= (x.abs().maximum(least) * 2**-4) * (1 + 1e-5)).all()
+
+
+def test_columns_multiply_before_the_rounding():
+    x, factors = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 3, 16)
+    for a, b in zip(codes(x, factors), codes(x * factors), strict=True):
+        assert torch.equal(a.float(), b.float())
+
+
+def test_a_product_rounds_its_output_and_the_gradient_of_its_input_and_not_that_of_its_weight(serving):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(3, 40, width, generator=generator).bfloat16() for width in (64, 96))
+    layer = Float8Linear(64, 96)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-1, 1, 96)[:, None])  # rows far apart: a scale of all would lose the small ones
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(grad)
+    exact = x.detach().float().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
+    expected = F.linear(exact, weight)
+    expected.backward(grad.float())
+    assert y.dtype == x.grad.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
+    assert 0.01 < apart(y.float(), expected) < 0.04 and 0.01 < apart(x.grad.float(), exact.grad) < 0.04
+    rows = ((y.float() - expected).norm(dim=(0, 1)) / expected.norm(dim=(0, 1))).max()
+    assert rows < 0.06, "each row of the weight has a scale of its own"
+    assert apart(layer.weight.grad, weight.grad) < 3e-3
+    assert torch.equal(layer.weight.grad, (grad.flatten(0, 1).t() @ x.detach().flatten(0, 1)).float())
+
+
+def test_scales_of_a_product_belong_to_rows():
+    a, b = torch.randn(6, 32), torch.randn(16, 32)
+    (one, scale_one), (two, scale_two) = codes(a), codes(b)
+    torch.testing.assert_close(multiply(one, scale_one, two, scale_two).float(), (one.float() * scale_one) @ (two.float() * scale_two).t(),
+                               rtol=1e-2, atol=1e-2)  # fmt: skip
+
+
+def models():
+    """The same weights, gates open, with products of either kind."""
+    both = []
+    for products in ("autocast", "float8"):
+        torch.manual_seed(0)
+        model = build_model(VideoMMDiTConfig(**SIZE, products=products), 4, 8)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn(weight.shape))
+        both.append(model)
+    return both
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    text = TextTokens(torch.randn(2, 5, 8, generator=generator), torch.arange(5) < torch.tensor([[5], [3]]))
+    return torch.randn(2, 3, 4, 8, 4, generator=generator), torch.tensor([100.0, 900.0]), text
+
+
+def test_a_model_trains_with_them_near_autocast_and_does_all_else_as_without(serving):
+    plain, coded = models()
+    assert {name: w.tolist() for name, w in plain.state_dict().items()} == {name: w.tolist() for name, w in coded.state_dict().items()}
+    results = {}
+    for name, model in (("plain", plain), ("coded", coded)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*inputs()).float().square().mean()
+        loss.backward()
+        results[name] = loss.item(), {key: w.grad for key, w in model.named_parameters() if w.grad is not None}
+    assert results["plain"][0] != results["coded"][0] == pytest.approx(results["plain"][0], rel=0.1)
+    assert results["plain"][1].keys() == results["coded"][1].keys()
+    matrix = "blocks.0.spatial.proj.weight"
+    assert apart(results["coded"][1][matrix], results["plain"][1][matrix]) < 0.2
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(coded.eval()(*inputs()), plain.eval()(*inputs()))
+    with torch.no_grad():  # nor in float32
+        assert torch.equal(coded.train()(*inputs()), plain(*inputs()))
+
+
+def test_few_rows_are_left_alone(serving, monkeypatch):
+    monkeypatch.setattr(float8, "FEW", 10)
+    layer, x = Float8Linear(16, 16), torch.randn(10, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x[:9]), F.linear(x[:9], layer.weight)) and not torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+def test_blocks_compile_without_breaks(serving):
+    _, coded = models()
+    plain = coded(*inputs())
+    coded.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = coded.blocks[1], coded(*inputs())
+    assert found.isfinite().all() and apart(found.float(), plain) < 0.2 and expected is coded.blocks[1]
+    found.float().sum().backward()
+    torch._dynamo.reset()
+
+
+def test_where_no_gpu_has_them_the_model_says_so_once():
+    _, coded = models()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            coded(*inputs())
+    assert [str(w.message) for w in heard] == ["model.products is float8, but no kernels of it serve on cpu: autocast's are used"]
+
+
+@pytest.mark.parametrize("words", [["train.precision=fp32"], ["lora.enabled=true", "train.init_from=x"],
+                                   ["posttrain={algorithm: grpo}", "train.init_from=x"]])
+def test_what_would_ignore_them_is_refused(words):
+    path, own = Path(__file__).parents[1] / "configs/t2i_vtp_256_smoke.yaml", ["train.precision=bf16", "model.products=float8"]
+    load_experiment_config(path, own)
+    with pytest.raises(ConfigError, match="model.products"):
+        load_experiment_config(path, [*own, *words])
+
+
+def test_odd_widths_are_refused():
+    with pytest.raises(ValueError, match="multiples of 16 and no bias, not 24 and 32"):
+        Float8Linear(24, 32)
+
+
+KERNEL = """
+import torch
+from mmdit.nn import float8, kernels
+generator = torch.Generator().manual_seed(0)
+whole = torch.randint(-8, 9, (37, 96), generator=generator) * 2.0 ** torch.randint(-3, 5, (37, 96), generator=generator)
+whole[:, 0] = 448  # so codes are these numbers; what lies between them Triton's interpreter rounds in its own way
+whole[3] = 0
+x = whole * torch.logspace(-20, 20, 37, base=2).log2().round().exp2()[:, None]
+kernels.rounding.PROGRAMS = 5
+for columns in (None, 2.0 ** torch.randint(-2, 3, (96,), generator=generator)):
+    found, scale = float8.codes(x if columns is None else (x / columns).bfloat16(), columns)
+    assert torch.equal(found.float(), whole) and torch.equal(scale[4:] * 448, x[4:, :1].abs()), (found.float() - whole).abs().max()
+    assert scale[3] > 0
+kernels.serve = lambda x: False
+found, scale = float8.codes(x)
+assert torch.equal(found.float(), whole)
+"""
+
+
+def test_the_kernel_rounds_as_the_plain_code_does():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

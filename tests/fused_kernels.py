@@ -12,7 +12,7 @@ import torch
 from mmdit.interfaces import TextTokens
 from mmdit.models.routing import TreadConfig
 from mmdit.models.video_mmdit import VideoMMDiT, VideoMMDiTConfig
-from mmdit.nn import float8, kernels
+from mmdit.nn import kernels, products
 
 CASES = {  # frames, rows, columns, window, text tokens, more of the model
     "a picture": (1, 4, 8, 4, 17, {}),
@@ -58,7 +58,7 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         assert kernels.INTERPRETED, "set TRITON_INTERPRET=1: Triton compiles for GPUs only"
-    float8.FEW = 0
+    products.FEW = 0
     kernels.look_at(device)
     kernels.residual.PROGRAMS = 4  # so that a program has several tokens of these small clips
     for name, case in (list(CASES.items())[number] for number in args.cases):

@@ -11,7 +11,7 @@ from torch import nn
 from mmdit.config import ConfigError, decode
 from mmdit.experiment import ExperimentConfig
 from mmdit.training import lean
-from mmdit.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.optim import build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
 from mmdit.training.settings import TrainConfig
 
 
@@ -60,6 +60,43 @@ def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypa
     two = trained(tmp_path / "two", steps=2, lr_schedule="constant", **options)
     poisoned = trained(tmp_path / "poisoned", steps=3, lr_schedule="constant", poison=(2,), log_every_steps=3, **options)
     assert all(torch.equal(a, b) for a, b in zip(two.learner.parameters(), poisoned.learner.parameters(), strict=True))
+
+
+class Two(nn.Module):
+    """Two matrices, which Muon gets, and a vector; all moments away from zero after the first steps."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.inner = nn.Linear(6, 6, dtype=dtype)
+        self.inner.matrices = lambda: {"weight"}
+
+
+@pytest.mark.parametrize("kind, dtype", [("adamw", torch.float32), ("muon", torch.float32), ("adamw", torch.bfloat16)])
+def test_clipping_scales_all_gradients_of_a_step_and_a_bad_norm_skips_it(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(shape, generator=generator).to(dtype) for shape in ((6, 6), (6,))] for _ in range(3)]
+    outcomes = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = Two(dtype)
+        optimizer = build_optimizer(model, 0.1, 0.1, (0.9, 0.95), kind)
+        for number, own in enumerate(gradients):
+            for p, gradient in zip(model.parameters(), own, strict=True):
+                p.grad = gradient * 10.0**number  # the first within the limit of 10
+            if ours:
+                norm, skipped = clip_and_guard(optimizer, 10.0)
+                expected = sum(p.grad.float().square().sum() for p in model.parameters()).sqrt()
+                assert skipped == 0 and norm.item() == pytest.approx(expected.item(), rel=0.01)
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+        outcomes.append(torch.cat([p.detach().flatten() for p in model.parameters()]).float())
+    torch.testing.assert_close(*outcomes, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-6)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.inner.bias.grad.fill_(torch.inf)
+    assert clip_and_guard(optimizer, 10.0)[1] == 1
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 2**26])

@@ -22,9 +22,9 @@ from mmdit.nn import kernels
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
 from mmdit.nn.conditioning import CropEmbedding, PooledText, TextContext, TimeEmbedding
 from mmdit.nn.feedforward import GELU, SwiGLU
-from mmdit.nn.float8 import Float8Linear
 from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
+from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
 

@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.nn import kernels
-from mmdit.nn.float8 import Float8Linear, linear
 from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
+from mmdit.nn.products import joined, plain
 from mmdit.nn.tiles import WIDEST, Frames, Tiles
 from mmdit.nn.window import Places, shift_windows
 
@@ -73,11 +73,7 @@ class Attention(nn.Module):
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
         layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        # One product: its backward pass adds three gradients in one, too. Not of adapters.
-        if all(type(layer) in (nn.Linear, Float8Linear) for layer in layers):
-            qkv = linear(x, torch.cat([layer.weight for layer in layers]), self.q)
-        else:
-            qkv = torch.cat([layer(x) for layer in layers], -1)
+        qkv = joined(x, *layers) if plain(*layers) else torch.cat([layer(x) for layer in layers], -1)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def output(self, x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.nn import kernels
+from mmdit.nn.products import joined, plain
+
 
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) · up(x))` (Shazeer 2020), two thirds as wide as a GELU network of the same cost."""
@@ -19,6 +22,8 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.serve(x) and plain(self.gate, self.up):
+            return self.dropout(self.down(kernels.gating.swiglu(joined(x, self.gate, self.up, apart=True))))
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 

@@ -40,13 +40,15 @@ class LearningRate:
 
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, stepped as one. `found_inf` (1 or 0, on the
-    device) leaves parameters and moments alone for a step. `offload`: the parts' moments wait in the memory of the CPU."""
+    device) leaves parameters and moments alone for a step, `scale` multiplies its gradients. `offload`: the parts' moments wait
+    in the memory of the CPU."""
 
     def __init__(self, *parts: torch.optim.Optimizer, offload: bool = False):
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
         self.parking = Parking() if offload else None
         self.found_inf: Tensor | None = None
+        self.scale: Tensor | None = None
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -78,10 +80,12 @@ class Optimizer:
 
     def step(self) -> None:
         for part in self.parts:
-            if isinstance(part, torch.optim.AdamW):  # fused: it looks on the device, and nothing waits
-                part.found_inf, part.grad_scale = self.found_inf, None
+            if isinstance(part, torch.optim.AdamW):  # fused: it looks and divides on the device, in its one pass
+                part.found_inf, part.grad_scale = self.found_inf, None if self.scale is None else 1 / self.scale
             elif self.found_inf is not None and self.found_inf.item():
                 continue
+            elif self.scale is not None:
+                torch._foreach_mul_([local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None], self.scale)
             if self.parking:
                 self.parking.fetch(part)
             part.step()
@@ -136,7 +140,8 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tu
 
 
 def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip the global gradient norm (0 = no clipping); returns `(norm, skipped)` on the device, without waiting for it.
+    """Have the next step clip the global gradient norm (0 = no clipping); returns `(norm, skipped)` on the device, without waiting
+    for it.
 
     When the norm is not finite the optimizer leaves parameters and moments alone for this step (`found_inf`, the mechanism of
     gradient scaling), so that one bad batch costs one step and nothing else.
@@ -149,9 +154,7 @@ def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tenso
         torch.distributed.all_reduce(square)
         norm = square.sqrt()
     skipped = (~torch.isfinite(norm)).float()
-    if max_norm > 0:
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale)
+    optimizer.scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).reshape(()) if max_norm > 0 else None
     optimizer.found_inf = skipped.reshape(())
     return norm, skipped
 

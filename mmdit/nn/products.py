@@ -1,0 +1,94 @@
+"""Matrix products of a block in training: several weights as one product, and 8-bit floats, twice as fast as those of bfloat16.
+
+In float8 `y = x · Wᵀ` and the gradient of x are products of codes (e4m3: 3 bits after the point, up to 448), each row of x, of W and
+of the gradient with a scale of its own (Micikevicius et al. 2022, 2209.05433; scales a row as in torchao's `rowwise_with_gw_hp`). The
+gradient of W, a sum over all tokens, is a product of bfloat16. Weights stay float32, and whatever does not train uses them so.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.nn import kernels
+
+LARGEST = 448.0  # of float8_e4m3fn
+LEAST = 1e-30  # of a row's largest: rows of zeros have codes, too
+FEW = 4096  # rows of x with which coding takes longer than is saved
+
+
+def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x (m, k)`, its columns multiplied by `columns (k)` → float8 `(m, k)` and float32 `(m, 1)` whose product it is about."""
+    if kernels.serve(x):
+        return tuple(kernels.rounding.float8_rows(x, columns))
+    x = x.float() if columns is None else x.float() * columns
+    scale = x.abs().amax(1, keepdim=True).clamp(min=LEAST) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
+    """`a (m, k) · bᵀ (k, n)` of codes, each with the scales `(·, 1)` of its rows → bfloat16 `(m, n)`."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return ((a.float() * scale_a) @ (b.float() * scale_b).t()).bfloat16()
+
+
+class _Product(torch.autograd.Function):
+    """`x (…, k)` times `weights (·, k)`, one below the other, transposed; in float8 if `coded`. The gradient of x is one product,
+    too, those of the weights are one each. `x` has the type that products are taken in."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, coded: bool, *weights: Tensor) -> Tensor:
+        rows, ctx.coded = x.flatten(0, -2), coded
+        if coded:
+            joined = codes(torch.cat(weights))
+            ctx.save_for_backward(x, *weights, *joined)
+            return multiply(*codes(rows), *joined).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat([weight.to(x.dtype) for weight in weights]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, grad_x = grad.flatten(0, -2), None
+        joined = [weights.pop() for _ in range(2 * ctx.coded)][::-1]
+        if ctx.needs_input_grad[0] and ctx.coded:  # scales of W's rows go with the gradient's columns: one coding serves both ways
+            code, scale = joined
+            ones = scale.new_ones(code.shape[1], 1)
+            grad_x = multiply(*codes(rows, scale.flatten()), code.t().contiguous(), ones).view_as(x)
+        elif ctx.needs_input_grad[0]:
+            grad_x = grad @ torch.cat([weight.to(grad.dtype) for weight in weights])
+        parts = rows.split([len(weight) for weight in weights], -1)
+        own = [(part.t() @ x.flatten(0, -2)).to(weight.dtype) if needed else None
+               for part, weight, needed in zip(parts, weights, ctx.needs_input_grad[2:], strict=True)]  # fmt: skip
+        return grad_x, None, *own
+
+
+class Float8Linear(nn.Linear):
+    """Without bias; both widths multiples of 16."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        if in_features % 16 or out_features % 16 or bias:
+            raise ValueError(f"products of float8 need widths that are multiples of 16 and no bias, not {in_features} and {out_features}")
+        super().__init__(in_features, out_features, bias)
+
+    def serves(self, x: Tensor) -> bool:
+        return self.training and kernels.codes_serve(x) and x.numel() >= FEW * x.shape[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, True, self.weight) if self.serves(x) else super().forward(x)
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether these are weights and nothing else, not adapters."""
+    return all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
+
+
+def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:
+    """Outputs of `plain` layers side by side, `x (…, k)` → `(…, n)`. `apart`: gradients of the weights as products of their own."""
+    coded = isinstance(layers[0], Float8Linear) and layers[0].serves(x)
+    weights = [layer.weight for layer in layers]
+    if not apart:
+        weights = [torch.cat(weights)]
+    return _Product.apply(x, coded, *weights) if coded or apart else F.linear(x, *weights)

@@ -19,7 +19,7 @@ CASES = {  # frames, rows, columns, window, text tokens, more of the model
     "a padded clip": (2, 3, 5, 3, 5, {}),
     "frames as a set, no norm of queries and keys": (2, 4, 4, 4, 6, {"temporal_position": False, "qk_norm": False}),
     "one frame more than a tile of 64 holds": (65, 2, 2, 2, 6, {}),
-    "products of float8": (2, 4, 8, 4, 6, {"products": "float8"}),  # on a GPU, in bfloat16: 0.02 … 0.1 from exact
+    "products of float8": (2, 4, 8, 4, 6, {"products": "float8"}),  # on a GPU, in bfloat16: some 0.3 from exact, by their rounding
     "routed": (2, 4, 8, 4, 6, {"tread": TreadConfig(enabled=True, apply_to=(1, 3))}),
 }
 

@@ -98,9 +98,9 @@ class Checks:
             try:
                 code = child.wait(max(1.0, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                child.terminate()  # torchrun ends its processes, which are in sessions of their own
+                child.terminate()  # torchrun ends its processes, which are in sessions of their own, after 30 s at the latest
                 try:
-                    child.wait(15)
+                    child.wait(45)
                 except subprocess.TimeoutExpired:
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()

@@ -53,7 +53,7 @@ def test_columns_multiply_before_the_rounding():
 def test_a_product_rounds_its_output_and_the_gradient_of_its_input_and_not_that_of_its_weight(serving):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(3, 40, width, generator=generator).bfloat16() for width in (64, 96))
-    layer = Float8Linear(64, 96)
+    layer = Float8Linear(64, 96, bias=False)
     with torch.no_grad():
         layer.weight.mul_(torch.logspace(-1, 1, 96)[:, None])  # rows far apart: a scale of all would lose the small ones
     x.requires_grad_()
@@ -89,14 +89,14 @@ def test_weights_side_by_side_are_the_same_products(apart):
 @pytest.mark.parametrize("apart", [False, True])
 def test_side_by_side_in_float8_too(serving, apart):
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    layers = [Float8Linear(32, 48), Float8Linear(32, 16)]
+    layers = [Float8Linear(32, 48, bias=False), Float8Linear(32, 16, bias=False)]
     y = joined(x, *layers, apart=apart)
     assert torch.equal(y, torch.cat([layer(x) for layer in layers], -1)), "rows of the weights have their own scales"
     y.backward(torch.ones_like(y))
     assert apart_from(x.grad.float(), sum(layer.weight.sum(0) for layer in layers).expand(30, 32)) < 0.05
     for layer in layers:
         assert torch.equal(layer.weight.grad, (torch.ones(len(layer.weight), 30).bfloat16() @ x.detach()).float())
-    frozen = Float8Linear(32, 16).requires_grad_(False)
+    frozen = Float8Linear(32, 16, bias=False).requires_grad_(False)
     joined(x.detach().requires_grad_(), frozen).sum().backward()
     assert frozen.weight.grad is None and not plain(frozen, nn.Identity()) and plain(frozen, nn.Linear(2, 2))
 
@@ -148,7 +148,7 @@ def test_a_model_trains_with_them_near_autocast_and_does_all_else_as_without(ser
 
 def test_few_rows_are_left_alone(serving, monkeypatch):
     monkeypatch.setattr(products, "FEW", 10)
-    layer, x = Float8Linear(16, 16), torch.randn(10, 16).bfloat16()
+    layer, x = Float8Linear(16, 16, bias=False), torch.randn(10, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x[:9]), F.linear(x[:9], layer.weight)) and not torch.equal(layer(x), F.linear(x, layer.weight))
 
@@ -176,15 +176,19 @@ def test_where_no_gpu_has_them_the_model_says_so_once():
 @pytest.mark.parametrize("words", [["train.precision=fp32"], ["lora.enabled=true", "train.init_from=x"],
                                    ["posttrain={algorithm: grpo}", "train.init_from=x"]])
 def test_what_would_ignore_them_is_refused(words):
-    path, own = Path(__file__).parents[1] / "configs/t2i_vtp_256_smoke.yaml", ["train.precision=bf16", "model.products=float8"]
+    path, own = Path(__file__).parents[1] / "configs/moving_shapes_t2i_128.yaml", ["model.products=float8"]
     load_experiment_config(path, own)
     with pytest.raises(ConfigError, match="model.products"):
         load_experiment_config(path, [*own, *words])
 
 
-def test_odd_widths_are_refused():
-    with pytest.raises(ValueError, match="multiples of 16 and no bias, not 24 and 32"):
-        Float8Linear(24, 32)
+@pytest.mark.parametrize("change, widths", [({"dim": 24, "num_heads": 2}, "dim is 24 and the MLP 64 wide"),
+                                            ({"dim": 64, "num_heads": 2}, "dim is 64 and the MLP 168 wide"),
+                                            ({"dim": 32, "num_heads": 2, "mlp": "gelu", "mlp_ratio": 3.2}, "dim is 32 and the MLP 102 wide")])  # fmt: skip
+def test_odd_widths_are_refused(change, widths):
+    VideoMMDiTConfig(**change)
+    with pytest.raises(ConfigError, match=f"products: is float8, .* multiples of 16, but {widths}"):
+        VideoMMDiTConfig(**change, products="float8")
 
 
 KERNEL = """

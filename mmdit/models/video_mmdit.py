@@ -29,6 +29,7 @@ from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
+MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 SUBLAYERS = 4
 FRAME_NUMBER_STD = 0.5  # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
 
@@ -75,6 +76,10 @@ class VideoMMDiTConfig:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"is {self.dropout}; must be from 0 to below 1")
+        hidden = MLPS[self.mlp].hidden(self.dim, self.mlp_ratio)
+        if self.products == "float8" and (self.dim % 16 or hidden % 16):
+            raise ConfigError("products", f"is float8, for which widths must be multiples of 16, but dim is {self.dim} and the MLP "
+                              f"{hidden} wide; change dim or mlp_ratio, or leave it out")
 
     @property
     def head_dim(self) -> int:
@@ -102,7 +107,7 @@ class Block(nn.Module):
         self.spatial = SpatialAttention(*attention)
         self.temporal = TemporalAttention(*attention)
         self.cross = CrossAttention(*attention)
-        self.mlp = {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config.dim, config.mlp_ratio, config.dropout, kind)
+        self.mlp = MLPS[config.mlp](config.dim, config.mlp_ratio, config.dropout, kind)
         self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
 
     def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor,

@@ -14,12 +14,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
         super().__init__()
-        multiple = 64 if dim >= 256 else 8  # widths that matrix units like
-        hidden = max(multiple, round(2 / 3 * ratio * dim / multiple) * multiple)
+        hidden = self.hidden(dim, ratio)
         self.gate = kind(dim, hidden, bias=False)
         self.up = kind(dim, hidden, bias=False)
         self.down = kind(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    @staticmethod
+    def hidden(dim: int, ratio: float) -> int:
+        multiple = 64 if dim >= 256 else 8  # widths that matrix units like
+        return max(multiple, round(2 / 3 * ratio * dim / multiple) * multiple)
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.serve(x) and plain(self.gate, self.up):
@@ -32,10 +36,14 @@ class GELU(nn.Module):
 
     def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
         super().__init__()
-        hidden = max(8, round(ratio * dim))
+        hidden = self.hidden(dim, ratio)
         self.up = kind(dim, hidden, bias=False)
         self.down = kind(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    @staticmethod
+    def hidden(dim: int, ratio: float) -> int:
+        return max(8, round(ratio * dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))

@@ -66,15 +66,10 @@ class _Product(torch.autograd.Function):
 
 
 class Float8Linear(nn.Linear):
-    """Without bias; both widths multiples of 16."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        if in_features % 16 or out_features % 16 or bias:
-            raise ValueError(f"products of float8 need widths that are multiples of 16 and no bias, not {in_features} and {out_features}")
-        super().__init__(in_features, out_features, bias)
+    """In training, where it may, by codes; both widths must be multiples of 16."""
 
     def serves(self, x: Tensor) -> bool:
-        return self.training and kernels.codes_serve(x) and x.numel() >= FEW * x.shape[-1]
+        return self.training and self.bias is None and kernels.codes_serve(x) and x.numel() >= FEW * x.shape[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, True, self.weight) if self.serves(x) else super().forward(x)

@@ -40,7 +40,7 @@ from mmdit.training import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = ("scaling", "reduced", "sharded", "resume", "memory", "fast", "lean", "large")
 SIZES = {  # of --tiny and of the real thing
-    "cells": (2, 16), "channels": (4, 64), "items": (48, 2048), "micro": (2, 256), "micros": (4, 4), "steps": (8, 40),
+    "cells": (2, 16), "channels": (4, 64), "items": (48, 2048), "micro": (2, 256), "micros": (4, 4), "steps": (8, 60),
     "log": (2, 10), "model": ({"dim": 16, "depth": 2, "num_heads": 2}, {"size": "B"}),
     "large": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2560, "depth": 24, "num_heads": 40}), "large_micro": (2, 16),
     "lean": ({"dim": 32, "depth": 2, "num_heads": 2}, {"dim": 2048, "depth": 16, "num_heads": 16}),

@@ -52,7 +52,7 @@ class VideoMMDiTConfig:
     pooled_text: bool = True  # the caption's mean also enters the modulation
     crop: bool = False  # tell the model which part of its picture each sample shows; drawn pictures are whole ones
     residual: Literal["float32", "autocast"] = "float32"  # the stream between blocks; autocast's type is half the traffic
-    products: Literal["autocast", "float8"] = "autocast"  # of the blocks' matrices in training; float8: about twice as fast each
+    products: Literal["autocast", "float8"] = "autocast"  # of the blocks' matrices in training; float8 takes half the time
     freeze: bool = False  # train the text encoder alone
     checkpointing: bool = False  # recompute blocks in the backward pass: less memory, up to a third more time
     checkpoint_every: int = 1  # with checkpointing, of every n-th block: 2 saves half as much

@@ -31,7 +31,7 @@ NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run
 @pytest.mark.parametrize("which, sizes", [
     ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
     ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True}),
-    *(("gating._swiglu", {"BACKWARD": backward, "D": 1024}) for backward in (False, True)),
+    *(("swiglu._swiglu", {"BACKWARD": backward, "D": 1024}) for backward in (False, True)),
     *(("rounding._rows", {"COLUMNS": columns, "D": 8192, "STAGES": 3}) for columns in (False, True)),
     *((f"residual.{name}", {"D": d, "STAGES": stages}) for name in ("_forward", "_backward") for d, stages in ((2048, 4), (4096, 2))),
 ])  # fmt: skip
@@ -43,7 +43,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     from mmdit.nn import fused_attention, fused_residual, fused_rounding, fused_swiglu
 
     module, name = which.split(".")
-    modules = {"attention": fused_attention, "gating": fused_swiglu, "residual": fused_residual, "rounding": fused_rounding}
+    modules = {"attention": fused_attention, "swiglu": fused_swiglu, "residual": fused_residual, "rounding": fused_rounding}
     kernel = getattr(modules[module], name)
     types = {arg: "constexpr" if arg in sizes else "i32" if arg in NUMBERS else OWN.get(arg, "*bf16") for arg in kernel.arg_names}
     if module == "residual":

@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.serve(x) and plain(self.gate, self.up):
-            return self.dropout(self.down(kernels.gating.swiglu(joined(x, self.gate, self.up, apart=True))))
+            return self.dropout(self.down(kernels.swiglu.swiglu(joined(x, self.gate, self.up, apart=True))))
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 

@@ -18,7 +18,7 @@ _able = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch
 _codes = INTERPRETED
 attention = importlib.import_module("mmdit.nn.fused_attention") if _able else None
 residual = importlib.import_module("mmdit.nn.fused_residual") if _able else None
-gating = importlib.import_module("mmdit.nn.fused_swiglu") if _able else None
+swiglu = importlib.import_module("mmdit.nn.fused_swiglu") if _able else None
 rounding = importlib.import_module("mmdit.nn.fused_rounding") if _able else None
 
 

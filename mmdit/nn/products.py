@@ -7,11 +7,14 @@ gradient of W, a sum over all tokens, is a product of bfloat16. Weights stay flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.nn import kernels
+from mmdit.nn.norm import working_dtype
 
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST = 1e-30  # of a row's largest: rows of zeros have codes, too
@@ -29,7 +32,7 @@ def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
     """`a (m, k) · bᵀ (k, n)` of codes, each with the scales `(·, 1)` of its rows → bfloat16 `(m, n)`."""
-    if a.is_cuda:
+    if kernels.serve(a):
         return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     return ((a.float() * scale_a) @ (b.float() * scale_b).t()).bfloat16()
 
@@ -40,29 +43,31 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, coded: bool, *weights: Tensor) -> Tensor:
-        rows, ctx.coded = x.flatten(0, -2), coded
+        made, ctx.coded = codes(_below(weights)) if coded else (), coded
+        ctx.save_for_backward(x, *made, *weights)
         if coded:
-            joined = codes(torch.cat(weights))
-            ctx.save_for_backward(x, *weights, *joined)
-            return multiply(*codes(rows), *joined).unflatten(0, x.shape[:-1])
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, torch.cat([weight.to(x.dtype) for weight in weights]))
+            return multiply(*codes(x.flatten(0, -2)), *made).unflatten(0, x.shape[:-1])
+        return F.linear(x, _below([weight.to(x.dtype) for weight in weights]))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        made, weights = saved[: 2 * ctx.coded], saved[2 * ctx.coded :]
         rows, grad_x = grad.flatten(0, -2), None
-        joined = [weights.pop() for _ in range(2 * ctx.coded)][::-1]
         if ctx.needs_input_grad[0] and ctx.coded:  # scales of W's rows go with the gradient's columns: one coding serves both ways
-            code, scale = joined
+            code, scale = made
             ones = scale.new_ones(code.shape[1], 1)
             grad_x = multiply(*codes(rows, scale.flatten()), code.t().contiguous(), ones).view_as(x)
         elif ctx.needs_input_grad[0]:
-            grad_x = grad @ torch.cat([weight.to(grad.dtype) for weight in weights])
+            grad_x = grad @ _below([weight.to(grad.dtype) for weight in weights])
         parts = rows.split([len(weight) for weight in weights], -1)
         own = [(part.t() @ x.flatten(0, -2)).to(weight.dtype) if needed else None
                for part, weight, needed in zip(parts, weights, ctx.needs_input_grad[2:], strict=True)]  # fmt: skip
         return grad_x, None, *own
+
+
+def _below(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 class Float8Linear(nn.Linear):
@@ -82,8 +87,7 @@ def plain(*layers: nn.Module) -> bool:
 
 def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:
     """Outputs of `plain` layers side by side, `x (…, k)` → `(…, n)`. `apart`: gradients of the weights as products of their own."""
+    x, weights = x.to(working_dtype(x)), [layer.weight for layer in layers]
     coded = isinstance(layers[0], Float8Linear) and layers[0].serves(x)
-    weights = [layer.weight for layer in layers]
-    if not apart:
-        weights = [torch.cat(weights)]
+    weights = weights if apart else [torch.cat(weights)]
     return _Product.apply(x, coded, *weights) if coded or apart else F.linear(x, *weights)

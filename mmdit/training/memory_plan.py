@@ -145,7 +145,8 @@ def without_memory():
             stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
         if importlib.util.find_spec("triton"):  # as on a GPU: the fused kernels say what they make and keep
             stack.enter_context(mock.patch.object(kernels, "serve", lambda x: x.dtype != torch.float64))
-            for name in ("attention", "residual"):
+            stack.enter_context(mock.patch.object(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16))
+            for name in ("attention", "residual", "rounding", "swiglu"):
                 stack.enter_context(mock.patch.object(kernels, name, importlib.import_module(f"mmdit.nn.fused_{name}")))
         stack.enter_context(mock.patch.object(torch, "unique", unique))
         stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))

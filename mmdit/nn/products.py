@@ -18,7 +18,7 @@ from mmdit.nn.norm import working_dtype
 
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST = 1e-30  # of a row's largest: rows of zeros have codes, too
-FEW = 4096  # rows of x with which coding takes longer than is saved
+FEW = 4096  # rows of x for which coding x, or putting weights together, takes longer than it saves
 
 
 def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,13 +80,15 @@ class Float8Linear(nn.Linear):
         return _Product.apply(x, True, self.weight) if self.serves(x) else super().forward(x)
 
 
-def plain(*layers: nn.Module) -> bool:
-    """Whether these are weights and nothing else, not adapters."""
-    return all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
+def join(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether `joined` takes the place of the layers: they are weights and nothing else (not adapters), and a compiled block puts
+    them together as it casts them, or `x` is large. (Autocast casts a single weight once for many calls.)"""
+    large = torch.compiler.is_compiling() or x.numel() >= FEW * x.shape[-1]
+    return large and all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
 
 
 def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:
-    """Outputs of `plain` layers side by side, `x (…, k)` → `(…, n)`. `apart`: gradients of the weights as products of their own."""
+    """Outputs of layers side by side, `x (…, k)` → `(…, n)`. `apart`: gradients of the weights as products of their own."""
     x, weights = x.to(working_dtype(x)), [layer.weight for layer in layers]
     coded = isinstance(layers[0], Float8Linear) and layers[0].serves(x)
     weights = weights if apart else [torch.cat(weights)]

@@ -109,15 +109,21 @@ def wait(pid: int) -> int:
 
 
 def train(folder: Path, *words: str, world: int = 1) -> list[int]:
-    """Process ids of `world` ranks running `train_t2v` as torchrun would start them."""
+    """Process ids of `world` ranks running `train_t2v` as torchrun would start them: with a thread each, or they wait for one
+    another's for minutes."""
+
+    def work() -> int:
+        torch.set_num_threads(1)
+        return train_t2v.main(arguments(folder, *words))
+
     if world == 1:
-        return [fork(lambda: train_t2v.main(arguments(folder, *words)), folder / "log.txt")]
+        return [fork(work, folder / "log.txt")]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    return [fork(lambda: train_t2v.main(arguments(folder, *words)), folder / f"log{r['RANK']}.txt", **r) for r in ranks]
+    return [fork(work, folder / f"log{r['RANK']}.txt", **r) for r in ranks]
 
 
 def must(codes: list[int], folder: Path) -> None:

@@ -186,9 +186,9 @@ class Checks:
 
     def fast(self) -> dict:
         """They differ by rounding alone: in float32 by a thousandth at the end, in bfloat16 by what its own rounding does."""
-        steps, result = ("train.max_steps=200", "train.log_every_steps=10"), self.so_far
+        steps, result = [] if self.tiny else ["train.max_steps=200", "train.log_every_steps=10"], self.so_far
         for precision in ("fp32", "bf16"):
-            words = [*(steps[: 0 if self.tiny else 2]), f"train.precision={precision}", f"train.batch_size={max(1, self.size['micro'] // 8)}"]
+            words = [*steps, f"train.precision={precision}", f"train.batch_size={max(1, self.size['micro'] // 8)}"]
             plain = self.train(f"plain_{precision}", 1, *words, "train.compile=false", part="plain")
             fast = self.train(f"fast_{precision}", 1, *words)
             rates = [self.speed(records)["samples_per_second"] for records in (plain, fast)]

@@ -153,6 +153,8 @@ def main() -> int:
     work = Costs(args)
     counts = [n for n in args.gpus if n <= work.gpus]
     costs = cost_jobs(args.tiny, counts) if args.costs else []
+    if args.costs and not costs:
+        parser.error(f"--gpus {args.gpus}: there are {work.gpus}")
     growth = growth_jobs(args.tiny, work.gpus) if args.growth else []
     for jobs, table in ((costs, cost_table), (growth, growth_table)):
         if jobs:

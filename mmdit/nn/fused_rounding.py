@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 528
+PROGRAMS = 528  # at most; each takes every so many rows
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _rows(x, columns, result, scales, rows, width, COLUMNS: tl.constexpr, D: tl.
 
 @torch.library.custom_op("mmdit::float8_rows", mutates_args=())
 def float8_rows(x: Tensor, columns: Tensor | None) -> list[Tensor]:
-    """`float8.codes` of `x (m, k)`, `columns (k)` float32."""
+    """`products.codes` of `x (m, k)`, `columns (k)` float32."""
     x = x.contiguous()
     rows, width = x.shape
     result, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((rows, 1), dtype=torch.float32)

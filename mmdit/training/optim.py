@@ -85,7 +85,8 @@ class Optimizer:
             elif self.found_inf is not None and self.found_inf.item():
                 continue
             elif self.scale is not None:
-                torch._foreach_mul_([local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None], self.scale)
+                own = [p.grad for group in part.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_([local(gradient) for gradient in own], self.scale)
             if self.parking:
                 self.parking.fetch(part)
             part.step()

@@ -107,7 +107,7 @@ class ExperimentConfig:
             raise ConfigError("alpha_schedule.on_change", "is ramp: blocks would be compiled anew; set train.compile: false")
         own, stored = self.train, getattr(self.model, "dtype", "float32")
         if getattr(self.model, "products", "") == "float8" and (own.precision == "fp32" or self.lora.enabled or self.posttrain is not None):
-            raise ConfigError("model.products", "is float8, for training whole models in bfloat16, without adapters or a posttrain section")
+            raise ConfigError("model.products", "is float8, for whole models in bfloat16, not with train.precision fp32, lora or posttrain; leave it out")
         if self.parallel.type == "fsdp" and (own.optimizer != "adamw" or own.offload_optimizer or own.offload_blocks or stored == "float8"):
             raise ConfigError("parallel.type", "is fsdp, which cuts parameters, but train.optimizer other than adamw, train.offload_optimizer, "
                               "train.offload_blocks and model.dtype float8 need whole ones; use adamw without these, or ddp")

@@ -16,7 +16,7 @@ from mmdit.experiment import load_experiment_config
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn import kernels, products
-from mmdit.nn.products import Float8Linear, codes, join, joined, multiply
+from mmdit.nn.products import Float8Linear, codes, joinable, joined, multiply
 
 SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
 
@@ -98,9 +98,9 @@ def test_side_by_side_in_float8_too(serving, apart, monkeypatch):
         assert torch.equal(layer.weight.grad, (torch.ones(len(layer.weight), 30).bfloat16() @ x.detach()).float())
     frozen = Float8Linear(32, 16, bias=False).requires_grad_(False)
     joined(x.detach().requires_grad_(), frozen).sum().backward()
-    assert frozen.weight.grad is None and not join(x, frozen, nn.Identity()) and join(x, frozen, nn.Linear(2, 2))
+    assert frozen.weight.grad is None and not joinable(x, frozen, nn.Identity()) and joinable(x, frozen, nn.Linear(2, 2))
     monkeypatch.setattr(products, "FEW", 31)
-    assert not join(x, frozen, frozen)
+    assert not joinable(x, frozen, frozen)
 
 
 def test_scales_of_a_product_belong_to_rows():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdit.nn import kernels
 from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
-from mmdit.nn.products import join, joined
+from mmdit.nn.products import joinable, joined
 from mmdit.nn.tiles import WIDEST, Frames, Tiles
 from mmdit.nn.window import Places, shift_windows
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
         layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        qkv = joined(x, *layers) if join(x, *layers) else torch.cat([layer(x) for layer in layers], -1)
+        qkv = joined(x, *layers) if joinable(x, *layers) else torch.cat([layer(x) for layer in layers], -1)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def output(self, x: Tensor) -> Tensor:

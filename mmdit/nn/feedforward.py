@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.nn import kernels
-from mmdit.nn.products import join, joined
+from mmdit.nn.products import joinable, joined
 
 
 class SwiGLU(nn.Module):
@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
         return max(multiple, round(2 / 3 * ratio * dim / multiple) * multiple)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.serve(x) and join(x, self.gate, self.up):
+        if kernels.serve(x) and joinable(x, self.gate, self.up):
             return self.dropout(self.down(kernels.swiglu.swiglu(joined(x, self.gate, self.up, apart=True))))
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 

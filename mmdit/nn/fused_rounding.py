@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmdit.nn import LARGEST, LEAST
+
 PROGRAMS = 528  # at most; each takes every so many rows
+TOP, SMALLEST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
 
 
 @triton.jit
@@ -21,7 +24,7 @@ def _rows(x, columns, result, scales, rows, width, COLUMNS: tl.constexpr, D: tl.
         value = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
         if COLUMNS:
             value = value * factor
-        scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / 448.0
+        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / TOP
         tl.store(scales + row, scale)
         tl.store(result + start + place, (value / scale).to(result.dtype.element_ty), mask=inside)
 

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.nn import kernels
+from mmdit.nn import LARGEST, LEAST, kernels
 from mmdit.nn.norm import working_dtype
 
-LARGEST = 448.0  # of float8_e4m3fn
-LEAST = 1e-30  # of a row's largest: rows of zeros have codes, too
 FEW = 4096  # rows of x for which coding x, or putting weights together, takes longer than it saves
 
 
@@ -43,11 +41,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, coded: bool, *weights: Tensor) -> Tensor:
-        made, ctx.coded = codes(_below(weights)) if coded else (), coded
+        made, ctx.coded = codes(_stacked(weights)) if coded else (), coded
         ctx.save_for_backward(x, *made, *weights)
         if coded:
             return multiply(*codes(x.flatten(0, -2)), *made).unflatten(0, x.shape[:-1])
-        return F.linear(x, _below([weight.to(x.dtype) for weight in weights]))
+        return F.linear(x, _stacked([weight.to(x.dtype) for weight in weights]))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,14 +57,18 @@ class _Product(torch.autograd.Function):
             ones = scale.new_ones(code.shape[1], 1)
             grad_x = multiply(*codes(rows, scale.flatten()), code.t().contiguous(), ones).view_as(x)
         elif ctx.needs_input_grad[0]:
-            grad_x = grad @ _below([weight.to(grad.dtype) for weight in weights])
+            grad_x = grad @ _stacked([weight.to(grad.dtype) for weight in weights])
         parts = rows.split([len(weight) for weight in weights], -1)
         own = [(part.t() @ x.flatten(0, -2)).to(weight.dtype) if needed else None
                for part, weight, needed in zip(parts, weights, ctx.needs_input_grad[2:], strict=True)]  # fmt: skip
         return grad_x, None, *own
 
 
-def _below(weights: Sequence[Tensor]) -> Tensor:
+def _many_rows(x: Tensor) -> bool:
+    return x.numel() >= FEW * x.shape[-1]
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
@@ -74,17 +76,17 @@ class Float8Linear(nn.Linear):
     """In training, where it may, by codes; both widths must be multiples of 16."""
 
     def serves(self, x: Tensor) -> bool:
-        return self.training and self.bias is None and kernels.codes_serve(x) and x.numel() >= FEW * x.shape[-1]
+        return self.training and self.bias is None and kernels.codes_serve(x) and _many_rows(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, True, self.weight) if self.serves(x) else super().forward(x)
 
 
-def join(x: Tensor, *layers: nn.Module) -> bool:
+def joinable(x: Tensor, *layers: nn.Module) -> bool:
     """Whether `joined` takes the place of the layers: they are weights and nothing else (not adapters), and a compiled block puts
     them together as it casts them, or `x` is large. (Autocast casts a single weight once for many calls.)"""
-    large = torch.compiler.is_compiling() or x.numel() >= FEW * x.shape[-1]
-    return large and all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
+    pays = torch.compiler.is_compiling() or _many_rows(x)
+    return pays and all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
 
 
 def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:

@@ -139,6 +139,7 @@ class Checks:
             row = self.speed(records)
             row["efficiency"] = round(row["samples_per_second"] / processes / result.get("1", row)["samples_per_second"], 4)
             result[str(processes)] = row | {"loss_apart": self.apart(records, self.ddp(1))}
+            print(processes, result[str(processes)], file=sys.stderr, flush=True)
         log = (self.folder / "ddp1.log").read_text()
         result["model"] = next(line for line in log.splitlines() if line.startswith("model "))
         assert all(row["loss_apart"] < 1e-3 for row in result.values() if isinstance(row, dict)), result

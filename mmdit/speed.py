@@ -57,9 +57,9 @@ class Bench:
         self.learner.to(device)
         self.state = TrainState.create(self.learner, self.config.train, self.config.ema)
         self.trainer = Trainer(self.config.train, 0, self.state, None, world, Path("."), None)
-        latents = torch.randn(samples, frames, rows, columns, 64, device=device, dtype=torch.float16)
-        ids = [f"item{i}" for i in range(samples)]
-        self.batch = Batch(latents, [CAPTION] * samples, ids, torch.arange(samples) + samples * world.rank)
+        latents, ids = torch.randn(samples, frames, rows, columns, 64).half(), [f"item{i}" for i in range(samples)]
+        batch = Batch(latents, [CAPTION] * samples, ids, torch.arange(samples) + samples * world.rank)
+        self.batch = batch.pin_memory() if device.type == "cuda" else batch  # as the loader gives it
         self.window = Window(device)
         if compile:
             self.learner.compile_model()

@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 PYTHONPATH=.:VTP python tests/fused_kernels.py        on a CPU, float32
     PYTHONPATH=.:VTP python tests/fused_kernels.py --device cuda             on a GPU: float32, and bfloat16 products
+    PYTHONPATH=.:VTP python tests/fused_kernels.py --device cuda --compile   the same, launched by compiled blocks as in training
 """
 
 import argparse
@@ -24,7 +25,7 @@ CASES = {  # frames, rows, columns, window, text tokens, more of the model
 }
 
 
-def run(case: tuple, device: torch.device, autocast: bool, fuse: bool) -> dict[str, torch.Tensor]:
+def run(case: tuple, device: torch.device, autocast: bool, fuse: bool, compile: bool = False) -> dict[str, torch.Tensor]:
     frames, rows, columns, window, words, more = case
     torch.manual_seed(0)
     more = dict(more)
@@ -37,12 +38,14 @@ def run(case: tuple, device: torch.device, autocast: bool, fuse: bool) -> dict[s
     valid = torch.arange(words) < torch.tensor([[words], [3]])
     text = TextTokens(torch.randn(2, words, 8).to(device), valid.to(device))
     keep = model.draw_keep(rows, columns, 0, 1)
+    for block in model.blocks if compile else ():
+        block.compile(dynamic=False)
     serve, kernels.serve = kernels.serve, lambda x: fuse
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             t = torch.tensor([100.0, 900.0], device=device)
             out = model(x, t, text, keep)
-            assert torch.equal(model(x, t, model.prepare(text), keep), out), "keys and values made beforehand"
+            assert compile or torch.equal(model(x, t, model.prepare(text), keep), out), "keys and values made beforehand"
         (out.float() * torch.randn(out.shape).to(device)).sum().backward()
     finally:
         kernels.serve = serve
@@ -53,6 +56,7 @@ def run(case: tuple, device: torch.device, autocast: bool, fuse: bool) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -63,7 +67,7 @@ def main() -> None:
     kernels.residual.PROGRAMS = 4  # so that a program has several tokens of these small clips
     for name, case in (list(CASES.items())[number] for number in args.cases):
         for autocast in (False, True)[: 1 + (device.type == "cuda")]:
-            plain, fused = (run(case, device, autocast, fuse) for fuse in (False, True))
+            plain, fused = run(case, device, autocast, False), run(case, device, autocast, True, args.compile)
             exact = run(case, device, False, False)
             apart = lambda a, b: max((a[key] - b[key]).norm().item() / (b[key].norm().item() + 1e-12) for key in b)  # noqa: E731
             rows = {"case": name, "autocast": autocast, "fused_to_plain": apart(fused, plain),

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmdit.nn import EPSILON
+from mmdit.nn.fused_ops import fold, launch, operator
 
 PARTS = 16  # at most, into which the queries of one sample and head are cut
 EXACT = tl.constexpr("ieee")  # products of float32 stay float32
@@ -73,11 +74,12 @@ def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
 
 # ── within groups ────────────────────────────────────────────────────────────────────────────────────────────────────
 @triton.jit
-def _group_kernel(qkv, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_qkv, gain_grads, groups, block, apart, scale,
+def _group_kernel(qkv, out, q_gain, k_gain, index, names, cosine, sine, grad, grad_qkv, gain_grads, groups, block, apart,
                   HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
                   ROTATE: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = D // 2
+    scale: tl.constexpr = D**-0.5
     rows, columns, wide = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
     group = tile % groups
     place = tl.load(index + group * ROWS + rows)
@@ -134,16 +136,16 @@ def _launch_groups(qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tenso
     block, width = qkv.shape[-2], qkv.shape[-1] // 3
     tiles, d = qkv.numel() // (block * 3 * width) * groups, width // heads
     result = torch.empty_like(qkv) if backward else qkv.new_empty((*qkv.shape[:-1], width))
-    sums = qkv.new_empty((2, tiles, heads, d) if backward and gains else (1,), dtype=torch.float32)
-    _group_kernel[(heads, tiles)](
+    sums = qkv.new_empty((2, tiles, heads, d), dtype=torch.float32) if backward and gains else qkv
+    launch(_group_kernel)[(heads, tiles)](
         qkv, result, *(gains or (qkv, qkv)), index, names, *(turns or (qkv, qkv)), grad.contiguous() if backward else qkv, result,
-        sums, groups, block, tiles * heads * d, d**-0.5, HEADS=heads, ROWS=rows, D=d, NORM=bool(gains), ROTATE=bool(turns),
+        sums, groups, block, tiles * heads * d, HEADS=heads, ROWS=rows, D=d, NORM=bool(gains), ROTATE=bool(turns),
         BACKWARD=backward, num_warps=rows // 16,
     )  # fmt: skip
-    return [result, *(part.sum((0, 1)) for part in sums)] if backward and gains else [result]
+    return [result, sums.sum((1, 2))] if backward and gains else [result]
 
 
-@torch.library.custom_op("mmdit::group_attention", mutates_args=())
+@operator
 def group_attention(qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int) -> Tensor:
     """Softmax attention of every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys and values side by side;
     `index (g, l)` int32: the tokens of each group's tile among the t, -1 for none; `names (g, l)` int32: tokens attend to those
@@ -158,15 +160,16 @@ def _(qkv, gains, index, names, turns, heads):
     return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
 
 
-@torch.library.custom_op("mmdit::group_attention_backward", mutates_args=())
+@operator
 def group_attention_backward(grad: Tensor, qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor],
                              heads: int) -> list[Tensor]:  # fmt: skip
+    """Gradients of qkv and, if there are any, of the gains, `(2, d)`."""
     return _launch_groups(qkv, gains, index, names, turns, heads, grad)
 
 
 @group_attention_backward.register_fake
 def _(grad, qkv, gains, index, names, turns, heads):
-    return [qkv.new_empty(qkv.shape), *(torch.empty_like(gain) for gain in gains)]
+    return [qkv.new_empty(qkv.shape), *([torch.stack(gains)] if gains else [])]
 
 
 def _keep_groups(ctx, inputs, output):
@@ -179,7 +182,7 @@ def _groups_back(ctx, grad):
     qkv, index, names, *rest = ctx.saved_tensors
     gains, turns = rest[: ctx.gains], rest[ctx.gains :]
     grad_qkv, *gain_grads = group_attention_backward(grad, qkv, gains, index, names, turns, ctx.heads)
-    return grad_qkv, gain_grads, None, None, [None] * len(turns), None
+    return grad_qkv, [own for both in gain_grads for own in both.unbind()], None, None, [None] * len(turns), None
 
 
 group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
@@ -187,11 +190,12 @@ group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
 
 # ── to a text ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @triton.jit
-def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_k, grad_v, gain_grads, length, chunk, keys, scale,
+def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_kv, gain_grads, length, chunk, keys, apart,
                  HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
                  BACKWARD: tl.constexpr):  # fmt: skip
     head, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HALF: tl.constexpr = D // 2
+    scale: tl.constexpr = D**-0.5
     rows, columns, wide, places = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D), tl.arange(0, KEYS)
     kind = v.dtype.element_ty
     there = places < keys
@@ -233,8 +237,9 @@ def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_k, grad_v, gain
         samples = tl.num_programs(2)
         own = (part * samples + sample) * keys * (HEADS * D)
         text = own + places * (HEADS * D) + head * D
-        _store_halves(grad_k, k1_grad, k2_grad, text, columns, there, HALF)
-        tl.store(grad_v + text[:, None] + wide[None, :], v_grad, mask=there[:, None])
+        _store_halves(grad_kv, k1_grad, k2_grad, text, columns, there, HALF)
+        own = grad_kv + apart + text[:, None] + wide[None, :]
+        tl.store(own, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
         if NORM:
             own = ((part * samples + sample) * HEADS + head) * D
             tl.store(gain_grads + own + columns, gain_low_sum)
@@ -248,20 +253,21 @@ def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Ten
     length = q.numel() // (samples * width)
     chunk = 64 * max(4, triton.cdiv(length, 64 * PARTS))  # queries of a program: their sums over keys are kept apart
     parts = triton.cdiv(length, chunk)
-    sums = [v.new_empty((parts if backward else 0, *v.shape), dtype=torch.float32) for _ in range(2)]
-    gain = v.new_empty((parts, samples, heads, width // heads) if backward and gains else (0,), dtype=torch.float32)
+    alone = parts == 1  # nothing is left to add
+    sums = v.new_empty((2, parts, *v.shape), dtype=v.dtype if alone else torch.float32) if backward else v
+    gain = v.new_empty((parts, samples, heads, width // heads), dtype=torch.float32) if backward and gains else v
     result, rows = torch.empty_like(q), max(16, triton.next_power_of_2(keys))
-    _text_kernel[(heads, parts, samples)](
-        q, k, v, valid.contiguous().view(torch.uint8), result, *(gains or (q,)), grad.contiguous() if backward else q, result,
-        *sums, gain, length, chunk, keys, (width // heads) ** -0.5, HEADS=heads, ROWS=64, KEYS=rows, D=width // heads,
-        NORM=bool(gains), BACKWARD=backward, num_warps=4 * max(1, rows // 64),
+    launch(_text_kernel)[(heads, parts, samples)](
+        q, k, v, valid.to(torch.uint8).contiguous(), result, *(gains or (q,)), grad.contiguous() if backward else q, result,
+        sums, gain, length, chunk, keys, sums.numel() // 2, HEADS=heads, ROWS=64, KEYS=rows,
+        D=width // heads, NORM=bool(gains), BACKWARD=backward, num_warps=4 * max(1, rows // 64),
     )  # fmt: skip
     if not backward:
         return [result]
-    return [result, *(part.sum(0).to(v.dtype) for part in sums), *([gain.sum((0, 1, 2))] if gains else [])]
+    return [result, sums[:, 0] if alone else fold(sums, v.dtype), *([gain.sum((0, 1, 2))] if gains else [])]
 
 
-@torch.library.custom_op("mmdit::text_attention", mutates_args=())
+@operator
 def text_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int) -> Tensor:
     """Softmax attention of `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b, t)` bool with a valid token in
     every row; `gains`: that of the norm of queries `(d,)` float32, or none (keys come normed). Returns the shape of `q`."""
@@ -273,15 +279,16 @@ def _(q, k, v, valid, gains, heads):
     return torch.empty_like(q)
 
 
-@torch.library.custom_op("mmdit::text_attention_backward", mutates_args=())
+@operator
 def text_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor],
                             heads: int) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, of k and v, `(2, b, t, h·d)`, and of the gain, if there is one."""
     return _launch_text(q, k, v, valid, gains, heads, grad)
 
 
 @text_attention_backward.register_fake
 def _(grad, q, k, v, valid, gains, heads):
-    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *(torch.empty_like(gain) for gain in gains)]
+    return [torch.empty_like(q), v.new_empty((2, *v.shape)), *(torch.empty_like(gain) for gain in gains)]
 
 
 def _keep_text(ctx, inputs, output):
@@ -291,8 +298,8 @@ def _keep_text(ctx, inputs, output):
 
 def _text_back(ctx, grad):
     q, k, v, valid, *gains = ctx.saved_tensors
-    result = text_attention_backward(grad, q, k, v, valid, gains, ctx.heads)
-    return *result[:3], None, result[3:], None
+    grad_q, both, *gain_grads = text_attention_backward(grad, q, k, v, valid, gains, ctx.heads)
+    return grad_q, *both.unbind(), None, gain_grads, None
 
 
 text_attention.register_autograd(_text_back, setup_context=_keep_text)

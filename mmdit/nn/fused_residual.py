@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mmdit.nn import EPSILON
+from mmdit.nn.fused_ops import fold, launch, operator
 
 PROGRAMS = 528  # about; each leaves its sums to a last reduction
 EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_step, shift_step, scale_step, D: tl.constexpr,
+def _forward(x, change, gate, shift, scale, summed, y, tokens, run, width, gate_step, shift_step, scale_step, D: tl.constexpr,
              STAGES: tl.constexpr):  # fmt: skip
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
@@ -33,14 +34,14 @@ def _forward(x, change, gate, shift, scale, stream, y, tokens, run, width, gate_
         added = tl.load(change + row, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + row, mask=inside, other=0.0)
         value = value + (gates * added).to(value.dtype)
-        tl.store(stream + row, value, mask=inside)
+        tl.store(summed + row, value, mask=inside)
         value = value.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
         tl.store(y + row, (value * inverse * scales + shifts).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, tokens, run, width, gate_step,
+def _backward(summed, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, tokens, run, width, gate_step,
               scale_step, D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
@@ -51,7 +52,7 @@ def _backward(stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_cha
     scale_sum = tl.zeros((D,), tl.float32)
     for token in tl.range(part * run, tl.minimum((part + 1) * run, tokens), num_stages=STAGES):
         row = (sample * tokens + token) * width + columns
-        value = tl.load(stream + row, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(summed + row, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_y + row, mask=inside, other=0.0).to(tl.float32)
         passed = tl.load(grad_stream + row, mask=inside, other=0.0)
         added = tl.load(change + row, mask=inside, other=0.0)
@@ -81,7 +82,7 @@ def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
     return (triton.cdiv(tokens, run), samples), (tokens, run, width), {"D": side, **options}
 
 
-@torch.library.custom_op("mmdit::add_norm", mutates_args=())
+@operator
 def add_norm(x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, kind: torch.dtype) -> list[Tensor]:
     """`x (b, …, d)` the stream, `change` like it; `gate`, `shift`, `scale (b, d)` with adjacent columns → the new stream, and
     its modulated norm in the type `kind`."""
@@ -89,7 +90,7 @@ def add_norm(x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tens
     grid, numbers, options = _layout(x)
     stream, y = torch.empty_like(x), torch.empty_like(x, dtype=kind)
     steps = [vector.stride(0) for vector in (gate, shift, scale)]
-    _forward[grid](x, change, gate, shift, scale, stream, y, *numbers, *steps, **options)
+    launch(_forward)[grid](x, change, gate, shift, scale, stream, y, *numbers, *steps, **options)
     return [stream, y]
 
 
@@ -99,7 +100,7 @@ def _(x, change, gate, shift, scale, kind):
             torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format)]  # fmt: skip
 
 
-@torch.library.custom_op("mmdit::add_norm_backward", mutates_args=())
+@operator
 def add_norm_backward(stream: Tensor, change: Tensor, gate: Tensor, scale: Tensor, grad_stream: Tensor,
                       grad_y: Tensor) -> list[Tensor]:  # fmt: skip
     """Gradients of x and change, and `(b, 3, d)` those of gate, shift and scale."""
@@ -108,8 +109,8 @@ def add_norm_backward(stream: Tensor, change: Tensor, gate: Tensor, scale: Tenso
     grad_x, grad_change = torch.empty_like(stream), torch.empty_like(change)
     sums = stream.new_empty((grid[1], grid[0], 3, stream.shape[-1]), dtype=torch.float32)
     steps = gate.stride(0), scale.stride(0)
-    _backward[grid](stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, *numbers, *steps, **options)
-    return [grad_x, grad_change, sums.sum(1)]
+    launch(_backward)[grid](stream, change, gate, scale, grad_stream, grad_y, grad_x, grad_change, sums, *numbers, *steps, **options)
+    return [grad_x, grad_change, fold(sums)]
 
 
 @add_norm_backward.register_fake

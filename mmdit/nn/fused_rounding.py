@@ -8,37 +8,32 @@ import triton.language as tl
 from torch import Tensor
 
 from mmdit.nn import LARGEST, LEAST
+from mmdit.nn.fused_ops import launch, operator
 
-PROGRAMS = 528  # at most; each takes every so many rows
 TOP, SMALLEST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
 
 
 @triton.jit
-def _rows(x, columns, result, scales, rows, width, COLUMNS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
-    place = tl.arange(0, D)
-    inside = place < width
+def _rows(x, columns, result, scales, width, COLUMNS: tl.constexpr, D: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    inside, start = place < width, row * width
+    value = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
     if COLUMNS:
-        factor = tl.load(columns + place, mask=inside, other=0.0)
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
-        start = row * width
-        value = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
-        if COLUMNS:
-            value = value * factor
-        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / TOP
-        tl.store(scales + row, scale)
-        tl.store(result + start + place, (value / scale).to(result.dtype.element_ty), mask=inside)
+        value = value * tl.load(columns + place, mask=inside, other=0.0)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / TOP
+    tl.store(scales + row, scale)
+    tl.store(result + start + place, (value / scale).to(result.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("mmdit::float8_rows", mutates_args=())
+@operator
 def float8_rows(x: Tensor, columns: Tensor | None) -> list[Tensor]:
     """`products.codes` of `x (m, k)`, `columns (k)` float32."""
     x = x.contiguous()
     rows, width = x.shape
     result, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((rows, 1), dtype=torch.float32)
     side = triton.next_power_of_2(width)
-    options = {"STAGES": 4, "num_warps": 4} if side <= 2048 else {"STAGES": 3, "num_warps": 8}
-    _rows[(min(rows, PROGRAMS),)](x, scales if columns is None else columns, result, scales, rows, width, columns is not None, side,
-                                  **options)  # fmt: skip
+    factors = scales if columns is None else columns
+    launch(_rows)[(rows,)](x, factors, result, scales, width, columns is not None, side, num_warps=2 if side <= 2048 else 4)
     return [result, scales]
 
 

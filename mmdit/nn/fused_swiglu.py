@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmdit.nn.fused_ops import launch, operator
+
 BLOCK = 1024  # columns of a program, which takes them of one token
 
 
@@ -34,11 +36,11 @@ def _launch(joined: Tensor, grad: Tensor | None) -> Tensor:
     joined, width = joined.contiguous(), joined.shape[-1] // 2
     result = torch.empty_like(joined) if grad is not None else joined.new_empty((*joined.shape[:-1], width))
     grid = joined.numel() // (2 * width), triton.cdiv(width, BLOCK)
-    _swiglu[grid](joined, joined if grad is None else grad.contiguous(), result, width, grad is not None, BLOCK)
+    launch(_swiglu)[grid](joined, joined if grad is None else grad.contiguous(), result, width, grad is not None, BLOCK)
     return result
 
 
-@torch.library.custom_op("mmdit::swiglu", mutates_args=())
+@operator
 def swiglu(joined: Tensor) -> Tensor:
     """`silu(gate) · up` of `joined (…, 2h)`, gate before up → `(…, h)`."""
     return _launch(joined, None)
@@ -49,7 +51,7 @@ def _(joined):
     return joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
 
 
-@torch.library.custom_op("mmdit::swiglu_backward", mutates_args=())
+@operator
 def swiglu_backward(joined: Tensor, grad: Tensor) -> Tensor:
     return _launch(joined, grad)
 

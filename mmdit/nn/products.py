@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdit.nn import LARGEST, LEAST, kernels
 from mmdit.nn.norm import working_dtype
 
-FEW = 4096  # rows of x for which coding x, or putting weights together, takes longer than it saves
+FEW = 8192  # rows of x for which coding x, or putting weights together, takes longer than it saves
 
 
 def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

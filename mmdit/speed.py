@@ -140,6 +140,10 @@ def _train(shape: tuple[int, int, int, int], args: Namespace, world: World) -> I
     told = row("train", times, shape[0], flops, device, world.size)
     if device.type == "cuda":
         told["rest_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)  # between steps: weights, moments, averages
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        bench.step()  # without waiting for the GPU: what takes longer here than there is bound by the CPU
+        told["cpu_ms"] = round((time.perf_counter() - begin) * 1e3, 1)
     yield told | {"gpus": world.size, "shape": list(shape), "tokens": math.prod(shape[1:]),
                   "clips_per_day": round(world.size * shape[0] / statistics.median(times) * 86_400_000),
                   "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}  # fmt: skip

@@ -63,7 +63,8 @@ def arguments(folder: Path, *words: str) -> list[str]:
 
 
 def fork(work, log: Path, **environment: str) -> int:
-    """Start `work()` in a child that ends with its exit code; returns the process id."""
+    """Start `work()` in a child that ends with its exit code; returns the process id. It has one thread: several ranks would
+    wait for one another's for minutes, and sums of two threads have other last bits than those of one."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -75,6 +76,7 @@ def fork(work, log: Path, **environment: str) -> int:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        torch.set_num_threads(1)
         code = work() or 0
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -109,11 +111,9 @@ def wait(pid: int) -> int:
 
 
 def train(folder: Path, *words: str, world: int = 1) -> list[int]:
-    """Process ids of `world` ranks running `train_t2v` as torchrun would start them: with a thread each, or they wait for one
-    another's for minutes."""
+    """Process ids of `world` ranks running `train_t2v` as torchrun would start them."""
 
     def work() -> int:
-        torch.set_num_threads(1)
         return train_t2v.main(arguments(folder, *words))
 
     if world == 1:

@@ -91,10 +91,13 @@ def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
     """Called as operators written in Python they would take a GPU's time on the CPU, some 0.1 ms each."""
     triton = pytest.importorskip("triton")
     from torch._functorch.aot_autograd import aot_function
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.backends.compiler import GPUTarget
 
+    from mmdit.nn.fused_attention import group_attention, text_attention
     from mmdit.nn.fused_residual import add_norm
+    from mmdit.nn.fused_rounding import float8_rows
     from mmdit.nn.fused_swiglu import swiglu
 
     class Driver:
@@ -107,18 +110,34 @@ def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
     def compiler(graph, inputs):
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
         assert not [node for node in calls if "mmdit" in str(node.target)]
-        launched.extend(tuple(node.kwargs["tensors_to_clone"]) for node in calls if "triton" in str(node.target))
+        for node in (node for node in calls if "triton" in str(node.target)):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            kernel = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn  # of an autotuner, which is how options come
+            assert "stream" not in kernel.arg_names, "Inductor has an argument of this name itself"
+            numbers = [node.kwargs["kwargs"][argument.name] for argument in kernel.params if not argument.is_constexpr]
+            assert not [number for number in numbers if isinstance(number, float)], "which Inductor makes float64"
+            launched.append((kernel.__name__, *node.kwargs["tensors_to_clone"]))
         return graph
 
-    def work(x, change, gate, shift, scale):
+    def work(x, change, gate, shift, scale, qkv, gain, keys, values, index, names, valid):
         stream, y = add_norm(x, change, gate, shift, scale, torch.bfloat16)
-        return stream, swiglu(y)
+        y = y + group_attention(qkv, [gain, gain], index, names, [], 2)
+        y = text_attention(y, keys, values, valid, [gain], 2)
+        return stream, swiglu(y), float8_rows(y.detach().flatten(0, 1), None)[1]
 
+    bf16 = {"requires_grad": True, "dtype": torch.bfloat16}
     with FakeTensorMode():
-        leaves = [torch.randn(2, 40, 64, requires_grad=True) for _ in range(2)] + [torch.randn(2, 64, requires_grad=True) for _ in range(3)]
-        outputs = aot_function(work, compiler)(*leaves)
-        sum(output.float().sum() for output in outputs).backward()
-    assert launched == [("summed", "y"), ("result",), ("result",), ("grad_x", "grad_change", "sums"), ("result",)], launched
+        vectors = [torch.randn(2, 64, requires_grad=True) for _ in range(3)]
+        tables = [torch.zeros(5, 64, dtype=torch.int32), torch.zeros(5, 64, dtype=torch.int32), torch.ones(2, 7, dtype=torch.bool)]
+        outputs = aot_function(work, compiler)(
+            torch.randn(2, 320, 64, requires_grad=True), torch.randn(2, 320, 64, **bf16), *vectors, torch.randn(2, 320, 192, **bf16),
+            torch.randn(32, requires_grad=True), torch.randn(2, 7, 64, **bf16), torch.randn(2, 7, 64, **bf16), *tables)  # fmt: skip
+        sum(output.float().sum() for output in outputs if output.requires_grad).backward()
+    assert sorted(launched) == sorted([
+        ("_forward", "summed", "y"), ("_group_kernel", "out"), ("_text_kernel", "out"), ("_swiglu", "result"), ("_rows", "result", "scales"),
+        ("_swiglu", "result"), ("_text_kernel", "grad_q", "grad_kv", "gain_grads"), ("_fold", "result"),
+        ("_group_kernel", "grad_qkv", "gain_grads"), ("_backward", "grad_x", "grad_change", "sums"), ("_fold", "result"),
+    ]), launched  # fmt: skip
 
 
 @pytest.mark.parametrize("capability, told", [((9, 0), False), ((7, 5), True)])

@@ -22,6 +22,8 @@ def operator(function: Callable) -> Callable:
 
 
 def launch(kernel: Callable) -> Callable:
+    """To be launched by `[grid](…)` within an operator. For Inductor's sake no argument of the kernel may be called `stream`, and
+    numbers that are not whole must be `tl.constexpr`: it would pass them as float64."""
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 

@@ -13,14 +13,19 @@ import torch
 from mmdit.nn import kernels
 
 
+def interpreted(*words: str) -> str:
+    """What a process prints that runs the kernels on a CPU."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("case", [1, 5])  # the others: tests/fused_kernels.py, also for GPUs
 def test_whole_models_agree_with_the_plain_path(case):
-    pytest.importorskip("triton")
     script = Path(__file__).with_name("fused_kernels.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, script, "--cases", str(case)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["fused_to_plain"] < 2e-5
+    assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5
 
 
 OWN = {"index": "*i32", "names": "*i32", "valid": "*u8", **dict.fromkeys(("gain_grads", "sums", "grad_stream", "grad_x"), "*fp32"),
@@ -81,10 +86,7 @@ for queries in (70, 300):  # of one program and of two
 
 
 def test_sums_over_programs_are_those_of_torch():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", SUMS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted("-c", SUMS)
 
 
 def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):

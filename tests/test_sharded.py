@@ -21,7 +21,7 @@ from mmdit.experiment import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
 from mmdit.speed import Bench
-from mmdit.training import checkpoint
+from mmdit.training import checkpoint, parallel
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
 from mmdit.training.parallel import ParallelConfig, shard, wrap
@@ -208,3 +208,13 @@ def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
 
 if __name__ == "__main__":
     one_rank(Path(sys.argv[1]), sys.argv[2])
+
+
+@pytest.mark.parametrize("rate, megabytes", [(200.0, 400), (12.0, 25), (None, 25)])  # NVLink, PCIe, CPUs
+def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate, megabytes):
+    given = {}
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **options: given.update(options))
+    if rate:
+        monkeypatch.setattr(parallel, "exchange_rate", lambda world: rate)
+    parallel.wrap(learner(), World(0, 2))
+    assert given["bucket_cap_mb"] == megabytes

@@ -9,7 +9,7 @@ reduced   the same on the most GPUs with gradients that travel as bfloat16, agai
 sharded   the same model under FSDP on 2 GPUs: its curve against DDP's, then continued from its parts by 1 GPU
 resume    one GPU, deterministic kernels: 2n steps equal n + stop + n, bit for bit
 memory    a batch that does not fit: the message, the exit code, the file to repeat it
-fast      one GPU, 200 steps: the loss with compiled blocks and fused kernels against that of the plain path, and their speed
+fast      one GPU, model S, 200 steps: the loss with compiled blocks and fused kernels against that of the plain path, and their speed
 lean      one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory
 large     3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s
 A check that fails or has no time left says so in its place; the others go on. Exit code 1 if any failed.

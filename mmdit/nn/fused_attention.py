@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmdit.nn import EPSILON
-from mmdit.nn.fused_ops import fold, launch, operator
+from mmdit.nn.fused_ops import launch, operator
 
 PARTS = 16  # at most, into which the queries of one sample and head are cut
 EXACT = tl.constexpr("ieee")  # products of float32 stay float32
@@ -238,8 +238,8 @@ def _text_kernel(q, k, v, valid, out, q_gain, grad, grad_q, grad_kv, gain_grads,
         own = (part * samples + sample) * keys * (HEADS * D)
         text = own + places * (HEADS * D) + head * D
         _store_halves(grad_kv, k1_grad, k2_grad, text, columns, there, HALF)
-        own = grad_kv + apart + text[:, None] + wide[None, :]
-        tl.store(own, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
+        target = grad_kv + apart + text[:, None] + wide[None, :]
+        tl.store(target, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
         if NORM:
             own = ((part * samples + sample) * HEADS + head) * D
             tl.store(gain_grads + own + columns, gain_low_sum)
@@ -264,7 +264,7 @@ def _launch_text(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Ten
     )  # fmt: skip
     if not backward:
         return [result]
-    return [result, sums[:, 0] if alone else fold(sums, v.dtype), *([gain.sum((0, 1, 2))] if gains else [])]
+    return [result, sums[:, 0] if alone else sums.sum(1).to(v.dtype), *([gain.sum((0, 1, 2))] if gains else [])]
 
 
 @operator

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import warnings
 
 import torch
 from torch import Tensor
 
+from mmdit.nn import INTERPRETED
+
 CAPABILITY = (8, 0)  # of the GPUs with bfloat16, A100 and later
 CODES = (8, 9)  # of those with products of 8-bit floats
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _able = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 _codes = INTERPRETED
 attention = importlib.import_module("mmdit.nn.fused_attention") if _able else None

@@ -144,7 +144,7 @@ def without_memory():
         for module, name in TABLES:
             stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
         if importlib.util.find_spec("triton"):  # as on a GPU: the fused kernels say what they make and keep
-            stack.enter_context(torch._functorch.config.patch(decompose_custom_triton_ops=False))
+            stack.enter_context(torch._functorch.config.patch(decompose_custom_triton_ops=False))  # operators stay whole
             stack.enter_context(mock.patch.object(kernels, "serve", lambda x: x.dtype != torch.float64))
             stack.enter_context(mock.patch.object(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16))
             for name in ("attention", "residual", "rounding", "swiglu"):

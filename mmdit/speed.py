@@ -142,7 +142,7 @@ def _train(shape: tuple[int, int, int, int], args: Namespace, world: World) -> I
         told["rest_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)  # between steps: weights, moments, averages
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        bench.step()  # without waiting for the GPU: what takes longer here than there is bound by the CPU
+        bench.step()  # returns as soon as all is queued; where that takes as long as `ms`, the CPU is the limit
         told["cpu_ms"] = round((time.perf_counter() - begin) * 1e3, 1)
     yield told | {"gpus": world.size, "shape": list(shape), "tokens": math.prod(shape[1:]),
                   "clips_per_day": round(world.size * shape[0] / statistics.median(times) * 86_400_000),

@@ -206,10 +206,6 @@ def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
         checkpoint.load_weights(before.with_name("step_00000004"))
 
 
-if __name__ == "__main__":
-    one_rank(Path(sys.argv[1]), sys.argv[2])
-
-
 @pytest.mark.parametrize("rate, megabytes", [(200.0, 400), (12.0, 25), (None, 25)])  # NVLink, PCIe, CPUs
 def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate, megabytes):
     given = {}
@@ -218,3 +214,7 @@ def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate
         monkeypatch.setattr(parallel, "exchange_rate", lambda world: rate)
     parallel.wrap(learner(), World(0, 2))
     assert given["bucket_cap_mb"] == megabytes
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]), sys.argv[2])

@@ -20,29 +20,36 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit.config import decode
 from mmdit.diagnostics import data_speed
 from mmdit.diagnostics.families import by_family
 from mmdit.diffusion import SamplerConfig
-from mmdit.experiment import ExperimentConfig, build_learner
-from mmdit.interfaces import Batch
+from mmdit.experiment import ExperimentConfig, build_learner, load_denoiser
+from mmdit.interfaces import Batch, LatentSpec
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
+from mmdit.training.memory_plan import SIZES, random_denoiser
 from mmdit.training.parallel import shard, wrap
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.report import Window, matmul_rate
 from mmdit.training.trainer import Trainer, TrainState
 
 LONG = 400  # matrix products, about half a second: a GPU keeps its first clock for some milliseconds only
+Shape = tuple[int, int, int, int]  # samples, frames, rows, columns of latents
+WAN: dict[str, tuple[int, int, Shape]] = {  # cell, channels; a clip of 81 frames of 832x480, of 121 of 1280x704
+    "1.3B": (8, 16, (1, 21, 60, 104)), "5B": (16, 48, (1, 31, 44, 80)),
+}  # fmt: skip
 CAPTION = "a red ball moves slowly over a wide green field while a blue cube stands still"
 
 
 class Bench:
     """A learner with random weights, its optimizer and one batch of noise, in `world` as in a run; `shape`: (samples, frames,
-    rows, columns) of this process's latents with 64 channels."""
+    rows, columns) of this process's latents. Sections of the config take the place of those for a Video MMDiT on 64 channels;
+    `load`: gives Wan's denoiser."""
 
-    def __init__(self, shape: tuple[int, int, int, int], world: World, compile: bool, **sections):
+    def __init__(self, shape: Shape, world: World, compile: bool, load: Callable[..., nn.Module] = load_denoiser, **sections):
         samples, frames, rows, columns = shape
         raw = {
             "experiment_name": "speed", "video": {"width": 16 * columns, "height": 16 * rows, "num_frames": frames},
@@ -50,14 +57,15 @@ class Bench:
             **sections,
         }  # fmt: skip
         self.config, device = decode(ExperimentConfig, raw), world.device
-        tokenizer = build_tokenizer(self.config.tokenizer)
-        self.learner = build_learner(self.config, tokenizer.spec)
+        tokenizer = self.config.tokenizer
+        spec = LatentSpec(tokenizer.latent_d, tokenizer.latent_f, temporal=getattr(tokenizer, "temporal", 1))
+        self.learner = build_learner(self.config, spec, load)
         if self.config.parallel.type == "fsdp" and world.size > 1:
             shard(self.learner, world, self.config.parallel)
         self.learner.to(device)
         self.state = TrainState.create(self.learner, self.config.train, self.config.ema)
         self.trainer = Trainer(self.config.train, 0, self.state, None, world, Path("."), None)
-        latents, ids = torch.randn(samples, frames, rows, columns, 64).half(), [f"item{i}" for i in range(samples)]
+        latents, ids = torch.randn(*shape, tokenizer.latent_d).half(), [f"item{i}" for i in range(samples)]
         batch = Batch(latents, [CAPTION] * samples, ids, torch.arange(samples) + samples * world.rank)
         self.batch = batch.pin_memory() if device.type == "cuda" else batch  # as the loader gives it
         self.window = Window(device)
@@ -97,10 +105,11 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> lis
 
 def row(part: str, times: list[float], samples: int, flops: float, device: torch.device, gpus: int = 1) -> dict:
     """What is said of every part: milliseconds (median, least, most), samples a second on all `gpus`, and of one of them, whose
-    part is `samples` and `flops`, TFLOP/s, share of the matmul rate, and memory."""
+    part is `samples` and `flops`, GFLOP, TFLOP/s, share of the matmul rate, and memory."""
     middle, rate = statistics.median(times), matmul_rate(device, torch.bfloat16, repeats=LONG)
     told = {"part": part, "ms": round(middle, 2), "ms_min": round(min(times), 2), "ms_max": round(max(times), 2),
-            "per_s": round(gpus * samples / middle * 1e3, 2), "tflops": round(flops / middle / 1e9, 1)}  # fmt: skip
+            "per_s": round(gpus * samples / middle * 1e3, 2), "gflop": round(flops / 1e9, 3),
+            "tflops": round(flops / middle / 1e9, 1)}  # fmt: skip
     if rate:
         told |= {"matmul_tflops": round(rate / 1e12, 1), "share": round(flops / (middle * 1e-3) / rate, 3),
                  "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}  # fmt: skip
@@ -114,30 +123,49 @@ def fresh_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def read(pairs: list[str]) -> dict:
+    """`KEY=VALUE` of the command line."""
+    return dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in pairs)
+
+
 def settings(args: Namespace) -> dict:
     """Sections of a config from the command line."""
     routed = {"tread": {"enabled": True, "selection_rate": args.tread}} if args.tread else {}
-    read = lambda pairs: dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in pairs)  # noqa: E731
     return {"model": read(args.model), "parallel": read(args.parallel), **routed}
 
 
 def train(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
     """A row a shape for the training step; with `--profile` another: milliseconds of a step by family of kernels."""
     for shape in args.shapes:
-        yield from _train(shape, args, world)
+        fresh_peak(world.device)
+        yield from _steps("train", Bench(shape, world, args.compile, **settings(args)), shape, args, world)
 
 
-def _train(shape: tuple[int, int, int, int], args: Namespace, world: World) -> Iterator[dict]:
+def wan(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
+    """The same for adapters on a Wan transformer of a released size with random weights, a clip a step."""
+    cell, channels, shape = WAN[args.wan]
+    _, frames, rows, columns = shape
+    sections = {
+        "video": {"width": cell * columns, "height": cell * rows, "num_frames": 4 * (frames - 1) + 1},
+        "tokenizer": {"type": "wan_vae", "name_or_path": "none", "latent_f": cell, "latent_d": channels},
+        "text_encoder": {"type": "hash", "dim": 4096, "max_length": 512}, "ema": {"enabled": False},
+        "model": {"type": "wan", "name_or_path": args.wan, "dtype": "bfloat16", **read(args.wan_model)},
+        "lora": {"enabled": True, "rank": 16, "alpha": 16, "target_modules": ["cross_attn.k", "cross_attn.v"], **read(args.lora)},
+    }  # fmt: skip
+    fresh_peak(world.device)
+    load = lambda model, *_: random_denoiser(SIZES[args.wan], model, world.device)  # noqa: E731
+    yield from _steps("wan", Bench(shape, world, args.compile, load, **sections), shape, args, world)
+
+
+def _steps(part: str, bench: Bench, shape: Shape, args: Namespace, world: World) -> Iterator[dict]:
     device = world.device
-    fresh_peak(device)
-    bench = Bench(shape, world, args.compile, **settings(args))
     begin = time.perf_counter()
     timed(bench.step, device, 4 if world.size == 1 else 12)  # DDP waits for the GPU in its first ten steps, to time itself
     warm = time.perf_counter() - begin
     times = timed(bench.step, device, args.repeats)
     keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
     flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
-    told = row("train", times, shape[0], flops, device, world.size)
+    told = row(part, times, shape[0], flops, device, world.size)
     if device.type == "cuda":
         told["rest_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)  # between steps: weights, moments, averages
         torch.cuda.synchronize()
@@ -148,7 +176,7 @@ def _train(shape: tuple[int, int, int, int], args: Namespace, world: World) -> I
                   "clips_per_day": round(world.size * shape[0] / statistics.median(times) * 86_400_000),
                   "parameters": bench.parameters, "compile": args.compile, "warm_up_s": round(warm, 1)}  # fmt: skip
     if args.profile:
-        yield {"part": "train profile", "shape": list(shape), **by_family(bench.step, device)}
+        yield {"part": f"{part} profile", "shape": list(shape), **by_family(bench.step, device)}
 
 
 def sample(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
@@ -157,7 +185,7 @@ def sample(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
         yield _sample(shape, args, world)
 
 
-def _sample(shape: tuple[int, int, int, int], args: Namespace, world: World) -> dict:
+def _sample(shape: Shape, args: Namespace, world: World) -> dict:
     device = world.device
     fresh_peak(device)
     bench = Bench(shape, world, False, ema={"enabled": False}, **settings(args))
@@ -171,7 +199,8 @@ def _sample(shape: tuple[int, int, int, int], args: Namespace, world: World) -> 
     draw(2)
     times = timed(lambda: draw(args.steps), device, 2)
     flops = 2 * args.steps * shape[0] * bench.learner.train_flops(shape[1:], None) / 3  # forward is a third
-    return row("sample", times, shape[0], flops, device) | {"shape": list(shape), "steps": args.steps}
+    told = row("sample", times, shape[0], flops, device)
+    return told | {"shape": list(shape), "steps": args.steps, "parameters": bench.parameters}
 
 
 def peers(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
@@ -204,8 +233,6 @@ def _sdpa(self, x: Tensor) -> Tensor:
 def peer(model: nn.Module, inputs: tuple, args: Namespace, device: torch.device) -> dict:
     """A training step of somebody else's denoiser `model(*inputs) → prediction`: bfloat16 autocast, mean square, fused AdamW;
     operations are counted by torch over one forward and backward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -244,12 +271,25 @@ def cache(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
 
 
 def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """Pictures a second through the tokenizer alone, from pixels on the device to latents, and back."""
+    """Pictures of 256x256 a second through the tokenizer alone, from pixels on the device to latents, and back; `--seconds`
+    each. Operations are counted by torch."""
+    device, shape, flops = world.device, (args.batch_size, 1, 3, 256, 256), {}
     for compile in (False, True) if args.compile else (False,):
-        tokenizer, name = tokenizer_of(args, world.device, folder, compile)
-        for way in ("encode", "decode"):
-            told = data_speed.tokenizer_speed(tokenizer, way, world.device, args.batch_size, args.seconds)
-            yield {"part": way, "tokenizer": name, "compile": compile, **told}
+        tokenizer, name = tokenizer_of(args, device, folder, compile)
+        for way, work in (("encode", tokenizer.encode), ("decode", tokenizer.decode)):
+            fresh_peak(device)
+            with torch.inference_mode():
+                given = torch.rand(shape, device=device)
+                given = tokenizer.encode(given) if way == "decode" else given
+                if not compile:  # torch does not look into what is compiled
+                    with FlopCounterMode(display=False) as counter:
+                        work(given)
+                    flops[way] = counter.get_total_flops()
+                once = min(timed(lambda: work(given), device, 3))  # noqa: B023
+                times = timed(lambda: work(given), device, max(3, round(1e3 * args.seconds / once)))  # noqa: B023
+            told = row(way, times, args.batch_size, flops[way], device)
+            told["images_per_s"] = told.pop("per_s")
+            yield told | {"shape": list(shape), "tokenizer": name, "parameters": tokenizer.parameters, "compile": compile}
 
 
 def loader(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
@@ -258,5 +298,5 @@ def loader(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
 
 
 PARTS: dict[str, Callable[[Namespace, World, Path], Iterator[dict]]] = {
-    "cache": cache, "encode": encode, "loader": loader, "train": train, "sample": sample, "peers": peers,
+    "cache": cache, "encode": encode, "loader": loader, "train": train, "sample": sample, "wan": wan, "peers": peers,
 }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def test_each_part_gives_its_figures(tmp_path, capsys):
     assert [row["part"] for row in rows] == ["cache", "encode", "decode", *["loader"] * 4]
     cache, encode, decode, *loader = rows
     assert cache["ratio"] == round(cache["ratio"], 3) > 0 and cache["decode_per_s"] > 0 and encode["images_per_s"] > 0 < decode["images_per_s"]
+    assert encode["shape"] == [2, 1, 3, 256, 256] and encode["parameters"] > 1000
+    for told in (encode, decode):
+        assert told["ms_min"] <= told["ms"] <= told["ms_max"] and told["gflop"] > 0
+        assert told["images_per_s"] == pytest.approx(2e3 / told["ms"], rel=0.01)
     assert [row["from"] for row in loader] == ["writing the cache", "memory", "files", "packed"]
     assert all(row["items_per_s"] > 0 for row in loader)
 
@@ -35,8 +40,18 @@ def test_training_and_sampling_are_measured_and_told_by_family(capsys):
     train, profile, sample = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     assert train["ms_min"] <= train["ms"] <= train["ms_max"] and train["per_s"] == pytest.approx(2e3 / train["ms"], rel=0.01)
     assert train["parameters"] > 1000 and train["shape"] == [2, 2, 4, 4] and sample["steps"] == 2 and sample["ms"] > 0
-    assert train["tokens"] == 32 and train["gpus"] == 1
+    assert train["tokens"] == 32 and train["gpus"] == 1 and train["parameters"] == sample["parameters"] and train["gflop"] > 0
     assert profile["ms"]["matmul"] > 0 and sum(profile["ms"].values()) > 0
+
+
+def test_a_step_of_adapters_on_wan_is_measured(capsys, monkeypatch):
+    monkeypatch.setitem(speed.SIZES, "1.3B", replace(speed.SIZES["1.3B"], dim=64, ffn_dim=64, num_heads=2, num_layers=2))
+    monkeypatch.setitem(speed.WAN, "1.3B", (8, 16, (1, 3, 4, 6)))
+    words = ["--parts", "wan", "--wan", "1.3B", "--repeats", "2", "--device", "cpu"]
+    assert benchmark.main([*words, "--profile", "--wan_model", "checkpointing=true", "--lora", "rank=2"]) == 0
+    wan, profile = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert wan["part"] == "wan" and wan["shape"] == [1, 3, 4, 6] and wan["gflop"] > 0 and profile["part"] == "wan profile"
+    refused(capsys, benchmark.main, [*words, "--lora", "target_modules=[nothing]"], "nothing")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How fast data moves: decoding and caching of pictures, encoding on the device, cached items to the training loop.
+"""How fast data moves: decoding and caching of pictures, cached items to the training loop.
 
 Everything is made in a scratch folder: pictures as cameras give them in size and grain, latents of noise."""
 
@@ -78,24 +78,6 @@ def caching_speed(tokenizer: Tokenizer, folder: Path, device: torch.device, work
     yield {"part": "cache", "pictures": count, "source": list(SOURCE), "workers": workers, "decode_per_s": round(decode, 1),
            "cache_per_s": round(cache, 1), "ratio": round(cache / decode, 3),
            "rounds": {name: [round(rate, 1) for rate in several] for name, several in rates.items()}}  # fmt: skip
-
-
-def tokenizer_speed(tokenizer: Tokenizer, way: str, device: torch.device, batch_size: int, seconds: float = 3.0) -> dict:
-    """Pictures of 256x256 a second through `tokenizer.encode` or `.decode` (`way`), from and to the device."""
-    given = torch.rand(batch_size, 1, 3, 256, 256, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with torch.inference_mode():
-        given = tokenizer.encode(given) if way == "decode" else given
-        work = getattr(tokenizer, way)
-        for _ in range(3):
-            work(given)
-        wait()
-        begin, done = time.perf_counter(), 0
-        while (spent := time.perf_counter() - begin) < seconds:
-            work(given)
-            wait()
-            done += batch_size
-    return {"batch_size": batch_size, "images_per_s": round(done / spent, 1)}
 
 
 def make_cache(folder: Path, count: int, channels: int = 64) -> LatentCache:

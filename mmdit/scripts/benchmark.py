@@ -3,6 +3,7 @@
     python -m mmdit.scripts.benchmark --parts cache encode loader                          # on a GPU: add --compile
     python -m mmdit.scripts.benchmark --parts train --compile --profile --shapes 128x1x16x16 8x16x16x16
     torchrun --nproc_per_node=4 -m mmdit.scripts.benchmark --parts train --compile --parallel reduce=bfloat16
+    python -m mmdit.scripts.benchmark --parts wan --compile --wan 5B --wan_model checkpointing=true
     python -m mmdit.scripts.benchmark --parts peers --compile --peers FOLDER               # clones of SiT and Latte
 
 `mmdit/speed.py` says what each part measures. Shapes are samples (of a process) x frames x rows x columns of latent
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mmdit.scripts import friendly
-from mmdit.speed import PARTS
+from mmdit.speed import PARTS, WAN
 from mmdit.training.distributed import process_group
 
 
@@ -39,8 +40,12 @@ def main(argv: list[str] | None = None) -> int:
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
     parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
-    parser.add_argument("--repeats", type=int, default=8, help="steps measured, for train and peers [8]")
-    parser.add_argument("--profile", action="store_true", help="train: also the time of a step by family of kernels")
+    parser.add_argument("--wan", choices=WAN, default="5B", help="for wan: the size [5B]")
+    parser.add_argument("--wan_model", nargs="*", default=[], metavar="KEY=VALUE", help="for wan: keys of the section model")
+    parser.add_argument("--lora", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="for wan: keys of the section lora [rank=16, alpha=16, target_modules=[cross_attn.k, cross_attn.v]]")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=8, help="steps measured, for train, wan and peers [8]")
+    parser.add_argument("--profile", action="store_true", help="train, wan: also the time of a step by family of kernels")
     parser.add_argument("--steps", type=int, default=50, help="of sample [50]")
     parser.add_argument("--peers", metavar="FOLDER", help="holds SiT/ and Latte/; their code is run")
     parser.add_argument("--workers", type=int, default=16, help="processes that decode or load, at most one a core [16]")

@@ -89,6 +89,11 @@ class VTPTokenizer:
                         digest.update(tensor.numpy())
         return digest.hexdigest()
 
+    @property
+    def parameters(self) -> int:
+        """How many the network has."""
+        return sum(weight.numel() for weight in self._model.parameters())
+
     def encode(self, pixels: Tensor) -> Tensor:
         """ValueError for a size that is not a multiple of 16: nothing is cut silently."""
         frames = frames_of(pixels, self.spec)

@@ -38,7 +38,8 @@ class Workshop:
     def __init__(self, folder):
         self.folder = folder
         self.config = folder / "tiny.yaml"
-        self.config.write_text(CONFIG.format(folder=folder))
+        if not self.config.exists():  # ranks share the folder: one would read what another has half written
+            self.config.write_text(CONFIG.format(folder=folder))
 
     def cache(self, name: str, *words: str, count: int = 8):
         """Generated samples in `<folder>/<name>`, cached with the config and the overrides `words` (options first)."""

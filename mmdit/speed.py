@@ -162,6 +162,8 @@ def _steps(part: str, bench: Bench, shape: Shape, args: Namespace, world: World)
     begin = time.perf_counter()
     timed(bench.step, device, 4 if world.size == 1 else 12)  # DDP waits for the GPU in its first ten steps, to time itself
     warm = time.perf_counter() - begin
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what steps take, not what loading or compiling took
     times = timed(bench.step, device, args.repeats)
     keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
     flops = shape[0] * bench.learner.train_flops(shape[1:], keep)

@@ -1,6 +1,6 @@
 """Measure on the GPUs of this machine what a CPU cannot show. Prints one JSON object, within `--minutes` (6).
 
-    PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,reduced,sharded,resume,memory,fast,lean,large] [--minutes 6]
+    PYTHONPATH=VTP:. python tests/gpu_checks.py [--only scaling,reduced,sharded,resume,memory,fast,replayed,lean,large] [--minutes 6]
     PYTHONPATH=VTP:. python tests/gpu_checks.py --tiny        the same on a CPU with gloo, to see that the script works
 
 scaling   DDP on 1, 2, 4 GPUs, the same global batch of 1024: samples/s, efficiency against 1, how far the loss curves lie
@@ -11,6 +11,8 @@ resume    one GPU: 2n steps equal n + stop + n, bit for bit with deterministic k
 memory    a batch that does not fit: the message, the exit code, the file to repeat it
 fast      one GPU, model S, 200 steps: the loss with compiled blocks and fused kernels against that of the plain path, and that of
           the plain path with its batch in two halves
+replayed  model S on two GPUs, if there are so many: steps replayed as CUDA graphs against steps that the CPU launches: the same
+          weights, samples/s of both
 lean      one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory
 large     3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s
 A check that fails or has no time left says so in its place; the others go on. Exit code 1 if any failed.
@@ -37,10 +39,10 @@ from mmdit.experiment import ExperimentConfig
 from mmdit.nn import kernels
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
-from mmdit.training import checkpoint
+from mmdit.training import checkpoint, replays
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = ("scaling", "reduced", "sharded", "resume", "memory", "fast", "lean", "large")
+CHECKS = ("scaling", "reduced", "sharded", "resume", "memory", "fast", "replayed", "lean", "large")
 SIZES = {  # of --tiny and of the real thing
     "cells": (2, 16), "channels": (4, 64), "items": (48, 2048), "micro": (2, 256), "micros": (4, 4), "steps": (8, 60),
     "log": (2, 10), "model": ({"dim": 16, "depth": 2, "num_heads": 2}, {"size": "B"}),
@@ -211,6 +213,19 @@ class Checks:
         assert all(row["loss_apart"] < 1e-3 for row in result.values()), result
         return result
 
+    def replayed(self) -> dict:
+        batch, processes, result, saved = max(2, self.size["micro"] // 8), min(2, self.gpus), self.so_far, []
+        words = [] if self.tiny else ["train.max_steps=60", "train.log_every_steps=5", "model.size=S"]
+        for part in ("launched", "train"):
+            name = f"{part}_again"
+            records = self.train(name, processes, *words, f"train.batch_size={batch}", "train.grad_accum_steps=2", part=part)
+            result[part] = self.speed(records) | {"loss": records[-1]["loss"]}
+            saved.append(checkpoint.read_tensors(checkpoint.latest(self.folder / "runs" / name) / "model.safetensors"))
+        told = [line for line in (self.folder / f"{name}.log").read_text().splitlines() if "without CUDA graphs" in line]
+        result |= {"gpus": processes, "different_tensors": sum(not torch.equal(value, saved[1][name]) for name, value in saved[0].items())}
+        assert not told and result["different_tensors"] == 0, f"{told} {result}"
+        return result
+
     def lean(self) -> dict:
         result = self.so_far
         for name, (model, *words) in LEAN.items():
@@ -266,6 +281,8 @@ def one_process(part: str, words: list[str]) -> None:
         return
     if part == "plain":
         kernels.serve = lambda x: False
+    if part == "launched":
+        replays.SMALL = 0
     if part == "unsaved":  # tens of gigabytes that nobody will read
         checkpoint.save = lambda *arguments, **options: None
     train_t2v.main(words)

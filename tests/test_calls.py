@@ -1,17 +1,13 @@
 """Sampling reads the text once and may replay the rest: nothing but the work changes. A tape of torch's operations stands in for
-CUDA graphs: it replays what a capture saw, without any Python, and refuses what would wait for a device."""
+CUDA graphs."""
 
-import contextlib
 import gc
-import inspect
 import warnings
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.attention import observed
@@ -26,6 +22,7 @@ from mmdit.training import calls
 from mmdit.training.calls import Calls
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from tapes import pretended_graphs
 
 CAPTIONS = ["a red ball", "two blue boxes"]
 DEPTH, CHANNELS = 3, 12
@@ -126,41 +123,12 @@ def test_each_expert_of_a_pair_has_its_own_keys():
     assert len(made) == 2 * 2 * DEPTH and len(set(made)) == len(made)
 
 
-class Tape(TorchDispatchMode):
-    """What `torch.cuda.CUDAGraph` and `torch.cuda.graph` are to a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.lift_fresh):  # .item(), torch.tensor(…)
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        out = func(*args, **(kwargs or {}))
-        self.steps.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.autocast("cpu", enabled=False)  # which has cast already what is on the tape
-    def replay(self):
-        for func, args, kwargs, out in self.steps:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.fixture
 def tapes(monkeypatch):
-    made, known = [], inspect.signature(torch.cuda.graph)
     monkeypatch.setattr(calls, "can_replay", lambda model, x: calls._able)
     monkeypatch.setattr(calls, "_able", True)
     monkeypatch.setattr(calls, "first_call", lambda call, x, t: call(x, t))
-    monkeypatch.setattr(calls, "side_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Tape()) or made[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: known.bind(graph, **options).args[0])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    return made
+    return pretended_graphs(monkeypatch, calls)
 
 
 @pytest.mark.parametrize("variant", [{}, {"crop": True}, {"adapter": "lokr"}, {"pooled_text": False}])

@@ -277,6 +277,13 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
     assert found.total - tables == pytest.approx(meter.peak, rel=0.1)
 
 
+def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
+    config, _, sizes = case("mmdit", tmp_path, "train.compile=true")
+    found = plan(config, sizes)
+    monkeypatch.setattr(memory_plan, "SMALL", 0)
+    assert found.total - plan(config, sizes).total == found.gradients > 0
+
+
 def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_path):
     words = ["video={width: 128, height: 128, num_frames: 9}"]
     config, _, sizes = case("wan", tmp_path, *words)

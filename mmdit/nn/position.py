@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
-@lru_cache(maxsize=32)
+@cache
 def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Rotary:
     """Tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
     with torch.inference_mode(False):  # a table first made while sampling must also serve training

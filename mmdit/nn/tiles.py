@@ -4,7 +4,7 @@ Axes: g group · k token of a group · l row of a tile, the next power of two.""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
     return Tiles(pad(index, -1), pad(names, -1), turns)
 
 
-@lru_cache(maxsize=32)
+@cache
 def frame_tables(frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool) -> Frames:
     """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several if they are few."""
     rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None

@@ -10,7 +10,7 @@ shifted window holds each place `k` exactly once too, some from its own cell and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import ceil
 from typing import NamedTuple
 
@@ -111,9 +111,9 @@ def shift_windows(x: Tensor, places: Places, back: bool = False) -> Tensor:
     return rearrange(x, "b f r c k d -> b f (r c) k d")
 
 
-@lru_cache(maxsize=64)
+@cache
 def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.device, dtype: torch.dtype) -> Places:
-    """The tables of plain or `shifted` windows, made once per grid."""
+    """The tables of plain or `shifted` windows, made once per grid; kept, as those of time and place, for graphs read them."""
     with torch.inference_mode(False):  # tables first made while sampling must also serve training
         offset = grid.shift if shifted else (0, 0)
         row, column = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
@@ -136,7 +136,7 @@ def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.d
         return result if same.all() else result._replace(same=same)
 
 
-@lru_cache(maxsize=64)
+@cache
 def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The centre of every token's cell, `(n, k, 2)` as (row, column), the frame spanning [-1, 1] along each axis."""
     with torch.inference_mode(False):

@@ -71,11 +71,16 @@ def captured(call: Call, x: Tensor, t: Tensor) -> Call:
         reason = str(error.__context__ or error).partition("\n")[0]
     _able = False
     warnings.warn(f"sampling without CUDA graphs, the same but slower where batches are small: {reason}", stacklevel=2)
-    for finish in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # what torch 2.11 leaves undone (pytorch#180395, #190348)
-        with suppress(Exception):  # done already, in later versions
-            getattr(torch._C, finish)(x.device.index, pool)
-        torch.cuda.empty_cache()
+    free_pool(pool, x.device)
     return call
+
+
+def free_pool(pool: object, device: torch.device) -> None:
+    """The memory of a capture that failed, which torch 2.11 keeps (pytorch#180395, #190348)."""
+    for finish in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        with suppress(Exception):  # done already, in later versions
+            getattr(torch._C, finish)(device.index, pool)
+        torch.cuda.empty_cache()
 
 
 class Calls:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from mmdit.diffusion.experts import ExpertPlan
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
+from mmdit.training.replays import Replays, suits
 
 TEXT_STEP = 16  # compiled blocks see 16, 32, 48 … text tokens, the model's null token among them
 GRAPHS = 64  # kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
@@ -27,16 +28,16 @@ class Learner(nn.Module):
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
         self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None  # cached latents → the clips', further inputs
-        self.compiled = False
+        self.compiled, self.replays = False, None
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
 
     def compile_model(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Where
-        no working compiler is installed torch warns once and the blocks run as they are."""
+        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. On CUDA
+        steps of small networks are replayed. Without a working compiler torch warns once and the blocks run as they are."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
-        self.compiled = True
+        self.compiled, self.replays = True, Replays(self.model) if suits(self.model) else None
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
                 block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
@@ -77,7 +78,8 @@ class Learner(nn.Module):
             inputs |= more
         if expert is not None:
             draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
-        parts = self.objective.loss(self.model, self.spec.normalize(latents), text, draws, given=given, **inputs)
+        model, clean = self.replays or self.model, self.spec.normalize(latents)
+        parts = self.objective.loss(model, clean, text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:

@@ -37,6 +37,7 @@ from mmdit.training.ema import EMAConfig
 from mmdit.training.lean import CHUNK, to_bfloat16
 from mmdit.training.learner import Learner
 from mmdit.training.offload import slot_bytes
+from mmdit.training.replays import SMALL, operations, suits
 from mmdit.training.settings import TrainConfig
 
 MATRIX_LIBRARY = 2 * 2**25  # bytes that cuBLAS and cuBLASLt keep on an H100 or H200
@@ -233,7 +234,9 @@ def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, late
     step = gradients + max(visiting, changed, 10 * signs)
     state += signs // 8  # of the last gradients
     constant = weights - home + slots + state + averaged
-    peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY
+    replayed = train.compiles("cuda") and suits(learner.model)
+    replayed = replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL  # its graphs keep gradients
+    peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
     return MemoryPlan(weights - home + slots, gradients, state, averaged, activations,
                       peak - constant - gradients - activations, home)  # fmt: skip
 

@@ -31,7 +31,7 @@ class TrainConfig:
     max_steps: int = 1000
     max_skipped_steps: int = 10  # more non-finite gradients between two reports, or in a row, stop the run
     timeout_minutes: float = 30.0  # one step, save or preview that takes longer ends the job and names who stands still
-    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded
+    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded; small networks: and replayed
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
     save_every_steps: int = 1000

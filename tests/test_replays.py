@@ -1,0 +1,213 @@
+"""Training replayed as graphs is the training it was: the same weights, bit for bit, whatever the micro-batches are. A tape of
+torch's operations stands in for CUDA graphs, and every replay spoils what the others have left in their memory."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tapes import pretended_graphs
+from test_trainer import assert_same, run_ranks
+from test_trainer import trained as of_words
+from tiny import Workshop
+
+from mmdit.adapters import LoRAConfig, inject
+from mmdit.interfaces import TextTokens
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.training import checkpoint, replays
+from mmdit.training.distributed import process_group
+from mmdit.training.learner import Learner
+from mmdit.training.replays import Recorded, Replays, suits
+
+CHANNELS = 8
+
+
+def with_tapes(monkeypatch) -> list:
+    """The graphs made from now on."""
+    run, alive = Recorded.run, {}
+
+    def spoiling(recorded):
+        alive[id(recorded)] = recorded
+        for other in alive.values():
+            for left in (other.output, *other.gradients):
+                if left is not None:
+                    left.fill_(torch.nan)
+        return run(recorded)
+
+    monkeypatch.setattr(Recorded, "run", spoiling)
+    monkeypatch.setattr(replays, "can_replay", lambda model, x: True)
+    monkeypatch.setattr(replays, "memory", lambda device: 1 << 30)
+    monkeypatch.setattr(replays, "free_pool", lambda pool, device: None)
+    return pretended_graphs(monkeypatch, replays)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    return with_tapes(monkeypatch)
+
+
+def only_replays(monkeypatch, replayed: bool) -> None:
+    """What compiling brings without a compiler; `replayed` or not."""
+
+    def compile_model(learner):
+        learner.compiled, learner.replays = True, Replays(learner.model) if replayed and suits(learner.model) else None
+
+    monkeypatch.setattr(Learner, "compile_model", compile_model)
+
+
+def trained(workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: str) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments after six steps."""
+    only_replays(monkeypatch, replayed)
+    folder = workshop.train(name, "train.compile=true", "train.max_steps=6", *words)
+    tensors = {}
+    for file in ("model", "ema", "optimizer"):
+        found = checkpoint.read_tensors(checkpoint.latest(folder) / f"{file}.safetensors")
+        tensors |= {f"{file} {key}": value for key, value in found.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("words, graphs", [
+    ((), 1), (("train.precision=bf16", "train.grad_accum_steps=2"), 1), (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
+    (("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1),
+    (("text_encoder={type: hash, dim: 16}", "train.grad_accum_steps=4", "train.batch_size=2", "train.grad_clip=0.01"), 1),
+    (("model.checkpointing=true",), 0), (("model.dropout=0.1",), 0),
+])  # fmt: skip
+def test_replayed_training_gives_the_same_bits(tapes, tmp_path, monkeypatch, words, graphs):
+    workshop = Workshop(tmp_path)
+    plain = trained(workshop, monkeypatch, "plain", False, *words)
+    assert not tapes
+    replayed = trained(workshop, monkeypatch, "replayed", True, *words)
+    assert len(tapes) == 2 * graphs, "forward and backward"
+    assert plain.keys() == replayed.keys() and [name for name in plain if not torch.equal(plain[name], replayed[name])] == []
+
+
+def test_two_processes_that_replay_train_as_two_that_do_not(tmp_path):
+    run_ranks(tmp_path, 2, __file__)
+
+
+def one_rank(folder: Path) -> None:
+    """With micro-batches that are added up before they are exchanged, and a step whose losses are no numbers."""
+    with pytest.MonkeyPatch.context() as patch, process_group("cpu") as world:
+        tapes, states = with_tapes(patch), []
+        for replayed in (False, True):
+            only_replays(patch, replayed)
+            states.append(of_words(folder / str(replayed), world=world, accum=2, poison=(3,), steps=8, compile=True))
+        assert_same(*states)
+        assert len(tapes) == 2
+
+
+def network(**config):
+    torch.manual_seed(0)
+    model = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, **config), CHANNELS, 16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def batch(rows: int, frames: int = 1, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, frames, rows, 3, CHANNELS, generator=generator)
+    text = TextTokens(torch.randn(2, 15, 16, generator=generator), torch.arange(15) < torch.tensor([[9], [2]]))
+    return x, torch.tensor([100.0, 800.0]), text
+
+
+def gradients(model, call, batches) -> list[torch.Tensor]:
+    """Of the weights, all micro-batches together."""
+    for x, t, text in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = call(x, t, text)
+        (prediction.float() - x).square().mean().backward()
+    found = [weight.grad for weight in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_buckets_and_clips_in_one_step_have_a_graph_each(tapes):
+    model = network()
+    call = Replays(model)
+    for step in range(4):
+        batches = [batch(rows, frames, step) for rows, frames in ((2, 1), (3, 1), (2, 2), (2, 1))]
+        expected = gradients(model, model, batches)
+        assert all(map(torch.equal, gradients(model, call, batches), expected)), step
+    assert len(tapes) == 2 * 3
+
+
+def test_weights_that_move_to_other_memory_are_followed(tapes):
+    model = network()
+    call = Replays(model)
+    for _ in range(4):
+        assert all(map(torch.equal, gradients(model, call, [batch(2)] * 2), gradients(model, model, [batch(2)] * 2)))
+        for weight in model.parameters():
+            weight.data = 1.1 * weight.data
+
+
+def test_a_frozen_network_leads_the_gradient_to_its_text(tapes):
+    model, (x, t, text) = network().requires_grad_(False), batch(2)
+    call, found = Replays(model), []
+    for step in range(1, 5):
+        for either in (model, call):
+            learned = (step * text.embeddings).requires_grad_()
+            prediction = either(step * x, t, TextTokens(learned, text.valid))
+            prediction.square().mean().backward()
+            found.append((prediction.detach(), learned.grad))
+    assert len(tapes) == 2 and found[0][1].any()
+    for expected, replayed in zip(found[::2], found[1::2]):
+        assert all(map(torch.equal, replayed, expected))
+
+
+def test_a_second_call_before_the_backward_pass_is_not_replayed(tapes):
+    model = network()
+    call, (x, t, text) = Replays(model), batch(2)
+
+    def pair(network):
+        (network(x, t, text) * network(2 * x, t, text)).sum().backward()
+        return gradients(model, network, [])
+
+    expected = pair(model)
+    for _ in range(3):
+        assert all(map(torch.equal, pair(call), expected))
+    assert len(tapes) == 2
+
+
+def test_large_networks_many_kinds_and_full_memory_are_left_alone(tapes, monkeypatch):
+    model = network()
+    call = Replays(model)
+    for frames in range(1, replays.KINDS + 4):
+        for _ in range(2):
+            gradients(model, call, [batch(2, frames)])
+    assert len(tapes) == 2 * replays.KINDS
+    monkeypatch.setattr(replays, "memory", lambda device: 0)
+    gradients(model, call := Replays(model), [batch(2)] * 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(replays, "can_replay", lambda model, x: True)
+    monkeypatch.setattr(replays, "SMALL", 0)
+    gradients(model, call, [batch(2)] * 2)
+    assert not call.made
+
+
+@pytest.mark.parametrize("kind, reason", [("waits", "not permitted when stream is capturing"), ("changes", "other numbers")])
+def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind, reason):
+    model = network()
+    embed, calls = model.time.forward, []
+    odd = {"waits": lambda t: embed(t) * (1 + 0 * t[0].item()), "changes": lambda t: embed(t) * (1 + len(calls))}[kind]
+    model.time.forward = lambda t: odd(t) if calls.append(t) is None else None
+    call = Replays(model)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            gradients(model, call, [batch(2)])
+    assert [reason in str(line.message) for line in heard] == [True] and not call.able
+
+
+def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replayed():
+    assert suits(network())
+    assert not suits(network(dropout=0.1)) and not suits(network(checkpointing=True))
+    adapted = network()
+    inject(adapted, LoRAConfig(enabled=True, rank=2, alpha=3.0, target_modules=("q",)), seed=0)
+    assert not suits(adapted) and not suits(torch.nn.Linear(2, 2))
+
+
+if __name__ == "__main__":  # one rank of `run_ranks`
+    one_rank(Path(sys.argv[1]))

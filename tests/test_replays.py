@@ -124,13 +124,16 @@ def gradients(model, call, batches) -> list[torch.Tensor]:
     return found
 
 
-def test_buckets_and_clips_in_one_step_have_a_graph_each(tapes):
+def test_buckets_and_clips_in_one_step_have_graphs_each(tapes):
     model = network()
+    model.turned, embed, factor = torch.nn.Parameter(torch.randn(3, 5)), model.time.forward, torch.randn(5, 3)
+    model.time.forward = lambda t: embed(t) + (factor * model.turned.t()).mean()  # whose gradient has turned strides
     call = Replays(model)
     for step in range(4):
-        batches = [batch(rows, frames, step) for rows, frames in ((2, 1), (3, 1), (2, 2), (2, 1))]
-        expected = gradients(model, model, batches)
-        assert all(map(torch.equal, gradients(model, call, batches), expected)), step
+        batches = [batch(rows, frames, step) for rows, frames in ((2, 1), (3, 1), (2, 2), (2, 1))][: 1 + 3 * (step > 1)]
+        expected, found = (gradients(model, either, batches) for either in (model, call))
+        assert all(map(torch.equal, found, expected)), step
+        assert all(own.stride() == weight.stride() for own, weight in zip(found, model.parameters(), strict=True))
     assert len(tapes) == 2 * 3
 
 
@@ -141,6 +144,17 @@ def test_weights_that_move_to_other_memory_are_followed(tapes):
         assert all(map(torch.equal, gradients(model, call, [batch(2)] * 2), gradients(model, model, [batch(2)] * 2)))
         for weight in model.parameters():
             weight.data = 1.1 * weight.data
+
+
+def test_who_waits_for_the_gradient_of_a_weight_gets_it(tapes):
+    model, seen = network(), []
+    model.output.weight.register_hook(lambda gradient: seen.append(gradient))
+    call = Replays(model)
+    place = [name for name, _ in model.named_parameters()].index("output.weight")
+    for step in range(1, 5):
+        found = gradients(model, call, [batch(2, seed=step)])
+        assert len(seen) == step and torch.equal(seen[-1], found[place])
+    assert len(tapes) == 2
 
 
 def test_a_frozen_network_leads_the_gradient_to_its_text(tapes):

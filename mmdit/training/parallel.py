@@ -59,6 +59,8 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
     torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks where a bucket is full
+    if learner.replays:
+        learner.replays.direct = False  # gradients are exchanged as autograd brings them
     resting = learner.experts is not None  # an expert that does not train has no gradients to wait for
     copied = DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=resting,
                                      bucket_cap_mb=FEW_LARGE if exchange_rate(world) > FAST else MANY_SMALL)  # fmt: skip

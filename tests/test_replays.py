@@ -21,6 +21,7 @@ from mmdit.training.learner import Learner
 from mmdit.training.replays import Recorded, Replays, suits
 
 CHANNELS = 8
+FREED: list[object] = []  # pools of captures that failed
 
 
 def with_tapes(monkeypatch) -> list:
@@ -38,7 +39,7 @@ def with_tapes(monkeypatch) -> list:
     monkeypatch.setattr(Recorded, "run", spoiling)
     monkeypatch.setattr(replays, "can_replay", lambda model, x: True)
     monkeypatch.setattr(replays, "memory", lambda device: 1 << 30)
-    monkeypatch.setattr(replays, "free_pool", lambda pool, device: None)
+    monkeypatch.setattr(replays, "free_pool", lambda pool, device: FREED.append(pool))
     return pretended_graphs(monkeypatch, replays)
 
 
@@ -208,11 +209,13 @@ def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind
     odd = {"waits": lambda t: embed(t) * (1 + 0 * t[0].item()), "changes": lambda t: embed(t) * (1 + len(calls))}[kind]
     model.time.forward = lambda t: odd(t) if calls.append(t) is None else None
     call = Replays(model)
+    FREED.clear()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         for _ in range(4):
             gradients(model, call, [batch(2)])
     assert [reason in str(line.message) for line in heard] == [True] and not call.able
+    assert len(FREED) == (kind == "waits"), "graphs that were made give back their own memory"
 
 
 def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replayed():

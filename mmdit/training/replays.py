@@ -49,7 +49,7 @@ def memory(device: torch.device) -> int:
 class Recorded:
     """`call(weights, *inputs)` and its gradients with respect to the weights and those inputs that want one, as two graphs; for
     inputs shaped like the given ones. Nothing outside refers to the graphs' memory, where any replay of any kind may write.
-    RuntimeError where something cannot be captured, or where replays give other numbers than the call itself."""
+    `faithful`: whether they give the numbers of the call itself. RuntimeError where something cannot be captured."""
 
     def __init__(self, call: Callable[..., Tensor], inputs: list[Tensor], weights: dict[str, nn.Parameter], pool: object):
         self.inputs = [given.detach().clone().requires_grad_(given.requires_grad) for given in inputs]
@@ -80,8 +80,7 @@ class Recorded:
             with torch.cuda.graph(self.backward, **options):
                 self.gradients = gradients(output)
         self.output = output.detach()
-        if not all(map(same, expected, [self.run(), *self.run_back()])):
-            raise RuntimeError("replays give other numbers than the network itself")
+        self.faithful = all(map(same, expected, [self.run(), *self.run_back()]))
         self.waiting = False  # for the backward pass
         self.anchor = torch.zeros((), device=device, requires_grad=True)  # so that there is one, whatever the inputs want
 
@@ -193,11 +192,15 @@ class Replays:
     def _recorded(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Recorded | None:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            return Recorded(call, inputs, self.weights, self.pool)
+            recorded = Recorded(call, inputs, self.weights, self.pool)
+            if recorded.faithful:
+                return recorded
+            reason, failed = "replays give other numbers than the network itself", False
         except RuntimeError as error:
-            reason = str(error.__context__ or error).partition("\n")[0]
+            reason, failed = str(error.__context__ or error).partition("\n")[0], True
         self.able = False
         self.made.clear()
         warnings.warn(f"training without CUDA graphs, the same but slower where batches are small: {reason}", stacklevel=2)
-        free_pool(self.pool, inputs[0].device)
+        if failed:
+            free_pool(self.pool, inputs[0].device)
         return None

@@ -70,7 +70,7 @@ class Bench:
         self.batch = batch.pin_memory() if device.type == "cuda" else batch  # as the loader gives it
         self.window = Window(device)
         if compile:
-            self.learner.compile_model()
+            self.learner.compile_model(replays=self.config.train.replays)
         self.wrapped = wrap(self.learner, world, self.config.parallel)
         self.learner.train()
 
@@ -131,7 +131,7 @@ def read(pairs: list[str]) -> dict:
 def settings(args: Namespace) -> dict:
     """Sections of a config from the command line."""
     routed = {"tread": {"enabled": True, "selection_rate": args.tread}} if args.tread else {}
-    return {"model": read(args.model), "parallel": read(args.parallel), **routed}
+    return {"model": read(args.model), "parallel": read(args.parallel), "train": {"replays": args.replays}, **routed}
 
 
 def train(args: Namespace, world: World, folder: Path) -> Iterator[dict]:

@@ -39,7 +39,7 @@ from mmdit.experiment import ExperimentConfig
 from mmdit.nn import kernels
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
-from mmdit.training import checkpoint, replays
+from mmdit.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = ("scaling", "reduced", "sharded", "resume", "memory", "fast", "replayed", "lean", "large")
@@ -216,10 +216,11 @@ class Checks:
     def replayed(self) -> dict:
         batch, processes, result, saved = max(2, self.size["micro"] // 8), min(2, self.gpus), self.so_far, []
         words = [] if self.tiny else ["train.max_steps=60", "train.log_every_steps=5", "model.size=S"]
-        for part in ("launched", "train"):
-            name = f"{part}_again"
-            records = self.train(name, processes, *words, f"train.batch_size={batch}", "train.grad_accum_steps=2", part=part)
-            result[part] = self.speed(records) | {"loss": records[-1]["loss"]}
+        words += ["train.compile=auto"]
+        for name in ("launched", "replayed"):
+            more = [f"train.batch_size={batch}", "train.grad_accum_steps=2", f"train.replays={name == 'replayed'}"]
+            records = self.train(name, processes, *words, *more)
+            result[name] = self.speed(records) | {"loss": records[-1]["loss"]}
             saved.append(checkpoint.read_tensors(checkpoint.latest(self.folder / "runs" / name) / "model.safetensors"))
         told = [line for line in (self.folder / f"{name}.log").read_text().splitlines() if "without CUDA graphs" in line]
         result |= {"gpus": processes, "different_tensors": sum(not torch.equal(value, saved[1][name]) for name, value in saved[0].items())}
@@ -281,8 +282,6 @@ def one_process(part: str, words: list[str]) -> None:
         return
     if part == "plain":
         kernels.serve = lambda x: False
-    if part == "launched":
-        replays.SMALL = 0
     if part == "unsaved":  # tens of gigabytes that nobody will read
         checkpoint.save = lambda *arguments, **options: None
     train_t2v.main(words)

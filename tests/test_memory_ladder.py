@@ -278,10 +278,11 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
 
 
 def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
-    config, _, sizes = case("mmdit", tmp_path, "train.compile=true")
-    found = plan(config, sizes)
+    config, _, sizes = case("mmdit", tmp_path, "train.compile=true", "train.replays=true")
+    found, without = plan(config, sizes), replace(config, train=replace(config.train, replays=False))
+    assert found.total - plan(without, sizes).total == found.gradients > 0
     monkeypatch.setattr(memory_plan, "SMALL", 0)
-    assert found.total - plan(config, sizes).total == found.gradients > 0
+    assert plan(config, sizes) == plan(without, sizes)
 
 
 def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_path):

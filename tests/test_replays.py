@@ -13,12 +13,13 @@ from test_trainer import trained as of_words
 from tiny import Workshop
 
 from mmdit.adapters import LoRAConfig, inject
+from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.training import checkpoint, replays
 from mmdit.training.distributed import process_group
-from mmdit.training.learner import Learner
 from mmdit.training.replays import Recorded, Replays, suits
+from mmdit.training.settings import TrainConfig
 
 CHANNELS = 8
 FREED: list[object] = []  # pools of captures that failed
@@ -48,19 +49,15 @@ def tapes(monkeypatch):
     return with_tapes(monkeypatch)
 
 
-def only_replays(monkeypatch, replayed: bool) -> None:
-    """What compiling brings without a compiler; `replayed` or not."""
-
-    def compile_model(learner):
-        learner.compiled, learner.replays = True, Replays(learner.model) if replayed and suits(learner.model) else None
-
-    monkeypatch.setattr(Learner, "compile_model", compile_model)
+def without_compiler(monkeypatch) -> None:
+    """All that compiling brings besides."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **options: None)
 
 
 def trained(workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: str) -> dict[str, torch.Tensor]:
     """Weights, averages and moments after six steps."""
-    only_replays(monkeypatch, replayed)
-    folder = workshop.train(name, "train.compile=true", "train.max_steps=6", *words)
+    without_compiler(monkeypatch)
+    folder = workshop.train(name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=6", *words)
     tensors = {}
     for file in ("model", "ema", "optimizer"):
         found = checkpoint.read_tensors(checkpoint.latest(folder) / f"{file}.safetensors")
@@ -92,8 +89,9 @@ def one_rank(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, process_group("cpu") as world:
         tapes, states = with_tapes(patch), []
         for replayed in (False, True):
-            only_replays(patch, replayed)
-            states.append(of_words(folder / str(replayed), world=world, accum=2, poison=(3,), steps=8, compile=True))
+            without_compiler(patch)
+            more = {"accum": 2, "poison": (3,), "steps": 8, "compile": True, "replays": replayed}
+            states.append(of_words(folder / str(replayed), world=world, **more))
         assert_same(*states)
         assert len(tapes) == 2
 
@@ -216,6 +214,12 @@ def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind
             gradients(model, call, [batch(2)])
     assert [reason in str(line.message) for line in heard] == [True] and not call.able
     assert len(FREED) == (kind == "waits"), "graphs that were made give back their own memory"
+
+
+def test_replays_of_blocks_that_are_not_compiled_are_refused():
+    for settings in ({"compile": False}, {"offload_blocks": 2}):
+        with pytest.raises(ConfigError, match="only compiled blocks are replayed"):
+            TrainConfig(replays=True, **settings)
 
 
 def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replayed():

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
     parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
+    parser.add_argument("--replays", action="store_true", help="train.replays: steps of small networks as CUDA graphs")
     parser.add_argument("--wan", choices=WAN, default="5B", help="for wan: the size [5B]")
     parser.add_argument("--wan_model", nargs="*", default=[], metavar="KEY=VALUE", help="for wan: keys of the section model")
     parser.add_argument("--lora", nargs="*", default=[], metavar="KEY=VALUE",

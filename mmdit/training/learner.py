@@ -32,12 +32,12 @@ class Learner(nn.Module):
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
 
-    def compile_model(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. On CUDA
-        steps of small networks are replayed. Without a working compiler torch warns once and the blocks run as they are."""
+    def compile_model(self, backend: str | Callable = "inductor", replays: bool = False) -> None:
+        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for eager, as its shapes vary. Without
+        a working compiler torch warns once and the blocks run as they are. `replays`: on CUDA, of steps of small networks."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = GRAPHS  # beyond it blocks would silently run as they are
-        self.compiled, self.replays = True, Replays(self.model) if suits(self.model) else None
+        self.compiled, self.replays = True, Replays(self.model) if replays and suits(self.model) else None
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):  # its hooks gather and free weights around what is compiled
                 block.forward = torch.compile(block.forward, dynamic=False, backend=backend)

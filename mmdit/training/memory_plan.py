@@ -234,7 +234,7 @@ def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, late
     step = gradients + max(visiting, changed, 10 * signs)
     state += signs // 8  # of the last gradients
     constant = weights - home + slots + state + averaged
-    replayed = train.compiles("cuda") and suits(learner.model)
+    replayed = train.replays and train.compiles("cuda") and suits(learner.model)
     replayed = replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL  # its graphs keep gradients
     peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
     return MemoryPlan(weights - home + slots, gradients, state, averaged, activations,

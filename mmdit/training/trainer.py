@@ -146,7 +146,7 @@ class Trainer:
         config, state, world = self.config, self.state, self.world
         learner = state.learner
         if config.compiles(world.device.type):
-            learner.compile_model()
+            learner.compile_model(replays=config.replays)
         wrapped = wrap(learner, world, self.parallel)
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
         timer, window = reporter.timer, Window(world.device)

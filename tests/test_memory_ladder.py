@@ -278,7 +278,7 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
 
 
 def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
-    config, _, sizes = case("mmdit", tmp_path, "train.compile=true", "train.replays=true")
+    config, _, sizes = case("mmdit", tmp_path, "train.compile=true")
     found, without = plan(config, sizes), replace(config, train=replace(config.train, replays=False))
     assert found.total - plan(without, sizes).total == found.gradients > 0
     monkeypatch.setattr(memory_plan, "SMALL", 0)

@@ -216,12 +216,6 @@ def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind
     assert len(FREED) == (kind == "waits"), "graphs that were made give back their own memory"
 
 
-def test_replays_of_blocks_that_are_not_compiled_are_refused():
-    for settings in ({"compile": False}, {"offload_blocks": 2}):
-        with pytest.raises(ConfigError, match="only compiled blocks are replayed"):
-            TrainConfig(replays=True, **settings)
-
-
 def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replayed():
     assert suits(network())
     assert not suits(network(dropout=0.1)) and not suits(network(checkpointing=True))

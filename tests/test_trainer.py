@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,11 +203,12 @@ def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkey
 
     def full(self, latents, captions, draws, keep, crops, expert):
         if draws.step == 2:
+            self.replays = SimpleNamespace(made=["a graph"])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return forward(self, latents, captions, draws, keep)
 
     monkeypatch.setattr(Learner, "forward", full)
-    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size"):
+    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size.*replays: false"):
         trained(tmp_path, accum=2, save_every_steps=1)
     failure = json.loads((tmp_path / "failures" / "memory_00000002_0.json").read_text())
     assert failure["micro_batch"] == [4, 2, 2, 4, 3] and failure["ids"] == [f"id{i}" for i in range(8)] and failure["seed"] == 5

@@ -48,10 +48,13 @@ def _picture(folder: Path, number: int) -> str:
     return str(path)
 
 
-def make_vtp_small(folder: Path) -> Path:
-    """A checkpoint of the shape of VTP-S (width 384, 12 blocks, 6 heads) with random weights: as fast as the real one."""
+VTP_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, blocks, heads of encoder and decoder
+
+
+def make_vtp(folder: Path, size: str) -> Path:
+    """A checkpoint of the shape of a released VTP with random weights: as fast as the real one."""
     if not (folder / "config.json").exists():
-        code, sides = import_vtp(None), {"embed_dim": 384, "depth": 12, "num_heads": 6}
+        code, sides = import_vtp(None), dict(zip(("embed_dim", "depth", "num_heads"), VTP_SIZES[size]))
         shape = {f"{side}_{name}": value for side in ("vision", "decoder") for name, value in sides.items()}
         code.VTPModel(code.VTPConfig(train_clip=False, **shape)).save_pretrained(folder)
     return folder

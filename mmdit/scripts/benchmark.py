@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mmdit.diagnostics.data_speed import VTP_SIZES
 from mmdit.scripts import friendly
 from mmdit.speed import PARTS, WAN
 from mmdit.training.distributed import process_group
@@ -34,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cache", "encode", "loader"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compile what is measured (encode and decode: both ways)")
+    parser.add_argument("--compile", action="store_true", help="compile what is measured (encode: both ways)")
     parser.add_argument("--shapes", nargs="+", type=shape, default=[shape("128x1x16x16"), shape("8x16x16x16")])
     parser.add_argument("--model", nargs="+", default=["dim=1152", "depth=25", "num_heads=18"], metavar="KEY=VALUE",
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
+    parser.add_argument("--train", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section train, as replays=false")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
     parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
-    parser.add_argument("--replays", action="store_true", help="train.replays: steps of small networks as CUDA graphs")
     parser.add_argument("--wan", choices=WAN, default="5B", help="for wan: the size [5B]")
     parser.add_argument("--wan_model", nargs="*", default=[], metavar="KEY=VALUE", help="for wan: keys of the section model")
     parser.add_argument("--lora", nargs="*", default=[], metavar="KEY=VALUE",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=20000, help="for loader [20000]")
     parser.add_argument("--batch_size", type=int, default=256, help="for encode and decode [256]")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each figure of encode, decode and loader [4]")
-    parser.add_argument("--vtp_small", action="store_true", help="a network of VTP-S size instead of the shipped tokenizer")
+    parser.add_argument("--vtp", choices=VTP_SIZES, help="a VTP of this size, of random weights, instead of the shipped tokenizer")
     parser.add_argument("--folder", help="scratch folder that is kept, so that a second run makes less [a temporary one]")
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")

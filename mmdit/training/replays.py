@@ -22,7 +22,7 @@ from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT
 from mmdit.training.calls import can_replay, free_pool, side_stream
 
-SMALL = 2e12  # operations of a block's forward and backward pass: more take an H200 longer than the CPU
+SMALL = 1e12  # operations of a block's forward and backward pass: more take an H200 about as long as the CPU, or longer
 KINDS = 8  # of calls with graphs: buckets, pictures or clips, text lengths
 ROOM = 0.05  # of the GPU's memory for the gradients that each kind keeps
 

@@ -32,7 +32,7 @@ class TrainConfig:
     max_skipped_steps: int = 10  # more non-finite gradients between two reports, or in a row, stop the run
     timeout_minutes: float = 30.0  # one step, save or preview that takes longer ends the job and names who stands still
     compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded
-    replays: bool = False  # on CUDA, compiled: steps of small networks as CUDA graphs, see training/replays.py
+    replays: bool = True  # compiled steps of small networks are CUDA graphs, see training/replays.py
     init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
@@ -84,10 +84,6 @@ class TrainConfig:
         if self.offload_blocks and self.compile is True:
             raise ConfigError("offload_blocks", f"is {self.offload_blocks} with compile: true, whose graphs know only weights that "
                               "stay; set the one to 0 or the other to auto")
-        if self.replays and (self.compile is False or self.offload_blocks):
-            raise ConfigError("replays", f"is true with compile: {str(self.compile).lower()} and offload_blocks: "
-                              f"{self.offload_blocks}, but only compiled blocks are replayed; set compile to auto and "
-                              "offload_blocks to 0, or replays to false")
         if not 0 <= self.cfg_dropout_prob <= 1:
             raise ConfigError("cfg_dropout_prob", f"is {self.cfg_dropout_prob}, must be between 0 and 1")
         if self.sample_every_steps and not self.sample_prompts:

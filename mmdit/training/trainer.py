@@ -236,8 +236,10 @@ class Trainer:
         smaller = "video.num_frames or the size"
         if batch > 1:
             smaller = "train.batch_size and raise train.grad_accum_steps (the step stays the same)"
+        replays = self.state.learner.replays
+        graphs = " or train.replays: false (graphs of other micro-batches keep memory)" if replays and replays.made else ""
         return RunError(
             f"the memory is full in step {self.state.step + 1} on rank {self.world.rank} with micro-batches of {shape}{peak} "
-            f"({str(error).splitlines()[0]}). Reduce {smaller}, set model.checkpointing: true or model.residual: autocast. The "
-            f"step's items are in {path}. Checkpoints are whole: continue with --resume"
+            f"({str(error).splitlines()[0]}). Reduce {smaller}, set model.checkpointing: true or model.residual: "
+            f"autocast{graphs}. The step's items are in {path}. Checkpoints are whole: continue with --resume"
         )

@@ -1,10 +1,13 @@
 """Tests run from the repository root; `VTP/` holds the package `vtp`."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread costs more than it brings where tensors are small
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "VTP"):

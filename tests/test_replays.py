@@ -13,13 +13,11 @@ from test_trainer import trained as of_words
 from tiny import Workshop
 
 from mmdit.adapters import LoRAConfig, inject
-from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.training import checkpoint, replays
 from mmdit.training.distributed import process_group
 from mmdit.training.replays import Recorded, Replays, suits
-from mmdit.training.settings import TrainConfig
 
 CHANNELS = 8
 FREED: list[object] = []  # pools of captures that failed
@@ -69,6 +67,7 @@ def trained(workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: 
     ((), 1), (("train.precision=bf16", "train.grad_accum_steps=2"), 1), (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
     (("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1),
     (("text_encoder={type: hash, dim: 16}", "train.grad_accum_steps=4", "train.batch_size=2", "train.grad_clip=0.01"), 1),
+    (("train.sample_every_steps=2", "train.val_every_steps=2", "train.val_share=0.3"), 1),  # both with averaged weights in place
     (("model.checkpointing=true",), 0), (("model.dropout=0.1",), 0),
 ])  # fmt: skip
 def test_replayed_training_gives_the_same_bits(tapes, tmp_path, monkeypatch, words, graphs):

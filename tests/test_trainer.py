@@ -198,18 +198,20 @@ def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
     assert failure["prompts"] == ["a red ball"] and failure["settings"]["seed"] == 0 and "ZeroDivisionError" in failure["trace"]
 
 
-def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch):
+@pytest.mark.parametrize("graphs", [{}, {"seen twice": "its graphs"}])
+def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch, graphs):
     forward = Learner.forward
 
     def full(self, latents, captions, draws, keep, crops, expert):
         if draws.step == 2:
-            self.replays = SimpleNamespace(made=["a graph"])
+            self.replays = SimpleNamespace(made={"seen once": None, **graphs})
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return forward(self, latents, captions, draws, keep)
 
     monkeypatch.setattr(Learner, "forward", full)
-    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size.*replays: false"):
+    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size") as told:
         trained(tmp_path, accum=2, save_every_steps=1)
+    assert ("train.replays: false" in str(told.value)) == bool(graphs)
     failure = json.loads((tmp_path / "failures" / "memory_00000002_0.json").read_text())
     assert failure["micro_batch"] == [4, 2, 2, 4, 3] and failure["ids"] == [f"id{i}" for i in range(8)] and failure["seed"] == 5
     assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 2

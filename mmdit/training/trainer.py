@@ -237,7 +237,8 @@ class Trainer:
         if batch > 1:
             smaller = "train.batch_size and raise train.grad_accum_steps (the step stays the same)"
         replays = self.state.learner.replays
-        graphs = " or train.replays: false (graphs of other micro-batches keep memory)" if replays and replays.made else ""
+        kept = replays and any(replays.made.values())
+        graphs = " or train.replays: false (graphs of other micro-batches keep memory)" if kept else ""
         return RunError(
             f"the memory is full in step {self.state.step + 1} on rank {self.world.rank} with micro-batches of {shape}{peak} "
             f"({str(error).splitlines()[0]}). Reduce {smaller}, set model.checkpointing: true or model.residual: "

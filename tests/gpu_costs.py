@@ -1,6 +1,6 @@
 """What a training step costs by model, clip and GPUs, and how it grows with the clip: a JSON line a case, then markdown tables.
 
-    PYTHONPATH=VTP:. python tests/gpu_costs.py --costs        4 GPUs, some 5 minutes: B, L, XL on 1, 2 and 4 GPUs
+    PYTHONPATH=VTP:. python tests/gpu_costs.py --costs        4 GPUs, some 15 minutes: B, L, XL on 1, 2 and 4 GPUs
     PYTHONPATH=VTP:. python tests/gpu_costs.py --growth       1 GPU, some 4 minutes: 16 … 80 frames, 256 … 720 px square
     PYTHONPATH=VTP:. python tests/gpu_costs.py --tiny --costs --growth        on a CPU, to see that the script works
 
@@ -36,7 +36,7 @@ TINY = ["dim=16", "depth=1", "num_heads=2"]
 COSTS = {"B": ["512x1x16x16", "32x16x16x16", "8x32x16x28"], "L": ["256x1x16x16", "12x16x16x16", "4x32x16x28"],
          "XL": ["192x1x16x16", "10x16x16x16", "3x32x16x28"]}  # fmt: skip
 GROWTH = ["8x16x16x16", "2x80x16x16", "1x16x45x45", "3x48x16x16", "2x16x32x32", "4x32x16x16", "4x16x24x24"]
-LIMIT = 100  # seconds for a shape, then its process is ended
+LIMIT = 180  # seconds for a shape, then its process is ended
 Job = namedtuple("Job", "name model shapes gpus", defaults=[1])  # `model`: words; `shapes` are measured one after another
 
 
@@ -144,7 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("costs", "growth", "tiny"):
         parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300.0, help="nothing begins after so many [300]")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="nothing begins after so many [1200]")
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2, 4], help="on how many, for --costs [1 2 4, where there are as many]")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="as of the benchmark")
     args = parser.parse_args()

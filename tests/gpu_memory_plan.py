@@ -7,13 +7,12 @@ Each case is two optimizer steps by the trainer's own step code: Wan 1.3B (32,76
 1, with and without checkpointing, the rungs of the ladder for 5B, and the Video MMDiT in full and with LoRA. Without checkpointing
 5B does not fit: it is cut to some of its blocks there. `step_s`: the second step. Plans are made meanwhile, by further processes.
 Exit code 1 if a ratio of planned to measured is off by more than a tenth. --compiled: three cases with compiled blocks
-instead, whose plans are meant to be on the safe side. --tiny: small shapes, plans alone without a GPU.
+instead, some 2 minutes. --tiny: small shapes, plans alone without a GPU.
 """
 
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -89,12 +88,8 @@ def parts(case: tuple[dict, dict]):
 def planned(case: tuple[dict, dict]) -> dict:
     torch.set_num_threads(1)
     found = plan(*parts(case))
+    assert not torch.cuda.is_initialized(), "a plan must not touch the GPU"
     return asdict(found) | {"total": found.total}
-
-
-def blind() -> None:
-    """A plan must not need a GPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def measured(case: tuple[dict, dict]) -> dict:
@@ -136,7 +131,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = {name: case for name, case in cases(args.tiny, args.compiled).items() if name.startswith(args.only)}
     far, begin = 0, time.perf_counter()
-    with ProcessPoolExecutor(8 if torch.cuda.is_available() else 1, get_context("spawn"), blind) as pool:
+    with ProcessPoolExecutor(8 if torch.cuda.is_available() else 1, get_context("spawn")) as pool:
         plans = {name: pool.submit(planned, case) for name, case in chosen.items()}
         for name, case in chosen.items():
             line = {"case": name}
@@ -150,7 +145,7 @@ def main() -> int:
             line |= {"planned": plans[name].result(), "measured": found}
             if "peak" in found:
                 line["ratio"] = round(line["planned"]["total"] / found["peak"], 3)
-                far += line["ratio"] < 0.9 or line["ratio"] > 1.1 and not args.compiled
+                far += not 0.9 < line["ratio"] < 1.1
             print(json.dumps(line | {"config": {key: case[0][key] for key in ("model", "train", "video")}}), flush=True)
     print(json.dumps({"seconds": round(time.perf_counter() - begin, 1), "further off than a tenth": far}))
     return int(far > 0 or not torch.cuda.is_available() and not args.tiny)

@@ -329,7 +329,12 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     refused(capsys, plan_memory.main, [*words, "model.name_or_path=absent"], "absent does not exist", "--variant 1.3B")
 
 
-def test_compiled_blocks_keep_less():
+def test_compiled_blocks_keep_less(monkeypatch):
+    def woken():
+        raise AssertionError("a plan must not touch the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine that has one
+    monkeypatch.setattr(torch.cuda, "_lazy_init", woken)
     words = ("video={width: 256, height: 256, num_frames: 3}", "train.precision=bf16")
     alone, compiled = plan(tiny(*words)), plan(tiny(*words, "train.compile=true"))
     assert 0.5 < compiled.activations / alone.activations < 0.9 and compiled.total < alone.total

@@ -4,7 +4,7 @@ The learner is built, and runs forward and backward, on fake tensors (shapes, ty
 adds up the storages that are alive. So checkpointing, autocast, adapters and whatever a network does are counted as they are.
 What does not show there is added by formula: the optimizer's state, and the inner memory of fused attention's backward pass.
 Compiled blocks (`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their temporaries are
-counted as if no operations were fused, so that such a plan should be on the safe side.
+counted as if no operations were fused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils import _triton
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -126,7 +127,8 @@ class _FusedNorm(torch.autograd.Function):
 @contextlib.contextmanager
 def without_memory():
     """Tensors made inside are fake; yields the meter of what they would take on a GPU. Tables that are kept for the process stay
-    real, and what would need numbers is answered by shape: there are two distinct timesteps."""
+    real, and what would need numbers is answered by shape: there are two distinct timesteps. No GPU is touched: another job may
+    have it, and `checkpoint` refuses one that is woken inside, as compiling would."""
 
     def real(function: Callable) -> Callable:
         def call(*arguments):
@@ -142,6 +144,8 @@ def without_memory():
         return _FusedNorm.apply(x, weight)
 
     with contextlib.ExitStack() as stack:
+        stack.callback(_triton.has_triton.cache_clear)  # asked while compiling, with the answer of no GPU
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
         for module, name in TABLES:
             stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
         if importlib.util.find_spec("triton"):  # as on a GPU: the fused kernels say what they make and keep

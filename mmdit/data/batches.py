@@ -11,26 +11,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
 from mmdit.data.caching import worker_options
-from mmdit.data.captions import CaptionsConfig, all_captions, drawn_captions
+from mmdit.data.captions import CaptionsConfig, drawn_captions
 from mmdit.data.clips import frame_numbers, jitter_limits, latent_video, usable_frames
 from mmdit.data.frames import crop_shares
+from mmdit.data.stores import Grid, Group, InMemory, OnDisk, by_shape, memory_bytes
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
-Grid = tuple[int, int]  # latent (rows, columns)
-Group = tuple[int, ...]  # of items that may share a batch: its grid and, where clips differ in that, its number of frames
 _CROP = re.compile(r"_c\d+$")
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
@@ -122,7 +118,7 @@ class BatchPlan:
             raise ValueError(f"no item of the cache {cache.folder} is long enough.\n{self._explain_excluded()}")
 
         def stream(name: str, shapes: Tensor, members: Tensor) -> _Stream:
-            return _Stream(_by_shape(shapes, members), global_batch, seed, name)
+            return _Stream(by_shape(shapes, members), global_batch, seed, name)
 
         shapes = torch.cat([grids, self._frames[:, None]], 1) if video.frame_counts else grids
         self.clips = stream("clips", shapes, torch.nonzero(long_enough & used).flatten()) if video.image_fraction < 1 else None
@@ -156,7 +152,7 @@ class BatchPlan:
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
         return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own),
                                                            self.aligned))
-                for group, own in _by_shape(shapes, items[:most]).items()]
+                for group, own in by_shape(shapes, items[:most]).items()]
 
     def own_draws(self, items: Tensor) -> Draws:
         """Draws that depend on the ids of `items (B,)` and nothing else."""
@@ -220,52 +216,6 @@ def _held_out(ids: list[str], share: float, seed: int) -> Tensor:
     return order[hashes[order] < share]
 
 
-def _by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
-    unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
-    return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
-
-
-def memory_bytes() -> int:
-    """Of the machine, or of the container if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(total, int(text)) if text.isdecimal() else total
-
-
-class _Memory:
-    """All latents, one tensor a grid, so that a batch is one gather."""
-
-    def __init__(self, cache: LatentCache, progress: bool):
-        self.frames: dict[Grid, Tensor] = {}
-        self.first = torch.zeros(len(cache), dtype=torch.int64)  # place of an item's frame 0 in its grid's tensor
-        for grid, items in _by_shape(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
-            counts = cache.shapes[items, 0]
-            self.first[items] = counts.cumsum(0) - counts
-            self.frames[grid] = torch.empty(int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16)
-
-        firsts = self.first.tolist()
-        for item in tqdm(range(len(cache)), "loading latents", unit="item", disable=not progress or len(cache) < 5000):
-            latents = cache.load(item)
-            stored = self.frames[tuple(latents.shape[1:3])][firsts[item] : firsts[item] + len(latents)]
-            np.copyto(stored.numpy(), latents.numpy())  # torch would wake all its threads for each small copy
-
-    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        rows = self.first[items][:, None] + frames
-        return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
-
-
-class _Disk:
-    """Latents read when they are needed, of each clip only the part from its first to its last frame."""
-
-    def __init__(self, cache: LatentCache):
-        self.cache = cache
-
-    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        bounds = zip(items.tolist(), frames[:, 0].tolist(), frames[:, -1].tolist(), frames, strict=True)
-        return torch.stack([self.cache.load(item, first, last + 1)[chosen - first] for item, first, last, chosen in bounds])
-
-
 class LatentBatches(Dataset):
     """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are exactly the plan's global batch.
 
@@ -285,7 +235,7 @@ class LatentBatches(Dataset):
         if in_memory == "auto":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine holds its own copy
             self.in_memory = cache.nbytes * local <= MEMORY_SHARE * memory_bytes()
-        self._store = _Memory(cache, rank == 0) if self.in_memory else _Disk(cache)
+        self._store = InMemory(cache, rank == 0) if self.in_memory else OnDisk(cache)
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of `step`. `Batch.indices` are positions in the global batch."""
@@ -300,15 +250,15 @@ class LatentBatches(Dataset):
             yield self._batch(planned.grid, planned.items, planned.frames, self.plan.own_draws(planned.items))
 
     def _batch(self, grid: Grid, items: Tensor, frames: Tensor, draws: Draws) -> Batch:
-        cache, numbers = self.cache, items.tolist()
-        captions = [all_captions(cache.captions[i], cache.facts[i]) for i in numbers]
+        numbers = items.tolist()
+        captions, ids, facts = map(list, zip(*self._store.texts(numbers), strict=True))
         return Batch(
             latents=self._store.gather(grid, items, frames),
             captions=drawn_captions(captions, self.captions, draws),
-            ids=[cache.ids[i] for i in numbers],
+            ids=ids,
             indices=draws.indices,
-            facts=[cache.facts[i] for i in numbers],
-            crops=torch.tensor([crop_shares(cache.sources[i]) for i in numbers]) if self.crops else None,
+            facts=facts,
+            crops=torch.tensor([crop_shares(self.cache.sources[i]) for i in numbers]) if self.crops else None,
         )
 
     __getitem__ = step  # as a map-style data set, for DataLoader's workers

@@ -47,39 +47,52 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 class WordRows:
     """Captions to padded positions in a small table of this batch's distinct words. `split` gives the words of a piece of text
-    without spaces, `describe` the rows `(n, width)` of n new words; both are asked once per word and remembered."""
+    without spaces, `describe` the rows `(n, width)` of n new words. Words and captions are asked once and remembered: in small
+    networks, reading 2,048 captions anew would take longer than the GPU's step."""
 
     def __init__(self, split: Callable[[str], list[str]], describe: Callable[[list[str]], Tensor], max_length: int):
         self.split, self.describe, self.max_length = split, describe, max_length
         self.reported = False
+        self.captions: dict[str, np.ndarray] = {}  # caption → rows of its words, cut to max_length
         self.forget()
 
     def forget(self) -> None:
+        self.captions.clear()
         self.numbers: dict[str, int] = {}  # word → row
         self.chunks: dict[str, list[int]] = {}  # piece of text → rows
         self.rows = self.describe([])
 
     def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """`rows (U, width)` of the distinct words, `index (B, T)` into them, `valid (B, T)` bool, on `device`. T is the longest
-        caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
+        """`rows (U, width)` of the distinct words in the order of the text, `index (B, T)` into them, `valid (B, T)` bool, on
+        `device`. T is the longest caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
+        if len(self.captions) > MEMORY:
+            self.captions.clear()
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.captions]:
+            self._read(new)
+        numbers = [self.captions[caption] for caption in captions]
+        lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
+        flat = np.concatenate([*numbers, np.empty(0, np.int64)])
+        first = np.full(len(self.numbers), -1)  # where each word stands first in this batch
+        first[flat[::-1]] = np.arange(len(flat))[::-1]  # of several numbers for one place the last is kept
+        distinct = np.flatnonzero(first >= 0)
+        distinct = distinct[first[distinct].argsort()]
+        first[distinct] = np.arange(len(distinct))
+        valid = np.arange(lengths.max(initial=1)) < lengths[:, None]
+        index = np.zeros(valid.shape, dtype=np.int64)  # numpy: torch wakes all its threads for an indexed write
+        index[valid] = first[flat]
+        rows = self.rows[torch.from_numpy(distinct)] if len(distinct) else self.rows.new_zeros(1, self.rows.shape[1])
+        return tuple(upload(part, device) for part in (rows, torch.from_numpy(index), torch.from_numpy(valid)))
+
+    def _read(self, captions: list[str]) -> None:
         pieces = [caption.split() for caption in captions]
         if new := set(chain.from_iterable(pieces)) - self.chunks.keys():
             self._learn(sorted(new))
-        numbers = [list(chain.from_iterable(map(self.chunks.__getitem__, piece))) for piece in pieces]
-        lengths = [len(caption) for caption in numbers]
-        if max(lengths, default=0) > self.max_length:
-            self._report(max(lengths))
-            numbers = [caption[: self.max_length] for caption in numbers]
-            lengths = [len(caption) for caption in numbers]
-        flat = list(chain.from_iterable(numbers))
-        distinct = {number: place for place, number in enumerate(dict.fromkeys(flat))}
-        valid = np.arange(max([1, *lengths])) < np.array(lengths, dtype=np.int64)[:, None]
-        index = np.zeros(valid.shape, dtype=np.int64)  # numpy: torch wakes all its threads for an indexed write
-        index[valid] = [distinct[number] for number in flat]
-        rows = self.rows[list(distinct)] if distinct else self.rows.new_zeros(1, self.rows.shape[1])
-        return tuple(upload(part, device) for part in (rows, torch.from_numpy(index), torch.from_numpy(valid)))
+        numbers = [np.array([*chain.from_iterable(map(self.chunks.__getitem__, piece))], np.int64) for piece in pieces]
+        if (longest := max(map(len, numbers))) > self.max_length:
+            self._report(longest)
+        self.captions |= {caption: own[: self.max_length] for caption, own in zip(captions, numbers)}
 
     def _learn(self, chunks: list[str]) -> None:
         known = len(self.numbers)

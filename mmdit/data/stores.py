@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ class InMemory:
         rows = self.first[items][:, None] + frames
         return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
 
-    def texts(self, numbers: list[int]) -> Iterable[Text]:
+    def texts(self, numbers: list[int]) -> list[Text]:
         return [self._texts[number] for number in numbers]
 
 
@@ -76,5 +75,5 @@ class OnDisk:
         bounds = zip(items.tolist(), frames[:, 0].tolist(), frames[:, -1].tolist(), frames, strict=True)
         return torch.stack([self.cache.load(item, first, last + 1)[chosen - first] for item, first, last, chosen in bounds])
 
-    def texts(self, numbers: list[int]) -> Iterable[Text]:
+    def texts(self, numbers: list[int]) -> list[Text]:
         return [text_of(self.cache, number) for number in numbers]

@@ -53,11 +53,10 @@ class WordRows:
     def __init__(self, split: Callable[[str], list[str]], describe: Callable[[list[str]], Tensor], max_length: int):
         self.split, self.describe, self.max_length = split, describe, max_length
         self.reported = False
-        self.captions: dict[str, np.ndarray] = {}  # caption → rows of its words, cut to max_length
         self.forget()
 
     def forget(self) -> None:
-        self.captions.clear()
+        self.captions: dict[str, np.ndarray] = {}  # caption → rows of its words, cut to max_length
         self.numbers: dict[str, int] = {}  # word → row
         self.chunks: dict[str, list[int]] = {}  # piece of text → rows
         self.rows = self.describe([])
@@ -67,8 +66,8 @@ class WordRows:
         `device`. T is the longest caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
-        if len(self.captions) > MEMORY:
-            self.captions.clear()
+        elif len(self.captions) > MEMORY:
+            self.captions = {}
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self.captions]:
             self._read(new)
         numbers = [self.captions[caption] for caption in captions]
@@ -89,10 +88,10 @@ class WordRows:
         pieces = [caption.split() for caption in captions]
         if new := set(chain.from_iterable(pieces)) - self.chunks.keys():
             self._learn(sorted(new))
-        numbers = [np.array([*chain.from_iterable(map(self.chunks.__getitem__, piece))], np.int64) for piece in pieces]
+        numbers = [list(chain.from_iterable(map(self.chunks.__getitem__, piece))) for piece in pieces]
         if (longest := max(map(len, numbers))) > self.max_length:
             self._report(longest)
-        self.captions |= {caption: own[: self.max_length] for caption, own in zip(captions, numbers)}
+        self.captions |= {caption: np.array(own[: self.max_length], np.int64) for caption, own in zip(captions, numbers)}
 
     def _learn(self, chunks: list[str]) -> None:
         known = len(self.numbers)

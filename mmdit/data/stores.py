@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmdit.data.captions import all_captions
 Grid = tuple[int, int]  # latent (rows, columns)
 Group = tuple[int, ...]  # of items that may share a batch: its grid and, where clips differ in that, its number of frames
 Text = tuple[list[str], str, dict]  # all captions of an item, its id, its facts
+TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not memory
 
 
 def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
@@ -37,8 +39,8 @@ def text_of(cache: LatentCache, item: int) -> Text:
 
 
 class InMemory:
-    """All latents, one tensor a grid, so that a batch is one gather; and all texts, for a step of a small network is shorter
-    than finding those of 2,048 items."""
+    """All latents, one tensor a grid, so that a batch is one gather; and texts as they are asked for, which a small network's
+    step is too short to find anew."""
 
     def __init__(self, cache: LatentCache, progress: bool):
         self.frames: dict[Grid, Tensor] = {}
@@ -48,12 +50,11 @@ class InMemory:
             self.first[items] = counts.cumsum(0) - counts
             self.frames[grid] = torch.empty(int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16)
 
-        firsts, self._texts = self.first.tolist(), []
+        firsts, self._text = self.first.tolist(), lru_cache(TEXTS)(partial(text_of, cache))
         for item in tqdm(range(len(cache)), "loading latents", unit="item", disable=not progress or len(cache) < 5000):
             latents = cache.load(item)
             stored = self.frames[tuple(latents.shape[1:3])][firsts[item] : firsts[item] + len(latents)]
             np.copyto(stored.numpy(), latents.numpy())  # torch would wake all its threads for each small copy
-            self._texts.append(text_of(cache, item))
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
         """Latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
@@ -61,7 +62,7 @@ class InMemory:
         return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
 
     def texts(self, numbers: list[int]) -> list[Text]:
-        return [self._texts[number] for number in numbers]
+        return list(map(self._text, numbers))
 
 
 class OnDisk:

@@ -21,6 +21,7 @@ TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not me
 
 
 def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
+    """Which of `items (n,)` have each distinct row of `shapes (N, …)`."""
     unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
     return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
 
@@ -62,6 +63,7 @@ class InMemory:
         return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
 
     def texts(self, numbers: list[int]) -> list[Text]:
+        """Of the items with these numbers."""
         return list(map(self._text, numbers))
 
 
@@ -77,4 +79,5 @@ class OnDisk:
         return torch.stack([self.cache.load(item, first, last + 1)[chosen - first] for item, first, last, chosen in bounds])
 
     def texts(self, numbers: list[int]) -> list[Text]:
+        """As `InMemory.texts`."""
         return [text_of(self.cache, number) for number in numbers]

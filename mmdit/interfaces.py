@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -31,6 +32,12 @@ class LatentSpec:
             values = getattr(self, name)
             if values and len(values) != self.channels:
                 raise ValueError(f"latent {name} has {len(values)} values but the latents have {self.channels} channels")
+        divisors = {"scale": (self.scale,), "std": self.std}
+        for name, values in divisors.items():
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(
+                    f"latent {name} holds {min(values)}; every value must be above 0 and finite"
+                )
 
     @lru_cache(maxsize=8)  # made anew it would hold up every step: a copy to a GPU waits for the work queued there
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,34 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     return content
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether every element is a finite number, without a copy of the size of `values`."""
+    if not values.numel():
+        return True
+    if values.dtype.itemsize == 1:  # float8 has no comparisons
+        values = values.float()
+    smallest, largest = values.aminmax()  # both are nan if one element is
+    return bool(smallest.isfinite() & largest.isfinite())
+
+
+def check_numbers(name: str, tensor: Tensor, source: object) -> None:
+    """Raise ValueError unless the weight `name` of `source` holds finite real numbers: a
+    network with others draws black."""
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{source}: the weight {name} holds {kind}, must hold real numbers (float32, "
+            f"bfloat16, float16); "
+            "take a file of trained weights"
+        )
+    if not is_finite(tensor):
+        raise ValueError(
+            f"{source}: the weight {name} holds nan or infinity: the training that wrote it "
+            f"diverged, or the file is "
+            "damaged; take an earlier checkpoint, or fetch the file again"
+        )
+
+
 def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: object, device: torch.device | str = "cpu",
          dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
          ignored: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
@@ -155,5 +183,11 @@ def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: ob
     for name, tensor in stored.tensors():
         if (name := names.get(name, name)) in own:
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype(name), copy=True)))
+            check_numbers(name, tensor, source)
+            value = tensor.to(device=device, dtype=dtype(name), copy=True)
+            if value.dtype == torch.float16 and not is_finite(value):
+                raise ValueError(
+                    f"{source}: the weight {name} is too large for float16; use bfloat16"
+                )
+            setattr(model.get_submodule(module), leaf, nn.Parameter(value))
     return model.eval()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdit.adapters import Adapter, DoRALinear, LoKrLinear
+from mmdit.weights import check_numbers
 
 EXACT = 1024  # up to this width a spectral norm comes from an eigenvalue
 
@@ -68,9 +69,24 @@ def update_norms(layer: Adapter) -> tuple[float, float]:
 
 @torch.no_grad()
 def delta_budget(layers: Iterable[tuple[str, Adapter]]) -> list[Change]:
-    """One layer at a time, so that weights may be read one at a time."""
-    return [Change(name, layer.weight.double().norm().item(), (norms := update_norms(layer))[0], spectral_norm(layer.weight), norms[1])
-            for name, layer in layers]  # fmt: skip
+    """Measure one layer at a time, so that weights may be read one at a time. ValueError: one
+    holds nan or infinity, with which
+    no limit can be compared."""
+    changes = []
+    for name, layer in layers:
+        for part, value in layer.named_parameters():
+            check_numbers(f"{name}.{part}", value.detach(), "the base or its adapter")
+        delta, spectral = update_norms(layer)
+        changes.append(
+            Change(
+                name,
+                layer.weight.double().norm().item(),
+                delta,
+                spectral_norm(layer.weight),
+                spectral,
+            )
+        )
+    return changes
 
 
 def summarise(changes: list[Change]) -> dict:

@@ -1,6 +1,7 @@
-"""Arguments that `sample` and `evaluate` share."""
+"""Arguments that several commands share."""
 
 import argparse
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -10,6 +11,15 @@ from mmdit.experiment import ExperimentConfig
 from mmdit.training.pipeline import SampleSettings
 
 
+def number(text: str) -> float:
+    """Read a finite number, as the value of an option: `float` alone takes nan and inf, with
+    which no comparison holds."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"is {text}, must be a finite number")
+    return value
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or exported .safetensors")
     parser.add_argument("--width", type=int, help="pixels; default: the config's")
@@ -17,12 +27,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, help="1 draws pictures; default: the config's video.num_frames")
     parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
     parser.add_argument("--solver", choices=get_args(Solver))
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off; default: train.sample_cfg_scale")
-    parser.add_argument("--guidance_low", type=float, help="of the low-noise expert of a pair; default: the same")
+    parser.add_argument(
+        "--guidance", type=number, help="guidance scale; 1 = off; default: train.sample_cfg_scale"
+    )
+    parser.add_argument(
+        "--guidance_low", type=number, help="of the low-noise expert of a pair; default: the same"
+    )
     parser.add_argument("--negative", help="what guidance leads away from; default: the empty prompt, or a release's own")
-    parser.add_argument("--interval", type=float, nargs=2, help="t range in which guidance acts; t = 1 is noise")
-    parser.add_argument("--shift", type=float, help="time shift of the sampling grid")
-    parser.add_argument("--eta", type=float, help="noise added by ddim; 0 = deterministic")
+    parser.add_argument(
+        "--interval", type=number, nargs=2, help="t range in which guidance acts; t = 1 is noise"
+    )
+    parser.add_argument("--shift", type=number, help="time shift of the sampling grid")
+    parser.add_argument("--eta", type=number, help="noise added by ddim; 0 = deterministic")
     parser.add_argument("--seed", type=int, help="default: train.sample_seed")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")

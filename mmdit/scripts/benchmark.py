@@ -20,12 +20,13 @@ import torch
 
 from mmdit.diagnostics.data_speed import VTP_SIZES
 from mmdit.scripts import friendly
+from mmdit.scripts.arguments import number
 from mmdit.speed import PARTS, WAN
 from mmdit.training.distributed import process_group
 
 
 def shape(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(number) if number.isdigit() else 0 for number in text.split("x"))
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in text.split("x"))
     if len(numbers) != 4 or not all(numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; must be samples x frames x rows x columns, like 8x16x16x16")
     return numbers
@@ -41,7 +42,13 @@ def main(argv: list[str] | None = None) -> int:
                         help="keys of the section model: [the parameters of SiT-XL/2 and Latte-XL/2]")  # fmt: skip
     parser.add_argument("--train", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section train, as replays=false")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the section parallel")
-    parser.add_argument("--tread", type=float, default=0.0, metavar="RATE", help="route this part of the tokens [0]")
+    parser.add_argument(
+        "--tread",
+        type=number,
+        default=0.0,
+        metavar="RATE",
+        help="route this part of the tokens [0]",
+    )
     parser.add_argument("--wan", choices=WAN, default="5B", help="for wan: the size [5B]")
     parser.add_argument("--wan_model", nargs="*", default=[], metavar="KEY=VALUE", help="for wan: keys of the section model")
     parser.add_argument("--lora", nargs="*", default=[], metavar="KEY=VALUE",
@@ -54,7 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=8000, help="for cache [8000]")
     parser.add_argument("--items", type=int, default=20000, help="for loader [20000]")
     parser.add_argument("--batch_size", type=int, default=256, help="for encode and decode [256]")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each figure of encode, decode and loader [4]")
+    parser.add_argument(
+        "--seconds",
+        type=number,
+        default=4.0,
+        help="for each figure of encode, decode and loader [4]",
+    )
     parser.add_argument("--vtp", choices=VTP_SIZES, help="a VTP of this size, of random weights, instead of the shipped tokenizer")
     parser.add_argument("--folder", help="scratch folder that is kept, so that a second run makes less [a temporary one]")
     args = parser.parse_args(argv)

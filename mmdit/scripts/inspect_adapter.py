@@ -18,6 +18,7 @@ from mmdit.diagnostics.adapters import format_budget, summarise
 from mmdit.diagnostics.attention import format_attention
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import friendly
+from mmdit.scripts.arguments import number
 
 LIMITS = {"max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers", "max_layer_ratio": "of it in one layer",
           "max_spectral_ratio": "of the spectral norms in one layer", "max_logit": "of an attention logit with the adapter"}
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder for report.json and before_after.png")
     for name, what in LIMITS.items():
-        parser.add_argument(f"--{name}", type=float, help=f"limit {what}")
+        parser.add_argument(f"--{name}", type=number, help=f"limit {what}")
     args = parser.parse_args(argv)
     with friendly():
         if args.prompts_file and not args.out:
@@ -52,8 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         total = report["budget"]["total"]
         found = {"max_ratio": total["ratio"], "max_layer_ratio": total["max_ratio"], "max_spectral_ratio": total["max_spectral_ratio"],
                  "max_logit": max((row["max_abs_logit"] for row in report.get("after", {}).values()), default=None)}
-        beyond = [f"{name} is {found[name]:.4g}, the limit {limit}" for name in LIMITS
-                  if (limit := getattr(args, name)) is not None and found[name] is not None and found[name] > limit]
+        beyond = [
+            f"{name} is {found[name]:.4g}, the limit {limit}"
+            for name in LIMITS
+            if (limit := getattr(args, name)) is not None
+            and found[name] is not None
+            and not found[name] <= limit
+        ]
         if args.max_logit is not None and found["max_logit"] is None:
             raise ValueError("--max_logit needs --prompts_file: logits are measured while drawing")
         for line in beyond:

@@ -15,13 +15,16 @@ from dataclasses import asdict
 from mmdit.experiment import load_experiment_config
 from mmdit.memory_ladder import climb, fits, latent_shape
 from mmdit.scripts import friendly
+from mmdit.scripts.arguments import number
 from mmdit.training.memory_plan import SIZES
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--gpu_gb", type=float, help="memory of the GPU in 1e9 bytes: what makes it fit?")
+    parser.add_argument(
+        "--gpu_gb", type=number, help="memory of the GPU in 1e9 bytes: what makes it fit?"
+    )
     parser.add_argument("--variant", choices=tuple(SIZES), help="of Wan, where model.name_or_path is not there yet")
     parser.add_argument("--words", type=int, help="of a caption; default: as many as the text encoder reads")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")

@@ -16,13 +16,16 @@ from mmdit.data.manifest import write_aside
 from mmdit.data.records import read_records
 from mmdit.data.sources import extract_frames
 from mmdit.scripts import friendly
+from mmdit.scripts.arguments import number
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meta_jsonl", type=Path, required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
-    parser.add_argument("--fps", type=float, default=16.0, help="frames a second; video.fps of the config [16]")
+    parser.add_argument(
+        "--fps", type=number, default=16.0, help="frames a second; video.fps of the config [16]"
+    )
     parser.add_argument("--format", choices=["png", "jpg"], default="png")
     args = parser.parse_args(argv)
     lines, skipped = [], []

@@ -20,7 +20,7 @@ from mmdit.data.frames import load_first_frame
 from mmdit.experiment import load_pipeline
 from mmdit.interop.lora_formats import load_lora
 from mmdit.scripts import friendly
-from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
+from mmdit.scripts.arguments import add_sampling_arguments, number, sample_settings, sample_size
 from mmdit.training.media import save_samples
 from mmdit.training.pipeline import SampleSettings
 
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
     parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
-    parser.add_argument("--strength", type=float, default=0.5, help="noise level t that --refine starts from [0.5]")
+    parser.add_argument(
+        "--strength", type=number, default=0.5, help="noise level t that --refine starts from [0.5]"
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if args.prompts_file else []

@@ -35,6 +35,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.stored import Stored, place, write
+from mmdit.weights import check_numbers, is_finite
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
@@ -199,7 +200,11 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                              "exported .safetensors file") from None
         if text is None:
             raise ValueError(f"{path} holds no mmdit config in its metadata: it was not written by mmdit.scripts.export")
-        return Weights(Meta.from_json(text, str(path)), {k: t.float() for k, t in read_tensors(path).items()}, path)
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in read_tensors(path).items()
+        }
+        return Weights(Meta.from_json(text, str(path)), tensors, path)
     folder = path if (path / "checkpoint.json").is_file() else latest(path)
     if folder is None:
         raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
@@ -211,8 +216,20 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
 
 
 def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
-    """One file with the weights in `dtype` and the config in its metadata."""
-    tensors = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in weights.tensors.items()}
+    """Write one file with the weights in `dtype` and the config in its metadata. ValueError: a
+    weight is no finite number, or too large for `dtype`."""
+    tensors = {}
+    for name, tensor in weights.tensors.items():
+        if name.startswith("text_encoder.") and not tensor.is_floating_point():  # positions
+            tensors[name] = tensor.contiguous()
+            continue
+        check_numbers(name, tensor, weights.source)
+        tensors[name] = tensor.to(dtype).contiguous()
+        if not is_finite(tensors[name]):
+            raise ValueError(
+                f"{weights.source}: the weight {name} is too large for {dtype}; choose --dtype "
+                f"bf16 or fp32"
+            )
     aside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +242,8 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
 
 def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False) -> None:
     """Copy `tensors` into `own` (a `state_dict()`, sharded or not), strictly: names and shapes must agree, except those for
-    which `fresh(name)` holds (adapters that start new). ValueError lists what differs."""
+    which `fresh(name)` holds (adapters that start new). ValueError lists what differs, or names
+    a weight that is no finite number."""
     stored = tensors.shapes if isinstance(tensors, Stored) else {name: tensor.shape for name, tensor in tensors.items()}
     missing = [name for name in own if name not in tensors and not fresh(name)]
     unexpected = [name for name in tensors if name not in own]
@@ -240,4 +258,6 @@ def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, f
                          "of the run that wrote it")
     with torch.no_grad():
         for name, tensor in tensors.items():
+            if own[name].is_floating_point():
+                check_numbers(name, tensor, source)
             own[name].copy_(place(tensor, own[name]))

@@ -9,9 +9,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mmdit.weights import is_finite
+
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[0, 1] float to 0…255, rounded."""
+    """[0, 1] float to 0…255, rounded. ValueError: they are not finite, and would become black."""
+    if not is_finite(pixels):
+        raise ValueError(
+            "the pixels hold nan or infinity: the weights or latents that they were drawn from "
+            "do; look at these"
+        )
     return (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.config import ConfigError
 from mmdit.data.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import Denoise, SamplerConfig, guided, sample
 from mmdit.interfaces import TextTokens, Tokenizer
@@ -20,6 +21,8 @@ from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
 from mmdit.training.calls import Calls
 from mmdit.training.learner import Learner
+from mmdit.training.stored import local
+from mmdit.weights import is_finite
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,21 @@ class SampleSettings:
     seed: int = 0
     cfg_scale_low: float | None = None
     negative_prompt: str = ""
+
+    def __post_init__(self):
+        for name in ("cfg_scale", "cfg_scale_low"):
+            scale = getattr(self, name)
+            if scale is not None and not math.isfinite(scale):
+                raise ConfigError(
+                    name, f"is {scale}; must be a finite number; 1 is no guidance, 3 … 7 are usual"
+                )
+        low, high = self.cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                "cfg_interval",
+                f"is {list(self.cfg_interval)}; must be two times from 0 (clean) to 1 (noise), the "
+                "smaller first; [0, 1] is always",
+            )
 
     @staticmethod
     def of(train) -> SampleSettings:
@@ -63,6 +81,51 @@ class Pipeline:
     def pictures(self) -> Pictures:
         return Pictures(self.learner.model, self.tokenizer)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network that takes part in a picture, by what messages call it."""
+        learner = self.learner
+        found = {
+            "model": learner.model,
+            "model (low noise)": self.low,
+            "text_encoder": learner.text_encoder,
+        }
+        inside = {
+            f"tokenizer.{name.lstrip('_')}": value for name, value in vars(self.tokenizer).items()
+        }
+        return {
+            name: value for name, value in (found | inside).items() if isinstance(value, nn.Module)
+        }
+
+    def finite(self, values: Tensor, first: int, settings: SampleSettings) -> Tensor:
+        """Return `values (B, …)` of the samples `first` …; ValueError if one is not finite, for
+        its picture would be black."""
+        if is_finite(values):
+            return values
+        wrong = [first + i for i, sample in enumerate(values) if not is_finite(sample)]
+        named = ", ".join(map(str, wrong[:8])) + (" …" if len(wrong) > 8 else "")
+        culprit = self._not_finite()
+        if culprit:
+            raise ValueError(
+                f"sample {named}: not finite, for the weights hold nan or infinity (first: "
+                f"{culprit}); take an earlier "
+                "checkpoint, or look at the adapter that was laid over the model"
+            )
+        raise ValueError(
+            f"sample {named}: not finite, though all weights are: numbers overflowed at guidance "
+            f"{settings.cfg_scale} "
+            f"in {settings.sampler.steps} steps of {settings.sampler.solver}; lower the guidance, "
+            f"or take more steps"
+        )
+
+    def _not_finite(self) -> str | None:
+        """The first weight that is no finite number, of this process's parts if they are
+        sharded."""
+        for part, network in self.networks().items():
+            for name, value in network.state_dict().items():
+                if value.is_floating_point() and not is_finite(local(value)):
+                    return f"{part}.{name}"
+        return None
+
     @torch.no_grad()
     def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
                 guess: tuple[Tensor, float] | None = None, image: Tensor | None = None) -> Tensor:
@@ -85,6 +148,7 @@ class Pipeline:
                 denoise = self._denoiser(text, settings, image, frames, calls)
                 start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
                 clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
+            self.finite(clean, first, settings)
         finally:
             learner.train(was_training)
         return learner.spec.denormalize(clean)
@@ -123,7 +187,9 @@ class Pipeline:
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
             latents = self.latents(some, width, height, frames, settings, first + start, image=image)
-            parts.append(self.tokenizer.decode(latents).float().cpu())
+            parts.append(
+                self.finite(self.tokenizer.decode(latents).float().cpu(), first + start, settings)
+            )
             if done:
                 done(len(some))
         return torch.cat(parts)
@@ -138,7 +204,9 @@ class Pipeline:
             large = F.interpolate(clip, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
             guess = self.tokenizer.encode(large[None].to(self.device))
             latents = self.latents([caption], width, height, len(clip), settings, first + i, guess=(guess, strength))
-            parts.append(self.tokenizer.decode(latents).float().cpu())
+            parts.append(
+                self.finite(self.tokenizer.decode(latents).float().cpu(), first + i, settings)
+            )
             if done:
                 done(1)
         return torch.cat(parts)

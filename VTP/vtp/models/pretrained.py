@@ -94,6 +94,13 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dt
     for name in sorted(expected.keys() & weights.keys()):
         if expected[name].shape != weights[name].shape:
             problems.append(f"{name} is {tuple(weights[name].shape)}, config.json makes it {tuple(expected[name].shape)}")
+        if not weights[name].is_floating_point():
+            problems.append(f"{name} holds {weights[name].dtype}, must hold real numbers")
+        elif not bool(weights[name].float().isfinite().all()):
+            problems.append(
+                f"{name} holds nan or infinity: the training that wrote it diverged, or the file "
+                f"is damaged"
+            )
     if problems:
         raise ValueError(f"the weights in {source} do not fit its {CONFIG_FILE}: " + "; ".join(problems[:12]))
     kinds = {name: torch.bfloat16 if name.endswith(_BUFFER) else dtype for name in weights}

@@ -11,16 +11,19 @@ from test_metrics import DOCUMENTED, records
 from test_trainer import SPEC, assert_same, batches, learner, run_ranks
 from test_wan_training import Shop as WanShop
 from tiny import Workshop, refused
+from wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, random_dit
 
 from mmdit.adapter_report import changes
 from mmdit.adapters import LoRAConfig, adapters, inject, load_lora, load_lora_state, lora_state, merge
 from mmdit.config import ConfigError
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
-from mmdit.diffusion.experts import ExpertPlan, Stages, in_turn
+from mmdit.diffusion.experts import ExpertPlan, FixedTimes, Stages, in_turn
 from mmdit.experiment import load_pipeline
 from mmdit.interfaces import TextTokens
 from mmdit.interop.wan import load_dit
+from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.nn.experts import Experts, twin
 from mmdit.rng import Draws
 from mmdit.scripts import export, sample, train_t2v
@@ -150,6 +153,63 @@ def test_samples_find_their_expert_and_a_straddling_training_batch_is_refused():
     assert {n for n in model.state_dict() if n.startswith("high.") and ".lora_" not in n} == {f"high.{n}" for n in plain.state_dict()}
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + sum(
         p.numel() for n, p in model.named_parameters() if ".lora_" in n), "one base"  # fmt: skip
+
+
+def wan_pair(config):
+    """Two networks with nothing in common, and what they may be told of four samples, by name."""
+    networks = {}
+    for seed, name in enumerate(NAMES):
+        networks[name] = WanDenoiser(config)
+        networks[name].load_state_dict(random_dit(config, seed).state_dict())
+    x, words = torch.randn(4, 3, 4, 4, config.out_dim), torch.randn(4, 3, config.text_dim)
+    text = TextTokens(words, torch.ones(4, 3, dtype=torch.bool))
+    inputs = {"whole_times": True}
+    if config.in_dim == config.out_dim == 48:
+        inputs["given"] = 1
+    if config.in_dim > config.out_dim:
+        inputs["y"] = torch.randn(4, 3, 4, 4, config.in_dim - config.out_dim)
+    if config.image_dim:
+        inputs["clip"] = torch.randn(4, config.image_positions or 257, config.image_dim)
+    return networks, (x, text), inputs
+
+
+def own_pair():
+    networks = {}
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        networks[name] = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, crop=True, size=None), 3, 16, TreadConfig(enabled=True, selection_rate=0.5, apply_to=(0, 2)))
+        for weight in networks[name].parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+    text = TextTokens(torch.randn(4, 3, 16), torch.ones(4, 3, dtype=torch.bool))
+    inputs = {"crop": torch.rand(4, 4), "keep": torch.tensor([0, 2, 5, 7])}  # as many tokens as samples
+    return networks, (torch.randn(4, 1, 2, 4, 3), text), inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [own_pair, lambda: wan_pair(DIT), lambda: wan_pair(TI2V), lambda: wan_pair(I2V), lambda: wan_pair(I2V_21),
+                                  lambda: wan_pair(FLF2V)], ids=["own", "t2v", "ti2v", "i2v", "i2v 2.1", "flf2v"])  # fmt: skip
+def test_in_evaluation_each_sample_is_told_what_is_its_own(make):
+    """Every input that a network may get, a row for each sample or one for all: as if the samples came one by one."""
+    torch.manual_seed(0)
+    networks, (x, text), inputs = make()
+    model = Experts(networks, Stages(NAMES, (0.5,), 1000.0).route).eval()
+    t, whose = torch.tensor([900.0, 100.5, 500.0, 499.0]), ("high", "low", "high", "low")
+    shared = {name: value[:1] if name in ("y", "clip") else value for name, value in inputs.items()}
+    for told in (inputs, shared):
+        alone = []
+        for i, name in enumerate(whose):
+            own = {key: value[i : i + 1] if key in ("y", "clip", "crop") and len(value) > 1 else value for key, value in told.items()}
+            alone.append(networks[name](x[i : i + 1], t[i : i + 1], text[i : i + 1], **own))
+        torch.testing.assert_close(model(x, t, text, **told), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_times_keep_their_quantiles_when_they_are_cut():
+    draws = FixedTimes(1, 2, torch.arange(4), torch.tensor([0.1, 0.4, 0.6, 0.9]))
+    for rows in (slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])):
+        some = draws[rows]
+        assert torch.equal(some.uniform("time"), draws.uniform("time")[rows])
+        assert torch.equal(some.normal("time"), draws.normal("time")[rows])
+        assert torch.equal(some.normal("noise", 3), draws.normal("noise", 3)[rows])
 
 
 def test_a_pair_with_two_bases_fits_the_same_seam():
@@ -323,6 +383,14 @@ def test_an_expert_that_is_not_trained_is_the_base(shop):
     pair, base = (load_pipeline(path, "cpu")[0].learner for path in (run, shop.base))
     assert torch.equal(draw(pair, 0.3), draw(base, 0.3)) and not torch.equal(draw(pair, 0.7), draw(base, 0.7))
     assert {record["expert"] for record in records(run)} == {"high"}
+
+
+def test_a_pair_that_knows_crops_is_validated(shop):
+    base = shop.train("cropped", "model.crop=true", "train.max_steps=2")
+    words = [word for word in shop.words if not word.startswith("train.init_from")]
+    run = shop.train("cropped_pair", *words, f"train.init_from={base}", "model.crop=true", "experts={enabled: true, boundary: 0.5}",
+                     "train.val_every_steps=2", "train.val_share=0.4", "train.max_steps=2")  # fmt: skip
+    assert 0 < records(run)[-1]["val_loss"] < 100
 
 
 def test_each_expert_has_its_own_phases(shop):

@@ -100,7 +100,8 @@ def test_a_pair_is_trained_on_pictures(tmp_path):
     run = shop.train("high", "model.expert=high", "model.boundary=0.9", LORA)
     assert load_pipeline(run, "cpu")[0].boundary == 0.9
     both = "experts={enabled: true, boundary: 0.9}"
-    shop.train("both", "model.boundary=0.9", LORA, both)
+    run = shop.train("both", "model.boundary=0.9", LORA, both, "train.val_every_steps=2", "train.val_share=0.6", "train.val_samples=2")
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"] > 0
 
 
 @torch.no_grad()

@@ -62,6 +62,9 @@ class FixedTimes(Draws):
             return math.sqrt(2) * torch.erfinv(2 * self.quantiles - 1)
         return super().normal(purpose, *shape)
 
+    def __getitem__(self, index) -> FixedTimes:
+        return FixedTimes(self.seed, self.step, self.indices[index], self.quantiles[index])
+
 
 def in_turn(step: int, trained: tuple[str, ...], switch_every: int) -> str:
     """The expert that optimizer step `step` (from 0) trains, in blocks: a pure function, so that a resume needs no state."""

@@ -16,6 +16,17 @@ def twin(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
+def of_samples(inputs: dict, rows: Tensor) -> dict:
+    """Return the further inputs of a network for the samples where `rows (b,)` is true. A tensor has a row for each sample or
+    one for all of them; `keep` alone holds places of tokens, which are those of every sample."""
+
+    def part(name: str, value: object) -> object:
+        each = isinstance(value, Tensor) and name != "keep" and value.ndim > 0 and len(value) == len(rows)
+        return value[rows] if each else value
+
+    return {name: part(name, value) for name, value in inputs.items()}
+
+
 class Experts(nn.Module):
     """`networks` by name, in the order of the numbers that `route(t (B,)) → (B,)` gives; `model(x, t, text)` like any of them.
     They may be twins on one base, or have nothing in common (Wan 2.2). The state holds what is shared once, under the first."""
@@ -44,7 +55,8 @@ class Experts(nn.Module):
                 result = torch.empty_like(x)
                 for number in own:
                     rows = numbers == number
-                    result[rows] = self(x[rows], t[rows], text[rows], self.names[number], **inputs).to(x.dtype)
+                    some = of_samples(inputs, rows)
+                    result[rows] = self(x[rows], t[rows], text[rows], self.names[number], **some).to(x.dtype)
                 return result
             expert = self.names[own[0]]
         return self.get_submodule(expert)(x, t, text, **inputs)

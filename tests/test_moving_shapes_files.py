@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import refused
 
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
@@ -46,13 +47,12 @@ def test_prepared_clips_do_not_depend_on_the_number_of_processes(tmp_path, monke
     assert all((one.parent / p).read_bytes() == (two.parent / p).read_bytes() for p in frames)
 
 
-def test_the_command_explains_mistakes(tmp_path):
+def test_the_command_explains_mistakes(tmp_path, capsys):
     main(["--out_dir", str(tmp_path), "--count", "2", "--width", "32", "--height", "32"])
     for words, message in (
         (["--count", "0"], "count is 0"),
         (["--width", "50"], "multiple of 16"),
         (["--frames", "0"], "frames is 0"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            main(["--out_dir", str(tmp_path / "other"), *words])
+        refused(capsys, main, ["--out_dir", tmp_path / "other", *words], message)
     assert not (tmp_path / "other").exists()

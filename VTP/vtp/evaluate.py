@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmdit.data import moving_shapes
 from mmdit.rng import key
+from mmdit.scripts import run
 from mmdit.training.distributed import choose_device
 from vtp.model_card import SCORES_FILE, write_card, write_json
 from vtp.models import VTPModel
@@ -134,13 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--count is {options.count}, must be at least 2")
         model = VTPModel.from_pretrained(options.checkpoint).to(choose_device(options.device))
         report = evaluate(model, options.count, options.images)
+        write_json(options.out or options.checkpoint / SCORES_FILE, report)
+        if options.out is None:
+            write_card(options.checkpoint)
     except (ValueError, OSError) as error:
         raise SystemExit(f"vtp.evaluate: {error}") from None
-    write_json(options.out or options.checkpoint / SCORES_FILE, report)
-    if options.out is None:
-        write_card(options.checkpoint)
     print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmdit.adapters import is_adapter
 from mmdit.interop.lora_formats import PARTS, PREFIXES
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # by the name in a header; others: 1
@@ -80,9 +81,16 @@ def format_inspection(report: dict) -> str:
              f"{report['tensors']} tensors ({dtypes}) in {len(report['files'])} files, {report['parameters']:,} parameters, "
              f"{report['bytes'] / 1e9:.2f} GB"]  # fmt: skip
     if report["quantised"]:
-        lines.append(f"quantised: {len(report['quantised'])} scale tensors, first {report['quantised'][0]}")
-    width = max(len(row["name"]) for row in report["groups"])
-    for row in report["groups"]:
+        lines.append(
+            f"quantised: {len(report['quantised'])} scale tensors, first "
+            f"{shown(report['quantised'][0])}"
+        )
+    names = [shown(row["name"]) for row in report["groups"]]
+    width = max(map(len, names))
+    for name, row in zip(names, report["groups"], strict=True):
         shape = "x".join(map(str, row["shape"])) or "-"
-        lines.append(f"  {row['name']:{width}}  {row['count']:>4} x {shape:<18} {row['dtype']:<6} {row['parameters']:>15,}")
+        lines.append(
+            f"  {name:{width}}  {row['count']:>4} x {shape:<18} {row['dtype']:<6} "
+            f"{row['parameters']:>15,}"
+        )
     return "\n".join(lines)

@@ -3,6 +3,16 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
+
+from mmdit import terminal
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Start a command: what it prints, its help and its errors included, suits any terminal and
+    any encoding."""
+    terminal.install()
+    raise SystemExit(main())
 
 
 @contextlib.contextmanager
@@ -13,9 +23,15 @@ def friendly():
 
     from mmdit.training.errors import RunError
 
+    with terminal.plain_output(), _told(torch.OutOfMemoryError, RunError):
+        yield
+
+
+@contextlib.contextmanager
+def _told(*kinds: type[Exception]):
     try:
         yield
-    except (ValueError, OSError, RunError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, *kinds) as error:
         if os.environ.get("MMDIT_TRACE"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)

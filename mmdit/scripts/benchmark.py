@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mmdit.diagnostics.data_speed import VTP_SIZES
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.speed import PARTS, WAN
 from mmdit.training.distributed import process_group
@@ -83,4 +83,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -11,7 +11,7 @@ from mmdit.data.manifest import CacheManifest
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -48,4 +48,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

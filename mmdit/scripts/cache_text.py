@@ -13,7 +13,7 @@ from mmdit.config import ConfigError
 from mmdit.data.cache import open_cache
 from mmdit.data.captions import all_captions, with_trigger
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training.distributed import choose_device
 
@@ -42,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

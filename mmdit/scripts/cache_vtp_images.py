@@ -13,7 +13,7 @@ import torch
 from mmdit.data.caching import cache_latents
 from mmdit.data.records import PATH_KEYS, Kind, read_records
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly, verify_cache
+from mmdit.scripts import friendly, run, verify_cache
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -72,4 +72,4 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -7,7 +7,7 @@ Video files are decoded at `video.fps` frames a second. Which frames a sample ta
 (`video.num_frames`, `video.frame_stride`), so stages of equal size share one cache.
 """
 
-from mmdit.scripts import cache_vtp_images
+from mmdit.scripts import cache_vtp_images, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,4 +15,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

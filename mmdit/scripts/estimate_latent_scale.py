@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmdit.data.cache import open_cache
 from mmdit.data.statistics import latent_statistics
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,4 +32,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.experiment import load_pipeline
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.media import contact_sheet, save_image
 
@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -14,7 +14,7 @@ from mmdit.experiment import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanDiT
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.training.checkpoint import export, load_weights
 
 
@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

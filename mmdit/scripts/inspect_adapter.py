@@ -17,7 +17,7 @@ from mmdit.adapter_report import changes, compare, is_ours
 from mmdit.diagnostics.adapters import format_budget, summarise
 from mmdit.diagnostics.attention import format_attention
 from mmdit.interop.wan_release import release_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 
 LIMITS = {"max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers", "max_layer_ratio": "of it in one layer",
@@ -68,4 +68,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

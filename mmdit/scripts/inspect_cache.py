@@ -12,7 +12,7 @@ from mmdit.data.manifest import CacheManifest
 from mmdit.data.report import cache_report, report_text
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment import build_plan, load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import save_image
@@ -48,4 +48,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -12,7 +12,7 @@ from mmdit.data.look import look_at, look_text, totals
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import PATH_KEYS, Kind, read_records
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 
 
@@ -38,4 +38,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -9,7 +9,7 @@ import argparse
 import json
 
 from mmdit.interop.inspection import format_inspection, inspect_weights
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,4 +25,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

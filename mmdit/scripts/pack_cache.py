@@ -7,7 +7,7 @@ like: the same command goes on; after the cache has grown it writes only what ch
 import argparse
 
 from mmdit.data.packing import pack_cache
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,4 +24,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from mmdit.experiment import load_experiment_config
 from mmdit.memory_ladder import climb, fits, latent_shape
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.training.memory_plan import SIZES
 
@@ -47,4 +47,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.training.curves import draw_curves, read_metrics
 from mmdit.training.media import save_image
 
@@ -26,4 +26,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -7,7 +7,7 @@ import argparse
 
 from mmdit.align import posttrain
 from mmdit.experiment import load_experiment_config
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,4 +24,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

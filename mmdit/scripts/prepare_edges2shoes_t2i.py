@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mmdit.data.edges2shoes import unpack
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,4 +31,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

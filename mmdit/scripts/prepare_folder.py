@@ -8,7 +8,7 @@ Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (tr
 import argparse
 
 from mmdit.data.sources import prepare_folder
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

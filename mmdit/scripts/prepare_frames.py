@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mmdit.data.manifest import write_aside
 from mmdit.data.records import read_records
 from mmdit.data.sources import extract_frames
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 
 
@@ -52,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

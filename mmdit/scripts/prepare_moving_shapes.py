@@ -9,10 +9,10 @@ Run again with the same settings it goes on where it was interrupted, or adds sa
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.scripts import friendly, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,13 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variant", choices=VARIANTS, default="one", help="many: two or three objects in a picture")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: as many as pay off)")
     options = parser.parse_args(arguments)
-    try:
-        recipe = Recipe(options.width, options.height, options.frames, options.seed, options.split, options.variant)
+    with friendly():
+        size = (options.width, options.height, options.frames)
+        recipe = Recipe(*size, options.seed, options.split, options.variant)
         path = prepare(options.out_dir, recipe, options.count, options.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{options.count} samples; captions and facts in {path}")
+        print(f"{options.count} samples; captions and facts in {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

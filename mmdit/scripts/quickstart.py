@@ -8,7 +8,7 @@ Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores ta
 import argparse
 import os
 
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 NEXT = """
 Next:
@@ -44,4 +44,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

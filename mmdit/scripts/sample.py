@@ -19,7 +19,7 @@ from mmdit.adapters import merge
 from mmdit.data.frames import load_first_frame
 from mmdit.experiment import load_pipeline
 from mmdit.interop.lora_formats import load_lora
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, number, sample_settings, sample_size
 from mmdit.training.media import save_samples
 from mmdit.training.pipeline import SampleSettings
@@ -78,4 +78,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -7,7 +7,7 @@
 import argparse
 
 from mmdit.experiment import load_experiment_config, train
-from mmdit.scripts import cache_text, friendly
+from mmdit.scripts import cache_text, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

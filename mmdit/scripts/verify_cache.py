@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from mmdit.data.verify import verify_cache
-from mmdit.scripts import friendly
+from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,4 +37,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

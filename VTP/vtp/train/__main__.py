@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmdit.config import ConfigError, load
+from mmdit.scripts import run
 from mmdit.training.distributed import choose_device
 from vtp.train.config import PretrainConfig
 from vtp.train.loop import train
@@ -20,11 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load(PretrainConfig, options.config, options.overrides)
         train(config, choose_device(options.device), options.resume)
-    except (ConfigError, ValueError, RuntimeError) as error:
+    except (ConfigError, ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(("could not save", "training stopped")):
             raise
         raise SystemExit(f"vtp.train: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,81 @@
+"""What commands print: any text on any terminal, file or pipe, and no text that commands the
+terminal.
+
+Names of tensors, keys of stored configs and lines of JSONL files are written by others: an escape
+sequence in one of them could
+set the title, clear the screen or fill the clipboard. And a "→" must not end a command whose
+output goes to a file in cp1252.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they reorder what is shown
+SEPARATORS = "\u2028\u2029"
+COMMANDS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDIRECTIONAL}{SEPARATORS}]")
+MOVES = re.compile("(\n|\x1b\\[A)*")  # what tqdm writes between bars
+
+
+def _escaped(match: re.Match) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def plain(text: str) -> str:
+    """Return `text` with its control characters as `\\x1b` and the like; line ends and tabs
+    stay."""
+    return COMMANDS.sub(_escaped, text)
+
+
+def shown(name: object) -> str:
+    """Return a name that a file gives, for one place in one line: line ends and tabs are
+    escaped, too."""
+    return plain(str(name)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+class PlainStream:
+    """`stream`, for text of any letters: control characters, and what its encoding lacks, are
+    written escaped."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if not MOVES.fullmatch(text):
+            begins = (
+                "\r" if text.startswith("\r") else ""
+            )  # a progress bar is drawn over the last one
+            text = begins + plain(text.removeprefix("\r"))
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+
+def install() -> None:
+    """Make stdout and stderr plain, for the rest of the process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, PlainStream):
+            setattr(sys, name, PlainStream(stream))
+
+
+@contextlib.contextmanager
+def plain_output() -> Iterator[None]:
+    """Make stdout and stderr plain, and put back what was there."""
+    before = sys.stdout, sys.stderr
+    install()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

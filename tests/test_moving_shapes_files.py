@@ -26,7 +26,7 @@ def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
         assert set(record["facts"]["named"]) == named_attributes(item, 3, i, False)
     before = {p: p.stat().st_mtime_ns for p in (path.parent / "images").iterdir()}
     (path.parent / "images/000002.png").unlink()
-    (path.parent / "images/000002.png.partial").write_bytes(b"cut off")
+    (path.parent / "images/.writing-1.tmp").write_bytes(b"cut off")
     prepare(tmp_path / "shapes", recipe, 8)
     after = {p: p.stat().st_mtime_ns for p in (path.parent / "images").iterdir()}
     assert len(after) == 8 and sum(after[p] == t for p, t in before.items()) == 5

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.data.items import index_entry, is_entry, item_bytes, load_item, read_entry, to_half
-from mmdit.data.manifest import CacheManifest, lock, no_link, write_aside
+from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import Columns, damage_of, is_packed, read_index
 from mmdit.data.records import check_id
+from mmdit.files import clean, lock, no_link, write_aside
 
 THREADS = 4  # that write files; making a file waits more than it computes
 _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
@@ -108,12 +109,10 @@ class CacheWriter:
         elif any(_files(self.folder)):
             raise ValueError(f"{self.folder} holds .pt files but no manifest.json: what made them is unknown; use a new folder")
         else:
-            manifest.write(self.folder, f"{rank}-0")
+            manifest.write(self.folder)
         for size in manifest.sizes:
             self._place(size)
-        for folder in [self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*"))]:
-            for left in folder.glob(f".writing-{rank}-*.tmp"):  # by a killed process of this rank
-                left.unlink()
+        clean(self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*")))
         if self._index.tell():
             self._index.write(b"\n")  # ends a line torn by a kill
         self.entries, rebuilt, _ = _read_entries(self.folder, manifest.spec.channels)
@@ -161,18 +160,18 @@ class CacheWriter:
                 rest = {"caption": captions[i]}
                 rest |= {"facts": facts[i]} if facts and facts[i] else {}
                 rest |= {"source": sources[i]} if sources and sources[i] else {}
-                entries.append(self._write(ids[i], files[i], numbers[i], rest, f"{self.rank}-{thread}"))
+                entries.append(self._write(ids[i], files[i], numbers[i], rest))
             return entries
 
         for entries in self._threads.map(write, range(min(THREADS, len(ids)))):
             self._append(entries)
 
-    def _write(self, id: str, file: str, numbers: np.ndarray, rest: dict, writer: str) -> dict:
+    def _write(self, id: str, file: str, numbers: np.ndarray, rest: dict) -> dict:
         data, offset, crc = item_bytes(numbers, rest)
         old = self.entries.get(id)
         if old and old["file"] != file:
             (self.folder / old["file"]).unlink(missing_ok=True)  # its size changed
-        write_aside(f"{self.folder}/{file}", data, writer)
+        write_aside(f"{self.folder}/{file}", data)
         self.entries[id] = index_entry(id, file, numbers.shape, rest, len(data), offset, crc)
         return self.entries[id]
 
@@ -183,7 +182,7 @@ class CacheWriter:
         self._threads.shutdown()
         if self.world == 1:
             lines = (_line(self.entries[id]) for id in sorted(self.entries))
-            write_aside(self.folder / "index.jsonl", "".join(lines).encode(), f"{self.rank}-0")
+            write_aside(self.folder / "index.jsonl", "".join(lines))
             for path in _index_files(self.folder):
                 if path.name != "index.jsonl":
                     path.unlink()

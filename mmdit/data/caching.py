@@ -30,9 +30,10 @@ from mmdit.data.cache import CacheWriter
 from mmdit.data.clips import cached_frames
 from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, list_frames, load_image, to_unit
 from mmdit.data.items import load_item, to_half
-from mmdit.data.manifest import CacheManifest, write_aside
+from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import Kind, Record
 from mmdit.data.videos import read_video
+from mmdit.files import write_aside
 from mmdit.interfaces import Tokenizer
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
@@ -325,4 +326,4 @@ def _write_skipped(path: Path, skipped: list[dict]) -> None:
     """The list of this run; an older one is removed, for its items have been tried again."""
     path.unlink(missing_ok=True)
     if skipped:
-        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped).encode(), path.stem)
+        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from mmdit.data.manifest import write_aside
+from mmdit.files import write_aside
 
 PHOTO_COLUMNS, CAPTION_COLUMNS = ("imageB", "image_b", "target", "image", "combined"), ("caption", "text", "prompt")
 
@@ -59,5 +59,5 @@ def unpack(source: Path, out_dir: Path, split: str, caption: str, max_samples: i
             break
     if not lines:
         raise ValueError(f"no picture could be read from {source}")
-    write_aside(out_dir / f"{split}_images.jsonl", "".join(lines).encode())
+    write_aside(out_dir / f"{split}_images.jsonl", "".join(lines))
     return len(lines), bad

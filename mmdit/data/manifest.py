@@ -4,72 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import weakref
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
 from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
+from mmdit.files import write_aside
 from mmdit.interfaces import LatentSpec, Tokenizer
 
 FORMAT = 1
-
-
-def write_aside(path: str | Path, data: bytes | memoryview | Iterator[bytes | memoryview], writer: str = "0-0") -> None:
-    """All of `data`, perhaps in pieces, at `path` or nothing: written to a hidden neighbour, then renamed. `writer`: differs
-    between those that write at the same time."""
-    aside = f"{os.path.dirname(path) or '.'}/.writing-{writer}.tmp"
-    try:
-        try:
-            file = open(aside, "xb", buffering=0)
-        except FileExistsError:  # of a killed process; never written through, if it is a link
-            os.unlink(aside)
-            file = open(aside, "xb", buffering=0)
-        with file:
-            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
-                while len(piece):  # a system call writes at most 2 GiB
-                    piece = memoryview(piece).cast("B")[file.write(piece) :]
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-def no_link(path: Path) -> Path:
-    """`path`, which may not be there yet. ValueError if it is a link, by which one would write elsewhere."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; a cache writes into its own folder only: replace it by what it leads to")
-    return path
-
-
-def lock(file: IO) -> None:
-    """Holds `file` until it is closed; ValueError if another process does. A forked worker lets go of it: one that outlives its
-    killed parent by seconds must not keep the next run away."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, and nothing else depends on it
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}; wait for it, or use another folder") from None
-    except OSError:
-        return  # a file system without locks
-    known = weakref.ref(file)
-
-    def let_go() -> None:
-        held = known()
-        if held is not None and not held.closed:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, held.fileno(), inheritable=False)
-            os.close(nothing)
-
-    os.register_at_fork(after_in_child=let_go)
 
 
 @dataclass(frozen=True)
@@ -108,9 +53,9 @@ class CacheManifest:
         """Whether items of this size belong into the cache."""
         return 0 < math.prod(size) <= self.max_pixels_per_frame if self.max_pixels_per_frame else size in self.sizes
 
-    def write(self, folder: Path, writer: str) -> None:
+    def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        write_aside(folder / "manifest.json", text.encode(), writer)
+        write_aside(folder / "manifest.json", text)
 
     @staticmethod
     def read(folder: str | Path) -> CacheManifest:

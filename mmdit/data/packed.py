@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit.data.manifest import write_aside
+from mmdit.files import write_aside
 
 INDEX = "packed.safetensors"
 TEXTS = ("ids", "captions", "facts", "sources")

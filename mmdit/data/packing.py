@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mmdit.data.cache import THREADS, LatentCache, open_cache
-from mmdit.data.manifest import CacheManifest, lock, no_link, write_aside
+from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import (
     INDEX,
     REMEDY,
@@ -25,6 +25,7 @@ from mmdit.data.packed import (
     text_line,
     write_index,
 )
+from mmdit.files import abandoned, clean, lock, no_link, write_aside
 
 SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limited
 AT_ONCE = 256  # items read ahead
@@ -44,11 +45,10 @@ def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 
     if (out / "manifest.json").exists():
         CacheManifest.read(out).check(out, cache.manifest)
     else:
-        cache.manifest.write(out, "0-0")
+        cache.manifest.write(out)
     with (out / "manifest.json").open("rb") as held:
         lock(held)
-        for left in out.glob(".writing-*.tmp"):  # by a killed run
-            left.unlink()
+        clean(out)
         for path in folder.glob("skipped*.jsonl"):
             write_aside(no_link(out / path.name), path.read_bytes())
         return _pack(cache, out, shard_bytes)
@@ -149,7 +149,7 @@ def verify_packed(folder: Path) -> tuple[int, list[dict]]:
     except ValueError as error:
         if not damage:
             found(INDEX, str(error).rpartition("; ")[0])
-    for path in folder.glob(".writing-*.tmp"):
+    for path in abandoned(folder):
         damage.append({"file": path.name, "problem": "left by a killed process", "delete": True})
     return len(shards), damage
 

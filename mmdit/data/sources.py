@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmdit.data.frames import SUFFIXES
-from mmdit.data.manifest import write_aside
 from mmdit.data.records import MAX_ID_BYTES, Record, check_id
 from mmdit.data.videos import VIDEO_SUFFIXES, read_video
+from mmdit.files import folder_aside, write_aside
 
 
 @dataclass
@@ -138,7 +137,7 @@ def prepare_folder(folder: str | Path, out_dir: str | Path | None = None, split:
     for name, rows in lines.items():
         path = out_dir / f"{split}_{name}.jsonl"
         if rows:
-            write_aside(path, "".join(rows).encode())
+            write_aside(path, "".join(rows))
             report.written.append(path)
     return report
 
@@ -148,11 +147,8 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
     one that is there is left as it is. ValueError or OSError: the file cannot be used."""
     if folder.is_dir():
         return len(os.listdir(folder))
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of an interrupted run
-    aside.mkdir(parents=True)
-    number = 0
-    for number, image in enumerate(read_video(record.path, fps), 1):
-        image.save(aside / f"{number - 1:06d}.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
-    aside.rename(folder)
+    number, options = 0, {"quality": 95} if suffix == "jpg" else {}
+    with folder_aside(folder) as aside:
+        for number, image in enumerate(read_video(record.path, fps), 1):
+            image.save(aside / f"{number - 1:06d}.{suffix}", **options)
     return number

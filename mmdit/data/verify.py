@@ -16,6 +16,7 @@ from mmdit.data.items import load_item
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import is_packed
 from mmdit.data.packing import verify_packed
+from mmdit.files import abandoned
 
 
 def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
@@ -87,6 +88,7 @@ def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
         found(file, "listed in the index, but missing")
     for file in sorted(set(files) - entries.keys()):
         found(file, "not in the index (it is read anew at each start)")
-    for path in sorted(folder.rglob(".writing-*.tmp")):
-        found(path.relative_to(folder).as_posix(), "left by a killed process", delete=True)
+    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        for path in abandoned(place):
+            found(path.relative_to(folder).as_posix(), "left by a killed process", delete=True)
     return len(files), damage

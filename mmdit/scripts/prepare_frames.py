@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmdit.data.manifest import write_aside
 from mmdit.data.records import read_records
 from mmdit.data.sources import extract_frames
+from mmdit.files import clean, write_aside
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.fps <= 0:
             raise ValueError(f"--fps is {args.fps}, must be greater than 0")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
+        clean(args.out_dir / f"frames_{args.fps:g}fps")
         for record in tqdm(records, desc=f"writing {args.out_dir}", unit="clip"):
             folder = args.out_dir / f"frames_{args.fps:g}fps" / record.id
             try:
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if not lines:
             raise ValueError("\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]]))
-        write_aside(args.out_dir / args.meta_jsonl.name, "".join(lines).encode())
+        write_aside(args.out_dir / args.meta_jsonl.name, "".join(lines))
     print("\n".join([f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}, {len(skipped)} skipped", *skipped]))
     return 0
 

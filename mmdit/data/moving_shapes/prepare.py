@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS, VERSION, check_canvas, draw
 from mmdit.data.moving_shapes.render import render
+from mmdit.files import clean, file_aside, folder_aside, write_aside
 
 DESCRIPTION = "moving_shapes.json"
 CHUNK_FRAMES = 512  # a worker's portion
@@ -62,6 +62,7 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
         raise ValueError(f"workers is {workers}; must be 0 (as many as pay off) or more")
     out_dir = Path(out_dir)
     _claim(out_dir, recipe)
+    clean(out_dir, out_dir / "images", out_dir / "frames")
     workers = workers or max(1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER))
     step = max(1, CHUNK_FRAMES // recipe.frames)
     chunks = [range(start, min(start + step, count)) for start in range(0, count, step)]
@@ -72,7 +73,7 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
             records += part
             bar.update(len(part))
     path = out_dir / ("train_images.jsonl" if recipe.frames == 1 else "train_videos.jsonl")
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return path
 
 
@@ -100,14 +101,7 @@ def _claim(out_dir: Path, recipe: Recipe) -> None:
         raise ValueError(f"{out_dir} holds samples but no {DESCRIPTION} that says how they were made; choose another --out_dir")
     else:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(wanted, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """The whole text or nothing: written aside, then renamed."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+        write_aside(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
@@ -124,15 +118,13 @@ def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
     for k, clip in zip(missing, pixels.permute(0, 1, 3, 4, 2).numpy(), strict=True):
         target = out_dir / names[k]
         target.parent.mkdir(exist_ok=True)
-        aside = target.with_name(target.name + ".partial")
         if video:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            for f, frame in enumerate(clip):
-                Image.fromarray(frame).save(aside / f"{f:04d}.png", compress_level=1)
+            with folder_aside(target) as aside:
+                for f, frame in enumerate(clip):
+                    Image.fromarray(frame).save(aside / f"{f:04d}.png", compress_level=1)
         else:
-            Image.fromarray(clip[0]).save(aside, format="PNG", compress_level=1)
-        os.replace(aside, target)
+            with file_aside(target) as file:
+                Image.fromarray(clip[0]).save(file, format="PNG", compress_level=1)
     return [
         {
             "id": f"{i:06d}",

@@ -1,0 +1,152 @@
+"""Files are whole or not there, are never written through links, and what killed processes left is told from what is at work."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mmdit.files import abandoned, clean, file_aside, folder_aside, lock, no_link, write_aside
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAVE = """
+import os, sys, signal
+from mmdit.files import {how}
+with {how}(sys.argv[1]) as aside:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("data", ["ä\n", b"bytes", memoryview(b"view"), [b"a", memoryview(b""), b"b"]])
+def test_what_is_written_is_what_is_there(tmp_path, data):
+    write_aside(tmp_path / "a", iter(data) if isinstance(data, list) else data, flush=True)
+    expected = data.encode() if isinstance(data, str) else b"".join(data) if isinstance(data, list) else bytes(data)
+    assert (tmp_path / "a").read_bytes() == expected and names(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a").write_text("old", encoding="utf-8")
+
+    def half():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_aside(tmp_path / "a", half())
+    with pytest.raises(RuntimeError), folder_aside(tmp_path / "b") as aside:
+        (aside / "inner").touch()
+        raise RuntimeError
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "old" and names(tmp_path) == ["a"]
+
+
+def test_an_error_of_the_disk_names_the_file_that_a_person_knows(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="No space left.*wanted.txt"), file_aside(tmp_path / "wanted.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="absent/wanted.txt"):
+        write_aside(tmp_path / "absent" / "wanted.txt", b"x")
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", a)))
+    with pytest.raises(OSError, match="Input/output error.*wanted.txt"):
+        write_aside(tmp_path / "wanted.txt", b"x")
+    assert names(tmp_path) == []
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "precious").write_text("precious", encoding="utf-8")
+    (tmp_path / "a").symlink_to(tmp_path / "precious")
+    write_aside(tmp_path / "a", b"new")
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious"
+    assert not (tmp_path / "a").is_symlink() and (tmp_path / "a").read_bytes() == b"new"
+    (tmp_path / "c").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a link"):
+        no_link(tmp_path / "c")
+
+
+def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in ("/dev/null", tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(ValueError, match="no regular file"):
+            write_aside(path, b"x")
+    assert names(tmp_path) == ["folder", "link", "pipe"]
+
+
+def test_two_writers_of_one_name_never_mix(tmp_path):
+    """As processes of two machines with one process id did: B writes between A's writing and A's renaming."""
+    with file_aside(tmp_path / "a") as first:
+        first.write(b"first")
+        with file_aside(tmp_path / "b") as second:
+            second.write(b"second")
+    assert (tmp_path / "a").read_bytes() == b"first" and (tmp_path / "b").read_bytes() == b"second"
+    tokens = set()
+    for _ in range(50):
+        with file_aside(tmp_path / "c") as file:
+            tokens.add(file.name)
+    assert len(tokens) == 50
+
+
+@pytest.mark.parametrize("how", ["file_aside", "folder_aside"])
+def test_leftovers_of_killed_writers_go_and_those_of_writers_at_work_stay(tmp_path, how):
+    command = [sys.executable, "-c", LEAVE.format(how=how), str(tmp_path / "killed")]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    with file_aside(tmp_path / "a") as file, folder_aside(tmp_path / "b") as folder:
+        (folder / "inner").touch()
+        file.write(b"at work")
+        assert [path.name for path in abandoned(tmp_path)] == [left]
+        clean(tmp_path)
+        assert len(names(tmp_path)) == 2 and left not in names(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"at work" and (tmp_path / "b" / "inner").exists()
+
+
+def test_cleaning_touches_nothing_that_links_lead_to_and_does_not_wait(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").touch()
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / ".writing-a").symlink_to(tmp_path / "outside")
+    os.mkfifo(work / ".writing-b")
+    (work / ".writing-step_00000004").mkdir()  # of an earlier version
+    clean(work, tmp_path / "absent")
+    assert names(work) == [] and (tmp_path / "outside" / "precious").exists()
+
+
+def test_writers_and_cleaners_at_once_lose_nothing(tmp_path):
+    """A cleaner may see a new file before its writer has locked it: the writer takes another name."""
+    stop = threading.Event()
+
+    def tidy():
+        while not stop.is_set():
+            clean(tmp_path)
+
+    cleaners = [threading.Thread(target=tidy, daemon=True) for _ in range(2)]
+    for cleaner in cleaners:
+        cleaner.start()
+    try:
+        for number in range(400):
+            write_aside(tmp_path / f"{number}", b"%d" % number)
+    finally:
+        stop.set()
+        for cleaner in cleaners:
+            cleaner.join()
+    assert all((tmp_path / f"{number}").read_bytes() == b"%d" % number for number in range(400))
+    assert len(names(tmp_path)) == 400
+
+
+def test_a_lock_keeps_others_out_and_says_so_at_once(tmp_path):
+    with (tmp_path / "lock").open("ab") as held, (tmp_path / "lock").open("ab") as other:
+        lock(held)
+        with pytest.raises(ValueError, match="another process is writing to .*lock"):
+            lock(other)
+        with pytest.raises(ValueError, match="busy"):
+            lock(other, "busy")
+    with (tmp_path / "lock").open("ab") as free:
+        lock(free)

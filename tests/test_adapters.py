@@ -1,5 +1,6 @@
 """LoKr, DoRA, rank-stabilised scale and rank dropout; which layers are chosen; what files hold of them."""
 
+import itertools
 import math
 
 import pytest
@@ -98,14 +99,16 @@ def test_lokr_files_have_their_strength_in_the_first_factor(tmp_path):
     """Readers divide alpha by the rank, or, where both factors are whole, ignore alpha: both must give what was trained."""
     from safetensors.torch import load_file
 
-    for kind in ("lokr", "lokr_whole", "lokr_thin"):
+    for kind, format in itertools.product(("lokr", "lokr_whole", "lokr_thin"), ("comfy", "kohya")):
         model = adapted(kind)
-        lora_formats.save_lora(model, tmp_path / f"{kind}.safetensors", "comfy")
-        stored = load_file(tmp_path / f"{kind}.safetensors")
+        lora_formats.save_lora(model, tmp_path / f"{kind}_{format}.safetensors", format)
+        stored = load_file(tmp_path / f"{kind}_{format}.safetensors")
         for name, layer in adapters(model).items():
-            own = {part.rpartition(".")[2]: tensor for part, tensor in stored.items() if part.startswith(f"diffusion_model.{name}.")}
-            first, second = (own.get(w) if w in own else own[f"{w}_a"] @ own[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
-            assert own["alpha"] == layer.rank
+            start = f"diffusion_model.{name}." if format == "comfy" else f"lora_unet_{name.replace('.', '_')}."
+            own = {part.rpartition(".")[2]: tensor for part, tensor in stored.items() if part.startswith(start)}
+            first = own["lokr_w1"]  # whole: some readers know no other
+            second = own["lokr_w2"] if "lokr_w2" in own else own["lokr_w2_a"] @ own["lokr_w2_b"]
+            assert own.get("alpha") == (layer.rank if format == "kohya" else None)
             torch.testing.assert_close(torch.kron(first, second), layer.delta(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="choose kohya or comfy"):
         lora_formats.save_lora(model, tmp_path / "no", "peft")

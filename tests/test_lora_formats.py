@@ -17,6 +17,8 @@ from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
 from mmdit.interop.wan import diffusers_module, load_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
+from mmdit.nn.experts import twin
+from mmdit.nn.stored_weights import store_float8
 
 WANTED = load_file(GOLDEN / "lora_io.safetensors")["out.with_lora"]
 FILES = {name: GOLDEN / f"lora_{name}.safetensors" for name in ("comfy", "kohya", "diffusers_peft")}
@@ -139,7 +141,7 @@ def test_what_is_saved_is_what_is_read(tmp_path, format, kind):
 
 def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_path, monkeypatch):
     load_lora(model, FILES["kohya"])
-    monkeypatch.setattr("mmdit.interop.lora_formats._header", lambda file: {})  # as if the header were not written
+    monkeypatch.setattr("mmdit.interop.lora_writing.HEADER", "unknown")  # as if the header were not written
     refused("is not what was saved", call=lambda: save_lora(model, tmp_path / "x.safetensors", "diffusers"))
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -156,9 +158,12 @@ def test_differences_are_added_to_whole_parameters(model, tmp_path):
     assert load_lora(model, file) == ["blocks.0.ffn.0"]
     torch.testing.assert_close(model.blocks[0].modulation, before[2] + 1)
     torch.testing.assert_close(model.blocks[0].ffn[0].bias, before[3] + 1)
-    remove(model)
     torch.testing.assert_close(model.blocks[0].norm3.bias, before[0] + 0.5)
     torch.testing.assert_close(model.blocks[1].ffn[0].weight, before[1] + 1)
+    refused("adapters already", call=lambda: load_lora(model, file))
+    remove(model)
+    after = model.blocks[0].norm3.bias, model.blocks[1].ffn[0].weight, model.blocks[0].modulation, model.blocks[0].ffn[0].bias
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the base as it was"
     save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(63)}, file)
     refused("(63,)", "(64,)", call=lambda: load_lora(model, file))
 
@@ -179,7 +184,7 @@ def test_what_does_not_fit_is_one_sentence(model, tmp_path):
     stored(**{"k.lora_A.weight": torch.ones(2, 128), "k.lora_B.weight": b})
     refused("64 → 64", "(2, 128)", "another size", call=lambda: load_lora(model, file))
     stored(**{"k.lora_A.weight": a, "k.lora_B.weight": b, "k.dora_scale": torch.ones(1, 64)})
-    refused("lora_magnitude", "(1, 64)", call=lambda: load_lora(model, file))
+    refused("dora_scale", "(1, 64)", "each column", call=lambda: load_lora(model, file))
     stored(**{"k.lokr_w1": torch.ones(8, 8), "k.lokr_w2_a": torch.ones(8, 2)})
     refused("lacks", "lokr_w2", call=lambda: load_lora(model, file))
     stored(**{"k.lokr_w1": torch.ones(8, 8), "k.lokr_w2": torch.ones(8, 16)})
@@ -238,3 +243,142 @@ def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "folder"))
     assert error(expected, theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]) < 1e-5
+
+
+A, B = torch.ones(2, 64), torch.ones(64, 2)
+
+
+@pytest.mark.parametrize("prefix, underscores", [
+    ("", False), ("diffusion_model.", False), ("model.diffusion_model.", False), ("transformer.", False), ("unet.", False),
+    ("pipe.dit.", False), ("module.", False), ("base_model.model.diffusion_model.", False), ("lora_unet_", True),
+    ("lora_unet__", True), ("lycoris_", True), ("lora_transformer_", True),
+])  # fmt: skip
+def test_words_before_a_layer_s_name(model, tmp_path, prefix, underscores):
+    for name in ("blocks.1.cross_attn.v", "head.head"):
+        rows = model.get_submodule(name).out_features
+        for layer in {name, diffusers_module(name)}:
+            key = prefix + (layer.replace(".", "_") if underscores else layer)
+            up = torch.ones(rows, 2)
+            for down_end, up_end in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"),
+                                     ("_lora.down.weight", "_lora.up.weight"), (".lora.down.weight", ".lora.up.weight"),
+                                     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+                                     (".lora_A.default.weight", ".lora_B.default.weight"), (".lora_A", ".lora_B")):  # fmt: skip
+                save_file({key + down_end: A, key + up_end: up}, tmp_path / "x.safetensors")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PEFT's names without PEFT's config
+                    assert list(read_lora(model, tmp_path / "x.safetensors").updates) == [name]
+
+
+def test_whole_differences_under_every_name(model, tmp_path):
+    names = {"diffusion_model.blocks.0.modulation.diff": "blocks.0.modulation", "blocks.0.diff_m": "blocks.0.modulation",
+             "transformer.blocks.0.scale_shift_table.diff": "blocks.0.modulation", "head.modulation.diff": "head.modulation",
+             "transformer.scale_shift_table.diff": "head.modulation", "lora_unet_blocks_0_norm3.diff": "blocks.0.norm3.weight",
+             "lycoris_blocks_0_norm3.b_norm": "blocks.0.norm3.bias", "lora_unet_blocks_0_norm3.w_norm": "blocks.0.norm3.weight",
+             "diffusion_model.blocks.1.self_attn.q.diff_b": "blocks.1.self_attn.q.bias"}  # fmt: skip
+    for key, name in names.items():
+        save_file({key: torch.ones_like(model.get_parameter(name))}, tmp_path / "x.safetensors")
+        assert list(read_lora(model, tmp_path / "x.safetensors").differences) == [name]
+
+
+def test_the_high_expert_of_a_pair_by_diffusers_is_not_laid_over_the_low(model, tmp_path):
+    """It writes `transformer.` for the high one, `transformer_2.` for the low one, and a config of each into the header."""
+    file, layers = tmp_path / "pair.safetensors", {"transformer": ("attn1.to_q", 8), "transformer_2": ("attn1.to_k", 4)}
+    tensors, header = {}, {}
+    for word, (layer, alpha) in layers.items():
+        tensors |= {f"{word}.blocks.0.{layer}.lora_{x}.weight": t.clone() for x, t in zip("AB", (A, B), strict=True)}
+        header |= {f"{word}.r": 2, f"{word}.lora_alpha": alpha}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(header)})
+    refused("two experts", call=lambda: read_lora(model, file))
+    for expert, layer, scale in (("high", "q", 4.0), ("low", "k", 2.0)):
+        updates = read_lora(model, file, expert).updates
+        assert {name: update.scale for name, update in updates.items()} == {f"blocks.0.self_attn.{layer}": scale}
+    save_file({key: value for key, value in tensors.items() if "_2" not in key}, file)
+    assert len(read_lora(model, file, "low").updates) == 1  # a file for one model may be laid over either
+
+
+def test_a_distilled_lora_of_t2v_on_i2v(tmp_path):
+    picture = random_model(VARIANTS["i2v 2.1"])
+    width = picture.config.dim
+    own, before = picture.patch_embedding.weight.shape, picture.state_dict()["patch_embedding.weight"].clone()
+    file = tmp_path / "distilled.safetensors"
+    save_file({"diffusion_model.patch_embedding.diff": torch.ones(width, own[1] - 4, *own[2:]),
+               "diffusion_model.patch_embedding.diff_b": torch.ones(width)}, file)  # fmt: skip
+    with pytest.warns(UserWarning, match=f"{own[1] - 4} input channels, this model has {own[1]}.*T2V"):
+        load_lora(picture, file)
+    assert torch.equal(picture.patch_embedding.weight, before)
+    save_file({"diffusion_model.patch_embedding.diff": torch.ones(width - 1, *own[1:])}, file)
+    refused("patch_embedding.weight", str(tuple(own)), call=lambda: read_lora(picture, file))
+
+
+@pytest.mark.parametrize("ends, kind", [
+    (("hada_w1_a", "hada_w1_b"), "LoHa"), (("oft_blocks",), "OFT"), (("lora_E", "lora_A"), "AdaLoRA"), (("ia3_l.weight",), "(IA)³"),
+    (("set_weight",), "whole weights"), (("lora_mid.weight",), "Tucker"), (("lokr_t2", "lokr_w1"), "Tucker"),
+    (("a1.weight", "b1.weight"), "GLoRA"), (("base_layer.bias",), "biases of the base"), (("reshape_weight",), "shape"),
+])  # fmt: skip
+def test_kinds_that_are_not_read_are_named(model, tmp_path, ends, kind):
+    file = tmp_path / "x.safetensors"
+    save_file({f"diffusion_model.blocks.0.self_attn.q.{end}": torch.ones(2, 64) for end in ends}, file)
+    refused(kind, "LoRA, DoRA, LoKr", call=lambda: read_lora(model, file))
+
+
+def test_dora_over_lokr_is_named(model, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(8, 8), "diffusion_model.blocks.0.self_attn.q.lokr_w2": torch.ones(8, 8),
+               "diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(64, 1)}, file)  # fmt: skip
+    refused("DoRA over LoKr", call=lambda: read_lora(model, file))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"lora_A.weight": A.clone().fill_(math.nan)}, ("q.lora_A.weight", "nan or infinity")),
+    ({"lora_B.weight": B.clone().fill_(math.inf)}, ("q.lora_B.weight", "nan or infinity")),
+    ({"lora_A.weight": A.to(torch.int8)}, ("q.lora_A.weight", "int8")), ({"diff_b": torch.full((64,), math.nan)}, ("diff_b", "nan")),
+    ({"alpha": torch.tensor(math.nan)}, ("alpha", "nan")), ({"alpha": torch.tensor(0.0)}, ("alpha", "0.0")),
+    ({"alpha": torch.ones(2)}, ("alpha", "[1.0, 1.0]")), ({"dora_scale": torch.full((64, 1), math.nan)}, ("dora_scale", "nan")),
+    ({"lora_down.weight": A.clone()}, ("blocks.0.self_attn.q.lora_A twice", "lora_down")),
+])  # fmt: skip
+def test_what_is_no_number_is_named(model, tmp_path, change, words):
+    file = tmp_path / "x.safetensors"
+    own = {"lora_A.weight": A, "lora_B.weight": B} | change
+    save_file({f"diffusion_model.blocks.0.self_attn.q.{end}": tensor for end, tensor in own.items()}, file)
+    refused(str(file), *words, call=lambda: load_lora(model, file))
+    assert not adapters(model)
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfy"])
+def test_a_distilled_lora_is_handed_on_whole(model, tmp_path, format):
+    """Its differences go with it; formats that cannot hold them refuse."""
+    stored = {"blocks.0.self_attn.q.lora_A.weight": A, "blocks.0.self_attn.q.lora_B.weight": B, "blocks.0.norm3.diff": torch.randn(64),
+              "blocks.0.norm3.diff_b": torch.randn(64), "blocks.1.modulation.diff": torch.randn(1, 6, 64),
+              "blocks.1.ffn.0.diff": torch.randn(112, 64)}  # fmt: skip
+    save_file({f"diffusion_model.{key}": value for key, value in stored.items()}, tmp_path / "in.safetensors")
+    expected = read_lora(model, tmp_path / "in.safetensors").differences
+    load_lora(model, tmp_path / "in.safetensors")
+    save_lora(model, tmp_path / "out.safetensors", format)
+    found = read_lora(random_model(TINY), tmp_path / "out.safetensors").differences
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    start = {"kohya": "lora_unet_blocks_0_norm3", "comfy": "diffusion_model.blocks.0.norm3"}[format]
+    keys = load_file(tmp_path / "out.safetensors").keys()
+    assert {f"{start}.diff", f"{start}.diff_b", "diffusion_model.blocks.1.modulation.diff"} <= keys  # ComfyUI's names
+    for other in ("peft", "diffusers"):
+        path = tmp_path / ("p" if other == "peft" else "p.safetensors")
+        refused("4", "differences of whole parameters", "kohya or comfy", call=lambda path=path, other=other: save_lora(model, path, other))
+    merge(model)
+    refused("no adapters", call=lambda: save_lora(model, tmp_path / "none.safetensors", format))
+
+
+def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
+    model = random_model(replace(TINY, num_layers=1))
+    other = twin(model)
+    file, name = tmp_path / "d.safetensors", "blocks.0.self_attn.q"
+    save_file({f"diffusion_model.{name}.diff": torch.randn(64, 64)}, file)
+    store_float8(model.blocks)
+    layer, stored = model.get_submodule(name), model.get_submodule(name).weight
+    before = stored.float().clone()
+    load_lora(model, file)
+    moved, wanted = layer.weight.float() - before, load_file(file)[f"diffusion_model.{name}.diff"]
+    assert (moved - wanted).norm() < 0.1 * wanted.norm()
+    torch.testing.assert_close(layer(torch.eye(64)) - layer.bias, layer.weight.float().T, rtol=1e-4, atol=1e-4)
+    remove(model)
+    assert layer.weight is stored and torch.equal(stored.float(), before)
+    load_lora(other, file)
+    assert torch.equal(model.get_submodule(name).weight.float(), before)

@@ -17,6 +17,7 @@ from torch import nn
 from mmdit import rng
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
 from mmdit.config import ConfigError
+from mmdit.nn.stored_weights import StoredWeight
 
 Make = Callable[[nn.Linear, torch.Generator], Adapter]
 
@@ -208,15 +209,62 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to rounding."""
+    """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to rounding. Whole differences
+    are in the weights for good."""
     _replace(model, {module: module.merged() for module in adapters(model).values()})
+    model.__dict__.pop(DIFFERENCES, None)
     return model
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Drops every adapter, in place: the base as it was."""
+    """Drops every adapter and takes whole differences off again, in place: the base as it was."""
+    for difference in model.__dict__.pop(DIFFERENCES, {}).values():
+        _put(model, difference.after, difference.before)
     _replace(model, {module: module.plain() for module in adapters(model).values()})
     return model
+
+
+# ── whole differences ────────────────────────────────────────────────────────────────────────────────────────────────
+DIFFERENCES = "whole_differences"  # where a model remembers them
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was added to a whole parameter, beside adapters (distilled models have such ones of norms and biases)."""
+
+    change: torch.Tensor
+    before: nn.Parameter
+    after: nn.Parameter
+
+
+@torch.no_grad()
+def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
+    """Adds `changes` to the parameters of these names. The parameters are replaced, not written to: another model that shares
+    them (the second expert of a pair) keeps its own, and `remove` gives them back bit for bit."""
+    parameters, added = dict(model.named_parameters()), {}
+    for name, change in changes.items():
+        before = parameters[name]
+        exact = torch.promote_types(before.dtype, torch.float32)
+        value = (before.detach().to(exact) + change.to(before.device, exact)).to(before.dtype)
+        if isinstance(before, StoredWeight) and before.scale is not None:
+            value = StoredWeight.float8(value)
+        after = nn.Parameter(value, requires_grad=before.requires_grad)
+        _put(model, before, after)
+        added[name] = Difference(change, before, after)
+    if added:
+        model.__dict__[DIFFERENCES] = added
+
+
+def differences(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `add_differences` added, by parameter."""
+    return {name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()}
+
+
+def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                setattr(module, name, new)
 
 
 def count(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from mmdit.adapters import is_adapter
-from mmdit.interop.lora_formats import PARTS, PREFIXES
+from mmdit.interop.lora_names import PARTS, common_prefix
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
 from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
@@ -48,7 +48,7 @@ def _kind(entries: dict) -> dict:
     ends = {name: max((end for end in PARTS if name.endswith(end)), key=len, default="") for name in entries}
     adapter = {name: (name.removesuffix(end), PARTS[end]) for name, end in ends.items() if is_adapter("." + PARTS.get(end, ""))}
     if adapter:
-        prefix = next(p for p in PREFIXES if all(name.startswith(p) for name in adapter))
+        prefix = common_prefix(adapter)
         parts = {part for _, part in adapter.values()}
         kind = "LoKr" if any(part.startswith("lokr") for part in parts) else "DoRA" if "lora_magnitude" in parts else "LoRA"
         ranks = Counter(entries[name].shape[0] for name, (_, part) in adapter.items() if part in ("lora_A", "lokr_w2_b"))

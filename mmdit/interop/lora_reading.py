@@ -1,0 +1,260 @@
+"""LoRA, DoRA and LoKr files of other tools in terms of one of our models."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mmdit.adapters.layers import Adapter, DoRALinear, kind_of
+from mmdit.adapters.lora import near
+from mmdit.interop.lora_names import Key, foreign_names, other_kind, parse
+from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
+from mmdit.weights import Checkpoint, check_numbers
+
+OVER_BASE = "mmdit_dora_scale"  # in a header: lengths are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI expects them
+WHOLE = ("weight", "bias", "modulation")  # parts that are added to whole parameters
+UNMANGLE = (
+    r"^(lora_unet_+|lycoris_)|\.(lora|lokr)_[^.]*(\.default)?(\.weight)?$|\.alpha$|\.diff(_[bm])?$"
+)
+
+
+@dataclass
+class Update:
+    """Of one linear layer: tensors by the names of `adapters.layers`."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None  # as the file has it
+    scale: float = 1.0
+    written: str = ""  # the layer's name in the file
+    over_base: bool = False  # see OVER_BASE
+
+    @property
+    def rank(self) -> int:
+        """Of the products; 1 where both factors of LoKr are whole."""
+        for name in ("lora_A", "lokr_w2_b", "lokr_w1_b"):
+            if name in self.parts:
+                return len(self.parts[name])
+        return 1
+
+    @property
+    def lokr(self) -> bool:
+        return any(name.startswith("lokr") for name in self.parts)
+
+    @property
+    def whole(self) -> bool:
+        return self.parts.keys() == {"lokr_w1", "lokr_w2"}
+
+    @torch.no_grad()
+    def adapter(self, base: nn.Linear) -> Adapter:
+        """Return `base` with this update beside it."""
+        layer = kind_of(self.parts)[0].of(base, self.parts, self.scale * self.rank)
+        if self.over_base and isinstance(layer, DoRALinear):
+            layer.lora_magnitude.mul_(stretch_over_base(layer))
+        return layer
+
+
+@torch.no_grad()
+def stretch_over_base(layer: DoRALinear) -> Tensor:
+    """Return ‖W + ΔW‖ / ‖W‖ of each row: lengths over the base times this are lengths over the adapted weight."""
+    plain = layer.weight.detach().to(layer.precise).norm(dim=1).clamp(min=1e-15)
+    return (layer._norm().to(plain.dtype) / plain).to(layer.lora_magnitude.dtype)
+
+
+@dataclass
+class LoRAFile:
+    """What a file holds under our names: `updates` of linear layers, and `differences` to add to whole parameters."""
+
+    updates: dict[str, Update] = field(default_factory=dict)
+    differences: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_lora(
+    model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None
+) -> LoRAFile:
+    """Read the file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model, with a warning. ValueError:
+    keys that name no layer of it (with near names), half an update, another shape, numbers that are not finite, a setting that
+    is not known here, or two experts of which none is chosen."""
+    path, names = Path(path), foreign_names(model)
+    stored = Checkpoint(weights_of(path))
+    keys = _chosen(stored, names, expert, path)
+    result = _gather(model, stored, keys, path)
+    settings = settings_of(stored, expert)
+    for module, update in result.updates.items():
+        bias = update.parts.pop("lora_B_bias", None)
+        _check(model, module, update, path)
+        update.scale = _scale(update, settings)
+        if update.whole:  # as `LoKrLinear` has it: nothing divides by a rank there
+            update.parts["lokr_w1"], update.scale = update.scale * update.parts["lokr_w1"], 1.0
+        if settings.values.get("use_dora") and "lora_magnitude" not in update.parts:
+            raise ValueError(
+                f"{settings.source} says use_dora, but {module} has no magnitude: the file is incomplete"
+            )
+        if bias is not None:
+            name = f"{module}.bias"
+            result.differences[name] = update.scale * bias.float() + result.differences.get(name, 0)
+    if not result.updates and not result.differences:
+        raise ValueError(
+            f"{path} holds no LoRA{f' of the {expert}-noise expert' if expert else ''}"
+        )
+    if not settings.values and any(name.startswith("base_model.model.") for name in keys):
+        warnings.warn(f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were the rank; "
+                      "name the folder that holds both", stacklevel=4)  # fmt: skip
+    _warn_of_pictures(path, names, result)
+    _fit_differences(path, model, result.differences)
+    return result
+
+
+def _chosen(
+    stored: Checkpoint, names: dict[str, str], expert: str | None, path: Path
+) -> dict[str, Key]:
+    """Return the stored names that are meant, and what they say. Where some name an expert, `transformer.` alone is the high one,
+    as Diffusers writes a pair."""
+    keys = {name: parse(name, names) for name in stored.entries}
+    if any(key.expert for key in keys.values()):
+        first = next(name for name, key in keys.items() if key.expert)
+        if expert is None:
+            raise ValueError(
+                f"{path} holds LoRAs of two experts ({first} …): say expert='high' or 'low'"
+            )
+        for name, key in keys.items():
+            if key.expert is None and name.startswith("transformer."):
+                keys[name] = replace(key, expert="high")
+        keys = {name: key for name, key in keys.items() if key.expert in (None, expert)}
+    if unknown := [name for name, key in keys.items() if key.module is None]:
+        if kind := other_kind(unknown):
+            raise ValueError(
+                f"{path} holds {kind} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr and whole differences are; "
+                "merge it with the tool that made it"
+            )
+        word = re.sub(UNMANGLE, "", unknown[0])
+        alike = sorted(name for name in names if ("." in name) == ("." in word))
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, first {unknown[0]}"
+            f"{near(word, alike)}; is it for another model (I2V, T2V, 1.3B, 14B)?"
+        )
+    return keys
+
+
+def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Path) -> LoRAFile:
+    """Read the tensors of `keys`."""
+    result, sources, over_base = LoRAFile(), {}, _marked(stored.files[0])
+    parameters = dict(model.named_parameters())
+    for name, tensor in stored.tensors():
+        if name not in keys:
+            continue
+        module, part = keys[name].module, keys[name].part
+        own = module if module in parameters else f"{module}.{part}"
+        if own in sources:
+            raise ValueError(
+                f"{path} holds {own} twice, as {sources[own]} and as {name}; remove one"
+            )
+        sources[own] = name
+        if part == "alpha":
+            result.updates.setdefault(module, Update()).alpha = _alpha(name, tensor, path)
+            continue
+        check_numbers(name, tensor, path)
+        if part in WHOLE:
+            result.differences[own] = tensor
+            continue
+        update = result.updates.setdefault(module, Update())
+        update.written, update.over_base = keys[name].written, over_base
+        update.parts[part] = _lengths(name, tensor, path) if part == "lora_magnitude" else tensor
+    return result
+
+
+def _marked(file: Path) -> bool:
+    """Return whether `OVER_BASE` is in the header of a file."""
+    if file.suffix != ".safetensors":
+        return False
+    with safe_open(file, "pt") as handle:
+        return OVER_BASE in (handle.metadata() or {})
+
+
+def _alpha(name: str, tensor: Tensor, path: Path) -> float:
+    value = tensor.item() if tensor.numel() == 1 else math.nan
+    if not math.isfinite(value) or value == 0:
+        raise ValueError(
+            f"{path}: {name} is {tensor.tolist()!r:.100}, must be one finite number other than 0"
+        )
+    return float(value)
+
+
+def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """Return DoRA's magnitudes as a vector."""
+    if tensor.ndim == 2 and tensor.shape[0] == 1 < tensor.shape[1]:
+        raise ValueError(f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS' wd_on_output: false), which is "
+                         "not read here; only lengths of rows are")  # fmt: skip
+    return tensor.squeeze(1) if tensor.ndim == 2 else tensor
+
+
+def _scale(update: Update, settings: Settings) -> float:
+    if settings.values.get("peft_type") == "LOKR" and not update.lokr:
+        raise ValueError(f"{settings.source} says LOKR, but {update.written} has other tensors")
+    if (
+        update.alpha is not None
+    ):  # every reader of whole factors ignores it, but PEFT's own, whose files have no such tensor
+        return 1.0 if update.whole else update.alpha / update.rank
+    return settings.scale(update.written, update.rank, update.whole, update.lokr)
+
+
+def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
+    layer = model.get_submodule(module) if module not in dict(model.named_parameters()) else None
+    for part, word in (("lora_A", "down"), ("lora_B", "up")):
+        if part not in update.parts and not update.lokr:
+            raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
+    if not isinstance(layer, nn.Linear):
+        what = "a parameter" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"{path}: an update of {module}, which is {what}; only linear layers can have one"
+        )
+    try:
+        _, *sizes = kind_of(update.parts)
+    except ValueError as error:
+        kind = (
+            "DoRA over LoKr is not read here: "
+            if update.lokr and "lora_magnitude" in update.parts
+            else ""
+        )
+        raise ValueError(f"{path}: {module}: {kind}{error}") from None
+    if sizes != [layer.in_features, layer.out_features]:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in update.parts.items())
+        raise ValueError(
+            f"{path}: {module} has {shapes}; this layer is {layer.in_features} → "
+            f"{layer.out_features}: the LoRA is for a model of another size"
+        )
+
+
+def _warn_of_pictures(path: Path, names: dict[str, str], result: LoRAFile) -> None:
+    """Tell that a LoRA of T2V leaves an I2V model's picture layers as they are."""
+    pictured = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
+    told = [name for name in result.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
+    if pictured and told and not result.updates.keys() & pictured:
+        warnings.warn(f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} that read the "
+                      "picture: it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=5)  # fmt: skip
+
+
+def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor]) -> None:
+    """Leave out, with a warning, what a T2V model's patches of fewer channels have no place for; ValueError for other shapes."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in list(differences.items()):
+        own = parameters.get(name)
+        if own is not None and own.shape == tensor.shape:
+            continue
+        fewer = own is not None and tensor.ndim == own.ndim > 2 and tensor.shape[1] < own.shape[1]
+        if fewer and (tensor.shape[0], *tensor.shape[2:]) == (own.shape[0], *own.shape[2:]):
+            warnings.warn(f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this model has {own.shape[1]}: it "
+                          "was made for a T2V model; this one is left out, all others are laid on", stacklevel=5)  # fmt: skip
+            del differences[name]
+            continue
+        what = "not there" if own is None else tuple(own.shape)
+        raise ValueError(
+            f"{path}: a difference {tuple(tensor.shape)} for {name}, which is {what} in this model"
+        )

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["scripts"],
-    ["quickstart", "align", "adapter_report", "memory_ladder", "speed"],
+    ["quickstart", "align", "adapter_report", "memory_ladder", "speed", "drawing"],
     ["experiment"],
     ["posttrain", "diagnostics"],
     ["training"],

@@ -17,8 +17,9 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training.learner import Learner
-from mmdit.training.media import contact_sheet, grid_video, save_samples, save_video
+from mmdit.training.media import contact_sheet, grid_video, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.samples import SampleFolder
 
 SETTINGS = SampleSettings(SamplerConfig("ab2", 4), cfg_scale=2.0, seed=3)
 
@@ -71,7 +72,9 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
 
 def test_files_show_what_was_drawn(tmp_path):
     pixels = torch.rand(3, 1, 3, 32, 48)
-    assert save_samples(pixels, CAPTIONS[:3], tmp_path, fps=8) == ["0000.png", "0001.png", "0002.png"]
+    folder = SampleFolder(tmp_path, {}, CAPTIONS[:3], (48, 32, 1), fps=8)
+    folder.add(0, pixels)
+    assert folder.finish() == ["0000.png", "0001.png", "0002.png"]
     stored = torch.frombuffer(bytearray(Image.open(tmp_path / "0001.png").tobytes()), dtype=torch.uint8).reshape(32, 48, 3)
     assert torch.equal(stored, (pixels[1, 0].permute(1, 2, 0) * 255).round().byte())
     assert Image.open(tmp_path / "grid.png").width > 3 * 48

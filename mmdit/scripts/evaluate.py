@@ -16,6 +16,7 @@ from mmdit.experiment import load_pipeline
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.media import contact_sheet, save_image
+from mmdit.training.samples import check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,9 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sheet", help="write the first 32 samples as a captioned PNG")
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        for path in filter(None, (args.out, args.sheet)):
+            check_writable(path, folder=False)
         pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
         settings = sample_settings(args, config)
         width, height, frames, _ = sample_size(args, config)
+        pipeline.check(width, height, frames, settings)
         drawn = []
 
         def sample(captions: list[str], first: int):
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_report(report))
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(report, indent=1))
+            Path(args.out).write_text(json.dumps(report, indent=1), encoding="utf-8")
         if args.sheet:
             import torch
 

@@ -19,6 +19,8 @@ from mmdit.diagnostics.attention import format_attention
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
+from mmdit.scripts.prompts import read_lines
+from mmdit.training.samples import check_writable
 
 LIMITS = {"max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers", "max_layer_ratio": "of it in one layer",
           "max_spectral_ratio": "of the spectral norms in one layer", "max_logit": "of an attention logit with the adapter"}
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=number, help=f"limit {what}")
     args = parser.parse_args(argv)
     with friendly():
+        if args.out:
+            check_writable(args.out, folder=True)
         if args.prompts_file and not args.out:
             raise ValueError("--prompts_file needs --out, a folder for what is drawn")
         if args.prompts_file and not (not args.adapter or is_ours(args.base) or release_config(args.base)):
@@ -44,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {"budget": summarise(changes(args.base, args.adapter, args.expert))}
         print(format_budget(report["budget"]))
         if args.prompts_file:
-            prompts = [line.strip() for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = read_lines(args.prompts_file)
             report |= compare(args.base, args.adapter, prompts, args.out / "before_after.png", args.frames, args.device)
             print(format_attention(report["before"], report["after"]))
         if args.out:

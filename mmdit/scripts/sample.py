@@ -3,26 +3,27 @@
     python -m mmdit.scripts.sample --checkpoint runs/my_run --prompts "a red circle on black" "a blue star" --out samples
     python -m mmdit.scripts.sample --checkpoint assets/moving_shapes_64.safetensors --frames 16 --prompts_file prompts.txt
 
-Writes grid.png (captioned), one PNG or MP4 per prompt, and samples.json with everything needed to draw them again.
+Writes one PNG or MP4 per prompt, batch by batch, samples.json with everything needed to draw them
+again, and grid.png (captioned). The same command again goes on where it was stopped.
 """
 
 import argparse
-import json
-import re
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from mmdit.adapters import merge
 from mmdit.data.frames import load_first_frame
+from mmdit.drawing import Drawing, lay_over
 from mmdit.experiment import load_pipeline
-from mmdit.interop.lora_formats import load_lora
 from mmdit.scripts import friendly, run
-from mmdit.scripts.arguments import add_sampling_arguments, number, sample_settings, sample_size
-from mmdit.training.media import save_samples
-from mmdit.training.pipeline import SampleSettings
+from mmdit.scripts.arguments import (
+    add_sampling_arguments,
+    number,
+    sample_settings,
+    sample_size,
+)
+from mmdit.scripts.prompts import read_prompts
+from mmdit.training.samples import SampleFolder, check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,39 +42,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if args.prompts_file else []
-        prompts = [*args.prompts, *(line.strip() for line in lines if line.strip())]
-        if not prompts:
-            raise ValueError('no prompt: give --prompts "…" or --prompts_file FILE')
-        if wrong := [prompt for prompt in args.prompts if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=\S*", prompt)]:
-            raise ValueError(f"--prompts took {wrong[0]!r}, which reads like an override: write overrides before --prompts")
-        pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
-        for model, file, expert in ((pipeline.learner.model, args.lora, "high"), (pipeline.low, args.lora_low, "low")):
-            if file and model is None:
-                raise ValueError("--lora_low is given, but this model is no pair of experts")
-            if file:
-                load_lora(model, file, expert if pipeline.low is not None else None)
-                merge(model)
-        settings = sample_settings(args, config)
+        prompts = read_prompts(args)
+        check_writable(args.out, folder=True)
+        raw = args.raw_weights
+        if args.refine and not 0 < args.strength <= 1:
+            raise ValueError(
+                f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
+                "and at most 1 (everything is)"
+            )
+        pipeline, config = load_pipeline(
+            args.checkpoint, args.device, not raw, overrides=args.overrides
+        )
+        lay_over(pipeline, args.lora, args.lora_low)
         width, height, frames, fps = sample_size(args, config)
-        image = torch.stack([load_first_frame(path, (width, height)) for path in args.image]) if args.image else None
-        with tqdm(total=len(prompts), desc="sampling", unit="sample") as bar:
-            more = {"batch_size": args.batch_size, "done": bar.update, "image": image}
-            pixels = pipeline(prompts, width, height, frames, settings, **more)
+        pictures = [load_first_frame(path, (width, height)) for path in args.image or ()]
+        image = torch.stack(pictures) if pictures else None
+        settings = sample_settings(args, config)
+        drawing = Drawing(pipeline, (width, height, frames), settings, image, args.strength)
         if args.refine:
-            refiner, large = load_pipeline(args.refine, args.device, use_ema=not args.raw_weights)
-            width, height = large.video.width, large.video.height
-            with tqdm(total=len(prompts), desc="refining", unit="sample") as bar:
-                pixels = refiner.refine(pixels, prompts, width, height, args.strength, SampleSettings.of(large.train), done=bar.update)
-        out = Path(args.out)
-        files = save_samples(pixels, prompts, out, fps, args.columns)
-        refined = {name: given for name in ("image", "lora", "lora_low") if (given := getattr(args, name))}
-        refined |= {"refine": args.refine, "strength": args.strength} if args.refine else {}
-        story = {"checkpoint": args.checkpoint, **refined, "size": [width, height, frames], "settings": asdict(settings),
-                 "raw_weights": args.raw_weights, "overrides": args.overrides, "torch": torch.__version__,
-                 "samples": [{"file": f, "prompt": p} for f, p in zip(files, prompts)]}
-        (out / "samples.json").write_text(json.dumps(story, indent=1, ensure_ascii=False))
-        print(f"wrote {len(files)} samples and {out / 'grid.png'}")
+            drawing.refine_with(*load_pipeline(args.refine, args.device, not raw))
+        given = {name: getattr(args, name) for name in ("image", "lora", "lora_low", "refine")}
+        story = {"checkpoint": args.checkpoint} | {
+            key: value for key, value in given.items() if value
+        }
+        story |= drawing.story() | {"raw_weights": raw, "overrides": args.overrides}
+        folder = SampleFolder(
+            Path(args.out), story, prompts, drawing.written_size, fps, args.columns
+        )
+        for line in folder.said:
+            print(line)
+        drawing.fill(folder, args.batch_size)
+        files = folder.finish()
+        print(f"wrote {len(files)} samples and {folder.folder / 'grid.png'}{folder.grid_note}")
     return 0
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
 from mmdit.weights import is_finite
 
+SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
+SHEET_SAMPLES, SHEET_PIXELS = 256, 100_000_000  # of a sheet, at most
+
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[0, 1] float to 0…255, rounded. ValueError: they are not finite, and would become black."""
+    """[0, 1] float to 0…255, rounded; uint8 as it is. ValueError: not finite, which would be
+    black."""
+    if pixels.dtype == torch.uint8:
+        return pixels.cpu()
     if not is_finite(pixels):
         raise ValueError(
             "the pixels hold nan or infinity: the weights or latents that they were drawn from "
@@ -35,15 +42,37 @@ def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
             lines, line = [*lines, line], word
         else:
             line = longer
-    return [*lines, line]
+    lines = [*lines, line]
+    return lines if len(lines) <= SHEET_LINES else [*lines[: SHEET_LINES - 1], "…"]
+
+
+def enlargement(height: int, width: int, cell: int = 128) -> int:
+    """Return by how much a small picture is enlarged on a sheet."""
+    return max(1, round(cell / min(height, width)))
+
+
+def sheet_holds(width: int, height: int, frames: int) -> int:
+    """Return how many samples of this size a contact sheet holds: it must fit into memory, and
+    into a viewer."""
+    scale = enlargement(height, width)
+    cell = (width * scale + 2) * min(frames, SHEET_FRAMES) * (height * scale + 15 * SHEET_LINES)
+    return max(1, min(SHEET_SAMPLES, SHEET_PIXELS // cell))
+
+
+def sheet_strip(clip: Tensor) -> Tensor:
+    """Return the frames of `clip (F, 3, H, W)` that a sheet shows, as uint8."""
+    places = torch.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().long()
+    return to_uint8(clip[places])
 
 
 def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int = 128) -> Image.Image:
-    """`pixels (B, F, 3, H, W)`, one captioned cell a sample; clips show as strips of up to 8 of their frames."""
-    clips = to_uint8(pixels)
-    frames = clips.shape[1]
-    shown = torch.linspace(0, frames - 1, min(frames, 8)).round().long()
-    scale = max(1, round(cell / min(clips.shape[-2:])))
+    """Draw `pixels (B, F, 3, H, W)`, one captioned cell a sample, as many as a sheet holds; clips
+    show as strips of up to
+    SHEET_FRAMES of their frames."""
+    held = sheet_holds(pixels.shape[-1], pixels.shape[-2], pixels.shape[1])
+    captions, clips = captions[:held], torch.stack([sheet_strip(clip) for clip in pixels[:held]])
+    shown = range(clips.shape[1])
+    scale = enlargement(*clips.shape[-2:], cell)
     height, width = clips.shape[-2] * scale, clips.shape[-1] * scale
     font = ImageFont.load_default(size=12)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -56,7 +85,7 @@ def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int =
     draw = ImageDraw.Draw(sheet)
     for i, (clip, lines) in enumerate(zip(clips, texts)):
         left, top = 6 + (i % columns) * (cell_width + 6), 6 + (i // columns) * (height + text_height + 6)
-        for j, frame in enumerate(clip[shown]):
+        for j, frame in enumerate(clip):
             sheet.paste(_image(frame).resize((width, height), Image.NEAREST), (left + j * (width + 2), top))
         for j, line in enumerate(lines):
             draw.text((left, top + height + 3 + 15 * j), line, fill="black", font=font)
@@ -97,18 +126,25 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
     return path
 
 
-def save_samples(pixels: Tensor, captions: list[str], folder: Path, fps: int, columns: int | None = None) -> list[str]:
-    """One PNG or MP4 per sample of `pixels (B, F, 3, H, W)`, and all of them captioned in grid.png; returns the names."""
-    pictures = pixels.shape[1] == 1
-    names = []
-    for i, clip in enumerate(pixels):
-        if pictures:
-            path = save_image(_image(to_uint8(clip[0])), folder / f"{i:04d}.png")
-        else:
-            path = save_video(clip, folder / f"{i:04d}.mp4", fps)
-        names.append(path.name)
-    save_image(contact_sheet(pixels, captions, columns or (4 if pictures else 1)), folder / "grid.png")
-    return names
+def save_sample(clip: Tensor, stem: Path, fps: int) -> Path:
+    """Write `clip (F, 3, H, W)` as `stem`.png, or `.mp4` if it has several frames; return the
+    path."""
+    if len(clip) == 1:
+        return save_image(_image(to_uint8(clip[0])), stem.with_name(f"{stem.name}.png"))
+    return save_video(clip, stem.with_name(f"{stem.name}.mp4"), fps)
+
+
+def read_back(path: Path) -> Tensor:
+    """Read `(F, 3, H, W)` uint8 from what `save_sample` wrote; of a video as H.264 kept it."""
+    if path.suffix == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    else:
+        with Image.open(path, formats=["PNG"]) as image:
+            frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def grid_video(pixels: Tensor, columns: int) -> Tensor:

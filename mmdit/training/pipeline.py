@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.data.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import Denoise, SamplerConfig, guided, sample
+from mmdit.diffusion import Denoise, SamplerConfig, guided, sample, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.models.wan_denoiser import WanDenoiser
@@ -95,6 +95,14 @@ class Pipeline:
         return {
             name: value for name, value in (found | inside).items() if isinstance(value, nn.Module)
         }
+
+    def check(self, width: int, height: int, frames: int, settings: SampleSettings) -> None:
+        """Raise ValueError for a size or a sampler that cannot be drawn with, before anything
+        is."""
+        spec, objective, sampler = self.learner.spec, self.learner.objective, settings.sampler
+        spec.grid(width, height)
+        shift = sampler.shift * objective.clip_shift(spec.frames(frames))
+        sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
 
     def finite(self, values: Tensor, first: int, settings: SampleSettings) -> Tensor:
         """Return `values (B, …)` of the samples `first` …; ValueError if one is not finite, for

@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 
 from mmdit.training.errors import record_failure
-from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
+from mmdit.training.media import (
+    contact_sheet,
+    grid_video,
+    save_image,
+    save_video,
+    sheet_holds,
+)
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.settings import TrainConfig
 from mmdit.training.trainer import TrainState
@@ -45,7 +51,10 @@ class Previews:
 
     def _write(self, step: int) -> None:
         prompts = self.config.sample_prompts
-        captions = [prompts[i % len(prompts)] for i in range(self.config.sample_num_images)]
+        count = min(
+            self.config.sample_num_images, sheet_holds(self.width, self.height, self.frames)
+        )
+        captions = [prompts[i % len(prompts)] for i in range(count)]
         pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
         if not self.writes:
             return

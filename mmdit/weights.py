@@ -143,8 +143,9 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether every element is a finite number, without a copy of the size of `values`."""
-    if not values.numel():
+    """Return whether every element is a finite number, without a copy of the size of `values`. A tensor without
+    memory (meta) holds none that is not."""
+    if not values.numel() or values.is_meta:
         return True
     if values.dtype.itemsize == 1:  # float8 has no comparisons
         values = values.float()

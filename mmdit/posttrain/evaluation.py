@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdit.config import ConfigError
-from mmdit.diffusion import guided, sampling_times
+from mmdit.diffusion import guided
 from mmdit.posttrain.rewards import Samples
 from mmdit.rng import Draws
 from mmdit.text_encoders import keeps_files
@@ -25,9 +25,8 @@ BATCH = 256  # samples that are drawn at a time
 def check(session: Session) -> None:
     """Raise now what the first evaluation would raise: noise levels and guidance that cannot be."""
     settings, objective = SampleSettings.of(session.train), session.learner.objective
-    shift = settings.sampler.shift * objective.clip_shift(session.shape[0])
     try:
-        sampling_times(objective, settings.sampler.steps, shift, grid=settings.sampler.grid)
+        pipeline(session).check(session.width, session.height, session.frames, settings)
         guided(objective, session.learner.model, session.text, 1.0, settings.cfg_interval)
     except ValueError as error:
         raise ConfigError("train", f"has sample_ keys that evaluation cannot draw with: {error}") from None

@@ -78,13 +78,15 @@ def check_storable(value: object, name: str, depth: int = 0) -> None:
     elif isinstance(value, int):
         if abs(value) >= 1 << 64:
             raise ValueError(f'"{name}" holds a whole number of more than 64 bits; write it as text in quotes')
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):
         if depth == MAX_DEPTH:
             raise ValueError(f'"{name}" holds lists or objects more than {MAX_DEPTH} deep in each other; store it as text')
         for key in value if isinstance(value, dict) else ():
             check_storable(key, name or key, depth + 1)
         for part in value.items() if isinstance(value, dict) else enumerate(value):
             check_storable(part[1], name or part[0], depth + 1)
+    elif value is not None:
+        raise ValueError(f'"{name}" holds a {type(value).__name__}, which is no JSON value')
 
 
 def _decoded(line: bytes) -> dict:

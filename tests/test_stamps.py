@@ -1,5 +1,6 @@
-"""Which file is which: an exchanged source is encoded anew, one that is now unusable loses its items, one that was only moved or
-touched is neither; nothing is trained on that no line asks for without a word."""
+"""Which file is which: an exchanged source is encoded anew, one that is now unusable loses its
+items, one that was only moved or touched is neither; nothing that no line asks for is trained on
+without a word."""
 
 import json
 import os
@@ -173,7 +174,8 @@ def test_items_of_no_line_are_told_and_pruned(tmp_path, world):
     both(meta_of(tmp_path, a="a.png", b="b.png", c="c.png"))
     fewer = meta_of(tmp_path, a="a.png", b="b.png")
     report = both(fewer)[0]
-    assert report.strangers == ["c"] and "1 items of the cache are not in this file (for example c): they are trained, too" in report.text()
+    told = "1 items of the cache are not in this file (for example c): they are trained, too"
+    assert report.strangers == ["c"] and told in report.text()
     assert len(open_cache(tmp_path / "cache")) == 3
     report = both(fewer, prune=True)[0]
     assert report.pruned == 1 and "c): taken out" in report.text() and open_cache(tmp_path / "cache").ids == ["a", "b"]

@@ -130,11 +130,13 @@ class CacheWriter:
         with CacheWriter(folder, CacheManifest.of(tokenizer, video)) as writer:
             writer.add_many(ids, latents, captions, facts)      # latents (B, F, H, W, C), raw
 
-    A folder made with other settings is an error, as is a second process writing as the same `rank`. An item whose file is
-    damaged counts as not there (`damaged` says why). Lines enter the index when what they promise is on the disk.
+    A folder made with other settings is an error, as is a second process writing as the same `rank`, and an item whose file is
+    damaged; if `forgiving`, it counts as not there (`damaged` says why). Lines enter the index when what they promise is on the
+    disk.
     """
 
-    def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
+    def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1,
+                 forgiving: bool = False):  # fmt: skip
         self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_packed(self.folder):
@@ -154,7 +156,7 @@ class CacheWriter:
         clean(self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*")))
         if self._index.tell():
             self._index.write(b"\n")  # ends a line torn by a kill
-        found = _read_entries(self.folder, manifest.spec.channels, forgiving=True)
+        found = _read_entries(self.folder, manifest.spec.channels, forgiving)
         self.entries, self.damaged = found.by_id, found.damaged
         self._fresh, self._settled = [], time.monotonic()
         self._append(found.rebuilt)

@@ -14,8 +14,8 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -284,6 +284,47 @@ def _too_short(entries: Iterable[dict], video: VideoConfig, spec: LatentSpec) ->
 
 
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class _Saver:
+    """The thread that writes, at most a few batches behind."""
+
+    def __init__(self, writer: CacheWriter, preprocess: PreprocessConfig, report: CacheReport):
+        self.writer, self.preprocess, self.report = writer, preprocess, report
+        self.pool, self.waiting = ThreadPoolExecutor(1, "cache-writer"), deque()
+
+    def submit(self, work: Callable, *arguments) -> None:
+        self.waiting.append(self.pool.submit(work, *arguments))
+        while len(self.waiting) > 4:
+            self.waiting.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
+
+    def wait(self) -> None:
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def save(self, latents: Tensor, metas: list[Meta]) -> None:
+        half, finite = to_half(latents)
+        for meta, good in zip(metas, finite.tolist(), strict=True):
+            if not good:
+                self.report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
+                self.remove([meta.id])
+        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
+        self.writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
+                             [meta.facts for meta in metas], [meta.source for meta in metas], checked=True)  # fmt: skip
+        self.remove([id for meta in metas for id in meta.repeated])
+        self.report.written += len(metas)
+        self.report.animated += sum("animated" in meta.source for meta in metas)
+
+    def remove(self, ids: list[str]) -> None:
+        self.report.removed += self.writer.remove(ids)
+
+    def skip(self, rows: list[dict]) -> None:
+        """Note rows of `decoded`. What is unusable now was another source when it was cached: its items go."""
+        unusable = [row["id"] for row in rows if not row.pop("unreachable")]
+        self.report.skipped += rows
+        ids = [self.preprocess.item_id(id, crop) for id in unusable for crop in range(self.preprocess.num_crops)]
+        if any(id in self.writer.entries for id in ids):
+            self.submit(self.remove, ids)
+
+
 @told_how_to_go_on()
 def cache_latents(
     records: list[Record],
@@ -315,28 +356,10 @@ def cache_latents(
     expected = {preprocess.item_id(record.id, crop) for record in records for crop in range(preprocess.num_crops)}
     records = records[rank::world]
     report = CacheReport(len(records), empty_captions=sum(not record.caption for record in records))
-    writer = CacheWriter(out_dir, manifest, rank, world)
+    writer = CacheWriter(out_dir, manifest, rank, world, forgiving=True)
     report.damaged = writer.damaged
-    saver, saving = ThreadPoolExecutor(1, "cache-writer"), deque()
+    saver = _Saver(writer, preprocess, report)
     buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = {}
-
-    def save(latents: Tensor, metas: list[Meta]) -> None:
-        half, finite = to_half(latents)
-        for meta, good in zip(metas, finite.tolist(), strict=True):
-            if not good:
-                report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
-                report.removed += writer.remove([meta.id])
-        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
-        writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
-                        [meta.facts for meta in metas], [meta.source for meta in metas], checked=True)  # fmt: skip
-        report.removed += writer.remove(id for meta in metas for id in meta.repeated)
-        report.written += len(metas)
-        report.animated += sum("animated" in meta.source for meta in metas)
-
-    def discard(rows: list[dict]) -> None:
-        """What is skipped now was another source when it was cached."""
-        ids = [preprocess.item_id(row["id"], crop) for row in rows for crop in range(preprocess.num_crops)]
-        report.removed += writer.remove(ids)
 
     def flush(key: tuple) -> None:
         parts = buffers.pop(key)
@@ -348,9 +371,7 @@ def cache_latents(
                 unit = to_unit(pixels[chunk])
                 windows = unit.split(video.num_frames, 1) if manifest.clip_plan else [unit]
                 latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
-            saving.append(saver.submit(save, latents, metas[chunk]))
-            while len(saving) > 4:
-                saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
+            saver.submit(saver.save, latents, metas[chunk])
 
     try:
         pending = _pending(records, writer, preprocess, video.fps if kind == "video" else 0.0, report)
@@ -359,9 +380,7 @@ def cache_latents(
         bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
         with bar:
             for count, groups, skipped, same in parts:
-                unusable = [row for row in skipped if not row.pop("unreachable")]
-                report.skipped += skipped
-                saving.append(saver.submit(discard, unusable))
+                saver.skip(skipped)
                 report.same_crops += same
                 for pixels, metas in groups:
                     key = tuple(pixels.shape[1:])
@@ -370,18 +389,18 @@ def cache_latents(
                         flush(key)
                 bar.update(count)
                 bar.set_postfix(skipped=len(report.skipped), refresh=False)
-                if len(report.skipped) >= HOPELESS and not (report.written or report.already or saving or buffers):
+                if len(report.skipped) >= HOPELESS and not (report.written or report.already or saver.waiting or buffers):
                     break
             for key in list(buffers):
                 flush(key)
-            _wait(saving)
+            saver.wait()
         if rank == 0:
             report.strangers = sorted(writer.entries.keys() - expected)
             report.pruned = writer.remove(report.strangers) if prune else 0
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
-        saver.shutdown(wait=True)
+        saver.pool.shutdown(wait=True)
         writer.close()
         _write_skipped(Path(out_dir) / (f"skipped-{rank}.jsonl" if world > 1 else "skipped.jsonl"), report.skipped)
     if world == 1:
@@ -394,11 +413,6 @@ def cache_latents(
         raise ValueError(f"none of the {len(records)} records could be used ({len(report.skipped)} were tried):\n{examples}\n"
                          "Paths in the metadata are relative to the metadata file's own folder.")
     return report
-
-
-def _wait(saving: deque[Future]) -> None:
-    while saving:
-        saving.popleft().result()
 
 
 def _write_skipped(path: Path, skipped: list[dict]) -> None:

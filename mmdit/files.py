@@ -7,7 +7,6 @@ so that `clean` knows what a killed process has left from what another process i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -16,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 try:
     import fcntl
@@ -25,6 +24,8 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
 
 ASIDE = ".writing-*"
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
+KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+         stat.S_IFDIR: "a folder"}  # fmt: skip
 Pieces = str | bytes | memoryview | Iterator[bytes | memoryview]
 
 
@@ -163,21 +164,6 @@ def flush_to_disk(path: str | Path) -> None:
         os.close(handle)
 
 
-def flush_file_system(folder: str | Path) -> None:
-    """Make all that was written to the file system of `folder` survive a power cut: thousands of
-    files at once, at the cost of a few."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None).syncfs(handle) == 0:
-            return
-    except (AttributeError, OSError, TypeError):
-        pass  # no such function on this system
-    finally:
-        os.close(handle)
-    if hasattr(os, "sync"):
-        os.sync()
-
-
 def no_link(path: Path) -> Path:
     """Return `path`, which may not be there yet. ValueError if it is a link, by which one would write elsewhere."""
     if path.is_symlink():
@@ -220,3 +206,23 @@ def _unlock(file: IO) -> None:
     if fcntl is not None:
         with contextlib.suppress(OSError, ValueError):
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+# ── reading what others wrote ────────────────────────────────────────────────────────────────────────────────────────
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file of others for reading. ValueError if something else is there, OSError if it cannot be opened: a named pipe
+    among pictures would be waited for without end, a device read without end."""
+    _check_regular(os.stat(path))  # before it is opened: opening a device may already do something
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(handle))  # it may have been exchanged meanwhile
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ValueError(f"not a regular file: it is {kind}")

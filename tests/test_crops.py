@@ -71,6 +71,7 @@ def test_batches_say_which_part_is_shown(shop):
         assert left == pytest.approx(stored["crop"][0] / width)
     assert LatentBatches(cache, batches.plan, num_workers=0).step(0)[0].crops is None
     assert crop_shares({}) == (0, 0, 1, 1)
+    assert crop_shares({"size": [200, 100], "crop": [20, 30, 180, 60]}) == (0.1, 0.3, 0.9, 0.6)  # sides by width, top by height
 
 
 def test_training_with_crops_learns_from_them_and_starts_from_a_model_without(shop):

@@ -46,7 +46,7 @@ def test_truncated_file_is_an_error_not_a_grey_picture(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="damaged picture: image file is truncated"):
         load_image(path)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from mmdit.data import moving_shapes
+from mmdit.data.frames import load_first_frame
 from mmdit.rng import key
 from mmdit.scripts import run
 from mmdit.training.distributed import choose_device
@@ -77,23 +77,16 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
 
 
 def folder_pictures(folder: Path, side: int = 256) -> Iterator[Tensor]:
-    """`(1, 3, side, side)` of every readable picture under `folder`: shorter side resized to `side`, centre cropped.
+    """`(1, 3, side, side)` of every readable picture under `folder`: cut to a square from its middle.
     An unreadable one is reported and skipped; ValueError when there is none at all."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"--images {folder} holds no picture ({', '.join(SUFFIXES)})")
     for file in files:
         try:
-            image = Image.open(file).convert("RGB")
-        except OSError as error:
-            print(f"skipped {file}: {error}", flush=True)
-            continue
-        scale = side / min(image.size)
-        image = image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.crop((left, top, left + side, top + side))
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
-        yield rearrange(values, "(h w c) -> 1 c h w", h=side, w=side)
+            yield load_first_frame(file, (side, side))[None]
+        except (OSError, ValueError) as error:
+            print(f"skipped: {error}", flush=True)
 
 
 def folder_psnr(model: VTPModel, folder: Path) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from mmdit.data.pictures import load_image
 from mmdit.files import write_aside
 
 PHOTO_COLUMNS, CAPTION_COLUMNS = ("imageB", "image_b", "target", "image", "combined"), ("caption", "text", "prompt")
@@ -33,7 +34,7 @@ def rows(files: list[Path]) -> Iterator[tuple[bytes | dict, str | None]]:
 
 
 def photo_of(data: bytes | dict) -> Image.Image:
-    image = Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)).convert("RGB")
+    image = load_image(io.BytesIO(data["bytes"] if isinstance(data, dict) else data))
     width, height = image.size
     return image.crop((height, 0, width, height)) if width == 2 * height else image
 
@@ -52,7 +53,7 @@ def unpack(source: Path, out_dir: Path, split: str, caption: str, max_samples: i
             photo_of(data).save(out_dir / "images" / f"{id}.png")
             row = {"id": id, "image_path": f"images/{id}.png", "caption": own or caption}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        except (OSError, TypeError, SyntaxError) as error:
+        except (OSError, TypeError, ValueError) as error:
             bad += 1
             print(f"row {number} skipped: {error}", file=sys.stderr)
         if len(lines) == max_samples:

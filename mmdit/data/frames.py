@@ -1,25 +1,27 @@
-"""Pictures from files: decoded as a viewer would show them, resized to cover a size, cropped to it. Pixels are uint8 RGB here
-(a quarter of the traffic of floats from worker to device); `to_unit` makes the `[0, 1]` that every other part sees."""
+"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here (a quarter of the traffic of
+floats from worker to device); `to_unit` makes the `[0, 1]` that every other part sees."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from mmdit import rng
 from mmdit.config import ConfigError
 from mmdit.data.buckets import Size
+from mmdit.data.pictures import SUFFIXES, load_image
 
-BACKGROUND = (255, 255, 255)  # under transparent pixels
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 
 
@@ -54,31 +56,12 @@ class PreprocessConfig:
         return f"{id}_c{crop}" if self.num_crops > 1 else id
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """The picture as mode RGB: EXIF rotation applied, transparency laid on white, CMYK, palette and 16-bit converted, the first
-    frame of an animation (`info["animated"]` says so). OSError (or whatever a decoder raises): missing, truncated, no image."""
-    with Image.open(path) as image:
-        animated = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)  # those hold other pictures
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else only a copy
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits per pixel (or 16 in 32): Pillow would clip at 255
-            values = np.asarray(image).astype(np.float64)
-            wide = image.mode.startswith("I;16") or values.max() > 255
-            image = Image.fromarray((values / (257 if wide else 1)).round().clip(0, 255).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("floating-point images have no stated range; save as 8 or 16 bits")
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-        image = image if image.mode == "RGB" and not animated else image.convert("RGB")  # a copy is a tenth of the work
-        image.info = {"animated": animated}
-        return image
-
-
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
-    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]."""
-    image = load_image(path)
+    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]. ValueError names a file that cannot be used."""
+    try:
+        image = load_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return to_unit(torch.tensor(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)))
 
 
@@ -112,6 +95,36 @@ def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
     """`box` of the image at size `target`: uint8 `(3, H, W)`, antialiased bicubic."""
     part = image.resize(target, Image.Resampling.BICUBIC, box=box)
     return np.asarray(part).transpose(2, 0, 1)
+
+
+def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
+    """(name, picture) of every frame of a folder, in order. ValueError names a frame that cannot be used; OSError: no folder."""
+    for path in frames_in(folder):
+        with naming(path):
+            image = load_image(path)
+        yield path.name, image
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error about this frame says which one it is of its folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = "file not found" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise ValueError(f"{reason} (frame {path.name})") from None
+    except ValueError as error:
+        raise ValueError(f"{error} (frame {path.name})") from None
+
+
+def frames_in(folder: str | Path) -> list[Path]:
+    """As `list_frames`; ValueError if there is none, which says what there is."""
+    paths = list_frames(folder)
+    if not paths:
+        others = Counter(os.path.splitext(name)[1].lower() for name in os.listdir(folder) if not name.startswith("."))
+        there = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(3))
+        raise ValueError(f"folder without pictures{': it holds ' + there + ', which are not read' if there else ''}")
+    return paths
 
 
 def list_frames(folder: str | Path) -> list[Path]:

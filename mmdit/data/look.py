@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import Size, VideoConfig
-from mmdit.data.caching import boxes_of, check_frame, place_told, reason_of, worker_options
+from mmdit.data.caching import boxes_of, check_frame, reason_of, worker_options
 from mmdit.data.clips import usable_frames
-from mmdit.data.frames import PreprocessConfig, list_frames, load_image
+from mmdit.data.colours import NOTES
+from mmdit.data.frames import PreprocessConfig, frames_in, naming
+from mmdit.data.pictures import load_image, shown_size
 from mmdit.data.records import Kind, Record
 from mmdit.data.videos import probe, read_video
 
@@ -50,27 +52,25 @@ class _Look(Dataset):
             "size": list(image.size), "bucket": list(target), "kept": round(kept, 4),
             "crops": [[round(side, 3) for side in box] for box in boxes.values()], "frames_used": used,
             "enlarged": target[0] > right - left + 0.5 or target[1] > bottom - top + 0.5,
-            "animated": bool(image.info.get("animated")), "empty_caption": not record.caption,
+            "animated": image.info["animated"], "notes": list(image.info["notes"]), "empty_caption": not record.caption,
         }  # fmt: skip
 
     def open(self, record: Record) -> tuple[Image.Image, dict]:
         """The first picture, whole, and what is known of the rest from names, headers and packets alone."""
         if self.kind == "image":
             return load_image(record.path), {"frames": 1}
-        if os.path.isfile(record.path):
+        if not os.path.isdir(record.path):
             found = probe(record.path)
             taken = len(found.plan(self.video.fps))
             known = {"fps": round(found.fps, 3), "source_frames": len(found.stamps), "frames": taken}
             return next(read_video(record.path, self.video.fps)), known
-        paths = list_frames(record.path)
-        image = load_image(paths[0]) if paths else None
-        if image is None:
-            raise ValueError("folder without pictures")
-        with Image.open(paths[0]) as first:
-            stored = first.size  # before rotation, as of the others
+        paths = frames_in(record.path)
+        with naming(paths[0]):
+            image = load_image(paths[0])
         for path in paths[1:]:
-            with Image.open(path) as other:
-                check_frame(path.name, other.size, stored)
+            with naming(path):
+                size = shown_size(path)
+            check_frame(path.name, size, image.size)
         return image, {"frames": len(paths)}
 
 
@@ -104,6 +104,7 @@ def totals(rows: list[dict]) -> dict:
         "frames": {"shortest": frames[0], "median": frames[len(frames) // 2], "longest": frames[-1]} if frames else {},
         "too_short": sum(not row["frames_used"] for row in good),
         **{name: sum(row[name] for row in good) for name in ("enlarged", "animated")},
+        "notes": dict(Counter(note for row in good for note in row["notes"])),
         "empty_captions": sum(row["empty_caption"] for row in good),
     }  # fmt: skip
 
@@ -113,14 +114,15 @@ def look_text(rows: list[dict], sums: dict) -> str:
     lines = []
     for row in rows:
         if "reason" in row:
-            lines.append(f"{row['id']}: SKIPPED, {row['reason']}{place_told(row)}")
+            lines.append(f"{row['id']}: SKIPPED, {row['reason']}")
             continue
         rate = f" at {row['fps']:g} fps, {row['source_frames']} frames" if "fps" in row else ""
         boxes = " ".join("[{:g}, {:g}, {:g}, {:g}]".format(*box) for box in row["crops"])
         frames = f", {row['frames']} frames, {row['frames_used'] or 'too few'} for a sample" if row["frames"] > 1 else ""
         source, bucket = ("{}x{}".format(*row[name]) for name in ("size", "bucket"))
         lines.append(f"{row['id']}: {source}{rate} → {bucket}, crop {boxes} ({row['kept']:.1%}){frames}"
-                     f"{', enlarged' if row['enlarged'] else ''}")
+                     f"{', enlarged' if row['enlarged'] else ''}{', animated: its first frame' if row['animated'] else ''}"
+                     f"{''.join(', ' + note for note in row['notes'])}")
     lines.append(f"{sums['records']} records: {sums['usable']} usable as {sums['items']} items, {sums['skipped']} skipped, "
                  f"{sums['empty_captions']} empty captions, {sums['animated']} animated (first frame), "
                  f"{sums['enlarged']} enlarged, {sums['too_short']} too short for a sample")
@@ -128,5 +130,6 @@ def look_text(rows: list[dict], sums: dict) -> str:
     if sums["usable"]:
         lines.append(f"  pixels kept: {sums['kept']['mean']:.1%} on average, {sums['kept']['least']:.1%} at least; frames: "
                      "{shortest} to {longest}, median {median}".format(**sums["frames"]))
+    lines += [f"  {count} {NOTES[note]}" for note, count in sums["notes"].items()]
     lines += [f"  skipped {count}: {reason}" for reason, count in sums["reasons"].items()]
     return "\n".join(lines)

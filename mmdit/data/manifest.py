@@ -11,7 +11,8 @@ from mmdit.config import ConfigError, decode
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig, budget_size, choose_size, target_sizes
 from mmdit.data.clips import clip_plan
 from mmdit.data.frames import PreprocessConfig
-from mmdit.files import write_aside
+from mmdit.data.pictures import DECODING
+from mmdit.files import open_regular, write_aside
 from mmdit.interfaces import LatentSpec, Tokenizer
 
 FORMAT = 1
@@ -31,6 +32,7 @@ class CacheManifest:
     format: int = FORMAT
     max_pixels_per_frame: int = 0
     clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
+    decoding: int = 1  # the version of `mmdit.data.pictures` when the cache was begun; the first did not write it down
 
     @staticmethod
     def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
@@ -41,7 +43,7 @@ class CacheManifest:
         sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
-                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan)  # fmt: skip
+                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan, decoding=DECODING)  # fmt: skip
 
     def choose(self, source: Size) -> Size:
         """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
@@ -53,6 +55,14 @@ class CacheManifest:
         """Whether items of this size belong into the cache."""
         return 0 < math.prod(size) <= self.max_pixels_per_frame if self.max_pixels_per_frame else size in self.sizes
 
+    def older(self, folder: str | Path) -> str:
+        """What to say of a cache whose pictures were decoded otherwise than now; empty if they were not."""
+        if self.decoding == DECODING:
+            return ""
+        return (f"the cache {folder} was begun when pictures and videos were decoded otherwise (version {self.decoding}, now "
+                f"{DECODING}: colour profiles, HDR, untagged HD video). It is usable as it is, and what it holds stays; cache into a "
+                "new folder to decode all anew")
+
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_aside(folder / "manifest.json", text)
@@ -61,7 +71,8 @@ class CacheManifest:
     def read(folder: str | Path) -> CacheManifest:
         path = Path(folder) / "manifest.json"
         try:
-            row = json.loads(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                row = json.loads(file.read().decode())
             found = row["format"]
             if found != FORMAT:
                 raise ConfigError("", f"{path} has format {found}, this version reads {FORMAT}; cache into a new folder")

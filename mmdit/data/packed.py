@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit.files import write_aside
+from mmdit.files import open_regular, write_aside
 
 INDEX = "packed.safetensors"
 TEXTS = ("ids", "captions", "facts", "sources")
@@ -98,7 +98,7 @@ def read_shard(path: Path) -> list[dict]:
     numbers. ValueError names a shard that is damaged or none of ours."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MOST_HEADER, size):
                 raise ValueError("it ends within its header")
@@ -168,7 +168,7 @@ def read_columns(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"the packed cache {folder} has no index ({INDEX}): packing was not finished; run "
                          "mmdit.scripts.pack_cache again, it goes on from there")
     try:
-        with safe_open(path, "pt") as stored:
+        with open_regular(path), safe_open(path, "pt") as stored:
             columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         _check(columns)
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, IndexError) as error:

@@ -11,6 +11,7 @@ from mmdit.data.batches import BatchPlan
 from mmdit.data.cache import LatentCache
 from mmdit.data.captions import all_captions, length_report
 from mmdit.data.clips import usable_frames
+from mmdit.data.colours import NOTES
 
 EXAMPLES = 5
 
@@ -39,6 +40,8 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "held_out": len(plan.held_out),
         "frames": _frames(cache, plan),
         "cropped": _cropped(cache),
+        "notes": dict(Counter(note for source in cache.sources for note in source.get("notes", ()))),
+        "older": cache.manifest.older(cache.folder) if any("crop" in source for source in cache.sources) else "",
         "skipped_when_cached": _skipped(Path(cache.folder)),
         "captions": length_report([all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]),
     }
@@ -118,6 +121,8 @@ def report_text(report: dict) -> str:
     lines.append(f"captions: {captions['captions']}, {captions['empty']} of them empty, {captions['items_with_several']} items "
                  f"have several; words: median {words['median']}, 95 % at most {words['p95']}, longest {words['longest']}")
     lines += [report["left_out"]["why"]] if report["left_out"]["items"] else []
+    lines += [f"{count} items {NOTES[note]}" for note, count in report["notes"].items() if note in NOTES]
+    lines += [report["older"]] if report["older"] else []
     skipped = report["skipped_when_cached"]
     lines += [f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()]
     lines += [f"contact sheet: {report['sheet']}"] if "sheet" in report else []

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mmdit.data.frames import SUFFIXES
 from mmdit.data.records import MAX_ID_BYTES, Record, check_id
 from mmdit.data.videos import VIDEO_SUFFIXES, read_video
-from mmdit.files import folder_aside, write_aside
+from mmdit.files import folder_aside, open_regular, write_aside
 
 
 @dataclass
@@ -90,7 +90,8 @@ def ids_for(files: Iterable[str]) -> dict[str, str]:
 def read_captions(path: Path, per_line: bool) -> list[str]:
     """The captions in a text file: all of it as one, or one a line. ValueError if it is not UTF-8; FileNotFoundError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8 text") from None
     captions = [" ".join(line.split()) for line in (text.splitlines() if per_line else [text])]

@@ -1,6 +1,8 @@
 """Clips from video files (PyAV): looked at without decoding, then decoded once, at the frame rate that the config asks for.
+Animated pictures are read by Pillow instead (`animations`).
 
-The times stored in the file decide, not its stated rate: clips of variable frame rate move as a player would show them.
+The times stored in the file decide, not its stated rate: clips of variable frame rate move as a player would show them. So do the
+colours that it states: HDR is tone-mapped, wide gamuts become sRGB; where nothing is stated HD is BT.709 and the rest BT.601.
 """
 
 from __future__ import annotations
@@ -13,9 +15,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmdit.data.animations import frames_of, is_picture, times_of
+from mmdit.data.colours import BT2020, Coding, coding_of, decoded
+from mmdit.data.pictures import BACKGROUND
+from mmdit.files import open_regular
+
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"}
 NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30, 25 for 24
 MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
+MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over
+MOST_STRETCHED = 16  # sides of a pixel
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"  # FFmpeg's names; none opens others
+
+Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
 
 
 @dataclass(frozen=True)
@@ -57,24 +69,40 @@ class Probe:
 
 @contextmanager
 def _opened(path: str | Path):
-    """The container and its video stream; whatever the decoder raises becomes a ValueError without the path."""
+    """The container and its video stream; whatever the decoder raises becomes a ValueError without the path. FFmpeg gets the open
+    file, not its name, and a closed list of containers: none that is a list of other files or addresses."""
     try:
         import av
     except ImportError:
         raise ValueError("video files need PyAV: pip install av") from None
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with av.open(str(path)) as container:
+        with open_regular(path) as file, av.open(file, options=options) as container:
             if not container.streams.video:
                 raise ValueError("no video in the file")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            _check_size(stream.codec_context.width, stream.codec_context.height)
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
+            yield container, stream
     except FileNotFoundError:
         raise
     except (av.error.FFmpegError, EOFError) as error:
         raise ValueError(f"unreadable video: {error.strerror or type(error).__name__}") from None
 
 
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        most = f"{MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
+        raise ValueError(f"too large: frames of {width}x{height} are more than {most}; scale it down")
+
+
 def probe(path: str | Path) -> Probe:
-    """Reads the packets and decodes nothing. ValueError: no video, no frame, or the file ends before its stated length."""
+    """Reads the packets and decodes nothing, of animated pictures all. ValueError: no video, no frame, or the file ends before its
+    stated length."""
+    if is_picture(path):
+        (width, height), times = times_of(path)
+        _check_size(width, height)
+        return Probe(width, height, tuple(times), 0.001, 0.0)
     with _opened(path) as (container, stream):
         packets = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         packets = [stamp for stamp in packets if stamp is not None]
@@ -83,21 +111,35 @@ def probe(path: str | Path) -> Probe:
         tick = float(stream.time_base)
         alone = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # else perhaps the sound's length
         stated = float(stream.duration * stream.time_base) if stream.duration else alone
-        ratio = float(stream.sample_aspect_ratio or 1)
         width, height = stream.codec_context.width, stream.codec_context.height
-    found = Probe(round(width * ratio), height, tuple(sorted(set(packets))), tick, stated)
+        width = _square(width, height, stream)
+    found = Probe(width, height, tuple(sorted(set(packets))), tick, stated)
     length = (found.stamps[-1] - found.stamps[0]) * tick
     if stated > 1 and length < 0.8 * stated - 0.5:
         raise ValueError(f"truncated: the video ends at {length:.2f} s, the file states {stated:.2f} s")
     return found
 
 
+def _square(width: int, height: int, stream) -> int:
+    """The width of a frame whose pixels are made square."""
+    ratio = float(stream.sample_aspect_ratio or 1)
+    if not 1 / MOST_STRETCHED <= ratio <= MOST_STRETCHED:
+        raise ValueError(f"its pixels are {ratio:.3g} times as wide as high, which cannot be meant; encode it anew")
+    width = max(1, round(width * ratio))
+    _check_size(width, height)
+    return width
+
+
 def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
-    """RGB frames at `fps` a second, one at a time, as a player shows them: rotated as the file says, with square pixels.
-    ValueError says what is wrong with the file; OSError if it is missing."""
+    """RGB frames at `fps` a second, one at a time, as a player shows them: turned and mirrored as the file says, with square
+    pixels; `info["notes"]` as of `load_image`. ValueError says what is wrong with the file; OSError if it is missing."""
     found = probe(path)
-    wanted = [found.stamps[number] for number in found.plan(fps)]
-    place = 0
+    numbers = found.plan(fps)
+    if is_picture(path):
+        yield from frames_of(path, numbers)
+        return
+    wanted = [found.stamps[number] for number in numbers]
+    place, matrix = 0, None
     with _opened(path) as (container, stream):
         stream.codec_context.thread_count = 1  # the workers are the parallelism
         for frame in container.decode(stream):
@@ -107,12 +149,84 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
                 continue
             if frame.is_corrupt or frame.pts != wanted[place]:
                 raise ValueError(f"damaged: a frame at {(wanted[place] - wanted[0]) * found.tick:.2f} s cannot be decoded")
-            image = Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), k=getattr(frame, "rotation", 0) // 90))
-            if found.width != frame.width:  # pixels that are not square, before rotation
-                size = (found.width, frame.height) if image.width == frame.width else (frame.height, found.width)
-                image = image.resize(size, Image.Resampling.BICUBIC)
+            matrix = matrix or _matrix(frame)
+            image = _shown(frame, stream, matrix)
             while place < len(wanted) and wanted[place] == frame.pts:
                 yield image
                 place += 1
     if place < len(wanted):
         raise ValueError(f"damaged: {place} of {len(wanted)} frames could be decoded")
+
+
+# ── one frame ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _shown(frame, stream, matrix: Matrix) -> Image.Image:
+    """A decoded frame as a player shows it."""
+    coding = _coding(frame, stream)
+    pixels = _rgb(frame, coding)
+    image = Image.fromarray(pixels)
+    width = _square(frame.width, frame.height, stream)
+    if width != frame.width:
+        image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
+    turned = _upright(np.asarray(image), matrix)
+    image = Image.fromarray(np.ascontiguousarray(turned))
+    notes = {
+        "hdr": coding is not None and coding.hdr,
+        "profile": coding is not None and not coding.hdr,
+        "interlaced": frame.interlaced_frame,
+        "alpha not read": stream.metadata.get("alpha_mode") == "1",
+    }
+    image.info = {"animated": False, "notes": tuple(note for note, so in notes.items() if so)}
+    return image
+
+
+def _coding(frame, stream) -> Coding | None:
+    context = stream.codec_context  # where older versions of PyAV have them
+    stated = [getattr(frame, name, getattr(context, name, 2)) for name in ("color_primaries", "color_trc")]
+    return coding_of(*stated)
+
+
+def _rgb(frame, coding: Coding | None) -> np.ndarray:
+    """uint8 `(H, W, 3)` in sRGB, transparency laid on the background."""
+    equations = None  # as the frame says
+    if frame.colorspace == 2 and not frame.format.is_rgb:  # it says nothing
+        hd = frame.height >= 720 or frame.width >= 1280
+        equations = "BT2020" if coding is not None and coding.gamut == BT2020 else "ITU709" if hd else "ITU601"
+    if coding is not None:
+        return decoded(_converted(frame, "rgb48le", equations), coding)
+    if not any(part.is_alpha for part in frame.format.components):
+        return _converted(frame, "rgb24", equations)
+    layers = Image.fromarray(_converted(frame, "rgba", equations))
+    ground = Image.new("RGB", layers.size, BACKGROUND)
+    ground.paste(layers, mask=layers.getchannel("A"))
+    return np.asarray(ground)
+
+
+def _converted(frame, layout: str, equations: str | None) -> np.ndarray:
+    """The frame's pixels in another layout. The converter has threads and must end here: a forked worker that finds one which its
+    parent has left would wait for those without end."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter().reformat(frame, format=layout, src_colorspace=equations).to_ndarray()
+
+
+def _matrix(frame) -> Matrix:
+    """How a player lays the frames out: (x, y) is shown at (a x + c y, b x + d y). Asked of one frame only, for asking keeps a frame
+    in memory until Python collects its garbage."""
+    try:
+        a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].tolist()
+    except KeyError:
+        return 1, 0, 0, 1
+    except ValueError:  # something beside it that this PyAV has no name for
+        quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
+        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[quarters]
+    return a, b, c, d
+
+
+def _upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """`(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the nearest quarter."""
+    a, b, c, d = matrix
+    if abs(a) + abs(d) < abs(b) + abs(c):  # rows become columns
+        pixels, across, down = pixels.transpose(1, 0, 2), c, b
+    else:
+        across, down = a, d
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]

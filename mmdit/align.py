@@ -12,7 +12,7 @@ from mmdit.data.buckets import target_sizes
 from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, check_trainable, prepare_run_dir, start_from
 from mmdit.interop.wan import load_denoiser
 from mmdit.models.wan_denoiser import WanModelConfig
-from mmdit.posttrain.dpo_offline import dpo_offline
+from mmdit.posttrain.dpo_offline import check_pairs, dpo_offline
 from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.online import online
 from mmdit.posttrain.prompts import load_prompts
@@ -38,7 +38,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
                                          "set that to 0")
     with process_group(device, train.timeout_minutes) as world:
-        found = None if dry_run else prepare_run_dir(config, resume)
+        found = prepare_run_dir(config, resume)
         world.barrier()
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
@@ -65,7 +65,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
             if config.lora.enabled:
                 files["lora"] = lora_state(learner.model)
             if best:
-                weights = {name: files[name] for name in ("model", "ema", "lora") if name in files}
+                weights = {name: files[name] for name in ("model", "lora") if name in files}  # as scored: not averaged
                 checkpoint.save(config.run_dir / "best", meta, weights, 1, world=world)
             else:
                 checkpoint.save(config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world)
@@ -74,9 +74,12 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
                           config.run_dir, save, world, pair)  # fmt: skip
         if found is not None:
-            check_same_latents(checkpoint.Meta.read(found), tokenizer.spec, tokenizer.fingerprint, found)
+            meta = checkpoint.Meta.read(found)
+            check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, found)
             session.restore(found)
             told = [f"resuming {found} at update {session.state.step}; the reference: {told[0]}"]
+            changed = config_io.differences(config_io.completed(ExperimentConfig, meta.config), config)
+            told += [f"  config changed: {line}" for line in changed]
         world.print("\n".join([*told, *plan(session)]))
         if dry_run:
             return True
@@ -112,6 +115,7 @@ def plan(session: Session) -> list[str]:
                     f"{world.size} processes {session.micro_batches} micro-batches of {config.micro_batch}, "
                     f"{config.updates_per_epoch} updates")
         if config.algorithm == "dpo" and config.dpo.source == "offline":
+            check_pairs(session)
             source = config.dpo.pairs or f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
             rows.append(f"pairs: {source}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)

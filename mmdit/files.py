@@ -7,6 +7,7 @@ so that `clean` knows what a killed process has left from what another process i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
@@ -162,6 +163,21 @@ def flush_to_disk(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_file_system(folder: str | Path) -> None:
+    """Make all that was written to the file system of `folder` survive a power cut: thousands of
+    files at once, at the cost of a few."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None).syncfs(handle) == 0:
+            return
+    except (AttributeError, OSError, TypeError):
+        pass  # no such function on this system
+    finally:
+        os.close(handle)
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def no_link(path: Path) -> Path:

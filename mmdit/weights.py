@@ -20,7 +20,11 @@ SHOWN = 4  # names in a message
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
-SCALES = re.compile(r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|(^|\.)scaled_fp8)$")
+SCALES = re.compile(  # what only quantised weights come with
+    r"(\.scale_weight|\.weight_scale(_2)?|\.scale_input|\.input_scale|(^|\.)scaled_fp8|\.comfy_quant"
+    r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+|\.SCB|\.weight_format"
+    r"|\.qweight|\.qzeros|\.g_idx|\.smooth_factor)$"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,14 @@ def _files(path: Path) -> list[Path]:
         return [path / name for name in names]
     single = sorted(path.glob("*.safetensors"))
     if single and (shard := SHARD.search(single[0].name)) and int(shard[1]) > 1:
-        raise ValueError(f"{path} holds {len(single)} of {int(shard[1])} shards without their index, *{INDEX}; fetch the rest")
+        count = int(shard[1])
+        start = single[0].name.removesuffix(shard[0])
+        wanted = [f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        if [file.name for file in single] == wanted:
+            return single  # whole by their own headers
+        absent = [name for name in wanted if not (path / name).is_file()]
+        what = f"lacks {', '.join(absent[:SHOWN])}" if absent else "holds other files beside them: move those"
+        raise ValueError(f"{path} holds {len(single)} of {count} shards without their index, *{INDEX}, and {what}")
     if len(single) != 1:
         found = f"{len(single)} .safetensors files without an index ({single[0].name} …)" if single else "no .safetensors file"
         raise ValueError(f"{path} holds {found}; name the file")
@@ -132,8 +143,9 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether every element is a finite number, without a copy of the size of `values`."""
-    if not values.numel():
+    """Return whether every element is a finite number, without a copy of the size of `values`. A tensor without
+    memory (meta) holds none that is not."""
+    if not values.numel() or values.is_meta:
         return True
     if values.dtype.itemsize == 1:  # float8 has no comparisons
         values = values.float()

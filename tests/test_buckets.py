@@ -107,7 +107,7 @@ def test_pictures_and_clips_of_many_shapes_and_lengths_share_a_cache(tmp_path):
 
 def test_manifests_of_before_can_still_be_read(tmp_path):
     manifest = CacheManifest.of(MeanPixels(), VideoConfig())
-    manifest.write(tmp_path, "0-0")
+    manifest.write(tmp_path)
     row = json.loads((tmp_path / "manifest.json").read_text())
     del row["max_pixels_per_frame"]
     (tmp_path / "manifest.json").write_text(json.dumps(row))

@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import Workshop, refused
 
 from mmdit import config as config_io
-from mmdit.adapters import load_lora, lora_state
+from mmdit.adapters import is_adapter, load_lora, lora_state
 from mmdit.config import ConfigError
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.scripts import export, train_t2v
@@ -123,7 +124,7 @@ def test_adapters_alone_need_a_base(shop, capsys):
     refused(capsys, train_t2v.main, [*shop.train_words("lora0"), "lora.enabled=true"], "train.init_from", "lora.train_lora_only", "random frozen weights")
 
 
-def test_adapters_end_to_end(shop):
+def test_adapters_end_to_end(shop, capsys):
     base = shop.folder / "runs/base"
     run = shop.train("lora", f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.lr=0.05")
     started = checkpoint.load_weights(base).tensors
@@ -153,6 +154,17 @@ def test_adapters_end_to_end(shop):
                "train.max_steps=4")
     export.main(["--checkpoint", str(run), "--out", str(shop.folder / "lora_export.safetensors"), "--dtype", "fp32"])
     assert torch.equal(draw(load_pipeline(shop.folder / "lora_export.safetensors", "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
+
+    whole = shop.folder / "merged.safetensors"  # adapters folded in: a base for others, of any rank
+    export.main(["--checkpoint", str(run), "--out", str(whole), "--dtype", "fp32", "--merge"])
+    assert not any(is_adapter(name) for name in load_file(whole))
+    assert torch.equal(draw(load_pipeline(whole, "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
+    shop.train("again", f"train.init_from={whole}", "lora.enabled=true", "lora.rank=3", "train.max_steps=1")
+    shop.train("all", f"train.init_from={whole}", "train.max_steps=1")
+    for source, words, told in ((whole, ["--merge"], "has none"), (run, ["--merge", "--lora", "comfy"], "choose one")):
+        with pytest.raises(SystemExit):
+            export.main(["--checkpoint", str(source), "--out", str(shop.folder / "no.safetensors"), *words])
+        assert told in capsys.readouterr().err
 
 
 # ── previews ─────────────────────────────────────────────────────────────────────────────────────────────────────────

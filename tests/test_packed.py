@@ -181,7 +181,7 @@ def memory():
 def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tmp_path):
     """Ten shards of 100,000 items of 256x256 pictures (sparse files: 33 GB of zeros)."""
     manifest = CacheManifest("none", "none", LatentSpec(64), ((256, 256),), False)
-    manifest.write(tmp_path, "0-0")
+    manifest.write(tmp_path)
     size, texts = 2 * 16 * 16 * 64, {"facts": {}, "source": {"size": [1024, 768], "crop": [128, 0, 896, 768]}}
     crc = zlib.crc32(bytes(size))
 

@@ -353,9 +353,9 @@ def test_the_best_on_held_out_prompts_is_kept_apart(shop, monkeypatch, capsys):
     assert f"of update 2: {run / 'best'}" in capsys.readouterr().out.splitlines()[-1]
     kept, same = latest(run / "best"), run / "checkpoints" / "step_00000002"
     assert kept.name == same.name and not (kept / "optimizer.safetensors").exists()
-    for name in ("model", "ema"):
-        one, two = (read_tensors(folder / f"{name}.safetensors") for folder in (kept, same))
-        assert all(torch.equal(one[key], two[key]) for key in two)
+    assert (same / "ema.safetensors").exists() and not (kept / "ema.safetensors").exists(), "those that were scored"
+    one, two = (read_tensors(folder / "model.safetensors") for folder in (kept, same))
+    assert all(torch.equal(one[key], two[key]) for key in two)
     assert load_pipeline(run / "best", "cpu")[0](["a red star"], 48, 32).isfinite().all()
 
 
@@ -386,8 +386,49 @@ def test_prompts_come_from_files_too(shop, capsys):
     for suffix in ("json", "yaml"):
         posttrain.main(command(shop, f"file_{suffix}", f"posttrain.prompts={shop.folder}/p.{suffix}", *rewards))
         assert "14 prompts" in capsys.readouterr().out
-    refused(capsys, posttrain.main, command(shop, "no_facts", f"posttrain.prompts={shop.folder}/p.json"), "'prompt_accuracy' needs facts")
+    refused(capsys, posttrain.main, command(shop, "no_facts", f"posttrain.prompts={shop.folder}/p.json"), "posttrain.rewards[1]: is prompt_accuracy, which needs the facts")
     refused(capsys, posttrain.main, command(shop, "bad", f"posttrain.prompts={shop.folder}/none.json"), "posttrain.prompts", "must be")
+
+
+def test_own_prompts_are_judged_by_the_rewards_themselves(shop, capsys):
+    (shop.folder / "own.yaml").write_text("prompts:\n" + "".join(f"- a red circle {i}\n" for i in range(20)))
+    own = [f"posttrain.prompts={shop.folder}/own.yaml", "posttrain.rewards=[{type: brightness, name: light}, {type: brightness_rank}]"]
+    posttrain.main(command(shop, "own", *own))
+    first = json.loads((shop.folder / "runs/own/metrics.jsonl").read_text().splitlines()[0])
+    assert {name for name in first if name.startswith(("seen", "held"))} == {"seen_light", "held_out_light"}
+    posttrain.main(command(shop, "unjudged", *own, "posttrain.eval_prompts=0"))
+    assert not any(name.startswith("seen") for name in json.loads((shop.folder / "runs/unjudged/metrics.jsonl").read_text().splitlines()[0]))
+    srpo = ["posttrain.algorithm=srpo", own[0]]  # whose rewards are never asked
+    assert posttrain.main(command(shop, "own_srpo", *srpo, "--dry-run")) == 0
+    capsys.readouterr()
+
+
+def test_a_dry_run_tells_what_the_run_would_stumble_over(shop, capsys):
+    (shop.folder / "few.yaml").write_text("prompts: [a red circle, a blue star]")
+    own = f"posttrain.prompts={shop.folder}/few.yaml"
+    light = "posttrain.rewards=[{type: brightness}]"
+    posttrain.main(command(shop, "there", light))
+    offline = "posttrain.algorithm=dpo"
+    for words, *parts in (
+        ([own], "posttrain.rewards[1]", "facts", "moving_shapes"),
+        ([own, light, "posttrain.eval_rewards=[{type: prompt_accuracy}]"], "posttrain.eval_rewards[0]", "facts"),
+        (["posttrain.eval_rewards=[{type: brightness_rank}]"], "posttrain.eval_rewards[0]", "draws one of each"),
+        (["posttrain.eval_prompts=-1"], "posttrain.eval_prompts"),
+        (["train.sample_cfg_interval=[0.8, 0.2]"], "interval"),
+        (["posttrain.rollout.guidance_low=3"], "posttrain.rollout.guidance_low", "no pair"),
+        ([offline, "posttrain.dpo.pairs=nowhere.safetensors"], "posttrain.dpo.pairs", "nowhere"),
+        ([offline, "posttrain.dpo={collect: 2, batch: 3}"], "posttrain.dpo.batch", "at most the 2 pairs"),
+        (["model.freeze=true", "lora.enabled=false"], "no parameter is trainable"),
+        (["--resume"], "--resume", "no whole checkpoint"),
+    ):
+        refused(capsys, posttrain.main, [*command(shop, "dry", *words), "--dry-run"], *parts)
+    refused(capsys, posttrain.main, command(shop, "there", light, "--dry-run"), "already holds a run")
+    assert not (shop.folder / "runs/dry").exists()
+    posttrain.main(command(shop, "there", light, "--resume", "--dry-run", "train.lr=0.5"))
+    told = capsys.readouterr().out
+    assert "at update 2" in told and "train.lr" in told
+    posttrain.main(command(shop, "there", light, "--resume"))
+    assert "nothing left to do: train.max_steps is 2" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_before_anything_runs(shop, capsys):

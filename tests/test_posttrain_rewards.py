@@ -27,7 +27,8 @@ from mmdit.rng import Draws
 
 def samples(pixels, captions=None, facts=None) -> Samples:
     count = len(pixels)
-    return Samples(captions or ["x"] * count, torch.zeros(count, 1), torch.arange(count), Draws.of(0, 0, count), pixels, facts)
+    return Samples(captions=captions or ["x"] * count, latents=torch.zeros(count, 1), groups=torch.arange(count),
+                   draws=Draws.of(0, 0, count), pixels=pixels, facts=facts)  # fmt: skip
 
 
 def test_analytic_rewards_rank_pictures_as_an_eye_would():

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from mmdit.data.items import item_bytes, load_item
 from mmdit.data.records import check_id, read_records
 
 
@@ -41,6 +43,70 @@ def test_wrong_line_is_named_by_file_and_line(tmp_path, line, told):
     path = write(tmp_path / "meta.jsonl", image("fine"), line)
     with pytest.raises(ValueError, match="meta.jsonl:2: .*" + told):
         read_records(path, "image")
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        ('"x \\ud83d"', "half a surrogate pair"),
+        ('{"in": ["\\udc00"]}', "half a surrogate pair"),
+        ('{"\\ud800": 1}', "half a surrogate pair"),
+        ("1" + "0" * 4000, "more than 64 bits"),
+        (str(1 << 64), "more than 64 bits"),
+        ("NaN", "no JSON number"),
+        ("-Infinity", "no JSON number"),
+        ("[1e400]", "no JSON number"),
+        ("[" * 40 + "]" * 40, "deep in each other"),
+        ("[" * 5000 + "]" * 5000, "not valid JSON|deep in each other"),
+        ('"' + "x" * (17 << 20) + '"', "at most 16777216 are read"),
+    ],
+)
+@pytest.mark.parametrize("key", ["caption", "image_path", "note"])
+def test_what_cannot_be_stored_is_refused_at_its_line(tmp_path, key, value, told):
+    row = {"id": "a", "image_path": "a.png", "caption": "x"} | {key: 0}
+    path = write(tmp_path / "meta.jsonl", image("fine"), json.dumps(row).replace(f'"{key}": 0', f'"{key}": {value}'))
+    with pytest.raises(ValueError, match=f"meta.jsonl:2: .*({told})"):
+        read_records(path, "image")
+
+
+def test_every_value_that_is_accepted_comes_back_from_an_item(tmp_path):
+    nested = 1
+    for _ in range(30):
+        nested = [nested]
+    facts = {"big": (1 << 64) - 1, "small": -(1 << 64) + 1, "tiny": 5e-324, "none": None, "yes": True, "nested": nested,
+             "": {"猫🐞": ["\0", "\ufeff", "x" * 70_000]}}  # fmt: skip
+    (record,) = read_records(write(tmp_path / "meta.jsonl", image("a", **facts)), "image")
+    assert record.facts == facts
+    data, _, _ = item_bytes(np.zeros((1, 2, 2, 3), np.float16), {"caption": record.caption, "facts": record.facts})
+    (tmp_path / "a.pt").write_bytes(data)
+    assert load_item(tmp_path / "a.pt")["facts"] == facts
+
+
+def test_text_in_another_encoding_or_form_is_explained(tmp_path):
+    rows = [json.dumps(image(name, "caf\xe9"), ensure_ascii=False) for name in "ab"]
+    path = tmp_path / "meta.jsonl"
+    path.write_bytes("\r\n".join(["\ufeff" + row for row in rows]).encode())  # two files of an editor, one behind the other
+    assert [record.caption for record in read_records(path, "image")] == ["caf\xe9"] * 2
+    path.write_bytes((rows[0] + "\n").encode() + rows[1].encode("latin-1"))
+    with pytest.raises(ValueError, match="meta.jsonl:2: is not UTF-8 text .byte 0xe9"):
+        read_records(path, "image")
+    path.write_bytes(rows[0].encode("utf-16"))
+    with pytest.raises(ValueError, match="meta.jsonl:1: the file is UTF-16"):
+        read_records(path, "image")
+    for text in (json.dumps([image("a"), image("b")], indent=2), json.dumps([image("a")]), "\n [" + rows[0] + "]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="the file is a JSON array; write one object a line") as told:
+            read_records(path, "image")
+        assert len(str(told.value).splitlines()) == 1
+    path.write_text(json.dumps(image("a"), indent=2))
+    with pytest.raises(ValueError, match="meta.jsonl:1: .*may not be spread over lines"):
+        read_records(path, "image")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    row = {"id": "a", "image_path": "~/x.png", "caption": ""}
+    assert read_records(write(tmp_path / "meta.jsonl", row), "image")[0].path == "/home/someone/x.png"
 
 
 def test_duplicate_id_names_both_lines_and_errors_come_together(tmp_path):

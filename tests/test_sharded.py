@@ -62,11 +62,23 @@ def one_rank(folder: Path, part: str) -> None:
             except RunError as error:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
                 (folder / f"full{world.rank}.txt").write_text(str(error))
+    elif part.startswith("frozen_"):
+        words = with_frozen_encoder(folder, part.removeprefix("frozen_"))
+        train_t2v.main(Workshop(folder).train_words("sharded", "train.batch_size=2", "parallel.type=fsdp", *words))
     elif part == "reduced":
         train_t2v.main(Workshop(folder).train_words("reduced", "train.batch_size=2", "parallel.reduce=bfloat16"))
     else:
         words = ["parallel.type=fsdp", "train.batch_size=2", *ADAPTERS, f"train.init_from={folder / 'runs/base'}"]
         train_t2v.main(Workshop(folder).train_words("adapters", *words))
+
+
+def with_frozen_encoder(folder: Path, kind: str) -> list[str]:
+    """Overrides of a run whose frozen encoder looks at a caption once."""
+    encoder = f"type: hf, name_or_path: {folder}/t5, max_length: 16"
+    if kind == "stored":
+        encoder += f", cache_dir: {folder}/embeddings"
+    return ["train.max_steps=4", "train.val_every_steps=2", "train.val_share=0.3", "train.sample_every_steps=2",
+            "train.sample_num_images=1", f"text_encoder={{{encoder}}}"]  # fmt: skip
 
 
 def gradients(folder: Path, world: World) -> None:
@@ -214,6 +226,39 @@ def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate
         monkeypatch.setattr(parallel, "exchange_rate", lambda world: rate)
     parallel.wrap(learner(), World(0, 2))
     assert given["bucket_cap_mb"] == megabytes
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(monkeypatch, trained):
+    model, cut = learner(), []
+    model.text_encoder.requires_grad_(trained)
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: cut.append(module))
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *arguments: None)
+    shard(model, World(0, 2))
+    assert model.model in cut and (model.text_encoder in cut) == trained
+    assert trained or not set(model.text_encoder.modules()) & set(cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["remembered", "stored"])
+def test_sharded_training_with_a_frozen_encoder_is_that_of_one_process(tmp_path, kind):
+    """Its captions, those of previews and those of the validation are met by some processes only."""
+    transformers = pytest.importorskip("transformers")
+    from test_text_encoders import T5, save_tokenizer
+
+    transformers.T5EncoderModel(transformers.T5Config(**T5)).save_pretrained(tmp_path / "t5")
+    save_tokenizer(tmp_path / "t5")
+    shop = Workshop(tmp_path)
+    alone = shop.train("alone", *with_frozen_encoder(tmp_path, "remembered"))
+    run_ranks(tmp_path, 2, __file__, f"frozen_{kind}")
+    sharded = tmp_path / "runs" / "sharded"
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (alone, sharded))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        for name in (name for name in a if name.startswith(("loss", "val_loss")) and a[name] is not None):
+            assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
+    assert not (sharded / "failures").exists(), "a preview failed"
+    assert len(list(sharded.glob("samples/*/grid.png"))) == 2
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,13 +57,13 @@ def batches(rank=0, world=1, accum=1, size=8, poison=()):
 
 
 def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, fsdp=False,
-            size=8, **options):
+            size=8, average=EMAConfig(decay=0.9), **options):
     config = TrainConfig(**{"precision": "fp32", "batch_size": 8, "lr": 3e-3, "warmup_steps": 2, "max_steps": steps, "log_every_steps": 2,
                          "save_every_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.1, **options})
     model = learner(dropout)
     if fsdp:
         shard(model, world)
-    state = TrainState.create(model, config, EMAConfig(enabled=ema, decay=0.9))
+    state = TrainState.create(model, config, replace(average, enabled=ema))
     if resume_at is not None:
         state.restore(checkpoint.folder_of(tmp_path, resume_at))
 
@@ -246,6 +247,39 @@ def test_ema_is_the_average_it_claims_to_be(tmp_path):
     with state.ema.applied():
         assert torch.equal(state.learner.state_dict()[name], state.ema.shadow[name])
     assert torch.equal(state.learner.state_dict()[name], raw)
+
+
+@pytest.mark.parametrize("start, every", [(0, 1), (0, 3), (2, 1), (3, 2), (4, 4), (1000, 1), (0, 1000)])
+def test_the_average_is_the_weights_until_it_begins_and_then_of_every_nth_step(tmp_path, start, every):
+    """In memory and in every checkpoint: whoever asks for the average before it exists gets what was trained."""
+    state = trained(tmp_path, steps=6, save_every_steps=1, keep_last=0, average=EMAConfig(True, 0.9, every, start))
+    name, average, updates = "model.output.weight", None, 0
+    for step in range(1, 7):
+        folder = checkpoint.folder_of(tmp_path, step)
+        weights = checkpoint.read_tensors(folder / "model.safetensors")[name]
+        due = step > start and step % every == 0
+        if due:
+            updates += 1
+            decay = min(0.9, (1 + updates) / (10 + updates))
+            before = learner().state_dict()[name] if average is None else average
+            average = decay * before + (1 - decay) * weights
+        elif not updates:
+            average = weights
+        stored = checkpoint.read_tensors(folder / "ema.safetensors")[name]
+        torch.testing.assert_close(stored, average, rtol=1e-5, atol=1e-7)
+        assert torch.equal(checkpoint.load_weights(folder).tensors[name], stored)
+    assert torch.equal(state.ema.shadow[name], stored) and stored.any()
+
+
+def test_a_checkpoint_that_kept_initial_weights_as_its_average_gives_what_was_trained(tmp_path):
+    """As an older version wrote them before `start_step`."""
+    files = {"model": {"model.w": torch.ones(2)}, "ema": {"model.w": torch.zeros(2)}}
+    for step, expected in ((7, 1.0), (8, 0.0)):
+        meta = checkpoint.Meta(step, {"ema": {"start_step": 7}}, SPEC, "test")
+        folder = checkpoint.save(tmp_path, meta, files, keep_last=0)
+        assert checkpoint.load_weights(folder).tensors["model.w"].tolist() == [expected] * 2
+    with pytest.raises(ConfigError, match="start_step"):
+        EMAConfig(start_step=-1)
 
 
 def test_learning_rate_is_a_function_of_the_step():

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
+from mmdit.adapters import LoRAConfig, adapters, inject, merge
 from mmdit.interop.wan import diffusers_name, load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.weights import Checkpoint
 
 
@@ -103,8 +105,84 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
         refused("lacks 1 of", shards[-1].name, call=lambda: load_dit(tmp_path / "saved"))
         refused("is 1 of", "shards", call=lambda: load_dit(shards[0]))
         next((tmp_path / "saved").glob("*.index.json")).unlink()
+        refused(f"and lacks {shards[-1].name}", call=lambda: load_dit(tmp_path / "saved"))
         found = f"holds {len(shards) - 1} of {len(shards)} shards without their index"
         refused(found, call=lambda: load_dit(tmp_path / "saved"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_a_model_with_adapters_is_written_as_it_computes(tmp_path, layout, kind):
+    """Merged in the file, once rounded; the model keeps them. Others would not see adapters beside the weights."""
+    model = random_model(TINY)
+    inject(model, LoRAConfig(enabled=True, type=kind, rank=2, alpha=5.0, target_modules=("cross_attn.k", "ffn.0")))
+    for layer in adapters(model).values():
+        for parameter in layer.own().values():
+            parameter.normal_()
+    expected = {name: layer.merged_weight() for name, layer in adapters(model).items()}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    save_dit(model, tmp_path / "saved", layout, shard_bytes=100_000)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    again = load_dit(tmp_path / "saved")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected.get(name.removesuffix(".weight"), before[name])), name
+    assert all(torch.equal(a, b) for a, b in zip(merge(model).parameters(), again.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_what_is_kept_as_float8_is_written_unpacked_in_the_type_asked_for(tmp_path):
+    model = random_model(TINY)
+    store_float8(model.blocks)
+    inject(model, LoRAConfig(enabled=True, rank=2, target_modules=("ffn.0",)))
+    plain = {name: (p.whole() if isinstance(p, StoredWeight) else p) for name, p in model.named_parameters()}
+    for dtype in (None, torch.bfloat16, torch.float16):
+        save_dit(model, tmp_path / str(dtype), shard_bytes=50_000, dtype=dtype)
+        for name, entry in Checkpoint(tmp_path / str(dtype)).entries.items():
+            less = dtype and WanDiT.stored_dtype(name, dtype) == dtype
+            assert entry.dtype == ({torch.bfloat16: "BF16", torch.float16: "F16"}[dtype] if less else "F32")
+        index = next((tmp_path / str(dtype)).glob("*.index.json"))
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(
+            tensor.nbytes for _, tensor in Checkpoint(tmp_path / str(dtype)).tensors()
+        )
+        again = load_dit(tmp_path / str(dtype))
+        tolerance = {None: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        for name, parameter in again.named_parameters():
+            torch.testing.assert_close(parameter, plain[name], rtol=tolerance, atol=1e-7 if dtype else 0)
+    model.get_parameter("blocks.0.ffn.2.bias").fill_(1e5)
+    refused("blocks.0.ffn.2.bias", "not finite in float16", call=partial(save_dit, model, tmp_path / "x", dtype=torch.float16))
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_shards_that_are_all_there_need_no_index(tmp_path):
+    model = random_model(TINY)
+    save_dit(model, tmp_path / "saved", shard_bytes=30_000)
+    next((tmp_path / "saved").glob("*.index.json")).unlink()
+    again = load_dit(tmp_path / "saved")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    save_file({"x": torch.ones(1)}, tmp_path / "saved" / "other.safetensors")
+    refused("other files beside them", call=lambda: load_dit(tmp_path / "saved"))
+    (tmp_path / "saved" / "other.safetensors").unlink()
+    next((tmp_path / "saved").glob("*-00002-of-*")).unlink()
+    refused("without their index", "lacks diffusion_pytorch_model-00002-of", call=lambda: load_dit(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda own: own | {"blocks.0.ffn.0.lora_A": torch.ones(2, 64), "blocks.0.ffn.0.lora_B": torch.ones(112, 2)},
+     ("adapters apart from its weights", "2 tensors", "blocks.0.ffn.0.lora_A", "merged")),
+    (lambda own: {f"model.diffusion_model.{name}": value for name, value in own.items()} | {"vae.conv1.weight": torch.ones(1)},
+     ("whole pipeline in one file (vae.", "by itself")),
+    (lambda own: {name.replace("0.ffn.0.weight", "0.ffn.0.qweight"): value for name, value in own.items()},
+     ("is quantised", "blocks.0.ffn.0.qweight")),
+    (lambda own: own | {"blocks.0.ffn.0.weight.absmax": torch.ones(1)}, ("is quantised", "absmax")),
+    (lambda own: own | {"blocks.0.ffn.0.weight": own["blocks.0.ffn.0.weight"].to(torch.int8)}, ("int8", "real numbers")),
+    (lambda own: own | {"patch_embedding.weight": torch.ones(64, 48, 1, 2, 2)},
+     ("takes 48 channels and gives 16", "Fun-Control")),
+])  # fmt: skip
+def test_neighbouring_files_are_told_for_what_they_are(folder, change, words):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: value.clone() for name, value in change(load_file(file)).items()}, file)
+    refused(*words, call=lambda: load_dit(folder))
 
 
 def drawn_config(rng: random.Random, kind: str) -> WanConfig:

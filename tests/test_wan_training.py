@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import refused
 from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
+from mmdit.adapters import adapters
 from mmdit.data.batches import BatchPlan
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import open_cache
@@ -25,6 +26,7 @@ from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.pipeline import SampleSettings
+from mmdit.weights import Checkpoint
 
 LORA = "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}"
 
@@ -334,6 +336,22 @@ def test_a_trained_transformer_leaves_in_both_layouts(shop, pair, tmp_path, caps
     adapted = pair.train("low_lora", "model.expert=low", LORA)
     assert export.main(["--checkpoint", str(adapted), "--out", str(tmp_path / "low.safetensors"), "--lora", "comfy"]) == 0
     assert load_file(tmp_path / "low.safetensors")
+
+
+def test_a_run_on_float8_leaves_merged_in_the_type_asked_for(shop, tmp_path):
+    """The adapted weights are float8 + the update, rounded once."""
+    run = shop.train("float8", LORA, "model.dtype=float8", "ema.enabled=false", "train.lr=0.1")
+    for layout, words, kind in (("official", [], "BF16"), ("diffusers", ["--dtype", "fp32"], "F32")):
+        assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / layout), "--layout", layout, *words]) == 0
+        entries = Checkpoint(tmp_path / layout).entries
+        assert {entry.dtype for name, entry in entries.items() if ".ffn." in name} == {kind}
+    exact, rounded = (load_dit(tmp_path / layout).state_dict() for layout in ("diffusers", "official"))
+    assert all(torch.equal(value.to(torch.bfloat16).float(), rounded[name]) for name, value in exact.items() if ".ffn." in name)
+    model = load_pipeline(run, "cpu", lora=None)[0].learner.model
+    moved = [name for name, layer in adapters(model).items() if not torch.equal(exact[f"{name}.weight"], layer.weight.float())]
+    assert moved == list(adapters(model))
+    assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "l.safetensors"), "--lora", "comfy", "--dtype", "bf16"]) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "l.safetensors").values()} == {torch.bfloat16}
 
 
 def test_captions_are_cached_by_their_command(shop, capsys):

@@ -11,11 +11,15 @@ where it is missing, torn or contradicts itself. Every file is written aside and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import time
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +30,10 @@ from tqdm import tqdm
 from mmdit.data.items import index_entry, is_entry, item_bytes, load_item, read_entry, to_half
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import Columns, damage_of, is_packed, read_index
-from mmdit.data.records import check_id
-from mmdit.files import clean, lock, no_link, open_regular, write_aside
+from mmdit.data.records import check_id, check_storable
+from mmdit.files import clean, flush_file_system, lock, no_link, open_regular, write_aside
 
+SETTLE_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
 THREADS = 4  # that write files; making a file waits more than it computes
 _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
 
@@ -54,35 +59,68 @@ def _index_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("index*.jsonl"))
 
 
-def _read_entries(folder: Path, channels: int) -> tuple[dict[str, dict], list[dict], list[str]]:
-    """Entries by id for exactly the files that are there; those of them that no index holds (read from their files); and the
-    ids that an index lists without a file."""
-    files, entries, lost = _files(folder), {}, set()
+@dataclass
+class _Entries:
+    """What the files and indices of a folder say."""
+
+    by_id: dict[str, dict] = field(default_factory=dict)  # for exactly the files that are there
+    rebuilt: list[dict] = field(default_factory=list)  # those of them that no index held
+    lost: dict[str, str] = field(default_factory=dict)  # id → file that an index lists and that is not there
+    damaged: dict[str, str] = field(default_factory=dict)  # id → why its file could not be indexed
+
+
+def _read_entries(folder: Path, channels: int, forgiving: bool = False) -> _Entries:
+    """Of a cache folder. ValueError for an item that no index holds and that is damaged, unless `forgiving`."""
+    files, found, entries, removed = _files(folder), _Entries(), {}, set()
     for path in _index_files(folder):
         mine: dict[str, dict] = {}
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     entry = json.loads(line)
-                    if entry["id"] not in files:
-                        lost.add(entry["id"])
+                    if entry.get("removed"):
+                        removed.add(entry["id"])
+                        mine.pop(entry["id"], None)
+                    elif entry["id"] not in files:
+                        found.lost[entry["id"]] = entry["file"]
                     elif files[entry["id"]] == entry["file"] and is_entry(entry):
                         mine[entry["id"]] = entry  # a later line of one writer replaces an earlier one
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # a line torn by a kill: its item is read from its file below
         for id, entry in mine.items():
             if entries.setdefault(id, entry) != entry:
                 entries[id] = {}  # two writers disagree: the file decides
     missing = [id for id in files if not entries.get(id)]
-    rebuilt = []
     for id in tqdm(missing, desc=f"indexing {folder}", unit="file", disable=len(missing) < 1000):
-        rebuilt.append(read_entry(id, files[id], folder, channels))
-        entries[id] = rebuilt[-1]
-    return entries, rebuilt, sorted(lost)
+        try:
+            entries[id] = read_entry(id, files[id], folder, channels)
+            found.rebuilt.append(entries[id])
+        except ValueError as error:
+            if not forgiving:
+                raise
+            entries.pop(id, None)
+            found.damaged[id] = str(error)
+    found.by_id, found.lost = entries, {id: file for id, file in sorted(found.lost.items()) if id not in removed}
+    return found
 
 
 def _line(entry: dict) -> str:
     return json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _removal(id: str, file: str) -> dict:
+    """The index line of an item that was taken out."""
+    return {"id": id, "file": file, "removed": True}
+
+
+@contextlib.contextmanager
+def told_how_to_go_on() -> Iterator[None]:
+    """Say of a write that failed, on a full disk above all, what is lost (nothing) and what to do. Also a decorator."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error}; what is written stays: free disk space, if that is it, and give the same command again, it "
+                         "goes on from there") from None
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,10 +130,13 @@ class CacheWriter:
         with CacheWriter(folder, CacheManifest.of(tokenizer, video)) as writer:
             writer.add_many(ids, latents, captions, facts)      # latents (B, F, H, W, C), raw
 
-    A folder made with other settings is an error, as is a second process writing as the same `rank`.
+    A folder made with other settings is an error, as is a second process writing as the same `rank`, and an item whose file is
+    damaged; if `forgiving`, it counts as not there (`damaged` says why). Lines enter the index when what they promise is on the
+    disk.
     """
 
-    def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1):
+    def __init__(self, folder: str | Path, manifest: CacheManifest, rank: int = 0, world: int = 1,
+                 forgiving: bool = False):  # fmt: skip
         self.folder, self.manifest, self.rank, self.world = Path(folder), manifest, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_packed(self.folder):
@@ -115,8 +156,11 @@ class CacheWriter:
         clean(self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*")))
         if self._index.tell():
             self._index.write(b"\n")  # ends a line torn by a kill
-        self.entries, rebuilt, _ = _read_entries(self.folder, manifest.spec.channels)
-        self._append(rebuilt)
+        found = _read_entries(self.folder, manifest.spec.channels, forgiving)
+        self.entries, self.damaged = found.by_id, found.damaged
+        self._fresh, self._settled = [], time.monotonic()
+        self._append(found.rebuilt)
+        self._append([_removal(id, file) for id, file in found.lost.items()])
 
     def _place(self, size: tuple[int, int]) -> Path:
         """The folder of this size, made."""
@@ -125,8 +169,25 @@ class CacheWriter:
         return place
 
     def _append(self, entries: list[dict]) -> None:
-        self._index.write("".join(map(_line, entries)).encode())
-        self._index.flush()
+        self._fresh += map(_line, entries)
+        if time.monotonic() - self._settled > SETTLE_SECONDS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Write the lines of what was written since, once that is on the disk and not only in memory."""
+        if self._fresh:
+            flush_file_system(self.folder)
+            self._index.write("".join(self._fresh).encode())
+            self._index.flush()
+        self._fresh, self._settled = [], time.monotonic()
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take items out of the cache; returns how many of `ids` were there."""
+        entries = [self.entries.pop(id) for id in ids if id in self.entries]
+        for entry in entries:
+            (self.folder / entry["file"]).unlink(missing_ok=True)
+        self._append([_removal(entry["id"], entry["file"]) for entry in entries])
+        return len(entries)
 
     def add(self, id: str, latents: Tensor, caption: str, facts: dict | None = None, source: dict | None = None) -> None:
         """One item, `latents (F, H, W, C)`; see `add_many`."""
@@ -136,7 +197,7 @@ class CacheWriter:
                  sources: list[dict] | None = None, checked: bool = False) -> None:  # fmt: skip
         """Items of one shape, `latents (B, F, H, W, C)` raw; `checked`: they come from `to_half`, and are finite. `facts`: what
         is known of each, plain JSON values. `sources`: where it was cut from. An id that is there is replaced. ValueError for
-        latents that float16 cannot hold or whose size is not in the manifest."""
+        latents that float16 cannot hold or whose size is not in the manifest, or for a text that no index can hold."""
         if latents.ndim != 5 or not latents.shape[1]:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns, channels)")
         rows, columns, channels = latents.shape[2:]
@@ -159,6 +220,7 @@ class CacheWriter:
             for i in range(thread, len(ids), THREADS):
                 rest = {"caption": captions[i]}
                 rest |= {"facts": facts[i]} if facts and facts[i] else {}
+                check_storable(rest, f"item {ids[i]}")
                 rest |= {"source": sources[i]} if sources and sources[i] else {}
                 entries.append(self._write(ids[i], files[i], numbers[i], rest))
             return entries
@@ -180,13 +242,17 @@ class CacheWriter:
         if self._index.closed:
             return
         self._threads.shutdown()
-        if self.world == 1:
-            lines = (_line(self.entries[id]) for id in sorted(self.entries))
-            write_aside(self.folder / "index.jsonl", "".join(lines))
-            for path in _index_files(self.folder):
-                if path.name != "index.jsonl":
-                    path.unlink()
-        self._index.close()
+        try:
+            self._settle()
+            if self.world == 1:
+                lines = (_line(self.entries[id]) for id in sorted(self.entries))
+                write_aside(self.folder / "index.jsonl", "".join(lines), flush=True)
+                for path in _index_files(self.folder):
+                    if path.name != "index.jsonl":
+                        path.unlink()
+        finally:
+            with contextlib.suppress(OSError):  # of a full disk, told already
+                self._index.close()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -262,10 +328,11 @@ def open_cache(folder: str | Path, wanted: CacheManifest | None = None) -> Laten
         manifest.check(folder, wanted)
     if is_packed(folder):
         return LatentCache(folder, manifest, read_index(folder))
-    entries, _, lost = _read_entries(folder, manifest.spec.channels)
-    if lost:
-        raise ValueError(f"{len(lost)} items of the cache {folder} have lost their files (the first is {lost[0]!r}); run "
+    found = _read_entries(folder, manifest.spec.channels)
+    if found.lost:
+        first = next(iter(found.lost))
+        raise ValueError(f"{len(found.lost)} items of the cache {folder} have lost their files (the first is {first!r}); run "
                          "the caching command again to make them anew, or delete index*.jsonl to go on without them")
-    if not entries:
+    if not found.by_id:
         raise ValueError(f"the cache {folder} holds no item; run the caching command that made its manifest again")
-    return LatentCache(folder, manifest, _columns(entries))
+    return LatentCache(folder, manifest, _columns(found.by_id))

@@ -2,7 +2,8 @@
 
     read_records ─► [workers: open, choose size, crop] ─► batches of one size ─► tokenizer.encode ─► [thread: CacheWriter]
 
-A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`; wrong settings stop the run before any work.
+A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`, and so is what was cached of it when it was
+another; wrong settings stop the run before any work.
 Under `torchrun` each rank takes every world-th record: there is no communication, ranks may finish at different times.
 """
 
@@ -13,8 +14,8 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,17 +27,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
-from mmdit.data.cache import CacheWriter
-from mmdit.data.clips import cached_frames
+from mmdit.data.cache import CacheWriter, told_how_to_go_on
+from mmdit.data.clips import cached_frames, latent_video, usable_frames
 from mmdit.data.colours import NOTES
-from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, list_frames, load_frames, to_unit
+from mmdit.data.frames import Box, PreprocessConfig, crop_box, cut, load_frames, to_unit
 from mmdit.data.items import load_item, to_half
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.pictures import load_image
 from mmdit.data.records import Kind, Record
+from mmdit.data.stamps import compare, stamp_of
 from mmdit.data.videos import read_video
 from mmdit.files import write_aside
-from mmdit.interfaces import Tokenizer
+from mmdit.interfaces import LatentSpec, Tokenizer
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
 
@@ -49,6 +51,7 @@ class Meta:
     caption: str
     facts: dict
     source: dict
+    repeated: list[str]  # ids of crops of the same picture that are not written
 
 
 @dataclass
@@ -58,6 +61,14 @@ class CacheReport:
     records: int = 0
     already: int = 0  # records finished by an earlier run
     recaptioned: int = 0  # of those, with a new caption
+    renewed: int = 0  # of those, found elsewhere or with other times, and the same bytes
+    old_stamps: int = 0  # of those, the same as far as an older version of this program had noted it
+    gone: list[str] = field(default_factory=list)  # of those, whose source is no longer there
+    removed: int = 0  # items taken out: of sources that are now another or unusable
+    damaged: dict[str, str] = field(default_factory=dict)  # id → why its file could not be read
+    strangers: list[str] = field(default_factory=list)  # items of no record
+    pruned: int = 0  # of those, taken out
+    too_short: str = ""  # of clips that give no sample
     written: int = 0  # items
     same_crops: int = 0  # crops that would have repeated an earlier one of their picture
     empty_captions: int = 0
@@ -71,6 +82,7 @@ class CacheReport:
 
     def text(self) -> str:
         renewed = f" ({self.recaptioned} got their new caption)" if self.recaptioned else ""
+        renewed += f" ({self.renewed} moved or touched, with the same bytes)" if self.renewed else ""
         lines = [
             f"{self.records} records: {self.written} items written in {self.seconds:.1f} s, {self.already} records already "
             f"there{renewed}, {len(self.skipped)} skipped, {self.empty_captions} empty captions (trained as unconditional)"
@@ -81,10 +93,26 @@ class CacheReport:
             lines.append(f"{self.animated} items from animated pictures: their first frame is used (as video_path they are clips)")
         lines += [f"{count} items {NOTES[note]}" for note, count in self.notes.items()]
         lines += [self.older] if self.older else []
-        kinds: dict[str, list[str]] = {}
+        if self.old_stamps:
+            lines.append(f"{self.old_stamps} records have notes of an older version, which knew only sizes: a source that "
+                         "was exchanged before now for another of equal size was not noticed; from now on it will be")
+        if self.gone:
+            lines.append(f"{len(self.gone)} records keep what was cached of them, their files are gone (for example {self.gone[0]})")
+        if self.removed:
+            lines.append(f"{self.removed} items taken out of the cache: their sources are others now, or unusable")
+        if self.damaged:
+            id, why = next(iter(self.damaged.items()))
+            lines.append(f"{len(self.damaged)} damaged items counted as not there (for example {id}: {why})")
+        if self.strangers:
+            told = f"{len(self.strangers)} items of the cache are not in this file (for example {self.strangers[0]})"
+            lines.append(f"{told}: taken out" if self.pruned else f"{told}: they are trained, too; --prune removes them")
+        lines += [self.too_short] if self.too_short else []
+        kinds: dict[str, list[dict]] = {}
         for row in self.skipped:
-            kinds.setdefault(row["reason"].partition(":")[0], []).append(f"{row['reason']} ({row['id']})")
-        lines += [f"  skipped {len(rows)}, for example: {rows[0]}" for rows in kinds.values()]
+            kinds.setdefault(row["reason"].partition(":")[0], []).append(row)
+        for rows in kinds.values():
+            row = rows[0]
+            lines.append(f"  skipped {len(rows)}, for example: {row['reason']} ({row['id']}{place_told(row)})")
         lines += [f"  {size}: {count} items in the cache" for size, count in sorted(self.sizes.items())]
         return "\n".join(lines)
 
@@ -95,7 +123,8 @@ class _Decode(Dataset):
     neither pickled to nor copied by every worker."""
 
     def __init__(self, kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig):
-        self.kind, self.choose, self.preprocess, self.fps = kind, manifest.choose, preprocess, video.fps
+        self.kind, self.choose, self.preprocess = kind, manifest.choose, preprocess
+        self.fps = video.fps if kind == "video" else 0.0
         self.video = video if manifest.clip_plan and kind == "video" else None  # its frames are chosen here
 
     def __getitem__(self, records: list[Record]) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
@@ -105,7 +134,8 @@ class _Decode(Dataset):
             try:
                 crops = self.crops(record)
             except Exception as error:  # decoders raise almost anything on damaged files; the list says what
-                skipped.append({"id": record.id, "path": record.path, "reason": reason_of(error)})
+                row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
+                skipped.append(row | {"unreachable": is_unreachable(error)})
             else:
                 same += self.preprocess.num_crops - len(crops)
                 for pixels, meta in crops:
@@ -116,6 +146,7 @@ class _Decode(Dataset):
     def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
         """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has one box for all its frames."""
         boxes, frames, source, target = {}, [], (0, 0), (0, 0)
+        stamp = stamp_of(record.path, self.fps)  # before it is decoded: what changes meanwhile is noticed next time
         animated, notes = False, set()
         for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
             if number == 0:
@@ -126,15 +157,16 @@ class _Decode(Dataset):
             animated |= image.info["animated"]
             notes |= set(image.info["notes"])
         chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
-        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp_of(record, self.kind, self.fps)}
-        origin |= {"fps": self.fps} if self.kind == "video" and os.path.isfile(record.path) else {}
+        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp}
+        origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}
         origin |= {"notes": sorted(notes)} if notes else {}
+        repeated = [self.preprocess.item_id(record.id, crop) for crop in range(self.preprocess.num_crops) if crop not in boxes]
         return [
             (np.stack([frames[number][i] for number in chosen]),
              Meta(self.preprocess.item_id(record.id, crop), record.caption, record.facts,
-                  origin | {"crop": [round(side, 3) for side in box]}))
+                  origin | {"crop": [round(side, 3) for side in box]}, repeated))
             for i, (crop, box) in enumerate(boxes.items())
         ]  # fmt: skip
 
@@ -144,6 +176,16 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "file not found"
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def place_told(row: dict) -> str:
+    """Where a skipped source was looked for, to follow its reason in a line for people."""
+    return "" if not row["path"] or row["path"] in row["reason"] else f", {os.path.abspath(row['path'])}"
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether the file system failed, and not what is in a file."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
@@ -173,17 +215,6 @@ def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Imag
             yield f"frame {number}", image
 
 
-def stamp_of(record: Record, kind: Kind, fps: float) -> int | str | None:
-    """Changes when a source is exchanged: bytes of an image, pictures in a folder, bytes and frame rate of a video file. None
-    when it is gone."""
-    try:
-        if kind == "video" and os.path.isfile(record.path):
-            return f"{os.stat(record.path).st_size} bytes at {fps:g} fps"
-        return os.stat(record.path).st_size if kind == "image" else len(list_frames(record.path))
-    except OSError:
-        return None
-
-
 def decoded(records: list[Record], kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig,
             num_workers: int, device: torch.device | str = "cpu"
             ) -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:  # fmt: skip
@@ -208,27 +239,100 @@ def worker_options(num_workers: int) -> dict:
 
 
 # ── what is already there ────────────────────────────────────────────────────────────────────────────────────────────
-def _pending(records: list[Record], kind: Kind, writer: CacheWriter, preprocess: PreprocessConfig, fps: float,
+def _pending(records: list[Record], writer: CacheWriter, preprocess: PreprocessConfig, fps: float,
              report: CacheReport) -> list[Record]:  # fmt: skip
-    """Records still to do. A finished one whose source was exchanged is done anew; a changed caption is only rewritten."""
+    """Records still to do. A finished one whose source was exchanged is done anew; a changed caption is only rewritten, as is
+    the stamp of a source that was moved. `fps`: asked of video files."""
     pending = []
     for record in tqdm(records, desc="looking for finished items", disable=len(records) < 20_000):
-        first = writer.entries.get(preprocess.item_id(record.id, 0))
-        source = (first or {}).get("source", {})
-        items = [writer.entries.get(preprocess.item_id(record.id, crop)) for crop in source.get("crops", [0])]
-        if not all(items) or stamp_of(record, kind, fps) not in (None, source.get("stamp")):
+        ids = [preprocess.item_id(record.id, crop) for crop in range(preprocess.num_crops)]
+        source = writer.entries.get(ids[0], {}).get("source", {})
+        wanted = [id for crop, id in enumerate(ids) if crop in source.get("crops", [0])]
+        items = [writer.entries.get(id) for id in wanted]
+        state, stamp = compare(record.path, source.get("stamp"), fps)
+        of_one = all(item and item.get("source", {}).get("stamp") == source.get("stamp") for item in items)
+        if state == "changed" or not of_one:
+            pending.append(record)
+            continue
+        report.removed += writer.remove(id for id in ids if id not in wanted)  # of a kill between two crops
+        if state == "missing":
+            report.skipped.append({"id": record.id, "path": record.path, "reason":
+                                   "file not found: the cache keeps what this id had before, as it was"})
+            continue
+        report.gone += [f"{record.id}: {record.path}"] if state == "gone" else []
+        stale = [item for item in items if (item["caption"], item.get("facts", {})) != (record.caption, record.facts)]
+        try:
+            for item in items if stamp else stale:
+                latents = load_item(writer.folder / item["file"], writer.manifest.spec.channels)["latents"]
+                noted = item.get("source", {}) | ({"stamp": stamp} if stamp else {})
+                writer.add(item["id"], latents, record.caption, record.facts, noted)
+        except ValueError as error:
+            report.damaged[item["id"]] = str(error)
             pending.append(record)
             continue
         report.already += 1
-        stale = [item for item in items if (item["caption"], item.get("facts", {})) != (record.caption, record.facts)]
         report.recaptioned += bool(stale)
-        for item in stale:
-            latents = load_item(writer.folder / item["file"], writer.manifest.spec.channels)["latents"]
-            writer.add(item["id"], latents, record.caption, record.facts, item.get("source"))
+        report.renewed += state == "renewed"
+        report.old_stamps += state == "older"
     return pending
 
 
+def _too_short(entries: Iterable[dict], video: VideoConfig, spec: LatentSpec) -> str:
+    """A sentence on the clips that are too short for a sample, if there are any."""
+    own, entries = latent_video(video, spec), list(entries)
+    needed = own.needed(min((own.num_frames, *own.frame_counts)))
+    usable = usable_frames(torch.tensor([entry["shape"][0] for entry in entries], dtype=torch.int64), own).tolist()
+    short = [entry for entry, frames in zip(entries, usable, strict=True) if not frames]
+    if not short or own.image_fraction == 1:
+        return ""
+    return (f"{len(short)} clips are too short for a sample of this config, which takes {needed} frames, "
+            f"for example {short[0]['id']} ({short[0]['shape'][0]} frames): no step on clips will use them")
+
+
 # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class _Saver:
+    """The thread that writes, at most a few batches behind."""
+
+    def __init__(self, writer: CacheWriter, preprocess: PreprocessConfig, report: CacheReport):
+        self.writer, self.preprocess, self.report = writer, preprocess, report
+        self.pool, self.waiting = ThreadPoolExecutor(1, "cache-writer"), deque()
+
+    def submit(self, work: Callable, *arguments) -> None:
+        self.waiting.append(self.pool.submit(work, *arguments))
+        while len(self.waiting) > 4:
+            self.waiting.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
+
+    def wait(self) -> None:
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def save(self, latents: Tensor, metas: list[Meta]) -> None:
+        half, finite = to_half(latents)
+        for meta, good in zip(metas, finite.tolist(), strict=True):
+            if not good:
+                self.report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
+                self.remove([meta.id])
+        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
+        self.writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
+                             [meta.facts for meta in metas], [meta.source for meta in metas], checked=True)  # fmt: skip
+        self.remove([id for meta in metas for id in meta.repeated])
+        self.report.written += len(metas)
+        self.report.animated += sum("animated" in meta.source for meta in metas)
+        self.report.notes.update(note for meta in metas for note in meta.source.get("notes", ()))
+
+    def remove(self, ids: list[str]) -> None:
+        self.report.removed += self.writer.remove(ids)
+
+    def skip(self, rows: list[dict]) -> None:
+        """Note rows of `decoded`. What is unusable now was another source when it was cached: its items go."""
+        unusable = [row["id"] for row in rows if not row.pop("unreachable")]
+        self.report.skipped += rows
+        ids = [self.preprocess.item_id(id, crop) for id in unusable for crop in range(self.preprocess.num_crops)]
+        if any(id in self.writer.entries for id in ids):
+            self.submit(self.remove, ids)
+
+
+@told_how_to_go_on()
 def cache_latents(
     records: list[Record],
     kind: Kind,
@@ -245,8 +349,10 @@ def cache_latents(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
+    prune: bool = False,
 ) -> CacheReport:
     """Encode every record that the cache lacks; all frames of a clip are kept (frames are chosen when a batch is made).
+    `prune`: take items out that belong to none of the records.
 
     ValueError: the folder holds a cache made with other settings, or nothing usable is left. Ctrl-C returns a report with
     `interrupted`; what was written stays and the same call goes on from there.
@@ -254,27 +360,17 @@ def cache_latents(
     begin = time.monotonic()
     preprocess = preprocess or PreprocessConfig()
     manifest = CacheManifest.of(tokenizer, video, bucketing, preprocess, source)
+    expected = {preprocess.item_id(record.id, crop) for record in records for crop in range(preprocess.num_crops)}
     records = records[rank::world]
-    writer = CacheWriter(out_dir, manifest, rank, world)
+    writer = CacheWriter(out_dir, manifest, rank, world, forgiving=True)
     report = CacheReport(
         len(records),
         empty_captions=sum(not record.caption for record in records),
         older=CacheManifest.read(out_dir).older(out_dir),
+        damaged=writer.damaged,
     )
-    saver, saving = ThreadPoolExecutor(1, "cache-writer"), deque()
+    saver = _Saver(writer, preprocess, report)
     buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = {}
-
-    def save(latents: Tensor, metas: list[Meta]) -> None:
-        half, finite = to_half(latents)
-        for meta, good in zip(metas, finite.tolist(), strict=True):
-            if not good:
-                report.skipped.append({"id": meta.id, "path": "", "reason": "latents are not finite in float16"})
-        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
-        writer.add_many([meta.id for meta in metas], half[finite], [meta.caption for meta in metas],
-                        [meta.facts for meta in metas], [meta.source for meta in metas], checked=True)  # fmt: skip
-        report.written += len(metas)
-        report.animated += sum("animated" in meta.source for meta in metas)
-        report.notes.update(note for meta in metas for note in meta.source.get("notes", ()))
 
     def flush(key: tuple) -> None:
         parts = buffers.pop(key)
@@ -286,18 +382,16 @@ def cache_latents(
                 unit = to_unit(pixels[chunk])
                 windows = unit.split(video.num_frames, 1) if manifest.clip_plan else [unit]
                 latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
-            saving.append(saver.submit(save, latents, metas[chunk]))
-            while len(saving) > 4:
-                saving.popleft().result()  # bounds memory, and hands on a failed write (a full disk)
+            saver.submit(saver.save, latents, metas[chunk])
 
     try:
-        pending = _pending(records, kind, writer, preprocess, video.fps, report)
+        pending = _pending(records, writer, preprocess, video.fps if kind == "video" else 0.0, report)
         parts = decoded(pending, kind, manifest, preprocess, video, num_workers, device)
         unit = "image" if kind == "image" else "clip"
         bar = tqdm(total=len(records), initial=report.already, desc=f"caching {out_dir}", unit=unit, disable=not progress)
         with bar:
             for count, groups, skipped, same in parts:
-                report.skipped += skipped
+                saver.skip(skipped)
                 report.same_crops += same
                 for pixels, metas in groups:
                     key = tuple(pixels.shape[1:])
@@ -306,19 +400,23 @@ def cache_latents(
                         flush(key)
                 bar.update(count)
                 bar.set_postfix(skipped=len(report.skipped), refresh=False)
-                if len(report.skipped) >= HOPELESS and not (report.written or report.already or saving or buffers):
+                if len(report.skipped) >= HOPELESS and not (report.written or report.already or saver.waiting or buffers):
                     break
             for key in list(buffers):
                 flush(key)
-            _wait(saving)
+            saver.wait()
+        if rank == 0:
+            report.strangers = sorted(writer.entries.keys() - expected)
+            report.pruned = writer.remove(report.strangers) if prune else 0
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
-        saver.shutdown(wait=True)
+        saver.pool.shutdown(wait=True)
         writer.close()
         _write_skipped(Path(out_dir) / (f"skipped-{rank}.jsonl" if world > 1 else "skipped.jsonl"), report.skipped)
     if world == 1:
         shapes, spatial = [entry["shape"] for entry in writer.entries.values()], tokenizer.spec.spatial
+        report.too_short = _too_short(writer.entries.values(), video, tokenizer.spec) if kind == "video" else ""
         report.sizes = dict(Counter(f"{columns * spatial}x{rows * spatial}" for _, rows, columns, _ in shapes))
     report.seconds = time.monotonic() - begin
     if records and not writer.entries and not report.interrupted:
@@ -326,11 +424,6 @@ def cache_latents(
         raise ValueError(f"none of the {len(records)} records could be used ({len(report.skipped)} were tried):\n{examples}\n"
                          "Paths in the metadata are relative to the metadata file's own folder.")
     return report
-
-
-def _wait(saving: deque[Future]) -> None:
-    while saving:
-        saving.popleft().result()
 
 
 def _write_skipped(path: Path, skipped: list[dict]) -> None:

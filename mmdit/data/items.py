@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit.data.records import check_storable
 from mmdit.files import open_regular
 
 ALIGNMENT = 64  # of the numbers within the file, as torch.save does it
@@ -118,6 +119,10 @@ def read_entry(id: str, file: str, folder: Path, channels: int) -> dict:
     offset = raw.find(numbers[:64])
     offset = offset if raw.startswith(numbers, offset) else raw.find(numbers)
     rest = {"caption": item["caption"]} | {name: item[name] for name in ("facts", "source") if item.get(name)}
+    try:
+        check_storable(rest, "")
+    except ValueError as error:
+        raise ValueError(f"cache file {folder / file} is damaged: {error}; delete it and run the caching command again") from None
     return index_entry(id, file, tuple(item["latents"].shape), rest, len(raw), offset, zlib.crc32(numbers))
 
 

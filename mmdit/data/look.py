@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import Size, VideoConfig
-from mmdit.data.caching import boxes_of, check_frame, reason_of, worker_options
+from mmdit.data.caching import boxes_of, check_frame, place_told, reason_of, worker_options
 from mmdit.data.clips import usable_frames
 from mmdit.data.colours import NOTES
 from mmdit.data.frames import PreprocessConfig, frames_in, naming
@@ -114,7 +114,7 @@ def look_text(rows: list[dict], sums: dict) -> str:
     lines = []
     for row in rows:
         if "reason" in row:
-            lines.append(f"{row['id']}: SKIPPED, {row['reason']}")
+            lines.append(f"{row['id']}: SKIPPED, {row['reason']}{place_told(row)}")
             continue
         rate = f" at {row['fps']:g} fps, {row['source_frames']} frames" if "fps" in row else ""
         boxes = " ".join("[{:g}, {:g}, {:g}, {:g}]".format(*box) for box in row["crops"])

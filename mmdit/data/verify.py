@@ -28,7 +28,7 @@ def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
                     continue
                 try:
                     entry = json.loads(line)
-                    whole = isinstance(entry, dict) and {"id", "file", "shape", "caption", "crc", "bytes"} <= entry.keys()
+                    whole = isinstance(entry, dict) and ("removed" in entry or {"id", "file", "shape", "caption", "crc", "bytes"} <= entry.keys())
                 except (ValueError, RecursionError):
                     whole = False
                 yield f"{path.name}:{number}", entry if whole else None
@@ -51,6 +51,8 @@ def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
     for place, entry in _index_lines(folder):
         if entry is None:
             found(place, "the line cannot be read (it is rebuilt when caching goes on)")
+        elif "removed" in entry:
+            entries.pop(entry.get("file"), None)
         else:
             entries[entry["file"]] = entry  # a later line replaces an earlier one
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -60,23 +60,21 @@ def save_lora(
         isinstance(layer, DoRALinear) for layer in adapters(model).values()
     ):
         header[OVER_BASE] = "lengths of rows times |W| / |W + dW|, as ComfyUI reads them"
-    aside = path.with_name(f".writing-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     settings = _settings(model, theirs)
-    if format == "peft":
-        aside.mkdir(parents=True)
-        (aside / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        save_file(tensors, aside / "adapter_model.safetensors", header)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if format == "diffusers":
-            header[HEADER] = json.dumps(
-                {f"transformer.{key}": value for key, value in settings.items()}
-            )
-        aside = aside.with_suffix(".safetensors")
-        save_file(tensors, aside, header)
-    _compare(model, aside, SAME[dtype])
-    os.replace(aside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        aside = Path(folder) / path.name
+        if format == "peft":
+            aside.mkdir()
+            (aside / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            save_file(tensors, aside / "adapter_model.safetensors", header)
+        else:
+            if format == "diffusers":
+                told = {f"transformer.{key}": value for key, value in settings.items()}
+                header[HEADER] = json.dumps(told)
+            save_file(tensors, aside, header)
+        _compare(model, aside, SAME[dtype])
+        os.replace(aside, path)
 
 
 def _check(model: nn.Module, path: Path, format: str) -> None:
@@ -185,7 +183,7 @@ def _compare(model: nn.Module, written: Path, same: float) -> None:
         for expected, found in pairs:
             if not (found - expected).norm() <= same * expected.norm():
                 raise ValueError(
-                    f"{written}: {name} is not what was saved; it is left for inspection"
+                    f"{written}: {name} would not be read back as it is: nothing is written"
                 )
     for name, expected in differences(model).items():
         found = back.differences.get(name)
@@ -194,5 +192,5 @@ def _compare(model: nn.Module, written: Path, same: float) -> None:
             or not (found.float() - expected.float().cpu()).norm() <= same * expected.float().norm()
         ):
             raise ValueError(
-                f"{written}: the difference of {name} is not what was saved; it is left for inspection"
+                f"{written}: the difference of {name} would not be read back as it is: nothing is written"
             )

@@ -6,9 +6,8 @@ Layouts differ in names only, one to one. High and low expert of a pair cannot b
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -17,18 +16,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.config import ConfigError
+from mmdit.files import folder_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.nn.stored_weights import store_float8
-from mmdit.weights import INDEX, SCALES, Checkpoint, fill
+from mmdit.nn.stored_weights import StoredWeight, store_float8
+from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
 
 EXPERT_FOLDERS = {"high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+OTHER_PARTS = {"vae", "first_stage_model", "text_encoders", "cond_stage_model", "conditioner", "clip_vision"}
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
@@ -141,13 +143,33 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
             image_positions=shapes.get("img_emb.emb_pos", (1, 0, 0))[1],
         )  # fmt: skip
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{source} is no Wan transformer: {error} is missing among its {len(shapes)} tensors") from None
+        raise ValueError(_no_transformer(shapes, source, error)) from None
+
+
+def _no_transformer(names: Iterable[str], source: object, error: Exception) -> str:
+    """Say what a file is in which a tensor of the transformer is missing."""
+    names = list(names)
+    if scales := [name for name in names if SCALES.search(name)]:
+        return f"{source} is quantised: it has tensors such as {scales[0]}; take the bf16 or fp16 file"
+    others = sorted({f"{part}." for name in names if (part := name.partition(".")[0]) in OTHER_PARTS})
+    if others and any(name.startswith(PREFIXES[0]) for name in names):
+        return (
+            f"{source} holds a whole pipeline in one file ({', '.join(others)} beside "
+            f"{PREFIXES[0]}); take the transformer, the VAE and the text encoder each by itself"
+        )
+    return f"{source} is no Wan transformer: {error} is missing among its {len(names)} tensors"
 
 
 def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
     """`inferred` with what config.json in `folder` says, of either layout: the number of heads, epsilon and text length do not
     show in shapes. ValueError: it cannot be read, or contradicts the weights."""
-    file = folder / "config.json"
+    more, file = inferred.in_dim - inferred.out_dim, folder / "config.json"
+    if more not in (0, inferred.out_dim + 4):
+        raise ValueError(
+            f"{folder} takes {inferred.in_dim} channels and gives {inferred.out_dim}: T2V takes as "
+            f"many as it gives, I2V {inferred.out_dim + 4} more; models with other inputs "
+            "(Fun-Control, VACE) are not read here"
+        )
     if not file.is_file():
         return inferred
     try:
@@ -177,6 +199,9 @@ def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     place = locate(path, expert)
     stored = Checkpoint(place)
     names, _, _ = official_names(list(stored.entries))
+    if loose := [name for name in names.values() if is_adapter(name)]:
+        raise ValueError(f"{place} holds adapters apart from its weights ({len(loose)} tensors, first {loose[0]}): most programs would "
+                         "leave them out; write it anew with the adapters merged")  # fmt: skip
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     inferred = infer_config(shapes, place)
     folder = place.parent if place.name.startswith(WEIGHTS) else place  # of a release's own file its config.json counts, too
@@ -202,6 +227,9 @@ def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, exp
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
     config = model.config
+    if spec.channels == 2 * config.out_dim:
+        raise ConfigError("tokenizer.picture", "gives latents of pictures beside those of clips, which are not taken here: I2V is "
+                          "trained by train_t2v; elsewhere set tokenizer.picture=none")  # fmt: skip
     if spec.channels != config.out_dim:
         name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(config.out_dim, "another tokenizer")
         raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: "
@@ -237,36 +265,67 @@ def config_json(config: WanConfig, layout: Layout) -> dict:
     }  # fmt: skip
 
 
-def save_dit(model: WanDiT, folder: str | Path, layout: Layout = "official", shard_bytes: int = SHARD_BYTES) -> None:
-    """config.json and weights, bit for bit as they are, in shards with an index when larger than `shard_bytes`. Written aside,
-    then renamed. ValueError: the folder is there and not empty."""
+def save_dit(
+    model: WanDiT,
+    folder: str | Path,
+    layout: Layout = "official",
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write config.json and the weights, in shards with an index when larger than `shard_bytes`:
+    what the model computes with. Adapters are merged in what is written (in float32, rounded
+    once; `model` keeps them), weights that are kept as float8 or elsewhere are unpacked, all else
+    is bit for bit as it is. `dtype`: of what is written, but for the parts that stay float32 when
+    a model is loaded in less. Written aside, then renamed. ValueError: the folder is there and not
+    empty, or a weight is no finite number in this type."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; choose another place")
     if layout not in ("official", "diffusers"):
         raise ValueError(f"layout is {layout!r}; must be 'official' or 'diffusers'")
     rename = diffusers_name if layout == "diffusers" else str
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    shards, size, total = [[]], 0, 0
     for name, parameter in model.named_parameters():
-        if shards[-1] and size + parameter.nbytes > shard_bytes:
-            shards.append({})
+        if is_adapter(name):
+            continue
+        own = parameter.numel() * _written_dtype(name, parameter, dtype).itemsize
+        if shards[-1] and size + own > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][rename(name)] = parameter.detach()
-        size += parameter.nbytes
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+        shards[-1].append(name)
+        size, total = size + own, total + own
     files = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [f"{WEIGHTS}.safetensors"]
-    else:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
-                 "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}  # fmt: skip
-        (aside / f"{WEIGHTS}{INDEX}").write_text(json.dumps(index, indent=1))
-    for file, shard in zip(files, shards, strict=True):
-        save_file({name: t.contiguous().cpu() for name, t in shard.items()}, aside / file, {"format": "pt"})
-    (aside / "config.json").write_text(json.dumps(config_json(model.config, layout), indent=1))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(aside, folder)
+    with folder_aside(folder) as aside:
+        if len(shards) > 1:
+            places = {rename(name): file for file, names in zip(files, shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (aside / f"{WEIGHTS}{INDEX}").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        for file, names in zip(files, shards, strict=True):
+            tensors = {rename(name): _written(model, name, dtype) for name in names}
+            save_file(tensors, aside / file, {"format": "pt"})
+        config = json.dumps(config_json(model.config, layout), indent=1)
+        (aside / "config.json").write_text(config, encoding="utf-8")
+
+
+def _written_dtype(name: str, parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return parameter.dtype if dtype is None else WanDiT.stored_dtype(name, dtype)
+
+
+@torch.no_grad()
+def _written(model: WanDiT, name: str, dtype: torch.dtype | None) -> Tensor:
+    """Return a parameter as `save_dit` writes it."""
+    parameter = model.get_parameter(name)
+    module, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(module)
+    value = parameter.detach()
+    if isinstance(layer, Adapter) and leaf == "weight":
+        value = layer.merged_weight()
+    elif isinstance(value, StoredWeight):
+        value = value.whole()
+    result = value.to(device="cpu", dtype=_written_dtype(name, parameter, dtype)).contiguous()
+    if not is_finite(result):
+        kind = str(result.dtype).removeprefix("torch.")
+        raise ValueError(f"the weight {name} holds numbers that are not finite in {kind}: nothing is written")
+    return result

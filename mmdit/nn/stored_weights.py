@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mmdit.nn.norm import working_dtype
 
@@ -31,17 +32,19 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 class StoredWeight(Tensor):
     """A matrix `(out, in)` of `dtype` to the outside, kept as `codes (out, in)`, times `scale (out, 1)` if that is not None.
-    `fetch` gives the codes on `device` where they are needed now; None: they lie there. Products with it (`F.linear`) are
-    differentiable in the input and the bias; anything else sees a copy that is unpacked for it."""
+    `fetch` gives the codes on `device` where they are needed now; None: they lie there; `changing` is called before they are
+    written to, for others may have copies. Products with it (`F.linear`) are
+    differentiable in the input and the bias; anything else sees a copy that is unpacked for it. What is written into it is
+    packed again; what would be written into a part of such a copy is refused, for it would be lost."""
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | None = None,
-                fetch: Callable[[], Tensor] | None = None):  # fmt: skip
+                fetch: Callable[[], Tensor] | None = None, changing: Callable[[], None] | None = None):  # fmt: skip
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=device or codes.device)
 
     def __init__(self, codes: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | None = None,
-                 fetch: Callable[[], Tensor] | None = None):  # fmt: skip
-        self.codes, self.scale, self.fetch = codes, scale, fetch
+                 fetch: Callable[[], Tensor] | None = None, changing: Callable[[], None] | None = None):  # fmt: skip
+        self.codes, self.scale, self.fetch, self.changing = codes, scale, fetch, changing
 
     @staticmethod
     def float8(weight: Tensor) -> StoredWeight:
@@ -59,10 +62,19 @@ class StoredWeight(Tensor):
         """A plain copy in `dtype` on `device`."""
         return self.unpacked(self.codes.to(self.device, copy=True), self.dtype)
 
+    def pack(self, value: Tensor) -> None:
+        """Replace what is kept by `value`."""
+        value = value.whole() if isinstance(value, StoredWeight) else value
+        if self.changing is not None:
+            self.changing()
+        parts = (value.expand(self.shape),) if self.scale is None else to_float8(value.expand(self.shape))
+        for part, new in zip((self.codes, self.scale), parts, strict=False):
+            part.copy_(new)
+
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
         """Of changed parts; fetched ones stay at home."""
         if self.fetch:
-            return StoredWeight(self.codes, self.scale, self.dtype, self.device, self.fetch)
+            return StoredWeight(self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing)
         return StoredWeight(change(self.codes), None if self.scale is None else change(self.scale), self.dtype)
 
     def __tensor_flatten__(self):
@@ -84,21 +96,78 @@ class StoredWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        own = args[0] if isinstance(args[0], StoredWeight) else None
+        own = args[0] if args and isinstance(args[0], StoredWeight) else None
+        if own is not None and func is torch.ops.aten.clone.default and own.fetch:
+            scale = None if own.scale is None else own.scale.clone()  # what is written into a clone is not for the home
+            return StoredWeight(own.codes.to(own.device, copy=True), scale, own.dtype)
         if own is not None and func in _SAME:
             return own.like(lambda part: func(part, *args[1:], **kwargs))
         if own is not None and func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, own.dtype):
             return own.like(lambda part: part.to(kwargs.get("device")))
         if own is not None and func is torch.ops.aten.copy_.default:
-            parts = (args[1],) if own.scale is None else to_float8(args[1])
-            for part, value in zip((own.codes, own.scale), parts, strict=False):
-                part.copy_(value)
+            own.pack(args[1])
             return own
-        whole = lambda value: value.whole() if isinstance(value, StoredWeight) else value  # noqa: E731
-        return func(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
+        return _on_copies(func, args, kwargs)
 
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
+
+
+def _on_copies(func, args: tuple, kwargs: dict):
+    """Call `func` with unpacked copies, and pack those again that it writes into."""
+    copies: dict[int, tuple[StoredWeight, Tensor]] = {}
+
+    def whole(value):
+        if not isinstance(value, StoredWeight):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value, value.whole()
+        return copies[id(value)][1]
+
+    result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
+    written = set()
+    for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written |= {id(part) for part in tree_leaves(value) if isinstance(part, StoredWeight)}
+    back = {}
+    for own, copy in (copies[key] for key in written):
+        own.pack(copy)
+        back[id(copy)] = own
+    if not written and any(answer.alias_info is not None for answer in func._schema.returns):
+        return tree_map(lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result)
+    return tree_map(lambda value: back.get(id(value), value), result)
+
+
+class PartOfCopy(Tensor):
+    """Rows, a transpose or another view of a copy of a `StoredWeight`: to be read alone."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor):
+        return Tensor._make_wrapper_subclass(cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device)
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def __repr__(self, **_):
+        return f"PartOfCopy({self.values!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and any(isinstance(part, PartOfCopy) for part in tree_leaves(value)):
+                raise RuntimeError("a part of a weight that is kept as float8, or elsewhere, is a copy: what is written into it would be "
+                                   "lost; write the whole weight, or replace it")  # fmt: skip
+        plain = lambda value: value.values if isinstance(value, PartOfCopy) else value  # noqa: E731
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if any(answer.alias_info is not None and not answer.alias_info.is_write for answer in func._schema.returns):
+            return tree_map(lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result)
+        return result
+
+
+def _named(func, kwargs: dict) -> list[tuple]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
 
 
 def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-FLOOR = 1e-6  # of a standard deviation
+FLOOR = 1e-4  # of a standard deviation: less among rewards, most of which reach from 0 to 1, is rounding
 
 
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,8 +29,10 @@ def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Te
 
     `sum` (Flow-GRPO): the weighted rewards less their group's mean, over the deviation of the epoch or of the group. `gdpo`
     (2601.05242): every reward standardised within its group, weighted, and the sum standardised over the epoch, so that no
-    reward wins by its scale. Groups of equal rewards get 0; their share is reported.
+    reward wins by its scale. Groups whose rewards are equal, or differ by less than rounding may make them, get 0; their share
+    is reported.
     """
+    floor = FLOOR * max(1e-9, *(abs(weight) for weight in weights.values()))
     total = sum(weights[name] * value.double() for name, value in rewards.items())
     _, spread = group_moments(total, groups)
     if mode == "gdpo":
@@ -45,8 +47,8 @@ def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Te
         deviation = centred.std(correction=0) if mode == "gdpo" else total.std(correction=0)
     else:
         deviation = spread
-    flat = spread <= FLOOR
-    result = torch.where(flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=FLOOR)).clamp(-clip, clip)
+    flat = spread <= floor
+    result = torch.where(flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=floor)).clamp(-clip, clip)
     share = lambda flags: flags.double().mean().item()  # noqa: E731
     return result, {"zero_std_share": share(flat), "advantage_clipped": share(result.abs() >= clip)}
 

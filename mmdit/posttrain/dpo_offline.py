@@ -18,15 +18,14 @@ from mmdit.rng import generator
 def dpo_offline(session: Session) -> bool:
     """`train.max_steps` updates of `dpo.batch` pairs each. Resuming reads the pairs that were collected."""
     config = session.config.dpo
-    path = Path(config.pairs) if config.pairs else session.run_dir / "pairs.safetensors"
-    if not config.pairs and not path.is_file():
+    pairs, size = check_pairs(session), session.world.size
+    if pairs is None:
+        path = pairs_file(session)
         save_pairs(path, collect_pairs(session), session.world.is_main)
         session.world.barrier()
-    pairs = read_pairs(path, session)
-    count, size = len(pairs["prompts"]), session.world.size
-    if config.batch % size or config.batch > count:
-        raise ConfigError("posttrain.dpo.batch", f"is {config.batch}; must be a multiple of the {size} processes and at most "
-                          f"the {count} pairs")
+        pairs = read_pairs(path, session)
+    count = len(pairs["prompts"])
+    _check_batch(session, count)
 
     def update() -> dict[str, float]:
         step = session.state.step
@@ -43,12 +42,38 @@ def dpo_offline(session: Session) -> bool:
     return session.run(update, 1)
 
 
+def pairs_file(session: Session) -> Path:
+    """The file of the pairs: the one that was named, or that of the run."""
+    given = session.config.dpo.pairs
+    return Path(given) if given else session.run_dir / "pairs.safetensors"
+
+
+def check_pairs(session: Session) -> dict[str, Tensor] | None:
+    """Return the pairs, None if they are still to be made. ConfigError: they do not serve, or cannot fill a batch."""
+    config, path = session.config.dpo, pairs_file(session)
+    if config.pairs or path.is_file():
+        pairs = read_pairs(path, session)
+        _check_batch(session, len(pairs["prompts"]))
+        return pairs
+    epochs = -(-config.collect // session.config.prompts_per_epoch)
+    _check_batch(session, epochs * session.config.prompts_per_epoch)
+    return None
+
+
+def _check_batch(session: Session, count: int) -> None:
+    """ConfigError unless a batch of the configured size can be taken from `count` pairs, or at most so many."""
+    batch, size = session.config.dpo.batch, session.world.size
+    if batch < 1 or batch % size or batch > count:
+        raise ConfigError("posttrain.dpo.batch", f"is {batch}; must be a multiple of the {size} processes and at most "
+                          f"the {count} pairs")
+
+
 def collect_pairs(session: Session) -> dict[str, Tensor]:
     """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal rewards give no pair."""
     found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": [], "place": []}
     samples = session.config.prompts_per_epoch * session.config.group_size
     for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
-        rollouts, futures = session.collect(epoch)
+        rollouts, futures = session.collect(epoch, session.reference)
         for rollout, future in zip(rollouts, futures, strict=True):
             total = sum(session.pool.weights[name] * value for name, value in future.result().items())
             best, worst = extremes(total, rollout.groups)

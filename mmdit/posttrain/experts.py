@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
+from mmdit.diffusion import Denoise
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.settings import PosttrainConfig
+
+
+def rounded(level: float) -> float:
+    """Return a noise level as float32 has it, which batches of levels come in."""
+    return torch.tensor(level, dtype=torch.float64).float().item()
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,30 @@ class Pair:
         return self.between[0] if self.trains_high else self.between[1]
 
     def owns(self, level: float) -> bool:
-        """Whether the trained expert serves this noise level."""
-        return (level >= self.boundary) == self.trains_high
+        """Whether the trained expert serves this noise level; a level is compared as float32 has it."""
+        return (rounded(level) >= rounded(self.boundary)) == self.trains_high
 
-    def routed(self, own: Callable, time_scale: float) -> Callable:
-        """`network(x, t, text)` of a batch's noise level, `t (B,)` on the network's scale. ValueError: it has both experts'."""
+    def inside(self, levels: Tensor) -> Tensor:
+        """Return float32 `levels` that were drawn for the trained expert, those that rounding took to the boundary of
+        the other one put back."""
+        if self.trains_high:
+            return levels
+        boundary = torch.tensor(self.boundary, dtype=torch.float64).float()
+        return levels.clamp(max=torch.nextafter(boundary, torch.zeros(())).item())
 
-        def call(x: Tensor, t: Tensor, *rest) -> Tensor:
-            mine = {self.owns(level) for level in (t.double() / time_scale).tolist()}
+    def routed(self, own: Denoise, sibling: Denoise) -> Denoise:
+        """Return a denoiser that asks the expert of a batch's noise level, a number or `(B,)`. ValueError: the batch has levels
+        of both experts."""
+
+        def denoise(x: Tensor, t: float | Tensor) -> Tensor:
+            levels = torch.as_tensor(t, dtype=torch.float64).reshape(-1).tolist()
+            mine = {self.owns(level) for level in levels}
             if len(mine) > 1:
                 raise ValueError(f"the noise levels of a batch lie on both sides of the experts' boundary {self.boundary}")
-            return (own if mine == {True} else self.sibling)(x, t, *rest)
+            ask = own if mine == {True} else sibling
+            return ask(x, t)
 
-        return call
+        return denoise
 
     def check(self, config: PosttrainConfig, times: list[float]) -> None:
         """ConfigError unless the noise levels that are trained are the trained expert's; `times` are those of a rollout."""

@@ -110,6 +110,8 @@ def noised(session: Session, clean: Tensor, indices: Tensor, number: int, count:
     """`(x, noise, sigma (B,))` of the `number`-th of `count` draws of this update."""
     draws = Draws(session.seed, session.state.step * count + number, indices.to(session.device))
     sigma = session.learner.objective.draw_time(draws, session.frames).float().clamp(1e-2, 1.0)
+    if session.pair:
+        sigma = session.pair.inside(sigma)
     noise = draws.normal("noise", *session.shape)
     return (1 - losses.wide(sigma, clean)) * clean + losses.wide(sigma, clean) * noise, noise, sigma
 

@@ -11,6 +11,8 @@ from mmdit.data.moving_shapes.captions import PROMPTS, caption, prompts
 from mmdit.data.moving_shapes.facts import Facts, draw
 from mmdit.rng import key
 
+GENERATED = "moving_shapes"  # the source of prompts that come with their facts
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -29,15 +31,16 @@ def load_prompts(source: str, count: int, seed: int, video: bool, width: int, he
     """To train on, and by name to evaluate on: `seen` and `held_out`, at most `held` of each. Of a file every eighth prompt is
     held out, when it has 16 or more."""
     size = {"video": video, "width": width, "height": height}
-    if source == "moving_shapes":
+    if source == GENERATED:
         drawn = key("posttrain prompts", seed)
         facts = draw(drawn, range(count), split="train", **size)
         train = Prompts([caption(item, drawn, i, complete=True) for i, item in enumerate(facts)], facts)
         fixed = {name: prompts(name, **size)[: min(held, PROMPTS)] for name in ("seen", "held_out")}
+        fixed = fixed if held else {}
         return train, {name: Prompts([p.caption for p in some], [p.facts for p in some]) for name, some in fixed.items()}
     captions = read_prompts(Path(source))
-    if len(captions) < 16:
-        return Prompts(captions), {"seen": Prompts(captions[:held])}
+    if len(captions) < 16 or not held:
+        return Prompts(captions), {"seen": Prompts(captions[:held])} if held else {}
     kept, out = [c for i, c in enumerate(captions) if i % 8], captions[::8]
     return Prompts(kept), {"seen": Prompts(kept[:held]), "held_out": Prompts(out[:held])}
 

@@ -21,7 +21,7 @@ from mmdit.rng import Draws
 from mmdit.training.media import to_uint8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them; `latents` normalised; `draws`
     key anything random. A reward reads and never changes them."""

@@ -16,21 +16,20 @@ from torch.func import functional_call
 from mmdit.config import ConfigError
 from mmdit.diffusion import LinearPath, guided, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
-from mmdit.posttrain import dynamics
+from mmdit.posttrain import dynamics, evaluation
 from mmdit.posttrain.advantages import check_geometry
 from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.losses import wide
-from mmdit.posttrain.prompts import Prompts
-from mmdit.posttrain.rewards import RewardPool, Samples
+from mmdit.posttrain.prompts import GENERATED, Prompts
+from mmdit.posttrain.rewards import Reward, RewardPool, Samples
 from mmdit.posttrain.settings import PosttrainConfig
 from mmdit.posttrain.trajectory import Rollout, StoragePlan, Trajectory, group_id
 from mmdit.rng import Draws, generator
+from mmdit.text_encoders import put_away
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
-from mmdit.training.learner import Learner
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
-from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.settings import TrainConfig
 from mmdit.training.stored import Stored
 from mmdit.training.trainer import StopRequest, TrainState
@@ -78,11 +77,9 @@ class Session:
                 and (any(r.groupwise for r in config.rewards) or config.algorithm == "dpo" and not config.dpo.given)):
             raise ConfigError("posttrain.micro_batch", f"is {config.micro_batch}, must be a multiple of group_size "
                               f"{config.group_size}: a groupwise reward or dpo compares whole groups")
-        for reward in (*config.rewards, *config.eval_rewards, config.srpo.scorer):
-            if reward is not config.srpo.scorer or config.algorithm == "srpo":
-                reward.prepare(torch.device(getattr(reward, "device", None) or self.device))
+        self._prepare_rewards()
         self.pool = RewardPool(config.rewards, workers=int(config.async_rewards))
-        self.judge = RewardPool(config.eval_rewards, workers=0)
+        self.judge = RewardPool(config.judges, workers=0)
         latent_frames = learner.spec.frames(self.frames)
         self.shape = (latent_frames, *learner.spec.grid(self.width, self.height), learner.spec.channels)
         shift = config.rollout.shift * learner.objective.clip_shift(latent_frames)
@@ -92,11 +89,33 @@ class Session:
                               f"{self.frames}, from 0, or -1 for the last")
         if self.pair:
             self.pair.check(config, self.times)
-        with torch.no_grad():  # once; the encoder is not needed again
+        elif config.rollout.guidance_low is not None:
+            raise ConfigError("posttrain.rollout.guidance_low", f"is {config.rollout.guidance_low}, but this model is no pair of "
+                              "experts; leave it out")
+        with torch.no_grad():  # once
             self.text = learner.text_encoder(self.prompts.captions).to(self.device)
+            evaluation.encode(self)
+        if self.evaluated:
+            evaluation.check(self)
+        put_away(learner.text_encoder)
         self.reference, self.old = self.snapshot(), self.snapshot()
         self.marks: dict[str, Tensor] = {}  # scalars that tell where the run began
         self._probes: tuple[TextTokens, list[tuple[float, Tensor, Tensor]]] | None = None
+
+    def _prepare_rewards(self) -> None:
+        """Let the rewards that will be asked load what they need. ConfigError: one of them needs what these prompts have not."""
+        config = self.config
+        asked: dict[str, tuple[Reward, ...]] = {"rewards": config.trained_rewards}
+        if self.evaluated:
+            asked["eval_rewards"] = config.judges
+        for key, rewards in asked.items():
+            for i, reward in enumerate(rewards):
+                if "facts" in reward.needs and self.prompts.facts is None:
+                    raise ConfigError(f"posttrain.{key}[{i}]", f"is {reward.type}, which needs the facts of its prompts; those of "
+                                      f"{config.prompts} have none: take another reward, or posttrain.prompts: {GENERATED}")
+                reward.prepare(torch.device(reward.device or self.device))
+        if config.algorithm == "srpo":
+            config.srpo.scorer.prepare(self.device)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the state, for an exact resume."""
@@ -120,10 +139,15 @@ class Session:
 
     def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Field:
         """Of the policy, or of a copy of its trained weights; with the guidance that rollouts have, here as there."""
-        model = self.learner.model
+        model, objective, rollout = self.learner.model, self.learner.objective, self.config.rollout
         own = model if weights is None else lambda *inputs: functional_call(model, weights, inputs)
-        call = self.pair.routed(own, self.learner.objective.time_scale) if self.pair else own
-        denoise = guided(self.learner.objective, call, text, self.config.rollout.guidance)
+        if self.pair:
+            low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
+            mine, others = (rollout.guidance, low) if self.pair.trains_high else (low, rollout.guidance)
+            sibling = guided(objective, self.pair.sibling, text, others)
+            denoise = self.pair.routed(guided(objective, own, text, mine), sibling)
+        else:
+            denoise = guided(objective, own, text, rollout.guidance)
 
         def field_of(x: Tensor, t: float | Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.autocast):
@@ -176,11 +200,12 @@ class Session:
             own = torch.arange(part).tensor_split(self.world.size)[self.world.rank]
             yield from (update * part + own).split(config.micro_batch)
 
-    def collect(self, epoch: int) -> tuple[list[Rollout], list[Future]]:
-        """This process's rollouts of an epoch, and their rewards to come."""
+    def collect(self, epoch: int, weights: dict[str, Tensor] | None = None) -> tuple[list[Rollout], list[Future]]:
+        """This process's rollouts of an epoch, and their rewards to come. `weights`: of a copy that samples instead."""
         prompts, stochastic = self.epoch_prompts(epoch), self.stochastic(epoch)
         plan = self.plan(stochastic)
-        weights = self.old if self.config.rollout.policy == "old" else None
+        if self.config.rollout.policy == "old":
+            weights = self.old
         rollouts, futures = [], []
         for indices in self.own_indices():
             places = prompts[indices]
@@ -198,7 +223,8 @@ class Session:
     @torch.no_grad()
     def samples(self, clean: Tensor, prompts: Prompts, groups: Tensor, draws: Draws, pool: RewardPool) -> Samples:
         decoded = any({"pixels", "images"} & set(reward.needs) for reward in pool.rewards)
-        return Samples(prompts.captions, clean, groups, draws, self.decode(clean) if decoded else None, prompts.facts)
+        pixels = self.decode(clean) if decoded else None
+        return Samples(captions=prompts.captions, latents=clean, groups=groups, draws=draws, pixels=pixels, facts=prompts.facts)
 
     def decode(self, clean: Tensor) -> Tensor:
         """Pixels of `reward_frames`, or of all. No more is decoded than they need: of a tokenizer of single frames those, of
@@ -253,26 +279,9 @@ class Session:
         now = self.velocity(text)
         return sum((now(x, t) - v).square().mean().item() for t, x, v in probes) / len(probes)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """`seen_…` and `held_out_…` means of the evaluation rewards, of fixed noise, with the sampler of `train.sample_*`."""
-        values, first = {}, 0
-        settings = SampleSettings.of(self.train)
-        pipeline = Pipeline(self.learner, self.tokenizer, self.train.precision)
-        if self.pair:  # it wants the noisier expert first
-            pipeline.low, pipeline.boundary = self.pair.sibling, self.pair.boundary
-            if not self.pair.trains_high:
-                own, pipeline.low = self.learner, self.learner.model
-                pipeline.learner = Learner(self.pair.sibling, own.text_encoder, own.objective, own.spec)
-        for title, prompts in self.evaluated.items():
-            pixels = pipeline(prompts.captions, self.width, self.height, self.frames, settings, first, batch_size=256)
-            draws = Draws(self.seed, -2, torch.arange(first, first + len(prompts)))
-            groups = torch.arange(len(prompts))
-            where = self.device if self.device.type == "cuda" else "cpu"
-            samples = Samples(prompts.captions, pixels, groups, draws, pixels.to(where), prompts.facts)
-            values |= {f"{title}_{name}": value.mean().item() for name, value in self.judge.score(samples).items()}
-            first += len(prompts)
-        return values
+        """`seen_…` and `held_out_…` means of the evaluation rewards."""
+        return evaluation.evaluate(self)
 
     def judged(self) -> dict[str, float]:
         """`evaluate`, and the weights saved apart when their rewards on held-out prompts (on seen ones, without these) are the
@@ -288,6 +297,18 @@ class Session:
                     self.save(self, True)
         return values
 
+    def beyond(self, drift: float) -> str | None:
+        """Return why training must not go on, None if it may. It is asked of what checkpoints hold, so that a run which a stop
+        rule ended has ended after a resume, too."""
+        limit, growth = self.config.max_drift, self.config.srpo.max_std_growth
+        if limit and drift > limit:
+            return f"the drift {drift:.3g} is above posttrain.max_drift, {limit:g}"
+        if "latent_std" in self.marks:
+            first, last = self.marks["std"].item(), self.marks["latent_std"].item()
+            if last > growth * first:
+                return f"the latents' deviation grew to {last:.3g} from {first:.3g}, above posttrain.srpo.max_std_growth"
+        return None
+
     def run(self, body: Callable[[], dict[str, float]], updates: int) -> bool:
         """Call `body` (one epoch of `updates` updates, giving numbers to report) to `train.max_steps`, with evaluation, drift,
         checkpoints and stop rules between. True when it came to its end or a stop rule ended it; False: asked to stop."""
@@ -296,14 +317,16 @@ class Session:
         if state.step == 0:
             self._report({"step": 0, "drift": 0.0, **self.judged()})
         ended = state.step >= train.max_steps
+        if ended:
+            self.world.print(f"nothing left to do: train.max_steps is {train.max_steps}; raise it to train further")
+        else:
+            ended = self._ended_before()
         with StopRequest().listening() as stop:
             while not ended:
                 begin = time.perf_counter()
                 values = body()
                 values |= {"step": state.step, "seconds": time.perf_counter() - begin, "drift": self.drift()}
-                reason = values.pop("stop", None)
-                if config.max_drift and values["drift"] > config.max_drift:
-                    reason = f"the drift {values['drift']:.3g} is above posttrain.max_drift"
+                reason = self.beyond(values["drift"])
                 if not all(math.isfinite(value) for value in values.values()) or values.get("skipped"):
                     reason = "a loss or gradient is not finite"
                 if self.world.any(reason is not None):
@@ -311,7 +334,7 @@ class Session:
                 asked = self.world.any(stop.asked)
                 ended = state.step >= train.max_steps or reason is not None
                 epoch = state.step // updates
-                if epoch % config.eval_every_epochs == 0 or ended or asked:
+                if epoch % config.eval_every_epochs == 0 or ended:  # not when asked to stop: a resume would know of it
                     values |= self.judged()
                 self._report(values)
                 if state.step % train.save_every_steps < updates or ended or asked:
@@ -326,6 +349,16 @@ class Session:
             if (self.run_dir / "best").is_dir():
                 print(f"the best on evaluation prompts, of update {int(self.marks['best'][1])}: {self.run_dir / 'best'}")
         return True
+
+    def _ended_before(self) -> bool:
+        """Whether a stop rule holds for a run that is resumed; then it says so."""
+        drift = self.drift() if self.state.step and self.config.max_drift else 0.0
+        reason = self.beyond(drift)
+        over = self.world.any(reason is not None)
+        if over:
+            self.world.print(f"nothing is trained, for a stop rule ended this run at update {self.state.step}: "
+                             f"{reason or 'that of another process'}; raise the limit to train further")
+        return over
 
     def _report(self, values: dict[str, float]) -> None:
         if self.log:

@@ -10,6 +10,7 @@ from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Kind, Norm
 from mmdit.posttrain.losses import Weighting
+from mmdit.posttrain.prompts import GENERATED
 from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,
@@ -32,11 +33,12 @@ class RolloutConfig:
     """`sde_steps`: candidates for stochastic, trained steps (empty: all but the last, which an SDE would leave noisy);
     `sde_pick` of them are drawn for each epoch (0: all). Other steps are the ODE's. `shared_noise`: the samples of a group
     begin alike and part in their stochastic steps, so that what is compared is what is trained. `policy: old` samples NFT's
-    slow copy."""
+    slow copy. `guidance_low`: of the low-noise expert of a pair, if it has another."""
 
     steps: int = 10
     shift: float = 1.0
     guidance: float = 1.0
+    guidance_low: float | None = None
     dynamics: Kind = "flow_sde"
     noise_level: float = 0.7
     sde_steps: tuple[int, ...] = ()
@@ -155,7 +157,7 @@ class SRPOConfig:
 @dataclass(frozen=True)
 class PosttrainConfig:
     algorithm: Literal["grpo", "guard", "nft", "awm", "dpo", "srpo"] = "grpo"
-    prompts: str = "moving_shapes"  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
+    prompts: str = GENERATED  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
     prompt_count: int = 2048  # of the generated ones
     prompts_per_epoch: int = 16
     group_size: int = 16
@@ -172,7 +174,7 @@ class PosttrainConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
-    eval_rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
+    eval_rewards: tuple[RewardConfig, ...] | None = None  # None: see `judges`
     reward_frames: tuple[int, ...] = ()  # of a clip, which rewards see (-1: the last); only they are decoded. Empty: all
     eval_prompts: int = 128  # of the seen and of the held-out prompts
     eval_every_epochs: int = 10
@@ -186,6 +188,12 @@ class PosttrainConfig:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
         if not self.rewards:
             raise ConfigError("rewards", "is empty; name at least one, for example [{type: prompt_accuracy}]")
+        if self.eval_prompts < 0:
+            raise ConfigError("eval_prompts", f"is {self.eval_prompts}; must be 0 (nothing is evaluated) or more")
+        for i, reward in enumerate(self.eval_rewards or ()):
+            if reward.groupwise:
+                raise ConfigError(f"eval_rewards[{i}]", f"is {reward.type}, which compares samples of one prompt; evaluation "
+                                  "draws one of each: take another reward")
         if self.group_size < 2:
             raise ConfigError("group_size", f"is {self.group_size}; must be 2 or more: samples of one prompt are compared")
         if self.algorithm in ("grpo", "guard") and self.rollout.dynamics == "ode":
@@ -211,6 +219,21 @@ class PosttrainConfig:
                 raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {usual}")
         if self.rollout.policy == "old" and self.algorithm != "nft":
             raise ConfigError("rollout.policy", f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current")
+
+    @property
+    def judges(self) -> tuple[RewardConfig, ...]:
+        """What evaluation asks: `eval_rewards`; without these prompt_accuracy of generated prompts, and of people's own the
+        rewards themselves, as far as they judge a sample alone and need no facts."""
+        if self.eval_rewards is not None:
+            return self.eval_rewards
+        if self.prompts == GENERATED:
+            return (PromptAccuracy(),)
+        return tuple(reward for reward in self.rewards if not reward.groupwise and "facts" not in reward.needs)
+
+    @property
+    def trained_rewards(self) -> tuple[RewardConfig, ...]:
+        """The rewards that training asks; SRPO has its scorer instead."""
+        return () if self.algorithm == "srpo" else self.rewards
 
     @property
     def trains_steps(self) -> bool:

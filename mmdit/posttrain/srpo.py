@@ -21,7 +21,7 @@ def srpo(session: Session) -> bool:
     scorer = settings.scorer
     begun, cache = session.marks, real_latents(session) if settings.latents else None
 
-    def update() -> dict[str, float | str]:
+    def update() -> dict[str, float]:
         step, size = session.state.step, session.world.size
         draw = torch.rand(1, dtype=torch.float64, generator=generator(session.seed, "sigma", step)).item()
         noisy, clear = settings.sigma_window
@@ -61,11 +61,9 @@ def srpo(session: Session) -> bool:
         means = torch.stack([torch.stack(values).mean() for values in numbers.values()])
         session.world.sum_(means)
         report = dict(zip(numbers, (means / size).tolist()))
-        begun.setdefault("std", torch.tensor(report["latent_std"]))
-        report |= session.apply()
-        if report["latent_std"] > settings.max_std_growth * begun["std"].item():
-            report["stop"] = f"the latents' deviation grew to {report['latent_std']:.3g} from {begun['std'].item():.3g}"
-        return report
+        begun["latent_std"] = torch.tensor(report["latent_std"])
+        begun.setdefault("std", begun["latent_std"].clone())
+        return report | session.apply()
 
     return session.run(update, 1)
 

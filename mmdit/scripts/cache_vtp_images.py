@@ -30,6 +30,7 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
+    parser.add_argument("--prune", action="store_true", help="remove items from the cache that are not in the metadata")
     parser.add_argument("--verify", action="store_true", help="cache nothing: read every file of out_dir, list what is damaged "
                         "(as mmdit.scripts.verify_cache)")  # fmt: skip
     if kind == "video":
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
         report = cache_latents(
             records, kind, tokenizer, out_dir, config.video, config.bucketing, config.preprocess, source=str(meta),
             device=device, batch_size=args.batch_size, rank=rank, world=world, progress=rank == 0,
+            prune=args.prune,
             num_workers=config.num_workers if args.num_workers is None else args.num_workers,
         )  # fmt: skip
     print((f"process {rank}: " if world > 1 else "") + report.text())

@@ -2,35 +2,63 @@
 
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_model.safetensors [--dtype bf16] [--raw_weights]
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
+    python -m mmdit.scripts.export --checkpoint runs/my_run --out merged.safetensors --merge
     python -m mmdit.scripts.export --checkpoint runs/my_wan --out transformer --layout diffusers
+
+A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold them into the weights.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mmdit.adapters import is_adapter
 from mmdit.experiment import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanDiT
 from mmdit.scripts import friendly, run
-from mmdit.training.checkpoint import export, load_weights
+from mmdit.training.checkpoint import Weights, export, load_weights
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def merged(weights: Weights, use_ema: bool) -> Weights:
+    """Return the weights of a run with its adapters folded in, and a config without `lora:`. ValueError: it has no adapters, is a
+    pair of experts, or its base is elsewhere (Wan)."""
+    source, config = weights.source, weights.meta.config
+    if not config.get("lora", {}).get("enabled"):
+        raise ValueError(f"--merge folds adapters into the weights, and {source} has none; leave it out")
+    if config.get("model", {}).get("type") == "wan":
+        raise ValueError("--merge is for models of our own; a whole Wan is written by --layout official (or diffusers)")
+    if config.get("experts", {}).get("enabled"):
+        raise ValueError(f"--merge is for one model; the experts of {source} share a base that their adapters change differently")
+    pipeline, _ = load_pipeline(source, "cpu", use_ema=use_ema, lora=True)
+    names = [name for name in weights.tensors if not is_adapter(name)]
+    state = pipeline.learner.state_dict()
+    plain = {**config, "lora": {"enabled": False}, "alpha_schedule": {"enabled": False}}
+    return Weights(replace(weights.meta, config=plain, alphas={}), {name: state[name] for name in names}, source)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint folder")
     parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of what is written [bf16; with --lora fp32; with --layout as it is]")
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
     parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format")
     parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as such a folder, adapters merged")
+    parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights: a model without lora:, for init_from")
     parser.add_argument("--expert", choices=["high", "low"], help="of a pair, for --lora and --layout [the trained one, or high]")
     args = parser.parse_args(argv)
     with friendly():
         if args.lora or args.layout:
-            keep = None if args.lora else True
+            if args.merge or (args.lora and args.layout):
+                raise ValueError("--merge, --lora and --layout each make another file: choose one")
+            keep = None  # kept apart: what writes a whole model merges them, rounding once
             pipeline, config = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep)
             expert = args.expert or getattr(config.model, "expert", None) or "high"
             if args.expert and pipeline.low is None:
@@ -38,12 +66,16 @@ def main(argv: list[str] | None = None) -> int:
             model = pipeline.low if pipeline.low is not None and expert == "low" else pipeline.learner.model
             if args.layout and not isinstance(model, WanDiT):
                 raise ValueError(f"--layout is for Wan transformers, {args.checkpoint} is a {type(model).__name__}; leave it out")
-            save_dit(model, args.out, args.layout) if args.layout else save_lora(model, args.out, args.lora)
+            if args.layout:
+                save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
+            else:
+                save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
             print(f"wrote {args.out}")
             return 0
         weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-        export(weights, Path(args.out), dtype)
+        if args.merge:
+            weights = merged(weights, not args.raw_weights)
+        export(weights, Path(args.out), DTYPES[args.dtype or "bf16"])
         print(f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB, step {weights.meta.step})")
     return 0
 

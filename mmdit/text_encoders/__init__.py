@@ -31,4 +31,16 @@ def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
     raise AssertionError(f"no text encoder for {type(config).__name__}")
 
 
-__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "UMT5Config", "build_text_encoder"]
+def keeps_files(encoder: nn.Module) -> bool:
+    """Whether the encoder finds embeddings again in files, and can do without its own weights then."""
+    return isinstance(encoder, UMT5Encoder) and bool(encoder.config.cache_dir)
+
+
+def put_away(encoder: nn.Module) -> None:
+    """Give back the memory of weights that the encoder loads again when it needs them."""
+    if keeps_files(encoder):
+        encoder.put_away()
+
+
+__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "UMT5Config", "build_text_encoder",
+           "keeps_files", "put_away"]  # fmt: skip

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")  # beside the weights, in official and Diffusers releases
+IDLE = 32  # calls that found every caption in files, after which the loaded weights are put away
 END, UNTRAINED_LAYOUT = 1, ("encoder.embed_tokens.weight", "spiece_model")  # a tied copy, the tokenizer in ComfyUI's files
 NAMES = {  # official → transformers, inside a block
     "norm1": "layer.0.layer_norm", "norm2": "layer.1.layer_norm",
@@ -64,6 +65,7 @@ class UMT5Encoder(HuggingFaceEncoder):
     def __init__(self, config: UMT5Config):
         super().__init__(config)
         self.silent = {}
+        self.idle = 0  # calls since the weights were last needed
         self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device while the encoder is not loaded
 
     def _open(self) -> tuple[Callable, nn.Module]:
@@ -87,7 +89,21 @@ class UMT5Encoder(HuggingFaceEncoder):
             path = _locate(Path(self.config.name_or_path).expanduser())
             logger.info("a caption is not in %s: loading the text encoder", self.config.cache_dir)
             self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
+        self.idle = 0
         return super()._hidden(ids, mask)
+
+    def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
+        known = super()._remembered(captions)
+        self.idle += 1
+        if self.config.cache_dir and self.idle > IDLE:
+            self.put_away()
+        return known
+
+    def put_away(self) -> None:
+        """Let go of weights that were loaded for captions which no file held (`cache_dir`): the next miss loads them again."""
+        if not isinstance(self.encoder, nn.Identity):
+            logger.info("the text encoder is put away: its embeddings are in %s", self.config.cache_dir)
+            self.encoder = nn.Identity()
 
     def _files(self) -> StoredEmbeddings | None:
         config = self.config

@@ -189,7 +189,7 @@ class Weights:
 
 def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With `use_ema` the averaged
-    parameters replace the raw ones where the checkpoint has them."""
+    parameters replace the raw ones where the checkpoint has them and `ema.start_step` is past."""
     path = Path(path)
     if path.is_file():
         try:
@@ -210,7 +210,10 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
         raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
     meta = Meta.read(folder)
     tensors = read_tensors(folder / "model.safetensors")
-    if use_ema and any(folder.glob("ema*")):
+    section = meta.config.get("ema")
+    start = section.get("start_step") if isinstance(section, dict) else None
+    averaged = not isinstance(start, int) or meta.step > start  # an older version kept the initial weights until then
+    if use_ema and averaged and any(folder.glob("ema*")):
         tensors |= read_tensors(folder / "ema.safetensors")
     return Weights(meta, tensors, folder)
 

@@ -14,7 +14,8 @@ from mmdit.training.stored import local
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """`ema:` section. The decay warms up as (1 + n) / (10 + n), so short runs are not averages of their first steps."""
+    """`ema:` section. Up to `start_step` the average is the weights themselves; from then on every `update_every`-th step, the
+    n-th decay being (1 + n) / (10 + n) while that is less than `decay`: a short run is no average of its first steps."""
 
     enabled: bool = True
     decay: float = 0.999
@@ -27,29 +28,43 @@ class EMAConfig:
             raise ConfigError("decay", f"is {self.decay}, must be in [0, 1), for example 0.999")
         if self.update_every < 1:
             raise ConfigError("update_every", f"is {self.update_every}, must be at least 1")
+        if self.start_step < 0:
+            raise ConfigError("start_step", f"is {self.start_step}, must not be negative; 0 averages from the first step")
 
 
 class EMA:
-    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and sharded like it."""
+    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and sharded like it. Who asks for the
+    average (samples, validation, exports, other runs) asks at any step: until something was averaged it is the weights."""
 
     def __init__(self, config: EMAConfig, module: nn.Module):
         self.config = config
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
+    def updates(self, step: int) -> int:
+        """How often the average has been moved when optimizer step `step` (counted from 1) is done."""
+        every = self.config.update_every
+        return max(0, step // every - self.config.start_step // every)
+
     def decay_at(self, step: int) -> float:
-        """The decay used for the update after optimizer step `step` (counted from 1)."""
-        updates = max(0, step - self.config.start_step) // self.config.update_every
-        return min(self.config.decay, (1 + updates) / (10 + updates))
+        """The decay used for the update after optimizer step `step`."""
+        updates = self.updates(step)
+        return min(self.config.decay, (1 + updates) / (10 + updates)) if updates else 0.0
 
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
         """After optimizer step `step`; parameters whose names begin with a `resting` prefix had no part in it."""
-        if step < self.config.start_step or step % self.config.update_every:
+        if self.updates(step) and step % self.config.update_every:
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
-        sources = [local(self.parameters[name].detach()).float() for name in names]
-        torch._foreach_lerp_([local(self.shadow[name]) for name in names], sources, 1.0 - self.decay_at(step))
+        shadows = [local(self.shadow[name]) for name in names]
+        weights = [local(self.parameters[name].detach()) for name in names]
+        share = 1.0 - self.decay_at(step)
+        if all(weight.dtype == torch.float32 for weight in weights):
+            torch._foreach_lerp_(shadows, weights, share)
+        else:  # one at a time: float32 copies of all at once would be as large as the average
+            for shadow, weight in zip(shadows, weights, strict=True):
+                shadow.lerp_(weight.float(), share)
 
     @contextmanager
     def applied(self):

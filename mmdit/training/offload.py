@@ -44,7 +44,7 @@ class Streamer:
             view(home).copy_(codes)
             scale = getattr(layer.weight, "scale", None)
             stored = StoredWeight(view(home), None if scale is None else scale.to(self.device), layer.weight.dtype, self.device,
-                                  partial(self._fetch, number, view))  # fmt: skip
+                                  partial(self._fetch, number, view), self.forget)  # fmt: skip
             layer.weight = nn.Parameter(stored, requires_grad=False)
         return home
 
@@ -61,6 +61,12 @@ class Streamer:
             if self.side:
                 torch.cuda.current_stream(self.device).wait_event(self.arrived[self.holds.index(number)])
         return view(self.slots[self.holds.index(number)])
+
+    def forget(self) -> None:
+        """A home is about to be written to: what the slots hold of it is no longer right."""
+        if self.side:
+            self.side.synchronize()
+        self.holds, self.last = [None, None], -1
 
     def _copy(self, number: int, slot: int) -> None:
         home = self.homes[number]

@@ -38,13 +38,16 @@ class ParallelConfig:
 
 
 def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> None:
-    """Cut the denoiser and the text encoder over all processes, block by block, onto `world.device`; in place."""
+    """Cut the denoiser and a trained text encoder over all processes, block by block, onto `world.device`; in place. A frozen
+    encoder stays whole: it computes captions that its process has not met, so processes call it differently often, and a
+    shard that one of them gathers alone would wait for the others for ever."""
     with contextlib.suppress(ValueError):  # known from an earlier run in this process
         torch.export.register_dataclass(TextTokens)  # FSDP looks inside for what needs a gradient
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of in-place changes of outputs: there are none
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if config.reduce == "bfloat16" else None)
-    for part in (learner.text_encoder, learner.model):
+    trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
+    for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
         within: list[nn.Module] = []
         for module in part.modules():
             if isinstance(module, nn.ModuleList) and not any(module in outer.modules() for outer in within):

@@ -3,7 +3,9 @@ alike."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Callable
@@ -59,6 +61,19 @@ class SampleSettings:
                                 train.sample_grid)  # fmt: skip
         return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
                               train.sample_cfg_scale_low, train.sample_negative_prompt)  # fmt: skip
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put the modules into evaluation inside the `with` block; after it each of their parts is in the mode that it had."""
+    parts = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in parts.items():
+            part.training = mode
 
 
 @dataclass
@@ -144,21 +159,18 @@ class Pipeline:
         rows, columns = learner.spec.grid(width, height)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
         noise = draws.normal("sample", learner.spec.frames(frames), rows, columns, learner.spec.channels)
-        was_training = learner.training
-        learner.eval()
-        try:
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
-            with Calls() as calls, autocast, torch.compiler.set_stance("force_eager"):
-                text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
-                if settings.negative_prompt:
-                    negative = learner.text_encoder([settings.negative_prompt])
-                    text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
-                denoise = self._denoiser(text, settings, image, frames, calls)
-                start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
-                clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
-            self.finite(clean, first, settings)
-        finally:
-            learner.train(was_training)
+        modules = [learner] if self.low is None else [learner, self.low]
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
+        eager = torch.compiler.set_stance("force_eager")
+        with evaluating(*modules), Calls() as calls, autocast, eager:
+            text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
+            if settings.negative_prompt:
+                negative = learner.text_encoder([settings.negative_prompt])
+                text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
+            denoise = self._denoiser(text, settings, image, frames, calls)
+            start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
+            clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
+        self.finite(clean, first, settings)
         return learner.spec.denormalize(clean)
 
     def _denoiser(self, text: TextTokens, settings: SampleSettings, image: Tensor | None, frames: int, calls: Calls) -> Denoise:
@@ -177,13 +189,21 @@ class Pipeline:
         denoisers = [guided(learner.objective, part, text, scale, settings.cfg_interval) for part, scale in zip(parts, scales)]
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            high = len(denoisers) == 1 or math.floor(1000 * float(t)) >= round(1000 * self.boundary)
+            ask = denoisers[0]
+            if len(denoisers) > 1 and not self.is_high(float(t), settings.sampler.grid != "even"):
+                ask = denoisers[1]
             if first is None:
-                return denoisers[not high](x, t)
+                return ask(x, t)
             given = first.to(x.dtype).expand(len(x), *first.shape[1:])
-            return torch.cat([given, denoisers[not high](torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
+            return torch.cat([given, ask(torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
 
         return denoise
+
+    def is_high(self, t: float, whole_times: bool) -> bool:
+        """Whether time `t` is the high-noise expert's. Where the network is told whole timesteps, these decide, as in the
+        official code."""
+        told = math.floor(1000 * t) if whole_times else 1000 * t
+        return told >= 1000 * self.boundary
 
     @torch.no_grad()
     def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),

@@ -21,7 +21,7 @@ from mmdit.data.buckets import BucketingConfig, VideoConfig
 from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.caching import cache_latents
 from mmdit.data.frames import PreprocessConfig
-from mmdit.data.items import index_entry, item_bytes, load_item, read_entry
+from mmdit.data.items import index_entry, item_bytes, load_item, read_entry, running_crcs
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.records import read_records
 from mmdit.data.statistics import latent_statistics
@@ -309,4 +309,4 @@ def test_an_item_is_what_torch_save_would_write(tmp_path, shape):
     assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None and load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
     torch.save({"latents": numbers, **rest}, tmp_path / "b.pt")  # one made elsewhere enters the index alike
     assert read_entry("b", "b.pt", tmp_path, shape[-1]) | {"bytes": 0, "offset": 0} == \
-        index_entry("b", "b.pt", shape, rest, 0, 0, crc)  # fmt: skip
+        index_entry("b", "b.pt", shape, rest, 0, 0, crc, running_crcs(numbers.numpy())[:-1])  # fmt: skip

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.items import index_entry, is_entry, item_bytes, load_item, read_entry, to_half
+from mmdit.data.items import SIGNATURE, index_entry, is_entry, item_bytes, load_item, read_entry, running_crcs, to_half
 from mmdit.data.manifest import CacheManifest
-from mmdit.data.packed import Columns, damage_of, is_packed, read_index
+from mmdit.data.packed import Columns, Marks, damage_of, is_packed, read_index
 from mmdit.data.records import check_id, check_storable
 from mmdit.files import clean, flush_file_system, lock, no_link, open_regular, write_aside
 
@@ -229,12 +229,13 @@ class CacheWriter:
             self._append(entries)
 
     def _write(self, id: str, file: str, numbers: np.ndarray, rest: dict) -> dict:
-        data, offset, crc = item_bytes(numbers, rest)
+        *marks, crc = running_crcs(numbers)
+        data, offset, crc = item_bytes(numbers, rest, crc)
         old = self.entries.get(id)
         if old and old["file"] != file:
             (self.folder / old["file"]).unlink(missing_ok=True)  # its size changed
         write_aside(f"{self.folder}/{file}", data)
-        self.entries[id] = index_entry(id, file, numbers.shape, rest, len(data), offset, crc)
+        self.entries[id] = index_entry(id, file, numbers.shape, rest, len(data), offset, crc, marks)
         return self.entries[id]
 
     def close(self) -> None:
@@ -269,7 +270,8 @@ def _columns(entries: dict[str, dict]) -> Columns:
     ids, captions, files = ([entry[name] for entry in ordered] for name in ("id", "caption", "file"))
     facts, sources = ([entry.get(name) or {} for entry in ordered] for name in ("facts", "source"))
     rates = {source["fps"] for source in sources if "fps" in source}
-    return Columns(ids, captions, facts, sources, files, torch.from_numpy(shapes), torch.from_numpy(places), rates)
+    return Columns(ids, captions, facts, sources, files, torch.from_numpy(shapes), torch.from_numpy(places), rates,
+                   Marks.of([entry.get("marks", ()) for entry in ordered]))  # fmt: skip
 
 
 class LatentCache:
@@ -280,6 +282,8 @@ class LatentCache:
         self.folder, self.manifest, self._columns = folder, manifest, columns
         self.ids, self.captions, self.facts, self.sources = columns.ids, columns.captions, columns.facts, columns.sources
         self.shapes, self.rates = columns.shapes, columns.rates
+        self._ends = self.shapes[:, 0].cumsum(0).numpy()  # of the frames of each item in:
+        self._compared = np.zeros(self._ends[-1], bool)  # frames whose check sums this process has compared
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -293,30 +297,54 @@ class LatentCache:
         """CRC-32 of the latents of these items, as the index has them."""
         return self._columns.places[items.start : items.stop, 2].tolist()
 
+    def marks(self, items: range) -> list[list[int]]:
+        """The CRC-32 up to each frame but the last, of these items; nothing where an older index has none."""
+        return [self._columns.marks[item].tolist() for item in items]
+
     def load(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`, read without the rest. ValueError names a
-        damaged file or shard."""
+        """Latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`, read without the rest and checked. ValueError
+        names a damaged file or shard."""
         path, shape = f"{self.folder}/{self._columns.files[index]}", self.shapes[index].tolist()
         stop = shape[0] if stop is None else stop
-        size, offset, crc = self._columns.places[index].tolist()
+        size, offset, _ = self._columns.places[index].tolist()
         frame = shape[1] * shape[2] * shape[3]
         try:
             with open_regular(path) as file:
                 whole = os.fstat(file.fileno()).st_size == size and offset >= 0
+                whole = whole and (file.read(4) == SIGNATURE or not path.endswith(".pt"))
                 numbers = np.empty((stop - start) * frame if whole else 0, np.float16)
                 file.seek(offset + start * frame * 2 if whole else 0)
                 whole = whole and file.readinto(numbers) == numbers.nbytes
-            if whole and (stop - start < shape[0] or zlib.crc32(numbers) == crc):
+            if whole and self._is_sound(index, numbers, start, stop, shape[0]):
                 return torch.from_numpy(numbers).view(-1, *shape[1:])
         except (OSError, ValueError):
             pass  # explained below
         if not path.endswith(".pt"):
             raise damage_of(path, size, self.ids[index])
-        latents = load_item(path, self.manifest.spec.channels)["latents"]  # replaced by hand or damaged: read it in full
-        if list(latents.shape) != shape:
-            raise ValueError(f"cache file {path} has shape {tuple(latents.shape)}, the index says {tuple(shape)}; delete "
-                             f"{self.folder}/index*.jsonl (it is rebuilt from the files)")
-        return latents[start:stop]
+        item = load_item(path, self.manifest.spec.channels)  # replaced by hand or damaged: read it in full
+        for what, found, told in (("shape", list(item["latents"].shape), shape),
+                                  ("caption", item["caption"], self.captions[index])):  # fmt: skip
+            if found != told:
+                raise ValueError(f"cache file {path} has the {what} {found!r:.200}, the index says {told!r:.200}; delete "
+                                 f"{self.folder}/index*.jsonl (it is rebuilt from the files)")
+        return item["latents"][start:stop]
+
+    def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int, frames: int) -> bool:
+        """Whether the frames `start:stop` are as they were written. Of a part of an item it is looked at once."""
+        if stop - start == frames:
+            return zlib.crc32(numbers) == int(self._columns.places[index, 2])
+        first, marks = int(self._ends[index]) - frames, self._columns.marks[index]
+        compared = self._compared[first + start : first + stop]
+        if compared.all():
+            return True
+        if not len(marks):  # of an older cache: only all of it can be compared
+            self.load(index)
+            self._compared[first : first + frames] = True
+            return True
+        before = int(marks[start - 1]) if start else 0
+        after = int(marks[stop - 1]) if stop < frames else int(self._columns.places[index, 2])
+        compared[:] = zlib.crc32(numbers, before) == after
+        return bool(compared[0])
 
 
 def open_cache(folder: str | Path, wanted: CacheManifest | None = None) -> LatentCache:

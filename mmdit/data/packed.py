@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ class Lazy(Sequence):
 
 
 @dataclass
+class Marks:
+    """By an item's number, the CRC-32 up to each of its frames but the last; none where they were not stored."""
+
+    values: np.ndarray  # uint32, of all items
+    ends: np.ndarray  # int64 (N + 1)
+
+    @staticmethod
+    def of(marks: Sequence[Sequence[int]]) -> Marks:
+        ends = np.cumsum([0, *map(len, marks)], dtype=np.int64)
+        return Marks(np.fromiter(chain.from_iterable(marks), np.uint32, int(ends[-1])), ends)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.ends[index] : self.ends[index + 1]]
+
+
+@dataclass
 class Columns:
     """What is known of every item of a cache, by its number: `shapes (N, 4)` int64, `places (N, 3)` int64 (bytes of the file,
     offset of the numbers in it, their CRC-32), the file relative to the folder, the texts. `rates`: frames a second of the
@@ -61,6 +78,7 @@ class Columns:
     shapes: Tensor
     places: Tensor
     rates: set[float]
+    marks: Marks
 
 
 # ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,9 +104,11 @@ def shard_header(ids: Sequence[str], shapes: list[list[int]], text_bytes: int) -
     return len(head).to_bytes(8, "little") + head
 
 
-def text_line(caption: str, facts: dict, source: dict, crc: int) -> bytes:
-    """The check sum has always eight digits: a line is as long before the numbers are known as it is after."""
+def text_line(caption: str, facts: dict, source: dict, crc: int, marks: Sequence[int] = ()) -> bytes:
+    """The check sum has always eight digits: a line is as long before the numbers are known as it is after. `marks`: those up to
+    each frame but the last, in one word."""
     row = {"crc": f"{crc:08x}", "caption": caption}
+    row |= {"marks": "".join(f"{mark:08x}" for mark in marks)} if len(marks) else {}
     row |= {name: value for name, value in (("facts", facts), ("source", source)) if value}
     return _json(row).encode() + b"\n"
 
@@ -115,7 +135,10 @@ def read_shard(path: Path) -> list[dict]:
             wanted = ["F16", 4, [place, place + numbers]]
             if [tensor["dtype"], len(shape), tensor["data_offsets"]] != wanted or numbers < 2:
                 raise ValueError(f"item {id!r} is not a float16 tensor of four axes behind the one before it")
-            rows.append({"id": id, "shape": shape, "offset": start + place, "crc": int(text["crc"], 16),
+            marks = np.frombuffer(bytes.fromhex(text.get("marks", "")), ">u4").tolist()
+            if len(marks) not in (0, shape[0] - 1):
+                raise ValueError(f"item {id!r} has {len(marks)} check sums of frames")
+            rows.append({"id": id, "shape": shape, "offset": start + place, "crc": int(text["crc"], 16), "marks": marks,
                          "caption": text["caption"], "facts": text.get("facts") or {}, "source": text.get("source") or {}})
             place += numbers
         if place != begin:
@@ -129,6 +152,7 @@ def read_shard(path: Path) -> list[dict]:
 def index_of(shards: Iterator[tuple[Path, list[dict]]]) -> dict[str, Tensor]:
     """The columns of these shards and their rows (`read_shard`)."""
     shapes, places, files, rates = array("q"), array("q"), array("q"), set()
+    marks, mark_ends = array("I"), array("q", [0])
     blobs, ends = {name: bytearray() for name in TEXTS}, {name: array("q", [0]) for name in TEXTS}
     for number, (path, rows) in enumerate(shards):
         size = path.stat().st_size
@@ -136,6 +160,8 @@ def index_of(shards: Iterator[tuple[Path, list[dict]]]) -> dict[str, Tensor]:
             shapes.extend(row["shape"])
             places.extend((size, row["offset"], row["crc"]))
             files.append(number)
+            marks.extend(row.get("marks", ()))
+            mark_ends.append(len(marks))
             rates.update({row["source"]["fps"]} if "fps" in row["source"] else ())
             texts = [row["id"], row["caption"], *(_json(row[name]) if row[name] else "" for name in ("facts", "source"))]
             for name, text in zip(TEXTS, texts, strict=True):
@@ -146,6 +172,8 @@ def index_of(shards: Iterator[tuple[Path, list[dict]]]) -> dict[str, Tensor]:
         return torch.from_numpy(np.frombuffer(values, np.int64).reshape(*shape).copy())
 
     columns = {"shapes": numbers(shapes, -1, 4), "places": numbers(places, -1, 3), "files": numbers(files, -1)}
+    columns["marks"] = torch.from_numpy(np.frombuffer(marks, np.int32).copy())  # the bits of uint32
+    columns["marks.ends"] = numbers(mark_ends, -1)
     columns["rates"] = torch.tensor(sorted(rates), dtype=torch.float64)
     for name in TEXTS:
         columns[name] = torch.from_numpy(np.frombuffer(bytes(blobs[name]), np.uint8).copy())
@@ -158,7 +186,7 @@ def _json(value: dict) -> str:
 
 
 def write_index(folder: Path, columns: dict[str, Tensor]) -> None:
-    write_aside(folder / INDEX, save(columns))
+    write_aside(folder / INDEX, save(columns), flush=True)
 
 
 def read_columns(folder: Path) -> dict[str, Tensor]:
@@ -170,6 +198,8 @@ def read_columns(folder: Path) -> dict[str, Tensor]:
     try:
         with open_regular(path), safe_open(path, "pt") as stored:
             columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        columns.setdefault("marks", torch.empty(0, dtype=torch.int32))  # of an older version: none
+        columns.setdefault("marks.ends", torch.zeros(len(columns["files"]) + 1, dtype=torch.int64))
         _check(columns)
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"the index {path} is damaged ({error}); {REMEDY}") from None
@@ -192,7 +222,7 @@ def read_index(folder: Path) -> Columns:
     ids, captions = (Lazy(count, partial(text, columns[name], columns[f"{name}.ends"])) for name in TEXTS[:2])
     facts, sources = (Lazy(count, partial(value, columns[name], columns[f"{name}.ends"])) for name in TEXTS[2:])
     return Columns(ids, captions, facts, sources, Lazy(count, partial(_file, files)), columns["shapes"], columns["places"],
-                   set(columns["rates"].tolist()))
+                   set(columns["rates"].tolist()), Marks(columns["marks"].numpy().view(np.uint32), columns["marks.ends"].numpy()))
 
 
 def _check(columns: dict[str, Tensor]) -> None:
@@ -209,6 +239,10 @@ def _check(columns: dict[str, Tensor]) -> None:
         ends = columns[f"{name}.ends"]
         if len(ends) != count + 1 or ends[0] != 0 or ends.diff().lt(0).any() or ends[-1] != len(columns[name]):
             raise ValueError(f"the {name} do not fill their column")
+    marks = columns["marks.ends"].diff()
+    if (len(marks) != count or columns["marks.ends"][0] != 0 or columns["marks.ends"][-1] != len(columns["marks"])
+            or columns["marks"].dtype != torch.int32 or ((marks != 0) & (marks != shapes[:, 0] - 1)).any()):  # fmt: skip
+        raise ValueError("the marks do not fill their column")
 
 
 def shard_name(number: int) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmdit.data.cache import THREADS, LatentCache, open_cache
+from mmdit.data.cache import THREADS, LatentCache, open_cache, told_how_to_go_on
+from mmdit.data.items import running_crcs
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import (
     INDEX,
@@ -31,6 +33,7 @@ SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limite
 AT_ONCE = 256  # items read ahead
 
 
+@told_how_to_go_on()
 def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 30) -> dict:
     """The items of the cache `folder` as shards of about `shard_bytes` and an index in `out_dir`; returns counts. What is there
     and still true is kept, so a killed run goes on, and one after the cache has grown writes what changed; until it is finished
@@ -67,7 +70,7 @@ def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for name, part, keep in zip(names, parts, kept, strict=True):
             if not keep:
-                write_aside(no_link(out / name), _shard(cache, part, pool, bar))
+                write_aside(no_link(out / name), _shard(cache, part, pool, bar), flush=True)
     for path in extra:
         path.unlink()
     if not (out / INDEX).exists():
@@ -87,8 +90,8 @@ def _cuts(sizes: list[int], shard_bytes: int) -> list[int]:
 
 
 def _lines(cache: LatentCache, part: range, crcs: list[int]) -> bytes:
-    pairs = zip(part, crcs, strict=True)
-    return b"".join(text_line(cache.captions[i], cache.facts[i], cache.sources[i], crc) for i, crc in pairs)
+    rows = zip(part, crcs, cache.marks(part), strict=True)
+    return b"".join(text_line(cache.captions[i], cache.facts[i], cache.sources[i], crc, marks) for i, crc, marks in rows)
 
 
 def _header(cache: LatentCache, part: range, text_bytes: int) -> bytes:
@@ -154,6 +157,10 @@ def verify_packed(folder: Path) -> tuple[int, list[dict]]:
     return len(shards), damage
 
 
+def _are_marks(numbers: bytearray, row: dict) -> bool:
+    return running_crcs(np.frombuffer(numbers, np.float16).reshape(row["shape"]))[:-1] == row["marks"]
+
+
 def _problem(file, row: dict, manifest: CacheManifest) -> str:
     frames, rows, columns, channels = row["shape"]
     size = (columns * manifest.spec.spatial, rows * manifest.spec.spatial)
@@ -163,6 +170,7 @@ def _problem(file, row: dict, manifest: CacheManifest) -> str:
         "its check sum is wrong" if zlib.crc32(numbers) != row["crc"]
         else f"its size {size[0]}x{size[1]} does not belong into this cache" if not manifest.allows(size)
         else f"it has {channels} channels, the manifest says {manifest.spec.channels}" if channels != manifest.spec.channels
+        else "the check sums of its frames are wrong" if row["marks"] and not _are_marks(numbers, row)
         else "its latents are not finite" if not torch.frombuffer(numbers, dtype=torch.float16).isfinite().all()
         else ""
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mmdit.data.cache import THREADS
-from mmdit.data.items import load_item
+from mmdit.data.items import load_item, running_crcs
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.packed import is_packed
 from mmdit.data.packing import verify_packed
@@ -72,8 +71,10 @@ def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
         entry = entries.get(file)
         if entry is None:
             return ""
-        actual = (list(item["latents"].shape), item["caption"], zlib.crc32(item["latents"].contiguous().numpy()))
-        return "" if actual == (entry["shape"], entry["caption"], entry["crc"]) else "the index says otherwise of its contents"
+        *marks, crc = running_crcs(item["latents"].contiguous().numpy())
+        actual = (list(item["latents"].shape), item["caption"], crc, marks)
+        told = (entry["shape"], entry["caption"], entry["crc"], entry.get("marks") or marks)
+        return "" if actual == told else "the index says otherwise of its contents"
 
     with ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(pool.map(look, files), desc=f"verifying {folder}", total=len(files), unit="file", delay=2)

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 100_000, 32, 4000
 
 
 class ConfigError(ValueError):
@@ -78,6 +78,13 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
         if kind == "str":
             plain = node.style is None
             return float(node.value) if plain and _NUMBER.fullmatch(node.value) else node.value
+        if kind in ("int", "float") and (":" in node.value or len(node.value) > MAX_DIGITS):
+            raise ConfigError(
+                path,
+                f"{name}:{line}: {shortened(node.value, 40)!r} is read as a number to the base of "
+                f"60, or has too "
+                "many digits; write a plain number, or quote a text",
+            )
         return getattr(loader, f"construct_yaml_{kind}")(node)
 
     try:

@@ -46,6 +46,7 @@ from mmdit.training.previews import Previews
 from mmdit.training.settings import TrainConfig
 from mmdit.training.stored import whole
 from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.trust import check_sizes, refuse_foreign_code, stay_offline
 from mmdit.training.validation import Validation
 
 
@@ -267,6 +268,11 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
     old, new = config_io.completed(ExperimentConfig, weights.meta.config), config_io.encode(config)
+    old = {
+        name: value
+        for name, value in old.items()
+        if value is None or isinstance(value, type(new.get(name)))
+    }
     tensors, stored = weights.tensors, weights.meta.alphas
     if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
         tensors = learner.model.spread(tensors, "model.")
@@ -275,7 +281,9 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
                       fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
     carry_over(learner.model, stored)
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
-    changed += config_io.differences(old["train"].get("objective"), config.train.objective, "train.objective")
+    changed += config_io.differences(
+        (old.get("train") or {}).get("objective"), config.train.objective, "train.objective"
+    )
     return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
 
 
@@ -300,15 +308,6 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     print(plan.report(), flush=True)
 
 
-def refuse_foreign_code(config: ExperimentConfig, overrides: list[str], source: Path) -> None:
-    """Weights are data. A config that comes with them may not choose whose Python is run: only the command line may."""
-    repository = getattr(config.tokenizer, "repo_path", None)
-    asked = config_io.apply_overrides({}, overrides).get("tokenizer")
-    if repository is not None and not (isinstance(asked, dict) and asked.get("repo_path") == repository):
-        raise ConfigError("tokenizer.repo_path", f"is {repository!r} in the config stored in {source}: its Python code would be run. "
-                          f"If you trust that folder add tokenizer.repo_path={repository}; to use our own VTP, tokenizer.repo_path=null")
-
-
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, lora: bool | None = True,
                   overrides: list[str] = ()) -> tuple[Pipeline, ExperimentConfig]:
@@ -325,12 +324,15 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
     except ConfigError as error:
         raise ConfigError("", f"config stored in {source}: {error}") from None
     refuse_foreign_code(config, list(overrides), source)
+    config = stay_offline(config, list(overrides))
     if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where)
     tokenizer = getattr(tokenizer, "plain", tokenizer)
     if weights:
         check_same_latents(weights.meta, tokenizer.spec, tokenizer.fingerprint, source)
+    if weights:
+        check_sizes(config, weights)
     learner = build_learner(config, tokenizer.spec)
     if weights:
         checkpoint.assign(learner.state_dict(), weights.tensors, str(source), fresh=lambda name: not learner.is_stored(name))

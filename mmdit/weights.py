@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 import re
 import struct
 import zipfile
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from mmdit.foreign import read_json
 
 SHOWN = 4  # names in a message
 PICKLES = (".pt", ".pth", ".bin")
@@ -78,7 +79,7 @@ class Checkpoint:
             with file.open("rb") as stream:
                 (size,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(size))
-        except (SafetensorError, OSError, ValueError, struct.error) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
             raise ValueError(f"{file} cannot be read as safetensors (cut off, damaged, or another format): {error}") from None
         for name, entry in header.items():
             if name != "__metadata__":
@@ -87,7 +88,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         """Of a sharded checkpoint: every tensor that the index names must be there."""
         for index in self.files[0].parent.glob(f"*{INDEX}") if self.path.is_dir() else ():
-            names = json.loads(index.read_text())["weight_map"]
+            names = _shards(index)
             if absent := sorted(set(names) - set(self.entries)):
                 raise ValueError(f"{index} names {len(absent)} tensors that its shards lack, first {absent[0]}; fetch them")
 
@@ -103,11 +104,8 @@ def _files(path: Path) -> list[Path]:
     if len(indices) > 1:
         raise ValueError(f"{path} holds {len(indices)} index files ({', '.join(i.name for i in indices[:3])}); leave one")
     if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{indices[0]} is no index of shards: {error!r}") from None
-        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        names = sorted(set(_shards(indices[0]).values()))
+        if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{indices[0]} names a shard outside its folder: {outside[0]!r}")
         if absent := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them")
@@ -128,11 +126,25 @@ def _files(path: Path) -> list[Path]:
     return single
 
 
+def _shards(index: Path) -> dict[str, str]:
+    """Return the file of every tensor that an index names."""
+    found = read_json(index, "index of shards").get("weight_map")
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(name, str) and name for name in found.values())
+    ):
+        raise ValueError(
+            f'{index} is no index of shards: "weight_map" must give the file of each tensor; fetch it again'
+        )
+    return found
+
+
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it holds anything else."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # else older than 2020
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # of a damaged file the unpickler raises a dozen kinds
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {code[1]}" if code else f"it is damaged ({type(error).__name__}), or holds more than tensors"
         raise ValueError(f"{file} is refused: {what}, which could run code; take a file of tensors alone") from None

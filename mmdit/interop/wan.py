@@ -19,6 +19,7 @@ from torch import Tensor
 from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.config import ConfigError
 from mmdit.files import folder_aside
+from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
@@ -61,6 +62,7 @@ BLOCK_MODULES = {  # inside a block
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
+MOST_WORDS = 65_536  # of a caption, as a config may ask for
 CONFIG_KEYS = {  # Diffusers' config.json → ours
     "ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "in_channels": "in_dim",
     "out_channels": "out_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "eps": "eps", "image_dim": "image_dim",
@@ -135,7 +137,7 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-        return WanConfig(
+        config = WanConfig(
             dim=dim, ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=0 if dim % HEAD_DIM else dim // HEAD_DIM,
             num_layers=max(blocks) + 1, in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // 4,
             freq_dim=shapes["time_embedding.0.weight"][1], text_dim=shapes["text_embedding.0.weight"][1],
@@ -144,6 +146,8 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
         )  # fmt: skip
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(_no_transformer(shapes, source, error)) from None
+    count_blocks(blocks, len(shapes), source)
+    return config
 
 
 def _no_transformer(names: Iterable[str], source: object, error: Exception) -> str:
@@ -172,16 +176,24 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
         )
     if not file.is_file():
         return inferred
+    stored = read_json(file, "config of a Wan transformer")
     try:
-        stored = json.loads(file.read_text())
         known = {field.name for field in fields(WanConfig)}
         foreign = "attention_head_dim" in stored
         renamed = {CONFIG_KEYS.get(key, key) if foreign else key: value or 0 for key, value in stored.items()}
         told = {key: value for key, value in renamed.items() if key in known}
         if foreign:
             told["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is no config of a Wan transformer: {error!r}") from None
+    for key, least, most in (
+        ("num_heads", 1, inferred.dim),
+        ("eps", 0, 1),
+        ("text_len", 1, MOST_WORDS),
+    ):
+        value, kinds = told.get(key, least), (int, float) if key == "eps" else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            raise ValueError(f"{file}: {key} is {value!r}, must be a number from {least} to {most}")
     for key, value in told.items():
         if key not in ("num_heads", "eps", "text_len") and value != getattr(inferred, key):
             found = getattr(inferred, key)

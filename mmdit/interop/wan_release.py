@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from mmdit.foreign import read_json
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
 from mmdit.weights import Checkpoint
 
@@ -27,10 +27,7 @@ PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), b
 
 
 def _has_boundary(index: Path) -> bool:
-    try:
-        return json.loads(index.read_text()).get("boundary_ratio") is not None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{index} cannot be read: {error}") from None
+    return read_json(index, "index of a release").get("boundary_ratio") is not None
 
 
 def release_config(path: str | Path) -> dict | None:

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
+from mmdit.foreign import read_as
 from mmdit.posttrain.rewards import Reward, Samples
+from mmdit.text_encoders.huggingface import check_folder
+from mmdit.weights import Checkpoint, check_numbers
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,10 +31,20 @@ class Similarity(nn.Module):
                               "in the transformers layout (config.json, model.safetensors, tokenizer files)")
         from transformers import AutoTokenizer, CLIPModel
 
-        self.clip = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with read_as(folder, "CLIP in the transformers layout"):
+            check_folder(Path(folder))
+            attention = "sdpa" if getattr(CLIPModel, "_supports_sdpa", False) else "eager"
+            self.clip = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True,
+                                                  attn_implementation=attention)  # fmt: skip
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         if weights is not None:
-            self.clip.load_state_dict(from_open_clip(read_state(weights), self.clip.state_dict()), strict=True)
+            with read_as(weights, "HPS state dict of OpenCLIP"):
+                state = from_open_clip(read_state(weights), self.clip.state_dict())
+                self.clip.load_state_dict(state, strict=True)
+        for name, value in self.clip.named_parameters():
+            check_numbers(name, value.detach(), weights or folder)
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
@@ -90,12 +103,8 @@ class HPS(ClipReward):
 
 
 def read_state(path: str) -> dict[str, Tensor]:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    """Read the tensors of a weight file, whatever they lie in; nothing is unpickled but tensors."""
+    return dict(Checkpoint(path).tensors())
 
 
 def from_open_clip(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

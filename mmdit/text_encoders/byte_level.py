@@ -18,7 +18,7 @@ from mmdit.interfaces import TextTokens
 from mmdit.nn.attention import Attention, attend
 from mmdit.nn.feedforward import GELU
 from mmdit.nn.norm import RMSNorm, rms_norm
-from mmdit.text_encoders.words import WordRows, place_table, split_words
+from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
 
 WORD_BYTES = 16  # longer words become several tokens
 NO_BYTE = 0
@@ -42,6 +42,7 @@ class ByteLevelConfig:
         for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
+        check_length(self.max_length)
         if self.dim % 2 or self.dim % self.num_heads:
             raise ConfigError("dim", f"is {self.dim}; must be even and a multiple of num_heads, which is {self.num_heads}")
 

@@ -6,7 +6,6 @@ Axes: b picture · l place (the class token first) · h head · d width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.foreign import count_blocks, read_json
 from mmdit.nn.attention import attend
 from mmdit.weights import Checkpoint, Entry, fill
 
@@ -139,7 +139,10 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     try:
         places, dim = shapes["pos_embedding"]
-        blocks = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"transformer\.(\d+)\.", name)))
+        found = {
+            int(match[1]) for name in shapes if (match := re.match(r"transformer\.(\d+)\.", name))
+        }
+        blocks = count_blocks(found, len(shapes), place)
         sizes = ClipVisionSizes(dim, shapes["transformer.0.mlp.0.weight"][0], blocks - 1, max(1, dim // HEAD_DIM),
                                 shapes["patch_embedding.weight"][-1], places)  # fmt: skip
     except (KeyError, ValueError) as error:
@@ -159,13 +162,13 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
 
 def _told(file: Path, sizes: ClipVisionSizes) -> ClipVisionSizes:
     """`sizes` with what only a config.json of transformers knows. ValueError: it is of another network."""
+    config = read_json(file, "config of a CLIP picture encoder")
     try:
-        config = json.loads(file.read_text())
         heads, kind = config.get("num_attention_heads", sizes.heads), config.get("hidden_act", "gelu")
         result = replace(sizes, heads=heads, eps=config.get("layer_norm_eps", sizes.eps))
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is no config of a CLIP picture encoder: {error!r}") from None
-    if kind != "gelu" or not isinstance(heads, int) or sizes.dim % heads:
+    if kind != "gelu" or not isinstance(heads, int) or heads < 1 or sizes.dim % heads:
         raise ValueError(f"{file}: hidden_act is {kind!r} with {heads!r} heads; Wan's encoder has 'gelu', and its width of "
                          f"{sizes.dim} must split into the heads")
     return result

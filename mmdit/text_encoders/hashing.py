@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmdit import rng
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
-from mmdit.text_encoders.words import WordRows, place_table, split_words
+from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class HashConfig:
             raise ConfigError("dim", f"is {self.dim}; must be even and at least 2; 256 is usual")
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 word")
+        check_length(self.max_length)
         if not self.freeze:
             raise ConfigError("freeze", "is false, but hash has nothing to train; set true, or type: byte_level")
 

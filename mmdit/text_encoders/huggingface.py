@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
+from mmdit.foreign import read_json
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
+from mmdit.text_encoders.words import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class HuggingFaceConfig:
             raise ConfigError("lr_scale", f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains nothing")
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
+        check_length(self.max_length)
         if self.cache_mb < 0:
             raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
         if self.cache_dir and not self.freeze:
@@ -242,7 +246,10 @@ def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
         raise ConfigError("name_or_path", f"is {source}, which is no folder; give one with config.json, or a hub name")
     options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
     with _reported("config", source, config):
+        if Path(source).is_dir():
+            check_folder(Path(source))
         kind = transformers.AutoConfig.from_pretrained(source, **options)
+        refuse_quantised(kind, source)
     with _reported("tokenizer", source, config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     with _reported("weights", source, config), _quiet(transformers):
@@ -252,9 +259,63 @@ def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
         if kind.model_type == "t5gemma":
             options["is_encoder_decoder"] = False
         model_class = _encoder_class(transformers, kind)
+        options["attn_implementation"] = attention_of(model_class, kind)
         encoder, report = model_class.from_pretrained(source, output_loading_info=True, **options)
     _check(tokenizer, encoder, report, config)
     return tokenizer, encoder
+
+
+CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
+OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
+LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if the config.json in `folder` chooses code to be fetched or run, or
+    describes
+    a network that no memory holds. Weights are data, and their config is read by a library that
+    takes more from it than sizes."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter_config.json, which names another model to be "
+                         "loaded; give the folder of a whole encoder")
+    whole = read_json(folder / "config.json", "config of an encoder")
+    refuse_quantised(whole, folder)
+    parts = [("", whole)]
+    while parts:
+        where, part = parts.pop()
+        for key, value in part.items():
+            name = f"{where}{key}"
+            if isinstance(value, dict):
+                parts.append((f"{name}.", value))
+            if CODE.fullmatch(key) and value not in OURS:
+                raise ValueError(
+                    f"{folder / 'config.json'}: {name} is {value!r}, which chooses code to "
+                    f"run; must be one of {OURS}, or left out"
+                )
+            most = LAYERS if "layers" in key else SIZE
+            size = isinstance(value, int) and re.search("layers|size|dim|heads|d_|positions", key)
+            if size and value > most:
+                raise ValueError(
+                    f"{folder / 'config.json'}: {name} is {value}; must be at most {most}"
+                )
+
+
+def refuse_quantised(found: object, source: object) -> None:
+    """Raise ValueError for weights that another library unpacks, chosen by their config."""
+    told = (
+        found.get("quantization_config")
+        if isinstance(found, dict)
+        else getattr(found, "quantization_config", None)
+    )
+    if told:
+        raise ValueError(f"{source} is quantised; give the float32, bfloat16 or float16 weights")
+
+
+def attention_of(model_class: Any, kind: Any) -> str:
+    """Return the attention to ask for by name, for else the weights' config is asked."""
+    mapped = getattr(model_class, "_model_mapping", {})
+    found = mapped[type(kind)] if type(kind) in mapped else model_class
+    return "sdpa" if getattr(found, "_supports_sdpa", False) else "eager"
 
 
 def _encoder_class(transformers: Any, kind: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit.config import ConfigError
 from mmdit.nn.position import rotary_tables
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han are written without spaces: each sign is a word
 _PARTS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 PLACE_BASE = 100.0
+MOST_WORDS = 65_536  # of a caption
 MEMORY = 1 << 16  # distinct words kept; a larger language costs time, not memory
 
 
@@ -33,6 +35,12 @@ def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
     while last > first and unicodedata.category(chunk[last - 1]).startswith("P"):
         last -= 1
     return list(chunk[:first]), _PARTS.findall(chunk[first:last]), list(chunk[last:])
+
+
+def check_length(max_length: int) -> None:
+    """Raise ConfigError for a caption so long that its tables alone would fill the memory."""
+    if max_length > MOST_WORDS:
+        raise ConfigError("max_length", f"is {max_length}; must be at most {MOST_WORDS}")
 
 
 def place_table(max_length: int, dim: int) -> Tensor:

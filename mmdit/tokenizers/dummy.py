@@ -32,6 +32,8 @@ class DummyTokenizerConfig:
 
     def __post_init__(self):
         require_positive(self, "latent_f", "latent_d", "latent_scale")
+        if self.latent_f > 256:
+            raise ConfigError("latent_f", f"is {self.latent_f}; must be at most 256")
         most = 3 * self.latent_f**2
         if self.latent_d > most:
             raise ConfigError("latent_d", f"is {self.latent_d}; must be at most {most} with latent_f {self.latent_f}")

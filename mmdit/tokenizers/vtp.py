@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmdit.config import ConfigError
+from mmdit.foreign import read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 
@@ -142,7 +142,7 @@ def _load(config: VTPTokenizerConfig, folder: Path) -> torch.nn.Module:
     code = import_vtp(config.repo_path)
     try:
         return code.VTPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a folder of others does to the network's own code
         raise ConfigError("tokenizer.name_or_path", f"is {config.name_or_path!r}, which cannot be opened: {error}") from error
 
 
@@ -197,13 +197,13 @@ def _stats(config: VTPTokenizerConfig, folder: Path) -> tuple[tuple[float, ...],
         raise ConfigError("tokenizer.latent_stats", f"is {config.latent_stats!r}, not a file; must be auto, none or a path")
     problem = None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, 'statistics of latents, {"mean": [numbers], "std": [numbers]}')
         mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
         if len(mean) != config.latent_d or len(std) != config.latent_d:
             problem = f"has {len(mean)} means and {len(std)} deviations; must be latent_d = {config.latent_d} of each"
         elif not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             problem = "has values that are not finite, or a deviation of 0 or less; measure them again"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         problem = f'must hold {{"mean": [numbers], "std": [numbers]}}; reading it gave {error!r}'
     if problem:
         raise ConfigError("tokenizer.latent_stats", f"is {config.latent_stats!r}: {path} {problem}")

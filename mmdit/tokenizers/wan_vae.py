@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mmdit.config import ConfigError
+from mmdit.foreign import read_as, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
@@ -161,7 +161,7 @@ def _load(place: Path) -> WanVAE:
         sizes = WanVAESizes.infer(seen)
     except KeyError as error:
         raise ValueError(f"{place} is no Wan VAE: {error} is missing among its {len(shapes)} tensors") from None
-    with torch.device("meta"):
+    with read_as(place, "Wan VAE"), torch.device("meta"):
         model = WanVAE(sizes)
     names = {name: ours for ours, name in model.diffusers_names.items()} if "decoder.conv_in.weight" in shapes else {}
     return fill(model, stored, names, f"{place}, read as a Wan {'2.2' if sizes.residual else '2.1'} VAE,")
@@ -170,11 +170,11 @@ def _load(place: Path) -> WanVAE:
 def _statistics(place: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel: those of a config.json beside the weights, else the released ones."""
     file = (place if place.is_dir() else place.parent) / "config.json"
+    stored = read_json(file, "config of a Wan VAE") if file.is_file() else {}
     try:
-        stored = json.loads(file.read_text()) if file.is_file() else {}
         if "latents_mean" in stored and len(stored["latents_mean"]) == len(stored["latents_std"]) == channels:
             return tuple(map(float, stored["latents_mean"])), tuple(map(float, stored["latents_std"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{file} is no config of a Wan VAE: {error!r}") from None
     if channels not in STATISTICS:
         raise ValueError(f"{place} has {channels} latent channels, of which no statistics are known; put a config.json with "

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from vtp.models.pretrained import CONFIG_FILE, checkpoint_folder, read_json, write_config
+
+
+MOST = {"depth": 1024, "image_size": 1 << 20}  # by the end of a key; other whole numbers: 2**24
+KINDS = {
+    "int": "a positive whole number that is not absurdly large",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "float | None": "a number or null",
+}
+
+
+def fits(name: str, value: Any) -> bool:
+    """Return whether `value` is of the kind that the key `name` has; keys that are not known
+    may hold anything."""
+    kind = VTPConfig.__annotations__.get(name)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "int":
+        least = 0 if name.endswith(("pad_id", "depth")) else 1
+        most = next((most for end, most in MOST.items() if name.endswith(end)), 1 << 24)
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    kinds = {"bool": isinstance(value, bool), "str": isinstance(value, str), "float": number}
+    return kinds.get(kind, number or value is None if kind == "float | None" else True)
 
 
 class VTPConfig:
@@ -61,7 +85,20 @@ class VTPConfig:
     init_logit_bias: float | None = None
     nonscalar_logit_scale: bool = False
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
+        methods = [
+            name
+            for name in values
+            if hasattr(VTPConfig, name) and name not in VTPConfig.__annotations__
+        ]
+        if methods:
+            raise ValueError(f"{methods[0]!r} is a name of this class, and cannot be a key")
+        wrong = {name: value for name, value in values.items() if not fits(name, value)}
+        if wrong:
+            name, value = next(iter(wrong.items()))
+            raise ValueError(
+                f"{name} is {value!r}; must be {KINDS[VTPConfig.__annotations__[name]]}"
+            )
         defaults = {name: getattr(type(self), name) for name in VTPConfig.__annotations__}
         self.__dict__.update({**defaults, "architectures": ["VTPModel"], **values})
         if self.vision_clip_feat not in ("cls", "pooled"):

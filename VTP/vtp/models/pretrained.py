@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
+MOST_BYTES = 64 << 20  # of a JSON file
 _BUFFER = "rope_embed.periods"  # part of the model's arithmetic: bfloat16 in every precision
 
 
@@ -47,9 +48,11 @@ def read_json(path: Path) -> dict:
     """The object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a VTP checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_BYTES} bytes; it must be a page of keys")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; must be an object of keys")
@@ -62,7 +65,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; download the weights again")
-    names = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+    found = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{folder / INDEX_FILE}: weight_map must give the file of each tensor")
+    names = sorted(set(found.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside or not names:
         raise ValueError(f"{folder / INDEX_FILE}: weight_map must name files of the same folder, has {outside or 'none'}")

@@ -16,7 +16,13 @@ from torch.nn import functional as F
 from vtp.models.config import VTPConfig
 from vtp.models.decoder import DinoV3PixelDecoder
 from vtp.models.layers import init_linear
-from vtp.models.pretrained import assign_weights, checkpoint_folder, read_weights, write_checkpoint
+from vtp.models.pretrained import (
+    CONFIG_FILE,
+    assign_weights,
+    checkpoint_folder,
+    read_weights,
+    write_checkpoint,
+)
 from vtp.models.text import TextTransformer, text_features
 from vtp.models.vision import DinoVisionTransformerWithBottleneck
 
@@ -38,8 +44,15 @@ class VTPPreTrainedModel(nn.Module):
         """
         folder = checkpoint_folder(name_or_path)
         config = cls.config_class.from_pretrained(folder)
-        with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
-            model = cls(config)
+        try:
+            with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
+                model = cls(config)
+        except (
+            Exception
+        ) as error:  # widths and heads that do not go together, in whichever layer it shows
+            raise ValueError(
+                f"{folder / CONFIG_FILE} describes no network that can be built: {error}"
+            ) from error
         assign_weights(model, read_weights(folder), dtype, str(folder))
         return model.eval()
 

@@ -1,0 +1,54 @@
+"""Files of other people and other programs: read within bounds, and refused in one sentence,
+whatever is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmdit.terminal import shown
+
+MOST_BYTES = 64 << 20  # the index of a model of a thousand shards has 5 MB
+
+
+@contextlib.contextmanager
+def read_as(path: str | Path, what: str) -> Iterator[None]:
+    """Raise ValueError, naming `path` and `what` it should be, for whatever a reader of a foreign
+    format raises: these formats, and the libraries that read them, fail in dozens of ways."""
+    try:
+        yield
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # one sentence already
+        reason = shown(f"{type(error).__name__}: {error}".partition("\n")[0][:500])
+        raise ValueError(f"{path} is no {what}, or is damaged ({reason}); fetch it again, or name "
+                         "another file") from error  # fmt: skip
+
+
+def read_json(path: str | Path, what: str, most_bytes: int = MOST_BYTES) -> dict:
+    """Return the JSON object in `path`. ValueError, naming it: it cannot be read, is larger than
+    `most_bytes`, is nested a thousand deep, or holds something else than an object."""
+    path = Path(path)
+    with read_as(path, what):
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise ValueError(f"{path} has {size} bytes, too many for {what}; at most {most_bytes}")
+        found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}, must be {what}: an object of keys"
+        )
+    return found
+
+
+def count_blocks(numbers: set[int], tensors: int, source: object) -> int:
+    """Return how many blocks a network has whose tensors name these. ValueError: far more than the
+    tensors could make, as one absurd name would have it."""
+    blocks = max(numbers) + 1
+    if blocks > tensors:
+        raise ValueError(f"{source} names block {blocks - 1}, but holds {tensors} tensors in all")
+    return blocks

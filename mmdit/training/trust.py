@@ -1,0 +1,74 @@
+"""What a config that comes with weights may not do: choose code, fetch anything, or ask for all
+memory. `config` is an
+ExperimentConfig, which this layer does not know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mmdit import config as config_io
+from mmdit.config import ConfigError
+from mmdit.models import VideoMMDiTConfig
+from mmdit.models.video_mmdit import MLPS
+from mmdit.training import checkpoint
+
+
+def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
+    """Weights are data. A config that comes with them may not choose whose Python is run: only
+    the command line may."""
+    repository = getattr(config.tokenizer, "repo_path", None)
+    asked = config_io.apply_overrides({}, overrides).get("tokenizer")
+    if repository is not None and not (
+        isinstance(asked, dict) and asked.get("repo_path") == repository
+    ):
+        raise ConfigError(
+            "tokenizer.repo_path",
+            f"is {repository!r} in the config stored in {source}: its Python code would be run. "
+            f"If you trust that folder add tokenizer.repo_path={repository}; to use our own VTP, "
+            f"tokenizer.repo_path=null",
+        )
+
+
+def stay_offline(config, overrides: list[str]):
+    """A config that comes with weights may name a text encoder of the hub, but has none fetched:
+    only the command line, by its name or `local_files_only`, asks for that."""
+    encoder, asked = (
+        config.text_encoder,
+        config_io.apply_overrides({}, overrides).get("text_encoder"),
+    )
+    named = isinstance(asked, dict) and asked.keys() & {"name_or_path", "local_files_only"}
+    if named or not hasattr(encoder, "local_files_only"):
+        return config
+    return replace(config, text_encoder=replace(encoder, local_files_only=True))
+
+
+def check_sizes(config, weights: checkpoint.Weights) -> None:
+    """Raise ValueError before anything is built if the stored config asks for a network that the
+    stored tensors cannot be: a few bytes could ask for all the memory there is."""
+    shapes = [tuple(tensor.shape) for tensor in weights.tensors.values()]
+    longest = max((length for shape in shapes for length in shape), default=0)
+    model, text, lora = config.model, config.text_encoder, config.lora
+    ranks = [
+        ("lora.rank", lora.rank),
+        *(("lora.per_module", entry.rank) for entry in lora.per_module),
+    ]
+    asked = [(f"{section}.{name}", getattr(part, name, 0) or 0, limit)
+             for section, part in (("model", model), ("text_encoder", text))
+             for name, limit in (("dim", longest), ("depth", len(shapes)))]  # fmt: skip
+    asked += [(name, rank, longest) for name, rank in ranks if lora.enabled and lora.type != "lokr"]
+    if isinstance(model, VideoMMDiTConfig):
+        hidden = MLPS[model.mlp].hidden(model.dim, model.mlp_ratio)
+        asked.append(("the width that model.mlp_ratio makes", hidden, longest))
+    for name, value, limit in asked:
+        if value > limit:
+            what = (
+                "tensors"
+                if limit == len(shapes) and name.endswith("depth")
+                else "elements along an axis"
+            )
+            raise ValueError(
+                f"{weights.source} does not fit its own config: {name} is {value}, its weights "
+                f"have at most {limit} "
+                f"{what}; it is damaged, or its config was changed"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from mmdit import config as config_io
@@ -9,7 +11,8 @@ from mmdit.adapters import lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.buckets import target_sizes
-from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, check_trainable, prepare_run_dir, start_from
+from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, check_trainable, find_start, start_from
+from mmdit.files import write_aside
 from mmdit.interop.wan import load_denoiser
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.posttrain.dpo_offline import check_pairs, dpo_offline
@@ -23,6 +26,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
 from mmdit.training.offload import settle
 from mmdit.training.parallel import ParallelConfig
+from mmdit.training.runs import hold
 from mmdit.training.trainer import TrainState
 
 
@@ -37,9 +41,11 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
                                          "set that to 0")
-    with process_group(device, train.timeout_minutes) as world:
-        found = prepare_run_dir(config, resume)
-        world.barrier()
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(process_group(device, train.timeout_minutes))
+        if not dry_run:
+            stack.enter_context(hold(config.run_dir, world))
+        found = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
         told, pair, expert = [], None, getattr(config.model, "expert", None)
@@ -84,8 +90,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         if dry_run:
             return True
         if world.is_main:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(config_io.to_yaml(config))
+            write_aside(config.run_dir / "config.yaml", config_io.to_yaml(config))
         dpo = dpo_offline if settings.dpo.source == "offline" else online
         loop = {"srpo": srpo, "dpo": dpo}.get(settings.algorithm, online)
         return loop(session)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.diffusion.experts import ExpertsConfig
+from mmdit.files import write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_pictures import Pictures, check_trainable, picture_of
@@ -43,6 +43,7 @@ from mmdit.training.offload import settle
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
+from mmdit.training.runs import hold
 from mmdit.training.settings import TrainConfig
 from mmdit.training.stored import whole
 from mmdit.training.trainer import Trainer, TrainState
@@ -173,14 +174,18 @@ def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1)
     return BatchPlan(cache, config.video, size, config.seed, train.val_share if train.val_every_steps else 0.0)
 
 
-def prepare_run_dir(config: ExperimentConfig, resume: bool) -> Path | None:
-    """Create the run folder, or find the checkpoint to continue from. A folder that holds a run is never written over."""
-    run_dir, found = config.run_dir, checkpoint.latest(config.run_dir)
+def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> Path | None:
+    """Return the checkpoint to continue from, every byte of it looked at, or None for a new run. A folder that holds a run is
+    never written over. `prunes`: remove what a kill left of older checkpoints."""
+    run_dir, train = config.run_dir, config.train
+    found = checkpoint.latest(run_dir, None if resume else ())
     if resume and found is None:
         raise ValueError(f"--resume: no whole checkpoint in {run_dir / 'checkpoints'}; start without --resume")
     if found is not None and not resume:
         raise ValueError(f"{run_dir} already holds a run (step {int(found.name[5:])}): continue it with --resume, choose another "
                          "experiment_name, or remove the folder")
+    if found is not None and prunes:
+        checkpoint.prune(run_dir, checkpoint.step_of(found), train.keep_last, train.keep_every_steps)
     return found
 
 
@@ -195,9 +200,9 @@ def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str
 
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
-    with process_group(device, config.train.timeout_minutes) as world:
-        run_dir, found = config.run_dir, prepare_run_dir(config, resume)
-        world.barrier()  # every rank has looked before the first one writes
+    run_dir = config.run_dir
+    with process_group(device, config.train.timeout_minutes) as world, hold(run_dir, world):
+        found = world.share(lambda: find_start(config, resume))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
         tokenizer = getattr(tokenizer, "plain", tokenizer)
@@ -293,9 +298,10 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     path = run_dir / "config.yaml"
     if path.exists():  # a resume with another config: keep the earlier one
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        if path.read_text() != config_io.to_yaml(config):
-            shutil.copy(path, run_dir / f"config.before-{stamp}.yaml")
-    path.write_text(config_io.to_yaml(config))
+        before = path.read_bytes()
+        if before != config_io.to_yaml(config).encode():
+            write_aside(run_dir / f"config.before-{stamp}.yaml", before)
+    write_aside(path, config_io.to_yaml(config))
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     print(f"run folder {run_dir}")
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")

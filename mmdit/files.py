@@ -14,6 +14,7 @@ import shutil
 import stat
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -23,7 +24,7 @@ try:
 except ImportError:  # Windows: no locks, and nothing else depends on them
     fcntl = None
 
-ASIDE = ".writing-*"
+ASIDE = ".writing-*.tmp"
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
          stat.S_IFDIR: "a folder"}  # fmt: skip
@@ -73,6 +74,32 @@ def file_aside(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
         flush_to_disk(os.path.dirname(path) or ".")
 
 
+class Sum:
+    """The size and the CRC-32 of bytes that pass by."""
+
+    def __init__(self):
+        self.size, self.crc = 0, 0
+
+    def add(self, piece: bytes | memoryview) -> bytes | memoryview:
+        """Take in a piece, and return it."""
+        self.size += memoryview(piece).nbytes
+        self.crc = zlib.crc32(piece, self.crc)
+        return piece
+
+    def told(self) -> list[int]:
+        """Return `[bytes, CRC-32]`, as JSON files keep it."""
+        return [self.size, self.crc]
+
+    @staticmethod
+    def of_file(path: str | Path) -> Sum:
+        """Read a file once; OSError if it cannot be read."""
+        result = Sum()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                result.add(piece)
+        return result
+
+
 def may_replace(path: str | Path) -> bool:
     """Return whether nothing or a regular file is at `path`, perhaps by a link."""
     try:
@@ -118,8 +145,9 @@ def abandoned(folder: str | Path) -> Iterator[Path]:
         if path.is_symlink() or fcntl is None:
             yield path
             continue
+        mode = os.O_RDONLY if path.is_dir() else os.O_RDWR  # locks of network file systems want both
         try:
-            held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            held = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue  # it has got its final name meanwhile, or is not ours
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,13 @@ from mmdit.data.moving_shapes.prepare import Recipe, prepare
 from mmdit.data.records import read_records
 from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
 from mmdit.experiment import ExperimentConfig, load_experiment_config, load_pipeline, train
+from mmdit.files import write_aside
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
 from mmdit.training.metrics import clock
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.runs import discard
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "assets" / "moving_shapes_64.safetensors"
@@ -131,10 +132,10 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
     steps = PROBE_STEPS * (4 if choose_device(device).type == "cuda" else 1)
     settings = replace(config.train, max_steps=steps, log_every_steps=steps // 2, save_every_steps=steps, sample_every_steps=0)
     probe = replace(config, experiment_name=f"{config.experiment_name}_speed_probe", train=settings)
-    shutil.rmtree(probe.run_dir, ignore_errors=True)
+    discard(probe.run_dir)
     train(probe, cache, device)
-    last = json.loads((probe.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    shutil.rmtree(probe.run_dir)
+    last = json.loads((probe.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    discard(probe.run_dir)
     return max(1, int(seconds * last["samples_per_second"] / config.train.batch_size))
 
 
@@ -154,7 +155,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     steps = max(100, min(plan.max_steps, affordable_steps(config, DATA / "latents", device, plan.train_seconds)))
     say(f"Training a text-to-image model from scratch: {steps} steps, about {clock(plan.train_seconds)}.")
     config = replace(config, train=replace(config.train, max_steps=steps, save_every_steps=max(1, steps // 2)))
-    shutil.rmtree(config.run_dir, ignore_errors=True)
+    discard(config.run_dir)
     begin = time.perf_counter()
     if not train(config, DATA / "latents", device):
         raise KeyboardInterrupt
@@ -185,5 +186,5 @@ def run(device: str = "auto") -> dict:
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": where.type,
     }
-    (OUT / "report.json").write_text(json.dumps(report, indent=1))
+    write_aside(OUT / "report.json", json.dumps(report, indent=1))
     return report

@@ -215,3 +215,39 @@ def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: ob
                 )
             setattr(model.get_submodule(module), leaf, nn.Parameter(value))
     return model.eval()
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def tensor_pieces(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece, for `mmdit.files.write_aside`. A tensor comes to the
+    CPU in its turn; tensors that share memory are stored apart."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        kind = DTYPES[tensors[name].dtype]
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        yield bytes_of(tensors[name])
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the numbers of a tensor as bytes; a tensor of a CPU is not copied."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())

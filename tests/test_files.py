@@ -112,9 +112,9 @@ def test_cleaning_touches_nothing_that_links_lead_to_and_does_not_wait(tmp_path)
     (tmp_path / "outside" / "precious").touch()
     work = tmp_path / "work"
     work.mkdir()
-    (work / ".writing-a").symlink_to(tmp_path / "outside")
-    os.mkfifo(work / ".writing-b")
-    (work / ".writing-step_00000004").mkdir()  # of an earlier version
+    (work / ".writing-a.tmp").symlink_to(tmp_path / "outside")
+    os.mkfifo(work / ".writing-b.tmp")
+    (work / ".writing-0-0.tmp").touch()  # of an earlier version
     clean(work, tmp_path / "absent")
     assert names(work) == [] and (tmp_path / "outside" / "precious").exists()
 

@@ -155,13 +155,13 @@ def test_a_loss_that_is_no_number_stops_the_run_with_an_explanation(shop, capsys
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(shop, capsys, monkeypatch, tmp_path):
-    def full(tensors, path, *rest):
-        Path(path).write_bytes(b"half")
+    def full(tensors, *rest):
+        yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for module in (stored, checkpoint):
-        monkeypatch.setattr(module, "save_file", full)
-    refused(capsys, train_t2v.main, shop.train_words("full"), "could not save the checkpoint", "No space left", "continue with --resume")
+        monkeypatch.setattr(module, "tensor_pieces", full)
+    refused(capsys, train_t2v.main, shop.train_words("full"), "could not save the checkpoint", "No space left", "start the run again")
     assert not list((shop.folder / "runs/full/checkpoints").iterdir())
     refused(capsys, export.main, ["--checkpoint", shop.folder / "runs/base", "--out", tmp_path / "x.safetensors"], "could not write", "No space left")
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import torch
 from test_text_encoders import CAPTIONS, checkpoint, count_calls, hf  # noqa: F401 (checkpoint is a fixture)
 
 from mmdit.config import ConfigError
+from mmdit.text_encoders.stored import StoredEmbeddings
 
 
 def files(folder):
@@ -50,6 +51,21 @@ def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):  # noqa: F811
         file.write_bytes(damage)
         assert torch.equal(hf(folder, cache_dir=str(tmp_path))(["red"]).embeddings, expected)
         assert file.read_bytes() == whole
+
+
+def test_an_embedding_of_another_caption_or_with_a_flipped_bit_is_not_taken(tmp_path):
+    """Two machines with one process id on one disk once renamed each other's bytes."""
+    store = StoredEmbeddings(tmp_path, "key", 4)
+    rows = {name: torch.randn(3, 4) for name in ("red", "blue", "half \ud800")}
+    store.save(rows)
+    paths = {name: store._path(name) for name in rows}
+    again = store.load(list(rows))
+    assert all(torch.equal(again[name], rows[name]) for name in rows)
+    paths["red"].write_bytes(paths["blue"].read_bytes())
+    data = bytearray(paths["blue"].read_bytes())
+    data[-1] ^= 4
+    paths["blue"].write_bytes(data)
+    assert store.load(list(rows)).keys() == {"half \ud800"}
 
 
 def test_a_trained_encoder_has_no_embeddings_to_keep(checkpoint):  # noqa: F811

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vtp.models.pretrained import replace_file
+
 TRAINING_FILE, SCORES_FILE = "training.json", "scores.json"
 
 
 def write_json(path: Path, values: dict) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    aside.replace(path)
+    replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_card(folder: Path) -> None:
     """Write README.md; a folder without training.json (a checkpoint from elsewhere) is left alone."""
     if (folder / TRAINING_FILE).is_file():
-        training, scores = (json.loads((folder / name).read_text()) for name in (TRAINING_FILE, SCORES_FILE))
+        training, scores = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (TRAINING_FILE, SCORES_FILE))
         size = (folder / "model.safetensors").stat().st_size
-        (folder / "README.md").write_text(card(folder.resolve().name, training, scores, size))
+        replace_file(folder / "README.md", card(folder.resolve().name, training, scores, size).encode())
 
 
 def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:

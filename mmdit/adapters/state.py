@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, is_adapter, kind_of
 from mmdit.adapters.lora import adapters, insert, near, summary
+from mmdit.files import clean, write_aside
+from mmdit.weights import tensor_pieces
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -62,16 +63,8 @@ def save_lora(model: nn.Module, path: str | Path, metadata: dict[str, str] | Non
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensors = {key: value.cpu().contiguous() for key, value in lora_state(model).items()}
-    try:
-        with open(aside, "wb") as file:
-            file.write(safetensors.torch.save(tensors, {**(metadata or {}), **header}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    clean(path.parent)
+    write_aside(path, tensor_pieces(lora_state(model), {**(metadata or {}), **header}), flush=True)
 
 
 def load_lora(model: nn.Module, path: str | Path) -> list[str]:

@@ -2,19 +2,22 @@
 
     <folder>/<key>/<hash of the caption>.safetensors        `embedding (T, dim)` in the encoder's precision
 
+The file says whose caption it is, and its check sum; both are compared before it is used.
 The key is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder finds none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import zlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from mmdit.files import clean, write_aside
+from mmdit.weights import bytes_of, tensor_pieces
 
 
 def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
@@ -34,7 +37,7 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
     file by its path, size and time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     for file in files:
@@ -44,9 +47,7 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
             with file.open("rb") as stream:
                 known[place] = _digest(stream)
             folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".writing-{os.getpid()}.tmp"
-            aside.write_text(json.dumps(known))
-            os.replace(aside, memory)
+            write_aside(memory, json.dumps(known))
         digest.update(known[place].encode())
     return digest.hexdigest()
 
@@ -64,24 +65,33 @@ class StoredEmbeddings:
     def __init__(self, folder: Path, key: str, dim: int):
         self.folder, self.dim = folder / key[:32], dim
         self.folder.mkdir(parents=True, exist_ok=True)
+        clean(self.folder, self.folder.parent)
 
     def _path(self, caption: str) -> Path:
         return self.folder / f"{hashlib.sha256(caption.encode(errors='surrogatepass')).hexdigest()}.safetensors"
 
     def load(self, captions: list[str]) -> dict[str, Tensor]:
-        """Those of the captions that are there, whole; a damaged file is as good as none and is written anew."""
+        """Those of the captions that are there, whole; a damaged file, or one of another caption, is as good as none and is
+        written anew."""
         found = {}
         for caption in captions:
             try:
-                row = load_file(self._path(caption))["embedding"]
+                with safe_open(self._path(caption), "pt") as file:
+                    told, row = file.metadata() or {}, file.get_tensor("embedding")
             except (OSError, SafetensorError, KeyError):
                 continue
-            if row.ndim == 2 and row.shape[1] == self.dim:
+            fits = row.ndim == 2 and row.shape[1] == self.dim
+            own = not told or told == _told(caption, row)  # earlier versions told nothing
+            if fits and own:
                 found[caption] = row
         return found
 
     def save(self, rows: dict[str, Tensor]) -> None:
         for caption, row in rows.items():
-            aside = self.folder / f".writing-{os.getpid()}.tmp"
-            aside.write_bytes(save({"embedding": row.contiguous()}))
-            os.replace(aside, self._path(caption))
+            pieces = tensor_pieces({"embedding": row}, _told(caption, row))
+            write_aside(self._path(caption), pieces)
+
+
+def _told(caption: str, row: Tensor) -> dict[str, str]:
+    """Return what a file says of itself; the caption in letters that any JSON may hold."""
+    return {"caption": json.dumps(caption), "crc32": str(zlib.crc32(bytes_of(row)))}

@@ -8,7 +8,7 @@
         lora_<expert>.safetensors   those of one expert, under the names of a single model, when experts.enabled
         signs.safetensors       of the adapters' last gradients, one bit a parameter
         monitor.json            windows and means behind the metrics, phases of the alpha schedule
-        checkpoint.json         step, config, latent spec, alphas in force, versions
+        checkpoint.json         step, config, latent spec, alphas in force, versions; size and CRC-32 of every file
 
 Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes reads either.
 An export (`mmdit.scripts.export`) is one safetensors file of the weights used for sampling, with the JSON in its metadata.
@@ -17,28 +17,32 @@ An export (`mmdit.scripts.export`) is one safetensors file of the weights used f
 from __future__ import annotations
 
 import json
-import os
 import re
+import secrets
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import mmdit
 from mmdit.config import decode
+from mmdit.files import Sum, clean, flush_to_disk, no_link, remove, write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.stored import Stored, place, write
-from mmdit.weights import check_numbers, is_finite
+from mmdit.weights import bytes_of, check_numbers, is_finite, tensor_pieces
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
+META, NOTES = "checkpoint.json", "monitor.json"
+WEIGHTS = ("model", "ema")  # names of the files that sampling reads
+UNSUMMED = f'if a person did that, remove "files" from {META}'
 ALONE = World()
 
 
@@ -52,9 +56,15 @@ class Meta:
     tokenizer: str  # fingerprint
     alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
 
-    def to_json(self) -> str:
+    def to_json(self, files: dict[str, list[int]] | None = None) -> str:
+        """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of the JSON."""
         versions = {"mmdit": mmdit.__version__, "torch": torch.__version__}
-        return json.dumps({"format": FORMAT, **asdict(self), "versions": versions}, indent=1)
+        row = {"format": FORMAT, **asdict(self), "versions": versions}
+        if files is not None:
+            row["files"] = files
+            row = json.loads(json.dumps(row))
+            row["crc32"] = _crc(row)
+        return json.dumps(row, indent=1)
 
     @staticmethod
     def from_json(text: str, where: str) -> Meta:
@@ -85,13 +95,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _flush(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _crc(row: dict) -> int:
+    """Return the CRC-32 of what a checkpoint.json says, without this number itself."""
+    rest = {name: value for name, value in row.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0,
@@ -99,48 +106,137 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
     """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint; every process must
     call. Older ones beyond `keep_last` are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
     final = folder_of(run_dir, meta.step)
-    aside, old = final.with_name(f".writing-{final.name}"), final.with_name(f".removing-{final.name}")
+    token = world.share(lambda: secrets.token_hex(4))
+    aside = final.with_name(f".writing-{final.name}-{token}")
     try:
         if world.is_main:
-            for left in final.parent.glob(".*ing-step_*"):  # by a killed process
-                shutil.rmtree(left)
-            aside.mkdir(parents=True)
+            no_link(final.parent).mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
         world.barrier()
+        sums: dict[str, list[int]] = {}
         for name, tensors in files.items():
-            write(aside, name, tensors, world.is_main)
+            sums |= write(aside, name, tensors, world.is_main)
         world.barrier()
-        if not world.is_main:
-            world.barrier()
-            return final
-        if notes is not None:
-            (aside / "monitor.json").write_text(json.dumps({"step": meta.step, **notes}))
-        for path in aside.rglob("*"):
-            _flush(path)
-        (aside / "checkpoint.json").write_text(meta.to_json())
-        _flush(aside / "checkpoint.json")
-        _flush(aside)
-        if final.exists():  # a damaged one that was passed over
-            final.rename(old)
-        aside.rename(final)
-        _flush(final.parent)
+        sums |= _part_sums(aside, world)
+        if world.is_main:
+            if notes is not None:
+                text = json.dumps({"step": meta.step, **notes})
+                (aside / NOTES).write_text(text, encoding="utf-8")
+                sums[NOTES] = Sum.of_file(aside / NOTES).told()
+            for path in aside.rglob("*"):
+                flush_to_disk(path)
+            (aside / META).write_text(meta.to_json(sums), encoding="utf-8")
+            flush_to_disk(aside / META)
+            flush_to_disk(aside)
+            _put(aside, final, token)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space "
-                       "and continue with --resume") from error
-    shutil.rmtree(old, ignore_errors=True)
-    passing = [folder for folder in complete(run_dir) if not keep_every or step_of(folder) % keep_every]
-    for folder in passing[:-keep_last] if keep_last else []:
-        gone = folder.with_name(f".removing-{folder.name}")
-        folder.rename(gone)  # first of all: half a checkpoint must not bear its name
-        shutil.rmtree(gone)
+        kept = "earlier checkpoints are untouched. Free disk space and continue with --resume"
+        if not complete(run_dir):
+            kept = "there is no earlier one. Free disk space and start the run again"
+        raise RunError(f"could not save the checkpoint {final}: {error}; {kept}") from error
+    if world.is_main:
+        prune(run_dir, meta.step, keep_last, keep_every)
     world.barrier()
     return final
 
 
+def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
+    """Sum up the files that a sharded save wrote, every process some of them."""
+    parts = sorted(path for path in folder.glob("*/*") if path.is_file())
+    own = {
+        path.relative_to(folder).as_posix(): Sum.of_file(path).told()
+        for path in parts[world.rank :: world.size]
+    }
+    if not parts:
+        return own
+    return {name: told for row in world.gather(own) for name, told in row.items()}
+
+
+def _put(aside: Path, final: Path, token: str) -> None:
+    """Give a whole checkpoint its name. What stood there was damaged and passed over, and so is of an abandoned course what is
+    of later steps: it is set aside, for by its name it would be taken for the newest."""
+    old = final.with_name(f".removing-{final.name}-{token}")
+    if final.exists():
+        final.rename(old)
+    for later in complete(final.parent.parent):
+        if step_of(later) > step_of(final):
+            apart = later.with_name(f".abandoned-{later.name}-{token}")
+            later.rename(apart)
+            print(f"{later} was passed over: it is now {apart.name}, remove it if it is of no use", flush=True)
+    aside.rename(final)
+    flush_to_disk(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None:
+    """Remove the checkpoints before the last `keep_last` whole ones up to `step` (0 keeps all) that are no milestones. Damaged
+    ones are no reason to remove a whole one, and the one of `step` always stays."""
+    passing = [folder for folder in complete(run_dir) if step_of(folder) <= step]
+    passing = [folder for folder in passing if not keep_every or step_of(folder) % keep_every]
+    whole = [folder for folder in passing if step_of(folder) == step or not problem_of(folder, ())]
+    if not keep_last or len(whole) <= keep_last:
+        return
+    for folder in passing[: passing.index(whole[-keep_last])]:
+        gone = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
+        try:
+            folder.rename(gone)  # first of all: half a checkpoint must not bear its name
+        except OSError as error:
+            print(f"the old checkpoint {folder} cannot be removed: {error}", flush=True)
+            continue
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(run_dir: Path) -> None:
+    """Remove what killed processes left among the checkpoints; only for who holds the lock of the run."""
+    for left in (run_dir / "checkpoints").glob(".*ing-step_*"):
+        remove(left)
+
+
 def complete(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. A half-written one never has such a name."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and (p / "checkpoint.json").is_file()]
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and (p / META).is_file()]
     return sorted(found)
+
+
+def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
+    """Return what is wrong with a checkpoint, or "". Names and sizes of all files are compared, and the check sums of those
+    whose names begin with one of `summed` (None: of all). One of an earlier version, which keeps no sums, must open."""
+    try:
+        Meta.read(folder)
+        row = json.loads((folder / META).read_text(encoding="utf-8"))
+        if "files" not in row:
+            parts = {path.parent for path in folder.glob("*/*.safetensors")}
+            for path in {folder / "model.safetensors", *folder.glob("*.safetensors"), *parts}:
+                Stored(path.with_suffix(".safetensors"))
+            return ""
+        if row.get("crc32") != _crc(row):
+            return f"{folder / META} was changed after it was written ({UNSUMMED})"
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+        if foreign := sorted(there - row["files"].keys()):
+            return f"{folder / foreign[0]} does not belong to it"
+        for name, (size, crc) in row["files"].items():
+            if name == NOTES and not (folder / name).exists():
+                continue  # a person may remove it: the metrics start anew
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{folder / META} names a file outside its folder: {name!r}"
+            wanted = crc if summed is None or name.startswith(summed) else None
+            if problem := _file_problem(folder / name, size, wanted):
+                return problem
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        return str(error)[:1000]
+    return ""
+
+
+def _file_problem(path: Path, size: int, crc: int | None) -> str:
+    if not path.is_file():
+        return f"{path} is missing"
+    found = path.stat().st_size
+    if found != size:
+        return f"{path} cannot be read as it was written: it has {found} bytes of {size}"
+    if crc is not None and Sum.of_file(path).crc != crc:
+        return f"the check sum of {path} is wrong: it was damaged, or changed ({UNSUMMED})"
+    return ""
 
 
 def read_notes(folder: Path) -> dict | None:
@@ -164,17 +260,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(Stored(path))
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files open; damaged ones are named and passed over."""
+def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
+    """Return the newest checkpoint that has no `problem_of`; damaged ones are named and passed over."""
     for folder in reversed(complete(run_dir)):
-        try:
-            Meta.read(folder)
-            parts = {path.parent for path in folder.glob("*/*.safetensors")}
-            for path in {folder / "model.safetensors", *folder.glob("*.safetensors"), *parts}:
-                Stored(path.with_suffix(".safetensors"))
+        problem = problem_of(folder, summed)
+        if not problem:
             return folder
-        except (ValueError, OSError) as error:
-            print(f"passing over the damaged checkpoint {folder}: {error}", flush=True)
+        print(f"passing over the damaged checkpoint {folder}: {problem}", flush=True)
     return None
 
 
@@ -194,18 +286,24 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     if path.is_file():
         try:
             with safe_open(path, "pt") as handle:
-                text = (handle.metadata() or {}).get("mmdit")
+                told = handle.metadata() or {}
+                text = told.get("mmdit")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint folder or an "
                              "exported .safetensors file") from None
         if text is None:
             raise ValueError(f"{path} holds no mmdit config in its metadata: it was not written by mmdit.scripts.export")
+        stored = read_tensors(path)
+        if "crc32" in told and int(told["crc32"]) != _export_crc(text, stored):
+            raise ValueError(f"the check sum of {path} is wrong: it was damaged, or changed after it was written")
         tensors = {
             name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in read_tensors(path).items()
+            for name, tensor in stored.items()
         }
         return Weights(Meta.from_json(text, str(path)), tensors, path)
-    folder = path if (path / "checkpoint.json").is_file() else latest(path)
+    folder = path if (path / META).is_file() else latest(path, WEIGHTS)
+    if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
+        raise ValueError(f"{path} is damaged: {problem}")
     if folder is None:
         raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
     meta = Meta.read(folder)
@@ -233,14 +331,23 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
                 f"{weights.source}: the weight {name} is too large for {dtype}; choose --dtype "
                 f"bf16 or fp32"
             )
-    aside = path.with_name(f".writing-{path.name}")
+    text = weights.meta.to_json()
+    told = {"mmdit": text, "crc32": str(_export_crc(text, tensors))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {"mmdit": weights.meta.to_json()})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        clean(path.parent)
+        write_aside(path, tensor_pieces(tensors, told), flush=True)
+    except OSError as error:
         raise RunError(f"could not write {path}: {error}; free disk space or choose another place") from error
+
+
+def _export_crc(text: str, tensors: dict[str, Tensor]) -> int:
+    """Return the CRC-32 of an export: its config and the numbers in the order of their names."""
+    total = Sum()
+    total.add(text.encode())
+    for name in sorted(tensors):
+        total.add(bytes_of(tensors[name]))
+    return total.crc
 
 
 def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mmdit.nn import kernels
 
+T = TypeVar("T")
 CPU_THREADS = 4  # beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
 
 
@@ -35,6 +38,31 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Return what `make` gives on the main rank; where it raises there, every rank raises, too."""
+        if self.size == 1:
+            return make()
+        told: list = [None, ""]
+        try:
+            if self.is_main:
+                told[0] = make()
+        except Exception as error:
+            told[1] = str(error) or type(error).__name__
+            raise
+        finally:
+            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        if told[1]:
+            raise ValueError(told[1])
+        return told[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for its GPU, which has work queued."""

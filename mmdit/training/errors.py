@@ -5,6 +5,8 @@ import json
 import traceback
 from pathlib import Path
 
+from mmdit.files import no_link, write_aside
+
 
 class RunError(RuntimeError):
     """The message says what happened, what is safe on disk and how to go on; commands print it without a stack trace."""
@@ -16,7 +18,7 @@ def record_failure(run_dir: Path, kind: str, step: int, rank: int, error: BaseEx
     path = run_dir / "failures" / f"{kind}_{step:08d}_{rank}.json"
     row = {"kind": kind, "step": step, "rank": rank, "config": str(run_dir / "config.yaml"), **facts, "error": str(error)}
     row["trace"] = "".join(traceback.format_exception(error))
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row, indent=1, ensure_ascii=False))
+    with contextlib.suppress(OSError, ValueError):
+        no_link(path.parent).mkdir(parents=True, exist_ok=True)
+        write_aside(path, json.dumps(row, indent=1, ensure_ascii=False).encode(errors="replace"))
     return path

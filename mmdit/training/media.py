@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
+from mmdit.files import file_aside
 from mmdit.weights import is_finite
 
 SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
@@ -93,24 +94,28 @@ def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int =
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Written aside and renamed."""
+    """Write a PNG aside and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{path.name}")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
+    with file_aside(path) as file:
+        image.save(file, format="PNG")
     return path
 
 
 def save_video(clip: Tensor, path: Path, fps: int) -> Path:
-    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); without PyAV an animated PNG stands beside that name instead.
-    Returns the path that was written."""
+    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is missing, or a side is odd, an animated PNG stands beside
+    that name instead. Returns the path that was written. OSError names what could not be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(clip)
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        import av
+    if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
+        path = path.with_suffix(".png")
+        first, *rest = map(_image, frames)
+        with file_aside(path) as file:
+            first.save(file, format="PNG", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        return path
+    import av
 
-        with av.open(str(aside), "w", format="mp4") as container:
+    with file_aside(path) as file:
+        with av.open(file, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=fps)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
             stream.options = {"crf": "12"}
@@ -118,11 +123,6 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
                 array = frame.permute(1, 2, 0).contiguous().numpy()
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(stream.encode())
-    except (ImportError, OSError, ValueError):  # not installed, or built without H.264
-        path = path.with_suffix(".png")
-        first, *rest = map(_image, frames)
-        first.save(aside, format="PNG", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-    os.replace(aside, path)
     return path
 
 
@@ -145,6 +145,17 @@ def read_back(path: Path) -> Tensor:
         with Image.open(path, formats=["PNG"]) as image:
             frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def h264() -> bool:
+    """Return whether PyAV is installed and writes H.264."""
+    try:
+        import av
+
+        return "libx264" in av.codecs_available
+    except (ImportError, OSError):
+        return False
 
 
 def grid_video(pixels: Tensor, columns: int) -> Tensor:

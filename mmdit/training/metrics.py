@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
+from mmdit.files import write_aside
 from mmdit.training.errors import RunError
 
 
@@ -25,7 +25,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept, self.last = [], {}  # `last`: the newest record
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
                 if self.last.get("step", -1) < record["step"] <= from_step:
@@ -33,10 +33,8 @@ class MetricsLog:
                     self.last = record
             except (ValueError, KeyError, TypeError):
                 continue
-        aside = self.path.with_name(".writing-metrics.jsonl")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, self.path)
-        self.file = self.path.open("a")
+        write_aside(self.path, "".join(line + "\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,8 +48,8 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:
-            raise RunError(f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space and continue with "
-                           "--resume") from error
+            raise RunError(f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space and start the run "
+                           "again, with --resume if it has a checkpoint") from error
         if self.board:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):

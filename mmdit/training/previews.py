@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mmdit.files import write_aside
 from mmdit.training.errors import record_failure
 from mmdit.training.media import (
     contact_sheet,
@@ -72,4 +73,5 @@ class Previews:
             video = folder / "video.mp4"
             clip = f'<video src="{folder.name}/video.mp4" autoplay loop muted></video>' if video.exists() else ""
             rows.append(f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}')
-        (self.run_dir / "samples" / "index.html").write_text("<!doctype html><meta charset=utf-8>" + "\n".join(rows))
+        page = "<!doctype html><meta charset=utf-8>" + "\n".join(rows)
+        write_aside(self.run_dir / "samples" / "index.html", page)

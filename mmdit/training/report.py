@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmdit.files import no_link
 from mmdit.training.alpha_schedule import AlphaSchedule
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
@@ -201,7 +202,7 @@ class Reporter:
         """A line per skipped step; each rank has its own items, and so its own file. No id in `non_finite_loss` on any rank:
         the gradient alone overflowed. `step` counts the steps finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
-        with (self.run_dir / name).open("a") as file:
+        with no_link(self.run_dir / name).open("a", encoding="utf-8") as file:
             bad = [facts.bad for facts in window.steps]
             steps = enumerate(zip(window.ids, window.finite, bad), last_step - len(bad))
             for step, (ids, finite, b) in steps:

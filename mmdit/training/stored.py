@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
+from mmdit.weights import tensor_pieces
 
 SHAPES = "shapes.json"  # beside the parts: the whole shapes, or a part that is absent would not be missed
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
@@ -39,7 +40,7 @@ class Stored(Mapping[str, Tensor]):
             if files == [path]:
                 self.shapes = {name: torch.Size(parts[0][1]) for name, parts in self._parts.items()}
             else:
-                self._check_parts(json.loads((path.with_suffix("") / SHAPES).read_text()))
+                self._check_parts(json.loads((path.with_suffix("") / SHAPES).read_text(encoding="utf-8")))
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
                 RecursionError) as error:
             raise self._damaged(error) from None
@@ -84,9 +85,12 @@ class Stored(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def write(folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = True) -> None:
-    """One file by the main process, or, where a tensor is sharded (then every process must call), the folder `name/` by
-    torch.distributed.checkpoint as safetensors: its own format would be pickled. OSError or SafetensorError."""
+def write(
+    folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = True
+) -> dict[str, list[int]]:
+    """Write one file by the main process, or, where a tensor is sharded (then every process must call), the folder `name/` by
+    torch.distributed.checkpoint as safetensors: its own format would be pickled. Returns `[bytes, CRC-32]` of the file; parts
+    are summed by who reads them. OSError or SafetensorError."""
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         flat = {key: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach() for key, tensor in tensors.items()}
         try:
@@ -94,9 +98,17 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = T
         except CheckpointException as error:
             raise OSError(f"{list(error.failures.values())[0][0]}") from None
         if is_main:
-            (folder / name / SHAPES).write_text(json.dumps({key: list(tensor.shape) for key, tensor in flat.items()}))
-    elif is_main:
-        save_file({key: whole(tensor.detach()).contiguous().cpu() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+            shapes = json.dumps({key: list(tensor.shape) for key, tensor in flat.items()})
+            (folder / name / SHAPES).write_text(shapes, encoding="utf-8")
+        return {}
+    if not is_main:
+        return {}
+    total = Sum()
+    file = f"{name}.safetensors"
+    with open(folder / file, "xb") as stream:
+        for piece in tensor_pieces({key: whole(t.detach()) for key, t in tensors.items()}):
+            stream.write(total.add(piece))
+    return {file: total.told()}
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import secrets
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -118,13 +118,22 @@ def write_checkpoint(folder: str | os.PathLike, config: dict, weights: dict[str,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
-    part = folder / (WEIGHTS_FILE + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part, metadata={"format": "pt"})
-    shutil.copymode(folder / CONFIG_FILE, part)  # safetensors makes it readable for the owner only
-    os.replace(part, folder / WEIGHTS_FILE)
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+    replace_file(folder / WEIGHTS_FILE, save(whole, {"format": "pt"}))
 
 
 def write_config(folder: Path, config: dict) -> None:
-    part = folder / (CONFIG_FILE + ".part")
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / CONFIG_FILE)
+    replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write all of `data` to `path`, or nothing: under a name that no other writer takes, which is
+    then renamed. A link at `path` is replaced."""
+    aside = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

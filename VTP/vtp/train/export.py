@@ -12,6 +12,7 @@ import torch
 
 from mmdit.config import encode
 from mmdit.data import moving_shapes
+from mmdit.files import clean, no_link
 from vtp.evaluate import evaluate, shapes_psnr
 from vtp.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
 from vtp.models import VTPConfig, VTPModel
@@ -27,11 +28,12 @@ HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
 def export(model: VTPModel, source: PictureSource, config: PretrainConfig, folder: Path, run: dict) -> None:
     """Write the folder. `run` tells steps, minutes and device, for the README."""
     folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
     model = model if config.contrast.keep_text_tower else without_text_tower(model)
     stored, dtype, cost = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     if config.freeze_encoder:
-        shutil.copyfile(Path(config.init_from) / STATISTICS_FILE, folder / STATISTICS_FILE)
+        shutil.copyfile(Path(config.init_from) / STATISTICS_FILE, no_link(folder / STATISTICS_FILE))
     else:
         write_json(folder / STATISTICS_FILE, latent_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)
@@ -46,7 +48,7 @@ def _earlier_stages(config: PretrainConfig) -> dict:
     record = Path(config.init_from or "") / TRAINING_FILE
     if not (config.init_from and record.is_file()):
         return {}
-    before = json.loads(record.read_text())
+    before = json.loads(record.read_text(encoding="utf-8"))
     stage = {"config": Path(before["config"]["output_dir"]).name, **{key: before[key] for key in ("steps", "minutes", "device")}}
     return {"earlier_stages": [*before.get("earlier_stages", []), stage]}
 

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from mmdit import rng
 from mmdit.config import differences, encode, to_yaml
+from mmdit.files import no_link, write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
+from mmdit.training.media import save_image
 from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
+from mmdit.training.runs import hold
 from vtp.evaluate import reconstruct, shapes_psnr
 from vtp.models import VTPModel
 from vtp.pixels import STD
@@ -121,10 +124,10 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint of the output folder; ValueError: none there, or one of another run."""
-        folder = checkpoint.latest(self.folder)
+        folder = checkpoint.latest(self.folder, None)
         if folder is None:
             raise ValueError(f"--resume, but {self.folder}/checkpoints holds no checkpoint; leave the flag out to start")
-        meta = checkpoint.Meta.from_json((folder / "checkpoint.json").read_text(), str(folder))
+        meta = checkpoint.Meta.from_json((folder / "checkpoint.json").read_text(encoding="utf-8"), str(folder))
         changed = [line for line in differences(meta.config, encode(self.config)) if not line.startswith(FREE_KEYS)]
         if changed:
             message = f"{folder} was written with another config ({'; '.join(changed[:5])})"
@@ -147,7 +150,7 @@ class Report:
         self.since, self.at_step = time.perf_counter(), trainer.step
 
     def write(self, record: dict) -> None:
-        with self.path.open("a") as file:
+        with no_link(self.path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def progress(self, scalars: dict[str, Tensor]) -> None:
@@ -189,12 +192,16 @@ class Report:
         rows = torch.stack([pictures, reconstruct(model, pictures)])
         canvas = rearrange((rows * 255).round().byte().cpu(), "r b c h w -> (r h) (b w) c")
         folder = self.trainer.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(canvas.numpy()).save(folder / f"step_{self.trainer.step:06d}.png")
+        save_image(Image.fromarray(canvas.numpy()), folder / f"step_{self.trainer.step:06d}.png")
 
 
 def train(config: PretrainConfig, device: torch.device, resume: bool = False) -> Path:
     """Run to the planned last step, then export; returns the exported checkpoint folder."""
+    with hold(Path(config.output_dir)):
+        return _train(config, device, resume)
+
+
+def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, device)
@@ -202,8 +209,7 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
         trainer.restore()
     elif checkpoint.complete(trainer.folder):
         raise ValueError(f"{trainer.folder} holds checkpoints of an earlier run; add --resume, or choose another output_dir")
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    (trainer.folder / "config.yaml").write_text(to_yaml(config))
+    write_aside(trainer.folder / "config.yaml", to_yaml(config))
     if device.type == "cuda" and config.train.compile:
         torch._dynamo.config.suppress_errors = True  # without a working compiler the blocks run as they are
         trainer.learner.compile()

@@ -1,0 +1,85 @@
+"""The folder of a run belongs to one training at a time: a lock, no links in it, and nothing that
+a killed process has left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from mmdit.files import clean, lock, no_link
+from mmdit.training import checkpoint
+from mmdit.training.distributed import World
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
+    """Hold a run folder, which is made, until the block ends; what a killed training has left in it
+    is removed first. Every process of the training must call. ValueError: another training holds
+    it, or there are links in it. A folder in which nothing came to be is removed at the end."""
+    held: list[IO] = []
+
+    def take() -> None:
+        held.append(_take(run_dir))
+        refuse_links(run_dir)
+        tidy(run_dir)
+
+    try:
+        world.share(take)
+        yield
+    finally:
+        for file in held:
+            _let_go(run_dir, file)
+
+
+def _take(run_dir: Path) -> IO:
+    path = run_dir / LOCK
+    while True:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = no_link(path).open("ab")
+        try:
+            lock(file, f"another process is training in {run_dir}: wait until it has ended, or "
+                       "choose another folder (experiment_name, output_dir)")  # fmt: skip
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the training that held it has just removed it
+
+
+def _let_go(run_dir: Path, file: IO) -> None:
+    with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
+        os.unlink(run_dir / LOCK)
+        run_dir.rmdir()  # only if nothing else is in it
+    file.close()
+
+
+def refuse_links(run_dir: Path) -> None:
+    """ValueError for a link in a run folder: what is written there would get elsewhere, where a
+    folder that came from others may have pointed it."""
+    for folder, folders, files in os.walk(run_dir):
+        for name in (*folders, *files):
+            no_link(Path(folder) / name)
+
+
+def tidy(run_dir: Path) -> None:
+    """Remove what killed processes left in a run folder; only for who holds its lock."""
+    checkpoint.tidy(run_dir)
+    checkpoint.tidy(run_dir / "best")
+    samples = run_dir / "samples"
+    clean(run_dir, run_dir / "failures", samples, *samples.glob("step_*"))
+
+
+def discard(run_dir: Path) -> None:
+    """Remove a run folder with all that is in it. ValueError: another process is training there."""
+    if run_dir.exists():
+        held = _take(run_dir)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        held.close()

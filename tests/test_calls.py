@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tapes import pretended_graphs
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.attention import observed
@@ -22,7 +23,6 @@ from mmdit.training import calls
 from mmdit.training.calls import Calls
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from tapes import pretended_graphs
 
 CAPTIONS = ["a red ball", "two blue boxes"]
 DEPTH, CHANNELS = 3, 12

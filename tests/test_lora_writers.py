@@ -9,7 +9,6 @@ import lora_writers
 import pytest
 import torch
 from lora_writers import CASES, LAYERS, RECORDED, base, place, seen
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_wan import refused
 

@@ -1,7 +1,6 @@
 """Post-training of one of two experts: who serves which noise level in rollouts, scoring and evaluation, and that a run
 which was stopped goes on as if it had not been."""
 
-import json
 import os
 import signal
 

@@ -22,7 +22,6 @@ from mmdit.models.wan import WanDiT
 from mmdit.scripts import friendly, run
 from mmdit.training.checkpoint import Weights, export, load_weights
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -10,6 +10,7 @@ output goes to a file in cp1252.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,26 @@ class PlainStream:
             )  # a progress bar is drawn over the last one
             text = begins + plain(text.removeprefix("\r"))
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let what is printed go nowhere from now on: nobody reads it (`| head`, a terminal that
+        was closed), which is no reason to end hours of work."""
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.stream.fileno())
+            os.close(nothing)
 
     def writelines(self, lines) -> None:
         for line in lines:

@@ -1,6 +1,7 @@
 """Commands. Each turns arguments into a call; what a person can mend is told in one line, without a stack trace."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -48,4 +49,6 @@ def _message(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":  # elsewhere than in a training step, which says more
         text = (f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with train.grad_accum_steps raised the step stays "
                 "the same) or --batch_size; model.checkpointing=true saves memory in training.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"{text.strip()}. Free disk space, then run the same command again"
     return text.strip()

@@ -131,14 +131,19 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
             _put(aside, final, token)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        kept = "earlier checkpoints are untouched. Free disk space and continue with --resume"
-        if not complete(run_dir):
-            kept = "there is no earlier one. Free disk space and start the run again"
-        raise RunError(f"could not save the checkpoint {final}: {error}; {kept}") from error
+        raise RunError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space. "
+                       f"{how_to_go_on(run_dir)}") from error
     if world.is_main:
         prune(run_dir, meta.step, keep_last, keep_every)
     world.barrier()
     return final
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """Return what to do after an error, for a person."""
+    if complete(run_dir):
+        return "Checkpoints are whole: continue with --resume"
+    return "There is no checkpoint yet: start the run again"
 
 
 def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,12 +97,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def _end_with_parent() -> None:
+    """Ask this process to stop, as SIGTERM does, when its parent has gone: ranks of a torchrun that was killed would train on,
+    and the next start would meet them."""
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()
+
+
 @contextmanager
 def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a `World` and leaves the group at the end.
     A collective waits half as long again as `timeout_minutes`: `training.watch` speaks first, and names who is missing."""
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """The message says what happened, what is safe on disk and how to go on; commands print it without a stack trace."""
 
 
+class StepsSkipped(RunError):
+    """Too many steps had no finite loss or gradient: what came before is worth more than what is now."""
+
+
 def record_failure(run_dir: Path, kind: str, step: int, rank: int, error: BaseException, **facts) -> Path:
     """`failures/<kind>_<step>_<rank>.json`: what is needed to repeat a step, which is a function of (config, seed, step), from
     the nearest checkpoint before it. `step` counts finished steps, as in checkpoints. Never raises: the disk may have failed."""

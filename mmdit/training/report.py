@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdit.files import no_link
 from mmdit.training.alpha_schedule import AlphaSchedule
 from mmdit.training.distributed import World
-from mmdit.training.errors import RunError
+from mmdit.training.errors import StepsSkipped
 from mmdit.training.metrics import MetricsLog, Timer, report_line
 from mmdit.training.settings import TrainConfig
 from mmdit.training.trend import BINS, SPANS, Course, StepFacts
@@ -191,7 +191,7 @@ class Reporter:
         for b in bad:
             self.bad_in_a_row = self.bad_in_a_row + 1 if b else 0
         if max(skipped, self.bad_in_a_row) > self.config.max_skipped_steps or skipped == len(bad) > 1:
-            raise RunError(
+            raise StepsSkipped(
                 f"{skipped} of the last {len(bad)} steps up to step {step} had a non-finite loss or gradient and were skipped "
                 f"(limit train.max_skipped_steps = {self.config.max_skipped_steps}); their items are in "
                 f"{self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr (now {values['lr']:.2e}), "

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from mmdit.training import checkpoint
 from mmdit.training.alpha_schedule import AlphaSchedule, AlphaScheduleConfig
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
-from mmdit.training.errors import RunError, record_failure
+from mmdit.training.errors import RunError, StepsSkipped, record_failure
 from mmdit.training.learner import Learner
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import Optimizer, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
@@ -102,20 +102,27 @@ class TrainState:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask for a stop after the current step (a second SIGINT interrupts at once)."""
+    """SIGTERM, SIGHUP (the terminal was closed) and SIGINT ask for a stop after the current step; a second SIGINT interrupts at
+    once."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.interrupted = False, False
 
     def _ask(self, signum, frame):
-        if self.asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        if signum == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
         self.asked = True
 
     @contextlib.contextmanager
     def listening(self):
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # ignored: by nohup
+            wanted.append(hang_up)
         try:
-            previous = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+            previous = {s: signal.signal(s, self._ask) for s in wanted}
         except ValueError:  # not the main thread: no signals here
             yield self
             return
@@ -140,6 +147,8 @@ class Trainer:
     preview: Callable[[TrainState], None] | None = None
     validate: Callable[[TrainState], dict[str, float]] | None = None
     parallel: ParallelConfig = ParallelConfig()
+    saved: int = field(default=0, init=False)  # the step of the newest checkpoint
+    moving: bool = field(default=False, init=False)  # between the old state and the new one
 
     def run(self) -> bool:
         """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at the end either way."""
@@ -151,7 +160,9 @@ class Trainer:
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
         timer, window = reporter.timer, Window(world.device)
         learner.train()
-        with StopRequest().listening() as stop, Watch(world, config.timeout_minutes).running() as watch:
+        self.saved = state.step
+        watch = Watch(world, config.timeout_minutes, self.run_dir)
+        with StopRequest().listening() as stop, watch.running(), self._rescuing(lambda: reporter.observe(window)):
             watch.at(state.step + 1, "waiting for data")
             for micro_batches in timer.waiting(self.batches(state.step, config.max_steps)):
                 watch.at(state.step + 1, "computing")
@@ -166,6 +177,7 @@ class Trainer:
                     reporter.observe(window)
                     for line in state.schedule.look(state.step, state.monitor.courses):
                         world.print(line)
+                self.moving = False
                 stopping = world.any(stop.asked)
                 done = stopping or state.step == config.max_steps
                 due = lambda every: every and (state.step % every == 0 or done)  # noqa: B023, E731
@@ -178,6 +190,7 @@ class Trainer:
                     window = Window(world.device)
                 if due(config.save_every_steps):
                     watch.at(state.step, "saving")
+                    self.saved = state.step
                     self.save(state)
                 if due(config.sample_every_steps):
                     watch.at(state.step, "previews")
@@ -189,6 +202,26 @@ class Trainer:
         if state.step < config.max_steps:
             world.print(f"stopped on request at step {state.step}; continue with --resume")
         return state.step >= config.max_steps
+
+    @contextlib.contextmanager
+    def _rescuing(self, observe: Callable[[], None]):
+        """Save the steps since the last checkpoint before an error ends the training, where the state is whole: an item of the
+        cache that is gone or a report that cannot be written does not make the weights worse. One of several processes cannot
+        know that the others are as far."""
+        try:
+            yield
+        except StepsSkipped:
+            raise
+        except Exception as error:
+            if self.world.size == 1 and not self.moving and self.state.step > self.saved:
+                try:
+                    observe()
+                    self.save(self.state)
+                    told = f"saved at step {self.state.step} before it ends; continue with --resume"
+                except Exception as second:
+                    told = f"the steps since {self.saved} could not be saved: {second}"
+                print(f"the training meets an error ({type(error).__name__}): {told}", flush=True)
+            raise
 
     def _aside(self, timer: Timer, look: Callable[[TrainState], dict | None] | None) -> dict:
         """What `look` makes of the state, in no time of the training."""
@@ -218,6 +251,7 @@ class Trainer:
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach()))
             window.flops += len(latents) * state.learner.train_flops(tuple(latents.shape[1:4]), keep)
+        self.moving = True
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
         signs = state.signs.compare(expert or "", skipped) if state.signs else None
         state.optimizer.step()
@@ -238,9 +272,12 @@ class Trainer:
             smaller = "train.batch_size and raise train.grad_accum_steps (the step stays the same)"
         replays = self.state.learner.replays
         kept = replays and any(replays.made.values())
+        advice = checkpoint.how_to_go_on(self.run_dir)
+        if self.world.size == 1 and self.state.step:  # it is saved before this is told
+            advice = "Checkpoints are whole: continue with --resume"
         graphs = " or train.replays: false (graphs of other micro-batches keep memory)" if kept else ""
         return RunError(
             f"the memory is full in step {self.state.step + 1} on rank {self.world.rank} with micro-batches of {shape}{peak} "
             f"({str(error).splitlines()[0]}). Reduce {smaller}, set model.checkpointing: true or model.residual: "
-            f"autocast{graphs}. The step's items are in {path}. Checkpoints are whole: continue with --resume"
+            f"autocast{graphs}. The step's items are in {path}. {advice}"
         )

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
+from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 
@@ -25,8 +27,8 @@ class Watch:
     longer than `minutes`, the process prints what every rank does and its own stacks, and ends (as the others will: a hanging
     collective cannot be called off). A rank that dies makes the others fail at once: they name it by the same table."""
 
-    def __init__(self, world: World, minutes: float):
-        self.world, self.seconds = world, 60 * minutes
+    def __init__(self, world: World, minutes: float, run_dir: Path | None = None):
+        self.world, self.seconds, self.run_dir = world, 60 * minutes, run_dir
         self._now = (0, "starting", time.monotonic())
         self._store = world.store.clone() if world.store else None
         if self._store:
@@ -50,23 +52,31 @@ class Watch:
             if self.world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 time.sleep(min(2.0, self.seconds))  # the silent become known by their silence
                 raise RunError(f"rank {self.world.rank} lost another process in step {self._now[0]} ({self._now[1]}): "
-                               f"{str(error).splitlines()[0]}\n{self.table()}\nContinue with --resume") from error
+                               f"{str(error).splitlines()[0]}\n{self.table()}\n{self._advice()}") from error
             raise
         finally:
             self._done.set()
             thread.join(STORE_SECONDS)
 
     def _look(self) -> None:
-        while not self._done.wait(min(1.0, self.seconds / 10)):
+        pause, woke = min(1.0, self.seconds / 10), time.monotonic()
+        while not self._done.wait(pause):
             step, phase, since = self._now
+            asleep, woke = time.monotonic() - woke - pause, time.monotonic()
+            if asleep > pause:  # SIGSTOP: the whole process slept, and stood still in nothing
+                since += asleep
+                self._now = (step, phase, since)
             self._publish(step, phase)
             if time.monotonic() - since > self.seconds:
                 message = f"rank {self.world.rank} stood still for {self.seconds:.0f} s in step {step} ({phase})"
-                print(f"error: {message}, the limit of train.timeout_minutes\n{self.table()}\nContinue with --resume",
+                print(f"error: {message}, the limit of train.timeout_minutes\n{self.table()}\n{self._advice()}",
                       file=sys.stderr, flush=True)  # fmt: skip
                 with contextlib.suppress(Exception):  # stderr may be no real file
                     faulthandler.dump_traceback(all_threads=True)
                 os._exit(2)
+
+    def _advice(self) -> str:
+        return checkpoint.how_to_go_on(self.run_dir) if self.run_dir else "Continue with --resume"
 
     def _publish(self, step: int, phase: str) -> None:
         if self._store:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import Workshop, refused
 from tiny import refused
 
+from mmdit.data.cache import open_cache
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.scripts import cache_moving_shapes
 from mmdit.scripts.prepare_moving_shapes import main
 
 
@@ -56,3 +59,24 @@ def test_the_command_explains_mistakes(tmp_path, capsys):
     ):
         refused(capsys, main, ["--out_dir", tmp_path / "other", *words], message)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_cache_of_another_recipe_is_refused_and_items_beyond_the_count_are_told(tmp_path, capsys):
+    def cache(*words, count=4):
+        out = Workshop(tmp_path).folder / "c"
+        words = ["--config", tmp_path / "tiny.yaml", "--out_dir", out, "--device", "cpu", "--count", count, *words]
+        assert cache_moving_shapes.main([str(word) for word in words]) == 0
+        return open_cache(out)
+
+    before = cache().captions
+    words = ["--config", tmp_path / "tiny.yaml", "--out_dir", tmp_path / "c", "--device", "cpu", "--count", 6]
+    others = (["--seed", 1], "seed 0 there and 1 now"), (["--variant", "many"], "variant"), (["--frames", 2], "frames 1 there")
+    for other, told in others:
+        refused(capsys, cache_moving_shapes.main, [*words, *other], told, "another --out_dir")
+    (tmp_path / "c/moving_shapes.json").unlink()  # a cache of an older version
+    for other, _ in others:
+        refused(capsys, cache_moving_shapes.main, [*words, *other], "made otherwise", "another --out_dir")
+    assert cache(count=6).captions[:4] == before and (tmp_path / "c/moving_shapes.json").exists()
+    capsys.readouterr()
+    assert len(cache(count=3)) == 6 and "3 items of the cache are not among these 3 samples" in capsys.readouterr().out
+    assert cache("--prune", count=3).captions == before[:3]

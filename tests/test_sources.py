@@ -2,6 +2,7 @@
 
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,24 @@ def test_frames_are_extracted_whole_and_once(tmp_path):
     assert not (tmp_path / "frames/cut").exists()  # a folder of frames is whole or not there
 
 
+def test_frames_of_a_video_that_is_another_now_are_extracted_anew(tmp_path):
+    def extract(suffix="png"):
+        extract_frames(Record("a", str(tmp_path / "a.mkv"), ""), tmp_path / "a", 10, suffix)
+        frames = sorted(path for path in (tmp_path / "a").iterdir() if path.name[0] != ".")
+        return [round((np.asarray(Image.open(frame)).mean() - 40) / 70, 1) for frame in frames], frames[0].suffix
+
+    write_video(tmp_path / "a.mkv", [0, 0.1, 0.2], unit=1000)
+    assert extract() == ([0, 0.1, 0.2], ".png")
+    (tmp_path / "a/000001.png").unlink()  # cleaned by hand
+    os.utime(tmp_path / "a.mkv", (1, 1))
+    assert extract() == ([0, 0.2], ".png")
+    (tmp_path / ".a.json").unlink()  # of an older version
+    assert extract() == extract() == ([0, 0.2], ".png")
+    assert extract("jpg") == ([0, 0.1, 0.2], ".jpg")
+    write_video(tmp_path / "a.mkv", [0.5, 0.6, 0.7], unit=1000)
+    assert extract("jpg") == ([0.5, 0.6, 0.7], ".jpg")
+
+
 def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     folder = tmp_path / "my pictures 猫"
     (folder / "sub").mkdir(parents=True)
@@ -213,6 +232,41 @@ def test_ids_are_distinct_stable_and_fit_to_be_file_names():
     ids = ids_for(files)
     assert len(set(ids.values())) == len(files) and ids["plain.png"] == "plain"
     assert ids_for(files[::-1]) == ids and ids_for(files + ["new.png"]).items() > ids.items()
+
+
+def test_a_file_keeps_its_id_when_another_appears(tmp_path):
+    def ids(*new):
+        for name in new:
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+        prepare_folder(tmp_path)
+        return {Path(record.path).name: record.id for record in read_records(tmp_path / "train_images.jsonl", "image")}
+
+    first = ids("cat.jpg")
+    assert first == {"cat.jpg": "cat"}
+    second = ids("cat.png", "cat.bmp")
+    assert second.items() > first.items() and len(set(second.values())) == 3
+    third = ids("cat.gif")
+    assert third.items() > second.items() and len(set(third.values())) == 4
+    with (tmp_path / "train_images.jsonl").open("a") as file:
+        file.write('{"torn\n[]\n{"id": 3, "image_path": "cat.jpg"}\n')
+    assert ids() == third
+    (tmp_path / "cat.jpg").unlink()
+    assert ids().items() < third.items()
+
+
+def test_captions_are_found_whatever_their_suffix_is_and_orphans_are_told(tmp_path, capsys):
+    for name in ("upper.jpg", "booru.jpg", "both.png", "capt.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    texts = {"upper.TXT": "capitals", "booru.jpg.txt": "1girl, solo", "both.txt": "its own", "both.png.txt": "the other",
+             "orphan.txt": "nothing", "capt.caption": "kohya"}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert folder_script.main(["--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    captions = {record.id: record.caption for record in read_records(tmp_path / "train_images.jsonl", "image")}
+    assert captions == {"upper": "capitals", "booru": "1girl, solo", "both": "its own", "capt": ""}
+    assert "2 text files belong to no picture or clip, for example both.png.txt" in told
+    assert "1 .caption files are not read: rename them to .txt" in told and "1 of them without a caption" in told
 
 
 def test_folder_without_media_and_captions_per_line(tmp_path):

@@ -7,6 +7,7 @@ The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_lat
 
 import argparse
 
+from mmdit.data.cache import open_cache
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, help="frames of each clip [what one training sample covers]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="one", help="one, or many: two or three objects")
+    parser.add_argument("--prune", action="store_true", help="remove items beyond --count")
     parser.add_argument("--device", default="auto")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
@@ -41,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
                 reason = f"this tokenizer compresses time: clips have video.num_frames, {frames}"
                 raise ValueError(f"--frames is {args.frames}; {reason}")
         recipe = Recipe(config.video.width, config.video.height, frames, args.seed, variant=args.variant)
-        made = cache_moving_shapes(tokenizer, args.out_dir, manifest, recipe, args.count, device)
+        made = cache_moving_shapes(tokenizer, args.out_dir, manifest, recipe, args.count, device, args.prune)
+        beyond = len(open_cache(args.out_dir)) - args.count
+        if beyond > 0:
+            print(f"{beyond} items of the cache are not among these {args.count} samples: they are trained, too; --prune removes them")
         print(f"{made} samples made, {args.count - made} were there; next: python -m mmdit.scripts.train_t2v --config {args.config} "
               f"--train_cache_dir {args.out_dir}")
     return 0

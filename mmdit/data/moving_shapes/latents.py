@@ -10,22 +10,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.cache import CacheWriter
+from mmdit.data.cache import CacheWriter, told_how_to_go_on
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import draw
-from mmdit.data.moving_shapes.prepare import Recipe
+from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.data.moving_shapes.render import render, to_float
 from mmdit.interfaces import Tokenizer
 
 CHUNK_FRAMES = 4096  # rendered and encoded at once
 
 
+@told_how_to_go_on()
 def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: CacheManifest, recipe: Recipe, count: int,
-                        device: torch.device | str = "cpu") -> int:  # fmt: skip
+                        device: torch.device | str = "cpu", prune: bool = False) -> int:  # fmt: skip
     """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare` gives them; returns how many were
-    made (items that are there are kept). ValueError: the folder is a cache made with other settings."""
-    with CacheWriter(out_dir, manifest) as writer, ThreadPoolExecutor(1) as saver:
+    made (items that are there are kept). `prune`: take other items out. ValueError: the folder is a cache made with other
+    settings, or of another recipe."""
+    with CacheWriter(out_dir, manifest, forgiving=True) as writer, ThreadPoolExecutor(1) as saver:
+        if not (Path(out_dir) / DESCRIPTION).exists():
+            _check_samples(writer, recipe, count)
+        claim(Path(out_dir), recipe)
+        if prune:
+            writer.remove(sorted(writer.entries.keys() - {f"{i:06d}" for i in range(count)}))
         missing = [i for i in range(count) if f"{i:06d}" not in writer.entries]
         saving: list[Future] = []
         with tqdm(total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample") as bar:
@@ -38,6 +45,23 @@ def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: Cac
             for future in saving:
                 future.result()
     return len(missing)
+
+
+def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
+    """ValueError if samples that are there are of another recipe, which an older cache has not written down: a few are looked at,
+    for nearly every sample of another seed or variant differs."""
+    there = [i for i in range(count) if f"{i:06d}" in writer.entries]
+    looked = sorted({*there[:8], *there[-8:]})
+    size = {"width": recipe.width, "height": recipe.height}
+    drawn = draw(recipe.seed, looked, video=recipe.frames > 1, split=recipe.split, variant=recipe.variant, **size)
+    frames = writer.manifest.spec.frames(recipe.frames)
+    for i, item in zip(looked, drawn, strict=True):
+        entry = writer.entries[f"{i:06d}"]
+        facts = entry.get("facts", {}).get("facts", {})
+        known = {name: facts.get(name) for name in item.to_json()}
+        if known != item.to_json() or entry["shape"][0] != frames:
+            raise ValueError(f"{writer.folder} holds moving shapes made otherwise (sample {i:06d} has {entry['shape'][0]} latent "
+                             "frames or other objects): choose another --out_dir, or the --seed, --variant and --frames of it")
 
 
 def _encoded(tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str) -> Iterator[tuple]:

@@ -61,7 +61,7 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
     if workers < 0:
         raise ValueError(f"workers is {workers}; must be 0 (as many as pay off) or more")
     out_dir = Path(out_dir)
-    _claim(out_dir, recipe)
+    claim(out_dir, recipe)
     clean(out_dir, out_dir / "images", out_dir / "frames")
     workers = workers or max(1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER))
     step = max(1, CHUNK_FRAMES // recipe.frames)
@@ -83,8 +83,8 @@ def _in_processes(work, chunks: list[range], workers: int):
         yield from pool.map(work, chunks)
 
 
-def _claim(out_dir: Path, recipe: Recipe) -> None:
-    """Records the recipe in a new folder; ValueError where the folder holds samples of another one."""
+def claim(out_dir: Path, recipe: Recipe) -> None:
+    """Record the recipe in a new folder; ValueError where the folder holds samples of another one."""
     path = out_dir / DESCRIPTION
     wanted = asdict(recipe)
     if path.exists():

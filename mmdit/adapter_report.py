@@ -6,17 +6,20 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from tqdm import tqdm
 
 from mmdit.adapters import adapters, merge, remove
 from mmdit.diagnostics.adapters import Change, delta_budget
 from mmdit.diagnostics.attention import observed, summary
-from mmdit.experiment import load_pipeline
+from mmdit.experiment import ExperimentConfig, load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
 from mmdit.interop.wan import infer_config, locate, official_names
 from mmdit.models.wan import WanDiT
+from mmdit.nn.experts import Experts
+from mmdit.training.expert_choice import choose_expert, experts_of
 from mmdit.training.media import contact_sheet, save_image
-from mmdit.training.pipeline import SampleSettings
+from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.weights import Checkpoint
 
 
@@ -24,18 +27,23 @@ def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
     """Of the adapted layers: of a run with its own adapter or another, or of Wan weights. ValueError: there is no adapter."""
     if adapter and not is_ours(base):
         return wan_changes(base, adapter, expert)
-    pipeline = load_pipeline(base, "cpu", lora=None)[0]
-    model, low = pipeline.learner.model, pipeline.low
-    if expert:
-        parts = {"high": model, "low": low} if low is not None else dict(model.named_children())
-        if "low" not in parts:
-            raise ValueError(f"--expert is {expert}, but {base} is no pair of experts; leave it out")
-        model = parts[expert]
+    pipeline, config = load_pipeline(base, "cpu", lora=None)
+    name, model = _chosen(pipeline, config, expert, base)
     if adapter:
-        load_lora(remove(model), adapter)
+        load_lora(remove(model), adapter, name)
     if not adapters(model):
         raise ValueError(f"{base} holds no adapter: name one with --adapter")
     return delta_budget(adapters(model).items())
+
+
+def _chosen(pipeline: Pipeline, config: ExperimentConfig, expert: str | None, base: str) -> tuple[str | None, nn.Module]:
+    """Return the expert that is looked at, by name, and say which; of our own pairs both, unless one is asked for."""
+    if isinstance(pipeline.learner.model, Experts) and not expert:
+        return None, pipeline.learner.model
+    choice = choose_expert(pipeline, config, expert, base)
+    if choice.said:
+        print(choice.said)
+    return choice.name, choice.network
 
 
 def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
@@ -54,16 +62,22 @@ def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
     return changes
 
 
-def compare(base: str, adapter: str | None, prompts: list[str], sheet: Path, frames: int | None = None, device: str = "auto") -> dict:
-    """Samples and attention without and with the adapter, from the same noise; the samples go side by side into `sheet`."""
+def compare(base: str, adapter: str | None, prompts: list[str], sheet: Path, frames: int | None = None, device: str = "auto",
+            expert: str | None = None) -> dict:  # fmt: skip
+    """Samples and attention without and with the adapter, from the same noise; the samples go side by side into `sheet`. Of a
+    pair one expert has the adapter, and its attention is looked at; the other has none."""
     report, pixels = {}, {}
     for which in ("before", "after"):
-        pipeline, config = load_pipeline(base, device, lora=which == "after" and not adapter)
+        pipeline, config = load_pipeline(base, device, lora=None)
+        name, model = _chosen(pipeline, config, expert, base)
         if which == "after" and adapter:
-            load_lora(pipeline.learner.model, adapter)
-            merge(pipeline.learner.model)
+            load_lora(remove(model), adapter, name)
+        if which == "after":
+            merge(model)
+        for network in {pipeline.learner.model, pipeline.low, *experts_of(pipeline).values()} - {None}:
+            remove(network)
         frames = frames or config.video.num_frames
-        with observed(pipeline.learner.model) as found:
+        with observed(model) as found:
             pixels[which] = pipeline(prompts, config.video.width, config.video.height, frames, SampleSettings.of(config.train))
         report[which] = summary(found)
     both = torch.stack([pixels["before"], pixels["after"]], 1).flatten(0, 1)

@@ -24,6 +24,7 @@ from mmdit.posttrain.srpo import real_latents, srpo
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
+from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.offload import settle
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.runs import hold
@@ -32,6 +33,7 @@ from mmdit.training.trainer import TrainState
 
 def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False) -> bool:
     """Post-train as configured; True when it ended, False when it was asked to stop (continue with resume)."""
+    config = resolved(config)
     settings, train = config.posttrain, config.train
     if settings is None:
         raise ConfigError("posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}")
@@ -86,7 +88,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
             told = [f"resuming {found} at update {session.state.step}; the reference: {told[0]}"]
             changed = config_io.differences(config_io.completed(ExperimentConfig, meta.config), config)
             told += [f"  config changed: {line}" for line in changed]
-        world.print("\n".join([*told, *plan(session)]))
+        world.print("\n".join([*told, *expert_notes(config), *plan(session)]))
         if dry_run:
             return True
         if world.is_main:

@@ -10,21 +10,54 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.adapters import merge
+from mmdit.data.frames import PreprocessConfig, crop_box, load_first_frame, load_image
 from mmdit.experiment import ExperimentConfig
 from mmdit.interop.lora_formats import load_lora
+from mmdit.interop.wan import expert_in_name
+from mmdit.interop.wan_pictures import size_of_aspect
+from mmdit.models.wan_denoiser import WanDenoiser
+from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.samples import SampleFolder, weights_digest
 
 
 def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None:
     """Merge LoRA files into the network, or into the experts of a pair."""
-    high, low = pipeline.learner.model, pipeline.low
-    for model, file, expert in ((high, lora, "high"), (low, lora_low, "low")):
-        if file and model is None:
-            raise ValueError("--lora_low is given, but this model is no pair of experts")
+    experts = experts_of(pipeline)
+    if lora_low and not experts:
+        raise ValueError("--lora_low is given, but this model is no pair of experts")
+    if lora and pipeline.low is None and not lora_low:  # of our own pairs a file may hold both
+        load_lora(pipeline.learner.model, lora)
+        merge(pipeline.learner.model)
+        return
+    for name, file, other in (("high", lora, "lora_low"), ("low", lora_low, "lora")):
         if file:
-            load_lora(model, file, expert if low is not None else None)
-            merge(model)
+            load_lora(experts[name], file, name)
+            merge(experts[name])
+            print(f"{file} is laid over the {name}-noise expert")
+            if expert_in_name(file) not in (None, name):
+                print(f"  its name says that it is for the other expert: give it as --{other} if it is")
+
+
+def first_frames(paths: list[str], size: tuple[int, int]) -> Tensor | None:
+    """Return the given pictures cut to `size`, `(n, 3, height, width)`, and say what is lost of them; None without any."""
+    for path in paths:
+        source = load_image(path).size
+        left, top, right, bottom = crop_box(source, size, PreprocessConfig(), "")
+        lost = 1 - (right - left) * (bottom - top) / (source[0] * source[1])
+        if lost > 0.01:
+            print(f"{path} ({source[0]}x{source[1]}): {lost:.0%} is cut off for {size[0]}x{size[1]}")
+    pictures = [load_first_frame(path, size) for path in paths]
+    return torch.stack(pictures) if pictures else None
+
+
+def size_for(pipeline: Pipeline, picture: str, size: tuple[int, int], given: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Return the size of clips that begin with `picture`: its aspect at the area of `size`, unless a side is `given`."""
+    if None not in given or not isinstance(pipeline.learner.model, WanDenoiser):
+        return size
+    config = pipeline.learner.model.config
+    multiple = 2 * pipeline.learner.spec.spatial  # patches are two latent cells wide
+    return size_of_aspect(load_image(picture).size, size[0] * size[1], multiple, given, closest=config.out_dim == 48)
 
 
 @dataclass

@@ -37,6 +37,7 @@ from mmdit.training import checkpoint
 from mmdit.training.alpha_schedule import AlphaScheduleConfig
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
+from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
 from mmdit.training.offload import settle
@@ -101,7 +102,7 @@ class ExperimentConfig:
                 raise ConfigError(f"{name}.enabled", "is true with parallel.type fsdp, which cuts what must be whole; use ddp")
             if self.posttrain is not None:
                 raise ConfigError(f"{name}.enabled", "is true with a posttrain section, whose loops know nothing of it; remove one")
-        if self.experts.enabled and wan and (self.model.expert or self.model.boundary != self.experts.boundary):
+        if self.experts.enabled and wan and (self.model.expert or len({self.model.boundary, self.experts.boundary} - {None}) > 1):
             raise ConfigError("experts.boundary", f"is {self.experts.boundary}: a pair needs model.boundary alike, model.expert null")
         if self.experts.enabled and not self.lora.train_lora_only:
             raise ConfigError("experts.enabled", "is true with lora.train_lora_only false: both would train their common base")
@@ -141,6 +142,7 @@ def load_experiment_config(path: str | Path, overrides: list[str] = ()) -> Exper
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser) -> Learner:
     """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone. `load`: gives Wan's."""
+    config = resolved(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
@@ -200,6 +202,7 @@ def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str
 
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
+    config = resolved(config)
     run_dir = config.run_dir
     with process_group(device, config.train.timeout_minutes) as world, hold(run_dir, world):
         found = world.share(lambda: find_start(config, resume))
@@ -309,6 +312,8 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
         print(coverage(learner.model))
     if config.experts.enabled:
         print(learner.experts.describe())
+    for line in expert_notes(config):
+        print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())
     print(plan.report(), flush=True)
@@ -329,6 +334,7 @@ def load_pipeline(path: str | Path, device: str = "auto", use_ema: bool = True, 
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
         raise ConfigError("", f"config stored in {source}: {error}") from None
+    config = resolved(config)
     refuse_foreign_code(config, list(overrides), source)
     config = stay_offline(config, list(overrides))
     if getattr(config.text_encoder, "cache_dir", ""):  # a config that came with weights names no folder to write into

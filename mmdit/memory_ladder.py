@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit import config as config_io
 from mmdit.config import ConfigError
@@ -19,15 +20,20 @@ from mmdit.interop.wan import infer_config, locate, official_names, read_config
 from mmdit.models import WanModelConfig
 from mmdit.models.wan import WanConfig
 from mmdit.text_encoders import HashConfig
+from mmdit.text_encoders.clip_vision import ClipVision, ClipVisionSizes
 from mmdit.text_encoders.huggingface import HuggingFaceConfig
+from mmdit.training.learner import Learner
 from mmdit.training.memory_plan import SIZES, MemoryPlan, plan_memory, random_denoiser
 from mmdit.weights import Checkpoint
 
+CLIP_STATES, CLIP_BLOCKS = 257, 31  # of CLIP's ViT-H/14: places of a picture, and the blocks that are run
 
-def released_sizes(config: WanModelConfig) -> WanConfig:
-    """Of the release that `config` names, from the headers of its files. ConfigError: it cannot be read."""
+
+def released_sizes(config: WanModelConfig, expert: Literal["high", "low"] | None = None) -> WanConfig:
+    """Of the release that `config` names, or of one of its experts, from the headers of its files. ConfigError: it cannot be
+    read."""
     try:
-        place = locate(config.name_or_path, config.expert)
+        place = locate(config.name_or_path, expert or config.expert)
         stored = Checkpoint(place)
         names = official_names(list(stored.entries))[0]
         sizes = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, place)
@@ -35,6 +41,41 @@ def released_sizes(config: WanModelConfig) -> WanConfig:
     except ValueError as error:
         remedy = f"Before it is there, --variant {' or '.join(SIZES)} plans for it"
         raise ConfigError("model.name_or_path", f"{error}. {remedy}") from None
+
+
+def variant_sizes(config: ExperimentConfig, variant: str | None) -> WanConfig | None:
+    """Return the sizes of a public `variant`; None where there is none. 14B is what `config` makes of it: with a picture
+    (`tokenizer.picture`) an I2V model, of Wan 2.2 if an expert is named, and FLF2V with two."""
+    picture = getattr(config.tokenizer, "picture", "none")
+    if variant == "14B" and picture != "none":
+        expert = config.experts.enabled or getattr(config.model, "expert", None)
+        variant = "FLF2V-14B" if picture == "first_last" else "I2V-A14B" if expert else "I2V-14B"
+    return SIZES.get(variant)
+
+
+def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
+    """`learner` with random pictures for a model that continues them: what training tells it (`interop.wan_pictures`)."""
+    further = sizes.in_dim - sizes.out_dim
+    if not further:
+        return learner
+
+    def conditions(latents: Tensor) -> tuple[Tensor, dict]:
+        inputs = {"y": torch.zeros(*latents.shape[:-1], further, device=latents.device)}
+        if sizes.image_dim:
+            inputs["clip"] = torch.zeros(len(latents), sizes.image_positions or CLIP_STATES, sizes.image_dim, device=latents.device)
+        return latents, inputs
+
+    learner.conditions = conditions
+    return learner
+
+
+def clip_bytes(sizes: WanConfig) -> int:
+    """Of the picture encoder that an I2V or FLF2V model of Wan 2.1 has beside it, in half precision as on a GPU."""
+    if not sizes.image_dim:
+        return 0
+    with torch.device("meta"):
+        encoder = ClipVision(ClipVisionSizes(sizes.image_dim, 4 * sizes.image_dim, CLIP_BLOCKS, max(1, sizes.image_dim // 80), 14, CLIP_STATES))
+    return 2 * sum(p.numel() for p in encoder.parameters())
 
 
 def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
@@ -56,6 +97,8 @@ def plan(config: ExperimentConfig, sizes: WanConfig | None = None, words: int | 
         config = replace(config, **off, model=replace(config.model, expert="high") if wan else config.model)
     if wan:
         sizes = sizes or released_sizes(config.model)
+        further += clip_bytes(sizes)
+        config = replace(config, model=replace(config.model, boundary=config.model.boundary or 0.875))  # of no account here
     if isinstance(text, HuggingFaceConfig):
         if not text.freeze:
             raise ConfigError("text_encoder.freeze", "is false: the plan knows frozen encoders of other programs only")
@@ -72,7 +115,11 @@ def plan(config: ExperimentConfig, sizes: WanConfig | None = None, words: int | 
     def load(settings: WanModelConfig, *_) -> nn.Module:
         return random_denoiser(sizes, settings)
 
-    result = plan_memory(lambda: build_learner(config, spec, load), config.train, config.ema, shape, captions)
+    def build() -> Learner:
+        learner = build_learner(config, spec, load)
+        return with_pictures(learner, sizes) if wan else learner
+
+    result = plan_memory(build, config.train, config.ema, shape, captions)
     if pair:
         adapters = result.gradients * (config.lora.enabled and len(config.experts.trained) - 1)
         base, count = result.weights - result.gradients if wan else 0, 2 if adapters else 1
@@ -117,7 +164,8 @@ def climb(config: ExperimentConfig, gpu_gb: float = math.inf, sizes: WanConfig |
           words: int | None = None) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:  # fmt: skip
     """Rungs and their plans, up to the first that `fits`; of `sizes` and `words` as `plan` takes them."""
     wan = isinstance(config.model, WanModelConfig)
-    sizes = sizes or (released_sizes(config.model) if wan else None)
+    if wan and sizes is None:
+        sizes = released_sizes(config.model, "high" if config.experts.enabled else None)
     for changes in rungs(config, sizes.num_layers if wan else config.model.depth):
         raw = config_io.apply_overrides(config_io.encode(config), list(changes))
         found = plan(config_io.decode(ExperimentConfig, raw), sizes, words)

@@ -149,7 +149,7 @@ def wan(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
         "video": {"width": cell * columns, "height": cell * rows, "num_frames": 4 * (frames - 1) + 1},
         "tokenizer": {"type": "wan_vae", "name_or_path": "none", "latent_f": cell, "latent_d": channels},
         "text_encoder": {"type": "hash", "dim": 4096, "max_length": 512}, "ema": {"enabled": False},
-        "model": {"type": "wan", "name_or_path": args.wan, "dtype": "bfloat16", **read(args.wan_model)},
+        "model": {"type": "wan", "name_or_path": args.wan, "dtype": "bfloat16", "boundary": 0.875, **read(args.wan_model)},
         "lora": {"enabled": True, "rank": 16, "alpha": 16, "target_modules": ["cross_attn.k", "cross_attn.v"], **read(args.lora)},
     }  # fmt: skip
     fresh_peak(world.device)

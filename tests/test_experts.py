@@ -253,7 +253,7 @@ def test_a_wan_pair_trains_in_one_run_and_is_sampled(tmp_path):
     assert pipeline.boundary == 0.875
     assert torch.isfinite(pipeline(["a red star"], 32, 32, 5, SampleSettings(SamplerConfig(steps=3)))).all()
     with pytest.raises(SystemExit):
-        shop.train("odd", *words, "model.boundary=0.9")
+        shop.train("odd", *words, "experts.boundary=0.8", "model.boundary=0.9")
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from test_wan_training import Shop
 from tiny import CONFIG, Workshop, refused
 from torch import nn
-from wan_release import DIT, TI2V, config_text, make_release, random_dit
+from wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, config_text, make_release, random_dit
 
 from mmdit.adapters import LoRAConfig, inject, merge
 from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment import ExperimentConfig, build_learner, check_trainable, load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan import load_denoiser
-from mmdit.memory_ladder import latent_shape, plan, rungs
+from mmdit.memory_ladder import clip_bytes, latent_shape, plan, rungs, variant_sizes
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.stored_weights import StoredWeight, store_float8, to_float8
 from mmdit.scripts import plan_memory
@@ -310,6 +310,35 @@ def test_pairs_count_both_bases_or_share_one(tmp_path):
     learner, alone, both = build_learner(pair, LatentSpec(8, 16)), plan(config), plan(pair)
     assert both.weights == sum(p.nbytes for p in learner.parameters()) and both.weights - alone.weights == alone.gradients
     assert both.optimizer == 2 * alone.optimizer and both.activations == alone.activations
+
+
+def test_what_continues_pictures_is_planned_with_them(tmp_path, capsys, monkeypatch):
+    """I2V, FLF2V and pairs, from their releases and before these are there; CLIP's encoder counts."""
+    monkeypatch.setattr("mmdit.memory_ladder.CLIP_BLOCKS", 2)
+    lora = ["lora={enabled: true, rank: 2, target_modules: [q]}", "train.compile=false", "text_encoder={type: hash, dim: 24, max_length: 6}"]
+    totals = {}
+    for name, config, picture, words in (
+        ("t2v", DIT, "none", []), ("pair", DIT, "none", ["experts={enabled: true}"]), ("i2v", I2V, "first", ["model.expert=high"]),
+        ("i2v pair", I2V, "first", ["experts={enabled: true}"]), ("i2v 2.1", I2V_21, "first", []), ("flf2v", FLF2V, "first_last", []),
+    ):  # fmt: skip
+        folder = tmp_path / name.replace(" ", "_")
+        release = make_release(folder, config, pair="pair" in name or bool(words))
+        (folder / "wan.yaml").write_text(config_text(release, tmp_path))
+        # overrides stand before flags, too
+        assert plan_memory.main([f"tokenizer.picture={picture}", *words, *lora, "--config", str(folder / "wan.yaml"), "--json"]) == 0
+        totals[name] = json.loads(capsys.readouterr().out)
+    assert totals["i2v 2.1"]["weights"] - totals["i2v"]["weights"] > clip_bytes(I2V_21) > 2 * 2 * 12 * 80**2
+    assert 1.9 < totals["pair"]["weights"] / totals["t2v"]["weights"] < 2.3 and totals["i2v pair"]["weights"] > totals["i2v"]["weights"]
+    assert totals["flf2v"]["weights"] > totals["i2v 2.1"]["weights"]
+
+
+def test_a_variant_is_what_the_config_makes_of_it(tmp_path):
+    for picture, words, in_dim, image in (("none", [], 16, 0), ("first", [], 36, 1280), ("first_last", [], 36, 1280),
+                                          ("first", ["model.expert=low"], 36, 0), ("first", ["experts={enabled: true}", "lora.enabled=true"], 36, 0)):  # fmt: skip
+        raw = apply_overrides(yaml.safe_load(config_text(tmp_path, tmp_path, 8, 16)), [f"tokenizer.picture={picture}", *words])
+        sizes = variant_sizes(decode(ExperimentConfig, raw), "14B")
+        assert (sizes.in_dim, sizes.image_dim, sizes.image_positions) == (in_dim, image, 514 * (picture == "first_last"))
+    assert 0.6e9 < clip_bytes(memory_plan.SIZES["I2V-14B"]) / 2 < 0.65e9 and clip_bytes(memory_plan.SIZES["14B"]) == 0
 
 
 def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):

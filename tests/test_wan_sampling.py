@@ -84,9 +84,7 @@ def test_unipc_is_that_of_diffusers(grid):
     for index, t in enumerate(theirs.timesteps):
         x = theirs.step(network(x, times[index]), t, x, return_dict=False)[0]
     ours = sample(lambda x, t: x - t * network(x, t), noise, FLOW, SamplerConfig("unipc", 12, shift=5.0, grid=grid))
-    scale = math.hypot(times[0], 1 - times[0])  # we start at the size of x at that time
-    again = sample(lambda x, t: x - t * network(x, t), noise / scale, FLOW, SamplerConfig("unipc", 12, shift=5.0, grid=grid))
-    assert ((again - x).norm() / x.norm()) < 1e-5 and ((ours - x).norm() / x.norm()) < 1e-3
+    assert (ours - x).norm() / x.norm() < 1e-5, "from the same noise, not scaled to the size of x at that time"
 
 
 @pytest.mark.parametrize("law", [{}, {"shift": 5.0}, {"time": "logit_normal", "logit_mean": 0.3, "shift": 3.0}])

@@ -13,18 +13,26 @@ from safetensors.torch import load_file
 from tiny import refused
 from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
-from mmdit.adapters import adapters
+from mmdit.adapter_report import changes
+from mmdit.adapters import adapters, merge, remove
 from mmdit.data.batches import BatchPlan
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import open_cache
 from mmdit.data.clips import cached_frames
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interop import wan_release
 from mmdit.interop.wan import load_dit
+from mmdit.interop.wan_pictures import size_of_aspect
+from mmdit.interop.wan_release import published_shift, release_config
 from mmdit.rng import Draws
-from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, sample, train_t2v
+from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, inspect_adapter, sample, train_t2v
+from mmdit.text_encoders import build_text_encoder
+from mmdit.text_encoders.umt5 import IDLE
 from mmdit.tokenizers import build_tokenizer
+from mmdit.training import checkpoint
+from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.pipeline import SampleSettings
 from mmdit.weights import Checkpoint
 
@@ -366,3 +374,169 @@ def test_captions_are_cached_by_their_command(shop, capsys):
     same = load_file(shop.train("kept", kept) / "checkpoints/step_00000003/model.safetensors")
     plain = load_file(shop.train("plain") / "checkpoints/step_00000003/model.safetensors")
     assert all(torch.equal(same[name], value) for name, value in plain.items())
+
+
+# ── which expert is meant ────────────────────────────────────────────────────────────────────────────────────────────
+PROMPT = ("--prompts", "a red star")
+
+
+@pytest.fixture(scope="module")
+def runs(pair):
+    """Runs of a pair that train the low expert alone, in both ways, and both."""
+    lora = ["lora={enabled: true, rank: 2, alpha: 4, target_modules: [q]}", "train.lr=0.05", "train.max_steps=2", "ema.enabled=false"]
+    return {
+        "experts": pair.train("low_of_two", *lora, "experts={enabled: true, train: low}"),
+        "model": pair.train("low_alone", *lora, "model.expert=low"),
+        "both": pair.train("both_of_two", *lora, "experts={enabled: true, switch_every: 1}"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["experts", "model"])
+def test_export_takes_the_expert_that_was_trained_and_says_so(pair, runs, tmp_path, kind, capsys):
+    draw = ["--checkpoint", str(runs[kind])]
+    export.main([*draw, "--out", str(tmp_path / "dit"), "--layout", "official"])
+    assert "of two experts the low-noise one (the one that its config names; --expert high" in capsys.readouterr().out
+    written = load_dit(tmp_path / "dit").state_dict()
+    low, high = (load_dit(pair.release, expert=name).state_dict() for name in ("low", "high"))
+    changed = {name for name, value in written.items() if not torch.equal(value, low[name])}
+    assert changed and all(name.endswith("q.weight") for name in changed)
+    export.main([*draw, "--out", str(tmp_path / "a.safetensors"), "--lora", "comfy"])
+    assert load_file(tmp_path / "a.safetensors")
+    export.main([*draw, "--out", str(tmp_path / "high"), "--layout", "official", "--expert", "high"])
+    assert all(torch.equal(value, high[name]) for name, value in load_dit(tmp_path / "high").state_dict().items())
+
+
+def test_of_two_trained_experts_it_is_said_which_is_written(pair, runs, tmp_path, capsys):
+    export.main(["--checkpoint", str(runs["both"]), "--out", str(tmp_path / "a.safetensors"), "--lora", "comfy"])
+    assert "the high-noise one (both were trained; --expert low takes the other)" in capsys.readouterr().out
+    export.main(["--lora", "comfy", "--expert", "low", "--checkpoint", str(runs["both"]), "--out", str(tmp_path / "b.safetensors")])
+    one, two = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert one.keys() == two.keys() and any(not torch.equal(one[key], two[key]) for key in one)
+    whole = ["--checkpoint", str(runs["both"]), "--out", str(tmp_path / "c.safetensors"), "--expert", "low"]
+    refused(capsys, export.main, whole, "--expert is low, but the whole model is written", "--lora or --layout")
+
+
+def test_an_adapter_is_measured_and_drawn_on_its_own_expert(runs, tmp_path, capsys):
+    """What it moves is what laying it over that expert moves."""
+    (tmp_path / "p.txt").write_text("a red star")
+    out = {}
+    for kind in ("experts", "model"):
+        words = ["--base", str(runs[kind]), "--prompts_file", str(tmp_path / "p.txt"), "--out", str(tmp_path / kind), "--device", "cpu",
+                 "--frames", "1"]  # fmt: skip
+        assert inspect_adapter.main(words) == 0
+        assert "of two experts the low-noise one" in capsys.readouterr().out
+        out[kind] = json.loads((tmp_path / kind / "report.json").read_text())
+    pixels = []
+    for lora in (False, True):
+        pipeline, config = load_pipeline(runs["model"], "cpu", lora=lora)
+        pixels.append(pipeline(["a red star"], 64, 32, 1, SampleSettings.of(config.train)))
+    moved = (pixels[1] - pixels[0]).abs().mean().item()
+    assert moved > 1e-6 and out["model"]["pixels_moved"]["a red star"] == pytest.approx(moved, rel=1e-4)
+    both = {}
+    for expert in ("high", "low"):
+        budget = changes(str(runs["both"]), None, expert)
+        both[expert] = [change.delta for change in budget]
+    assert both["high"] != both["low"]
+    capsys.readouterr()
+    words = ["--base", str(runs["both"]), "--expert", "low", "--prompts_file", str(tmp_path / "p.txt"), "--out", str(tmp_path / "x"),
+             "--device", "cpu", "--frames", "1"]  # fmt: skip
+    inspect_adapter.main(words)
+    moved = json.loads((tmp_path / "x/report.json").read_text())["pixels_moved"]["a red star"]
+    pipeline, config = load_pipeline(runs["both"], "cpu", lora=None)
+    remove(pipeline.learner.model), merge(pipeline.low)
+    alone = pipeline(["a red star"], 64, 32, 1, SampleSettings.of(config.train))
+    assert moved == pytest.approx((alone - pixels[0]).abs().mean().item(), rel=1e-4)
+
+
+def test_one_guidance_is_for_both_experts_and_a_file_says_whose_it_is(pair, runs, tmp_path, capsys):
+    draw = ["--checkpoint", str(pair.release), "--device", "cpu", "--width", "64", "--height", "32", "--frames", "1", "--steps", "2"]
+    for words, scales in (([], (4.0, 3.0)), (["--guidance", "1"], (1.0, None)), (["--guidance", "2", "--guidance_low", "1.5"], (2.0, 1.5))):
+        out = tmp_path / f"out{len(words)}"
+        sample.main([*draw, *words, "--out", str(out), *PROMPT])
+        settings = json.loads((out / "samples.json").read_text())["settings"]
+        assert (settings["cfg_scale"], settings["cfg_scale_low"]) == scales
+    assert "two experts: the high-noise one for t ≥ 0.875" in capsys.readouterr().out
+    file = checkpoint.latest(runs["both"]) / "lora_low.safetensors"
+    sample.main([*draw, "--lora", str(file), "--out", str(tmp_path / "wrong"), *PROMPT])
+    told = capsys.readouterr().out
+    assert "laid over the high-noise expert" in told and "give it as --lora_low" in told
+    sample.main([*draw, "--lora_low", str(file), "--out", str(tmp_path / "right"), *PROMPT])
+    told = capsys.readouterr().out
+    assert "laid over the low-noise expert" in told and "its name" not in told
+
+
+def test_the_boundary_is_the_release_s(pair, tmp_path, capsys):
+    (tmp_path / "i2v").mkdir()
+    i2v = Shop(tmp_path / "i2v", I2V, pair=True)
+    for release, published in ((pair.release, 0.875), (i2v.release, 0.9)):
+        for words in ("experts={enabled: true}", "model.expert=high", "model.expert=low"):
+            lora = "lora={enabled: true, rank: 2, target_modules: [q]}"
+            config = resolved(load_experiment_config(pair.config, [f"model.name_or_path={release}", lora, words]))
+            assert config.model.boundary == published and config.experts.boundary in (None, published)
+            assert not any("published" in note for note in expert_notes(config))
+    for words in (["experts={enabled: true, boundary: 0.7}"], ["model.expert=low", "model.boundary=0.7"]):
+        config = resolved(load_experiment_config(pair.config, [LORA, *words]))
+        assert config.model.boundary == 0.7
+        assert "0.7; this model was published with 0.875" in expert_notes(config)[-1]
+    single = resolved(load_experiment_config(pair.config, [f"model.name_or_path={i2v.release}", "model.expert=low"]))
+    learner = build_learner(load_experiment_config(i2v.config, ["model.expert=low"]), LatentSpec(4))
+    assert learner.objective.config.between == single.model.between == (0.0, 0.9)
+
+
+def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
+    """The trigger word is for captions, not for what guidance leads away from; prompts of post-training have none."""
+    (tmp_path / "p.yaml").write_text("prompts: [" + ", ".join(f"a cat {i}" for i in range(17)) + "]")
+    words = ["captions={trigger: zork}", "train.sample_negative_prompt=ugly blurry", "train.sample_prompts=[a star]",
+             f"posttrain.prompts={tmp_path}/p.yaml", f"text_encoder.cache_dir={tmp_path}/text"]  # fmt: skip
+    config = load_experiment_config(shop.config, words)
+    texts = cache_text.asked_texts(config, str(shop.cache()))
+    assert {"", "ugly blurry", "zork, a star", "a cat 0", "a cat 16"} <= {*texts}
+    assert "zork, ugly blurry" not in texts and "zork" not in texts and "zork, a cat 0" not in texts
+    assert any(text.startswith("zork, ") for text in texts)
+    assert cache_text.main(["--config", str(shop.config), "--device", "cpu", *words]) == 0
+    encoder = build_text_encoder(config.text_encoder)
+    encoder([f"a cat {i}" for i in range(17)] + ["ugly blurry"])
+    assert isinstance(encoder.encoder, torch.nn.Identity), "all are in files: the network is not loaded"
+    encoder(["something new"])
+    assert not isinstance(encoder.encoder, torch.nn.Identity)
+    for _ in range(IDLE + 1):
+        encoder(["something new", "a cat 3"])
+        encoder.forget()
+    assert isinstance(encoder.encoder, torch.nn.Identity), "put away again"
+
+
+# ── sizes of pictures ────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("picture, area, multiple, closest, size", [
+    ((720, 1280), (1280, 720), 16, False, (720, 1280)), ((1024, 1024), (1280, 720), 16, False, (960, 960)),
+    ((1280, 720), (1280, 720), 16, False, (1280, 720)), ((480, 832), (832, 480), 16, False, (480, 832)),
+    ((3000, 1000), (832, 480), 16, False, (1088, 352)), ((1280, 704), (1280, 704), 32, True, (1280, 704)),
+    ((704, 1280), (1280, 704), 32, True, (704, 1280)),
+])  # fmt: skip
+def test_a_clip_has_its_picture_s_aspect_at_the_release_s_area(picture, area, multiple, closest, size):
+    found = size_of_aspect(picture, area[0] * area[1], multiple, closest=closest)
+    assert found == size
+    assert size_of_aspect(picture, 1, multiple, given=(640, None))[0] == 640
+    assert size_of_aspect(picture, 1, multiple, given=(None, 320))[1] == 320
+    assert size_of_aspect(picture, 1, multiple, given=(640, 320)) == (640, 320)
+
+
+def test_a_portrait_picture_is_not_cut_down_to_a_landscape(tmp_path, capsys):
+    shop = Shop(tmp_path, TI2V)
+    Image.new("RGB", (120, 240), (200, 20, 20)).save(tmp_path / "tall.png")
+    draw = ["--checkpoint", str(shop.release), "--device", "cpu", "--frames", "5", "--steps", "1", "--image", str(tmp_path / "tall.png")]
+    sample.main([*draw, "video.width=128", "video.height=64", "--out", str(tmp_path / "a"), *PROMPT])
+    assert json.loads((tmp_path / "a/samples.json").read_text())["size"] == [64, 128, 5] and "cut off" not in capsys.readouterr().out
+    sample.main([*draw, "--width", "128", "--height", "64", "--out", str(tmp_path / "b"), *PROMPT])
+    assert json.loads((tmp_path / "b/samples.json").read_text())["size"] == [128, 64, 5]
+    assert "tall.png (120x240): 75% is cut off for 128x64" in capsys.readouterr().out
+
+
+def test_i2v_14b_has_another_shift_at_each_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(wan_release, "_release", lambda path: ("I2V-14B", I2V, False))
+    assert published_shift(tmp_path, 832, 480) == published_shift(tmp_path, 480, 832) == 3
+    assert published_shift(tmp_path, 1280, 720) == 5
+    for name, shift, width in (("Wan2.1-I2V-14B-480P", 3, 832), ("Wan2.1-I2V-14B-720P", 5, 1280)):
+        config = release_config(tmp_path / name)
+        assert (config["train"]["sample_shift"], config["video"]["width"]) == (shift, width)
+    monkeypatch.setattr(wan_release, "_release", lambda path: ("T2V-14B", DIT, False))
+    assert published_shift(tmp_path, 1280, 720) is None

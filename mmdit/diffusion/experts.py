@@ -25,16 +25,17 @@ HALVINGS = 64  # of the interval in which a boundary's quantile lies
 class ExpertsConfig:
     """The section `experts:`. Two sets of adapters on one base: `high` serves t >= boundary, `low` the rest. A step trains one
     of them, at times of its own range: in blocks of `switch_every` optimizer steps, or each step the one that a time drawn from
-    the whole law belongs to (`by_sigma`). `train`: the other expert gets no adapter."""
+    the whole law belongs to (`by_sigma`). `train`: the other expert gets no adapter. `boundary`: None is that of Wan's release,
+    and 0.875 for other models."""
 
     enabled: bool = False
     train: Literal["both", "high", "low"] = "both"
-    boundary: float = 0.875
+    boundary: float | None = None
     routing: Literal["block", "by_sigma"] = "block"
     switch_every: int = 100
 
     def __post_init__(self):
-        if not 0 < self.boundary < 1:
+        if self.boundary is not None and not 0 < self.boundary < 1:
             raise ConfigError("boundary", f"is {self.boundary}; must be between 0 (clean) and 1 (noise), for example 0.875")
         if self.switch_every < 1:
             raise ConfigError("switch_every", f"is {self.switch_every}; must be at least 1 optimizer step")

@@ -105,7 +105,7 @@ def sample(
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     if guess is not None:
         x = path.add_noise(guess[0].to(x), x, times[0])
-    else:
+    elif config.grid != "wan":  # the official code starts from noise as it is
         x = x * math.hypot(*_floats(path, times[0]))  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)

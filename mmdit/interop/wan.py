@@ -96,7 +96,8 @@ def locate(path: str | Path, expert: Expert | None = None) -> Path:
         raise ValueError(f"expert is {expert!r}; must be 'high', 'low', or None for a model without experts")
     found = {name: path / folder for name, folders in EXPERT_FOLDERS.items() for folder in folders if (path / folder).is_dir()}
     if len(found) == 2 and expert is None:
-        raise ValueError(f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say expert='high' or 'low'")
+        raise ValueError(f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say expert='high' or 'low' "
+                         "(--expert, or model.expert in a config)")
     if expert is None:
         return next(iter(found.values()), path)
     clear = {name: folder for name, folder in found.items() if len(found) == 2 or folder.name != "transformer"}  # alone: dense
@@ -110,6 +111,15 @@ def locate(path: str | Path, expert: Expert | None = None) -> Path:
     what = f"is the {named[0]}-noise expert" if named else "is a model without experts"
     what = f"holds the {next(iter(clear))}-noise expert alone" if clear else what
     raise ValueError(f"the {expert}-noise expert is asked for, but {path} {what}")
+
+
+def expert_in_name(path: str | Path) -> Expert | None:
+    """Return the expert that the name of a file says it is for, None if it says nothing of one."""
+    name = Path(path).name.lower()
+    for expert in ("high", "low"):
+        if re.search(rf"{expert}[-_ ]?noise|^lora_{expert}\b", name):
+            return expert
+    return None
 
 
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:

@@ -5,6 +5,7 @@ Axes: b sample · f latent frame · r row · c column · d channel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,28 @@ def picture_of(model: WanDenoiser) -> Picture:
     """Which frames a model is given in further channels."""
     config = model.config
     return "none" if config.in_dim == config.out_dim else "first_last" if config.image_positions else "first"
+
+
+def size_of_aspect(picture: tuple[int, int], area: int, multiple: int, given: tuple[int | None, int | None] = (None, None),
+                   closest: bool = False) -> tuple[int, int]:  # fmt: skip
+    """Return width and height, in multiples of `multiple`, of the aspect of `picture` (width, height) and at most `area`, as
+    the published code chooses them; a `given` side stays. `closest` (TI2V): of two sizes the one whose aspect is nearer."""
+
+    def whole(length: float) -> int:
+        return max(multiple, int((length + 1e-6) // multiple) * multiple)
+
+    ratio = picture[0] / picture[1]
+    width, height = given
+    if width:
+        return width, height or whole(width / ratio)
+    if height:
+        return whole(height * ratio), height
+    sides = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    if not closest:
+        return whole(sides[0]), whole(sides[1])
+    first, second = whole(sides[0]), whole(sides[1])
+    sizes = (first, whole(area / first)), (whole(area / second), second)
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
 
 
 @dataclass

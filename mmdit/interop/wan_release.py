@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mmdit.foreign import read_json
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.models.wan import WanConfig
+from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.weights import Checkpoint
 
 MARKS = ("model_index.json", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
@@ -14,6 +16,7 @@ NEGATIVE_PROMPT = (  # what the official code takes for an empty one
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NEGATIVE_FIRST = {"I2V-14B": "镜头晃动，", "FLF2V-14B": "镜头切换，"}  # a shaking camera, a cut: what two of them avoid before that
+I2V_14B_SHIFT_720P = 5.0
 SIZE_480P, SIZE_720P, SIZE_5B = (832, 480), (1280, 720), (1280, 704)
 PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), boundary, size
     "T2V-1.3B": (50, 8.0, (6.0, 6.0), None, SIZE_480P),
@@ -26,6 +29,30 @@ PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), b
 }
 
 
+def published_boundary(settings: WanModelConfig, pair: bool) -> float:
+    """Return the boundary between the experts of the release that `settings` name, from the headers of one of its files.
+    ValueError: they cannot be read."""
+    stored = Checkpoint(locate(settings.name_or_path, "high" if pair else settings.expert))
+    names, _, _ = official_names(list(stored.entries))
+    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items() if name in names}, settings.name_or_path)
+    return PUBLISHED["I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"][3]
+
+
+def published_shift(path: str | Path, width: int, height: int) -> float | None:
+    """Return the time shift of a release that has another one at each size (I2V-14B), for clips of `width × height`; None for
+    what is no such release."""
+    if variant_of(path) != "I2V-14B":
+        return None
+    small = width * height <= SIZE_480P[0] * SIZE_480P[1]
+    return PUBLISHED["I2V-14B"][1] if small else I2V_14B_SHIFT_720P
+
+
+def variant_of(path: str | Path) -> str | None:
+    """Return the name in `PUBLISHED` of the release in `path`, None if it is none."""
+    release = _release(Path(path))
+    return release and release[0]
+
+
 def _has_boundary(index: Path) -> bool:
     return read_json(index, "index of a release").get("boundary_ratio") is not None
 
@@ -33,20 +60,15 @@ def _has_boundary(index: Path) -> bool:
 def release_config(path: str | Path) -> dict | None:
     """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be read."""
     path = Path(path)
-    if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
+    release = _release(path)
+    if release is None:
         return None
-    experts = [folder for folders in EXPERT_FOLDERS.values() for folder in folders if (path / folder).is_dir()]
-    pair = len(experts) == 2
-    if len(experts) == 1 and (experts != ["transformer"] or _has_boundary(path / "model_index.json")):
-        raise ValueError(f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared between them")
-    stored = Checkpoint(locate(path, "high" if pair else None))
-    names, _, _ = official_names(list(stored.entries))
-    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, path)
-    name = config.variant.split(" ")[0]
-    if pair:
-        name = "I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"
+    name, config, pair = release
     small = config.out_dim == 48
-    steps, shift, (high, low), boundary, (width, height) = PUBLISHED.get(name, PUBLISHED["TI2V-5B" if small else "T2V-14B"])
+    published = PUBLISHED.get(name, PUBLISHED["TI2V-5B" if small else "T2V-14B"])
+    steps, shift, (high, low), boundary, (width, height) = published
+    if name == "I2V-14B" and "720p" in path.name.lower():
+        shift, (width, height) = I2V_14B_SHIFT_720P, SIZE_720P
     return {
         "experiment_name": "wan",
         "video": {"width": width, "height": height, "fps": 24 if small else 16, "num_frames": 121 if small else 81},
@@ -59,3 +81,20 @@ def release_config(path: str | Path) -> dict | None:
                   "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None,
                   "sample_negative_prompt": NEGATIVE_FIRST.get(name, "") + NEGATIVE_PROMPT},
     }  # fmt: skip
+
+
+def _release(path: Path) -> tuple[str, WanConfig, bool] | None:
+    """Return name, sizes, and whether it has two experts, of the release in `path`; None if it is none."""
+    if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
+        return None
+    experts = [folder for folders in EXPERT_FOLDERS.values() for folder in folders if (path / folder).is_dir()]
+    pair = len(experts) == 2
+    if len(experts) == 1 and (experts != ["transformer"] or _has_boundary(path / "model_index.json")):
+        raise ValueError(f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared between them")
+    stored = Checkpoint(locate(path, "high" if pair else None))
+    names, _, _ = official_names(list(stored.entries))
+    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, path)
+    name = config.variant.split(" ")[0]
+    if pair:
+        name = "I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"
+    return name, config, pair

@@ -31,7 +31,7 @@ class WanModelConfig:
     name_or_path: str = ""
     clip: str = ""
     expert: Literal["high", "low"] | None = None
-    boundary: float = 0.875  # of T2V-A14B; 0.9 for I2V-A14B
+    boundary: float | None = None  # None: as published, 0.875 for T2V-A14B, 0.9 for I2V-A14B
     first_frame: float = 0.0
     dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     residual: Residual = "float32"
@@ -42,7 +42,7 @@ class WanModelConfig:
     def __post_init__(self):
         if not self.name_or_path:
             raise ConfigError("name_or_path", "is empty; must be the folder of a Wan release, or a weight file")
-        if not 0 < self.boundary < 1:
+        if self.boundary is not None and not 0 < self.boundary < 1:
             raise ConfigError("boundary", f"is {self.boundary}; must be between 0 and 1: 0.875 for T2V-A14B, 0.9 for I2V-A14B")
         if self.checkpoint_every < 1:
             raise ConfigError("checkpoint_every", f"is {self.checkpoint_every}; must be at least 1")
@@ -51,7 +51,7 @@ class WanModelConfig:
 
     @property
     def between(self) -> tuple[float, float]:
-        """The times of the expert."""
+        """The times of the expert, once its boundary is known (`experiment.resolved`)."""
         return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(self.expert, (0.0, 1.0))
 
 

@@ -31,7 +31,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=number, help="guidance scale; 1 = off; default: train.sample_cfg_scale"
     )
     parser.add_argument(
-        "--guidance_low", type=number, help="of the low-noise expert of a pair; default: the same"
+        "--guidance_low", type=number, help="of the low-noise expert of a pair; default: --guidance, without it the config's"
     )
     parser.add_argument("--negative", help="what guidance leads away from; default: the empty prompt, or a release's own")
     parser.add_argument(
@@ -49,6 +49,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
     """Arguments over the `train.sample_*` keys the model was trained with."""
     base = SampleSettings.of(config.train)
+    if args.guidance is not None:  # one number is for both experts
+        base = replace(base, cfg_scale_low=None)
     given = lambda **values: {name: value for name, value in values.items() if value is not None}  # noqa: E731
     sampler = replace(base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta))
     interval = tuple(args.interval) if args.interval else None

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--vtp", choices=VTP_SIZES, help="a VTP of this size, of random weights, instead of the shipped tokenizer")
     parser.add_argument("--folder", help="scratch folder that is kept, so that a second run makes less [a temporary one]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     torch.set_float32_matmul_precision("high")
     with friendly(), tempfile.TemporaryDirectory() as scratch:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (others := [part for part in args.parts if part != "train"]):

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache_dir", required=True)
     parser.add_argument("--max_items", type=int, default=2000, help="items read, evenly spread over the cache")
     parser.add_argument("--save", help="write the per-channel statistics as JSON, for tokenizer.latent_stats")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
         print(f"# {stats['items']} items, {stats['values']} values a channel; "

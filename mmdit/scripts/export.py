@@ -19,8 +19,10 @@ from mmdit.experiment import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanDiT
+from mmdit.nn.experts import Experts
 from mmdit.scripts import friendly, run
 from mmdit.training.checkpoint import Weights, export, load_weights
+from mmdit.training.expert_choice import choose_expert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,25 +54,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as such a folder, adapters merged")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights: a model without lora:, for init_from")
     parser.add_argument("--expert", choices=["high", "low"], help="of a pair, for --lora and --layout [the trained one, or high]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.lora or args.layout:
             if args.merge or (args.lora and args.layout):
                 raise ValueError("--merge, --lora and --layout each make another file: choose one")
             keep = None  # kept apart: what writes a whole model merges them, rounding once
             pipeline, config = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep)
-            expert = args.expert or getattr(config.model, "expert", None) or "high"
-            if args.expert and pipeline.low is None:
-                raise ValueError(f"--expert is {args.expert}, but {args.checkpoint} is no pair of Wan experts; leave it out")
-            model = pipeline.low if pipeline.low is not None and expert == "low" else pipeline.learner.model
+            model, said = pipeline.learner.model, "both experts, their names under high. and low."
+            if args.expert or not isinstance(model, Experts):
+                choice = choose_expert(pipeline, config, args.expert, args.checkpoint)
+                model, said = choice.network, choice.said
             if args.layout and not isinstance(model, WanDiT):
                 raise ValueError(f"--layout is for Wan transformers, {args.checkpoint} is a {type(model).__name__}; leave it out")
             if args.layout:
                 save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
             else:
                 save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
-            print(f"wrote {args.out}")
+            print(f"wrote {args.out}" + (f": {said}" if said else ""))
             return 0
+        if args.expert:
+            raise ValueError(f"--expert is {args.expert}, but the whole model is written: add --lora or --layout")
         weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
         if args.merge:
             weights = merged(weights, not args.raw_weights)

@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter")
-    parser.add_argument("--expert", choices=("high", "low"), help="of a pair of Wan experts")
+    parser.add_argument("--expert", choices=("high", "low"), help="of a pair of experts [the trained one, or high]")
     parser.add_argument("--prompts_file", help="one prompt a line")
     parser.add_argument("--frames", type=int, help="default: the config's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder for report.json and before_after.png")
     for name, what in LIMITS.items():
         parser.add_argument(f"--{name}", type=number, help=f"limit {what}")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.out:
             check_writable(args.out, folder=True)
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print(format_budget(report["budget"]))
         if args.prompts_file:
             prompts = read_lines(args.prompts_file)
-            report |= compare(args.base, args.adapter, prompts, args.out / "before_after.png", args.frames, args.device)
+            report |= compare(args.base, args.adapter, prompts, args.out / "before_after.png", args.frames, args.device,
+                              args.expert)  # fmt: skip
             print(format_attention(report["before"], report["after"]))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

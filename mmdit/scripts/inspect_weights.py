@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path")
     parser.add_argument("--expert", choices=("high", "low"), help="of a pair of experts only this one")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         report = inspect_weights(args.path, args.expert)
         print(json.dumps(report, indent=1) if args.json else format_inspection(report))

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache_dir", required=True, help="the cache; it stays as it is")
     parser.add_argument("--out_dir", required=True, help="folder for the shards, new or begun")
     parser.add_argument("--shard_megabytes", type=int, default=1024, help="size of a shard [1024]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         made = pack_cache(args.cache_dir, args.out_dir, args.shard_megabytes << 20)
         print(f"{made['items']} items ({made['gigabytes']} GB) in {made['shards']} shards, {made['written']} written now")

@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict
 
 from mmdit.experiment import load_experiment_config
-from mmdit.memory_ladder import climb, fits, latent_shape
+from mmdit.memory_ladder import climb, fits, latent_shape, variant_sizes
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.training.memory_plan import SIZES
@@ -29,10 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, help="of a caption; default: as many as the text encoder reads")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        for words, found in climb(config, args.gpu_gb or math.inf, SIZES.get(args.variant), args.words):
+        if config.experts.enabled and not args.json:
+            print("two experts of equal shape: the high-noise one computes, both are counted")
+        sizes = variant_sizes(config, args.variant)
+        for words, found in climb(config, args.gpu_gb or math.inf, sizes, args.words):
             if args.json:
                 print(json.dumps({"overrides": words} | asdict(found) | {"total": found.total}))
             else:

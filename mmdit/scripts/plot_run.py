@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders or metrics.jsonl files, a colour each")
     parser.add_argument("--out", default="curves.png", help="PNG to write [curves.png]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         out = Path(args.out)
         if out.suffix.lower() != ".png":

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="reads <split>*.parquet, writes <split>_images.jsonl")
     parser.add_argument("--caption", default="a photo of a shoe", help="for rows without a caption")
     parser.add_argument("--max_samples", type=int, help="stop after so many; default: all")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.max_samples is not None and args.max_samples < 1:
             raise ValueError(f"--max_samples is {args.max_samples}, must be at least 1")

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="writes <split>_images.jsonl and <split>_videos.jsonl")
     parser.add_argument("--caption_per_line", action="store_true", help="each line of a text file is a caption of its own, one "
                         "of which is drawn at each training step [the whole file is one caption]")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         report = prepare_folder(args.folder, args.out_dir, args.split, args.caption_per_line)
         print(report.text())

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         "--fps", type=number, default=16.0, help="frames a second; video.fps of the config [16]"
     )
     parser.add_argument("--format", choices=["png", "jpg"], default="png")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     lines, skipped = [], []
     with friendly():
         if args.fps <= 0:

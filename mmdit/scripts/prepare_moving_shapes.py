@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="held_out: pairs that training never shows")
     parser.add_argument("--variant", choices=VARIANTS, default="one", help="many: two or three objects in a picture")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: as many as pay off)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with friendly():
         size = (options.width, options.height, options.frames)
         recipe = Recipe(*size, options.seed, options.split, options.variant)

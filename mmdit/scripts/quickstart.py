@@ -28,7 +28,7 @@ def line(name: str, row: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch starts: spinning threads crawl on a shared machine
     with friendly():
         from mmdit.quickstart import run

@@ -8,13 +8,12 @@ again, and grid.png (captioned). The same command again goes on where it was sto
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from mmdit.data.frames import load_first_frame
-from mmdit.drawing import Drawing, lay_over
+from mmdit.drawing import Drawing, first_frames, lay_over, size_for
 from mmdit.experiment import load_pipeline
+from mmdit.interop.wan_release import published_shift
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import (
     add_sampling_arguments,
@@ -23,6 +22,7 @@ from mmdit.scripts.arguments import (
     sample_size,
 )
 from mmdit.scripts.prompts import read_prompts
+from mmdit.training.expert_choice import describe_pair
 from mmdit.training.samples import SampleFolder, check_writable
 
 
@@ -54,10 +54,19 @@ def main(argv: list[str] | None = None) -> int:
             args.checkpoint, args.device, not raw, overrides=args.overrides
         )
         lay_over(pipeline, args.lora, args.lora_low)
+        if pair := describe_pair(pipeline, config):
+            print(pair)
+        elif args.guidance_low is not None:
+            raise ValueError("--guidance_low is given, but this model is no pair of experts")
         width, height, frames, fps = sample_size(args, config)
-        pictures = [load_first_frame(path, (width, height)) for path in args.image or ()]
-        image = torch.stack(pictures) if pictures else None
+        if args.image:
+            given = (args.width, args.height)
+            width, height = size_for(pipeline, args.image[0], (width, height), given)
+        image = first_frames(args.image or [], (width, height))
         settings = sample_settings(args, config)
+        shift = published_shift(args.checkpoint, width, height)
+        if shift and args.shift is None and not any("sample_shift" in word for word in args.overrides):
+            settings = replace(settings, sampler=replace(settings.sampler, shift=shift))
         drawing = Drawing(pipeline, (width, height, frames), settings, image, args.strength)
         if args.refine:
             drawing.refine_with(*load_pipeline(args.refine, args.device, not raw))

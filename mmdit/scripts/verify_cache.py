@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache_dir", type=Path, required=True)
     parser.add_argument("--delete", action="store_true", help="delete damaged files, so that caching again makes them anew")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         count, damage = verify_cache(args.cache_dir)
         doomed = [row["file"] for row in damage if row["delete"]]

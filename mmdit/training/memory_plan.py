@@ -46,6 +46,9 @@ SIZES = {  # of the released transformers, to plan before there is a file
     "1.3B": WanConfig(1536, 8960, 12, 30),
     "5B": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48),
     "14B": WanConfig(5120, 13824, 40, 40),
+    "I2V-A14B": WanConfig(5120, 13824, 40, 40, in_dim=36),
+    "I2V-14B": WanConfig(5120, 13824, 40, 40, in_dim=36, image_dim=1280),
+    "FLF2V-14B": WanConfig(5120, 13824, 40, 40, in_dim=36, image_dim=1280, image_positions=514),
 }
 TABLES = ((video_mmdit, "place_tables"), (video_mmdit, "frame_tables"), (video_mmdit, "coordinates"), (wan, "rotary_tables"))
 

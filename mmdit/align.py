@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.offload import settle
+from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.runs import hold
 from mmdit.training.trainer import TrainState
@@ -57,18 +60,27 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         if expert:
             other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, "low" if expert == "high" else "high")
             pair = Pair(other.requires_grad_(False).eval().to(world.device), config.model.between)
+        meta = checkpoint.Meta.read(found) if found else None
+        start = config
         if train.init_from:
-            told = start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
+            begun = Path(meta.origin.get("source") or train.init_from) if meta else Path(train.init_from)
+            source = world.share(lambda: checkpoint.newest(begun if begun.exists() else Path(train.init_from)))
+            start = replace(config, train=replace(train, init_from=str(source or train.init_from)))
+            told = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
         settle(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, frames > 1, width, height,
                                           settings.eval_prompts)  # fmt: skip
+        states = [learner.state_dict(), pair.sibling.state_dict() if pair else {}]
+        origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
+        if meta:
+            check_origin(meta, origin, found)
 
         def save(session: Session, best: bool) -> None:
             meta = checkpoint.Meta(session.state.step, config_io.encode(config), tokenizer.spec, tokenizer.fingerprint,
-                                   alphas(learner.model))
+                                   alphas(learner.model), origin)
             files = session.state.files() | session.files()
             if config.lora.enabled:
                 files["lora"] = lora_state(learner.model)
@@ -81,8 +93,7 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
         state = TrainState.create(learner, train, config.ema)
         session = Session(settings, train, config.seed, state, tokenizer, prompts, evaluated, width, height, frames,
                           config.run_dir, save, world, pair)  # fmt: skip
-        if found is not None:
-            meta = checkpoint.Meta.read(found)
+        if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, found)
             session.restore(found)
             told = [f"resuming {found} at update {session.state.step}; the reference: {told[0]}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.lean import to_bfloat16
 from mmdit.training.learner import Learner
 from mmdit.training.offload import settle
+from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import ParallelConfig, shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
@@ -227,6 +229,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
                 world.print(line)
         if config.video.num_frames > 1 and found is None:
             learner.model.number_frames(config.seed)
+        frozen = frozen_elsewhere(learner)
+        origin = {"crc32": sum_of([frozen])} if frozen else {}
         if settings.precision == "pure_bf16":
             to_bfloat16(learner)
         if config.parallel.type == "fsdp" and world.size > 1:
@@ -236,6 +240,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
         if found is not None:
             meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
+            check_origin(meta, origin, found)
             state.restore(found)
             world.print(f"resuming {found} at step {state.step}")
             for line in config_io.differences(config_io.completed(ExperimentConfig, meta.config), config):
@@ -246,7 +251,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             describe(config, learner, plan, run_dir)
 
         def save(state: TrainState) -> None:
-            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint, alphas(learner.model))
+            meta = checkpoint.Meta(state.step, config_io.encode(config), spec, tokenizer.fingerprint, alphas(learner.model), origin)
             files = state.files()
             if config.lora.enabled:  # to hand on: all, and each expert alone
                 for name, part in ({"": learner.model} | learner.parts()).items():
@@ -260,6 +265,10 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
             preview = Previews(pipeline, config.train, run_dir, width, height, config.video.num_frames, config.video.sample_fps,
                                config.ema.use_for_sampling, writes=world.is_main)
+        if preview and found is not None:
+            missing = partial(preview.is_missing, state.step)  # where a kill came between the checkpoint and it
+            if world.share(missing) if sharded else missing():
+                preview(state)
         validate = Validation(settings, batches, world) if settings.val_every_steps else None
         return Trainer(settings, config.seed, state, batches.iterate, world, run_dir, save, preview, validate, config.parallel).run()
 

@@ -13,6 +13,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.scripts import export, train_t2v
 from mmdit.training import checkpoint, runs
 from mmdit.training.media import save_video
+from mmdit.training.origin import check_origin, sum_of
 
 SPEC = LatentSpec(4)
 
@@ -208,3 +209,29 @@ def test_a_video_that_cannot_be_written_is_an_error_and_no_picture(tmp_path, mon
     with pytest.raises(OSError, match="No space left.*c.mp4"):
         save_video(torch.rand(2, 3, 64, 64), tmp_path / "c.mp4", 8)
     assert not list(tmp_path.glob("c.*"))
+
+
+# ── what a resume reads again elsewhere ──────────────────────────────────────────────────────────
+def test_a_resume_refuses_frozen_weights_that_were_exchanged(shop, capsys):
+    model = torch.nn.Linear(3, 2)
+    states = [{"w": model.weight, "b": model.bias}]
+    before = {"source": "somewhere", "crc32": sum_of(states, ["a prompt"])}
+    meta = checkpoint.Meta(1, {}, SPEC, "abc", origin=before)
+    check_origin(meta, {"crc32": sum_of(states, ["a prompt"])}, "folder")
+    check_origin(checkpoint.Meta(1, {}, SPEC, "abc"), before, "folder")  # of an earlier version
+    with pytest.raises(ValueError, match="folder began from somewhere"):
+        check_origin(meta, {"crc32": sum_of(states, ["another"])}, "folder")
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="no longer the same"):
+        check_origin(meta, {"crc32": sum_of(states, ["a prompt"])}, "folder")
+
+
+def test_a_missing_last_preview_is_drawn_when_the_run_is_continued(shop):
+    words = ["train.sample_every_steps=3", "train.sample_num_images=1"]
+    run = shop.train("pictures_missing", *words)
+    grid = run / "samples/step_00000003/grid.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    train_t2v.main(shop.train_words("pictures_missing", *words, "--resume"))
+    assert grid.read_bytes() == before

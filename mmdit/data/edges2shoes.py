@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmdit.data.pictures import load_image
-from mmdit.files import write_aside
+from mmdit.files import file_aside, write_aside
 
 PHOTO_COLUMNS, CAPTION_COLUMNS = ("imageB", "image_b", "target", "image", "combined"), ("caption", "text", "prompt")
 
@@ -50,7 +50,8 @@ def unpack(source: Path, out_dir: Path, split: str, caption: str, max_samples: i
     for number, (data, own) in enumerate(tqdm(rows(chosen), desc=f"writing {out_dir}", total=max_samples, unit="image")):
         id = f"{split}_{number:06d}"
         try:
-            photo_of(data).save(out_dir / "images" / f"{id}.png")
+            with file_aside(out_dir / "images" / f"{id}.png") as file:
+                photo_of(data).save(file, format="PNG")
             row = {"id": id, "image_path": f"images/{id}.png", "caption": own or caption}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         except (OSError, TypeError, ValueError) as error:

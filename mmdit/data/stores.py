@@ -30,7 +30,7 @@ def memory_bytes() -> int:
     """Of the machine, or of the container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else ""
     return min(total, int(text)) if text.isdecimal() else total
 
 

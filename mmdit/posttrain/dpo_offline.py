@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdit.config import ConfigError
+from mmdit.files import clean, write_aside
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
+from mmdit.weights import tensor_pieces
 
 
 def dpo_offline(session: Session) -> bool:
@@ -97,8 +98,8 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
 def save_pairs(path: Path, pairs: dict[str, Tensor], writes: bool) -> None:
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in pairs.items()}, path.with_suffix(".writing"))
-        os.replace(path.with_suffix(".writing"), path)
+        clean(path.parent)
+        write_aside(path, tensor_pieces(pairs))
 
 
 def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:

@@ -313,7 +313,7 @@ class Session:
         """Call `body` (one epoch of `updates` updates, giving numbers to report) to `train.max_steps`, with evaluation, drift,
         checkpoints and stop rules between. True when it came to its end or a stop rule ended it; False: asked to stop."""
         state, train, config = self.state, self.train, self.config
-        self.log = MetricsLog(self.run_dir, state.step) if self.world.is_main else None
+        self.log = MetricsLog(self.run_dir, state.step or -1) if self.world.is_main else None
         if state.step == 0:
             self._report({"step": 0, "drift": 0.0, **self.judged()})
         ended = state.step >= train.max_steps

@@ -5,10 +5,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from mmdit.data.cache import open_cache
 from mmdit.data.statistics import latent_statistics
+from mmdit.files import write_aside
 from mmdit.scripts import friendly, run
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"# {stats['items']} items, {stats['values']} values a channel; "
               f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}")
         if args.save:
-            Path(args.save).write_text(json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
+            write_aside(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:
             print("# per-channel statistics are better: --save latent_stats.json\n"

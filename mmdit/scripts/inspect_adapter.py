@@ -16,6 +16,7 @@ from pathlib import Path
 from mmdit.adapter_report import changes, compare, is_ours
 from mmdit.diagnostics.adapters import format_budget, summarise
 from mmdit.diagnostics.attention import format_attention
+from mmdit.files import write_aside
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             print(format_attention(report["before"], report["after"]))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+            write_aside(args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
         total = report["budget"]["total"]
         found = {"max_ratio": total["ratio"], "max_layer_ratio": total["max_ratio"], "max_spectral_ratio": total["max_spectral_ratio"],
                  "max_logit": max((row["max_abs_logit"] for row in report.get("after", {}).values()), default=None)}

@@ -55,6 +55,7 @@ class Meta:
     spec: LatentSpec
     tokenizer: str  # fingerprint
     alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
+    origin: dict = field(default_factory=dict)  # `source` and `crc32` of what it reads elsewhere, see `training.origin`
 
     def to_json(self, files: dict[str, list[int]] | None = None) -> str:
         """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of the JSON."""
@@ -72,7 +73,7 @@ class Meta:
             raw = json.loads(text)
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
-            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer", "alphas") if name in raw})
+            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer", "alphas", "origin") if name in raw})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is not a checkpoint of this project: {str(error)[:1000]}") from None
 
@@ -284,6 +285,11 @@ class Weights:
     source: Path
 
 
+def newest(path: Path) -> Path | None:
+    """Return what `load_weights` would read: a file, a checkpoint folder, or the newest checkpoint of a run folder."""
+    return path if path.is_file() or (path / META).is_file() else latest(path, WEIGHTS)
+
+
 def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With `use_ema` the averaged
     parameters replace the raw ones where the checkpoint has them and `ema.start_step` is past."""
@@ -306,7 +312,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
             for name, tensor in stored.items()
         }
         return Weights(Meta.from_json(text, str(path)), tensors, path)
-    folder = path if (path / META).is_file() else latest(path, WEIGHTS)
+    folder = newest(path)
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None:

@@ -50,6 +50,17 @@ class Previews:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
 
+    def is_missing(self, step: int) -> bool:
+        """Whether a preview was due at this step and is not there."""
+        config = self.config
+        folder, failed = self._folder(step), self.run_dir / "failures" / f"preview_{step:08d}_0.json"
+        due = step > 0 and (step % config.sample_every_steps == 0 or step == config.max_steps)
+        there = (folder / "grid.png").exists() and (self.frames == 1 or any(folder.glob("video.*")))
+        return due and not failed.exists() and not there
+
+    def _folder(self, step: int) -> Path:
+        return self.run_dir / "samples" / f"step_{step:08d}"
+
     def _write(self, step: int) -> None:
         prompts = self.config.sample_prompts
         count = min(
@@ -59,7 +70,7 @@ class Previews:
         pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
         if not self.writes:
             return
-        folder = self.run_dir / "samples" / f"step_{step:08d}"
+        folder = self._folder(step)
         columns = 1 if self.frames > 1 else 8
         save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")
         if self.frames > 1:

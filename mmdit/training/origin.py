@@ -1,0 +1,47 @@
+"""What a resume reads again outside its run: frozen weights, the model that post-training began
+from, prompts. A sum of them stands in each checkpoint, and another one is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mmdit.files import Sum
+from mmdit.training.checkpoint import Meta
+from mmdit.training.learner import Learner
+from mmdit.training.stored import whole
+from mmdit.weights import bytes_of
+
+
+def sum_of(states: Iterable[Mapping[str, Tensor]], *texts: object) -> int:
+    """Return the CRC-32 of the names and numbers of `states`, and of plain values as JSON."""
+    total = Sum()
+    for state in states:
+        for name in sorted(state):
+            total.add(name.encode())
+            total.add(bytes_of(whole(state[name].detach())))
+    total.add(json.dumps(texts).encode())
+    return total.crc
+
+
+def frozen_elsewhere(learner: Learner) -> dict[str, Tensor]:
+    """Return the weights of a learner that no checkpoint holds, because they never change."""
+    state = learner.state_dict()
+    return {name: value for name, value in state.items() if not learner.is_stored(name)}
+
+
+def check_origin(meta: Meta, origin: dict, folder: Path) -> None:
+    """ValueError if a run would go on with other foreign weights than it began with. Checkpoints of
+    earlier versions say nothing of them."""
+    before, now = meta.origin.get("crc32"), origin.get("crc32")
+    if before is None or before == now:
+        return
+    source = meta.origin.get("source") or "frozen weights that it reads from elsewhere"
+    raise ValueError(
+        f"{folder} began from {source}, and what is read from there is no longer the same (check sum "
+        f"{before}, now {now}): a model, frozen weights or prompts were replaced, or the checkpoint "
+        "is gone. Put them back, or start a new run"
+    )

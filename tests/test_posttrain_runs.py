@@ -1,0 +1,50 @@
+"""Run folders of post-training: one process at a time, one reference for good, one record a step."""
+
+import json
+import shutil
+
+import pytest
+from test_posttrain_loops import SECTION
+from tiny import Workshop, refused
+
+from mmdit.scripts import posttrain
+from mmdit.training import checkpoint, runs
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("posttrain_runs"))
+    base = shop.train("base")
+    shop.section = shop.folder / "post.yaml"
+    text = shop.config.read_text(encoding="utf-8").replace("train:", f"train:\n  init_from: {base}", 1)
+    shop.section.write_text(text + SECTION, encoding="utf-8")
+    return shop
+
+
+def command(shop, name: str, *words: str) -> list[str]:
+    return ["--config", str(shop.section), "--device", "cpu", f"experiment_name={name}", "train.max_steps=2", *words]
+
+
+def test_the_reference_stays_though_its_run_trains_on(shop, capsys):
+    assert posttrain.main(command(shop, "whole", "train.max_steps=4", "train.save_every_steps=4")) == 0
+    assert posttrain.main(command(shop, "stopped")) == 0
+    begun = checkpoint.latest(shop.folder / "runs/base")
+    shop.train("base", "--resume", "train.max_steps=5", "train.keep_last=0")
+    assert posttrain.main(command(shop, "stopped", "--resume", "train.max_steps=4")) == 0
+    assert f"starting from {begun}" in capsys.readouterr().out
+    a, b = (checkpoint.latest(shop.folder / "runs" / name) / "model.safetensors" for name in ("whole", "stopped"))
+    assert a.read_bytes() == b.read_bytes()
+    shutil.rmtree(begun)
+    words = command(shop, "stopped", "--resume", "train.max_steps=5")
+    refused(capsys, posttrain.main, words, "began from", "no longer the same", begun.name)
+
+
+def test_a_start_anew_reports_the_first_step_once_and_two_at_once_are_refused(shop, capsys):
+    run = shop.folder / "runs/anew"
+    posttrain.main(command(shop, "anew"))
+    shutil.rmtree(run / "checkpoints")  # as if it was killed before the first one
+    with runs.hold(run):
+        refused(capsys, posttrain.main, command(shop, "anew"), "another process is training in")
+    posttrain.main(command(shop, "anew"))
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -210,10 +211,29 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def merge(model: nn.Module) -> nn.Module:
     """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to rounding. Whole differences
-    are in the weights for good."""
-    _replace(model, {module: module.merged() for module in adapters(model).values()})
+    are in the weights for good.
+
+    The sum is made in float32 and rounded once. Of a small update bfloat16 then keeps less than all: 99 % where ‖ΔW‖/‖W‖ is 0.5 %,
+    81 % at 0.2 %, 29 % at 0.05 %, which a warning says. Applied beside the weight it loses as much in the sum of bfloat16 outputs, and
+    rounding at random would keep the mean at 1.4 times the error."""
+    wanted, kept, size, replacements = 0.0, 0.0, 0.0, {}
+    for module in adapters(model).values():
+        linear = replacements[module] = module.merged()
+        if linear.weight.is_floating_point() and linear.weight.dtype.itemsize < 4 and not linear.weight.is_meta:
+            before = module.weight.detach().to(module.precise)
+            change = module.merged_weight().detach() - before
+            wanted += change.square().sum().item()
+            kept += (change * (linear.weight.detach() - before)).sum().item()
+            size += before.square().sum().item()
+    if wanted and kept < KEPT * wanted:
+        warnings.warn(f"the adapters move the weights by {math.sqrt(wanted / size):.2%}, and their type keeps {kept / wanted:.0%} of that; "
+                      "merge into float32 (model.dtype=float32) for all of it", stacklevel=2)  # fmt: skip
+    _replace(model, replacements)
     model.__dict__.pop(DIFFERENCES, None)
     return model
+
+
+KEPT = 0.9  # of an update, below which `merge` warns
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -64,10 +64,14 @@ class LatentSpec:
                              f"and {below + self.temporal}")
         return 1 + (count - 1) // self.temporal
 
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Pixels `(width, height)` to latent cells `(rows, columns)`."""
-        if width % self.spatial or height % self.spatial:
-            raise ValueError(f"size {width}x{height} is not a multiple of {self.spatial}, the tokenizer's downsampling")
+    def grid(self, width: int, height: int, patch: int = 1) -> tuple[int, int]:
+        """Pixels `(width, height)` to latent cells `(rows, columns)`, of which a network takes `patch` by `patch` at a time.
+        ValueError with the nearest size that can be."""
+        cell = self.spatial * patch
+        if width % cell or height % cell:
+            near = [max(cell, round(side / cell) * cell) for side in (width, height)]
+            why = "the tokenizer's downsampling" if patch == 1 else f"the tokenizer's {self.spatial} times the model's patches of {patch}"
+            raise ValueError(f"size {width}x{height} is not a multiple of {cell}, {why}; the nearest is {near[0]}x{near[1]}")
         return height // self.spatial, width // self.spatial
 
 

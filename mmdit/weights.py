@@ -140,6 +140,17 @@ def _shards(index: Path) -> dict[str, str]:
     return found
 
 
+def is_wan_release(path: Path) -> bool:
+    """Return whether `path` is the folder of a Wan release, official or of Diffusers, whole or not."""
+    marks = ("model_index.json", "high_noise_model", "low_noise_model", "transformer", "transformer_2")
+    if any((path / mark).exists() for mark in marks) or any(path.glob("Wan2.*_VAE.pth")):
+        return True
+    try:
+        return read_json(path / "config.json", "config").get("_class_name") == "WanModel"
+    except ValueError:
+        return False
+
+
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it holds anything else."""
     try:

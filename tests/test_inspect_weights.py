@@ -8,9 +8,13 @@ from safetensors.torch import save_file
 from test_wan import GOLDEN, TINY, VARIANTS, random_model
 from test_wan_files import hollow_release
 
+from mmdit.adapters import LoRAConfig, adapters, inject, lora_state
+from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import save_dit
+from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig
 from mmdit.scripts import inspect_weights
+from mmdit.training import checkpoint
 from mmdit.weights import Checkpoint
 
 
@@ -71,3 +75,29 @@ def test_our_own_files_and_what_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         inspect_weights.main([str(tmp_path / "x.safetensors")])
     assert caught.value.code and "cannot be read" in (capsys.readouterr().err + str(caught.value))
+
+
+def test_checkpoints_runs_and_what_lies_beside_adapters(tmp_path, capsys):
+    """A run is its latest checkpoint, file by file; a base with adapters is both; differences alone are no adapter."""
+    run = tmp_path / "runs/r"
+    torch.manual_seed(0)
+    model = build_model(VideoMMDiTConfig(dim=16, depth=1, num_heads=2), 3, 5)
+    inject(model, LoRAConfig(enabled=True, rank=2))
+    for step in (1, 2):
+        files = {"model": {f"model.{name}": value for name, value in model.state_dict().items()}, "lora": lora_state(model)}
+        checkpoint.save(run, checkpoint.Meta(step, {}, LatentSpec(3), "x"), files, 0)
+    for path, step in ((run, 2), (run / "checkpoints/step_00000001", 1)):
+        report = told(capsys, path)
+        assert report["kind"] == f"checkpoint of step {step}"
+        kinds = {name: part["kind"] for name, part in report["parts"].items()}
+        assert kinds == {"lora": "LoRA", "model": "mmdit model with LoRA"}
+        assert report["parts"]["lora"]["ranks"] == {"2": len(adapters(model))}
+        inspect_weights.main([str(path)])
+        assert "mmdit model with LoRA" in (text := capsys.readouterr().out) and f"step {step}" in text
+    (tmp_path / "none/checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        inspect_weights.main([str(tmp_path / "none")])
+    assert "run without a whole checkpoint" in capsys.readouterr().err
+    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(4), "diffusion_model.head.head.diff_b": torch.ones(2)}, tmp_path / "d.safetensors")
+    report = told(capsys, tmp_path / "d.safetensors")
+    assert (report["kind"], report["layers"], report["prefix"]) == ("whole differences", 2, "diffusion_model.")

@@ -26,6 +26,7 @@ from mmdit.interop import wan_release
 from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, release_config
+from mmdit.models.wan import WanDiT
 from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, inspect_adapter, sample, train_t2v
 from mmdit.text_encoders import build_text_encoder
@@ -360,6 +361,22 @@ def test_a_run_on_float8_leaves_merged_in_the_type_asked_for(shop, tmp_path):
     assert moved == list(adapters(model))
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "l.safetensors"), "--lora", "comfy", "--dtype", "bf16"]) == 0
     assert {tensor.dtype for tensor in load_file(tmp_path / "l.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_a_release_lacks_and_the_sizes_it_can_draw_are_told(shop, tmp_path, capsys):
+    draw = ["--device", "cpu", "--out", tmp_path / "out", "--prompts", "a"]
+    refused(capsys, sample.main, ["--checkpoint", shop.release, "--width", "72", "--height", "40", *draw],
+            "72x40 is not a multiple of 16", "the tokenizer's 8 times the model's patches of 2", "the nearest is 64x32")  # fmt: skip
+    with pytest.raises(ValueError, match="1280x720 is not a multiple of 32, .*the nearest is 1280x704"):
+        LatentSpec(48, 16).grid(1280, 720, WanDiT.patch)
+    for name, words in (("models_t5_umt5-xxl-enc-bf16.pth", ("lacks its text encoder", "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder.name_or_path")),
+                        ("Wan2.1_VAE.pth", ("without its VAE", "Wan2.1_VAE.pth", "vae/"))):  # fmt: skip
+        shutil.copytree(shop.release, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        message = refused(capsys, sample.main, ["--checkpoint", tmp_path / name, *draw], str(tmp_path / name), *words)
+        assert message.strip().count("\n") == 0
+    with pytest.raises(ValueError, match="lacks its VAE, Wan2.1_VAE.pth"):
+        build_tokenizer(load_experiment_config(shop.config, [f"tokenizer.name_or_path={tmp_path}/Wan2.1_VAE.pth"]).tokenizer)
 
 
 def test_captions_are_cached_by_their_command(shop, capsys):

@@ -45,16 +45,18 @@ def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
 
 def _kind(entries: dict) -> dict:
     """What the names and shapes make."""
-    ends = {name: max((end for end in PARTS if name.endswith(end)), key=len, default="") for name in entries}
-    adapter = {name: (name.removesuffix(end), PARTS[end]) for name, end in ends.items() if is_adapter("." + PARTS.get(end, ""))}
-    if adapter:
-        prefix = common_prefix(adapter)
-        parts = {part for _, part in adapter.values()}
-        kind = "LoKr" if any(part.startswith("lokr") for part in parts) else "DoRA" if "lora_magnitude" in parts else "LoRA"
-        ranks = Counter(entries[name].shape[0] for name, (_, part) in adapter.items() if part in ("lora_A", "lokr_w2_b"))
-        return {"kind": kind, "prefix": prefix, "layers": len({layer for layer, _ in adapter.values()}),
-                "ranks": {str(r): n for r, n in sorted(ranks.items())},
-                "alphas": sum(name.endswith(".alpha") for name in entries)}  # fmt: skip
+    parts = {}  # of adapters, and of whole parameters beside them: layer and what of it
+    for name in entries:
+        if end := max((end for end in PARTS if name.endswith(end)), key=len, default=""):
+            parts[name] = name.removesuffix(end), PARTS[end]
+    adapter = {name: own for name, own in parts.items() if is_adapter("." + own[1])}
+    base = {name: entry for name, entry in entries.items() if name not in parts}
+    if parts and not (base and not adapter):
+        found = _adapter_kind(entries, adapter or parts)
+        if not base:
+            return found
+        below = _kind(base)
+        return {**found, **below, "kind": f"{below['kind']} with {found['kind']}"}
     names, layout, prefix = official_names(list(entries))
     try:
         config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
@@ -70,11 +72,30 @@ def _kind(entries: dict) -> dict:
     return {"kind": "Wan transformer", "variant": config.variant, "layout": layout, "prefix": prefix, **blocks}
 
 
+def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
+    """What the tensors of adapters make."""
+    kinds = {part for _, part in parts.values()}
+    kind = "DoRA" if "lora_magnitude" in kinds else "LoRA"
+    if any(part.startswith("lokr") for part in kinds):
+        kind = "LoKr"
+    if not any(is_adapter("." + part) for part in kinds):
+        kind = "whole differences"
+    ranks = Counter(entries[name].shape[0] for name, (_, part) in parts.items() if part in ("lora_A", "lokr_w2_b"))
+    return {
+        "kind": kind, "prefix": common_prefix(parts), "layers": len({layer for layer, _ in parts.values()}),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "alphas": sum(name.endswith(".alpha") for name in entries),
+    }  # fmt: skip
+
+
 def format_inspection(report: dict) -> str:
     """A report as text."""
     if "experts" in report:
         return "\n\n".join(f"{name}-noise expert\n{format_inspection(part)}" for name, part in report["experts"].items())
-    facts = [f"{key} {report[key]}" for key in ("variant", "layout", "layers", "ranks", "alphas") if key in report]
+    if "parts" in report:
+        texts = (f"{shown(name)}\n{format_inspection(part)}" for name, part in report["parts"].items())
+        return "\n\n".join([f"{shown(report['path'])}: {report['kind']}", *texts])
+    facts = [f"{key} {report[key]}" for key in ("variant", "layout", "layers", "ranks", "alphas") if report.get(key)]
     facts += [f"prefix {report['prefix']!r}"] if report.get("prefix") else []
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
     lines = [f"{report['path']}: {', '.join([report['kind'], *facts])}",

@@ -8,7 +8,7 @@ from mmdit.foreign import read_json
 from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanModelConfig
-from mmdit.weights import Checkpoint
+from mmdit.weights import Checkpoint, is_wan_release
 
 MARKS = ("model_index.json", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 NEGATIVE_PROMPT = (  # what the official code takes for an empty one
@@ -62,6 +62,9 @@ def release_config(path: str | Path) -> dict | None:
     path = Path(path)
     release = _release(path)
     if release is None:
+        if is_wan_release(path):
+            raise ValueError(f"{path} is a Wan transformer without its VAE (Wan2.1_VAE.pth, TI2V-5B: Wan2.2_VAE.pth; of Diffusers: vae/ and "
+                             "model_index.json); to sample from it fetch the rest of its release")  # fmt: skip
         return None
     name, config, pair = release
     small = config.out_dim == 48

@@ -228,6 +228,7 @@ class WanDiT(nn.Module):
 
     exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
 
+    patch = PATCH[1]  # latent cells a side
     lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
     lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
 
@@ -306,7 +307,8 @@ class WanDiT(nn.Module):
     def _check(self, x: Tensor, inputs: Tensor, t: Tensor, text: Tensor, y: Tensor | None, clip: Tensor | None) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[-1] % PATCH[2] or x.shape[-2] % PATCH[1]:
-            raise ValueError(f"latents are {tuple(x.shape)}; must be (batch, channels, frames, height, width), those two even")
+            raise ValueError(f"latents are {tuple(x.shape)}; must be (batch, channels, frames, height, width), those two "
+                             "even: patches are 2 by 2")
         if inputs.shape[1] != config.in_dim:
             given = f"{x.shape[1]} channels" + ("" if y is None else f" and y of {y.shape[1]}")
             raise ValueError(f"latents have {given}, this model ({config.variant}) takes {config.in_dim}: an I2V model needs y "

@@ -2,14 +2,31 @@
 
     python -m mmdit.scripts.inspect_weights PATH [--expert high] [--json]
 
-PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours. Nothing is loaded.
+PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; of a run its latest checkpoint. Nothing is loaded.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 from mmdit.interop.inspection import format_inspection, inspect_weights
 from mmdit.scripts import friendly, run
+from mmdit.training.checkpoint import Meta, latest
+
+
+def inspect_checkpoint(path: str) -> dict | None:
+    """Return what each file of a checkpoint of ours is, of a run its latest; None: it is neither. ValueError: no checkpoint is
+    whole."""
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        if (found := latest(folder)) is None:
+            raise ValueError(f"{folder} is a run without a whole checkpoint")
+        folder = found
+    if not (folder / "checkpoint.json").is_file():
+        return None
+    step = Meta.read(folder).step
+    parts = {file.stem: inspect_weights(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {"kind": f"checkpoint of step {step}", "path": str(folder), "parts": parts}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        report = inspect_weights(args.path, args.expert)
+        report = inspect_checkpoint(args.path) or inspect_weights(args.path, args.expert)
         print(json.dumps(report, indent=1) if args.json else format_inspection(report))
     return 0
 

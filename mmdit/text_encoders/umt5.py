@@ -21,7 +21,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.huggingface import GROUP, LENGTH_STEP, HuggingFaceConfig, HuggingFaceEncoder, _reported
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
-from mmdit.weights import Checkpoint, fill
+from mmdit.weights import Checkpoint, fill, is_wan_release
 
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
@@ -149,6 +149,9 @@ class UMT5Encoder(HuggingFaceEncoder):
 
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _locate(path: Path) -> Path:
+    if is_wan_release(path) and not any((path / name).exists() for name in (OFFICIAL_FILE, "text_encoder")):
+        raise ValueError(f"{path} is a Wan release that lacks its text encoder, {OFFICIAL_FILE} (of Diffusers: text_encoder/); fetch it, or "
+                         "name it in text_encoder.name_or_path")  # fmt: skip
     return next((path / name for name in (OFFICIAL_FILE, "text_encoder") if (path / name).exists()), path)
 
 

@@ -20,7 +20,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
 from mmdit.tokenizers.with_picture import Picture
-from mmdit.weights import Checkpoint, fill
+from mmdit.weights import Checkpoint, fill, is_wan_release
 
 FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")  # in the root of an official release
 STATISTICS = {  # of the latents, by the number of channels: the released constants
@@ -146,6 +146,9 @@ def _locate(path: Path) -> Path:
     found = [path / name for name in FILES if (path / name).is_file()]
     if len(found) > 1:
         raise ValueError(f"{path} holds {' and '.join(FILES)}: name the file")
+    if not found and is_wan_release(path):
+        raise ValueError(f"{path} is a Wan release that lacks its VAE, {FILES[0]} (TI2V-5B: {FILES[1]}; of Diffusers: vae/); fetch it, or "
+                         "name it in tokenizer.name_or_path")  # fmt: skip
     return found[0] if found else path
 
 

@@ -115,7 +115,7 @@ class Pipeline:
         """Raise ValueError for a size or a sampler that cannot be drawn with, before anything
         is."""
         spec, objective, sampler = self.learner.spec, self.learner.objective, settings.sampler
-        spec.grid(width, height)
+        spec.grid(width, height, getattr(self.learner.model, "patch", 1))
         shift = sampler.shift * objective.clip_shift(spec.frames(frames))
         sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
 
@@ -156,7 +156,7 @@ class Pipeline:
         start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`: also
         the last."""
         learner, device = self.learner, self.device
-        rows, columns = learner.spec.grid(width, height)
+        rows, columns = learner.spec.grid(width, height, getattr(learner.model, "patch", 1))
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
         noise = draws.normal("sample", learner.spec.frames(frames), rows, columns, learner.spec.channels)
         modules = [learner] if self.low is None else [learner, self.low]

@@ -112,7 +112,15 @@ def test_a_config_that_is_none_and_one_that_is_missing(tmp_path):
         read_lora(base(), tmp_path / "adapter_model.safetensors")
     for text in ("[", "[1]", "[" * 100_000):
         (tmp_path / "adapter_config.json").write_text(text)
-        refused("adapter_config.json", "no config", call=lambda: read_lora(base(), tmp_path))
+        refused("adapter_config.json", "config of an adapter", call=lambda: read_lora(base(), tmp_path))
+
+
+def test_a_header_that_is_no_config(tmp_path):
+    file = tmp_path / "x.safetensors"
+    tensors = load_file(RECORDED / "lycoris_plain" / "lycoris.safetensors")
+    for text in ("[", "[1]", "[" * 100_000):
+        save_file(tensors, file, {"lora_adapter_metadata": text})
+        refused(str(file), "no config of an adapter", call=lambda: read_lora(base(), file))
 
 
 # ── what we write ────────────────────────────────────────────────────────────────────────────────────────────────────

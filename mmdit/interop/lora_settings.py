@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from mmdit.foreign import read_json
 from mmdit.weights import Checkpoint
 
 HEADER = "lora_adapter_metadata"  # of Diffusers
@@ -147,22 +148,28 @@ def settings_of(stored: Checkpoint, expert: str | None) -> Settings:
     peft = file.stem == "adapter_model" or any(
         name.startswith("base_model.model.") for name in stored.entries
     )
-    source, text = str(beside), None
-    try:
-        if peft and beside.is_file():
-            text = beside.read_text(encoding="utf-8")
-        elif file.suffix == ".safetensors":
-            source = f"{file}, {HEADER} in its header"
-            with safe_open(file, "pt") as handle:
-                text = (handle.metadata() or {}).get(HEADER)
-        values = json.loads(text) if text else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: no config of an adapter: {str(error)[:200]}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: no config of an adapter: it is a {type(values).__name__}")
+    if peft and beside.is_file():
+        source, values = str(beside), read_json(beside, "config of an adapter")
+    else:
+        source = f"{file}, {HEADER} in its header"
+        values = _in_header(file, source)
     settings = Settings(source, _of_expert(values, expert))
     settings.check()
     return settings
+
+
+def _in_header(file: Path, source: str) -> dict:
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as handle:
+        text = (handle.metadata() or {}).get(HEADER)
+    try:
+        values = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is no config of an adapter: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} is no config of an adapter: it is a {type(values).__name__}")
+    return values
 
 
 def _of_expert(values: dict, expert: str | None) -> dict:

@@ -5,12 +5,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_pictures import GOLDEN, looked, near
 from test_sources import write_video
 
 from mmdit.data import videos
 from mmdit.data.videos import probe, read_video
+from mmdit.training.media import read_back, save_video
 
 av = pytest.importorskip("av")
 BROWN = (200, 60, 30)
@@ -54,6 +56,17 @@ def test_video_that_says_nothing_of_its_colours_is_bt709_if_it_is_hd(tmp_path, s
 def test_what_a_video_says_of_its_colours_counts_whatever_its_size(tmp_path, space, equations, size):
     path = write_frames(tmp_path / "a.mkv", [plain(size)], "ffv1", "yuv444p", equations, {"colorspace": space})
     assert near(first(path).getpixel((20, 20)), BROWN, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
+def test_a_sample_that_is_written_as_a_video_has_its_colours_when_it_is_read(tmp_path, size):
+    clip = torch.from_numpy(plain(size)).movedim(-1, 0)[None].expand(2, -1, -1, -1) / 255
+    path = save_video(clip, tmp_path / "a.mp4", 10)
+    assert near(first(path).getpixel((20, 20)), BROWN, 3)
+    assert near(read_back(path)[0, :, 20, 20].tolist(), BROWN, 3)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc) == (1, 1, 1)
 
 
 def test_full_range_and_ten_bits(tmp_path):
@@ -142,14 +155,23 @@ def test_a_list_of_other_files_or_addresses_is_no_video(tmp_path, text):
 
 
 def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mkv", np.arange(3) / 30)
-    stretched = write_video(tmp_path / "b.mkv", np.arange(3) / 30, ratio=Fraction(17, 1))
-    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 64 * 48 - 1)
-    with pytest.raises(ValueError, match="too large: frames of 64x48 are more than"):
-        probe(path)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="too large|times as wide as high"):
-        probe(stretched)
+    paths = []
+    for number, ratio in enumerate((1, Fraction(3, 2), 17)):
+        path = tmp_path / f"{number}.mkv"
+        paths.append(write_video(path, np.arange(3) / 30, (320, 240), ratio=Fraction(ratio)))
+    with pytest.raises(ValueError, match="its pixels are 17 times as wide as high"):
+        probe(paths[2])
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 320 * 240)
+    assert probe(paths[0]).width == 320 and len(list(read_video(paths[0], 30))) == 3
+    with pytest.raises(ValueError, match="too large: frames of 480x240 are more than"):
+        probe(paths[1])
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 320 * 240 / 4)
+    with pytest.raises(ValueError, match="too large: frames of 320x240 are more than"):
+        probe(paths[0])
+    monkeypatch.setattr(videos, "_check_size", lambda width, height: None)
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 320 * 240 // 4)
+    with pytest.raises(ValueError, match="unreadable video"):  # the file states less than its frames have
+        list(read_video(paths[0], 30))
 
 
 # ── animated pictures ────────────────────────────────────────────────────────────────────────────────────────────────

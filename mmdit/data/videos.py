@@ -81,8 +81,8 @@ def _opened(path: str | Path):
             if not container.streams.video:
                 raise ValueError("no video in the file")
             stream = container.streams.video[0]
-            _check_size(stream.codec_context.width, stream.codec_context.height)
-            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
+            # frames may be larger than the file states; FFmpeg counts what it pads them with, too
+            stream.codec_context.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
             yield container, stream
     except FileNotFoundError:
         raise

@@ -119,9 +119,13 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
             stream = container.add_stream("libx264", rate=fps)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
             stream.options = {"crf": "12"}
+            colours = stream.codec_context  # BT.709, and said: else players guess by the size
+            colours.colorspace = colours.color_primaries = colours.color_trc = 1
             for frame in frames:
                 array = frame.permute(1, 2, 0).contiguous().numpy()
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(array, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+                container.mux(stream.encode(picture))
             container.mux(stream.encode())
     return path
 

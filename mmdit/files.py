@@ -252,10 +252,11 @@ def _unlock(file: IO) -> None:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-# ── reading what others wrote ────────────────────────────────────────────────────────────────────────────────────────
+# ── reading what others wrote ─────────────────────────────────────────────────────────────────────
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file of others for reading. ValueError if something else is there, OSError if it cannot be opened: a named pipe
-    among pictures would be waited for without end, a device read without end."""
+    """Open a regular file of others for reading. ValueError if something else is there, OSError if
+    it cannot be opened: a named pipe among pictures would be waited for without end, a device read
+    without end."""
     _check_regular(os.stat(path))  # before it is opened: opening a device may already do something
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

@@ -22,7 +22,7 @@ from mmdit.data.look import look_at, look_text, totals
 from mmdit.data.manifest import CacheManifest
 from mmdit.data.pictures import load_image, shown_size
 from mmdit.data.records import Record, read_records
-from mmdit.data.sources import read_captions
+from mmdit.data.sources import prepare_folder, read_captions
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/pictures"
@@ -57,7 +57,7 @@ def looked(path, kind="image"):
     return row[0]
 
 
-# ── colours ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── colours ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_colour_profile_is_followed_in_every_kind_of_picture(tmp_path, name):
     assert near(colour(GOLDEN / f"{name}.png"), SHOWN[name]) and load_image(GOLDEN / f"{name}.png").info["notes"] == ("profile",)
@@ -130,7 +130,7 @@ def test_packed_text_and_profiles_above_a_megabyte_are_no_reason_to_leave_a_pict
     assert near(colour(with_chunks(tmp_path / "a.png", [(b"iCCP", b"name\0\0" + padded)])), SHOWN["display_p3"])
 
 
-# ── depth and size ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── depth and size ────────────────────────────────────────────────────────────────────────────────
 def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
     """65,535 is white and 257 steps are one: dividing by 256 would make 51,400 (a share of 200 of 255) 201."""
     values = np.arange(256, dtype=np.uint16)[None] * 257
@@ -178,7 +178,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
         load_image(tmp_path / "a.png")
 
 
-# ── orientation ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── orientation ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_set_upright(tmp_path, suffix, orientation):
@@ -201,7 +201,7 @@ def test_every_orientation_is_set_upright(tmp_path, suffix, orientation):
     assert len(along_rows) == 48  # rows of what is stored are columns of what is shown from 5 on
 
 
-# ── what is not opened ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is not opened ────────────────────────────────────────────────────────────────────────────
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 
@@ -271,6 +271,13 @@ def test_what_is_no_picture_of_the_list_is_named(tmp_path, start, kind):
     assert kind in str(refused.value)
 
 
+def test_pictures_of_other_formats_in_a_folder_are_told(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("b.HEIC", "c.jxl", "d.pdf"):
+        (tmp_path / name).touch()
+    assert ".heic, .jxl: pictures that are not read; convert them" in prepare_folder(tmp_path).text()
+
+
 def test_files_that_hold_several_pictures_give_the_first(tmp_path):
     for name, kind in (("a.jpg", "MPO"), ("a.tif", "TIFF")):  # MPO: of phones
         red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
@@ -291,7 +298,7 @@ def test_damage_is_an_error_and_broken_metadata_is_none(tmp_path):
     assert load_image(tmp_path / "exif.jpg").size == (64, 64)
 
 
-# ── folders of frames, and what is told ──────────────────────────────────────────────────────────────────────────────
+# ── folders of frames, and what is told ───────────────────────────────────────────────────────────
 def test_a_frame_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "clip").mkdir()
     for i in range(6):

@@ -43,7 +43,7 @@ def first(path):
     return next(read_video(path, probe(path).fps or 10))
 
 
-# ── colours ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── colours ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("size, equations", [((1280, 720), "ITU709"), ((1280, 536), "ITU709"), ((720, 480), "ITU601"), ((63, 47), "ITU601")])
 def test_video_that_says_nothing_of_its_colours_is_bt709_if_it_is_hd(tmp_path, size, equations):
     image = first(write_frames(tmp_path / "a.mp4", [plain(size)], equations=equations, layout="yuv444p", codec="ffv1")
@@ -105,7 +105,7 @@ def test_transparency_is_laid_on_white_as_of_pictures(tmp_path):
     assert image.getpixel((9, 9)) == BROWN and image.getpixel((60, 9)) == (255, 255, 255)
 
 
-# ── position ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── position ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("a, b, c, d, corner", [
     (1, 0, 0, 1, "top left"), (-1, 0, 0, 1, "top right"), (1, 0, 0, -1, "bottom left"), (-1, 0, 0, -1, "bottom right"),
     (0, 1, 1, 0, "top left"), (0, 1, -1, 0, "top right"), (0, -1, 1, 0, "bottom left"), (0, -1, -1, 0, "bottom right"),
@@ -144,7 +144,7 @@ def test_interlaced_video_is_told(tmp_path):
     assert first(path).info["notes"] == ("interlaced",)
 
 
-# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {other}\n",
                                   "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"])  # fmt: skip
 def test_a_list_of_other_files_or_addresses_is_no_video(tmp_path, text):
@@ -174,7 +174,7 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
         list(read_video(paths[0], 30))
 
 
-# ── animated pictures ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── animated pictures ─────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
 def test_an_animated_picture_is_a_clip(tmp_path, suffix):
     """Frames of 50, 50, 200, 50 and 50 ms: at ten a second the second is passed over, the third is shown twice."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdit.data import moving_shapes
 from mmdit.data.frames import load_first_frame
+from mmdit.data.pictures import SUFFIXES
 from mmdit.rng import key
 from mmdit.scripts import run
 from mmdit.training.distributed import choose_device
@@ -28,7 +29,6 @@ from vtp.pixels import denormalize, normalize
 SIZES = ((64, 64), (128, 128), (256, 256), (448, 256))  # width, height
 ORACLE_SIZES, CLIP_FRAMES = (64, 128), 8
 CHUNK_PIXELS = 1 << 23
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def psnr(predicted: Tensor, target: Tensor) -> Tensor:
@@ -77,11 +77,11 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
 
 
 def folder_pictures(folder: Path, side: int = 256) -> Iterator[Tensor]:
-    """`(1, 3, side, side)` of every readable picture under `folder`: cut to a square from its middle.
-    An unreadable one is reported and skipped; ValueError when there is none at all."""
+    """`(1, 3, side, side)` of every readable picture under `folder`: cut to a square from its
+    middle. An unreadable one is reported and skipped; ValueError when there is none at all."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"--images {folder} holds no picture ({', '.join(SUFFIXES)})")
+        raise ValueError(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     for file in files:
         try:
             yield load_first_frame(file, (side, side))[None]

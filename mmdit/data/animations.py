@@ -1,4 +1,5 @@
-"""Animated pictures (GIF, WebP, PNG, AVIF) as clips, read by Pillow: when each frame is shown, and the frames as displayed."""
+"""Animated pictures (GIF, WebP, PNG, AVIF) as clips, read by Pillow: when each frame is shown, and
+the frames as displayed."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ SHORTEST = 10  # milliseconds: what is shown for no longer than that, players sh
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether a file begins as pictures do. OSError or ValueError where it cannot be opened."""
+    """Return whether a file begins as pictures do. OSError or ValueError where it cannot be
+    opened."""
     with open_regular(path) as file:
         head = file.read(12)
     return head.startswith(STARTS) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
 
 
 def times_of(path: str | Path) -> tuple[tuple[int, int], list[int]]:
-    """Size as stored, and milliseconds from the start at which each frame appears. Every frame is decoded for it: damage is found."""
+    """Return the size as stored, and the milliseconds from the start at which each frame appears.
+    Every frame is decoded for it: damage is found."""
     times, now = [], 0
     with open_picture(path) as image:
         for number in _frames(image):
@@ -36,14 +39,14 @@ def times_of(path: str | Path) -> tuple[tuple[int, int], list[int]]:
 
 
 def frames_of(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
-    """The frames with these numbers, ascending, some perhaps several times, as `load_image` gives them."""
+    """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
+    gives them."""
     with open_picture(path) as image:
         shown, shown_number = None, -1
         first = _frames(image).start
         for number in wanted:
-            for passed in range(
-                shown_number + 1, number + 1
-            ):  # one after the other: each is drawn over the one before
+            # one after the other: each is drawn over the one before
+            for passed in range(shown_number + 1, number + 1):
                 image.seek(first + passed)
                 image.load()
             if shown is None or number != shown_number:
@@ -52,8 +55,8 @@ def frames_of(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
 
 
 def _frames(image: Image.Image) -> range:
-    """Numbers of the frames that are shown. The other pictures of TIFF and MPO are no frames; a PNG may begin with a still for
-    programs that know no animation."""
+    """Return the numbers of the frames that are shown. The other pictures of TIFF and MPO are no
+    frames; a PNG may begin with a still for programs that know no animation."""
     if image.format in ("TIFF", "MPO"):
         return range(1)
     count = getattr(image, "n_frames", 1)

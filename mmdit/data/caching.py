@@ -73,7 +73,7 @@ class CacheReport:
     same_crops: int = 0  # crops that would have repeated an earlier one of their picture
     empty_captions: int = 0
     animated: int = 0  # items from an animated picture
-    notes: Counter = field(default_factory=Counter)  # items by what there is to say of their decoding, see `colours.NOTES`
+    notes: Counter = field(default_factory=Counter)  # items by key of `colours.NOTES`
     older: str = ""  # what to say of a cache that was begun with another version of decoding
     skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
     sizes: dict[str, int] = field(default_factory=dict)  # items in the cache by size (when one process makes it)
@@ -90,7 +90,8 @@ class CacheReport:
         if self.same_crops:
             lines.append(f"{self.same_crops} crops not written: without an overhang they would repeat another crop")
         if self.animated:
-            lines.append(f"{self.animated} items from animated pictures: their first frame is used (as video_path they are clips)")
+            lines.append(f"{self.animated} items from animated pictures: their first frame is used "
+                         "(named as video_path, they are clips)")  # fmt: skip
         lines += [f"{count} items {NOTES[note]}" for note, count in self.notes.items()]
         lines += [self.older] if self.older else []
         if self.old_stamps:

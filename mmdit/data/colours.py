@@ -1,8 +1,9 @@
-"""Colours of pictures and videos as sRGB: ICC profiles, other primaries and curves, and HDR brought to the range of SDR.
+"""Colours of pictures and videos as sRGB: ICC profiles, other primaries and curves, and HDR brought
+to the range of SDR.
 
-HDR is brought down as ITU-R BT.2390 (EETF) says, on the largest of red, green and blue, so that hues stay: light up to half of
-diffuse white (203 cd/m² by BT.2408) is unchanged, a highlight of 1,000 cd/m² becomes white. Diffuse white itself comes out at 229.
-"""
+HDR is brought down as ITU-R BT.2390 (EETF) says, on the largest of red, green and blue, so that
+hues stay: light up to half of diffuse white (203 cd/m² by BT.2408) is unchanged, a highlight of
+1,000 cd/m² becomes white. Diffuse white itself comes out at 229."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from PIL import Image, ImageCms
 
 NOTES = {  # what a person should know of how an item was decoded: "3 items …"
     "profile": "had other colours than sRGB (a profile, primaries or a gamma): converted to sRGB",
-    "profile ignored": "have a colour profile that is broken or of another kind of picture: it is not used",
+    "profile ignored": "have a colour profile that is broken or of another kind of picture: it is "
+    "not used",
     "hdr": "are HDR (HLG or PQ): tone-mapped to SDR",
-    "interlaced": "are interlaced, which shows as combs where something moves: deinterlace them first (ffmpeg -vf bwdif)",
+    "interlaced": "are interlaced, which shows as combs where something moves: deinterlace them "
+    "first (ffmpeg -vf bwdif)",
     "alpha not read": "are WebM with transparency, which is not read: what lies under it is shown",
 }
 MAX_PROFILE = 1 << 24  # bytes; profiles of printers have up to 3 MB
@@ -35,7 +38,8 @@ BRADFORD = np.array(
 
 @dataclass(frozen=True)
 class Coding:
-    """How stored numbers stand for light where they are not sRGB's. `curve`: `srgb`, `pq`, `hlg`, or the exponent of a power."""
+    """Hold how stored numbers stand for light where they are not sRGB's. `curve`: `srgb`, `pq`,
+    `hlg`, or the exponent of a power."""
 
     gamut: Gamut = SRGB
     curve: str | float = "srgb"
@@ -46,17 +50,18 @@ class Coding:
 
 
 def coding_of(primaries: int, transfer: int) -> Coding | None:
-    """The coding that code points of ITU-T H.273 name (of video, PNG's cICP, AVIF's nclx); None where it is sRGB's, or as near
-    as players take it (BT.709, BT.601)."""
+    """Return the coding that code points of ITU-T H.273 name (of video, PNG's cICP, AVIF's nclx);
+    None where it is sRGB's, or as near as players take it (BT.709, BT.601)."""
     curve = {8: 1.0, 16: "pq", 18: "hlg"}.get(transfer, "srgb")
     unstated = BT2020 if curve in ("pq", "hlg") else SRGB
     gamut = {1: SRGB, 9: BT2020, 11: P3, 12: P3}.get(primaries, unstated)
     return None if (gamut, curve) == (SRGB, "srgb") else Coding(gamut, curve)
 
 
-# ── ICC profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ICC profiles ──────────────────────────────────────────────────────────────────────────────────
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """A picture of any mode without transparency as mode RGB in sRGB, and a key of NOTES, or "". A broken profile is left out."""
+    """Return a picture of any mode without transparency as mode RGB in sRGB, and a key of NOTES, or
+    "". A broken profile is left out."""
     if image.mode == "LAB":
         return _lab_to_srgb().apply(image), ""
     if image.mode not in ("L", "CMYK"):
@@ -68,7 +73,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
 
 
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The picture itself if it has this mode: Pillow would copy it."""
+    """Return the picture in this mode, itself if it has it: Pillow would copy it."""
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -83,7 +88,8 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """The way from a profile to sRGB; none where the profile is that of sRGB, or cannot be used."""
+    """Return the way from a profile to sRGB; none where the profile is that of sRGB, or cannot be
+    used."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = opened.profile.xcolor_space.strip()
@@ -107,9 +113,9 @@ def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | 
     return transform, "profile"
 
 
-# ── primaries and curves ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── primaries and curves ──────────────────────────────────────────────────────────────────────────
 def decoded(pixels: np.ndarray, coding: Coding) -> np.ndarray:
-    """uint8 or uint16 `(H, W, 3)` of this coding as sRGB, uint8."""
+    """Turn uint8 or uint16 `(H, W, 3)` of this coding into sRGB, uint8."""
     shown = np.empty(pixels.shape, np.uint8)
     light_of = _light(coding.curve, np.iinfo(pixels.dtype).max + 1)
     into_srgb = _between(coding.gamut)
@@ -129,7 +135,8 @@ def decoded(pixels: np.ndarray, coding: Coding) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _light(curve: str | float, levels: int) -> np.ndarray:
-    """Linear light of every stored number: 1 is white, of PQ diffuse white; of HLG the scene's, 1 its brightest."""
+    """Return the linear light of every stored number: 1 is white, of PQ diffuse white; of HLG the
+    scene's, 1 its brightest."""
     value = np.linspace(0, 1, levels)
     if curve == "srgb":
         light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
@@ -145,7 +152,7 @@ def _light(curve: str | float, levels: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _srgb_numbers() -> np.ndarray:
-    """uint8 of sRGB for 65,536 steps of linear light."""
+    """Return the uint8 of sRGB for 65,536 steps of linear light."""
     light = np.linspace(0, 1, 65536)
     value = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
     return (value * 255).round().astype(np.uint8)
@@ -153,7 +160,8 @@ def _srgb_numbers() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _tone_gains() -> tuple[np.ndarray, np.ndarray]:
-    """By what light is multiplied, for light from none to far above the peak (in units of diffuse white): BT.2390's EETF."""
+    """Return by what light is multiplied, for light from none to far above the peak (in units of
+    diffuse white): BT.2390's EETF."""
     light = np.linspace(0, (10_000 / WHITE_NITS) ** 0.5, 4096) ** 2
     source, target = _nits_to_pq(PEAK_NITS), _nits_to_pq(WHITE_NITS) / _nits_to_pq(PEAK_NITS)
     knee = 1.5 * target - 0.5
@@ -181,7 +189,8 @@ def _nits_to_pq(nits: np.ndarray | float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _between(gamut: Gamut) -> np.ndarray:
-    """`(3, 3)`: linear `rgb @ matrix` is the same colour in sRGB's primaries, its white shown as white (Bradford)."""
+    """Return `(3, 3)`: linear `rgb @ matrix` is the same colour in sRGB's primaries, its white
+    shown as white (Bradford)."""
     here, there = (BRADFORD @ _xyz(np.array(corner)) for corner in ((gamut[3]), (SRGB[3])))
     adapted = np.linalg.inv(BRADFORD) @ np.diag(there / here) @ BRADFORD
     return (np.linalg.inv(_to_xyz(SRGB)) @ adapted @ _to_xyz(gamut)).T.astype(np.float32)

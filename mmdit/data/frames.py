@@ -1,5 +1,6 @@
-"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here (a quarter of the traffic of
-floats from worker to device); `to_unit` makes the `[0, 1]` that every other part sees."""
+"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here
+(a quarter of the traffic of floats from worker to device); `to_unit` makes the `[0, 1]` that every
+other part sees."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class PreprocessConfig:
 
 
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
-    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]. ValueError names a file that cannot be used."""
+    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]. ValueError
+    names a file that cannot be used."""
     try:
         image = load_image(path)
     except ValueError as error:
@@ -98,7 +100,8 @@ def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
 
 
 def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
-    """(name, picture) of every frame of a folder, in order. ValueError names a frame that cannot be used; OSError: no folder."""
+    """Yield (name, picture) of every frame of a folder, in order. ValueError names a frame that
+    cannot be used; OSError: no folder."""
     for path in frames_in(folder):
         with naming(path):
             image = load_image(path)
@@ -107,23 +110,27 @@ def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error about this frame says which one it is of its folder."""
+    """Add to an error about this frame which one it is of its folder."""
     try:
         yield
     except OSError as error:
-        reason = "file not found" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        missing = isinstance(error, FileNotFoundError)
+        reason = "file not found" if missing else error.strerror or str(error)
         raise ValueError(f"{reason} (frame {path.name})") from None
     except ValueError as error:
         raise ValueError(f"{error} (frame {path.name})") from None
 
 
 def frames_in(folder: str | Path) -> list[Path]:
-    """As `list_frames`; ValueError if there is none, which says what there is."""
+    """Return `list_frames`; ValueError if there is none, which says what there is."""
     paths = list_frames(folder)
     if not paths:
-        others = Counter(os.path.splitext(name)[1].lower() for name in os.listdir(folder) if not name.startswith("."))
-        there = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(3))
-        raise ValueError(f"folder without pictures{': it holds ' + there + ', which are not read' if there else ''}")
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        others = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+        if not others:
+            raise ValueError("folder without pictures")
+        there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
+        raise ValueError(f"folder without pictures: it holds {there}, which are not read")
     return paths
 
 

@@ -52,7 +52,8 @@ class _Look(Dataset):
             "size": list(image.size), "bucket": list(target), "kept": round(kept, 4),
             "crops": [[round(side, 3) for side in box] for box in boxes.values()], "frames_used": used,
             "enlarged": target[0] > right - left + 0.5 or target[1] > bottom - top + 0.5,
-            "animated": image.info["animated"], "notes": list(image.info["notes"]), "empty_caption": not record.caption,
+            "animated": image.info["animated"], "notes": list(image.info["notes"]),
+            "empty_caption": not record.caption,
         }  # fmt: skip
 
     def open(self, record: Record) -> tuple[Image.Image, dict]:
@@ -121,7 +122,8 @@ def look_text(rows: list[dict], sums: dict) -> str:
         frames = f", {row['frames']} frames, {row['frames_used'] or 'too few'} for a sample" if row["frames"] > 1 else ""
         source, bucket = ("{}x{}".format(*row[name]) for name in ("size", "bucket"))
         lines.append(f"{row['id']}: {source}{rate} → {bucket}, crop {boxes} ({row['kept']:.1%}){frames}"
-                     f"{', enlarged' if row['enlarged'] else ''}{', animated: its first frame' if row['animated'] else ''}"
+                     f"{', enlarged' if row['enlarged'] else ''}"
+                     f"{', animated: its first frame' if row['animated'] else ''}"
                      f"{''.join(', ' + note for note in row['notes'])}")
     lines.append(f"{sums['records']} records: {sums['usable']} usable as {sums['items']} items, {sums['skipped']} skipped, "
                  f"{sums['empty_captions']} empty captions, {sums['animated']} animated (first frame), "

@@ -32,7 +32,7 @@ class CacheManifest:
     format: int = FORMAT
     max_pixels_per_frame: int = 0
     clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
-    decoding: int = 1  # the version of `mmdit.data.pictures` when the cache was begun; the first did not write it down
+    decoding: int = 1  # version of `pictures` when the cache was begun; the first was not noted
 
     @staticmethod
     def of(tokenizer: Tokenizer, video: VideoConfig, bucketing: BucketingConfig | None = None,
@@ -43,7 +43,8 @@ class CacheManifest:
         sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(tokenizer.fingerprint, name, tokenizer.spec, sizes, bucketing.enabled, preprocess.describe(),
-                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan, decoding=DECODING)  # fmt: skip
+                             source, max_pixels_per_frame=bucketing.budget, clip_plan=plan,
+                             decoding=DECODING)  # fmt: skip
 
     def choose(self, source: Size) -> Size:
         """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be used."""
@@ -56,12 +57,15 @@ class CacheManifest:
         return 0 < math.prod(size) <= self.max_pixels_per_frame if self.max_pixels_per_frame else size in self.sizes
 
     def older(self, folder: str | Path) -> str:
-        """What to say of a cache whose pictures were decoded otherwise than now; empty if they were not."""
+        """Return what to say of a cache whose pictures were decoded otherwise than now; empty if
+        they were not."""
         if self.decoding == DECODING:
             return ""
-        return (f"the cache {folder} was begun when pictures and videos were decoded otherwise (version {self.decoding}, now "
-                f"{DECODING}: colour profiles, HDR, untagged HD video). It is usable as it is, and what it holds stays; cache into a "
-                "new folder to decode all anew")
+        return (
+            f"the cache {folder} was begun when pictures and videos were decoded otherwise "
+            f"(version {self.decoding}, now {DECODING}: colour profiles, HDR, untagged HD video). "
+            "It is usable as it is, and what it holds stays; cache into a new folder to decode all anew"
+        )
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -1,9 +1,10 @@
-"""Pictures from files, as a viewer shows them. This is the one place that opens pictures: a closed list of formats (PostScript
-would start Ghostscript), regular files only, and a limit of pixels before anything is decoded.
+"""Pictures from files, as a viewer shows them. This is the one place that opens pictures: a closed
+list of formats (PostScript would start Ghostscript), regular files only, and a limit of pixels
+before anything is decoded.
 
-What is done: rotation by EXIF; ICC profiles, and primaries or gamma that PNG and AVIF state, to sRGB; CMYK, Lab, palettes, 16 bits to
-8; transparency laid on white. Text inside of PNG files is not unpacked. Floating-point pictures are refused: they state no range.
-"""
+What is done: rotation by EXIF; ICC profiles, and primaries or gamma that PNG and AVIF state, to
+sRGB; CMYK, Lab, palettes, 16 bits to 8; transparency laid on white. Text inside of PNG files is not
+unpacked. Floating-point pictures are refused: they state no range."""
 
 from __future__ import annotations
 
@@ -22,44 +23,34 @@ from PIL import ExifTags, Image
 from mmdit.data.colours import MAX_PROFILE, PART, Coding, coding_of, decoded, to_srgb
 from mmdit.files import open_regular
 
-DECODING = 2  # the version of what is done here and in `videos`: raised when pixels change, kept in a cache's manifest
+# the version of what is done here and in `videos`: raised when pixels change, noted in manifests
+DECODING = 2
 BACKGROUND = (255, 255, 255)  # under transparent pixels
 SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jp2",
-    ".avif",
-}
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif",
+}  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
 MAX_PIXELS = 1 << 27  # a phone's picture of 108 million is below it
 HEAD = 4096  # bytes that tell what a file is
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+FLIP = Image.Transpose
+TURNS = {  # by the orientation that EXIF states
+    2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE,
+    6: FLIP.ROTATE_270, 7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_90,
 }  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
-UNPACKED = {
-    b"tEXt",
-    b"zTXt",
-    b"iTXt",
-    b"iCCP",
-}  # chunks that Pillow would unpack, or refuse the picture for
+# chunks that Pillow would unpack, or refuse the picture for
+UNPACKED = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 COLOURS = {b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM"}
 
 
-# ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── opening ───────────────────────────────────────────────────────────────────────────────────────
 @contextmanager
 def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded yet; `info["coding"]` says how its numbers stand for light, if not as sRGB's.
+    """Open a picture without decoding its pixels yet; `info["coding"]` says how its numbers stand
+    for light, if not as sRGB's.
 
-    ValueError says what is wrong with the file, without its path; an OSError is of the system (missing, unreadable)."""
+    ValueError says what is wrong with the file, without its path; an OSError is of the system
+    (missing, unreadable)."""
     with open_regular(source) if isinstance(source, str | Path) else source as file:
         head = file.read(HEAD)
         try:
@@ -81,7 +72,7 @@ def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _open(file: BinaryIO, head: bytes) -> Image.Image:
-    """A picture of the closed list, with what its file says about colours."""
+    """Open a picture of the closed list, with what its file says about colours."""
     profile, coding = None, None
     if head.startswith(PNG):
         file, chunks = _slim_png(file)
@@ -112,7 +103,7 @@ def _open(file: BinaryIO, head: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow knows."""
+    """Return those of FORMATS that this Pillow knows."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -121,18 +112,18 @@ def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"too large: {width}x{height} are more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
+            f"too large: {width}x{height} are more than {MAX_PIXELS / 1e6:.0f} million pixels; "
+            "scale it down"
         )
-    if (
-        image.format == "TIFF" and 50706 in image.tag_v2
-    ):  # DNGVersion: the first picture in it is a preview
+    is_raw = image.format == "TIFF" and 50706 in image.tag_v2  # DNGVersion
+    if is_raw:  # the first picture in it is a preview
         raise ValueError(
             "no picture that can be read: a camera's raw file; develop it to JPEG or PNG first"
         )
 
 
 def shown_size(path: str | Path) -> tuple[int, int]:
-    """Width and height as displayed, from the head of a picture alone."""
+    """Return the width and height as displayed, from the head of a picture alone."""
     with open_picture(path) as image:
         size = image.size
         if image.format == "TIFF":  # whose size some versions of Pillow turn when it is opened
@@ -141,7 +132,7 @@ def shown_size(path: str | Path) -> tuple[int, int]:
 
 
 def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
-    """A PNG file without the chunks of UNPACKED, and its chunks about colours."""
+    """Return a PNG file without the chunks of UNPACKED, and its chunks about colours."""
     places, colours, place = [(0, 8, b"")], {}, 8
     while True:
         file.seek(place)
@@ -166,7 +157,8 @@ def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
 
 
 def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | None]:
-    """The profile, or the coding, of a PNG file, in the order of precedence that its specification gives."""
+    """Return the profile, or the coding, of a PNG file, in the order of precedence that its
+    specification gives."""
     if len(chunks.get(b"cICP", b"")) == 4:
         return None, coding_of(*chunks[b"cICP"][:2])
     if b"iCCP" in chunks:
@@ -189,10 +181,10 @@ def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | Non
     return None, coding if coding != Coding() else None
 
 
-# ── decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
-    """The picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]` says so); `info["notes"]` are keys of
-    `colours.NOTES`. Errors as of `open_picture`."""
+    """Return the picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]`
+    says so); `info["notes"]` are keys of `colours.NOTES`. Errors as of `open_picture`."""
     with open_picture(source) as image:
         animated = image.format not in ("MPO", "TIFF") and getattr(
             image, "is_animated", False
@@ -203,7 +195,7 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """An opened picture, or the present frame of an animation, as mode RGB in sRGB."""
+    """Return an opened picture, or the present frame of an animation, as mode RGB in sRGB."""
     image.load()
     opened, info, orientation = image, image.info, _orientation(image)
     if image.mode == "F":
@@ -214,10 +206,8 @@ def as_shown(image: Image.Image) -> Image.Image:
     image, note = to_srgb(image, info.get("icc_profile"))
     coding = info.get("coding")
     if coding:
-        image, note = (
-            Image.fromarray(decoded(np.asarray(image), coding)),
-            "hdr" if coding.hdr else "profile",
-        )
+        image = Image.fromarray(decoded(np.asarray(image), coding))
+        note = "hdr" if coding.hdr else "profile"
     if alpha is not None:
         ground = Image.new("RGB", image.size, BACKGROUND)
         ground.paste(image, mask=alpha)
@@ -231,6 +221,7 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return how EXIF says the picture was held, from 1 (upright) to 8."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -240,7 +231,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The picture without its transparency, and that as a mask, if it has any."""
+    """Return the picture without its transparency, and that as a mask, if it has any."""
     if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image, None
     layers = image.convert("RGBA")
@@ -249,7 +240,8 @@ def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of 9 to 16 bits as L, rounded (Pillow would cut at 255), or as LA where one value means transparent."""
+    """Make a grey picture of 9 to 16 bits L, rounded (Pillow would cut at 255), or as LA where one
+    value means transparent."""
     top, inverted, key = 65535, False, image.info.get("transparency")
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (16,))[0]
@@ -278,10 +270,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey[..., 0] if key is None else grey)
 
 
-# ── what a file is, if it is none of these ───────────────────────────────────────────────────────────────────────────
+# ── what a file is, if it is none of these ────────────────────────────────────────────────────────
 KINDS = (  # where in the file, what is there, what it is
-    (4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
-    (4, (b"ftypavif", b"ftypavis"), "an AVIF picture, damaged or newer than this Pillow (11.3 is the first to read AVIF)"),
+    (4, (b"ftyphe", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
+    (4, (b"ftypavif", b"ftypavis"), "an AVIF picture, damaged or too new for this Pillow (≥ 11.3)"),
     (4, (b"ftypcrx ",), "a camera's raw file"),
     (4, (b"ftyp",), "a video (name it video_path)"),
     (0, (b"\x1aE\xdf\xa3",), "a video (name it video_path)"),

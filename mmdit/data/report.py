@@ -40,8 +40,8 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "held_out": len(plan.held_out),
         "frames": _frames(cache, plan),
         "cropped": _cropped(cache),
-        "notes": dict(Counter(note for source in cache.sources for note in source.get("notes", ()))),
-        "older": cache.manifest.older(cache.folder) if any("crop" in source for source in cache.sources) else "",
+        "notes": _notes(cache),
+        "older": _older(cache),
         "skipped_when_cached": _skipped(Path(cache.folder)),
         "captions": length_report([all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]),
     }
@@ -91,6 +91,17 @@ def _cropped(cache: LatentCache) -> dict:
             "items_below_80_percent": sum(share < 0.8 for share in kept), "enlarged": enlarged, "examples": worst}  # fmt: skip
 
 
+def _notes(cache: LatentCache) -> dict[str, int]:
+    """Return how many items there are of each key of `colours.NOTES`."""
+    return dict(Counter(note for source in cache.sources for note in source.get("notes", ())))
+
+
+def _older(cache: LatentCache) -> str:
+    """Return what to say of pictures that were decoded otherwise; nothing of what was rendered."""
+    from_pictures = any("crop" in source for source in cache.sources)
+    return cache.manifest.older(cache.folder) if from_pictures else ""
+
+
 def _skipped(folder: Path) -> dict:
     rows = []
     for path in sorted(folder.glob("skipped*.jsonl")):
@@ -121,7 +132,8 @@ def report_text(report: dict) -> str:
     lines.append(f"captions: {captions['captions']}, {captions['empty']} of them empty, {captions['items_with_several']} items "
                  f"have several; words: median {words['median']}, 95 % at most {words['p95']}, longest {words['longest']}")
     lines += [report["left_out"]["why"]] if report["left_out"]["items"] else []
-    lines += [f"{count} items {NOTES[note]}" for note, count in report["notes"].items() if note in NOTES]
+    notes = {note: count for note, count in report["notes"].items() if note in NOTES}
+    lines += [f"{count} items {NOTES[note]}" for note, count in notes.items()]
     lines += [report["older"]] if report["older"] else []
     skipped = report["skipped_when_cached"]
     lines += [f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()]

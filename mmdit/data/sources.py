@@ -18,11 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmdit.data.frames import SUFFIXES, list_frames
+from mmdit.data.frames import list_frames
+from mmdit.data.pictures import SUFFIXES
 from mmdit.data.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id
 from mmdit.data.stamps import compare, stamp_of
 from mmdit.data.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import folder_aside, open_regular, remove, write_aside
+
+OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
+OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 
 
 @dataclass
@@ -43,6 +47,10 @@ class FolderReport:
         if self.other_files:
             kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.other_files.most_common(8))
             lines.append(f"other files, not used: {kinds}")
+            foreign = sorted(OTHER_PICTURES & self.other_files.keys())
+            if foreign:
+                formats = ", ".join(foreign)
+                lines.append(f"  {formats}: pictures that are not read; convert them to JPEG or PNG")
         if self.other_files[".caption"]:
             lines.append(f"{self.other_files['.caption']} .caption files are not read: rename them to .txt to use them as captions")
         if self.orphans:

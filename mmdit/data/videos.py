@@ -1,9 +1,9 @@
-"""Clips from video files (PyAV): looked at without decoding, then decoded once, at the frame rate that the config asks for.
-Animated pictures are read by Pillow instead (`animations`).
+"""Clips from video files (PyAV): looked at without decoding, then decoded once, at the frame rate
+that the config asks for. Animated pictures are read by Pillow instead (`animations`).
 
-The times stored in the file decide, not its stated rate: clips of variable frame rate move as a player would show them. So do the
-colours that it states: HDR is tone-mapped, wide gamuts become sRGB; where nothing is stated HD is BT.709 and the rest BT.601.
-"""
+The times stored in the file decide, not its stated rate: clips of variable frame rate move as a
+player would show them. So do the colours that it states: HDR is tone-mapped, wide gamuts become
+sRGB; where nothing is stated HD is BT.709 and the rest BT.601."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30,
 MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over
 MOST_STRETCHED = 16  # sides of a pixel
-CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"  # FFmpeg's names; none opens others
+# FFmpeg's names of the containers that are opened; none of them leads to other files
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"
 
 Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
 
@@ -69,8 +70,9 @@ class Probe:
 
 @contextmanager
 def _opened(path: str | Path):
-    """The container and its video stream; whatever the decoder raises becomes a ValueError without the path. FFmpeg gets the open
-    file, not its name, and a closed list of containers: none that is a list of other files or addresses."""
+    """Open the container and its video stream; whatever the decoder raises becomes a ValueError
+    without the path. FFmpeg gets the open file, not its name, and a closed list of containers: none
+    that is a list of other files or addresses."""
     try:
         import av
     except ImportError:
@@ -93,12 +95,13 @@ def _opened(path: str | Path):
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_FRAME_PIXELS:
         most = f"{MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
-        raise ValueError(f"too large: frames of {width}x{height} are more than {most}; scale it down")
+        size = f"{width}x{height}"
+        raise ValueError(f"too large: frames of {size} are more than {most}; scale it down")
 
 
 def probe(path: str | Path) -> Probe:
-    """Reads the packets and decodes nothing, of animated pictures all. ValueError: no video, no frame, or the file ends before its
-    stated length."""
+    """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
+    frame, or the file ends before its stated length."""
     if is_picture(path):
         (width, height), times = times_of(path)
         _check_size(width, height)
@@ -121,18 +124,20 @@ def probe(path: str | Path) -> Probe:
 
 
 def _square(width: int, height: int, stream) -> int:
-    """The width of a frame whose pixels are made square."""
+    """Return the width of a frame whose pixels are made square."""
     ratio = float(stream.sample_aspect_ratio or 1)
     if not 1 / MOST_STRETCHED <= ratio <= MOST_STRETCHED:
-        raise ValueError(f"its pixels are {ratio:.3g} times as wide as high, which cannot be meant; encode it anew")
+        shape = f"{ratio:.3g} times as wide as high"
+        raise ValueError(f"its pixels are {shape}, which cannot be meant; encode it anew")
     width = max(1, round(width * ratio))
     _check_size(width, height)
     return width
 
 
 def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
-    """RGB frames at `fps` a second, one at a time, as a player shows them: turned and mirrored as the file says, with square
-    pixels; `info["notes"]` as of `load_image`. ValueError says what is wrong with the file; OSError if it is missing."""
+    """Yield RGB frames at `fps` a second, one at a time, as a player shows them: turned and
+    mirrored as the file says, with square pixels; `info["notes"]` as of `load_image`. ValueError
+    says what is wrong with the file; OSError if it is missing."""
     found = probe(path)
     numbers = found.plan(fps)
     if is_picture(path):
@@ -158,9 +163,9 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
         raise ValueError(f"damaged: {place} of {len(wanted)} frames could be decoded")
 
 
-# ── one frame ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one frame ─────────────────────────────────────────────────────────────────────────────────────
 def _shown(frame, stream, matrix: Matrix) -> Image.Image:
-    """A decoded frame as a player shows it."""
+    """Return a decoded frame as a player shows it."""
     coding = _coding(frame, stream)
     pixels = _rgb(frame, coding)
     image = Image.fromarray(pixels)
@@ -180,17 +185,20 @@ def _shown(frame, stream, matrix: Matrix) -> Image.Image:
 
 
 def _coding(frame, stream) -> Coding | None:
+    """Return how the frame's numbers stand for light, if not as sRGB's."""
     context = stream.codec_context  # where older versions of PyAV have them
-    stated = [getattr(frame, name, getattr(context, name, 2)) for name in ("color_primaries", "color_trc")]
-    return coding_of(*stated)
+    primaries = getattr(frame, "color_primaries", context.color_primaries)
+    return coding_of(primaries, getattr(frame, "color_trc", context.color_trc))
 
 
 def _rgb(frame, coding: Coding | None) -> np.ndarray:
-    """uint8 `(H, W, 3)` in sRGB, transparency laid on the background."""
+    """Return uint8 `(H, W, 3)` in sRGB, transparency laid on the background."""
     equations = None  # as the frame says
     if frame.colorspace == 2 and not frame.format.is_rgb:  # it says nothing
         hd = frame.height >= 720 or frame.width >= 1280
-        equations = "BT2020" if coding is not None and coding.gamut == BT2020 else "ITU709" if hd else "ITU601"
+        equations = "ITU709" if hd else "ITU601"
+        if coding is not None and coding.gamut == BT2020:
+            equations = "BT2020"
     if coding is not None:
         return decoded(_converted(frame, "rgb48le", equations), coding)
     if not any(part.is_alpha for part in frame.format.components):
@@ -202,28 +210,30 @@ def _rgb(frame, coding: Coding | None) -> np.ndarray:
 
 
 def _converted(frame, layout: str, equations: str | None) -> np.ndarray:
-    """The frame's pixels in another layout. The converter has threads and must end here: a forked worker that finds one which its
-    parent has left would wait for those without end."""
+    """Return the frame's pixels in another layout. The converter has threads and must end here: a
+    forked worker that finds one which its parent has left would wait for those without end."""
     from av.video.reformatter import VideoReformatter
 
     return VideoReformatter().reformat(frame, format=layout, src_colorspace=equations).to_ndarray()
 
 
 def _matrix(frame) -> Matrix:
-    """How a player lays the frames out: (x, y) is shown at (a x + c y, b x + d y). Asked of one frame only, for asking keeps a frame
-    in memory until Python collects its garbage."""
+    """Return how a player lays the frames out: (x, y) is shown at (a x + c y, b x + d y). Asked of
+    one frame only, for asking keeps a frame in memory until Python collects its garbage."""
     try:
-        a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].tolist()
+        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
     except KeyError:
         return 1, 0, 0, 1
     except ValueError:  # something beside it that this PyAV has no name for
         quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
         return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[quarters]
+    a, b, _, c, d = matrix[:5].tolist()
     return a, b, c, d
 
 
 def _upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """`(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the nearest quarter."""
+    """Return `(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the
+    nearest quarter."""
     a, b, c, d = matrix
     if abs(a) + abs(d) < abs(b) + abs(c):  # rows become columns
         pixels, across, down = pixels.transpose(1, 0, 2), c, b

@@ -15,15 +15,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import LatentCache
-from mmdit.data.caching import worker_options
 from mmdit.data.captions import CaptionsConfig, drawn_captions
 from mmdit.data.clips import frame_numbers, jitter_limits, latent_video, usable_frames
 from mmdit.data.frames import crop_shares
 from mmdit.data.stores import Grid, Group, InMemory, OnDisk, by_shape, memory_bytes
+from mmdit.data.workers import results
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
@@ -270,8 +270,7 @@ class LatentBatches(Dataset):
         if self.num_workers and self.in_memory:
             yield from self._ahead(iter(steps))
         else:
-            yield from DataLoader(self, batch_size=None, sampler=_Steps(steps), pin_memory=torch.cuda.is_available(),
-                                  **worker_options(self.num_workers))
+            yield from results(self, steps, self.num_workers, torch.cuda.is_available())
 
     def _ahead(self, steps: Iterator[int]) -> Iterator[list[Batch]]:
         def make(step: int) -> list[Batch]:
@@ -288,13 +287,3 @@ class LatentBatches(Dataset):
             finally:
                 for future in waiting:
                     future.cancel()
-
-
-class _Steps(Sampler):
-    """An endless range as a sampler (a range so long has no `len`)."""
-
-    def __init__(self, steps: range):
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.steps)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import BucketingConfig, Size, VideoConfig
@@ -37,6 +36,7 @@ from mmdit.data.pictures import load_image
 from mmdit.data.records import Kind, Record
 from mmdit.data.stamps import compare, stamp_of
 from mmdit.data.videos import read_video
+from mmdit.data.workers import KILLED, each
 from mmdit.files import write_aside
 from mmdit.interfaces import LatentSpec, Tokenizer
 
@@ -219,24 +219,17 @@ def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Imag
 def decoded(records: list[Record], kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig,
             num_workers: int, device: torch.device | str = "cpu"
             ) -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:  # fmt: skip
-    """Cut pictures of the records, decoded by workers, in their order: how many records, uint8 groups `(B, F, 3, H, W)` of one
+    """Cut pictures of the records, decoded by workers, in their order (those
+    over which a worker was killed at the end): how many records, uint8 groups `(B, F, 3, H, W)` of one
     size with what is known of each, the rows of what was skipped, and how many crops repeated another."""
     chunk = 16 if kind == "image" else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    loader = DataLoader(_Decode(kind, manifest, preprocess, video), batch_size=None, sampler=parts,
-                        pin_memory=torch.device(device).type == "cuda", **worker_options(num_workers))  # fmt: skip
-    for part, result in zip(parts, loader, strict=True):
+    pin_memory = torch.device(device).type == "cuda"
+    for part, result in each(_Decode(kind, manifest, preprocess, video), parts, num_workers, pin_memory):
+        if result is None:
+            rows = [{"id": record.id, "path": record.path, "reason": KILLED, "unreachable": False} for record in part]
+            result = [], rows, 0
         yield len(part), *result
-
-
-def _ignore_interrupt(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers; they need not print about it
-
-
-def worker_options(num_workers: int) -> dict:
-    """For a DataLoader: no more workers than cores, as more only wait for each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"num_workers": min(num_workers, cores), "worker_init_fn": _ignore_interrupt}
 
 
 # ── what is already there ────────────────────────────────────────────────────────────────────────────────────────────

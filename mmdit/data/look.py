@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mmdit.data.buckets import Size, VideoConfig
-from mmdit.data.caching import boxes_of, check_frame, place_told, reason_of, worker_options
+from mmdit.data.caching import boxes_of, check_frame, place_told, reason_of
 from mmdit.data.clips import usable_frames
 from mmdit.data.colours import NOTES
 from mmdit.data.frames import PreprocessConfig, frames_in, naming
 from mmdit.data.pictures import load_image, shown_size
 from mmdit.data.records import Kind, Record
 from mmdit.data.videos import probe, read_video
+from mmdit.data.workers import KILLED, each
 
 AT_ONCE = 16  # records a worker takes
 
@@ -83,13 +84,13 @@ def look_at(records: list[Record], kind: Kind, choose: Callable[[Size], Size], p
 
     Pictures are decoded. Of a clip only the first frame is: damage behind it shows when it is cached."""
     parts = [records[i : i + AT_ONCE] for i in range(0, len(records), AT_ONCE)]
-    loader = DataLoader(_Look(kind, choose, preprocess, video), batch_size=None, sampler=parts, **worker_options(num_workers))
-    rows = []
+    rows: dict[str, dict] = {}
     with tqdm(total=len(records), desc="looking", unit="item", delay=2) as bar:
-        for part in loader:
-            rows += part
+        for part, found in each(_Look(kind, choose, preprocess, video), parts, num_workers):
+            found = found or [{"id": record.id, "path": record.path, "reason": KILLED} for record in part]
+            rows |= {row["id"]: row for row in found}
             bar.update(len(part))
-    return rows
+    return [rows[record.id] for record in records]
 
 
 def totals(rows: list[dict]) -> dict:

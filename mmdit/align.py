@@ -16,7 +16,8 @@ from mmdit.data.buckets import target_sizes
 from mmdit.experiment import ExperimentConfig, build_learner, check_same_latents, check_trainable, find_start, start_from
 from mmdit.files import write_aside
 from mmdit.interop.wan import load_denoiser
-from mmdit.models.wan_denoiser import WanModelConfig
+from mmdit.interop.wan_pictures import picture_of
+from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.posttrain.dpo_offline import check_pairs, dpo_offline
 from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.online import online
@@ -52,7 +53,13 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
             stack.enter_context(hold(config.run_dir, world))
         found = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
+        if getattr(config.tokenizer, "picture", "none") != "none":
+            raise ConfigError("tokenizer.picture", f"is {config.tokenizer.picture}, but post-training gives no pictures to continue; "
+                              "post-train a T2V or TI2V model")
         learner = build_learner(config, tokenizer.spec)
+        if isinstance(learner.model, WanDenoiser) and picture_of(learner.model) != "none":
+            raise ConfigError("model.name_or_path", f"is {learner.model.config.variant}, which continues a picture; post-training gives "
+                              "none: post-train a T2V or TI2V model")
         told, pair, expert = [], None, getattr(config.model, "expert", None)
         if isinstance(config.model, WanModelConfig):
             check_trainable(learner.model, config)

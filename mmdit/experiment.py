@@ -48,6 +48,7 @@ from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
 from mmdit.training.runs import hold
 from mmdit.training.settings import TrainConfig
+from mmdit.training.starting import is_lora, one_expert, start_from_lora
 from mmdit.training.stored import whole
 from mmdit.training.trainer import Trainer, TrainState
 from mmdit.training.trust import check_sizes, refuse_foreign_code, stay_offline
@@ -279,6 +280,8 @@ SHAPES_WEIGHTS = ("text_encoder", "model", "diffusion", "flow_matching", "tread"
 def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str) -> list[str]:
     """`train.init_from`: the (averaged) weights of another run under this config's names; new adapters and a new `model.crop` stay as initialised.
     Returns what to tell: the source, and how its model or objective was configured otherwise (it fits, but may not be meant)."""
+    if is_lora(config.train.init_from):
+        return start_from_lora(learner, config)
     try:
         weights = checkpoint.load_weights(config.train.init_from)
     except ValueError as error:
@@ -291,7 +294,14 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         if value is None or isinstance(value, type(new.get(name)))
     }
     tensors, stored = weights.tensors, weights.meta.alphas
-    if config.experts.enabled and not (old.get("experts") or {}).get("enabled"):  # of one model: both experts start from it
+    pair = (old.get("experts") or {}).get("enabled")
+    if pair and not config.experts.enabled:
+        expert = getattr(config.model, "expert", None)
+        if expert is None:
+            raise ConfigError("train.init_from", f"is {weights.source}, a run of two experts, but this is one model; enable experts "
+                              "(of Wan, name one: model.expert)")
+        tensors, stored = one_expert(tensors, stored, expert)
+    elif config.experts.enabled and not pair:  # of one model: both experts start from it
         tensors = learner.model.spread(tensors, "model.")
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
     checkpoint.assign(learner.state_dict(), tensors, str(weights.source),

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from test_posttrain_wan import RECIPES, TINY, random_expert
+from tiny import refused
 from torch import nn
 from wan_release import DIT, make_release
 
@@ -19,12 +20,13 @@ from mmdit.posttrain.advantages import advantages
 from mmdit.posttrain.dpo_offline import dpo_offline
 from mmdit.posttrain.evaluation import draw, pipeline
 from mmdit.posttrain.experts import Pair
-from mmdit.posttrain.online import noised, online, sample_terms
+from mmdit.posttrain.online import noised, online, sample_terms, terms
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Brightness, LatentNorm
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.settings import (
     DPOConfig,
+    KLConfig,
     NFTConfig,
     PosttrainConfig,
     RatioConfig,
@@ -282,6 +284,29 @@ def test_nft_compares_with_its_slow_copy_and_the_copy_follows_slowly(tmp_path):
     assert loss() != pytest.approx(found, rel=1e-9)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "nft", "awm", "dpo"])
+def test_what_is_held_near_or_compared_with_is_the_copy_and_not_the_policy(tmp_path, algorithm):
+    """The reference of a KL and of DPO, and AWM's average: another copy is another loss."""
+    changes = {} if algorithm == "dpo" else {"kl": KLConfig(beta=1.0)}
+    session = paired(tmp_path, algorithm, **changes, dpo=DPOConfig(source="online", beta=1.0))
+    rollout = session.collect(0)[0][0]
+    worth = torch.linspace(-1, 1, len(rollout))
+
+    def loss() -> float:
+        return sum(term.item() for term, _ in terms(session, rollout, worth))
+
+    def moved(copy: dict) -> dict:
+        return {name: value + 0.3 for name, value in copy.items()}
+
+    found, session.reference = loss(), moved(session.reference)
+    assert loss() != pytest.approx(found, rel=1e-6)
+    session.reference = session.snapshot()
+    assert loss() == pytest.approx(found, rel=1e-6)
+    if algorithm == "awm":
+        session.state.ema.shadow = moved(session.state.ema.shadow)
+        assert loss() != pytest.approx(found, rel=1e-6)
+
+
 def test_nft_may_roll_out_its_slow_copy(tmp_path):
     drawn = {}
     for policy in ("current", "old"):
@@ -335,6 +360,19 @@ def test_the_command_trains_the_expert_that_is_named_and_freezes_the_other(tmp_p
         own = network.state_dict()
         assert all(torch.equal(own[key], value) for key, value in released.items())
     assert not any(weight.requires_grad for weight in session.pair.sibling.parameters())
+
+
+def test_models_that_continue_pictures_are_refused_for_what_they_are(tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    release = make_release(tmp_path / "release", replace(DIT, in_dim=36, out_dim=16), pair=True)
+    monkeypatch.chdir(RECIPES[0].parents[2])
+    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
+    words += ["video.width=64", "video.height=32", "text_encoder.cache_dir=''", f"output_dir={tmp_path}", "model.boundary=null",
+              "posttrain.rewards=[{type: brightness}]", "posttrain.eval_rewards=null"]  # fmt: skip
+    given = ["--config", "configs/posttrain/wan_awm.yaml", "--device", "cpu", "--dry-run", *words]
+    refused(capsys, posttrain.main, given, "model.name_or_path: is I2V", "post-train a T2V or TI2V model")
+    refused(capsys, posttrain.main, [*given, "tokenizer.picture=first"], "tokenizer.picture: is first", "no pictures")
 
 
 def test_differences_of_rounding_are_no_reason_to_learn():

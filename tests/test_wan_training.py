@@ -14,7 +14,7 @@ from tiny import refused
 from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
 from mmdit.adapter_report import changes
-from mmdit.adapters import adapters, merge, remove
+from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.data.batches import BatchPlan
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import open_cache
@@ -23,6 +23,7 @@ from mmdit.diffusion import SamplerConfig
 from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop import wan_release
+from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, release_config
@@ -520,6 +521,49 @@ def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
         encoder(["something new", "a cat 3"])
         encoder.forget()
     assert isinstance(encoder.encoder, torch.nn.Identity), "put away again"
+
+
+# ── continuing an expert, or a LoRA of another tool ──────────────────────────────────────────────────────────────────
+def adapter_deltas(model):
+    return {name: layer.delta() for name, layer in adapters(model).items()}
+
+
+def test_an_expert_of_a_pair_s_run_goes_on_alone(pair, runs, capsys):
+    lora = ["lora={enabled: true, rank: 2, alpha: 8, target_modules: [q]}", "train.lr=1e-30", "train.max_steps=1", "ema.enabled=false"]
+    folder = checkpoint.latest(runs["both"])
+    whole = load_pipeline(runs["both"], "cpu", lora=None)[0]
+    for expert, trained in (("high", whole.learner.model), ("low", whole.low)):
+        wanted = adapter_deltas(trained)
+        for kind, source in (("run", runs["both"]), ("file", folder / f"lora_{expert}.safetensors")):
+            run = pair.train(f"on_{expert}_{kind}", *lora, f"model.expert={expert}", f"train.init_from={source}")
+            loaded = load_pipeline(run, "cpu", lora=None)[0]
+            found = adapter_deltas(loaded.learner.model if expert == "high" else loaded.low)
+            assert found.keys() == wanted.keys()
+            for name, delta in found.items():  # as strong, though alpha is twice what it was
+                torch.testing.assert_close(delta, wanted[name], rtol=1e-4, atol=1e-7)
+    refused(capsys, train_t2v.main, pair.words("x", *lora, f"train.init_from={runs['both']}", "model.expert=low", "lora.rank=3"), "lora")
+
+
+@pytest.mark.parametrize("form", ["comfy", "kohya", "diffusers", "peft"])
+def test_a_lora_of_any_tool_goes_on(shop, tmp_path, form, capsys):
+    lora = "lora={enabled: true, rank: 2, alpha: 6, target_modules: [q, v]}"
+    model = load_dit(shop.release)
+    inject(model, LoRAConfig(enabled=True, rank=2, alpha=4, target_modules=("q",)), seed=5)
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    path = tmp_path / ("peft" if form == "peft" else "a.safetensors")
+    save_lora(model, path, form)
+    run = shop.train(f"on_{form}", lora, f"train.init_from={path}", "train.lr=1e-30", "train.max_steps=1", "ema.enabled=false")
+    assert "2 layers, 2 that it lacks start new" in capsys.readouterr().out
+    found, wanted = (adapter_deltas(m) for m in (load_pipeline(run, "cpu", lora=None)[0].learner.model, model))
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, wanted.get(name, torch.zeros_like(delta)), rtol=1e-4, atol=1e-6)
+    if form == "comfy":
+        other = lora.replace("[q, v]", "[v]")
+        refused(capsys, train_t2v.main, shop.words("x", other, f"train.init_from={path}"), "lora.target_modules", "choose all of its layers")
+        other = lora.replace("rank: 2", "rank: 3")
+        refused(capsys, train_t2v.main, shop.words("x", other, f"train.init_from={path}"), "lora: makes", "rank 2")
+        refused(capsys, train_t2v.main, shop.words("x", f"train.init_from={path}"), "lora.enabled is false")
 
 
 # ── sizes of pictures ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,10 +35,9 @@ from mmdit.training.runs import hold
 from mmdit.training.trainer import TrainState
 
 
-def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False) -> bool:
-    """Post-train as configured; True when it ended, False when it was asked to stop (continue with resume)."""
-    config = resolved(config)
-    settings, train = config.posttrain, config.train
+def _check(config: ExperimentConfig) -> None:
+    """ConfigError for what post-training cannot do, before anything is loaded."""
+    settings = config.posttrain
     if settings is None:
         raise ConfigError("posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}")
     if config.parallel != ParallelConfig():
@@ -47,15 +46,22 @@ def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = Fal
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError("ema.enabled", "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
                                          "set that to 0")
+    if getattr(config.tokenizer, "picture", "none") != "none":
+        raise ConfigError("tokenizer.picture", f"is {config.tokenizer.picture}, but post-training gives no pictures to continue; "
+                          "post-train a T2V or TI2V model")
+
+
+def posttrain(config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False) -> bool:
+    """Post-train as configured; True when it ended, False when it was asked to stop (continue with resume)."""
+    config = resolved(config)
+    _check(config)
+    settings, train = config.posttrain, config.train
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(process_group(device, train.timeout_minutes))
         if not dry_run:
             stack.enter_context(hold(config.run_dir, world))
         found = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
-        if getattr(config.tokenizer, "picture", "none") != "none":
-            raise ConfigError("tokenizer.picture", f"is {config.tokenizer.picture}, but post-training gives no pictures to continue; "
-                              "post-train a T2V or TI2V model")
         learner = build_learner(config, tokenizer.spec)
         if isinstance(learner.model, WanDenoiser) and picture_of(learner.model) != "none":
             raise ConfigError("model.name_or_path", f"is {learner.model.config.variant}, which continues a picture; post-training gives "

@@ -296,11 +296,7 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     tensors, stored = weights.tensors, weights.meta.alphas
     pair = (old.get("experts") or {}).get("enabled")
     if pair and not config.experts.enabled:
-        expert = getattr(config.model, "expert", None)
-        if expert is None:
-            raise ConfigError("train.init_from", f"is {weights.source}, a run of two experts, but this is one model; enable experts "
-                              "(of Wan, name one: model.expert)")
-        tensors, stored = one_expert(tensors, stored, expert)
+        tensors, stored = one_expert(weights, config)
     elif config.experts.enabled and not pair:  # of one model: both experts start from it
         tensors = learner.model.spread(tensors, "model.")
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from mmdit.adapters.strength import set_alpha
 from mmdit.config import ConfigError
 from mmdit.interop.lora_reading import LoRAFile, read_lora
 from mmdit.models.wan_denoiser import WanModelConfig
+from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
 
 KEYS = re.compile(r"[._](lora_(A|B|up|down)|lokr_w[12])(_[ab])?(\.|$)")  # in names of adapters' tensors
@@ -82,11 +82,15 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
         set_alpha(layer, wanted, preserve=True)
 
 
-def one_expert(tensors: Mapping[str, Tensor], alphas: dict[str, float], expert: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return tensors and alphas of a pair's run under the names of one network: the adapters of `expert`, and the base, which
-    twins store once."""
+def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return tensors and alphas of a pair's run under the names of one network: the adapters of the expert that `config` trains,
+    and the base, which twins store once. ConfigError: it names no expert."""
+    expert, alphas = getattr(config.model, "expert", None), weights.meta.alphas
+    if expert is None:
+        raise ConfigError("train.init_from", f"is {weights.source}, a run of two experts, but this is one model; enable experts "
+                          "(of Wan, name one: model.expert)")
     result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in weights.tensors.items():
         match = re.match(r"model\.(high|low)\.(.+)", name)
         if match is None:
             result[name] = tensor

@@ -156,7 +156,10 @@ def test_the_commands(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["totals"]["usable"] == 3 and report["items"][3]["reason"] == "file not found"
     assert inspect_data.main([*look, "video.width=48"]) == 0 and "a: 48x32 → 48x32" in capsys.readouterr().out
+    assert f"d: SKIPPED, file not found, {tmp_path}/d.png" in look_text(report["items"], report["totals"])
     refused(capsys, inspect_data.main, [*look, "--kind", "video"], 'has no "frames_dir"')
+    nothing = write_meta(tmp_path, [{"id": "d", "image_path": "d.png", "caption": ""}], "nothing.jsonl")
+    assert inspect_data.main(["--config", str(config), "--meta_jsonl", str(nothing)]) == 2
     assert cache_vtp_images.main([*look, "--out_dir", str(tmp_path / "c"), "--device", "cpu"]) == 0
     words = ["--config", str(config), "--cache_dir", str(tmp_path / "c"), "--device", "cpu"]
     assert inspect_cache.main(words) == 0
@@ -168,3 +171,36 @@ def test_the_commands(tmp_path, capsys):
     assert report["global_batch"] == 4 and report["repeated"]["places"] == 1 and "sheet" not in report
     refused(capsys, inspect_cache.main, [*words, "--sheet", "sheet.jpg"], "must end with .png")
     refused(capsys, inspect_cache.main, [*words, "video.width=64"], "made with other settings")
+
+
+def test_a_cache_is_compared_with_its_metadata_and_one_that_is_read_only_is_reported(tmp_path, capsys, monkeypatch):
+    for name in "abcd":
+        Image.new("RGB", (48, 32)).save(tmp_path / f"{name}.png")
+    config = tmp_path / "config.yaml"
+    config.write_text("{experiment_name: x, video: {width: 32, height: 32}, tokenizer: {type: dummy}, train: {batch_size: 2}, "
+                      "num_workers: 0}")
+    rows = [{"id": name, "image_path": f"{name}.png", "caption": "one"} for name in "abcd"]
+    words = ["--config", str(config), "--device", "cpu"]
+    meta = write_meta(tmp_path, rows[:3])
+    assert cache_vtp_images.main([*words, "--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "c")]) == 0
+    rows[1]["caption"] = "two"
+    words += ["--cache_dir", str(tmp_path / "c"), "--meta_jsonl", str(write_meta(tmp_path, rows[1:]))]
+    capsys.readouterr()
+
+    def read_only(image, path):
+        if str(tmp_path / "c") in str(path):
+            raise OSError(30, "Read-only file system", str(path))
+        image.save(path)
+        return path
+
+    monkeypatch.setattr(inspect_cache, "save_image", read_only)
+    monkeypatch.chdir(tmp_path)
+    assert inspect_cache.main(words) == 0 and (tmp_path / "c_sheet.png").exists()
+    told = capsys.readouterr().out
+    for part in ("1 items of the cache are not in this file (for example a): they are trained, too; --prune", "3 items, ",
+                 "1 records of the file are not in the cache (for example d)", "1 items have another caption", "c_sheet.png"):  # fmt: skip
+        assert part in told, told
+    message = refused(capsys, inspect_cache.main, [*words, "--sheet", tmp_path / "c/mine.png"], "Read-only file system")
+    assert "mine.png" in message
+    assert inspect_cache.main([*words, "--json", "--samples", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["not_in_file"] == {"items": 1, "examples": ["a"]}

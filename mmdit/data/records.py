@@ -8,6 +8,7 @@ unconditional case. What is wrong is reported with file and line, ten at once, b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -179,3 +180,12 @@ def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]
     if not records:
         raise ValueError(f'{path}: holds no record; write lines as {{"id": …, "{PATH_KEYS[kind][0]}": …, "caption": …}}')
     return records
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Whether the lines of a JSONL file are about images or clips, by the first one; "image" if it does not say."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        row = _decoded(next((line for line in file if line.strip(BLANK)), b""))
+        if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):
+            return "video"
+    return "image"

@@ -11,6 +11,8 @@ from mmdit.data.batches import BatchPlan
 from mmdit.data.cache import LatentCache
 from mmdit.data.captions import all_captions, length_report
 from mmdit.data.clips import usable_frames
+from mmdit.data.frames import PreprocessConfig
+from mmdit.data.records import Record
 from mmdit.data.colours import NOTES
 
 EXAMPLES = 5
@@ -110,6 +112,29 @@ def _skipped(folder: Path) -> dict:
     return {"items": len(rows), "reasons": dict(reasons.most_common()), "examples": rows[:EXAMPLES]}
 
 
+def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:
+    """How the items of a cache and the lines of a metadata file go together; examples of what does not."""
+    captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
+    expected: dict[str, list[str]] = {}
+    missing = []
+    for record in records:
+        wanted = all_captions(record.caption, record.facts)
+        expected |= {preprocess.item_id(record.id, crop): wanted for crop in range(preprocess.num_crops)}
+        missing += [record.id] if preprocess.item_id(record.id, 0) not in captions else []
+    strangers = [id for id in captions if id not in expected]
+    others = [id for id in captions if id in expected and captions[id] != expected[id]]
+    found = {"not_in_file": strangers, "not_cached": missing, "other_caption": others}
+    return {name: {"items": len(ids), "examples": ids[:EXAMPLES]} for name, ids in found.items()}
+
+
+MEANINGS = {
+    "not_in_file": "items of the cache are not in this file (for example {}): they are trained, too; --prune of the caching "
+                   "command removes them",
+    "not_cached": "records of the file are not in the cache (for example {}): they are not trained; run the caching command",
+    "other_caption": "items have another caption than their line (for example {}): run the caching command again",
+}  # fmt: skip
+
+
 def report_text(report: dict) -> str:
     """For people: what `cache_report` found."""
     lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
@@ -137,5 +162,7 @@ def report_text(report: dict) -> str:
     lines += [report["older"]] if report["older"] else []
     skipped = report["skipped_when_cached"]
     lines += [f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()]
+    for name, row in report.get("metadata", {}).items():
+        lines += [f"{row['items']} {MEANINGS[name].format(row['examples'][0])}"] if row["items"] else []
     lines += [f"contact sheet: {report['sheet']}"] if "sheet" in report else []
     return "\n".join(lines)

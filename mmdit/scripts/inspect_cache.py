@@ -7,9 +7,12 @@ import argparse
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from mmdit.data.cache import open_cache
 from mmdit.data.manifest import CacheManifest
-from mmdit.data.report import cache_report, report_text
+from mmdit.data.records import kind_of, read_records
+from mmdit.data.report import cache_report, compared_with, report_text
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment import build_plan, load_experiment_config
 from mmdit.scripts import friendly, run
@@ -22,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the YAML that training will use")
     parser.add_argument("--cache_dir", type=Path, required=True, help="packed or not")
+    parser.add_argument("--meta_jsonl", type=Path, help="tell which items are not in this file, and which of its records not in the cache")
     parser.add_argument("--processes", type=int, default=1, help="of torchrun; the global batch grows with them [1]")
     parser.add_argument("--sheet", type=Path, help="the contact sheet, a PNG [sheet.png in the cache folder]")
     parser.add_argument("--samples", type=int, default=32, help="on the sheet, of every size; 0: no sheet [32]")
@@ -41,10 +45,29 @@ def main(argv: list[str] | None = None) -> int:
         cache = open_cache(args.cache_dir, wanted)
         plan = build_plan(config, cache, args.processes)
         report = cache_report(cache, plan, config.train.max_steps)
+        if args.meta_jsonl:
+            records = read_records(args.meta_jsonl, kind_of(args.meta_jsonl))
+            report["metadata"] = compared_with(cache, records, config.preprocess)
+        failure = None
         if args.samples:
-            report["sheet"] = str(save_image(cache_sheet(cache, tokenizer, args.samples), sheet))
+            try:
+                report["sheet"] = saved(cache_sheet(cache, tokenizer, args.samples), sheet, elsewhere=not args.sheet)
+            except OSError as error:
+                failure = error
         print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report))
+        if failure:
+            raise failure  # after the report, which needs no sheet
     return 0
+
+
+def saved(image: Image.Image, path: Path, elsewhere: bool) -> str:
+    """Save the sheet; in the working directory, if it may be `elsewhere` and the cache's folder cannot be written to."""
+    try:
+        return str(save_image(image, path))
+    except OSError:
+        if not elsewhere:
+            raise
+    return str(save_image(image, Path(f"{path.parent.resolve().name}_sheet.png")))
 
 
 if __name__ == "__main__":

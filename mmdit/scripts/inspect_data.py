@@ -1,4 +1,5 @@
 """Look at sources before anything is encoded: the size, crop and frames that each gets, or why it will be skipped; totals.
+Exit code 2: not one of them can be used.
 
     python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_images.jsonl [--json]
     python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = look_at(records, args.kind, manifest.choose, config.preprocess, config.video, workers)
         sums = totals(rows)
         print(json.dumps({"totals": sums, "items": rows}, indent=1, ensure_ascii=False) if args.json else look_text(rows, sums))
-    return 0
+    return 0 if sums["usable"] else 2
 
 
 if __name__ == "__main__":

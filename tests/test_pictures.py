@@ -121,6 +121,18 @@ def test_what_a_png_states_of_its_light(tmp_path):
     assert near(colour(with_chunks(tmp_path / "a.png", [(b"gAMA", usual), (b"cHRM", p3)])), SHOWN["display_p3"], 8)
 
 
+def test_what_an_avif_states_of_its_light(tmp_path):
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (16, 16), (188, 188, 188)).save(path, quality=100)
+    raw = path.read_bytes()
+    at = raw.index(b"colrnclx") + 8
+    for stated, shown in ((struct.pack(">HH", 9, 16), 255), (struct.pack(">HH", 9, 1), 188)):
+        path.write_bytes(raw[:at] + stated + raw[at + 4 :])
+        image = load_image(path)
+        assert near(image.getpixel((8, 8)), [shown] * 3, 2), stated
+        assert image.info["notes"] == (("hdr",) if shown == 255 else ("profile",))
+
+
 def test_packed_text_and_profiles_above_a_megabyte_are_no_reason_to_leave_a_picture_out(tmp_path):
     large = zlib.compress(bytes(100_000_000))
     texts = [(b"zTXt", b"workflow\0\0" + large), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + large)]

@@ -154,6 +154,40 @@ def test_a_list_of_other_files_or_addresses_is_no_video(tmp_path, text):
         next(read_video(tmp_path / "a.mp4", 10))
 
 
+def test_a_title_that_is_no_utf8_is_no_reason_to_leave_a_video_out(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf_ au lait"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(plain((64, 48)), format="rgb24")))
+        container.mux(stream.encode(None))
+    raw = path.read_bytes()
+    assert b"caf_" in raw
+    path.write_bytes(raw.replace(b"caf_", b"caf\xe9"))
+    assert first(path).size == (64, 48)
+
+
+def test_a_codec_that_nobody_knows_is_told(tmp_path):
+    path = write_video(tmp_path / "a.avi", np.arange(3) / 30)
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"QQQQ").replace(b"fmp4", b"QQQQ"))
+    with pytest.raises(ValueError, match="unreadable video: its codec is not known"):
+        first(path)
+
+
+def test_transparency_that_is_not_read_is_told(tmp_path):
+    if "libvpx-vp9" not in av.codecs_available:
+        pytest.skip("needs an encoder of VP9")
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva420p"
+        frame = av.VideoFrame.from_ndarray(plain((64, 48), (200, 60, 30, 0)), format="rgba")
+        container.mux(stream.encode(frame.reformat(format="yuva420p")))
+        container.mux(stream.encode(None))
+    assert first(path).info["notes"] == ("alpha not read",)
+
+
 def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
     paths = []
     for number, ratio in enumerate((1, Fraction(3, 2), 17)):

@@ -79,10 +79,14 @@ def _opened(path: str | Path):
         raise ValueError("video files need PyAV: pip install av") from None
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with open_regular(path) as file, av.open(file, options=options) as container:
+        # titles that are no UTF-8 are no reason to leave a video out
+        reading = {"options": options, "metadata_errors": "replace"}
+        with open_regular(path) as file, av.open(file, **reading) as container:
             if not container.streams.video:
                 raise ValueError("no video in the file")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("unreadable video: its codec is not known")
             # frames may be larger than the file states; FFmpeg counts what it pads them with, too
             stream.codec_context.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
             yield container, stream
@@ -167,13 +171,11 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
 def _shown(frame, stream, matrix: Matrix) -> Image.Image:
     """Return a decoded frame as a player shows it."""
     coding = _coding(frame, stream)
-    pixels = _rgb(frame, coding)
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(np.ascontiguousarray(_upright(_rgb(frame, coding), matrix)))
     width = _square(frame.width, frame.height, stream)
     if width != frame.width:
-        image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
-    turned = _upright(np.asarray(image), matrix)
-    image = Image.fromarray(np.ascontiguousarray(turned))
+        size = (frame.height, width) if _lies(matrix) else (width, frame.height)
+        image = image.resize(size, Image.Resampling.BICUBIC)
     notes = {
         "hdr": coding is not None and coding.hdr,
         "profile": coding is not None and not coding.hdr,
@@ -231,11 +233,17 @@ def _matrix(frame) -> Matrix:
     return a, b, c, d
 
 
+def _lies(matrix: Matrix) -> bool:
+    """Return whether rows become columns."""
+    a, b, c, d = matrix
+    return abs(a) + abs(d) < abs(b) + abs(c)
+
+
 def _upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
     """Return `(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the
     nearest quarter."""
     a, b, c, d = matrix
-    if abs(a) + abs(d) < abs(b) + abs(c):  # rows become columns
+    if _lies(matrix):
         pixels, across, down = pixels.transpose(1, 0, 2), c, b
     else:
         across, down = a, d

@@ -40,7 +40,7 @@ from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.lean import to_bfloat16
-from mmdit.training.learner import Learner
+from mmdit.training.learner import Learner, beyond_graphs
 from mmdit.training.offload import settle
 from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import ParallelConfig, shard
@@ -331,7 +331,7 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
         print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())
-    print(plan.report(), flush=True)
+    print(plan.report() + beyond_graphs(plan.table(), config.train.compile), flush=True)
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────

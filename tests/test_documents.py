@@ -22,7 +22,6 @@ from wan_release import DIT, make_release, random_dit
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.config import apply_overrides, decode, encode, parse_yaml
-
 from mmdit.experiment import ExperimentConfig, load_experiment_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,16 +5,24 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import Workshop, refused
+from torch import nn
 
 from mmdit import config as config_io
 from mmdit.adapters import is_adapter, load_lora, lora_state
 from mmdit.config import ConfigError
-from mmdit.experiment import build_learner, load_experiment_config, load_pipeline
+from mmdit.experiment import (
+    ExperimentConfig,
+    build_learner,
+    describe,
+    load_experiment_config,
+    load_pipeline,
+)
 from mmdit.scripts import export, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
@@ -224,3 +232,14 @@ def test_keys_that_an_older_version_did_not_know_are_no_change(shop):
     del older["experts"], older["lora"]["factor"]
     assert config_io.differences(config_io.completed(type(config), older), config) == []
     assert config_io.completed(type(config), {"gone": 1}) == {"gone": 1}
+
+
+@pytest.mark.parametrize("count", [32, 33])
+def test_more_sizes_than_are_compiled_are_told(tmp_path, capsys, count):
+    """Under a pixel budget every source may have a size of its own; only so many graphs are
+    made."""
+    rows = [{"grid": [i, 1], "steps": "images"} for i in range(count)]
+    plan = SimpleNamespace(report=lambda: "", table=lambda: rows)
+    learner = SimpleNamespace(model=nn.Linear(1, 1), text_encoder=nn.Linear(1, 1))
+    describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan, tmp_path / "x")
+    assert ("33 sizes: where blocks are compiled" in capsys.readouterr().out) == (count == 33)

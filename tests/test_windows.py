@@ -7,8 +7,11 @@ import torch
 from dense_video_mmdit import attention, same_window
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmdit.nn import kept
 from mmdit.nn.attention import SpatialAttention, attend
-from mmdit.nn.window import WindowGrid, place_tables, shift_windows
+from mmdit.nn.position import temporal_rotary
+from mmdit.nn.tiles import frame_tables
+from mmdit.nn.window import WindowGrid, coordinates, place_tables, shift_windows
 
 GRIDS = [(28, 16, 8), (5, 7, 4), (8, 8, 8), (1, 1, 8), (16, 16, 4), (9, 4, 8), (3, 10, 2), (6, 6, 1), (13, 11, 5)]
 
@@ -64,6 +67,36 @@ def test_tables_first_made_while_sampling_serve_training():
         place_tables(grid, True, 8, torch.device("cpu"), torch.float32)
     tables = place_tables(grid, True, 8, torch.device("cpu"), torch.float32)
     layer(grid.partition(torch.randn(1, 1, 6, 6, 16)), tables).sum().backward()
+
+
+@pytest.mark.parametrize("tables", [place_tables, coordinates, frame_tables, temporal_rotary])
+def test_tables_of_many_sizes_take_bounded_memory_but_graphs_keep_theirs(tables, monkeypatch):
+    """Under a pixel budget every source may have a grid of its own."""
+    cpu, set_to = torch.device("cpu"), monkeypatch.setattr
+    set_to(kept, "MOST", 3)
+    tables.cache_clear()
+
+    def of(size):
+        grid = WindowGrid.fit(size, 4, 4)
+        arguments = {
+            place_tables: (grid, False, 8, cpu, torch.float32),
+            coordinates: (grid, cpu, torch.float32),
+            frame_tables: (size, 4, 8, cpu, torch.float32, True),
+            temporal_rotary: (size, 8, cpu, torch.float32),
+        }
+        return tables(*arguments[tables])
+
+    set_to(kept, "capturing", lambda: True)
+    captured = of(1)
+    set_to(kept, "capturing", lambda: False)
+    first = of(2)
+    for size in (3, 4, 2, 5):  # 2 is used again: 3 is the one that goes
+        of(size)
+    assert of(2) is first and tables.cache_size() <= 4
+    for size in range(6, 20):
+        of(size)
+    assert of(1) is captured and of(2) is not first and tables.cache_size() <= 4
+    tables.cache_clear()
 
 
 def test_true_means_attend_in_every_kernel():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from mmdit.nn.kept import kept
 
 # The slowest pair turns one radian in `base` positions: a window is some 8 places wide, a clip up to some 100 frames long.
 SPATIAL_BASE, TEMPORAL_BASE = 100.0, 1000.0
@@ -30,7 +31,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
-@cache
+@kept
 def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Rotary:
     """Tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
     with torch.inference_mode(False):  # a table first made while sampling must also serve training

@@ -4,12 +4,12 @@ Axes: g group · k token of a group · l row of a tile, the next power of two.""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmdit.nn.kept import kept
 from mmdit.nn.position import Rotary, temporal_rotary
 
 NARROWEST, WIDEST = 16, 128  # rows of a tile
@@ -41,7 +41,7 @@ def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
     return Tiles(pad(index, -1), pad(names, -1), turns)
 
 
-@cache
+@kept
 def frame_tables(frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool) -> Frames:
     """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several if they are few."""
     rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None

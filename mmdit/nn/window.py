@@ -10,7 +10,6 @@ shifted window holds each place `k` exactly once too, some from its own cell and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mmdit.nn.kept import kept
 from mmdit.nn.position import SPATIAL_BASE, Rotary, rotary_tables
 from mmdit.nn.tiles import Tiles, lay
 
@@ -111,7 +111,7 @@ def shift_windows(x: Tensor, places: Places, back: bool = False) -> Tensor:
     return rearrange(x, "b f r c k d -> b f (r c) k d")
 
 
-@cache
+@kept
 def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.device, dtype: torch.dtype) -> Places:
     """The tables of plain or `shifted` windows, made once per grid; kept, as those of time and place, for graphs read them."""
     with torch.inference_mode(False):  # tables first made while sampling must also serve training
@@ -136,7 +136,7 @@ def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.d
         return result if same.all() else result._replace(same=same)
 
 
-@cache
+@kept
 def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The centre of every token's cell, `(n, k, 2)` as (row, column), the frame spanning [-1, 1] along each axis."""
     with torch.inference_mode(False):

@@ -18,6 +18,20 @@ TEXT_STEP = 16  # compiled blocks see 16, 32, 48 … text tokens, the model's nu
 GRAPHS = 64  # kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
 
 
+def beyond_graphs(table: list[dict], compiles: bool | str) -> str:
+    """Return a line for a run that has more sizes (rows of `BatchPlan.table`) than its blocks are
+    compiled
+    for; empty if it has not. Each size takes a graph with plain and one with shifted windows."""
+    kinds = {(*row["grid"], row["steps"]) for row in table}
+    if compiles is False or 2 * len(kinds) <= GRAPHS:
+        return ""
+    return (
+        f"\n{len(kinds)} sizes: where blocks are compiled, those of the first {GRAPHS // 2} are, "
+        f"the others "
+        "run as they are, more slowly; a list of bucketing.buckets has fewer"
+    )
+
+
 class Learner(nn.Module):
     """`forward` gives the per-sample losses of one micro-batch; everything random in it comes from `draws`."""
 

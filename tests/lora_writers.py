@@ -7,6 +7,7 @@ names.
 """
 
 import shutil
+import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from wan_release import DIT, random_dit
+
+from mmdit.interop.wan import save_dit
 
 RECORDED = Path(__file__).parent / "golden" / "lora_writers"
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.0")  # square and not
@@ -64,6 +67,31 @@ def peft(folder: Path, kind: str = "Lora", **options) -> dict[str, torch.Tensor]
     return result
 
 
+DIFFUSERS = {"blocks.0.self_attn.q": "blocks.0.attn1.to_q", "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj"}
+
+
+def diffusers(folder: Path, **options) -> dict[str, torch.Tensor]:
+    """As its pipelines save a LoRA: the config is in the header."""
+    import peft
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    with tempfile.TemporaryDirectory() as place:
+        save_dit(base(), Path(place) / "base", "diffusers")
+        model = WanTransformer3DModel.from_pretrained(Path(place) / "base")
+    model.add_adapter(peft.LoraConfig(**{"target_modules": list(DIFFUSERS.values())} | options))
+    shake(parameter for name, parameter in model.named_parameters() if "lora_" in name)
+    told = model.peft_config["default"].to_dict()
+    told["target_modules"] = sorted(told["target_modules"])
+    layers = peft.get_peft_model_state_dict(model)
+    WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=told)
+    model.fuse_lora()
+    before = base()
+    return {
+        name: model.get_submodule(own).weight.detach() - before.get_submodule(name).weight.detach()
+        for name, own in DIFFUSERS.items()
+    }
+
+
 def lycoris(
     folder: Path, module: str = "locon", prefix: str = "lora_unet_", twice: bool = False, **options
 ) -> dict[str, torch.Tensor]:
@@ -105,6 +133,15 @@ CASES = {
                         "exclude_modules": r".*cross_attn.*"},
     }.items()},
     **{f"peft_alpha_{name}": partial(peft, r=2, lora_alpha=5, alpha_pattern=pattern) for name, pattern in PATTERNS.items()},
+    **{
+        f"diffusers_{name}": partial(diffusers, **options)
+        for name, options in {
+            "plain": {"r": 2, "lora_alpha": 5},
+            "rslora": {"r": 2, "lora_alpha": 5, "use_rslora": True},
+            "dora": {"r": 2, "lora_alpha": 5, "use_dora": True},
+            "patterns": {"r": 2, "lora_alpha": 5, "rank_pattern": {"to_q": 3}, "alpha_pattern": {r"blocks\.1\..*": 7}},
+        }.items()
+    },
     "peft_ranks": partial(peft, r=2, lora_alpha=5, rank_pattern={"ffn.0": 3}, alpha_pattern={"q": 4}),
     "peft_ranks_rslora": partial(peft, r=2, lora_alpha=5, use_rslora=True, rank_pattern={"ffn.0": 3}),
     **{f"peft_lokr_{name}": partial(peft, kind="LoKr", **options) for name, options in {
@@ -134,8 +171,10 @@ def seen(changes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def place(folder: Path) -> Path:
-    """What a person would name: a folder of PEFT, or the file."""
-    return folder if (folder / "adapter_config.json").is_file() else folder / "lycoris.safetensors"
+    """Return what a person would name: a folder of PEFT, or the file."""
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    return next(file for file in folder.glob("*.safetensors") if file.name != "seen.safetensors")
 
 
 def record() -> None:

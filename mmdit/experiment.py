@@ -11,8 +11,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.adapters import LoRAConfig, coverage, inject, is_adapter, lora_state, merge, remove
-from mmdit.adapters.strength import alphas, carry_over, load_alphas
+from mmdit.adapters import LoRAConfig, check_adapters, coverage, inject, is_adapter, lora_state, merge, remove
+from mmdit.adapters.strength import alphas, carry_over, load_alphas, same_strength
 from mmdit.config import ConfigError
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
@@ -300,6 +300,8 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     elif config.experts.enabled and not pair:  # of one model: both experts start from it
         tensors = learner.model.spread(tensors, "model.")
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
+    check_adapters(learner.state_dict(), tensors, weights.source)
+    stored = same_strength(learner.model, stored, bool((old.get("lora") or {}).get("rslora")))
     checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
                       fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
     carry_over(learner.model, stored)

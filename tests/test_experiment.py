@@ -163,6 +163,14 @@ def test_adapters_end_to_end(shop, capsys):
     export.main(["--checkpoint", str(run), "--out", str(shop.folder / "lora_export.safetensors"), "--dtype", "fp32"])
     assert torch.equal(draw(load_pipeline(shop.folder / "lora_export.safetensors", "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
 
+    for words, part in ((["lora.rank=3"], "lora_A is (2, "), (["lora.enabled=false"], "not there here"),
+                        (["lora.rank=2", "lora.type=dora"], "lora_magnitude is not there")):  # fmt: skip
+        refused(capsys, train_t2v.main, [*shop.train_words("other"), f"train.init_from={run}", "lora.enabled=true", *words],
+                "train.init_from", part, "export --merge")  # fmt: skip
+    rank_stabilised = shop.train("rs", f"train.init_from={run}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "lora.rslora=true",
+                                 "train.lr=1.0e-9", "train.max_steps=1", "ema.enabled=false")  # fmt: skip
+    torch.testing.assert_close(draw(load_pipeline(rank_stabilised, "cpu")[0]), draw(load_pipeline(run, "cpu")[0]), rtol=0, atol=1e-5)
+
     whole = shop.folder / "merged.safetensors"  # adapters folded in: a base for others, of any rank
     export.main(["--checkpoint", str(run), "--out", str(whole), "--dtype", "fp32", "--merge"])
     assert not any(is_adapter(name) for name in load_file(whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, is_adapter, kind_of
 from mmdit.adapters.lora import adapters, insert, near, summary
+from mmdit.config import ConfigError
 from mmdit.files import clean, write_aside
 from mmdit.weights import tensor_pieces
 
@@ -47,6 +49,27 @@ def load_lora_state(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
                 for part, parameter in present[name].own().items():
                     parameter.copy_(own.parts[part])
     return [name for name in present if name in grouped]
+
+
+def check_adapters(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise ConfigError unless each layer that has an adapter in `tensors` has one of the same kind
+    and sizes in `own`: half of one kind and half of another computes neither."""
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_adapter(name)}
+    layers = {name.rpartition(".")[0] for name in theirs}
+    ours = {
+        name: tuple(tensor.shape)
+        for name, tensor in own.items()
+        if is_adapter(name) and name.rpartition(".")[0] in layers
+    }
+    for name in sorted(theirs | ours):
+        if theirs.get(name) != ours.get(name):
+            raise ConfigError(
+                "train.init_from",
+                f"has adapters of another kind than lora: asks for: {name} is "
+                f"{theirs.get(name, 'not there')} in {source}, {ours.get(name, 'not there')} here; "
+                "set lora: as in the run that wrote it, or fold them into its weights with export "
+                "--merge and start from that file",
+            )
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -51,6 +51,18 @@ def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
         set_alpha(layer, wanted, preserve=True)
 
 
+def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> dict[str, float]:
+    """Return the alphas `stored`, of adapters whose scale is alpha / √rank (`rslora`) or alpha / rank, as those that give the same
+    scale by the rule that the layers have here."""
+    result = dict(stored)
+    for name, layer in adapters(model).items():
+        here = getattr(layer, "rslora", None)
+        if name in stored and here is not None and here != rslora:
+            root = math.sqrt(layer.rank)
+            result[name] = stored[name] * root if rslora else stored[name] / root
+    return result
+
+
 def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
     """Puts what `alphas` gave back; ValueError for a layer that is no adapter here."""
     layers = adapters(model)

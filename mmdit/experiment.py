@@ -301,10 +301,12 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
         tensors = learner.model.spread(tensors, "model.")
         stored = {f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()}
     check_adapters(learner.state_dict(), tensors, weights.source)
-    stored = same_strength(learner.model, stored, bool((old.get("lora") or {}).get("rslora")))
     checkpoint.assign(learner.state_dict(), tensors, str(weights.source),
                       fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name))  # fmt: skip
-    carry_over(learner.model, stored)
+    carry_over(
+        learner.model,
+        same_strength(learner.model, stored, bool((old.get("lora") or {}).get("rslora"))),
+    )
     changed = [line for name in SHAPES_WEIGHTS for line in config_io.differences(old.get(name), new[name], name)]
     changed += config_io.differences(
         (old.get("train") or {}).get("objective"), config.train.objective, "train.objective"

@@ -18,7 +18,7 @@ from mmdit.interop.wan import diffusers_module, load_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
 from mmdit.nn.experts import twin
-from mmdit.nn.stored_weights import store_float8
+from mmdit.nn.stored_weights import StoredWeight, store_float8
 
 WANTED = load_file(GOLDEN / "lora_io.safetensors")["out.with_lora"]
 FILES = {name: GOLDEN / f"lora_{name}.safetensors" for name in ("comfy", "kohya", "diffusers_peft")}
@@ -375,6 +375,7 @@ def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
     layer, stored = model.get_submodule(name), model.get_submodule(name).weight
     before = stored.float().clone()
     load_lora(model, file)
+    assert isinstance(layer.weight, StoredWeight)
     moved, wanted = layer.weight.float() - before, load_file(file)[f"diffusion_model.{name}.diff"]
     assert (moved - wanted).norm() < 0.1 * wanted.norm()
     torch.testing.assert_close(layer(torch.eye(64)) - layer.bias, layer.weight.float().T, rtol=1e-4, atol=1e-4)

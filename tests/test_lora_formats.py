@@ -383,3 +383,9 @@ def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
     assert layer.weight is stored and torch.equal(stored.float(), before)
     load_lora(other, file)
     assert torch.equal(model.get_submodule(name).weight.float(), before)
+
+
+def test_an_update_of_a_parameter_that_is_no_layer_is_refused(model, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"blocks.0.modulation.lora_A.weight": A, "blocks.0.modulation.lora_B.weight": B}, file)
+    refused("blocks.0.modulation", "a Parameter", "only linear layers", call=lambda: read_lora(model, file))

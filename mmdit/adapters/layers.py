@@ -83,10 +83,11 @@ class Adapter(nn.Linear):
         return linear.train(self.training)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A plain layer with the update in a copy of the weight (it may be tied to another's)."""
-        linear = self.plain()
-        linear.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=self.weight.requires_grad)
+    def merged(self, weight: Tensor | None = None) -> nn.Linear:
+        """A plain layer with the update in a copy of the weight (it may be tied to another's). `weight`: its `merged_weight`,
+        where that was made already."""
+        linear, weight = self.plain(), self.merged_weight() if weight is None else weight
+        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
         return linear
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):

@@ -151,7 +151,7 @@ def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Pa
         if name not in keys:
             continue
         module, part = keys[name].module, keys[name].part
-        own = module if module in parameters else f"{module}.{part}"
+        own = module if part in WHOLE and module in parameters else f"{module}.{part}"
         if own in sources:
             raise ValueError(
                 f"{path} holds {own} twice, as {sources[own]} and as {name}; remove one"
@@ -206,12 +206,13 @@ def _scale(update: Update, settings: Settings) -> float:
 
 
 def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
-    layer = model.get_submodule(module) if module not in dict(model.named_parameters()) else None
+    parent, _, leaf = module.rpartition(".")
+    layer = getattr(model.get_submodule(parent), leaf)  # a layer, or a parameter that bears the name
     for part, word in (("lora_A", "down"), ("lora_B", "up")):
         if part not in update.parts and not update.lokr:
             raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
     if not isinstance(layer, nn.Linear):
-        what = "a parameter" if layer is None else f"a {type(layer).__name__}"
+        what = f"a {type(layer).__name__}"
         raise ValueError(
             f"{path}: an update of {module}, which is {what}; only linear layers can have one"
         )

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of what is written [bf16; with --lora fp32; with --layout as it is]")
     parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
-    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format")
+    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format (for Diffusers: diffusers)")
     parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as such a folder, adapters merged")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights: a model without lora:, for init_from")
     parser.add_argument("--expert", choices=["high", "low"], help="of a pair, for --lora and --layout [the trained one, or high]")

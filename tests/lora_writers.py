@@ -1,9 +1,10 @@
-"""Adapter files by the libraries that others write them with, and what those libraries themselves merge of them.
+"""Adapter files by the libraries that others write them with, and what those libraries themselves
+merge of them.
 
     PYTHONPATH=VTP:.:tests python tests/lora_writers.py     # records tests/golden/lora_writers anew
 
-A case is a folder: the files as they were saved, and `seen.safetensors`, what the changes of weights make of two inputs, by our
-names.
+A case is a folder: the files as they were saved, and `seen.safetensors`, what the changes of
+weights make of two inputs, by our names.
 """
 
 import shutil
@@ -21,7 +22,8 @@ from mmdit.interop.wan import save_dit
 
 RECORDED = Path(__file__).parent / "golden" / "lora_writers"
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.0")  # square and not
-PATTERNS = {  # every form in which PEFT takes the names of layers; of several that fit, the first counts
+# Every form in which PEFT takes the names of layers; of several that fit, the first counts
+PATTERNS = {
     "word": {"q": 6},
     "end": {"self_attn.q": 6},
     "whole": {"blocks.1.ffn.0": 6},
@@ -67,7 +69,10 @@ def peft(folder: Path, kind: str = "Lora", **options) -> dict[str, torch.Tensor]
     return result
 
 
-DIFFUSERS = {"blocks.0.self_attn.q": "blocks.0.attn1.to_q", "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj"}
+DIFFUSERS = {
+    "blocks.0.self_attn.q": "blocks.0.attn1.to_q",
+    "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj",
+}
 
 
 def diffusers(folder: Path, **options) -> dict[str, torch.Tensor]:
@@ -95,7 +100,8 @@ def diffusers(folder: Path, **options) -> dict[str, torch.Tensor]:
 def lycoris(
     folder: Path, module: str = "locon", prefix: str = "lora_unet_", twice: bool = False, **options
 ) -> dict[str, torch.Tensor]:
-    """`twice`: its merging of decomposed LoKr multiplies with the scale twice; once is what it trains with, and what all read."""
+    """`twice`: its merging of decomposed LoKr multiplies with the scale twice; once is what it
+    trains with, and what all read."""
     from lycoris.modules import locon, lokr
 
     kind, model, tensors, merged = (
@@ -121,48 +127,102 @@ def lycoris(
 
 
 CASES = {
-    **{f"peft_{name}": partial(peft, **options) for name, options in {
-        "plain": {"r": 2, "lora_alpha": 5},
-        "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
-        "dora": {"r": 2, "lora_alpha": 5, "use_dora": True},
-        "dora_rslora": {"r": 2, "lora_alpha": 5, "use_dora": True, "use_rslora": True},
-        "bias": {"r": 2, "lora_alpha": 5, "lora_bias": True},
-        "fan": {"r": 2, "lora_alpha": 5, "fan_in_fan_out": True},
-        "dropout": {"r": 2, "lora_alpha": 5, "lora_dropout": 0.5, "init_lora_weights": "gaussian"},
-        "some_blocks": {"r": 2, "lora_alpha": 5, "target_modules": ["q", "ffn.0"], "layers_to_transform": [0], "layers_pattern": "blocks",
-                        "exclude_modules": r".*cross_attn.*"},
-    }.items()},
-    **{f"peft_alpha_{name}": partial(peft, r=2, lora_alpha=5, alpha_pattern=pattern) for name, pattern in PATTERNS.items()},
+    **{
+        f"peft_{name}": partial(peft, **options)
+        for name, options in {
+            "plain": {"r": 2, "lora_alpha": 5},
+            "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+            "dora": {"r": 2, "lora_alpha": 5, "use_dora": True},
+            "dora_rslora": {"r": 2, "lora_alpha": 5, "use_dora": True, "use_rslora": True},
+            "bias": {"r": 2, "lora_alpha": 5, "lora_bias": True},
+            "fan": {"r": 2, "lora_alpha": 5, "fan_in_fan_out": True},
+            "dropout": {
+                "r": 2,
+                "lora_alpha": 5,
+                "lora_dropout": 0.5,
+                "init_lora_weights": "gaussian",
+            },
+            "some_blocks": {
+                "r": 2,
+                "lora_alpha": 5,
+                "target_modules": ["q", "ffn.0"],
+                "layers_to_transform": [0],
+                "layers_pattern": "blocks",
+                "exclude_modules": r".*cross_attn.*",
+            },
+        }.items()
+    },
+    **{
+        f"peft_alpha_{name}": partial(peft, r=2, lora_alpha=5, alpha_pattern=pattern)
+        for name, pattern in PATTERNS.items()
+    },
     **{
         f"diffusers_{name}": partial(diffusers, **options)
         for name, options in {
             "plain": {"r": 2, "lora_alpha": 5},
             "rslora": {"r": 2, "lora_alpha": 5, "use_rslora": True},
             "dora": {"r": 2, "lora_alpha": 5, "use_dora": True},
-            "patterns": {"r": 2, "lora_alpha": 5, "rank_pattern": {"to_q": 3}, "alpha_pattern": {r"blocks\.1\..*": 7}},
+            "patterns": {
+                "r": 2,
+                "lora_alpha": 5,
+                "rank_pattern": {"to_q": 3},
+                "alpha_pattern": {r"blocks\.1\..*": 7},
+            },
         }.items()
     },
-    "peft_ranks": partial(peft, r=2, lora_alpha=5, rank_pattern={"ffn.0": 3}, alpha_pattern={"q": 4}),
-    "peft_ranks_rslora": partial(peft, r=2, lora_alpha=5, use_rslora=True, rank_pattern={"ffn.0": 3}),
-    **{f"peft_lokr_{name}": partial(peft, kind="LoKr", **options) for name, options in {
-        "plain": {"r": 2, "alpha": 5, "decompose_factor": 4},
-        "whole": {"r": 64, "alpha": 32},
-        "both": {"r": 1, "alpha": 3, "decompose_both": True, "decompose_factor": 4},
-        "ranks": {"r": 2, "alpha": 5, "decompose_factor": 4, "rank_pattern": {"ffn.0": 16}, "alpha_pattern": {"q": 7}},
-        "options": {"r": 2, "alpha": 5, "rank_dropout": 0.5, "module_dropout": 0.1, "use_effective_conv2d": True, "init_weights": False},
-    }.items()},
-    **{f"lycoris_{name}": partial(lycoris, lora_dim=2, alpha=5, **options) for name, options in {
-        "plain": {}, "dora": {"weight_decompose": True}, "rs": {"rs_lora": True}, "scalar": {"use_scalar": True},
-        "own_prefix": {"prefix": "lycoris_"}, "double_underscore": {"prefix": "lora_unet__"},
-    }.items()},
+    "peft_ranks": partial(
+        peft, r=2, lora_alpha=5, rank_pattern={"ffn.0": 3}, alpha_pattern={"q": 4}
+    ),
+    "peft_ranks_rslora": partial(
+        peft, r=2, lora_alpha=5, use_rslora=True, rank_pattern={"ffn.0": 3}
+    ),
+    **{
+        f"peft_lokr_{name}": partial(peft, kind="LoKr", **options)
+        for name, options in {
+            "plain": {"r": 2, "alpha": 5, "decompose_factor": 4},
+            "whole": {"r": 64, "alpha": 32},
+            "both": {"r": 1, "alpha": 3, "decompose_both": True, "decompose_factor": 4},
+            "ranks": {
+                "r": 2,
+                "alpha": 5,
+                "decompose_factor": 4,
+                "rank_pattern": {"ffn.0": 16},
+                "alpha_pattern": {"q": 7},
+            },
+            "options": {
+                "r": 2,
+                "alpha": 5,
+                "rank_dropout": 0.5,
+                "module_dropout": 0.1,
+                "use_effective_conv2d": True,
+                "init_weights": False,
+            },
+        }.items()
+    },
+    **{
+        f"lycoris_{name}": partial(lycoris, lora_dim=2, alpha=5, **options)
+        for name, options in {
+            "plain": {},
+            "dora": {"weight_decompose": True},
+            "rs": {"rs_lora": True},
+            "scalar": {"use_scalar": True},
+            "own_prefix": {"prefix": "lycoris_"},
+            "double_underscore": {"prefix": "lora_unet__"},
+        }.items()
+    },
     "lycoris_lokr": partial(lycoris, module="lokr", twice=True, lora_dim=2, alpha=5, factor=4),
-    "lycoris_lokr_whole": partial(lycoris, module="lokr", lora_dim=2, alpha=5, factor=4, full_matrix=True),
-    "lycoris_lokr_both": partial(lycoris, module="lokr", twice=True, lora_dim=1, alpha=3, factor=4, decompose_both=True),
-}  # fmt: skip
+    "lycoris_lokr_whole": partial(
+        lycoris, module="lokr", lora_dim=2, alpha=5, factor=4, full_matrix=True
+    ),
+    "lycoris_lokr_both": partial(
+        lycoris, module="lokr", twice=True, lora_dim=1, alpha=3, factor=4, decompose_both=True
+    ),
+}
 
 
 def seen(changes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `changes` of weights, times two fixed inputs: all of a row counts, in few bytes; those of biases as they are."""
+    """Return `changes` of weights, times two fixed inputs: all of a row counts, in few bytes; those
+    of biases as they are."""
     inputs = torch.randn(DIT.dim, 2, generator=torch.Generator().manual_seed(4))
     return {
         name: (change @ inputs if change.ndim == 2 else change).contiguous()

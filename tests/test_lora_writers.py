@@ -1,5 +1,5 @@
-"""Adapter files of PEFT, Diffusers and LyCORIS mean here what they mean to the library that wrote them, and ours mean to ComfyUI and
-PEFT what they mean here: kinds by options by writers."""
+"""Adapter files of PEFT, Diffusers and LyCORIS mean here what they mean to the library that wrote
+them, and ours mean to ComfyUI and PEFT what they mean here: kinds by options by writers."""
 
 import json
 import math
@@ -17,10 +17,14 @@ from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
 from mmdit.interop.wan import save_dit
 
 KINDS = {
-    "lora": {}, "rslora": {"rslora": True}, "dora": {"type": "dora"}, "dora_rslora": {"type": "dora", "rslora": True},
-    "lokr": {"type": "lokr", "factor": 4}, "lokr_whole": {"type": "lokr", "full_second": True},
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"type": "dora"},
+    "dora_rslora": {"type": "dora", "rslora": True},
+    "lokr": {"type": "lokr", "factor": 4},
+    "lokr_whole": {"type": "lokr", "full_second": True},
     "lokr_both": {"type": "lokr", "factor": 4, "rank": 1, "decompose_first": True},
-}  # fmt: skip
+}
 
 
 def changes_of(path) -> dict[str, torch.Tensor]:
@@ -69,26 +73,29 @@ def test_files_of_the_installed_libraries_mean_what_they_merge(name, tmp_path):
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 5}
 
 
-@pytest.mark.parametrize("words, change", {
-    ("peft_type is 'LOHA'",): {"peft_type": "LOHA"},
-    ("init_lora_weights is 'pissa'", "changes the base"): {"init_lora_weights": "pissa"},
-    ("init_lora_weights is 'olora'",): {"init_lora_weights": "olora"},
-    ("init_lora_weights is 'pissa_niter_4'",): {"init_lora_weights": "pissa_niter_4"},
-    ("bias is 'lora_only'",): {"bias": "lora_only"},
-    ("modules_to_save is ['head']",): {"modules_to_save": ["head"]},
-    ("use_qalora is True",): {"use_qalora": True},
-    ("layer_replication",): {"layer_replication": [[0, 1]]},
-    ("to_come is 0.5", "not known here"): {"to_come": 0.5},
-    ("use_dora", "no magnitude"): {"use_dora": True},
-    ("lora_alpha is nan",): {"lora_alpha": math.nan},
-    ("lora_alpha is 0",): {"lora_alpha": 0},
-    ("lora_alpha is '5'",): {"lora_alpha": "5"},
-    ("alpha_pattern is [1]",): {"alpha_pattern": [1]},
-    ("alpha_pattern['q'] is None",): {"alpha_pattern": {"q": None}},
-    ("'(q'", "no regular expression"): {"alpha_pattern": {"(q": 1}},
-    ("the rank 3", "tensors have 2"): {"rank_pattern": {"q": 3}},
-    ("says LOKR",): {"peft_type": "LOKR"},
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "words, change",
+    {
+        ("peft_type is 'LOHA'",): {"peft_type": "LOHA"},
+        ("init_lora_weights is 'pissa'", "changes the base"): {"init_lora_weights": "pissa"},
+        ("init_lora_weights is 'olora'",): {"init_lora_weights": "olora"},
+        ("init_lora_weights is 'pissa_niter_4'",): {"init_lora_weights": "pissa_niter_4"},
+        ("bias is 'lora_only'",): {"bias": "lora_only"},
+        ("modules_to_save is ['head']",): {"modules_to_save": ["head"]},
+        ("use_qalora is True",): {"use_qalora": True},
+        ("layer_replication",): {"layer_replication": [[0, 1]]},
+        ("to_come is 0.5", "not known here"): {"to_come": 0.5},
+        ("use_dora", "no magnitude"): {"use_dora": True},
+        ("lora_alpha is nan",): {"lora_alpha": math.nan},
+        ("lora_alpha is 0",): {"lora_alpha": 0},
+        ("lora_alpha is '5'",): {"lora_alpha": "5"},
+        ("alpha_pattern is [1]",): {"alpha_pattern": [1]},
+        ("alpha_pattern['q'] is None",): {"alpha_pattern": {"q": None}},
+        ("'(q'", "no regular expression"): {"alpha_pattern": {"(q": 1}},
+        ("the rank 3", "tensors have 2"): {"rank_pattern": {"q": 3}},
+        ("says LOKR",): {"peft_type": "LOKR"},
+    }.items(),
+)
 def test_settings_that_are_not_understood_are_refused_by_name(tmp_path, words, change):
     save_file(
         load_file(RECORDED / "peft_plain" / "adapter_model.safetensors"),
@@ -112,7 +119,9 @@ def test_a_config_that_is_none_and_one_that_is_missing(tmp_path):
         read_lora(base(), tmp_path / "adapter_model.safetensors")
     for text in ("[", "[1]", "[" * 100_000):
         (tmp_path / "adapter_config.json").write_text(text)
-        refused("adapter_config.json", "config of an adapter", call=lambda: read_lora(base(), tmp_path))
+        refused(
+            "adapter_config.json", "config of an adapter", call=lambda: read_lora(base(), tmp_path)
+        )
 
 
 def test_a_header_that_is_no_config(tmp_path):
@@ -123,7 +132,7 @@ def test_a_header_that_is_no_config(tmp_path):
         refused(str(file), "no config of an adapter", call=lambda: read_lora(base(), file))
 
 
-# ── what we write ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what we write ─────────────────────────────────────────────────────────────────────────────
 def trained(kind: str):
     model = base()
     options = {"rank": 2, "alpha": 5.0, "target_modules": LAYERS} | KINDS[kind]
@@ -133,8 +142,8 @@ def trained(kind: str):
 
 
 def as_comfy_computes(path) -> dict[str, torch.Tensor]:
-    """Return the change of each weight by ComfyUI's rules: alpha / rank, or 1 without alpha or where no factor has a rank; lengths of
-    DoRA over those of W."""
+    """Return the change of each weight by ComfyUI's rules: alpha / rank, or 1 without alpha or
+    where no factor has a rank; lengths of DoRA over those of W."""
     stored, model, result = load_file(path), base(), {}
     for name in LAYERS:
         weight = model.get_submodule(name).weight.detach()

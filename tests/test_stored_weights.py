@@ -1,4 +1,5 @@
-"""Weights that are kept as float8, or in the CPU's memory, obey whatever is written to them, or refuse."""
+"""Weights that are kept as float8, or in the CPU's memory, obey whatever is written to them, or
+refuse."""
 
 import copy
 
@@ -61,7 +62,10 @@ def test_what_is_written_is_what_computes_from_then_on(kind, name):
     WRITES[name](weight)
     WRITES[name](plain)
     tolerance = 0.07 * plain.abs().max() if "float8" in kind else 0
-    assert isinstance(blocks[1][0].weight, StoredWeight) and (weight.whole() - plain).abs().max() <= tolerance
+    assert (
+        isinstance(blocks[1][0].weight, StoredWeight)
+        and (weight.whole() - plain).abs().max() <= tolerance
+    )
     for block in (*blocks, *reversed(blocks)):
         torch.testing.assert_close(block(x), x @ block[0].weight.whole().T + block[0].bias)
 
@@ -82,8 +86,14 @@ def test_what_would_be_written_into_a_copy_is_refused(kind, name):
 def test_reading_parts_and_copies(kind):
     weight = layers(kind)[1][0].weight
     plain = weight.whole()
-    assert weight[2, 3].item() == plain[2, 3] and torch.equal(weight[0] + 0, plain[0]) and torch.equal(weight.T @ plain, plain.T @ plain)
-    assert torch.equal(torch.stack([weight[1], weight[2]]), plain[1:3]) and "PartOfCopy" in repr(weight[0])
+    assert (
+        weight[2, 3].item() == plain[2, 3]
+        and torch.equal(weight[0] + 0, plain[0])
+        and torch.equal(weight.T @ plain, plain.T @ plain)
+    )
+    assert torch.equal(torch.stack([weight[1], weight[2]]), plain[1:3]) and "PartOfCopy" in repr(
+        weight[0]
+    )
     for other in (weight.clone(), copy.deepcopy(weight), weight.double()):
         other.zero_()
     assert torch.equal(weight.whole(), plain)

@@ -2,12 +2,13 @@
 
 What becomes of them on the way out of a model, whoever writes:
 
-- what is ours to go on with holds both apart, under their own names, with a config that says `lora:` (`state_dict`, checkpoints,
-  `best/`, the export of a run); `train.init_from` takes them where the new config has the same adapters, and refuses others;
-- what is a whole model to others holds what the model computes, merged once and in float32 (`save_dit`, `export --layout`,
-  `export --merge`); the model in memory keeps its adapters;
-- a file of adapters holds the adapters alone, and the whole differences that came with them (`save_lora`, `export --lora`,
-  `lora*.safetensors`), or refuses what its format cannot hold.
+- what is ours to go on with holds both apart, under their own names, with a config that says
+  `lora:` (`state_dict`, checkpoints, `best/`, the export of a run); `train.init_from` takes them
+  where the new config has the same adapters, and refuses others;
+- what is a whole model to others holds what the model computes, merged once and in float32
+  (`save_dit`, `export --layout`, `export --merge`); the model in memory keeps its adapters;
+- a file of adapters holds the adapters alone, and the whole differences that came with them
+  (`save_lora`, `export --lora`, `lora*.safetensors`), or refuses what its format cannot hold.
 """
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter

@@ -1,8 +1,9 @@
-"""LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT, Diffusers, kohya, ComfyUI and
-their relatives.
+"""LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT,
+Diffusers, kohya, ComfyUI and their relatives.
 
-All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named (`lora_names`) and where `s` stands: in `.alpha`
-tensors (s = alpha / rank), in a config beside the weights or in the file's header (`lora_settings`), or nowhere (s = 1).
+All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named (`lora_names`) and
+where `s` stands: in `.alpha` tensors (s = alpha / rank), in a config beside the weights or in the
+file's header (`lora_settings`), or nowhere (s = 1).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ __all__ = ["Format", "LoRAFile", "Update", "load_lora", "read_lora", "save_lora"
 def load_lora(
     model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> list[str]:
-    """Adapt `model` in place with the LoRA at `path`; returns the names of the adapted layers. Whole differences (of distilled
-    models) are added to the parameters, until `remove` takes them off again. ValueError: see `read_lora`; nothing is changed
-    then."""
+    """Adapt `model` in place with the LoRA at `path`; returns the names of the adapted layers.
+    Whole differences (of distilled models) are added to the parameters, until `remove` takes them
+    off again. ValueError: see `read_lora`; nothing is changed then."""
     if adapters(model) or differences(model):
         raise ValueError("the model has adapters already: merge or remove them first")
     content = read_lora(model, path, expert)

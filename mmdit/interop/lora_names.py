@@ -1,5 +1,5 @@
-"""What tensors of adapters are called in the files of other tools: the ends of keys, what stands before a layer's name, the
-layer's name itself."""
+"""What tensors of adapters are called in the files of other tools: the ends of keys, what stands
+before a layer's name, the layer's name itself."""
 
 from __future__ import annotations
 
@@ -39,32 +39,65 @@ MANGLED = (
     "lycoris_",
 )  # before names without dots
 PARTS = {  # ends of keys → what they hold
-    **{f".lora_{part}{end}": f"lora_{part}" for part in "AB" for end in ("", ".weight", ".default.weight")},
-    **{f"{join}.{word}.weight": part
-       for join in (".lora", "_lora", ".lora_linear_layer") for word, part in (("down", "lora_A"), ("up", "lora_B"))},
-    ".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha",
-    ".lora_B.bias": "lora_B_bias", ".lora_B.default.bias": "lora_B_bias",
-    ".diff": "weight", ".diff_b": "bias", ".diff_m": "modulation",  # of whole parameters
-    ".w_norm": "weight", ".b_norm": "bias",
-    **{end: "lora_magnitude" for end in (".dora_scale", ".lora_magnitude", ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
-                                         ".lora_magnitude_vector.default.weight")},
-    **{f".{part}{end}": part for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")
-       for end in ("", ".default")},
-}  # fmt: skip
+    **{
+        f".lora_{part}{end}": f"lora_{part}"
+        for part in "AB"
+        for end in ("", ".weight", ".default.weight")
+    },
+    **{
+        f"{join}.{word}.weight": part
+        for join in (".lora", "_lora", ".lora_linear_layer")
+        for word, part in (("down", "lora_A"), ("up", "lora_B"))
+    },
+    ".lora_down.weight": "lora_A",
+    ".lora_up.weight": "lora_B",
+    ".alpha": "alpha",
+    ".lora_B.bias": "lora_B_bias",
+    ".lora_B.default.bias": "lora_B_bias",
+    ".diff": "weight",
+    ".diff_b": "bias",
+    ".diff_m": "modulation",  # of whole parameters
+    ".w_norm": "weight",
+    ".b_norm": "bias",
+    **{
+        end: "lora_magnitude"
+        for end in (
+            ".dora_scale",
+            ".lora_magnitude",
+            ".lora_magnitude_vector",
+            ".lora_magnitude_vector.weight",
+            ".lora_magnitude_vector.default.weight",
+        )
+    },
+    **{
+        f".{part}{end}": part
+        for factor in ("lokr_w1", "lokr_w2")
+        for part in (factor, f"{factor}_a", f"{factor}_b")
+        for end in ("", ".default")
+    },
+}
 OTHER_KINDS = {  # what keys of adapters that are not read here have in them
-    r"\.hada_[wt]\d": "LoHa", r"\.oft_|\.oft_blocks": "OFT", r"\.boft_": "BOFT", r"\.[ab][12](\.weight)?$|\.bm\.weight$": "GLoRA",
-    r"\.ia3_|\.on_input$": "(IA)³", r"\.vera_lambda": "VeRA", r"\.lora_[EP]$|\.ranknum$": "AdaLoRA",
-    r"\.lokr_t[12]|\.lora_mid": "an adapter with a Tucker core, for convolutions", r"\.lora_embedding_": "LoRA of an embedding",
-    r"\.reshape_weight$": "an adapter that changes a layer's shape", r"\.set_weight$": "whole weights to put in place of others",
-    r"\.diag_oft|\.rescale$": "OFT", r"\.modules_to_save\.": "whole weights of other modules (PEFT's modules_to_save)",
+    r"\.hada_[wt]\d": "LoHa",
+    r"\.oft_|\.oft_blocks": "OFT",
+    r"\.boft_": "BOFT",
+    r"\.[ab][12](\.weight)?$|\.bm\.weight$": "GLoRA",
+    r"\.ia3_|\.on_input$": "(IA)³",
+    r"\.vera_lambda": "VeRA",
+    r"\.lora_[EP]$|\.ranknum$": "AdaLoRA",
+    r"\.lokr_t[12]|\.lora_mid": "an adapter with a Tucker core, for convolutions",
+    r"\.lora_embedding_": "LoRA of an embedding",
+    r"\.reshape_weight$": "an adapter that changes a layer's shape",
+    r"\.set_weight$": "whole weights to put in place of others",
+    r"\.diag_oft|\.rescale$": "OFT",
+    r"\.modules_to_save\.": "whole weights of other modules (PEFT's modules_to_save)",
     r"\.base_layer\.bias$": "biases of the base (PEFT's bias: all or lora_only)",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What the name of a stored tensor says: `module` and `part` in our words, the layer's name as PEFT's patterns see it, and
-    the expert of a pair that it names."""
+    """What the name of a stored tensor says: `module` and `part` in our words, the layer's name as
+    PEFT's patterns see it, and the expert of a pair that it names."""
 
     module: str | None  # None: no layer of this model
     part: str
@@ -73,8 +106,8 @@ class Key:
 
 
 def foreign_names(model: nn.Module) -> dict[str, str]:
-    """Return every name that a module or a parameter of its own may have in a file → our name. kohya's underscores are never taken
-    apart: the table is made forward from what is there."""
+    """Return every name that a module or a parameter of its own may have in a file → our name.
+    kohya's underscores are never taken apart: the table is made forward from what is there."""
     wan, table = isinstance(model, WanDiT), {}
 
     def add(name: str, theirs) -> None:
@@ -106,7 +139,8 @@ def parse(key: str, names: dict[str, str]) -> Key:
 
 
 def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
-    """Yield what `body` may be without the words before a layer's name, and the expert that one of them names."""
+    """Yield what `body` may be without the words before a layer's name, and the expert that one of
+    them names."""
     yield body, None
     for mark in MANGLED:
         if body.startswith(mark):
@@ -120,7 +154,8 @@ def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _seen_by_peft(body: str) -> str:
-    """Return a layer's name without what PEFT or Diffusers puts before it: their patterns are for this."""
+    """Return a layer's name without what PEFT or Diffusers puts before it: their patterns are for
+    this."""
     for prefix in ("base_model.model.", "transformer_2.", "transformer."):
         if body.startswith(prefix):
             return body.removeprefix(prefix)

@@ -19,7 +19,8 @@ from mmdit.interop.lora_names import Key, foreign_names, other_kind, parse
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
 from mmdit.weights import Checkpoint, check_numbers
 
-OVER_BASE = "mmdit_dora_scale"  # in a header: lengths are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI expects them
+# In a header: lengths are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI expects them
+OVER_BASE = "mmdit_dora_scale"
 WHOLE = ("weight", "bias", "modulation")  # parts that are added to whole parameters
 UNMANGLE = (
     r"^(lora_unet_+|lycoris_)|\.(lora|lokr)_[^.]*(\.default)?(\.weight)?$|\.alpha$|\.diff(_[bm])?$"
@@ -63,14 +64,16 @@ class Update:
 
 @torch.no_grad()
 def stretch_over_base(layer: DoRALinear) -> Tensor:
-    """Return ‖W + ΔW‖ / ‖W‖ of each row: lengths over the base times this are lengths over the adapted weight."""
+    """Return ‖W + ΔW‖ / ‖W‖ of each row: lengths over the base times this are lengths over the
+    adapted weight."""
     plain = layer.weight.detach().to(layer.precise).norm(dim=1).clamp(min=1e-15)
     return (layer._norm().to(plain.dtype) / plain).to(layer.lora_magnitude.dtype)
 
 
 @dataclass
 class LoRAFile:
-    """What a file holds under our names: `updates` of linear layers, and `differences` to add to whole parameters."""
+    """What a file holds under our names: `updates` of linear layers, and `differences` to add to
+    whole parameters."""
 
     updates: dict[str, Update] = field(default_factory=dict)
     differences: dict[str, Tensor] = field(default_factory=dict)
@@ -79,9 +82,10 @@ class LoRAFile:
 def read_lora(
     model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> LoRAFile:
-    """Read the file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V model, with a warning. ValueError:
-    keys that name no layer of it (with near names), half an update, another shape, numbers that are not finite, a setting that
-    is not known here, or two experts of which none is chosen."""
+    """Read the file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V
+    model, with a warning. ValueError: keys that name no layer of it (with near names), half an
+    update, another shape, numbers that are not finite, a setting that is not known here, or two
+    experts of which none is chosen."""
     path, names = Path(path), foreign_names(model)
     stored = Checkpoint(weights_of(path))
     keys = _chosen(stored, names, expert, path)
@@ -95,7 +99,8 @@ def read_lora(
             update.parts["lokr_w1"], update.scale = update.scale * update.parts["lokr_w1"], 1.0
         if settings.values.get("use_dora") and "lora_magnitude" not in update.parts:
             raise ValueError(
-                f"{settings.source} says use_dora, but {module} has no magnitude: the file is incomplete"
+                f"{settings.source} says use_dora, but {module} has no magnitude: the file is "
+                f"incomplete"
             )
         if bias is not None:
             name = f"{module}.bias"
@@ -105,8 +110,12 @@ def read_lora(
             f"{path} holds no LoRA{f' of the {expert}-noise expert' if expert else ''}"
         )
     if not settings.values and any(name.startswith("base_model.model.") for name in keys):
-        warnings.warn(f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were the rank; "
-                      "name the folder that holds both", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were "
+            f"the rank; "
+            "name the folder that holds both",
+            stacklevel=4,
+        )
     _warn_of_pictures(path, names, result)
     _fit_differences(path, model, result.differences)
     return result
@@ -115,8 +124,8 @@ def read_lora(
 def _chosen(
     stored: Checkpoint, names: dict[str, str], expert: str | None, path: Path
 ) -> dict[str, Key]:
-    """Return the stored names that are meant, and what they say. Where some name an expert, `transformer.` alone is the high one,
-    as Diffusers writes a pair."""
+    """Return the stored names that are meant, and what they say. Where some name an expert,
+    `transformer.` alone is the high one, as Diffusers writes a pair."""
     keys = {name: parse(name, names) for name in stored.entries}
     if any(key.expert for key in keys.values()):
         first = next(name for name, key in keys.items() if key.expert)
@@ -131,13 +140,15 @@ def _chosen(
     if unknown := [name for name, key in keys.items() if key.module is None]:
         if kind := other_kind(unknown):
             raise ValueError(
-                f"{path} holds {kind} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr and whole differences are; "
+                f"{path} holds {kind} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr "
+                f"and whole differences are; "
                 "merge it with the tool that made it"
             )
         word = re.sub(UNMANGLE, "", unknown[0])
         alike = sorted(name for name in names if ("." in name) == ("." in word))
         raise ValueError(
-            f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, first {unknown[0]}"
+            f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, "
+            f"first {unknown[0]}"
             f"{near(word, alike)}; is it for another model (I2V, T2V, 1.3B, 14B)?"
         )
     return keys
@@ -190,8 +201,11 @@ def _alpha(name: str, tensor: Tensor, path: Path) -> float:
 def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
     """Return DoRA's magnitudes as a vector."""
     if tensor.ndim == 2 and tensor.shape[0] == 1 < tensor.shape[1]:
-        raise ValueError(f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS' wd_on_output: false), which is "
-                         "not read here; only lengths of rows are")  # fmt: skip
+        raise ValueError(
+            f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS' "
+            f"wd_on_output: false), which is "
+            "not read here; only lengths of rows are"
+        )
     return tensor.squeeze(1) if tensor.ndim == 2 else tensor
 
 
@@ -207,7 +221,9 @@ def _scale(update: Update, settings: Settings) -> float:
 
 def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
     parent, _, leaf = module.rpartition(".")
-    layer = getattr(model.get_submodule(parent), leaf)  # a layer, or a parameter that bears the name
+    layer = getattr(
+        model.get_submodule(parent), leaf
+    )  # a layer, or a parameter that bears the name
     for part, word in (("lora_A", "down"), ("lora_B", "up")):
         if part not in update.parts and not update.lokr:
             raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
@@ -238,12 +254,17 @@ def _warn_of_pictures(path: Path, names: dict[str, str], result: LoRAFile) -> No
     pictured = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
     told = [name for name in result.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
     if pictured and told and not result.updates.keys() & pictured:
-        warnings.warn(f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} that read the "
-                      "picture: it was made for a T2V model, and this I2V model keeps those as they are", stacklevel=5)  # fmt: skip
+        warnings.warn(
+            f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} "
+            f"that read the "
+            "picture: it was made for a T2V model, and this I2V model keeps those as they are",
+            stacklevel=5,
+        )
 
 
 def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor]) -> None:
-    """Leave out, with a warning, what a T2V model's patches of fewer channels have no place for; ValueError for other shapes."""
+    """Leave out, with a warning, what a T2V model's patches of fewer channels have no place for;
+    ValueError for other shapes."""
     parameters = dict(model.named_parameters())
     for name, tensor in list(differences.items()):
         own = parameters.get(name)
@@ -251,8 +272,12 @@ def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor
             continue
         fewer = own is not None and tensor.ndim == own.ndim > 2 and tensor.shape[1] < own.shape[1]
         if fewer and (tensor.shape[0], *tensor.shape[2:]) == (own.shape[0], *own.shape[2:]):
-            warnings.warn(f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this model has {own.shape[1]}: it "
-                          "was made for a T2V model; this one is left out, all others are laid on", stacklevel=5)  # fmt: skip
+            warnings.warn(
+                f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this "
+                f"model has {own.shape[1]}: it "
+                "was made for a T2V model; this one is left out, all others are laid on",
+                stacklevel=5,
+            )
             del differences[name]
             continue
         what = "not there" if own is None else tuple(own.shape)

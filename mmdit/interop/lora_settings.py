@@ -1,4 +1,5 @@
-"""The strength of adapters as PEFT keeps it: in a config beside the weights, or, as Diffusers does, in the header of their file."""
+"""The strength of adapters as PEFT keeps it: in a config beside the weights, or, as Diffusers does,
+in the header of their file."""
 
 from __future__ import annotations
 
@@ -26,14 +27,36 @@ USED = {
     "use_dora",
     "lora_bias",
 }
-NEUTRAL = {  # what the finished update does not depend on: choice of layers (the tensors tell it), training, book-keeping
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
+# Values of init_lora_weights that leave the base as it is.
+NEUTRAL = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "ensure_weight_tying",
     "fan_in_fan_out",  # PEFT itself sets it to false for linear layers
-    "rank_dropout", "module_dropout", "rank_dropout_scale", "decompose_both", "decompose_factor", "init_weights",
+    "rank_dropout",
+    "module_dropout",
+    "rank_dropout_scale",
+    "decompose_both",
+    "decompose_factor",
+    "init_weights",
     "use_effective_conv2d",  # of convolutions alone
-}  # fmt: skip
+}
 BESIDE_THE_BASE = (
     None,
     True,
@@ -63,12 +86,14 @@ class Settings:
         start = values.get("init_lora_weights")
         if start not in BESIDE_THE_BASE:
             raise ValueError(
-                f"{self.source}: init_lora_weights is {start!r}, which also changes the base; save the adapter with PEFT's "
+                f"{self.source}: init_lora_weights is {start!r}, which also changes the base; save "
+                f"the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
             )
         if values.get("bias") not in (None, "none"):
             raise ValueError(
-                f"{self.source}: bias is {values['bias']!r}: it comes with biases in place of the base's, which are not "
+                f"{self.source}: bias is {values['bias']!r}: it comes with biases in place of the "
+                f"base's, which are not "
                 "read; merge it with PEFT, or train with bias: none"
             )
         for name in ("use_rslora", "use_dora", "lora_bias"):
@@ -78,12 +103,15 @@ class Settings:
                 )
         for name, value in values.items():
             if value and name not in USED | NEUTRAL | {"init_lora_weights", "bias"}:
-                raise ValueError(f"{self.source}: {name} is {value!r:.100}, which may change the update and is not known here; merge it "
-                                 "with PEFT and take the whole weights")  # fmt: skip
+                raise ValueError(
+                    f"{self.source}: {name} is {value!r:.100}, which may change the update and is "
+                    f"not known here; merge it "
+                    "with PEFT and take the whole weights"
+                )
 
     def scale(self, layer: str, rank: int, whole: bool, lokr: bool) -> float:
-        """Return what multiplies the product of a layer's factors. `layer`: its name in the file; `whole`: both factors of LoKr
-        are, so that only the config knows the rank."""
+        """Return what multiplies the product of a layer's factors. `layer`: its name in the file;
+        `whole`: both factors of LoKr are, so that only the config knows the rank."""
         told = self._number("alpha" if lokr else "lora_alpha", layer)
         if told is None:
             return 1.0
@@ -92,18 +120,21 @@ class Settings:
             raise ValueError(f"{self.source} tells an alpha and no r, by which PEFT divides it")
         if own is not None and not whole and own != rank:
             raise ValueError(
-                f"{self.source} gives {layer} the rank {own:g}, its tensors have {rank}: they do not belong together"
+                f"{self.source} gives {layer} the rank {own:g}, its tensors have {rank}: they do "
+                f"not belong together"
             )
         rank = own if whole else rank
         return told / (math.sqrt(rank) if self.values.get("use_rslora") and not lokr else rank)
 
     def _number(self, name: str, layer: str) -> float | None:
-        """Return a positive `r`, or a finite alpha, of a layer: the first pattern that fits its name, else the common one."""
+        """Return a positive `r`, or a finite alpha, of a layer: the first pattern that fits its
+        name, else the common one."""
         pattern = "rank_pattern" if name == "r" else "alpha_pattern"
         patterns = self.values.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise ValueError(
-                f"{self.source}: {pattern} is {patterns!r:.100}, must map names of layers to numbers"
+                f"{self.source}: {pattern} is {patterns!r:.100}, must map names of layers to "
+                f"numbers"
             )
         value = self.values.get(name)
         for key, own in patterns.items():
@@ -122,8 +153,11 @@ class Settings:
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         )
         if not number or value == 0 or (pattern == "rank_pattern" and value < 0):
-            raise ValueError(f"{self.source}: {name} is {value!r:.100}, must be a {'positive' if pattern == 'rank_pattern' else 'finite'} "
-                             "number other than 0")  # fmt: skip
+            raise ValueError(
+                f"{self.source}: {name} is {value!r:.100}, must be a "
+                f"{'positive' if pattern == 'rank_pattern' else 'finite'} "
+                "number other than 0"
+            )
         return value
 
 
@@ -142,7 +176,8 @@ def weights_of(path: Path) -> Path:
 
 
 def settings_of(stored: Checkpoint, expert: str | None) -> Settings:
-    """Read what lies beside or in the first file of `stored`. ValueError: it cannot be read, or asks for what is not known."""
+    """Read what lies beside or in the first file of `stored`. ValueError: it cannot be read, or
+    asks for what is not known."""
     file = stored.files[0]
     beside = file.with_name(CONFIG)
     peft = file.stem == "adapter_model" or any(

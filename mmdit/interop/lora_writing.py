@@ -34,12 +34,14 @@ SAME = {
 def save_lora(
     model: nn.Module, path: str | Path, format: Format, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the adapters of `model`, and the whole differences that came with them: `diffusers`, `kohya` or `comfy` as one file,
-    `peft` as a folder. Then it is read back and compared, layer by layer, before it bears its name.
+    """Write the adapters of `model`, and the whole differences that came with them: `diffusers`,
+    `kohya` or `comfy` as one file, `peft` as a folder. Then it is read back and compared, layer by
+    layer, before it bears its name.
 
-    LoKr is written as LyCORIS does (`kohya`, `comfy`), with its scale in a whole W1: readers ignore the alpha of whole factors, and
-    some know no other W1. DoRA in `comfy` is as ComfyUI computes it, whose lengths are over ‖W‖; a mark in the header says so.
-    ValueError: no adapters, a path that is there, what the format cannot hold, numbers too large for `dtype`."""
+    LoKr is written as LyCORIS does (`kohya`, `comfy`), with its scale in a whole W1: readers ignore
+    the alpha of whole factors, and some know no other W1. DoRA in `comfy` is as ComfyUI computes
+    it, whose lengths are over ‖W‖; a mark in the header says so. ValueError: no adapters, a path
+    that is there, what the format cannot hold, numbers too large for `dtype`."""
     path = Path(path)
     _check(model, path, format)
     tensors, header = {}, {"format": "pt"}
@@ -54,7 +56,8 @@ def save_lora(
     }
     if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(
-            f"{wrong[0]} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: nothing is written"
+            f"{wrong[0]} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: "
+            f"nothing is written"
         )
     if format == "comfy" and any(
         isinstance(layer, DoRALinear) for layer in adapters(model).values()
@@ -92,14 +95,22 @@ def _check(model: nn.Module, path: Path, format: str) -> None:
     ):
         raise ValueError(f"{format} files hold no LoKr; choose kohya or comfy")
     if format in ("peft", "diffusers") and changed:
-        raise ValueError(f"{format} files hold no differences of whole parameters, and this model has {len(changed)} beside its adapters "
-                         f"(first of {next(iter(changed))}); choose kohya or comfy")  # fmt: skip
+        raise ValueError(
+            f"{format} files hold no differences of whole parameters, and this model has "
+            f"{len(changed)} beside its adapters "
+            f"(first of {next(iter(changed))}); choose kohya or comfy"
+        )
     if both := [name for name in layers if f"{name}.weight" in changed]:
-        warnings.warn(f"{len(both)} layers have an adapter and a whole difference (first {both[0]}): other programs take one of the two, "
-                      "ComfyUI the difference; merge the model and hand on the whole", stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"{len(both)} layers have an adapter and a whole difference (first {both[0]}): other "
+            f"programs take one of the two, "
+            "ComfyUI the difference; merge the model and hand on the whole",
+            stacklevel=3,
+        )
     if format == "kohya" and any(isinstance(layer, DoRALinear) for layer in layers.values()):
         warnings.warn(
-            "ComfyUI reads the lengths of DoRA in kohya files otherwise than they were trained; choose comfy for it",
+            "ComfyUI reads the lengths of DoRA in kohya files otherwise than they were trained; "
+            "choose comfy for it",
             stacklevel=3,
         )
 
@@ -119,12 +130,17 @@ def _settings(model: nn.Module, theirs: dict[str, str]) -> dict:
         Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas)
     )
     return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(theirs.values()), "use_rslora": False,
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(theirs.values()),
+        "use_rslora": False,
         "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
         "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
-    }  # fmt: skip
+    }
 
 
 def _parts(layer: Adapter, format: str) -> dict[str, Tensor]:
@@ -192,5 +208,6 @@ def _compare(model: nn.Module, written: Path, same: float) -> None:
             or not (found.float() - expected.float().cpu()).norm() <= same * expected.float().norm()
         ):
             raise ValueError(
-                f"{written}: the difference of {name} would not be read back as it is: nothing is written"
+                f"{written}: the difference of {name} would not be read back as it is: nothing is "
+                f"written"
             )

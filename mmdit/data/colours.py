@@ -62,8 +62,6 @@ def coding_of(primaries: int, transfer: int) -> Coding | None:
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
     """Return a picture of any mode without transparency as mode RGB in sRGB, and a key of NOTES, or
     "". A broken profile is left out."""
-    if image.mode == "LAB":
-        return _lab_to_srgb().apply(image), ""
     if image.mode not in ("L", "CMYK"):
         image = in_mode(image, "L" if image.mode == "1" else "RGB")
     transform, note = _transform(profile, image.mode) if profile else (None, "")
@@ -77,40 +75,32 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _profile(name: str) -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))
-
-
-@lru_cache(maxsize=1)
-def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
-    return ImageCms.ImageCmsTransform(_profile("LAB"), _profile("sRGB"), "LAB", "RGB")
-
-
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
     """Return the way from a profile to sRGB; none where the profile is that of sRGB, or cannot be
     used."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         space = opened.profile.xcolor_space.strip()
         if mode == "L" and space == "RGB":  # grey is then equal numbers of all three
             mode = "RGB"
         if space != {"L": "GRAY"}.get(mode, mode):
             return None, "profile ignored"
-        transform = ImageCms.ImageCmsTransform(opened, _profile("sRGB"), mode, "RGB")
-        steps = np.linspace(0, 255, 9).round().astype(np.uint8)
-        every = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
-        if (
-            mode == "RGB"
-            and np.abs(
-                np.asarray(transform.apply(Image.fromarray(every))).astype(int) - every
-            ).max()
-            <= 1
-        ):
+        transform = ImageCms.ImageCmsTransform(opened, srgb, mode, "RGB")
+        if mode == "RGB" and _changes_nothing(transform):
             return None, ""
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return None, "profile ignored"
     return transform, "profile"
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Return whether no colour of 729 all over is moved by more than a level."""
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    before = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
+    after = np.asarray(transform.apply(Image.fromarray(before)))
+    return np.abs(after.astype(int) - before).max() <= 1
 
 
 # ── primaries and curves ──────────────────────────────────────────────────────────────────────────

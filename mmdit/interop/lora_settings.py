@@ -27,7 +27,8 @@ USED = {
     "use_dora",
     "lora_bias",
 }
-# Values of init_lora_weights that leave the base as it is.
+# What the finished update does not depend on: choice of layers (the tensors tell it), training,
+# book-keeping.
 NEUTRAL = {
     "task_type",
     "auto_mapping",

@@ -1,6 +1,7 @@
 """Pre-training a tokenizer: pictures, losses, exact resume, export and evaluation."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from vtp.train.config import PretrainConfig
 from vtp.train.glyphs import letters
 from vtp.train.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
 from vtp.train.learner import Learner, noisy_latents
-from vtp.train.loop import Trainer, train
-from vtp.train.losses import contrast_loss, reconstruction_loss
-from vtp.train.self_supervision import balanced_assignments
+from vtp.train.loop import Trainer, train, windows_after
+from vtp.train.losses import contrast_loss, discriminator_loss, reconstruction_loss
+from vtp.train.self_supervision import SelfSupervision, SelfSupervisionConfig, balanced_assignments
 
 from mmdit.config import ConfigError, decode, load
 from mmdit.data import moving_shapes
 from mmdit.rng import Draws
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
+from mmdit.training.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -187,6 +189,145 @@ def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch
     assert 4 < steps[0] < 2000
 
 
+def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):
+    """Killed inside the first measurement: the resumed run measures again, and what was spent before counts."""
+    monkeypatch.setattr("vtp.train.loop.CALIBRATION", {2: 6, 10: 14})
+    monkeypatch.setattr("vtp.train.loop.EXPORT_SECONDS", 0)
+    steps = []
+    monkeypatch.setattr("vtp.train.loop.export", lambda model, source, config, folder, run: steps.append(run["steps"]))
+    config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
+    killed = Trainer(config, CPU)
+    killed.started -= 1.0  # a second was spent
+    for _ in range(4):
+        killed.advance()
+    killed.save()
+    resumed = Trainer(config, CPU)
+    resumed.restore()
+    assert resumed.windows == {6: 10, 10: 14} and resumed.started < killed.started + 1e6
+    assert time.perf_counter() - resumed.started >= 1.0
+    train(config, CPU, resume=True)
+    assert 10 < steps[0] < 2000
+    assert windows_after(20, anew=False) == {} and windows_after(20, anew=True) == {22: 26}
+
+
+def poisoned(trainer, *steps):
+    """Batches of `trainer` whose pictures of these steps hold a number that is none."""
+    good = trainer.source.batch
+
+    def batch(step, size=None):
+        pictures = good(step, size)
+        if step in steps:
+            pictures.pixels[0, 0, 0, 0] = float("nan")
+        return pictures
+
+    trainer.source.batch = batch
+
+
+def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
+    """In both stages: nothing that is trained, averaged or teaches takes a number that is none."""
+    trainer = Trainer(configured(tmp_path, semantic=True, max_steps=10), CPU)
+    poisoned(trainer, 1, 7)
+    skipped = [float(trainer.advance()["skipped"]) for _ in range(10)]
+    assert skipped == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
+    for name, value in {**trainer.learner.state_dict(), **trainer.ema.shadow}.items():
+        assert value.isfinite().all(), name
+    for optimizer in (trainer.optimizer, trainer.critic_optimizer):
+        assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("bad, ends", [((2, 3, 4, 5), True), ((2, 3, 5, 6), False), ((5,), False)])
+def test_too_many_bad_steps_in_a_row_end_the_run_and_one_does_not(tmp_path, monkeypatch, bad, ends):
+    config = configured(tmp_path / "run", max_steps=8, log_every_steps=3, max_skipped_steps=3)
+    made = Trainer.__init__
+
+    def init(self, *arguments):
+        made(self, *arguments)
+        poisoned(self, *bad)
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+    monkeypatch.setattr("vtp.train.loop.export", lambda *arguments: None)
+    if ends:
+        with pytest.raises(RunError, match="training stopped: 4 steps in a row up to step 6 .*max_skipped_steps = 3"):
+            train(config, CPU)
+    else:
+        train(config, CPU)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(record.get("skipped", 0) for record in records) == sum(step < 6 if ends else True for step in bad) - ends * 3
+
+
+def test_the_critic_tells_real_from_made_and_the_decoder_is_praised_for_what_passes(tmp_path):
+    assert discriminator_loss(torch.full((2,), 2.0), torch.full((2,), -2.0)) == 0
+    assert discriminator_loss(torch.full((2,), -2.0), torch.full((2,), 2.0)) == 3
+    learner = Learner(configured(tmp_path, semantic=True))
+    batch = PictureSource(learner.config.images, 0, CPU, ByteTokenizer(77)).batch(0)
+    losses = learner.losses(batch, 0, adversarial=True)
+    score = learner.discriminator(losses.predicted).mean()
+    torch.testing.assert_close(losses.total - losses.parts["reconstruction"], -0.05 * score, rtol=1e-3, atol=1e-5)
+    del learner.discriminator
+    learner.discriminator = lambda pixels: torch.tensor([5.0 if pixels is losses.target else -5.0])
+    assert learner.discriminator_loss(losses) == 0
+
+
+class Told(torch.nn.Module):
+    """A trunk that answers what it was told: `classes (2B, K)`, `patches (2B, N, K)`."""
+
+    embed_dim, patch_size = 8, 16
+
+    def __init__(self, classes, patches):
+        super().__init__()
+        self.classes, self.patches, self.masks = classes, patches, None
+
+    def forward(self, views, masks=None, **options):
+        self.masks = masks
+        return {"x_norm_clstoken": self.classes, "x_norm_patchtokens": self.patches}
+
+
+def test_a_view_is_taught_by_the_other_one_and_hidden_patches_by_what_the_teacher_sees():
+    """4 pictures, 2 views of each, 4 patches a view; who is right has no loss."""
+    config = SelfSupervisionConfig(weight=1.0, prototypes=8, local_crops=0, mask_ratio=(0.25, 0.5))
+    classes, patches = 10 * torch.eye(8), 10 * torch.eye(8)[torch.arange(32).reshape(8, 4) % 8]
+    images, draws = torch.rand(4, 3, 32, 32), Draws.of(0, 0, 4)
+
+    def loss(student_classes, student_patches):
+        student, teacher = Told(student_classes, student_patches), Told(classes, patches)
+        taught = SelfSupervision(config, teacher)
+        taught.head, taught.teacher_head, taught.teacher_trunk = torch.nn.Identity(), torch.nn.Identity(), teacher
+        result = taught.loss(student, images, draws)
+        assert teacher.masks is None, "the teacher sees everything"
+        return *map(float, result), student.masks
+
+    class_loss, patch_loss, masks = loss(classes.roll(4, 0), patches)
+    assert class_loss < 1e-3 and patch_loss < 1e-3
+    assert ((masks.float().mean(1) >= 0.25) & (masks.float().mean(1) <= 0.5)).all()
+    class_loss, patch_loss, masks = loss(classes, torch.where(masks[..., None], patches, patches.roll(1, -1)))
+    assert class_loss > 10 and patch_loss < 1e-3  # its own answer is wrong; patches that it saw do not count
+    _, patch_loss, _ = loss(classes, torch.where(masks[..., None], patches.roll(1, -1), patches))
+    assert patch_loss > 10
+
+
+def test_a_hidden_patch_is_not_seen_and_the_teacher_slows_down():
+    torch.manual_seed(0)
+    learner = Learner(configured("unused", semantic=True))
+    trunk, taught = learner.model.trunk, learner.self_supervision
+    views, masks = torch.randn(2, 3, 32, 32), torch.zeros(2, 4, dtype=torch.bool)
+    masks[:, 1] = True  # the upper right one
+    other = views.clone()
+    other[:, :, :16, 16:] += 1
+    see = lambda pixels: trunk(pixels, is_training=True, use_bottleneck=False, masks=masks)["x_norm_patchtokens"]  # noqa: E731
+    torch.testing.assert_close(see(other), see(views))
+    with torch.no_grad():
+        for parameter in taught.teacher_head.parameters():
+            parameter.add_(1.0)
+    student, teacher = (next(part.parameters()).detach().clone() for part in (taught.head, taught.teacher_head))
+    shares = []
+    for progress in (0.0, 0.5, 1.0):
+        next(taught.teacher_head.parameters()).data.copy_(teacher)
+        taught.update_teacher(trunk, progress)
+        moved = (teacher - next(taught.teacher_head.parameters())) / (teacher - student)
+        shares.append(float(moved.mean()))
+    assert shares == pytest.approx([0.004, 0.002, 0.0], abs=1e-5)
+
+
 def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
     trainer = Trainer(configured(tmp_path, semantic=True, max_steps=4), CPU)
     while trainer.step < 3:
@@ -256,6 +397,14 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
         ("adversarial", {"start": 1.5}, "adversarial.start"),
         ("ema", {"enabled": False}, "ema.enabled"),
         ("latent_noise", -0.1, "latent_noise"),
+        ("train", {"final_lr": -3.0}, "train.final_lr"),
+        ("train", {"beta2": 1.5}, "train.beta2"),
+        ("train", {"weight_decay": -1.0}, "train.weight_decay"),
+        ("adversarial", {"lr": -1.0}, "adversarial.lr"),
+        ("model", {"vision_depth": 0}, "model.vision_depth"),
+        ("self_supervision", {"teacher_temperature": 0.0}, "self_supervision.teacher_temperature"),
+        ("self_supervision", {"momentum": 1.5}, "self_supervision.momentum"),
+        ("ema", {"start_step": -5}, "ema.start_step"),
         ("freeze_encoder", True, "freeze_encoder"),
     ],
 )

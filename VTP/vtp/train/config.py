@@ -33,6 +33,12 @@ class NetworkConfig:
     text_context_length: int = 128
 
     def __post_init__(self):
+        for name in ("vision_depth", "decoder_depth", "text_depth", "vision_feature_bottleneck", "text_context_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
+        for name in ("vision_embed_dim", "decoder_embed_dim", "text_embed_dim", "vision_mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be positive")
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if heads < 1 or width % (4 * heads):
@@ -55,7 +61,8 @@ class OptimizationConfig:
     warmup_steps: int = 300
     weight_decay: float = 0.02
     beta2: float = 0.98
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # global norm; 0 = off
+    max_skipped_steps: int = 10  # more steps in a row without a finite gradient stop the run
     compile: bool = True  # CUDA only
     log_every_steps: int = 50
     eval_every_steps: int = 1000
@@ -70,8 +77,15 @@ class OptimizationConfig:
             raise ConfigError("warmup_steps", f"is {self.warmup_steps}, must be below max_steps {self.max_steps}")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError("max_minutes", f"is {self.max_minutes}, must be positive (or null for no limit)")
-        if self.lr <= 0:
-            raise ConfigError("lr", f"is {self.lr}, must be positive")
+        if not 0 < self.lr < 1:
+            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 1.5e-3")
+        for name in ("weight_decay", "clip_norm", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
+        if not 0 <= self.final_lr <= 1:
+            raise ConfigError("final_lr", f"is {self.final_lr}, must be a share of lr, from 0 to 1")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError("beta2", f"is {self.beta2}, must be at least 0 and below 1, for example 0.98")
 
 
 @dataclass(frozen=True)

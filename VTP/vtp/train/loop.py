@@ -18,6 +18,7 @@ from mmdit.files import no_link, write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
+from mmdit.training.errors import RunError
 from mmdit.training.media import save_image
 from mmdit.training.optim import LearningRate, build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
 from mmdit.training.runs import hold
@@ -34,7 +35,8 @@ from vtp.train.learner import Learner
 # for what else shares the machine; both are early enough that the learning rate hardly moves.
 CALIBRATION = {40: 120, 600: 800}  # begin: end
 EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
-FREE_KEYS = ("output_dir", "planned_steps", "train.compile", "train.max_minutes", "train.log_", "train.eval_", "train.save_")
+FREE_KEYS = ("output_dir", "planned_steps", "seconds_spent", "train.compile", "train.max_minutes", "train.max_skipped_steps",
+             "train.log_", "train.eval_", "train.save_")  # fmt: skip
 
 
 class Trainer:
@@ -42,7 +44,8 @@ class Trainer:
 
     def __init__(self, config: PretrainConfig, device: torch.device):
         self.config, self.device, self.step, self.planned = config, device, 0, config.train.max_steps
-        self.folder = Path(config.output_dir)
+        self.folder, self.started = Path(config.output_dir), time.perf_counter()
+        self.windows = dict(CALIBRATION)  # those that are still to be measured
         torch.manual_seed(rng.key(config.seed, "initial weights") & 0x7FFF_FFFF)
         self.learner = Learner(config).to(device)
         if config.init_from:
@@ -90,6 +93,7 @@ class Trainer:
         loss = self.learner.discriminator_loss(losses)
         self.critic_optimizer.zero_grad()
         loss.backward()
+        clip_and_guard(self.critic_optimizer, 0)  # what is not finite would stay in its weights, and in all later losses
         self.critic_optimizer.step()
         return loss.detach()
 
@@ -118,7 +122,8 @@ class Trainer:
         }
         if self.critic is not None:
             files["critic_optimizer"] = optimizer_tensors(self.critic, self.critic_optimizer)
-        config = {**encode(self.config), "planned_steps": self.planned}
+        spent = time.perf_counter() - self.started
+        config = {**encode(self.config), "planned_steps": self.planned, "seconds_spent": round(spent, 3)}
         spec = LatentSpec(self.config.model.vision_feature_bottleneck)
         checkpoint.save(self.folder, checkpoint.Meta(self.step, config, spec, "vtp.train"), files, keep_last=2)
 
@@ -140,6 +145,20 @@ class Trainer:
             stored = checkpoint.read_tensors(folder / "critic_optimizer.safetensors")
             load_optimizer_tensors(self.critic, self.critic_optimizer, stored)
         self.step, self.planned = meta.step, meta.config["planned_steps"]
+        self.started -= meta.config.get("seconds_spent", 0.0)
+        longer = meta.config["train"]["max_minutes"] != self.config.train.max_minutes
+        self.windows = windows_after(self.step, longer)
+
+
+def windows_after(step: int, anew: bool) -> dict[int, int]:
+    """Return the windows of `CALIBRATION` that a run resumed at `step` has still to measure. One that was begun is measured as
+    long after the resume as the first is after the start; so is the first one, if none is left and the limit is another (`anew`)."""
+    first, *_ = CALIBRATION
+    left = {begin: end for begin, end in CALIBRATION.items() if end > step}
+    if anew and not left:
+        left = {first: CALIBRATION[first]}
+    moved = {begin: step + first - begin if begin <= step else 0 for begin in left}
+    return {begin + moved[begin]: end + moved[begin] for begin, end in left.items()}
 
 
 class Report:
@@ -148,6 +167,8 @@ class Report:
     def __init__(self, trainer: Trainer):
         self.trainer, self.path = trainer, trainer.folder / "metrics.jsonl"
         self.since, self.at_step = time.perf_counter(), trainer.step
+        self.skipped: list[Tensor] = []  # of each step since the last report
+        self.bad_in_a_row = 0
 
     def write(self, record: dict) -> None:
         with no_link(self.path).open("a", encoding="utf-8") as file:
@@ -158,21 +179,35 @@ class Report:
         now = time.perf_counter()
         speed = (trainer.step - self.at_step) / max(now - self.since, 1e-9)
         self.since, self.at_step = now, trainer.step
-        if not math.isfinite(values["reconstruction"]):
-            raise RuntimeError(
-                f"training stopped: the loss is {values['reconstruction']} at step {trainer.step}; start again with a "
-                "lower train.lr or a longer train.warmup_steps"
-            )
+        skipped = torch.stack(self.skipped).tolist()
+        self.skipped.clear()
+        values["skipped"] = sum(skipped)
+        self._stop_if_bad(skipped)
         squared = values.pop("squared_error") * (sum(STD) / 3) ** 2
         values["train_psnr"] = -10 * math.log10(max(squared, 1e-10))
         left = (trainer.planned - trainer.step) / max(speed, 1e-9)
         memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
         record = {"step": trainer.step, "steps_per_second": speed, "memory_gib": memory, "lr": trainer.learning_rate()}
         record |= values
-        self.write({name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in record.items()})
+        rounded = {name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in record.items()}
+        self.write({name: value if math.isfinite(value) else None for name, value in rounded.items()})
         words = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped")
         rest = f"{speed:.2f} steps/s  {memory:.1f} GiB  {left / 60:.1f} min left"
         print(f"step {trainer.step}/{trainer.planned}  {words}  {rest}", flush=True)
+
+    def _stop_if_bad(self, skipped: list[float]) -> None:
+        """RunError after too many steps in a row whose gradient was not finite, or when all since the last report were such."""
+        limit = self.trainer.config.train.max_skipped_steps
+        for bad in skipped:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            if self.bad_in_a_row > limit:
+                break
+        if self.bad_in_a_row > limit or sum(skipped) == len(skipped) > 1:
+            raise RunError(
+                f"training stopped: {self.bad_in_a_row} steps in a row up to step {self.trainer.step} had a loss or gradient that is "
+                f"not finite (limit train.max_skipped_steps = {limit}); the weights are those before them. Start again with a "
+                "lower train.lr or a longer train.warmup_steps, or continue with --resume"
+            )
 
     def evaluate(self, count: int) -> None:
         started, trainer = time.perf_counter(), self.trainer
@@ -202,7 +237,6 @@ def train(config: PretrainConfig, device: torch.device, resume: bool = False) ->
 
 
 def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
-    started = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, device)
     if resume:
@@ -214,13 +248,14 @@ def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
         torch._dynamo.config.suppress_errors = True  # without a working compiler the blocks run as they are
         trainer.learner.compile()
     trainer.prepare()
-    size, seconds = sum(p.numel() for p in trainer.learner.model.parameters()), time.perf_counter() - started
+    size, seconds = sum(p.numel() for p in trainer.learner.model.parameters()), time.perf_counter() - trainer.started
     print(f"{size:,} parameters on {device}, ready after {seconds:.0f} s; step {trainer.step} of {trainer.planned}", flush=True)
     report, settings, calibration = Report(trainer), config.train, None
     while trainer.step < trainer.planned:
         scalars = trainer.advance()
-        if settings.max_minutes is not None and not resume:
-            calibration = _calibrate(trainer, started, calibration)
+        report.skipped.append(scalars["skipped"])
+        if settings.max_minutes is not None:
+            calibration = _calibrate(trainer, calibration)
         if trainer.step % settings.log_every_steps == 0 or trainer.step == trainer.planned:
             report.progress(scalars)
         if trainer.step % settings.eval_every_steps == 0 and trainer.step < trainer.planned:
@@ -228,7 +263,7 @@ def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
         if trainer.step % settings.save_every_steps == 0 or trainer.step == trainer.planned:
             trainer.save()
     report.evaluate(min(256, settings.evaluation_samples))
-    minutes = (time.perf_counter() - started) / 60
+    minutes = (time.perf_counter() - trainer.started) / 60
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     folder, run = trainer.folder / "export", {"steps": trainer.step, "minutes": round(minutes, 1), "device": place}
     export(trainer.averaged_model(), trainer.source, config, folder, run)
@@ -236,9 +271,9 @@ def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
     return folder
 
 
-def _calibrate(trainer: Trainer, started: float, first: float | None) -> float | None:
+def _calibrate(trainer: Trainer, first: float | None) -> float | None:
     """Time the speed between early steps, and set the planned number of steps from what max_minutes leaves."""
-    begins, ends = trainer.step in CALIBRATION, trainer.step in CALIBRATION.values()
+    begins, ends = trainer.step in trainer.windows, trainer.step in trainer.windows.values()
     if not begins and not (ends and first is not None):
         return first
     if trainer.device.type == "cuda":
@@ -246,9 +281,9 @@ def _calibrate(trainer: Trainer, started: float, first: float | None) -> float |
     now = time.perf_counter()
     if begins:
         return now
-    begin = next(start for start, end in CALIBRATION.items() if end == trainer.step)
+    begin = next(start for start, end in trainer.windows.items() if end == trainer.step)
     seconds = (now - first) / (trainer.step - begin)
-    left = trainer.config.train.max_minutes * 60 - (now - started) - EXPORT_SECONDS
+    left = trainer.config.train.max_minutes * 60 - (now - trainer.started) - EXPORT_SECONDS
     trainer.planned = min(trainer.config.train.max_steps, trainer.step + max(1, int(left / seconds * 0.97)))
     limit = trainer.config.train.max_minutes
     print(f"{seconds * 1000:.1f} ms a step: {trainer.planned} steps fit into {limit} minutes", flush=True)

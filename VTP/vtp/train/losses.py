@@ -88,6 +88,8 @@ class AdversarialConfig:
         _weights_are_valid(self, "weight")
         if not 0 < self.start < 1:
             raise ConfigError("start", f"is {self.start}, must be between 0 and 1: a fraction of the run")
+        if not 0 < self.lr < 1:
+            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 4e-4")
 
 
 class PatchDiscriminator(nn.Module):

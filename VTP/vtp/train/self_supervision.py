@@ -40,6 +40,11 @@ class SelfSupervisionConfig:
             raise ConfigError("fraction", f"is {self.fraction}, must be above 0 and at most 1")
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
             raise ConfigError("mask_ratio", f"is {list(self.mask_ratio)}, must be [low, high] between 0 and 1")
+        if not 0 <= self.momentum <= 1:
+            raise ConfigError("momentum", f"is {self.momentum}, must be from 0 to 1, for example 0.996")
+        for name in ("student_temperature", "teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be positive, for example 0.1")
         if self.prototypes < 2 or self.local_crops < 0 or not 0 < self.crop_scale <= 1:
             crops = f"local_crops {self.local_crops} (0 or more), crop_scale {self.crop_scale} (above 0, at most 1)"
             raise ConfigError("prototypes", f"is {self.prototypes} (must be 2 or more), {crops}")

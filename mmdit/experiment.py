@@ -14,7 +14,7 @@ from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig, check_adapters, coverage, inject, is_adapter, lora_state, merge, remove
 from mmdit.adapters.strength import alphas, carry_over, load_alphas, same_strength
 from mmdit.config import ConfigError
-from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
+from mmdit.data.batches import ORDER, BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
@@ -246,6 +246,8 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             world.print(f"resuming {found} at step {state.step}")
             for line in config_io.differences(config_io.completed(ExperimentConfig, meta.config), config):
                 world.print(f"  config changed: {line}")
+            if (checkpoint.read_notes(found) or {}).get("order") != ORDER:
+                world.print("  written by an older version: from here on items come in another order, each equally often")
             if state.step >= settings.max_steps:
                 world.print(f"  nothing left to do: train.max_steps is {settings.max_steps}; raise it to train further")
         if world.is_main:

@@ -1,11 +1,12 @@
 """The plan: nothing is dropped, every rank agrees, any step can be computed alone; batches are what it says."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mmdit.data.batches import BatchPlan, LatentBatches
+from mmdit.data.batches import BatchPlan, LatentBatches, _Stream
 from mmdit.data.buckets import VideoConfig
 from mmdit.data.cache import CacheWriter, open_cache
 from mmdit.data.manifest import CacheManifest
@@ -40,19 +41,43 @@ def make(cache, video, size=4, **options):
     return LatentBatches(cache, BatchPlan(cache, video, size, seed=7), **{"num_workers": 2, **options})
 
 
-def test_an_epoch_holds_every_item_and_each_batch_one_grid():
-    plan = BatchPlan(listing((23, 1, 2, 2), (3, 1, 1, 4), (16, 1, 4, 1)), VideoConfig(), 8, seed=1)
-    length = 3 + 1 + 2
-    for epoch in range(3):
-        seen = []
-        for step in range(epoch * length, (epoch + 1) * length):
-            batch = plan.batch(step)
-            assert len(batch.items) == 8
-            assert {(2, 2): (0, 23), (1, 4): (23, 26), (4, 1): (26, 42)}[batch.grid][0] <= batch.items.min()
-            seen += batch.items.tolist()
-        assert set(seen) == set(range(42))
-        assert max(seen.count(i) for i in range(23)) == 2 and sum(seen.count(i) for i in range(23)) == 24  # one place filled
-    assert "23 items, 3 batches of 8 an epoch, 1 places filled" in plan.report()
+@pytest.mark.parametrize("groups, size", [((23, 3, 16), 8), ((1000, 1, 299), 256), ((1, 1, 1), 4), ((7,), 7), ((5, 40), 1), ((3,), 64)])
+def test_every_item_is_seen_equally_often_and_each_batch_is_of_one_grid(groups, size):
+    """After any number of steps no item is ahead of another by more than what its group's batches must give at once."""
+    shapes = [(count, 1, 2, 2 + number) for number, count in enumerate(groups)]
+    plan = BatchPlan(listing(*shapes), VideoConfig(), size, seed=1)
+    group_of = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
+    share, seen = torch.tensor(groups) / sum(groups), torch.zeros(sum(groups))
+    steps = max(40, math.ceil(8 * sum(groups) / size))
+    for step in range(steps):
+        batch = plan.batch(step)
+        assert len(batch.items) == size and set(group_of[batch.items].tolist()) == {batch.grid[1] - 2}
+        seen.index_add_(0, batch.items, torch.ones(size))
+    for number, count in enumerate(groups):
+        own = seen[group_of == number]
+        assert own.max() - own.min() <= 2, "the orders of a group follow each other without a gap"
+        batches, due = own.sum() / size, steps * share[number]
+        assert abs(batches - due) <= 2 + len(groups) + count / size, (batches, due)  # the rest of an epoch is in any order
+    epochs = steps * size / sum(groups)
+    assert abs(seen.mean() - epochs) < 1e-4
+
+
+def test_a_small_bucket_weighs_no_more_than_its_items():
+    """Over many epochs; an item alone in its bucket was seen as often as there are places in a batch."""
+    members = {(16, 16): torch.arange(100), (16, 20): torch.arange(100, 101), (20, 16): torch.arange(101, 130)}
+    stream, seen = _Stream(members, 32, 0, "images"), torch.zeros(130)
+    for position in range(2000):
+        seen.index_add_(0, stream.batch(position)[1], torch.ones(32))
+    epochs = 2000 * 32 / 130
+    for own in members.values():
+        assert (seen[own] - epochs).abs().max() <= 2 * 32 / len(own) + 1
+    assert stream.epoch_steps == 130 / 32
+
+
+def test_what_a_group_smaller_than_a_batch_means_is_told():
+    plan = BatchPlan(listing((23, 1, 2, 2), (3, 1, 1, 4)), VideoConfig(), 8, seed=1)
+    assert "23 items, 2.875 batches of 8 an epoch" in plan.report()
+    assert "3 items, 0.375 batches of 8 an epoch, each item up to 3 times in one" in plan.report()
 
 
 def test_any_step_is_the_same_whoever_asks_first():
@@ -104,9 +129,9 @@ def test_the_share_of_image_steps_is_exact_and_both_streams_are_used_in_full(fra
     batches = [plan.batch(step) for step in range(400)]
     images = [batch for batch in batches if batch.frames.shape[1] == 1]
     assert abs(len(images) - 400 * fraction) <= 1
-    assert set(torch.cat([batch.items for batch in images[:4]]).tolist()) == set(range(16))  # single images serve here too
+    assert set(torch.cat([batch.items for batch in images[:5]]).tolist()) == set(range(16))  # single images serve here too
     clips = [batch for batch in batches if batch.frames.shape[1] == 4]
-    assert not clips or set(torch.cat([batch.items for batch in clips[:3]]).tolist()) == set(range(12))
+    assert not clips or set(torch.cat([batch.items for batch in clips[:4]]).tolist()) == set(range(12))
 
 
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
@@ -163,3 +188,16 @@ def test_auto_reads_from_disk_what_does_not_fit(cache, monkeypatch):
 def test_a_global_batch_that_cannot_be_split_is_refused(cache):
     with pytest.raises(ValueError, match="global batch of 6 cannot be split over 2 processes and 2.*multiple of 4"):
         make(cache, VideoConfig(), size=6, world=2, accum=2)
+
+
+def test_held_out_items_that_are_all_too_short_are_told_before_the_training():
+    cache, video = listing((20, 1, 2, 2), (6, 9, 2, 2)), VideoConfig(num_frames=4, image_fraction=0.5)
+    told = []
+    for seed in range(12):
+        try:
+            plan = BatchPlan(cache, video, 4, seed, held_out=0.1)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            assert plan.held_out_batches(99)
+    assert len(told) >= 3 and any("every one is too short for a clip" in message for message in told)

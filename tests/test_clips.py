@@ -71,9 +71,9 @@ def test_clips_of_several_lengths_train_at_the_most_frames_that_fit_in_batches_o
     assert usable_frames(torch.tensor([6, 7, 14, 15, 30, 31, 99]), video).tolist() == [0, 4, 4, 8, 8, 16, 16]
     plan = BatchPlan(listing((6, 7, 2, 2), (5, 20, 2, 2), (7, 40, 2, 2), (3, 40, 1, 4), (1, 6, 2, 2)), video, 4, seed=2)
     rows = {(tuple(row["grid"]), row["frames"]): (row["items"], row["batches"]) for row in plan.table()}
-    assert rows == {((2, 2), 4): (6, 2), ((2, 2), 8): (5, 2), ((2, 2), 16): (7, 2), ((1, 4), 16): (3, 1)}
+    assert rows == {((2, 2), 4): (6, 1.5), ((2, 2), 8): (5, 1.25), ((2, 2), 16): (7, 1.75), ((1, 4), 16): (3, 0.75)}
     seen = []
-    for step in range(7):
+    for step in range(12):
         batch = plan.batch(step)
         assert set(plan._frames[batch.items].tolist()) == {batch.frames.shape[1]}
         assert (batch.frames < plan._counts[batch.items][:, None]).all()

@@ -101,20 +101,21 @@ def test_the_report_counts_what_is_used_cropped_repeated_left_out_and_skipped(tm
     assert report["items"] == 4 and report["made_from"] == "train_videos.jsonl"
     names = ("steps", "size", "frames", "items", "batches", "repeats")
     assert [tuple(row[name] for name in names) for row in report["groups"]] == [
-        ("clips", [32, 32], 4, 3, 2, 1), ("images", [32, 32], 1, 4, 2, 0)]  # fmt: skip
-    assert report["repeated"] == {"places": 1, "share_of_an_epoch": 0.125}
-    assert report["epochs"]["clips"] == {"steps_an_epoch": 2, "steps": 5, "epochs": 2.5}
+        ("clips", [32, 32], 4, 3, 1.5, 0), ("images", [32, 32], 1, 4, 2, 0)]  # fmt: skip
+    assert report["repeated"] == {"places": 0, "share_of_an_epoch": 0.0}
+    assert cache_report(cache, BatchPlan(cache, video, 6, seed=0), 1)["repeated"] == {"places": 3, "share_of_an_epoch": 0.4048}
+    assert report["epochs"]["clips"] == {"steps_an_epoch": 1.5, "steps": 5, "epochs": 3.333}
     assert report["left_out"]["items"] == 1 and report["left_out"]["examples"] == [{"id": "short", "frames": 3}]
     assert "needs 7" in report["left_out"]["why"]
     assert report["frames"]["items_by_frames_used"] == {"4": 3}
     assert report["cropped"]["mean_kept"] == 0.875 and report["cropped"]["enlarged"] == 1
     assert report["cropped"]["examples"][0] == {"id": "long", "size": [64, 32], "kept": 0.5}
     assert report["skipped_when_cached"]["reasons"] == {"file not found": 1}
-    assert [row["fill"] for row in report["groups"]] == [0.75, 1.0]
+    assert [row["fill"] for row in report["groups"]] == [1.0, 1.0]
     assert report["captions"]["captions"] == 5 and report["captions"]["empty"] == 3
     text = report_text(report)
     for told in (
-        "4 items", "clips 32x32, 4 frames: 3 items, 2 batches of 2 an epoch, 75.0% filled", "87.5% on average, 50.0% at least",
+        "4 items", "clips 32x32, 4 frames: 3 items, 1.5 batches of 2 an epoch, 100.0% filled", "87.5% on average, 50.0% at least",
         "long 64x32: 50.0% kept", "frames: 3 to 9, median 9", "captions: 5, 3 of them empty", "needs 7",
         "skipped when cached: 1 file not found",
     ):  # fmt: skip
@@ -164,7 +165,7 @@ def test_the_commands(tmp_path, capsys):
     words = ["--config", str(config), "--cache_dir", str(tmp_path / "c"), "--device", "cpu"]
     assert inspect_cache.main(words) == 0
     said = capsys.readouterr().out
-    assert "2 batches of 2 an epoch, 75.0% filled" in said and "skipped when cached: 1 file not found" in said
+    assert "1.5 batches of 2 an epoch, 100.0% filled" in said and "skipped when cached: 1 file not found" in said
     assert Image.open(tmp_path / "c/sheet.png").size[0] > 3 * 160
     assert inspect_cache.main([*words, "--processes", "2", "--json", "--samples", "0"]) == 0
     report = json.loads(capsys.readouterr().out)

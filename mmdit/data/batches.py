@@ -28,6 +28,7 @@ from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 
 _CROP = re.compile(r"_c\d+$")
+ORDER = 2  # version of the order of items: 1 filled the last batch of each group and epoch by repetition
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
@@ -53,33 +54,64 @@ def permutation(count: int, seed: int, *purpose: object) -> Tensor:
 
 
 class _Stream:
-    """An endless sequence of batches over groups of equal shape. An epoch holds every item at least once: each group is
-    permuted and cut into batches, the last one filled from further passes over the same group; the batches of all groups are
-    mixed."""
+    """An endless sequence of batches over groups of equal shape, in which every item is seen equally often. A group is an endless
+    row of orders of its items, cut into batches of `size`. Epoch e has those of them that n / size batches an epoch come to for n
+    items: nothing is dropped, and a group smaller than a batch has one in some epochs alone. An epoch's batches are mixed."""
 
     def __init__(self, groups: dict[Group, Tensor], size: int, seed: int, purpose: str):
         self.groups, self.size, self.seed, self.purpose = groups, size, seed, purpose
-        self.counts = {grid: math.ceil(len(members) / size) for grid, members in groups.items()}
-        self.length = sum(self.counts.values())
-        self._epoch: tuple[int, list[Group], Tensor] = (-1, [], torch.empty(0))
+        self.items = sum(map(len, groups.values()))
+        self._members = list(groups.items())
+        self._counts = torch.tensor([len(members) for members in groups.values()])
+        self._phases = torch.tensor([key(seed, purpose, "phase", group) % size for group in groups])
+        self._epoch: tuple[int, int, list[Group], Tensor] = (0, 0, [], torch.empty(0))  # its first and next first position
 
-    def _plan(self, epoch: int) -> tuple[int, list[Group], Tensor]:
-        tables, grids = [], []
-        for grid, members in self.groups.items():
-            wanted = self.counts[grid] * self.size
-            passes = math.ceil(wanted / len(members))
-            keys = [(self.purpose, epoch, grid, number) for number in range(passes)]
-            order = torch.cat([members[permutation(len(members), self.seed, *purpose)] for purpose in keys])
-            tables.append(order[:wanted].view(-1, self.size))
-            grids += [grid] * self.counts[grid]
-        mixed = permutation(self.length, self.seed, self.purpose, epoch)
-        return epoch, [grids[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
+    @property
+    def epoch_steps(self) -> float:
+        """Steps in which as many samples are seen as there are items."""
+        return self.items / self.size
+
+    def _before(self, epoch: int) -> Tensor:
+        """How many batches each group had before this epoch."""
+        return (epoch * self._counts + self._phases) // self.size
+
+    def _epoch_at(self, position: int) -> int:
+        """The epoch of the batch at `position`: the last one before which there were at most so many."""
+        low, high = 0, (position + len(self.groups) + 1) * self.size // self.items + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int(self._before(middle).sum()) <= position:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _plan(self, epoch: int) -> tuple[int, int, list[Group], Tensor]:
+        before, after = self._before(epoch), self._before(epoch + 1)
+        tables, groups = [], []
+        for number in torch.nonzero(after > before).flatten().tolist():
+            group, members = self._members[number]
+            begin, end = int(before[number]), int(after[number])
+            order = self._order(group, len(members), begin * self.size, end * self.size)
+            tables.append(members[order].view(-1, self.size))
+            groups += [group] * (end - begin)
+        mixed = permutation(len(groups), self.seed, self.purpose, epoch)
+        first = int(before.sum())
+        return first, first + len(groups), [groups[i] for i in mixed.tolist()], torch.cat(tables)[mixed]
+
+    def _order(self, group: Group, count: int, begin: int, end: int) -> Tensor:
+        """Places `begin` to `end` of the endless row of orders of the group's `count` items."""
+        first, last = begin // count, math.ceil(end / count)
+        numbers = torch.arange(first * count, last * count)
+        bits = Draws(key(self.seed, self.purpose, group), 0, numbers).bits("order")
+        orders = bits.view(-1, count).argsort(dim=1, stable=True).flatten()
+        return orders[begin - first * count : end - first * count]
 
     def batch(self, position: int) -> tuple[Group, Tensor]:
-        epoch, within = divmod(position, self.length)
-        if self._epoch[0] != epoch:
-            self._epoch = self._plan(epoch)
-        return self._epoch[1][within], self._epoch[2][within]
+        if not self._epoch[0] <= position < self._epoch[1]:
+            self._epoch = self._plan(self._epoch_at(position))
+        first, _, groups, table = self._epoch
+        return groups[position - first], table[position - first]
 
 
 class BatchPlan:
@@ -123,6 +155,9 @@ class BatchPlan:
         shapes = torch.cat([grids, self._frames[:, None]], 1) if video.frame_counts else grids
         self.clips = stream("clips", shapes, torch.nonzero(long_enough & used).flatten()) if video.image_fraction < 1 else None
         self.images = stream("images", grids, torch.nonzero(used).flatten()) if video.image_fraction else None
+        if len(self.held_out) and self.clips and not long_enough[self.held_out].any():
+            raise ValueError(f"train.val_share {held_out:g} holds {len(self.held_out)} items of the cache {cache.folder} out, and "
+                             "every one is too short for a clip: raise it, or set train.val_every_steps: 0")
         self._phase = (key(seed, "image_step") >> 40 & 0xFFFFFF) * 2.0**-24
 
     def _images_before(self, step: int) -> int:
@@ -146,8 +181,6 @@ class BatchPlan:
         """The first `most` held-out items (clips, unless training sees pictures alone), one batch a shape, with keys that make
         all that is drawn for an item its own."""
         items = self.held_out if self.clips is None else self.held_out[self._frames[self.held_out] > 0]
-        if not len(items):
-            raise ValueError("every held-out item is too short for a clip: raise train.val_share")
         frames = torch.ones_like(self._frames) if self.clips is None else self._frames
         shapes = torch.cat([self._shapes, frames[:, None]], 1)
         return [PlannedBatch(group[:2], own, frame_numbers(self._counts[own], group[2], self.video, self.own_draws(own),
@@ -180,11 +213,11 @@ class BatchPlan:
                 (f", {setting(longest)} the longest." if setting(longest) != setting(shortest) else "."))  # fmt: skip
 
     def table(self) -> list[dict]:
-        """Per kind of step and grid: items, batches in an epoch, and how many places are filled by repetition."""
+        """Per kind of step and grid: items, batches in an epoch (on average), and how many places of a batch are filled by
+        repetition, as it has more of them than there are items."""
         return [
             {"steps": name, "grid": list(group[:2]), "frames": 1 if stream is self.images else int(self._frames[members[0]]),
-             "items": len(members), "batches": stream.counts[group],
-             "repeats": stream.counts[group] * stream.size - len(members)}
+             "items": len(members), "batches": round(len(members) / stream.size, 3), "repeats": max(0, stream.size - len(members))}
             for name, stream in (("clips", self.clips), ("images", self.images)) if stream
             for group, members in stream.groups.items()
         ]  # fmt: skip
@@ -195,10 +228,13 @@ class BatchPlan:
         counts, frames = self._counts[long_enough], self._frames[long_enough]
         return int((jitter_limits(counts, frames, self.video) == 0).sum()) if self.video.temporal_jitter else 0
 
+    def _repeated(self, items: int) -> str:
+        """What to tell of a group of so many items."""
+        return "" if items >= self.global_batch else f", each item up to {math.ceil(self.global_batch / items)} times in one"
+
     def report(self) -> str:
         lines = [f"  {row['steps']} {row['grid'][1]}x{row['grid'][0]} cells, {row['frames']} frames: {row['items']} items, "
-                 f"{row['batches']} batches of {self.global_batch} an epoch, {row['repeats']} places filled by repetition"
-                 for row in self.table()]
+                 f"{row['batches']:g} batches of {self.global_batch} an epoch{self._repeated(row['items'])}" for row in self.table()]
         if len(self.held_out):
             lines.append(f"  {len(self.held_out)} items are held out for validation")
         if self.unmoved():

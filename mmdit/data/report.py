@@ -19,16 +19,17 @@ EXAMPLES = 5
 
 
 def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
-    """JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not repetitions. Sizes are
+    """JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not repetitions
+    within one. Sizes are
     (width, height) in pixels; shares are from 0 to 1; every list of examples is of the worst first."""
     spatial = cache.manifest.spec.spatial
     groups = []
     for row in plan.table():
         rows, columns = row.pop("grid")
-        fill = 1 - row["repeats"] / (row["batches"] * plan.global_batch)
+        fill = 1 - row["repeats"] / plan.global_batch
         groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
-    places = sum(row["batches"] for row in groups) * plan.global_batch
-    repeats = sum(row["repeats"] for row in groups)
+    places = sum(row["items"] for row in groups)  # of an epoch
+    repeats = sum(row["items"] * row["repeats"] / plan.global_batch for row in groups)
     return {
         "cache": str(cache.folder),
         "made_from": cache.manifest.source,
@@ -36,7 +37,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "gigabytes": round(cache.nbytes / 1e9, 3),
         "global_batch": plan.global_batch,
         "groups": groups,
-        "repeated": {"places": repeats, "share_of_an_epoch": round(repeats / places, 4)},
+        "repeated": {"places": round(repeats), "share_of_an_epoch": round(repeats / places, 4)},
         "epochs": _epochs(plan, max_steps),
         "left_out": _left_out(cache, plan),
         "held_out": len(plan.held_out),
@@ -53,7 +54,8 @@ def _epochs(plan: BatchPlan, max_steps: int) -> dict:
     image_steps = sum(plan.is_image_step(step) for step in range(max_steps)) if plan.video.image_fraction else 0
     steps = {"clips": max_steps - image_steps, "images": image_steps}
     return {
-        name: {"steps_an_epoch": stream.length, "steps": steps[name], "epochs": round(steps[name] / stream.length, 3)}
+        name: {"steps_an_epoch": round(stream.epoch_steps, 3), "steps": steps[name],
+               "epochs": round(steps[name] / stream.epoch_steps, 3)}
         for name, stream in (("clips", plan.clips), ("images", plan.images)) if stream
     }  # fmt: skip
 
@@ -141,10 +143,10 @@ def report_text(report: dict) -> str:
     lines += [f"made from {report['made_from']}"] if report["made_from"] else []
     for row in report["groups"]:
         size = "{}x{}".format(*row["size"])
-        lines.append(f"  {row['steps']} {size}, {row['frames']} frames: {row['items']} items, {row['batches']} batches of "
+        lines.append(f"  {row['steps']} {size}, {row['frames']} frames: {row['items']} items, {row['batches']:g} batches of "
                      f"{report['global_batch']} an epoch, {row['fill']:.1%} filled without repetition")
     for name, row in report["epochs"].items():
-        lines.append(f"  {name}: {row['steps']} steps are {row['epochs']:g} epochs of {row['steps_an_epoch']} steps")
+        lines.append(f"  {name}: {row['steps']} steps are {row['epochs']:g} epochs of {row['steps_an_epoch']:g} steps")
     frames, crops, captions = report["frames"], report["cropped"], report["captions"]
     lines.append(f"frames: {frames['shortest']} to {frames['longest']}, median {frames['median']}")
     still = frames["not_moved_by_jitter"]

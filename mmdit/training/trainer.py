@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import load_alphas, own_parameters
+from mmdit.data.batches import ORDER
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
@@ -67,7 +68,7 @@ class TrainState:
 
     def notes(self) -> dict:
         """What a checkpoint keeps beside its tensors."""
-        return {"monitor": self.monitor.state()} | ({"alpha_schedule": self.schedule.state()} if self.schedule else {})
+        return {"monitor": self.monitor.state(), "order": ORDER} | ({"alpha_schedule": self.schedule.state()} if self.schedule else {})
 
     def alphas(self) -> dict[str, float | None]:
         """By expert the alpha in force, of the first adapter."""

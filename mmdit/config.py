@@ -32,6 +32,14 @@ class ConfigError(ValueError):
         return ConfigError(_join(prefix, self.path), self.message)
 
 
+def least(section: object, bound: float, *names: str, above: bool = False) -> None:
+    """ConfigError for a number of `section` below `bound` (or, with `above`, not above it); None is none."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and (value < bound or (above and value == bound)):
+            raise ConfigError(name, f"is {value}; must be {'above' if above else 'at least'} {bound:g}")
+
+
 def shortened(text: str, most: int) -> str:
     """A value of megabytes in a message: its beginning, and the end of the message, where the remedy is."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig, check_adapters, coverage, inject, is_adapter, lora_state, merge, remove
 from mmdit.adapters.strength import alphas, carry_over, load_alphas, same_strength
 from mmdit.config import ConfigError
-from mmdit.data.batches import ORDER, BatchPlan, DataConfig, LatentBatches
+from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
 from mmdit.data.captions import CaptionsConfig
@@ -23,7 +22,6 @@ from mmdit.data.frames import PreprocessConfig
 from mmdit.data.manifest import CacheManifest
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective
 from mmdit.diffusion.experts import ExpertsConfig
-from mmdit.files import write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_pictures import Pictures, check_trainable, picture_of
@@ -36,6 +34,14 @@ from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig, build_text_e
 from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.alpha_schedule import AlphaScheduleConfig
+from mmdit.training.continuing import (
+    check_same_latents,
+    check_weights,
+    facts,
+    go_on,
+    trained_before,
+    write_config,
+)
 from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.expert_choice import expert_notes, resolved
@@ -44,7 +50,7 @@ from mmdit.training.learner import Learner, beyond_graphs
 from mmdit.training.offload import settle
 from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import ParallelConfig, shard
-from mmdit.training.pipeline import Pipeline
+from mmdit.training.pipeline import Pipeline, check_levels
 from mmdit.training.previews import Previews
 from mmdit.training.runs import hold
 from mmdit.training.settings import TrainConfig
@@ -117,8 +123,18 @@ class ExperimentConfig:
         if self.parallel.type == "fsdp" and (own.optimizer != "adamw" or own.offload_optimizer or own.offload_blocks or stored == "float8"):
             raise ConfigError("parallel.type", "is fsdp, which cuts parameters, but train.optimizer other than adamw, train.offload_optimizer, "
                               "train.offload_blocks and model.dtype float8 need whole ones; use adamw without these, or ddp")
+        if self.num_workers < 0:
+            raise ConfigError("num_workers", f"is {self.num_workers}, must not be negative; 0 reads in the training process")
+        if own.sample_every_steps:
+            self._check_previews()
         if self.posttrain is not None and not (wan or self.train.init_from):
             raise ConfigError("train.init_from", "is empty with a posttrain section, which improves a trained model; name its run")
+
+    def _check_previews(self) -> None:
+        """That the sampler of previews has as many noise levels as it has steps."""
+        objective = build_objective(self.train.objective, self.diffusion, self.flow_matching)
+        frames = LatentSpec(1, temporal=getattr(self.tokenizer, "temporal", 1)).frames(self.video.num_frames)
+        check_levels(self.train, objective, frames)
 
     def _check_wan(self) -> None:
         """What a Wan transformer was made for, and what its trainer can do."""
@@ -194,15 +210,6 @@ def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> P
     return found
 
 
-def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object) -> None:
-    """Weights and tokenizer must speak of the same latents."""
-    if meta.tokenizer != fingerprint:
-        raise ValueError(f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config names {fingerprint[:16]}: "
-                         "set the tokenizer: section to the one it was trained with")
-    if meta.spec != spec:
-        raise ValueError(f"{source} was trained with other latent statistics: {'; '.join(config_io.differences(meta.spec, spec))[:300]}")
-
-
 def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False) -> bool:
     """Train as configured; True when max_steps was reached (False: stopped on request, continue with resume)."""
     config = resolved(config)
@@ -238,18 +245,17 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             shard(learner, world, config.parallel)
         settle(learner, settings.offload_blocks, world.device)
         state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
+        seen = facts(plan.global_batch, world.size)
         if found is not None:
             meta = checkpoint.Meta.read(found)
             check_same_latents(meta, spec, tokenizer.fingerprint, found)
             check_origin(meta, origin, found)
-            state.restore(found)
-            world.print(f"resuming {found} at step {state.step}")
-            for line in config_io.differences(config_io.completed(ExperimentConfig, meta.config), config):
-                world.print(f"  config changed: {line}")
-            if (checkpoint.read_notes(found) or {}).get("order") != ORDER:
-                world.print("  written by an older version: from here on items come in another order, each equally often")
+            before = config_io.completed(ExperimentConfig, meta.config)
+            for line in go_on(state, found, before, config_io.encode(config), seen):
+                world.print(line)
             if state.step >= settings.max_steps:
                 world.print(f"  nothing left to do: train.max_steps is {settings.max_steps}; raise it to train further")
+        check_weights(learner)
         if world.is_main:
             describe(config, learner, plan, run_dir)
 
@@ -259,7 +265,7 @@ def train(config: ExperimentConfig, cache_dir: str | Path, device: str = "auto",
             if config.lora.enabled:  # to hand on: all, and each expert alone
                 for name, part in ({"": learner.model} | learner.parts()).items():
                     files["lora_" + name if name else "lora"] = {key: whole(tensor) for key, tensor in lora_state(part).items()}
-            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world, state.notes())
+            checkpoint.save(run_dir, meta, files, settings.keep_last, settings.keep_every_steps, world, state.notes() | seen)
 
         preview = None
         sharded = isinstance(learner.model, FSDPModule)  # then every process draws, and the main one writes
@@ -313,19 +319,13 @@ def start_from(learner: Learner, config: ExperimentConfig, spec: LatentSpec, fin
     changed += config_io.differences(
         (old.get("train") or {}).get("objective"), config.train.objective, "train.objective"
     )
-    return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  configured otherwise there: {line}" for line in changed)]
+    changed = [f"configured otherwise there: {line}" for line in changed] + trained_before(old, new)
+    return [f"starting from {weights.source}, step {weights.meta.step}", *(f"  {line}" for line in changed)]
 
 
 def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:
     """Write config.yaml and say what is about to happen."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "config.yaml"
-    if path.exists():  # a resume with another config: keep the earlier one
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        before = path.read_bytes()
-        if before != config_io.to_yaml(config).encode():
-            write_aside(run_dir / f"config.before-{stamp}.yaml", before)
-    write_aside(path, config_io.to_yaml(config))
+    write_config(run_dir, config_io.to_yaml(config))
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     print(f"run folder {run_dir}")
     print(f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder {count(learner.text_encoder) / 1e6:.1f} M")

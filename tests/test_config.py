@@ -1,11 +1,15 @@
 """Configs: unknown keys, wrong types and impossible combinations stop with file, line and dotted path."""
 
+import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from vtp.train.config import PretrainConfig
 
 from mmdit.config import ConfigError, apply_overrides, decode, differences, encode, load, parse_yaml, to_yaml
+from mmdit.experiment import ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -106,3 +110,36 @@ def test_alias_bombs_are_refused(tmp_path):
 
 def test_encode_is_plain_data():
     assert encode(Root("x", Square(side=3)))["shape"] == {"type": "square", "side": 3}
+
+
+# Numbers of which any is meant: seeds, guidance (below 1 leads away from a prompt), weights of rewards (below 0: less of it), a check.
+ANY = {"seed", "sample_seed", "sample_cfg_scale", "sample_cfg_scale_low", "guidance", "guidance_low", "logit_mean", "weight", "partial",
+       "dim"}  # fmt: skip
+
+
+def sections(kind, found: dict) -> dict:
+    """Every dataclass that `kind` is made of, by name."""
+    if dataclasses.is_dataclass(kind) and kind.__name__ not in found:
+        found[kind.__name__] = kind
+        for hint in typing.get_type_hints(kind).values():
+            sections(hint, found)
+    for part in typing.get_args(kind):
+        sections(part, found)
+    return found
+
+
+SECTIONS = sections(PretrainConfig, sections(ExperimentConfig, {}))
+NEEDED = {"UMT5Config": {"freeze": False, "dtype": "float32"}, "ModuleRank": {"rank": 1, "alpha": 1.0}, "PhaseConfig": {"alpha": 1.0}}
+NUMBERS = [(name, field.name) for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)
+           if {int, float} & {(hint := typing.get_type_hints(kind)[field.name]), *typing.get_args(hint)} and field.name not in ANY
+           and typing.get_origin(hint) is not tuple]  # fmt: skip
+
+
+@pytest.mark.parametrize("section, name", NUMBERS)
+def test_a_number_below_zero_is_refused_wherever_none_is_meant(section, name):
+    kind = SECTIONS[section]
+    required = [field.name for field in dataclasses.fields(kind)
+                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]  # fmt: skip
+    values = dict.fromkeys([*required, *({"name_or_path"} & {field.name for field in dataclasses.fields(kind)})], "x")
+    with pytest.raises(ConfigError):
+        kind(**{**values, **NEEDED.get(section, {}), name: -3})

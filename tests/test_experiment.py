@@ -81,6 +81,80 @@ def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
     assert "nothing left to do: train.max_steps is 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first, then, odd", [
+    (["train.optimizer=muon"], ["train.optimizer=adamw"], "momentum_buffer"),
+    (["train.optimizer=adamw"], ["train.optimizer=muon"], "exp_avg"),
+    (["train.precision=fp32"], ["train.precision=pure_bf16"], "rest"),
+    (["train.precision=pure_bf16"], ["train.precision=fp32"], "rest"),
+])  # fmt: skip
+def test_moments_of_another_optimizer_or_precision_are_refused(shop, capsys, first, then, odd):
+    name = "moments_" + "_".join(word.partition("=")[2] for word in first + then)
+    shop.train(name, *first, "train.max_steps=1")
+    before = (shop.folder / "runs" / name / "config.yaml").read_text()
+    refused(capsys, train_t2v.main, shop.train_words(name, "--resume", *then, "train.max_steps=2"), "optimizer state", odd,
+            "resume with the train.optimizer and train.precision that wrote it", "train.init_from")  # fmt: skip
+    assert (shop.folder / "runs" / name / "config.yaml").read_text() == before
+
+
+def test_a_changed_alpha_is_applied_and_changes_no_output(shop, capsys):
+    """It changes how fast the adapters move; moments follow."""
+    words = ["lora.enabled=true", "lora.rank=4", "lora.alpha=4", f"train.init_from={shop.folder / 'runs/base'}"]
+    run = shop.train("alpha", *words, "train.max_steps=2")
+    before = load_pipeline(run, "cpu", use_ema=False)[0].learner.state_dict()
+    still = ["train.lr=1e-30", "train.weight_decay=0", "train.max_steps=3"]
+    capsys.readouterr()
+    shop.train("alpha", *words, "lora.alpha=64", *still, "--resume")
+    out = capsys.readouterr().out
+    assert "config changed: lora.alpha: 4.0 → 64.0" in out and "alpha of" in out and "4 → 64: they compute what they did" in out
+    assert set(checkpoint.Meta.read(checkpoint.latest(run)).alphas.values()) == {64.0}
+    for name, value in load_pipeline(run, "cpu", use_ema=False)[0].learner.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6, msg=name)
+    old, new = (checkpoint.read_tensors(checkpoint.folder_of(run, step) / "optimizer.safetensors") for step in (2, 3))
+    ratio = [float(new[name].norm() / old[name].norm()) for name in old if name.endswith("lora_B::exp_avg_sq")]
+    assert len(ratio) > 2 and min(ratio) > 100, "second moments are in units of a factor that is 16 times smaller"
+    refused(capsys, train_t2v.main, shop.train_words("alpha", *words, "lora.rslora=true", "--resume"), "lora.rslora", "another scale")
+    refused(capsys, train_t2v.main, shop.train_words("alpha", *words, "lora.rank=8", "--resume"), "lora_A", "the lora: section")
+
+
+@pytest.mark.parametrize("first, then", [("false", "true"), ("true", "false")])
+def test_adapters_of_another_run_keep_their_strength_whatever_rslora_says(shop, first, then):
+    words = ["lora.enabled=true", "lora.rank=4", "train.max_steps=1"]
+    run = shop.train(f"rslora_{first}", *words, f"lora.rslora={first}", f"train.init_from={shop.folder / 'runs/base'}")
+    still = ["train.lr=1e-30", "train.weight_decay=0", f"lora.rslora={then}", f"train.init_from={run}"]
+    after = load_pipeline(shop.train(f"rslora_{first}_{then}", *words, *still), "cpu")[0].learner.state_dict()
+    for name, value in load_pipeline(run, "cpu")[0].learner.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
+    """Samples a step, the order of an older version, items that are held out only now, and a key that only a new run heeds."""
+    shop.train("seen", "train.max_steps=1")
+    capsys.readouterr()
+    again = ["--resume", f"train.init_from={shop.folder / 'runs/base'}"]
+    shop.train("seen", *again, "train.max_steps=2", "train.batch_size=2", "train.val_every_steps=1", "train.val_share=0.4")
+    out = capsys.readouterr().out
+    assert "sees 2 samples (batch_size 2 x grad_accum_steps 1 x 1 processes), before 4 samples (batch_size 4 x" in out
+    assert "held-out items are others" in out and "(only a new run heeds it)" in out and "older version" not in out
+    shop.train("seen", "--resume", "train.max_steps=3", "train.batch_size=1", "train.grad_accum_steps=2", "train.val_every_steps=1",
+               "train.val_share=0.3")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "samples (batch_size" not in out and "held-out" not in out.partition("run folder")[0], "the same product, fewer held out"
+    monkeypatch.setattr("mmdit.training.continuing.ORDER", 3)
+    shop.train("seen", "--resume", "train.max_steps=4", "train.batch_size=2", "seed=5", "train.val_every_steps=1", "train.val_share=0.4")
+    out = capsys.readouterr().out
+    assert "items come in another order" in out and "held-out items are others" in out
+
+
+def test_clips_after_pictures_in_one_run_find_their_frames_numbered(shop):
+    clips = shop.cache("clips", "video.num_frames=3")
+    run = shop.train("first_pictures", "train.max_steps=1", cache=clips)
+    name = "model.frame.embed.weight"
+    assert not tensors(run)[name].any()
+    shop.train("first_pictures", "--resume", "train.max_steps=2", "video.num_frames=3", "train.lr=1e-30", cache=clips)
+    state = checkpoint.read_tensors(checkpoint.latest(run) / "ema.safetensors")
+    assert tensors(run)[name].std() > 0 and torch.allclose(state[name], tensors(run)[name])
+
+
 def test_a_stop_signal_saves_and_resume_goes_on_exactly(shop, monkeypatch, capsys):
     whole = shop.train("unstopped", "train.max_steps=4")
     original = MetricsLog.write
@@ -184,6 +258,33 @@ def test_adapters_end_to_end(shop, capsys):
 
 
 # ── previews ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("words, path", [
+    (["train.sample_eta=0.5"], "train.sample_eta"), (["train.sample_shift=0"], "train.sample_shift"),
+    (["train.sample_cfg_interval=[0.9, 0.1]"], "train.sample_cfg_interval"),
+    (["train.sample_every_steps=1", "train.objective=ddpm", "diffusion.num_timesteps=10", "train.sample_num_steps=30"],
+     "train.sample_num_steps"),
+    (["train.lr_final=-3"], "train.lr_final"), (["num_workers=-2"], "num_workers"), (["train.betas=[1.5, 0.9]"], "train.betas"),
+    (["ema.start_step=-5"], "ema.start_step"),
+])  # fmt: skip
+def test_what_would_fail_late_or_was_never_meant_is_told_first(shop, capsys, words, path):
+    refused(capsys, train_t2v.main, shop.train_words("late", *words), f"command line: {path}")
+    assert not (shop.folder / "runs/late").exists()
+
+
+def test_weights_that_are_no_numbers_are_named_before_the_first_step(shop, capsys, monkeypatch):
+    """Of whatever part, from wherever it came: each step from them would be skipped."""
+    made = build_learner  # the real one
+
+    def build(*arguments, **options):
+        learner = made(*arguments, **options)
+        with torch.no_grad():
+            learner.model.output.weight[0, 0] = float("nan")
+        return learner
+
+    monkeypatch.setattr("mmdit.experiment.build_learner", build)
+    refused(capsys, train_t2v.main, shop.train_words("not_finite"), "model.output.weight", "nan or infinity")
+
+
 def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch, capsys):
     clips = shop.cache("clips", "video.num_frames=3")
     words = ["video.num_frames=3", "train.sample_every_steps=2", "train.sample_num_images=2"]

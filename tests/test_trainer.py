@@ -161,13 +161,16 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     report = (tmp_path / "poisoned" / "skipped.jsonl").read_text()
     line = json.loads(report)
     assert (line["step"], line["seed"], line["non_finite_loss"]) == (2, 5, ["id0"]) and len(line["ids"]) == 8
+    assert line["non_finite_latents"] == ["id0"]
     assert line["config"] == str(tmp_path / "poisoned" / "config.yaml")
     assert clean.step == 2
 
 
 def test_only_non_finite_steps_stop_the_run_and_save_nothing_bad(tmp_path):
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(RuntimeError, match="non-finite.*those of id0 are not finite in the cache"):
         trained(tmp_path, steps=6, poison=range(2, 6), save_every_steps=100)
+    with pytest.raises(RuntimeError, match="3 of the last|1 of the last"):
+        trained(tmp_path / "none", steps=3, poison=range(3), log_every_steps=1)
     assert checkpoint.latest(tmp_path) is None
     trained(tmp_path / "all", steps=1, poison=(0,), size=1)
     assert json.loads((tmp_path / "all" / "metrics.jsonl").read_text())["loss"] is None, "no loss is not a loss of zero"

@@ -126,6 +126,14 @@ def test_all_weights_are_trained_from_the_released_ones_and_resume_is_exact(shop
     assert all(torch.equal(again[name], value) for name, value in stored.items())
 
 
+def test_all_weights_are_trained_in_bfloat16(shop):
+    """On a CPU, whose autocast leaves norms to the type of their weights; as the loss of float32 weights."""
+    words = ["train.max_steps=1", "train.precision=pure_bf16", "train.betas=[0.9, 0.95]"]
+    runs = [shop.train("in_bf16", *words), shop.train("in_fp32", "train.max_steps=1", "train.precision=bf16")]
+    one, two = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in runs)
+    assert one == pytest.approx(two, rel=0.03)
+
+
 def test_adapters_alone_are_stored_and_merged_for_sampling(shop):
     run = shop.train("lora", LORA, "model.dtype=bfloat16")
     stored = load_file(run / "checkpoints/step_00000003/model.safetensors")

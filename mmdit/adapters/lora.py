@@ -17,7 +17,7 @@ from torch import nn
 
 from mmdit import rng
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.nn.stored_weights import StoredWeight
 
 Make = Callable[[nn.Linear, torch.Generator], Adapter]
@@ -30,6 +30,10 @@ class ModuleRank:
     modules: tuple[str, ...]
     rank: int
     alpha: float
+
+    def __post_init__(self):
+        least(self, 1, "rank")
+        least(self, 0, "alpha", above=True)
 
 
 @dataclass(frozen=True)

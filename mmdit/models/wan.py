@@ -144,7 +144,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.norm3 = PreciseNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config, image=config.image_dim > 0)
         self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
@@ -180,6 +180,13 @@ def keep_products():
     return create_selective_checkpoint_contexts(policy)
 
 
+class PreciseNorm(nn.LayerNorm):
+    """A layer norm in float32, whatever its weights are kept in: as CUDA's autocast computes it, and a CPU's does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(upcast(x), self.normalized_shape, upcast(self.weight), upcast(self.bias), self.eps)
+
+
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
 
@@ -209,7 +216,7 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         width = config.image_dim
         first, second = nn.Linear(width, width), nn.Linear(width, config.dim)
-        self.proj = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second, nn.LayerNorm(config.dim))
+        self.proj = nn.Sequential(PreciseNorm(width), first, nn.GELU(), second, PreciseNorm(config.dim))
         self.emb_pos = nn.Parameter(torch.empty(1, config.image_positions, width)) if config.image_positions else None
 
     def forward(self, states: Tensor) -> Tensor:

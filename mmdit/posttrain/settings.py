@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Kind, Norm
@@ -47,6 +47,8 @@ class RolloutConfig:
     policy: Literal["current", "old"] = "current"
 
     def __post_init__(self):
+        least(self, 0, "shift", above=True)
+        least(self, 0, "sde_pick")
         if self.steps < 1 or any(not 0 <= index < self.steps for index in self.sde_steps):
             raise ConfigError("sde_steps", f"is {list(self.sde_steps)}; must be from 0 to steps - 1 = {self.steps - 1}")
         if self.sde_pick > len(self.candidates):
@@ -72,6 +74,9 @@ class AdvantageConfig:
     std: Literal["global", "group"] = "global"
     clip: float = 5.0
 
+    def __post_init__(self):
+        least(self, 0, "clip", above=True)
+
 
 @dataclass(frozen=True)
 class RatioConfig:
@@ -82,6 +87,7 @@ class RatioConfig:
     replay_tolerance: float = 1e-6  # how far from 1 a ratio may be before the first update
 
     def __post_init__(self):
+        least(self, 0, "replay_tolerance")
         if not self.clip[0] < 0 < self.clip[1]:
             raise ConfigError("clip", f"is {list(self.clip)}; must be [below 0, above 0], for example [-3e-3, 3e-3]")
 
@@ -92,6 +98,9 @@ class KLConfig:
 
     space: Literal["v", "x", "exact"] = "v"
     beta: float = 0.0
+
+    def __post_init__(self):
+        least(self, 0, "beta")
 
 
 @dataclass(frozen=True)
@@ -104,11 +113,20 @@ class NFTConfig:
     rate: float = 1e-3
     most: float = 0.5
 
+    def __post_init__(self):
+        least(self, 0, "beta", above=True)
+        least(self, 0, "flat", "rate", "most")
+        if self.most > 1:
+            raise ConfigError("most", f"is {self.most}; must be from 0 to 1, the part of the slow copy that stays")
+
 
 @dataclass(frozen=True)
 class AWMConfig:
     weighting: Weighting = "t"
     ema_kl: float = 1.0  # against ema:, without which negative advantages push without bound
+
+    def __post_init__(self):
+        least(self, 0, "ema_kl")
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,10 @@ class DPOConfig:
     pairs: str | None = None
     collect: int = 512
     batch: int = 64  # pairs of one update, over all processes
+
+    def __post_init__(self):
+        least(self, 0, "beta", above=True)
+        least(self, 1, "collect", "batch")
 
     @property
     def given(self) -> bool:
@@ -146,6 +168,8 @@ class SRPOConfig:
     scorer: ScorerConfig = field(default_factory=ColorWords)
 
     def __post_init__(self):
+        least(self, 0, "step", "max_std_growth", above=True)
+        least(self, 0, "hinge")
         window_check(self.sigma_window, self.step)
         if not self.positive or not self.negative or not self.branches:
             raise ConfigError("positive", "positive, negative and branches must not be empty")
@@ -186,6 +210,7 @@ class PosttrainConfig:
                      "eval_every_epochs"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
+        least(self, 0, "max_drift")
         if not self.rewards:
             raise ConfigError("rewards", "is empty; name at least one, for example [{type: prompt_accuracy}]")
         if self.eval_prompts < 0:

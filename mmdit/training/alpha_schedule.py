@@ -11,6 +11,7 @@ R² above a threshold by few plateaus, so they are for comparison.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import outer, set_alpha
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.training.optim import Optimizer
 from mmdit.training.trend import LONGEST, WINDOW, Course, Trend
 
@@ -41,6 +42,7 @@ class ExitConfig:
     samples: int | None = None
 
     def __post_init__(self):
+        least(self, 0, "relative_slope", "t", "stability_errors", "slope", "r2", "stability", "cv")
         if self.samples is not None and not 20 <= self.samples <= WINDOW:
             raise ConfigError("samples", f"is {self.samples}; must be 20 … {WINDOW}, or null for one by the losses' noise")
 
@@ -132,6 +134,20 @@ class AlphaScheduleConfig:
         return f"alpha schedule of {len(self.phases)} phases, {self.on_change} on change: {shown}"
 
 
+@torch.no_grad()
+def keep_strength(layer: nn.Module, alpha: float, state: Mapping[nn.Parameter, dict[str, Tensor]],
+                  shadow: dict[nn.Parameter, Tensor]) -> None:  # fmt: skip
+    """Change the alpha of an adapter that goes on computing what it did; what `state` (the optimizer's) and `shadow` (averages)
+    hold in units of the rescaled factor follows: gradients, and so moments, by the inverse."""
+    ratio, factor = set_alpha(layer, alpha, preserve=True), outer(layer)
+    if factor in shadow:
+        shadow[factor].mul_(ratio)
+    for name, moment in state.get(factor, {}).items():
+        power = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "rest": 1}.get(name, 0)
+        if power:  # moments of 8 bits have a scale by block
+            (moment.scale if hasattr(moment, "codes") else moment).mul_(ratio**power)
+
+
 @dataclass
 class Progress:
     """Of one expert. `start`: alpha when the phase began; `judged`: steps of the phase at the last refused judgement."""
@@ -208,21 +224,15 @@ class AlphaSchedule:
 
     @torch.no_grad()
     def _set(self, expert: str, alpha: float, preserve: bool) -> None:
-        """With `preserve` all that is in units of the rescaled factor follows: gradients, and so moments, by the inverse."""
+        """With `preserve` the adapters go on computing what they did."""
         state = self.optimizer.state if preserve else {}
         for layer in self.layers[expert]:
             if layer.alpha == alpha:
                 continue
-            ratio = set_alpha(layer, alpha, preserve)
-            if not preserve:
-                continue
-            factor = outer(layer)
-            if factor in self.shadow:
-                self.shadow[factor].mul_(ratio)
-            for name, moment in state.get(factor, {}).items():
-                power = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "rest": 1}.get(name, 0)
-                if power:  # moments of 8 bits have a scale by block
-                    (moment.scale if hasattr(moment, "codes") else moment).mul_(ratio**power)
+            if preserve:
+                keep_strength(layer, alpha, state, self.shadow)
+            else:
+                set_alpha(layer, alpha)
 
     # state
     def state(self) -> dict:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import mmdit
+from mmdit.adapters import is_adapter
 from mmdit.config import decode
 from mmdit.files import Sum, clean, flush_to_disk, no_link, remove, write_aside
 from mmdit.interfaces import LatentSpec
@@ -375,7 +376,11 @@ def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, f
         for label, names in (("of another shape", shapes), ("missing in the file", missing), ("unknown to the model", unexpected)):
             if names:
                 problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{' …' if len(names) > 3 else ''})")
-        raise ValueError(f"{source} does not fit this model: {', '.join(problems)}. Use the model: and text_encoder: sections "
+        odd = [*missing, *unexpected, *(text.partition(":")[0] for text in shapes)]
+        sections = "lora: section" if all(map(is_adapter, odd)) else "model: and text_encoder: sections"
+        if any(map(is_adapter, odd)) and not all(map(is_adapter, odd)):
+            sections = "model:, text_encoder: and lora: sections"
+        raise ValueError(f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
                          "of the run that wrote it")
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -57,11 +57,16 @@ class Optimizer:
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """`state`: tensors by the names of `optimizer_tensors`."""
+        """`state`: tensors by the names of `optimizer_tensors`. ValueError: they are of another optimizer, precision or shape."""
         groups = ((part, group["params"]) for part in self.parts for group in part.param_groups)
         part = next(part for part, own in groups if any(parameter is p for p in own))
+        shapes = _kept(part, parameter)
+        if state.keys() != shapes.keys():
+            raise ValueError(f"holds {', '.join(sorted(state))}, where this optimizer keeps {', '.join(sorted(shapes))}")
         own = fresh_8bit(part, parameter) if any("." in name for name in state) else {}
         for name, value in state.items():
+            if value.numel() != shapes[name].numel() or (name != "step" and value.shape != shapes[name]):
+                raise ValueError(f"holds {name} of the shape {tuple(value.shape)}, where it is {tuple(shapes[name])}")
             outer, _, inner = name.partition(".")
             if inner:
                 getattr(own[outer], inner).copy_(value)
@@ -96,6 +101,19 @@ class Optimizer:
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+
+def _kept(part: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size]:
+    """Return the shapes of what an optimizer keeps of a parameter that it has stepped, by the names of `optimizer_tensors`."""
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": parameter.shape}
+    if isinstance(part, torch.optim.AdamW | SplitAdamW):
+        names = ("exp_avg", "exp_avg_sq", "rest") if isinstance(part, SplitAdamW) else ("exp_avg", "exp_avg_sq")
+        kept = dict.fromkeys(names, parameter.shape)
+    else:
+        fresh = fresh_8bit(part, parameter)
+        kept = {name: tensor.shape for key, value in fresh.items() for name, tensor in inner_tensors(key, value).items()}
+    return kept | {"step": torch.Size([])}
 
 
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
@@ -184,4 +202,10 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Map
             "resume with the config that wrote it, or start a new run with train.init_from"
         )
     for name, parts in stored.items():
-        optimizer.restore(parameters[name], {part: tensors[f"{name}::{part}"] for part in parts})
+        try:
+            optimizer.restore(parameters[name], {part: tensors[f"{name}::{part}"] for part in parts})
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint's optimizer state of {name!r} {error}: resume with the train.optimizer and train.precision that wrote "
+                "it, or start a new run with train.init_from"
+            ) from None

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.data.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import Denoise, SamplerConfig, guided, sample, sampling_times
+from mmdit.diffusion import Denoise, Objective, SamplerConfig, guided, sample, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
 from mmdit.training.calls import Calls
 from mmdit.training.learner import Learner
+from mmdit.training.settings import TrainConfig
 from mmdit.training.stored import local
 from mmdit.weights import is_finite
 
@@ -57,9 +58,7 @@ class SampleSettings:
     @staticmethod
     def of(train) -> SampleSettings:
         """The `train.sample_*` keys."""
-        sampler = SamplerConfig(train.sample_solver, train.sample_num_steps, train.sample_eta, train.sample_shift,
-                                train.sample_grid)  # fmt: skip
-        return SampleSettings(sampler, train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
+        return SampleSettings(train.sampler(), train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
                               train.sample_cfg_scale_low, train.sample_negative_prompt)  # fmt: skip
 
 
@@ -74,6 +73,15 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in parts.items():
             part.training = mode
+
+
+def check_levels(train: TrainConfig, objective: Objective, frames: int) -> None:
+    """Raise ConfigError if previews of `frames` (of latents) have fewer noise levels than steps."""
+    shift = train.sample_shift * objective.clip_shift(frames)
+    try:
+        sampling_times(objective, train.sample_num_steps, shift, grid=train.sample_grid)
+    except ConfigError as error:
+        raise ConfigError("train.sample_num_steps", error.message) from None
 
 
 @dataclass

@@ -37,13 +37,16 @@ class Previews:
     use_ema: bool
     writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
 
+    def __post_init__(self):
+        self.settings = SampleSettings.of(self.config)
+
     def __call__(self, state: TrainState) -> None:
         try:
             weights = state.ema.applied() if state.ema and self.use_ema else contextlib.nullcontext()
             with weights:
                 self._write(state.step)
         except Exception as error:  # whatever goes wrong in a picture, hours of training go on
-            settings, size = asdict(SampleSettings.of(self.config)), [self.width, self.height, self.frames]
+            settings, size = asdict(self.settings), [self.width, self.height, self.frames]
             path = record_failure(self.run_dir, "preview", state.step, 0, error, prompts=self.config.sample_prompts, size=size,
                                   settings=settings)  # fmt: skip
             print(f"the preview of step {state.step} failed and is left out ({type(error).__name__}: {error}), see {path}", flush=True)
@@ -67,7 +70,7 @@ class Previews:
             self.config.sample_num_images, sheet_holds(self.width, self.height, self.frames)
         )
         captions = [prompts[i % len(prompts)] for i in range(count)]
-        pixels = self.pipeline(captions, self.width, self.height, self.frames, SampleSettings.of(self.config), batch_size=16)
+        pixels = self.pipeline(captions, self.width, self.height, self.frames, self.settings, batch_size=16)
         if not self.writes:
             return
         folder = self._folder(step)

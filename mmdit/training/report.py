@@ -35,12 +35,13 @@ class Window:
         self.experts: list[str] = []
         self.ids: list[list[str]] = []  # of this rank, by step
         self.finite: list[Tensor] = []  # their losses
+        self.sound: list[Tensor] = []  # their cached latents are finite
         self.flops = 0
         self.steps: list[StepFacts] = []  # once they were read
 
     def add(self, losses: Tensor, t: Tensor, ids: list[str], norm: Tensor, skipped: Tensor, expert: str = "",
-            signs: Tensor | None = None) -> None:
-        """One step of this rank: `losses (n,)` of its samples at the times `t (n,)`."""
+            signs: Tensor | None = None, sound: Tensor | None = None) -> None:
+        """One step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound (n,)`: their latents are finite."""
         level = (t * BINS).long().clamp(0, BINS - 1)
         finite = torch.isfinite(losses)
         table = torch.zeros(3, BINS, device=self.device)
@@ -53,6 +54,7 @@ class Window:
         self.experts.append(expert)
         self.ids.append(ids)
         self.finite.append(finite)
+        self.sound.append(torch.ones_like(finite) if sound is None else sound)
 
     def read(self, world: World) -> list[StepFacts]:
         """The steps since the last read, of all ranks (which must all ask); waits for the device."""
@@ -140,7 +142,8 @@ class Reporter:
         self.metrics = MetricsLog(run_dir, step) if world.is_main else None
         self.matmul_rate = matmul_rate(world.device, torch.bfloat16 if config.autocast else torch.float32)
         self.timer = Timer()
-        self.bad_in_a_row = 0
+        self.bad_in_a_row, self.seen = 0, 0
+        self.damaged: list[str] = []  # items of skipped steps whose cached latents are not finite
 
     def observe(self, window: Window) -> None:
         """Take in the steps of `window` that are not yet; waits for the device (no step does). Every rank must ask."""
@@ -190,13 +193,22 @@ class Reporter:
             self._record_skipped(step, window)
         for b in bad:
             self.bad_in_a_row = self.bad_in_a_row + 1 if b else 0
-        if max(skipped, self.bad_in_a_row) > self.config.max_skipped_steps or skipped == len(bad) > 1:
+        self.seen += len(bad)
+        none_good = step >= self.config.max_steps and self.bad_in_a_row == self.seen > 1
+        if max(skipped, self.bad_in_a_row) > self.config.max_skipped_steps or skipped == len(bad) > 1 or none_good:
             raise StepsSkipped(
                 f"{skipped} of the last {len(bad)} steps up to step {step} had a non-finite loss or gradient and were skipped "
                 f"(limit train.max_skipped_steps = {self.config.max_skipped_steps}); their items are in "
                 f"{self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr (now {values['lr']:.2e}), "
-                "use train.precision: fp32, or look at the latents of these items"
+                f"use train.precision: fp32, or look at the latents of these items{self._told_damaged()}"
             )
+
+    def _told_damaged(self) -> str:
+        """Which of the items that this process met in skipped steps are to blame."""
+        if not self.damaged:
+            return ""
+        more = " …" if len(self.damaged) > 5 else ""
+        return f": those of {', '.join(self.damaged[:5])}{more} are not finite in the cache; verify_cache finds all, then cache them again"
 
     def _record_skipped(self, last_step: int, window: Window) -> None:
         """A line per skipped step; each rank has its own items, and so its own file. No id in `non_finite_loss` on any rank:
@@ -204,12 +216,14 @@ class Reporter:
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         with no_link(self.run_dir / name).open("a", encoding="utf-8") as file:
             bad = [facts.bad for facts in window.steps]
-            steps = enumerate(zip(window.ids, window.finite, bad), last_step - len(bad))
-            for step, (ids, finite, b) in steps:
+            steps = enumerate(zip(window.ids, window.finite, window.sound, bad), last_step - len(bad))
+            for step, (ids, finite, sound, b) in steps:
                 if b:
                     named = [id for id, good in zip(ids, finite.tolist()) if not good]
+                    damaged = [id for id, good in zip(ids, sound.tolist()) if not good]
+                    self.damaged += [id for id in damaged if id not in self.damaged]
                     row = {"step": step, "seed": self.seed, "config": str(self.run_dir / "config.yaml")}
-                    file.write(json.dumps(row | {"ids": ids, "non_finite_loss": named}) + "\n")
+                    file.write(json.dumps(row | {"ids": ids, "non_finite_loss": named, "non_finite_latents": damaged}) + "\n")
 
     def close(self) -> None:
         if self.metrics:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmdit.config import ConfigError
-from mmdit.diffusion import Grid, Solver
+from mmdit.diffusion import Grid, SamplerConfig, Solver
 from mmdit.training.optim import LearningRate, OptimizerKind
+
+SAMPLER_KEYS = {"solver": "sample_solver", "steps": "sample_num_steps", "eta": "sample_eta", "shift": "sample_shift",
+                "grid": "sample_grid"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,22 @@ class TrainConfig:
         if self.sample_every_steps and not self.sample_prompts:
             raise ConfigError("sample_prompts", f"is empty but sample_every_steps is {self.sample_every_steps}; write a prompt "
                               "or set it to 0")
+        if not 0 <= self.lr_final <= 1:
+            raise ConfigError("lr_final", f"is {self.lr_final}, must be a share of lr, from 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("betas", f"are {list(self.betas)}, must be at least 0 and below 1, for example [0.9, 0.95]")
+        low, high = self.sample_cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise ConfigError("sample_cfg_interval", f"is {[low, high]}, must be 0 <= low <= high <= 1 (0 clean, 1 noise); use [0, 1] "
+                              "for always")
+        try:
+            self.sampler()
+        except ConfigError as error:
+            raise ConfigError(SAMPLER_KEYS[error.path], error.message) from None
+
+    def sampler(self) -> SamplerConfig:
+        """The sampler of previews, which post-training's evaluation draws with, too."""
+        return SamplerConfig(**{name: getattr(self, key) for name, key in SAMPLER_KEYS.items()})
 
     @property
     def autocast(self) -> bool:

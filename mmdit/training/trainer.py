@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit.adapters import adapters
-from mmdit.adapters.strength import load_alphas, own_parameters
-from mmdit.data.batches import ORDER
+from mmdit.adapters.strength import alphas, load_alphas, own_parameters
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
-from mmdit.training.alpha_schedule import AlphaSchedule, AlphaScheduleConfig
+from mmdit.training.alpha_schedule import AlphaSchedule, AlphaScheduleConfig, keep_strength
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
 from mmdit.training.errors import RunError, StepsSkipped, record_failure
@@ -68,14 +67,16 @@ class TrainState:
 
     def notes(self) -> dict:
         """What a checkpoint keeps beside its tensors."""
-        return {"monitor": self.monitor.state(), "order": ORDER} | ({"alpha_schedule": self.schedule.state()} if self.schedule else {})
+        return {"monitor": self.monitor.state()} | ({"alpha_schedule": self.schedule.state()} if self.schedule else {})
 
     def alphas(self) -> dict[str, float | None]:
         """By expert the alpha in force, of the first adapter."""
         layers = {name: next(iter(adapters(part).values()), None) for name, part in self.learner.parts().items()}
         return {name: layer and float(layer.alpha) for name, layer in layers.items()}
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> list[str]:
+        """Take over the state of a checkpoint; returns what to tell."""
+        configured = alphas(self.learner.model)
         foreign = lambda name: not self.learner.is_stored(name)  # noqa: E731
         meta = checkpoint.Meta.read(folder)
         checkpoint.assign(self.learner.state_dict(), Stored(folder / "model.safetensors"), str(folder), fresh=foreign)
@@ -100,6 +101,20 @@ class TrainState:
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'monitor.json'} is not of this project: {error!r}"[:1000]) from None
         self.step = meta.step
+        return [] if self.schedule else self._reach(configured)
+
+    def _reach(self, configured: dict[str, float]) -> list[str]:
+        """Have adapters the alphas of the config where a checkpoint had others, as `alpha_schedule.on_change: preserve` would."""
+        layers = adapters(self.learner.model)
+        changed = {name: alpha for name, alpha in configured.items() if layers[name].alpha != alpha}
+        if not changed:
+            return []
+        shadow = {p: self.ema.shadow[name] for name, p in self.ema.parameters.items()} if self.ema else {}
+        moments, (first, alpha) = self.optimizer.state, next(iter(changed.items()))
+        told = f"alpha of {len(changed)} adapters {layers[first].alpha:g} → {alpha:g}: they compute what they did and move at another pace"
+        for name, alpha in changed.items():
+            keep_strength(layers[name], alpha, moments, shadow)
+        return [f"{told}; alpha_schedule.on_change has other ways"]
 
 
 class StopRequest:
@@ -240,7 +255,7 @@ class Trainer:
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))  # nn.Dropout's own generator
         plan, frames = state.learner.experts, micro_batches[0].latents.shape[1]
         expert = plan.active(state.step, frames) if plan else None
-        done: list[tuple[Tensor, Tensor]] = []
+        done: list[tuple[Tensor, Tensor, Tensor]] = []
         for i, batch in enumerate(micro_batches):
             with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
@@ -250,7 +265,7 @@ class Trainer:
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
                     losses, t = wrapped(latents, batch.captions, draws, keep, crops, expert)
                 (losses.mean() / len(micro_batches)).backward()
-            done.append((losses.detach(), t.detach()))
+            done.append((losses.detach(), t.detach(), latents.isfinite().flatten(1).all(1)))
             window.flops += len(latents) * state.learner.train_flops(tuple(latents.shape[1:4]), keep)
         self.moving = True
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
@@ -258,7 +273,8 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad()
         ids = [id for batch in micro_batches for id in batch.ids]
-        window.add(*map(torch.cat, zip(*done)), ids, norm, skipped, expert or "", signs)
+        losses, t, sound = map(torch.cat, zip(*done))
+        window.add(losses, t, ids, norm, skipped, expert or "", signs, sound)
 
     def _memory_full(self, micro_batches: list[Batch], error: torch.OutOfMemoryError) -> RunError:
         batch, frames, *cells = micro_batches[0].latents.shape[:4]

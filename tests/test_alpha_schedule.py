@@ -105,6 +105,20 @@ def test_preserved_moments_are_those_of_a_run_in_the_new_units():
             torch.testing.assert_close(first.state[a][name], second.state[b][name], rtol=1e-4, atol=1e-12)
 
 
+def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
+    """`rest` of weights in bfloat16 is in their units, moments in the inverse ones; averages in those of the weights."""
+    model = adapted()
+    factor = outer(next(iter(adapters(model).values())))
+    optimizer, shadow = Optimizer(torch.optim.AdamW(own_parameters(model).values())), {factor: torch.ones_like(factor)}
+    names = {"rest": 1, "exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "step": 0}
+    state = {name: torch.ones_like(factor) for name in names}
+    optimizer.parts[0].state[factor] = state
+    schedule(model, optimizer, shadow, phases=(PhaseConfig("only", 16),))
+    for name, power in names.items():
+        assert torch.equal(state[name], torch.full_like(factor, 0.5**power)), name
+    assert torch.equal(shadow[factor], torch.full_like(factor, 0.5))
+
+
 @pytest.mark.parametrize("kind", [{"rslora": True}, {"type": "dora"}, {"type": "lokr", "factor": 2, "rank": 1},
                                   {"type": "lokr", "factor": 4, "full_second": True}])  # fmt: skip
 def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_force(kind):

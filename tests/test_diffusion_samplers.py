@@ -285,3 +285,18 @@ def test_starting_from_a_guess_keeps_what_the_noise_leaves(solver):
     torch.testing.assert_close(clean, guess.sign() * 5, rtol=0, atol=0.05)
     with pytest.raises(ValueError, match="must be above 0"):
         sample(denoise, noise, objective, SamplerConfig(solver, 20), guess=(guess, 0.0))
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 4.0])
+def test_ab2_is_exact_where_the_velocity_is_linear_in_time_however_uneven_its_steps_are(shift):
+    """x' = a + b t: Adams-Bashforth of two steps makes no error but that of its first step, which is Euler's."""
+    objective = flow()
+    velocity = lambda t: 0.7 - 1.9 * t  # noqa: E731
+    denoise = lambda x, t: x - t * velocity(t)  # the clean estimate that says this velocity  # noqa: E731
+    times = sampling_times(objective, 6, shift)
+    start = torch.full((1, 3), 0.4, dtype=torch.float64)
+    reached = sample(denoise, start, objective, SamplerConfig("ab2", 6, shift=shift))
+    first = times[1] - times[0]
+    error_of_euler = first * velocity(times[0]) - (0.7 * first - 0.95 * (times[1] ** 2 - times[0] ** 2))
+    exact = start - 0.7 + 0.95 + error_of_euler
+    torch.testing.assert_close(reached, exact, rtol=0, atol=1e-9)

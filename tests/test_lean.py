@@ -169,3 +169,16 @@ def test_sharding_needs_the_plain_optimizer():
     for words in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}, {"offload_blocks": 1}, {"optimizer": "muon"}):
         with pytest.raises(ConfigError, match="need whole ones"):
             decode(ExperimentConfig, {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words})
+
+
+def test_the_norm_of_a_step_is_of_every_gradient():
+    module = nn.ParameterDict({name: nn.Parameter(torch.zeros(3, 2)) for name in "abcd"})
+    optimizer = build_optimizer(module, 1e-3, 0.0, (0.9, 0.95))
+    for size, parameter in enumerate(module.values(), 1):
+        parameter.grad = torch.full((3, 2), float(size))
+    norm, skipped = clip_and_guard(optimizer, 0)
+    assert float(norm) == pytest.approx((6 * (1 + 4 + 9 + 16)) ** 0.5) and not skipped
+    for parameter in module.values():
+        good, parameter.grad = parameter.grad, torch.full((3, 2), float("nan"))
+        assert clip_and_guard(optimizer, 0)[1] == 1
+        parameter.grad = good

@@ -91,6 +91,9 @@ def test_validation_is_fixed_and_touches_no_training(shop):
     still = shop.train("still", *words, "train.val_every_steps=1", "train.lr=1e-30", "train.weight_decay=0")
     curve = [record["val_loss"] for record in records(still)]
     assert max(curve) - min(curve) < 1e-6 * curve[0] and len({record["loss"] for record in records(still)}) == 4
+    still_average = shop.train("still_average", *words, "train.val_every_steps=4", "train.lr=1e-30", f"train.init_from={often}")
+    averaged = records(still_average)[-1]["val_loss"]  # a run that starts from the average of `often` measures it as its weights
+    assert averaged == pytest.approx(last["val_loss_ema"], rel=1e-5) and averaged != pytest.approx(last["val_loss"], rel=1e-5)
     smaller = ["train.val_every_steps=4", "train.lr=1e-30", "train.batch_size=2", "train.grad_accum_steps=2"]
     batched = shop.train("batched", *words, *smaller)
     assert records(batched)[-1]["val_loss"] == pytest.approx(curve[0], rel=1e-6)

@@ -206,6 +206,7 @@ def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
     model = shop.learner("model.first_frame=0.5").model
     given = [model.given_frames(3, Draws.of(0, step, 2)) for step in range(200)]
     assert 70 < sum(given) < 130 and model.given_frames(1, Draws.of(0, 0, 2)) == 0
+    assert not any(model.given_frames(1, Draws.of(0, step, 2)) for step in range(40)), "all of a picture would be given"
     assert given == [model.given_frames(3, Draws.of(0, step, 8)) for step in range(200)]
     shop.train("first", "model.first_frame=1")
     # in sampling the first latent frame is the picture's, whatever the noise
@@ -213,6 +214,17 @@ def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
     picture, settings = torch.rand(3, 32, 64), SampleSettings(SamplerConfig("unipc", 3, grid="wan"), 2.0)
     latents = pipeline.latents(["a", "b"], 64, 32, 9, settings, image=picture)
     expected = pipeline.tokenizer.encode(picture[None, None])
+    seen, ask = [], pipeline.learner.model.forward
+
+    def forward(x, *arguments, **options):
+        seen.append(x[:, :1].clone())
+        return ask(x, *arguments, **options)
+
+    pipeline.learner.model.forward = forward
+    pipeline.latents(["a", "b"], 64, 32, 9, settings, image=picture)
+    clean = pipeline.learner.spec.normalize(expected)
+    assert seen and all(torch.allclose(x, clean.expand_as(x).to(x), rtol=1e-4, atol=1e-4) for x in seen), "every call sees the picture"
+    pipeline.learner.model.forward = ask
     torch.testing.assert_close(latents[:, :1], expected.expand(2, -1, -1, -1, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(latents[0, 1:], latents[1, 1:])
 

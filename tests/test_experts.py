@@ -385,6 +385,20 @@ def test_an_expert_that_is_not_trained_is_the_base(shop):
     assert {record["expert"] for record in records(run)} == {"high"}
 
 
+def test_of_our_own_pairs_export_writes_both_or_the_one_that_is_asked_for(shop, tmp_path, capsys):
+    run = shop.train("to_export", *shop.words, "experts={enabled: true, boundary: 0.6, switch_every: 1}", "train.max_steps=2")
+    export.main(["--checkpoint", str(run), "--lora", "comfy", "--out", str(tmp_path / "both.safetensors")])
+    assert "both experts, their names under high. and low." in capsys.readouterr().out
+    both = checkpoint.read_tensors(tmp_path / "both.safetensors")
+    assert {name.removeprefix("diffusion_model.").partition(".")[0] for name in both} == set(NAMES)
+    export.main(["--checkpoint", str(run), "--lora", "comfy", "--out", str(tmp_path / "low.safetensors"), "--expert", "low"])
+    low = checkpoint.read_tensors(tmp_path / "low.safetensors")
+    assert low and all(torch.equal(value, both[name.replace("diffusion_model.", "diffusion_model.low.")]) for name, value in low.items())
+    refused(capsys, export.main, ["--checkpoint", shop.base, "--lora", "comfy", "--expert", "low", "--out", tmp_path / "x.safetensors"], "no pair of experts")
+    words = [word for word in shop.words if not word.startswith("train.init_from")]
+    refused(capsys, train_t2v.main, shop.train_words("odd", *words, f"train.init_from={run}"), "train.init_from", "a run of two experts")
+
+
 def test_a_pair_that_knows_crops_is_validated(shop):
     base = shop.train("cropped", "model.crop=true", "train.max_steps=2")
     words = [word for word in shop.words if not word.startswith("train.init_from")]

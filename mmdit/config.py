@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+FilePath = typing.NewType("FilePath", str)  # of a file or folder (or a name); `~` is the home folder
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 100_000, 32, 4000
 
 
@@ -173,6 +175,8 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
         if len(value) != len(arguments):
             raise ConfigError(path, f"has {len(value)} values, must have {len(arguments)}")
         return tuple(decode(kind_i, item, f"{path}[{i}]") for i, (kind_i, item) in enumerate(zip(arguments, value, strict=True)))
+    if kind is FilePath:
+        return os.path.expanduser(decode(str, value, path))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig, check_adapters, coverage, inject, is_adapter, lora_state, merge, remove
 from mmdit.adapters.strength import alphas, carry_over, load_alphas, same_strength
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.data.batches import BatchPlan, DataConfig, LatentBatches
 from mmdit.data.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.cache import LatentCache, open_cache
@@ -66,7 +66,7 @@ class ExperimentConfig:
     """One YAML file. Every section is a dataclass beside the code it configures; README lists all keys."""
 
     experiment_name: str
-    output_dir: str = "runs"
+    output_dir: FilePath = "runs"
     seed: int = 42
     num_workers: int = 4
     video: VideoConfig = field(default_factory=VideoConfig)

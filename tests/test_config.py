@@ -10,6 +10,7 @@ from vtp.train.config import PretrainConfig
 
 from mmdit.config import ConfigError, apply_overrides, decode, differences, encode, load, parse_yaml, to_yaml
 from mmdit.experiment import ExperimentConfig
+from mmdit.scripts import with_home
 
 
 @dataclass(frozen=True)
@@ -143,3 +144,17 @@ def test_a_number_below_zero_is_refused_wherever_none_is_meant(section, name):
     values = dict.fromkeys([*required, *({"name_or_path"} & {field.name for field in dataclasses.fields(kind)})], "x")
     with pytest.raises(ConfigError):
         kind(**{**values, **NEEDED.get(section, {}), name: -3})
+
+
+def test_a_tilde_in_a_path_is_the_home_folder_and_in_a_text_it_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    words = ["output_dir=~/runs", "train.init_from=~/runs/a", "tokenizer.name_or_path=~/t", "captions.trigger=~/x"]
+    base = {"experiment_name": "a", "tokenizer": {"type": "vtp"}}
+    config = decode(ExperimentConfig, apply_overrides(base, [*words, "train.sample_prompts=[~/a]"]))
+    assert (config.output_dir, config.train.init_from) == ("/home/someone/runs", "/home/someone/runs/a")
+    assert config.tokenizer.name_or_path == "/home/someone/t"
+    assert (config.captions.trigger, config.train.sample_prompts) == ("~/x", ("~/a",))
+    assert decode(ExperimentConfig, encode(config)) == config
+    words = ["--out_dir=~/x", "~/y", "--prompt=a ~/b", "a=~/c", "--out", "~"]
+    told = ["--out_dir=/home/someone/x", "/home/someone/y", "--prompt=a ~/b", "a=~/c", "--out", "~"]
+    assert [with_home(word) for word in words] == told

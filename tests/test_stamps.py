@@ -80,6 +80,19 @@ def test_an_id_that_names_another_source_of_equal_size_is_encoded_anew(tmp_path,
     assert colours(tmp_path) == {"a": "blue"} and open_cache(tmp_path / "cache").captions == ["y"]
 
 
+def test_another_place_is_another_source_until_its_bytes_are_compared(tmp_path, monkeypatch):
+    """Of files of one archive all that a file system tells can be the same."""
+    from mmdit.data import stamps
+
+    monkeypatch.setattr(stamps, "_stat_of", lambda files, rate: "the same")
+    for name, colour in (("one", RED), ("two", BLUE)):
+        clip(tmp_path / name, colour)
+    run(meta_of(tmp_path, a="one"), tmp_path / "cache", kind="video")
+    assert again(tmp_path, meta_of(tmp_path, a="one"), "video")[1] == 0
+    assert again(tmp_path, meta_of(tmp_path, a="two"), "video")[1] == 1
+    assert colours(tmp_path) == {"a": "blue"}
+
+
 def test_one_exchanged_frame_of_a_clip_is_noticed(tmp_path):
     meta = meta_of(tmp_path, a=clip(tmp_path / "f", RED).name)
     run(meta, tmp_path / "cache", kind="video")

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import TextTokens
 from mmdit.models.wan import Residual, WanDiT
 from mmdit.rng import Draws
@@ -28,8 +28,8 @@ class WanModelConfig:
     `checkpointing`: recompute blocks in the backward pass, of every `checkpoint_every`-th. `freeze`: train the text encoder alone."""
 
     type: Literal["wan"] = "wan"
-    name_or_path: str = ""
-    clip: str = ""
+    name_or_path: FilePath = ""
+    clip: FilePath = ""
     expert: Literal["high", "low"] | None = None
     boundary: float | None = None  # None: as published, 0.875 for T2V-A14B, 0.9 for I2V-A14B
     first_frame: float = 0.0

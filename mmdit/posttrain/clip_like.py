@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_as
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.text_encoders.huggingface import check_folder
@@ -24,7 +24,7 @@ class Similarity(nn.Module):
     """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features, mean over frames.
     Differentiable in the pixels; the network is frozen."""
 
-    def __init__(self, folder: str, weights: str | None = None):
+    def __init__(self, folder: str, weights: FilePath | None = None):
         super().__init__()
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError("posttrain.rewards", f"name the folder {folder!r}, which holds no config.json; give a local CLIP "
@@ -73,7 +73,7 @@ class ClipReward(Reward):
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     type: Literal["clip"] = "clip"
-    path: str = ""
+    path: FilePath = ""
     weights: str | None = None  # HPS: an OpenCLIP state dict, .safetensors or .pt
 
     def prepare(self, device: torch.device) -> None:

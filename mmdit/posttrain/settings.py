@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmdit.config import ConfigError, least
+from mmdit.config import ConfigError, FilePath, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Kind, Norm
@@ -136,7 +136,7 @@ class DPOConfig:
 
     beta: float = 500.0
     source: Literal["online", "offline"] = "offline"
-    pairs: str | None = None
+    pairs: FilePath | None = None
     collect: int = 512
     batch: int = 64  # pairs of one update, over all processes
 
@@ -159,7 +159,7 @@ class SRPOConfig:
     step: float = 0.02
     discount_denoise: tuple[float, float] = (0.10, 0.25)
     discount_invert: tuple[float, float] = (0.30, 0.01)
-    latents: str | None = None
+    latents: FilePath | None = None
     positive: tuple[str, ...] = ("red",)
     negative: tuple[str, ...] = ("blue",)
     hinge: float = 0.7
@@ -181,7 +181,7 @@ class SRPOConfig:
 @dataclass(frozen=True)
 class PosttrainConfig:
     algorithm: Literal["grpo", "guard", "nft", "awm", "dpo", "srpo"] = "grpo"
-    prompts: str = GENERATED  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
+    prompts: FilePath = GENERATED  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
     prompt_count: int = 2048  # of the generated ones
     prompts_per_epoch: int = 16
     group_size: int = 16

@@ -13,7 +13,17 @@ def run(main: Callable[[], int | None]) -> None:
     """Start a command: what it prints, its help and its errors included, suits any terminal and
     any encoding."""
     terminal.install()
+    sys.argv[1:] = map(with_home, sys.argv[1:])
     raise SystemExit(main())
+
+
+def with_home(word: str) -> str:
+    """Return a word of the command line with `~` as the home folder, where a shell leaves it: in
+    `--out_dir=~/x`, or between quotes."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--") and value.startswith("~/"):
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(word) if word.startswith("~/") else word
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_json
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
@@ -42,7 +42,7 @@ class HuggingFaceConfig:
     `cache_dir` keeps them in files, too, for the next run (`stored`)."""
 
     type: Literal["hf"] = "hf"
-    name_or_path: str = ""
+    name_or_path: FilePath = ""
     dim: int | None = None
     max_length: int = 77
     freeze: bool = True
@@ -50,7 +50,7 @@ class HuggingFaceConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     local_files_only: bool = False
     cache_mb: int = 1024
-    cache_dir: str = ""
+    cache_dir: FilePath = ""
 
     def __post_init__(self):
         if not self.name_or_path:

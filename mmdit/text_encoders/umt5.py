@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.huggingface import GROUP, LENGTH_STEP, HuggingFaceConfig, HuggingFaceEncoder, _reported
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
@@ -49,7 +49,7 @@ class UMT5Config(HuggingFaceConfig):
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    tokenizer_path: str = ""
+    tokenizer_path: FilePath = ""
     train_blocks: int = 0
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
@@ -41,8 +41,8 @@ class VTPTokenizerConfig:
     """
 
     type: Literal["vtp"] = "vtp"
-    name_or_path: str = "VTP/checkpoints/vtp_tiny_f16d64"
-    repo_path: str | None = None
+    name_or_path: FilePath = "VTP/checkpoints/vtp_tiny_f16d64"
+    repo_path: FilePath | None = None
     latent_f: int = 16
     latent_d: int = 64
     latent_scale: float = 1.0

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_as, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
@@ -47,7 +47,7 @@ class WanVAETokenizerConfig:
     dtype: of the arithmetic; the official code has float32 (bfloat16 costs 1 % of the latents, measured on tiny weights)."""
 
     type: Literal["wan_vae"] = "wan_vae"
-    name_or_path: str = ""
+    name_or_path: FilePath = ""
     latent_f: int = 8
     latent_d: int = 16
     picture: Picture = "none"

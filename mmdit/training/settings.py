@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, FilePath
 from mmdit.diffusion import Grid, SamplerConfig, Solver
 from mmdit.training.optim import LearningRate, OptimizerKind
 
@@ -36,7 +36,7 @@ class TrainConfig:
     timeout_minutes: float = 30.0  # one step, save or preview that takes longer ends the job and names who stands still
     compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded
     replays: bool = True  # compiled steps of small networks are CUDA graphs, see training/replays.py
-    init_from: str | None = None  # weights of another run, checkpoint or export; the step starts at 0
+    init_from: FilePath | None = None  # weights of another run, checkpoint or export; the step starts at 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
     keep_last: int = 3  # checkpoints kept; 0 keeps all

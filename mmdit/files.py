@@ -253,7 +253,7 @@ def _unlock(file: IO) -> None:
 
 
 # ── reading what others wrote ─────────────────────────────────────────────────────────────────────
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file of others for reading. ValueError if something else is there, OSError if
     it cannot be opened: a named pipe among pictures would be waited for without end, a device read
     without end."""
@@ -261,7 +261,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check_regular(os.fstat(handle))  # it may have been exchanged meanwhile
-        return os.fdopen(handle, "rb")
+        return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
         raise

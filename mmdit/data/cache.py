@@ -309,7 +309,7 @@ class LatentCache:
         size, offset, _ = self._columns.places[index].tolist()
         frame = shape[1] * shape[2] * shape[3]
         try:
-            with open_regular(path) as file:
+            with open_regular(path, buffering=0) as file:
                 whole = os.fstat(file.fileno()).st_size == size and offset >= 0
                 whole = whole and (file.read(4) == SIGNATURE or not path.endswith(".pt"))
                 numbers = np.empty((stop - start) * frame if whole else 0, np.float16)

@@ -27,6 +27,7 @@ from mmdit.scripts import (
     train_t2v,
 )
 from mmdit.training import checkpoint
+from mmdit.training.errors import RunError
 from mmdit.training.media import to_uint8
 from mmdit.training.pipeline import SampleSettings
 
@@ -227,3 +228,12 @@ def test_stored_settings_with_nan_are_refused(damaged, tmp_path, capsys):
         "train.sample_cfg_scale",
         "nan",
     )
+
+
+def test_post_training_that_meets_no_number_ends_with_an_error(tmp_path):
+    """Not with exit code 0, as if it had come to its end."""
+    from toy_posttrain import session
+
+    made = session(tmp_path, epochs=3)
+    with pytest.raises(RunError, match="stopped at update .*not finite"):
+        made.run(lambda: {"loss": float("nan")}, 1)

@@ -28,6 +28,7 @@ from mmdit.rng import Draws, generator
 from mmdit.text_encoders import put_away
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+from mmdit.training.errors import RunError
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.settings import TrainConfig
@@ -327,7 +328,9 @@ class Session:
                 values = body()
                 values |= {"step": state.step, "seconds": time.perf_counter() - begin, "drift": self.drift()}
                 reason = self.beyond(values["drift"])
-                if not all(math.isfinite(value) for value in values.values()) or values.get("skipped"):
+                finite = all(math.isfinite(value) for value in values.values())
+                broken = self.world.any(not finite or bool(values.get("skipped")))
+                if broken:
                     reason = "a loss or gradient is not finite"
                 if self.world.any(reason is not None):
                     reason = reason or "another process found a reason to"
@@ -344,6 +347,11 @@ class Session:
                 if asked and not ended:
                     self.world.print(f"stopped on request at update {state.step}; continue with --resume")
                     return False
+                if broken:
+                    raise RunError(
+                        f"stopped at update {state.step}: {reason}; what was saved before is "
+                        "whole. Look at the rewards and at train.lr, and start again from there"
+                    )
         if self.log:
             self.log.close()
             if (self.run_dir / "best").is_dir():

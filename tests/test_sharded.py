@@ -30,6 +30,7 @@ from mmdit.training.stored import Stored
 
 ADAPTERS = ["lora.enabled=true", "lora.rank=3", "model.checkpointing=true", "train.lr=0.05", "train.sample_every_steps=2",
             "train.sample_num_images=2", "train.val_every_steps=2", "train.val_share=0.3"]  # fmt: skip
+ROUNDING = 1e-3  # of an update: AdamW divides by a gradient's own size, and so enlarges its rounding
 LR = 0.05  # of ADAPTERS: AdamW moves by about this much a step, however small a gradient and its rounding are
 POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "log_every_steps": 4}
 
@@ -127,7 +128,7 @@ def test_adapters_are_trained_drawn_with_and_stored_as_by_one_process(shop):
     lora, expected = (load_file(newest(run) / "lora.safetensors") for run in runs)
     assert lora.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(lora[name], value, rtol=0, atol=1e-4 * LR)
+        torch.testing.assert_close(lora[name], value, rtol=0, atol=ROUNDING * LR)
     last, same = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs)
     for name in ("loss", "val_loss", "val_loss_ema", "grad_norm"):
         assert last[name] == pytest.approx(same[name], rel=1e-5), name
@@ -174,7 +175,7 @@ def test_one_process_samples_exports_and_goes_on(shop):
     whole = shop.train("whole", *shop.words, "train.max_steps=5")
     gone_on = Stored(newest(shop.folder / "runs/goes_on") / "model.safetensors")
     for name, value in Stored(newest(whole) / "model.safetensors").items():
-        torch.testing.assert_close(gone_on[name], value, rtol=0, atol=1e-4 * LR)
+        torch.testing.assert_close(gone_on[name], value, rtol=0, atol=ROUNDING * LR)
 
 
 def test_the_parts_are_what_torch_reads_itself(shop):

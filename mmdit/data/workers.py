@@ -89,7 +89,7 @@ def _as_it_is(result: Any) -> Any:
 
 def _begin(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers; they need not print about it
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("500")  # where memory ends, a worker is killed, not the process that can tell of it
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +150,6 @@ def read_back(path: Path) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-@functools.cache
 def h264() -> bool:
     """Return whether PyAV is installed and writes H.264."""
     try:

@@ -237,7 +237,8 @@ def _plan(build: Callable[[], Learner], train: TrainConfig, ema: EMAConfig, late
     state, visiting = optimizer_bytes(learner, train)
     signs = sum(p.numel() for p in trained) if any(is_adapter(name) for name, _ in learner.named_parameters()) else 0
     home, slots = slot_bytes(learner.model.blocks[: train.offload_blocks]) if train.offload_blocks else (0, 0)
-    changed = 4 * sum(p.numel() for p in trained) if ema.enabled and any(p.dtype != torch.float32 for p in trained) else 0
+    narrow = [p.numel() for p in trained if p.dtype != torch.float32]
+    changed = 4 * max(narrow, default=0) if ema.enabled else 0  # the average takes one weight at a time in float32
     step = gradients + max(visiting, changed, 10 * signs)
     state += signs // 8  # of the last gradients
     constant = weights - home + slots + state + averaged

@@ -18,9 +18,11 @@ def windows_along(size: int, window: int, shifted: bool) -> tuple[list[int], int
     return [(i - first) // extent if first else i // extent for i in range(size)], extent
 
 
-def same_window(rows: int, columns: int, window: int, shifted: bool) -> torch.Tensor:
-    """`(s, s)` bool from the definition: equal window along both axes."""
-    down, across = windows_along(rows, window, shifted)[0], windows_along(columns, window, shifted)[0]
+def visible(rows: int, columns: int, window: int, pattern: str) -> torch.Tensor:
+    """`(s, s)` bool from the definition: the whole frame, or equal window along both axes."""
+    if pattern == "frame":
+        return torch.ones(rows * columns, rows * columns, dtype=torch.bool)
+    down, across = (windows_along(size, window, pattern == "shifted")[0] for size in (rows, columns))
     names = [(down[r], across[c]) for r in range(rows) for c in range(columns)]
     return torch.tensor([[a == b for b in names] for a in names])
 
@@ -52,7 +54,7 @@ def attention(layer, queries, keys, allowed, positions=(), base=1.0):
     return layer.proj(rearrange(scores.softmax(dim=-1) @ v, "... h s d -> ... s (h d)"))
 
 
-def block(layer, x, modulation, text, valid, grid, window, shifted, timed, subset):
+def block(layer, x, modulation, text, valid, grid, window, pattern, timed, subset):
     """`subset`: the tokens of a frame that are present, as indices into row-major order."""
     rows, columns = grid
     parts = [p[:, None, None] for p in (modulation + layer.table).unbind(dim=1)]
@@ -62,7 +64,7 @@ def block(layer, x, modulation, text, valid, grid, window, shifted, timed, subse
 
     h = entered(0)
     places = [subset // columns, subset % columns]
-    allowed = same_window(rows, columns, window, shifted)[subset][:, subset]
+    allowed = visible(rows, columns, window, pattern)[subset][:, subset]
     x = x + parts[2] * attention(layer.spatial, h, h, allowed, places, 100.0)
     if x.shape[1] > 1:
         h = entered(1).transpose(1, 2)
@@ -113,7 +115,7 @@ def dense_forward(model, x, t, text, keep=None):
             before = h
         present = subset if routed else everything
         out = block(layer, h[:, :, present], modulation, tokens, valid, (rows, columns), config.window_size,
-                    index % 2 == 1, config.temporal_position, present)
+                    config.pattern(index), config.temporal_position, present)
         h = h.index_copy(2, present, out)
         if index == end - 1 and keep is not None and model.tread.rescale:
             h = before + (h - before) * (height * width / len(keep))

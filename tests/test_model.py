@@ -49,7 +49,8 @@ def test_the_model_equals_a_dense_second_implementation(rows, columns, frames):
     torch.testing.assert_close(model(x, TIMES, captions(2)), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("change", [{"mlp": "gelu"}, {"qk_norm": False}, {"temporal_position": False}, {"pooled_text": False}])
+@pytest.mark.parametrize("change", [{"mlp": "gelu"}, {"qk_norm": False}, {"temporal_position": False}, {"pooled_text": False},
+                                    {"spatial": ("frame", "shifted")}])
 def test_every_variant_equals_its_dense_second_implementation_and_differs_from_the_default(change):
     model, x = awake(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4, **change)), clip(2, 2, 5, 4)
     expected = dense_forward(model, x, TIMES, captions(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dense_video_mmdit import dense_forward
@@ -15,10 +17,10 @@ SMALL = VideoMMDiTConfig(dim=16, depth=4, num_heads=2, window_size=4)
 
 
 @pytest.mark.parametrize("rows, columns, frames", [(8, 8, 3), (5, 7, 2), (4, 4, 1), (12, 6, 1)])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_routing_equals_dense_attention_among_the_kept_tokens(rows, columns, frames, rescale):
+@pytest.mark.parametrize("rescale, spatial", [(False, ("window", "shifted")), (True, ("frame", "shifted"))])
+def test_routing_equals_dense_attention_among_the_kept_tokens(rows, columns, frames, rescale, spatial):
     tread = TreadConfig(enabled=True, selection_rate=0.4, apply_to=(1, -1), rescale=rescale)
-    model = awake(SMALL, tread)
+    model = awake(replace(SMALL, spatial=spatial), tread)
     x, t, text = torch.randn(2, frames, rows, columns, 3, dtype=torch.float64), torch.tensor([3.0, 700.0]).double(), captions(2)
     keep = model.draw_keep(rows, columns, seed=0, step=0)
     width = model.windows(rows, columns).width

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
-from dense_video_mmdit import attention, same_window
+from dense_video_mmdit import attention, visible
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.nn import kept
 from mmdit.nn.attention import SpatialAttention, attend
 from mmdit.nn.position import temporal_rotary
 from mmdit.nn.tiles import frame_tables
-from mmdit.nn.window import WindowGrid, coordinates, place_tables, shift_windows
+from mmdit.nn.window import Pattern, WindowGrid, coordinates, gather, place_tables
 
 GRIDS = [(28, 16, 8), (5, 7, 4), (8, 8, 8), (1, 1, 8), (16, 16, 4), (9, 4, 8), (3, 10, 2), (6, 6, 1), (13, 11, 5)]
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("pattern", get_args(Pattern))
 @pytest.mark.parametrize("rows, columns, window", GRIDS)
-def test_windows_equal_dense_attention_under_the_same_mask(rows, columns, window, shifted):
+def test_groups_equal_dense_attention_under_the_same_mask(rows, columns, window, pattern):
     torch.manual_seed(0)
     layer = SpatialAttention(16, 2).double()
     x = torch.randn(2, 2, rows, columns, 16, dtype=torch.float64)
     grid = WindowGrid.fit(rows, columns, window)
-    tables = place_tables(grid, shifted, 8, x.device, x.dtype)
+    tables = place_tables(grid, pattern, 8, x.device, x.dtype)
     result = grid.merge(layer(grid.partition(x, padding=1e3), tables))  # were padding seen, 1e3 would show
     flat, index = x.flatten(2, 3), torch.arange(rows * columns)
-    allowed = same_window(rows, columns, window, shifted)
+    allowed = visible(rows, columns, window, pattern)
     expected = attention(layer, flat, flat, allowed, [index // columns, index % columns], 100.0)
     torch.testing.assert_close(result.flatten(2, 3), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("pattern", get_args(Pattern))
 @pytest.mark.parametrize("rows, columns, window", GRIDS)
-def test_a_shift_and_its_inverse_and_a_cut_and_its_inverse_change_nothing(rows, columns, window):
+def test_groups_and_their_inverse_and_a_cut_and_its_inverse_change_nothing(rows, columns, window, pattern):
     x = torch.randn(1, 2, rows, columns, 3)
     grid = WindowGrid.fit(rows, columns, window)
-    tables = place_tables(grid, True, 8, x.device, x.dtype)
+    tables = place_tables(grid, pattern, 8, x.device, x.dtype)
     assert grid.height <= window and grid.width <= window
-    moved = shift_windows(grid.partition(x), tables)
-    assert torch.equal(grid.merge(shift_windows(moved, tables, back=True)), x)
+    moved = gather(grid.partition(x), tables)
+    assert torch.equal(grid.merge(gather(moved, tables, back=True)), x)
 
 
 def test_windows_pad_no_more_than_they_must():
@@ -50,22 +53,22 @@ def test_windows_pad_no_more_than_they_must():
 
 
 def test_one_window_is_not_shifted_and_needs_no_mask():
-    tables = place_tables(WindowGrid.fit(8, 8, 8), True, 8, torch.device("cpu"), torch.float32)
+    tables = place_tables(WindowGrid.fit(8, 8, 8), "shifted", 8, torch.device("cpu"), torch.float32)
     assert tables.same is None and tables.rows_moved is None and tables.columns_moved is None
-    assert place_tables(WindowGrid.fit(28, 16, 8), False, 8, torch.device("cpu"), torch.float32).same is None
+    assert place_tables(WindowGrid.fit(28, 16, 8), "window", 8, torch.device("cpu"), torch.float32).same is None
 
 
 def test_the_last_row_of_one_window_meets_the_next_window_only_when_shifted():
-    assert not same_window(8, 1, 4, False)[3, 4] and same_window(8, 1, 4, True)[3, 4]
-    assert not same_window(8, 1, 4, True)[7, 0]  # no wrap round the edge
+    assert not visible(8, 1, 4, "window")[3, 4] and visible(8, 1, 4, "shifted")[3, 4]
+    assert not visible(8, 1, 4, "shifted")[7, 0]  # no wrap round the edge
 
 
 def test_tables_first_made_while_sampling_serve_training():
     place_tables.cache_clear()
     layer, grid = SpatialAttention(16, 2), WindowGrid.fit(6, 6, 4)
     with torch.inference_mode():
-        place_tables(grid, True, 8, torch.device("cpu"), torch.float32)
-    tables = place_tables(grid, True, 8, torch.device("cpu"), torch.float32)
+        place_tables(grid, "shifted", 8, torch.device("cpu"), torch.float32)
+    tables = place_tables(grid, "shifted", 8, torch.device("cpu"), torch.float32)
     layer(grid.partition(torch.randn(1, 1, 6, 6, 16)), tables).sum().backward()
 
 
@@ -79,7 +82,7 @@ def test_tables_of_many_sizes_take_bounded_memory_but_graphs_keep_theirs(tables,
     def of(size):
         grid = WindowGrid.fit(size, 4, 4)
         arguments = {
-            place_tables: (grid, False, 8, cpu, torch.float32),
+            place_tables: (grid, "window", 8, cpu, torch.float32),
             coordinates: (grid, cpu, torch.float32),
             frame_tables: (size, 4, 8, cpu, torch.float32, True),
             temporal_rotary: (size, 8, cpu, torch.float32),

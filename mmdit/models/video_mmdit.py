@@ -26,7 +26,7 @@ from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
-from mmdit.nn.window import Places, WindowGrid, coordinates, place_tables
+from mmdit.nn.window import Pattern, Places, WindowGrid, coordinates, place_tables
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
@@ -44,6 +44,7 @@ class VideoMMDiTConfig:
     depth: int | None = None
     num_heads: int | None = None
     window_size: int = 8  # the largest window, in latent cells; see WindowGrid.fit
+    spatial: tuple[Pattern, ...] = ("window", "shifted", "window", "frame")  # what attention in space sees, block by block, in turn
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     mlp: Literal["swiglu", "gelu"] = "swiglu"
@@ -72,6 +73,8 @@ class VideoMMDiTConfig:
         for name in ("window_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
+        if not self.spatial:
+            raise ConfigError("spatial", "is empty; name what attention in space sees: window, shifted or frame")
         if not self.mlp_ratio > 0:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
         if not 0 <= self.dropout < 1:
@@ -84,6 +87,10 @@ class VideoMMDiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def pattern(self, block: int) -> Pattern:
+        """Return what the attention in space of the block number `block` sees."""
+        return self.spatial[block % len(self.spatial)]
 
 
 @dataclass(frozen=True)
@@ -246,14 +253,14 @@ class VideoMMDiT(nn.Module):
         if self.config.products == "float8" and self.training and not kernels.codes_serve(x.new_empty(0, dtype=torch.bfloat16)):
             warnings.warn(f"model.products is float8, but no kernels of it serve on {x.device}: autocast's are used", stacklevel=2)
         table = (self.config.head_dim, x.device, exact)
-        layouts = [place_tables(grid, shifted, *table) for shifted in (False, True)]
+        layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 
-        def run(x: Tensor, first: int, end: int, layouts: list[Places]):
+        def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position)
             change = gate = None
             for index in range(first, end):
                 block = self.blocks[index]
-                rest = (modulation, text.context[index], text.valid, layouts[index % 2], frames)
+                rest = (modulation, text.context[index], text.valid, layouts[self.config.pattern(index)], frames)
                 if self.config.checkpointing and index % self.config.checkpoint_every == 0 and torch.is_grad_enabled():
                     x = add_gated(x, change, gate)  # one tensor to keep
                     x, change, gate = checkpoint(block, x, None, None, *rest, use_reentrant=False)
@@ -267,7 +274,7 @@ class VideoMMDiT(nn.Module):
             raise ValueError("keep is given, but the model was built without routing; set tread.enabled: true")
         first, end = self.span
         keep = keep.to(x.device)
-        kept = [layout.keep(keep) for layout in layouts]
+        kept = {pattern: layout.keep(keep) for pattern, layout in layouts.items()}
         x = add_gated(*run(x, 0, first, layouts))
         x = route(x, keep, lambda inner: add_gated(*run(inner, first, end, kept)), self.tread.rescale)
         return run(x, end, len(self.blocks), layouts)
@@ -294,7 +301,8 @@ class VideoMMDiT(nn.Module):
             seen = frames * windows * inside
             total += seen * sum(weights(part) for part in (block.spatial, block.mlp, block.cross.q, block.cross.proj))
             total += text * (weights(block.cross.k) + weights(block.cross.v))
-            total += 6 * seen * dim * (inside + text)
+            whole = self.config.pattern(index) == "frame"
+            total += 6 * seen * dim * ((windows * inside if whole else inside) + text)
             if frames > 1:
                 total += seen * (weights(block.temporal) + 6 * dim * frames)
         return 2 * total

@@ -18,7 +18,7 @@ from mmdit.nn.norm import RMSNorm
 from mmdit.nn.position import Rotary, rotate
 from mmdit.nn.products import joinable, joined
 from mmdit.nn.tiles import WIDEST, Frames, Tiles
-from mmdit.nn.window import Places, shift_windows
+from mmdit.nn.window import Places, gather
 
 observers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []  # of queries, keys and mask (diagnostics.attention)
 GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
@@ -85,19 +85,19 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`x (b, f, n, k, h·d)` → the same shape."""
-        b, f, n = x.shape[:3]
+        b, f = x.shape[:2]
         if places.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)
-        x = shift_windows(x, places)
+        x = gather(x, places)
         parts = self.heads(x, x, places.rotary)
         if places.same is None:
-            q, k, v = (rearrange(z, "b f n k h d -> (b f n) h k d") for z in parts)
-            x = rearrange(attend(q, k, v), "(b f n) h k d -> b f n k (h d)", b=b, f=f)
-        else:  # windows first, so that one mask per window serves every sample, frame and head
-            q, k, v = (rearrange(z, "b f n k h d -> n (b f h) k d") for z in parts)
+            q, k, v = (rearrange(z, "b f g m h d -> (b f g) h m d") for z in parts)
+            x = rearrange(attend(q, k, v), "(b f g) h m d -> b f g m (h d)", b=b, f=f)
+        else:  # groups first, so that one mask per group serves every sample, frame and head
+            q, k, v = (rearrange(z, "b f g m h d -> g (b f h) m d") for z in parts)
             x = attend(q, k, v, places.same[:, None])
-            x = rearrange(x, "n (b f h) k d -> b f n k (h d)", b=b, f=f)
-        return shift_windows(self.output(x), places, back=True)
+            x = rearrange(x, "g (b f h) m d -> b f g m (h d)", b=b, f=f)
+        return gather(self.output(x), places, back=True)
 
 
 class TemporalAttention(Attention):

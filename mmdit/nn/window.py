@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor
 from mmdit.nn.kept import kept
 from mmdit.nn.position import SPATIAL_BASE, Rotary, rotary_tables
 from mmdit.nn.tiles import Tiles, lay
+
+
+Pattern = Literal["window", "shifted", "frame"]
 
 
 @dataclass(frozen=True)
@@ -69,39 +72,47 @@ class WindowGrid:
 
 
 class Places(NamedTuple):
-    """What attention in plain or in shifted windows must know of its tokens."""
+    """What attention in one pattern must know of its tokens, in g groups of m: plain or shifted windows (g = n, m = k), or
+    whole frames (g = 1, m = n · k)."""
 
+    pattern: Pattern
     counts: tuple[int, int]
-    rotary: Rotary  # each (k, 1, head_dim / 2)
-    same: Tensor | None  # (n, k, k) bool: query and key share a window; None where all do
+    rotary: Rotary  # each (m, 1, head_dim / 2)
+    same: Tensor | None  # (g, m, m) bool: query and key may see each other; None where all may
     rows_moved: Tensor | None  # (k, 1) bool: in shifted windows these places come from the next cell down; None: no shift
     columns_moved: Tensor | None  # likewise from the next cell across
-    cells: Tensor  # (n, k): the cell that each place of each window comes from
-    names: Tensor  # (n, k): tokens of one name share a window
-    tiles: Tiles | None  # for the fused kernel; None where windows are too large for it
+    cells: Tensor  # (n, k): the window whose memory holds each place of each (shifted) window
+    names: Tensor  # (g, m): tokens of one name see each other
+    tiles: Tiles | None  # for the fused kernel; None where groups are too large for it
 
     def keep(self, keep: Tensor) -> Places:
-        """For the tokens at the places `keep (K,)` alone."""
+        """Return the tables for the tokens at the places `keep (K,)` alone."""
+        windows, places = self.cells.shape
+        cells, moved = self.cells[:, keep], (self.rows_moved, self.columns_moved)
+        members = keep
+        if self.pattern == "frame":
+            members = (torch.arange(windows, device=keep.device)[:, None] * places + keep).flatten()
+        rotary = tuple(table[members] for table in self.rotary)
+        names = self.names[:, members]
+        same = None if self.same is None else self.same[:, members][:, :, members]
+        moved = (None if table is None else table[keep] for table in moved)
+        kept = Places(self.pattern, self.counts, rotary, same, *moved, cells, names, None)
+        return kept._replace(tiles=kept.lay())
 
-        def pick(table: Tensor | None) -> Tensor | None:
-            return None if table is None else table[keep]
-
-        same = None if self.same is None else self.same[:, keep][:, :, keep]
-        rotary = tuple(table[keep] for table in self.rotary)
-        cells, names = self.cells[:, keep], self.names[:, keep]
-        moved = pick(self.rows_moved), pick(self.columns_moved)
-        return Places(self.counts, rotary, same, *moved, cells, names, window_tiles(cells, names, rotary))
-
-
-def window_tiles(cells: Tensor, names: Tensor, rotary: Rotary) -> Tiles | None:
-    count = cells.shape[1]
-    index = cells * count + torch.arange(count, device=cells.device)
-    return lay(index, names, [table.flatten(0, -2) for table in rotary])
+    def lay(self) -> Tiles | None:
+        """Return the tiles of these groups for the fused kernel, or None where they are too large."""
+        windows, places = self.cells.shape
+        index = self.cells * places + torch.arange(places, device=self.cells.device)
+        if self.pattern == "frame":
+            index = index.reshape(1, windows * places)
+        return lay(index, self.names, [table.flatten(0, -2) for table in self.rotary])
 
 
-def shift_windows(x: Tensor, places: Places, back: bool = False) -> Tensor:
-    """From windows in cell layout `(b, f, n, k, d)` to the shifted ones, or `back`. The last window of an axis wraps round to
-    the first cell; `places.same` keeps its two parts apart. No change for plain windows."""
+def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
+    """Return the tokens `x (b, f, n, k, d)` in the groups of `places`, `(b, f, g, m, d)`; `back` undoes it. The last shifted
+    window of an axis wraps round to the first cell; `places.same` keeps its two parts apart."""
+    if places.pattern == "frame":
+        return x.unflatten(3, places.cells.shape).squeeze(2) if back else x.flatten(2, 3).unsqueeze(2)
     if places.rows_moved is None and places.columns_moved is None:
         return x
     x = rearrange(x, "b f (r c) k d -> b f r c k d", r=places.counts[0])
@@ -112,27 +123,37 @@ def shift_windows(x: Tensor, places: Places, back: bool = False) -> Tensor:
 
 
 @kept
-def place_tables(grid: WindowGrid, shifted: bool, head_dim: int, device: torch.device, dtype: torch.dtype) -> Places:
-    """The tables of plain or `shifted` windows, made once per grid; kept, as those of time and place, for graphs read them."""
+def place_tables(grid: WindowGrid, pattern: Pattern, head_dim: int, device: torch.device, dtype: torch.dtype) -> Places:
+    """The tables of one pattern, made once per grid; kept, as those of time and place, for graphs read them."""
     with torch.inference_mode(False):  # tables first made while sampling must also serve training
+        shifted = pattern == "shifted"
         offset = grid.shift if shifted else (0, 0)
         row, column = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
         residues = torch.stack([row.flatten(), column.flatten()], dim=-1)  # (k, 2)
-        # Only differences matter to rotary attention, so positions count from the window's first row and column.
-        inside = (residues - torch.tensor(offset)) % torch.tensor([grid.height, grid.width])
-        rotary = tuple(table[:, None].to(device, dtype) for table in rotary_tables(inside, head_dim, SPATIAL_BASE))
+        extent = torch.tensor([grid.height, grid.width])
+        # Only differences matter to rotary attention, so positions count from the group's first row and column.
+        positions = (residues - torch.tensor(offset)) % extent
+        if pattern == "frame":
+            down, across = torch.meshgrid(*(torch.arange(count) for count in grid.counts), indexing="ij")
+            corners = torch.stack([down.flatten(), across.flatten()], dim=-1) * extent  # (n, 2)
+            positions = (corners[:, None] + residues).flatten(0, 1)
+        rotary = tuple(table[:, None].to(device, dtype) for table in rotary_tables(positions, head_dim, SPATIAL_BASE))
         moved = [(residues[:, i : i + 1] < offset[i]).to(device) if offset[i] else None for i in (0, 1)]
         cells = torch.arange(grid.counts[0] * grid.counts[1], device=device)[None, None, :, None, None]
         cells = cells.expand(1, 1, -1, grid.places, 1)
-        result = Places(grid.counts, rotary, None, *moved, cells[0, 0, ..., 0], cells[0, 0, ..., 0], None)
-        cells = shift_windows(cells, result)[0, 0, ..., 0]
+        result = Places(pattern, grid.counts, rotary, None, *moved, cells[0, 0, ..., 0], cells[0, 0, ..., 0], None)
+        if shifted:
+            result = result._replace(cells=gather(cells, result)[0, 0, ..., 0])
         # Name every token by its window, padding by -1, and move the names the way tokens move.
         down = (torch.arange(grid.rows) + grid.height - offset[0]) // grid.height
         across = (torch.arange(grid.columns) + grid.width - offset[1]) // grid.width
-        names = grid.partition((down[:, None] * (grid.columns + 2) + across)[None, None, ..., None].to(device), padding=-1)
-        names = shift_windows(names, result)[0, 0, ..., 0]  # (n, k)
+        names = (down[:, None] * (grid.columns + 2) + across)[None, None, ..., None].to(device)
+        if pattern == "frame":
+            names = torch.zeros_like(names)
+        names = gather(grid.partition(names, padding=-1), result)[0, 0, ..., 0]  # (g, m)
         same = names[:, :, None] == names[:, None, :]
-        result = result._replace(cells=cells, names=names, tiles=window_tiles(cells, names, rotary))
+        result = result._replace(names=names)
+        result = result._replace(tiles=result.lay())
         return result if same.all() else result._replace(same=same)
 
 

@@ -84,9 +84,13 @@ class Places(NamedTuple):
     cells: Tensor  # (n, k): the window whose memory holds each place of each (shifted) window
     names: Tensor  # (g, m): tokens of one name see each other
     tiles: Tiles | None  # for the fused kernel; None where groups are too large for it
+    real: Tensor | None = None  # (m,): the tokens of a whole frame that are no padding; None: all
+    padded: Places | None = None  # where real is given: the same with padding, masked, for routing
 
     def keep(self, keep: Tensor) -> Places:
         """Return the tables for the tokens at the places `keep (K,)` alone."""
+        if self.padded is not None:
+            return self.padded.keep(keep)
         windows, places = self.cells.shape
         cells, moved = self.cells[:, keep], (self.rows_moved, self.columns_moved)
         members = keep
@@ -99,6 +103,12 @@ class Places(NamedTuple):
         kept = Places(self.pattern, self.counts, rotary, same, *moved, cells, names, None)
         return kept._replace(tiles=kept.lay())
 
+    def without_padding(self) -> Places:
+        """Return the tables of whole frames that leave padding out: kernels without a mask are faster."""
+        real = (self.names[0] >= 0).nonzero()[:, 0]
+        rotary, names = tuple(table[real] for table in self.rotary), self.names[:, real]
+        return self._replace(rotary=rotary, names=names, same=None, real=real, padded=self)
+
     def lay(self) -> Tiles | None:
         """Return the tiles of these groups for the fused kernel, or None where they are too large."""
         windows, places = self.cells.shape
@@ -108,11 +118,26 @@ class Places(NamedTuple):
         return lay(index, self.names, [table.flatten(0, -2) for table in self.rotary])
 
 
+def whole_frames(x: Tensor, places: Places) -> Tensor:
+    """Return `x (b, f, n, k, d)` as one group a frame, `(b, f, 1, m, d)`, without padding."""
+    x = x.flatten(2, 3)
+    return (x if places.real is None else x.index_select(2, places.real)).unsqueeze(2)
+
+
+def spread(x: Tensor, places: Places) -> Tensor:
+    """Undo `whole_frames`; padding comes back as zero."""
+    x, (windows, count) = x.squeeze(2), places.cells.shape
+    if places.real is not None:
+        padded = x.new_zeros(*x.shape[:2], windows * count, x.shape[-1])
+        x = padded.index_copy(2, places.real, x)
+    return x.unflatten(2, (windows, count))
+
+
 def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
     """Return the tokens `x (b, f, n, k, d)` in the groups of `places`, `(b, f, g, m, d)`; `back` undoes it. The last shifted
     window of an axis wraps round to the first cell; `places.same` keeps its two parts apart."""
     if places.pattern == "frame":
-        return x.unflatten(3, places.cells.shape).squeeze(2) if back else x.flatten(2, 3).unsqueeze(2)
+        return spread(x, places) if back else whole_frames(x, places)
     if places.rows_moved is None and places.columns_moved is None:
         return x
     x = rearrange(x, "b f (r c) k d -> b f r c k d", r=places.counts[0])
@@ -154,7 +179,10 @@ def place_tables(grid: WindowGrid, pattern: Pattern, head_dim: int, device: torc
         same = names[:, :, None] == names[:, None, :]
         result = result._replace(names=names)
         result = result._replace(tiles=result.lay())
-        return result if same.all() else result._replace(same=same)
+        if same.all():
+            return result
+        result = result._replace(same=same)
+        return result.without_padding() if pattern == "frame" and result.tiles is None else result
 
 
 @kept

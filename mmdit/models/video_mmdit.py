@@ -44,7 +44,8 @@ class VideoMMDiTConfig:
     depth: int | None = None
     num_heads: int | None = None
     window_size: int = 8  # the largest window, in latent cells; see WindowGrid.fit
-    spatial: tuple[Pattern, ...] = ("window", "shifted", "window", "frame")  # what attention in space sees, block by block, in turn
+    # What attention in space sees, block by block and again from the first; see docs/speed.md for grids of several windows.
+    spatial: tuple[Pattern, ...] = ("window", "shifted")
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     mlp: Literal["swiglu", "gelu"] = "swiglu"

@@ -81,7 +81,8 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Within the windows of each frame (Swin, Liu et al. 2021, without wrap-round and without attention to padding)."""
+    """Attend within the windows of each frame (Swin, Liu et al. 2021, without wrap-round), or within whole frames; never to
+    padding."""
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`x (b, f, n, k, h·d)` → the same shape."""

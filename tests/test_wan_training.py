@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, release_config
 from mmdit.models.wan import WanDiT
+from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_text, cache_vtp_latents, export, inspect_adapter, sample, train_t2v
 from mmdit.text_encoders import build_text_encoder
@@ -201,13 +203,22 @@ def test_each_expert_is_trained_in_its_times(pair):
     assert torch.equal(pipeline.learner.model.head.head.weight, load_dit(pair.release, expert="high").head.head.weight)
 
 
+@pytest.mark.parametrize("share, given", [(0.0, 0), (0.4, 0), (0.5, 1), (1.0, 1)])
+def test_validation_measures_what_training_has_more_often(share, given):
+    """Not what one coin says, tossed for the whole curve."""
+    model = SimpleNamespace(training=False, settings=SimpleNamespace(first_frame=share))
+    found = {WanDenoiser.given_frames(model, 3, Draws.of(seed, 0, 2)) for seed in range(8)}
+    assert found == {given} and WanDenoiser.given_frames(model, 1, Draws.of(0, 0, 2)) == 0
+
+
 def test_a_first_frame_is_given_in_its_share_of_the_steps(tmp_path):
     shop = Shop(tmp_path, TI2V)
-    model = shop.learner("model.first_frame=0.5").model
+    model = shop.learner("model.first_frame=0.5").model.train()
     given = [model.given_frames(3, Draws.of(0, step, 2)) for step in range(200)]
     assert 70 < sum(given) < 130 and model.given_frames(1, Draws.of(0, 0, 2)) == 0
     assert not any(model.given_frames(1, Draws.of(0, step, 2)) for step in range(40)), "all of a picture would be given"
     assert given == [model.given_frames(3, Draws.of(0, step, 8)) for step in range(200)]
+
     shop.train("first", "model.first_frame=1")
     # in sampling the first latent frame is the picture's, whatever the noise
     pipeline, config = load_pipeline(shop.release, "cpu")

@@ -40,10 +40,11 @@ def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
         longer = f"{line} {word}".strip()
         if line and draw.textlength(longer, font=font) > width:
             lines, line = [*lines, line], word
+            if len(lines) == SHEET_LINES:  # a caption may hold a hundred thousand words
+                return [*lines[:-1], "…"]
         else:
             line = longer
-    lines = [*lines, line]
-    return lines if len(lines) <= SHEET_LINES else [*lines[: SHEET_LINES - 1], "…"]
+    return [*lines, line]
 
 
 def enlargement(height: int, width: int, cell: int = 128) -> int:

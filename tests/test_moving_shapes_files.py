@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from tiny import Workshop, refused
-from tiny import refused
 
 from mmdit.data.cache import open_cache
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render

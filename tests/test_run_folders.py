@@ -87,6 +87,17 @@ def test_a_flipped_bit_and_another_size_pass_over_to_the_checkpoint_before(tmp_p
     assert checkpoint.step_of(checkpoint.latest(tmp_path)) == (2 if file == "checkpoint.json" else 1)
 
 
+def test_another_number_in_what_a_checkpoint_says_of_itself_is_damage(tmp_path, capsys):
+    saved(tmp_path, 1)
+    path = saved(tmp_path, 2) / "checkpoint.json"
+    text = path.read_text(encoding="utf-8")
+    changed = text.replace(f'"spatial": {SPEC.spatial}', f'"spatial": {SPEC.spatial + 1}')
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 1
+    assert "checkpoint.json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors"])
 def test_resume_goes_on_from_the_checkpoint_before_a_damaged_or_missing_file(shop, copied, file, capsys):
     expected = (copied / "checkpoints/step_00000003" / file).read_bytes()

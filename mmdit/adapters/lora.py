@@ -256,7 +256,7 @@ DIFFERENCES = "whole_differences"  # where a model remembers them
 
 @dataclass(frozen=True)
 class Difference:
-    """What was added to a whole parameter, beside adapters (distilled models have such ones of norms and biases)."""
+    """A change of a whole parameter, kept beside the adapters (distilled models change norms and biases so)."""
 
     change: torch.Tensor
     before: nn.Parameter
@@ -282,7 +282,7 @@ def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
 
 
 def differences(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What `add_differences` added, by parameter."""
+    """Return what `add_differences` added, by the name of the parameter."""
     return {name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()}
 
 

@@ -72,7 +72,7 @@ class _Stream:
         return self.items / self.size
 
     def _before(self, epoch: int) -> Tensor:
-        """How many batches each group had before this epoch."""
+        """Return how many batches each group had before this epoch."""
         return (epoch * self._counts + self._phases) // self.size
 
     def _epoch_at(self, position: int) -> int:
@@ -229,7 +229,7 @@ class BatchPlan:
         return int((jitter_limits(counts, frames, self.video) == 0).sum()) if self.video.temporal_jitter else 0
 
     def _repeated(self, items: int) -> str:
-        """What to tell of a group of so many items."""
+        """Return the sentence about a group of so many items."""
         return "" if items >= self.global_batch else f", each item up to {math.ceil(self.global_batch / items)} times in one"
 
     def report(self) -> str:

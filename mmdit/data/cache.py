@@ -61,7 +61,7 @@ def _index_files(folder: Path) -> list[Path]:
 
 @dataclass
 class _Entries:
-    """What the files and indices of a folder say."""
+    """Holds what the files and indices of a cache folder say."""
 
     by_id: dict[str, dict] = field(default_factory=dict)  # for exactly the files that are there
     rebuilt: list[dict] = field(default_factory=list)  # those of them that no index held
@@ -70,7 +70,7 @@ class _Entries:
 
 
 def _read_entries(folder: Path, channels: int, forgiving: bool = False) -> _Entries:
-    """Of a cache folder. ValueError for an item that no index holds and that is damaged, unless `forgiving`."""
+    """Read a cache folder. Raises ValueError for a damaged item that no index holds, unless `forgiving`."""
     files, found, entries, removed = _files(folder), _Entries(), {}, set()
     for path in _index_files(folder):
         mine: dict[str, dict] = {}
@@ -330,7 +330,7 @@ class LatentCache:
         return item["latents"][start:stop]
 
     def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int, frames: int) -> bool:
-        """Whether the frames `start:stop` are as they were written. Of a part of an item it is looked at once."""
+        """Return whether the frames `start:stop` are as they were written; each part of an item is compared once."""
         if stop - start == frames:
             return zlib.crc32(numbers) == int(self._columns.places[index, 2])
         first, marks = int(self._ends[index]) - frames, self._columns.marks[index]

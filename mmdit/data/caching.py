@@ -185,7 +185,7 @@ def place_told(row: dict) -> str:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Whether the file system failed, and not what is in a file."""
+    """Return whether the file system failed, rather than what is in a file."""
     return isinstance(error, OSError) and error.errno is not None
 
 

@@ -11,9 +11,9 @@ from mmdit.data.batches import BatchPlan
 from mmdit.data.cache import LatentCache
 from mmdit.data.captions import all_captions, length_report
 from mmdit.data.clips import usable_frames
+from mmdit.data.colours import NOTES
 from mmdit.data.frames import PreprocessConfig
 from mmdit.data.records import Record
-from mmdit.data.colours import NOTES
 
 EXAMPLES = 5
 

@@ -22,7 +22,6 @@ from mmdit.nn.kept import kept
 from mmdit.nn.position import SPATIAL_BASE, Rotary, rotary_tables
 from mmdit.nn.tiles import Tiles, lay
 
-
 Pattern = Literal["window", "shifted", "frame"]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from vtp.models.pretrained import CONFIG_FILE, checkpoint_folder, read_json, write_config
 
-
 MOST = {"depth": 1024, "image_size": 1 << 20}  # by the end of a key; other whole numbers: 2**24
 KINDS = {
     "int": "a positive whole number that is not absurdly large",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mmdit.adapters import merge
 from mmdit.data.frames import PreprocessConfig, crop_box, load_first_frame, load_image
 from mmdit.experiment import ExperimentConfig
-from mmdit.interop.lora_formats import load_lora
+from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan import expert_in_name
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.models.wan_denoiser import WanDenoiser
@@ -30,7 +30,12 @@ def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None
         load_lora(pipeline.learner.model, lora)
         merge(pipeline.learner.model)
         return
-    for name, file, other in (("high", lora, "lora_low"), ("low", lora_low, "lora")):
+    files = {"high": lora, "low": lora_low}
+    named = experts_in(experts["high"], lora) if lora and not lora_low else set()
+    if named:  # the file says itself which of the two its halves are for
+        files = dict.fromkeys(named, lora)
+    for name, other in (("high", "lora_low"), ("low", "lora")):
+        file = files.get(name)
         if file:
             load_lora(experts[name], file, name)
             merge(experts[name])

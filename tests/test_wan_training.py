@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import refused
 from wan_release import DIT, I2V, TI2V, config_text, make_diffusers_release, make_release
 
@@ -512,6 +512,29 @@ def test_one_guidance_is_for_both_experts_and_a_file_says_whose_it_is(pair, runs
     sample.main([*draw, "--lora_low", str(file), "--out", str(tmp_path / "right"), *PROMPT])
     told = capsys.readouterr().out
     assert "laid over the low-noise expert" in told and "its name" not in told
+
+
+def test_a_file_with_both_experts_is_laid_over_both(pair, runs, tmp_path, capsys):
+    """Its low half was left out without a word where the file was given as --lora alone."""
+    draw = ["--checkpoint", str(pair.release), "--device", "cpu", "--width", "64", "--height", "32", "--frames", "1", "--steps", "3"]
+    parts = {name: checkpoint.latest(runs["both"]) / f"lora_{name}.safetensors" for name in ("high", "low")}
+    words = {"high": "transformer.", "low": "transformer_2."}
+    halves = [{words[name] + key: tensor for key, tensor in load_file(path).items()} for name, path in parts.items()]
+    both, low = tmp_path / "both.safetensors", tmp_path / "one_half.safetensors"
+    save_file(halves[0] | halves[1], both)
+    save_file(halves[1], low)
+
+    def drawn(name, *words):
+        sample.main([*draw, *words, "--out", str(tmp_path / name), *PROMPT])
+        return (tmp_path / name / "0000.png").read_bytes(), capsys.readouterr().out
+
+    expected, _ = drawn("apart", "--lora", str(parts["high"]), "--lora_low", str(parts["low"]))
+    found, told = drawn("together", "--lora", str(both))
+    assert found == expected and "over the high-noise expert" in told and "over the low-noise expert" in told
+    expected, _ = drawn("low", "--lora_low", str(parts["low"]))
+    found, told = drawn("half", "--lora", str(low))
+    assert found == expected and "over the high-noise expert" not in told
+    assert found != drawn("plain")[0]
 
 
 def test_the_boundary_is_the_release_s(pair, tmp_path, capsys):

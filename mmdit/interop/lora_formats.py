@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from mmdit.adapters.lora import adapters, add_differences, differences, insert
-from mmdit.interop.lora_reading import LoRAFile, Update, read_lora
+from mmdit.interop.lora_reading import LoRAFile, Update, experts_in, read_lora
 from mmdit.interop.lora_writing import Format, save_lora
 
-__all__ = ["Format", "LoRAFile", "Update", "load_lora", "read_lora", "save_lora"]
+__all__ = ["Format", "LoRAFile", "Update", "experts_in", "load_lora", "read_lora", "save_lora"]
 
 
 @torch.no_grad()

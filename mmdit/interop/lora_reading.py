@@ -121,6 +121,17 @@ def read_lora(
     return result
 
 
+def experts_in(model: nn.Module, path: str | Path) -> set[str]:
+    """Return the experts of a pair, "high" and "low", that the keys of a LoRA file name; none in
+    the file of one network. `model`: one of the two."""
+    names = foreign_names(model)
+    entries = Checkpoint(weights_of(Path(path))).entries
+    named = {parse(name, names).expert for name in entries} - {None}
+    if named and any(name.startswith("transformer.") for name in entries):
+        named.add("high")  # as `_chosen` reads it
+    return named
+
+
 def _chosen(
     stored: Checkpoint, names: dict[str, str], expert: str | None, path: Path
 ) -> dict[str, Key]:

@@ -150,7 +150,7 @@ def is_entry(entry: dict) -> bool:
 
 
 def are_marks(marks: object, frames: int) -> bool:
-    """Whether these are the marks of a clip of so many frames, or none (of an older index)."""
+    """Return whether these are the marks of a clip of so many frames, or none (of an older index)."""
     return (isinstance(marks, list) and len(marks) in (0, frames - 1)
             and all(type(mark) is int and 0 <= mark < 1 << 32 for mark in marks))  # fmt: skip
 

@@ -115,7 +115,7 @@ def _skipped(folder: Path) -> dict:
 
 
 def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:
-    """How the items of a cache and the lines of a metadata file go together; examples of what does not."""
+    """Counts how the items of a cache and the lines of a metadata file go together, with examples of what does not."""
     captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
     expected: dict[str, list[str]] = {}
     missing = []

@@ -227,7 +227,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
 
 
 def _note(path: Path) -> dict:
-    """What a folder of frames was made from."""
+    """Return what a folder of frames was made from."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -67,7 +67,7 @@ def _content_of(path: str, files: list[tuple[str, os.stat_result]], rate: str) -
 
 
 def _rate_of(files: list[tuple[str, os.stat_result]], fps: float) -> str:
-    """What the frame rate makes of a video file; of pictures nothing."""
+    """Return what the frame rate makes of a video file; nothing for pictures."""
     return f"{fps:g} fps" if fps and len(files) == 1 and not files[0][0] else ""
 
 

@@ -73,7 +73,7 @@ def _kind(entries: dict) -> dict:
 
 
 def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
-    """What the tensors of adapters make."""
+    """The updates that the tensors of adapters make."""
     kinds = {part for _, part in parts.values()}
     kind = "DoRA" if "lora_magnitude" in kinds else "LoRA"
     if any(part.startswith("lokr") for part in kinds):

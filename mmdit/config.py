@@ -1,8 +1,10 @@
-"""YAML ↔ frozen dataclasses. Decoded once, at the edge; whatever is wrong stops the run with file, line and dotted path.
+"""YAML ↔ frozen dataclasses. Decoded once, at the edge; whatever is wrong stops the run with file,
+line and dotted path.
 
-A config class is a frozen dataclass that sits beside the code it configures and holds the defaults. Supported field types:
-bool, int, float, str, Literal, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, dataclasses, and unions of dataclasses told apart by
-their `type: Literal[...]` field. Checks between the fields of one class go into `__post_init__` as `ConfigError`.
+A config class is a frozen dataclass that sits beside the code it configures and holds the defaults.
+Supported field types: bool, int, float, str, Literal, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
+dataclasses, and unions of dataclasses told apart by their `type: Literal[...]` field. Checks
+between the fields of one class go into `__post_init__` as `ConfigError`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from typing import Any
 
 import yaml
 
-FilePath = typing.NewType("FilePath", str)  # of a file or folder (or a name); `~` is the home folder
+FilePath = typing.NewType(
+    "FilePath", str
+)  # of a file or folder (or a name); `~` is the home folder
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 100_000, 32, 4000
 
 
 class ConfigError(ValueError):
-    """A mistake in what a person wrote: `path` (dotted), what is wrong with both values, and what to do."""
+    """A mistake in what a person wrote: `path` (dotted), what is wrong with both values, and what
+    to do."""
 
     def __init__(self, path: str, message: str):
         self.path, self.message = shortened(path, 400), shortened(message, 4000)
@@ -35,15 +40,19 @@ class ConfigError(ValueError):
 
 
 def least(section: object, bound: float, *names: str, above: bool = False) -> None:
-    """ConfigError for a number of `section` below `bound` (or, with `above`, not above it); None is none."""
+    """ConfigError for a number of `section` below `bound` (or, with `above`, not above it); None is
+    none."""
     for name in names:
         value = getattr(section, name)
         if value is not None and (value < bound or (above and value == bound)):
-            raise ConfigError(name, f"is {value}; must be {'above' if above else 'at least'} {bound:g}")
+            raise ConfigError(
+                name, f"is {value}; must be {'above' if above else 'at least'} {bound:g}"
+            )
 
 
 def shortened(text: str, most: int) -> str:
-    """A value of megabytes in a message: its beginning, and the end of the message, where the remedy is."""
+    """A value of megabytes in a message: its beginning, and the end of the message, where the
+    remedy is."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
@@ -51,14 +60,19 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-4 as a string; people mean a number
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
+_NUMBER = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+)  # YAML 1.1 reads 1e-4 as a string; people mean a number
 
 
 def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
-    """The mapping in `text` and the line of every dotted path. Safe: no tags are constructed, size and aliases are bounded."""
+    """The mapping in `text` and the line of every dotted path. Safe: no tags are constructed, size
+    and aliases are bounded."""
     if len(text.encode()) > MAX_BYTES:
-        raise ConfigError("", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text")
+        raise ConfigError(
+            "", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text"
+        )
     loader, lines, count = None, {}, 0
 
     def build(node: yaml.Node, path: str, depth: int) -> Any:
@@ -66,11 +80,19 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
         count += 1
         line = node.start_mark.line + 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise ConfigError("", f"{name}:{line}: too many or too deeply nested values (aliases that expand?); write them out")
+            raise ConfigError(
+                "",
+                f"{name}:{line}: too many or too deeply nested values (aliases that expand?); write"
+                " them out",
+            )
         lines.setdefault(path, line)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind not in ("map", "seq", "str", "int", "float", "bool", "null"):
-            raise ConfigError(path, f"{name}:{line}: the tag {node.tag!r} is not allowed; write plain values (quote dates)")
+            raise ConfigError(
+                path,
+                f"{name}:{line}: the tag {node.tag!r} is not allowed; write plain values (quote"
+                " dates)",
+            )
         if isinstance(node, yaml.MappingNode):
             result: dict[str, Any] = {}
             for key_node, value_node in node.value:
@@ -79,7 +101,11 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
                     raise ConfigError(path, f"{where}: a key must be a word")
                 key = key_node.value
                 if key in result:
-                    raise ConfigError(_join(path, key), f"{where}: written twice (first in line {lines[_join(path, key)]}); keep one")
+                    raise ConfigError(
+                        _join(path, key),
+                        f"{where}: written twice (first in line {lines[_join(path, key)]});"
+                        " keep one",
+                    )
                 lines[_join(path, key)] = key_node.start_mark.line + 1
                 result[key] = build(value_node, _join(path, key), depth + 1)
             return result
@@ -92,7 +118,7 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
             raise ConfigError(
                 path,
                 f"{name}:{line}: {shortened(node.value, 40)!r} is read as a number to the base of "
-                f"60, or has too "
+                "60, or has too "
                 "many digits; write a plain number, or quote a text",
             )
         return getattr(loader, f"construct_yaml_{kind}")(node)
@@ -101,23 +127,37 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         mapping = build(node, "", 0) if node is not None else {}
-    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError, OverflowError, LookupError) as error:
+    except (
+        yaml.YAMLError,
+        UnicodeError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+        LookupError,
+    ) as error:
         if isinstance(error, ConfigError):
             raise
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError("", f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            "", f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     finally:
         if loader is not None:
             loader.dispose()
     if not isinstance(mapping, dict):
-        raise ConfigError("", f"{name}: the file must hold sections, not a {type(mapping).__name__}")
+        raise ConfigError(
+            "", f"{name}: the file must hold sections, not a {type(mapping).__name__}"
+        )
     return mapping, lines
 
 
 def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
-    """`section.key=value` words, as given on a command line, over `mapping` (a copy is returned)."""
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in mapping.items()}
+    """`section.key=value` words, as given on a command line, over `mapping` (a copy is
+    returned)."""
+    result = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in mapping.items()
+    }
     for word in overrides:
         path, equals, text = word.partition("=")
         if not equals or not path:
@@ -127,7 +167,9 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
         *parents, last = path.split(".")
         for parent in parents:
             if not isinstance(target.setdefault(parent, {}), dict):
-                raise ConfigError(path, f"{parent!r} holds a single value, so {word!r} cannot set a key inside it")
+                raise ConfigError(
+                    path, f"{parent!r} holds a single value, so {word!r} cannot set a key inside it"
+                )
             target[parent] = dict(target[parent])
             target = target[parent]
         target[last] = value["value"]
@@ -154,7 +196,7 @@ def load(cls: type, path: str | Path, overrides: list[str] = ()) -> Any:
         raise ConfigError("", f"{where}: {error}") from None
 
 
-# ── decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────
 def decode(kind: Any, value: Any, path: str = "") -> Any:
     """`value` (plain YAML data) as `kind`. Nothing is guessed: only int → float is converted."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -163,9 +205,19 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, value, path)
     if origin is typing.Literal:
-        if value not in arguments or isinstance(value, bool) != any(isinstance(a, bool) and a == value for a in arguments):
-            hint = " (YAML reads on/off/yes/no as true/false: quote the word)" if isinstance(value, bool) else ""
-            raise ConfigError(path, f"is {value!r}, must be one of {', '.join(map(repr, arguments))}{_near(value, arguments)}{hint}")
+        if value not in arguments or isinstance(value, bool) != any(
+            isinstance(a, bool) and a == value for a in arguments
+        ):
+            hint = (
+                " (YAML reads on/off/yes/no as true/false: quote the word)"
+                if isinstance(value, bool)
+                else ""
+            )
+            raise ConfigError(
+                path,
+                f"is {value!r}, must be one of"
+                f" {', '.join(map(repr, arguments))}{_near(value, arguments)}{hint}",
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -174,7 +226,10 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
             return tuple(decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if len(value) != len(arguments):
             raise ConfigError(path, f"has {len(value)} values, must have {len(arguments)}")
-        return tuple(decode(kind_i, item, f"{path}[{i}]") for i, (kind_i, item) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(
+            decode(kind_i, item, f"{path}[{i}]")
+            for i, (kind_i, item) in enumerate(zip(arguments, value, strict=True))
+        )
     if kind is FilePath:
         return os.path.expanduser(decode(str, value, path))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -189,8 +244,14 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
     else:
         kind_ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not kind_ok:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
-                 dict: "a section of keys"}
+        words = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            type(None): "null",
+            dict: "a section of keys",
+        }
         raise ConfigError(path, f"is {value!r} ({_yaml_type(value)}), must be {words[kind]}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(path, "is infinite" if value == value else "is not a number (nan)")
@@ -205,9 +266,13 @@ def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     for name in value:
         if name not in fields:
             known = ", ".join(fields)
-            raise ConfigError(_join(path, str(name)), f"unknown key{_near(name, fields)}; known here: {known}")
+            raise ConfigError(
+                _join(path, str(name)), f"unknown key{_near(name, fields)}; known here: {known}"
+            )
     for name, spec in fields.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        required = (
+            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        )
         if required and name not in value:
             raise ConfigError(_join(path, name), f"is missing; it has no default ({kind.__name__})")
     decoded = {name: decode(hints[name], item, _join(path, name)) for name, item in value.items()}
@@ -222,12 +287,19 @@ def _decode_union(options: tuple, value: Any, path: str) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     if all(dataclasses.is_dataclass(option) for option in options) and len(options) > 1:
-        tags = {typing.get_args(typing.get_type_hints(option)["type"])[0]: option for option in options}
+        tags = {
+            typing.get_args(typing.get_type_hints(option)["type"])[0]: option for option in options
+        }
         if not isinstance(value, dict):
-            raise ConfigError(path, f"is {value!r}, must be a section with a type: {', '.join(tags)}")
+            raise ConfigError(
+                path, f"is {value!r}, must be a section with a type: {', '.join(tags)}"
+            )
         tag = value.get("type", next(iter(tags)))
         if not isinstance(tag, str) or tag not in tags:
-            raise ConfigError(_join(path, "type"), f"is {tag!r}, must be one of {', '.join(tags)}{_near(tag, tags)}")
+            raise ConfigError(
+                _join(path, "type"),
+                f"is {tag!r}, must be one of {', '.join(tags)}{_near(tag, tags)}",
+            )
         return _decode_dataclass(tags[tag], value, path)
     errors = []
     for option in options:
@@ -235,7 +307,11 @@ def _decode_union(options: tuple, value: Any, path: str) -> Any:
             return decode(option, value, path)
         except ConfigError as error:
             errors.append(error)
-    raise errors[0] if len(errors) == 1 else ConfigError(path, " and ".join(e.message for e in errors))
+    raise (
+        errors[0]
+        if len(errors) == 1
+        else ConfigError(path, " and ".join(e.message for e in errors))
+    )
 
 
 def _near(word: Any, known) -> str:
@@ -244,10 +320,16 @@ def _near(word: Any, known) -> str:
 
 
 def _yaml_type(value: Any) -> str:
-    return {dict: "a section", list: "a list", str: "text", bool: "true/false", type(None): "empty"}.get(type(value), "a number")
+    return {
+        dict: "a section",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        type(None): "empty",
+    }.get(type(value), "a number")
 
 
-# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
 def encode(value: Any) -> Any:
     """Dataclasses → plain YAML data; `decode(type(x), encode(x)) == x`."""
     if dataclasses.is_dataclass(value):
@@ -256,7 +338,8 @@ def encode(value: Any) -> Any:
 
 
 def completed(cls: type, mapping: dict) -> dict:
-    """A stored config with the defaults of keys that it lacks, as an older version wrote it; as it is if it no longer fits."""
+    """A stored config with the defaults of keys that it lacks, as an older version wrote it; as it
+    is if it no longer fits."""
     try:
         return encode(decode(cls, mapping))
     except ConfigError:
@@ -272,5 +355,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     old, new = encode(old), encode(new)
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*old, *(name for name in new if name not in old)]
-        return [line for name in names for line in differences(old.get(name), new.get(name), _join(path, name))]
+        return [
+            line
+            for name in names
+            for line in differences(old.get(name), new.get(name), _join(path, name))
+        ]
     return [] if old == new else [f"{path}: {old!r} → {new!r}"]

@@ -1,7 +1,9 @@
-"""Files and folders that are there whole or not at all: written aside, renamed, never through a link. And locks.
+"""Files and folders that are there whole or not at all: written aside, renamed, never through a
+link. And locks.
 
-What is being written has a hidden name of its own, `.writing-<token>.tmp`, beside the final one. Its writer holds a lock on it,
-so that `clean` knows what a killed process has left from what another process is writing just now, on this machine or another.
+What is being written has a hidden name of its own, `.writing-<token>.tmp`, beside the final one.
+Its writer holds a lock on it, so that `clean` knows what a killed process has left from what
+another process is writing just now, on this machine or another.
 """
 
 from __future__ import annotations
@@ -26,13 +28,19 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
 
 ASIDE = ".writing-*.tmp"
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
-KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-         stat.S_IFDIR: "a folder"}  # fmt: skip
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 Pieces = str | bytes | memoryview | Iterator[bytes | memoryview]
 
 
 def write_aside(path: str | Path, data: Pieces, flush: bool = False) -> None:
-    """Write all of `data`, perhaps in pieces, to `path`, or nothing; text as UTF-8. See `file_aside`."""
+    """Write all of `data`, perhaps in pieces, to `path`, or nothing; text as UTF-8. See
+    `file_aside`."""
     if isinstance(data, str):
         data = data.encode()
     with file_aside(path, flush) as file:
@@ -42,11 +50,14 @@ def write_aside(path: str | Path, data: Pieces, flush: bool = False) -> None:
 
 @contextlib.contextmanager
 def file_aside(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
-    """Open a hidden neighbour of `path` for writing and rename it when the block ends; after an error it is removed, and what
-    stood at `path` stays. `flush`: it survives a power cut. A link at `path` is replaced, what it leads to is not touched.
-    ValueError: a device, a pipe or a folder is there. An OSError of a write names `path`."""
+    """Open a hidden neighbour of `path` for writing and rename it when the block ends; after an
+    error it is removed, and what stood at `path` stays. `flush`: it survives a power cut. A link at
+    `path` is replaced, what it leads to is not touched. ValueError: a device, a pipe or a folder is
+    there. An OSError of a write names `path`."""
     if not may_replace(path):
-        raise ValueError(f"{path} is no regular file, and is not replaced by one; choose another name")
+        raise ValueError(
+            f"{path} is no regular file, and is not replaced by one; choose another name"
+        )
     name, file = "", None
     try:
         name, file = _open_aside(os.path.dirname(path) or ".")
@@ -60,7 +71,9 @@ def file_aside(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
     except OSError as error:
         ours = error.filename is None or ".writing-" in str(error.filename)
         if ours and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that a person knows
+            raise OSError(
+                error.errno, error.strerror, str(path)
+            ) from None  # the name that a person knows
         raise
     finally:
         if name:
@@ -115,13 +128,14 @@ def _open_aside(folder: str) -> tuple[str, IO[bytes]]:
         _wait_for_lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return name, file
-        file.close()  # between making and locking it was taken for left behind and removed: once more
+        # between making and locking it was taken for left behind and removed: once more
+        file.close()
 
 
 @contextlib.contextmanager
 def folder_aside(path: str | Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` to write into, and rename it when the block ends; after an error it is removed.
-    OSError if `path` is there then and is no empty folder."""
+    """Make a hidden folder beside `path` to write into, and rename it when the block ends; after an
+    error it is removed. OSError if `path` is there then and is no empty folder."""
     path = Path(path)
     aside = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
     aside.mkdir(parents=True)
@@ -140,12 +154,15 @@ def folder_aside(path: str | Path) -> Iterator[Path]:
 
 
 def abandoned(folder: str | Path) -> Iterator[Path]:
-    """Yield what killed processes left in `folder`, files and folders, each while nobody can write to it."""
+    """Yield what killed processes left in `folder`, files and folders, each while nobody can write
+    to it."""
     for path in sorted(Path(folder).glob(ASIDE)):
         if path.is_symlink() or fcntl is None:
             yield path
             continue
-        mode = os.O_RDONLY if path.is_dir() else os.O_RDWR  # locks of network file systems want both
+        mode = (
+            os.O_RDONLY if path.is_dir() else os.O_RDWR
+        )  # locks of network file systems want both
         try:
             held = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -209,21 +226,29 @@ def flush_file_system(folder: str | Path) -> None:
 
 
 def no_link(path: Path) -> Path:
-    """Return `path`, which may not be there yet. ValueError if it is a link, by which one would write elsewhere."""
+    """Return `path`, which may not be there yet. ValueError if it is a link, by which one would
+    write elsewhere."""
     if path.is_symlink():
-        raise ValueError(f"{path} is a link, and would be written elsewhere: replace it by what it leads to, or remove it")
+        raise ValueError(
+            f"{path} is a link, and would be written elsewhere: replace it by what it leads to, or"
+            " remove it"
+        )
     return path
 
 
 def lock(file: IO, refusal: str = "") -> None:
-    """Hold `file` until it is closed; ValueError(`refusal`) if another process does. A forked worker lets go of it: one that
-    outlives its killed parent by seconds must not keep the next run away."""
+    """Hold `file` until it is closed; ValueError(`refusal`) if another process does. A forked
+    worker lets go of it: one that outlives its killed parent by seconds must not keep the next run
+    away."""
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        told = refusal or f"another process is writing to {file.name}; wait for it, or use another folder"
+        told = (
+            refusal
+            or f"another process is writing to {file.name}; wait for it, or use another folder"
+        )
         raise ValueError(told) from None
     except OSError:
         return  # a file system without locks

@@ -25,8 +25,9 @@ def read_as(path: str | Path, what: str) -> Iterator[None]:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise  # one sentence already
         reason = shown(f"{type(error).__name__}: {error}".partition("\n")[0][:500])
-        raise ValueError(f"{path} is no {what}, or is damaged ({reason}); fetch it again, or name "
-                         "another file") from error  # fmt: skip
+        raise ValueError(
+            f"{path} is no {what}, or is damaged ({reason}); fetch it again, or name another file"
+        ) from error
 
 
 def read_json(path: str | Path, what: str, most_bytes: int = MOST_BYTES) -> dict:

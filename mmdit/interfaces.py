@@ -1,5 +1,6 @@
-"""The nouns every layer shares. Conventions: latents `(B, F, H, W, C)`, `t = 0` clean and `t = 1` noise, boolean masks with
-`True` = valid, pixels in `[0, 1]` as `(B, F, 3, H, W)` everywhere outside a tokenizer."""
+"""The nouns every layer shares. Conventions: latents `(B, F, H, W, C)`, `t = 0` clean and `t = 1`
+noise, boolean masks with `True` = valid, pixels in `[0, 1]` as `(B, F, 3, H, W)` everywhere outside
+a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a tokenizer's latents are, and the one place where raw latents and model inputs are converted.
+    """What a tokenizer's latents are, and the one place where raw latents and model inputs are
+    converted.
 
-    The cache holds raw latents; `normalize` is applied when a batch is used: `(z - mean_c) / std_c * scale` per channel.
+    The cache holds raw latents; `normalize` is applied when a batch is used: `(z - mean_c) / std_c
+    * scale` per channel.
     """
 
     channels: int
@@ -25,13 +28,18 @@ class LatentSpec:
     mean: tuple[float, ...] = ()  # per channel; empty means 0
     std: tuple[float, ...] = ()  # per channel; empty means 1
     scale: float = 1.0
-    temporal: int = 1  # frames a latent frame covers; of more than 1 the first latent frame covers the first frame alone
+    # frames a latent frame covers; of more than 1 the first latent frame covers the first frame
+    # alone
+    temporal: int = 1
 
     def __post_init__(self):
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values and len(values) != self.channels:
-                raise ValueError(f"latent {name} has {len(values)} values but the latents have {self.channels} channels")
+                raise ValueError(
+                    f"latent {name} has {len(values)} values but the latents have {self.channels}"
+                    " channels"
+                )
         divisors = {"scale": (self.scale,), "std": self.std}
         for name, values in divisors.items():
             if not all(0 < value < math.inf for value in values):
@@ -39,7 +47,9 @@ class LatentSpec:
                     f"latent {name} holds {min(values)}; every value must be above 0 and finite"
                 )
 
-    @lru_cache(maxsize=8)  # made anew it would hold up every step: a copy to a GPU waits for the work queued there
+    @lru_cache(
+        maxsize=8
+    )  # made anew it would hold up every step: a copy to a GPU waits for the work queued there
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # first made while sampling, it must also serve training
             mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=device)
@@ -60,26 +70,36 @@ class LatentSpec:
         """Frames of a clip to latent frames. ValueError with the nearest counts that can be."""
         if (count - 1) % self.temporal or count < 1:
             below = 1 + max(0, count - 1) // self.temporal * self.temporal
-            raise ValueError(f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest are {below} "
-                             f"and {below + self.temporal}")
+            raise ValueError(
+                f"{count} frames are not {self.temporal}n + 1, as this tokenizer needs; the nearest"
+                f" are {below} and {below + self.temporal}"
+            )
         return 1 + (count - 1) // self.temporal
 
     def grid(self, width: int, height: int, patch: int = 1) -> tuple[int, int]:
-        """Pixels `(width, height)` to latent cells `(rows, columns)`, of which a network takes `patch` by `patch` at a time.
-        ValueError with the nearest size that can be."""
+        """Pixels `(width, height)` to latent cells `(rows, columns)`, of which a network takes
+        `patch` by `patch` at a time. ValueError with the nearest size that can be."""
         cell = self.spatial * patch
         if width % cell or height % cell:
             near = [max(cell, round(side / cell) * cell) for side in (width, height)]
-            why = "the tokenizer's downsampling" if patch == 1 else f"the tokenizer's {self.spatial} times the model's patches of {patch}"
-            raise ValueError(f"size {width}x{height} is not a multiple of {cell}, {why}; the nearest is {near[0]}x{near[1]}")
+            why = (
+                "the tokenizer's downsampling"
+                if patch == 1
+                else f"the tokenizer's {self.spatial} times the model's patches of {patch}"
+            )
+            raise ValueError(
+                f"size {width}x{height} is not a multiple of {cell}, {why}; the nearest is"
+                f" {near[0]}x{near[1]}"
+            )
         return height // self.spatial, width // self.spatial
 
 
 @dataclass
 class TextTokens:
-    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the unconditional case, in
-    training (caption dropout) and in sampling (guidance) alike: it has no valid token, or the rows of `empty (N, D)` where the
-    encoder has something to say for it (an encoded empty or negative prompt)."""
+    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the
+    unconditional case, in training (caption dropout) and in sampling (guidance) alike: it has no
+    valid token, or the rows of `empty (N, D)` where the encoder has something to say for it (an
+    encoded empty or negative prompt)."""
 
     embeddings: Tensor
     valid: Tensor
@@ -95,7 +115,9 @@ class TextTokens:
         text = self.pad(max(self.valid.shape[1], len(self.empty)))
         instead = F.pad(self.empty, (0, 0, 0, text.valid.shape[1] - len(self.empty)))
         valid = torch.arange(text.valid.shape[1], device=dropped.device) < len(self.empty)
-        rows = torch.where(dropped[:, None, None], instead.to(text.embeddings.dtype), text.embeddings)
+        rows = torch.where(
+            dropped[:, None, None], instead.to(text.embeddings.dtype), text.embeddings
+        )
         return TextTokens(rows, torch.where(dropped[:, None], valid, text.valid), self.empty)
 
     def null(self) -> TextTokens:
@@ -105,7 +127,11 @@ class TextTokens:
     def pad(self, length: int) -> TextTokens:
         """Invalid tokens behind, up to `length` in all."""
         extra = length - self.valid.shape[1]
-        return TextTokens(F.pad(self.embeddings, (0, 0, 0, extra)), F.pad(self.valid, (0, extra), value=False), self.empty)
+        return TextTokens(
+            F.pad(self.embeddings, (0, 0, 0, extra)),
+            F.pad(self.valid, (0, extra), value=False),
+            self.empty,
+        )
 
     def __getitem__(self, index) -> TextTokens:
         return TextTokens(self.embeddings[index], self.valid[index], self.empty)
@@ -119,25 +145,38 @@ class TextTokens:
     def cat(parts: list[TextTokens]) -> TextTokens:
         longest = max(part.valid.shape[1] for part in parts)
         parts = [part.pad(longest) for part in parts]
-        return TextTokens(torch.cat([p.embeddings for p in parts]), torch.cat([p.valid for p in parts]), parts[0].empty)
+        return TextTokens(
+            torch.cat([p.embeddings for p in parts]),
+            torch.cat([p.valid for p in parts]),
+            parts[0].empty,
+        )
 
 
 @dataclass
 class Batch:
-    """One rank's part of a step. `indices (B,)` int64 are the positions in the global batch: with `(seed, purpose, step)`
-    they key every random draw, so that neither resume nor the number of ranks changes what is drawn."""
+    """One rank's part of a step. `indices (B,)` int64 are the positions in the global batch: with
+    `(seed, purpose, step)` they key every random draw, so that neither resume nor the number of
+    ranks changes what is drawn.
+    """
 
     latents: Tensor  # (B, F, H, W, C), raw
     captions: list[str]
     ids: list[str]
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
-    crops: Tensor | None = None  # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
+    crops: Tensor | None = (
+        # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
+        None
+    )
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader knows this name."""
+        """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader
+        knows this name."""
         tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
+        return replace(
+            self,
+            **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None},
+        )
 
 
 @runtime_checkable
@@ -145,7 +184,8 @@ class Denoiser(Protocol):
     """A network from tensors to tensors; it knows nothing of schedules, losses or guidance."""
 
     def __call__(self, x: Tensor, t: Tensor, text: TextTokens) -> Tensor:
-        """`x (B, F, H, W, C)`, `t (B,)` as the objective scales it; returns the prediction, shaped like `x`."""
+        """`x (B, F, H, W, C)`, `t (B,)` as the objective scales it; returns the prediction, shaped
+        like `x`."""
         ...
 
 
@@ -163,7 +203,8 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Captions to `TextTokens`; an empty caption has no valid token. An `nn.Module`; trainable ones have parameters."""
+    """Captions to `TextTokens`; an empty caption has no valid token. An `nn.Module`; trainable ones
+    have parameters."""
 
     dim: int
 

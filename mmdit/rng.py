@@ -1,7 +1,8 @@
 """Random draws that are pure functions of `(seed, purpose, step, index in the global batch)`.
 
-A counter-based generator: each number is a hash of its key and its position (splitmix64, Steele et al. 2014), computed with
-tensor operations. Nothing needs saving to resume, a rank draws only its own samples, and the device does not matter.
+A counter-based generator: each number is a hash of its key and its position (splitmix64, Steele et
+al. 2014), computed with tensor operations. Nothing needs saving to resume, a rank draws only its
+own samples, and the device does not matter.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from torch import Tensor
 
 
 def key(*parts: object) -> int:
-    """A signed 64-bit integer from any printable parts; stable across processes, platforms and versions."""
+    """A signed 64-bit integer from any printable parts; stable across processes, platforms and
+    versions."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator for draws that concern the whole run or step (initial weights, an epoch's order)."""
+    """A CPU generator for draws that concern the whole run or step (initial weights, an epoch's
+    order)."""
     return torch.Generator().manual_seed(key(*parts) & 0x7FFF_FFFF_FFFF_FFFF)
 
 

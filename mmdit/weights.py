@@ -1,4 +1,5 @@
-"""Tensors of one checkpoint, whatever files they lie in: read lazily, one at a time, without ever unpickling code."""
+"""Tensors of one checkpoint, whatever files they lie in: read lazily, one at a time, without ever
+unpickling code."""
 
 from __future__ import annotations
 
@@ -38,23 +39,29 @@ class Entry:
 
 
 class Checkpoint:
-    """`entries`: what is stored, from the headers alone. `tensors()` reads them file by file; at most one tensor is held here.
-    ValueError: a file is missing, damaged, of another kind, or would run code; shards without an index, unless `parts`."""
+    """`entries`: what is stored, from the headers alone. `tensors()` reads them file by file; at
+    most one tensor is held here. ValueError: a file is missing, damaged, of another kind, or would
+    run code; shards without an index, unless `parts`.
+    """
 
     def __init__(self, path: str | Path, parts: bool = False):
         self.path = Path(path)
         self.files = _files(self.path)
         shard = SHARD.search(self.files[0].name)
         if not parts and shard and len(self.files) < int(shard[1]):
-            raise ValueError(f"{self.path} is {len(self.files)} of {int(shard[1])} shards; name the folder that holds all of them "
-                             "and their index")  # fmt: skip
+            raise ValueError(
+                f"{self.path} is {len(self.files)} of {int(shard[1])} shards; name the folder that"
+                " holds all of them and their index"
+            )
         self.entries: dict[str, Entry] = {}
         self._loaded: dict[Path, dict[str, Tensor]] = {}
         for file in self.files:
             for name, shape, dtype in self._header(file):
                 if name in self.entries:
                     first = self.entries[name].file.name
-                    raise ValueError(f"{name} is stored in {first} and in {file.name} of {self.path}; remove one")
+                    raise ValueError(
+                        f"{name} is stored in {first} and in {file.name} of {self.path}; remove one"
+                    )
                 self.entries[name] = Entry(file, shape, dtype)
         self._check_index()
 
@@ -80,7 +87,10 @@ class Checkpoint:
                 (size,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(size))
         except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
-            raise ValueError(f"{file} cannot be read as safetensors (cut off, damaged, or another format): {error}") from None
+            raise ValueError(
+                f"{file} cannot be read as safetensors (cut off, damaged, or another format):"
+                f" {error}"
+            ) from None
         for name, entry in header.items():
             if name != "__metadata__":
                 yield name, tuple(entry["shape"]), entry["dtype"]
@@ -90,38 +100,62 @@ class Checkpoint:
         for index in self.files[0].parent.glob(f"*{INDEX}") if self.path.is_dir() else ():
             names = _shards(index)
             if absent := sorted(set(names) - set(self.entries)):
-                raise ValueError(f"{index} names {len(absent)} tensors that its shards lack, first {absent[0]}; fetch them")
+                raise ValueError(
+                    f"{index} names {len(absent)} tensors that its shards lack, first {absent[0]};"
+                    " fetch them"
+                )
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES):
-            raise ValueError(f"{path} is no weight file: can read .safetensors, and {', '.join(PICKLES)} holding tensors alone")
+            raise ValueError(
+                f"{path} is no weight file: can read .safetensors, and {', '.join(PICKLES)} holding"
+                " tensors alone"
+            )
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; name a weight file or its folder")
     indices = sorted(path.glob(f"*{INDEX}"))
     if len(indices) > 1:
-        raise ValueError(f"{path} holds {len(indices)} index files ({', '.join(i.name for i in indices[:3])}); leave one")
+        raise ValueError(
+            f"{path} holds {len(indices)} index files ({', '.join(i.name for i in indices[:3])});"
+            " leave one"
+        )
     if indices:
         names = sorted(set(_shards(indices[0]).values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{indices[0]} names a shard outside its folder: {outside[0]!r}")
         if absent := [name for name in names if not (path / name).is_file()]:
-            raise ValueError(f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them")
+            raise ValueError(
+                f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them"
+            )
         return [path / name for name in names]
     single = sorted(path.glob("*.safetensors"))
     if single and (shard := SHARD.search(single[0].name)) and int(shard[1]) > 1:
         count = int(shard[1])
         start = single[0].name.removesuffix(shard[0])
-        wanted = [f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        wanted = [
+            f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
+        ]
         if [file.name for file in single] == wanted:
             return single  # whole by their own headers
         absent = [name for name in wanted if not (path / name).is_file()]
-        what = f"lacks {', '.join(absent[:SHOWN])}" if absent else "holds other files beside them: move those"
-        raise ValueError(f"{path} holds {len(single)} of {count} shards without their index, *{INDEX}, and {what}")
+        what = (
+            f"lacks {', '.join(absent[:SHOWN])}"
+            if absent
+            else "holds other files beside them: move those"
+        )
+        raise ValueError(
+            f"{path} holds {len(single)} of {count} shards without their index, *{INDEX}, and"
+            f" {what}"
+        )
     if len(single) != 1:
-        found = f"{len(single)} .safetensors files without an index ({single[0].name} …)" if single else "no .safetensors file"
+        found = (
+            f"{len(single)} .safetensors files without an index ({single[0].name} …)"
+            if single
+            else "no .safetensors file"
+        )
         raise ValueError(f"{path} holds {found}; name the file")
     return single
 
@@ -135,14 +169,22 @@ def _shards(index: Path) -> dict[str, str]:
         or not all(isinstance(name, str) and name for name in found.values())
     ):
         raise ValueError(
-            f'{index} is no index of shards: "weight_map" must give the file of each tensor; fetch it again'
+            f'{index} is no index of shards: "weight_map" must give the file of each tensor; fetch'
+            " it again"
         )
     return found
 
 
 def is_wan_release(path: Path) -> bool:
-    """Return whether `path` is the folder of a Wan release, official or of Diffusers, whole or not."""
-    marks = ("model_index.json", "high_noise_model", "low_noise_model", "transformer", "transformer_2")
+    """Return whether `path` is the folder of a Wan release, official or of Diffusers, whole or
+    not."""
+    marks = (
+        "model_index.json",
+        "high_noise_model",
+        "low_noise_model",
+        "transformer",
+        "transformer_2",
+    )
     if any((path / mark).exists() for mark in marks) or any(path.glob("Wan2.*_VAE.pth")):
         return True
     try:
@@ -152,22 +194,33 @@ def is_wan_release(path: Path) -> bool:
 
 
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
-    """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it holds anything else."""
+    """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it
+    holds anything else."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # else older than 2020
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )  # else older than 2020
     except Exception as error:  # of a damaged file the unpickler raises a dozen kinds
         code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {code[1]}" if code else f"it is damaged ({type(error).__name__}), or holds more than tensors"
-        raise ValueError(f"{file} is refused: {what}, which could run code; take a file of tensors alone") from None
+        what = (
+            f"it holds {code[1]}"
+            if code
+            else f"it is damaged ({type(error).__name__}), or holds more than tensors"
+        )
+        raise ValueError(
+            f"{file} is refused: {what}, which could run code; take a file of tensors alone"
+        ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{file} holds no dictionary of tensors; give the weights of the model alone")
+        raise ValueError(
+            f"{file} holds no dictionary of tensors; give the weights of the model alone"
+        )
     return content
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether every element is a finite number, without a copy of the size of `values`. A tensor without
-    memory (meta) holds none that is not."""
+    """Return whether every element is a finite number, without a copy of the size of `values`. A
+    tensor without memory (meta) holds none that is not."""
     if not values.numel() or values.is_meta:
         return True
     if values.dtype.itemsize == 1:  # float8 has no comparisons
@@ -183,26 +236,37 @@ def check_numbers(name: str, tensor: Tensor, source: object) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
             f"{source}: the weight {name} holds {kind}, must hold real numbers (float32, "
-            f"bfloat16, float16); "
+            "bfloat16, float16); "
             "take a file of trained weights"
         )
     if not is_finite(tensor):
         raise ValueError(
             f"{source}: the weight {name} holds nan or infinity: the training that wrote it "
-            f"diverged, or the file is "
+            "diverged, or the file is "
             "damaged; take an earlier checkpoint, or fetch the file again"
         )
 
 
-def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: object, device: torch.device | str = "cpu",
-         dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
-         ignored: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
-    """`model`, made without memory (on meta), with the tensors of `stored` under their names in it (`names`: stored → own); one
-    tensor is read at a time. It comes back in evaluation. ValueError, in one sentence: some lack, are unknown or misshapen."""
+def fill(
+    model: nn.Module,
+    stored: Checkpoint,
+    names: dict[str, str],
+    source: object,
+    device: torch.device | str = "cpu",
+    dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
+    ignored: tuple[str, ...] = (),
+) -> nn.Module:
+    """`model`, made without memory (on meta), with the tensors of `stored` under their names in it
+    (`names`: stored → own); one tensor is read at a time. It comes back in evaluation. ValueError,
+    in one sentence: some lack, are unknown or misshapen.
+    """
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
     if scales := [name for name in stored.entries if SCALES.search(name)]:
-        raise ValueError(f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16 or fp16 file")
+        raise ValueError(
+            f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16"
+            " or fp16 file"
+        )
     problems = []
     if missing := [name for name in own if name not in shapes]:
         problems.append(f"lacks {len(missing)} tensors, first {', '.join(missing[:SHOWN])}")
@@ -230,12 +294,23 @@ def fill(model: nn.Module, stored: Checkpoint, names: dict[str, str], source: ob
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # fmt: skip
+}
 
 
 def tensor_pieces(

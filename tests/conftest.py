@@ -4,7 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread costs more than it brings where tensors are small
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # a second thread costs more than it brings where tensors are small
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -5,12 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapters import KINDS, adapted, base
-from test_wan import GOLDEN, INPUTS, META, TINY
-from tiny import Workshop, refused
 
-from mmdit import adapter_report
 from mmdit.adapters import adapters
+from mmdit.commands import inspect_adapter as adapter_report
 from mmdit.diagnostics.adapters import Change, delta_budget, spectral_norm, summarise
 from mmdit.diagnostics.attention import Statistics, observed
 from mmdit.interfaces import TextTokens
@@ -18,6 +15,9 @@ from mmdit.interop.lora_formats import load_lora
 from mmdit.models.wan import WanDiT
 from mmdit.nn.attention import attend, observers
 from mmdit.scripts import inspect_adapter
+from tests.helpers.tiny import Workshop, refused
+from tests.test_adapters import KINDS, adapted, base
+from tests.test_wan import GOLDEN, INPUTS, META, TINY
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,15 @@ def test_the_budget_is_the_recorded_one(wan):
     assert report["layers"].keys() == recorded.keys()
     for name, row in recorded.items():
         assert report["layers"][name]["ratio"] == pytest.approx(row["fro_ratio"], rel=1e-6)
-        assert report["layers"][name]["max_spectral_ratio"] == pytest.approx(row["spec_ratio"], rel=1e-5)
+        assert report["layers"][name]["max_spectral_ratio"] == pytest.approx(
+            row["spec_ratio"], rel=1e-5
+        )
     assert report["total"]["ratio"] == pytest.approx(META["lora"]["total_fro_ratio"], rel=1e-6)
-    assert sum(row["count"] for row in report["blocks"].values()) == sum(row["count"] for row in report["kinds"].values()) == len(recorded)
+    assert (
+        sum(row["count"] for row in report["blocks"].values())
+        == sum(row["count"] for row in report["kinds"].values())
+        == len(recorded)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,20 +57,37 @@ def test_norms_of_an_update_are_those_of_the_whole_matrix(kind):
         layer = model.get_submodule(change.layer)
         delta = (layer.merged_weight() - layer.weight).double()
         assert change.delta == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert change.spectral_delta == pytest.approx(torch.linalg.matrix_norm(delta, 2).item(), rel=1e-5)
-        assert change.spectral_weight == pytest.approx(torch.linalg.matrix_norm(layer.weight.double(), 2).item(), rel=1e-9)
+        assert change.spectral_delta == pytest.approx(
+            torch.linalg.matrix_norm(delta, 2).item(), rel=1e-5
+        )
+        assert change.spectral_weight == pytest.approx(
+            torch.linalg.matrix_norm(layer.weight.double(), 2).item(), rel=1e-9
+        )
 
 
 def test_large_matrices_have_their_norm_from_a_few_products():
     torch.manual_seed(0)
     matrix = torch.randn(1100, 1300)
-    assert spectral_norm(matrix) == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=3e-3)
+    assert spectral_norm(matrix) == pytest.approx(
+        torch.linalg.matrix_norm(matrix, 2).item(), rel=3e-3
+    )
 
 
 def test_a_budget_adds_squares():
-    report = summarise([Change("blocks.0.q", 3.0, 0.3, 1.0, 0.5), Change("blocks.1.q", 4.0, 0.4, 1.0, 0.2), Change("head", 12.0, 0.0, 1.0, 0.0)])
-    assert report["total"]["ratio"] == pytest.approx(0.5 / 13) and report["kinds"]["blocks.*.q"]["ratio"] == pytest.approx(0.1)
-    assert report["blocks"]["1"]["max_spectral_ratio"] == 0.2 and report["blocks"]["outside"]["ratio"] == 0
+    report = summarise(
+        [
+            Change("blocks.0.q", 3.0, 0.3, 1.0, 0.5),
+            Change("blocks.1.q", 4.0, 0.4, 1.0, 0.2),
+            Change("head", 12.0, 0.0, 1.0, 0.0),
+        ]
+    )
+    assert report["total"]["ratio"] == pytest.approx(0.5 / 13) and report["kinds"]["blocks.*.q"][
+        "ratio"
+    ] == pytest.approx(0.1)
+    assert (
+        report["blocks"]["1"]["max_spectral_ratio"] == 0.2
+        and report["blocks"]["outside"]["ratio"] == 0
+    )
 
 
 def test_the_probe_gives_the_recorded_logits(wan):
@@ -74,7 +97,11 @@ def test_the_probe_gives_the_recorded_logits(wan):
     for row in META["attention_probe"]:
         own = found[f"blocks.{row['block']}.{row['kind']}_attn"].result()
         for name in ("logit_std", "max_logit", "max_abs_logit", "mean_entropy"):
-            assert own[name] == pytest.approx(row[name], rel=2e-4), (row["block"], row["kind"], name)
+            assert own[name] == pytest.approx(row[name], rel=2e-4), (
+                row["block"],
+                row["kind"],
+                name,
+            )
 
 
 def test_weight_on_padding_is_measured_where_padding_is_attended_to(wan):
@@ -82,17 +109,27 @@ def test_weight_on_padding_is_measured_where_padding_is_attended_to(wan):
     with observed(wan) as found, torch.no_grad():
         wan(*INPUTS)
     mass = found["blocks.0.cross_attn"].result()["padding_mass"]
-    assert all(0.01 < value < 1 for value in mass) and found["blocks.0.self_attn"].result()["padding_mass"] == [0.0] * 4
+    assert (
+        all(0.01 < value < 1 for value in mass)
+        and found["blocks.0.self_attn"].result()["padding_mass"] == [0.0] * 4
+    )
     statistics = Statistics(2)
     torch.manual_seed(0)
     q, k = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 4, 8)
     valid = torch.tensor([True, True, False, True]).expand(3, 1, 1, 4)
     statistics.add(q, k, valid)
     logits = (q @ k.transpose(-1, -2) / 8**0.5)[..., [0, 1, 3]]
-    assert statistics.result()["max_logit"] == pytest.approx(logits.transpose(0, 1).flatten(1).amax(1).tolist())
-    assert statistics.result()["logit_std"] == pytest.approx(logits.transpose(0, 1).flatten(1).std(1).tolist())
+    assert statistics.result()["max_logit"] == pytest.approx(
+        logits.transpose(0, 1).flatten(1).amax(1).tolist()
+    )
+    assert statistics.result()["logit_std"] == pytest.approx(
+        logits.transpose(0, 1).flatten(1).std(1).tolist()
+    )
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean((0, 2))
-    assert statistics.result()["mean_entropy"] == pytest.approx(entropy.tolist()) and attend(q, k, k, valid).isfinite().all()
+    assert (
+        statistics.result()["mean_entropy"] == pytest.approx(entropy.tolist())
+        and attend(q, k, k, valid).isfinite().all()
+    )
 
 
 def test_every_attention_of_our_model_is_seen_head_by_head():
@@ -107,32 +144,89 @@ def test_every_attention_of_our_model_is_seen_head_by_head():
 
 
 def test_the_command_reads_wan_layer_by_layer_and_keeps_to_limits(tmp_path, capsys, monkeypatch):
-    base, adapter = str(GOLDEN / "official.safetensors"), str(GOLDEN / "lora_diffusers_peft.safetensors")
+    base, adapter = (
+        str(GOLDEN / "official.safetensors"),
+        str(GOLDEN / "lora_diffusers_peft.safetensors"),
+    )
     monkeypatch.setattr(adapter_report, "infer_config", lambda *_: TINY)
-    assert inspect_adapter.main(["--base", base, "--adapter", adapter, "--out", str(tmp_path), "--max_ratio", "0.6"]) == 0
+    assert (
+        inspect_adapter.main(
+            ["--base", base, "--adapter", adapter, "--out", str(tmp_path), "--max_ratio", "0.6"]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "report.json").read_text())["budget"]
     assert report["total"]["ratio"] == pytest.approx(META["lora"]["total_fro_ratio"], rel=1e-6)
-    assert inspect_adapter.main(["--base", base, "--adapter", adapter, "--max_ratio", "0.4", "--max_spectral_ratio", "1"]) == 1
+    assert (
+        inspect_adapter.main(
+            [
+                "--base",
+                base,
+                "--adapter",
+                adapter,
+                "--max_ratio",
+                "0.4",
+                "--max_spectral_ratio",
+                "1",
+            ]
+        )
+        == 1
+    )
     told = capsys.readouterr().out
     assert "max_ratio is 0.4957, the limit 0.4" in told and "max_spectral_ratio is 1." in told
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star")
     words = ["--base", base, "--adapter", adapter, "--out", str(tmp_path / "no")]
-    refused(capsys, inspect_adapter.main, [*words, "--prompts_file", str(prompts)], "without text encoder")
-    refused(capsys, inspect_adapter.main, [*words, "--max_logit", "3"], "--max_logit needs --prompts_file")
+    refused(
+        capsys,
+        inspect_adapter.main,
+        [*words, "--prompts_file", str(prompts)],
+        "without text encoder",
+    )
+    refused(
+        capsys,
+        inspect_adapter.main,
+        [*words, "--max_logit", "3"],
+        "--max_logit needs --prompts_file",
+    )
 
 
 def test_the_command_draws_before_and_after(shop, tmp_path, capsys):
     base = shop.train("base", "train.max_steps=2")
-    run = shop.train("adapted", "train.max_steps=2", f"train.init_from={base}", "lora.enabled=true", "lora.target_modules=[cross.k]",
-                     "train.lr=0.3", "ema.enabled=false")  # fmt: skip
+    run = shop.train(
+        "adapted",
+        "train.max_steps=2",
+        f"train.init_from={base}",
+        "lora.enabled=true",
+        "lora.target_modules=[cross.k]",
+        "train.lr=0.3",
+        "ema.enabled=false",
+    )
     (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
-    words = ["--base", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    words = [
+        "--base",
+        str(run),
+        "--prompts_file",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert inspect_adapter.main(words) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert (tmp_path / "out/before_after.png").is_file() and report["budget"]["kinds"].keys() == {"blocks.*.cross.k"}
-    assert report["before"].keys() == report["after"].keys() and min(report["pixels_moved"].values()) > 0
-    moved = [name for name in report["before"] if report["before"][name]["logit_std"] != report["after"][name]["logit_std"]]
+    assert (tmp_path / "out/before_after.png").is_file() and report["budget"]["kinds"].keys() == {
+        "blocks.*.cross.k"
+    }
+    assert (
+        report["before"].keys() == report["after"].keys()
+        and min(report["pixels_moved"].values()) > 0
+    )
+    moved = [
+        name
+        for name in report["before"]
+        if report["before"][name]["logit_std"] != report["after"][name]["logit_std"]
+    ]
     assert "blocks.0.cross" in moved
     assert inspect_adapter.main([*words, "--max_logit", "1e-6"]) == 1
     refused(capsys, inspect_adapter.main, ["--base", str(base)], "holds no adapter")

@@ -1,4 +1,5 @@
-"""LoKr, DoRA, rank-stabilised scale and rank dropout; which layers are chosen; what files hold of them."""
+"""LoKr, DoRA, rank-stabilised scale and rank dropout; which layers are chosen; what files hold of
+them."""
 
 import itertools
 import math
@@ -30,10 +31,13 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
 
 KINDS = {
-    "lora": {"rank": 4, "alpha": 6.0}, "rslora": {"rank": 4, "alpha": 6.0, "rslora": True}, "dora": {"type": "dora", "rank": 4, "alpha": 6.0},
-    "lokr": {"type": "lokr", "rank": 2, "alpha": 6.0, "factor": 4}, "lokr_whole": {"type": "lokr", "full_second": True, "alpha": 6.0},
+    "lora": {"rank": 4, "alpha": 6.0},
+    "rslora": {"rank": 4, "alpha": 6.0, "rslora": True},
+    "dora": {"type": "dora", "rank": 4, "alpha": 6.0},
+    "lokr": {"type": "lokr", "rank": 2, "alpha": 6.0, "factor": 4},
+    "lokr_whole": {"type": "lokr", "full_second": True, "alpha": 6.0},
     "lokr_thin": {"type": "lokr", "rank": 1, "alpha": 6.0, "factor": 4, "decompose_first": True},
-}  # fmt: skip
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -56,7 +60,13 @@ def adapted(kind="lora", trained=True, **keys):
 
 
 def outputs(model, x):
-    return torch.cat([layer(x) for layer in adapters(model).values() if layer.in_features == 32 == layer.out_features])
+    return torch.cat(
+        [
+            layer(x)
+            for layer in adapters(model).values()
+            if layer.in_features == 32 == layer.out_features
+        ]
+    )
 
 
 @pytest.fixture
@@ -76,8 +86,19 @@ def test_a_fresh_adapter_changes_no_bit(kind, x):
 def test_forward_is_merge_is_file_for_an_alpha_that_is_not_the_rank(kind, x, tmp_path):
     model = adapted(kind)
     expected = outputs(model, x)
-    assert (expected - torch.cat([m.plain()(x) for m in adapters(model).values() if m.in_features == 32 == m.out_features])).norm() > 0.1
-    merged = torch.cat([m.merged()(x) for m in adapters(model).values() if m.in_features == 32 == m.out_features])
+    assert (
+        expected
+        - torch.cat(
+            [
+                m.plain()(x)
+                for m in adapters(model).values()
+                if m.in_features == 32 == m.out_features
+            ]
+        )
+    ).norm() > 0.1
+    merged = torch.cat(
+        [m.merged()(x) for m in adapters(model).values() if m.in_features == 32 == m.out_features]
+    )
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     save_lora(model, tmp_path / "own.safetensors")
     for other in (base(), adapted(kind)):
@@ -92,12 +113,17 @@ def test_forward_is_merge_is_file_for_an_alpha_that_is_not_the_rank(kind, x, tmp
         half = {name: tensor.half() for name, tensor in lora_state(other).items()}
         assert all(tensor.isfinite().all() for tensor in half.values())
     report = inspect_weights(tmp_path / "kohya.safetensors")
-    assert (report["kind"], report["layers"]) == ({"lo": "LoRA", "do": "DoRA", "rs": "LoRA"}.get(kind[:2] if kind[:4] != "lokr" else "", "LoKr"),
-                                                  len(adapters(model)))  # fmt: skip
+    assert (report["kind"], report["layers"]) == (
+        {"lo": "LoRA", "do": "DoRA", "rs": "LoRA"}.get(
+            kind[:2] if kind[:4] != "lokr" else "", "LoKr"
+        ),
+        len(adapters(model)),
+    )
 
 
 def test_lokr_files_have_their_strength_in_the_first_factor(tmp_path):
-    """Readers divide alpha by the rank, or, where both factors are whole, ignore alpha: both must give what was trained."""
+    """Readers divide alpha by the rank, or, where both factors are whole, ignore alpha: both must
+    give what was trained."""
     from safetensors.torch import load_file
 
     for kind, format in itertools.product(("lokr", "lokr_whole", "lokr_thin"), ("comfy", "kohya")):
@@ -105,12 +131,22 @@ def test_lokr_files_have_their_strength_in_the_first_factor(tmp_path):
         lora_formats.save_lora(model, tmp_path / f"{kind}_{format}.safetensors", format)
         stored = load_file(tmp_path / f"{kind}_{format}.safetensors")
         for name, layer in adapters(model).items():
-            start = f"diffusion_model.{name}." if format == "comfy" else f"lora_unet_{name.replace('.', '_')}."
-            own = {part.rpartition(".")[2]: tensor for part, tensor in stored.items() if part.startswith(start)}
+            start = (
+                f"diffusion_model.{name}."
+                if format == "comfy"
+                else f"lora_unet_{name.replace('.', '_')}."
+            )
+            own = {
+                part.rpartition(".")[2]: tensor
+                for part, tensor in stored.items()
+                if part.startswith(start)
+            }
             first = own["lokr_w1"]  # whole: some readers know no other
             second = own["lokr_w2"] if "lokr_w2" in own else own["lokr_w2_a"] @ own["lokr_w2_b"]
             assert own.get("alpha") == (layer.rank if format == "kohya" else None)
-            torch.testing.assert_close(torch.kron(first, second), layer.delta(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                torch.kron(first, second), layer.delta(), rtol=1e-5, atol=1e-6
+            )
     with pytest.raises(ValueError, match="choose kohya or comfy"):
         lora_formats.save_lora(model, tmp_path / "no", "peft")
     with pytest.raises(ValueError, match="must end in .safetensors"):
@@ -118,12 +154,20 @@ def test_lokr_files_have_their_strength_in_the_first_factor(tmp_path):
 
 
 def test_lokr_is_the_kronecker_product():
-    assert [factorise(*pair) for pair in ((5120, 8), (13824, 8), (127, -1), (5120, -1), (30, 8))] == [
-        (8, 640), (8, 1728), (1, 127), (64, 80), (5, 6)]  # fmt: skip
+    assert [
+        factorise(*pair) for pair in ((5120, 8), (13824, 8), (127, -1), (5120, -1), (30, 8))
+    ] == [(8, 640), (8, 1728), (1, 127), (64, 80), (5, 6)]
     with torch.device("meta"):
         sizes = [(5120, 5120, 8, 32), (5120, 13824, 8, 32), (5120, 5120, 16, 32)]
-        layers = [LoKrLinear(nn.Linear(i, o), 400, 1.0, factor=f, full_second=True) for i, o, f, _ in sizes]
-    assert [sum(p.numel() for p in layer.own().values()) for layer in layers] == [409_664, 1_105_984, 102_656]
+        layers = [
+            LoKrLinear(nn.Linear(i, o), 400, 1.0, factor=f, full_second=True)
+            for i, o, f, _ in sizes
+        ]
+    assert [sum(p.numel() for p in layer.own().values()) for layer in layers] == [
+        409_664,
+        1_105_984,
+        102_656,
+    ]
     torch.manual_seed(0)
     layer = LoKrLinear(nn.Linear(160, 96).double(), rank=3, alpha=5.0, factor=8)
     for parameter in layer.own().values():
@@ -131,23 +175,32 @@ def test_lokr_is_the_kronecker_product():
     layer = layer.double()
     first, second = layer.factors(torch.float64)
     x = torch.randn(4, 160, dtype=torch.float64)
-    torch.testing.assert_close(layer.update(x), x @ (5 / 3 * torch.kron(first, second)).T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        layer.update(x), x @ (5 / 3 * torch.kron(first, second)).T, rtol=1e-10, atol=1e-10
+    )
     torch.testing.assert_close(layer.delta().norm(), 5 / 3 * first.norm() * second.norm())
-    assert torch.linalg.matrix_rank(layer.delta()) == torch.linalg.matrix_rank(first) * torch.linalg.matrix_rank(second)
+    assert torch.linalg.matrix_rank(layer.delta()) == torch.linalg.matrix_rank(
+        first
+    ) * torch.linalg.matrix_rank(second)
 
 
 def test_dora_is_a_length_and_a_direction(x):
-    """Equation 5, and the norm has no gradient: with the length fixed, a row's gradient is that of W' times length / norm."""
+    """Equation 5, and the norm has no gradient: with the length fixed, a row's gradient is that of
+    W' times length / norm."""
     torch.manual_seed(0)
     layer = DoRALinear(nn.Linear(32, 12), rank=3, alpha=4.0).double()
     for parameter in layer.own().values():
         parameter.data += 0.3 * torch.randn_like(parameter)
     direction = layer.weight + 4 / 3 * layer.lora_B @ layer.lora_A
-    expected = layer.lora_magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()
+    expected = (
+        layer.lora_magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()
+    )
     found = layer(x.double())
     torch.testing.assert_close(found, x.double() @ expected.T + layer.bias, rtol=1e-6, atol=1e-6)
-    gradients = [torch.autograd.grad(y.square().sum(), tuple(layer.own().values()), retain_graph=True)
-                 for y in (found, x.double() @ expected.T + layer.bias)]  # fmt: skip
+    gradients = [
+        torch.autograd.grad(y.square().sum(), tuple(layer.own().values()), retain_graph=True)
+        for y in (found, x.double() @ expected.T + layer.bias)
+    ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -163,7 +216,9 @@ def test_rank_dropout_leaves_out_ranks_or_rows_with_that_probability():
         whole = layer.eval().update(x)
         ratios = torch.stack([layer.train().update(x) / whole for _ in range(300)])
         assert ((ratios == 0) | ((ratios - 4 / 3).abs() < 1e-3)).all()
-        assert ratios.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.01) and torch.equal(ratios[:, 0] == 0, ratios[:, 1] == 0)
+        assert ratios.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.01) and torch.equal(
+            ratios[:, 0] == 0, ratios[:, 1] == 0
+        )
 
 
 def chosen(**keys):
@@ -173,15 +228,22 @@ def chosen(**keys):
 def test_what_is_included_excluded_and_in_which_blocks():
     kv = chosen(target_modules=("cross.k", "cross.v"))
     assert len(kv) == 6 and chosen(target_modules=("blocks.*.cross.[kv]",)) == kv
-    assert chosen(target_modules=("cross.k", "cross.v"), exclude_modules=("v",)) == [name for name in kv if name.endswith("k")]
-    assert chosen(target_modules=("cross.k", "cross.v"), blocks=("0", "2-2")) == [name for name in kv if ".1." not in name]
+    assert chosen(target_modules=("cross.k", "cross.v"), exclude_modules=("v",)) == [
+        name for name in kv if name.endswith("k")
+    ]
+    assert chosen(target_modules=("cross.k", "cross.v"), blocks=("0", "2-2")) == [
+        name for name in kv if ".1." not in name
+    ]
     mixed = [name for name in chosen(target_modules=("cross.k", "input"), blocks=("1",))]
     assert mixed == ["blocks.1.cross.k"], "what lies outside the blocks is in none of them"
     for keys, words in (
         ({"exclude_modules": ("kk",)}, ("lora.exclude_modules", "kk", "near names")),
         ({"blocks": ("7",)}, ("no block 7", "0 to 2")),
         ({"target_modules": ("q",), "exclude_modules": ("q",)}, ("leave no layer",)),
-        ({"per_module": ({"modules": ("nope",), "rank": 2, "alpha": 1.0},)}, ("lora.per_module", "nope")),
+        (
+            {"per_module": ({"modules": ("nope",), "rank": 2, "alpha": 1.0},)},
+            ("lora.per_module", "nope"),
+        ),
     ):
         with pytest.raises(ValueError) as caught:
             select(base(), decode(LoRAConfig, keys))
@@ -190,17 +252,41 @@ def test_what_is_included_excluded_and_in_which_blocks():
 
 def test_rank_and_alpha_by_module():
     model = base()
-    inject(model, decode(LoRAConfig, {"enabled": True, "rank": 8, "alpha": 4, "target_modules": ["cross.k", "cross.v", "mlp.up"], "per_module": [
-        {"modules": ["blocks.0.*"], "rank": 2, "alpha": 1}, {"modules": ["mlp.up"], "rank": 3, "alpha": 9}]}))  # fmt: skip
+    inject(
+        model,
+        decode(
+            LoRAConfig,
+            {
+                "enabled": True,
+                "rank": 8,
+                "alpha": 4,
+                "target_modules": ["cross.k", "cross.v", "mlp.up"],
+                "per_module": [
+                    {"modules": ["blocks.0.*"], "rank": 2, "alpha": 1},
+                    {"modules": ["mlp.up"], "rank": 3, "alpha": 9},
+                ],
+            },
+        ),
+    )
     found = {name: (layer.rank, layer.alpha) for name, layer in adapters(model).items()}
-    assert found["blocks.0.mlp.up"] == (2, 1) and found["blocks.1.mlp.up"] == (3, 9) and found["blocks.2.cross.v"] == (8, 4)
+    assert (
+        found["blocks.0.mlp.up"] == (2, 1)
+        and found["blocks.1.mlp.up"] == (3, 9)
+        and found["blocks.2.cross.v"] == (8, 4)
+    )
 
 
 def test_wan_is_translated_and_its_self_attention_only_when_named():
     tiny = WanConfig(dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, freq_dim=16)
-    assert {name.rpartition(".")[0][9:] for name in select(WanDiT(tiny), LoRAConfig())} == {"cross_attn"}
-    assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("q",)))} == {"cross_attn.q"}
-    assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("self_attn.q",)))} == {"self_attn.q"}
+    assert {name.rpartition(".")[0][9:] for name in select(WanDiT(tiny), LoRAConfig())} == {
+        "cross_attn"
+    }
+    assert {name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("q",)))} == {
+        "cross_attn.q"
+    }
+    assert {
+        name[9:] for name in select(WanDiT(tiny), LoRAConfig(target_modules=("self_attn.q",)))
+    } == {"self_attn.q"}
     for targets, warned in ((("self_attn.q",), True), (None, False)):
         model = WanDiT(tiny)
         inject(model, LoRAConfig(enabled=True, target_modules=targets))
@@ -214,10 +300,17 @@ def test_rslora_divides_by_the_root_of_the_rank():
     assert layer.scale == 8.0 / math.sqrt(16)
 
 
-@pytest.mark.parametrize("keys,word", [
-    ({"type": "lokr", "rslora": True}, "rslora"), ({"factor": 0}, "factor"), ({"blocks": ["a"]}, "blocks"), ({"rank_dropout": 1.0}, "rank_dropout"),
-    ({"per_module": [{"modules": ["q"], "rank": 0, "alpha": 1}]}, "rank"), ({"type": "lokrr"}, "lokr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys,word",
+    [
+        ({"type": "lokr", "rslora": True}, "rslora"),
+        ({"factor": 0}, "factor"),
+        ({"blocks": ["a"]}, "blocks"),
+        ({"rank_dropout": 1.0}, "rank_dropout"),
+        ({"per_module": [{"modules": ["q"], "rank": 0, "alpha": 1}]}, "rank"),
+        ({"type": "lokrr"}, "lokr"),
+    ],
+)
 def test_bad_settings_name_the_key(keys, word):
     with pytest.raises(ConfigError, match=word):
         decode(LoRAConfig, keys)
@@ -225,7 +318,9 @@ def test_bad_settings_name_the_key(keys, word):
 
 def test_another_kind_of_adapter_is_refused(tmp_path):
     save_lora(adapted("lokr"), tmp_path / "lokr.safetensors")
-    with pytest.raises(ValueError, match="has type LoKrLinear, the model LoRALinear; set lora.type: lokr"):
+    with pytest.raises(
+        ValueError, match="has type LoKrLinear, the model LoRALinear; set lora.type: lokr"
+    ):
         load_lora(adapted("lora"), tmp_path / "lokr.safetensors")
     save_lora(adapted("lokr", factor=2, rank=1), tmp_path / "eight.safetensors")
     with pytest.raises(ValueError, match="lora.factor"):
@@ -237,14 +332,19 @@ def test_merging_a_model_keeps_its_outputs(kind):
     model = adapted(kind)
     from mmdit.interfaces import TextTokens
 
-    arguments = (torch.randn(1, 2, 4, 4, 3), torch.tensor([300.0]), TextTokens(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool)))
+    arguments = (
+        torch.randn(1, 2, 4, 4, 3),
+        torch.tensor([300.0]),
+        TextTokens(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool)),
+    )
     expected = model(*arguments)
     torch.testing.assert_close(merge(model)(*arguments), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_merging_into_bfloat16_says_what_it_loses():
-    """It keeps what the same sum beside the weight keeps: applying an adapter unmerged is not more exact."""
+    """It keeps what the same sum beside the weight keeps: applying an adapter unmerged is not more
+    exact."""
     for ratio, wanted in ((0.02, 1.0), (0.005, 0.99), (0.002, 0.81), (0.0005, 0.29)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(512, 512, bias=False)).bfloat16()

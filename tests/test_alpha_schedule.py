@@ -1,4 +1,5 @@
-"""Alpha changes how fast adapters move, not what they compute; phases end on plateaus and on nothing else."""
+"""Alpha changes how fast adapters move, not what they compute; phases end on plateaus and on
+nothing else."""
 
 import copy
 import json
@@ -7,19 +8,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_metrics import facts
-from tiny import Workshop, forget_sums, refused
 from torch import nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state, merge
 from mmdit.adapters.strength import alphas, load_alphas, outer, own_parameters, set_alpha
 from mmdit.config import ConfigError, decode, encode
-from mmdit.experiment import load_pipeline
+from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import train_t2v
 from mmdit.training import checkpoint
-from mmdit.training.alpha_schedule import PRESETS, AlphaSchedule, AlphaScheduleConfig, ExitConfig, PhaseConfig
+from mmdit.training.alpha.schedule import (
+    PRESETS,
+    AlphaSchedule,
+    AlphaScheduleConfig,
+    ExitConfig,
+    PhaseConfig,
+)
+from mmdit.training.alpha.trend import Course
 from mmdit.training.optim import Optimizer
-from mmdit.training.trend import Course
+from tests.helpers.tiny import Workshop, forget_sums, refused
+from tests.test_metrics import facts
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +39,26 @@ def shop(tmp_path_factory):
 def adapted(alpha=8.0, **kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
-    inject(model, LoRAConfig(**{"enabled": True, "rank": 4, "alpha": alpha, "target_modules": ("0", "2")} | kind))
+    inject(
+        model,
+        LoRAConfig(
+            **{"enabled": True, "rank": 4, "alpha": alpha, "target_modules": ("0", "2")} | kind
+        ),
+    )
     for layer in adapters(model).values():
         nn.init.normal_(outer(layer), std=0.1)
     return model
 
 
 def schedule(model, optimizer=None, shadow=None, **config):
-    phases = config.pop("phases", None) or (PhaseConfig("first", 8, exit="steps"), PhaseConfig("second", 14, exit="steps"))
+    phases = config.pop("phases", None) or (
+        PhaseConfig("first", 8, exit="steps"),
+        PhaseConfig("second", 14, exit="steps"),
+    )
     optimizer = optimizer or Optimizer(torch.optim.AdamW(own_parameters(model).values()))
-    return AlphaSchedule(AlphaScheduleConfig(True, phases=phases, **config), {"": model}, optimizer, shadow or {})
+    return AlphaSchedule(
+        AlphaScheduleConfig(True, phases=phases, **config), {"": model}, optimizer, shadow or {}
+    )
 
 
 def step(model, optimizer, x):
@@ -51,20 +68,32 @@ def step(model, optimizer, x):
 
 
 def deltas(model):
-    return torch.cat([(layer.scale * layer.lora_B @ layer.lora_A).detach().flatten() for layer in adapters(model).values()])
+    return torch.cat(
+        [
+            (layer.scale * layer.lora_B @ layer.lora_A).detach().flatten()
+            for layer in adapters(model).values()
+        ]
+    )
 
 
-# ── changing alpha ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── changing alpha ────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_preserve_changes_no_output_and_only_the_speed(kind):
-    """What the next step does through B grows by α_new / α_old under AdamW, whose steps have one size, and by its square under
-    SGD, whose gradient grows by it, too. Moments and averages go on in the new units."""
+    """What the next step does through B grows by α_new / α_old under AdamW, whose steps have one
+    size, and by its square under SGD, whose gradient grows by it, too. Moments and averages go on
+    in the new units."""
     model, x = adapted(), torch.randn(64, 12)
     outer = {name: p for name, p in own_parameters(model).items() if name.endswith("lora_B")}
 
     def make(model):
-        own = [p for name, p in own_parameters(model).items() if name in outer]  # B alone: what A does is as before
-        return torch.optim.AdamW(own, lr=1e-5, weight_decay=0) if kind == "adamw" else torch.optim.SGD(own, lr=1e-3, momentum=0.9)
+        own = [
+            p for name, p in own_parameters(model).items() if name in outer
+        ]  # B alone: what A does is as before
+        return (
+            torch.optim.AdamW(own, lr=1e-5, weight_decay=0)
+            if kind == "adamw"
+            else torch.optim.SGD(own, lr=1e-3, momentum=0.9)
+        )
 
     optimizer = make(model)
     for _ in range(5):
@@ -76,7 +105,9 @@ def test_preserve_changes_no_output_and_only_the_speed(kind):
     before, start = model(x), deltas(model)
     plan = schedule(other, Optimizer(twin), shadow)
     told = plan.look(10, {"": Course(steps=10)})
-    assert plan.alpha("") == 14 and told == ["step 10: alpha 8 → 14 (preserve), phase 'first' of 10 steps → 'second'"]
+    assert plan.alpha("") == 14 and told == [
+        "step 10: alpha 8 → 14 (preserve), phase 'first' of 10 steps → 'second'"
+    ]
     assert ((other(x) - before).norm() / before.norm()).item() < 1e-6
     for layer in adapters(other).values():
         torch.testing.assert_close(shadow[layer.lora_B], layer.lora_B.detach(), rtol=0, atol=0)
@@ -87,7 +118,8 @@ def test_preserve_changes_no_output_and_only_the_speed(kind):
 
 
 def test_preserved_moments_are_those_of_a_run_in_the_new_units():
-    """Adam in units of B' = r B: the same moments as if alpha had been 14 from the start, with B' at its place."""
+    """Adam in units of B' = r B: the same moments as if alpha had been 14 from the start, with B'
+    at its place."""
     model, x = adapted(), torch.randn(64, 12)
     other = adapted()
     parts = [list(own_parameters(m).values()) for m in (model, other)]
@@ -102,14 +134,20 @@ def test_preserved_moments_are_those_of_a_run_in_the_new_units():
     for a, b in zip(*parts):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(first.state[a][name], second.state[b][name], rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(
+                first.state[a][name], second.state[b][name], rtol=1e-4, atol=1e-12
+            )
 
 
 def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
-    """`rest` of weights in bfloat16 is in their units, moments in the inverse ones; averages in those of the weights."""
+    """`rest` of weights in bfloat16 is in their units, moments in the inverse ones; averages in
+    those of the weights."""
     model = adapted()
     factor = outer(next(iter(adapters(model).values())))
-    optimizer, shadow = Optimizer(torch.optim.AdamW(own_parameters(model).values())), {factor: torch.ones_like(factor)}
+    optimizer, shadow = (
+        Optimizer(torch.optim.AdamW(own_parameters(model).values())),
+        {factor: torch.ones_like(factor)},
+    )
     names = {"rest": 1, "exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "step": 0}
     state = {name: torch.ones_like(factor) for name in names}
     optimizer.parts[0].state[factor] = state
@@ -119,8 +157,15 @@ def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
     assert torch.equal(shadow[factor], torch.full_like(factor, 0.5))
 
 
-@pytest.mark.parametrize("kind", [{"rslora": True}, {"type": "dora"}, {"type": "lokr", "factor": 2, "rank": 1},
-                                  {"type": "lokr", "factor": 4, "full_second": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rslora": True},
+        {"type": "dora"},
+        {"type": "lokr", "factor": 2, "rank": 1},
+        {"type": "lokr", "factor": 4, "full_second": True},
+    ],
+)
 def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_force(kind):
     model, x = adapted(**kind), torch.randn(64, 12)
     before, weights = model(x), {p: p.detach().clone() for p in own_parameters(model).values()}
@@ -149,7 +194,9 @@ def test_ramp_is_linear_and_jump_is_at_once():
         plan.look(number, {"": course})
         seen.append(plan.alpha(""))
         course.steps += 1
-    assert seen == [8, 9.5, 11, 12.5, 14, 14] and torch.equal(weight, next(iter(adapters(model).values())).lora_B)
+    assert seen == [8, 9.5, 11, 12.5, 14, 14] and torch.equal(
+        weight, next(iter(adapters(model).values())).lora_B
+    )
 
 
 def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
@@ -159,7 +206,10 @@ def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
     course.steps = 2
     plan.look(12, {"": course})
     other = copy.deepcopy(model)
-    stored, course_too = json.loads(json.dumps(plan.state())), Course(**json.loads(json.dumps(vars(course))))
+    stored, course_too = (
+        json.loads(json.dumps(plan.state())),
+        Course(**json.loads(json.dumps(vars(course)))),
+    )
     again = schedule(other, on_change="ramp", ramp_steps=4)
     load_alphas(other, alphas(model))
     again.restore(stored)
@@ -169,7 +219,10 @@ def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
             steps.steps += 1
             own.look(number, {"": steps})
         assert again.alpha("") == plan.alpha("") and again.state() == plan.state()
-    for broken, words in (({"high": stored["experts"][""]}, "experts"), ({"": {**stored["experts"][""], "phase": 2}}, "phases")):
+    for broken, words in (
+        ({"high": stored["experts"][""]}, "experts"),
+        ({"": {**stored["experts"][""], "phase": 2}}, "phases"),
+    ):
         with pytest.raises(ValueError, match=words):
             again.restore({"experts": broken, "history": []})
 
@@ -188,9 +241,10 @@ def test_alphas_travel_and_bad_ones_are_refused():
         load_alphas(other, {"7": 1.0})
 
 
-# ── when a phase ends ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── when a phase ends ─────────────────────────────────────────────────────────────────────────────
 def accepted(mean, cv, runs=300, last=4000):
-    """The share of runs whose last window the tested rule takes for a plateau. `mean(steps)`: what the loss comes to."""
+    """The share of runs whose last window the tested rule takes for a plateau. `mean(steps)`: what
+    the loss comes to."""
     rule, draw, count = ExitConfig(relative_slope=0.10, t=2.0), np.random.default_rng(7), 0
     expected = mean(np.arange(last))
     for _ in range(runs):
@@ -236,66 +290,137 @@ def test_the_criteria_are_those_of_the_table():
     flat = [1 + 0.01 * (-1) ** i for i in range(400)]
     tested = PhaseConfig("a", 8)
     plan, course = phase_after(tested, flat)  # 3 standard errors of 1000 elements: 0.547
-    assert plan.progress[""].phase == 1 and plan.history[0]["steps"] == 200 and course.steps == 200, "the window begins anew"
-    plan, course = schedule(adapted(), phases=(tested, PhaseConfig("b", 9), PhaseConfig("c", 10))), Course()
+    assert (
+        plan.progress[""].phase == 1 and plan.history[0]["steps"] == 200 and course.steps == 200
+    ), "the window begins anew"
+    plan, course = (
+        schedule(adapted(), phases=(tested, PhaseConfig("b", 9), PhaseConfig("c", 10))),
+        Course(),
+    )
     for number, loss in enumerate(flat, 1):
         course.add(facts(loss, agreeing=560.0, compared=1000.0))
         if plan.due(number):
             plan.look(number, {"": course})
     assert [move["steps"] for move in plan.history] == [200, 200], "each phase has its own windows"
     for agreeing, compared in ((540.0, 1000.0), (0.0, 0.0)):
-        assert phase_after(tested, flat, agreeing, compared)[0].progress[""].phase == 0, "too little agreement, or none known"
+        assert phase_after(tested, flat, agreeing, compared)[0].progress[""].phase == 0, (
+            "too little agreement, or none known"
+        )
     assert phase_after(PhaseConfig("a", 8, min_steps=300), flat)[0].history[0]["steps"] == 300
     slow = [1 - 0.0006 * i + 0.02 * (-1) ** i for i in range(300)]
     for preset, expected in (("image", 1), ("video", 1), ("tested", 0), ("steps", 1)):
-        assert phase_after(PhaseConfig("a", 8, min_steps=250, exit=preset), slow)[0].progress[""].phase == expected, preset
+        assert (
+            phase_after(PhaseConfig("a", 8, min_steps=250, exit=preset), slow)[0].progress[""].phase
+            == expected
+        ), preset
     steep = [5 - 0.003 * i + 0.02 * (-1) ** i for i in range(300)]
     for preset, expected in (("image", 0), ("video", 1)):  # 0.001 and 0.005 a step
-        assert phase_after(PhaseConfig("a", 8, min_steps=250, exit=preset), steep)[0].progress[""].phase == expected, preset
+        assert (
+            phase_after(PhaseConfig("a", 8, min_steps=250, exit=preset), steep)[0]
+            .progress[""]
+            .phase
+            == expected
+        ), preset
     for agreeing, image, video in ((560, 1, 1), (520, 0, 1), (490, 0, 0)):
         for preset, expected in (("image", image), ("video", video)):
-            assert phase_after(PhaseConfig("a", 8, 50, exit=preset), slow, agreeing)[0].progress[""].phase == expected
-    assert not ExitConfig(cv=0.5, samples=20).met(Course(losses=[0.1, 2.0] * 20)) and ExitConfig(cv=1, samples=20).met(Course(losses=[0.1, 2.0] * 20))
+            assert (
+                phase_after(PhaseConfig("a", 8, 50, exit=preset), slow, agreeing)[0]
+                .progress[""]
+                .phase
+                == expected
+            )
+    assert not ExitConfig(cv=0.5, samples=20).met(Course(losses=[0.1, 2.0] * 20)) and ExitConfig(
+        cv=1, samples=20
+    ).met(Course(losses=[0.1, 2.0] * 20))
     assert not ExitConfig(samples=20).met(Course(losses=[1.0] * 19))
 
 
 def test_sections_are_refused_with_a_remedy(shop, capsys):
     for words, parts in (
         (["alpha_schedule.enabled=true"], ["phases", "is empty"]),
-        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 0}]}"], ["phases[0].alpha", "positive"]),
-        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}, {name: a, alpha: 2}]}"], ["name of its own"]),
-        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1, exit: fast}]}"], ["exit", "'tested'"]),
-        (["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}]}"], ["alpha_schedule.enabled", "but lora.enabled is false"]),
-        (["alpha_schedule={enabled: true, on_change: ramp, phases: [{name: a, alpha: 1}]}", "lora.enabled=true", f"train.init_from={shop.base}"],
-         ["ramp", "train.compile: false"]),
-    ):  # fmt: skip
+        (
+            ["alpha_schedule={enabled: true, phases: [{name: a, alpha: 0}]}"],
+            ["phases[0].alpha", "positive"],
+        ),
+        (
+            ["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}, {name: a, alpha: 2}]}"],
+            ["name of its own"],
+        ),
+        (
+            ["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1, exit: fast}]}"],
+            ["exit", "'tested'"],
+        ),
+        (
+            ["alpha_schedule={enabled: true, phases: [{name: a, alpha: 1}]}"],
+            ["alpha_schedule.enabled", "but lora.enabled is false"],
+        ),
+        (
+            [
+                "alpha_schedule={enabled: true, on_change: ramp, phases: [{name: a, alpha: 1}]}",
+                "lora.enabled=true",
+                f"train.init_from={shop.base}",
+            ],
+            ["ramp", "train.compile: false"],
+        ),
+    ):
         refused(capsys, train_t2v.main, shop.train_words("bad", *words), *parts)
-    config = AlphaScheduleConfig(True, phases=(PhaseConfig("a", 1, exit=ExitConfig(t=2)), PhaseConfig("b", 2, high=3.0, exit="video")))
-    assert decode(AlphaScheduleConfig, encode(config)) == config and config.phases[1].alpha_of("high") == 3 != config.phases[1].alpha_of("low")
+    config = AlphaScheduleConfig(
+        True,
+        phases=(
+            PhaseConfig("a", 1, exit=ExitConfig(t=2)),
+            PhaseConfig("b", 2, high=3.0, exit="video"),
+        ),
+    )
+    assert decode(AlphaScheduleConfig, encode(config)) == config and config.phases[1].alpha_of(
+        "high"
+    ) == 3 != config.phases[1].alpha_of("low")
     with pytest.raises(ConfigError, match="samples"):
         ExitConfig(samples=5)
 
 
-# ── in the trainer ───────────────────────────────────────────────────────────────────────────────────────────────────
-PHASES = "alpha_schedule={enabled: true, on_change: %s, ramp_steps: 6, phases: [{name: a, alpha: 8, min_steps: 15, exit: steps}, {name: b, alpha: 14}]}"
+# ── in the trainer ────────────────────────────────────────────────────────────────────────────────
+PHASES = (
+    "alpha_schedule={enabled: true, on_change: %s, ramp_steps: 6, phases: [{name: a, alpha: 8,"
+    " min_steps: 15, exit: steps}, {name: b, alpha: 14}]}"
+)
 
 
 def state_of(run, at):
     folder = checkpoint.folder_of(run, at)
     names = ("model", "ema", "optimizer", "lora", "signs")
-    tensors = {f"{name}/{key}": value for name in names for key, value in checkpoint.read_tensors(folder / f"{name}.safetensors").items()}
+    tensors = {
+        f"{name}/{key}": value
+        for name in names
+        for key, value in checkpoint.read_tensors(folder / f"{name}.safetensors").items()
+    }
     return tensors, checkpoint.read_notes(folder)
 
 
 @pytest.mark.parametrize("change", ["preserve", "ramp"])
 def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
-    words = [f"train.init_from={shop.base}", "lora.enabled=true", "lora.rank=2", PHASES % change, "train.compile=false",
-             "train.max_steps=28", "train.keep_last=0"]  # fmt: skip
+    words = [
+        f"train.init_from={shop.base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        PHASES % change,
+        "train.compile=false",
+        "train.max_steps=28",
+        "train.keep_last=0",
+    ]
     whole = shop.train(f"{change}_whole", *words, "train.save_every_steps=28")
     stop = shop.train(f"{change}_stop", *words, "train.save_every_steps=1")
     expected, notes = state_of(whole, 28)
     assert notes["alpha_schedule"]["history"] == [
-        {"step": 20, "expert": None, "from": "a", "to": "b", "steps": 20, "alpha_from": 8.0, "alpha_to": 14.0}]
+        {
+            "step": 20,
+            "expert": None,
+            "from": "a",
+            "to": "b",
+            "steps": 20,
+            "alpha_from": 8.0,
+            "alpha_to": 14.0,
+        }
+    ]
     for at in (19, 20, 23):
         for folder in checkpoint.complete(stop):
             if checkpoint.step_of(folder) > at:
@@ -306,14 +431,27 @@ def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
         assert kept == (8 if at == 19 else 14 if change == "preserve" else 8 if at == 20 else 11)
         shop.train(f"{change}_stop", *words, "train.save_every_steps=1", "--resume")
         again, resumed = state_of(stop, 28)
-        assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again), at
-        assert resumed["alpha_schedule"] == notes["alpha_schedule"] and resumed["monitor"]["courses"] == notes["monitor"]["courses"]
+        assert again.keys() == expected.keys() and all(
+            torch.equal(again[name], expected[name]) for name in again
+        ), at
+        assert (
+            resumed["alpha_schedule"] == notes["alpha_schedule"]
+            and resumed["monitor"]["courses"] == notes["monitor"]["courses"]
+        )
 
 
 def test_what_is_drawn_and_handed_on_has_the_alpha_in_force(shop):
-    """preserve at the last step: samples, the exported file and a run that starts from this one see no change."""
-    words = [f"train.init_from={shop.base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=8", "train.lr=0.05", "train.max_steps=20",
-             "train.save_every_steps=20"]  # fmt: skip
+    """preserve at the last step: samples, the exported file and a run that starts from this one see
+    no change."""
+    words = [
+        f"train.init_from={shop.base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=8",
+        "train.lr=0.05",
+        "train.max_steps=20",
+        "train.save_every_steps=20",
+    ]
     plain = load_pipeline(shop.train("fixed", *words), "cpu")[0].learner
     run = shop.train("changed", *words, PHASES % "preserve")
     meta = checkpoint.Meta.read(checkpoint.latest(run))
@@ -321,27 +459,61 @@ def test_what_is_drawn_and_handed_on_has_the_alpha_in_force(shop):
     changed = load_pipeline(run, "cpu")[0].learner
     for (name, a), b in zip(plain.state_dict().items(), changed.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-    assert not torch.equal(plain.model.blocks[0].cross.q.weight, load_pipeline(shop.base, "cpu")[0].learner.model.blocks[0].cross.q.weight)
-    still = ["lora.enabled=true", "lora.rank=2", "lora.alpha=3", "train.lr=1e-30", "train.weight_decay=0", "train.max_steps=1"]
+    assert not torch.equal(
+        plain.model.blocks[0].cross.q.weight,
+        load_pipeline(shop.base, "cpu")[0].learner.model.blocks[0].cross.q.weight,
+    )
+    still = [
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=3",
+        "train.lr=1e-30",
+        "train.weight_decay=0",
+        "train.max_steps=1",
+    ]
     after = load_pipeline(shop.train("after", *still, f"train.init_from={run}"), "cpu")[0].learner
-    torch.testing.assert_close(after.model.blocks[0].cross.q.weight, changed.model.blocks[0].cross.q.weight, rtol=1e-5, atol=1e-6)
-    assert set(checkpoint.Meta.read(checkpoint.latest(shop.folder / "runs/after")).alphas.values()) == {3.0}
+    torch.testing.assert_close(
+        after.model.blocks[0].cross.q.weight,
+        changed.model.blocks[0].cross.q.weight,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert set(
+        checkpoint.Meta.read(checkpoint.latest(shop.folder / "runs/after")).alphas.values()
+    ) == {3.0}
 
 
 def test_state_of_another_step_is_refused_and_none_starts_anew(shop, capsys):
-    words = [f"train.init_from={shop.base}", "lora.enabled=true", "lora.rank=2", PHASES % "preserve", "train.save_every_steps=20"]
+    words = [
+        f"train.init_from={shop.base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        PHASES % "preserve",
+        "train.save_every_steps=20",
+    ]
     run = shop.train("foreign", *words, "train.max_steps=20")
     path = checkpoint.latest(run) / "monitor.json"
     forget_sums(path.parent)
-    text, again = path.read_text(), shop.train_words("foreign", *words, "train.max_steps=22", "--resume")
+    text, again = (
+        path.read_text(),
+        shop.train_words("foreign", *words, "train.max_steps=22", "--resume"),
+    )
     path.write_text(text.replace('"step": 20', '"step": 19', 1))
     refused(capsys, train_t2v.main, again, "monitor.json", "step 19", "step 20")
-    for broken in ("[1", "[]", '{"step": 20, "monitor": 3}', '{"step": 20, "monitor": {"courses": {"high": {}}}}',
-                   text.replace('"phase": 1', '"phase": 7')):
+    for broken in (
+        "[1",
+        "[]",
+        '{"step": 20, "monitor": 3}',
+        '{"step": 20, "monitor": {"courses": {"high": {}}}}',
+        text.replace('"phase": 1', '"phase": 7'),
+    ):
         path.write_text(broken)
         refused(capsys, train_t2v.main, again, "")
     path.unlink()
     train_t2v.main(again)
     assert "holds no alpha schedule: it starts with phase 'a'" in capsys.readouterr().out
     notes = checkpoint.read_notes(checkpoint.latest(run))
-    assert notes["alpha_schedule"]["experts"][""]["phase"] == 0 and notes["monitor"]["courses"][""]["steps"] == 2
+    assert (
+        notes["alpha_schedule"]["experts"][""]["phase"] == 0
+        and notes["monitor"]["courses"][""]["steps"] == 2
+    )

@@ -1,4 +1,5 @@
-"""The cache: whole items or none, whatever the moment of the kill; a foreign or damaged one is refused by name."""
+"""The cache: whole items or none, whatever the moment of the kill; a foreign or damaged one is
+refused by name."""
 
 import io
 import json
@@ -17,21 +18,22 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from mmdit.data.buckets import BucketingConfig, VideoConfig
-from mmdit.data.cache import CacheWriter, open_cache
-from mmdit.data.caching import cache_latents
-from mmdit.data.frames import PreprocessConfig
-from mmdit.data.items import index_entry, item_bytes, load_item, read_entry, running_crcs
-from mmdit.data.manifest import CacheManifest
-from mmdit.data.records import read_records
-from mmdit.data.statistics import latent_statistics
+from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.items import index_entry, item_bytes, load_item, read_entry, running_crcs
+from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.statistics import latent_statistics
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.records import read_records
 from mmdit.interfaces import LatentSpec
 
 VIDEO = VideoConfig(32, 32)
 
 
 class MeanPixels:
-    """A tokenizer whose latents are the mean colours of 16x16 squares: what was cropped can be read off them."""
+    """A tokenizer whose latents are the mean colours of 16x16 squares: what was cropped can be read
+    off them."""
 
     spec = LatentSpec(channels=3)
 
@@ -41,7 +43,11 @@ class MeanPixels:
     def encode(self, pixels):
         assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
         self.encoded += len(pixels)
-        return functional.avg_pool2d(pixels.flatten(0, 1), 16).movedim(1, -1).unflatten(0, pixels.shape[:2])
+        return (
+            functional.avg_pool2d(pixels.flatten(0, 1), 16)
+            .movedim(1, -1)
+            .unflatten(0, pixels.shape[:2])
+        )
 
 
 def write_meta(folder, rows, name="train_images.jsonl"):
@@ -54,7 +60,9 @@ def images(tmp_path):
     rows = []
     for i in range(10):
         Image.new("RGB", (40 + 16 * (i % 2), 40), (i * 20, 100, 0)).save(tmp_path / f"{i}.png")
-        rows.append({"id": f"画{i}", "image_path": f"{i}.png", "caption": f"picture {i}", "licence": "CC0"})
+        rows.append(
+            {"id": f"画{i}", "image_path": f"{i}.png", "caption": f"picture {i}", "licence": "CC0"}
+        )
     return write_meta(tmp_path, rows)
 
 
@@ -64,7 +72,11 @@ def run(meta, out, tokenizer=None, kind="image", **options):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_each_item_is_one_plain_file_as_documented(images, tmp_path):
@@ -72,7 +84,9 @@ def test_each_item_is_one_plain_file_as_documented(images, tmp_path):
     assert (report.written, report.sizes, report.skipped) == (10, {"32x32": 10}, [])
     item = torch.load(tmp_path / "cache" / "画3.pt", weights_only=True)
     assert item["latents"].dtype == torch.float16 and item["latents"].shape == (1, 2, 2, 3)
-    torch.testing.assert_close(item["latents"].float()[0, 0, 0], torch.tensor([60, 100, 0]) / 255, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        item["latents"].float()[0, 0, 0], torch.tensor([60, 100, 0]) / 255, atol=1e-3, rtol=0
+    )
     assert item["caption"] == "picture 3" and item["facts"] == {"licence": "CC0"}
     cache = open_cache(tmp_path / "cache", CacheManifest.of(MeanPixels(), VIDEO))
     index = cache.ids.index("画3")
@@ -94,13 +108,21 @@ def test_a_second_run_encodes_only_what_is_new_changed_or_recaptioned(images, tm
     run(images, tmp_path / "cache")
     rows = [json.loads(line) for line in images.read_text().splitlines()]
     rows[2]["caption"] = "another caption"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "4.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(
+        tmp_path / "4.png"
+    )
     Image.new("RGB", (40, 40)).save(tmp_path / "new.png")
     write_meta(tmp_path, rows + [{"id": "new", "image_path": "new.png", "caption": ""}])
     (tmp_path / "1.png").unlink()  # its latents are cached; the picture is no longer needed
     tokenizer = MeanPixels()
     report = run(images, tmp_path / "cache", tokenizer)
-    assert (report.written, report.already, report.recaptioned, report.empty_captions, tokenizer.encoded) == (2, 9, 1, 1, 2)
+    assert (
+        report.written,
+        report.already,
+        report.recaptioned,
+        report.empty_captions,
+        tokenizer.encoded,
+    ) == (2, 9, 1, 1, 2)
     assert torch.load(tmp_path / "cache/画2.pt")["caption"] == "another caption"
     cache = open_cache(tmp_path / "cache")
     assert cache.captions[cache.ids.index("画2")] == "another caption" and len(cache) == 11
@@ -111,7 +133,9 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_goes_on(imag
     (tmp_path / "1.png").write_text("no picture")
     (tmp_path / "2.png").write_bytes(b"")
     report = run(images, tmp_path / "cache")
-    rows = [json.loads(line) for line in (tmp_path / "cache/skipped.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "cache/skipped.jsonl").read_text().splitlines()
+    ]
     assert report.written == 7 and [row["id"] for row in rows] == ["画0", "画1", "画2"]
     assert rows[0]["reason"] == "file not found" and "cannot identify" in rows[1]["reason"]
     for i in range(10):
@@ -123,12 +147,21 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_goes_on(imag
 def test_settings_that_differ_are_all_named_and_nothing_is_touched(images, tmp_path):
     run(images, tmp_path / "cache")
     before = contents(tmp_path / "cache")
-    with pytest.raises(ValueError, match="(?s)tokenizer: the cache has MeanPixels mean pixels, .*asks MeanPixels other"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)tokenizer: the cache has MeanPixels mean pixels, .*asks MeanPixels other",
+    ):
         run(images, tmp_path / "cache", MeanPixels("other"))
-    with pytest.raises(ValueError, match="(?s)preprocess.crop: the cache has center, the config asks shifted.*new folder"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)preprocess.crop: the cache has center, the config asks shifted.*new folder",
+    ):
         run(images, tmp_path / "cache", preprocess=PreprocessConfig("shifted"))
     wanted = CacheManifest.of(MeanPixels(), VIDEO, BucketingConfig(True, buckets=((64, 64),)))
-    with pytest.raises(ValueError, match=r"(?s)bucketing.enabled.*sizes: the cache has \[\(32, 32\)\], .* asks \[\(64, 64\)\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)bucketing.enabled.*sizes: the cache has \[\(32, 32\)\], .* asks \[\(64, 64\)\]",
+    ):
         open_cache(tmp_path / "cache", wanted)
     with pytest.raises(ValueError, match="is no latent cache"):
         open_cache(tmp_path)
@@ -175,7 +208,9 @@ def test_latents_that_float16_cannot_hold_are_refused(tmp_path, images):
             return torch.where(pixels[:, :1, :1, :1, :1] > 0.5, torch.inf, super().encode(pixels))
 
     report = run(images, tmp_path / "cache", Loud())
-    assert report.written == 7 and {row["reason"] for row in report.skipped} == {"latents are not finite in float16"}
+    assert report.written == 7 and {row["reason"] for row in report.skipped} == {
+        "latents are not finite in float16"
+    }
     with CacheWriter(tmp_path / "direct", CacheManifest.of(MeanPixels(), VIDEO)) as writer:
         with pytest.raises(ValueError, match="loud.*not finite"):
             writer.add("loud", torch.full((1, 2, 2, 3), 1e5), "")
@@ -186,9 +221,13 @@ def test_latents_that_float16_cannot_hold_are_refused(tmp_path, images):
 
 
 def test_several_crops_are_items_of_their_own_and_repetitions_are_not_written(tmp_path):
-    Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None], (32, 1, 3)) * 2).save(tmp_path / "wide.png")
+    Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None], (32, 1, 3)) * 2).save(
+        tmp_path / "wide.png"
+    )
     Image.new("RGB", (32, 32)).save(tmp_path / "square.png")
-    meta = write_meta(tmp_path, [{"id": n, "image_path": f"{n}.png", "caption": n} for n in ("wide", "square")])
+    meta = write_meta(
+        tmp_path, [{"id": n, "image_path": f"{n}.png", "caption": n} for n in ("wide", "square")]
+    )
     options = {"preprocess": PreprocessConfig("shifted", num_crops=3)}
     report = run(meta, tmp_path / "cache", **options)
     assert report.same_crops == 2
@@ -198,9 +237,14 @@ def test_several_crops_are_items_of_their_own_and_repetitions_are_not_written(tm
         left = cache.sources[index]["crop"][0]
         assert cache.load(index)[0, 0, 0, 0] * 255 == pytest.approx(2 * (left + 7.5), abs=2)
     tokenizer = MeanPixels()
-    assert run(meta, tmp_path / "cache", tokenizer, **options).already == 2 and tokenizer.encoded == 0
+    assert (
+        run(meta, tmp_path / "cache", tokenizer, **options).already == 2 and tokenizer.encoded == 0
+    )
     (tmp_path / "cache/wide_c2.pt").unlink()
-    assert run(meta, tmp_path / "cache", **options).already == 1 and (tmp_path / "cache/wide_c2.pt").exists()
+    assert (
+        run(meta, tmp_path / "cache", **options).already == 1
+        and (tmp_path / "cache/wide_c2.pt").exists()
+    )
 
 
 def test_clips_keep_every_frame_in_order(tmp_path):
@@ -209,13 +253,20 @@ def test_clips_keep_every_frame_in_order(tmp_path):
         for i in range(count):
             Image.new("RGB", (64, 40), (i * 20, 0, 0)).save(tmp_path / clip / f"{i}.png")
     (tmp_path / "none").mkdir()
-    rows = [{"id": name, "frames_dir": name, "caption": name} for name in ("a", "b", "none", "gone")]
+    rows = [
+        {"id": name, "frames_dir": name, "caption": name} for name in ("a", "b", "none", "gone")
+    ]
     meta = write_meta(tmp_path, rows, "train_videos.jsonl")
     report = run(meta, tmp_path / "cache", kind="video", num_workers=1)
-    assert [row["reason"] for row in report.skipped] == ["folder without pictures", "file not found"]
+    assert [row["reason"] for row in report.skipped] == [
+        "folder without pictures",
+        "file not found",
+    ]
     cache = open_cache(tmp_path / "cache")
     assert cache.shapes[:, 0].tolist() == [12, 3]
-    torch.testing.assert_close(cache.load(0)[:, 0, 0, 0].float(), torch.arange(12) * 20 / 255, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        cache.load(0)[:, 0, 0, 0].float(), torch.arange(12) * 20 / 255, atol=1e-3, rtol=0
+    )
     assert torch.equal(cache.load(0, 3, 7), cache.load(0)[3:7])
     path = tmp_path / "cache/a.pt"
     path.write_bytes(path.read_bytes()[:-30])
@@ -225,14 +276,20 @@ def test_clips_keep_every_frame_in_order(tmp_path):
 
 def test_processes_share_the_work_and_the_result_is_the_same(images, tmp_path):
     run(images, tmp_path / "one")
-    assert [run(images, tmp_path / "three", rank=rank, world=3).written for rank in range(3)] == [4, 3, 3]
+    assert [run(images, tmp_path / "three", rank=rank, world=3).written for rank in range(3)] == [
+        4,
+        3,
+        3,
+    ]
     one, three = open_cache(tmp_path / "one"), open_cache(tmp_path / "three")
     assert one.ids == three.ids and one.captions == three.captions
     run(images, tmp_path / "three")  # one process gathers the indices
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
-def test_items_are_read_without_unpickling_whatever_the_layout_of_their_tensors(tmp_path, monkeypatch):
+def test_items_are_read_without_unpickling_whatever_the_layout_of_their_tensors(
+    tmp_path, monkeypatch
+):
     latents = torch.randn(3, 4, 3, 2, 2)  # channels first, handed over as a permuted view
     with CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO)) as writer:
         writer.add_many(["a", "b", "c"], latents.movedim(2, -1), [""] * 3)
@@ -246,16 +303,23 @@ def test_items_are_read_without_unpickling_whatever_the_layout_of_their_tensors(
 
 def test_a_second_writer_of_the_same_rank_is_refused(tmp_path):
     manifest = CacheManifest.of(MeanPixels(), VIDEO)
-    with CacheWriter(tmp_path, manifest), pytest.raises(ValueError, match="another process is writing"):
+    with (
+        CacheWriter(tmp_path, manifest),
+        pytest.raises(ValueError, match="another process is writing"),
+    ):
         CacheWriter(tmp_path, manifest)
 
 
 def test_statistics_equal_those_of_all_values_together(tmp_path):
-    latents = torch.randn(7, 2, 2, 2, 3) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([5.0, 0.0, -1.0])
+    latents = torch.randn(7, 2, 2, 2, 3) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor(
+        [5.0, 0.0, -1.0]
+    )
     with CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO)) as writer:
         writer.add_many([str(i) for i in range(7)], latents, [""] * 7)
     stats, rows = latent_statistics(open_cache(tmp_path)), latents.half().double().flatten(0, 3)
-    assert stats["mean"] == pytest.approx(rows.mean(0).tolist()) and stats["values"] == len(rows) == 56
+    assert (
+        stats["mean"] == pytest.approx(rows.mean(0).tolist()) and stats["values"] == len(rows) == 56
+    )
     assert stats["std"] == pytest.approx(rows.std(0, unbiased=False).tolist())
     assert stats["scale"] == pytest.approx(1 / rows.std(unbiased=False).item())
 
@@ -270,7 +334,9 @@ class Slow(MeanPixels):
 
 def slow_run(meta, out):
     torch.set_num_threads(1)  # as DataLoader does in its forked workers
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in what a shell started in the background
     sys.exit(7 if run(meta, out, Slow(), batch_size=1).interrupted else 0)
 
 
@@ -279,7 +345,9 @@ def test_stopped_at_any_moment_the_finished_cache_is_byte_identical(images, tmp_
     run(images, tmp_path / "quiet")
     (tmp_path / "cache").mkdir()
     for delay in (0.0, 0.005, 0.02):
-        process = multiprocessing.get_context("fork").Process(target=slow_run, args=(images, tmp_path / "cache"))
+        process = multiprocessing.get_context("fork").Process(
+            target=slow_run, args=(images, tmp_path / "cache")
+        )
         before = len(os.listdir(tmp_path / "cache"))
         process.start()
         while len(os.listdir(tmp_path / "cache")) < max(before, 2) + 1 and process.is_alive():
@@ -298,7 +366,11 @@ def test_stopped_at_any_moment_the_finished_cache_is_byte_identical(images, tmp_
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7)])
 def test_an_item_is_what_torch_save_would_write(tmp_path, shape):
     numbers = torch.randn(shape).half()
-    rest = {"caption": "ein Käfer 🐞\n", "facts": {"a": [1, 2.5, None, True]}, "source": {"size": [3, 4]}}
+    rest = {
+        "caption": "ein Käfer 🐞\n",
+        "facts": {"a": [1, 2.5, None, True]},
+        "source": {"size": [3, 4]},
+    }
     data, offset, crc = item_bytes(numbers.numpy(), rest)
     (tmp_path / "a.pt").write_bytes(data)
     for mapped in (False, True):
@@ -306,7 +378,13 @@ def test_an_item_is_what_torch_save_would_write(tmp_path, shape):
         assert torch.equal(item.pop("latents"), numbers) and item == rest
     raw = numbers.numpy().tobytes()
     assert data[offset : offset + len(raw)] == raw and zlib.crc32(raw) == crc and offset % 64 == 0
-    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None and load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
-    torch.save({"latents": numbers, **rest}, tmp_path / "b.pt")  # one made elsewhere enters the index alike
-    assert read_entry("b", "b.pt", tmp_path, shape[-1]) | {"bytes": 0, "offset": 0} == \
-        index_entry("b", "b.pt", shape, rest, 0, 0, crc, running_crcs(numbers.numpy())[:-1])  # fmt: skip
+    assert (
+        zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
+        and load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
+    )
+    torch.save(
+        {"latents": numbers, **rest}, tmp_path / "b.pt"
+    )  # one made elsewhere enters the index alike
+    assert read_entry("b", "b.pt", tmp_path, shape[-1]) | {"bytes": 0, "offset": 0} == index_entry(
+        "b", "b.pt", shape, rest, 0, 0, crc, running_crcs(numbers.numpy())[:-1]
+    )

@@ -1,5 +1,5 @@
-"""Sampling reads the text once and may replay the rest: nothing but the work changes. A tape of torch's operations stands in for
-CUDA graphs."""
+"""Sampling reads the text once and may replay the rest: nothing but the work changes. A tape of
+torch's operations stands in for CUDA graphs."""
 
 import gc
 import warnings
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tapes import pretended_graphs
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.attention import observed
@@ -19,10 +18,11 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn.experts import Experts
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
-from mmdit.training import calls
-from mmdit.training.calls import Calls
+from mmdit.training.graphs import sampling_graphs as calls
+from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from tests.helpers.tapes import pretended_graphs
 
 CAPTIONS = ["a red ball", "two blue boxes"]
 DEPTH, CHANNELS = 3, 12
@@ -37,20 +37,36 @@ def awake(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def network(adapter: str = "", **config):
-    model = build_model(VideoMMDiTConfig(dim=16, depth=DEPTH, num_heads=2, window_size=2, **config), CHANNELS, 16)
+    model = build_model(
+        VideoMMDiTConfig(dim=16, depth=DEPTH, num_heads=2, window_size=2, **config), CHANNELS, 16
+    )
     if adapter:
-        inject(model, LoRAConfig(enabled=True, type=adapter, rank=2, alpha=3.0, target_modules=("cross.k", "cross.v", "q")), seed=0)
+        inject(
+            model,
+            LoRAConfig(
+                enabled=True,
+                type=adapter,
+                rank=2,
+                alpha=3.0,
+                target_modules=("cross.k", "cross.v", "q"),
+            ),
+            seed=0,
+        )
     return awake(model).eval()
 
 
 def pipeline(model, prediction: str, precision: str) -> Pipeline:
     encoder = awake(build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2)))
     tokenizer = build_tokenizer(DummyTokenizerConfig(latent_d=CHANNELS))
-    objective = build_objective("flow_matching", flow_matching=FlowMatchingConfig(prediction=prediction))
+    objective = build_objective(
+        "flow_matching", flow_matching=FlowMatchingConfig(prediction=prediction)
+    )
     return Pipeline(Learner(model, encoder, objective, tokenizer.spec).eval(), tokenizer, precision)
 
 
-def draw(model, prediction: str = "velocity", solver: str = "ab2", precision: str = "fp32", **settings) -> torch.Tensor:
+def draw(
+    model, prediction: str = "velocity", solver: str = "ab2", precision: str = "fp32", **settings
+) -> torch.Tensor:
     settings = SampleSettings(SamplerConfig(solver, 5), seed=3, **settings)
     return pipeline(model, prediction, precision).latents(CAPTIONS, 64, 48, 2, settings)
 
@@ -69,7 +85,15 @@ def count(model, layers: tuple[str, ...] = ("cross.k", "cross.v")) -> list[str]:
     return names
 
 
-VARIANTS = [{}, {"pooled_text": False}, {"qk_norm": False}, {"crop": True}, {"residual": "autocast"}, {"adapter": "lora"}, {"adapter": "lokr"}]
+VARIANTS = [
+    {},
+    {"pooled_text": False},
+    {"qk_norm": False},
+    {"crop": True},
+    {"residual": "autocast"},
+    {"adapter": "lora"},
+    {"adapter": "lokr"},
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -86,18 +110,26 @@ def test_prepared_text_gives_the_same_bits(variant, frames, autocast):
             model(x, t, text)
         with observed(model) as told:
             model(x, t, prepared)
-        assert {name: stats.result() for name, stats in told.items()} == {name: stats.result() for name, stats in plain.items()}
+        assert {name: stats.result() for name, stats in told.items()} == {
+            name: stats.result() for name, stats in plain.items()
+        }
     with pytest.raises(ValueError, match="2 latents, 2 times and 1 captions"):
         model(x, t, model.prepare(text[:1]))
     with pytest.raises(ValueError, match="16"):
         model.prepare(TextTokens(torch.randn(2, 5, 4), text.valid))
 
 
-@pytest.mark.parametrize("settings, captions", [
-    ({"cfg_scale": 2.0}, 1), ({"cfg_scale": 1.0}, 1), ({"cfg_scale": 2.0, "cfg_interval": (0.3, 0.7)}, 2),
-    ({"cfg_scale": 0.0, "cfg_interval": (0.3, 0.7)}, 2), ({"cfg_scale": 2.0, "negative_prompt": "a star"}, 1),
-    ({"cfg_scale": 2.0, "precision": "bf16"}, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, captions",
+    [
+        ({"cfg_scale": 2.0}, 1),
+        ({"cfg_scale": 1.0}, 1),
+        ({"cfg_scale": 2.0, "cfg_interval": (0.3, 0.7)}, 2),
+        ({"cfg_scale": 0.0, "cfg_interval": (0.3, 0.7)}, 2),
+        ({"cfg_scale": 2.0, "negative_prompt": "a star"}, 1),
+        ({"cfg_scale": 2.0, "precision": "bf16"}, 1),
+    ],
+)
 @pytest.mark.parametrize("adapter", ["", "lora"])
 def test_a_run_makes_keys_and_values_once_for_each_kind_of_captions(settings, captions, adapter):
     model = network(adapter)
@@ -111,7 +143,10 @@ def test_a_run_makes_keys_and_values_once_for_each_kind_of_captions(settings, ca
 
 
 def pair():
-    return Experts({"high": network("lora"), "low": network("lokr")}, Stages(("high", "low"), (0.5,), 1000.0).route).eval()
+    return Experts(
+        {"high": network("lora"), "low": network("lokr")},
+        Stages(("high", "low"), (0.5,), 1000.0).route,
+    ).eval()
 
 
 def test_each_expert_of_a_pair_has_its_own_keys():
@@ -131,29 +166,50 @@ def tapes(monkeypatch):
     return pretended_graphs(monkeypatch, calls)
 
 
-@pytest.mark.parametrize("variant", [{}, {"crop": True}, {"adapter": "lokr"}, {"pooled_text": False}])
-@pytest.mark.parametrize("settings, graphs", [
-    ({"cfg_scale": 2.0, "cfg_interval": (0.3, 0.7)}, 2), ({"cfg_scale": 2.0, "precision": "bf16"}, 1),
-    ({"cfg_scale": 1.0, "prediction": "x0", "solver": "dpmpp_2m"}, 1),  # the solver keeps the network's very output
-])  # fmt: skip
-def test_replays_give_the_same_bits_with_a_graph_for_each_kind_of_call(tapes, variant, settings, graphs):
+@pytest.mark.parametrize(
+    "variant", [{}, {"crop": True}, {"adapter": "lokr"}, {"pooled_text": False}]
+)
+@pytest.mark.parametrize(
+    "settings, graphs",
+    [
+        ({"cfg_scale": 2.0, "cfg_interval": (0.3, 0.7)}, 2),
+        ({"cfg_scale": 2.0, "precision": "bf16"}, 1),
+        (
+            {"cfg_scale": 1.0, "prediction": "x0", "solver": "dpmpp_2m"},
+            1,
+        ),  # the solver keeps the network's very output
+    ],
+)
+def test_replays_give_the_same_bits_with_a_graph_for_each_kind_of_call(
+    tapes, variant, settings, graphs
+):
     model = network(**variant)
     expected = draw_plainly(model, **settings)
     steps = count(model, ("cross.q",))
     assert torch.equal(draw(model, **settings), expected) and len(tapes) == graphs
-    assert len(steps) == 2 * DEPTH * graphs, "each kind runs twice in Python: at first, and for the capture"
+    assert len(steps) == 2 * DEPTH * graphs, (
+        "each kind runs twice in Python: at first, and for the capture"
+    )
 
 
 def test_the_experts_of_a_pair_are_replayed_each_in_its_times(tapes):
     model = pair()
-    assert torch.equal(draw(model, cfg_scale=2.0), draw_plainly(model, cfg_scale=2.0)) and len(tapes) == 2
+    assert (
+        torch.equal(draw(model, cfg_scale=2.0), draw_plainly(model, cfg_scale=2.0))
+        and len(tapes) == 2
+    )
 
 
 def test_a_replay_holds_the_text_whose_memory_its_graph_reads(tapes, monkeypatch):
     model, made = network(), []
     prepare = model.prepare
-    monkeypatch.setattr(model, "prepare", lambda text: made.append(weakref.ref(kept := prepare(text))) or kept)
-    text, x = TextTokens(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)), torch.randn(2, 1, 4, 3, CHANNELS)
+    monkeypatch.setattr(
+        model, "prepare", lambda text: made.append(weakref.ref(kept := prepare(text))) or kept
+    )
+    text, x = (
+        TextTokens(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)),
+        torch.randn(2, 1, 4, 3, CHANNELS),
+    )
     with torch.no_grad(), Calls() as run:
         for _ in range(3):
             run(model, x, torch.tensor([100.0, 800.0]), text)
@@ -172,7 +228,10 @@ def test_what_cannot_be_captured_runs_as_it_is_and_that_is_said_once(tapes):
         warnings.simplefilter("always")
         for _ in range(2):
             assert torch.equal(draw(model, cfg_scale=2.0), expected)
-    assert [str(line.message).endswith("operation not permitted when stream is capturing") for line in heard] == [True]
+    assert [
+        str(line.message).endswith("operation not permitted when stream is capturing")
+        for line in heard
+    ] == [True]
     assert len(tapes) == 1
 
 

@@ -1,18 +1,19 @@
-"""Damage of stored numbers is told before they are trained on, however few frames of a clip are read."""
+"""Damage of stored numbers is told before they are trained on, however few frames of a clip are
+read."""
 
 import json
 
 import pytest
 import torch
-from test_packed import MANIFEST
 
-from mmdit.data.batches import BatchPlan, LatentBatches
-from mmdit.data.buckets import VideoConfig
-from mmdit.data.cache import CacheWriter, open_cache
-from mmdit.data.items import running_crcs
-from mmdit.data.packed import INDEX, index_of, read_shard, shards_of, write_index
-from mmdit.data.packing import pack_cache
-from mmdit.data.verify import verify_cache
+from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.cache.items import running_crcs
+from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.packed import INDEX, index_of, read_shard, shards_of, write_index
+from mmdit.data.cache.packing import pack_cache
+from mmdit.data.cache.verify import verify_cache
+from mmdit.data.dataset.buckets import VideoConfig
+from tests.test_packed import MANIFEST
 
 VIDEO = VideoConfig(32, 32, num_frames=3)
 FRAMES = 7
@@ -30,7 +31,9 @@ def clips(tmp_path):
 def without_marks(folder):
     """The cache as an older version wrote it."""
     if (folder / INDEX).exists():
-        shards = [(path, [row | {"marks": []} for row in read_shard(path)]) for path in shards_of(folder)]
+        shards = [
+            (path, [row | {"marks": []} for row in read_shard(path)]) for path in shards_of(folder)
+        ]
         write_index(folder, index_of(shards))
         return
     lines = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
@@ -105,7 +108,9 @@ def test_an_item_of_another_caption_than_the_index_says_is_told(clips):
     cache = open_cache(clips / "cache")
     file = clips / "cache" / cache._columns.files[0]
     torch.save({"latents": cache.load(1), "caption": "another"}, file)
-    with pytest.raises(ValueError, match="a.pt has the caption 'another', the index says ''; delete"):
+    with pytest.raises(
+        ValueError, match="a.pt has the caption 'another', the index says ''; delete"
+    ):
         cache.load(0)
 
 
@@ -120,14 +125,19 @@ def test_an_older_packed_cache_is_current_and_gives_the_same(clips):
 
 def test_marks_continue_each_other():
     numbers = torch.randn(3, 2, 2, 3).half().numpy()
-    assert running_crcs(numbers)[:2] == running_crcs(numbers[:2]) and len(set(running_crcs(numbers))) == 3
+    assert (
+        running_crcs(numbers)[:2] == running_crcs(numbers[:2])
+        and len(set(running_crcs(numbers))) == 3
+    )
 
 
 def test_lines_enter_the_index_when_their_items_are_on_the_disk(tmp_path, monkeypatch):
-    from mmdit.data import cache as module
+    from mmdit.data.cache import latent_cache as module
 
     done = []
-    monkeypatch.setattr(module, "flush_file_system", lambda folder: done.append(sorted(folder.rglob("*.pt"))))
+    monkeypatch.setattr(
+        module, "flush_file_system", lambda folder: done.append(sorted(folder.rglob("*.pt")))
+    )
     monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
     with CacheWriter(tmp_path, MANIFEST) as writer:
         for name in "ab":

@@ -1,5 +1,6 @@
-"""What a cache is made with is its key: each setting that changes the latents is compared by itself. Clips of a tokenizer that
-joins frames in time are cut when they are cached, and that plan belongs to the key."""
+"""What a cache is made with is its key: each setting that changes the latents is compared by
+itself. Clips of a tokenizer that joins frames in time are cut when they are cached, and that plan
+belongs to the key."""
 
 import json
 from dataclasses import replace
@@ -8,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cache import MeanPixels, run, write_meta
 
 from mmdit.config import ConfigError
-from mmdit.data.batches import BatchPlan, LatentBatches
-from mmdit.data.buckets import BucketingConfig, VideoConfig
-from mmdit.data.cache import open_cache
-from mmdit.data.clips import cached_frames, clip_plan
-from mmdit.data.frames import PreprocessConfig
-from mmdit.data.manifest import CacheManifest
+from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.clips import cached_frames, clip_plan
+from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.interfaces import LatentSpec
+from tests.test_cache import MeanPixels, run, write_meta
 
 VIDEO = VideoConfig(32, 32, num_frames=9, frame_stride=2)
 
@@ -30,7 +31,9 @@ class Joining(MeanPixels):
     def encode(self, pixels):
         latents = super().encode(pixels)
         self.spec.frames(latents.shape[1])  # ValueError: a number of frames that it cannot take
-        rest = latents[:, 1:].unflatten(1, (-1, 4)).mean(2) if latents.shape[1] > 1 else latents[:, 1:]
+        rest = (
+            latents[:, 1:].unflatten(1, (-1, 4)).mean(2) if latents.shape[1] > 1 else latents[:, 1:]
+        )
         return torch.cat([latents[:, :1], rest], 1)
 
 
@@ -63,7 +66,9 @@ def test_a_tokenizer_that_joins_frames_is_given_the_planned_ones(clips, tmp_path
     before = json.loads((tmp_path / "cache/manifest.json").read_text())["clip_plan"]
     assert before["num_frames"] == 9
     with pytest.raises(ValueError, match="video.frame_stride: the cache has 2, the config asks 1"):
-        run(clips, tmp_path / "cache", Joining(), kind="video", video=replace(VIDEO, frame_stride=1))
+        run(
+            clips, tmp_path / "cache", Joining(), kind="video", video=replace(VIDEO, frame_stride=1)
+        )
 
 
 def test_short_clips_get_fewer_frames_and_stretched_ones_the_whole_clip(clips, tmp_path):
@@ -72,12 +77,26 @@ def test_short_clips_get_fewer_frames_and_stretched_ones_the_whole_clip(clips, t
     cache = open_cache(tmp_path / "cache")
     assert cache.shapes[:, 0].tolist() == [2, 5, 5]
     plan = BatchPlan(cache, video, 1, 0)
-    assert {(int(plan.batch(step).items[0]), plan.batch(step).frames.shape[1]) for step in range(3)} == {(0, 2), (1, 5), (2, 5)}
-    assert cached_frames(30, VideoConfig(num_frames=5, shrink_video_to_frames=True)) == [0, 7, 15, 22, 29]
+    assert {
+        (int(plan.batch(step).items[0]), plan.batch(step).frames.shape[1]) for step in range(3)
+    } == {(0, 2), (1, 5), (2, 5)}
+    assert cached_frames(30, VideoConfig(num_frames=5, shrink_video_to_frames=True)) == [
+        0,
+        7,
+        15,
+        22,
+        29,
+    ]
 
 
-@pytest.mark.parametrize("change, path", [({"num_frames": 8}, "num_frames"), ({"temporal_jitter": 1}, "temporal_jitter"),
-                                          ({"frame_counts": (4,)}, "frame_counts")])
+@pytest.mark.parametrize(
+    "change, path",
+    [
+        ({"num_frames": 8}, "num_frames"),
+        ({"temporal_jitter": 1}, "temporal_jitter"),
+        ({"frame_counts": (4,)}, "frame_counts"),
+    ],
+)
 def test_what_a_joining_tokenizer_cannot_do_is_refused(change, path):
     with pytest.raises(ConfigError, match=f"video.{path}"):
         clip_plan(replace(VIDEO, **change), Joining.spec)
@@ -100,13 +119,29 @@ MUTATIONS = {
 }
 
 
-def manifest(tokenizer="weights", channels=3, spatial=16, temporal=4, scale=1.0, buckets=((32, 32),), shift_fraction=1.0,
-             num_crops=2, seed=0, source="", **video):  # fmt: skip
+def manifest(
+    tokenizer="weights",
+    channels=3,
+    spatial=16,
+    temporal=4,
+    scale=1.0,
+    buckets=((32, 32),),
+    shift_fraction=1.0,
+    num_crops=2,
+    seed=0,
+    source="",
+    **video,
+):
     maker = Joining(tokenizer)
     maker.spec = LatentSpec(channels, spatial, scale=scale, temporal=temporal)
     video = {"num_frames": 25, **video}
-    return CacheManifest.of(maker, VideoConfig(32, 32, **video), BucketingConfig(True, buckets=buckets),
-                            PreprocessConfig("shifted", shift_fraction, num_crops, seed), source)  # fmt: skip
+    return CacheManifest.of(
+        maker,
+        VideoConfig(32, 32, **video),
+        BucketingConfig(True, buckets=buckets),
+        PreprocessConfig("shifted", shift_fraction, num_crops, seed),
+        source,
+    )
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -119,9 +154,16 @@ def test_other_kinds_of_sizes_and_crops_are_other_caches_but_scale_source_and_ba
     base = manifest()
     assert len(MUTATIONS) == 12 and not base.differences(manifest(source="elsewhere", scale=2.0))
     maker = Joining("weights")
-    center = CacheManifest.of(maker, VideoConfig(32, 32, num_frames=25), BucketingConfig(True, buckets=((32, 32),)))
+    center = CacheManifest.of(
+        maker, VideoConfig(32, 32, num_frames=25), BucketingConfig(True, buckets=((32, 32),))
+    )
     plain = CacheManifest.of(maker, VideoConfig(32, 32, num_frames=25))
-    budget = CacheManifest.of(maker, VideoConfig(32, 32, num_frames=25), BucketingConfig(True, "pixel_budget", (), 4096))
+    budget = CacheManifest.of(
+        maker, VideoConfig(32, 32, num_frames=25), BucketingConfig(True, "pixel_budget", (), 4096)
+    )
     assert any(line.startswith("preprocess.crop") for line in base.differences(center))
     assert [line.partition(":")[0] for line in plain.differences(center)] == ["bucketing.enabled"]
-    assert "bucketing.max_pixels_per_frame: the cache has 0, the config asks 4096" in center.differences(budget)
+    assert (
+        "bucketing.max_pixels_per_frame: the cache has 0, the config asks 4096"
+        in center.differences(budget)
+    )

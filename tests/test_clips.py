@@ -1,20 +1,23 @@
-"""Frames of a sample: in order, inside the clip, none twice; a window, or stretched over it; jitter within its bounds."""
+"""Frames of a sample: in order, inside the clip, none twice; a window, or stretched over it; jitter
+within its bounds."""
 
 import pytest
 import torch
-from test_batches import cache, listing, make  # noqa: F401 (cache is a fixture)
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.batches import BatchPlan
-from mmdit.data.buckets import VideoConfig
-from mmdit.data.clips import frame_numbers, usable_frames
+from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.clips import frame_numbers, usable_frames
 from mmdit.rng import Draws
+from tests.test_batches import cache, listing, make  # noqa: F401 (cache is a fixture)
 
 COUNTS = torch.arange(5, 400)
 
 
 def chosen(video, counts=COUNTS, frames=None, step=0, seed=0):
-    return frame_numbers(counts, frames or video.num_frames, video, Draws.of(seed, step, len(counts)))
+    return frame_numbers(
+        counts, frames or video.num_frames, video, Draws.of(seed, step, len(counts))
+    )
 
 
 def test_a_stretched_clip_goes_from_its_first_to_its_last_frame_evenly():
@@ -24,11 +27,15 @@ def test_a_stretched_clip_goes_from_its_first_to_its_last_frame_evenly():
         assert (frames[:, 0] == 0).all() and (frames[:, -1] == counts - 1).all()
         gaps = frames.diff(dim=1)
         assert (gaps.amax(1) - gaps.amin(1) <= 1).all() and gaps.min() >= 1
-    assert chosen(VideoConfig(num_frames=5, shrink_video_to_frames=True), torch.tensor([5, 9])).tolist() == [
-        [0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]  # fmt: skip
+    assert chosen(
+        VideoConfig(num_frames=5, shrink_video_to_frames=True), torch.tensor([5, 9])
+    ).tolist() == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]
 
 
-@pytest.mark.parametrize("options", [{"shrink_video_to_frames": True}, *({"frame_stride": stride} for stride in (1, 4, 9))])
+@pytest.mark.parametrize(
+    "options",
+    [{"shrink_video_to_frames": True}, *({"frame_stride": stride} for stride in (1, 4, 9))],
+)
 @pytest.mark.parametrize("jitter", [1, 2, 50])
 def test_jitter_keeps_the_order_the_first_frame_and_stays_in_the_clip(options, jitter):
     video = VideoConfig(num_frames=5, temporal_jitter=jitter, **options)
@@ -39,7 +46,11 @@ def test_jitter_keeps_the_order_the_first_frame_and_stays_in_the_clip(options, j
         assert (frames.diff(dim=1) >= 1).all() and (frames[:, 0] == fixed[:, 0]).all()
         assert frames.min() >= 0 and (frames[:, -1] < counts).all()
         assert (frames - fixed).abs().max() <= jitter
-        gaps = (counts - 1) // 4 if video.shrink_video_to_frames else torch.full_like(counts, video.frame_stride)
+        gaps = (
+            (counts - 1) // 4
+            if video.shrink_video_to_frames
+            else torch.full_like(counts, video.frame_stride)
+        )
         assert ((frames - fixed).abs().amax(1) <= (gaps - 1).clamp(min=0) // 2).all()
 
 
@@ -68,10 +79,30 @@ def test_stretching_leaves_out_only_clips_with_too_few_frames_and_the_report_tel
 
 def test_clips_of_several_lengths_train_at_the_most_frames_that_fit_in_batches_of_one_shape():
     video = VideoConfig(num_frames=16, frame_stride=2, frame_counts=(4, 8))
-    assert usable_frames(torch.tensor([6, 7, 14, 15, 30, 31, 99]), video).tolist() == [0, 4, 4, 8, 8, 16, 16]
-    plan = BatchPlan(listing((6, 7, 2, 2), (5, 20, 2, 2), (7, 40, 2, 2), (3, 40, 1, 4), (1, 6, 2, 2)), video, 4, seed=2)
-    rows = {(tuple(row["grid"]), row["frames"]): (row["items"], row["batches"]) for row in plan.table()}
-    assert rows == {((2, 2), 4): (6, 1.5), ((2, 2), 8): (5, 1.25), ((2, 2), 16): (7, 1.75), ((1, 4), 16): (3, 0.75)}
+    assert usable_frames(torch.tensor([6, 7, 14, 15, 30, 31, 99]), video).tolist() == [
+        0,
+        4,
+        4,
+        8,
+        8,
+        16,
+        16,
+    ]
+    plan = BatchPlan(
+        listing((6, 7, 2, 2), (5, 20, 2, 2), (7, 40, 2, 2), (3, 40, 1, 4), (1, 6, 2, 2)),
+        video,
+        4,
+        seed=2,
+    )
+    rows = {
+        (tuple(row["grid"]), row["frames"]): (row["items"], row["batches"]) for row in plan.table()
+    }
+    assert rows == {
+        ((2, 2), 4): (6, 1.5),
+        ((2, 2), 8): (5, 1.25),
+        ((2, 2), 16): (7, 1.75),
+        ((1, 4), 16): (3, 0.75),
+    }
     seen = []
     for step in range(12):
         batch = plan.batch(step)
@@ -83,7 +114,13 @@ def test_clips_of_several_lengths_train_at_the_most_frames_that_fit_in_batches_o
 
 @pytest.mark.parametrize("where", [True, False])
 def test_batches_hold_the_chosen_frames(cache, where):  # noqa: F811
-    video = VideoConfig(num_frames=4, shrink_video_to_frames=True, temporal_jitter=1, frame_counts=(2,), image_fraction=0.3)
+    video = VideoConfig(
+        num_frames=4,
+        shrink_video_to_frames=True,
+        temporal_jitter=1,
+        frame_counts=(2,),
+        image_fraction=0.3,
+    )
     batches = make(cache, video, in_memory=where)
     for step in range(20):
         (batch,), planned = batches.step(step), batches.plan.batch(step)
@@ -94,7 +131,10 @@ def test_batches_hold_the_chosen_frames(cache, where):  # noqa: F811
 @pytest.mark.parametrize(
     "values, told",
     [
-        ({"shrink_video_to_frames": True, "num_frames": 8, "frame_stride": 2}, "set frame_stride: 1"),
+        (
+            {"shrink_video_to_frames": True, "num_frames": 8, "frame_stride": 2},
+            "set frame_stride: 1",
+        ),
         ({"shrink_video_to_frames": True}, "at least 2"),
         ({"temporal_jitter": 1}, "0 for single frames"),
         ({"temporal_jitter": -1, "num_frames": 8}, "at least 0"),

@@ -1,4 +1,5 @@
-"""Configs: unknown keys, wrong types and impossible combinations stop with file, line and dotted path."""
+"""Configs: unknown keys, wrong types and impossible combinations stop with file, line and dotted
+path."""
 
 import dataclasses
 import typing
@@ -6,11 +7,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from vtp.train.config import PretrainConfig
 
-from mmdit.config import ConfigError, apply_overrides, decode, differences, encode, load, parse_yaml, to_yaml
-from mmdit.experiment import ExperimentConfig
+from mmdit.config import (
+    ConfigError,
+    apply_overrides,
+    decode,
+    differences,
+    encode,
+    load,
+    parse_yaml,
+    to_yaml,
+)
+from mmdit.experiment.config import ExperimentConfig
 from mmdit.scripts import with_home
+from mmdit.vtp_training.pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ def test_numbers_as_people_write_them():
 def test_round_trip():
     root = Root("x", Square(side=4), ((64, 32), (32, 64)), 0.5, True, "b")
     assert decode(Root, parse_yaml(to_yaml(root))[0]) == root
-    assert differences(root, Root("x", Square(side=5), ((64, 32), (32, 64)), 0.5, True, "b")) == ["shape.side: 4 → 5"]
+    assert differences(root, Root("x", Square(side=5), ((64, 32), (32, 64)), 0.5, True, "b")) == [
+        "shape.side: 4 → 5"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +74,14 @@ def test_round_trip():
     [
         ("name: x\nspeed: 3", ["c.yaml:2", "speed", "unknown key"]),
         ("name: x\nlimt: 3", ["limt", "did you mean 'limit'"]),
-        ("name: x\nshape:\n  type: square\n  side: big", ["c.yaml:4", "shape.side", "'big'", "whole number"]),
-        ("name: x\nshape:\n  type: square\n  side: 0", ["c.yaml:4", "shape.side", "is 0", "positive"]),
+        (
+            "name: x\nshape:\n  type: square\n  side: big",
+            ["c.yaml:4", "shape.side", "'big'", "whole number"],
+        ),
+        (
+            "name: x\nshape:\n  type: square\n  side: 0",
+            ["c.yaml:4", "shape.side", "is 0", "positive"],
+        ),
         ("name: x\nshape: {type: triangle}", ["shape.type", "triangle", "circle, square"]),
         ("name: x\nshape: {type: circle, side: 3}", ["shape.side", "unknown key"]),
         ("name: x\nfast: 1", ["fast", "true or false"]),
@@ -113,9 +131,20 @@ def test_encode_is_plain_data():
     assert encode(Root("x", Square(side=3)))["shape"] == {"type": "square", "side": 3}
 
 
-# Numbers of which any is meant: seeds, guidance (below 1 leads away from a prompt), weights of rewards (below 0: less of it), a check.
-ANY = {"seed", "sample_seed", "sample_cfg_scale", "sample_cfg_scale_low", "guidance", "guidance_low", "logit_mean", "weight", "partial",
-       "dim"}  # fmt: skip
+# Numbers of which any is meant: seeds, guidance (below 1 leads away from a prompt), weights of
+# rewards (below 0: less of it), a check.
+ANY = {
+    "seed",
+    "sample_seed",
+    "sample_cfg_scale",
+    "sample_cfg_scale_low",
+    "guidance",
+    "guidance_low",
+    "logit_mean",
+    "weight",
+    "partial",
+    "dim",
+}
 
 
 def sections(kind, found: dict) -> dict:
@@ -130,28 +159,50 @@ def sections(kind, found: dict) -> dict:
 
 
 SECTIONS = sections(PretrainConfig, sections(ExperimentConfig, {}))
-NEEDED = {"UMT5Config": {"freeze": False, "dtype": "float32"}, "ModuleRank": {"rank": 1, "alpha": 1.0}, "PhaseConfig": {"alpha": 1.0}}
-NUMBERS = [(name, field.name) for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)
-           if {int, float} & {(hint := typing.get_type_hints(kind)[field.name]), *typing.get_args(hint)} and field.name not in ANY
-           and typing.get_origin(hint) is not tuple]  # fmt: skip
+NEEDED = {
+    "UMT5Config": {"freeze": False, "dtype": "float32"},
+    "ModuleRank": {"rank": 1, "alpha": 1.0},
+    "PhaseConfig": {"alpha": 1.0},
+}
+NUMBERS = [
+    (name, field.name)
+    for name, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)
+    if {int, float} & {(hint := typing.get_type_hints(kind)[field.name]), *typing.get_args(hint)}
+    and field.name not in ANY
+    and typing.get_origin(hint) is not tuple
+]
 
 
 @pytest.mark.parametrize("section, name", NUMBERS)
 def test_a_number_below_zero_is_refused_wherever_none_is_meant(section, name):
     kind = SECTIONS[section]
-    required = [field.name for field in dataclasses.fields(kind)
-                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]  # fmt: skip
-    values = dict.fromkeys([*required, *({"name_or_path"} & {field.name for field in dataclasses.fields(kind)})], "x")
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    values = dict.fromkeys(
+        [*required, *({"name_or_path"} & {field.name for field in dataclasses.fields(kind)})], "x"
+    )
     with pytest.raises(ConfigError):
         kind(**{**values, **NEEDED.get(section, {}), name: -3})
 
 
 def test_a_tilde_in_a_path_is_the_home_folder_and_in_a_text_it_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    words = ["output_dir=~/runs", "train.init_from=~/runs/a", "tokenizer.name_or_path=~/t", "captions.trigger=~/x"]
+    words = [
+        "output_dir=~/runs",
+        "train.init_from=~/runs/a",
+        "tokenizer.name_or_path=~/t",
+        "captions.trigger=~/x",
+    ]
     base = {"experiment_name": "a", "tokenizer": {"type": "vtp"}}
     config = decode(ExperimentConfig, apply_overrides(base, [*words, "train.sample_prompts=[~/a]"]))
-    assert (config.output_dir, config.train.init_from) == ("/home/someone/runs", "/home/someone/runs/a")
+    assert (config.output_dir, config.train.init_from) == (
+        "/home/someone/runs",
+        "/home/someone/runs/a",
+    )
     assert config.tokenizer.name_or_path == "/home/someone/t"
     assert (config.captions.trigger, config.train.sample_prompts) == ("~/x", ("~/a",))
     assert decode(ExperimentConfig, encode(config)) == config

@@ -17,7 +17,8 @@ KINDS = {
 
 
 class Network:
-    """Depends on x, on t and on each sample's own valid text. Counts its calls and their batch sizes."""
+    """Depends on x, on t and on each sample's own valid text. Counts its calls and their batch
+    sizes."""
 
     def __init__(self):
         self.sizes = []
@@ -31,7 +32,8 @@ class Network:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, -1.0])
 def test_guiding_x0_is_guiding_the_prediction(kind, scale):
-    """x0 is affine in any prediction at fixed x_t, and the weights scale and 1 - scale sum to one."""
+    """x0 is affine in any prediction at fixed x_t, and the weights scale and 1 - scale sum to
+    one."""
     objective, network, t = KINDS[kind], Network(), 0.6
     told = torch.full((2,), 600.0)
     with_text, without = network(X, told, TEXT), network(X, told, TEXT.null())
@@ -49,18 +51,26 @@ def test_one_network_call_and_doubled_only_when_needed(scale, sizes):
 
 def test_scale_one_is_the_plain_denoiser_exactly():
     objective = KINDS["v"]
-    assert torch.equal(guided(objective, Network(), TEXT, 1.0)(X, 0.5), objective.denoiser(Network(), TEXT)(X, 0.5))
+    assert torch.equal(
+        guided(objective, Network(), TEXT, 1.0)(X, 0.5), objective.denoiser(Network(), TEXT)(X, 0.5)
+    )
 
 
 def test_outside_the_interval_text_is_followed_unguided():
     objective, network = KINDS["velocity"], Network()
-    inside, plain, limited = guided(objective, network, TEXT, 3.0), objective.denoiser(network, TEXT), guided(
-        objective, network, TEXT, 3.0, (0.2, 0.7)
+    inside, plain, limited = (
+        guided(objective, network, TEXT, 3.0),
+        objective.denoiser(network, TEXT),
+        guided(objective, network, TEXT, 3.0, (0.2, 0.7)),
     )
     network.sizes.clear()
-    assert torch.equal(limited(X, 0.1), plain(X, 0.1)) and torch.equal(limited(X, 0.9), plain(X, 0.9))
+    assert torch.equal(limited(X, 0.1), plain(X, 0.1)) and torch.equal(
+        limited(X, 0.9), plain(X, 0.9)
+    )
     assert network.sizes == [2] * 4
-    assert torch.equal(limited(X, 0.7), inside(X, 0.7)) and torch.equal(limited(X, 0.2), inside(X, 0.2))
+    assert torch.equal(limited(X, 0.7), inside(X, 0.7)) and torch.equal(
+        limited(X, 0.2), inside(X, 0.2)
+    )
     assert not torch.allclose(inside(X, 0.5), plain(X, 0.5))
     t = torch.tensor([0.1, 0.5])  # each sample its own time
     assert torch.allclose(limited(X, t), torch.cat([plain(X, t)[:1], inside(X, t)[1:]]))

@@ -5,7 +5,14 @@ import torch
 
 from mmdit import config as configs
 from mmdit.config import ConfigError
-from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective, sample, sampling_times
+from mmdit.diffusion import (
+    DiffusionConfig,
+    FlowMatchingConfig,
+    SamplerConfig,
+    build_objective,
+    sample,
+    sampling_times,
+)
 from mmdit.interfaces import TextTokens
 from mmdit.rng import Draws
 
@@ -59,11 +66,16 @@ def times(objective, count=4096):
 def test_a_network_that_knows_the_data_has_no_loss_and_denoises_exactly(objective):
     clean = latents()
     parts = objective.loss(knows(objective, clean), clean, TEXT, Draws.of(0, 1, 4))
-    assert parts.per_sample.shape == parts.t.shape == (4,) and parts.per_sample.dtype == parts.t.dtype == torch.float32
+    assert (
+        parts.per_sample.shape == parts.t.shape == (4,)
+        and parts.per_sample.dtype == parts.t.dtype == torch.float32
+    )
     assert parts.per_sample.max() < 1e-6
     for t in (0.3, torch.tensor(0.7), torch.tensor([0.1, 0.4, 0.6, 0.9])):
         x = objective.path.add_noise(clean, torch.randn(clean.shape), t)
-        assert torch.allclose(objective.denoiser(knows(objective, clean), TEXT)(x, t), clean, atol=2e-5)
+        assert torch.allclose(
+            objective.denoiser(knows(objective, clean), TEXT)(x, t), clean, atol=2e-5
+        )
 
 
 def test_the_input_is_the_mixture_at_the_time_the_network_is_told(objective):
@@ -77,7 +89,11 @@ def test_the_input_is_the_mixture_at_the_time_the_network_is_told(objective):
     parts = objective.loss(model, clean, TEXT, draws, keep="passed on")
     expected = objective.path.add_noise(clean, draws.normal("noise", *clean.shape[1:]), parts.t)
     assert torch.allclose(seen["x"], expected, atol=1e-6)
-    assert torch.allclose(seen["t"], parts.t * 1000) and seen["t"].shape == (4,) and seen["t"].dtype == torch.float32
+    assert (
+        torch.allclose(seen["t"], parts.t * 1000)
+        and seen["t"].shape == (4,)
+        and seen["t"].dtype == torch.float32
+    )
     assert seen["text"] is TEXT and seen["keep"] == "passed on"
 
 
@@ -123,17 +139,22 @@ def test_min_snr_weights_are_the_published_ones(prediction, published):
     expected = 0.01 * published((alpha / sigma).square(), 5.0)
     assert torch.allclose(parts.per_sample.double(), expected, rtol=2e-2, atol=1e-7)
     plain = ddpm(prediction_type=prediction)
-    unweighted = plain.loss(knows(plain, clean, error=0.1), clean, TEXT, Draws.of(0, 0, 64)).per_sample
+    unweighted = plain.loss(
+        knows(plain, clean, error=0.1), clean, TEXT, Draws.of(0, 0, 64)
+    ).per_sample
     assert torch.allclose(unweighted, torch.full((64,), 0.01), rtol=2e-2)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_x0_network_pays_for_its_velocity(path):
-    """An error in x0 costs what the velocity made from it would, and no more than that of t = 0.05 nearer to the data."""
+    """An error in x0 costs what the velocity made from it would, and no more than that of t = 0.05
+    nearer to the data."""
     objective, clean, error = flow(path=path, prediction="x0", time="uniform"), latents(256), 0.1
     parts = objective.loss(knows(objective, clean, error), clean, TEXT, Draws.of(0, 0, 256))
     t = parts.t.double().clamp(min=0.05)
-    rate = 1 / t if path == "linear" else torch.pi / 2 / torch.sin(torch.pi / 2 * t)  # |d velocity / d x0| at fixed x
+    rate = (
+        1 / t if path == "linear" else torch.pi / 2 / torch.sin(torch.pi / 2 * t)
+    )  # |d velocity / d x0| at fixed x
     assert (parts.t < 0.05).any()
     assert torch.allclose(parts.per_sample.double(), (error * rate).square(), rtol=1e-3)
 
@@ -141,7 +162,10 @@ def test_x0_network_pays_for_its_velocity(path):
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
 def test_direction_weight_adds_one_minus_the_cosine_over_channels(prediction):
     clean, weight = latents(), 0.7
-    plain, directed = flow(prediction=prediction, t_min=0.1), flow(prediction=prediction, t_min=0.1, direction_weight=weight)
+    plain, directed = (
+        flow(prediction=prediction, t_min=0.1),
+        flow(prediction=prediction, t_min=0.1, direction_weight=weight),
+    )
     draws, seen = Draws.of(2, 2, 4), {}
 
     def model(x, t, text):
@@ -154,7 +178,9 @@ def test_direction_weight_adds_one_minus_the_cosine_over_channels(prediction):
     true = draws.normal("noise", *clean.shape[1:]) - clean
     predicted = model(x, None, None) if prediction == "velocity" else (x - model(x, None, None)) / t
     cosine = (true * predicted).sum(-1) / (true.norm(dim=-1) * predicted.norm(dim=-1))
-    assert torch.allclose(parts.per_sample - base.per_sample, weight * (1 - cosine).flatten(1).mean(1), atol=1e-4)
+    assert torch.allclose(
+        parts.per_sample - base.per_sample, weight * (1 - cosine).flatten(1).mean(1), atol=1e-4
+    )
 
 
 def test_ddpm_draws_every_level_equally():
@@ -172,7 +198,10 @@ def test_flow_times_follow_their_distribution():
         ({"t_min": 0.2, "t_max": 0.6}, 0.2 + 0.4 * quantiles),
         ({"shift": 3.0}, 3 * quantiles / (1 + 2 * quantiles)),
         ({"time": "logit_normal"}, torch.sigmoid(normal)),
-        ({"time": "logit_normal", "logit_mean": 0.8, "logit_std": 0.5}, torch.sigmoid(0.8 + 0.5 * normal)),
+        (
+            {"time": "logit_normal", "logit_mean": 0.8, "logit_std": 0.5},
+            torch.sigmoid(0.8 + 0.5 * normal),
+        ),
     ]:
         t = times(flow(**keys), 20000)
         assert torch.allclose(t.quantile(quantiles), expected, atol=0.015), keys
@@ -212,7 +241,11 @@ def test_network_is_told_scaled_times_within_its_training_range():
 
 def test_denoiser_answers_at_least_in_float32():
     denoise = flow().denoiser(lambda x, t, text: x.bfloat16(), TEXT)
-    for given, answered in [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]:
+    for given, answered in [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
         assert denoise(torch.zeros(1, 2, dtype=given), 0.5).dtype == answered
 
 
@@ -221,7 +254,11 @@ def test_denoiser_answers_at_least_in_float32():
     [
         (DiffusionConfig, {"num_timesteps": 1}, "num_timesteps"),
         (DiffusionConfig, {"min_snr_gamma": 0.0}, "min_snr_gamma"),
-        (DiffusionConfig, {"prediction_type": "eps", "zero_terminal_snr": True}, "zero_terminal_snr"),
+        (
+            DiffusionConfig,
+            {"prediction_type": "eps", "zero_terminal_snr": True},
+            "zero_terminal_snr",
+        ),
         (DiffusionConfig, {"min_snr_gamma": 5.0, "zero_terminal_snr": True}, "zero_terminal_snr"),
         (DiffusionConfig, {"prediction_type": "epsilon"}, "prediction_type"),
         (FlowMatchingConfig, {"t_min": 0.9, "t_max": 0.1}, "t_min"),
@@ -240,5 +277,10 @@ def test_impossible_settings_are_refused_by_name(kind, keys, path):
 
 
 def test_configs_survive_yaml():
-    for config in (DiffusionConfig(min_snr_gamma=5.0), FlowMatchingConfig(time="logit_normal", logit_mean=0.5)):
-        assert configs.decode(type(config), configs.parse_yaml(configs.to_yaml(config))[0]) == config
+    for config in (
+        DiffusionConfig(min_snr_gamma=5.0),
+        FlowMatchingConfig(time="logit_normal", logit_mean=0.5),
+    ):
+        assert (
+            configs.decode(type(config), configs.parse_yaml(configs.to_yaml(config))[0]) == config
+        )

@@ -38,7 +38,10 @@ def test_clean_and_noise_come_back_from_every_prediction_in_float64(path, kind):
     for i, time in enumerate(t.tolist()):  # a float means the same as a tensor
         row = slice(i, i + 1)
         assert torch.equal(path.add_noise(clean[row], noise[row], time), x[row])
-        assert torch.equal(path.to_clean(kind, prediction[row], x[row], time), path.to_clean(kind, prediction, x, t)[row])
+        assert torch.equal(
+            path.to_clean(kind, prediction[row], x[row], time),
+            path.to_clean(kind, prediction, x, t)[row],
+        )
 
 
 @pytest.mark.parametrize("source", KINDS)
@@ -48,9 +51,16 @@ def test_gain_is_how_an_error_shows_in_another_prediction(path, source, target):
     clean, noise = random_pair(2)
     x, error = path.add_noise(clean, noise, t), 0.01
     wrong = path.mix(source, clean, noise, t) + error
-    implied = path.mix(target, path.to_clean(source, wrong, x, t), path.to_noise(source, wrong, x, t), t)
+    implied = path.mix(
+        target, path.to_clean(source, wrong, x, t), path.to_noise(source, wrong, x, t), t
+    )
     shown = implied - path.mix(target, clean, noise, t)
-    assert torch.allclose(shown, (error * path.gain(source, target, t))[:, None, None].expand_as(shown), rtol=0, atol=1e-10)
+    assert torch.allclose(
+        shown,
+        (error * path.gain(source, target, t))[:, None, None].expand_as(shown),
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 def test_ends_are_exact(path):
@@ -72,7 +82,11 @@ def test_signal_falls_and_noise_rises(path):
 def test_velocity_is_the_derivative_along_the_clock(path):
     t, h = torch.tensor([0.3002, 0.6002, 0.9002], dtype=torch.float64), 1e-4
     width = path.clock(t + h) - path.clock(t - h)
-    ahead, behind, velocity = path.alpha_sigma(t + h), path.alpha_sigma(t - h), path.mixture("velocity", t)
+    ahead, behind, velocity = (
+        path.alpha_sigma(t + h),
+        path.alpha_sigma(t - h),
+        path.mixture("velocity", t),
+    )
     for after, before, rate in zip(ahead, behind, velocity, strict=True):
         assert torch.allclose((after - before) / width, rate, atol=1e-6)
 
@@ -80,14 +94,20 @@ def test_velocity_is_the_derivative_along_the_clock(path):
 def test_flow_velocities_are_those_of_the_papers():
     assert [float(c) for c in PATHS["linear"].mixture("velocity", 0.3)] == [-1.0, 1.0]
     a, b = PATHS["cosine"].mixture("velocity", 0.5)
-    assert float(-a) == pytest.approx(math.pi / 2 * math.sqrt(0.5)) and float(b) == pytest.approx(math.pi / 2 * math.sqrt(0.5))
+    assert float(-a) == pytest.approx(math.pi / 2 * math.sqrt(0.5)) and float(b) == pytest.approx(
+        math.pi / 2 * math.sqrt(0.5)
+    )
 
 
 def test_ddpm_levels_have_the_published_noise():
     cosine, linear = PATHS["ddpm cosine"], PATHS["ddpm linear"]
     assert float(linear.alphas_cumprod[0]) == pytest.approx(1 - 1e-4)
-    assert float(linear.alphas_cumprod[-1]) == pytest.approx(4.0358e-5, rel=1e-3)  # Ho et al.: prod(1 - beta)
-    assert float(cosine.alphas_cumprod[-1]) == pytest.approx(2.4288e-9, rel=1e-3)  # the last beta is clipped at 0.999
+    assert float(linear.alphas_cumprod[-1]) == pytest.approx(
+        4.0358e-5, rel=1e-3
+    )  # Ho et al.: prod(1 - beta)
+    assert float(cosine.alphas_cumprod[-1]) == pytest.approx(
+        2.4288e-9, rel=1e-3
+    )  # the last beta is clipped at 0.999
     level = 499
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (level + 1, 0)]
     assert float(cosine.alphas_cumprod[level]) == pytest.approx(f[0] / f[1], rel=1e-10)
@@ -106,7 +126,10 @@ def test_level_k_is_time_k_plus_one_over_T(name):
 
 
 def test_zero_terminal_snr_moves_the_last_level_and_keeps_the_first():
-    plain, stretched = PATHS["ddpm linear"].alphas_cumprod, PATHS["ddpm zero terminal"].alphas_cumprod
+    plain, stretched = (
+        PATHS["ddpm linear"].alphas_cumprod,
+        PATHS["ddpm zero terminal"].alphas_cumprod,
+    )
     assert float(stretched[-1]) == 0.0 and float(stretched[0]) == pytest.approx(float(plain[0]))
     assert float(stretched[-2]) > 0
 
@@ -122,5 +145,7 @@ def test_shift_keeps_the_ends_and_divides_the_odds():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     shifted = shift_time(t, 3.0)
     assert shifted[0] == 0 and shifted[-1] == 1
-    assert torch.allclose((shifted / (1 - shifted))[1:-1], 3 * (t / (1 - t))[1:-1])  # sigma / alpha times 3 on the linear path
+    assert torch.allclose(
+        (shifted / (1 - shifted))[1:-1], 3 * (t / (1 - t))[1:-1]
+    )  # sigma / alpha times 3 on the linear path
     assert torch.equal(shift_time(t, 1.0), t)

@@ -1,4 +1,5 @@
-"""Samplers on data whose denoiser and flow are known in closed form: a Gaussian N(MEAN, STD²), and mixtures of Gaussians."""
+"""Samplers on data whose denoiser and flow are known in closed form: a Gaussian N(MEAN, STD²), and
+mixtures of Gaussians."""
 
 import math
 
@@ -6,14 +7,23 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError
-from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective, sample, sampling_times
+from mmdit.diffusion import (
+    DiffusionConfig,
+    FlowMatchingConfig,
+    SamplerConfig,
+    build_objective,
+    sample,
+    sampling_times,
+)
 from mmdit.interfaces import TextTokens
 from mmdit.rng import Draws
 
 MEAN, STD = 0.3, 0.5
 TEXT = TextTokens(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 SOLVERS = ("ddim", "euler", "heun", "ab2", "dpmpp_2m", "unipc")
-GRID = torch.linspace(-3, 3, 61, dtype=torch.float64)[None]  # stands for noise in deterministic tests
+GRID = torch.linspace(-3, 3, 61, dtype=torch.float64)[
+    None
+]  # stands for noise in deterministic tests
 
 
 def ddpm(**keys):
@@ -42,14 +52,17 @@ def objective(request):
 
 
 def gaussian(objective, mean=MEAN, std=STD, error=0.0):
-    """The best possible network for N(mean, std²), `error` of white noise added to what it predicts. As a denoiser."""
+    """The best possible network for N(mean, std²), `error` of white noise added to what it
+    predicts. As a denoiser."""
     generator = torch.Generator().manual_seed(3)
 
     def model(x, t, text):
         t = t.double() / objective.time_scale
         alpha, sigma = (c[:, None] for c in objective.path.alpha_sigma(t))
         surprise = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        prediction = objective.path.mix(objective.prediction, mean + alpha * std**2 * surprise, sigma * surprise, t)
+        prediction = objective.path.mix(
+            objective.prediction, mean + alpha * std**2 * surprise, sigma * surprise, t
+        )
         return prediction + error * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
     return objective.denoiser(model, TEXT)
@@ -71,12 +84,18 @@ def normal(count, seed=0):
     return torch.randn(1, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp_2m", 1.5), ("unipc", 2)])
+@pytest.mark.parametrize(
+    "solver, order",
+    [("ddim", 1), ("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp_2m", 1.5), ("unipc", 2)],
+)
 @pytest.mark.parametrize("name", ["flow linear", "flow cosine", "flow x0"])
 def test_order_of_accuracy(name, solver, order):
-    """dpmpp_2m extrapolates in log(alpha / sigma), infinite at both ends: between first and second order with even steps."""
+    """dpmpp_2m extrapolates in log(alpha / sigma), infinite at both ends: between first and second
+    order with even steps."""
     coarse, fine = (error_of(OBJECTIVES[name], solver, steps) for steps in (64, 256))
-    assert math.log2(coarse / fine) / 2 == pytest.approx(order, abs=0.35 if order == 1.5 or solver == "unipc" else 0.15)
+    assert math.log2(coarse / fine) / 2 == pytest.approx(
+        order, abs=0.35 if order == 1.5 or solver == "unipc" else 0.15
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -89,7 +108,10 @@ def test_every_solver_converges_to_the_flow_on_every_path(objective, solver):
 
 def test_second_order_pays_on_a_mixture_of_gaussians():
     """At 40 network calls; the claim made in SamplerConfig."""
-    means, weights = torch.tensor([-1.0, 0.2, 1.0], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    means, weights = (
+        torch.tensor([-1.0, 0.2, 1.0], dtype=torch.float64),
+        torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64),
+    )
     objective = OBJECTIVES["flow linear"]
 
     def denoise(x, t):
@@ -100,7 +122,10 @@ def test_second_order_pays_on_a_mixture_of_gaussians():
 
     true = sample(denoise, GRID, objective, SamplerConfig("heun", 1000))
     calls = {"ddim": 40, "euler": 40, "ab2": 40, "dpmpp_2m": 40, "unipc": 40, "heun": 20}
-    error = {s: (sample(denoise, GRID, objective, SamplerConfig(s, n)) - true).square().mean().sqrt() for s, n in calls.items()}
+    error = {
+        s: (sample(denoise, GRID, objective, SamplerConfig(s, n)) - true).square().mean().sqrt()
+        for s, n in calls.items()
+    }
     assert error["ab2"] < error["dpmpp_2m"] < error["heun"] < error["ddim"] / 2
 
 
@@ -113,11 +138,20 @@ def test_n_steps_are_n_calls_from_the_start_to_the_data(objective, solver):
         asked.append(t)
         return exact_denoise(x, t)
 
-    sample(denoise, GRID, objective, SamplerConfig(solver, 10), callback=lambda done, t, x, clean: reached.append((done, t)))
+    sample(
+        denoise,
+        GRID,
+        objective,
+        SamplerConfig(solver, 10),
+        callback=lambda done, t, x, clean: reached.append((done, t)),
+    )
     assert len(asked) == (19 if solver == "heun" else 10)
     assert asked[0] == objective.t_start and min(asked) > 0
     assert [done for done, _ in reached] == list(range(1, 11)) and reached[-1][1] == 0
-    assert asked[:: 2 if solver == "heun" else 1] == [objective.t_start, *(t for _, t in reached[:-1])]
+    assert asked[:: 2 if solver == "heun" else 1] == [
+        objective.t_start,
+        *(t for _, t in reached[:-1]),
+    ]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -125,13 +159,16 @@ def test_width_of_narrow_data_is_right(solver):
     """The Gaussian of pitfall 16 (std 0.15), where one lost step is 6 %."""
     objective, noise = OBJECTIVES["flow linear"], normal(4000)
     made = sample(gaussian(objective, 0.0, 0.15), noise, objective, SamplerConfig(solver, 100))
-    assert (made.std() / (0.15 * noise.std())).item() == pytest.approx(1.0, abs=0.04 if solver in ("ddim", "euler") else 0.01)
+    assert (made.std() / (0.15 * noise.std())).item() == pytest.approx(
+        1.0, abs=0.04 if solver in ("ddim", "euler") else 0.01
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_a_point_is_hit_in_any_number_of_steps(objective, solver, steps):
-    """Few steps, infinite lambdas, alpha = 0: all finite. One step lands on the clean estimate but for the bend of the path."""
+    """Few steps, infinite lambdas, alpha = 0: all finite. One step lands on the clean estimate but
+    for the bend of the path."""
     made = sample(gaussian(objective, MEAN, 0.0), GRID, objective, SamplerConfig(solver, steps))
     assert made.isfinite().all()
     straight = solver in ("ddim", "dpmpp_2m") or objective.path is OBJECTIVES["flow linear"].path
@@ -141,7 +178,10 @@ def test_a_point_is_hit_in_any_number_of_steps(objective, solver, steps):
 
 @pytest.mark.parametrize("name", ["flow linear", "flow x0"])
 def test_euler_is_ddim_on_straight_lines(name):
-    made = [sample(gaussian(OBJECTIVES[name]), GRID, OBJECTIVES[name], SamplerConfig(s, 7)) for s in ("euler", "ddim")]
+    made = [
+        sample(gaussian(OBJECTIVES[name]), GRID, OBJECTIVES[name], SamplerConfig(s, 7))
+        for s in ("euler", "ddim")
+    ]
     assert torch.allclose(*made, rtol=0, atol=1e-12)
 
 
@@ -149,7 +189,8 @@ def test_euler_is_ddim_on_straight_lines(name):
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_an_imperfect_eps_network_does_not_explode(solver, steps, schedule):
-    """Pitfall 7: from t = 1 of the cosine schedule, 1 % of error in eps made std 6.2 of std 1.0 in 50 steps."""
+    """Pitfall 7: from t = 1 of the cosine schedule, 1 % of error in eps made std 6.2 of std 1.0 in
+    50 steps."""
     objective, noise = ddpm(prediction_type="eps", schedule=schedule), normal(4000)
     config = SamplerConfig(solver, steps)
     without_error = sample(gaussian(objective, 0.0, 1.0), noise, objective, config).std().item()
@@ -163,17 +204,29 @@ def test_an_imperfect_eps_network_does_not_explode(solver, steps, schedule):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_networks_that_know_about_pure_noise_start_from_it(solver):
-    for objective in (ddpm(), ddpm(prediction_type="x0"), ddpm(zero_terminal_snr=True), flow(), flow(path="cosine")):
+    for objective in (
+        ddpm(),
+        ddpm(prediction_type="x0"),
+        ddpm(zero_terminal_snr=True),
+        flow(),
+        flow(path="cosine"),
+    ):
         assert objective.t_start == 1.0
         noise = normal(4000)
-        made = sample(gaussian(objective, 0.0, 1.0, 0.03), noise, objective, SamplerConfig(solver, 50)).std() / noise.std()
+        made = (
+            sample(
+                gaussian(objective, 0.0, 1.0, 0.03), noise, objective, SamplerConfig(solver, 50)
+            ).std()
+            / noise.std()
+        )
         assert made.item() == pytest.approx(1.0, abs=0.035)
     assert ddpm(min_snr_gamma=5.0).t_start < 1  # its loss leaves the last levels untrained
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_eta_keeps_the_marginal_of_every_time(objective, eta):
-    """Data at one point: x_s is N(alpha_s MEAN, sigma_s²) whatever part of its noise is fresh, on every path."""
+    """Data at one point: x_s is N(alpha_s MEAN, sigma_s²) whatever part of its noise is fresh, on
+    every path."""
     seen = []
     config = SamplerConfig("ddim", 10, eta)
     noise = normal(20000)
@@ -181,7 +234,14 @@ def test_eta_keeps_the_marginal_of_every_time(objective, eta):
     alpha, sigma = (float(c) for c in objective.path.alpha_sigma(objective.t_start))
     noise = (alpha * MEAN + sigma * noise) / start
     draws = Draws.of(0, 0, 1)
-    sample(gaussian(objective, MEAN, 0.0), noise, objective, config, draws, lambda i, t, x, clean: seen.append((t, x)))
+    sample(
+        gaussian(objective, MEAN, 0.0),
+        noise,
+        objective,
+        config,
+        draws,
+        lambda i, t, x, clean: seen.append((t, x)),
+    )
     for t, x in seen:
         alpha, sigma = (float(c) for c in objective.path.alpha_sigma(t))
         assert x.mean().item() == pytest.approx(alpha * MEAN, abs=0.03)
@@ -189,12 +249,22 @@ def test_eta_keeps_the_marginal_of_every_time(objective, eta):
 
 
 def test_eta_one_is_the_posterior_of_the_forward_process(objective):
-    """The spread of x_s at given x_t and x0, against Bayes: precision 1 / sigma_s² plus that of the step s -> t."""
+    """The spread of x_s at given x_t and x0, against Bayes: precision 1 / sigma_s² plus that of the
+    step s -> t."""
     times, reached = sampling_times(objective, 4), []
     noise, draws = torch.zeros(20000, 1, dtype=torch.float64), Draws.of(0, 0, 20000)
     config = SamplerConfig("ddim", 4, 1.0)
-    sample(lambda x, t: torch.zeros_like(x), noise, objective, config, draws, lambda i, t, x, clean: reached.append(x[:, 0]))
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([float(c) for c in objective.path.alpha_sigma(t)] for t in times[1:3])
+    sample(
+        lambda x, t: torch.zeros_like(x),
+        noise,
+        objective,
+        config,
+        draws,
+        lambda i, t, x, clean: reached.append(x[:, 0]),
+    )
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        [float(c) for c in objective.path.alpha_sigma(t)] for t in times[1:3]
+    )
     ratio = alpha_t / alpha_s
     step_variance = sigma_t**2 - ratio**2 * sigma_s**2
     posterior = (1 / (1 / sigma_s**2 + ratio**2 / step_variance)) ** 0.5
@@ -206,22 +276,34 @@ def test_eta_one_is_the_posterior_of_the_forward_process(objective):
 def test_eta_converges_to_the_data():
     objective, noise = OBJECTIVES["flow linear"], normal(20000)
     configs = [SamplerConfig("ddim", steps, 1.0) for steps in (20, 160)]
-    stds = [sample(gaussian(objective), noise, objective, config, Draws.of(0, 0, 1)).std() for config in configs]
+    stds = [
+        sample(gaussian(objective), noise, objective, config, Draws.of(0, 0, 1)).std()
+        for config in configs
+    ]
     assert stds[0] < stds[1] and stds[1].item() == pytest.approx(STD, rel=0.03)
 
 
 def test_fresh_noise_belongs_to_the_sample_not_to_its_batch():
-    objective, noise, config = OBJECTIVES["ddpm v"], normal(12).reshape(4, 3), SamplerConfig("ddim", 5, 0.5)
+    objective, noise, config = (
+        OBJECTIVES["ddpm v"],
+        normal(12).reshape(4, 3),
+        SamplerConfig("ddim", 5, 0.5),
+    )
     together = sample(gaussian(objective), noise, objective, config, Draws.of(1, 0, 4))
     apart = sample(gaussian(objective), noise[2:], objective, config, Draws.of(1, 0, 4)[2:])
     assert torch.equal(together[2:], apart)
-    assert not torch.equal(together, sample(gaussian(objective), noise, objective, config, Draws.of(2, 0, 4)))
+    assert not torch.equal(
+        together, sample(gaussian(objective), noise, objective, config, Draws.of(2, 0, 4))
+    )
 
 
 def test_discrete_paths_visit_only_trained_levels():
     for steps in (3, 7, 30, 640):
         times = sampling_times(OBJECTIVES["ddpm eps"], steps)
-        assert all(t * 1000 == pytest.approx(round(t * 1000), abs=1e-9) for t in times) and len(times) == steps + 1
+        assert (
+            all(t * 1000 == pytest.approx(round(t * 1000), abs=1e-9) for t in times)
+            and len(times) == steps + 1
+        )
     with pytest.raises(ConfigError, match="only 50 different noise levels"):
         sampling_times(ddpm(num_timesteps=50), 60)
 
@@ -246,7 +328,11 @@ def test_sampling_starts_where_training_ended():
 
 def test_results_are_at_least_float32_and_need_no_gradient():
     weight = torch.ones(1, requires_grad=True)
-    for given, made in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]:
+    for given, made in [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
         x = sample(lambda x, t: x * weight, GRID.to(given), flow(), SamplerConfig("heun", 3))
         assert x.dtype == made and not x.requires_grad and x.shape == GRID.shape
 
@@ -273,7 +359,8 @@ def test_eta_without_draws_is_refused():
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "heun", "ab2", "dpmpp_2m", "unipc"])
 def test_starting_from_a_guess_keeps_what_the_noise_leaves(solver):
-    """Data N(0, 1) around two far modes: a guess near one of them, noised a little, comes back to that mode and not the other."""
+    """Data N(0, 1) around two far modes: a guess near one of them, noised a little, comes back to
+    that mode and not the other."""
     objective = build_objective("flow_matching")
 
     def denoise(x, t):  # exact for half the data at -5 and half at +5
@@ -289,7 +376,8 @@ def test_starting_from_a_guess_keeps_what_the_noise_leaves(solver):
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 4.0])
 def test_ab2_is_exact_where_the_velocity_is_linear_in_time_however_uneven_its_steps_are(shift):
-    """x' = a + b t: Adams-Bashforth of two steps makes no error but that of its first step, which is Euler's."""
+    """x' = a + b t: Adams-Bashforth of two steps makes no error but that of its first step, which
+    is Euler's."""
     objective = flow()
     velocity = lambda t: 0.7 - 1.9 * t  # noqa: E731
     denoise = lambda x, t: x - t * velocity(t)  # the clean estimate that says this velocity  # noqa: E731
@@ -297,6 +385,8 @@ def test_ab2_is_exact_where_the_velocity_is_linear_in_time_however_uneven_its_st
     start = torch.full((1, 3), 0.4, dtype=torch.float64)
     reached = sample(denoise, start, objective, SamplerConfig("ab2", 6, shift=shift))
     first = times[1] - times[0]
-    error_of_euler = first * velocity(times[0]) - (0.7 * first - 0.95 * (times[1] ** 2 - times[0] ** 2))
+    error_of_euler = first * velocity(times[0]) - (
+        0.7 * first - 0.95 * (times[1] ** 2 - times[0] ** 2)
+    )
     exact = start - 0.7 + 0.95 + error_of_euler
     torch.testing.assert_close(reached, exact, rtol=0, atol=1e-9)

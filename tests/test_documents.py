@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_release import DIT, make_release, random_dit
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.config import apply_overrides, decode, encode, parse_yaml
-from mmdit.experiment import ExperimentConfig, load_experiment_config
+from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from tests.helpers.wan_release import DIT, make_release, random_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -74,7 +74,8 @@ of_language = lambda *names: [b for b in BLOCKS if b.language in names]  # noqa:
 
 
 def commands_of(text: str) -> list[str]:
-    """The commands in shell lines: without comments, optional parts written out, `&&` taken apart."""
+    """The commands in shell lines: without comments, optional parts written out, `&&` taken
+    apart."""
     text = text.replace("\\\n", " ")
     lines = [re.sub(r"\s# .*|^# .*", "", line).strip() for line in text.splitlines()]
     return [part.strip() for line in lines if line for part in line.split("&&")]
@@ -140,10 +141,9 @@ def parse(monkeypatch):
     inside = [False]
 
     def run(module, words):
-        name = f"{module}.__main__" if module == "vtp.train" else module
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                importlib.import_module(name).main(words)
+                importlib.import_module(module).main(words)
             except Parsed as parsed:
                 return parsed.namespace
             except SystemExit:
@@ -169,7 +169,7 @@ def test_there_is_something_to_look_at():
     missing = [name for name in named if not importlib.util.find_spec(name)]
     assert missing in ([], ["mmdit.scripts.NAME"])  # NAME: any of them
     modules = {words_of(command)[0] for _, command in RUNS_OURS}
-    assert {"mmdit.scripts.sample", "mmdit.scripts.train_t2v", "vtp.train"} <= modules
+    assert {"mmdit.scripts.sample", "mmdit.scripts.train_t2v", "mmdit.scripts.train_vtp"} <= modules
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_command_parses_and_names_files_and_keys_that_exist(where, command, pa
     if not own:
         assert (ROOT / config).is_file(), f"{config} is not there"
     overrides = given.get("overrides") or []
-    if module != "vtp.train":
+    if module != "mmdit.scripts.train_vtp":
         if own:
             mapping = encode(ExperimentConfig("x")) | {"model": {}}
             decode(ExperimentConfig, apply_overrides(mapping, overrides))
@@ -305,7 +305,7 @@ def options() -> set[str]:
     """Every option of every command."""
     found = set()
     names = [f"mmdit.scripts.{path.stem}" for path in (ROOT / "mmdit/scripts").glob("*.py")]
-    for name in [*names, "vtp.train.__main__", "vtp.evaluate"]:
+    for name in names:
         module = importlib.import_module(name)
         if hasattr(module, "main") and hasattr(module, "run"):
             with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
@@ -328,7 +328,7 @@ def has_key(kind, path: list[str]) -> bool:
 
 def test_options_in_sentences_exist():
     known = options() | {"--nproc_per_node", "--help", "--shm-size", "--local-dir", "--dist"}
-    for path in (ROOT / "tests").glob("*.py"):  # some of them are commands, too
+    for path in (ROOT / "tests").rglob("*.py"):  # some of them are commands, too
         if path != Path(__file__):
             known |= set(re.findall(r"--[\w-]+", path.read_text(encoding="utf-8")))
     option = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")

@@ -1,4 +1,5 @@
-"""edges2shoes: the photo of each row, whichever way the parquet holds it, ends up as PNG with a line of metadata."""
+"""edges2shoes: the photo of each row, whichever way the parquet holds it, ends up as PNG with a
+line of metadata."""
 
 import io
 import sys
@@ -6,9 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from mmdit.data.edges2shoes import unpack
-from mmdit.data.frames import load_image
-from mmdit.data.records import read_records
+from examples.edges2shoes.unpack import unpack
+from mmdit.data.dataset.frames import load_image
+from mmdit.data.dataset.records import read_records
 
 EDGES, PHOTO = (255, 255, 255), (200, 30, 10)
 
@@ -25,7 +26,10 @@ def png(*colours):
 @pytest.mark.parametrize(
     "columns",
     [
-        {"imageA": [{"bytes": png(EDGES)}] * 3, "imageB": [{"bytes": png(PHOTO)}, {"bytes": b"broken"}, {"bytes": png(PHOTO)}]},
+        {
+            "imageA": [{"bytes": png(EDGES)}] * 3,
+            "imageB": [{"bytes": png(PHOTO)}, {"bytes": b"broken"}, {"bytes": png(PHOTO)}],
+        },
         {"image": [png(EDGES, PHOTO), b"broken", png(PHOTO)], "caption": ["", None, "a red boot"]},
     ],
 )
@@ -39,7 +43,10 @@ def test_the_photo_is_found_and_broken_rows_are_skipped(tmp_path, columns):
     last = "a red boot" if "caption" in columns else "a photo of a shoe"
     assert [record.caption for record in records] == ["a photo of a shoe", last]
     for record in records:
-        assert load_image(record.path).size == (8, 8) and load_image(record.path).getpixel((4, 4)) == PHOTO
+        assert (
+            load_image(record.path).size == (8, 8)
+            and load_image(record.path).getpixel((4, 4)) == PHOTO
+        )
     assert unpack(tmp_path, tmp_path / "one", "train", "shoe", 1)[0] == 1
 
 

@@ -1,4 +1,5 @@
-"""Text in files is UTF-8 wherever the machine's own encoding is another: every reading and writing says so."""
+"""Text in files is UTF-8 wherever the machine's own encoding is another: every reading and writing
+says so."""
 
 import ast
 from pathlib import Path
@@ -37,12 +38,25 @@ def test_every_text_file_names_its_encoding(path):
     assert not lines, f"{path}:{lines}: give encoding='utf-8'"
 
 
-@pytest.mark.parametrize("wrong", ["p.read_text()", "p.write_text(t)", "open(p)", "open(p, 'w')", "p.open()", "p.open('a')",
-                                   "open(p, mode='r')", "(a / b).write_text(json.dumps(x))"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "p.read_text()",
+        "p.write_text(t)",
+        "open(p)",
+        "open(p, 'w')",
+        "p.open()",
+        "p.open('a')",
+        "open(p, mode='r')",
+        "(a / b).write_text(json.dumps(x))",
+    ],
+)
 def test_what_names_none_is_found(wrong):
     assert list(unnamed(ast.parse(wrong))) == [1]
     assert not list(unnamed(ast.parse(f"{wrong[:-1]}, encoding='utf-8')".replace("(, ", "("))))
 
 
 def test_binary_files_need_none():
-    assert not list(unnamed(ast.parse("open(p, 'rb'); p.open('ab'); Image.open(p); open(p, mode='xb')")))
+    assert not list(
+        unnamed(ast.parse("open(p, 'rb'); p.open('ab'); Image.open(p); open(p, mode='xb')"))
+    )

@@ -1,4 +1,5 @@
-"""Assembly: runs are never overwritten, resume tells what changed, weights travel between runs, adapters end to end, previews."""
+"""Assembly: runs are never overwritten, resume tells what changed, weights travel between runs,
+adapters end to end, previews."""
 
 import json
 import os
@@ -10,25 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Workshop, refused
 from torch import nn
 
 from mmdit import config as config_io
 from mmdit.adapters import is_adapter, load_lora, lora_state
 from mmdit.config import ConfigError
-from mmdit.experiment import (
-    ExperimentConfig,
-    build_learner,
-    describe,
-    load_experiment_config,
-    load_pipeline,
-)
+from mmdit.experiment.build import build_learner
+from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.load import load_pipeline
+from mmdit.experiment.run import describe
 from mmdit.scripts import export, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.tiny import Workshop, refused
 
 PROMPTS = ["a large red star on a navy background", "blue"]
 
@@ -48,22 +46,41 @@ def draw(pipeline, frames=1):
     return pipeline(PROMPTS, 48, 32, frames, SampleSettings(seed=3))
 
 
-# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── runs ──────────────────────────────────────────────────────────────────────────────────────────
 def test_a_run_folder_tells_its_story(shop):
     run = shop.folder / "runs/base"
     assert load_experiment_config(run / "config.yaml").experiment_name == "base"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3] and [p.name[-1] for p in checkpoint.complete(run)] == ["2", "3"], "the last step is saved, too"
+    assert steps == [1, 2, 3] and [p.name[-1] for p in checkpoint.complete(run)] == [
+        "2",
+        "3",
+    ], "the last step is saved, too"
 
 
 def test_an_existing_run_is_not_written_over(shop, capsys):
     before = {path: path.stat().st_mtime_ns for path in (shop.folder / "runs/base").rglob("*")}
-    refused(capsys, train_t2v.main, shop.train_words("base"), "runs/base", "step 3", "--resume", "experiment_name")
-    assert before == {path: path.stat().st_mtime_ns for path in (shop.folder / "runs/base").rglob("*")}
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("base"),
+        "runs/base",
+        "step 3",
+        "--resume",
+        "experiment_name",
+    )
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (shop.folder / "runs/base").rglob("*")
+    }
 
 
 def test_resume_needs_a_run(shop, capsys):
-    refused(capsys, train_t2v.main, [*shop.train_words("nothing"), "--resume"], "runs/nothing", "start without --resume")
+    refused(
+        capsys,
+        train_t2v.main,
+        [*shop.train_words("nothing"), "--resume"],
+        "runs/nothing",
+        "start without --resume",
+    )
     assert not (shop.folder / "runs/nothing").exists()
 
 
@@ -73,7 +90,11 @@ def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
     capsys.readouterr()
     shop.train("parts", "--resume", "train.max_steps=5", "train.keep_last=7")
     out = capsys.readouterr().out
-    assert "at step 3" in out and "config changed: train.max_steps: 3 → 5" in out and "train.keep_last: 3 → 7" in out
+    assert (
+        "at step 3" in out
+        and "config changed: train.max_steps: 3 → 5" in out
+        and "train.keep_last: 3 → 7" in out
+    )
     assert len(list(parts.glob("config.before-*.yaml"))) == 1, "the earlier config is kept"
     assert all(torch.equal(value, tensors(parts)[name]) for name, value in tensors(whole).items())
     capsys.readouterr()
@@ -81,66 +102,150 @@ def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
     assert "nothing left to do: train.max_steps is 5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("first, then, odd", [
-    (["train.optimizer=muon"], ["train.optimizer=adamw"], "momentum_buffer"),
-    (["train.optimizer=adamw"], ["train.optimizer=muon"], "exp_avg"),
-    (["train.precision=fp32"], ["train.precision=pure_bf16"], "rest"),
-    (["train.precision=pure_bf16"], ["train.precision=fp32"], "rest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, then, odd",
+    [
+        (["train.optimizer=muon"], ["train.optimizer=adamw"], "momentum_buffer"),
+        (["train.optimizer=adamw"], ["train.optimizer=muon"], "exp_avg"),
+        (["train.precision=fp32"], ["train.precision=pure_bf16"], "rest"),
+        (["train.precision=pure_bf16"], ["train.precision=fp32"], "rest"),
+    ],
+)
 def test_moments_of_another_optimizer_or_precision_are_refused(shop, capsys, first, then, odd):
     name = "moments_" + "_".join(word.partition("=")[2] for word in first + then)
     shop.train(name, *first, "train.max_steps=1")
     before = (shop.folder / "runs" / name / "config.yaml").read_text()
-    refused(capsys, train_t2v.main, shop.train_words(name, "--resume", *then, "train.max_steps=2"), "optimizer state", odd,
-            "resume with the train.optimizer and train.precision that wrote it", "train.init_from")  # fmt: skip
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words(name, "--resume", *then, "train.max_steps=2"),
+        "optimizer state",
+        odd,
+        "resume with the train.optimizer and train.precision that wrote it",
+        "train.init_from",
+    )
     assert (shop.folder / "runs" / name / "config.yaml").read_text() == before
 
 
 def test_a_changed_alpha_is_applied_and_changes_no_output(shop, capsys):
     """It changes how fast the adapters move; moments follow."""
-    words = ["lora.enabled=true", "lora.rank=4", "lora.alpha=4", f"train.init_from={shop.folder / 'runs/base'}"]
+    words = [
+        "lora.enabled=true",
+        "lora.rank=4",
+        "lora.alpha=4",
+        f"train.init_from={shop.folder / 'runs/base'}",
+    ]
     run = shop.train("alpha", *words, "train.max_steps=2")
     before = load_pipeline(run, "cpu", use_ema=False)[0].learner.state_dict()
     still = ["train.lr=1e-30", "train.weight_decay=0", "train.max_steps=3"]
     capsys.readouterr()
     shop.train("alpha", *words, "lora.alpha=64", *still, "--resume")
     out = capsys.readouterr().out
-    assert "config changed: lora.alpha: 4.0 → 64.0" in out and "alpha of" in out and "4 → 64: they compute what they did" in out
+    assert (
+        "config changed: lora.alpha: 4.0 → 64.0" in out
+        and "alpha of" in out
+        and "4 → 64: they compute what they did" in out
+    )
     assert set(checkpoint.Meta.read(checkpoint.latest(run)).alphas.values()) == {64.0}
     for name, value in load_pipeline(run, "cpu", use_ema=False)[0].learner.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6, msg=name)
-    old, new = (checkpoint.read_tensors(checkpoint.folder_of(run, step) / "optimizer.safetensors") for step in (2, 3))
-    ratio = [float(new[name].norm() / old[name].norm()) for name in old if name.endswith("lora_B::exp_avg_sq")]
-    assert len(ratio) > 2 and min(ratio) > 100, "second moments are in units of a factor that is 16 times smaller"
-    refused(capsys, train_t2v.main, shop.train_words("alpha", *words, "lora.rslora=true", "--resume"), "lora.rslora", "another scale")
-    refused(capsys, train_t2v.main, shop.train_words("alpha", *words, "lora.rank=8", "--resume"), "lora_A", "the lora: section")
+    old, new = (
+        checkpoint.read_tensors(checkpoint.folder_of(run, step) / "optimizer.safetensors")
+        for step in (2, 3)
+    )
+    ratio = [
+        float(new[name].norm() / old[name].norm())
+        for name in old
+        if name.endswith("lora_B::exp_avg_sq")
+    ]
+    assert len(ratio) > 2 and min(ratio) > 100, (
+        "second moments are in units of a factor that is 16 times smaller"
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("alpha", *words, "lora.rslora=true", "--resume"),
+        "lora.rslora",
+        "another scale",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("alpha", *words, "lora.rank=8", "--resume"),
+        "lora_A",
+        "the lora: section",
+    )
 
 
 @pytest.mark.parametrize("first, then", [("false", "true"), ("true", "false")])
 def test_adapters_of_another_run_keep_their_strength_whatever_rslora_says(shop, first, then):
     words = ["lora.enabled=true", "lora.rank=4", "train.max_steps=1"]
-    run = shop.train(f"rslora_{first}", *words, f"lora.rslora={first}", f"train.init_from={shop.folder / 'runs/base'}")
-    still = ["train.lr=1e-30", "train.weight_decay=0", f"lora.rslora={then}", f"train.init_from={run}"]
-    after = load_pipeline(shop.train(f"rslora_{first}_{then}", *words, *still), "cpu")[0].learner.state_dict()
+    run = shop.train(
+        f"rslora_{first}",
+        *words,
+        f"lora.rslora={first}",
+        f"train.init_from={shop.folder / 'runs/base'}",
+    )
+    still = [
+        "train.lr=1e-30",
+        "train.weight_decay=0",
+        f"lora.rslora={then}",
+        f"train.init_from={run}",
+    ]
+    after = load_pipeline(shop.train(f"rslora_{first}_{then}", *words, *still), "cpu")[
+        0
+    ].learner.state_dict()
     for name, value in load_pipeline(run, "cpu")[0].learner.state_dict().items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
-    """Samples a step, the order of an older version, items that are held out only now, and a key that only a new run heeds."""
+    """Samples a step, the order of an older version, items that are held out only now, and a key
+    that only a new run heeds."""
     shop.train("seen", "train.max_steps=1")
     capsys.readouterr()
     again = ["--resume", f"train.init_from={shop.folder / 'runs/base'}"]
-    shop.train("seen", *again, "train.max_steps=2", "train.batch_size=2", "train.val_every_steps=1", "train.val_share=0.4")
+    shop.train(
+        "seen",
+        *again,
+        "train.max_steps=2",
+        "train.batch_size=2",
+        "train.val_every_steps=1",
+        "train.val_share=0.4",
+    )
     out = capsys.readouterr().out
-    assert "sees 2 samples (batch_size 2 x grad_accum_steps 1 x 1 processes), before 4 samples (batch_size 4 x" in out
-    assert "held-out items are others" in out and "(only a new run heeds it)" in out and "older version" not in out
-    shop.train("seen", "--resume", "train.max_steps=3", "train.batch_size=1", "train.grad_accum_steps=2", "train.val_every_steps=1",
-               "train.val_share=0.3")  # fmt: skip
+    assert (
+        "sees 2 samples (batch_size 2 x grad_accum_steps 1 x 1 processes), before 4 samples"
+        " (batch_size 4 x" in out
+    )
+    assert (
+        "held-out items are others" in out
+        and "(only a new run heeds it)" in out
+        and "older version" not in out
+    )
+    shop.train(
+        "seen",
+        "--resume",
+        "train.max_steps=3",
+        "train.batch_size=1",
+        "train.grad_accum_steps=2",
+        "train.val_every_steps=1",
+        "train.val_share=0.3",
+    )
     out = capsys.readouterr().out
-    assert "samples (batch_size" not in out and "held-out" not in out.partition("run folder")[0], "the same product, fewer held out"
+    assert "samples (batch_size" not in out and "held-out" not in out.partition("run folder")[0], (
+        "the same product, fewer held out"
+    )
     monkeypatch.setattr("mmdit.training.continuing.ORDER", 3)
-    shop.train("seen", "--resume", "train.max_steps=4", "train.batch_size=2", "seed=5", "train.val_every_steps=1", "train.val_share=0.4")
+    shop.train(
+        "seen",
+        "--resume",
+        "train.max_steps=4",
+        "train.batch_size=2",
+        "seed=5",
+        "train.val_every_steps=1",
+        "train.val_share=0.4",
+    )
     out = capsys.readouterr().out
     assert "items come in another order" in out and "held-out items are others" in out
 
@@ -150,7 +255,14 @@ def test_clips_after_pictures_in_one_run_find_their_frames_numbered(shop):
     run = shop.train("first_pictures", "train.max_steps=1", cache=clips)
     name = "model.frame.embed.weight"
     assert not tensors(run)[name].any()
-    shop.train("first_pictures", "--resume", "train.max_steps=2", "video.num_frames=3", "train.lr=1e-30", cache=clips)
+    shop.train(
+        "first_pictures",
+        "--resume",
+        "train.max_steps=2",
+        "video.num_frames=3",
+        "train.lr=1e-30",
+        cache=clips,
+    )
     state = checkpoint.read_tensors(checkpoint.latest(run) / "ema.safetensors")
     assert tensors(run)[name].std() > 0 and torch.allclose(state[name], tensors(run)[name])
 
@@ -181,41 +293,104 @@ def test_a_resumed_run_does_not_need_the_run_it_started_from(shop):
     assert checkpoint.latest(run).name == "step_00000004"
 
 
-# ── weights from elsewhere ───────────────────────────────────────────────────────────────────────────────────────────
+# ── weights from elsewhere ────────────────────────────────────────────────────────────────────────
 def test_weights_of_another_model_or_tokenizer_are_refused(shop, capsys):
     base = shop.folder / "runs/base"
     other = [*shop.train_words("other"), f"train.init_from={base}"]
-    refused(capsys, train_t2v.main, [*other, "model.dim=24"], "does not fit this model", "file (16,", "model (24,", "model: and text_encoder:")
-    refused(capsys, train_t2v.main, [*shop.train_words("base"), "--resume", "model.depth=3"], "step_00000003", "missing in the file (model.blocks.2")
+    refused(
+        capsys,
+        train_t2v.main,
+        [*other, "model.dim=24"],
+        "does not fit this model",
+        "file (16,",
+        "model (24,",
+        "model: and text_encoder:",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        [*shop.train_words("base"), "--resume", "model.depth=3"],
+        "step_00000003",
+        "missing in the file (model.blocks.2",
+    )
     foreign = shop.cache("foreign", "tokenizer={type: dummy, latent_d: 6}")
-    refused(capsys, train_t2v.main, [*shop.train_words("other", cache=foreign), f"train.init_from={base}", "tokenizer={type: dummy, latent_d: 6}"],
-            "was trained on latents of the tokenizer", "tokenizer: section")
-    refused(capsys, train_t2v.main, [*other, "tokenizer={type: dummy, latent_d: 8, latent_scale: 2}"], "scale: 1.0 → 2.0")
-    refused(capsys, train_t2v.main, [*shop.train_words("other"), "train.init_from=runs/absent"], "train.init_from: no checkpoint at runs/absent")
-    assert not (shop.folder / "runs/other").exists(), "nothing is left of a run that could not start"
+    refused(
+        capsys,
+        train_t2v.main,
+        [
+            *shop.train_words("other", cache=foreign),
+            f"train.init_from={base}",
+            "tokenizer={type: dummy, latent_d: 6}",
+        ],
+        "was trained on latents of the tokenizer",
+        "tokenizer: section",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        [*other, "tokenizer={type: dummy, latent_d: 8, latent_scale: 2}"],
+        "scale: 1.0 → 2.0",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        [*shop.train_words("other"), "train.init_from=runs/absent"],
+        "train.init_from: no checkpoint at runs/absent",
+    )
+    assert not (shop.folder / "runs/other").exists(), (
+        "nothing is left of a run that could not start"
+    )
 
 
 def test_what_is_configured_otherwise_than_in_the_base_is_told(shop, capsys):
-    shop.train("shifted", f"train.init_from={shop.folder}/runs/base", "flow_matching.shift=3.0", "train.max_steps=1")
+    shop.train(
+        "shifted",
+        f"train.init_from={shop.folder}/runs/base",
+        "flow_matching.shift=3.0",
+        "train.max_steps=1",
+    )
     out = capsys.readouterr().out
-    assert "configured otherwise there: flow_matching.shift: 1.0 → 3.0" in out and out.count("configured otherwise") == 1
+    assert (
+        "configured otherwise there: flow_matching.shift: 1.0 → 3.0" in out
+        and out.count("configured otherwise") == 1
+    )
 
 
-# ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── adapters ──────────────────────────────────────────────────────────────────────────────────────
 def test_adapters_alone_need_a_base(shop, capsys):
-    refused(capsys, train_t2v.main, [*shop.train_words("lora0"), "lora.enabled=true"], "train.init_from", "lora.train_lora_only", "random frozen weights")
+    refused(
+        capsys,
+        train_t2v.main,
+        [*shop.train_words("lora0"), "lora.enabled=true"],
+        "train.init_from",
+        "lora.train_lora_only",
+        "random frozen weights",
+    )
 
 
 def test_adapters_end_to_end(shop, capsys):
     base = shop.folder / "runs/base"
-    run = shop.train("lora", f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.lr=0.05")
+    run = shop.train(
+        "lora",
+        f"train.init_from={base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=4",
+        "train.lr=0.05",
+    )
     started = checkpoint.load_weights(base).tensors
     after = tensors(run)
-    assert all(torch.equal(after[name], value) for name, value in started.items()), "the base is frozen, the text encoder with it"
+    assert all(torch.equal(after[name], value) for name, value in started.items()), (
+        "the base is frozen, the text encoder with it"
+    )
     file = checkpoint.latest(run) / "lora.safetensors"
     adapter = checkpoint.read_tensors(file)
-    learned = {name for name, value in adapter.items() if name.endswith("lora_B") and value.abs().sum() > 0}
-    assert learned == {name for name in adapter if name.endswith("lora_B") and "temporal" not in name}, "pictures have no time"
+    learned = {
+        name for name, value in adapter.items() if name.endswith("lora_B") and value.abs().sum() > 0
+    }
+    assert learned == {
+        name for name in adapter if name.endswith("lora_B") and "temporal" not in name
+    }, "pictures have no time"
 
     merged, config = load_pipeline(run, "cpu")
     assert not lora_state(merged.learner.model), "merged: plain layers"
@@ -229,43 +404,108 @@ def test_adapters_end_to_end(shop, capsys):
     assert (draw(merged) - draw(original)).abs().max() > 1e-3
 
     raw, _ = load_pipeline(run, "cpu", use_ema=False)
-    load_lora(original.learner.model, file)  # the adapter's file on the base: the last weights, as training left them
+    load_lora(
+        original.learner.model, file
+    )  # the adapter's file on the base: the last weights, as training left them
     torch.testing.assert_close(draw(original), draw(raw), rtol=0, atol=1e-5)
 
-    shop.train("lora", "--resume", f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.lr=0.05",
-               "train.max_steps=4")
-    export.main(["--checkpoint", str(run), "--out", str(shop.folder / "lora_export.safetensors"), "--dtype", "fp32"])
-    assert torch.equal(draw(load_pipeline(shop.folder / "lora_export.safetensors", "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
+    shop.train(
+        "lora",
+        "--resume",
+        f"train.init_from={base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=4",
+        "train.lr=0.05",
+        "train.max_steps=4",
+    )
+    export.main(
+        [
+            "--checkpoint",
+            str(run),
+            "--out",
+            str(shop.folder / "lora_export.safetensors"),
+            "--dtype",
+            "fp32",
+        ]
+    )
+    assert torch.equal(
+        draw(load_pipeline(shop.folder / "lora_export.safetensors", "cpu")[0]),
+        draw(load_pipeline(run, "cpu")[0]),
+    )
 
-    for words, part in ((["lora.rank=3"], "lora_A is (2, "), (["lora.enabled=false"], "not there here"),
-                        (["lora.rank=2", "lora.type=dora"], "lora_magnitude is not there")):  # fmt: skip
-        refused(capsys, train_t2v.main, [*shop.train_words("other"), f"train.init_from={run}", "lora.enabled=true", *words],
-                "train.init_from", part, "export --merge")  # fmt: skip
-    rank_stabilised = shop.train("rs", f"train.init_from={run}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "lora.rslora=true",
-                                 "train.lr=1.0e-9", "train.max_steps=1", "ema.enabled=false")  # fmt: skip
-    torch.testing.assert_close(draw(load_pipeline(rank_stabilised, "cpu")[0]), draw(load_pipeline(run, "cpu")[0]), rtol=0, atol=1e-5)
+    for words, part in (
+        (["lora.rank=3"], "lora_A is (2, "),
+        (["lora.enabled=false"], "not there here"),
+        (["lora.rank=2", "lora.type=dora"], "lora_magnitude is not there"),
+    ):
+        refused(
+            capsys,
+            train_t2v.main,
+            [*shop.train_words("other"), f"train.init_from={run}", "lora.enabled=true", *words],
+            "train.init_from",
+            part,
+            "export --merge",
+        )
+    rank_stabilised = shop.train(
+        "rs",
+        f"train.init_from={run}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=4",
+        "lora.rslora=true",
+        "train.lr=1.0e-9",
+        "train.max_steps=1",
+        "ema.enabled=false",
+    )
+    torch.testing.assert_close(
+        draw(load_pipeline(rank_stabilised, "cpu")[0]),
+        draw(load_pipeline(run, "cpu")[0]),
+        rtol=0,
+        atol=1e-5,
+    )
 
     whole = shop.folder / "merged.safetensors"  # adapters folded in: a base for others, of any rank
     export.main(["--checkpoint", str(run), "--out", str(whole), "--dtype", "fp32", "--merge"])
     assert not any(is_adapter(name) for name in load_file(whole))
     assert torch.equal(draw(load_pipeline(whole, "cpu")[0]), draw(load_pipeline(run, "cpu")[0]))
-    shop.train("again", f"train.init_from={whole}", "lora.enabled=true", "lora.rank=3", "train.max_steps=1")
+    shop.train(
+        "again", f"train.init_from={whole}", "lora.enabled=true", "lora.rank=3", "train.max_steps=1"
+    )
     shop.train("all", f"train.init_from={whole}", "train.max_steps=1")
-    for source, words, told in ((whole, ["--merge"], "has none"), (run, ["--merge", "--lora", "comfy"], "choose one")):
+    for source, words, told in (
+        (whole, ["--merge"], "has none"),
+        (run, ["--merge", "--lora", "comfy"], "choose one"),
+    ):
         with pytest.raises(SystemExit):
-            export.main(["--checkpoint", str(source), "--out", str(shop.folder / "no.safetensors"), *words])
+            export.main(
+                ["--checkpoint", str(source), "--out", str(shop.folder / "no.safetensors"), *words]
+            )
         assert told in capsys.readouterr().err
 
 
-# ── previews ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("words, path", [
-    (["train.sample_eta=0.5"], "train.sample_eta"), (["train.sample_shift=0"], "train.sample_shift"),
-    (["train.sample_cfg_interval=[0.9, 0.1]"], "train.sample_cfg_interval"),
-    (["train.sample_every_steps=1", "train.objective=ddpm", "diffusion.num_timesteps=10", "train.sample_num_steps=30"],
-     "train.sample_num_steps"),
-    (["train.lr_final=-3"], "train.lr_final"), (["num_workers=-2"], "num_workers"), (["train.betas=[1.5, 0.9]"], "train.betas"),
-    (["ema.start_step=-5"], "ema.start_step"),
-])  # fmt: skip
+# ── previews ──────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "words, path",
+    [
+        (["train.sample_eta=0.5"], "train.sample_eta"),
+        (["train.sample_shift=0"], "train.sample_shift"),
+        (["train.sample_cfg_interval=[0.9, 0.1]"], "train.sample_cfg_interval"),
+        (
+            [
+                "train.sample_every_steps=1",
+                "train.objective=ddpm",
+                "diffusion.num_timesteps=10",
+                "train.sample_num_steps=30",
+            ],
+            "train.sample_num_steps",
+        ),
+        (["train.lr_final=-3"], "train.lr_final"),
+        (["num_workers=-2"], "num_workers"),
+        (["train.betas=[1.5, 0.9]"], "train.betas"),
+        (["ema.start_step=-5"], "ema.start_step"),
+    ],
+)
 def test_what_would_fail_late_or_was_never_meant_is_told_first(shop, capsys, words, path):
     refused(capsys, train_t2v.main, shop.train_words("late", *words), f"command line: {path}")
     assert not (shop.folder / "runs/late").exists()
@@ -281,8 +521,14 @@ def test_weights_that_are_no_numbers_are_named_before_the_first_step(shop, capsy
             learner.model.output.weight[0, 0] = float("nan")
         return learner
 
-    monkeypatch.setattr("mmdit.experiment.build_learner", build)
-    refused(capsys, train_t2v.main, shop.train_words("not_finite"), "model.output.weight", "nan or infinity")
+    monkeypatch.setattr("mmdit.experiment.run.build_learner", build)
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("not_finite"),
+        "model.output.weight",
+        "nan or infinity",
+    )
 
 
 def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch, capsys):
@@ -293,7 +539,10 @@ def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch,
         folder = good / "samples" / f"step_{step:08d}"
         assert (folder / "grid.png").stat().st_size > 100 and any(folder.glob("video.*"))
     page = (good / "samples/index.html").read_text()
-    assert page.index("step_00000003") < page.index("step_00000002") and "step_00000003/grid.png" in page
+    assert (
+        page.index("step_00000003") < page.index("step_00000002")
+        and "step_00000003/grid.png" in page
+    )
 
     def decode(self, latents):
         time.sleep(0.4)
@@ -303,34 +552,61 @@ def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch,
     bad = shop.train("failing", *words, cache=clips)
     said = capsys.readouterr().out
     report = bad / "failures/preview_00000002_0.json"
-    assert "the preview of step 2 failed" in said and f"RuntimeError: no such kernel), see {report}" in said and "step 3/3" in said
+    assert (
+        "the preview of step 2 failed" in said
+        and f"RuntimeError: no such kernel), see {report}" in said
+        and "step 3/3" in said
+    )
     assert "in decode" in json.loads(report.read_text())["trace"]
     assert all(torch.equal(value, tensors(bad)[name]) for name, value in tensors(good).items())
-    speeds = [json.loads(line)["samples_per_second"] for line in (bad / "metrics.jsonl").read_text().splitlines()]
+    speeds = [
+        json.loads(line)["samples_per_second"]
+        for line in (bad / "metrics.jsonl").read_text().splitlines()
+    ]
     assert speeds[2] > 4 / 0.4, "the time that the preview of step 2 took is not the training's"
 
 
-# ── latents ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── latents ───────────────────────────────────────────────────────────────────────────────────────
 def test_a_pipeline_draws_what_the_learner_says(shop):
-    """The scale of the latents is undone before the tokenizer: a learner that knows the answer draws the picture."""
-    config = load_experiment_config(shop.config, ["tokenizer={type: dummy, latent_d: 8, latent_scale: 3}"])
+    """The scale of the latents is undone before the tokenizer: a learner that knows the answer
+    draws the picture."""
+    config = load_experiment_config(
+        shop.config, ["tokenizer={type: dummy, latent_d: 8, latent_scale: 3}"]
+    )
     tokenizer = build_tokenizer(config.tokenizer)
     pipeline, _ = load_pipeline(shop.folder / "runs/base", "cpu")
     truth = tokenizer.encode(torch.rand(2, 1, 3, 32, 48))
     pipeline.tokenizer, pipeline.learner.spec = tokenizer, tokenizer.spec
-    pipeline.learner.objective.denoiser = lambda model, text, **_: lambda x, t: tokenizer.spec.normalize(truth).expand_as(x)
+    pipeline.learner.objective.denoiser = lambda model, text, **_: (
+        lambda x, t: tokenizer.spec.normalize(truth).expand_as(x)
+    )
     assert tokenizer.spec.scale == 3
-    torch.testing.assert_close(pipeline.latents(PROMPTS, 48, 32, 1, SampleSettings(cfg_scale=1.0)), truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pipeline.latents(PROMPTS, 48, 32, 1, SampleSettings(cfg_scale=1.0)),
+        truth,
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_frozen_model_leaves_the_training_to_its_text_encoder(shop):
     base = shop.train("translated", "train.max_steps=2")
-    run = shop.train("encoder_alone", f"train.init_from={base}", "model.freeze=true", "train.max_steps=2", "ema.enabled=false")
+    run = shop.train(
+        "encoder_alone",
+        f"train.init_from={base}",
+        "model.freeze=true",
+        "train.max_steps=2",
+        "ema.enabled=false",
+    )
     before, after = (checkpoint.load_weights(folder).tensors for folder in (base, run))
-    changed = {name.partition(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    changed = {
+        name.partition(".")[0] for name in after if not torch.equal(before[name], after[name])
+    }
     assert changed == {"text_encoder"}
     with pytest.raises(ConfigError, match="model.freeze: is true with lora.enabled"):
-        load_experiment_config(shop.config, ["model.freeze=true", "lora.enabled=true", f"train.init_from={base}"])
+        load_experiment_config(
+            shop.config, ["model.freeze=true", "lora.enabled=true", f"train.init_from={base}"]
+        )
     with pytest.raises(ConfigError, match="model.freeze: is true without train.init_from"):
         load_experiment_config(shop.config, ["model.freeze=true"])
 

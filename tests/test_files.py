@@ -1,4 +1,5 @@
-"""Files are whole or not there, are never written through links, and what killed processes left is told from what is at work."""
+"""Files are whole or not there, are never written through links, and what killed processes left is
+told from what is at work."""
 
 import errno
 import os
@@ -25,10 +26,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("data", ["ä\n", b"bytes", memoryview(b"view"), [b"a", memoryview(b""), b"b"]])
+@pytest.mark.parametrize(
+    "data", ["ä\n", b"bytes", memoryview(b"view"), [b"a", memoryview(b""), b"b"]]
+)
 def test_what_is_written_is_what_is_there(tmp_path, data):
     write_aside(tmp_path / "a", iter(data) if isinstance(data, list) else data, flush=True)
-    expected = data.encode() if isinstance(data, str) else b"".join(data) if isinstance(data, list) else bytes(data)
+    expected = (
+        data.encode()
+        if isinstance(data, str)
+        else b"".join(data)
+        if isinstance(data, list)
+        else bytes(data)
+    )
     assert (tmp_path / "a").read_bytes() == expected and names(tmp_path) == ["a"]
 
 
@@ -48,11 +57,18 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_an_error_of_the_disk_names_the_file_that_a_person_knows(tmp_path, monkeypatch):
-    with pytest.raises(OSError, match="No space left.*wanted.txt"), file_aside(tmp_path / "wanted.txt"):
+    with (
+        pytest.raises(OSError, match="No space left.*wanted.txt"),
+        file_aside(tmp_path / "wanted.txt"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FileNotFoundError, match="absent/wanted.txt"):
         write_aside(tmp_path / "absent" / "wanted.txt", b"x")
-    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", a)))
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", a)),
+    )
     with pytest.raises(OSError, match="Input/output error.*wanted.txt"):
         write_aside(tmp_path / "wanted.txt", b"x")
     assert names(tmp_path) == []
@@ -80,7 +96,8 @@ def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
 
 
 def test_two_writers_of_one_name_never_mix(tmp_path):
-    """As processes of two machines with one process id did: B writes between A's writing and A's renaming."""
+    """As processes of two machines with one process id did: B writes between A's writing and A's
+    renaming."""
     with file_aside(tmp_path / "a") as first:
         first.write(b"first")
         with file_aside(tmp_path / "b") as second:
@@ -120,7 +137,8 @@ def test_cleaning_touches_nothing_that_links_lead_to_and_does_not_wait(tmp_path)
 
 
 def test_writers_and_cleaners_at_once_lose_nothing(tmp_path):
-    """A cleaner may see a new file before its writer has locked it: the writer takes another name."""
+    """A cleaner may see a new file before its writer has locked it: the writer takes another
+    name."""
     stop = threading.Event()
 
     def tidy():

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Workshop, forget_sums, refused
 from torch import nn
-from wan_release import make_release
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.adapters import delta_budget
-from mmdit.experiment import load_pipeline
+from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts import (
     evaluate,
@@ -30,6 +28,8 @@ from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
 from mmdit.training.media import to_uint8
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.tiny import Workshop, forget_sums, refused
+from tests.helpers.wan_release import make_release
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -232,7 +232,7 @@ def test_stored_settings_with_nan_are_refused(damaged, tmp_path, capsys):
 
 def test_post_training_that_meets_no_number_ends_with_an_error(tmp_path):
     """Not with exit code 0, as if it had come to its end."""
-    from toy_posttrain import session
+    from tests.helpers.toy_posttrain import session
 
     made = session(tmp_path, epochs=3)
     with pytest.raises(RunError, match="stopped at update .*not finite"):

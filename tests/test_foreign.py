@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fuzz import damaged
-from tiny import Workshop, refused
-from wan_release import make_release
 
 from mmdit.config import ConfigError, encode, parse_yaml
-from mmdit.experiment import ExperimentConfig, load_pipeline
+from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.load import load_pipeline
 from mmdit.foreign import read_as, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.inspection import inspect_weights
@@ -27,6 +25,9 @@ from mmdit.text_encoders.clip_vision import load_clip_vision
 from mmdit.tokenizers.wan_vae import WanVAETokenizer, WanVAETokenizerConfig
 from mmdit.training import checkpoint
 from mmdit.weights import Checkpoint, unpickled_tensors
+from tests.helpers.tiny import Workshop, refused
+from tests.helpers.wan_release import make_release
+from tests.test_fuzz import damaged
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEP = "[" * 100_000
@@ -289,7 +290,7 @@ def test_a_stored_config_fetches_no_text_encoder(tmp_path, monkeypatch):
 def encoder(tmp_path):
     """`encoder(changes of its config.json)`: opens a tiny T5."""
     transformers = pytest.importorskip("transformers")
-    from test_text_encoders import T5, hf, save_tokenizer
+    from tests.test_text_encoders import T5, hf, save_tokenizer
 
     folder = tmp_path / "t5"
     save_tokenizer(folder)

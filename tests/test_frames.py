@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.buckets import BucketingConfig, VideoConfig, choose_size, target_sizes
-from mmdit.data.frames import PreprocessConfig, crop_box, cut, list_frames, load_image
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig, choose_size, target_sizes
+from mmdit.data.dataset.frames import PreprocessConfig, crop_box, cut, list_frames, load_image
 
 SHIFTED = PreprocessConfig(crop="shifted", num_crops=4)
 
@@ -77,8 +77,13 @@ def test_shifted_crops_depend_on_seed_id_and_number_only_and_lie_apart():
     assert boxes[0] != crop_box((400, 100), (100, 100), PreprocessConfig("shifted", seed=1), "a")[0]
     assert boxes[0] != crop_box((400, 100), (100, 100), SHIFTED, "b")[0]
     lefts = [crop_box((400, 100), (100, 100), SHIFTED, str(i))[0] for i in range(500)]
-    assert 130 < np.mean(lefts) < 170 and min(lefts) < 15 and max(lefts) > 285  # uniform over the whole overhang
-    near = [crop_box((400, 100), (100, 100), PreprocessConfig("shifted", 0.1), str(i))[0] for i in range(200)]
+    assert (
+        130 < np.mean(lefts) < 170 and min(lefts) < 15 and max(lefts) > 285
+    )  # uniform over the whole overhang
+    near = [
+        crop_box((400, 100), (100, 100), PreprocessConfig("shifted", 0.1), str(i))[0]
+        for i in range(200)
+    ]
     assert min(near) >= 135 and max(near) <= 165  # a tenth of it
 
 
@@ -116,8 +121,12 @@ def test_impossible_settings_are_refused_with_their_path(kind, values, told):
 
 
 def test_sizes_must_be_multiples_of_the_downsampling():
-    with pytest.raises(ConfigError, match="video.width, video.height: is 250x128.*nearest is 256x128"):
+    with pytest.raises(
+        ConfigError, match="video.width, video.height: is 250x128.*nearest is 256x128"
+    ):
         target_sizes(VideoConfig(250, 128), BucketingConfig(), 16)
     with pytest.raises(ConfigError, match=r"bucketing.buckets\[1\]"):
         target_sizes(VideoConfig(), BucketingConfig(True, buckets=((64, 64), (64, 40))), 16)
-    assert target_sizes(VideoConfig(250, 250), BucketingConfig(True, buckets=((64, 64),)), 16) == ((64, 64),)
+    assert target_sizes(VideoConfig(250, 250), BucketingConfig(True, buckets=((64, 64),)), 16) == (
+        (64, 64),
+    )

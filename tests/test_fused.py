@@ -1,4 +1,5 @@
-"""The fused kernels compute what the plain path does: interpreted on a CPU, whole models, outputs and all gradients."""
+"""The fused kernels compute what the plain path does: interpreted on a CPU, whole models, outputs
+and all gradients."""
 
 import json
 import os
@@ -16,41 +17,92 @@ from mmdit.nn import kernels
 def interpreted(*words: str) -> str:
     """What a process prints that runs the kernels on a CPU."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("case", [1, 5])  # the others: tests/fused_kernels.py, also for GPUs
+@pytest.mark.parametrize(
+    "case", [1, 5]
+)  # the others: tests/drivers/fused_kernels.py, also for GPUs
 def test_whole_models_agree_with_the_plain_path(case):
-    script = Path(__file__).with_name("fused_kernels.py")
+    script = Path(__file__).parent / "drivers" / "fused_kernels.py"
     assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5
 
 
-OWN = {"index": "*i32", "names": "*i32", "valid": "*u8", **dict.fromkeys(("gain_grads", "sums", "grad_stream", "grad_x"), "*fp32"),
-       **dict.fromkeys(("summed", "x", "q_gain", "k_gain", "cosine", "sine", "gate", "shift", "grad_kv"), "*fp32")}  # fmt: skip
-NUMBERS = ("groups", "block", "apart", "length", "chunk", "keys", "tokens", "run", "width", "gate_step", "shift_step", "scale_step")
+OWN = {
+    "index": "*i32",
+    "names": "*i32",
+    "valid": "*u8",
+    **dict.fromkeys(("gain_grads", "sums", "grad_stream", "grad_x"), "*fp32"),
+    **dict.fromkeys(
+        ("summed", "x", "q_gain", "k_gain", "cosine", "sine", "gate", "shift", "grad_kv"), "*fp32"
+    ),
+}
+NUMBERS = (
+    "groups",
+    "block",
+    "apart",
+    "length",
+    "chunk",
+    "keys",
+    "tokens",
+    "run",
+    "width",
+    "gate_step",
+    "shift_step",
+    "scale_step",
+)
 
 
-@pytest.mark.parametrize("which, sizes", [
-    ("attention._group_kernel", {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True}),
-    ("attention._text_kernel", {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True}),
-    *(("swiglu._swiglu", {"BACKWARD": backward, "D": 1024}) for backward in (False, True)),
-    *(("rounding._rows", {"COLUMNS": columns, "D": 8192}) for columns in (False, True)),
-    *((f"residual.{name}", {"D": d, "STAGES": stages}) for name in ("_forward", "_backward") for d, stages in ((2048, 4), (4096, 2))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "which, sizes",
+    [
+        (
+            "attention._group_kernel",
+            {"HEADS": 18, "ROWS": 64, "D": 64, "NORM": True, "ROTATE": True, "BACKWARD": True},
+        ),
+        (
+            "attention._text_kernel",
+            {"HEADS": 18, "ROWS": 64, "KEYS": 32, "D": 64, "NORM": True, "BACKWARD": True},
+        ),
+        *(("swiglu._swiglu", {"BACKWARD": backward, "D": 1024}) for backward in (False, True)),
+        *(("rounding._rows", {"COLUMNS": columns, "D": 8192}) for columns in (False, True)),
+        *(
+            (f"residual.{name}", {"D": d, "STAGES": stages})
+            for name in ("_forward", "_backward")
+            for d, stages in ((2048, 4), (4096, 2))
+        ),
+    ],
+)
 def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdit.nn import fused_attention, fused_residual, fused_rounding, fused_swiglu
+    from mmdit.nn.fused import attention as fused_attention
+    from mmdit.nn.fused import residual as fused_residual
+    from mmdit.nn.fused import rounding as fused_rounding
+    from mmdit.nn.fused import swiglu as fused_swiglu
 
     module, name = which.split(".")
-    modules = {"attention": fused_attention, "swiglu": fused_swiglu, "residual": fused_residual, "rounding": fused_rounding}
+    modules = {
+        "attention": fused_attention,
+        "swiglu": fused_swiglu,
+        "residual": fused_residual,
+        "rounding": fused_rounding,
+    }
     kernel = getattr(modules[module], name)
-    types = {arg: "constexpr" if arg in sizes else "i32" if arg in NUMBERS else OWN.get(arg, "*bf16") for arg in kernel.arg_names}
+    types = {
+        arg: "constexpr" if arg in sizes else "i32" if arg in NUMBERS else OWN.get(arg, "*bf16")
+        for arg in kernel.arg_names
+    }
     if module == "residual":
         types["scale"] = "*fp32"
     if module == "rounding":
@@ -58,12 +110,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     constants = {(kernel.arg_names.index(arg),): value for arg, value in sizes.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024  # what a program may have on any GPU since the A100
+    assert (
+        made.asm["cubin"] and made.metadata.shared <= 99 * 1024
+    )  # what a program may have on any GPU since the A100
 
 
 TEXT = """
 import torch, torch.nn.functional as F
-from mmdit.nn.fused_attention import text_attention
+from mmdit.nn.fused.attention import text_attention
 for queries in (70, 300):  # of one program and of two
     valid = torch.arange(5) < torch.tensor([[3], [5]])
     def grads(attend):
@@ -84,17 +138,18 @@ def test_attention_to_text_is_the_same_by_one_program_and_by_several():
 
 
 def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
-    """Called as operators written in Python they would take a GPU's time on the CPU, some 0.1 ms each."""
+    """Called as operators written in Python they would take a GPU's time on the CPU, some 0.1 ms
+    each."""
     triton = pytest.importorskip("triton")
     from torch._functorch.aot_autograd import aot_function
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.backends.compiler import GPUTarget
 
-    from mmdit.nn.fused_attention import group_attention, text_attention
-    from mmdit.nn.fused_residual import add_norm
-    from mmdit.nn.fused_rounding import float8_rows
-    from mmdit.nn.fused_swiglu import swiglu
+    from mmdit.nn.fused.attention import group_attention, text_attention
+    from mmdit.nn.fused.residual import add_norm
+    from mmdit.nn.fused.rounding import float8_rows
+    from mmdit.nn.fused.swiglu import swiglu
 
     class Driver:
         def get_current_target(self):
@@ -108,10 +163,18 @@ def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
         assert not [node for node in calls if "mmdit" in str(node.target)]
         for node in (node for node in calls if "triton" in str(node.target)):
             kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-            kernel = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn  # of an autotuner, which is how options come
+            kernel = (
+                kernel if isinstance(kernel, triton.JITFunction) else kernel.fn
+            )  # of an autotuner, which is how options come
             assert "stream" not in kernel.arg_names, "Inductor has an argument of this name itself"
-            numbers = [node.kwargs["kwargs"][argument.name] for argument in kernel.params if not argument.is_constexpr]
-            assert not [number for number in numbers if isinstance(number, float)], "which Inductor makes float64"
+            numbers = [
+                node.kwargs["kwargs"][argument.name]
+                for argument in kernel.params
+                if not argument.is_constexpr
+            ]
+            assert not [number for number in numbers if isinstance(number, float)], (
+                "which Inductor makes float64"
+            )
             launched.append((kernel.__name__, *node.kwargs["tensors_to_clone"]))
         return graph
 
@@ -124,16 +187,35 @@ def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
     bf16 = {"requires_grad": True, "dtype": torch.bfloat16}
     with FakeTensorMode():
         vectors = [torch.randn(2, 64, requires_grad=True) for _ in range(3)]
-        tables = [torch.zeros(5, 64, dtype=torch.int32), torch.zeros(5, 64, dtype=torch.int32), torch.ones(2, 7, dtype=torch.bool)]
+        tables = [
+            torch.zeros(5, 64, dtype=torch.int32),
+            torch.zeros(5, 64, dtype=torch.int32),
+            torch.ones(2, 7, dtype=torch.bool),
+        ]
         outputs = aot_function(work, compiler)(
-            torch.randn(2, 320, 64, requires_grad=True), torch.randn(2, 320, 64, **bf16), *vectors, torch.randn(2, 320, 192, **bf16),
-            torch.randn(32, requires_grad=True), torch.randn(2, 7, 64, **bf16), torch.randn(2, 7, 64, **bf16), *tables)  # fmt: skip
+            torch.randn(2, 320, 64, requires_grad=True),
+            torch.randn(2, 320, 64, **bf16),
+            *vectors,
+            torch.randn(2, 320, 192, **bf16),
+            torch.randn(32, requires_grad=True),
+            torch.randn(2, 7, 64, **bf16),
+            torch.randn(2, 7, 64, **bf16),
+            *tables,
+        )
         sum(output.float().sum() for output in outputs if output.requires_grad).backward()
-    assert sorted(launched) == sorted([
-        ("_forward", "summed", "y"), ("_group_kernel", "out"), ("_text_kernel", "out"), ("_swiglu", "result"), ("_rows", "result", "scales"),
-        ("_swiglu", "result"), ("_text_kernel", "grad_q", "grad_kv", "gain_grads"),
-        ("_group_kernel", "grad_qkv", "gain_grads"), ("_backward", "grad_x", "grad_change", "sums"),
-    ]), launched  # fmt: skip
+    assert sorted(launched) == sorted(
+        [
+            ("_forward", "summed", "y"),
+            ("_group_kernel", "out"),
+            ("_text_kernel", "out"),
+            ("_swiglu", "result"),
+            ("_rows", "result", "scales"),
+            ("_swiglu", "result"),
+            ("_text_kernel", "grad_q", "grad_kv", "gain_grads"),
+            ("_group_kernel", "grad_qkv", "gain_grads"),
+            ("_backward", "grad_x", "grad_change", "sums"),
+        ]
+    ), launched
 
 
 @pytest.mark.parametrize("capability, told", [((9, 0), False), ((7, 5), True)])
@@ -144,4 +226,7 @@ def test_older_gpus_take_the_plain_path_and_are_told_once(monkeypatch, capabilit
     with warnings.catch_warnings(record=True) as heard:
         kernels.look_at(torch.device("cpu"))
         kernels.look_at(torch.device("cuda", 0))
-    assert kernels._able is not told and [("(7, 5)" in str(line.message)) for line in heard] == [True] * told
+    assert (
+        kernels._able is not told
+        and [("(7, 5)" in str(line.message)) for line in heard] == [True] * told
+    )

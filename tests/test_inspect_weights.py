@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_wan import GOLDEN, TINY, VARIANTS, random_model
-from test_wan_files import hollow_release
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state
 from mmdit.interfaces import LatentSpec
@@ -16,6 +14,8 @@ from mmdit.models.wan import WanConfig
 from mmdit.scripts import inspect_weights
 from mmdit.training import checkpoint
 from mmdit.weights import Checkpoint
+from tests.test_wan import GOLDEN, TINY, VARIANTS, random_model
+from tests.test_wan_files import hollow_release
 
 
 def told(capsys, *words) -> dict:
@@ -30,10 +30,14 @@ def test_a_transformer(tmp_path, capsys, layout):
     report = told(capsys, tmp_path / "wan")
     assert (report["kind"], report["variant"]) == ("Wan transformer", "FLF2V-14B")
     assert (report["layout"], report["prefix"]) == (layout, "")
-    assert report["parameters"] == sum(p.numel() for p in model.parameters()) == report["bytes"] // 4
+    assert (
+        report["parameters"] == sum(p.numel() for p in model.parameters()) == report["bytes"] // 4
+    )
     assert report["tensors"] == len(model.state_dict()) and len(report["files"]) > 1
     assert sum(row["parameters"] for row in report["groups"]) == report["parameters"]
-    assert sum(row["count"] for row in report["groups"]) == report["tensors"] > len(report["groups"])
+    assert (
+        sum(row["count"] for row in report["groups"]) == report["tensors"] > len(report["groups"])
+    )
     inspect_weights.main([str(tmp_path / "wan")])
     assert "FLF2V-14B" in (text := capsys.readouterr().out) and "blocks.*." in text
 
@@ -42,14 +46,23 @@ def test_experts_prefixes_scales_and_adapters(tmp_path, capsys):
     for name in ("transformer", "transformer_2"):
         save_dit(random_model(TINY), tmp_path / "pair" / name, "diffusers")
     report = told(capsys, tmp_path / "pair")
-    assert list(report["experts"]) == ["high", "low"] and report["experts"]["low"]["path"].endswith("transformer_2")
+    assert list(report["experts"]) == ["high", "low"] and report["experts"]["low"]["path"].endswith(
+        "transformer_2"
+    )
     assert told(capsys, tmp_path / "pair", "--expert", "high")["kind"] == "Wan transformer"
-    tensors = {f"model.diffusion_model.{k}": v.clone() for k, v in random_model(TINY).state_dict().items()}
+    tensors = {
+        f"model.diffusion_model.{k}": v.clone() for k, v in random_model(TINY).state_dict().items()
+    }
     save_file({**tensors, "scaled_fp8": torch.ones(1)}, tmp_path / "comfy.safetensors")
     report = told(capsys, tmp_path / "comfy.safetensors")
     assert report["prefix"] == "model.diffusion_model." and report["quantised"] == ["scaled_fp8"]
     report = told(capsys, GOLDEN / "lora_kohya.safetensors")
-    assert (report["kind"], report["prefix"], report["layers"], report["alphas"]) == ("LoRA", "lora_unet_", 20, 20)
+    assert (report["kind"], report["prefix"], report["layers"], report["alphas"]) == (
+        "LoRA",
+        "lora_unet_",
+        20,
+        20,
+    )
     assert report["ranks"] == {"4": 20}
     inspect_weights.main([str(GOLDEN / "lora_comfy.safetensors")])
     assert "LoRA" in capsys.readouterr().out
@@ -60,14 +73,22 @@ def test_headers_are_enough(tmp_path, capsys, monkeypatch):
     count = hollow_release(tmp_path / "wan", WanConfig(5120, 13824, 40, 40), shards=6)
     monkeypatch.setattr(Checkpoint, "tensors", lambda self: pytest.fail("a tensor was read"))
     report = told(capsys, tmp_path / "wan")
-    assert report["parameters"] == count == 14_288_491_584 and report["bytes"] == 2 * count and len(report["files"]) == 6
-    assert report["variant"] == "T2V-14B or a T2V-A14B expert" and report["dtypes"] == {"BF16": 1095}
+    assert (
+        report["parameters"] == count == 14_288_491_584
+        and report["bytes"] == 2 * count
+        and len(report["files"]) == 6
+    )
+    assert report["variant"] == "T2V-14B or a T2V-A14B expert" and report["dtypes"] == {
+        "BF16": 1095
+    }
     part = told(capsys, tmp_path / "wan" / report["files"][1])  # one shard alone is told, too
     assert part["tensors"] == 183
 
 
 def test_our_own_files_and_what_is_none(tmp_path, capsys):
-    assert told(capsys, "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors")["kind"] == "VTP tokenizer"
+    assert (
+        told(capsys, "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors")["kind"] == "VTP tokenizer"
+    )
     assert told(capsys, "assets/moving_shapes_64.safetensors")["kind"] == "mmdit model"
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert told(capsys, tmp_path / "x.safetensors")["kind"] == "unknown"
@@ -78,13 +99,17 @@ def test_our_own_files_and_what_is_none(tmp_path, capsys):
 
 
 def test_checkpoints_runs_and_what_lies_beside_adapters(tmp_path, capsys):
-    """A run is its latest checkpoint, file by file; a base with adapters is both; differences alone are no adapter."""
+    """A run is its latest checkpoint, file by file; a base with adapters is both; differences alone
+    are no adapter."""
     run = tmp_path / "runs/r"
     torch.manual_seed(0)
     model = build_model(VideoMMDiTConfig(dim=16, depth=1, num_heads=2), 3, 5)
     inject(model, LoRAConfig(enabled=True, rank=2))
     for step in (1, 2):
-        files = {"model": {f"model.{name}": value for name, value in model.state_dict().items()}, "lora": lora_state(model)}
+        files = {
+            "model": {f"model.{name}": value for name, value in model.state_dict().items()},
+            "lora": lora_state(model),
+        }
         checkpoint.save(run, checkpoint.Meta(step, {}, LatentSpec(3), "x"), files, 0)
     for path, step in ((run, 2), (run / "checkpoints/step_00000001", 1)):
         report = told(capsys, path)
@@ -93,11 +118,23 @@ def test_checkpoints_runs_and_what_lies_beside_adapters(tmp_path, capsys):
         assert kinds == {"lora": "LoRA", "model": "mmdit model with LoRA"}
         assert report["parts"]["lora"]["ranks"] == {"2": len(adapters(model))}
         inspect_weights.main([str(path)])
-        assert "mmdit model with LoRA" in (text := capsys.readouterr().out) and f"step {step}" in text
+        assert (
+            "mmdit model with LoRA" in (text := capsys.readouterr().out) and f"step {step}" in text
+        )
     (tmp_path / "none/checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit):
         inspect_weights.main([str(tmp_path / "none")])
     assert "run without a whole checkpoint" in capsys.readouterr().err
-    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(4), "diffusion_model.head.head.diff_b": torch.ones(2)}, tmp_path / "d.safetensors")
+    save_file(
+        {
+            "diffusion_model.blocks.0.norm3.diff": torch.ones(4),
+            "diffusion_model.head.head.diff_b": torch.ones(2),
+        },
+        tmp_path / "d.safetensors",
+    )
     report = told(capsys, tmp_path / "d.safetensors")
-    assert (report["kind"], report["layers"], report["prefix"]) == ("whole differences", 2, "diffusion_model.")
+    assert (report["kind"], report["layers"], report["prefix"]) == (
+        "whole differences",
+        2,
+        "diffusion_model.",
+    )

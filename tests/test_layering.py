@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["scripts"],
-    ["quickstart", "align", "adapter_report", "memory_ladder", "speed", "drawing"],
+    ["commands"],
     ["experiment"],
-    ["posttrain", "diagnostics"],
+    ["posttrain", "diagnostics", "vtp_training"],
     ["training"],
     ["interop"],
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
@@ -28,7 +28,7 @@ def part_of(path: Path) -> str | None:
 
 def imports(path: Path):
     """(line, imported mmdit part) for every import in the file, relative ones included."""
-    package = ["mmdit", *path.relative_to(ROOT / "mmdit").parent.parts]
+    package = list(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -47,12 +47,24 @@ def imports(path: Path):
 def test_imports_point_downward(path):
     part = part_of(path)
     if part is None:
-        assert not list(imports(path)), "the package itself imports nothing: importing mmdit must stay light"
+        assert not list(imports(path)), (
+            "the package itself imports nothing: importing mmdit must stay light"
+        )
         return
     assert part in RANK, f"{part} has no layer: add it to LAYERS and to DESIGN"
     for line, imported in imports(path):
-        allowed = imported == part or RANK[imported] > RANK[part] or RANK[part] == RANK[imported] == len(LAYERS) - 1
+        allowed = (
+            imported == part
+            or RANK[imported] > RANK[part]
+            or RANK[part] == RANK[imported] == len(LAYERS) - 1
+        )
         assert allowed, f"{path}:{line}: {part} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "VTP").rglob("*.py")), ids=lambda p: p.name)
+def test_the_tokenizer_network_stands_alone(path):
+    """`VTP/vtp` imports nothing of mmdit: a clone of the public release may stand in its place."""
+    assert not list(imports(path))
 
 
 def statements(tree: ast.AST) -> int:
@@ -60,19 +72,34 @@ def statements(tree: ast.AST) -> int:
     return sum(isinstance(node, ast.stmt) for node in ast.walk(tree))
 
 
-@pytest.mark.parametrize("path", FILES + sorted((ROOT / "VTP").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", FILES + sorted((ROOT / "VTP").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_modules_and_functions_hold_few_statements(path):
-    """A limit of statements, not of lines: a limit of lines rewards packing several thoughts into one."""
+    """A limit of statements, not of lines: a limit of lines rewards packing several thoughts into
+    one."""
     tree = ast.parse(path.read_text())
     assert statements(tree) <= (70 if path.parent.name == "scripts" else 320)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            assert statements(node) <= 66, f"{path}:{node.lineno}: {node.name} is too long to be read at once"
+            assert statements(node) <= 66, (
+                f"{path}:{node.lineno}: {node.name} is too long to be read at once"
+            )
 
 
 def test_optional_packages_are_not_imported_at_package_import():
     """torchvision, timm, transformers, av … are imported where they are used (DESIGN section 7)."""
-    optional = {"torchvision", "timm", "transformers", "av", "accelerate", "pyarrow", "tensorboard", "flash_attn", "peft"}
+    optional = {
+        "torchvision",
+        "timm",
+        "transformers",
+        "av",
+        "accelerate",
+        "pyarrow",
+        "tensorboard",
+        "flash_attn",
+        "peft",
+    }
     for path in FILES + sorted((ROOT / "VTP").rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             names = []

@@ -1,21 +1,29 @@
-"""Optimizers that need less memory do what plain AdamW in float32 does, and go on exactly where they stopped."""
+"""Optimizers that need less memory do what plain AdamW in float32 does, and go on exactly where
+they stopped."""
 
 import json
 
 import pytest
-import test_trainer
 import torch
-from test_trainer import assert_same, learner, trained
 from torch import nn
 
 from mmdit.config import ConfigError, decode
-from mmdit.experiment import ExperimentConfig
-from mmdit.training import lean
-from mmdit.training.optim import build_optimizer, clip_and_guard, load_optimizer_tensors, optimizer_tensors
-from mmdit.training.settings import TrainConfig
+from mmdit.experiment.config import ExperimentConfig
+from mmdit.training.memory import lean
+from mmdit.training.optim import (
+    build_optimizer,
+    clip_and_guard,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from mmdit.training.train_config import TrainConfig
+from tests import test_trainer
+from tests.test_trainer import assert_same, learner, trained
 
 
-def stepped(weight: torch.Tensor, gradients: torch.Tensor, make) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+def stepped(
+    weight: torch.Tensor, gradients: torch.Tensor, make
+) -> tuple[torch.Tensor, torch.optim.Optimizer]:
     parameter = nn.Parameter(weight.clone())
     optimizer = make([{"params": [parameter], "lr": 1e-4, "weight_decay": 0.1}])
     for gradient in gradients:
@@ -32,7 +40,9 @@ def test_two_bfloat16_words_follow_float32_where_one_stands_still():
     plain = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95))  # noqa: E731
     expected, _ = stepped(weight.float(), gradients.bfloat16().float(), plain)
     moved = (expected - weight.float()).abs().mean()
-    split, optimizer = stepped(weight, gradients, lambda groups: lean.SplitAdamW(groups, (0.9, 0.95)))
+    split, optimizer = stepped(
+        weight, gradients, lambda groups: lean.SplitAdamW(groups, (0.9, 0.95))
+    )
     value = split.float() + next(iter(optimizer.state.values()))["rest"].float()
     assert moved > 5e-3 and (value - expected).abs().max() < 0.05 * moved
     alone, _ = stepped(weight, gradients, plain)
@@ -50,20 +60,37 @@ def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypa
         if precision == "pure_bf16":
             monkeypatch.setattr(test_trainer, "learner", halved)
         trained(tmp_path / precision, steps=40, precision=precision, ema=False)
-        losses[precision] = [json.loads(line)["loss"] for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()]
-    assert max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True)) < 0.01 and losses["fp32"][-1] < 0.93 * losses["fp32"][0]
+        losses[precision] = [
+            json.loads(line)["loss"]
+            for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        ]
+    assert (
+        max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True)) < 0.01
+        and losses["fp32"][-1] < 0.93 * losses["fp32"][0]
+    )
     options = {"precision": "pure_bf16", "save_every_steps": 2, "keep_last": 0}
     whole = trained(tmp_path / "whole", **options)
     assert {p.dtype for p in whole.learner.parameters()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in whole.ema.shadow.values()} == {torch.float32}
     assert_same(whole, trained(tmp_path / "whole", resume_at=2, **options))
     two = trained(tmp_path / "two", steps=2, lr_schedule="constant", **options)
-    poisoned = trained(tmp_path / "poisoned", steps=3, lr_schedule="constant", poison=(2,), log_every_steps=3, **options)
-    assert all(torch.equal(a, b) for a, b in zip(two.learner.parameters(), poisoned.learner.parameters(), strict=True))
+    poisoned = trained(
+        tmp_path / "poisoned",
+        steps=3,
+        lr_schedule="constant",
+        poison=(2,),
+        log_every_steps=3,
+        **options,
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(two.learner.parameters(), poisoned.learner.parameters(), strict=True)
+    )
 
 
 class Two(nn.Module):
-    """Two matrices, which Muon gets, and a vector; all moments away from zero after the first steps."""
+    """Two matrices, which Muon gets, and a vector; all moments away from zero after the first
+    steps."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -71,10 +98,15 @@ class Two(nn.Module):
         self.inner.matrices = lambda: {"weight"}
 
 
-@pytest.mark.parametrize("kind, dtype", [("adamw", torch.float32), ("muon", torch.float32), ("adamw", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("adamw", torch.float32), ("muon", torch.float32), ("adamw", torch.bfloat16)]
+)
 def test_clipping_scales_all_gradients_of_a_step_and_a_bad_norm_skips_it(kind, dtype):
     generator = torch.Generator().manual_seed(0)
-    gradients = [[torch.randn(shape, generator=generator).to(dtype) for shape in ((6, 6), (6,))] for _ in range(3)]
+    gradients = [
+        [torch.randn(shape, generator=generator).to(dtype) for shape in ((6, 6), (6,))]
+        for _ in range(3)
+    ]
     outcomes = []
     for ours in (True, False):
         torch.manual_seed(0)
@@ -106,24 +138,42 @@ def test_moments_that_wait_elsewhere_change_no_bit(tmp_path, monkeypatch, chunk)
     expected = trained(tmp_path / "plain", **options)
     state = trained(tmp_path / "away", offload_optimizer=True, **options)
     assert_same(expected, state)
-    assert len(state.optimizer.parts) == (len(list(state.learner.parameters())) if chunk == 1 else 1)
+    assert len(state.optimizer.parts) == (
+        len(list(state.learner.parameters())) if chunk == 1 else 1
+    )
     homes = state.optimizer.parking.homes
-    moments = [(id(p), name) for p, own in state.optimizer.state.items() for name in own if name != "step"]
-    assert moments and all(state is homes[key] for key, state in zip(
-        moments, (own[name] for own in state.optimizer.state.values() for name in own if name != "step"), strict=True))  # fmt: skip
-    assert_same(expected, trained(tmp_path / "away", resume_at=2, offload_optimizer=True, **options))
+    moments = [
+        (id(p), name) for p, own in state.optimizer.state.items() for name in own if name != "step"
+    ]
+    assert moments and all(
+        state is homes[key]
+        for key, state in zip(
+            moments,
+            (own[name] for own in state.optimizer.state.values() for name in own if name != "step"),
+            strict=True,
+        )
+    )
+    assert_same(
+        expected, trained(tmp_path / "away", resume_at=2, offload_optimizer=True, **options)
+    )
     assert_same(expected, trained(tmp_path / "away", resume_at=2, **options))  # and without
 
 
 def test_chunks_keep_every_parameter_with_its_settings():
     parameters = [nn.Parameter(torch.zeros(size)) for size in (5, 3, 2, 9, 1, 1)]
-    groups = [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:], "weight_decay": 0.0}]
+    groups = [
+        {"params": parameters[:3], "weight_decay": 0.1},
+        {"params": parameters[3:], "weight_decay": 0.0},
+    ]
     original, lean.CHUNK = lean.CHUNK, 6
     try:
         chunks = list(lean.in_chunks(groups))
     finally:
         lean.CHUNK = original
-    sizes = [[(group["weight_decay"], [p.numel() for p in group["params"]]) for group in chunk] for chunk in chunks]
+    sizes = [
+        [(group["weight_decay"], [p.numel() for p in group["params"]]) for group in chunk]
+        for chunk in chunks
+    ]
     assert sizes == [[(0.1, [5])], [(0.1, [3, 2])], [(0.0, [9])], [(0.0, [1, 1])]]
 
 
@@ -142,11 +192,19 @@ def test_8_bit_moments_train_and_resume_exactly(tmp_path):
     module = nn.ModuleDict({"model": wide})
     stored = optimizer_tensors(module, one)
     assert {name.partition("::")[2] for name in stored} == {
-        "step", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale"}  # fmt: skip
+        "step",
+        "exp_avg.codes",
+        "exp_avg.scale",
+        "exp_avg_sq.codes",
+        "exp_avg_sq.scale",
+    }
     other = build_optimizer(module, 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
     load_optimizer_tensors(module, other, stored)
     again = optimizer_tensors(module, other)
-    assert all(torch.equal(stored[name], again[name]) for name in stored) and stored["model.weight::exp_avg.codes"].dtype == torch.uint8
+    assert (
+        all(torch.equal(stored[name], again[name]) for name in stored)
+        and stored["model.weight::exp_avg.codes"].dtype == torch.uint8
+    )
 
 
 def test_without_torchao_the_remedy_is_said(monkeypatch):
@@ -155,20 +213,31 @@ def test_without_torchao_the_remedy_is_said(monkeypatch):
         build_optimizer(learner(), 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
 
 
-@pytest.mark.parametrize("words,match", [
-    ({"precision": "pure_bf16", "optimizer": "muon"}, "made for adamw"),
-    ({"offload_optimizer": True, "optimizer": "adamw8bit"}, "made for adamw"),
-    ({"precision": "pure_bf16", "betas": (0.9, 0.999)}, "stand still"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words,match",
+    [
+        ({"precision": "pure_bf16", "optimizer": "muon"}, "made for adamw"),
+        ({"offload_optimizer": True, "optimizer": "adamw8bit"}, "made for adamw"),
+        ({"precision": "pure_bf16", "betas": (0.9, 0.999)}, "stand still"),
+    ],
+)
 def test_what_does_not_go_together_is_said(words, match):
     with pytest.raises(ConfigError, match=match):
         TrainConfig(**words)
 
 
 def test_sharding_needs_the_plain_optimizer():
-    for words in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}, {"offload_blocks": 1}, {"optimizer": "muon"}):
+    for words in (
+        {"optimizer": "adamw8bit"},
+        {"offload_optimizer": True},
+        {"offload_blocks": 1},
+        {"optimizer": "muon"},
+    ):
         with pytest.raises(ConfigError, match="need whole ones"):
-            decode(ExperimentConfig, {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words})
+            decode(
+                ExperimentConfig,
+                {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words},
+            )
 
 
 def test_the_norm_of_a_step_is_of_every_gradient():

@@ -95,12 +95,14 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ── the layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the layer ─────────────────────────────────────────────────────────────────────────────────────
 def test_a_fresh_adapter_changes_no_bit(inputs):
     before = make()(*inputs)
     model = adapted(trained=False)
     assert torch.equal(model(*inputs), before)
-    assert all((layer.lora_A != 0).any() for layer in adapters(model).values())  # else B could never learn
+    assert all(
+        (layer.lora_A != 0).any() for layer in adapters(model).values()
+    )  # else B could never learn
 
 
 def test_the_layer_computes_the_equation():
@@ -133,7 +135,10 @@ def test_removing_gives_the_base_back(inputs):
     model = adapted()
     assert not torch.equal(model(*inputs), make()(*inputs))
     assert remove(model) is model and not adapters(model)
-    assert torch.equal(model(*inputs), make()(*inputs)) and model.state_dict().keys() == make().state_dict().keys()
+    assert (
+        torch.equal(model(*inputs), make()(*inputs))
+        and model.state_dict().keys() == make().state_dict().keys()
+    )
 
 
 def test_first_step_moves_b_then_a(inputs):
@@ -182,7 +187,9 @@ def test_the_initial_adapter_depends_on_seed_and_name_alone():
     torch.manual_seed(2)
     again = adapted(trained=False)
     a = many.blocks[1].cross.k.lora_A
-    assert torch.equal(few.blocks[1].cross.k.lora_A, a) and torch.equal(again.blocks[1].cross.k.lora_A, a)
+    assert torch.equal(few.blocks[1].cross.k.lora_A, a) and torch.equal(
+        again.blocks[1].cross.k.lora_A, a
+    )
     assert not torch.equal(many.blocks[0].cross.k.lora_A, a)
     other = make()
     inject(other, LoRAConfig(enabled=True, rank=3), seed=1)
@@ -190,7 +197,7 @@ def test_the_initial_adapter_depends_on_seed_and_name_alone():
     assert a.abs().max() <= 12**-0.5 and a.std() > 0.4 * 12**-0.5
 
 
-# ── choosing layers ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── choosing layers ───────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "patterns, number, sample",
     [
@@ -208,7 +215,9 @@ def test_patterns_choose_by_suffix_or_by_glob(patterns, number, sample):
     names = inject(model, LoRAConfig(enabled=True, rank=2, target_modules=patterns))
     assert len(names) == len(set(names)) == number and sample in names
     assert list(adapters(model)) == names  # what is reported is what was injected
-    assert count(model) == sum(2 * (m.in_features + m.out_features) for m in adapters(model).values())
+    assert count(model) == sum(
+        2 * (m.in_features + m.out_features) for m in adapters(model).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,9 @@ def test_a_second_injection_says_to_merge():
 
 def test_a_layer_whose_forward_is_not_called_is_no_target():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
-    assert select(model, LoRAConfig(target_modules=("*",))) == ["fc"]  # MultiheadAttention reads out_proj.weight itself
+    assert select(model, LoRAConfig(target_modules=("*",))) == [
+        "fc"
+    ]  # MultiheadAttention reads out_proj.weight itself
 
 
 def test_a_shared_layer_stays_shared():
@@ -252,7 +263,9 @@ def test_a_shared_layer_stays_shared():
     model.first, model.second = nn.Module(), nn.Module()
     model.first.q = model.second.q = model.second.k = nn.Linear(4, 4)
     inject(model, LoRAConfig(enabled=True, rank=1, target_modules=("q",)))
-    assert model.first.q is model.second.q is model.second.k and isinstance(model.first.q, LoRALinear)
+    assert model.first.q is model.second.q is model.second.k and isinstance(
+        model.first.q, LoRALinear
+    )
     assert len(base_state(model)) == 6
     alone = nn.ModuleDict({"first": nn.ModuleDict({"q": nn.Linear(4, 4)})})
     inject(alone, LoRAConfig(enabled=True, rank=1, target_modules=("q",)))
@@ -269,7 +282,9 @@ def test_merging_does_not_touch_what_the_weight_is_tied_to():
     nn.init.ones_(model["head"].lora_B)
     embedding = model["embedding"].weight.clone()
     merge(model)
-    assert torch.equal(model["embedding"].weight, embedding) and not torch.equal(model["head"].weight, embedding)
+    assert torch.equal(model["embedding"].weight, embedding) and not torch.equal(
+        model["head"].weight, embedding
+    )
 
 
 def test_train_lora_only_freezes_the_rest():
@@ -282,7 +297,11 @@ def test_train_lora_only_freezes_the_rest():
 
 def test_disabled_does_nothing():
     model = make()
-    assert inject(model, LoRAConfig()) == [] and not adapters(model) and all(p.requires_grad for p in model.parameters())
+    assert (
+        inject(model, LoRAConfig()) == []
+        and not adapters(model)
+        and all(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_the_coverage_table_counts_everything():
@@ -297,7 +316,7 @@ def test_the_coverage_table_counts_everything():
     assert "total" in coverage(make())  # also without any
 
 
-# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────
 def test_base_checkpoints_load_strictly_in_both_directions(inputs):
     base = make(seed=7)
     model = adapted()
@@ -340,7 +359,13 @@ def test_files_carry_the_adapter_to_a_plain_and_to_an_injected_model(inputs, tmp
     assert [p.name for p in path.parent.iterdir()] == ["lora.safetensors"]
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]
-    assert header == {"format": "mmdit.lora", "type": "lora", "rank": "3", "alpha": "5.5", "step": "12"}
+    assert header == {
+        "format": "mmdit.lora",
+        "type": "lora",
+        "rank": "3",
+        "alpha": "5.5",
+        "step": "12",
+    }
 
     plain = make()
     assert load_lora(plain, path) == list(adapters(model))
@@ -356,15 +381,20 @@ def test_a_new_process_gets_the_same_outputs(inputs, tmp_path):
     save_lora(model, tmp_path / "lora.safetensors")
     torch.save({"base": base_state(model), "inputs": inputs}, tmp_path / "base.pt")
     script = (
-        "import torch, sys; sys.path[:0] = ['tests', '.']; from test_lora import make; from mmdit.adapters import load_lora\n"
-        "folder = sys.argv[1]; saved = torch.load(folder + '/base.pt', weights_only=True); model = make(seed=9)\n"
-        "model.load_state_dict(saved['base']); load_lora(model, folder + '/lora.safetensors')\n"
-        "torch.save(model(*saved['inputs']), folder + '/out.pt')"
+        "import sys, torch; from tests.test_lora import make; from mmdit.adapters import"
+        " load_lora\nfolder = sys.argv[1]; saved = torch.load(folder + '/base.pt',"
+        " weights_only=True); model = make(seed=9)\nmodel.load_state_dict(saved['base']);"
+        " load_lora(model, folder + '/lora.safetensors')\ntorch.save(model(*saved['inputs']),"
+        " folder + '/out.pt')"
     )
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=root, env=environment)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), model(*inputs), rtol=1e-6, atol=1e-6)
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], check=True, cwd=root, env=environment
+    )
+    torch.testing.assert_close(
+        torch.load(tmp_path / "out.pt", weights_only=True), model(*inputs), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -372,8 +402,16 @@ def test_a_new_process_gets_the_same_outputs(inputs, tmp_path):
     [
         ({"rank": 4}, {}, ["rank 4", "3", "lora.rank: 4"]),
         ({"alpha": 12.0}, {}, ["alpha 12", "6", "lora.alpha: 12"]),
-        ({"target_modules": ("q",)}, {"target_modules": ("q", "k")}, ["no tensors", "blocks.*.cross.k ×2"]),
-        ({"target_modules": ("q", "k")}, {"target_modules": ("q",)}, ["4 of 8", "'blocks.0.cross.k'", "near names"]),
+        (
+            {"target_modules": ("q",)},
+            {"target_modules": ("q", "k")},
+            ["no tensors", "blocks.*.cross.k ×2"],
+        ),
+        (
+            {"target_modules": ("q", "k")},
+            {"target_modules": ("q",)},
+            ["4 of 8", "'blocks.0.cross.k'", "near names"],
+        ),
     ],
 )
 def test_a_mismatch_names_both_values_and_changes_nothing(inputs, tmp_path, theirs, ours, words):
@@ -392,7 +430,10 @@ def test_foreign_and_broken_states_are_refused(tmp_path):
     missing = {key: value for key, value in state.items() if key != "blocks.0.cross.q.alpha"}
     transposed = {key: value.T if key.endswith("_A") else value for key, value in state.items()}
     cases = [
-        (renamed, "16 of 16 adapters have no layer.*'layers.0.cross.q'.*near names.*blocks.0.cross.q"),
+        (
+            renamed,
+            "16 of 16 adapters have no layer.*'layers.0.cross.q'.*near names.*blocks.0.cross.q",
+        ),
         (missing, "'blocks.0.cross.q' lacks alpha"),
         (transposed, r"lora_A \(12, 3\) and lora_B \(12, 3\) do not share a rank"),
         ({**state, "head.weight": torch.zeros(1)}, "'head.weight' is no adapter tensor"),
@@ -431,10 +472,12 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_lora(adapted(seed=3), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [
+        "lora.safetensors"
+    ]
 
 
-# ── under other machinery ────────────────────────────────────────────────────────────────────────────────────────────
+# ── under other machinery ─────────────────────────────────────────────────────────────────────────
 def test_it_compiles_without_a_break(inputs):
     model = adapted()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -442,7 +485,9 @@ def test_it_compiles_without_a_break(inputs):
 
 
 def test_ddp_trains_the_adapter_and_nothing_else(inputs, tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         model = adapted(trained=False)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -454,7 +499,9 @@ def test_ddp_trains_the_adapter_and_nothing_else(inputs, tmp_path):
             optimizer.step()
     finally:
         dist.destroy_process_group()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if name.endswith(("lora_A", "lora_B"))}
 
 

@@ -1,4 +1,5 @@
-"""LoRA files of other tools: what they mean, and that what we write is read back the same, by us and by them."""
+"""LoRA files of other tools: what they mean, and that what we write is read back the same, by us
+and by them."""
 
 import json
 import math
@@ -10,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_wan import GOLDEN, INPUTS, META, TINY, VARIANTS, error, random_model, refused
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
@@ -19,13 +19,15 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
 from mmdit.nn.experts import twin
 from mmdit.nn.stored_weights import StoredWeight, store_float8
+from tests.test_wan import GOLDEN, INPUTS, META, TINY, VARIANTS, error, random_model, refused
 
 WANTED = load_file(GOLDEN / "lora_io.safetensors")["out.with_lora"]
 FILES = {name: GOLDEN / f"lora_{name}.safetensors" for name in ("comfy", "kohya", "diffusers_peft")}
 
 
 def single_precision_sinusoid(t, width):
-    """As the library that recorded `out.with_lora` computes it; the difference to ours is 2.2e-6 at the output."""
+    """As the library that recorded `out.with_lora` computes it; the difference to ours is 2.2e-6 at
+    the output."""
     angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -66,22 +68,44 @@ def dialects(folder: Path) -> dict[str, Path]:
     """The golden LoRA as eight tools write it."""
     scaled = {name: {**p, "B": p["B"] * p["alpha"] / 4} for name, p in LAYERS.items()}
     files = {
-        "2 peft": {f"base_model.model.{diffusers_module(n)}.lora_{k}.weight": p[k] for n, p in LAYERS.items() for k in "AB"},
-        "3 diffusion-pipe": {f"diffusion_model.{n}.lora_{k}.weight": p[k] for n, p in scaled.items() for k in "AB"},
-        "5 diffsynth": {f"{n}.lora_{k}.default.weight": p[k] for n, p in scaled.items() for k in "AB"},
-        "6 fastvideo": {f"{diffusers_module(n)}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"},
-        "7 distilled": {f"diffusion_model.{n}.lora_{end}.weight": p[k]
-                        for n, p in scaled.items() for end, k in (("down", "A"), ("up", "B"))},
-        "8 two experts": {f"diffusion_model.transformer_{i}.{n}.lora_{k}.weight": p[k] * i
-                          for i in (1, 2) for n, p in scaled.items() for k in "AB"},
-    }  # fmt: skip
+        "2 peft": {
+            f"base_model.model.{diffusers_module(n)}.lora_{k}.weight": p[k]
+            for n, p in LAYERS.items()
+            for k in "AB"
+        },
+        "3 diffusion-pipe": {
+            f"diffusion_model.{n}.lora_{k}.weight": p[k] for n, p in scaled.items() for k in "AB"
+        },
+        "5 diffsynth": {
+            f"{n}.lora_{k}.default.weight": p[k] for n, p in scaled.items() for k in "AB"
+        },
+        "6 fastvideo": {
+            f"{diffusers_module(n)}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"
+        },
+        "7 distilled": {
+            f"diffusion_model.{n}.lora_{end}.weight": p[k]
+            for n, p in scaled.items()
+            for end, k in (("down", "A"), ("up", "B"))
+        },
+        "8 two experts": {
+            f"diffusion_model.transformer_{i}.{n}.lora_{k}.weight": p[k] * i
+            for i in (1, 2)
+            for n, p in scaled.items()
+            for k in "AB"
+        },
+    }
     paths = {"1 diffusers": FILES["diffusers_peft"], "4 kohya": FILES["kohya"]}
     for name, tensors in files.items():
         place = folder / name.replace(" ", "_")
         paths[name] = place if name == "2 peft" else place.with_suffix(".safetensors")
         if name == "2 peft":
             place.mkdir()
-            settings = {"lora_alpha": 3, "r": 4, "alpha_pattern": {r"blocks\.\d+\..*": 8}, "rank_pattern": {}}
+            settings = {
+                "lora_alpha": 3,
+                "r": 4,
+                "alpha_pattern": {r"blocks\.\d+\..*": 8},
+                "rank_pattern": {},
+            }
             (place / "adapter_config.json").write_text(json.dumps(settings))
         save_file(tensors, place / "adapter_model.safetensors" if name == "2 peft" else paths[name])
     return paths
@@ -102,7 +126,10 @@ def test_eight_dialects_mean_the_same(model, tmp_path):
     refused("two experts", "expert='high'", call=lambda: load_lora(model, two))
     load_lora(model, two, expert="low")
     assert error(model(*INPUTS), WANTED) > 0.1
-    refused("no LoRA of the low-noise expert", call=lambda: read_lora(remove(model), keep_expert(two, 1), "low"))
+    refused(
+        "no LoRA of the low-noise expert",
+        call=lambda: read_lora(remove(model), keep_expert(two, 1), "low"),
+    )
 
 
 def keep_expert(file: Path, number: int) -> Path:
@@ -121,11 +148,18 @@ def test_what_is_saved_is_what_is_read(tmp_path, format, kind):
         if kind == "wan":
             return random_model(VARIANTS["i2v 2.1"]), ("cross_attn.k_img", "cross_attn.v")
         torch.manual_seed(0)
-        return build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2), 3, 5), ("cross.k", "spatial.q")
+        return build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2), 3, 5), (
+            "cross.k",
+            "spatial.q",
+        )
 
     model, targets = fresh()
     for rank, target in zip((2, 3), targets, strict=True):
-        inject(model, LoRAConfig(enabled=True, rank=rank, alpha=5.0, target_modules=(target,)), seed=rank)
+        inject(
+            model,
+            LoRAConfig(enabled=True, rank=rank, alpha=5.0, target_modules=(target,)),
+            seed=rank,
+        )
     for layer in adapters(model).values():
         layer.lora_B.normal_()
     path = tmp_path / ("saved" if format == "peft" else "saved.safetensors")
@@ -141,18 +175,27 @@ def test_what_is_saved_is_what_is_read(tmp_path, format, kind):
 
 def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_path, monkeypatch):
     load_lora(model, FILES["kohya"])
-    monkeypatch.setattr("mmdit.interop.lora_writing.HEADER", "unknown")  # as if the header were not written
-    refused("not be read back as it is", call=lambda: save_lora(model, tmp_path / "x.safetensors", "diffusers"))
+    monkeypatch.setattr(
+        "mmdit.interop.lora_writing.HEADER", "unknown"
+    )  # as if the header were not written
+    refused(
+        "not be read back as it is",
+        call=lambda: save_lora(model, tmp_path / "x.safetensors", "diffusers"),
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_differences_are_added_to_whole_parameters(model, tmp_path):
     before = model.blocks[0].norm3.bias.clone(), model.blocks[1].ffn[0].weight.clone()
     file = tmp_path / "distilled.safetensors"
-    differences = {"blocks.0.norm3.diff_b": torch.full((64,), 0.5),
-                   "blocks.1.ffn.0.diff": torch.ones(112, 64), "blocks.0.diff_m": torch.ones(1, 6, 64),
-                   "blocks.0.ffn.0.diff_b": torch.ones(112), "blocks.0.ffn.0.lora_down.weight": torch.ones(2, 64),
-                   "blocks.0.ffn.0.lora_up.weight": torch.ones(112, 2)}  # fmt: skip
+    differences = {
+        "blocks.0.norm3.diff_b": torch.full((64,), 0.5),
+        "blocks.1.ffn.0.diff": torch.ones(112, 64),
+        "blocks.0.diff_m": torch.ones(1, 6, 64),
+        "blocks.0.ffn.0.diff_b": torch.ones(112),
+        "blocks.0.ffn.0.lora_down.weight": torch.ones(2, 64),
+        "blocks.0.ffn.0.lora_up.weight": torch.ones(112, 2),
+    }
     save_file({f"diffusion_model.{key}": value for key, value in differences.items()}, file)
     before += model.blocks[0].modulation.clone(), model.blocks[0].ffn[0].bias.clone()
     assert load_lora(model, file) == ["blocks.0.ffn.0"]
@@ -162,7 +205,12 @@ def test_differences_are_added_to_whole_parameters(model, tmp_path):
     torch.testing.assert_close(model.blocks[1].ffn[0].weight, before[1] + 1)
     refused("adapters already", call=lambda: load_lora(model, file))
     remove(model)
-    after = model.blocks[0].norm3.bias, model.blocks[1].ffn[0].weight, model.blocks[0].modulation, model.blocks[0].ffn[0].bias
+    after = (
+        model.blocks[0].norm3.bias,
+        model.blocks[1].ffn[0].weight,
+        model.blocks[0].modulation,
+        model.blocks[0].ffn[0].bias,
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the base as it was"
     save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(63)}, file)
     refused("(63,)", "(64,)", call=lambda: load_lora(model, file))
@@ -177,8 +225,16 @@ def test_what_does_not_fit_is_one_sentence(model, tmp_path):
 
     stored(**{"k_img.lora_A.weight": a, "k_img.lora_B.weight": b})
     refused("2 of 2 keys", "k_img", "near names", "I2V", call=lambda: load_lora(model, file))
-    save_file({f"lora_unet_blocks_0_cross_atn_k.lora_{end}.weight": t for end, t in (("down", a), ("up", b))}, file)
-    refused("2 of 2 keys", "near names: blocks_0_cross_attn_k,", call=lambda: load_lora(model, file))
+    save_file(
+        {
+            f"lora_unet_blocks_0_cross_atn_k.lora_{end}.weight": t
+            for end, t in (("down", a), ("up", b))
+        },
+        file,
+    )
+    refused(
+        "2 of 2 keys", "near names: blocks_0_cross_attn_k,", call=lambda: load_lora(model, file)
+    )
     stored(**{"k.lora_A.weight": a})
     refused("blocks.0.cross_attn.k", "no lora_B", call=lambda: load_lora(model, file))
     stored(**{"k.lora_A.weight": torch.ones(2, 128), "k.lora_B.weight": b})
@@ -197,7 +253,8 @@ def test_what_does_not_fit_is_one_sentence(model, tmp_path):
 
 @torch.no_grad()
 def test_a_lora_of_t2v_on_i2v_is_laid_over_what_both_have_and_told(tmp_path):
-    """The picture's keys and values are not in it: they stay (specification, section 10). The other way round is refused."""
+    """The picture's keys and values are not in it: they stay (specification, section 10). The other
+    way round is refused."""
     words, both = ("cross_attn.k", "cross_attn.v", "ffn.0"), {}
     for kind, targets in (("t2v", words), ("i2v 2.1", (*words, "cross_attn.k_img"))):
         model = random_model(VARIANTS[kind])
@@ -208,15 +265,24 @@ def test_a_lora_of_t2v_on_i2v_is_laid_over_what_both_have_and_told(tmp_path):
         save_lora(model, both[kind], "comfy")
     picture = random_model(VARIANTS["i2v 2.1"])
     before = picture.state_dict() | {}
-    with pytest.warns(UserWarning, match="4 layers that read the text and none of the 4 .*made for a T2V model") as caught:
+    with pytest.warns(
+        UserWarning, match="4 layers that read the text and none of the 4 .*made for a T2V model"
+    ) as caught:
         assert len(load_lora(picture, both["t2v"])) == 6
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    assert all(torch.equal(merge(picture).state_dict()[n], v) for n, v in before.items() if "_img" in n)
+    assert all(
+        torch.equal(merge(picture).state_dict()[n], v) for n, v in before.items() if "_img" in n
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_lora(random_model(VARIANTS["i2v 2.1"]), both["i2v 2.1"])
         load_lora(random_model(VARIANTS["t2v"]), both["t2v"])
-    refused("4 of 16 keys", "k_img", "another model (I2V, T2V", call=lambda: load_lora(random_model(VARIANTS["t2v"]), both["i2v 2.1"]))
+    refused(
+        "4 of 16 keys",
+        "k_img",
+        "another model (I2V, T2V",
+        call=lambda: load_lora(random_model(VARIANTS["t2v"]), both["i2v 2.1"]),
+    )
 
 
 @torch.no_grad()
@@ -227,11 +293,24 @@ def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
     from mmdit.interop.wan import save_dit
 
     save_dit(model, tmp_path / "base", "diffusers")
-    inject(model, LoRAConfig(enabled=True, rank=2, alpha=5.0, target_modules=("cross_attn.k", "cross_attn.v", "ffn.0")), seed=1)
+    inject(
+        model,
+        LoRAConfig(
+            enabled=True,
+            rank=2,
+            alpha=5.0,
+            target_modules=("cross_attn.k", "cross_attn.v", "ffn.0"),
+        ),
+        seed=1,
+    )
     for layer in adapters(model).values():
         layer.lora_B.normal_()
     save_lora(model, tmp_path / "lora.safetensors", "diffusers")
-    x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([417.0]), torch.randn(1, 512, TINY.text_dim)
+    x, t, text = (
+        torch.randn(1, 16, 2, 4, 6),
+        torch.tensor([417.0]),
+        torch.randn(1, 512, TINY.text_dim),
+    )
     expected = model(x, t, text)
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
     with safe_open(tmp_path / "lora.safetensors", "pt") as handle:
@@ -242,27 +321,50 @@ def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
     save_lora(model, tmp_path / "folder", "peft")
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "folder"))
-    assert error(expected, theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]) < 1e-5
+    assert (
+        error(
+            expected,
+            theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0],
+        )
+        < 1e-5
+    )
 
 
 A, B = torch.ones(2, 64), torch.ones(64, 2)
 
 
-@pytest.mark.parametrize("prefix, underscores", [
-    ("", False), ("diffusion_model.", False), ("model.diffusion_model.", False), ("transformer.", False), ("unet.", False),
-    ("pipe.dit.", False), ("module.", False), ("base_model.model.diffusion_model.", False), ("lora_unet_", True),
-    ("lora_unet__", True), ("lycoris_", True), ("lora_transformer_", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prefix, underscores",
+    [
+        ("", False),
+        ("diffusion_model.", False),
+        ("model.diffusion_model.", False),
+        ("transformer.", False),
+        ("unet.", False),
+        ("pipe.dit.", False),
+        ("module.", False),
+        ("base_model.model.diffusion_model.", False),
+        ("lora_unet_", True),
+        ("lora_unet__", True),
+        ("lycoris_", True),
+        ("lora_transformer_", True),
+    ],
+)
 def test_words_before_a_layer_s_name(model, tmp_path, prefix, underscores):
     for name in ("blocks.1.cross_attn.v", "head.head"):
         rows = model.get_submodule(name).out_features
         for layer in {name, diffusers_module(name)}:
             key = prefix + (layer.replace(".", "_") if underscores else layer)
             up = torch.ones(rows, 2)
-            for down_end, up_end in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"),
-                                     ("_lora.down.weight", "_lora.up.weight"), (".lora.down.weight", ".lora.up.weight"),
-                                     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-                                     (".lora_A.default.weight", ".lora_B.default.weight"), (".lora_A", ".lora_B")):  # fmt: skip
+            for down_end, up_end in (
+                (".lora_A.weight", ".lora_B.weight"),
+                (".lora_down.weight", ".lora_up.weight"),
+                ("_lora.down.weight", "_lora.up.weight"),
+                (".lora.down.weight", ".lora.up.weight"),
+                (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+                (".lora_A.default.weight", ".lora_B.default.weight"),
+                (".lora_A", ".lora_B"),
+            ):
                 save_file({key + down_end: A, key + up_end: up}, tmp_path / "x.safetensors")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PEFT's names without PEFT's config
@@ -270,76 +372,129 @@ def test_words_before_a_layer_s_name(model, tmp_path, prefix, underscores):
 
 
 def test_whole_differences_under_every_name(model, tmp_path):
-    names = {"diffusion_model.blocks.0.modulation.diff": "blocks.0.modulation", "blocks.0.diff_m": "blocks.0.modulation",
-             "transformer.blocks.0.scale_shift_table.diff": "blocks.0.modulation", "head.modulation.diff": "head.modulation",
-             "transformer.scale_shift_table.diff": "head.modulation", "lora_unet_blocks_0_norm3.diff": "blocks.0.norm3.weight",
-             "lycoris_blocks_0_norm3.b_norm": "blocks.0.norm3.bias", "lora_unet_blocks_0_norm3.w_norm": "blocks.0.norm3.weight",
-             "diffusion_model.blocks.1.self_attn.q.diff_b": "blocks.1.self_attn.q.bias"}  # fmt: skip
+    names = {
+        "diffusion_model.blocks.0.modulation.diff": "blocks.0.modulation",
+        "blocks.0.diff_m": "blocks.0.modulation",
+        "transformer.blocks.0.scale_shift_table.diff": "blocks.0.modulation",
+        "head.modulation.diff": "head.modulation",
+        "transformer.scale_shift_table.diff": "head.modulation",
+        "lora_unet_blocks_0_norm3.diff": "blocks.0.norm3.weight",
+        "lycoris_blocks_0_norm3.b_norm": "blocks.0.norm3.bias",
+        "lora_unet_blocks_0_norm3.w_norm": "blocks.0.norm3.weight",
+        "diffusion_model.blocks.1.self_attn.q.diff_b": "blocks.1.self_attn.q.bias",
+    }
     for key, name in names.items():
         save_file({key: torch.ones_like(model.get_parameter(name))}, tmp_path / "x.safetensors")
         assert list(read_lora(model, tmp_path / "x.safetensors").differences) == [name]
 
 
 def test_the_high_expert_of_a_pair_by_diffusers_is_not_laid_over_the_low(model, tmp_path):
-    """It writes `transformer.` for the high one, `transformer_2.` for the low one, and a config of each into the header."""
-    file, layers = tmp_path / "pair.safetensors", {"transformer": ("attn1.to_q", 8), "transformer_2": ("attn1.to_k", 4)}
+    """It writes `transformer.` for the high one, `transformer_2.` for the low one, and a config of
+    each into the header."""
+    file, layers = (
+        tmp_path / "pair.safetensors",
+        {"transformer": ("attn1.to_q", 8), "transformer_2": ("attn1.to_k", 4)},
+    )
     tensors, header = {}, {}
     for word, (layer, alpha) in layers.items():
-        tensors |= {f"{word}.blocks.0.{layer}.lora_{x}.weight": t.clone() for x, t in zip("AB", (A, B), strict=True)}
+        tensors |= {
+            f"{word}.blocks.0.{layer}.lora_{x}.weight": t.clone()
+            for x, t in zip("AB", (A, B), strict=True)
+        }
         header |= {f"{word}.r": 2, f"{word}.lora_alpha": alpha}
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(header)})
     refused("two experts", call=lambda: read_lora(model, file))
     for expert, layer, scale in (("high", "q", 4.0), ("low", "k", 2.0)):
         updates = read_lora(model, file, expert).updates
-        assert {name: update.scale for name, update in updates.items()} == {f"blocks.0.self_attn.{layer}": scale}
+        assert {name: update.scale for name, update in updates.items()} == {
+            f"blocks.0.self_attn.{layer}": scale
+        }
     save_file({key: value for key, value in tensors.items() if "_2" not in key}, file)
-    assert len(read_lora(model, file, "low").updates) == 1  # a file for one model may be laid over either
+    assert (
+        len(read_lora(model, file, "low").updates) == 1
+    )  # a file for one model may be laid over either
 
 
 def test_a_distilled_lora_of_t2v_on_i2v(tmp_path):
     picture = random_model(VARIANTS["i2v 2.1"])
     width = picture.config.dim
-    own, before = picture.patch_embedding.weight.shape, picture.state_dict()["patch_embedding.weight"].clone()
+    own, before = (
+        picture.patch_embedding.weight.shape,
+        picture.state_dict()["patch_embedding.weight"].clone(),
+    )
     file = tmp_path / "distilled.safetensors"
-    save_file({"diffusion_model.patch_embedding.diff": torch.ones(width, own[1] - 4, *own[2:]),
-               "diffusion_model.patch_embedding.diff_b": torch.ones(width)}, file)  # fmt: skip
-    with pytest.warns(UserWarning, match=f"{own[1] - 4} input channels, this model has {own[1]}.*T2V"):
+    save_file(
+        {
+            "diffusion_model.patch_embedding.diff": torch.ones(width, own[1] - 4, *own[2:]),
+            "diffusion_model.patch_embedding.diff_b": torch.ones(width),
+        },
+        file,
+    )
+    with pytest.warns(
+        UserWarning, match=f"{own[1] - 4} input channels, this model has {own[1]}.*T2V"
+    ):
         load_lora(picture, file)
     assert torch.equal(picture.patch_embedding.weight, before)
     save_file({"diffusion_model.patch_embedding.diff": torch.ones(width - 1, *own[1:])}, file)
     refused("patch_embedding.weight", str(tuple(own)), call=lambda: read_lora(picture, file))
 
 
-@pytest.mark.parametrize("ends, kind", [
-    (("hada_w1_a", "hada_w1_b"), "LoHa"), (("oft_blocks",), "OFT"), (("lora_E", "lora_A"), "AdaLoRA"), (("ia3_l.weight",), "(IA)³"),
-    (("set_weight",), "whole weights"), (("lora_mid.weight",), "Tucker"), (("lokr_t2", "lokr_w1"), "Tucker"),
-    (("a1.weight", "b1.weight"), "GLoRA"), (("base_layer.bias",), "biases of the base"), (("reshape_weight",), "shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends, kind",
+    [
+        (("hada_w1_a", "hada_w1_b"), "LoHa"),
+        (("oft_blocks",), "OFT"),
+        (("lora_E", "lora_A"), "AdaLoRA"),
+        (("ia3_l.weight",), "(IA)³"),
+        (("set_weight",), "whole weights"),
+        (("lora_mid.weight",), "Tucker"),
+        (("lokr_t2", "lokr_w1"), "Tucker"),
+        (("a1.weight", "b1.weight"), "GLoRA"),
+        (("base_layer.bias",), "biases of the base"),
+        (("reshape_weight",), "shape"),
+    ],
+)
 def test_kinds_that_are_not_read_are_named(model, tmp_path, ends, kind):
     file = tmp_path / "x.safetensors"
-    save_file({f"diffusion_model.blocks.0.self_attn.q.{end}": torch.ones(2, 64) for end in ends}, file)
+    save_file(
+        {f"diffusion_model.blocks.0.self_attn.q.{end}": torch.ones(2, 64) for end in ends}, file
+    )
     refused(kind, "LoRA, DoRA, LoKr", call=lambda: read_lora(model, file))
 
 
 def test_dora_over_lokr_is_named(model, tmp_path):
     file = tmp_path / "x.safetensors"
-    save_file({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(8, 8), "diffusion_model.blocks.0.self_attn.q.lokr_w2": torch.ones(8, 8),
-               "diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(64, 1)}, file)  # fmt: skip
+    save_file(
+        {
+            "diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(8, 8),
+            "diffusion_model.blocks.0.self_attn.q.lokr_w2": torch.ones(8, 8),
+            "diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(64, 1),
+        },
+        file,
+    )
     refused("DoRA over LoKr", call=lambda: read_lora(model, file))
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"lora_A.weight": A.clone().fill_(math.nan)}, ("q.lora_A.weight", "nan or infinity")),
-    ({"lora_B.weight": B.clone().fill_(math.inf)}, ("q.lora_B.weight", "nan or infinity")),
-    ({"lora_A.weight": A.to(torch.int8)}, ("q.lora_A.weight", "int8")), ({"diff_b": torch.full((64,), math.nan)}, ("diff_b", "nan")),
-    ({"alpha": torch.tensor(math.nan)}, ("alpha", "nan")), ({"alpha": torch.tensor(0.0)}, ("alpha", "0.0")),
-    ({"alpha": torch.ones(2)}, ("alpha", "[1.0, 1.0]")), ({"dora_scale": torch.full((64, 1), math.nan)}, ("dora_scale", "nan")),
-    ({"lora_down.weight": A.clone()}, ("blocks.0.self_attn.q.lora_A twice", "lora_down")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"lora_A.weight": A.clone().fill_(math.nan)}, ("q.lora_A.weight", "nan or infinity")),
+        ({"lora_B.weight": B.clone().fill_(math.inf)}, ("q.lora_B.weight", "nan or infinity")),
+        ({"lora_A.weight": A.to(torch.int8)}, ("q.lora_A.weight", "int8")),
+        ({"diff_b": torch.full((64,), math.nan)}, ("diff_b", "nan")),
+        ({"alpha": torch.tensor(math.nan)}, ("alpha", "nan")),
+        ({"alpha": torch.tensor(0.0)}, ("alpha", "0.0")),
+        ({"alpha": torch.ones(2)}, ("alpha", "[1.0, 1.0]")),
+        ({"dora_scale": torch.full((64, 1), math.nan)}, ("dora_scale", "nan")),
+        ({"lora_down.weight": A.clone()}, ("blocks.0.self_attn.q.lora_A twice", "lora_down")),
+    ],
+)
 def test_what_is_no_number_is_named(model, tmp_path, change, words):
     file = tmp_path / "x.safetensors"
     own = {"lora_A.weight": A, "lora_B.weight": B} | change
-    save_file({f"diffusion_model.blocks.0.self_attn.q.{end}": tensor for end, tensor in own.items()}, file)
+    save_file(
+        {f"diffusion_model.blocks.0.self_attn.q.{end}": tensor for end, tensor in own.items()}, file
+    )
     refused(str(file), *words, call=lambda: load_lora(model, file))
     assert not adapters(model)
 
@@ -347,21 +502,40 @@ def test_what_is_no_number_is_named(model, tmp_path, change, words):
 @pytest.mark.parametrize("format", ["kohya", "comfy"])
 def test_a_distilled_lora_is_handed_on_whole(model, tmp_path, format):
     """Its differences go with it; formats that cannot hold them refuse."""
-    stored = {"blocks.0.self_attn.q.lora_A.weight": A, "blocks.0.self_attn.q.lora_B.weight": B, "blocks.0.norm3.diff": torch.randn(64),
-              "blocks.0.norm3.diff_b": torch.randn(64), "blocks.1.modulation.diff": torch.randn(1, 6, 64),
-              "blocks.1.ffn.0.diff": torch.randn(112, 64)}  # fmt: skip
-    save_file({f"diffusion_model.{key}": value for key, value in stored.items()}, tmp_path / "in.safetensors")
+    stored = {
+        "blocks.0.self_attn.q.lora_A.weight": A,
+        "blocks.0.self_attn.q.lora_B.weight": B,
+        "blocks.0.norm3.diff": torch.randn(64),
+        "blocks.0.norm3.diff_b": torch.randn(64),
+        "blocks.1.modulation.diff": torch.randn(1, 6, 64),
+        "blocks.1.ffn.0.diff": torch.randn(112, 64),
+    }
+    save_file(
+        {f"diffusion_model.{key}": value for key, value in stored.items()},
+        tmp_path / "in.safetensors",
+    )
     expected = read_lora(model, tmp_path / "in.safetensors").differences
     load_lora(model, tmp_path / "in.safetensors")
     save_lora(model, tmp_path / "out.safetensors", format)
     found = read_lora(random_model(TINY), tmp_path / "out.safetensors").differences
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], value) for name, value in expected.items()
+    )
     start = {"kohya": "lora_unet_blocks_0_norm3", "comfy": "diffusion_model.blocks.0.norm3"}[format]
     keys = load_file(tmp_path / "out.safetensors").keys()
-    assert {f"{start}.diff", f"{start}.diff_b", "diffusion_model.blocks.1.modulation.diff"} <= keys  # ComfyUI's names
+    assert {
+        f"{start}.diff",
+        f"{start}.diff_b",
+        "diffusion_model.blocks.1.modulation.diff",
+    } <= keys  # ComfyUI's names
     for other in ("peft", "diffusers"):
         path = tmp_path / ("p" if other == "peft" else "p.safetensors")
-        refused("4", "differences of whole parameters", "kohya or comfy", call=lambda path=path, other=other: save_lora(model, path, other))
+        refused(
+            "4",
+            "differences of whole parameters",
+            "kohya or comfy",
+            call=lambda path=path, other=other: save_lora(model, path, other),
+        )
     merge(model)
     refused("no adapters", call=lambda: save_lora(model, tmp_path / "none.safetensors", format))
 
@@ -378,7 +552,9 @@ def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
     assert isinstance(layer.weight, StoredWeight)
     moved, wanted = layer.weight.float() - before, load_file(file)[f"diffusion_model.{name}.diff"]
     assert (moved - wanted).norm() < 0.1 * wanted.norm()
-    torch.testing.assert_close(layer(torch.eye(64)) - layer.bias, layer.weight.float().T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer(torch.eye(64)) - layer.bias, layer.weight.float().T, rtol=1e-4, atol=1e-4
+    )
     remove(model)
     assert layer.weight is stored and torch.equal(stored.float(), before)
     load_lora(other, file)
@@ -387,5 +563,12 @@ def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
 
 def test_an_update_of_a_parameter_that_is_no_layer_is_refused(model, tmp_path):
     file = tmp_path / "x.safetensors"
-    save_file({"blocks.0.modulation.lora_A.weight": A, "blocks.0.modulation.lora_B.weight": B}, file)
-    refused("blocks.0.modulation", "a Parameter", "only linear layers", call=lambda: read_lora(model, file))
+    save_file(
+        {"blocks.0.modulation.lora_A.weight": A, "blocks.0.modulation.lora_B.weight": B}, file
+    )
+    refused(
+        "blocks.0.modulation",
+        "a Parameter",
+        "only linear layers",
+        call=lambda: read_lora(model, file),
+    )

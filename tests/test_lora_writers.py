@@ -5,16 +5,16 @@ import json
 import math
 import warnings
 
-import lora_writers
 import pytest
 import torch
-from lora_writers import CASES, LAYERS, RECORDED, base, place, seen
 from safetensors.torch import load_file, save_file
-from test_wan import refused
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
 from mmdit.interop.wan import save_dit
+from tests.helpers import lora_writers
+from tests.helpers.lora_writers import CASES, LAYERS, RECORDED, base, place, seen
+from tests.test_wan import refused
 
 KINDS = {
     "lora": {},
@@ -37,8 +37,10 @@ def changes_of(path) -> dict[str, torch.Tensor]:
         for name in LAYERS
     }
     biases = {
-        f"{name}.bias": model.get_parameter(f"{name}.bias").detach()
-        - before.get_parameter(f"{name}.bias").detach()
+        f"{name}.bias": (
+            model.get_parameter(f"{name}.bias").detach()
+            - before.get_parameter(f"{name}.bias").detach()
+        )
         for name in LAYERS
     }
     return result | {name: change for name, change in biases.items() if change.any()}

@@ -1,4 +1,5 @@
-"""Frozen weights kept as 8-bit floats or away from the device compute what plain ones do; plans are what a step really takes."""
+"""Frozen weights kept as 8-bit floats or away from the device compute what plain ones do; plans are
+what a step really takes."""
 
 import gc
 import json
@@ -10,43 +11,69 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
-from test_wan_training import Shop
-from tiny import CONFIG, Workshop, refused
 from torch import nn
-from wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, config_text, make_release, random_dit
 
 from mmdit.adapters import LoRAConfig, inject, merge
+from mmdit.commands.plan_memory import memory_plan
+from mmdit.commands.plan_memory.ladder import clip_bytes, latent_shape, plan, rungs, variant_sizes
+from mmdit.commands.plan_memory.memory_plan import Meter, random_denoiser, stored_bytes
 from mmdit.config import ConfigError, apply_overrides, decode
-from mmdit.experiment import ExperimentConfig, build_learner, check_trainable, load_pipeline
+from mmdit.experiment.build import build_learner
+from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan import load_denoiser
-from mmdit.memory_ladder import clip_bytes, latent_shape, plan, rungs, variant_sizes
+from mmdit.interop.wan_pictures import check_trainable
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.stored_weights import StoredWeight, store_float8, to_float8
 from mmdit.scripts import plan_memory
-from mmdit.training import memory_plan, offload
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
-from mmdit.training.memory_plan import Meter, random_denoiser, stored_bytes
-from mmdit.training.offload import Streamer, settle, slot_bytes
-from mmdit.training.report import Window
+from mmdit.training.memory import offload
+from mmdit.training.memory.offload import Streamer, settle, slot_bytes
+from mmdit.training.step_report import Window
 from mmdit.training.trainer import Trainer, TrainState
+from tests.helpers.tiny import CONFIG, Workshop, refused
+from tests.helpers.wan_release import (
+    DIT,
+    FLF2V,
+    I2V,
+    I2V_21,
+    TI2V,
+    config_text,
+    make_release,
+    random_dit,
+)
+from tests.test_wan_training import Shop
 
 LORA = LoRAConfig(enabled=True, rank=2, alpha=4, target_modules=("q", "v", "ffn.0"))
 
 
-# ── 8-bit floats ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 8-bit floats ──────────────────────────────────────────────────────────────────────────────────
 def test_each_row_is_kept_to_four_bits_of_its_own_scale():
     torch.manual_seed(0)
     weight = torch.randn(64, 96) * torch.logspace(-6, 6, 64)[:, None]
     weight[3] = 0
     codes, scale = to_float8(weight)
-    assert codes.dtype == torch.float8_e4m3fn and scale.shape == (64, 1) and codes.nbytes == weight.nbytes // 4
+    assert (
+        codes.dtype == torch.float8_e4m3fn
+        and scale.shape == (64, 1)
+        and codes.nbytes == weight.nbytes // 4
+    )
     back = codes.float() * scale
     assert torch.equal(back[3], weight[3]) and back.isfinite().all()
-    assert (back - weight).abs().le(torch.maximum(weight.abs() / 16, scale * 2**-10) * (1 + 1e-5)).all()
-    torch.testing.assert_close(back.abs().amax(1), weight.abs().amax(1), rtol=1e-6, atol=0)  # the largest survives
-    assert (back - weight).abs().max(1).values.gt(weight.abs().amax(1) / 1000)[weight.any(1)].all()  # and 8 bits it is
+    assert (
+        (back - weight)
+        .abs()
+        .le(torch.maximum(weight.abs() / 16, scale * 2**-10) * (1 + 1e-5))
+        .all()
+    )
+    torch.testing.assert_close(
+        back.abs().amax(1), weight.abs().amax(1), rtol=1e-6, atol=0
+    )  # the largest survives
+    assert (
+        (back - weight).abs().max(1).values.gt(weight.abs().amax(1) / 1000)[weight.any(1)].all()
+    )  # and 8 bits it is
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -54,7 +81,9 @@ def test_products_and_gradients_are_those_of_the_unpacked_weight(autocast):
     torch.manual_seed(0)
     layers = [nn.Linear(16, 24).requires_grad_(False) for _ in range(2)]
     stored = StoredWeight.float8(layers[0].weight)
-    layers[1].weight = nn.Parameter((stored.codes.float() * stored.scale).clone(), requires_grad=False)
+    layers[1].weight = nn.Parameter(
+        (stored.codes.float() * stored.scale).clone(), requires_grad=False
+    )
     layers[1].bias = layers[0].bias
     layers[0].weight = nn.Parameter(stored, requires_grad=False)
     results, x = [], torch.randn(2, 5, 16)
@@ -66,7 +95,15 @@ def test_products_and_gradients_are_those_of_the_unpacked_weight(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = model(own * 1)  # of a leaf, autocast would keep one cast for both branches
         (y.float() * torch.linspace(-1, 1, 24)).sum().backward()
-        results.append([y.detach(), own.grad, model[0].lora_A.grad, model[0].lora_B.grad, merge(model)[0].weight.detach()])
+        results.append(
+            [
+                y.detach(),
+                own.grad,
+                model[0].lora_A.grad,
+                model[0].lora_B.grad,
+                merge(model)[0].weight.detach(),
+            ]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not torch.equal(results[0][-1], layers[0].weight.whole())
 
@@ -75,26 +112,51 @@ def test_nothing_is_kept_for_the_backward_pass():
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     store_float8(nn.Sequential(layer))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         F.linear(torch.randn(2, 64, requires_grad=True), layer.weight)
     assert saved == []
 
 
 def test_a_release_is_loaded_as_float8_and_trains_adapters_alone(tmp_path):
     release = make_release(tmp_path)
-    model = load_denoiser(WanModelConfig(name_or_path=str(release), dtype="float8"), LatentSpec(4), 24)
-    plain = load_denoiser(WanModelConfig(name_or_path=str(release), dtype="bfloat16"), LatentSpec(4), 24)
+    model = load_denoiser(
+        WanModelConfig(name_or_path=str(release), dtype="float8"), LatentSpec(4), 24
+    )
+    plain = load_denoiser(
+        WanModelConfig(name_or_path=str(release), dtype="bfloat16"), LatentSpec(4), 24
+    )
     kept = {name for name, weight in model.named_parameters() if isinstance(weight, StoredWeight)}
-    assert kept == {name for name, weight in plain.blocks.named_parameters(prefix="blocks") if name.endswith("weight") and weight.ndim == 2}
-    same = {name for name, weight in plain.named_parameters() if torch.equal(weight, model.get_parameter(name))}
+    assert kept == {
+        name
+        for name, weight in plain.blocks.named_parameters(prefix="blocks")
+        if name.endswith("weight") and weight.ndim == 2
+    }
+    same = {
+        name
+        for name, weight in plain.named_parameters()
+        if torch.equal(weight, model.get_parameter(name))
+    }
     assert same == set(dict(plain.named_parameters())) - kept
-    config = decode(ExperimentConfig, {"experiment_name": "x", "model": {"type": "wan", "name_or_path": str(release), "dtype": "float8"},
-                                       "tokenizer": {"type": "wan_vae", "name_or_path": str(release), "latent_f": 8, "latent_d": 4}})  # fmt: skip
+    config = decode(
+        ExperimentConfig,
+        {
+            "experiment_name": "x",
+            "model": {"type": "wan", "name_or_path": str(release), "dtype": "float8"},
+            "tokenizer": {
+                "type": "wan_vae",
+                "name_or_path": str(release),
+                "latent_f": 8,
+                "latent_d": 4,
+            },
+        },
+    )
     with pytest.raises(ConfigError, match="is float8, but these weights are trained"):
         check_trainable(model, config)
 
 
-# ── offloading ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── offloading ────────────────────────────────────────────────────────────────────────────────────
 def adapted(config=replace(DIT, num_layers=5), checkpointing=False, float8=False):
     model = random_dit(config)
     model.checkpointing = checkpointing
@@ -110,7 +172,10 @@ def adapted(config=replace(DIT, num_layers=5), checkpointing=False, float8=False
 
 def passes(model, autocast):
     generator = torch.Generator().manual_seed(2)
-    x, text = torch.randn(1, 4, 3, 4, 4, generator=generator), torch.randn(1, 5, 24, generator=generator)
+    x, text = (
+        torch.randn(1, 4, 3, 4, 4, generator=generator),
+        torch.randn(1, 5, 24, generator=generator),
+    )
     results = []
     for time in (300.0, 800.0):  # twice: the second begins where the first ended
         model.zero_grad()
@@ -125,13 +190,18 @@ def passes(model, autocast):
 @pytest.mark.parametrize("float8,autocast", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_offloaded_blocks_compute_the_same_bits(blocks, float8, autocast, checkpointing):
-    plain, moved = adapted(checkpointing=checkpointing, float8=float8), adapted(checkpointing=checkpointing, float8=float8)
+    plain, moved = (
+        adapted(checkpointing=checkpointing, float8=float8),
+        adapted(checkpointing=checkpointing, float8=float8),
+    )
     streamer = Streamer(list(moved.blocks[:blocks]), torch.device("cpu"))
     for a, b in zip(passes(plain, autocast), passes(moved, autocast), strict=True):
         assert torch.equal(a, b)
     assert len(streamer.homes) == blocks
     home, slots = slot_bytes(moved.blocks[:blocks])
-    assert home == sum(map(len, streamer.homes)) and slots == sum(map(len, streamer.slots)) <= 2 * max(map(len, streamer.homes))
+    assert home == sum(map(len, streamer.homes)) and slots == sum(
+        map(len, streamer.slots)
+    ) <= 2 * max(map(len, streamer.homes))
 
 
 def test_the_next_block_is_fetched_before_it_is_asked_for_there_and_back():
@@ -177,68 +247,141 @@ def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path,
     base = shop.train("base")
     words = ["lora.enabled=true", f"train.init_from={base}", "model.depth=2"]
     shop.train("plain", *words)
-    monkeypatch.setattr("mmdit.experiment.settle", lambda learner, _, device: Streamer(list(learner.model.blocks), device))
+    monkeypatch.setattr(
+        "mmdit.experiment.run.settle",
+        lambda learner, _, device: Streamer(list(learner.model.blocks), device),
+    )
     shop.train("moved", *words, "train.max_steps=2")
     shop.train("moved", *words, "--resume")
-    plain, moved = (load_file(tmp_path / f"runs/{name}/checkpoints/step_00000003/model.safetensors") for name in ("plain", "moved"))
-    assert plain.keys() == moved.keys() and all(torch.equal(plain[name], moved[name]) for name in plain)
+    plain, moved = (
+        load_file(tmp_path / f"runs/{name}/checkpoints/step_00000003/model.safetensors")
+        for name in ("plain", "moved")
+    )
+    assert plain.keys() == moved.keys() and all(
+        torch.equal(plain[name], moved[name]) for name in plain
+    )
 
 
 def test_a_run_on_a_float8_base_is_resumed_and_sampled(tmp_path):
     shop = Shop(tmp_path)
-    words = ["lora={enabled: true, rank: 2, alpha: 4, target_modules: [q]}", "model.dtype=float8", "train.precision=bf16"]
+    words = [
+        "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q]}",
+        "model.dtype=float8",
+        "train.precision=bf16",
+    ]
     run = shop.train("eighth", *words, "train.max_steps=2")
     shop.train("eighth", *words, "--resume")
-    assert all("lora_" in name for name in load_file(run / "checkpoints/step_00000003/model.safetensors"))
+    assert all(
+        "lora_" in name for name in load_file(run / "checkpoints/step_00000003/model.safetensors")
+    )
     network = load_pipeline(run, "cpu")[0].learner.model
-    kinds = {name.rpartition(".")[0]: type(weight) is StoredWeight for name, weight in network.blocks[0].named_parameters() if "weight" in name}
-    assert not kinds["cross_attn.q"] and kinds["self_attn.q"] and kinds["ffn.0"]  # merged ones are plain
+    kinds = {
+        name.rpartition(".")[0]: type(weight) is StoredWeight
+        for name, weight in network.blocks[0].named_parameters()
+        if "weight" in name
+    }
+    assert (
+        not kinds["cross_attn.q"] and kinds["self_attn.q"] and kinds["ffn.0"]
+    )  # merged ones are plain
 
 
 def test_what_cannot_be_offloaded_is_said(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(offload, "Streamer", lambda blocks, device: Streamer(blocks, torch.device("cpu")))
+    monkeypatch.setattr(
+        offload, "Streamer", lambda blocks, device: Streamer(blocks, torch.device("cpu"))
+    )
     learner = build_learner(tiny("lora.enabled=true", "train.init_from=x"), LatentSpec(8, 16))
     with pytest.raises(ConfigError, match="is 3, but the model has 2 blocks"):
         settle(learner, 3, cuda)
     with pytest.raises(ConfigError, match="but block 0 has no frozen linear layer"):
         settle(build_learner(tiny(), LatentSpec(8, 16)), 1, cuda)
-    twins = build_learner(tiny("lora.enabled=true", "train.init_from=x", "experts.enabled=true"), LatentSpec(8, 16))
+    twins = build_learner(
+        tiny("lora.enabled=true", "train.init_from=x", "experts.enabled=true"), LatentSpec(8, 16)
+    )
     with pytest.raises(ConfigError, match="two experts share these blocks"):
         settle(twins, 1, cuda)
     with pytest.raises(ConfigError, match="compile: true"):
         tiny("train.offload_blocks=1", "train.compile=true")
     auto = "train.compile=auto"
-    assert not tiny("train.offload_blocks=1", auto).train.compiles("cuda") and tiny(auto).train.compiles("cuda")
+    assert not tiny("train.offload_blocks=1", auto).train.compiles("cuda") and tiny(
+        auto
+    ).train.compiles("cuda")
 
 
-# ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plans ─────────────────────────────────────────────────────────────────────────────────────────
 def case(name, tmp_path, *words):
     """A config, what builds its learner, and the sizes of its Wan transformer."""
     if name == "wan":
-        raw = apply_overrides(yaml.safe_load(config_text(tmp_path, tmp_path, 16, 48)), [
-            "train.compile=false", "video={width: 256, height: 256, num_frames: 9}", "text_encoder={type: hash, dim: 24, max_length: 6}", "model.dtype=bfloat16", "train.precision=bf16",
-            "lora={enabled: true, rank: 2, alpha: 4, target_modules: ['*.self_attn.q', v, ffn.0]}", *words])  # fmt: skip
+        raw = apply_overrides(
+            yaml.safe_load(config_text(tmp_path, tmp_path, 16, 48)),
+            [
+                "train.compile=false",
+                "video={width: 256, height: 256, num_frames: 9}",
+                "text_encoder={type: hash, dim: 24, max_length: 6}",
+                "model.dtype=bfloat16",
+                "train.precision=bf16",
+                (
+                    "lora={enabled: true, rank: 2, alpha: 4, target_modules: ['*.self_attn.q', v,"
+                    " ffn.0]}"
+                ),
+                *words,
+            ],
+        )
         config, sizes = decode(ExperimentConfig, raw), TI2V
     else:
-        config, sizes = tiny("video={width: 192, height: 128, num_frames: 3}", "train.precision=bf16", "train.batch_size=2", *words), None
+        config, sizes = (
+            tiny(
+                "video={width: 192, height: 128, num_frames: 3}",
+                "train.precision=bf16",
+                "train.batch_size=2",
+                *words,
+            ),
+            None,
+        )
     shape = latent_shape(config)
     spec = LatentSpec(shape[-1], 16, temporal=getattr(config.tokenizer, "temporal", 1))
-    return config, lambda: build_learner(config, spec, lambda settings, *_: random_denoiser(sizes, settings)), sizes
+    return (
+        config,
+        lambda: build_learner(config, spec, lambda settings, *_: random_denoiser(sizes, settings)),
+        sizes,
+    )
 
 
-CASES = [("wan",), ("wan", "model.checkpointing=true"), ("wan", "model.dtype=float8"), ("wan", "model.dtype=float32"), ("wan", "model.first_frame=1"),
-         ("mmdit",), ("mmdit", "model.checkpointing=true", "train.optimizer=muon"), ("mmdit", "train.precision=pure_bf16", "ema.enabled=false"),
-         ("mmdit", "lora.enabled=true", "train.init_from=x", "tread.enabled=true", "tread.apply_to=[0, 2]", "model.window_size=8")]  # fmt: skip
+CASES = [
+    ("wan",),
+    ("wan", "model.checkpointing=true"),
+    ("wan", "model.dtype=float8"),
+    ("wan", "model.dtype=float32"),
+    ("wan", "model.first_frame=1"),
+    ("mmdit",),
+    ("mmdit", "model.checkpointing=true", "train.optimizer=muon"),
+    ("mmdit", "train.precision=pure_bf16", "ema.enabled=false"),
+    (
+        "mmdit",
+        "lora.enabled=true",
+        "train.init_from=x",
+        "tread.enabled=true",
+        "tread.apply_to=[0, 2]",
+        "model.window_size=8",
+    ),
+]
 
 
 @pytest.mark.parametrize("words", CASES, ids=" ".join)
 def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_plan.importlib.util, "find_spec", lambda name: None)  # plain operations, as a CPU has them
+    monkeypatch.setattr(
+        memory_plan.importlib.util, "find_spec", lambda name: None
+    )  # plain operations, as a CPU has them
     config, build, sizes = case(words[0], tmp_path, *words[1:])
     found = plan(config, sizes)
-    assert "Fake" not in str(memory_plan.wan.rotary_tables(3, 2, 2, 12, torch.device("cpu")))  # nothing fake is left behind
-    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: memory_plan._FusedNorm.apply(x, weight))
+    assert "Fake" not in str(
+        memory_plan.wan.rotary_tables(3, 2, 2, 12, torch.device("cpu"))
+    )  # nothing fake is left behind
+    monkeypatch.setattr(
+        F,
+        "rms_norm",
+        lambda x, shape, weight=None, eps=None: memory_plan._FusedNorm.apply(x, weight),
+    )
     learner = build().train()
     if config.train.precision == "pure_bf16":
         memory_plan.to_bfloat16(learner)
@@ -246,7 +389,9 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
     captions = [" ".join(f"w{i}" for i in range(config.text_encoder.max_length))] * shape[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=config.train.autocast):
         learner.text_encoder(captions)
-    own = {p.untyped_storage()._cdata for p in learner.parameters() if not isinstance(p, StoredWeight)}
+    own = {
+        p.untyped_storage()._cdata for p in learner.parameters() if not isinstance(p, StoredWeight)
+    }
     kept: dict[int, int] = {}
 
     def keep(tensor):
@@ -268,9 +413,22 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
         trainer.optimizer_step(learner, [batch], 1e-3, Window(torch.device("cpu")))
     assert found.weights == sum(map(stored_bytes, learner.parameters()))
     assert found.gradients == sum(gradients.values())
-    assert found.ema == sum(tensor.nbytes for tensor in (state.ema.shadow.values() if state.ema else ()))
-    moments = sum(value.nbytes for own in state.optimizer.state.values() for name, value in own.items() if name != "step")
-    signs = sum(tensor.nbytes for name, tensor in state.signs.tensors().items() if name.endswith("bits")) if state.signs else 0
+    assert found.ema == sum(
+        tensor.nbytes for tensor in (state.ema.shadow.values() if state.ema else ())
+    )
+    moments = sum(
+        value.nbytes
+        for own in state.optimizer.state.values()
+        for name, value in own.items()
+        if name != "step"
+    )
+    signs = (
+        sum(
+            tensor.nbytes for name, tensor in state.signs.tensors().items() if name.endswith("bits")
+        )
+        if state.signs
+        else 0
+    )
     assert abs(found.optimizer - moments - signs) <= 1
     if not config.model.checkpointing:  # what is recomputed is saved, too, but later
         assert found.activations == pytest.approx(sum(kept.values()), rel=0.02)
@@ -279,9 +437,14 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
 
 
 def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
-    monkeypatch.setattr(Learner, "compile_model", lambda learner, backend: None)  # what takes time, and adds nothing here
+    monkeypatch.setattr(
+        Learner, "compile_model", lambda learner, backend: None
+    )  # what takes time, and adds nothing here
     config, _, sizes = case("mmdit", tmp_path, "train.compile=true")
-    found, without = plan(config, sizes), plan(replace(config, train=replace(config.train, replays=False)), sizes)
+    found, without = (
+        plan(config, sizes),
+        plan(replace(config, train=replace(config.train, replays=False)), sizes),
+    )
     assert found.total - without.total == found.gradients > 0
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     assert plan(config, sizes) == without
@@ -293,7 +456,11 @@ def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_pat
     sizes = replace(sizes, num_layers=4)
     alone = plan(config, sizes)
     less = plan(case("wan", tmp_path, *words, "model.checkpointing=true")[0], sizes)
-    assert less.activations < alone.activations / 2 and less.weights == alone.weights and less.total < alone.total
+    assert (
+        less.activations < alone.activations / 2
+        and less.weights == alone.weights
+        and less.total < alone.total
+    )
     eighth = plan(case("wan", tmp_path, *words, "model.dtype=float8")[0], sizes)
     learner = case("wan", tmp_path)[1]().model.blocks[0]
     matrices = [layer.weight for layer in learner.modules() if isinstance(layer, nn.Linear)]
@@ -301,61 +468,128 @@ def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_pat
     assert alone.weights - eighth.weights == saved and eighth.activations == alone.activations
     away = plan(case("wan", tmp_path, *words, "train.offload_blocks=4")[0], sizes)
     block = slot_bytes([learner])[0]
-    assert away.host == 4 * block and alone.weights - away.weights == 2 * block and alone.total - away.total == 2 * block
+    assert (
+        away.host == 4 * block
+        and alone.weights - away.weights == 2 * block
+        and alone.total - away.total == 2 * block
+    )
 
 
 def test_pairs_count_both_bases_or_share_one(tmp_path):
     words = ("lora.enabled=true", "train.init_from=x")
     config, pair = tiny(*words), tiny(*words, "experts.enabled=true", "experts.train=both")
     learner, alone, both = build_learner(pair, LatentSpec(8, 16)), plan(config), plan(pair)
-    assert both.weights == sum(p.nbytes for p in learner.parameters()) and both.weights - alone.weights == alone.gradients
+    assert (
+        both.weights == sum(p.nbytes for p in learner.parameters())
+        and both.weights - alone.weights == alone.gradients
+    )
     assert both.optimizer == 2 * alone.optimizer and both.activations == alone.activations
 
 
 def test_what_continues_pictures_is_planned_with_them(tmp_path, capsys, monkeypatch):
-    """I2V, FLF2V and pairs, from their releases and before these are there; CLIP's encoder counts."""
-    monkeypatch.setattr("mmdit.memory_ladder.CLIP_BLOCKS", 2)
-    lora = ["lora={enabled: true, rank: 2, target_modules: [q]}", "train.compile=false", "text_encoder={type: hash, dim: 24, max_length: 6}"]
+    """I2V, FLF2V and pairs, from their releases and before these are there; CLIP's encoder
+    counts."""
+    monkeypatch.setattr("mmdit.commands.plan_memory.ladder.CLIP_BLOCKS", 2)
+    lora = [
+        "lora={enabled: true, rank: 2, target_modules: [q]}",
+        "train.compile=false",
+        "text_encoder={type: hash, dim: 24, max_length: 6}",
+    ]
     totals = {}
     for name, config, picture, words in (
-        ("t2v", DIT, "none", []), ("pair", DIT, "none", ["experts={enabled: true}"]), ("i2v", I2V, "first", ["model.expert=high"]),
-        ("i2v pair", I2V, "first", ["experts={enabled: true}"]), ("i2v 2.1", I2V_21, "first", []), ("flf2v", FLF2V, "first_last", []),
-    ):  # fmt: skip
+        ("t2v", DIT, "none", []),
+        ("pair", DIT, "none", ["experts={enabled: true}"]),
+        ("i2v", I2V, "first", ["model.expert=high"]),
+        ("i2v pair", I2V, "first", ["experts={enabled: true}"]),
+        ("i2v 2.1", I2V_21, "first", []),
+        ("flf2v", FLF2V, "first_last", []),
+    ):
         folder = tmp_path / name.replace(" ", "_")
         release = make_release(folder, config, pair="pair" in name or bool(words))
         (folder / "wan.yaml").write_text(config_text(release, tmp_path))
         # overrides stand before flags, too
-        assert plan_memory.main([f"tokenizer.picture={picture}", *words, *lora, "--config", str(folder / "wan.yaml"), "--json"]) == 0
+        assert (
+            plan_memory.main(
+                [
+                    f"tokenizer.picture={picture}",
+                    *words,
+                    *lora,
+                    "--config",
+                    str(folder / "wan.yaml"),
+                    "--json",
+                ]
+            )
+            == 0
+        )
         totals[name] = json.loads(capsys.readouterr().out)
-    assert totals["i2v 2.1"]["weights"] - totals["i2v"]["weights"] > clip_bytes(I2V_21) > 2 * 2 * 12 * 80**2
-    assert 1.9 < totals["pair"]["weights"] / totals["t2v"]["weights"] < 2.3 and totals["i2v pair"]["weights"] > totals["i2v"]["weights"]
+    assert (
+        totals["i2v 2.1"]["weights"] - totals["i2v"]["weights"]
+        > clip_bytes(I2V_21)
+        > 2 * 2 * 12 * 80**2
+    )
+    assert (
+        1.9 < totals["pair"]["weights"] / totals["t2v"]["weights"] < 2.3
+        and totals["i2v pair"]["weights"] > totals["i2v"]["weights"]
+    )
     assert totals["flf2v"]["weights"] > totals["i2v 2.1"]["weights"]
 
 
 def test_a_variant_is_what_the_config_makes_of_it(tmp_path):
-    for picture, words, in_dim, image in (("none", [], 16, 0), ("first", [], 36, 1280), ("first_last", [], 36, 1280),
-                                          ("first", ["model.expert=low"], 36, 0), ("first", ["experts={enabled: true}", "lora.enabled=true"], 36, 0)):  # fmt: skip
-        raw = apply_overrides(yaml.safe_load(config_text(tmp_path, tmp_path, 8, 16)), [f"tokenizer.picture={picture}", *words])
+    for picture, words, in_dim, image in (
+        ("none", [], 16, 0),
+        ("first", [], 36, 1280),
+        ("first_last", [], 36, 1280),
+        ("first", ["model.expert=low"], 36, 0),
+        ("first", ["experts={enabled: true}", "lora.enabled=true"], 36, 0),
+    ):
+        raw = apply_overrides(
+            yaml.safe_load(config_text(tmp_path, tmp_path, 8, 16)),
+            [f"tokenizer.picture={picture}", *words],
+        )
         sizes = variant_sizes(decode(ExperimentConfig, raw), "14B")
-        assert (sizes.in_dim, sizes.image_dim, sizes.image_positions) == (in_dim, image, 514 * (picture == "first_last"))
-    assert 0.6e9 < clip_bytes(memory_plan.SIZES["I2V-14B"]) / 2 < 0.65e9 and clip_bytes(memory_plan.SIZES["14B"]) == 0
+        assert (sizes.in_dim, sizes.image_dim, sizes.image_positions) == (
+            in_dim,
+            image,
+            514 * (picture == "first_last"),
+        )
+    assert (
+        0.6e9 < clip_bytes(memory_plan.SIZES["I2V-14B"]) / 2 < 0.65e9
+        and clip_bytes(memory_plan.SIZES["14B"]) == 0
+    )
 
 
 def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     file = tmp_path / "wan.yaml"
     make_release(tmp_path / "release", TI2V)
     file.write_text(config_text(tmp_path / "release", tmp_path, 16, 48))
-    words = ["--config", str(file), "train.compile=false", "text_encoder.cache_dir=none", "lora={enabled: true, target_modules: [k]}", "video={width: 1024, height: 1024, num_frames: 81}"]
+    words = [
+        "--config",
+        str(file),
+        "train.compile=false",
+        "text_encoder.cache_dir=none",
+        "lora={enabled: true, target_modules: [k]}",
+        "video={width: 1024, height: 1024, num_frames: 81}",
+    ]
     assert plan_memory.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["total"] == sum(value for name, value in told.items() if name not in ("total", "host", "overrides"))
+    assert told["total"] == sum(
+        value for name, value in told.items() if name not in ("total", "host", "overrides")
+    )
     assert plan_memory.main([*words, "--gpu_gb", str(0.8 * told["total"] / 1e9)]) == 0
     out = capsys.readouterr().out
     assert "as configured" in out and "fits train.batch_size=1 train.grad_accum_steps=2\n" in out
     assert plan_memory.main([*words, "--gpu_gb", "0.01"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "does not fit" in out[-1] and out[-2].endswith(" model.dtype=float8 model.checkpointing=true train.offload_blocks=2")
-    refused(capsys, plan_memory.main, [*words, "model.name_or_path=absent"], "absent does not exist", "--variant 1.3B")
+    assert "does not fit" in out[-1] and out[-2].endswith(
+        " model.dtype=float8 model.checkpointing=true train.offload_blocks=2"
+    )
+    refused(
+        capsys,
+        plan_memory.main,
+        [*words, "model.name_or_path=absent"],
+        "absent does not exist",
+        "--variant 1.3B",
+    )
 
 
 def test_compiled_blocks_keep_less(monkeypatch):
@@ -367,7 +601,9 @@ def test_compiled_blocks_keep_less(monkeypatch):
     words = ("video={width: 256, height: 256, num_frames: 3}", "train.precision=bf16")
     alone, compiled = plan(tiny(*words)), plan(tiny(*words, "train.compile=true"))
     assert 0.5 < compiled.activations / alone.activations < 0.9 and compiled.total < alone.total
-    assert compiled.weights == alone.weights and plan(tiny(*words)) == alone  # nothing is left behind
+    assert (
+        compiled.weights == alone.weights and plan(tiny(*words)) == alone
+    )  # nothing is left behind
 
 
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
@@ -377,4 +613,10 @@ def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
 
 def test_rungs_leave_out_what_is_chosen_already():
     config = tiny("train.precision=pure_bf16", "model.checkpointing=true")
-    assert list(rungs(config, 2)) == [(), *[("train.batch_size=1", "train.grad_accum_steps=4", *more) for more in ((), ("train.offload_optimizer=true",))]]
+    assert list(rungs(config, 2)) == [
+        (),
+        *[
+            ("train.batch_size=1", "train.grad_accum_steps=4", *more)
+            for more in ((), ("train.offload_optimizer=true",))
+        ],
+    ]

@@ -1,4 +1,5 @@
-"""Metrics mean what they are called: trends as least squares, means, signs against chance; nothing is lost or told twice."""
+"""Metrics mean what they are called: trends as least squares, means, signs against chance; nothing
+is lost or told twice."""
 
 import json
 import math
@@ -8,20 +9,41 @@ import signal
 
 import pytest
 import torch
-from tiny import Workshop
 from torch import nn
 
 from mmdit.training import checkpoint
+from mmdit.training.alpha.signs import Signs, pack, unpack
+from mmdit.training.alpha.trend import BINS, LONGEST, Course, StepFacts, Trend, ema
 from mmdit.training.metrics import MetricsLog
-from mmdit.training.signs import Signs, pack, unpack
-from mmdit.training.trend import BINS, LONGEST, Course, StepFacts, Trend, ema
+from tests.helpers.tiny import Workshop
 
 DOCUMENTED = [
-    "step", "timestamp", "loss", "gradient_stability", "expert", "lr_0", "lr_1", "alpha_enabled", "phase", "phase_idx",
-    "steps_in_phase", "conv_alpha", "linear_alpha", "loss_slope", "loss_r2", "loss_samples", "gradient_stability_avg",
-    *(f"{name}_ema_{span}" for name in ("loss", "grad") for span in (10, 50, 100)), "run_id", "images_seen", "sigma_mean",
-    "loss_norm", "grad_norm", "skipped", "wall_s",
-]  # fmt: skip
+    "step",
+    "timestamp",
+    "loss",
+    "gradient_stability",
+    "expert",
+    "lr_0",
+    "lr_1",
+    "alpha_enabled",
+    "phase",
+    "phase_idx",
+    "steps_in_phase",
+    "conv_alpha",
+    "linear_alpha",
+    "loss_slope",
+    "loss_r2",
+    "loss_samples",
+    "gradient_stability_avg",
+    *(f"{name}_ema_{span}" for name in ("loss", "grad") for span in (10, 50, 100)),
+    "run_id",
+    "images_seen",
+    "sigma_mean",
+    "loss_norm",
+    "grad_norm",
+    "skipped",
+    "wall_s",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +66,11 @@ def records(run):
 def test_trends_are_least_squares():
     generator = torch.Generator().manual_seed(0)
     for n in (20, 57, 200):
-        y = 3 - 0.01 * torch.arange(n).double() + torch.randn(n, generator=generator, dtype=torch.float64)
+        y = (
+            3
+            - 0.01 * torch.arange(n).double()
+            + torch.randn(n, generator=generator, dtype=torch.float64)
+        )
         design = torch.stack([torch.ones(n), torch.arange(n)], 1).double()
         best = torch.linalg.solve(design.T @ design, design.T @ y)  # the closed form
         rest = (y - design @ best).square().sum()
@@ -53,13 +79,21 @@ def test_trends_are_least_squares():
         assert abs(trend.slope - best[1].item()) < 1e-9
         assert abs(trend.r2 - (1 - rest / (y - y.mean()).square().sum()).item()) < 1e-9
         assert trend.t == pytest.approx((best[1] / covariance[1, 1].sqrt()).item(), rel=1e-9)
-        assert trend.cv == pytest.approx((y.std() / y.mean()).item(), rel=1e-9) and trend.samples == n
-    assert Trend.of([1.0] * 19) is None and Trend.of([2.0] * 30).r2 is None and Trend.of([2.0] * 30).t == 0
+        assert (
+            trend.cv == pytest.approx((y.std() / y.mean()).item(), rel=1e-9) and trend.samples == n
+        )
+    assert (
+        Trend.of([1.0] * 19) is None
+        and Trend.of([2.0] * 30).r2 is None
+        and Trend.of([2.0] * 30).t == 0
+    )
 
 
 @pytest.mark.parametrize("cv", [0.1, 0.3, 0.6])
 def test_the_noise_of_the_relative_slope_is_as_derived(cv):
-    noise = 1 + cv * torch.randn(2000, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = 1 + cv * torch.randn(
+        2000, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     slopes = torch.tensor([Trend.of(row).relative for row in noise.numpy()])
     assert slopes.std().item() == pytest.approx(cv * math.sqrt(12 / 200), rel=0.1)
 
@@ -83,7 +117,9 @@ def test_levelling_takes_out_what_the_draw_of_t_does_and_leaves_the_trend():
         course.add(facts((1 - step / 2400) * (0.2 + 3 * t) * (1 + 0.05 * draw.gauss(0, 1)), t))
     plain, level = Trend.of(course.losses[-600:]), Trend.of(course.levelled[-600:])
     assert level.cv < 0.35 * plain.cv and plain.cv > 0.5
-    assert level.relative == pytest.approx(-0.25 / 0.625, rel=0.1) and abs(level.t) > 4 * abs(plain.t)
+    assert level.relative == pytest.approx(-0.25 / 0.625, rel=0.1) and abs(level.t) > 4 * abs(
+        plain.t
+    )
 
 
 def test_the_level_of_a_noise_level_is_that_of_lately():
@@ -101,16 +137,27 @@ def test_skipped_steps_and_other_experts_leave_no_trace():
         course.add(facts(1e9, bad=True, agreeing=8.0, compared=8.0))
         course.add(facts(0.0, samples=0))
     assert course == plain and Course(**json.loads(json.dumps(vars(course)))) == course
-    assert course.values()["loss_samples"] == 60 and course.values()["gradient_stability_se"] == 0.5 / math.sqrt(8)
+    assert course.values()["loss_samples"] == 60 and course.values()[
+        "gradient_stability_se"
+    ] == 0.5 / math.sqrt(8)
     course.reset()
-    assert course.values()["loss_slope"] is None and course.steps == 0 and course.loss_emas == plain.loss_emas
+    assert (
+        course.values()["loss_slope"] is None
+        and course.steps == 0
+        and course.loss_emas == plain.loss_emas
+    )
     long = Course(losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST)
     long.add(facts(2.0, agreeing=5.0, compared=8.0))
-    assert {len(kept) for kept in (long.losses, long.levelled, long.stabilities)} == {LONGEST} and long.losses[-1] == 2
-    assert Course().values().keys() == plain.values().keys() and Course().values()["gradient_stability"] is None
+    assert {len(kept) for kept in (long.losses, long.levelled, long.stabilities)} == {
+        LONGEST
+    } and long.losses[-1] == 2
+    assert (
+        Course().values().keys() == plain.values().keys()
+        and Course().values()["gradient_stability"] is None
+    )
 
 
-# ── signs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── signs ─────────────────────────────────────────────────────────────────────────────────────────
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
 
@@ -135,8 +182,14 @@ def test_signs_of_gradients(one):
     assert compare(signs, parameter, first) == 1.0 and compare(signs, parameter, -first) == 0.0
     shares = [compare(signs, parameter, draw()) for _ in range(20)]
     assert sum(shares) / 20 == pytest.approx(0.5, abs=0.002)
-    torch.testing.assert_close(torch.tensor(shares).std(), torch.tensor(0.5 / math.sqrt(1e5)), rtol=0.5, atol=0)  # the claimed error
-    for ratio, expected in ((0.5, 0.573), (0.2, 0.513), (1.0, 0.733)):  # signal : noise of each element
+    torch.testing.assert_close(
+        torch.tensor(shares).std(), torch.tensor(0.5 / math.sqrt(1e5)), rtol=0.5, atol=0
+    )  # the claimed error
+    for ratio, expected in (
+        (0.5, 0.573),
+        (0.2, 0.513),
+        (1.0, 0.733),
+    ):  # signal : noise of each element
         signal = torch.full((100, 1000), ratio)
         compare(signs, parameter, signal + draw())
         assert compare(signs, parameter, signal + draw()) == pytest.approx(expected, abs=0.005)
@@ -145,7 +198,9 @@ def test_signs_of_gradients(one):
 def test_zeros_are_not_compared(one):
     parameter, signs = one
     zero, ones = torch.zeros(100, 1000), torch.ones(100, 1000)
-    assert compare(signs, parameter, zero) is None and compare(signs, parameter, zero) is None  # counting them would say 1
+    assert (
+        compare(signs, parameter, zero) is None and compare(signs, parameter, zero) is None
+    )  # counting them would say 1
     assert compare(signs, parameter, None) is None
     assert compare(signs, parameter, ones * math.inf, BAD) is None  # skipped before any was seen
     assert compare(signs, parameter, ones) is None, "all before were zero"
@@ -153,7 +208,9 @@ def test_zeros_are_not_compared(one):
     half[:50] = 0
     half[50:75] = -1
     assert compare(signs, parameter, half) == 0.5 and signs.compare("", GOOD)[1] == 50_000
-    assert compare(signs, parameter, ones * float("nan"), BAD) is None  # a skipped step leaves the last one
+    assert (
+        compare(signs, parameter, ones * float("nan"), BAD) is None
+    )  # a skipped step leaves the last one
     assert compare(signs, parameter, half) == 1.0
     assert compare(signs, parameter, ones) == 0.75, "what was 0 is compared with its last sign"
 
@@ -163,10 +220,15 @@ def test_experts_compare_their_own_history_and_signs_take_one_bit(one):
     signs = Signs({"high": [parameter], "low": [other]})
     a, b = (torch.randn(100, 1000, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
     for _ in range(3):
-        high, low = compare(signs, parameter, a, expert="high"), compare(signs, other, b, expert="low")
+        high, low = (
+            compare(signs, parameter, a, expert="high"),
+            compare(signs, other, b, expert="low"),
+        )
     assert high == low == 1.0
     stored = signs.tensors()
-    assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == 2 * (100_000 // 8 + 1)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == 2 * (
+        100_000 // 8 + 1
+    )
     again = Signs({"high": [parameter], "low": [other]})
     again.restore({name: tensor.clone() for name, tensor in stored.items()})
     assert compare(again, parameter, -a, expert="high") == 0.0
@@ -176,9 +238,10 @@ def test_experts_compare_their_own_history_and_signs_take_one_bit(one):
     assert torch.equal(unpack(pack(flags), 1003), flags)
 
 
-# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────
 def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
-    """SIGKILL after a random number of bytes, 50 times, each in a process that resumes from a checkpoint some steps back."""
+    """SIGKILL after a random number of bytes, 50 times, each in a process that resumes from a
+    checkpoint some steps back."""
     draw, at = random.Random(5), 0
     for _ in range(50):
         child = os.fork()
@@ -196,46 +259,82 @@ def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
         os.waitpid(child, 0)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         whole = [json.loads(line)["step"] for line in lines[:-1]]
-        assert whole == list(range(1, len(whole) + 1)), "the process that was killed had resumed whole"
+        assert whole == list(range(1, len(whole) + 1)), (
+            "the process that was killed had resumed whole"
+        )
         at = max(0, len(whole) - draw.randrange(5))  # the last checkpoint
     log = MetricsLog(tmp_path, at)
     log.write({"step": at + 1})
     log.close()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(1, at + 2)) and at > 50
 
 
 def test_a_log_that_went_back_is_read_once(tmp_path):
-    """Steps that were written twice, by a run that was restored without its log, and lines that are none."""
+    """Steps that were written twice, by a run that was restored without its log, and lines that are
+    none."""
     written = [*({"step": step} for step in (1, 2, 3, 2, 3, 4, 9)), ["no record"]]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written) + '{"st')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in written) + '{"st'
+    )
     MetricsLog(tmp_path, 4).close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_the_documented_names_are_always_there(shop):
-    """Null where there is nothing, with and without adapters; means and windows go on over a resume, whatever was reported when."""
+    """Null where there is nothing, with and without adapters; means and windows go on over a
+    resume, whatever was reported when."""
     base = shop.train("base", "train.max_steps=4")
     for record in records(base):
-        assert set(DOCUMENTED) <= record.keys() and record["gradient_stability"] is None and record["linear_alpha"] is None
-    lora = [f"train.init_from={base}", "lora.enabled=true", "lora.rank=2", "lora.alpha=4", "train.max_steps=26"]
+        assert (
+            set(DOCUMENTED) <= record.keys()
+            and record["gradient_stability"] is None
+            and record["linear_alpha"] is None
+        )
+    lora = [
+        f"train.init_from={base}",
+        "lora.enabled=true",
+        "lora.rank=2",
+        "lora.alpha=4",
+        "train.max_steps=26",
+    ]
     whole = records(shop.train("whole", *lora, "train.save_every_steps=26"))
-    run = shop.train("parts", *lora, "train.save_every_steps=7", "train.log_every_steps=5", "train.keep_last=0")
+    run = shop.train(
+        "parts", *lora, "train.save_every_steps=7", "train.log_every_steps=5", "train.keep_last=0"
+    )
     for folder in checkpoint.complete(run):
         if checkpoint.step_of(folder) > 21:
             for path in folder.iterdir():
                 path.unlink()
             folder.rmdir()
-    parts = records(shop.train("parts", *lora, "train.save_every_steps=7", "train.log_every_steps=5", "--resume"))
+    parts = records(
+        shop.train(
+            "parts", *lora, "train.save_every_steps=7", "train.log_every_steps=5", "--resume"
+        )
+    )
     last, other = whole[-1], parts[-1]
     assert set(DOCUMENTED) <= last.keys() == whole[0].keys()
     assert last["images_seen"] == other["images_seen"] == 26 * 4 and last["linear_alpha"] == 4.0
-    assert last["loss_slope"] is not None and whole[18]["loss_slope"] is None and last["loss_samples"] == 26
-    assert 0 < last["gradient_stability"] < 1 and last["gradient_stability_se"] > 0 and whole[0]["gradient_stability"] is None
+    assert (
+        last["loss_slope"] is not None
+        and whole[18]["loss_slope"] is None
+        and last["loss_samples"] == 26
+    )
+    assert (
+        0 < last["gradient_stability"] < 1
+        and last["gradient_stability_se"] > 0
+        and whole[0]["gradient_stability"] is None
+    )
     for name in DOCUMENTED:
         if name not in ("timestamp", "wall_s", "run_id", "loss", "grad_norm", "sigma_mean"):
             assert last[name] == other[name], name
-    assert len({record["run_id"] for record in parts}) == 1 != len({record["run_id"] for record in parts + whole})
+    assert (
+        len({record["run_id"] for record in parts})
+        == 1
+        != len({record["run_id"] for record in parts + whole})
+    )
     losses = [record["loss"] for record in whole]
     mean = None
     for loss in losses:

@@ -8,12 +8,12 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from dense_video_mmdit import dense_forward
 
 from mmdit.config import ConfigError, decode, encode
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT, VideoMMDiTConfig, build_model
 from mmdit.nn.position import rotary_tables, rotate
+from tests.helpers.dense_video_mmdit import dense_forward
 
 SMALL = VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4)
 CHANNELS, TEXT = 3, 6
@@ -31,31 +31,50 @@ def awake(config=SMALL, tread=None) -> VideoMMDiT:
 
 def captions(count: int, dtype=torch.float64, length: int = 5) -> TextTokens:
     generator = torch.Generator().manual_seed(1)
-    embeddings = torch.randn(count, length, TEXT, generator=generator, dtype=torch.float64).to(dtype)
+    embeddings = torch.randn(count, length, TEXT, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
     return TextTokens(embeddings, torch.arange(length) < torch.arange(2, 2 + count)[:, None])
 
 
 def clip(*shape: int, seed: int = 2) -> torch.Tensor:
-    return torch.randn(*shape, CHANNELS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, CHANNELS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 TIMES = torch.tensor([20.0, 900.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rows, columns, frames", [(8, 8, 3), (5, 7, 2), (4, 4, 1), (1, 1, 2), (6, 10, 1)])
+@pytest.mark.parametrize(
+    "rows, columns, frames", [(8, 8, 3), (5, 7, 2), (4, 4, 1), (1, 1, 2), (6, 10, 1)]
+)
 def test_the_model_equals_a_dense_second_implementation(rows, columns, frames):
     model, x = awake(), clip(2, frames, rows, columns)
     expected = dense_forward(model, x, TIMES, captions(2))
     torch.testing.assert_close(model(x, TIMES, captions(2)), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("change", [{"mlp": "gelu"}, {"qk_norm": False}, {"temporal_position": False}, {"pooled_text": False},
-                                    {"spatial": ("frame", "shifted")}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp": "gelu"},
+        {"qk_norm": False},
+        {"temporal_position": False},
+        {"pooled_text": False},
+        {"spatial": ("frame", "shifted")},
+    ],
+)
 def test_every_variant_equals_its_dense_second_implementation_and_differs_from_the_default(change):
-    model, x = awake(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4, **change)), clip(2, 2, 5, 4)
+    model, x = (
+        awake(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4, **change)),
+        clip(2, 2, 5, 4),
+    )
     expected = dense_forward(model, x, TIMES, captions(2))
     torch.testing.assert_close(model(x, TIMES, captions(2)), expected, rtol=0, atol=1e-9)
-    assert set(model.state_dict()) != set(awake().state_dict()) or not torch.allclose(expected, awake()(x, TIMES, captions(2)))
+    assert set(model.state_dict()) != set(awake().state_dict()) or not torch.allclose(
+        expected, awake()(x, TIMES, captions(2))
+    )
 
 
 def test_the_initial_output_is_exactly_zero():
@@ -84,9 +103,13 @@ def test_every_valid_token_matters_and_a_dropped_caption_is_the_null_whatever_it
         changed.embeddings[sample, token] += 1
         assert (model(x, TIMES, changed)[sample] - expected[sample]).abs().max() > 1e-4
     other = TextTokens(torch.randn_like(text.embeddings), text.valid)
-    torch.testing.assert_close(model(x, TIMES, other.null()), model(x, TIMES, text.null()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model(x, TIMES, other.null()), model(x, TIMES, text.null()), rtol=0, atol=1e-12
+    )
     empty = TextTokens(text.embeddings[:, :0], text.valid[:, :0])
-    torch.testing.assert_close(model(x, TIMES, empty), model(x, TIMES, text.null()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model(x, TIMES, empty), model(x, TIMES, text.null()), rtol=0, atol=1e-12
+    )
     assert (model(x, TIMES, text.null()) - expected).abs().max() > 1e-2
 
 
@@ -102,19 +125,26 @@ def test_the_order_of_frames_matters_and_without_a_position_in_time_it_does_not(
     x, text = clip(2, 4, 4, 4), captions(2)
     model = awake()
     assert (model(x.flip(1), TIMES, text) - model(x, TIMES, text).flip(1)).abs().max() > 1e-2
-    control = awake(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4, temporal_position=False))
-    torch.testing.assert_close(control(x.flip(1), TIMES, text), control(x, TIMES, text).flip(1), rtol=0, atol=1e-10)
+    control = awake(
+        VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4, temporal_position=False)
+    )
+    torch.testing.assert_close(
+        control(x.flip(1), TIMES, text), control(x, TIMES, text).flip(1), rtol=0, atol=1e-10
+    )
 
 
 def test_frames_know_their_number_even_where_all_look_alike():
-    """At the highest noise all frames are alike to the network, and what moves where must be decided there."""
+    """At the highest noise all frames are alike to the network, and what moves where must be
+    decided there."""
     model, text, alike = awake(), captions(2), clip(2, 1, 4, 4).expand(-1, 4, -1, -1, -1)
     output = model(alike, TIMES, text)
     assert min((output[:, i] - output[:, j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
     first = model(alike[:, :1], TIMES, text)
     with torch.no_grad():
         model.frame.embed.weight.normal_()
-    torch.testing.assert_close(model(alike[:, :1], TIMES, text), first, rtol=0, atol=0)  # pictures know nothing of it
+    torch.testing.assert_close(
+        model(alike[:, :1], TIMES, text), first, rtol=0, atol=0
+    )  # pictures know nothing of it
 
 
 def test_numbers_are_drawn_once_before_clips_and_pictures_do_not_see_them():
@@ -148,7 +178,9 @@ def test_every_parameter_has_a_gradient_on_clips_and_only_temporal_ones_are_zero
         model(clip(2, frames, 8, 8), TIMES, text).square().sum().backward()
         for name, weight in model.named_parameters():
             assert weight.grad is not None, name
-            assert weight.grad.any() != (frames == 1 and (".temporal." in name or name == "frame.embed.weight")), name
+            assert weight.grad.any() != (
+                frames == 1 and (".temporal." in name or name == "frame.embed.weight")
+            ), name
 
 
 def test_a_model_trained_on_images_gives_the_same_for_every_frame_of_a_clip():
@@ -167,14 +199,18 @@ def test_a_model_trained_on_images_gives_the_same_for_every_frame_of_a_clip():
         still = model(x.expand(-1, 4, -1, -1, -1), t, text)
         torch.testing.assert_close(still, image.expand(-1, 4, -1, -1, -1), rtol=0, atol=1e-6)
     # and from there the temporal attention can learn
-    (model(x.expand(-1, 4, -1, -1, -1), t, text) - clip(2, 4, 8, 8).float()).square().mean().backward()
+    (
+        model(x.expand(-1, 4, -1, -1, -1), t, text) - clip(2, 4, 8, 8).float()
+    ).square().mean().backward()
     assert model.modulation.weight.grad[5 * 16 : 6 * 16].any()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_distributed_training_on_images_goes_past_the_second_step():
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+        )
         try:
             model = torch.nn.parallel.DistributedDataParallel(awake())
             for _ in range(3):
@@ -186,14 +222,21 @@ def test_distributed_training_on_images_goes_past_the_second_step():
 @pytest.mark.parametrize("every", [1, 2])
 def test_checkpointing_gives_the_same_gradients(every):
     plain = awake()
-    saving = VideoMMDiT(VideoMMDiTConfig(**{**encode(SMALL), "checkpointing": True, "checkpoint_every": every}), CHANNELS, TEXT).double()
+    saving = VideoMMDiT(
+        VideoMMDiTConfig(**{**encode(SMALL), "checkpointing": True, "checkpoint_every": every}),
+        CHANNELS,
+        TEXT,
+    ).double()
     saving.load_state_dict(plain.state_dict())
     calls = [[] for _ in saving.blocks]
     for block, own in zip(saving.blocks, calls):
         block.spatial.register_forward_hook(lambda *_, own=own: own.append(1))
     for model in (plain, saving):
         model(clip(2, 2, 4, 4), TIMES, captions(2)).square().sum().backward()
-    assert [len(own) for own in calls[:2]] == [2, 2 if every == 1 else 1]  # once forward, once recomputed
+    assert [len(own) for own in calls[:2]] == [
+        2,
+        2 if every == 1 else 1,
+    ]  # once forward, once recomputed
     for a, b in zip(plain.parameters(), saving.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -203,7 +246,9 @@ def test_autocast_stays_close_and_the_stream_has_the_type_asked_for(residual):
     model = build_model(VideoMMDiTConfig(**{**encode(SMALL), "residual": residual}), CHANNELS, TEXT)
     model.load_state_dict(awake().state_dict())
     streams = []
-    model.blocks[1].register_forward_hook(lambda module, inputs, output: streams.append(output[0].dtype))
+    model.blocks[1].register_forward_hook(
+        lambda module, inputs, output: streams.append(output[0].dtype)
+    )
     x, text = clip(2, 3, 5, 7).float(), captions(2, torch.float32)
     exact = model(x, TIMES.float(), text)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +256,10 @@ def test_autocast_stays_close_and_the_stream_has_the_type_asked_for(residual):
     assert streams == [torch.float32, torch.float32 if residual == "float32" else torch.bfloat16]
     assert rough.dtype == torch.float32
     assert ((rough - exact).norm() / exact.norm()) < 0.05
-    assert model.bfloat16()(x.bfloat16(), TIMES.bfloat16(), captions(2, torch.bfloat16)).dtype == torch.bfloat16
+    assert (
+        model.bfloat16()(x.bfloat16(), TIMES.bfloat16(), captions(2, torch.bfloat16)).dtype
+        == torch.bfloat16
+    )
 
 
 def test_blocks_compile_without_graph_breaks():
@@ -227,14 +275,18 @@ def test_dropout_drops_in_training_only():
     x, text = clip(2, 2, 4, 4), captions(2)
     assert not torch.equal(model(x, TIMES, text), model(x, TIMES, text))
     model.eval()
-    torch.testing.assert_close(model(x, TIMES, text), dense_forward(model, x, TIMES, text), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        model(x, TIMES, text), dense_forward(model, x, TIMES, text), rtol=0, atol=1e-9
+    )
 
 
 def test_rotary_scores_depend_on_differences_only():
     q, k = torch.randn(2, 8, dtype=torch.float64)
 
     def score(a, b):
-        turned_q, turned_k = rotate(torch.stack([q, k]), rotary_tables(torch.tensor([a, b]), 8, 100.0))
+        turned_q, turned_k = rotate(
+            torch.stack([q, k]), rotary_tables(torch.tensor([a, b]), 8, 100.0)
+        )
         return turned_q @ turned_k
 
     torch.testing.assert_close(score((3, 1), (5, 7)), score((13, 21), (15, 27)))
@@ -242,8 +294,16 @@ def test_rotary_scores_depend_on_differences_only():
 
 
 def test_adapters_find_the_linears_by_name():
-    names = {name for name, module in awake().blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {f"{part}.{kind}" for part in ("spatial", "temporal", "cross") for kind in ("q", "k", "v", "proj")} <= names
+    names = {
+        name
+        for name, module in awake().blocks[0].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert {
+        f"{part}.{kind}"
+        for part in ("spatial", "temporal", "cross")
+        for kind in ("q", "k", "v", "proj")
+    } <= names
     outside = [name for name, _ in awake().named_modules() if not name.startswith("blocks.")]
     assert not [name for name in outside if name.split(".")[-1] in ("q", "k", "v", "proj")]
 
@@ -251,7 +311,13 @@ def test_adapters_find_the_linears_by_name():
 def test_weight_decay_spares_offsets_and_norms():
     model = awake()
     spared = model.undecayed()
-    assert {"blocks.0.table", "text.null", "pooled.null", "modulation.bias", "blocks.0.spatial.q_norm.weight"} <= spared
+    assert {
+        "blocks.0.table",
+        "text.null",
+        "pooled.null",
+        "modulation.bias",
+        "blocks.0.spatial.q_norm.weight",
+    } <= spared
     assert not spared & {"blocks.0.spatial.q.weight", "modulation.weight", "input.weight"}
 
 
@@ -267,12 +333,19 @@ def test_named_sizes(size, dim, depth, heads):
         decode(VideoMMDiTConfig, {"size": size, "depth": 3}, "model")
 
 
-@pytest.mark.parametrize("written, path", [
-    ({"dim": 100, "num_heads": 3}, "num_heads.*100"), ({"dim": 12, "num_heads": 2}, "num_heads.*12"),
-    ({"depth": 0}, "depth.*0"),
-    ({"num_heads": 0}, "num_heads.*0"), ({"window_size": 0}, "window_size.*0"), ({"dropout": 1.0}, "dropout.*1.0"),
-    ({"mlp_ratio": 0.0}, "mlp_ratio.*0"), ({"size": "M"}, "size.*'S', 'B', 'L', 'XL'"),
-])
+@pytest.mark.parametrize(
+    "written, path",
+    [
+        ({"dim": 100, "num_heads": 3}, "num_heads.*100"),
+        ({"dim": 12, "num_heads": 2}, "num_heads.*12"),
+        ({"depth": 0}, "depth.*0"),
+        ({"num_heads": 0}, "num_heads.*0"),
+        ({"window_size": 0}, "window_size.*0"),
+        ({"dropout": 1.0}, "dropout.*1.0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio.*0"),
+        ({"size": "M"}, "size.*'S', 'B', 'L', 'XL'"),
+    ],
+)
 def test_impossible_models_are_refused_with_path_and_values(written, path):
     with pytest.raises(ConfigError, match=f"model.{path}"):
         decode(VideoMMDiTConfig, written, "model")
@@ -290,4 +363,7 @@ def test_foreign_shapes_are_refused_in_words():
 
 def test_a_copy_is_independent_and_equal():
     model = awake()
-    assert torch.equal(copy.deepcopy(model)(clip(2, 1, 4, 4), TIMES, captions(2)), model(clip(2, 1, 4, 4), TIMES, captions(2)))
+    assert torch.equal(
+        copy.deepcopy(model)(clip(2, 1, 4, 4), TIMES, captions(2)),
+        model(clip(2, 1, 4, 4), TIMES, captions(2)),
+    )

@@ -1,4 +1,5 @@
-"""Left and right: a small model learns the sign of a motion, and why frame numbers are drawn at random before it does."""
+"""Left and right: a small model learns the sign of a motion, and why frame numbers are drawn at
+random before it does."""
 
 import pytest
 import torch
@@ -17,24 +18,37 @@ PICTURE_STEPS, CLIP_STEPS = 100, 400
 
 
 def blobs(step: int) -> tuple[torch.Tensor, list[str]]:
-    """Latents `(b, f, 1, columns, channels)` of a blob that drifts over 1.6 of 3 columns, and their captions."""
+    """Latents `(b, f, 1, columns, channels)` of a blob that drifts over 1.6 of 3 columns, and their
+    captions."""
     draws = Draws.of(1, step, BATCH)
     motion, color = (draws.uniform(name).mul(3).long() for name in ("motion", "color"))
     travelled = torch.linspace(0, 1.6, FRAMES)
     start = draws.uniform("start")[:, None]
-    place = torch.stack([1.4 * start + 1.6 - travelled, 1.4 * start + travelled, (3 * start).expand(-1, FRAMES)], 1)
+    place = torch.stack(
+        [1.4 * start + 1.6 - travelled, 1.4 * start + travelled, (3 * start).expand(-1, FRAMES)], 1
+    )
     place = place[torch.arange(BATCH), motion]
     blob = torch.exp(-((torch.arange(COLUMNS) - place[..., None]) ** 2))
     colors = 2.5 * torch.randn(3, CHANNELS, generator=torch.Generator().manual_seed(0))
     latents = blob[:, :, None, :, None] * colors[color][:, None, None, None]
-    return latents, [f"a {COLORS[c]} blob moves {MOTIONS[m]}" for c, m in zip(color.tolist(), motion.tolist(), strict=True)]
+    return latents, [
+        f"a {COLORS[c]} blob moves {MOTIONS[m]}"
+        for c, m in zip(color.tolist(), motion.tolist(), strict=True)
+    ]
 
 
 def signs(learner: Learner, count: int = 120) -> float:
     """Of sampled clips that should move: how many go the way they were told."""
-    text = learner.text_encoder([f"a {COLORS[i % 3]} blob moves {MOTIONS[i % 2]}" for i in range(count)])
+    text = learner.text_encoder(
+        [f"a {COLORS[i % 3]} blob moves {MOTIONS[i % 2]}" for i in range(count)]
+    )
     noise = Draws.of(0, 0, count).normal("noise", FRAMES, 1, COLUMNS, CHANNELS)
-    clips = sample(guided(learner.objective, learner.model, text, 2.0), noise, learner.objective, SamplerConfig("ab2", 16, shift=2.0))
+    clips = sample(
+        guided(learner.objective, learner.model, text, 2.0),
+        noise,
+        learner.objective,
+        SamplerConfig("ab2", 16, shift=2.0),
+    )
     energy = clips.square().sum(-1).square()[:, :, 0]
     place = (energy * torch.arange(COLUMNS)).sum(-1) / energy.sum(-1)
     moved = place[:, -1] - place[:, 0]
@@ -48,7 +62,9 @@ def test_numbered_frames_learn_left_from_right_where_numbers_from_zero_do_not():
         torch.manual_seed(0)
         encoder = build_text_encoder(ByteLevelConfig(dim=32, depth=1, num_heads=2))
         model = build_model(VideoMMDiTConfig(dim=64, depth=4, num_heads=2), CHANNELS, 32)
-        objective = build_objective("flow_matching", flow_matching=FlowMatchingConfig(time="logit_normal", shift=3.0))
+        objective = build_objective(
+            "flow_matching", flow_matching=FlowMatchingConfig(time="logit_normal", shift=3.0)
+        )
         learner = Learner(model, encoder, objective, LatentSpec(CHANNELS), 0.1)
         optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.95))
         ema = EMA(EMAConfig(decay=0.99), learner)

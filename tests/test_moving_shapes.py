@@ -1,4 +1,5 @@
-"""Moving shapes: the pictures are what the facts say, the oracle reads them back, and no sample depends on another."""
+"""Moving shapes: the pictures are what the facts say, the oracle reads them back, and no sample
+depends on another."""
 
 import json
 import math
@@ -39,7 +40,7 @@ def prompt_accuracy(pixels, facts, variant="one"):
     return accuracy(oracle(pixels, variant), facts)["prompt_accuracy"]["value"]
 
 
-# ── facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── facts ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("variant", ["one", "many"])
 def test_a_sample_depends_on_version_seed_and_index_alone(variant):
     every = some(12, video=True, variant=variant)
@@ -62,11 +63,15 @@ def test_version_1_is_what_it_was():
 def test_six_pairs_are_held_out_of_training_and_every_word_is_still_seen():
     assert len(HELD_OUT) == 6 == len({c for c, _ in HELD_OUT}) == len({s for _, s in HELD_OUT})
     for variant, count in (("one", 4000), ("many", 200)):
-        pairs = Counter((o.color, o.shape) for item in some(count, variant=variant) for o in item.objects)
+        pairs = Counter(
+            (o.color, o.shape) for item in some(count, variant=variant) for o in item.objects
+        )
         assert not pairs.keys() & set(HELD_OUT)
         assert {c for c, _ in pairs} == set(COLORS) and {s for _, s in pairs} == set(SHAPES)
     assert len(Counter((o.color, o.shape) for item in some(4000) for o in item.objects)) == 42
-    assert {(o.color, o.shape) for item in some(200, split="held_out") for o in item.objects} == set(HELD_OUT)
+    assert {
+        (o.color, o.shape) for item in some(200, split="held_out") for o in item.objects
+    } == set(HELD_OUT)
 
 
 @pytest.mark.parametrize("width, height, frames", [(64, 64, 5), (112, 64, 5), (64, 96, 1)])
@@ -75,7 +80,9 @@ def test_objects_stay_inside_the_canvas_and_have_the_named_size(width, height, f
     pixels = render(facts, width, height, frames).int()
     ground = torch.tensor([BACKGROUNDS[item.background] for item in facts])[:, None, :, None]
     for edge in (pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1]):
-        assert (edge - ground).abs().max() < 110  # at most the soft rim of an object reaches the outermost pixels
+        assert (
+            edge - ground
+        ).abs().max() < 110  # at most the soft rim of an object reaches the outermost pixels
         assert (edge == ground).all(2).float().mean() > 0.9
     for item in facts:
         low, high = SIZES[item.objects[0].size]
@@ -85,7 +92,10 @@ def test_objects_stay_inside_the_canvas_and_have_the_named_size(width, height, f
 def test_several_objects_never_touch_in_any_frame():
     facts = some(40, video=True, variant="many")
     assert {len(item.objects) for item in facts} == {2, 3}
-    alone = [[render([Facts(item.background, (o,))], 128, 128, 5) for o in item.objects] for item in facts]
+    alone = [
+        [render([Facts(item.background, (o,))], 128, 128, 5) for o in item.objects]
+        for item in facts
+    ]
     for item, views in zip(facts, alone, strict=True):
         assert len({o.color for o in item.objects}) == len(item.objects)
         ground = torch.tensor(BACKGROUNDS[item.background])[:, None, None]
@@ -109,14 +119,21 @@ def test_bad_settings_are_refused_with_the_remedy():
         prompts("unseen", False)
 
 
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pictures ──────────────────────────────────────────────────────────────────────────────────────
 def test_areas_are_those_of_the_shapes():
     """Anti-aliased coverage sums to the area that geometry gives."""
     r, star = 0.30, 5 * 0.42 * math.sin(math.radians(36))
-    areas = {"circle": math.pi, "square": 4 * 0.86**2, "triangle": 0.75 * math.sqrt(3), "star": star}
+    areas = {
+        "circle": math.pi,
+        "square": 4 * 0.86**2,
+        "triangle": 0.75 * math.sqrt(3),
+        "star": star,
+    }
     areas |= {"ring": math.pi * (1 - 0.44**2), "cross": 4 * 0.66 - 4 * 0.33**2}
     for shape, area in areas.items():
-        item = Facts("black", (Object("white", shape, "large", None, 0.513, 0.49, r, (245, 245, 245)),))
+        item = Facts(
+            "black", (Object("white", shape, "large", None, 0.513, 0.49, r, (245, 245, 245)),)
+        )
         coverage = (render([item], 256, 256)[0, 0, 0].double() - 12) / (245 - 12)
         assert coverage.sum() == pytest.approx(area * (r * 256) ** 2, rel=0.005), shape
 
@@ -139,7 +156,9 @@ def test_rendering_in_company_alone_or_by_chunks_is_the_same(monkeypatch):
     facts = some(20, variant="many") + some(20)
     whole = render(facts, 64, 64, 3)
     assert torch.equal(whole[[33]], render([facts[33]], 64, 64, 3))
-    monkeypatch.setattr(import_module("mmdit.data.moving_shapes.render"), "CHUNK_PIXELS", {"cpu": 64 * 64 * 6})
+    monkeypatch.setattr(
+        import_module("mmdit.data.moving_shapes.render"), "CHUNK_PIXELS", {"cpu": 64 * 64 * 6}
+    )
     assert torch.equal(whole, render(facts, 64, 64, 3))
     assert torch.equal(to_uint8(to_float(whole)), whole)
 
@@ -147,23 +166,28 @@ def test_rendering_in_company_alone_or_by_chunks_is_the_same(monkeypatch):
 def test_motion_runs_at_constant_speed_over_its_path():
     start = Object("red", "circle", "small", "left", 0.7, 0.5, 0.17, COLORS["red"])
     for motion, (dx, dy) in MOTIONS.items():
-        item = Facts("black", (replace(start, motion=motion, x=0.5 - 0.19 * dx, y=0.5 - 0.19 * dy),))
+        item = Facts(
+            "black", (replace(start, motion=motion, x=0.5 - 0.19 * dx, y=0.5 - 0.19 * dy),)
+        )
         weight = render([item], 64, 64, 5)[0, :, 0].double() - 12
         x = (weight.sum(1) * (torch.arange(64) + 0.5)).sum(-1) / weight.sum((1, 2)) / 64
         y = (weight.sum(2) * (torch.arange(64) + 0.5)).sum(-1) / weight.sum((1, 2)) / 64
         time = torch.linspace(-0.19, 0.19, 5).double()
-        assert torch.allclose(x, 0.5 + dx * time, atol=2e-3) and torch.allclose(y, 0.5 + dy * time, atol=2e-3)
+        assert torch.allclose(x, 0.5 + dx * time, atol=2e-3) and torch.allclose(
+            y, 0.5 + dy * time, atol=2e-3
+        )
         last = render([item], 64, 64, 5)[:, -1:]
         assert torch.equal(last, render([item], 64, 64, fraction=1.0))
 
 
-# ── captions ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── captions ──────────────────────────────────────────────────────────────────────────────────────
 def words_for(item, name):
     target = item.objects[0]
     if name in ("color", "background"):
-        return {"color": (target.color,), "background": {"gray": ("gray", "grey")}.get(item.background, (item.background,))}[
-            name
-        ]
+        return {
+            "color": (target.color,),
+            "background": {"gray": ("gray", "grey")}.get(item.background, (item.background,)),
+        }[name]
     if name == "motion":
         return ("still", "rest", "not mov") if target.motion == "still" else (target.motion,)
     return {"shape": SHAPE_WORDS[target.shape], "size": SIZE_WORDS[target.size]}[name]
@@ -178,7 +202,10 @@ def test_a_caption_says_what_it_names_and_nothing_else(video):
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
             assert not complete or named == frozenset(item.attributes)
             for name in item.attributes:
-                said = any(re.search(rf"\b{word}", text.replace("does not move", "not mov")) for word in words_for(item, name))
+                said = any(
+                    re.search(rf"\b{word}", text.replace("does not move", "not mov"))
+                    for word in words_for(item, name)
+                )
                 assert said or name not in named, (text, name)
                 if name not in named and name in ("color", "size", "shape"):
                     assert not said, (text, name)
@@ -187,7 +214,10 @@ def test_a_caption_says_what_it_names_and_nothing_else(video):
 def test_training_captions_drop_each_fact_with_probability_015():
     facts = some(4000, video=True)
     dropped = Counter(
-        name for i, item in enumerate(facts) for name in item.attributes if name not in named_attributes(item, 0, i, False)
+        name
+        for i, item in enumerate(facts)
+        for name in item.attributes
+        if name not in named_attributes(item, 0, i, False)
     )
     assert all(0.13 < count / 4000 < 0.17 for count in dropped.values()) and len(dropped) == 5
     several = some(50, variant="many")
@@ -206,12 +236,14 @@ def test_there_are_at_least_six_templates_and_captions_vary():
 def test_prompts_are_256_and_the_same_at_every_size():
     for split, video in (("seen", False), ("seen", True), ("held_out", False)):
         listed = prompts(split, video)
-        assert len(listed) == 256 and [p.caption for p in listed] == [p.caption for p in prompts(split, video, 448, 256)]
+        assert len(listed) == 256 and [p.caption for p in listed] == [
+            p.caption for p in prompts(split, video, 448, 256)
+        ]
         pairs = {(p.facts.objects[0].color, p.facts.objects[0].shape) for p in listed}
         assert pairs <= set(HELD_OUT) if split == "held_out" else not pairs & set(HELD_OUT)
 
 
-# ── oracle ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── oracle ────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "width, height, frames, count",
     [
@@ -236,7 +268,9 @@ def test_the_oracle_tells_several_objects_apart(width, frames, count):
     assert prompt_accuracy(pixels, facts, "many") >= 0.995
     fewer = [Facts(item.background, item.objects[:-1]) for item in facts]
     right = score(oracle(pixels, "many"), fewer)
-    assert right["shape"].all() and not right["all"].any()  # one object too many is wrong, though those asked for are there
+    assert (
+        right["shape"].all() and not right["all"].any()
+    )  # one object too many is wrong, though those asked for are there
 
 
 def blurred(pixels, sigma):
@@ -253,12 +287,16 @@ def test_mild_blur_and_noise_do_not_disturb_the_oracle():
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     assert prompt_accuracy(blurred(pixels, 1.0), facts) >= 0.99
     assert prompt_accuracy((pixels + 0.04 * noise).clamp(0, 1), facts) >= 0.99
-    assert prompt_accuracy(blurred(pixels, 3.0), facts) < 0.8  # and it is not blind: this much destroys the shapes
+    assert (
+        prompt_accuracy(blurred(pixels, 3.0), facts) < 0.8
+    )  # and it is not blind: this much destroys the shapes
 
 
 def test_what_is_no_object_is_wrong():
     facts = some(4)
-    ground = torch.tensor([BACKGROUNDS[item.background] for item in facts])[:, None, :, None, None] / 255
+    ground = (
+        torch.tensor([BACKGROUNDS[item.background] for item in facts])[:, None, :, None, None] / 255
+    )
     empty = ground.expand(4, 1, 3, 64, 64)
     full = empty.clone()
     full[..., 1:-1, 1:-1] = 1 - ground
@@ -273,15 +311,27 @@ def test_what_is_no_object_is_wrong():
     assert (oracle(frame).shape == -1).all() and not score(oracle(frame), facts)["shape"].any()
     bar = empty.clone()
     bar[..., 30:34, 4:60] = 1 - ground
-    assert not score(oracle(bar), facts)["size"][[o.objects[0].size == "small" for o in facts]].any()
+    assert not score(oracle(bar), facts)["size"][
+        [o.objects[0].size == "small" for o in facts]
+    ].any()
 
 
 @pytest.mark.parametrize(
-    "name, wrong", [("color", "white"), ("shape", "ring"), ("size", "large"), ("motion", "left"), ("background", "brown")]
+    "name, wrong",
+    [
+        ("color", "white"),
+        ("shape", "ring"),
+        ("size", "large"),
+        ("motion", "left"),
+        ("background", "brown"),
+    ],
 )
 def test_each_attribute_is_judged_by_itself(name, wrong):
-    """One attribute is drawn otherwise than asked: it alone is wrong, and the prompt with it, unless the caption dropped it."""
-    asked = Facts("black", (Object("red", "circle", "small", "right", 0.3, 0.5, 0.17, COLORS["red"]),))
+    """One attribute is drawn otherwise than asked: it alone is wrong, and the prompt with it,
+    unless the caption dropped it."""
+    asked = Facts(
+        "black", (Object("red", "circle", "small", "right", 0.3, 0.5, 0.17, COLORS["red"]),)
+    )
     target = asked.objects[0]
     shown = {
         "color": replace(target, rgb=COLORS["white"]),
@@ -289,7 +339,9 @@ def test_each_attribute_is_judged_by_itself(name, wrong):
         "size": replace(target, radius=0.27),
         "motion": replace(target, x=0.7, motion="left"),
     }
-    drawn = Facts("brown", asked.objects) if name == "background" else Facts("black", (shown[name],))
+    drawn = (
+        Facts("brown", asked.objects) if name == "background" else Facts("black", (shown[name],))
+    )
     predictions = oracle(render([drawn], 64, 64, 4))
     right = score(predictions, [asked])
     assert {key for key, value in right.items() if not value.all()} == {name, "all"}
@@ -299,13 +351,17 @@ def test_each_attribute_is_judged_by_itself(name, wrong):
 
 
 def test_a_clip_that_loses_its_object_is_wrong_and_short_drift_is_still():
-    facts = [Facts("black", (Object("red", "square", "small", "right", 0.3, 0.5, 0.17, COLORS["red"]),))]
+    facts = [
+        Facts("black", (Object("red", "square", "small", "right", 0.3, 0.5, 0.17, COLORS["red"]),))
+    ]
     clip = render(facts, 64, 64, 8)
     assert prompt_accuracy(clip, facts) == 1
     clip[:, 3] = clip[:, 3, :, :1, :1]
     assert prompt_accuracy(clip, facts) == 0
     still = [Facts("black", (replace(facts[0].objects[0], motion="still"),))]
-    steps = torch.stack([render(still, 64, 64)[0, 0].roll(f // 2, -1) for f in range(8)])[None]  # 3 px of 64 over the clip
+    steps = torch.stack([render(still, 64, 64)[0, 0].roll(f // 2, -1) for f in range(8)])[
+        None
+    ]  # 3 px of 64 over the clip
     assert prompt_accuracy(steps, still) == 1
 
 
@@ -315,9 +371,17 @@ def test_batching_does_not_change_what_is_seen(monkeypatch):
     for variant in ("one", "many"):
         whole = oracle(pixels, variant)
         with monkeypatch.context() as patch:
-            patch.setattr(import_module("mmdit.data.moving_shapes.oracle"), "CHUNK_PIXELS", {"cpu": 64 * 64 * 3})
+            patch.setattr(
+                import_module("mmdit.data.moving_shapes.oracle"),
+                "CHUNK_PIXELS",
+                {"cpu": 64 * 64 * 3},
+            )
             apart = oracle(to_float(pixels), variant)
-        assert all(torch.equal(a, b) for a, b in zip(vars(whole).values(), vars(apart).values(), strict=True) if a is not None)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(vars(whole).values(), vars(apart).values(), strict=True)
+            if a is not None
+        )
 
 
 def test_wilson_interval():

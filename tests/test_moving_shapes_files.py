@@ -1,4 +1,5 @@
-"""Moving shapes on disk: exact pictures, finished work kept, the same files from any number of processes."""
+"""Moving shapes on disk: exact pictures, finished work kept, the same files from any number of
+processes."""
 
 import json
 from dataclasses import replace
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import Workshop, refused
 
-from mmdit.data.cache import open_cache
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
 from mmdit.scripts import cache_moving_shapes
 from mmdit.scripts.prepare_moving_shapes import main
+from tests.helpers.tiny import Workshop, refused
 
 
 def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
@@ -22,9 +23,13 @@ def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     facts = draw(3, range(6), video=False, width=64, height=64)
     for i, (record, item) in enumerate(zip(records, facts, strict=True)):
-        picture = torch.from_numpy(np.array(Image.open(path.parent / record["image_path"]))).permute(2, 0, 1)
+        picture = torch.from_numpy(
+            np.array(Image.open(path.parent / record["image_path"]))
+        ).permute(2, 0, 1)
         assert torch.equal(picture, render([item], 64, 64)[0, 0])
-        assert Facts.from_json(record["facts"]) == item and record["caption"] == caption(item, 3, i, False)
+        assert Facts.from_json(record["facts"]) == item and record["caption"] == caption(
+            item, 3, i, False
+        )
         assert set(record["facts"]["named"]) == named_attributes(item, 3, i, False)
     before = {p: p.stat().st_mtime_ns for p in (path.parent / "images").iterdir()}
     (path.parent / "images/000002.png").unlink()
@@ -42,7 +47,9 @@ def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
 
 def test_prepared_clips_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("mmdit.data.moving_shapes.prepare.CHUNK_FRAMES", 6)
-    one, two = (prepare(tmp_path / str(n), Recipe(32, 48, 3, variant="many"), 4, workers=n) for n in (1, 2))
+    one, two = (
+        prepare(tmp_path / str(n), Recipe(32, 48, 3, variant="many"), 4, workers=n) for n in (1, 2)
+    )
     assert one.name == "train_videos.jsonl" and one.read_bytes() == two.read_bytes()
     frames = sorted(p.relative_to(one.parent) for p in one.parent.rglob("*.png"))
     assert len(frames) == 12 and str(frames[0]) == "frames/000000/0000.png"
@@ -63,19 +70,51 @@ def test_the_command_explains_mistakes(tmp_path, capsys):
 def test_a_cache_of_another_recipe_is_refused_and_items_beyond_the_count_are_told(tmp_path, capsys):
     def cache(*words, count=4):
         out = Workshop(tmp_path).folder / "c"
-        words = ["--config", tmp_path / "tiny.yaml", "--out_dir", out, "--device", "cpu", "--count", count, *words]
+        words = [
+            "--config",
+            tmp_path / "tiny.yaml",
+            "--out_dir",
+            out,
+            "--device",
+            "cpu",
+            "--count",
+            count,
+            *words,
+        ]
         assert cache_moving_shapes.main([str(word) for word in words]) == 0
         return open_cache(out)
 
     before = cache().captions
-    words = ["--config", tmp_path / "tiny.yaml", "--out_dir", tmp_path / "c", "--device", "cpu", "--count", 6]
-    others = (["--seed", 1], "seed 0 there and 1 now"), (["--variant", "many"], "variant"), (["--frames", 2], "frames 1 there")
+    words = [
+        "--config",
+        tmp_path / "tiny.yaml",
+        "--out_dir",
+        tmp_path / "c",
+        "--device",
+        "cpu",
+        "--count",
+        6,
+    ]
+    others = (
+        (["--seed", 1], "seed 0 there and 1 now"),
+        (["--variant", "many"], "variant"),
+        (["--frames", 2], "frames 1 there"),
+    )
     for other, told in others:
         refused(capsys, cache_moving_shapes.main, [*words, *other], told, "another --out_dir")
     (tmp_path / "c/moving_shapes.json").unlink()  # a cache of an older version
     for other, _ in others:
-        refused(capsys, cache_moving_shapes.main, [*words, *other], "made otherwise", "another --out_dir")
+        refused(
+            capsys,
+            cache_moving_shapes.main,
+            [*words, *other],
+            "made otherwise",
+            "another --out_dir",
+        )
     assert cache(count=6).captions[:4] == before and (tmp_path / "c/moving_shapes.json").exists()
     capsys.readouterr()
-    assert len(cache(count=3)) == 6 and "3 items of the cache are not among these 3 samples" in capsys.readouterr().out
+    assert (
+        len(cache(count=3)) == 6
+        and "3 items of the cache are not among these 3 samples" in capsys.readouterr().out
+    )
     assert cache("--prune", count=3).captions == before[:3]

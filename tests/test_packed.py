@@ -1,4 +1,5 @@
-"""A packed cache gives the batches of the cache it was packed from, bit for bit; killed, damaged or grown, it says so."""
+"""A packed cache gives the batches of the cache it was packed from, bit for bit; killed, damaged or
+grown, it says so."""
 
 import gc
 import json
@@ -13,20 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cache import MeanPixels, contents
 
-from mmdit.data import packing
-from mmdit.data.batches import BatchPlan, LatentBatches
-from mmdit.data.buckets import BucketingConfig, VideoConfig
-from mmdit.data.cache import CacheWriter, open_cache
-from mmdit.data.manifest import CacheManifest
-from mmdit.data.packed import INDEX, index_of, read_shard, shard_name, write_index
-from mmdit.data.verify import verify_cache
+from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.cache import packing
+from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.packed import INDEX, index_of, read_shard, shard_name, write_index
+from mmdit.data.cache.verify import verify_cache
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts.pack_cache import main
+from tests.test_cache import MeanPixels, contents
 
-VIDEO = VideoConfig(32, 32, num_frames=3, image_fraction=0.4, temporal_jitter=1, frame_stride=3, fps=8)
-MANIFEST = CacheManifest.of(MeanPixels(), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16))))
+VIDEO = VideoConfig(
+    32, 32, num_frames=3, image_fraction=0.4, temporal_jitter=1, frame_stride=3, fps=8
+)
+MANIFEST = CacheManifest.of(
+    MeanPixels(), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16)))
+)
 
 
 def add(folder, names):
@@ -57,19 +62,31 @@ def steps(folder, **options):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_batches_are_bit_equal_to_those_of_the_unpacked_cache(cache, in_memory):
     assert pack(cache)["shards"] > 2
-    mine, theirs = (steps(folder, in_memory=in_memory) for folder in (cache.parent / "packed", cache))
+    mine, theirs = (
+        steps(folder, in_memory=in_memory) for folder in (cache.parent / "packed", cache)
+    )
     for packed, plain in zip(mine, theirs, strict=True):
         assert torch.equal(packed.latents.view(torch.int16), plain.latents.view(torch.int16))
-        assert (packed.captions, packed.ids, packed.facts) == (plain.captions, plain.ids, plain.facts)
+        assert (packed.captions, packed.ids, packed.facts) == (
+            plain.captions,
+            plain.ids,
+            plain.facts,
+        )
     packed, plain = open_cache(cache.parent / "packed"), open_cache(cache)
-    assert list(packed.sources) == plain.sources and packed.rates == plain.rates == {8.0} and packed.ids[-1] == plain.ids[-1]
+    assert (
+        list(packed.sources) == plain.sources
+        and packed.rates == plain.rates == {8.0}
+        and packed.ids[-1] == plain.ids[-1]
+    )
     assert verify_cache(cache.parent / "packed") == (pack(cache)["shards"], [])
 
 
 def test_worker_processes_read_a_packed_cache(cache):
     pack(cache)
     opened = open_cache(cache.parent / "packed")
-    batches = LatentBatches(opened, BatchPlan(opened, VIDEO, 6, seed=3), in_memory=False, num_workers=1)
+    batches = LatentBatches(
+        opened, BatchPlan(opened, VIDEO, 6, seed=3), in_memory=False, num_workers=1
+    )
     for made, known in zip(batches.iterate(0, 3), range(3), strict=True):
         assert torch.equal(made[0].latents, batches.step(known)[0].latents)
 
@@ -80,7 +97,9 @@ def test_a_shard_is_a_plain_safetensors_file_that_holds_everything(cache):
     for path in sorted((cache.parent / "packed").glob("shard-*")):
         tensors = load_file(path)
         lines = [json.loads(line) for line in tensors.pop(".texts").numpy().tobytes().splitlines()]
-        assert tensors.keys() == {row["id"] for row in read_shard(path)} and len(lines) == len(tensors)
+        assert tensors.keys() == {row["id"] for row in read_shard(path)} and len(lines) == len(
+            tensors
+        )
         found |= tensors
     assert found.keys() == set(opened.ids)
     assert all(torch.equal(found[id], opened.load(i)) for i, id in enumerate(opened.ids))
@@ -89,7 +108,11 @@ def test_a_shard_is_a_plain_safetensors_file_that_holds_everything(cache):
 def test_packing_again_writes_only_what_changed(cache):
     made = pack(cache)
     out, before = cache.parent / "packed", contents(cache.parent / "packed")
-    assert made["written"] == made["shards"] and pack(cache)["written"] == 0 and contents(out) == before
+    assert (
+        made["written"] == made["shards"]
+        and pack(cache)["written"] == 0
+        and contents(out) == before
+    )
     (out / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001.safetensors is missing.*pack_cache again"):
         open_cache(out)
@@ -99,10 +122,14 @@ def test_packing_again_writes_only_what_changed(cache):
     assert pack(cache)["written"] == 1 and contents(out) == before
     with CacheWriter(cache, MANIFEST) as writer:
         plain = open_cache(cache)
-        writer.add("猫23", plain.load(24), "caption 99", plain.facts[24], plain.sources[24])  # of the same length
+        writer.add(
+            "猫23", plain.load(24), "caption 99", plain.facts[24], plain.sources[24]
+        )  # of the same length
     assert pack(cache)["written"] == 1 and open_cache(out).captions[24] == "caption 99"
     packing.pack_cache(cache, out, 1 << 20)
-    assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(open_cache(out)) == 25
+    assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(
+        open_cache(out)
+    ) == 25
 
 
 def test_a_damaged_shard_or_index_is_named(cache):
@@ -115,12 +142,20 @@ def test_a_damaged_shard_or_index_is_named(cache):
     bad[row["offset"] + 3] ^= 4
     shard.write_bytes(bad)
     opened = open_cache(out)
-    with pytest.raises(ValueError, match=f"shard-00001.safetensors is damaged: the check sum of item '{row['id']}' is wrong"):
+    with pytest.raises(
+        ValueError,
+        match=f"shard-00001.safetensors is damaged: the check sum of item '{row['id']}' is wrong",
+    ):
         opened.load(opened.ids.index(row["id"]))
     (found,) = verify_cache(out)[1]
-    assert found["file"] == shard.name and f"item '{row['id']}': its check sum is wrong; delete it and run" in found["problem"]
+    assert (
+        found["file"] == shard.name
+        and f"item '{row['id']}': its check sum is wrong; delete it and run" in found["problem"]
+    )
     shard.write_bytes(good[:-50])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged: it has \d+ bytes, the index .* says"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors is damaged: it has \d+ bytes, the index .* says"
+    ):
         open_cache(out)
     assert {row["file"] for row in verify_cache(out)[1]} == {shard.name}
     shard.write_bytes(good)
@@ -139,15 +174,22 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
     """SIGKILL while the shard number `at` is being written, then the same command again."""
     pack(cache)
     expected = contents(cache.parent / "packed")
-    script = ("import os, signal, sys; from mmdit.data import packing; first = packing._shard\n"
-              "def shard(cache, part, *rest):\n for n, piece in enumerate(first(cache, part, *rest)):\n"
-              "  yield piece\n  if part.start >= int(sys.argv[3]) and n == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "packing._shard = shard; packing.pack_cache(sys.argv[1], sys.argv[2], 1500)")  # fmt: skip
+    script = (
+        "import os, signal, sys; from mmdit.data.cache import packing; first = packing._shard\ndef"
+        " shard(cache, part, *rest):\n for n, piece in enumerate(first(cache, part, *rest)):\n "
+        " yield piece\n  if part.start >= int(sys.argv[3]) and n == 2: os.kill(os.getpid(),"
+        " signal.SIGKILL)\npacking._shard = shard; packing.pack_cache(sys.argv[1], sys.argv[2],"
+        " 1500)"
+    )
     for at in (0, 5, 15):
         out = cache.parent / f"killed{at}"
-        killed = subprocess.run([sys.executable, "-c", script, cache, out, str(at)], cwd=Path(__file__).parents[1])
+        killed = subprocess.run(
+            [sys.executable, "-c", script, cache, out, str(at)], cwd=Path(__file__).parents[1]
+        )
         assert killed.returncode == -signal.SIGKILL and list(out.glob(".writing-*"))
-        with pytest.raises(ValueError, match="packing was not finished|is no latent cache|holds no item"):
+        with pytest.raises(
+            ValueError, match="packing was not finished|is no latent cache|holds no item"
+        ):
             open_cache(out)
         whole = len(list(out.glob("shard-*")))
         made = packing.pack_cache(cache, out, 1500)
@@ -158,9 +200,13 @@ def test_other_folders_are_refused(cache, tmp_path, capsys):
     pack(cache)
     with pytest.raises(ValueError, match="holds an unpacked cache"):
         packing.pack_cache(cache, cache)
-    with pytest.raises(ValueError, match="is a packed cache; add items to the cache it was packed from"):
+    with pytest.raises(
+        ValueError, match="is a packed cache; add items to the cache it was packed from"
+    ):
         CacheWriter(tmp_path / "packed", MANIFEST)
-    other = CacheManifest.of(MeanPixels("another"), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16))))
+    other = CacheManifest.of(
+        MeanPixels("another"), VIDEO, BucketingConfig(True, buckets=((32, 32), (48, 16)))
+    )
     with CacheWriter(tmp_path / "other", other) as writer:
         writer.add("__metadata__", torch.zeros(1, 2, 2, 3), "")
     with pytest.raises(ValueError, match="made with other settings"):
@@ -182,7 +228,10 @@ def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tm
     """Ten shards of 100,000 items of 256x256 pictures (sparse files: 33 GB of zeros)."""
     manifest = CacheManifest("none", "none", LatentSpec(64), ((256, 256),), False)
     manifest.write(tmp_path)
-    size, texts = 2 * 16 * 16 * 64, {"facts": {}, "source": {"size": [1024, 768], "crop": [128, 0, 896, 768]}}
+    size, texts = (
+        2 * 16 * 16 * 64,
+        {"facts": {}, "source": {"size": [1024, 768], "crop": [128, 0, 896, 768]}},
+    )
     crc = zlib.crc32(bytes(size))
 
     def shards():
@@ -190,14 +239,28 @@ def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tm
             path = tmp_path / shard_name(number)
             with path.open("wb") as file:
                 os.truncate(file.fileno(), 100_000 * size)
-            yield path, [{"id": f"item{number}{i:06}", "shape": [1, 16, 16, 64], "offset": i * size, "crc": crc,
-                          "caption": f"a picture of thing {i} on a table", **texts} for i in range(100_000)]  # fmt: skip
+            yield (
+                path,
+                [
+                    {
+                        "id": f"item{number}{i:06}",
+                        "shape": [1, 16, 16, 64],
+                        "offset": i * size,
+                        "crc": crc,
+                        "caption": f"a picture of thing {i} on a table",
+                        **texts,
+                    }
+                    for i in range(100_000)
+                ],
+            )
 
     write_index(tmp_path, index_of(shards()))
     gc.collect()
     before, begin = memory(), time.perf_counter()
     opened = open_cache(tmp_path, manifest)
-    batches = LatentBatches(opened, BatchPlan(opened, VideoConfig(256, 256), 256, 0), in_memory=False, num_workers=0)
+    batches = LatentBatches(
+        opened, BatchPlan(opened, VideoConfig(256, 256), 256, 0), in_memory=False, num_workers=0
+    )
     first = batches.step(0)
     spent = time.perf_counter() - begin
     for step in range(1, 20):
@@ -207,5 +270,8 @@ def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tm
         batches.step(step)
     assert memory() - settled < 20
     grown = memory() - before
-    print(f"opened, planned and read a first batch of {len(opened):,} items in {spent:.2f} s; {grown:.0f} MB")
+    print(
+        f"opened, planned and read a first batch of {len(opened):,} items in {spent:.2f} s;"
+        f" {grown:.0f} MB"
+    )
     assert len(opened) == 1_000_000 and len(first[0].ids) == 256 and spent < 10 and grown < 200

@@ -1,4 +1,5 @@
-"""Pictures are opened in one place, from regular files of a closed list of formats, and come out as a viewer shows them."""
+"""Pictures are opened in one place, from regular files of a closed list of formats, and come out as
+a viewer shows them."""
 
 import ast
 import io
@@ -12,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from test_cache import MeanPixels, run, write_meta
 
-from mmdit.data.buckets import VideoConfig
-from mmdit.data.cache import open_cache
-from mmdit.data.edges2shoes import photo_of
-from mmdit.data.frames import PreprocessConfig, load_first_frame, load_frames
-from mmdit.data.look import look_at, look_text, totals
-from mmdit.data.manifest import CacheManifest
-from mmdit.data.pictures import load_image, shown_size
-from mmdit.data.records import Record, read_records
-from mmdit.data.sources import prepare_folder, read_captions
+from examples.edges2shoes.unpack import photo_of
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.look import look_at, look_text, totals
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig, load_first_frame, load_frames
+from mmdit.data.dataset.pictures import load_image, shown_size
+from mmdit.data.dataset.records import Record, read_records
+from mmdit.data.dataset.sources import prepare_folder, read_captions
+from tests.test_cache import MeanPixels, run, write_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/pictures"
@@ -46,21 +47,31 @@ def near(found, wanted, levels=1):
 def with_chunks(path: Path, chunks: list[tuple[bytes, bytes]]) -> Path:
     """Put chunks behind the header of a PNG file."""
     data = path.read_bytes()
-    parts = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-             for name, body in chunks]  # fmt: skip
+    parts = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    ]
     path.write_bytes(data[:33] + b"".join(parts) + data[33:])
     return path
 
 
 def looked(path, kind="image"):
-    row = look_at([Record("a", str(path), "x")], kind, lambda size: (32, 32), PreprocessConfig(), VideoConfig(32, 32))
+    row = look_at(
+        [Record("a", str(path), "x")],
+        kind,
+        lambda size: (32, 32),
+        PreprocessConfig(),
+        VideoConfig(32, 32),
+    )
     return row[0]
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_colour_profile_is_followed_in_every_kind_of_picture(tmp_path, name):
-    assert near(colour(GOLDEN / f"{name}.png"), SHOWN[name]) and load_image(GOLDEN / f"{name}.png").info["notes"] == ("profile",)
+    assert near(colour(GOLDEN / f"{name}.png"), SHOWN[name]) and load_image(
+        GOLDEN / f"{name}.png"
+    ).info["notes"] == ("profile",)
     profile, rgb = profile_of(name), Image.new("RGB", (8, 8), GREEN)
     for suffix in ("webp", "tif", "avif"):
         rgb.save(tmp_path / f"a.{suffix}", icc_profile=profile, lossless=True, quality=100)
@@ -69,14 +80,19 @@ def test_a_colour_profile_is_followed_in_every_kind_of_picture(tmp_path, name):
     assert near(colour(tmp_path / "palette.png"), SHOWN[name])
     rgb.putalpha(128)  # the colour first, then white under it
     rgb.save(tmp_path / "clear.png", icc_profile=profile)
-    assert near(colour(tmp_path / "clear.png"), [(value * 128 + 255 * 127) / 255 for value in SHOWN[name]])
+    assert near(
+        colour(tmp_path / "clear.png"), [(value * 128 + 255 * 127) / 255 for value in SHOWN[name]]
+    )
 
 
 def test_srgb_changes_nothing_and_a_profile_that_cannot_be_used_is_told(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     noise.save(tmp_path / "a.png", icc_profile=srgb)
-    assert np.array_equal(load_image(tmp_path / "a.png"), noise) and load_image(tmp_path / "a.png").info["notes"] == ()
+    assert (
+        np.array_equal(load_image(tmp_path / "a.png"), noise)
+        and load_image(tmp_path / "a.png").info["notes"] == ()
+    )
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for profile in (b"no profile at all", profile_of("adobe_rgb")[:200], lab):
         noise.save(tmp_path / "a.png", icc_profile=profile)
@@ -92,13 +108,21 @@ def test_profiles_and_transparency_of_grey_pictures(tmp_path):
 
 
 def test_lab_and_cmyk(tmp_path):
-    Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (128, 128, 128)]).save(tmp_path / "lab.tif")
+    Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (128, 128, 128)]).save(
+        tmp_path / "lab.tif"
+    )
     assert near(colour(tmp_path / "lab.tif"), (119, 119, 119))  # L* = 50
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.tif")
     assert near(colour(tmp_path / "a.tif"), (255, 0, 0))
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", icc_profile=profile_of("adobe_rgb"))
-    image = load_image(tmp_path / "a.jpg")  # inverted, as Adobe stores it; the profile is of another kind of picture
-    assert near(image.getpixel((0, 0)), (254, 0, 0), 2) and image.info["notes"] == ("profile ignored",)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(
+        tmp_path / "a.jpg", icc_profile=profile_of("adobe_rgb")
+    )
+    image = load_image(
+        tmp_path / "a.jpg"
+    )  # inverted, as Adobe stores it; the profile is of another kind of picture
+    assert near(image.getpixel((0, 0)), (254, 0, 0), 2) and image.info["notes"] == (
+        "profile ignored",
+    )
 
 
 def test_what_a_png_states_of_its_light(tmp_path):
@@ -110,14 +134,24 @@ def test_what_a_png_states_of_its_light(tmp_path):
     linear, usual = struct.pack(">I", 100_000), struct.pack(">I", 45_455)
     assert colour(saved((b"gAMA", usual))) == plain
     assert near(colour(saved((b"gAMA", linear))), (222, 222, 222))  # (188 / 255) of all light
-    assert colour(saved((b"sRGB", b"\0"), (b"gAMA", linear))) == plain  # sRGB is said: gamma does not count
-    assert near(colour(saved((b"cICP", bytes([9, 16, 0, 1])))), (255, 255, 255))  # PQ: brighter than diffuse white
+    assert (
+        colour(saved((b"sRGB", b"\0"), (b"gAMA", linear))) == plain
+    )  # sRGB is said: gamma does not count
+    assert near(
+        colour(saved((b"cICP", bytes([9, 16, 0, 1])))), (255, 255, 255)
+    )  # PQ: brighter than diffuse white
     assert colour(saved((b"cICP", bytes([1, 13, 0, 1])))) == plain
-    assert colour(saved((b"gAMA", b"\0\0\0\0"), (b"cHRM", bytes(32)), (b"cICP", b"?"))) == plain  # nonsense
+    assert (
+        colour(saved((b"gAMA", b"\0\0\0\0"), (b"cHRM", bytes(32)), (b"cICP", b"?"))) == plain
+    )  # nonsense
     Image.new("RGB", (4, 4), GREEN).save(tmp_path / "a.png")
     corners = (0.3127, 0.3290, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
     p3 = struct.pack(">8I", *(round(value * 100_000) for value in corners))
-    assert near(colour(with_chunks(tmp_path / "a.png", [(b"gAMA", usual), (b"cHRM", p3)])), SHOWN["display_p3"], 8)
+    assert near(
+        colour(with_chunks(tmp_path / "a.png", [(b"gAMA", usual), (b"cHRM", p3)])),
+        SHOWN["display_p3"],
+        8,
+    )
 
 
 def test_what_an_avif_states_of_its_light(tmp_path):
@@ -138,12 +172,16 @@ def test_packed_text_and_profiles_above_a_megabyte_are_no_reason_to_leave_a_pict
     Image.new("RGB", (4, 4), GREEN).save(tmp_path / "a.png")
     assert colour(with_chunks(tmp_path / "a.png", texts)) == GREEN
     padded = zlib.compress(profile_of("display_p3") + bytes(3_000_000))
-    assert near(colour(with_chunks(tmp_path / "a.png", [(b"iCCP", b"name\0\0" + padded)])), SHOWN["display_p3"])
+    assert near(
+        colour(with_chunks(tmp_path / "a.png", [(b"iCCP", b"name\0\0" + padded)])),
+        SHOWN["display_p3"],
+    )
 
 
 # ── depth and size ────────────────────────────────────────────────────────────────────────────────
 def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
-    """65,535 is white and 257 steps are one: dividing by 256 would make 51,400 (a share of 200 of 255) 201."""
+    """65,535 is white and 257 steps are one: dividing by 256 would make 51,400 (a share of 200 of
+    255) 201."""
     values = np.arange(256, dtype=np.uint16)[None] * 257
     wanted = np.arange(256)
     for name in ("a.png", "a.tif", "a.jp2"):
@@ -152,7 +190,9 @@ def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
     Image.fromarray(values).save(tmp_path / "inverted.tif", tiffinfo={262: 0})  # white is zero
     assert (np.asarray(load_image(tmp_path / "inverted.tif"))[0, :, 0] == 255 - wanted).all()
     Image.fromarray(values).save(tmp_path / "key.png", transparency=40 * 257)
-    assert colour(tmp_path / "key.png", (40, 0)) == (255, 255, 255) and colour(tmp_path / "key.png", (41, 0)) == (41, 41, 41)
+    assert colour(tmp_path / "key.png", (40, 0)) == (255, 255, 255) and colour(
+        tmp_path / "key.png", (41, 0)
+    ) == (41, 41, 41)
     Image.fromarray(np.array([[0, 1 << 20]], np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(ValueError, match="numbers from 0 to 1048576 have no stated range"):
         load_image(tmp_path / "wide.tif")
@@ -160,13 +200,25 @@ def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
 
 def test_colours_of_sixteen_bits(tmp_path):
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     row = np.array([[51400, 15420, 7710], [0x0505, 5, 5]], ">u2").tobytes()
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"tRNS", struct.pack(">3H", 0x0505, 5, 5)),
-             (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]  # fmt: skip
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
-    assert colour(tmp_path / "a.png") == (200, 60, 30) and colour(tmp_path / "a.png", (1, 0)) == (255, 255, 255)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+        (b"tRNS", struct.pack(">3H", 0x0505, 5, 5)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    )
+    assert colour(tmp_path / "a.png") == (200, 60, 30) and colour(tmp_path / "a.png", (1, 0)) == (
+        255,
+        255,
+        255,
+    )
 
 
 def test_wide_grey_is_converted_in_little_memory(tmp_path):
@@ -196,8 +248,16 @@ def test_every_orientation_is_set_upright(tmp_path, suffix, orientation):
     """EXIF 2.3: 0th row and 0th column of what is stored lie at these sides of what is shown."""
     stored = np.zeros((32, 48, 3), np.uint8)
     stored[:16, :16] = 255  # at the corner of row 0 and column 0
-    corner = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
-              5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}[orientation]  # fmt: skip
+    corner = {
+        1: "top left",
+        2: "top right",
+        3: "bottom right",
+        4: "bottom left",
+        5: "top left",
+        6: "top right",
+        7: "bottom right",
+        8: "bottom left",
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
@@ -226,18 +286,27 @@ def test_postscript_among_pictures_starts_no_program(tmp_path, monkeypatch):
     (tmp_path / "frames").mkdir()
     for path in (tmp_path / "cat.png", tmp_path / "frames/0.png"):
         path.write_bytes(POSTSCRIPT)
-    from vtp.evaluate import folder_pictures
+    from mmdit.vtp_training.evaluate import folder_pictures
 
-    for read in (load_image, shown_size, lambda path: load_first_frame(path, (8, 8)), lambda path: photo_of(path.read_bytes()),
-                 lambda path: list(load_frames(path.parent / "frames"))):  # fmt: skip
+    for read in (
+        load_image,
+        shown_size,
+        lambda path: load_first_frame(path, (8, 8)),
+        lambda path: photo_of(path.read_bytes()),
+        lambda path: list(load_frames(path.parent / "frames")),
+    ):
         with pytest.raises(ValueError, match="it is PostScript"):
             read(tmp_path / "cat.png")
-    assert "it is PostScript" in looked(tmp_path / "cat.png")["reason"] and "frame 0.png" in looked(tmp_path / "frames", "video")["reason"]
+    assert (
+        "it is PostScript" in looked(tmp_path / "cat.png")["reason"]
+        and "frame 0.png" in looked(tmp_path / "frames", "video")["reason"]
+    )
     assert not list(folder_pictures(tmp_path)) and not (tmp_path / "started").exists()
 
 
 def test_pictures_and_videos_are_opened_in_one_place():
-    """Whatever opens a picture elsewhere would do so without the closed list. `media` reads back what it wrote itself."""
+    """Whatever opens a picture elsewhere would do so without the closed list. `media` reads back
+    what it wrote itself."""
     for path in [*(ROOT / "mmdit").rglob("*.py"), *(ROOT / "VTP").rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -253,13 +322,28 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     refusal = "not a regular file: it is a named pipe"
     with pytest.raises(ValueError, match=refusal):
         read_captions(tmp_path / "pipe.txt", False)
-    assert looked(tmp_path / "pipe.png")["reason"] == looked(tmp_path / "pipe.mp4", "video")["reason"] == refusal
+    assert (
+        looked(tmp_path / "pipe.png")["reason"]
+        == looked(tmp_path / "pipe.mp4", "video")["reason"]
+        == refusal
+    )
     assert looked(tmp_path / "frames", "video")["reason"] == f"{refusal} (frame 1.png)"
-    rows = [{"id": "a", "image_path": "pipe.png", "caption": ""}, {"id": "b", "image_path": "frames/0.png", "caption": ""},
-            {"id": "c", "image_path": "/dev/zero", "caption": ""}, {"id": "d", "image_path": "frames", "caption": ""}]  # fmt: skip
+    rows = [
+        {"id": "a", "image_path": "pipe.png", "caption": ""},
+        {"id": "b", "image_path": "frames/0.png", "caption": ""},
+        {"id": "c", "image_path": "/dev/zero", "caption": ""},
+        {"id": "d", "image_path": "frames", "caption": ""},
+    ]
     report = run(write_meta(tmp_path, rows), tmp_path / "cache")
-    assert [row["reason"].rpartition(" a ")[2] for row in report.skipped] == ["named pipe", "device", "folder"]
-    rows = [{"id": "a", "video_path": "pipe.mp4", "caption": ""}, {"id": "b", "frames_dir": "frames", "caption": ""}]
+    assert [row["reason"].rpartition(" a ")[2] for row in report.skipped] == [
+        "named pipe",
+        "device",
+        "folder",
+    ]
+    rows = [
+        {"id": "a", "video_path": "pipe.mp4", "caption": ""},
+        {"id": "b", "frames_dir": "frames", "caption": ""},
+    ]
     with pytest.raises(ValueError, match=r"(?s)none of the 2 records.*named pipe.*\(frame 1.png\)"):
         run(write_meta(tmp_path, rows, "v.jsonl"), tmp_path / "clips", kind="video")
     (tmp_path / "cache/b.pt").unlink()
@@ -268,13 +352,24 @@ def test_a_pipe_is_refused_at_once(tmp_path):
         open_cache(tmp_path / "cache").load(0)
 
 
-@pytest.mark.parametrize("start, kind", [
-    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC picture; convert it"), (b"\xff\x0a\xfa\x1f", "a JPEG XL picture"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"), (b'<?xml version="1.0"?>\n<svg xmlns="', "an SVG drawing"),
-    (b"%PDF-1.7", "a PDF"), (b"8BPS\0\1", "a Photoshop"), (b"\n<!DOCTYPE html>", "a web page"), (b"", "nothing; get the file again"),
-    (bytes(500), "zeros only"), (b"\0\0\0\x20ftypisom", "a video (name it video_path)"), (b"qoif", "a QOI picture"),
-    (b"\0\0\0\x18ftypavif", "an AVIF picture, damaged"), (b"no picture", "cannot identify it, it begins with b'no pictu'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, kind",
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC picture; convert it"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL picture"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="', "an SVG drawing"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"8BPS\0\1", "a Photoshop"),
+        (b"\n<!DOCTYPE html>", "a web page"),
+        (b"", "nothing; get the file again"),
+        (bytes(500), "zeros only"),
+        (b"\0\0\0\x20ftypisom", "a video (name it video_path)"),
+        (b"qoif", "a QOI picture"),
+        (b"\0\0\0\x18ftypavif", "an AVIF picture, damaged"),
+        (b"no picture", "cannot identify it, it begins with b'no pictu'"),
+    ],
+)
 def test_what_is_no_picture_of_the_list_is_named(tmp_path, start, kind):
     (tmp_path / "a.jpg").write_bytes(start)
     with pytest.raises(ValueError) as refused:
@@ -286,19 +381,31 @@ def test_pictures_of_other_formats_in_a_folder_are_told(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("b.HEIC", "c.jxl", "d.pdf"):
         (tmp_path / name).touch()
-    assert ".heic, .jxl: pictures that are not read; convert them" in prepare_folder(tmp_path).text()
+    assert (
+        ".heic, .jxl: pictures that are not read; convert them" in prepare_folder(tmp_path).text()
+    )
 
 
 def test_files_that_hold_several_pictures_give_the_first(tmp_path):
     for name, kind in (("a.jpg", "MPO"), ("a.tif", "TIFF")):  # MPO: of phones
         red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
         red.save(tmp_path / name, format=kind, save_all=True, append_images=[blue])
-        assert near(colour(tmp_path / name), (255, 0, 0)) and not load_image(tmp_path / name).info["animated"]
+        assert (
+            near(colour(tmp_path / name), (255, 0, 0))
+            and not load_image(tmp_path / name).info["animated"]
+        )
 
 
 def test_damage_is_an_error_and_broken_metadata_is_none(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    for name, options in (("p.jpg", {"progressive": True}), ("a.png", {}), ("a.webp", {}), ("a.gif", {}), ("a.tif", {}), ("a.bmp", {})):
+    for name, options in (
+        ("p.jpg", {"progressive": True}),
+        ("a.png", {}),
+        ("a.webp", {}),
+        ("a.gif", {}),
+        ("a.tif", {}),
+        ("a.bmp", {}),
+    ):
         noise.save(tmp_path / name, **options)
         whole = (tmp_path / name).read_bytes()
         for share in (0.3, 0.6, 0.9):
@@ -317,7 +424,9 @@ def test_a_frame_that_cannot_be_used_is_named(tmp_path):
     torn = tmp_path / "clip/4.png"
     torn.write_bytes(torn.read_bytes()[:900])
     rows = [{"id": "clip", "frames_dir": "clip", "caption": ""}]
-    with pytest.raises(ValueError, match=r"damaged picture: image file is truncated .*\(frame 4.png\)"):
+    with pytest.raises(
+        ValueError, match=r"damaged picture: image file is truncated .*\(frame 4.png\)"
+    ):
         run(write_meta(tmp_path, rows), tmp_path / "cache", kind="video")
     torn.unlink()
     torn.symlink_to(tmp_path / "gone.png")
@@ -331,7 +440,10 @@ def test_a_frame_that_cannot_be_used_is_named(tmp_path):
     assert looked(tmp_path / "clip", "video")["frames"] == 6
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.heic").touch()
-    assert looked(tmp_path / "other", "video")["reason"] == "folder without pictures: it holds 1 .heic, which are not read"
+    assert (
+        looked(tmp_path / "other", "video")["reason"]
+        == "folder without pictures: it holds 1 .heic, which are not read"
+    )
 
 
 def test_how_pictures_were_decoded_is_counted_and_told(tmp_path):
@@ -340,15 +452,31 @@ def test_how_pictures_were_decoded_is_counted_and_told(tmp_path):
     frames[0].save(tmp_path / "clip/0.gif", save_all=True, append_images=frames[1:])
     Image.new("RGB", (32, 32)).save(tmp_path / "clip/1.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "broken.png", icc_profile=b"broken")
-    rows = [{"id": name, "image_path": str(GOLDEN / f"{name}.png"), "caption": ""} for name in SHOWN]
-    meta = write_meta(tmp_path, [*rows, {"id": "broken", "image_path": "broken.png", "caption": ""}])
+    rows = [
+        {"id": name, "image_path": str(GOLDEN / f"{name}.png"), "caption": ""} for name in SHOWN
+    ]
+    meta = write_meta(
+        tmp_path, [*rows, {"id": "broken", "image_path": "broken.png", "caption": ""}]
+    )
     report = run(meta, tmp_path / "cache")
     assert report.notes == {"profile": 2, "profile ignored": 1}
-    assert "2 items had other colours than sRGB" in report.text() and "1 items have a colour profile that is broken" in report.text()
+    assert (
+        "2 items had other colours than sRGB" in report.text()
+        and "1 items have a colour profile that is broken" in report.text()
+    )
     cache = open_cache(tmp_path / "cache")
     assert cache.sources[cache.ids.index("broken")]["notes"] == ["profile ignored"]
-    looks = look_at(read_records(meta, "image"), "image", lambda size: (32, 32), PreprocessConfig(), VideoConfig(32, 32))
-    assert totals(looks)["notes"] == {"profile": 2, "profile ignored": 1} and "2 had other colours" in look_text(looks, totals(looks))
+    looks = look_at(
+        read_records(meta, "image"),
+        "image",
+        lambda size: (32, 32),
+        PreprocessConfig(),
+        VideoConfig(32, 32),
+    )
+    assert totals(looks)["notes"] == {
+        "profile": 2,
+        "profile ignored": 1,
+    } and "2 had other colours" in look_text(looks, totals(looks))
     meta = write_meta(tmp_path, [{"id": "clip", "frames_dir": "clip", "caption": ""}], "v.jsonl")
     assert "1 items from animated pictures" in run(meta, tmp_path / "clips", kind="video").text()
 
@@ -360,12 +488,19 @@ def test_a_cache_of_an_earlier_decoding_stays_usable_and_is_told(tmp_path):
     manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
     assert manifest.pop("decoding") == 2
     (tmp_path / "cache/manifest.json").write_text(json.dumps(manifest))
-    assert len(open_cache(tmp_path / "cache", CacheManifest.of(MeanPixels(), VideoConfig(32, 32)))) == 1
+    assert (
+        len(open_cache(tmp_path / "cache", CacheManifest.of(MeanPixels(), VideoConfig(32, 32))))
+        == 1
+    )
     for _ in range(2):  # also after new items came into it
         report = run(write_meta(tmp_path, rows), tmp_path / "cache")
-        assert "decoded otherwise (version 1, now 2" in report.text() and "new folder" in report.text()
+        assert (
+            "decoded otherwise (version 1, now 2" in report.text() and "new folder" in report.text()
+        )
     assert len(open_cache(tmp_path / "cache")) == 2
 
 
 def test_a_picture_in_memory_is_read_like_a_file():
-    assert load_image(io.BytesIO((GOLDEN / "display_p3.png").read_bytes())).getpixel((0, 0)) == colour(GOLDEN / "display_p3.png")
+    assert load_image(io.BytesIO((GOLDEN / "display_p3.png").read_bytes())).getpixel(
+        (0, 0)
+    ) == colour(GOLDEN / "display_p3.png")

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from mmdit.data import VideoConfig, open_cache, read_records
-from mmdit.data.caching import cache_latents
-from mmdit.data.manifest import CacheManifest
+from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe, prepare
@@ -29,10 +29,14 @@ def pipeline() -> Pipeline:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(DummyTokenizerConfig(latent_d=12))
     encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2))
-    model = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2), 12, encoder.dim)
+    model = build_model(
+        VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2), 12, encoder.dim
+    )
     for parameter in model.parameters():  # wake what starts at zero
         torch.nn.init.normal_(parameter, std=0.2)
-    return Pipeline(Learner(model, encoder, build_objective("flow_matching"), tokenizer.spec).eval(), tokenizer)
+    return Pipeline(
+        Learner(model, encoder, build_objective("flow_matching"), tokenizer.spec).eval(), tokenizer
+    )
 
 
 CAPTIONS = ["a red ball", "", "two blue boxes", "a star"]
@@ -41,17 +45,26 @@ CAPTIONS = ["a red ball", "", "two blue boxes", "a star"]
 def test_a_picture_depends_on_its_caption_seed_and_place_but_not_on_the_batch(pipeline):
     whole = pipeline(CAPTIONS, 48, 32, 2, SETTINGS)
     assert whole.shape == (4, 2, 3, 32, 48) and whole.min() >= 0 and whole.max() <= 1
-    torch.testing.assert_close(pipeline(CAPTIONS, 48, 32, 2, SETTINGS, batch_size=3), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(pipeline(CAPTIONS[2:], 48, 32, 2, SETTINGS, first=2), whole[2:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pipeline(CAPTIONS, 48, 32, 2, SETTINGS, batch_size=3), whole, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        pipeline(CAPTIONS[2:], 48, 32, 2, SETTINGS, first=2), whole[2:], rtol=0, atol=1e-5
+    )
     assert (pipeline(CAPTIONS[2:], 48, 32, 2, SETTINGS) - whole[2:]).abs().max() > 1e-2
     assert (pipeline(["a green ball"], 48, 32, 2, SETTINGS) - whole[:1]).abs().max() > 1e-4
 
 
 def test_refining_keeps_more_of_the_guess_the_less_noise_it_gets(pipeline):
     small = torch.rand(2, 1, 3, 32, 32)
-    enlarged = torch.nn.functional.interpolate(small[:, 0], (64, 64), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    enlarged = torch.nn.functional.interpolate(
+        small[:, 0], (64, 64), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)
     round_trip = pipeline.tokenizer.decode(pipeline.tokenizer.encode(enlarged[:, None]))
-    distances = [float((pipeline.refine(small, CAPTIONS[:2], 64, 64, t, SETTINGS) - round_trip).abs().mean()) for t in (0.01, 0.3, 0.9)]
+    distances = [
+        float((pipeline.refine(small, CAPTIONS[:2], 64, 64, t, SETTINGS) - round_trip).abs().mean())
+        for t in (0.01, 0.3, 0.9)
+    ]
     assert distances[0] < 0.02 and distances[0] < distances[1] < distances[2]
 
 
@@ -61,11 +74,20 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
     video = VideoConfig(width=32, height=32, num_frames=3)
     manifest, recipe = CacheManifest.of(tokenizer, video), Recipe(32, 32, frames=3)
     assert cache_moving_shapes(tokenizer, tmp_path / "direct", manifest, recipe, 4) == 4
-    assert cache_moving_shapes(tokenizer, tmp_path / "direct", manifest, recipe, 7) == 3  # goes on, and grows
+    assert (
+        cache_moving_shapes(tokenizer, tmp_path / "direct", manifest, recipe, 7) == 3
+    )  # goes on, and grows
     records = read_records(prepare(tmp_path / "files", recipe, 7, workers=1), "video")
     cache_latents(records, "video", tokenizer, tmp_path / "from_files", video, progress=False)
-    direct, files = open_cache(tmp_path / "direct", manifest), open_cache(tmp_path / "from_files", manifest)
-    assert direct.ids == files.ids and direct.captions == files.captions and direct.facts == files.facts
+    direct, files = (
+        open_cache(tmp_path / "direct", manifest),
+        open_cache(tmp_path / "from_files", manifest),
+    )
+    assert (
+        direct.ids == files.ids
+        and direct.captions == files.captions
+        and direct.facts == files.facts
+    )
     for i in range(7):
         torch.testing.assert_close(direct.load(i).float(), files.load(i).float(), rtol=0, atol=2e-3)
 
@@ -75,7 +97,9 @@ def test_files_show_what_was_drawn(tmp_path):
     folder = SampleFolder(tmp_path, {}, CAPTIONS[:3], (48, 32, 1), fps=8)
     folder.add(0, pixels)
     assert folder.finish() == ["0000.png", "0001.png", "0002.png"]
-    stored = torch.frombuffer(bytearray(Image.open(tmp_path / "0001.png").tobytes()), dtype=torch.uint8).reshape(32, 48, 3)
+    stored = torch.frombuffer(
+        bytearray(Image.open(tmp_path / "0001.png").tobytes()), dtype=torch.uint8
+    ).reshape(32, 48, 3)
     assert torch.equal(stored, (pixels[1, 0].permute(1, 2, 0) * 255).round().byte())
     assert Image.open(tmp_path / "grid.png").width > 3 * 48
     assert not list(tmp_path.glob(".writing*"))

@@ -1,4 +1,5 @@
-"""Post-training before any network: dynamics against exact moments, storage, advantages, and identities of the losses."""
+"""Post-training before any network: dynamics against exact moments, storage, advantages, and
+identities of the losses."""
 
 import math
 
@@ -9,22 +10,36 @@ from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
 from mmdit.posttrain import direct_align, dynamics, losses
 from mmdit.posttrain.advantages import advantages, check_geometry, ranks
-from mmdit.posttrain.rewards import Brightness, BrightnessRank, Noise, PromptAccuracy, RewardPool, Samples, rows_of
+from mmdit.posttrain.rewards import (
+    Brightness,
+    BrightnessRank,
+    Noise,
+    PromptAccuracy,
+    RewardPool,
+    Samples,
+    rows_of,
+)
 from mmdit.posttrain.trajectory import Rollout, StoragePlan, Trajectory, group_id
 from mmdit.rng import Draws
 
 
-# ── C1: dynamics, exact moments for data N(1, 0.5²) ──────────────────────────────────────────────────────────────────────
-def moments(step_of, steps: int, spread: float = 0.5, shift: float = 1.0, ode_last: bool = True) -> tuple[float, float]:
-    """Mean and deviation of what a sampler makes of pure noise, when the velocity is the exact one: both are linear, so no sample
-    is drawn."""
+# ── C1: dynamics, exact moments for data N(1, 0.5²) ───────────────────────────────────────────────
+def moments(
+    step_of, steps: int, spread: float = 0.5, shift: float = 1.0, ode_last: bool = True
+) -> tuple[float, float]:
+    """Mean and deviation of what a sampler makes of pure noise, when the velocity is the exact one:
+    both are linear, so no sample is drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     times = (shift * even / (1 + (shift - 1) * even)).tolist()
     mean, variance = 0.0, 1.0
     for index, t in enumerate(times[:-1]):
         total = (1 - t) ** 2 * spread**2 + t**2
         slope = (t - (1 - t) * spread**2) / total  # v = slope (x - (1 - t)) - 1
-        step = step_of(times, index) if not (ode_last and index == steps - 1) else dynamics.step("ode", 0, times, index)
+        step = (
+            step_of(times, index)
+            if not (ode_last and index == steps - 1)
+            else dynamics.step("ode", 0, times, index)
+        )
         mean = step.state * mean + step.velocity * (slope * (mean - (1 - t)) - 1)
         variance = (step.state + step.velocity * slope) ** 2 * variance + step.std**2
     return mean, math.sqrt(variance)
@@ -34,7 +49,15 @@ def of(kind, level=0.7):
     return lambda times, index: dynamics.step(kind, level, times, index)
 
 
-@pytest.mark.parametrize("kind, level, steps", [("flow_sde", 0.7, 200), ("flow_sde", 0.7, 1000), ("dance_sde", 0.3, 200), ("dance_sde", 0.7, 200)])
+@pytest.mark.parametrize(
+    "kind, level, steps",
+    [
+        ("flow_sde", 0.7, 200),
+        ("flow_sde", 0.7, 1000),
+        ("dance_sde", 0.3, 200),
+        ("dance_sde", 0.7, 200),
+    ],
+)
 def test_stochastic_dynamics_keep_the_marginals(kind, level, steps):
     mean, std = moments(of(kind, level), steps)
     assert abs(mean - 1) < 1e-3 and abs(std - 0.5) < 0.01
@@ -58,12 +81,18 @@ def mutant(kind: str):
         width, g = t - s, 0.7 * math.sqrt(clean / t if kind == "inverted" else t / clean)
         drift = g * g / (2 * t) * {"no drift": 0, "sign": -1, "doubled": 2}.get(kind, 1)
         gap = 1 if kind == "no (1 - t)" else 1 - t
-        return dynamics.Step(1 - width * drift, -width * (1 + drift * gap), g * (width if kind == "no root" else math.sqrt(width)))
+        return dynamics.Step(
+            1 - width * drift,
+            -width * (1 + drift * gap),
+            g * (width if kind == "no root" else math.sqrt(width)),
+        )
 
     return step
 
 
-@pytest.mark.parametrize("kind", ["no drift", "sign", "doubled", "no (1 - t)", "no root", "inverted"])
+@pytest.mark.parametrize(
+    "kind", ["no drift", "sign", "doubled", "no (1 - t)", "no root", "inverted"]
+)
 def test_every_mutant_of_the_sde_is_found(kind):
     def off(step_of):
         mean, std = moments(step_of, 200)
@@ -84,15 +113,35 @@ def test_log_probability_and_kl_are_those_of_torch():
         step = dynamics.step("flow_sde", 0.7, times, index)
         mean, other = torch.randn_like(x), torch.randn_like(x)
         known = torch.distributions.Normal(mean, step.std)
-        torch.testing.assert_close(dynamics.log_prob(x, mean, step.std), known.log_prob(x).flatten(1).mean(1), atol=1e-5, rtol=1e-5)
-        exact = torch.distributions.kl_divergence(torch.distributions.Normal(other, step.std), known).flatten(1).mean(1)
+        torch.testing.assert_close(
+            dynamics.log_prob(x, mean, step.std),
+            known.log_prob(x).flatten(1).mean(1),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+        exact = (
+            torch.distributions.kl_divergence(torch.distributions.Normal(other, step.std), known)
+            .flatten(1)
+            .mean(1)
+        )
         torch.testing.assert_close(dynamics.kl(other, mean, step.std), exact, rtol=1e-5, atol=0)
         if index:  # the closed form in the velocity
-            t, width, g = times[index], times[index] - times[index + 1], step.std / math.sqrt(times[index] - times[index + 1])
+            t, width, g = (
+                times[index],
+                times[index] - times[index + 1],
+                step.std / math.sqrt(times[index] - times[index + 1]),
+            )
             v, w = torch.randn(2, 4, 30).double()
-            by_velocity = width / 2 * (g * (1 - t) / (2 * t) + 1 / g) ** 2 * (v - w).square().mean(1)
+            by_velocity = (
+                width / 2 * (g * (1 - t) / (2 * t) + 1 / g) ** 2 * (v - w).square().mean(1)
+            )
             state = torch.randn(4, 30).double()
-            torch.testing.assert_close(dynamics.kl(step.mean(state, v), step.mean(state, w), step.std), by_velocity, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                dynamics.kl(step.mean(state, v), step.mean(state, w), step.std),
+                by_velocity,
+                rtol=1e-5,
+                atol=0,
+            )
 
 
 @pytest.mark.parametrize("dimensions", [48, 3072, 2_096_640])
@@ -112,12 +161,14 @@ def test_the_normed_ratio_has_one_spread_for_every_size():
     spreads = []
     for dimensions in (48, 1024, 50_000):
         old, noise = torch.randn(2, 64, dimensions)
-        ratio = dynamics.log_ratio(old + 0.3 * noise, old, old + 1e-3 * torch.randn(64, dimensions), 0.3, "sqrt_dim")
+        ratio = dynamics.log_ratio(
+            old + 0.3 * noise, old, old + 1e-3 * torch.randn(64, dimensions), 0.3, "sqrt_dim"
+        )
         spreads.append(ratio.std().item())
     assert max(spreads) / min(spreads) < 2.5
 
 
-# ── C2: storage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── C2: storage ───────────────────────────────────────────────────────────────────────────────────
 def test_the_least_positions_are_stored_and_their_bytes_are_counted():
     for trained, count in (((2, 5, 8), 6), ((0, 1, 2), 4), ((), 0)):
         assert len([p for p in StoragePlan.for_steps(trained, 20).positions if p < 20]) == count
@@ -153,7 +204,9 @@ def test_random_plans_give_back_what_was_put():
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         steps = int(torch.randint(1, 12, (), generator=generator))
-        trained = torch.randperm(steps, generator=generator)[: int(torch.randint(0, steps + 1, (), generator=generator))].tolist()
+        trained = torch.randperm(steps, generator=generator)[
+            : int(torch.randint(0, steps + 1, (), generator=generator))
+        ].tolist()
         plan = StoragePlan.for_steps(trained, steps, ("mean",), everything=seed % 2 == 0)
         trajectory = Trajectory(plan)
         for position in range(steps + 1):
@@ -161,8 +214,14 @@ def test_random_plans_give_back_what_was_put():
             if position < steps:
                 trajectory.put_value("mean", position, torch.tensor([[position + 0.5]]))
         for index in trained:
-            assert (trajectory.get(index), trajectory.get(index + 1), trajectory.value("mean", index)) == (index, index + 1, index + 0.5)
-        assert trajectory.states.keys() == set(plan.positions) and {i for _, i in trajectory.values} == set(trained)
+            assert (
+                trajectory.get(index),
+                trajectory.get(index + 1),
+                trajectory.value("mean", index),
+            ) == (index, index + 1, index + 0.5)
+        assert trajectory.states.keys() == set(plan.positions) and {
+            i for _, i in trajectory.values
+        } == set(trained)
 
 
 def test_offloading_copies_and_one_micro_batch_at_a_time_is_on_the_device():
@@ -186,7 +245,7 @@ def test_group_ids_survive_an_int64_gather_and_do_not_a_float32_one():
     assert len(ids.float().unique()) < 20_000
 
 
-# ── C3: advantages and rewards ───────────────────────────────────────────────────────────────────────────────────────────
+# ── C3: advantages and rewards ────────────────────────────────────────────────────────────────────
 GROUPS = torch.arange(6).repeat_interleave(5)
 
 
@@ -198,21 +257,29 @@ def test_advantages_have_the_moments_and_invariances_they_should():
         assert value.reshape(6, 5).mean(1).abs().max() < 1e-12 and report["zero_std_share"] == 0
         offset = torch.randn(6).double().repeat_interleave(5)
         centred = advantages({"a": a + offset, "b": b}, weights, GROUPS, mode, "group", clip=1e9)[0]
-        torch.testing.assert_close(advantages({"a": a, "b": b}, weights, GROUPS, mode, "group", clip=1e9)[0], centred)
+        torch.testing.assert_close(
+            advantages({"a": a, "b": b}, weights, GROUPS, mode, "group", clip=1e9)[0], centred
+        )
         scaled = advantages({"a": 10 * a, "b": b}, weights, GROUPS, mode, clip=1e9)[0]
         assert torch.allclose(scaled, value) == (mode == "gdpo")
-    assert advantages({"a": a, "b": b}, weights, GROUPS, "gdpo", clip=1e9)[0].std(correction=0) == pytest.approx(1, abs=1e-6)
+    assert advantages({"a": a, "b": b}, weights, GROUPS, "gdpo", clip=1e9)[0].std(
+        correction=0
+    ) == pytest.approx(1, abs=1e-6)
     assert advantages({"a": a}, {"a": 1.0}, GROUPS, clip=0.5)[0].abs().max() == 0.5
 
 
 def test_equal_rewards_give_nothing_and_are_reported_and_a_group_of_one_is_refused():
     for mode in ("sum", "gdpo"):
         for std in ("global", "group"):
-            value, report = advantages({"a": torch.arange(6.0).repeat_interleave(5)}, {"a": 1.0}, GROUPS, mode, std)
+            value, report = advantages(
+                {"a": torch.arange(6.0).repeat_interleave(5)}, {"a": 1.0}, GROUPS, mode, std
+            )
             assert (value == 0).all() and report["zero_std_share"] == 1.0
     with pytest.raises(ValueError, match="single sample"):
         advantages({"a": torch.randn(3)}, {"a": 1.0}, torch.tensor([0, 0, 1]))
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 0.0])).tolist() == pytest.approx([2.5 / 3, 1 / 3, 2.5 / 3, 0])
+    assert ranks(torch.tensor([3.0, 1.0, 3.0, 0.0])).tolist() == pytest.approx(
+        [2.5 / 3, 1 / 3, 2.5 / 3, 0]
+    )
 
 
 def test_every_legal_geometry_has_equal_steps_and_every_other_is_refused():
@@ -224,7 +291,10 @@ def test_every_legal_geometry_has_equal_steps_and_every_other_is_refused():
                     own = prompts * group // processes
                     fits = group > 1 and prompts % processes == 0 and own % batch == 0
                     if fits:
-                        assert check_geometry(prompts, group, processes, batch, 1) * batch * processes == prompts * group
+                        assert (
+                            check_geometry(prompts, group, processes, batch, 1) * batch * processes
+                            == prompts * group
+                        )
                         legal += 1
                     else:
                         with pytest.raises(ConfigError):
@@ -233,8 +303,13 @@ def test_every_legal_geometry_has_equal_steps_and_every_other_is_refused():
 
 
 def samples(count=8, **changes) -> Samples:
-    fields = {"captions": [f"c{i}" for i in range(count)], "latents": torch.zeros(count, 1), "groups": torch.arange(count) // 4,
-              "draws": Draws.of(0, 0, count), "pixels": torch.rand(count, 1, 3, 4, 4)}
+    fields = {
+        "captions": [f"c{i}" for i in range(count)],
+        "latents": torch.zeros(count, 1),
+        "groups": torch.arange(count) // 4,
+        "draws": Draws.of(0, 0, count),
+        "pixels": torch.rand(count, 1, 3, 4, 4),
+    }
     return Samples(**(fields | changes))
 
 
@@ -242,7 +317,11 @@ def test_rewards_are_the_same_in_a_thread_and_whole_groups_keep_their_order():
     given = samples()
     pools = [RewardPool((Brightness(), BrightnessRank(), Noise()), workers) for workers in (0, 2)]
     at_once, later = (pool.submit(given).result() for pool in pools)
-    assert all(torch.equal(at_once[name], later[name]) for name in at_once) and at_once.keys() == {"brightness", "brightness_rank", "noise"}
+    assert all(torch.equal(at_once[name], later[name]) for name in at_once) and at_once.keys() == {
+        "brightness",
+        "brightness_rank",
+        "noise",
+    }
     order = torch.randperm(8)
     shuffled = pools[0].score(rows_of(given, order))
     assert all(torch.equal(shuffled[name], at_once[name][order]) for name in shuffled)
@@ -261,17 +340,24 @@ def test_a_wrong_reward_is_an_error_with_its_name_and_prompt():
         RewardPool((Brightness(), Brightness(weight=2.0)))
 
 
-# ── C4: identities of the losses ─────────────────────────────────────────────────────────────────────────────────────────
+# ── C4: identities of the losses ──────────────────────────────────────────────────────────────────
 def test_on_policy_the_gradient_is_that_of_the_log_probability():
     old, y = torch.randn(2, 3, 5).double()
     new, advantage = old.clone().requires_grad_(), torch.tensor([1.0, -2.0, 0.5]).double()
-    losses.clipped(dynamics.log_ratio(y, old, new, 0.3).double(), advantage, -1e-3, 1e-3).sum().backward()
+    losses.clipped(
+        dynamics.log_ratio(y, old, new, 0.3).double(), advantage, -1e-3, 1e-3
+    ).sum().backward()
     by_hand = -advantage[:, None] * (y - old) / 0.3**2 / 5
     torch.testing.assert_close(new.grad, by_hand, atol=1e-6, rtol=1e-6)
 
 
 def test_the_clip_stops_the_two_sides_that_it_should():
-    for advantage, ratio, moves in ((1.0, 0.1, False), (-1.0, -0.1, False), (1.0, -0.1, True), (-1.0, 0.1, True)):
+    for advantage, ratio, moves in (
+        (1.0, 0.1, False),
+        (-1.0, -0.1, False),
+        (1.0, -0.1, True),
+        (-1.0, 0.1, True),
+    ):
         log_ratio = torch.tensor([ratio], requires_grad=True)
         losses.clipped(log_ratio, torch.tensor([advantage]), -0.05, 0.05).sum().backward()
         assert bool(log_ratio.grad.any()) == moves
@@ -288,33 +374,66 @@ def test_the_guard_is_centred_and_the_plain_ratio_is_not():
     assert (raw.mean() - expected).abs() < error(raw) and expected.abs() > error(raw) / 3
     z, delta = (y - old) / std, new - old
     torch.testing.assert_close(guard, (z * delta).mean(1), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(guard, std * (raw + delta.square().mean(1) / (2 * std**2)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        guard, std * (raw + delta.square().mean(1) / (2 * std**2)), atol=1e-6, rtol=1e-5
+    )
     small = old + 1e-6 * torch.randn(48)
     y = old + torch.randn(800, 48)
-    torch.testing.assert_close(dynamics.guard_log_ratio(y, old, small, 1.0), dynamics.log_ratio(y, old, small, 1.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        dynamics.guard_log_ratio(y, old, small, 1.0),
+        dynamics.log_ratio(y, old, small, 1.0),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_nft_has_the_optimum_of_its_derivation(beta):
-    """Data N(0, 1), reward 0.5 + 0.2 x0 at sigma 0.5: v = v_old + (2 / beta) E[r (v - v_old)], -0.4 at beta 1."""
+    """Data N(0, 1), reward 0.5 + 0.2 x0 at sigma 0.5: v = v_old + (2 / beta) E[r (v - v_old)], -0.4
+    at beta 1."""
     sigma, count = 0.5, 100_001
     quantiles = (torch.arange(count).double() + 0.5) / count
-    x = torch.full((count, 1), 0.4).double()  # one x_sigma; of what may lie beneath it every quantile
+    x = torch.full(
+        (count, 1), 0.4
+    ).double()  # one x_sigma; of what may lie beneath it every quantile
     clean = 0.4 + math.sqrt(0.5) * torch.special.ndtri(quantiles)[:, None]
     noise = (x - (1 - sigma) * clean) / sigma
     exact = (noise - clean).mean()
     v, v_old = exact.clone().requires_grad_(), exact
-    share = (0.5 + 0.2 * clean[:, 0])
+    share = 0.5 + 0.2 * clean[:, 0]
     level = torch.full((len(x),), sigma).double()
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    loss = losses.nft((v_old + shift).expand_as(x), v_old.expand_as(x), x, clean, level, share, beta, weighted=False).mean()
-    slope, = torch.autograd.grad(loss, shift, create_graph=True)
-    curvature, = torch.autograd.grad(slope, shift)
+    loss = losses.nft(
+        (v_old + shift).expand_as(x),
+        v_old.expand_as(x),
+        x,
+        clean,
+        level,
+        share,
+        beta,
+        weighted=False,
+    ).mean()
+    (slope,) = torch.autograd.grad(loss, shift, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, shift)
     assert (-slope / curvature).item() == pytest.approx(-0.4 / beta, rel=0.01)
-    balanced = losses.nft(v.expand_as(x), v_old.expand_as(x), x, clean, level, torch.full_like(share, 0.5), beta, weighted=False).mean()
-    reconstruction, = torch.autograd.grad(balanced, v)
+    balanced = losses.nft(
+        v.expand_as(x),
+        v_old.expand_as(x),
+        x,
+        clean,
+        level,
+        torch.full_like(share, 0.5),
+        beta,
+        weighted=False,
+    ).mean()
+    (reconstruction,) = torch.autograd.grad(balanced, v)
     assert reconstruction.abs() < 1e-7
-    assert losses.positive_share(torch.tensor([-9.0, 0.0, 2.5, 9.0]), 5.0).tolist() == [0, 0.5, 0.75, 1]
+    assert losses.positive_share(torch.tensor([-9.0, 0.0, 2.5, 9.0]), 5.0).tolist() == [
+        0,
+        0.5,
+        0.75,
+        1,
+    ]
 
 
 def test_awm_on_policy_is_matching_weighted_by_the_advantage():
@@ -322,9 +441,13 @@ def test_awm_on_policy_is_matching_weighted_by_the_advantage():
     v, advantage, sigma = torch.randn(4, 6, requires_grad=True), torch.randn(4), torch.rand(4)
     error = losses.matching(v, clean, noise)
     for weighting in ("one", "t", "t2", "huber", "ghuber"):
-        loss = losses.clipped(losses.awm_log_ratio(error, error.detach(), sigma, weighting), advantage, -1e-3, 1e-3).sum()
-        got, = torch.autograd.grad(loss, v, retain_graph=True)
-        want, = torch.autograd.grad((advantage * losses.weigh(error, sigma, weighting)).sum(), v, retain_graph=True)
+        loss = losses.clipped(
+            losses.awm_log_ratio(error, error.detach(), sigma, weighting), advantage, -1e-3, 1e-3
+        ).sum()
+        (got,) = torch.autograd.grad(loss, v, retain_graph=True)
+        (want,) = torch.autograd.grad(
+            (advantage * losses.weigh(error, sigma, weighting)).sum(), v, retain_graph=True
+        )
         torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-5)
     assert losses.weigh(torch.tensor([4.0]), torch.tensor([0.5]), "t2").item() == 1.0
 
@@ -344,36 +467,55 @@ def test_a_shift_favours_noise():
     assert objective.draw_time(draws).median().item() == pytest.approx(0.75, abs=0.01)
 
 
-# ── C6: Direct-Align ─────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("entered, landed", [(0.9643, 0.9429), (0.99, 0.97), (0.5, 0.48), (0.75, 0.7714)])
+# ── C6: Direct-Align ──────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "entered, landed", [(0.9643, 0.9429), (0.99, 0.97), (0.5, 0.48), (0.75, 0.7714)]
+)
 def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
     clean, noise = torch.randn(2, 4, 1, 8, 8, 4)
     x = direct_align.inject(clean, noise, entered)
     v = (noise - clean).requires_grad_()
     found = direct_align.recover(x, v, noise, entered, landed)
     assert (found - clean).abs().max() < 5e-5
-    gain, = torch.autograd.grad(found.sum(), v)
-    torch.testing.assert_close(gain, torch.full_like(gain, (landed - entered) / (1 - landed)), rtol=1e-5, atol=0)
+    (gain,) = torch.autograd.grad(found.sum(), v)
+    torch.testing.assert_close(
+        gain, torch.full_like(gain, (landed - entered) / (1 - landed)), rtol=1e-5, atol=0
+    )
     for part in ("inject", "recover"):
         with pytest.raises(AssertionError, match="float32"):
             half = [z.detach().bfloat16() for z in (x, v, noise)]
-            direct_align.inject(*half[:2], entered) if part == "inject" else direct_align.recover(*half, entered, landed)
+            (
+                direct_align.inject(*half[:2], entered)
+                if part == "inject"
+                else direct_align.recover(*half, entered, landed)
+            )
 
 
 def test_the_relative_score_is_antisymmetric_and_bounded_scorers_are_required():
-    scorer = lambda pixels, texts: torch.tensor([0.1 * len(text) for text in texts]) * pixels.mean((1, 2, 3, 4))  # noqa: E731
+    scorer = lambda pixels, texts: (
+        torch.tensor([0.1 * len(text) for text in texts]) * pixels.mean((1, 2, 3, 4))
+    )  # noqa: E731
     pixels = torch.rand(2, 1, 3, 4, 4)
     score = lambda a, b, k: direct_align.relative_score(scorer, pixels, [a] * 2, [b] * 2, k)  # noqa: E731
     assert score("same", "same", 0).abs().max() < 1e-7
     torch.testing.assert_close(score("long", "no", 0), -score("no", "long", 0), atol=1e-7, rtol=0)
     assert not torch.allclose(score("long", "no", 0.5), score("long", "no", 0))
     with pytest.raises(ValueError, match="within -1 … 1"):
-        direct_align.relative_score(lambda pixels, texts: pixels.sum((1, 2, 3, 4)), pixels, ["a"] * 2, ["b"] * 2, 0)
+        direct_align.relative_score(
+            lambda pixels, texts: pixels.sum((1, 2, 3, 4)), pixels, ["a"] * 2, ["b"] * 2, 0
+        )
 
 
 def test_windows_stay_on_one_side_and_off_the_ends():
     direct_align.window_check((0.8, 0.6), 0.02, boundary=0.875)
-    for window, boundary in (((0.98, 0.75), None), ((0.75, 0.96), None), ((0.9, 0.01), None), ((0.96, 0.75), 0.875)):
+    for window, boundary in (
+        ((0.98, 0.75), None),
+        ((0.75, 0.96), None),
+        ((0.9, 0.01), None),
+        ((0.96, 0.75), 0.875),
+    ):
         with pytest.raises(ConfigError, match="sigma_window"):
             direct_align.window_check(window, 0.02, boundary)
-    assert [round(direct_align.discount((0.1, 0.25), (0.96, 0.75), s), 6) for s in (0.75, 0.96)] == [0.1, 0.25]
+    assert [
+        round(direct_align.discount((0.1, 0.25), (0.96, 0.75), s), 6) for s in (0.75, 0.96)
+    ] == [0.1, 0.25]

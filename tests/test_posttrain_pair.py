@@ -1,18 +1,15 @@
-"""Post-training of one of two experts: who serves which noise level in rollouts, scoring and evaluation, and that a run
-which was stopped goes on as if it had not been."""
+"""Post-training of one of two experts: who serves which noise level in rollouts, scoring and
+evaluation, and that a run which was stopped goes on as if it had not been."""
 
 import os
 import signal
 
 import pytest
 import torch
-from test_posttrain_wan import RECIPES, TINY, random_expert
-from tiny import refused
 from torch import nn
-from wan_release import DIT, make_release
 
-from mmdit import align
 from mmdit.adapters import LoRAConfig, inject
+from mmdit.commands import posttrain as align
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig, guided
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop.wan import load_dit
@@ -21,10 +18,7 @@ from mmdit.posttrain.dpo_offline import dpo_offline
 from mmdit.posttrain.evaluation import draw, pipeline
 from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.online import noised, online, sample_terms, terms
-from mmdit.posttrain.prompts import Prompts
-from mmdit.posttrain.rewards import Brightness, LatentNorm
-from mmdit.posttrain.session import Session
-from mmdit.posttrain.settings import (
+from mmdit.posttrain.posttrain_config import (
     DPOConfig,
     KLConfig,
     NFTConfig,
@@ -33,13 +27,19 @@ from mmdit.posttrain.settings import (
     RolloutConfig,
     SRPOConfig,
 )
+from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.rewards import Brightness, LatentNorm
+from mmdit.posttrain.session import Session
 from mmdit.posttrain.srpo import srpo
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
-from mmdit.training.settings import TrainConfig
+from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import TrainState
+from tests.helpers.tiny import refused
+from tests.helpers.wan_release import DIT, make_release
+from tests.test_posttrain_wan import RECIPES, TINY, random_expert
 
 BOUNDARY = 0.7
 ALGORITHMS = ("grpo", "guard", "nft", "awm", "dpo", "srpo")
@@ -52,7 +52,12 @@ class Ragged(nn.Module):
 
     def forward(self, captions: list[str]) -> TextTokens:
         lengths = torch.tensor([1 + len(caption) % 5 for caption in captions])
-        words = torch.stack([torch.randn(5, self.dim, generator=torch.Generator().manual_seed(len(c))) for c in captions])
+        words = torch.stack(
+            [
+                torch.randn(5, self.dim, generator=torch.Generator().manual_seed(len(c)))
+                for c in captions
+            ]
+        )
         valid = torch.arange(int(lengths.max())) < lengths[:, None]
         return TextTokens(torch.where(valid[..., None], words[:, : valid.shape[1]], 0.0), valid)
 
@@ -67,13 +72,18 @@ class Squash:
 
 
 def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **changes) -> Session:
-    """A session that trains one of two different experts, with adapters, captions of unequal length and an evaluation after
-    each update."""
+    """A session that trains one of two different experts, with adapters, captions of unequal length
+    and an evaluation after each update."""
     torch.manual_seed(0)
     networks = {name: random_expert(TINY, torch.float32, "cpu", False) for name in ("high", "low")}
     model = networks.pop(trained)
     (sibling,) = networks.values()
-    inject(model, LoRAConfig(enabled=True, rank=2, alpha=2, target_modules=("*.cross_attn.[kv]", "*.self_attn.q")))
+    inject(
+        model,
+        LoRAConfig(
+            enabled=True, rank=2, alpha=2, target_modules=("*.cross_attn.[kv]", "*.self_attn.q")
+        ),
+    )
     between = (0.0, BOUNDARY) if trained == "low" else (BOUNDARY, 1.0)
     objective = FlowMatching(FlowMatchingConfig(between=between))
     learner = Learner(model, Ragged(), objective, Squash.spec)
@@ -81,24 +91,62 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
     rollout = {"steps": 4, "shift": 2.0}  # noise levels 1, 0.857, 0.667, 0.4, 0
     if trains_steps:
         rollout["sde_steps"] = (2,) if trained == "low" else (0, 1)
-    settings = {"algorithm": algorithm, "prompts_per_epoch": 2, "group_size": 2, "micro_batch": 4, "rewards": (Brightness(),),
-                "eval_rewards": (Brightness(), LatentNorm()), "rollout": RolloutConfig(**rollout | changes.pop("rollout", {})),
-                "ratio": RatioConfig(clip=(-0.1, 0.1)), "eval_every_epochs": 1, "async_rewards": False,
-                "dpo": DPOConfig(collect=4, batch=1, source="offline"), "nft": NFTConfig(rate=0.1),
-                "srpo": SRPOConfig(sigma_window=(0.6, 0.3) if trained == "low" else (0.95, 0.8))}  # fmt: skip
-    options = {"precision": "fp32", "lr": 0.01, "warmup_steps": 0, "max_steps": steps, "sample_num_steps": 4, "sample_shift": 2.0,
-               "sample_solver": "euler", "sample_cfg_scale": 1.0, "weight_decay": 0.0, "save_every_steps": 1, "keep_last": 0}  # fmt: skip
+    settings = {
+        "algorithm": algorithm,
+        "prompts_per_epoch": 2,
+        "group_size": 2,
+        "micro_batch": 4,
+        "rewards": (Brightness(),),
+        "eval_rewards": (Brightness(), LatentNorm()),
+        "rollout": RolloutConfig(**rollout | changes.pop("rollout", {})),
+        "ratio": RatioConfig(clip=(-0.1, 0.1)),
+        "eval_every_epochs": 1,
+        "async_rewards": False,
+        "dpo": DPOConfig(collect=4, batch=1, source="offline"),
+        "nft": NFTConfig(rate=0.1),
+        "srpo": SRPOConfig(sigma_window=(0.6, 0.3) if trained == "low" else (0.95, 0.8)),
+    }
+    options = {
+        "precision": "fp32",
+        "lr": 0.01,
+        "warmup_steps": 0,
+        "max_steps": steps,
+        "sample_num_steps": 4,
+        "sample_shift": 2.0,
+        "sample_solver": "euler",
+        "sample_cfg_scale": 1.0,
+        "weight_decay": 0.0,
+        "save_every_steps": 1,
+        "keep_last": 0,
+    }
     options = TrainConfig(**options | (train or {}))
     state = TrainState.create(learner, options, EMAConfig(enabled=algorithm == "awm", decay=0.9))
     prompts = Prompts(["a", "a cat on a", "two of them, and", "a dog in"])
 
     def store(session, best):
         meta = checkpoint.Meta(session.state.step, {}, Squash.spec, "squash")
-        files = {name: value for name, value in (session.state.files() | session.files()).items() if not best or name == "model"}
+        files = {
+            name: value
+            for name, value in (session.state.files() | session.files()).items()
+            if not best or name == "model"
+        }
         checkpoint.save(folder / "best" if best else folder, meta, files, 0 if not best else 1)
 
-    return Session(PosttrainConfig(**settings | changes), options, 0, state, Squash(), prompts, {"seen": prompts.at([0, 1, 2])},
-                   32, 32, 1, folder, store, pair=Pair(sibling.requires_grad_(False).eval(), between))  # fmt: skip
+    return Session(
+        PosttrainConfig(**settings | changes),
+        options,
+        0,
+        state,
+        Squash(),
+        prompts,
+        {"seen": prompts.at([0, 1, 2])},
+        32,
+        32,
+        1,
+        folder,
+        store,
+        pair=Pair(sibling.requires_grad_(False).eval(), between),
+    )
 
 
 def run(session: Session) -> bool:
@@ -109,7 +157,11 @@ def run(session: Session) -> bool:
 def stored(folder, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
     files = sorted(checkpoint.folder_of(folder, step).glob("*.safetensors"))
-    return {f"{file.stem}/{name}": value for file in files for name, value in checkpoint.read_tensors(file).items()}
+    return {
+        f"{file.stem}/{name}": value
+        for file in files
+        for name, value in checkpoint.read_tensors(file).items()
+    }
 
 
 def assert_equal(one: dict, two: dict) -> None:
@@ -117,7 +169,7 @@ def assert_equal(one: dict, two: dict) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── resuming ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("trained", [pytest.param("high", marks=pytest.mark.slow), "low"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_resumed_run_is_the_run_although_it_has_not_evaluated_yet(tmp_path, algorithm, trained):
@@ -142,7 +194,9 @@ def test_evaluation_leaves_every_part_in_the_mode_it_had(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "srpo"])
-def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(tmp_path, algorithm, monkeypatch):
+def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(
+    tmp_path, algorithm, monkeypatch
+):
     often = {"eval_every_epochs": 2}
     assert run(paired(tmp_path / "straight", algorithm, **often))
     session, apply = paired(tmp_path / "asked", algorithm, **often), Session.apply
@@ -165,10 +219,13 @@ def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(tmp_p
         assert_equal(*(checkpoint.read_tensors(folder / "model.safetensors") for folder in kept))
 
 
-@pytest.mark.parametrize("algorithm, rule, wider", [
-    ("grpo", {"max_drift": 1e-9}, {"max_drift": 1e9}),
-    ("srpo", {"srpo": SRPOConfig(sigma_window=(0.6, 0.3), max_std_growth=1e-3)}, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "algorithm, rule, wider",
+    [
+        ("grpo", {"max_drift": 1e-9}, {"max_drift": 1e9}),
+        ("srpo", {"srpo": SRPOConfig(sigma_window=(0.6, 0.3), max_std_growth=1e-3)}, {}),
+    ],
+)
 def test_a_run_that_a_stop_rule_ended_has_ended(tmp_path, algorithm, rule, wider, capsys):
     assert run(paired(tmp_path, algorithm, **rule))
     (end,) = checkpoint.complete(tmp_path)
@@ -178,7 +235,10 @@ def test_a_run_that_a_stop_rule_ended_has_ended(tmp_path, algorithm, rule, wider
         again.restore(end)
         capsys.readouterr()
         assert run(again) and again.state.step == 1
-        assert "nothing is trained, for a stop rule ended this run at update 1" in capsys.readouterr().out
+        assert (
+            "nothing is trained, for a stop rule ended this run at update 1"
+            in capsys.readouterr().out
+        )
     assert checkpoint.complete(tmp_path) == [end]
     assert_equal(before, stored(tmp_path, 1))
     more = paired(tmp_path, algorithm, **wider)
@@ -186,14 +246,22 @@ def test_a_run_that_a_stop_rule_ended_has_ended(tmp_path, algorithm, rule, wider
     assert run(more) and more.state.step == 4
 
 
-# ── who serves which noise level ─────────────────────────────────────────────────────────────────────────────────────
+# ── who serves which noise level ──────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("trained", ["high", "low"])
-def test_rollouts_scores_and_evaluation_ask_each_expert_at_its_own_levels(tmp_path, trained, monkeypatch):
+def test_rollouts_scores_and_evaluation_ask_each_expert_at_its_own_levels(
+    tmp_path, trained, monkeypatch
+):
     session, asked = paired(tmp_path, trained=trained), {"trained": [], "sibling": []}
     for name, network in (("trained", session.learner.model), ("sibling", session.pair.sibling)):
         inner = network.forward
-        monkeypatch.setattr(network, "forward", lambda x, t, *rest, name=name, inner=inner, **more: (
-            asked[name].extend(t.tolist()), inner(x, t, *rest, **more))[1])  # fmt: skip
+        monkeypatch.setattr(
+            network,
+            "forward",
+            lambda x, t, *rest, name=name, inner=inner, **more: (
+                asked[name].extend(t.tolist()),
+                inner(x, t, *rest, **more),
+            )[1],
+        )
     mine, others = ("sibling", "trained") if trained == "low" else ("trained", "sibling")
     for work in (lambda: session.collect(0), session.evaluate):
         asked["trained"].clear(), asked["sibling"].clear()
@@ -209,19 +277,33 @@ def test_evaluation_draws_what_both_experts_draw_together(tmp_path, trained):
         if name.endswith("lora_B"):
             nn.init.normal_(weight, std=0.1)
     source = pipeline(session)
-    assert {id(source.learner.model), id(source.low)} == {id(session.learner.model), id(session.pair.sibling)}
-    assert (source.low is session.learner.model) == (trained == "low") and source.boundary == BOUNDARY
+    assert {id(source.learner.model), id(source.low)} == {
+        id(session.learner.model),
+        id(session.pair.sibling),
+    }
+    assert (source.low is session.learner.model) == (
+        trained == "low"
+    ) and source.boundary == BOUNDARY
     latents, pixels = draw(session, session.prompts.captions[:2], 0)
-    torch.testing.assert_close(session.tokenizer.decode(session.learner.spec.denormalize(latents)), pixels)
+    torch.testing.assert_close(
+        session.tokenizer.decode(session.learner.spec.denormalize(latents)), pixels
+    )
     values = session.evaluate()
     latents, pixels = draw(session, session.evaluated["seen"].captions, 0)
     rms = latents.flatten(1).square().mean(1).sqrt()
-    assert values["seen_latent_norm"] == pytest.approx(torch.exp(-(rms - 1).square()).mean().item(), rel=1e-5), "latents, not pixels"
+    assert values["seen_latent_norm"] == pytest.approx(
+        torch.exp(-(rms - 1).square()).mean().item(), rel=1e-5
+    ), "latents, not pixels"
     assert values["seen_brightness"] == pytest.approx(pixels.mean().item(), rel=1e-5)
 
 
 def test_each_expert_has_its_own_guidance(tmp_path):
-    for trained, level, own in (("low", 0.5, True), ("low", 0.9, False), ("high", 0.9, True), ("high", 0.5, False)):
+    for trained, level, own in (
+        ("low", 0.5, True),
+        ("low", 0.9, False),
+        ("high", 0.9, True),
+        ("high", 0.5, False),
+    ):
         session = paired(tmp_path, trained=trained, rollout={"guidance": 4.0, "guidance_low": 2.0})
         text, x = session.text[torch.tensor([0, 1])], torch.randn(2, *session.shape)
         network = session.learner.model if own else session.pair.sibling
@@ -237,30 +319,40 @@ def test_each_expert_has_its_own_guidance(tmp_path):
 
 @pytest.mark.parametrize("boundary", [0.875, 0.9, 0.7, 0.8745])
 def test_a_level_is_the_expert_s_that_drew_it_however_it_is_rounded(boundary):
-    """Times are drawn in float64 and asked for in float32: one that rounding takes to the boundary stays with its expert."""
+    """Times are drawn in float64 and asked for in float32: one that rounding takes to the boundary
+    stays with its expert."""
     exact = torch.tensor(boundary, dtype=torch.float64)
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     low, high = Pair(nn.Identity(), (0.0, boundary)), Pair(nn.Identity(), (boundary, 1.0))
     below, above = torch.nextafter(exact, zero), torch.nextafter(exact, one)
     drawn = low.inside(torch.stack([below, 0.5 * exact]).float())
-    assert all(low.owns(level) and not high.owns(level) for level in drawn.tolist()) and drawn[1] == (0.5 * exact).float()
+    assert (
+        all(low.owns(level) and not high.owns(level) for level in drawn.tolist())
+        and drawn[1] == (0.5 * exact).float()
+    )
     drawn = high.inside(torch.stack([exact, above, one]).float())
     assert all(high.owns(level) and not low.owns(level) for level in drawn.tolist())
     asked = low.routed(lambda x, t: "own", lambda x, t: "sibling")
-    assert asked(None, low.inside(below.float()[None])) == "own" and asked(None, boundary) == "sibling"
+    assert (
+        asked(None, low.inside(below.float()[None])) == "own" and asked(None, boundary) == "sibling"
+    )
 
 
 def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
     for trained in ("low", "high"):
         session = paired(tmp_path, "nft", trained)
         end = BOUNDARY * (1 - 1e-16) if trained == "low" else BOUNDARY
-        monkeypatch.setattr(session.learner.objective, "draw_time", lambda draws, frames, end=end: torch.full((2,), end, dtype=torch.float64))
+        monkeypatch.setattr(
+            session.learner.objective,
+            "draw_time",
+            lambda draws, frames, end=end: torch.full((2,), end, dtype=torch.float64),
+        )
         x, _, sigma = noised(session, torch.zeros(2, *session.shape), torch.arange(2), 0, 1)
         assert all(session.pair.owns(level) for level in sigma.tolist())
         session.velocity(session.text[:2])(x, sigma)
 
 
-# ── slow copies ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── slow copies ───────────────────────────────────────────────────────────────────────────────────
 def test_nft_compares_with_its_slow_copy_and_the_copy_follows_slowly(tmp_path):
     session = paired(tmp_path, "nft")
     start = {name: value.clone() for name, value in session.old.items()}
@@ -317,7 +409,9 @@ def test_nft_may_roll_out_its_slow_copy(tmp_path):
     for name, weight in session.learner.model.named_parameters():
         if weight.requires_grad:
             weight.data += 0.3
-    assert not torch.equal(drawn["current"], drawn["old"]) and torch.equal(drawn["old"], session.collect(0)[0][0].clean)
+    assert not torch.equal(drawn["current"], drawn["old"]) and torch.equal(
+        drawn["old"], session.collect(0)[0][0].clean
+    )
 
 
 def test_awm_s_old_policy_is_that_of_the_epoch_s_beginning_and_its_average_is_not(tmp_path):
@@ -339,22 +433,43 @@ def test_pairs_are_made_by_the_first_model_even_when_they_are_made_late(tmp_path
     assert_equal(first, checkpoint.read_tensors(tmp_path / "a/pairs.safetensors"))
 
 
-# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the command ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("expert", ["high", "low"])
-def test_the_command_trains_the_expert_that_is_named_and_freezes_the_other(tmp_path, expert, monkeypatch):
+def test_the_command_trains_the_expert_that_is_named_and_freezes_the_other(
+    tmp_path, expert, monkeypatch
+):
     from dataclasses import replace
 
     release = make_release(tmp_path / "release", replace(DIT, in_dim=16, out_dim=16), pair=True)
     sessions = []
     monkeypatch.chdir(RECIPES[0].parents[2])
     monkeypatch.setattr(align, "online", lambda session: sessions.append(session) or True)
-    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
-    words += [f"model.expert={expert}", "video.width=64", "video.height=32", "text_encoder.cache_dir=''", f"output_dir={tmp_path}",
-              "posttrain.rewards=[{type: brightness}]", "posttrain.eval_rewards=[{type: brightness}]", "model.dtype=float32"]  # fmt: skip
-    assert posttrain.main(["--config", "configs/posttrain/wan_awm.yaml", "--device", "cpu", *words]) == 0
+    words = [
+        f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")
+    ]
+    words += [
+        f"model.expert={expert}",
+        "video.width=64",
+        "video.height=32",
+        "text_encoder.cache_dir=''",
+        f"output_dir={tmp_path}",
+        "posttrain.rewards=[{type: brightness}]",
+        "posttrain.eval_rewards=[{type: brightness}]",
+        "model.dtype=float32",
+    ]
+    assert (
+        posttrain.main(["--config", "configs/posttrain/wan_awm.yaml", "--device", "cpu", *words])
+        == 0
+    )
     (session,) = sessions
-    assert session.pair.trains_high == (expert == "high") and session.config.rollout.guidance_low == 3.0
-    networks = {expert: session.learner.model, "low" if expert == "high" else "high": session.pair.sibling}
+    assert (
+        session.pair.trains_high == (expert == "high")
+        and session.config.rollout.guidance_low == 3.0
+    )
+    networks = {
+        expert: session.learner.model,
+        "low" if expert == "high" else "high": session.pair.sibling,
+    }
     for name, network in networks.items():
         released = load_dit(release, expert=name).state_dict()
         own = network.state_dict()
@@ -367,12 +482,33 @@ def test_models_that_continue_pictures_are_refused_for_what_they_are(tmp_path, m
 
     release = make_release(tmp_path / "release", replace(DIT, in_dim=36, out_dim=16), pair=True)
     monkeypatch.chdir(RECIPES[0].parents[2])
-    words = [f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")]
-    words += ["video.width=64", "video.height=32", "text_encoder.cache_dir=''", f"output_dir={tmp_path}", "model.boundary=null",
-              "posttrain.rewards=[{type: brightness}]", "posttrain.eval_rewards=null"]  # fmt: skip
+    words = [
+        f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")
+    ]
+    words += [
+        "video.width=64",
+        "video.height=32",
+        "text_encoder.cache_dir=''",
+        f"output_dir={tmp_path}",
+        "model.boundary=null",
+        "posttrain.rewards=[{type: brightness}]",
+        "posttrain.eval_rewards=null",
+    ]
     given = ["--config", "configs/posttrain/wan_awm.yaml", "--device", "cpu", "--dry-run", *words]
-    refused(capsys, posttrain.main, given, "model.name_or_path: is I2V", "post-train a T2V or TI2V model")
-    refused(capsys, posttrain.main, [*given, "tokenizer.picture=first"], "tokenizer.picture: is first", "no pictures")
+    refused(
+        capsys,
+        posttrain.main,
+        given,
+        "model.name_or_path: is I2V",
+        "post-train a T2V or TI2V model",
+    )
+    refused(
+        capsys,
+        posttrain.main,
+        [*given, "tokenizer.picture=first"],
+        "tokenizer.picture: is first",
+        "no pictures",
+    )
 
 
 def test_differences_of_rounding_are_no_reason_to_learn():
@@ -383,4 +519,6 @@ def test_differences_of_rounding_are_no_reason_to_learn():
             value, report = advantages(noise, {"a": weight}, groups, "sum", std)
             assert (value == 0).all() and report["zero_std_share"] == 1
             real = {"a": torch.tensor([0.2, 0.21, 0.5, 0.51], dtype=torch.float64)}
-            assert advantages(real, {"a": weight}, groups, "sum", "group")[0].abs() == pytest.approx(torch.ones(4))
+            assert advantages(real, {"a": weight}, groups, "sum", "group")[
+                0
+            ].abs() == pytest.approx(torch.ones(4))

@@ -1,4 +1,5 @@
-"""Rewards that look at pictures: analytic ones, the oracle on true pictures, and CLIP-like networks from local weights."""
+"""Rewards that look at pictures: analytic ones, the oracle on true pictures, and CLIP-like networks
+from local weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,19 +28,36 @@ from mmdit.rng import Draws
 
 def samples(pixels, captions=None, facts=None) -> Samples:
     count = len(pixels)
-    return Samples(captions=captions or ["x"] * count, latents=torch.zeros(count, 1), groups=torch.arange(count),
-                   draws=Draws.of(0, 0, count), pixels=pixels, facts=facts)  # fmt: skip
+    return Samples(
+        captions=captions or ["x"] * count,
+        latents=torch.zeros(count, 1),
+        groups=torch.arange(count),
+        draws=Draws.of(0, 0, count),
+        pixels=pixels,
+        facts=facts,
+    )
 
 
 def test_analytic_rewards_rank_pictures_as_an_eye_would():
-    flat, bright, noisy = torch.full((1, 4, 3, 16, 16), 0.2), torch.full((1, 4, 3, 16, 16), 0.9), torch.rand(1, 4, 3, 16, 16)
+    flat, bright, noisy = (
+        torch.full((1, 4, 3, 16, 16), 0.2),
+        torch.full((1, 4, 3, 16, 16), 0.9),
+        torch.rand(1, 4, 3, 16, 16),
+    )
     red = torch.zeros(1, 4, 3, 16, 16)
     red[:, :, 0] = 1
     pixels = torch.cat([flat, bright, noisy, red])
-    value = RewardPool((Brightness(), ColorMatch(), Sharpness(), Motion()), 0).score(samples(pixels))
+    value = RewardPool((Brightness(), ColorMatch(), Sharpness(), Motion()), 0).score(
+        samples(pixels)
+    )
     assert value["brightness"].argmax() == 1 and value["brightness"][0] == pytest.approx(0.2)
-    assert value["color_match"].argmax() == 3 and value["color_match"][3] == pytest.approx(0, abs=1e-6)
-    assert value["sharpness"].argmax() == value["motion"].argmax() == 2 and value["motion"][0] == value["sharpness"][0] == 0
+    assert value["color_match"].argmax() == 3 and value["color_match"][3] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert (
+        value["sharpness"].argmax() == value["motion"].argmax() == 2
+        and value["motion"][0] == value["sharpness"][0] == 0
+    )
     assert Motion().call(samples(pixels[:, :1])).abs().sum() == 0
     for reward in (Brightness(), ColorMatch(), Sharpness(), Motion()):
         x = torch.rand(2, 2, 3, 8, 8, requires_grad=True)
@@ -55,7 +73,9 @@ class Saved(Reward):
     type: str = "saved"
 
     def call(self, samples):
-        assert samples.images.dtype == torch.uint8 and len(samples.images) == len(samples.captions) <= (self.batch or 5)
+        assert samples.images.dtype == torch.uint8 and len(samples.images) == len(
+            samples.captions
+        ) <= (self.batch or 5)
         seen.append(samples.latents.device.type)
         return samples.images[:, 0, 0, 0].float().mean(1) / 255
 
@@ -66,11 +86,29 @@ seen: list[str] = []
 def test_a_reward_may_ask_for_images_in_batches_on_its_own_device():
     pixels, facts = torch.rand(5, 2, 3, 4, 6), [object()] * 5
     given = samples(pixels, [f"c{i}" for i in range(5)], facts)
-    assert given.images.shape == (5, 2, 4, 6, 3) and (given.images[..., 1] / 255 - pixels[:, :, 1]).abs().max() <= 0.5 / 255 + 1e-6
-    values = RewardPool((Saved(name="two", batch=2), Saved(name="all"), Brightness(batch=3), Brightness(name="whole")), 0).score(given)
-    assert torch.equal(values["two"], values["all"]) and torch.equal(values["brightness"], values["whole"])
+    assert (
+        given.images.shape == (5, 2, 4, 6, 3)
+        and (given.images[..., 1] / 255 - pixels[:, :, 1]).abs().max() <= 0.5 / 255 + 1e-6
+    )
+    values = RewardPool(
+        (
+            Saved(name="two", batch=2),
+            Saved(name="all"),
+            Brightness(batch=3),
+            Brightness(name="whole"),
+        ),
+        0,
+    ).score(given)
+    assert torch.equal(values["two"], values["all"]) and torch.equal(
+        values["brightness"], values["whole"]
+    )
     moved = given.to("meta")
-    assert moved.pixels.is_meta and moved.draws.indices.is_meta and moved.facts is facts and not given.pixels.is_meta
+    assert (
+        moved.pixels.is_meta
+        and moved.draws.indices.is_meta
+        and moved.facts is facts
+        and not given.pixels.is_meta
+    )
     seen.clear()
     with pytest.raises(NotImplementedError):  # a meta tensor has no values to give
         RewardPool((Saved(device="meta"),), 0).score(given)
@@ -86,7 +124,9 @@ def test_the_oracle_rewards_true_pictures_of_their_own_prompt():
     pixels = to_float(render(facts, 64, 64, 1))
     for partial in (0.0, 0.5, 1.0):
         reward = PromptAccuracy(partial=partial)
-        right, wrong = (reward.call(samples(pixels, facts=f)) for f in (facts, facts[1:] + facts[:1]))
+        right, wrong = (
+            reward.call(samples(pixels, facts=f)) for f in (facts, facts[1:] + facts[:1])
+        )
         assert right.mean() > 0.99 > wrong.mean() and (wrong.mean() > 0) == (partial > 0)
 
 
@@ -95,7 +135,9 @@ def test_the_words_of_colours_know_their_direction():
     red[:, :, 0] = 1
     score = ColorWords()(red, ["red. a circle", "Blue. a circle"])
     assert 0.3 < score[0] < 1 and score[1] < 0
-    assert ColorWords()(red, ["a circle"] * 2).abs().sum() == 0 and ColorWords()(torch.full((1, 1, 3, 2, 2), 0.5), ["red"]).item() == pytest.approx(0)
+    assert ColorWords()(red, ["a circle"] * 2).abs().sum() == 0 and ColorWords()(
+        torch.full((1, 1, 3, 2, 2), 0.5), ["red"]
+    ).item() == pytest.approx(0)
 
 
 @pytest.fixture(scope="module")
@@ -104,32 +146,67 @@ def clip_folder(tmp_path_factory):
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.CLIPConfig(text_config=sizes | {"vocab_size": 12, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
-                                     vision_config=sizes | {"image_size": 16, "patch_size": 8}, projection_dim=8)  # fmt: skip
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.CLIPConfig(
+        text_config=sizes
+        | {
+            "vocab_size": 12,
+            "max_position_embeddings": 8,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        vision_config=sizes | {"image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
     transformers.CLIPModel(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "a", "red", "blue", "circle", "star", "<unk>"])}
+    vocabulary = {
+        word: i
+        for i, word in enumerate(
+            ["<pad>", "<bos>", "<eos>", "a", "red", "blue", "circle", "star", "<unk>"]
+        )
+    }
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
     return folder
 
 
 def test_a_clip_from_a_folder_scores_as_transformers_does_and_has_a_gradient(clip_folder):
     from transformers import CLIPModel
 
-    pixels, texts = torch.rand(3, 2, 3, 16, 16, requires_grad=True), ["a red star", "a circle", "a red star"]
+    pixels, texts = (
+        torch.rand(3, 2, 3, 16, 16, requires_grad=True),
+        ["a red star", "a circle", "a red star"],
+    )
     for reward in (ClipReward(path=str(clip_folder)), PickScore(path=str(clip_folder))):
         reward.prepare(torch.device("cpu"))
         score = reward(pixels, texts)
         assert score.shape == (3,) and score.detach().abs().max() <= 1
-    torch.testing.assert_close(RewardPool((reward,), 1).submit(samples(pixels.detach(), texts)).result()["pickscore"], score.detach())
+    torch.testing.assert_close(
+        RewardPool((reward,), 1).submit(samples(pixels.detach(), texts)).result()["pickscore"],
+        score.detach(),
+    )
     score.sum().backward()
-    assert pixels.grad.abs().sum() > 0 and all(p.grad is None for p in reward.similarity.parameters())
+    assert pixels.grad.abs().sum() > 0 and all(
+        p.grad is None for p in reward.similarity.parameters()
+    )
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     tokens = torch.tensor([[1, 3, 4, 7, 2], [1, 3, 6, 2, 0]])
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None], torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None],
+        torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None],
+    )
     with torch.no_grad():
         both = clip(tokens, (pixels[:, 0] - mean) / std, attention_mask=(tokens > 0).long())
     known = (both.logits_per_image / clip.logit_scale.exp())[[0, 1, 2], [0, 1, 0]]
@@ -144,21 +221,40 @@ def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder,
     for name, value in own.items():
         tower, _, rest = name.partition(".")
         where = "visual." if tower == "vision_model" else ""
-        rest = rest.replace("encoder.layers", "transformer.resblocks").replace("layer_norm", "ln_") if "layers" in rest else rest
-        for old, new in (("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
-                         ("final_layer_norm", "ln_final"), ("embeddings.patch_embedding.weight", "conv1.weight"),
-                         ("embeddings.class_embedding", "class_embedding"), ("embeddings.token_embedding", "token_embedding"),
-                         ("embeddings.position_embedding.weight", "positional_embedding")):  # fmt: skip
+        rest = (
+            rest.replace("encoder.layers", "transformer.resblocks").replace("layer_norm", "ln_")
+            if "layers" in rest
+            else rest
+        )
+        for old, new in (
+            ("mlp.fc1", "mlp.c_fc"),
+            ("mlp.fc2", "mlp.c_proj"),
+            ("self_attn", "attn"),
+            ("pre_layrnorm", "ln_pre"),
+            ("post_layernorm", "ln_post"),
+            ("final_layer_norm", "ln_final"),
+            ("embeddings.patch_embedding.weight", "conv1.weight"),
+            ("embeddings.class_embedding", "class_embedding"),
+            ("embeddings.token_embedding", "token_embedding"),
+            ("embeddings.position_embedding.weight", "positional_embedding"),
+        ):
             rest = rest.replace(old, new)
         if "projection" in name:
             theirs["visual.proj" if "visual" in name else "text_projection"] = value.T * 2
         elif "position_ids" not in name:
             theirs["logit_scale" if name == "logit_scale" else where + rest] = value * 2
-    for name in [name for name in theirs if name.endswith("q_proj.weight") or name.endswith("q_proj.bias")]:
-        stem, kind = name.replace("q_proj.weight", "").replace("q_proj.bias", ""), name.rpartition(".")[2]
+    for name in [
+        name for name in theirs if name.endswith("q_proj.weight") or name.endswith("q_proj.bias")
+    ]:
+        stem, kind = (
+            name.replace("q_proj.weight", "").replace("q_proj.bias", ""),
+            name.rpartition(".")[2],
+        )
         parts = [theirs.pop(f"{stem}{letter}_proj.{kind}") for letter in "qkv"]
         theirs[f"{stem}in_proj_{kind}"] = torch.cat(parts)
-    save_file({name: value.contiguous() for name, value in theirs.items()}, tmp_path / "hps.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in theirs.items()}, tmp_path / "hps.safetensors"
+    )
     torch.save({"state_dict": theirs}, tmp_path / "hps.pt")
     for file in ("hps.safetensors", "hps.pt"):
         reward = HPS(path=str(clip_folder), weights=str(tmp_path / file))

@@ -1,14 +1,15 @@
-"""Run folders of post-training: one process at a time, one reference for good, one record a step."""
+"""Run folders of post-training: one process at a time, one reference for good, one record a
+step."""
 
 import json
 import shutil
 
 import pytest
-from test_posttrain_loops import SECTION
-from tiny import Workshop, refused
 
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint, runs
+from tests.helpers.tiny import Workshop, refused
+from tests.test_posttrain_loops import SECTION
 
 
 @pytest.fixture(scope="module")
@@ -16,23 +17,38 @@ def shop(tmp_path_factory):
     shop = Workshop(tmp_path_factory.mktemp("posttrain_runs"))
     base = shop.train("base")
     shop.section = shop.folder / "post.yaml"
-    text = shop.config.read_text(encoding="utf-8").replace("train:", f"train:\n  init_from: {base}", 1)
+    text = shop.config.read_text(encoding="utf-8").replace(
+        "train:", f"train:\n  init_from: {base}", 1
+    )
     shop.section.write_text(text + SECTION, encoding="utf-8")
     return shop
 
 
 def command(shop, name: str, *words: str) -> list[str]:
-    return ["--config", str(shop.section), "--device", "cpu", f"experiment_name={name}", "train.max_steps=2", *words]
+    return [
+        "--config",
+        str(shop.section),
+        "--device",
+        "cpu",
+        f"experiment_name={name}",
+        "train.max_steps=2",
+        *words,
+    ]
 
 
 def test_the_reference_stays_though_its_run_trains_on(shop, capsys):
-    assert posttrain.main(command(shop, "whole", "train.max_steps=4", "train.save_every_steps=4")) == 0
+    assert (
+        posttrain.main(command(shop, "whole", "train.max_steps=4", "train.save_every_steps=4")) == 0
+    )
     assert posttrain.main(command(shop, "stopped")) == 0
     begun = checkpoint.latest(shop.folder / "runs/base")
     shop.train("base", "--resume", "train.max_steps=5", "train.keep_last=0")
     assert posttrain.main(command(shop, "stopped", "--resume", "train.max_steps=4")) == 0
     assert f"starting from {begun}" in capsys.readouterr().out
-    a, b = (checkpoint.latest(shop.folder / "runs" / name) / "model.safetensors" for name in ("whole", "stopped"))
+    a, b = (
+        checkpoint.latest(shop.folder / "runs" / name) / "model.safetensors"
+        for name in ("whole", "stopped")
+    )
     assert a.read_bytes() == b.read_bytes()
     shutil.rmtree(begun)
     words = command(shop, "stopped", "--resume", "train.max_steps=5")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdit.config import ConfigError
-from mmdit.experiment import load_experiment_config
+from mmdit.experiment.config import load_experiment_config
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn import kernels, products
@@ -23,7 +23,8 @@ SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
 
 @pytest.fixture
 def serving(monkeypatch):
-    """As on a GPU with such products: on this CPU codes are multiplied as the numbers they stand for."""
+    """As on a GPU with such products: on this CPU codes are multiplied as the numbers they stand
+    for."""
     monkeypatch.setattr(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "FEW", 0)
 
@@ -33,10 +34,17 @@ def apart_from(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_codes_keep_the_largest_of_a_row_and_three_bits_of_the_rest():
-    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 50)[:, None]
+    x = (
+        torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-20, 20, 50)[:, None]
+    )
     x[7] = 0
     found, scale = codes(x)
-    assert found.dtype == torch.float8_e4m3fn and scale.shape == (50, 1) and scale.dtype == torch.float32
+    assert (
+        found.dtype == torch.float8_e4m3fn
+        and scale.shape == (50, 1)
+        and scale.dtype == torch.float32
+    )
     back = found.float() * scale
     assert back[7].eq(0).all() and scale[7] > 0
     torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1), rtol=1e-6, atol=0)
@@ -45,17 +53,24 @@ def test_codes_keep_the_largest_of_a_row_and_three_bits_of_the_rest():
 
 
 def test_columns_multiply_before_the_rounding():
-    x, factors = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 3, 16)
+    x, factors = (
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(0)),
+        torch.linspace(0.1, 3, 16),
+    )
     for a, b in zip(codes(x, factors), codes(x * factors), strict=True):
         assert torch.equal(a.float(), b.float())
 
 
-def test_a_product_rounds_its_output_and_the_gradient_of_its_input_and_not_that_of_its_weight(serving):
+def test_a_product_rounds_its_output_and_the_gradient_of_its_input_and_not_that_of_its_weight(
+    serving,
+):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(3, 40, width, generator=generator).bfloat16() for width in (64, 96))
     layer = Float8Linear(64, 96, bias=False)
     with torch.no_grad():
-        layer.weight.mul_(torch.logspace(-1, 1, 96)[:, None])  # rows far apart: a scale of all would lose the small ones
+        layer.weight.mul_(
+            torch.logspace(-1, 1, 96)[:, None]
+        )  # rows far apart: a scale of all would lose the small ones
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -65,11 +80,16 @@ def test_a_product_rounds_its_output_and_the_gradient_of_its_input_and_not_that_
     expected = F.linear(exact, weight)
     expected.backward(grad.float())
     assert y.dtype == x.grad.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
-    assert 0.01 < apart_from(y.float(), expected) < 0.04 and 0.01 < apart_from(x.grad.float(), exact.grad) < 0.04
+    assert (
+        0.01 < apart_from(y.float(), expected) < 0.04
+        and 0.01 < apart_from(x.grad.float(), exact.grad) < 0.04
+    )
     rows = ((y.float() - expected).norm(dim=(0, 1)) / expected.norm(dim=(0, 1))).max()
     assert rows < 0.06, "each row of the weight has a scale of its own"
     assert apart_from(layer.weight.grad, weight.grad) < 3e-3
-    assert torch.equal(layer.weight.grad, (grad.flatten(0, 1).t() @ x.detach().flatten(0, 1)).float())
+    assert torch.equal(
+        layer.weight.grad, (grad.flatten(0, 1).t() @ x.detach().flatten(0, 1)).float()
+    )
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -81,8 +101,14 @@ def test_weights_side_by_side_are_the_same_products(apart):
     for own in (torch.cat([layer(x) for layer in layers], -1), joined(x, *layers, apart=apart)):
         own.backward(grad)
     parts = [x.grad, *(layer.weight.grad for layer in layers)]  # twice the same
-    for part, value in zip(parts, (grad @ torch.cat([layer.weight for layer in layers]),
-                                   *(g.flatten(0, 1).t() @ x.flatten(0, 1) for g in grad.split((5, 7), -1))), strict=True):  # fmt: skip
+    for part, value in zip(
+        parts,
+        (
+            grad @ torch.cat([layer.weight for layer in layers]),
+            *(g.flatten(0, 1).t() @ x.flatten(0, 1) for g in grad.split((5, 7), -1)),
+        ),
+        strict=True,
+    ):
         torch.testing.assert_close(part, 2 * value)
 
 
@@ -91,14 +117,25 @@ def test_side_by_side_in_float8_too(serving, apart, monkeypatch):
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     layers = [Float8Linear(32, 48, bias=False), Float8Linear(32, 16, bias=False)]
     y = joined(x, *layers, apart=apart)
-    assert torch.equal(y, torch.cat([layer(x) for layer in layers], -1)), "rows of the weights have their own scales"
+    assert torch.equal(y, torch.cat([layer(x) for layer in layers], -1)), (
+        "rows of the weights have their own scales"
+    )
     y.backward(torch.ones_like(y))
-    assert apart_from(x.grad.float(), sum(layer.weight.sum(0) for layer in layers).expand(30, 32)) < 0.05
+    assert (
+        apart_from(x.grad.float(), sum(layer.weight.sum(0) for layer in layers).expand(30, 32))
+        < 0.05
+    )
     for layer in layers:
-        assert torch.equal(layer.weight.grad, (torch.ones(len(layer.weight), 30).bfloat16() @ x.detach()).float())
+        assert torch.equal(
+            layer.weight.grad, (torch.ones(len(layer.weight), 30).bfloat16() @ x.detach()).float()
+        )
     frozen = Float8Linear(32, 16, bias=False).requires_grad_(False)
     joined(x.detach().requires_grad_(), frozen).sum().backward()
-    assert frozen.weight.grad is None and not joinable(x, frozen, nn.Identity()) and joinable(x, frozen, nn.Linear(2, 2))
+    assert (
+        frozen.weight.grad is None
+        and not joinable(x, frozen, nn.Identity())
+        and joinable(x, frozen, nn.Linear(2, 2))
+    )
     monkeypatch.setattr(products, "FEW", 31)
     assert not joinable(x, frozen, frozen)
 
@@ -106,8 +143,12 @@ def test_side_by_side_in_float8_too(serving, apart, monkeypatch):
 def test_scales_of_a_product_belong_to_rows():
     a, b = torch.randn(6, 32), torch.randn(16, 32)
     (one, scale_one), (two, scale_two) = codes(a), codes(b)
-    torch.testing.assert_close(multiply(one, scale_one, two, scale_two).float(), (one.float() * scale_one) @ (two.float() * scale_two).t(),
-                               rtol=1e-2, atol=1e-2)  # fmt: skip
+    torch.testing.assert_close(
+        multiply(one, scale_one, two, scale_two).float(),
+        (one.float() * scale_one) @ (two.float() * scale_two).t(),
+        rtol=1e-2,
+        atol=1e-2,
+    )
 
 
 def models():
@@ -125,19 +166,26 @@ def models():
 
 def inputs():
     generator = torch.Generator().manual_seed(1)
-    text = TextTokens(torch.randn(2, 5, 8, generator=generator), torch.arange(5) < torch.tensor([[5], [3]]))
+    text = TextTokens(
+        torch.randn(2, 5, 8, generator=generator), torch.arange(5) < torch.tensor([[5], [3]])
+    )
     return torch.randn(2, 3, 4, 8, 4, generator=generator), torch.tensor([100.0, 900.0]), text
 
 
 def test_a_model_trains_with_them_near_autocast_and_does_all_else_as_without(serving):
     plain, coded = models()
-    assert {name: w.tolist() for name, w in plain.state_dict().items()} == {name: w.tolist() for name, w in coded.state_dict().items()}
+    assert {name: w.tolist() for name, w in plain.state_dict().items()} == {
+        name: w.tolist() for name, w in coded.state_dict().items()
+    }
     results = {}
     for name, model in (("plain", plain), ("coded", coded)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(*inputs()).float().square().mean()
         loss.backward()
-        results[name] = loss.item(), {key: w.grad for key, w in model.named_parameters() if w.grad is not None}
+        results[name] = (
+            loss.item(),
+            {key: w.grad for key, w in model.named_parameters() if w.grad is not None},
+        )
     assert results["plain"][0] != results["coded"][0] == pytest.approx(results["plain"][0], rel=0.1)
     assert results["plain"][1].keys() == results["coded"][1].keys()
     matrix = "blocks.0.spatial.proj.weight"
@@ -152,7 +200,9 @@ def test_few_rows_are_left_alone(serving, monkeypatch):
     monkeypatch.setattr(products, "FEW", 10)
     layer, x = Float8Linear(16, 16, bias=False), torch.randn(10, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x[:9]), F.linear(x[:9], layer.weight)) and not torch.equal(layer(x), F.linear(x, layer.weight))
+        assert torch.equal(layer(x[:9]), F.linear(x[:9], layer.weight)) and not torch.equal(
+            layer(x), F.linear(x, layer.weight)
+        )
 
 
 def test_blocks_compile_without_breaks(serving):
@@ -172,21 +222,40 @@ def test_where_no_gpu_has_them_the_model_says_so_once():
         warnings.simplefilter("default")
         for _ in range(2):
             coded(*inputs())
-    assert [str(w.message) for w in heard] == ["model.products is float8, but no kernels of it serve on cpu: autocast's are used"]
+    assert [str(w.message) for w in heard] == [
+        "model.products is float8, but no kernels of it serve on cpu: autocast's are used"
+    ]
 
 
-@pytest.mark.parametrize("words", [["train.precision=fp32"], ["lora.enabled=true", "train.init_from=x"],
-                                   ["posttrain={algorithm: grpo}", "train.init_from=x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.precision=fp32"],
+        ["lora.enabled=true", "train.init_from=x"],
+        ["posttrain={algorithm: grpo}", "train.init_from=x"],
+    ],
+)
 def test_what_would_ignore_them_is_refused(words):
-    path, own = Path(__file__).parents[1] / "configs/moving_shapes_t2i_128.yaml", ["model.products=float8"]
+    path, own = (
+        Path(__file__).parents[1] / "configs/moving_shapes_t2i_128.yaml",
+        ["model.products=float8"],
+    )
     load_experiment_config(path, own)
     with pytest.raises(ConfigError, match="model.products"):
         load_experiment_config(path, [*own, *words])
 
 
-@pytest.mark.parametrize("change, widths", [({"dim": 24, "num_heads": 2}, "dim is 24 and the MLP 64 wide"),
-                                            ({"dim": 64, "num_heads": 2}, "dim is 64 and the MLP 168 wide"),
-                                            ({"dim": 32, "num_heads": 2, "mlp": "gelu", "mlp_ratio": 3.2}, "dim is 32 and the MLP 102 wide")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, widths",
+    [
+        ({"dim": 24, "num_heads": 2}, "dim is 24 and the MLP 64 wide"),
+        ({"dim": 64, "num_heads": 2}, "dim is 64 and the MLP 168 wide"),
+        (
+            {"dim": 32, "num_heads": 2, "mlp": "gelu", "mlp_ratio": 3.2},
+            "dim is 32 and the MLP 102 wide",
+        ),
+    ],
+)
 def test_odd_widths_are_refused(change, widths):
     VideoMMDiTConfig(**change)
     with pytest.raises(ConfigError, match=f"products: is float8, .* multiples of 16, but {widths}"):
@@ -214,6 +283,13 @@ assert torch.equal(found.float(), whole)
 
 def test_the_kernel_rounds_as_the_plain_code_does():
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]

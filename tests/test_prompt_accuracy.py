@@ -1,4 +1,5 @@
-"""Prompt accuracy: a perfect sampler scores 1, one that ignores its prompts is at chance, the ceiling is the tokenizer's."""
+"""Prompt accuracy: a perfect sampler scores 1, one that ignores its prompts is at chance, the
+ceiling is the tokenizer's."""
 
 import json
 
@@ -41,8 +42,16 @@ def perfect(frames):
 def test_a_perfect_sampler_scores_one_and_the_control_scores_at_chance():
     report = prompt_accuracy_report(perfect(1), Pixels(), width=64, height=64, frames=1, batch=100)
     for name in ("prompt_accuracy", "held_out_accuracy", "tokenizer_ceiling"):
-        assert report[name]["value"] == 1 and report[name]["count"] == 256 and report[name]["low"] > 0.98
-    assert set(report["attributes"]) == set(report["held_out_attributes"]) == {"color", "shape", "size", "background"}
+        assert (
+            report[name]["value"] == 1
+            and report[name]["count"] == 256
+            and report[name]["low"] > 0.98
+        )
+    assert (
+        set(report["attributes"])
+        == set(report["held_out_attributes"])
+        == {"color", "shape", "size", "background"}
+    )
     control = report["control"]
     assert control["value"] < 0.02 and control["low"] <= control["chance"] <= control["high"]
     for name, words in (("color", 8), ("shape", 6), ("size", 2), ("background", 4)):
@@ -53,10 +62,16 @@ def test_a_perfect_sampler_scores_one_and_the_control_scores_at_chance():
 
 def test_a_sampler_that_ignores_its_prompt_scores_at_chance():
     def sample(captions, offset):
-        return to_float(render([p.facts for p in prompts("seen", False)[3 : 3 + len(captions)]], 64, 64))
+        return to_float(
+            render([p.facts for p in prompts("seen", False)[3 : 3 + len(captions)]], 64, 64)
+        )
 
-    report = prompt_accuracy_report(sample, Pixels(16), width=64, height=64, frames=1, count=200, batch=200)
-    assert report["prompt_accuracy"]["value"] < 0.03 and report["attributes"]["color"]["value"] < 0.25
+    report = prompt_accuracy_report(
+        sample, Pixels(16), width=64, height=64, frames=1, count=200, batch=200
+    )
+    assert (
+        report["prompt_accuracy"]["value"] < 0.03 and report["attributes"]["color"]["value"] < 0.25
+    )
     assert report["tokenizer_ceiling"]["value"] < 0.7  # a tokenizer that keeps 16 cells shows it
 
 
@@ -66,11 +81,14 @@ def test_clips_report_motion_and_a_mirrored_sampler_mixes_up_left_and_right():
 
     right = prompt_accuracy_report(perfect(6), Pixels(), width=64, height=64, frames=6, count=48)
     assert (
-        right["motion_moving"]["value"] == right["left_right"]["value"] == 1 and right["left_right"]["opposite"]["value"] == 0
+        right["motion_moving"]["value"] == right["left_right"]["value"] == 1
+        and right["left_right"]["opposite"]["value"] == 0
     )
     wrong = prompt_accuracy_report(mirrored, Pixels(), width=64, height=64, frames=6, count=48)
     assert wrong["left_right"]["value"] == 0 and wrong["left_right"]["opposite"]["value"] == 1
-    assert 0.3 < wrong["motion_moving"]["value"] < 0.7 and wrong["attributes"]["shape"]["value"] == 1
+    assert (
+        0.3 < wrong["motion_moving"]["value"] < 0.7 and wrong["attributes"]["shape"]["value"] == 1
+    )
     moving = sum(p.facts.objects[0].motion != "still" for p in prompts("seen", True)[:48])
     assert wrong["motion_moving"]["count"] == moving < 48
 
@@ -79,12 +97,17 @@ def test_opposite_counts_only_left_shown_for_right_and_right_for_left():
     facts = [p.facts for p in prompts("seen", True) if p.facts.objects[0].motion == "left"][:4]
     column = torch.zeros(4, 1, dtype=torch.long)
     motion = torch.tensor([[1], [2], [0], [-1]])  # left, right, still, nothing
-    report = motion_report(Predictions(column[:, 0], column == 0, column[:, 0] > 0, column, column, column, motion), facts)
+    report = motion_report(
+        Predictions(column[:, 0], column == 0, column[:, 0] > 0, column, column, column, motion),
+        facts,
+    )
     assert report["left_right"]["correct"] == 1 and report["left_right"]["opposite"]["correct"] == 1
 
 
 def test_mistakes_are_explained():
     with pytest.raises(ValueError, match="count is 300.*256"):
         prompt_accuracy_report(perfect(1), Pixels(), width=64, height=64, frames=1, count=300)
-    with pytest.raises(ValueError, match=r"shape \(2, 1, 3, 64, 64\); must be \(2, 1, 3, 128, 128\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2, 1, 3, 64, 64\); must be \(2, 1, 3, 128, 128\)"
+    ):
         prompt_accuracy_report(perfect(1), Pixels(), width=128, height=128, frames=1, count=2)

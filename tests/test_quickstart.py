@@ -1,4 +1,5 @@
-"""The quickstart on a small plan: the files and numbers it promises, from the shipped model and tokenizer."""
+"""The quickstart on a small plan: the files and numbers it promises, from the shipped model and
+tokenizer."""
 
 import json
 from pathlib import Path
@@ -6,12 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdit import quickstart
-from mmdit.quickstart import Plan
+from mmdit.commands import quickstart
+from mmdit.commands.quickstart import Plan
 from mmdit.scripts.quickstart import main
 
 ROOT = Path(__file__).resolve().parents[1]
-RATES = {"prompt_accuracy", "color", "shape", "size", "background", "held_out_accuracy", "tokenizer_ceiling", "control"}
+RATES = {
+    "prompt_accuracy",
+    "color",
+    "shape",
+    "size",
+    "background",
+    "held_out_accuracy",
+    "tokenizer_ceiling",
+    "control",
+}
 
 
 @pytest.mark.parametrize("name", ["shipped", "from_scratch"])
@@ -23,7 +33,9 @@ def test_report_and_files(name, finished):
     assert low <= part["prompt_accuracy"] <= high
     assert part["parameters"] > 1e5
     assert {"seconds", "parameters", "versions"} <= report.keys()
-    assert (folder / "samples" / ("grid.png" if name == "shipped" else "from_scratch.png")).stat().st_size > 1000
+    assert (
+        folder / "samples" / ("grid.png" if name == "shipped" else "from_scratch.png")
+    ).stat().st_size > 1000
 
 
 def test_the_shipped_model_draws_what_is_asked(finished):

@@ -1,12 +1,13 @@
-"""Metadata: what is wrong is told with file and line; ids reach the file system unchanged and never meet."""
+"""Metadata: what is wrong is told with file and line; ids reach the file system unchanged and never
+meet."""
 
 import json
 
 import numpy as np
 import pytest
 
-from mmdit.data.items import item_bytes, load_item
-from mmdit.data.records import check_id, read_records
+from mmdit.data.cache.items import item_bytes, load_item
+from mmdit.data.dataset.records import check_id, read_records
 
 
 def write(path, *rows):
@@ -20,7 +21,12 @@ def image(id, caption="a cat", **more):
 
 
 def test_reads_any_script_keeps_facts_and_resolves_paths_from_its_own_folder(tmp_path):
-    path = write(tmp_path / "meta.jsonl", "\ufeff" + json.dumps(image("猫")), "", image("犬 2", "", licence="CC0"))
+    path = write(
+        tmp_path / "meta.jsonl",
+        "\ufeff" + json.dumps(image("猫")),
+        "",
+        image("犬 2", "", licence="CC0"),
+    )
     first, second = read_records(path, "image")
     assert (first.id, first.path) == ("猫", str(tmp_path / "pictures/猫.png"))
     assert second.caption == "" and second.facts == {"licence": "CC0"}
@@ -64,7 +70,11 @@ def test_wrong_line_is_named_by_file_and_line(tmp_path, line, told):
 @pytest.mark.parametrize("key", ["caption", "image_path", "note"])
 def test_what_cannot_be_stored_is_refused_at_its_line(tmp_path, key, value, told):
     row = {"id": "a", "image_path": "a.png", "caption": "x"} | {key: 0}
-    path = write(tmp_path / "meta.jsonl", image("fine"), json.dumps(row).replace(f'"{key}": 0', f'"{key}": {value}'))
+    path = write(
+        tmp_path / "meta.jsonl",
+        image("fine"),
+        json.dumps(row).replace(f'"{key}": 0', f'"{key}": {value}'),
+    )
     with pytest.raises(ValueError, match=f"meta.jsonl:2: .*({told})"):
         read_records(path, "image")
 
@@ -73,11 +83,20 @@ def test_every_value_that_is_accepted_comes_back_from_an_item(tmp_path):
     nested = 1
     for _ in range(30):
         nested = [nested]
-    facts = {"big": (1 << 64) - 1, "small": -(1 << 64) + 1, "tiny": 5e-324, "none": None, "yes": True, "nested": nested,
-             "": {"猫🐞": ["\0", "\ufeff", "x" * 70_000]}}  # fmt: skip
+    facts = {
+        "big": (1 << 64) - 1,
+        "small": -(1 << 64) + 1,
+        "tiny": 5e-324,
+        "none": None,
+        "yes": True,
+        "nested": nested,
+        "": {"猫🐞": ["\0", "\ufeff", "x" * 70_000]},
+    }
     (record,) = read_records(write(tmp_path / "meta.jsonl", image("a", **facts)), "image")
     assert record.facts == facts
-    data, _, _ = item_bytes(np.zeros((1, 2, 2, 3), np.float16), {"caption": record.caption, "facts": record.facts})
+    data, _, _ = item_bytes(
+        np.zeros((1, 2, 2, 3), np.float16), {"caption": record.caption, "facts": record.facts}
+    )
     (tmp_path / "a.pt").write_bytes(data)
     assert load_item(tmp_path / "a.pt")["facts"] == facts
 
@@ -85,7 +104,9 @@ def test_every_value_that_is_accepted_comes_back_from_an_item(tmp_path):
 def test_text_in_another_encoding_or_form_is_explained(tmp_path):
     rows = [json.dumps(image(name, "caf\xe9"), ensure_ascii=False) for name in "ab"]
     path = tmp_path / "meta.jsonl"
-    path.write_bytes("\r\n".join(["\ufeff" + row for row in rows]).encode())  # two files of an editor, one behind the other
+    path.write_bytes(
+        "\r\n".join(["\ufeff" + row for row in rows]).encode()
+    )  # two files of an editor, one behind the other
     assert [record.caption for record in read_records(path, "image")] == ["caf\xe9"] * 2
     path.write_bytes((rows[0] + "\n").encode() + rows[1].encode("latin-1"))
     with pytest.raises(ValueError, match="meta.jsonl:2: is not UTF-8 text .byte 0xe9"):
@@ -93,9 +114,15 @@ def test_text_in_another_encoding_or_form_is_explained(tmp_path):
     path.write_bytes(rows[0].encode("utf-16"))
     with pytest.raises(ValueError, match="meta.jsonl:1: the file is UTF-16"):
         read_records(path, "image")
-    for text in (json.dumps([image("a"), image("b")], indent=2), json.dumps([image("a")]), "\n [" + rows[0] + "]"):
+    for text in (
+        json.dumps([image("a"), image("b")], indent=2),
+        json.dumps([image("a")]),
+        "\n [" + rows[0] + "]",
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match="the file is a JSON array; write one object a line") as told:
+        with pytest.raises(
+            ValueError, match="the file is a JSON array; write one object a line"
+        ) as told:
             read_records(path, "image")
         assert len(str(told.value).splitlines()) == 1
     path.write_text(json.dumps(image("a"), indent=2))
@@ -106,12 +133,16 @@ def test_text_in_another_encoding_or_form_is_explained(tmp_path):
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     row = {"id": "a", "image_path": "~/x.png", "caption": ""}
-    assert read_records(write(tmp_path / "meta.jsonl", row), "image")[0].path == "/home/someone/x.png"
+    assert (
+        read_records(write(tmp_path / "meta.jsonl", row), "image")[0].path == "/home/someone/x.png"
+    )
 
 
 def test_duplicate_id_names_both_lines_and_errors_come_together(tmp_path):
     path = write(tmp_path / "meta.jsonl", image("a"), image("b"), image("a"), "{")
-    with pytest.raises(ValueError, match="(?s)meta.jsonl:3: id 'a' was already used in line 1.*meta.jsonl:4"):
+    with pytest.raises(
+        ValueError, match="(?s)meta.jsonl:3: id 'a' was already used in line 1.*meta.jsonl:4"
+    ):
         read_records(path, "image")
 
 
@@ -122,7 +153,9 @@ def test_empty_file_and_missing_file_are_explained(tmp_path):
         read_records(tmp_path / "absent.jsonl", "image")
 
 
-@pytest.mark.parametrize("id", ["", " ", "a/b", "a\\b", "..", ".hidden", "a\nb", "\ud800", "x" * 300, "字" * 100, 3])
+@pytest.mark.parametrize(
+    "id", ["", " ", "a/b", "a\\b", "..", ".hidden", "a\nb", "\ud800", "x" * 300, "字" * 100, 3]
+)
 def test_an_id_that_is_no_file_name_is_refused(id):
     with pytest.raises(ValueError, match="id"):
         check_id(id)

@@ -1,5 +1,7 @@
-"""Training replayed as graphs is the training it was: the same weights, bit for bit, whatever the micro-batches are. A tape of
-torch's operations stands in for CUDA graphs, and every replay spoils what the others have left in their memory."""
+"""Training replayed as graphs is the training it was: the same weights, bit for bit, whatever the
+micro-batches are. A tape of torch's operations stands in for CUDA graphs, and every replay spoils
+what the others have left in their memory.
+"""
 
 import sys
 import warnings
@@ -7,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tapes import pretended_graphs
-from test_trainer import assert_same, run_ranks
-from test_trainer import trained as of_words
-from tiny import Workshop
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
-from mmdit.training import checkpoint, replays
+from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
-from mmdit.training.replays import Recorded, Replays, suits
+from mmdit.training.graphs import training_graphs as replays
+from mmdit.training.graphs.training_graphs import Recorded, Replays, suits
+from tests.helpers.tapes import pretended_graphs
+from tests.helpers.tiny import Workshop
+from tests.test_trainer import assert_same, run_ranks
+from tests.test_trainer import trained as of_words
 
 CHANNELS = 8
 FREED: list[object] = []  # pools of captures that failed
@@ -52,10 +55,14 @@ def without_compiler(monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **options: None)
 
 
-def trained(workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: str) -> dict[str, torch.Tensor]:
+def trained(
+    workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: str
+) -> dict[str, torch.Tensor]:
     """Weights, averages and moments after six steps."""
     without_compiler(monkeypatch)
-    folder = workshop.train(name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=6", *words)
+    folder = workshop.train(
+        name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=6", *words
+    )
     tensors = {}
     for file in ("model", "ema", "optimizer"):
         found = checkpoint.read_tensors(checkpoint.latest(folder) / f"{file}.safetensors")
@@ -63,20 +70,40 @@ def trained(workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: 
     return tensors
 
 
-@pytest.mark.parametrize("words, graphs", [
-    ((), 1), (("train.precision=bf16", "train.grad_accum_steps=2"), 1), (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
-    (("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1),
-    (("text_encoder={type: hash, dim: 16}", "train.grad_accum_steps=4", "train.batch_size=2", "train.grad_clip=0.01"), 1),
-    (("train.sample_every_steps=2", "train.val_every_steps=2", "train.val_share=0.3"), 1),  # both with averaged weights in place
-    (("model.checkpointing=true",), 0), (("model.dropout=0.1",), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, graphs",
+    [
+        ((), 1),
+        (("train.precision=bf16", "train.grad_accum_steps=2"), 1),
+        (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
+        (("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1),
+        (
+            (
+                "text_encoder={type: hash, dim: 16}",
+                "train.grad_accum_steps=4",
+                "train.batch_size=2",
+                "train.grad_clip=0.01",
+            ),
+            1,
+        ),
+        (
+            ("train.sample_every_steps=2", "train.val_every_steps=2", "train.val_share=0.3"),
+            1,
+        ),  # both with averaged weights in place
+        (("model.checkpointing=true",), 0),
+        (("model.dropout=0.1",), 0),
+    ],
+)
 def test_replayed_training_gives_the_same_bits(tapes, tmp_path, monkeypatch, words, graphs):
     workshop = Workshop(tmp_path)
     plain = trained(workshop, monkeypatch, "plain", False, *words)
     assert not tapes
     replayed = trained(workshop, monkeypatch, "replayed", True, *words)
     assert len(tapes) == 2 * graphs, "forward and backward"
-    assert plain.keys() == replayed.keys() and [name for name in plain if not torch.equal(plain[name], replayed[name])] == []
+    assert (
+        plain.keys() == replayed.keys()
+        and [name for name in plain if not torch.equal(plain[name], replayed[name])] == []
+    )
 
 
 def test_two_processes_that_replay_train_as_two_that_do_not(tmp_path):
@@ -84,7 +111,8 @@ def test_two_processes_that_replay_train_as_two_that_do_not(tmp_path):
 
 
 def one_rank(folder: Path) -> None:
-    """With micro-batches that are added up before they are exchanged, and a step whose losses are no numbers."""
+    """With micro-batches that are added up before they are exchanged, and a step whose losses are
+    no numbers."""
     with pytest.MonkeyPatch.context() as patch, process_group("cpu") as world:
         tapes, states = with_tapes(patch), []
         for replayed in (False, True):
@@ -97,7 +125,9 @@ def one_rank(folder: Path) -> None:
 
 def network(**config):
     torch.manual_seed(0)
-    model = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, **config), CHANNELS, 16)
+    model = build_model(
+        VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, **config), CHANNELS, 16
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
@@ -107,7 +137,9 @@ def network(**config):
 def batch(rows: int, frames: int = 1, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, frames, rows, 3, CHANNELS, generator=generator)
-    text = TextTokens(torch.randn(2, 15, 16, generator=generator), torch.arange(15) < torch.tensor([[9], [2]]))
+    text = TextTokens(
+        torch.randn(2, 15, 16, generator=generator), torch.arange(15) < torch.tensor([[9], [2]])
+    )
     return x, torch.tensor([100.0, 800.0]), text
 
 
@@ -124,14 +156,25 @@ def gradients(model, call, batches) -> list[torch.Tensor]:
 
 def test_buckets_and_clips_in_one_step_have_graphs_each(tapes):
     model = network()
-    model.turned, embed, factor = torch.nn.Parameter(torch.randn(3, 5)), model.time.forward, torch.randn(5, 3)
-    model.time.forward = lambda t: embed(t) + (factor * model.turned.t()).mean()  # whose gradient has turned strides
+    model.turned, embed, factor = (
+        torch.nn.Parameter(torch.randn(3, 5)),
+        model.time.forward,
+        torch.randn(5, 3),
+    )
+    model.time.forward = lambda t: (
+        embed(t) + (factor * model.turned.t()).mean()
+    )  # whose gradient has turned strides
     call = Replays(model)
     for step in range(4):
-        batches = [batch(rows, frames, step) for rows, frames in ((2, 1), (3, 1), (2, 2), (2, 1))][: 1 + 3 * (step > 1)]
+        batches = [batch(rows, frames, step) for rows, frames in ((2, 1), (3, 1), (2, 2), (2, 1))][
+            : 1 + 3 * (step > 1)
+        ]
         expected, found = (gradients(model, either, batches) for either in (model, call))
         assert all(map(torch.equal, found, expected)), step
-        assert all(own.stride() == weight.stride() for own, weight in zip(found, model.parameters(), strict=True))
+        assert all(
+            own.stride() == weight.stride()
+            for own, weight in zip(found, model.parameters(), strict=True)
+        )
     assert len(tapes) == 2 * 3
 
 
@@ -139,7 +182,13 @@ def test_weights_that_move_to_other_memory_are_followed(tapes):
     model = network()
     call = Replays(model)
     for _ in range(4):
-        assert all(map(torch.equal, gradients(model, call, [batch(2)] * 2), gradients(model, model, [batch(2)] * 2)))
+        assert all(
+            map(
+                torch.equal,
+                gradients(model, call, [batch(2)] * 2),
+                gradients(model, model, [batch(2)] * 2),
+            )
+        )
         for weight in model.parameters():
             weight.data = 1.1 * weight.data
 
@@ -199,11 +248,17 @@ def test_large_networks_many_kinds_and_full_memory_are_left_alone(tapes, monkeyp
     assert not call.made
 
 
-@pytest.mark.parametrize("kind, reason", [("waits", "not permitted when stream is capturing"), ("changes", "other numbers")])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [("waits", "not permitted when stream is capturing"), ("changes", "other numbers")],
+)
 def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind, reason):
     model = network()
     embed, calls = model.time.forward, []
-    odd = {"waits": lambda t: embed(t) * (1 + 0 * t[0].item()), "changes": lambda t: embed(t) * (1 + len(calls))}[kind]
+    odd = {
+        "waits": lambda t: embed(t) * (1 + 0 * t[0].item()),
+        "changes": lambda t: embed(t) * (1 + len(calls)),
+    }[kind]
     model.time.forward = lambda t: odd(t) if calls.append(t) is None else None
     call = Replays(model)
     FREED.clear()

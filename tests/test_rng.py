@@ -14,7 +14,11 @@ def test_a_rank_draws_exactly_its_part():
 
 def test_every_part_of_the_key_matters():
     base = Draws.of(1, 7, 4).bits("noise", 16)
-    for other in (Draws.of(2, 7, 4).bits("noise", 16), Draws.of(1, 8, 4).bits("noise", 16), Draws.of(1, 7, 4).bits("t", 16)):
+    for other in (
+        Draws.of(2, 7, 4).bits("noise", 16),
+        Draws.of(1, 8, 4).bits("noise", 16),
+        Draws.of(1, 7, 4).bits("t", 16),
+    ):
         assert not (other == base).any()
 
 
@@ -41,5 +45,9 @@ def test_moments_and_independence():
 
 
 def test_generator_is_stable():
-    assert torch.equal(torch.rand(3, generator=generator(1, "x")), torch.rand(3, generator=generator(1, "x")))
-    assert not torch.equal(torch.rand(3, generator=generator(1, "x")), torch.rand(3, generator=generator(1, "y")))
+    assert torch.equal(
+        torch.rand(3, generator=generator(1, "x")), torch.rand(3, generator=generator(1, "x"))
+    )
+    assert not torch.equal(
+        torch.rand(3, generator=generator(1, "x")), torch.rand(3, generator=generator(1, "y"))
+    )

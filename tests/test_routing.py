@@ -6,22 +6,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dense_video_mmdit import dense_forward
-from test_model import awake, captions
 
 from mmdit.config import ConfigError, decode
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.routing import draw_keep, route
+from tests.helpers.dense_video_mmdit import dense_forward
+from tests.test_model import awake, captions
 
 SMALL = VideoMMDiTConfig(dim=16, depth=4, num_heads=2, window_size=4)
 
 
 @pytest.mark.parametrize("rows, columns, frames", [(8, 8, 3), (5, 7, 2), (4, 4, 1), (13, 11, 1)])
-@pytest.mark.parametrize("rescale, spatial", [(False, ("window", "shifted")), (True, ("frame", "shifted"))])
-def test_routing_equals_dense_attention_among_the_kept_tokens(rows, columns, frames, rescale, spatial):
+@pytest.mark.parametrize(
+    "rescale, spatial", [(False, ("window", "shifted")), (True, ("frame", "shifted"))]
+)
+def test_routing_equals_dense_attention_among_the_kept_tokens(
+    rows, columns, frames, rescale, spatial
+):
     tread = TreadConfig(enabled=True, selection_rate=0.4, apply_to=(1, -1), rescale=rescale)
     model = awake(replace(SMALL, spatial=spatial), tread)
-    x, t, text = torch.randn(2, frames, rows, columns, 3, dtype=torch.float64), torch.tensor([3.0, 700.0]).double(), captions(2)
+    x, t, text = (
+        torch.randn(2, frames, rows, columns, 3, dtype=torch.float64),
+        torch.tensor([3.0, 700.0]).double(),
+        captions(2),
+    )
     keep = model.draw_keep(rows, columns, seed=0, step=0)
     width = model.windows(rows, columns).width
     expected = dense_forward(model, x, t, text, {(k // width, k % width) for k in keep.tolist()})
@@ -31,8 +39,14 @@ def test_routing_equals_dense_attention_among_the_kept_tokens(rows, columns, fra
 
 def test_keeping_every_place_is_the_plain_model():
     model = awake(SMALL, TreadConfig(enabled=True, apply_to=(1, 3), rescale=True))
-    x, t, text = torch.randn(2, 2, 8, 8, 3, dtype=torch.float64), torch.tensor([3.0, 700.0]).double(), captions(2)
-    torch.testing.assert_close(model(x, t, text, torch.arange(16)), model(x, t, text), rtol=0, atol=1e-12)
+    x, t, text = (
+        torch.randn(2, 2, 8, 8, 3, dtype=torch.float64),
+        torch.tensor([3.0, 700.0]).double(),
+        captions(2),
+    )
+    torch.testing.assert_close(
+        model(x, t, text, torch.arange(16)), model(x, t, text), rtol=0, atol=1e-12
+    )
 
 
 def test_tokens_that_pass_by_come_back_unchanged_and_rescaling_keeps_the_mean():
@@ -41,7 +55,9 @@ def test_tokens_that_pass_by_come_back_unchanged_and_rescaling_keeps_the_mean():
     assert torch.equal(result[..., [1, 3, 4], :], x[..., [1, 3, 4], :])
     torch.testing.assert_close(result[..., keep, :], x[..., keep, :] + 1)
     rescaled = route(x, keep, lambda kept: kept + 1, rescale=True)
-    assert (rescaled - x).mean() == pytest.approx(1, abs=1e-5)  # as if every token had seen the span
+    assert (rescaled - x).mean() == pytest.approx(
+        1, abs=1e-5
+    )  # as if every token had seen the span
     assert (result - x).mean() == pytest.approx(0.5, abs=1e-5)
 
 
@@ -63,7 +79,10 @@ def test_stratified_draws_spread_over_the_window():
     for step in range(20):
         keep = draw_keep(TreadConfig(mode="stratified"), (8, 8), 0, step)
         assert (patches[keep].bincount(minlength=16) == 2).all()
-    uneven = [patches[draw_keep(TreadConfig(mode="random"), (8, 8), 0, step)].bincount(minlength=16) for step in range(20)]
+    uneven = [
+        patches[draw_keep(TreadConfig(mode="random"), (8, 8), 0, step)].bincount(minlength=16)
+        for step in range(20)
+    ]
     assert torch.stack(uneven).unique().numel() > 2
 
 
@@ -74,7 +93,9 @@ def test_nothing_is_routed_outside_training_or_when_disabled():
     plain = build_model(SMALL, 3, 6, TreadConfig())
     assert plain.draw_keep(8, 8, 0, 0) is None
     with pytest.raises(ValueError, match="tread.enabled"):
-        plain(torch.randn(1, 1, 4, 4, 3), torch.ones(1), captions(1, torch.float32), torch.tensor([0]))
+        plain(
+            torch.randn(1, 1, 4, 4, 3), torch.ones(1), captions(1, torch.float32), torch.tensor([0])
+        )
 
 
 def test_the_routed_blocks_see_only_the_kept_tokens():
@@ -82,7 +103,12 @@ def test_the_routed_blocks_see_only_the_kept_tokens():
     seen = []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[3]))
-    model(torch.randn(1, 2, 8, 8, 3).double(), torch.ones(1).double(), captions(1), model.draw_keep(8, 8, 0, 0))
+    model(
+        torch.randn(1, 2, 8, 8, 3).double(),
+        torch.ones(1).double(),
+        captions(1),
+        model.draw_keep(8, 8, 0, 0),
+    )
     assert seen == [16, 8, 8, 16]
 
 

@@ -1,4 +1,5 @@
-"""A run folder belongs to one training; its checkpoints are told whole from damaged by sizes and sums; none is lost."""
+"""A run folder belongs to one training; its checkpoints are told whole from damaged by sizes and
+sums; none is lost."""
 
 import os
 import shutil
@@ -7,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from tiny import Workshop, forget_sums, refused
 
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts import export, train_t2v
 from mmdit.training import checkpoint, runs
 from mmdit.training.media import save_video
 from mmdit.training.origin import check_origin, sum_of
+from tests.helpers.tiny import Workshop, forget_sums, refused
 
 SPEC = LatentSpec(4)
 
@@ -74,7 +75,9 @@ def test_damaged_earlier_checkpoints_are_not_counted(tmp_path):
 
 
 # ── sums ─────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "monitor.json", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "monitor.json", "checkpoint.json"]
+)
 def test_a_flipped_bit_and_another_size_pass_over_to_the_checkpoint_before(tmp_path, file, capsys):
     saved(tmp_path, 1)
     path = saved(tmp_path, 2) / file
@@ -84,7 +87,9 @@ def test_a_flipped_bit_and_another_size_pass_over_to_the_checkpoint_before(tmp_p
     flip(path, 10)
     assert checkpoint.step_of(checkpoint.latest(tmp_path, None)) == 2
     path.write_bytes(path.read_bytes() + b" ")
-    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == (2 if file == "checkpoint.json" else 1)
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == (
+        2 if file == "checkpoint.json" else 1
+    )
 
 
 def test_another_number_in_what_a_checkpoint_says_of_itself_is_damage(tmp_path, capsys):
@@ -99,13 +104,19 @@ def test_another_number_in_what_a_checkpoint_says_of_itself_is_damage(tmp_path, 
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors"])
-def test_resume_goes_on_from_the_checkpoint_before_a_damaged_or_missing_file(shop, copied, file, capsys):
+def test_resume_goes_on_from_the_checkpoint_before_a_damaged_or_missing_file(
+    shop, copied, file, capsys
+):
     expected = (copied / "checkpoints/step_00000003" / file).read_bytes()
     for damage in (flip, os.unlink):
         damage(copied / "checkpoints/step_00000003" / file)
-        train_t2v.main(shop.train_words("copied", "--resume", "train.keep_last=0", "train.save_every_steps=1"))
+        train_t2v.main(
+            shop.train_words("copied", "--resume", "train.keep_last=0", "train.save_every_steps=1")
+        )
         told = capsys.readouterr().out
-        assert "passing over the damaged checkpoint" in told and file in told and "at step 2" in told
+        assert (
+            "passing over the damaged checkpoint" in told and file in told and "at step 2" in told
+        )
         assert (copied / "checkpoints/step_00000003" / file).read_bytes() == expected
 
 
@@ -120,7 +131,9 @@ def test_export_and_what_reads_an_export_look_at_the_sums(shop, copied, tmp_path
     out = tmp_path / "x.safetensors"
     newest = copied / "checkpoints/step_00000003"
     flip(newest / "ema.safetensors")
-    refused(capsys, export.main, ["--checkpoint", newest, "--out", out], "ema.safetensors", "check sum")
+    refused(
+        capsys, export.main, ["--checkpoint", newest, "--out", out], "ema.safetensors", "check sum"
+    )
     assert export.main(["--checkpoint", str(copied), "--out", str(out)]) == 0
     assert "passing over" in capsys.readouterr().out
     weights = checkpoint.load_weights(out)
@@ -146,7 +159,13 @@ def test_a_second_training_in_a_folder_is_told_at_once_and_changes_nothing(shop,
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     with runs.hold(copied):
         for words in ([], ["--resume"]):
-            refused(capsys, train_t2v.main, shop.train_words("copied", *words), "another process is training in", "runs/copied")
+            refused(
+                capsys,
+                train_t2v.main,
+                shop.train_words("copied", *words),
+                "another process is training in",
+                "runs/copied",
+            )
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
@@ -169,7 +188,11 @@ def test_a_lock_outlives_no_process_and_a_failed_start_leaves_no_folder(tmp_path
 
 def test_what_a_killed_training_left_goes_when_the_next_one_begins(tmp_path):
     saved(tmp_path, 1)
-    for name in (".writing-step_00000002-abcd", ".removing-step_00000000", ".writing-step_00000009"):
+    for name in (
+        ".writing-step_00000002-abcd",
+        ".removing-step_00000000",
+        ".writing-step_00000009",
+    ):
         (tmp_path / "checkpoints" / name).mkdir()
     preview = tmp_path / "samples/step_00000001"
     preview.mkdir(parents=True)
@@ -184,9 +207,21 @@ def test_resume_removes_what_a_kill_between_saving_and_pruning_left(shop, copied
 
 
 # ── links ────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", ".lock", "samples/index.html", "skipped.jsonl",
-                                  ".writing-metrics.jsonl", "checkpoints/step_00000003/model.safetensors"])  # fmt: skip
-def test_links_in_a_run_folder_are_refused_and_what_they_lead_to_stays(shop, copied, tmp_path, name, capsys):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "config.yaml",
+        ".lock",
+        "samples/index.html",
+        "skipped.jsonl",
+        ".writing-metrics.jsonl",
+        "checkpoints/step_00000003/model.safetensors",
+    ],
+)
+def test_links_in_a_run_folder_are_refused_and_what_they_lead_to_stays(
+    shop, copied, tmp_path, name, capsys
+):
     precious = tmp_path / "precious"
     precious.write_text("precious", encoding="utf-8")
     (copied / name).parent.mkdir(exist_ok=True)
@@ -198,7 +233,13 @@ def test_links_in_a_run_folder_are_refused_and_what_they_lead_to_stays(shop, cop
 
 
 def test_an_export_replaces_no_device(shop, capsys):
-    refused(capsys, export.main, ["--checkpoint", shop.folder / "runs/base", "--out", "/dev/null"], "/dev/null", "no regular file")
+    refused(
+        capsys,
+        export.main,
+        ["--checkpoint", shop.folder / "runs/base", "--out", "/dev/null"],
+        "/dev/null",
+        "no regular file",
+    )
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────

@@ -7,12 +7,12 @@ import weakref
 import pytest
 import torch
 from PIL import Image
-from tiny import Workshop, refused
 
 from mmdit.scripts import evaluate, sample
 from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
 from mmdit.training.pipeline import Pipeline
+from tests.helpers.tiny import Workshop, refused
 
 PROMPTS = [f"a {color} star" for color in ("red", "blue", "green", "white", "grey")]
 
@@ -39,8 +39,19 @@ def draw(shop, tmp_path, monkeypatch):
     def run(name, *words, prompts=PROMPTS, stop=None, run="base"):
         calls.clear()
         stop_at[0] = stop
-        arguments = ["--checkpoint", shop.folder / "runs" / run, "--device", "cpu", "--batch_size", 2, "--out",
-                     tmp_path / name, *words, "--prompts", *prompts]  # fmt: skip
+        arguments = [
+            "--checkpoint",
+            shop.folder / "runs" / run,
+            "--device",
+            "cpu",
+            "--batch_size",
+            2,
+            "--out",
+            tmp_path / name,
+            *words,
+            "--prompts",
+            *prompts,
+        ]
         try:
             assert sample.main([str(word) for word in arguments]) == 0
         except SystemExit:
@@ -168,8 +179,13 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
         ["--checkpoint", "x", "--prompts", "half \ud83d"],
         "is no text in UTF-8",
     )
-    refused(capsys, sample.main, ["--checkpoint", "x", "--prompts", "a", "--refine", "y", "--strength", "2"],
-            "--strength is 2.0", "at most 1")  # fmt: skip
+    refused(
+        capsys,
+        sample.main,
+        ["--checkpoint", "x", "--prompts", "a", "--refine", "y", "--strength", "2"],
+        "--strength is 2.0",
+        "at most 1",
+    )
 
 
 def test_sheets_stay_within_their_bounds(monkeypatch):

@@ -1,4 +1,5 @@
-"""The commands as a person runs them: what they write, and one clear message (exit code 2, no trace) for every bad input."""
+"""The commands as a person runs them: what they write, and one clear message (exit code 2, no
+trace) for every bad input."""
 
 import errno
 import json
@@ -10,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import Workshop, refused
 
 import mmdit.training.checkpoint as checkpoint
-import mmdit.training.stored as stored
+import mmdit.training.memory.shards as stored
 from mmdit.scripts import (
     cache_moving_shapes,
     cache_vtp_images,
@@ -24,6 +24,7 @@ from mmdit.scripts import (
     sample,
     train_t2v,
 )
+from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,23 +47,49 @@ def metadata(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three good pictures, a damaged one and a missing one; an empty caption; names of any script."""
+    """Three good pictures, a damaged one and a missing one; an empty caption; names of any
+    script."""
     for i, name in enumerate(("猫.png", "b.png", "c.jpg")):
         Image.new("RGB", (60 + i, 40), (200, 30 * i, 9)).save(tmp_path / name)
     (tmp_path / "torn.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
     files = ["猫.png", "b.png", "c.jpg", "torn.png", "absent.png"]
-    return metadata(tmp_path / "train_images.jsonl", [{"id": Path(file).stem, "image_path": file, "caption": "" if file == "b.png" else "a cat"}
-                                                      for file in files])
+    return metadata(
+        tmp_path / "train_images.jsonl",
+        [
+            {
+                "id": Path(file).stem,
+                "image_path": file,
+                "caption": "" if file == "b.png" else "a cat",
+            }
+            for file in files
+        ],
+    )
 
 
-# ── bad input: data ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── bad input: data ───────────────────────────────────────────────────────────────────────────────
 def test_a_picture_that_cannot_be_used_is_counted_and_the_rest_goes_on(shop, pictures, capsys):
     out = pictures.parent / "cache"
-    words = ["--config", str(shop.config), "--meta_jsonl", str(pictures), "--out_dir", str(out), "--device", "cpu"]
+    words = [
+        "--config",
+        str(shop.config),
+        "--meta_jsonl",
+        str(pictures),
+        "--out_dir",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     assert cache_vtp_images.main(words) == 0
     said = capsys.readouterr().out
-    assert "5 records: 3 items written" in said and "2 skipped, 1 empty captions" in said and "skipped.jsonl" in said
-    reasons = {row["id"]: row["reason"] for row in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())}
+    assert (
+        "5 records: 3 items written" in said
+        and "2 skipped, 1 empty captions" in said
+        and "skipped.jsonl" in said
+    )
+    reasons = {
+        row["id"]: row["reason"]
+        for row in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    }
     assert reasons.keys() == {"torn", "absent"} and reasons["absent"] == "file not found"
     assert sorted(path.stem for path in out.glob("*.pt")) == ["b", "c", "猫"]
     item = torch.load(out / "b.pt", weights_only=True)
@@ -74,39 +101,123 @@ def test_bad_data_is_refused(shop, pictures, capsys):
     def cache(rows, *expected, main=cache_vtp_images.main, words=()):
         meta = metadata(pictures.parent / "bad.jsonl", rows)
         out = pictures.parent / "bad_cache"
-        refused(capsys, main, ["--config", shop.config, "--meta_jsonl", meta, "--out_dir", out, "--device", "cpu", *words], *expected)
+        refused(
+            capsys,
+            main,
+            [
+                "--config",
+                shop.config,
+                "--meta_jsonl",
+                meta,
+                "--out_dir",
+                out,
+                "--device",
+                "cpu",
+                *words,
+            ],
+            *expected,
+        )
         assert not list(out.rglob("*.pt")) and not list(out.rglob(".writing*"))
 
     good = {"id": "a", "image_path": "b.png", "caption": "x"}
     cache([good, {**good, "image_path": "c.jpg"}], "bad.jsonl:2: id 'a' was already used in line 1")
-    cache([{"id": "a", "image_path": "b.png"}], 'bad.jsonl:1: has no "caption"', "keys here: id, image_path")
-    cache([good], 'has no "frames_dir"', "cache it with the other script", main=cache_vtp_latents.main)
-    cache([{**good, "image_path": "d.png"}], "none of the 1 records could be used", "d.png: file not found", "relative to the metadata file's own folder")
-    cache([good], "command line: video.width, video.height: is 40x32", "multiples of 16", "nearest is 32x32", words=["video.width=40"])
+    cache(
+        [{"id": "a", "image_path": "b.png"}],
+        'bad.jsonl:1: has no "caption"',
+        "keys here: id, image_path",
+    )
+    cache(
+        [good], 'has no "frames_dir"', "cache it with the other script", main=cache_vtp_latents.main
+    )
+    cache(
+        [{**good, "image_path": "d.png"}],
+        "none of the 1 records could be used",
+        "d.png: file not found",
+        "relative to the metadata file's own folder",
+    )
+    cache(
+        [good],
+        "command line: video.width, video.height: is 40x32",
+        "multiples of 16",
+        "nearest is 32x32",
+        words=["video.width=40"],
+    )
     odd = pictures.parent / "odd.yaml"
     odd.write_text(shop.config.read_text().replace("width: 48", "width: 50"))
-    refused(capsys, train_t2v.main, ["--config", odd, "--train_cache_dir", "x"], "odd.yaml:4: video.width, video.height: is 50x32", "nearest is 48x32")
-    refused(capsys, cache_vtp_images.main, ["--config", shop.config, "--meta_jsonl", "absent.jsonl"], "absent.jsonl", "No such file")
+    refused(
+        capsys,
+        train_t2v.main,
+        ["--config", odd, "--train_cache_dir", "x"],
+        "odd.yaml:4: video.width, video.height: is 50x32",
+        "nearest is 48x32",
+    )
+    refused(
+        capsys,
+        cache_vtp_images.main,
+        ["--config", shop.config, "--meta_jsonl", "absent.jsonl"],
+        "absent.jsonl",
+        "No such file",
+    )
 
 
 def test_clips_that_are_too_short_are_refused_with_the_settings_that_would_keep_them(shop, capsys):
     clips = shop.cache("clips4", "--frames", "4", "video.num_frames=3", count=2)
     words = ["video.num_frames=3", "video.frame_stride=3"]
-    refused(capsys, train_t2v.main, shop.train_words("short", *words, cache=clips),
-            "2 items of 4 to 4 frames", "num_frames 3 with frame_stride 3 needs 7", "video.frame_stride: 1 would keep all")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("short", *words, cache=clips),
+        "2 items of 4 to 4 frames",
+        "num_frames 3 with frame_stride 3 needs 7",
+        "video.frame_stride: 1 would keep all",
+    )
     assert not (shop.folder / "runs/short").exists()
 
 
 def test_a_cache_of_another_tokenizer_size_or_none_is_refused(shop, capsys):
     cache = shop.cache("pictures")
-    refused(capsys, train_t2v.main, shop.train_words("x", "tokenizer={type: dummy, latent_d: 12}"),
-            str(cache), "tokenizer", "latent channels: the cache has 8, the config asks 12", "new folder")
-    refused(capsys, train_t2v.main, shop.train_words("x", "tokenizer={type: dummy, latent_f: 8, latent_d: 8}"),
-            "pixels per latent cell: the cache has 16, the config asks 8")
-    refused(capsys, train_t2v.main, shop.train_words("x", "video.width=32"), "sizes: the cache has [(48, 32)], the config asks [(32, 32)]")
-    refused(capsys, train_t2v.main, shop.train_words("x", cache=shop.folder / "nowhere"), "is no latent cache", "cache_vtp_images")
-    refused(capsys, cache_moving_shapes.main, ["--config", shop.config, "--out_dir", cache, "--device", "cpu", "tokenizer={type: dummy, latent_d: 12}"],
-            "latent channels: the cache has 8, the config asks 12")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("x", "tokenizer={type: dummy, latent_d: 12}"),
+        str(cache),
+        "tokenizer",
+        "latent channels: the cache has 8, the config asks 12",
+        "new folder",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("x", "tokenizer={type: dummy, latent_f: 8, latent_d: 8}"),
+        "pixels per latent cell: the cache has 16, the config asks 8",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("x", "video.width=32"),
+        "sizes: the cache has [(48, 32)], the config asks [(32, 32)]",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("x", cache=shop.folder / "nowhere"),
+        "is no latent cache",
+        "cache_vtp_images",
+    )
+    refused(
+        capsys,
+        cache_moving_shapes.main,
+        [
+            "--config",
+            shop.config,
+            "--out_dir",
+            cache,
+            "--device",
+            "cpu",
+            "tokenizer={type: dummy, latent_d: 12}",
+        ],
+        "latent channels: the cache has 8, the config asks 12",
+    )
     assert not (shop.folder / "runs/x").exists()
 
 
@@ -114,26 +225,66 @@ def test_a_damaged_cache_file_is_named_also_when_a_reading_process_finds_it(shop
     cache = shop.cache("damaged", count=2)
     (cache / "000001.pt").write_bytes(b"torn")
     for name, words in (("memory", []), ("disk", ["data.in_memory=false", "num_workers=1"])):
-        refused(capsys, train_t2v.main, shop.train_words(name, *words, cache=cache), "000001.pt is damaged", "run the caching command again")
+        refused(
+            capsys,
+            train_t2v.main,
+            shop.train_words(name, *words, cache=cache),
+            "000001.pt is damaged",
+            "run the caching command again",
+        )
 
 
-# ── bad input: configs, runs, machines ───────────────────────────────────────────────────────────────────────────────
+# ── bad input: configs, runs, machines ────────────────────────────────────────────────────────────
 def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
-    refused(capsys, train_t2v.main, shop.train_words("x", "train.learning_rate=1e-4"), "command line: train.learning_rate: unknown key", "lr")
-    refused(capsys, train_t2v.main, ["--config", "absent.yaml", "--train_cache_dir", "x"], "cannot read the config absent.yaml")
-    refused(capsys, train_t2v.main, [*shop.train_words("x"), "--device", "gpu"], "--device is 'gpu'")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("x", "train.learning_rate=1e-4"),
+        "command line: train.learning_rate: unknown key",
+        "lr",
+    )
+    refused(
+        capsys,
+        train_t2v.main,
+        ["--config", "absent.yaml", "--train_cache_dir", "x"],
+        "cannot read the config absent.yaml",
+    )
+    refused(
+        capsys, train_t2v.main, [*shop.train_words("x"), "--device", "gpu"], "--device is 'gpu'"
+    )
     base = shop.folder / "runs/base"
     draw = ["--checkpoint", base, "--device", "cpu", "--out", tmp_path / "out", "--prompts", "a"]
-    refused(capsys, sample.main, ["--checkpoint", shop.folder / "nothing", "--prompts", "a"], "no checkpoint at")
+    refused(
+        capsys,
+        sample.main,
+        ["--checkpoint", shop.folder / "nothing", "--prompts", "a"],
+        "no checkpoint at",
+    )
     refused(capsys, sample.main, draw[:-2], "no prompt")
-    refused(capsys, sample.main, [*draw, "train.precision=fp32"], "train.precision=fp32", "before --prompts")
+    refused(
+        capsys,
+        sample.main,
+        [*draw, "train.precision=fp32"],
+        "train.precision=fp32",
+        "before --prompts",
+    )
     refused(capsys, sample.main, [*draw, "--width", "40"], "40x32 is not a multiple of 16")
     refused(capsys, sample.main, [*draw, "--frames", "0"], "--frames is 0")
     refused(capsys, sample.main, [*draw, "--batch_size", "0"], "--batch_size is 0")
     refused(capsys, sample.main, [*draw, "--steps", "0"], "steps: is 0")
     (tmp_path / "foreign.safetensors").write_bytes(b"\x80\x04 a pickle")
-    refused(capsys, sample.main, ["--checkpoint", tmp_path / "foreign.safetensors", "--prompts", "a"], "cannot be read as safetensors")
-    refused(capsys, evaluate.main, ["--checkpoint", base, "--device", "cpu", "--count", "1"], "count is 1; must be from 2")
+    refused(
+        capsys,
+        sample.main,
+        ["--checkpoint", tmp_path / "foreign.safetensors", "--prompts", "a"],
+        "cannot be read as safetensors",
+    )
+    refused(
+        capsys,
+        evaluate.main,
+        ["--checkpoint", base, "--device", "cpu", "--count", "1"],
+        "count is 1; must be from 2",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -141,17 +292,34 @@ def test_options_and_overrides_may_be_mixed(shop):
     run = shop.folder / "runs/mixed"
     first, *rest = shop.train_words("mixed", "train.max_steps=1")
     train_t2v.main(["train.batch_size=2", first, *rest, "--device", "cpu", "seed=7"])
-    assert checkpoint.load_weights(run).meta.config["train"]["batch_size"] == 2 and checkpoint.load_weights(run).meta.config["seed"] == 7
+    assert (
+        checkpoint.load_weights(run).meta.config["train"]["batch_size"] == 2
+        and checkpoint.load_weights(run).meta.config["seed"] == 7
+    )
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_an_explanation(shop, capsys):
     """The latents overflow: their scale is absurd."""
     words = ["tokenizer={type: dummy, latent_d: 8, latent_scale: 1e38}", "train.log_every_steps=2"]
-    refused(capsys, train_t2v.main, shop.train_words("nan", *words), "2 of the last 2 steps up to step 2", "non-finite", "runs/nan/skipped", "train.lr")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("nan", *words),
+        "2 of the last 2 steps up to step 2",
+        "non-finite",
+        "runs/nan/skipped",
+        "train.lr",
+    )
     run = shop.folder / "runs/nan"
     rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and len(rows[0]["ids"]) == 4
-    refused(capsys, train_t2v.main, shop.train_words("nan2", words[0], "train.max_skipped_steps=2"), "up to step 3", "train.max_skipped_steps = 2")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("nan2", words[0], "train.max_skipped_steps=2"),
+        "up to step 3",
+        "train.max_skipped_steps = 2",
+    )
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(shop, capsys, monkeypatch, tmp_path):
@@ -161,9 +329,22 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(shop, capsys, monke
 
     for module in (stored, checkpoint):
         monkeypatch.setattr(module, "tensor_pieces", full)
-    refused(capsys, train_t2v.main, shop.train_words("full"), "could not save the checkpoint", "No space left", "start the run again")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("full"),
+        "could not save the checkpoint",
+        "No space left",
+        "start the run again",
+    )
     assert not list((shop.folder / "runs/full/checkpoints").iterdir())
-    refused(capsys, export.main, ["--checkpoint", shop.folder / "runs/base", "--out", tmp_path / "x.safetensors"], "could not write", "No space left")
+    refused(
+        capsys,
+        export.main,
+        ["--checkpoint", shop.folder / "runs/base", "--out", tmp_path / "x.safetensors"],
+        "could not write",
+        "No space left",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -171,38 +352,118 @@ def test_a_full_gpu_is_told_in_one_line_with_what_helps_and_a_bug_keeps_its_trac
     def fails():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand more")
 
-    assert "train.batch_size" in refused(capsys, lambda _: friendly()(fails)(), [], "CUDA out of memory. Tried to allocate 9 GiB.")
+    assert "train.batch_size" in refused(
+        capsys, lambda _: friendly()(fails)(), [], "CUDA out of memory. Tried to allocate 9 GiB."
+    )
     with pytest.raises(AssertionError), friendly():
         raise AssertionError("ours")
 
 
-# ── what the commands write ──────────────────────────────────────────────────────────────────────────────────────────
+# ── what the commands write ───────────────────────────────────────────────────────────────────────
 def test_samples_can_be_drawn_again_from_their_json(shop, tmp_path):
     out = tmp_path / "samples"
-    words = ["--checkpoint", str(shop.folder / "runs/base"), "--device", "cpu", "--prompts", "a red star", "", "blue", "--seed", "5", "--guidance", "2",
-             "--steps", "3", "--solver", "heun", "--width", "32", "--interval", "0.1", "0.9", "--shift", "2"]
+    words = [
+        "--checkpoint",
+        str(shop.folder / "runs/base"),
+        "--device",
+        "cpu",
+        "--prompts",
+        "a red star",
+        "",
+        "blue",
+        "--seed",
+        "5",
+        "--guidance",
+        "2",
+        "--steps",
+        "3",
+        "--solver",
+        "heun",
+        "--width",
+        "32",
+        "--interval",
+        "0.1",
+        "0.9",
+        "--shift",
+        "2",
+    ]
     assert sample.main([*words, "--out", str(out)]) == 0
     story = json.loads((out / "samples.json").read_text())
     names = [row["file"] for row in story["samples"]]
-    assert names == ["0000.png", "0001.png", "0002.png"] and Image.open(out / "0000.png").size == (32, 32) and (out / "grid.png").is_file()
+    assert (
+        names == ["0000.png", "0001.png", "0002.png"]
+        and Image.open(out / "0000.png").size == (32, 32)
+        and (out / "grid.png").is_file()
+    )
     settings, sampler = story["settings"], story["settings"]["sampler"]
     (tmp_path / "prompts.txt").write_text("\n".join(row["prompt"] for row in story["samples"]))
-    again = ["--checkpoint", story["checkpoint"], "--device", "cpu", "--prompts", *(row["prompt"] for row in story["samples"]),
-             "--width", story["size"][0], "--height", story["size"][1], "--frames", story["size"][2], "--seed", settings["seed"],
-             "--guidance", settings["cfg_scale"], "--interval", *settings["cfg_interval"], "--steps", sampler["steps"],
-             "--solver", sampler["solver"], "--shift", sampler["shift"], "--eta", sampler["eta"], "--out", tmp_path / "again"]
-    sample.main([*map(str, again), *(["--raw_weights"] if story["raw_weights"] else []), *story["overrides"]])
-    assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+    again = [
+        "--checkpoint",
+        story["checkpoint"],
+        "--device",
+        "cpu",
+        "--prompts",
+        *(row["prompt"] for row in story["samples"]),
+        "--width",
+        story["size"][0],
+        "--height",
+        story["size"][1],
+        "--frames",
+        story["size"][2],
+        "--seed",
+        settings["seed"],
+        "--guidance",
+        settings["cfg_scale"],
+        "--interval",
+        *settings["cfg_interval"],
+        "--steps",
+        sampler["steps"],
+        "--solver",
+        sampler["solver"],
+        "--shift",
+        sampler["shift"],
+        "--eta",
+        sampler["eta"],
+        "--out",
+        tmp_path / "again",
+    ]
+    sample.main(
+        [
+            *map(str, again),
+            *(["--raw_weights"] if story["raw_weights"] else []),
+            *story["overrides"],
+        ]
+    )
+    assert all(
+        (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names
+    )
     sample.main([*words, "--out", str(tmp_path / "other"), "--raw_weights"])
-    assert any((out / name).read_bytes() != (tmp_path / "other" / name).read_bytes() for name in names)
+    assert any(
+        (out / name).read_bytes() != (tmp_path / "other" / name).read_bytes() for name in names
+    )
 
 
 def test_an_export_draws_the_same_and_starts_other_runs(shop, tmp_path, capsys):
     base, file = shop.folder / "runs/base", tmp_path / "model.safetensors"
     assert export.main(["--checkpoint", str(base), "--out", str(file), "--dtype", "fp32"]) == 0
-    assert "step 3" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert "step 3" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [
+        file.name
+    ]
     for source, name in ((base, "a"), (file, "b")):
-        sample.main(["--checkpoint", str(source), "--device", "cpu", "--prompts", "a red star", "--frames", "3", "--out", str(tmp_path / name)])
+        sample.main(
+            [
+                "--checkpoint",
+                str(source),
+                "--device",
+                "cpu",
+                "--prompts",
+                "a red star",
+                "--frames",
+                "3",
+                "--out",
+                str(tmp_path / name),
+            ]
+        )
     made = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert made[0].startswith("0000.") and made[1:] == ["grid.png", "samples.json"]
     assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
@@ -211,24 +472,60 @@ def test_an_export_draws_the_same_and_starts_other_runs(shop, tmp_path, capsys):
 
 def test_evaluate_writes_its_report_and_sheet(shop, tmp_path, capsys):
     report, sheet = tmp_path / "deep/report.json", tmp_path / "sheet.png"
-    evaluate.main(["--checkpoint", str(shop.folder / "runs/base"), "--device", "cpu", "--count", "3", "--out", str(report), "--sheet", str(sheet)])
+    evaluate.main(
+        [
+            "--checkpoint",
+            str(shop.folder / "runs/base"),
+            "--device",
+            "cpu",
+            "--count",
+            "3",
+            "--out",
+            str(report),
+            "--sheet",
+            str(sheet),
+        ]
+    )
     assert "tokenizer ceiling" in capsys.readouterr().out and Image.open(sheet).width > 100
     row = json.loads(report.read_text())
     assert row["prompt_accuracy"]["count"] == row["held_out_accuracy"]["count"] == 3
-    assert row["settings"]["sampler"]["steps"] == 2 and {"control", "tokenizer_ceiling", "seconds"} <= row.keys()
+    assert (
+        row["settings"]["sampler"]["steps"] == 2
+        and {"control", "tokenizer_ceiling", "seconds"} <= row.keys()
+    )
 
 
-# ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── several processes ─────────────────────────────────────────────────────────────────────────────
 def test_two_processes_train_the_weights_of_one(shop):
-    """torchrun with --device cpu (so gloo), pictures, previews on rank 0 while the other waits; the same global batch."""
+    """torchrun with --device cpu (so gloo), pictures, previews on rank 0 while the other waits; the
+    same global batch."""
     words = ["train.sample_every_steps=1", "train.sample_num_images=1", "train.lr=1e-3"]
     one = shop.train("one", *words, "train.batch_size=4")
     arguments = shop.train_words("two", *words, "train.batch_size=2")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'VTP'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, "-m", "mmdit.scripts.train_t2v", *arguments], cwd=shop.folder, env=env, timeout=240, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, "-m", "mmdit.scripts.train_t2v", *arguments],
+        cwd=shop.folder,
+        env=env,
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 3/3") == 1 and (shop.folder / "runs/two/samples/step_00000003/grid.png").is_file()
+    assert (
+        done.stdout.count("step 3/3") == 1
+        and (shop.folder / "runs/two/samples/step_00000003/grid.png").is_file()
+    )
     for name, value in tensors(one).items():
-        difference = (tensors(shop.folder / "runs/two")[name] - value).norm() / value.norm().clamp_min(1e-3)
+        difference = (
+            tensors(shop.folder / "runs/two")[name] - value
+        ).norm() / value.norm().clamp_min(1e-3)
         assert difference < 1e-5, f"{name}: {difference}"

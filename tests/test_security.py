@@ -1,7 +1,8 @@
-"""Files from others are data: none of them runs code, and none makes us write outside the folder that was named.
+"""Files from others are data: none of them runs code, and none makes us write outside the folder
+that was named.
 
-Each malicious file would create a marker when unpickled, imported or constructed; the marker stays absent and the refusal
-names the file.
+Each malicious file would create a marker when unpickled, imported or constructed; the marker stays
+absent and the refusal names the file.
 """
 
 import json
@@ -12,20 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import forget_sums
 from torch import nn
 
 from mmdit.adapters import load_lora
 from mmdit.config import encode
 from mmdit.data import BucketingConfig, VideoConfig, open_cache, read_records
-from mmdit.data.cache import CacheWriter
-from mmdit.data.caching import cache_latents
-from mmdit.data.items import load_item
-from mmdit.data.manifest import CacheManifest
-from mmdit.experiment import ExperimentConfig, load_experiment_config, load_pipeline
+from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.items import load_item
+from mmdit.data.cache.latent_cache import CacheWriter
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers import DummyTokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
+from tests.helpers.tiny import forget_sums
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=4, spatial=16)
@@ -48,7 +50,11 @@ def evil(request, tmp_path):
     marker = tmp_path / "marker"
 
     def write(path: Path) -> Path:
-        item = {"latents": torch.zeros(1, 2, 2, 4, dtype=torch.float16), "caption": "x", "facts": Evil(marker)}
+        item = {
+            "latents": torch.zeros(1, 2, 2, 4, dtype=torch.float16),
+            "caption": "x",
+            "facts": Evil(marker),
+        }
         if request.param == "pickle":
             path.write_bytes(pickle.dumps(item))
         else:
@@ -62,12 +68,18 @@ def evil(request, tmp_path):
 
 
 def manifest(**options) -> CacheManifest:
-    return CacheManifest.of(build_tokenizer(DummyTokenizerConfig(latent_d=4)), VideoConfig(width=32, height=32), **options)
+    return CacheManifest.of(
+        build_tokenizer(DummyTokenizerConfig(latent_d=4)),
+        VideoConfig(width=32, height=32),
+        **options,
+    )
 
 
 def saved(run: Path, step: int = 1) -> Path:
     config = encode(ExperimentConfig("x", tokenizer=DummyTokenizerConfig(latent_d=4)))
-    folder = checkpoint.save(run, checkpoint.Meta(step, config, SPEC, "abc"), {"model": {"w": torch.zeros(2)}}, 0)
+    folder = checkpoint.save(
+        run, checkpoint.Meta(step, config, SPEC, "abc"), {"model": {"w": torch.zeros(2)}}, 0
+    )
     forget_sums(folder)  # who sends it wrote them himself
     return folder
 
@@ -86,7 +98,9 @@ def test_a_checkpoint(evil, tmp_path):
     evil(folder / "optimizer.safetensors")
     assert checkpoint.latest(tmp_path / "run") is None
     folder = saved(tmp_path / "run", 3)
-    (folder / "model.safetensors").unlink()  # parts of a sharded training instead, and what torch would keep beside its own
+    (
+        folder / "model.safetensors"
+    ).unlink()  # parts of a sharded training instead, and what torch would keep beside its own
     (folder / "model").mkdir()
     for name in ("shard-00001-model-00001-of-00001.safetensors", ".metadata", "__0_0.distcp"):
         evil(folder / "evil").rename(folder / "model" / name)
@@ -131,7 +145,7 @@ def test_weights_of_a_tokenizer(evil, tmp_path, name):
 
 def test_weights_of_a_text_encoder(evil, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from test_text_encoders import T5, hf, save_tokenizer
+    from tests.test_text_encoders import T5, hf, save_tokenizer
 
     save_tokenizer(tmp_path / "t5")
     transformers.T5Config(**T5).save_pretrained(tmp_path / "t5")
@@ -140,7 +154,14 @@ def test_weights_of_a_text_encoder(evil, tmp_path):
         hf(str(tmp_path / "t5"))
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:pathlib.Path.touch [", "!!python/object/new:os.system [touch ", "!!python/name:"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:pathlib.Path.touch [",
+        "!!python/object/new:os.system [touch ",
+        "!!python/name:",
+    ],
+)
 def test_a_config(tmp_path, tag):
     marker, path = tmp_path / "marker", tmp_path / "evil.yaml"
     path.write_text(f"experiment_name: x\nseed: {tag}{marker}{']' if '[' in tag else ''}\n")
@@ -150,12 +171,18 @@ def test_a_config(tmp_path, tag):
 
 
 def test_weights_may_not_name_the_code_that_opens_them(tmp_path):
-    """`tokenizer.repo_path` imports Python. In a config that someone wrote it is a choice; in one that came with weights, bait."""
+    """`tokenizer.repo_path` imports Python. In a config that someone wrote it is a choice; in one
+    that came with weights, bait."""
     code, marker = tmp_path / "code", tmp_path / "marker"
     (code / "vtp").mkdir(parents=True)
     (code / "vtp" / "__init__.py").write_text(f"open({str(marker)!r}, 'w')")
     config = encode(ExperimentConfig("x", tokenizer=VTPTokenizerConfig(repo_path=str(code))))
-    folder = checkpoint.save(tmp_path / "run", checkpoint.Meta(1, config, SPEC, "abc"), {"model": {"w": torch.zeros(2)}}, 0)
+    folder = checkpoint.save(
+        tmp_path / "run",
+        checkpoint.Meta(1, config, SPEC, "abc"),
+        {"model": {"w": torch.zeros(2)}},
+        0,
+    )
     for words in ([], ["tokenizer.chunk_size=3"]):
         with pytest.raises(ValueError, match="tokenizer.repo_path: is .*would be run"):
             load_pipeline(folder, "cpu", overrides=words)
@@ -176,15 +203,25 @@ def everything(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("id", ["../out", "/tmp/out", "..", "a/../../out", "..\\out", "a\0b", ".writing-0-0.tmp", "x" * 300])
+@pytest.mark.parametrize(
+    "id",
+    ["../out", "/tmp/out", "..", "a/../../out", "..\\out", "a\0b", ".writing-0-0.tmp", "x" * 300],
+)
 def test_an_id_cannot_leave_its_folder(tmp_path, id):
     meta = pictures(tmp_path, id)
     before = everything(tmp_path)
     with pytest.raises(ValueError, match=r"meta.jsonl:1: id "):
         read_records(meta, "image")
-    with CacheWriter(tmp_path / "cache", manifest()) as writer, pytest.raises(ValueError, match="id "):
+    with (
+        CacheWriter(tmp_path / "cache", manifest()) as writer,
+        pytest.raises(ValueError, match="id "),
+    ):
         writer.add(id, torch.zeros(1, 2, 2, 4), "x")
-    assert {name for name in everything(tmp_path) - before if not name.startswith(str(tmp_path / "cache"))} == set()
+    assert {
+        name
+        for name in everything(tmp_path) - before
+        if not name.startswith(str(tmp_path / "cache"))
+    } == set()
 
 
 def test_links_in_a_cache_folder_are_not_followed(tmp_path):
@@ -195,13 +232,18 @@ def test_links_in_a_cache_folder_are_not_followed(tmp_path):
         (outside / name).write_text("precious")
     for name in ("a.pt", ".writing-0-0.tmp", ".writing-0-1.tmp", "skipped.jsonl"):
         (cache / name).symlink_to(outside / name)
-    tokenizer, video = build_tokenizer(DummyTokenizerConfig(latent_d=4)), VideoConfig(width=32, height=32)
+    tokenizer, video = (
+        build_tokenizer(DummyTokenizerConfig(latent_d=4)),
+        VideoConfig(width=32, height=32),
+    )
     records = read_records(pictures(tmp_path, "a", "b"), "image")
     with pytest.raises(ValueError, match="no manifest.json"):
         cache_latents(records, "image", tokenizer, cache, video, progress=False)
     (cache / "a.pt").unlink()
     cache_latents(records, "image", tokenizer, cache, video, progress=False)
-    assert {path.read_text() for path in outside.iterdir()} == {"precious"} and len(open_cache(cache)) == 2
+    assert {path.read_text() for path in outside.iterdir()} == {"precious"} and len(
+        open_cache(cache)
+    ) == 2
     (cache / "b.pt").unlink()
     (cache / "b.pt").symlink_to(outside / "a.pt")
     with CacheWriter(tmp_path / "second", manifest()) as writer:
@@ -220,7 +262,9 @@ def test_a_link_in_place_of_an_index_or_a_size_is_refused(tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "32x32").symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match="32x32 is a link"):
-        CacheWriter(tmp_path / "two", manifest(bucketing=BucketingConfig(True, buckets=((32, 32),))))
+        CacheWriter(
+            tmp_path / "two", manifest(bucketing=BucketingConfig(True, buckets=((32, 32),)))
+        )
     assert not list((tmp_path / "outside").iterdir())
 
 

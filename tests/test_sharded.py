@@ -1,5 +1,7 @@
-"""FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights, previews, files that are read by
-one process, by torch's own reader and by export, and damaged ones that are not. And gradients that travel as bfloat16."""
+"""FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights,
+previews, files that are read by one process, by torch's own reader and by export, and damaged ones
+that are not. And gradients that travel as bfloat16.
+"""
 
 import json
 import resource
@@ -13,30 +15,40 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_trainer import SPEC, learner, run_ranks, trained
-from tiny import Workshop, forget_sums
 from torch._dynamo.testing import CompileCounter
 
-from mmdit.experiment import load_pipeline
+from benchmarks.model import Bench
+from mmdit.experiment.load import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
-from mmdit.speed import Bench
 from mmdit.training import checkpoint, parallel
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
+from mmdit.training.memory.shards import Stored
 from mmdit.training.parallel import ParallelConfig, shard, wrap
 from mmdit.training.pipeline import SampleSettings
-from mmdit.training.stored import Stored
+from tests.helpers.tiny import Workshop, forget_sums
+from tests.test_trainer import SPEC, learner, run_ranks, trained
 
-ADAPTERS = ["lora.enabled=true", "lora.rank=3", "model.checkpointing=true", "train.lr=0.05", "train.sample_every_steps=2",
-            "train.sample_num_images=2", "train.val_every_steps=2", "train.val_share=0.3"]  # fmt: skip
-LR = 0.05  # of ADAPTERS: AdamW moves by about this much a step, however small a gradient and its rounding are
+ADAPTERS = [
+    "lora.enabled=true",
+    "lora.rank=3",
+    "model.checkpointing=true",
+    "train.lr=0.05",
+    "train.sample_every_steps=2",
+    "train.sample_num_images=2",
+    "train.val_every_steps=2",
+    "train.val_share=0.3",
+]
+# of ADAPTERS: AdamW moves by about this much a step, however small a gradient and its rounding are
+LR = 0.05
 POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "log_every_steps": 4}
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    """Runs on two processes: `poisoned` (the loop alone), `adapters` and `reduced` (the command), beside the same on one."""
+    """Runs on two processes: `poisoned` (the loop alone), `adapters` and `reduced` (the command),
+    beside the same on one."""
     shop = Workshop(tmp_path_factory.mktemp("sharded"))
     shop.train("base")
     shop.words = [*ADAPTERS, f"train.init_from={shop.folder / 'runs/base'}"]
@@ -52,23 +64,44 @@ def one_rank(folder: Path, part: str) -> None:
         with process_group("cpu", timeout_minutes=1) as world:
             gradients(folder, world)
             graphs(folder, world)
-            torch.compile = lambda function, **options: compiled(function, **options | {"backend": "eager"})
+            torch.compile = lambda function, **options: compiled(
+                function, **options | {"backend": "eager"}
+            )
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as on a full disk
             try:
-                checkpoint.save(folder / "full", checkpoint.Meta(4, {}, SPEC, "test"), state.files(), 0, world=world)
+                checkpoint.save(
+                    folder / "full",
+                    checkpoint.Meta(4, {}, SPEC, "test"),
+                    state.files(),
+                    0,
+                    world=world,
+                )
             except RunError as error:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
                 (folder / f"full{world.rank}.txt").write_text(str(error))
     elif part.startswith("frozen_"):
         words = with_frozen_encoder(folder, part.removeprefix("frozen_"))
-        train_t2v.main(Workshop(folder).train_words("sharded", "train.batch_size=2", "parallel.type=fsdp", *words))
+        train_t2v.main(
+            Workshop(folder).train_words(
+                "sharded", "train.batch_size=2", "parallel.type=fsdp", *words
+            )
+        )
     elif part == "reduced":
-        train_t2v.main(Workshop(folder).train_words("reduced", "train.batch_size=2", "parallel.reduce=bfloat16"))
+        train_t2v.main(
+            Workshop(folder).train_words(
+                "reduced", "train.batch_size=2", "parallel.reduce=bfloat16"
+            )
+        )
     else:
-        words = ["parallel.type=fsdp", "train.batch_size=2", *ADAPTERS, f"train.init_from={folder / 'runs/base'}"]
+        words = [
+            "parallel.type=fsdp",
+            "train.batch_size=2",
+            *ADAPTERS,
+            f"train.init_from={folder / 'runs/base'}",
+        ]
         train_t2v.main(Workshop(folder).train_words("adapters", *words))
 
 
@@ -77,15 +110,27 @@ def with_frozen_encoder(folder: Path, kind: str) -> list[str]:
     encoder = f"type: hf, name_or_path: {folder}/t5, max_length: 16"
     if kind == "stored":
         encoder += f", cache_dir: {folder}/embeddings"
-    return ["train.max_steps=4", "train.val_every_steps=2", "train.val_share=0.3", "train.sample_every_steps=2",
-            "train.sample_num_images=1", f"text_encoder={{{encoder}}}"]  # fmt: skip
+    return [
+        "train.max_steps=4",
+        "train.val_every_steps=2",
+        "train.val_share=0.3",
+        "train.sample_every_steps=2",
+        "train.sample_num_images=1",
+        f"text_encoder={{{encoder}}}",
+    ]
 
 
 def gradients(folder: Path, world: World) -> None:
     """Of this rank alone, and the means by each way to reduce them, for noise of its own."""
-    latents = torch.randn(4, 2, 2, 2, SPEC.channels, generator=torch.Generator().manual_seed(world.rank))
-    ways = {"own": None, "ddp": ParallelConfig(), "ddp16": ParallelConfig(reduce="bfloat16"),
-            "fsdp16": ParallelConfig(type="fsdp", reduce="bfloat16")}  # fmt: skip
+    latents = torch.randn(
+        4, 2, 2, 2, SPEC.channels, generator=torch.Generator().manual_seed(world.rank)
+    )
+    ways = {
+        "own": None,
+        "ddp": ParallelConfig(),
+        "ddp16": ParallelConfig(reduce="bfloat16"),
+        "fsdp16": ParallelConfig(type="fsdp", reduce="bfloat16"),
+    }
     for name, config in ways.items():
         model = learner()
         if name == "fsdp16":
@@ -93,7 +138,10 @@ def gradients(folder: Path, world: World) -> None:
         called = wrap(model, world, config) if config else model
         called(latents, ["a red ring"] * 4, Draws.of(0, world.rank, 4))[0].mean().backward()
         found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-        whole = {key: gradient.full_tensor() if name == "fsdp16" else gradient for key, gradient in found.items()}
+        whole = {
+            key: gradient.full_tensor() if name == "fsdp16" else gradient
+            for key, gradient in found.items()
+        }
         if world.is_main or name == "own":
             torch.save(whole, folder / f"{name}{world.rank}.pt")
 
@@ -108,8 +156,9 @@ def graphs(folder: Path, world: World) -> None:
 
 
 def distance(found, expected) -> float:
-    """Return the root mean square difference of two tensors. AdamW divides by a gradient's own size: the largest difference is
-    that of the one element whose gradient is all but zero, which rounding alone decides."""
+    """Return the root mean square difference of two tensors. AdamW divides by a gradient's own
+    size: the largest difference is that of the one element whose gradient is all but zero, which
+    rounding alone decides."""
     return float((found - expected).square().mean().sqrt())
 
 
@@ -123,7 +172,9 @@ def test_a_bad_step_is_skipped_by_every_shard_and_compiled_blocks_change_nothing
     assert not (newest(shop.folder / "poisoned") / "model.safetensors").exists()
     for name, value in alone.learner.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
-    assert not torch.equal(weights["model.output.weight"], learner().state_dict()["model.output.weight"])
+    assert not torch.equal(
+        weights["model.output.weight"], learner().state_dict()["model.output.weight"]
+    )
     told = (shop.folder / "poisoned/metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["skipped"] for line in told) == 1
 
@@ -138,22 +189,36 @@ def test_adapters_are_trained_drawn_with_and_stored_as_by_one_process(shop):
     for name in ("loss", "val_loss", "val_loss_ema", "grad_norm"):
         assert last[name] == pytest.approx(same[name], rel=1e-5), name
     for run in runs:
-        assert sorted(p.parent.name for p in run.glob("samples/*/grid.png")) == ["step_00000002", "step_00000003"]
+        assert sorted(p.parent.name for p in run.glob("samples/*/grid.png")) == [
+            "step_00000002",
+            "step_00000003",
+        ]
     assert not (runs[0] / "failures").exists()
     names = {path.name for path in newest(runs[0]).iterdir()}
-    assert names == {"checkpoint.json", "monitor.json", "ema", "lora.safetensors", "model", "optimizer"}
+    assert names == {
+        "checkpoint.json",
+        "monitor.json",
+        "ema",
+        "lora.safetensors",
+        "model",
+        "optimizer",
+    }
 
 
 @pytest.mark.parametrize("way", ["ddp16", "fsdp16"])
 def test_gradients_travel_as_bfloat16_and_only_then_are_rounded(shop, way):
     """A process's gradient is rounded to 8 bits (an error of 1/256 at most), and so is the sum."""
-    first, second, mean, reduced = (torch.load(shop.folder / f"{name}.pt") for name in ("own0", "own1", "ddp0", f"{way}0"))
+    first, second, mean, reduced = (
+        torch.load(shop.folder / f"{name}.pt") for name in ("own0", "own1", "ddp0", f"{way}0")
+    )
     assert mean.keys() == reduced.keys() and any(gradient.any() for gradient in mean.values())
     for name, gradient in mean.items():
         scale = (first[name].abs() + second[name].abs()) / 2
         torch.testing.assert_close(gradient, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-7)
         assert ((reduced[name] - gradient).abs() <= scale / 120 + 1e-7).all(), name
-        assert reduced[name].dtype == torch.float32 and torch.equal(reduced[name], reduced[name].bfloat16().float()), name
+        assert reduced[name].dtype == torch.float32 and torch.equal(
+            reduced[name], reduced[name].bfloat16().float()
+        ), name
     assert any(not torch.equal(reduced[name], gradient) for name, gradient in mean.items())
 
 
@@ -162,8 +227,13 @@ def test_copies_leave_a_compiled_block_whole(shop):
 
 
 def test_a_run_reduces_as_its_config_says(shop):
-    told, base = ([json.loads(line) for line in (shop.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
-                  for name in ("reduced", "base"))  # fmt: skip
+    told, base = (
+        [
+            json.loads(line)
+            for line in (shop.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("reduced", "base")
+    )
     for step, tolerance in ((0, 1e-6), (-1, 0.02)):
         assert told[step]["loss"] == pytest.approx(base[step]["loss"], rel=tolerance)
     assert 1e-6 < abs(told[0]["grad_norm"] / base[0]["grad_norm"] - 1) < 1 / 256
@@ -171,9 +241,15 @@ def test_a_run_reduces_as_its_config_says(shop):
 
 def test_one_process_samples_exports_and_goes_on(shop):
     run = shop.folder / "runs/adapters"
-    draw = lambda path: load_pipeline(path, "cpu")[0](["a red ring"], 48, 32, 1, SampleSettings(seed=1))  # noqa: E731
-    torch.testing.assert_close(draw(run), draw(shop.folder / "runs/adapters_alone"), rtol=0, atol=1e-5)
-    export.main(["--checkpoint", str(run), "--out", str(shop.folder / "one.safetensors"), "--dtype", "fp32"])
+    draw = lambda path: load_pipeline(path, "cpu")[0](
+        ["a red ring"], 48, 32, 1, SampleSettings(seed=1)
+    )  # noqa: E731
+    torch.testing.assert_close(
+        draw(run), draw(shop.folder / "runs/adapters_alone"), rtol=0, atol=1e-5
+    )
+    export.main(
+        ["--checkpoint", str(run), "--out", str(shop.folder / "one.safetensors"), "--dtype", "fp32"]
+    )
     assert torch.equal(draw(shop.folder / "one.safetensors"), draw(run))
     shutil.copytree(run, shop.folder / "runs/goes_on")
     train_t2v.main([*shop.train_words("goes_on", *shop.words, "train.max_steps=5"), "--resume"])
@@ -185,18 +261,30 @@ def test_one_process_samples_exports_and_goes_on(shop):
 
 def test_the_parts_are_what_torch_reads_itself(shop):
     folder = newest(shop.folder / "poisoned")
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+    }
     for kind in ("model", "optimizer", "ema"):
         stored = Stored(folder / f"{kind}.safetensors")
-        read = {name: torch.empty(shape, dtype=stored[name].dtype) for name, shape in stored.shapes.items()}
-        dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(folder / kind)), no_dist=True)
+        read = {
+            name: torch.empty(shape, dtype=stored[name].dtype)
+            for name, shape in stored.shapes.items()
+        }
+        dcp.load(
+            read, storage_reader=dcp.HuggingFaceStorageReader(str(folder / kind)), no_dist=True
+        )
         assert all(torch.equal(read[name], stored[name]) for name in stored)
 
 
 def test_a_full_disk_is_told_by_every_process_and_leaves_nothing(shop):
     for rank in (0, 1):
         message = (shop.folder / f"full{rank}.txt").read_text()
-        assert "could not save the checkpoint" in message and "step_00000004" in message and "start the run again" in message, message
+        assert (
+            "could not save the checkpoint" in message
+            and "step_00000004" in message
+            and "start the run again" in message
+        ), message
     assert not list((shop.folder / "full/checkpoints").iterdir())
 
 
@@ -220,15 +308,22 @@ def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
         header[name]["saved_offsets"] = place
         save_file(tensors, part, {"DCP_SHARDING_INFO": json.dumps(header)})
     before = newest(run)
-    assert checkpoint.step_of(before) == 3 and "passing over the damaged checkpoint" in capsys.readouterr().out
+    assert (
+        checkpoint.step_of(before) == 3
+        and "passing over the damaged checkpoint" in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="step_00000004/model.safetensors cannot be read"):
         checkpoint.load_weights(before.with_name("step_00000004"))
 
 
-@pytest.mark.parametrize("rate, megabytes", [(200.0, 400), (12.0, 25), (None, 25)])  # NVLink, PCIe, CPUs
+@pytest.mark.parametrize(
+    "rate, megabytes", [(200.0, 400), (12.0, 25), (None, 25)]
+)  # NVLink, PCIe, CPUs
 def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate, megabytes):
     given = {}
-    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **options: given.update(options))
+    monkeypatch.setattr(
+        parallel, "DistributedDataParallel", lambda module, **options: given.update(options)
+    )
     if rate:
         monkeypatch.setattr(parallel, "exchange_rate", lambda world: rate)
     parallel.wrap(learner(), World(0, 2))
@@ -249,9 +344,10 @@ def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(mo
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["remembered", "stored"])
 def test_sharded_training_with_a_frozen_encoder_is_that_of_one_process(tmp_path, kind):
-    """Its captions, those of previews and those of the validation are met by some processes only."""
+    """Its captions, those of previews and those of the validation are met by some processes
+    only."""
     transformers = pytest.importorskip("transformers")
-    from test_text_encoders import T5, save_tokenizer
+    from tests.test_text_encoders import T5, save_tokenizer
 
     transformers.T5EncoderModel(transformers.T5Config(**T5)).save_pretrained(tmp_path / "t5")
     save_tokenizer(tmp_path / "t5")
@@ -259,10 +355,15 @@ def test_sharded_training_with_a_frozen_encoder_is_that_of_one_process(tmp_path,
     alone = shop.train("alone", *with_frozen_encoder(tmp_path, "remembered"))
     run_ranks(tmp_path, 2, __file__, f"frozen_{kind}")
     sharded = tmp_path / "runs" / "sharded"
-    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (alone, sharded))
+    one, two = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (alone, sharded)
+    )
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
-        for name in (name for name in a if name.startswith(("loss", "val_loss")) and a[name] is not None):
+        for name in (
+            name for name in a if name.startswith(("loss", "val_loss")) and a[name] is not None
+        ):
             assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
     assert not (sharded / "failures").exists(), "a preview failed"
     assert len(list(sharded.glob("samples/*/grid.png"))) == 2

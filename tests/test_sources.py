@@ -1,4 +1,5 @@
-"""Video files move as a player shows them; a folder of media becomes metadata with every file accounted for."""
+"""Video files move as a player shows them; a folder of media becomes metadata with every file
+accounted for."""
 
 import os
 from fractions import Fraction
@@ -8,23 +9,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cache import VIDEO, MeanPixels, contents, run, write_meta
 
-from mmdit.data.batches import BatchPlan
-from mmdit.data.buckets import VideoConfig
-from mmdit.data.cache import open_cache
-from mmdit.data.records import Record, read_records
-from mmdit.data.sources import extract_frames, files_below, ids_for, prepare_folder
-from mmdit.data.videos import probe, read_video
+from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.records import Record, read_records
+from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
+from mmdit.data.dataset.videos import probe, read_video
 from mmdit.scripts import cache_vtp_images
 from mmdit.scripts import prepare_folder as folder_script
 from mmdit.scripts import prepare_frames as frames_script
+from tests.test_cache import VIDEO, MeanPixels, contents, run, write_meta
 
 av = pytest.importorskip("av")
 
 
 def write_video(path, times, size=(64, 48), unit=600, codec="mpeg4", ratio=None, b_frames=0):
-    """A clip whose frame at `t` seconds has brightness 40 + 70·t: what was taken can be read off it."""
+    """A clip whose frame at `t` seconds has brightness 40 + 70·t: what was taken can be read off
+    it."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -35,7 +37,9 @@ def write_video(path, times, size=(64, 48), unit=600, codec="mpeg4", ratio=None,
             stream.codec_context.sample_aspect_ratio = ratio
         container.start_encoding()  # a clip without frames has a header, too
         for t in times:
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 40 + 70 * t, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((size[1], size[0], 3), 40 + 70 * t, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = round(t * unit), Fraction(1, unit)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -46,13 +50,17 @@ def seconds(path, fps):
     return np.array([(np.asarray(image).mean() - 40) / 70 for image in read_video(path, fps)])
 
 
-@pytest.mark.parametrize("name, b_frames", [("a.mp4", 0), ("a.mkv", 0), ("a.mov", 2)])  # 2: stored in another order than shown
+@pytest.mark.parametrize(
+    "name, b_frames", [("a.mp4", 0), ("a.mkv", 0), ("a.mov", 2)]
+)  # 2: stored in another order than shown
 def test_a_clip_at_a_lower_rate_shows_the_frame_that_is_on_screen(tmp_path, name, b_frames):
     path = write_video(tmp_path / name, np.arange(60) / 30, b_frames=b_frames)
     assert probe(path).fps == pytest.approx(30, rel=0.01) and len(probe(path).stamps) == 60
     taken = seconds(path, 15)
     assert len(taken) == 30 and np.abs(taken - np.arange(30) / 15).max() < 0.03
-    taken = seconds(path, 16)  # no whole number: never a frame that is not yet shown, never one that is gone
+    taken = seconds(
+        path, 16
+    )  # no whole number: never a frame that is not yet shown, never one that is gone
     late = np.arange(32) / 16 - taken
     assert len(taken) == 32 and late.min() > -0.03 and late.max() < 1 / 30 + 0.03
 
@@ -60,7 +68,9 @@ def test_a_clip_at_a_lower_rate_shows_the_frame_that_is_on_screen(tmp_path, name
 def test_a_rate_near_the_asked_one_is_taken_whole_and_a_slow_one_is_refused(tmp_path):
     path = write_video(tmp_path / "a.mp4", np.arange(40) / 15)
     assert len(list(read_video(path, 16))) == 40  # neither repeated nor left out
-    with pytest.raises(ValueError, match="too few frames a second: the file has 15, video.fps asks for 24"):
+    with pytest.raises(
+        ValueError, match="too few frames a second: the file has 15, video.fps asks for 24"
+    ):
         next(read_video(path, 24))
 
 
@@ -70,7 +80,9 @@ def test_variable_frame_rate_is_followed_by_its_times(tmp_path):
     for fps in (10, 15):  # 15 is the mean rate: taken whole, the clip would run at the wrong speed
         taken = seconds(path, fps)
         shown = np.array([times[times <= k / fps + 1e-3].max() for k in range(3 * fps)])
-        assert len(taken) in (3 * fps, 3 * fps + 1) and np.abs(taken[: 3 * fps] - shown).max() < 0.03
+        assert (
+            len(taken) in (3 * fps, 3 * fps + 1) and np.abs(taken[: 3 * fps] - shown).max() < 0.03
+        )
 
 
 def test_one_frame_no_frame_and_damage_are_told(tmp_path):
@@ -79,7 +91,11 @@ def test_one_frame_no_frame_and_damage_are_told(tmp_path):
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated: the video ends at .* states 3"):
         next(read_video(tmp_path / "cut.mkv", 30))
-    for content in (b"", b"no video at all" * 100, write_video(tmp_path / "b.mp4", np.arange(9) / 30).read_bytes()[:700]):
+    for content in (
+        b"",
+        b"no video at all" * 100,
+        write_video(tmp_path / "b.mp4", np.arange(9) / 30).read_bytes()[:700],
+    ):
         (tmp_path / "bad.mp4").write_bytes(content)
         with pytest.raises(ValueError, match="unreadable video|without frames|no video"):
             next(read_video(tmp_path / "bad.mp4", 30))
@@ -105,7 +121,9 @@ def test_a_clip_filmed_with_a_turned_camera_is_shown_upright(tmp_path):
     raw = path.read_bytes()
     one, minus = b"\0\1\0\0", b"\xff\xff\0\0"
     at = raw.index(b"tkhd") + 44  # the matrix of the track: ISO 14496-12, 8.3.2
-    turned = bytes(4) + one + bytes(4) + minus + bytes(20)  # a quarter turn clockwise, as phones store it
+    turned = (
+        bytes(4) + one + bytes(4) + minus + bytes(20)
+    )  # a quarter turn clockwise, as phones store it
     assert raw[at : at + 4] == one
     path.write_bytes(raw[:at] + turned[:32] + raw[at + 32 :])
     shown = np.asarray(next(read_video(path, 10)))
@@ -116,20 +134,31 @@ def test_video_files_are_cached_with_every_frame_and_every_record_is_accounted_f
     write_video(tmp_path / "a.mp4", np.arange(24) / 24)
     write_video(tmp_path / "slow.mp4", np.arange(10) / 5)
     (tmp_path / "bad.mp4").write_bytes(b"")
-    rows = [{"id": name, "video_path": f"{name}.mp4", "caption": name} for name in ("a", "slow", "bad", "gone")]
+    rows = [
+        {"id": name, "video_path": f"{name}.mp4", "caption": name}
+        for name in ("a", "slow", "bad", "gone")
+    ]
     meta = write_meta(tmp_path, rows, "train_videos.jsonl")
     video = VideoConfig(32, 32, fps=12)
     report = run(meta, tmp_path / "cache", kind="video", video=video, num_workers=1)
     assert [row["reason"].partition(":")[0] for row in report.skipped] == [
-        "too few frames a second", "unreadable video", "file not found"]  # fmt: skip
+        "too few frames a second",
+        "unreadable video",
+        "file not found",
+    ]
     cache = open_cache(tmp_path / "cache")
     shown = (cache.load(0)[:, 0, 0].float().mean(-1) * 255 - 40) / 70
     torch.testing.assert_close(shown, torch.arange(12) / 12, atol=0.04, rtol=0)
     tokenizer = MeanPixels()
-    assert run(meta, tmp_path / "cache", tokenizer, kind="video", video=video).already == 1 and tokenizer.encoded == 0
+    assert (
+        run(meta, tmp_path / "cache", tokenizer, kind="video", video=video).already == 1
+        and tokenizer.encoded == 0
+    )
     with pytest.raises(ValueError, match="at 12 frames a second, the config has video.fps: 6"):
         BatchPlan(cache, VideoConfig(32, 32, fps=6), 1, seed=0)
-    assert run(meta, tmp_path / "cache", kind="video", video=VideoConfig(32, 32, fps=6)).written == 1
+    assert (
+        run(meta, tmp_path / "cache", kind="video", video=VideoConfig(32, 32, fps=6)).written == 1
+    )
     assert open_cache(tmp_path / "cache").shapes[0, 0] == 6
 
 
@@ -137,7 +166,11 @@ def test_a_line_may_have_both_sources_and_several_captions(tmp_path):
     row = {"id": "a", "frames_dir": "f", "video_path": "v.mp4", "captions": ["one", " two ", "one"]}
     meta = write_meta(tmp_path, [row], "m.jsonl")
     (record,) = read_records(meta, "video")
-    assert record.path.endswith("f") and record.caption == "one" and record.facts["captions"] == ["one", "two"]
+    assert (
+        record.path.endswith("f")
+        and record.caption == "one"
+        and record.facts["captions"] == ["one", "two"]
+    )
     assert read_records(meta, "video", prefer="video_path")[0].path.endswith("v.mp4")
     with pytest.raises(ValueError, match='"captions" is .*must be a list of texts'):
         read_records(write_meta(tmp_path, [row | {"captions": [1]}], "m.jsonl"), "video")
@@ -145,9 +178,16 @@ def test_a_line_may_have_both_sources_and_several_captions(tmp_path):
 
 def test_frames_are_extracted_whole_and_once(tmp_path):
     write_video(tmp_path / "a.mp4", np.arange(30) / 30)
-    meta = write_meta(tmp_path, [{"id": "a", "video_path": "a.mp4", "caption": "moves"}], "train_videos.jsonl")
+    meta = write_meta(
+        tmp_path, [{"id": "a", "video_path": "a.mp4", "caption": "moves"}], "train_videos.jsonl"
+    )
     for _ in range(2):
-        assert frames_script.main(["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]) == 0
+        assert (
+            frames_script.main(
+                ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]
+            )
+            == 0
+        )
     (record,) = read_records(tmp_path / "out/train_videos.jsonl", "video")
     assert record.caption == "moves" and record.facts == {"num_frames": 10, "frames_fps": 10.0}
     assert sorted(os.listdir(record.path))[::9] == ["000000.png", "000009.png"]
@@ -161,7 +201,9 @@ def test_frames_of_a_video_that_is_another_now_are_extracted_anew(tmp_path):
     def extract(suffix="png"):
         extract_frames(Record("a", str(tmp_path / "a.mkv"), ""), tmp_path / "a", 10, suffix)
         frames = sorted(path for path in (tmp_path / "a").iterdir() if path.name[0] != ".")
-        return [round((np.asarray(Image.open(frame)).mean() - 40) / 70, 1) for frame in frames], frames[0].suffix
+        return [
+            round((np.asarray(Image.open(frame)).mean() - 40) / 70, 1) for frame in frames
+        ], frames[0].suffix
 
     write_video(tmp_path / "a.mkv", [0, 0.1, 0.2], unit=1000)
     assert extract() == ([0, 0.1, 0.2], ".png")
@@ -183,7 +225,9 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     (folder / "good one.txt").write_text("\ufeffa  good\none\n")
     noise.save(folder / "sub/同じ.jpg")
     noise.save(folder / "sub_同じ.jpg")  # would meet the one above
-    noise.save(folder / "good one.webp", save_all=True, append_images=[noise.rotate(90)], duration=100)  # animated, same stem
+    noise.save(
+        folder / "good one.webp", save_all=True, append_images=[noise.rotate(90)], duration=100
+    )  # animated, same stem
     noise.convert("CMYK").save(folder / "cmyk.jpg")
     (folder / "cmyk.txt").write_bytes("caf\xe9".encode("latin-1"))
     Image.new("RGB", (30000, 10)).save(folder / "panorama.png")
@@ -213,22 +257,53 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     clips = run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video")
     assert clips.records == 5 and sorted(row["id"] for row in clips.skipped) == ["no frame", "torn"]
     cached = open_cache(tmp_path / "clips")
-    assert dict(zip(cached.ids, cached.shapes[:, 0].tolist(), strict=True)) == {"changing": 6, "one frame": 1, "walk": 8}
-    (tmp_path / "config.yaml").write_text("{experiment_name: a, num_workers: 1, tokenizer: {type: dummy}, video: {width: 32, height: 32}}")
-    for shell in (["--out_dir", str(tmp_path / "again")], ["--out_dir", str(tmp_path / "cache"), "--verify"]):  # as a person does it
-        words = ["--config", str(tmp_path / "config.yaml"), "--meta_jsonl", str(tmp_path), "--device", "cpu"]
+    assert dict(zip(cached.ids, cached.shapes[:, 0].tolist(), strict=True)) == {
+        "changing": 6,
+        "one frame": 1,
+        "walk": 8,
+    }
+    (tmp_path / "config.yaml").write_text(
+        "{experiment_name: a, num_workers: 1, tokenizer: {type: dummy}, video: {width: 32, height:"
+        " 32}}"
+    )
+    for shell in (
+        ["--out_dir", str(tmp_path / "again")],
+        ["--out_dir", str(tmp_path / "cache"), "--verify"],
+    ):  # as a person does it
+        words = [
+            "--config",
+            str(tmp_path / "config.yaml"),
+            "--meta_jsonl",
+            str(tmp_path),
+            "--device",
+            "cpu",
+        ]
         assert cache_vtp_images.main([*words, *shell]) == 0
     twice = (tmp_path / "train_images.jsonl").read_text().splitlines()
     (tmp_path / "train_images.jsonl").write_text("\n".join([*twice, twice[0]]))
-    with pytest.raises(ValueError, match=r"train_images.jsonl:11: id .* was already used in line 1"):
+    with pytest.raises(
+        ValueError, match=r"train_images.jsonl:11: id .* was already used in line 1"
+    ):
         read_records(tmp_path / "train_images.jsonl", "image")
     (tmp_path / "train_images.jsonl").write_text("\n".join(twice))
     before = contents(tmp_path / "cache")
-    assert run(tmp_path / "train_images.jsonl", tmp_path / "cache").already == 6 and contents(tmp_path / "cache") == before
+    assert (
+        run(tmp_path / "train_images.jsonl", tmp_path / "cache").already == 6
+        and contents(tmp_path / "cache") == before
+    )
 
 
 def test_ids_are_distinct_stable_and_fit_to_be_file_names():
-    files = ["a/b.png", "a_b.png", "c.png", "c.jpg", ".x/y.png", "back\\slash.png", "字" * 100 + ".png", "plain.png"]
+    files = [
+        "a/b.png",
+        "a_b.png",
+        "c.png",
+        "c.jpg",
+        ".x/y.png",
+        "back\\slash.png",
+        "字" * 100 + ".png",
+        "plain.png",
+    ]
     ids = ids_for(files)
     assert len(set(ids.values())) == len(files) and ids["plain.png"] == "plain"
     assert ids_for(files[::-1]) == ids and ids_for(files + ["new.png"]).items() > ids.items()
@@ -239,7 +314,10 @@ def test_a_file_keeps_its_id_when_another_appears(tmp_path):
         for name in new:
             Image.new("RGB", (8, 8)).save(tmp_path / name)
         prepare_folder(tmp_path)
-        return {Path(record.path).name: record.id for record in read_records(tmp_path / "train_images.jsonl", "image")}
+        return {
+            Path(record.path).name: record.id
+            for record in read_records(tmp_path / "train_images.jsonl", "image")
+        }
 
     first = ids("cat.jpg")
     assert first == {"cat.jpg": "cat"}
@@ -257,16 +335,28 @@ def test_a_file_keeps_its_id_when_another_appears(tmp_path):
 def test_captions_are_found_whatever_their_suffix_is_and_orphans_are_told(tmp_path, capsys):
     for name in ("upper.jpg", "booru.jpg", "both.png", "capt.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    texts = {"upper.TXT": "capitals", "booru.jpg.txt": "1girl, solo", "both.txt": "its own", "both.png.txt": "the other",
-             "orphan.txt": "nothing", "capt.caption": "kohya"}  # fmt: skip
+    texts = {
+        "upper.TXT": "capitals",
+        "booru.jpg.txt": "1girl, solo",
+        "both.txt": "its own",
+        "both.png.txt": "the other",
+        "orphan.txt": "nothing",
+        "capt.caption": "kohya",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     assert folder_script.main(["--folder", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    captions = {record.id: record.caption for record in read_records(tmp_path / "train_images.jsonl", "image")}
+    captions = {
+        record.id: record.caption
+        for record in read_records(tmp_path / "train_images.jsonl", "image")
+    }
     assert captions == {"upper": "capitals", "booru": "1girl, solo", "both": "its own", "capt": ""}
     assert "2 text files belong to no picture or clip, for example both.png.txt" in told
-    assert "1 .caption files are not read: rename them to .txt" in told and "1 of them without a caption" in told
+    assert (
+        "1 .caption files are not read: rename them to .txt" in told
+        and "1 of them without a caption" in told
+    )
 
 
 def test_folder_without_media_and_captions_per_line(tmp_path):

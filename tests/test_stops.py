@@ -1,4 +1,5 @@
-"""What ends a training, and what does not: signals, closed terminals, errors, a parent that is gone, a process put to sleep."""
+"""What ends a training, and what does not: signals, closed terminals, errors, a parent that is
+gone, a process put to sleep."""
 
 import os
 import signal
@@ -6,7 +7,6 @@ import time
 
 import pytest
 import torch
-from tiny import Workshop, refused
 
 from mmdit.scripts import train_t2v
 from mmdit.terminal import PlainStream
@@ -17,6 +17,7 @@ from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import Optimizer
 from mmdit.training.trainer import StopRequest
 from mmdit.training.watch import Watch
+from tests.helpers.tiny import Workshop, refused
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,12 @@ def test_an_error_saves_the_steps_since_the_last_checkpoint(shop, monkeypatch, c
     with monkeypatch.context() as context:
         metrics_fail(4, context)
         words = ["train.max_steps=6", "train.save_every_steps=6"]
-        refused(capsys, train_t2v.main, shop.train_words("broken", *words), "could not write metrics.jsonl")
+        refused(
+            capsys,
+            train_t2v.main,
+            shop.train_words("broken", *words),
+            "could not write metrics.jsonl",
+        )
     run = shop.folder / "runs/broken"
     assert checkpoint.step_of(checkpoint.latest(run)) == 4
     train_t2v.main(shop.train_words("broken", *words, "--resume"))
@@ -112,7 +118,9 @@ def test_an_error_amid_a_step_saves_nothing(shop, monkeypatch, capsys):
         step(self)
 
     monkeypatch.setattr(Optimizer, "step", fails)
-    refused(capsys, train_t2v.main, shop.train_words("amid", "train.save_every_steps=6"), "amid a step")
+    refused(
+        capsys, train_t2v.main, shop.train_words("amid", "train.save_every_steps=6"), "amid a step"
+    )
     assert checkpoint.latest(shop.folder / "runs/amid") is None
 
 
@@ -121,7 +129,12 @@ def test_a_full_memory_before_any_checkpoint_advises_what_is_possible(shop, monk
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("mmdit.training.learner.Learner.forward", full)
-    refused(capsys, train_t2v.main, shop.train_words("small"), "There is no checkpoint yet: start the run again")
+    refused(
+        capsys,
+        train_t2v.main,
+        shop.train_words("small"),
+        "There is no checkpoint yet: start the run again",
+    )
 
 
 def test_a_rank_stops_when_its_torchrun_is_gone():

@@ -1,11 +1,16 @@
-"""Embeddings in files: a caption is encoded once for all runs, and by another encoder's embedding never mistaken."""
+"""Embeddings in files: a caption is encoded once for all runs, and by another encoder's embedding
+never mistaken."""
 
 import pytest
 import torch
-from test_text_encoders import CAPTIONS, checkpoint, count_calls, hf  # noqa: F401 (checkpoint is a fixture)
 
 from mmdit.config import ConfigError
 from mmdit.text_encoders.stored import StoredEmbeddings
+from tests.test_text_encoders import (
+    CAPTIONS,
+    count_calls,
+    hf,
+)  # noqa: F401 (checkpoint is a fixture)
 
 
 def files(folder):
@@ -15,12 +20,20 @@ def files(folder):
 def test_a_second_run_encodes_nothing_and_sees_the_same_bits(checkpoint, tmp_path, monkeypatch):  # noqa: F811
     folder, _ = checkpoint("t5")
     expected = hf(folder)(CAPTIONS)
-    assert torch.equal(hf(folder, cache_dir=str(tmp_path))(CAPTIONS).embeddings, expected.embeddings)
+    assert torch.equal(
+        hf(folder, cache_dir=str(tmp_path))(CAPTIONS).embeddings, expected.embeddings
+    )
     again = hf(folder, cache_dir=str(tmp_path), cache_mb=0)
     calls = count_calls(again, monkeypatch)
     text = again(CAPTIONS)
-    assert not calls and torch.equal(text.embeddings, expected.embeddings) and torch.equal(text.valid, expected.valid)
-    dropped = text.drop(torch.arange(len(CAPTIONS)) == 0)  # caption dropout acts on what was read, too
+    assert (
+        not calls
+        and torch.equal(text.embeddings, expected.embeddings)
+        and torch.equal(text.valid, expected.valid)
+    )
+    dropped = text.drop(
+        torch.arange(len(CAPTIONS)) == 0
+    )  # caption dropout acts on what was read, too
     assert not dropped.valid[0].any() and torch.equal(dropped.valid[1:], text.valid[1:])
     assert len(files(tmp_path)) == len({caption.strip() for caption in CAPTIONS if caption.strip()})
 
@@ -34,7 +47,14 @@ def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path,
     assert len(files(tmp_path)) == 1
     state = changed.state_dict()
     state["encoder.shared.weight"] = state["encoder.shared.weight"] + 1e-6
-    changed.load_state_dict(state | {name: state["encoder.shared.weight"] for name in state if name.endswith("embed_tokens.weight")})
+    changed.load_state_dict(
+        state
+        | {
+            name: state["encoder.shared.weight"]
+            for name in state
+            if name.endswith("embed_tokens.weight")
+        }
+    )
     calls = count_calls(changed, monkeypatch)
     changed(["red"])
     hf(folder, max_length=12, **options)(["red"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmdit.nn.stored_weights import StoredWeight, store_float8
-from mmdit.training.offload import Streamer
+from mmdit.training.memory.offload import Streamer
 
 WRITES = {
     "add_": lambda w: w.add_(torch.ones(8, 8)),

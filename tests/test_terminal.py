@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import Workshop, refused
 from tqdm import tqdm
 
 from mmdit.scripts import inspect_data, inspect_weights, prepare_moving_shapes, train_t2v
 from mmdit.terminal import PlainStream, plain, shown
+from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -86,7 +86,10 @@ def test_names_in_files_of_others_command_no_terminal(tmp_path, capsys):
 
 def test_every_command_begins_in_the_one_place_that_makes_its_output_plain():
     assert len(SCRIPTS) > 20
-    for path in SCRIPTS + [ROOT / "VTP/vtp/evaluate.py", ROOT / "VTP/vtp/train/__main__.py"]:
+    for path in SCRIPTS + [
+        ROOT / "mmdit/vtp_training/evaluate.py",
+        ROOT / "mmdit/vtp_training/__main__.py",
+    ]:
         assert path.read_text().rstrip().endswith('if __name__ == "__main__":\n    run(main)'), path
 
 

@@ -1,4 +1,5 @@
-"""Text encoders: what a caption means must not depend on its neighbours, the rank, the padding or what was read before."""
+"""Text encoders: what a caption means must not depend on its neighbours, the rank, the padding or
+what was read before."""
 
 import json
 import logging
@@ -17,7 +18,13 @@ from mmdit import config as config_module
 from mmdit.config import ConfigError
 from mmdit.interfaces import TextEncoder
 from mmdit.nn.attention import attend
-from mmdit.text_encoders import ByteLevelConfig, HashConfig, HuggingFaceConfig, TextEncoderConfig, build_text_encoder
+from mmdit.text_encoders import (
+    ByteLevelConfig,
+    HashConfig,
+    HuggingFaceConfig,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from mmdit.text_encoders import byte_level as byte_level_module
 from mmdit.text_encoders import words as words_module
 from mmdit.text_encoders.byte_level import WORD_BYTES, byte_rows, spell
@@ -39,12 +46,49 @@ def quiet():
         transformers.utils.logging.disable_progress_bar()
 
 
-# ── tiny checkpoints of the library's own classes ────────────────────────────────────────────────────────────────────
-VOCABULARY = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "star", "ball", "on", "gray", "drifts", "left"]
-T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "num_decoder_layers": 1}
-TOWER = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-CLIP_TEXT = {**TOWER, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-VISION = {**{key: value for key, value in TOWER.items() if key != "vocab_size"}, "image_size": 32, "patch_size": 16}
+# ── tiny checkpoints of the library's own classes ─────────────────────────────────────────────────
+VOCABULARY = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "a",
+    "red",
+    "blue",
+    "star",
+    "ball",
+    "on",
+    "gray",
+    "drifts",
+    "left",
+]
+T5 = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_decoder_layers": 1,
+}
+TOWER = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+CLIP_TEXT = {
+    **TOWER,
+    "max_position_embeddings": 20,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+VISION = {
+    **{key: value for key, value in TOWER.items() if key != "vocab_size"},
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
 def make_t5():
@@ -59,11 +103,15 @@ def make_t5gemma():
     if not hasattr(transformers, "T5GemmaConfig"):
         pytest.skip("this version of transformers has no T5Gemma")
     part = {**TOWER, "num_key_value_heads": 1, "head_dim": 8}
-    return transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=32))
+    return transformers.T5GemmaForConditionalGeneration(
+        transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=32)
+    )
 
 
 def make_clip():
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION)
+    )
 
 
 def make_clip_text():
@@ -71,7 +119,9 @@ def make_clip_text():
 
 
 def make_siglip():
-    return transformers.SiglipModel(transformers.SiglipConfig(text_config=CLIP_TEXT, vision_config=VISION))
+    return transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=CLIP_TEXT, vision_config=VISION)
+    )
 
 
 def make_bert():
@@ -92,11 +142,17 @@ MAKERS = {
 def save_tokenizer(folder, words=tuple(VOCABULARY)):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, **names
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +166,9 @@ def checkpoint(tmp_path_factory):
         if name not in made:
             torch.manual_seed(3)
             model = MAKERS[name]().eval()
-            for parameter in model.parameters():  # default initial values are too small to show a mistake
+            for (
+                parameter
+            ) in model.parameters():  # default initial values are too small to show a mistake
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=0.3)
             folder = tmp_path_factory.mktemp(name)
@@ -147,7 +205,7 @@ def encoder(build):
     return build()
 
 
-# ── facts about every encoder ────────────────────────────────────────────────────────────────────────────────────────
+# ── facts about every encoder ─────────────────────────────────────────────────────────────────────
 def test_the_interface(encoder):
     assert isinstance(encoder, nn.Module) and isinstance(encoder, TextEncoder)
     text = encoder(CAPTIONS)
@@ -159,16 +217,24 @@ def test_the_interface(encoder):
 def test_an_empty_caption_has_no_valid_token(encoder):
     text = encoder(CAPTIONS)
     markers = text.valid.sum(1)[0] - 3  # </s> for hf
-    assert text.valid.sum(1).tolist() == [length + int(markers) if length else 0 for length in LENGTHS]
+    assert text.valid.sum(1).tolist() == [
+        length + int(markers) if length else 0 for length in LENGTHS
+    ]
     assert text.valid.shape[1] == max(LENGTHS) + markers  # the longest of the batch, not max_length
     nothing = encoder(["", " "])
-    assert nothing.valid.shape == (2, 1) and not nothing.valid.any() and nothing.embeddings.isfinite().all()
+    assert (
+        nothing.valid.shape == (2, 1)
+        and not nothing.valid.any()
+        and nothing.embeddings.isfinite().all()
+    )
 
 
 def test_valid_tokens_come_first_and_padding_is_zero(encoder):
     text = encoder(CAPTIONS)
     assert torch.equal(text.valid, text.valid.sort(dim=1, descending=True).values)
-    assert (text.embeddings[~text.valid] == 0).all() and (text.embeddings[text.valid] != 0).any(dim=1).all()
+    assert (text.embeddings[~text.valid] == 0).all() and (text.embeddings[text.valid] != 0).any(
+        dim=1
+    ).all()
 
 
 def test_neighbours_and_padding_change_nothing(encoder):
@@ -185,7 +251,9 @@ def test_words_and_their_order_are_told_apart(encoder):
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (text.embeddings[i] - text.embeddings[j]).abs().max() > 0.05
     swapped = encoder(["red blue", "blue red"]).embeddings
-    assert not torch.allclose(swapped[0, 0], swapped[1, 1], atol=1e-3)  # the same word at another place
+    assert not torch.allclose(
+        swapped[0, 0], swapped[1, 1], atol=1e-3
+    )  # the same word at another place
 
 
 def test_calls_repeat_whatever_was_read_between(encoder):
@@ -222,12 +290,18 @@ def test_truncation_is_reported_once(build, caplog):
         text = encoder(["a red star", "a red red red red red red ball"])
         encoder(["a red red red red red red ball"])
     assert text.valid.sum(1).max() == 5
-    messages = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
-    assert len(messages) == 1 and " 5" in messages[0] and (" 8 " in messages[0] or " 9 " in messages[0])
+    messages = [
+        record.getMessage() for record in caplog.records if "max_length" in record.getMessage()
+    ]
+    assert (
+        len(messages) == 1
+        and " 5" in messages[0]
+        and (" 8 " in messages[0] or " 9 " in messages[0])
+    )
     assert text.valid[0].sum() < 5
 
 
-# ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── words ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "chunk, parts",
     [
@@ -247,12 +321,24 @@ def test_words_of_many_languages(chunk, parts):
 
 
 def test_spelling_is_complete():
-    for chunk in ["red", "Donaudampfschifffahrtsgesellschaft", "неоновый", "éééééééééé", "(x)", "a" * 50, "🙂🙂🙂🙂🙂🙂"]:
+    for chunk in [
+        "red",
+        "Donaudampfschifffahrtsgesellschaft",
+        "неоновый",
+        "éééééééééé",
+        "(x)",
+        "a" * 50,
+        "🙂🙂🙂🙂🙂🙂",
+    ]:
         pieces = spell(chunk)
-        assert "".join(pieces) == chunk.lower() and all(0 < len(piece.encode()) <= WORD_BYTES for piece in pieces)
+        assert "".join(pieces) == chunk.lower() and all(
+            0 < len(piece.encode()) <= WORD_BYTES for piece in pieces
+        )
     rows = byte_rows(["ab", "ba", "a", "a" * 16])
     assert rows.shape == (4, WORD_BYTES) and len({tuple(row.tolist()) for row in rows}) == 4
-    assert rows[0, 0] == rows[2, 0] != rows[1, 1] and (rows[2, 1:] == 0).all()  # a byte's row depends on its place
+    assert (
+        rows[0, 0] == rows[2, 0] != rows[1, 1] and (rows[2, 1:] == 0).all()
+    )  # a byte's row depends on its place
     assert rows.max() < 1 + 256 * WORD_BYTES and len(rows[3].unique()) == 16
 
 
@@ -262,7 +348,10 @@ def test_the_memory_of_words_is_bounded_and_harmless(monkeypatch):
     first = encoder(CAPTIONS).embeddings
     for start in range(0, 400, 20):
         encoder([f"word{i}" for i in range(start, start + 20)])
-        assert all(len(known) <= 80 for known in (encoder.words.numbers, encoder.words.rows, encoder.words.captions))
+        assert all(
+            len(known) <= 80
+            for known in (encoder.words.numbers, encoder.words.rows, encoder.words.captions)
+        )
     assert torch.equal(encoder(CAPTIONS).embeddings, first)
 
 
@@ -275,14 +364,34 @@ def test_a_batch_is_prepared_alike_whatever_was_read_before():
     for parts in prepared[1:]:
         assert all(torch.equal(a, b) for a, b in zip(prepared[0], parts, strict=True))
     rows, index, valid = prepared[0]
-    assert torch.equal(rows, byte_rows(["a", "red", "star", "blue", "on", "ball"]))  # in the order of the text
-    assert index[valid].tolist() == [0, 1, 2, 3, 1, 2, 4, 0, 3, 5] and valid.sum(1).tolist() == [3, 0, 7]
+    assert torch.equal(
+        rows, byte_rows(["a", "red", "star", "blue", "on", "ball"])
+    )  # in the order of the text
+    assert index[valid].tolist() == [0, 1, 2, 3, 1, 2, 4, 0, 3, 5] and valid.sum(1).tolist() == [
+        3,
+        0,
+        7,
+    ]
 
 
 def test_preparing_a_large_batch_is_fast():
     encoder = build_text_encoder(ByteLevelConfig(dim=32))
     draw = random.Random(0)
-    words = ["a", "large", "red", "star", "drifts", "to", "the", "left", "on", "gray", "background,", "navy", "ring"]
+    words = [
+        "a",
+        "large",
+        "red",
+        "star",
+        "drifts",
+        "to",
+        "the",
+        "left",
+        "on",
+        "gray",
+        "background,",
+        "navy",
+        "ring",
+    ]
     captions = [" ".join(draw.choices(words, k=12)) for _ in range(512)]
     encoder.words(captions, torch.device("cpu"))
     times = []
@@ -293,7 +402,7 @@ def test_preparing_a_large_batch_is_fast():
     assert min(times) < 2e-3
 
 
-# ── hash ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── hash ──────────────────────────────────────────────────────────────────────────────────────────
 GOLDEN = [  # "red" and "star" at the first two places
     [1.5289, 0.8460, 1.7229, 0.6355, 1.0648, -0.4782, 0.2202, 1.3100],
     [0.5167, 0.5695, 0.3633, 0.2426, 1.2679, 1.1445, 1.5788, -1.1156],
@@ -301,7 +410,8 @@ GOLDEN = [  # "red" and "star" at the first two places
 
 
 def test_hash_vectors_never_change():
-    """Trained models depend on these numbers: if they change, shipped checkpoints no longer understand their prompts."""
+    """Trained models depend on these numbers: if they change, shipped checkpoints no longer
+    understand their prompts."""
     encoder = build_text_encoder(HashConfig(dim=8))
     torch.manual_seed(123)
     ours = encoder(["Red, star"]).embeddings[0]
@@ -310,13 +420,15 @@ def test_hash_vectors_never_change():
 
 def test_hash_is_the_same_in_every_process_and_rank():
     script = (
-        "import sys, torch; sys.path.insert(0, '.'); torch.manual_seed(7)\n"
-        "from mmdit.text_encoders import HashConfig, build_text_encoder\n"
-        "encoder = build_text_encoder(HashConfig(dim=16)); encoder(['blue and other words first'])\n"
-        "print(encoder(['red star', 'blue']).embeddings.double().flatten().tolist())"
+        "import sys, torch; sys.path.insert(0, '.'); torch.manual_seed(7)\nfrom mmdit.text_encoders"
+        " import HashConfig, build_text_encoder\nencoder = build_text_encoder(HashConfig(dim=16));"
+        " encoder(['blue and other words first'])\nprint(encoder(['red star',"
+        " 'blue']).embeddings.double().flatten().tolist())"
     )
     root = Path(__file__).parent.parent
-    theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root).stdout
+    theirs = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
+    ).stdout
     ours = build_text_encoder(HashConfig(dim=16))(["red star", "blue"]).embeddings
     assert ours.double().flatten().tolist() == json.loads(theirs)
 
@@ -329,13 +441,19 @@ def test_hash_words_are_independent_and_of_unit_variance():
     assert (cosines - torch.eye(500)).abs().max() < 0.4  # 6 standard deviations of 1/√256
     same = encoder(["Red, red RED (red)"]).embeddings[0] - encoder.positions[:4]
     torch.testing.assert_close(same, same[:1].expand(4, -1), rtol=0, atol=1e-5)
-    assert not list(encoder.parameters()) and not encoder.state_dict() and not encoder(["red"]).embeddings.requires_grad
+    assert (
+        not list(encoder.parameters())
+        and not encoder.state_dict()
+        and not encoder(["red"]).embeddings.requires_grad
+    )
 
 
-# ── byte level ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── byte level ────────────────────────────────────────────────────────────────────────────────────
 def test_byte_level_output_has_unit_scale():
     torch.manual_seed(0)
-    text = build_text_encoder(ByteLevelConfig())(["a large red star drifts to the left on a gray background"])
+    text = build_text_encoder(ByteLevelConfig())(
+        ["a large red star drifts to the left on a gray background"]
+    )
     assert 0.9 < text.embeddings.square().mean().sqrt() < 1.1
 
 
@@ -346,20 +464,31 @@ def test_byte_level_trains_every_parameter_even_on_empty_captions():
     for name, parameter in encoder.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
     encoder.zero_grad(set_to_none=True)
-    encoder(["", ""]).embeddings.sum().backward()  # a rank may draw nothing else: DDP needs every gradient
-    assert all(parameter.grad is not None and (parameter.grad == 0).all() for parameter in encoder.parameters())
+    encoder(
+        ["", ""]
+    ).embeddings.sum().backward()  # a rank may draw nothing else: DDP needs every gradient
+    assert all(
+        parameter.grad is not None and (parameter.grad == 0).all()
+        for parameter in encoder.parameters()
+    )
 
 
 def test_byte_level_never_attends_to_nothing(monkeypatch):
-    """A softmax over no key is zero on this device and NaN on another, then the gradient of everything is NaN."""
+    """A softmax over no key is zero on this device and NaN on another, then the gradient of
+    everything is NaN."""
     masks = []
-    monkeypatch.setattr(byte_level_module, "attend", lambda q, k, v, valid: masks.append(valid) or attend(q, k, v, valid))
+    monkeypatch.setattr(
+        byte_level_module,
+        "attend",
+        lambda q, k, v, valid: masks.append(valid) or attend(q, k, v, valid),
+    )
     build_text_encoder(ByteLevelConfig(dim=16, num_heads=2))(CAPTIONS)
     assert len(masks) == 2 and all(mask.any(dim=-1).all() and not mask.all() for mask in masks)
 
 
 def test_byte_level_reads_context():
-    """The token of `ball` must know which colour stands before it: that is what binds attributes."""
+    """The token of `ball` must know which colour stands before it: that is what binds
+    attributes."""
     torch.manual_seed(0)
     encoder = build_text_encoder(ByteLevelConfig(dim=32, num_heads=2))
     a, b = encoder(["red ball on blue", "blue ball on red"]).embeddings[:, 1]
@@ -395,23 +524,36 @@ class Reader(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(3, 64))
-        self.keys, self.values, self.answer = nn.Linear(dim, 64), nn.Linear(dim, 64), nn.Linear(64, 8)
+        self.keys, self.values, self.answer = (
+            nn.Linear(dim, 64),
+            nn.Linear(dim, 64),
+            nn.Linear(64, 8),
+        )
 
     def forward(self, text):
         keys, values = self.keys(text.embeddings), self.values(text.embeddings)
         queries = self.queries.expand(len(keys), -1, -1)
-        return self.answer(F.scaled_dot_product_attention(queries, keys, values, attn_mask=text.valid[:, None]))
+        return self.answer(
+            F.scaled_dot_product_attention(queries, keys, values, attn_mask=text.valid[:, None])
+        )
 
 
 def test_byte_level_learns_which_colour_belongs_to_what():
-    """Object and background share their colour words; only order and templates tell whose is whose."""
+    """Object and background share their colour words; only order and templates tell whose is
+    whose."""
     colors = ["red", "blue", "green", "yellow", "purple", "orange", "white", "black"]
     shapes = ["circle", "square", "star", "ring", "heart", "cross"]
-    templates = ["a {} {} on a {} background", "{2} background, {0} {1}", "the {1} is {0}; behind it all is {2}"]
+    templates = [
+        "a {} {} on a {} background",
+        "{2} background, {0} {1}",
+        "the {1} is {0}; behind it all is {2}",
+    ]
 
     def draw(generator, count):
         facts = [[generator.randrange(n) for n in (8, 6, 8)] for _ in range(count)]
-        captions = [generator.choice(templates).format(colors[c], shapes[s], colors[b]) for c, s, b in facts]
+        captions = [
+            generator.choice(templates).format(colors[c], shapes[s], colors[b]) for c, s, b in facts
+        ]
         return captions, torch.tensor(facts)
 
     torch.manual_seed(0)
@@ -430,12 +572,18 @@ def test_byte_level_learns_which_colour_belongs_to_what():
     assert accuracy.min() > 0.95, accuracy
 
 
-# ── transformers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── transformers ──────────────────────────────────────────────────────────────────────────────────
 def reference(name, model, ids):
     """The library's own answer for one caption without padding, from the whole model."""
     ids = torch.tensor([ids])
     part = {"clip": "text_model", "siglip": "text_model"}.get(name)
-    part = getattr(model, part) if part else model if name in ("clip_text", "bert") else model.get_encoder()
+    part = (
+        getattr(model, part)
+        if part
+        else model
+        if name in ("clip_text", "bert")
+        else model.get_encoder()
+    )
     with torch.no_grad():
         return part(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
@@ -451,7 +599,9 @@ def test_hf_gives_what_the_library_gives_without_padding(checkpoint, name, freez
             ids = [VOCABULARY.index(word) for word in caption.split()] + [1]
             expected = reference(name, model, ids)
             assert text.valid[i].sum() == len(ids)
-            torch.testing.assert_close(text.embeddings[i, : len(ids)].detach(), expected, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(
+                text.embeddings[i, : len(ids)].detach(), expected, rtol=1e-5, atol=2e-6
+            )
     assert encoder.dim == 16
     assert not any("decoder" in key or "vision" in key for key in encoder.state_dict())
     assert text.embeddings.requires_grad != freeze
@@ -467,7 +617,9 @@ def test_hf_trained_reaches_the_optimizer_and_ddp_finds_every_gradient(checkpoin
     before = encoder(CAPTIONS).embeddings
     optimizer = torch.optim.SGD(trained, lr=0.1)
     before.square().mul(torch.linspace(0, 1, 16)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained
+    )
     optimizer.step()
     assert not torch.allclose(encoder(CAPTIONS).embeddings, before, atol=1e-3)
     optimizer.zero_grad(set_to_none=True)
@@ -485,11 +637,15 @@ def test_hf_frozen_stays_as_it_is(checkpoint):
 def count_calls(encoder, monkeypatch):
     calls = []
     inner = encoder.encoder.forward
-    monkeypatch.setattr(encoder.encoder, "forward", lambda **k: calls.append(k["input_ids"].shape) or inner(**k))
+    monkeypatch.setattr(
+        encoder.encoder, "forward", lambda **k: calls.append(k["input_ids"].shape) or inner(**k)
+    )
     return calls
 
 
-def test_hf_frozen_encodes_a_caption_once_with_the_same_bits_as_without_memory(checkpoint, monkeypatch):
+def test_hf_frozen_encodes_a_caption_once_with_the_same_bits_as_without_memory(
+    checkpoint, monkeypatch
+):
     folder, _ = checkpoint("t5")
     kept, none = hf(folder), hf(folder, cache_mb=0)
     calls = count_calls(kept, monkeypatch)
@@ -500,7 +656,9 @@ def test_hf_frozen_encodes_a_caption_once_with_the_same_bits_as_without_memory(c
     draw = random.Random(0)
     captions = [" ".join(draw.choices(VOCABULARY[3:], k=draw.randint(1, 14))) for _ in range(40)]
     whole = none(captions)
-    for i in draw.sample(range(40), 12):  # another company, another order: a resumed run starts with an empty memory
+    for i in draw.sample(
+        range(40), 12
+    ):  # another company, another order: a resumed run starts with an empty memory
         one = kept([captions[i]])
         assert torch.equal(one.embeddings[0], whole.embeddings[i, : one.embeddings.shape[1]])
     assert "" not in kept._kept and not none._kept
@@ -517,7 +675,10 @@ def test_hf_memory_is_bounded_and_drops_the_oldest(checkpoint, monkeypatch):
     encoder([VOCABULARY[3]])  # used again: now the newest
     assert len(calls) == 5 and encoder._kept_bytes == 5 * row
     encoder(["gray"])
-    assert list(encoder._kept) == [*VOCABULARY[5:8], VOCABULARY[3], "gray"] and encoder._kept_bytes == 5 * row
+    assert (
+        list(encoder._kept) == [*VOCABULARY[5:8], VOCABULARY[3], "gray"]
+        and encoder._kept_bytes == 5 * row
+    )
 
 
 def test_hf_forgets_when_its_weights_change(checkpoint):
@@ -533,7 +694,10 @@ def test_hf_forgets_when_its_weights_change(checkpoint):
 def test_hf_precision(checkpoint):
     folder, _ = checkpoint("t5")
     exact, half = hf(folder), hf(folder, dtype="bfloat16")
-    assert next(half.parameters()).dtype == torch.bfloat16 and half(CAPTIONS).embeddings.dtype == torch.float32
+    assert (
+        next(half.parameters()).dtype == torch.bfloat16
+        and half(CAPTIONS).embeddings.dtype == torch.float32
+    )
     expected = exact(CAPTIONS).embeddings
     assert 0 < (half(CAPTIONS).embeddings - expected).norm() / expected.norm() < 0.05
     exact.forget()
@@ -550,7 +714,7 @@ def test_hf_refuses_embeddings_that_are_no_numbers(checkpoint):
         encoder(["a red star"])
 
 
-# ── mistakes of people ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── mistakes of people ────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "keys, path, words",
     [
@@ -562,8 +726,16 @@ def test_hf_refuses_embeddings_that_are_no_numbers(checkpoint):
         ({"type": "byte_level", "depth": -1}, "text_encoder.depth", ["-1"]),
         ({"type": "hf"}, "text_encoder.name_or_path", ["empty"]),
         ({"type": "hf", "name_or_path": "x", "cache_mb": -1}, "text_encoder.cache_mb", ["-1"]),
-        ({"type": "hf", "name_or_path": "x", "freeze": False, "dtype": "bfloat16"}, "text_encoder.dtype", ["float32"]),
-        ({"type": "hf", "name_or_path": "x", "trust_remote_code": True}, "text_encoder.trust_remote_code", ["unknown key"]),
+        (
+            {"type": "hf", "name_or_path": "x", "freeze": False, "dtype": "bfloat16"},
+            "text_encoder.dtype",
+            ["float32"],
+        ),
+        (
+            {"type": "hf", "name_or_path": "x", "trust_remote_code": True},
+            "text_encoder.trust_remote_code",
+            ["unknown key"],
+        ),
         ({"type": "t5"}, "text_encoder.type", ["'t5'", "hf"]),
     ],
 )
@@ -574,7 +746,11 @@ def test_bad_settings_name_the_key(keys, path, words):
 
 
 def test_settings_survive_a_round_trip():
-    for config in (ByteLevelConfig(depth=1), HashConfig(dim=64), HuggingFaceConfig(name_or_path="a/b", dim=8, freeze=False)):
+    for config in (
+        ByteLevelConfig(depth=1),
+        HashConfig(dim=64),
+        HuggingFaceConfig(name_or_path="a/b", dim=8, freeze=False),
+    ):
         assert config_module.decode(TextEncoderConfig, config_module.encode(config)) == config
     assert config_module.decode(TextEncoderConfig, {}) == ByteLevelConfig()
 
@@ -607,7 +783,9 @@ def test_hf_sources_that_cannot_be_loaded_say_what_where_and_what_to_do(checkpoi
     assert "local_files_only is true" in message("nobody/no-such-encoder", local_files_only=True)
 
     bare = tmp_path / "bare"
-    transformers.T5EncoderModel(transformers.T5Config(**{**T5, "vocab_size": 128})).save_pretrained(bare)
+    transformers.T5EncoderModel(transformers.T5Config(**{**T5, "vocab_size": 128})).save_pretrained(
+        bare
+    )
     assert "tokenizer" in message(bare)  # transformers 5 would make an empty one
     save_tokenizer(bare, (*VOCABULARY, *(f"word{i}" for i in range(140))))
     assert "152 entries" in message(bare) and "128" in message(bare)
@@ -632,9 +810,14 @@ def test_hf_never_runs_code_from_a_checkpoint(checkpoint, tmp_path):
     folder = tmp_path / "remote"
     shutil.copytree(checkpoint("t5")[0], folder)
     settings = json.loads((folder / "config.json").read_text())
-    settings |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    settings |= {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    )
     with pytest.raises(ConfigError, match="cannot load its config"):
         hf(str(folder))
     assert not (tmp_path / "ran").exists()
@@ -643,9 +826,16 @@ def test_hf_never_runs_code_from_a_checkpoint(checkpoint, tmp_path):
 @pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 def test_hf_encoder_decoders_without_a_known_encoder_half(tmp_path):
     config = transformers.BartConfig(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=20,
-    )  # fmt: skip
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=20,
+    )
     transformers.BartModel(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="no encoder half is known for model_type 'bart'"):

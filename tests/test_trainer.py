@@ -1,4 +1,5 @@
-"""The loop: exact resume, accumulation and world size change nothing, EMA, non-finite steps, previews touch no randomness."""
+"""The loop: exact resume, accumulation and world size change nothing, EMA, non-finite steps,
+previews touch no randomness."""
 
 import json
 import os
@@ -23,11 +24,11 @@ from mmdit.training.distributed import World, process_group
 from mmdit.training.ema import EMAConfig
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
+from mmdit.training.memory.shards import Stored
 from mmdit.training.optim import LearningRate
 from mmdit.training.parallel import shard
 from mmdit.training.previews import Previews
-from mmdit.training.settings import TrainConfig
-from mmdit.training.stored import Stored
+from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import Trainer, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +39,18 @@ WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
 def learner(dropout=0.0) -> Learner:
     torch.manual_seed(1)
     encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2))
-    model = build_model(VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, dropout=dropout), 3, encoder.dim)
-    return Learner(model, encoder, build_objective("flow_matching", flow_matching=FlowMatchingConfig()), SPEC, caption_dropout=0.3)
+    model = build_model(
+        VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, dropout=dropout),
+        3,
+        encoder.dim,
+    )
+    return Learner(
+        model,
+        encoder,
+        build_objective("flow_matching", flow_matching=FlowMatchingConfig()),
+        SPEC,
+        caption_dropout=0.3,
+    )
 
 
 def batches(rank=0, world=1, accum=1, size=8, poison=()):
@@ -51,15 +62,48 @@ def batches(rank=0, world=1, accum=1, size=8, poison=()):
             if step in poison:
                 latents[0] = float("nan")
             mine = torch.arange(size)[rank::world]
-            yield [Batch(latents[i], [WORDS[j % 4] for j in i.tolist()], [f"id{j}" for j in i.tolist()], i) for i in mine.chunk(accum)]
+            yield [
+                Batch(
+                    latents[i],
+                    [WORDS[j % 4] for j in i.tolist()],
+                    [f"id{j}" for j in i.tolist()],
+                    i,
+                )
+                for i in mine.chunk(accum)
+            ]
 
     return stream
 
 
-def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0.0, poison=(), preview=None, ema=True, fsdp=False,
-            size=8, average=EMAConfig(decay=0.9), **options):
-    config = TrainConfig(**{"precision": "fp32", "batch_size": 8, "lr": 3e-3, "warmup_steps": 2, "max_steps": steps, "log_every_steps": 2,
-                         "save_every_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.1, **options})
+def trained(
+    tmp_path,
+    steps=6,
+    world=World(),
+    resume_at=None,
+    accum=1,
+    dropout=0.0,
+    poison=(),
+    preview=None,
+    ema=True,
+    fsdp=False,
+    size=8,
+    average=EMAConfig(decay=0.9),
+    **options,
+):
+    config = TrainConfig(
+        **{
+            "precision": "fp32",
+            "batch_size": 8,
+            "lr": 3e-3,
+            "warmup_steps": 2,
+            "max_steps": steps,
+            "log_every_steps": 2,
+            "save_every_steps": 3,
+            "lr_schedule": "cosine",
+            "weight_decay": 0.1,
+            **options,
+        }
+    )
     model = learner(dropout)
     if fsdp:
         shard(model, world)
@@ -69,21 +113,39 @@ def trained(tmp_path, steps=6, world=World(), resume_at=None, accum=1, dropout=0
 
     def save(state):
         meta = checkpoint.Meta(state.step, {}, SPEC, "test")
-        checkpoint.save(tmp_path, meta, state.files(), config.keep_last, config.keep_every_steps, world)
+        checkpoint.save(
+            tmp_path, meta, state.files(), config.keep_last, config.keep_every_steps, world
+        )
 
-    Trainer(config, 5, state, batches(world.rank, world.size, accum, size, poison), world, tmp_path, save, preview).run()
+    Trainer(
+        config,
+        5,
+        state,
+        batches(world.rank, world.size, accum, size, poison),
+        world,
+        tmp_path,
+        save,
+        preview,
+    ).run()
     return state
 
 
 def assert_same(a: TrainState, b: TrainState, tolerance=0.0):
     for name, value in a.learner.state_dict().items():
-        torch.testing.assert_close(b.learner.state_dict()[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b.learner.state_dict()[name],
+            value,
+            rtol=0,
+            atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
     for name, value in a.ema.shadow.items():
         torch.testing.assert_close(b.ema.shadow[name], value, rtol=0, atol=tolerance)
 
 
 def test_resume_is_exact_bit_for_bit(tmp_path):
-    """6 steps equal 3 + stop + 3, with dropout, caption dropout, EMA, AdamW, warm-up and cosine, resumed twice."""
+    """6 steps equal 3 + stop + 3, with dropout, caption dropout, EMA, AdamW, warm-up and cosine,
+    resumed twice."""
     whole = trained(tmp_path / "whole", dropout=0.2)
     trained(tmp_path / "parts", steps=6, dropout=0.2, save_every_steps=1, keep_last=0)
     for step in (4, 5, 6):
@@ -92,7 +154,10 @@ def test_resume_is_exact_bit_for_bit(tmp_path):
         shutil.rmtree(checkpoint.folder_of(tmp_path / "parts", step))
     resumed = trained(tmp_path / "parts", dropout=0.2, resume_at=3)
     assert_same(whole, resumed)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps)) and steps[-1] == 6
 
 
@@ -101,9 +166,18 @@ def test_muon_resumes_exactly_and_skips_bad_steps(tmp_path):
     options = {"optimizer": "muon", "save_every_steps": 2, "keep_last": 0}
     whole = trained(tmp_path, **options)
     assert_same(whole, trained(tmp_path, resume_at=2, **options))
-    kinds = {name: part for part in whole.optimizer.parts for name, p in whole.learner.named_parameters() if p in part.state}
+    kinds = {
+        name: part
+        for part in whole.optimizer.parts
+        for name, p in whole.learner.named_parameters()
+        if p in part.state
+    }
     muon = {name for name, part in kinds.items() if isinstance(part, torch.optim.Muon)}
-    assert muon == {n for n, p in whole.learner.named_parameters() if ".blocks." in n and n.endswith(".weight") and p.ndim == 2}
+    assert muon == {
+        n
+        for n, p in whole.learner.named_parameters()
+        if ".blocks." in n and n.endswith(".weight") and p.ndim == 2
+    }
     assert len({group["lr"] for group in whole.optimizer.param_groups}) == 1
     options |= {"lr_schedule": "constant"}
     trained(tmp_path / "two", steps=2, **options)
@@ -112,7 +186,10 @@ def test_muon_resumes_exactly_and_skips_bad_steps(tmp_path):
         two = Stored(checkpoint.folder_of(tmp_path / "two", 2) / f"{kind}.safetensors")
         poisoned = Stored(checkpoint.folder_of(tmp_path / "poisoned", 3) / f"{kind}.safetensors")
         assert all(torch.equal(two[name], poisoned[name]) for name in two), kind
-    step = whole.learner.state_dict()["model.blocks.0.mlp.up.weight"] - learner().state_dict()["model.blocks.0.mlp.up.weight"]
+    step = (
+        whole.learner.state_dict()["model.blocks.0.mlp.up.weight"]
+        - learner().state_dict()["model.blocks.0.mlp.up.weight"]
+    )
     spread = torch.linalg.svdvals(step)
     assert spread[-1] > 0.1 * spread[0], "an orthogonal update moves all directions alike"
     frozen = learner().requires_grad_(False)
@@ -134,7 +211,10 @@ def test_rates_and_decay_are_those_said_where_the_parameters_are_made(tmp_path, 
         rate = 2.5e-4 if name.startswith("text_encoder.") else 1e-3
         decay = 0.0 if weight.ndim < 2 or name.endswith(".table") else 0.5
         moved = (weight - before[name] * (1 - rate * decay)).abs().max().item()
-        assert 0.5 * rate < moved < 1.002 * rate, (name, moved)  # less where the gradient is as small as Adam's epsilon
+        assert 0.5 * rate < moved < 1.002 * rate, (
+            name,
+            moved,
+        )  # less where the gradient is as small as Adam's epsilon
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -144,15 +224,22 @@ def test_accumulation_changes_nothing(tmp_path):
 def test_training_learns_and_text_encoder_is_trained(tmp_path):
     before = learner().state_dict()
     state = trained(tmp_path, steps=40)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert losses[-1] < 0.93 * losses[0]
     after = state.learner.state_dict()
-    assert any(name.startswith("text_encoder") and not torch.equal(value, before[name]) for name, value in after.items())
+    assert any(
+        name.startswith("text_encoder") and not torch.equal(value, before[name])
+        for name, value in after.items()
+    )
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     clean = trained(tmp_path / "clean", steps=2)
-    poisoned = trained(tmp_path / "poisoned", steps=3, poison=(2,), lr_schedule="constant", log_every_steps=4)
+    poisoned = trained(
+        tmp_path / "poisoned", steps=3, poison=(2,), lr_schedule="constant", log_every_steps=4
+    )
     reference = trained(tmp_path / "reference", steps=2, lr_schedule="constant")
     for name, value in poisoned.learner.state_dict().items():
         assert torch.equal(value, reference.learner.state_dict()[name]), name
@@ -160,7 +247,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     assert record["skipped"] == 1 and record["loss"] == record["loss"]
     report = (tmp_path / "poisoned" / "skipped.jsonl").read_text()
     line = json.loads(report)
-    assert (line["step"], line["seed"], line["non_finite_loss"]) == (2, 5, ["id0"]) and len(line["ids"]) == 8
+    assert (line["step"], line["seed"], line["non_finite_loss"]) == (2, 5, ["id0"]) and len(
+        line["ids"]
+    ) == 8
     assert line["non_finite_latents"] == ["id0"]
     assert line["config"] == str(tmp_path / "poisoned" / "config.yaml")
     assert clean.step == 2
@@ -173,7 +262,9 @@ def test_only_non_finite_steps_stop_the_run_and_save_nothing_bad(tmp_path):
         trained(tmp_path / "none", steps=3, poison=range(3), log_every_steps=1)
     assert checkpoint.latest(tmp_path) is None
     trained(tmp_path / "all", steps=1, poison=(0,), size=1)
-    assert json.loads((tmp_path / "all" / "metrics.jsonl").read_text())["loss"] is None, "no loss is not a loss of zero"
+    assert json.loads((tmp_path / "all" / "metrics.jsonl").read_text())["loss"] is None, (
+        "no loss is not a loss of zero"
+    )
 
 
 def test_previews_do_not_touch_the_training(tmp_path):
@@ -183,8 +274,16 @@ def test_previews_do_not_touch_the_training(tmp_path):
         with state.ema.applied():
             torch.rand(7)
 
-    assert_same(trained(tmp_path / "a", dropout=0.2),
-                trained(tmp_path / "b", dropout=0.2, preview=preview, sample_every_steps=1, sample_prompts=("x",)))
+    assert_same(
+        trained(tmp_path / "a", dropout=0.2),
+        trained(
+            tmp_path / "b",
+            dropout=0.2,
+            preview=preview,
+            sample_every_steps=1,
+            sample_prompts=("x",),
+        ),
+    )
 
 
 def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
@@ -195,11 +294,26 @@ def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
         raise ZeroDivisionError("no picture")
 
     previews = Previews(pipeline, settings, tmp_path / "b", 64, 32, 1, 8, use_ema=True)
-    assert_same(trained(tmp_path / "a", dropout=0.2),
-                trained(tmp_path / "b", dropout=0.2, preview=previews, sample_every_steps=3, sample_prompts=("x",)))
-    assert [path.name for path in sorted((tmp_path / "b" / "failures").iterdir())] == ["preview_00000003_0.json", "preview_00000006_0.json"]
+    assert_same(
+        trained(tmp_path / "a", dropout=0.2),
+        trained(
+            tmp_path / "b",
+            dropout=0.2,
+            preview=previews,
+            sample_every_steps=3,
+            sample_prompts=("x",),
+        ),
+    )
+    assert [path.name for path in sorted((tmp_path / "b" / "failures").iterdir())] == [
+        "preview_00000003_0.json",
+        "preview_00000006_0.json",
+    ]
     failure = json.loads((tmp_path / "b" / "failures" / "preview_00000003_0.json").read_text())
-    assert failure["prompts"] == ["a red ball"] and failure["settings"]["seed"] == 0 and "ZeroDivisionError" in failure["trace"]
+    assert (
+        failure["prompts"] == ["a red ball"]
+        and failure["settings"]["seed"] == 0
+        and "ZeroDivisionError" in failure["trace"]
+    )
 
 
 @pytest.mark.parametrize("graphs", [{}, {"seen twice": "its graphs"}])
@@ -213,20 +327,41 @@ def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkey
         return forward(self, latents, captions, draws, keep)
 
     monkeypatch.setattr(Learner, "forward", full)
-    with pytest.raises(RunError, match=r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2 GiB.*train.batch_size") as told:
+    with pytest.raises(
+        RunError,
+        match=(
+            r"step 3 on rank 0 with micro-batches of 4 x 2 frames x 2x4 cells.*2"
+            r" GiB.*train.batch_size"
+        ),
+    ) as told:
         trained(tmp_path, accum=2, save_every_steps=1)
     assert ("train.replays: false" in str(told.value)) == bool(graphs)
     failure = json.loads((tmp_path / "failures" / "memory_00000002_0.json").read_text())
-    assert failure["micro_batch"] == [4, 2, 2, 4, 3] and failure["ids"] == [f"id{i}" for i in range(8)] and failure["seed"] == 5
+    assert (
+        failure["micro_batch"] == [4, 2, 2, 4, 3]
+        and failure["ids"] == [f"id{i}" for i in range(8)]
+        and failure["seed"] == 5
+    )
     assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 2
 
 
 def test_a_step_that_never_ends_is_ended_and_told(tmp_path):
     """One process; several are in test_processes.py."""
-    code = "import sys, time; from mmdit.training.watch import Watch; from mmdit.training.distributed import World\n"
-    code += "with Watch(World(), 0.005).running() as watch: watch.at(7, 'waiting for data'); time.sleep(30)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2 and "rank 0 stood still for 0 s in step 7 (waiting for data)" in done.stderr
+    code = (
+        "import sys, time; from mmdit.training.watch import Watch; from mmdit.training.distributed"
+        " import World\n"
+    )
+    code += (
+        "with Watch(World(), 0.005).running() as watch: watch.at(7, 'waiting for data');"
+        " time.sleep(30)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (
+        done.returncode == 2
+        and "rank 0 stood still for 0 s in step 7 (waiting for data)" in done.stderr
+    )
     assert "time.sleep" in done.stderr or 'File "<string>", line 2' in done.stderr  # where it stood
 
 
@@ -239,7 +374,10 @@ def test_milestones_are_kept_besides_the_last(tmp_path):
 
 def test_ema_is_the_average_it_claims_to_be(tmp_path):
     state = trained(tmp_path, steps=3, save_every_steps=1, keep_last=0)
-    weights = [checkpoint.read_tensors(checkpoint.folder_of(tmp_path, i) / "model.safetensors") for i in (1, 2, 3)]
+    weights = [
+        checkpoint.read_tensors(checkpoint.folder_of(tmp_path, i) / "model.safetensors")
+        for i in (1, 2, 3)
+    ]
     name = "model.output.weight"
     average = learner().state_dict()[name].double()
     for n, w in enumerate(weights, 1):
@@ -252,10 +390,21 @@ def test_ema_is_the_average_it_claims_to_be(tmp_path):
     assert torch.equal(state.learner.state_dict()[name], raw)
 
 
-@pytest.mark.parametrize("start, every", [(0, 1), (0, 3), (2, 1), (3, 2), (4, 4), (1000, 1), (0, 1000)])
-def test_the_average_is_the_weights_until_it_begins_and_then_of_every_nth_step(tmp_path, start, every):
-    """In memory and in every checkpoint: whoever asks for the average before it exists gets what was trained."""
-    state = trained(tmp_path, steps=6, save_every_steps=1, keep_last=0, average=EMAConfig(True, 0.9, every, start))
+@pytest.mark.parametrize(
+    "start, every", [(0, 1), (0, 3), (2, 1), (3, 2), (4, 4), (1000, 1), (0, 1000)]
+)
+def test_the_average_is_the_weights_until_it_begins_and_then_of_every_nth_step(
+    tmp_path, start, every
+):
+    """In memory and in every checkpoint: whoever asks for the average before it exists gets what
+    was trained."""
+    state = trained(
+        tmp_path,
+        steps=6,
+        save_every_steps=1,
+        keep_last=0,
+        average=EMAConfig(True, 0.9, every, start),
+    )
     name, average, updates = "model.output.weight", None, 0
     for step in range(1, 7):
         folder = checkpoint.folder_of(tmp_path, step)
@@ -307,7 +456,12 @@ def test_checkpoints_are_pruned_whole_and_checked(tmp_path):
 
 def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
     trained(tmp_path, steps=3)
-    other = Learner(build_model(VideoMMDiTConfig(dim=24, depth=2, num_heads=2), 3, 16), learner().text_encoder, None, SPEC)
+    other = Learner(
+        build_model(VideoMMDiTConfig(dim=24, depth=2, num_heads=2), 3, 16),
+        learner().text_encoder,
+        None,
+        SPEC,
+    )
     weights = checkpoint.load_weights(tmp_path)
     with pytest.raises(ValueError, match=r"of another shape.*\(16"):
         checkpoint.assign(other.state_dict(), weights.tensors, "run")
@@ -327,9 +481,26 @@ def test_two_processes_of_torchrun_give_the_same_weights(tmp_path):
 
 
 def run_ranks(folder: Path, size: int, script=__file__, *words: str):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(folder), *words]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP", ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(size),
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        str(script),
+        str(folder),
+        *words,
+    ]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=env, cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -340,8 +511,9 @@ if __name__ == "__main__":  # one rank of `run_ranks`
 
 
 def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs():
-    """Text is padded to a few lengths, which changes nothing: else every length of the longest caption would be compiled, and after
-    the limit the blocks would run uncompiled without a word."""
+    """Text is padded to a few lengths, which changes nothing: else every length of the longest
+    caption would be compiled, and after the limit the blocks would run uncompiled without a
+    word."""
     plain, compiled = learner(), learner()
     plain.caption_dropout = 0.0
     for weight in plain.parameters():
@@ -357,7 +529,12 @@ def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs():
         with torch.no_grad():
             for words in range(1, 16):
                 captions = ["red " * words, "a blue ring"]
-                torch.testing.assert_close(compiled(latents, captions, draws)[0], plain(latents, captions, draws)[0], rtol=0, atol=1e-6)
+                torch.testing.assert_close(
+                    compiled(latents, captions, draws)[0],
+                    plain(latents, captions, draws)[0],
+                    rtol=0,
+                    atol=1e-6,
+                )
     finally:
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.reset()

@@ -1,4 +1,5 @@
-"""UMT5: the numbers of the official code, every layout, cleaning and token numbers, what an empty caption is, what is trained."""
+"""UMT5: the numbers of the official code, every layout, cleaning and token numbers, what an empty
+caption is, what is trained."""
 
 import io
 import json
@@ -37,14 +38,19 @@ def opened(folder: Path, layout: str = "official", **keys):
     elif layout == "diffusers":
         (folder / "text_encoder").mkdir()
         renamed = {transformers_name(name): value for name, value in weights.items()}
-        save_file(renamed | {"encoder.embed_tokens.weight": renamed["shared.weight"].clone()}, folder / "text_encoder/model.safetensors")
+        save_file(
+            renamed | {"encoder.embed_tokens.weight": renamed["shared.weight"].clone()},
+            folder / "text_encoder/model.safetensors",
+        )
         write_tokenizer(folder / "tokenizer")
     else:
         save_file(weights, folder / "umt5.safetensors")
         write_tokenizer(folder / "tokens")
         keys = {"tokenizer_path": str(folder / "tokens")} | keys
         folder = folder / "umt5.safetensors"
-    return build_text_encoder(UMT5Config(**{"name_or_path": str(folder), "dtype": "float32"} | keys))
+    return build_text_encoder(
+        UMT5Config(**{"name_or_path": str(folder), "dtype": "float32"} | keys)
+    )
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -65,7 +71,9 @@ def test_the_numbers_of_the_official_code(tmp_path, layout):
     encoder._tokenize = lambda captions: [rows[int(caption or 0)] for caption in captions]
     text = encoder(["0", "1"])
     padded = text.pad(40).embeddings
-    assert error(padded, IO["out.context"]) < 2e-6 and torch.equal(text.pad(40).valid, IO["in.mask"].bool())
+    assert error(padded, IO["out.context"]) < 2e-6 and torch.equal(
+        text.pad(40).valid, IO["in.mask"].bool()
+    )
     assert not padded[~IO["in.mask"].bool()].any()
 
 
@@ -75,7 +83,9 @@ def test_an_empty_caption_is_one_token_and_so_is_a_dropped_one(tmp_path):
     text = encoder(["a red star", "", "  \n"])
     assert text.valid.sum(1).tolist() == [12, 1, 1] and text.empty.shape == (1, 24)
     dropped = text.drop(torch.tensor([True, False, False]))
-    assert dropped.valid.sum(1).tolist() == [1, 1, 1] and torch.equal(dropped.embeddings[0, :1], text.embeddings[1, :1])
+    assert dropped.valid.sum(1).tolist() == [1, 1, 1] and torch.equal(
+        dropped.embeddings[0, :1], text.embeddings[1, :1]
+    )
     assert torch.equal(text.null().embeddings[2, :1], text.empty)
     assert torch.equal(encoder(["blue"]).empty, text.empty)
 
@@ -85,25 +95,44 @@ def test_cleaning_and_token_numbers(tmp_path):
     encoder = opened(tmp_path, max_length=9)
     assert encoder.clean("  a &amp;amp; b\n\t c ") == "a & b c"
     assert encoder.clean("schÃ¶n，ＡＢ") == "schön,AB"
-    assert encoder._tokenize(["ab c", "", "abcdefghijk"]) == [[3, 4, 5, 3, 6, 1], [1], [3, 4, 5, 6, 7, 8, 9, 10, 1]]
+    assert encoder._tokenize(["ab c", "", "abcdefghijk"]) == [
+        [3, 4, 5, 3, 6, 1],
+        [1],
+        [3, 4, 5, 6, 7, 8, 9, 10, 1],
+    ]
 
 
 def test_sentencepiece_files_serve_as_well(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red star", "a blue ball on a gray floor"] * 20), model_writer=stream, vocab_size=20,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(["a red star", "a blue ball on a gray floor"] * 20),
+        model_writer=stream,
+        vocab_size=20,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     encoder = opened(tmp_path)
     shutil.rmtree(tmp_path / "google")
     (tmp_path / "spiece.model").write_bytes(stream.getvalue())
     config = UMT5Config(name_or_path=str(tmp_path), dtype="float32")
-    expected = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue()).encode("a red ball") + [1]
+    expected = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue()).encode(
+        "a red ball"
+    ) + [1]
     assert build_text_encoder(config)._tokenize(["a red ball"]) == [expected]
     weights = {name: value for name, value in load_file(GOLDEN / "official.safetensors").items()}
-    save_file(weights | {"spiece_model": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)}, tmp_path / "comfy.safetensors")
+    save_file(
+        weights
+        | {"spiece_model": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)},
+        tmp_path / "comfy.safetensors",
+    )
     (tmp_path / "spiece.model").unlink()
-    inside = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "comfy.safetensors"), dtype="float32"))
+    inside = build_text_encoder(
+        UMT5Config(name_or_path=str(tmp_path / "comfy.safetensors"), dtype="float32")
+    )
     assert inside._tokenize(["a red ball"]) == [expected]
     assert encoder._tokenize([""]) == [[1]]
 
@@ -114,7 +143,9 @@ def test_what_is_trained_and_stored(tmp_path):
     shutil.rmtree(tmp_path / "google")
     top = opened(tmp_path, freeze=False, train_blocks=1)
     trained = {name for name, p in top.named_parameters() if p.requires_grad}
-    assert len(trained) == 11 and all(".block.1." in name or "final_layer_norm" in name for name in trained)
+    assert len(trained) == 11 and all(
+        ".block.1." in name or "final_layer_norm" in name for name in trained
+    )
     top(["a red star"]).embeddings.square().sum().backward()
     assert all((p.grad is not None) == (name in trained) for name, p in top.named_parameters())
     assert {name for name in top.state_dict() if not top.stored_elsewhere(name)} == trained
@@ -125,12 +156,24 @@ def test_what_is_trained_and_stored(tmp_path):
 
 @torch.no_grad()
 def test_transformers_computes_the_same(tmp_path):
-    theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)).eval()
+    theirs = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path / "folder")
     write_tokenizer(tmp_path / "tokens")
-    ours = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "folder"), tokenizer_path=str(tmp_path / "tokens"), dtype="float32"))
+    ours = build_text_encoder(
+        UMT5Config(
+            name_or_path=str(tmp_path / "folder"),
+            tokenizer_path=str(tmp_path / "tokens"),
+            dtype="float32",
+        )
+    )
     ids = torch.tensor([ours._tokenize(["a small cat"])[0]])
-    torch.testing.assert_close(ours(["a small cat"]).embeddings, theirs(input_ids=ids).last_hidden_state, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        ours(["a small cat"]).embeddings, theirs(input_ids=ids).last_hidden_state, rtol=0, atol=2e-6
+    )
 
 
 def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
@@ -139,7 +182,11 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     def refused(words: str, content: dict | None = None, **keys) -> None:
         if content is not None:
             save_file(content, tmp_path / "x.safetensors")
-        config = {"name_or_path": str(tmp_path / "x.safetensors"), "tokenizer_path": str(tmp_path / "tokens"), "dtype": "float32"}
+        config = {
+            "name_or_path": str(tmp_path / "x.safetensors"),
+            "tokenizer_path": str(tmp_path / "tokens"),
+            "dtype": "float32",
+        }
         with pytest.raises(ConfigError, match=words) as caught:
             build_text_encoder(UMT5Config(**config | keys))
         assert "\n" not in str(caught.value)
@@ -147,12 +194,22 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     write_tokenizer(tmp_path / "tokens")
     refused("no tokenizer.json or spiece.model", weights, tokenizer_path="")
     refused("is no UMT5 encoder", {"a": torch.ones(1)})
-    shared = {name: value for name, value in weights.items() if "blocks.1.pos_embedding" not in name}
+    shared = {
+        name: value for name, value in weights.items() if "blocks.1.pos_embedding" not in name
+    }
     refused("is no UMT5 encoder.*block.1", shared)
     refused("quantised", weights | {"blocks.0.attn.q.scale_weight": torch.ones(1)})
-    refused("lacks 1 tensors, first encoder.block.1.layer.1.layer_norm", {n: v for n, v in weights.items() if n != "blocks.1.norm2.weight"})
-    refused("the tokenizer has 31 entries, the embedding 20", weights | {"token_embedding.weight": torch.ones(20, 24)})
-    refused("train_blocks: is 3, but the encoder has 2 blocks", weights, freeze=False, train_blocks=3)
+    refused(
+        "lacks 1 tensors, first encoder.block.1.layer.1.layer_norm",
+        {n: v for n, v in weights.items() if n != "blocks.1.norm2.weight"},
+    )
+    refused(
+        "the tokenizer has 31 entries, the embedding 20",
+        weights | {"token_embedding.weight": torch.ones(20, 24)},
+    )
+    refused(
+        "train_blocks: is 3, but the encoder has 2 blocks", weights, freeze=False, train_blocks=3
+    )
     with pytest.raises(ConfigError, match="freeze: false"):
         UMT5Config(name_or_path="x", train_blocks=2)
 
@@ -166,9 +223,13 @@ def test_kept_captions_need_no_encoder(tmp_path):
     expected = encoder(captions)
     for filled in (first, second):
         text = filled(captions)
-        assert torch.equal(text.embeddings, expected.embeddings) and torch.equal(text.valid, expected.valid)
+        assert torch.equal(text.embeddings, expected.embeddings) and torch.equal(
+            text.valid, expected.valid
+        )
         assert torch.equal(text.empty, expected.empty) and filled.dim == 24
-    assert list(first.parameters()) and not list(second.parameters())  # the second one was never loaded
+    assert list(first.parameters()) and not list(
+        second.parameters()
+    )  # the second one was never loaded
     second(["a new one"])
     assert list(second.parameters())
     other = build_text_encoder(UMT5Config(**keys | {"max_length": 4}))
@@ -186,8 +247,12 @@ def test_kept_captions_belong_to_the_weights_and_not_to_their_place(tmp_path):
     first(["a cat"])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     copied = build_text_encoder(UMT5Config(name_or_path=str(tmp_path / "b"), **keys))
-    assert torch.equal(copied(["a cat"]).embeddings, first(["a cat"]).embeddings) and not list(copied.parameters())
-    (file,) = (path for path in (tmp_path / "b").rglob("*") if path.suffix in (".pth", ".safetensors"))
+    assert torch.equal(copied(["a cat"]).embeddings, first(["a cat"]).embeddings) and not list(
+        copied.parameters()
+    )
+    (file,) = (
+        path for path in (tmp_path / "b").rglob("*") if path.suffix in (".pth", ".safetensors")
+    )
     weights = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(file)
     name = next(name for name in weights if name.endswith("attn.q.weight"))
     weights[name] = weights[name] + 1

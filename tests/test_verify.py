@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from test_cache import contents, flip, images, run  # noqa: F401 (images is a fixture)
 
-from mmdit.data.buckets import BucketingConfig
-from mmdit.data.cache import open_cache
-from mmdit.data.frames import PreprocessConfig
-from mmdit.data.verify import verify_cache
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.verify import verify_cache
+from mmdit.data.dataset.buckets import BucketingConfig
+from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.scripts import verify_cache as verify_script
+from tests.test_cache import contents, flip, images, run  # noqa: F401 (images is a fixture)
 
 
 def truncated(raw):
@@ -23,20 +23,41 @@ def damage_all(folder):
     (folder / "画2.pt").write_bytes(flip((folder / "画2.pt").read_bytes()))
     (folder / "画3.pt").write_bytes(b"")
     (folder / "画4.pt").write_bytes((folder / "画5.pt").read_bytes())  # whole, but another item's
-    torch.save({"latents": torch.zeros(1, 3, 3, 3, dtype=torch.float16), "caption": ""}, folder / "画6.pt")
-    torch.save({"latents": torch.full((1, 2, 2, 3), torch.nan, dtype=torch.float16), "caption": "picture 7"}, folder / "画7.pt")
-    torch.save({"latents": torch.zeros(1, 2, 2, 3, dtype=torch.float16), "caption": "picture 8"}, folder / "画8.pt")
+    torch.save(
+        {"latents": torch.zeros(1, 3, 3, 3, dtype=torch.float16), "caption": ""}, folder / "画6.pt"
+    )
+    torch.save(
+        {
+            "latents": torch.full((1, 2, 2, 3), torch.nan, dtype=torch.float16),
+            "caption": "picture 7",
+        },
+        folder / "画7.pt",
+    )
+    torch.save(
+        {"latents": torch.zeros(1, 2, 2, 3, dtype=torch.float16), "caption": "picture 8"},
+        folder / "画8.pt",
+    )
     (folder / ".writing-0-1.tmp").touch()
-    return {"画1.pt": "cannot be read", "画2.pt": "check sum", "画3.pt": "cannot be read", "画4.pt": "index says otherwise",
-            "画8.pt": "index says otherwise", "画6.pt": "48x48 does not belong",
-            "画7.pt": "not finite", ".writing-0-1.tmp": "killed process"}  # fmt: skip
+    return {
+        "画1.pt": "cannot be read",
+        "画2.pt": "check sum",
+        "画3.pt": "cannot be read",
+        "画4.pt": "index says otherwise",
+        "画8.pt": "index says otherwise",
+        "画6.pt": "48x48 does not belong",
+        "画7.pt": "not finite",
+        ".writing-0-1.tmp": "killed process",
+    }
 
 
 def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path, capsys):  # noqa: F811
     run(images, tmp_path / "cache")
     before = contents(tmp_path / "cache")
     assert verify_cache(tmp_path / "cache") == (10, [])
-    assert verify_script.main(["--cache_dir", str(tmp_path / "cache")]) == 0 and "0 findings" in capsys.readouterr().out
+    assert (
+        verify_script.main(["--cache_dir", str(tmp_path / "cache")]) == 0
+        and "0 findings" in capsys.readouterr().out
+    )
     expected = damage_all(tmp_path / "cache")
     count, damage = verify_cache(tmp_path / "cache")
     assert count == 10 and {row["file"] for row in damage} == set(expected)
@@ -54,8 +75,14 @@ def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path): 
     (cache / "48x32/画0.pt").write_bytes((cache / "32x32/画0.pt").read_bytes())
     (cache / "32x32/画2.pt").unlink()
     index = cache / "index.jsonl"
-    index.write_text("".join(line for line in index.read_text().splitlines(True) if "画4" not in line) + '{"id": "torn')
-    told = {(row["file"], row["problem"].partition(" (")[0], row["delete"]) for row in verify_cache(cache)[1]}
+    index.write_text(
+        "".join(line for line in index.read_text().splitlines(True) if "画4" not in line)
+        + '{"id": "torn'
+    )
+    told = {
+        (row["file"], row["problem"].partition(" (")[0], row["delete"])
+        for row in verify_cache(cache)[1]
+    }
     assert told == {
         ("48x32/画0.pt", "its size is 32x32, its folder is for another", True),
         ("48x32/画0.pt", "its id is there 2 times", False),
@@ -74,5 +101,9 @@ def test_crop_coordinates_are_stored_for_every_crop(images, tmp_path):  # noqa: 
     cache = open_cache(tmp_path / "cache")
     for source, file in zip(cache.sources, cache._columns.files, strict=True):
         left, top, right, bottom = source["crop"]
-        assert (right - left, bottom - top) == (40, 40) and right <= source["size"][0] and bottom <= source["size"][1]
+        assert (
+            (right - left, bottom - top) == (40, 40)
+            and right <= source["size"][0]
+            and bottom <= source["size"][1]
+        )
         assert torch.load(tmp_path / "cache" / file, weights_only=True)["source"] == source

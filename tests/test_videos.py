@@ -1,4 +1,5 @@
-"""Videos and animated pictures come out in the colours and the position in which a player shows them."""
+"""Videos and animated pictures come out in the colours and the position in which a player shows
+them."""
 
 import os
 from fractions import Fraction
@@ -7,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pictures import GOLDEN, looked, near
-from test_sources import write_video
 
-from mmdit.data import videos
-from mmdit.data.videos import probe, read_video
+from mmdit.data.dataset import videos
+from mmdit.data.dataset.videos import probe, read_video
 from mmdit.training.media import read_back, save_video
+from tests.test_pictures import GOLDEN, looked, near
+from tests.test_sources import write_video
 
 av = pytest.importorskip("av")
 BROWN = (200, 60, 30)
 
 
-def write_frames(path, frames, codec="mpeg4", layout="yuv420p", equations=None, tags=None, rate=10, options=None):
-    """A file of these uint8 RGB (or RGBA) frames. `equations`: by which they become YUV; `tags`: what the file says of colours."""
+def write_frames(
+    path, frames, codec="mpeg4", layout="yuv420p", equations=None, tags=None, rate=10, options=None
+):
+    """A file of these uint8 RGB (or RGBA) frames. `equations`: by which they become YUV; `tags`:
+    what the file says of colours."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
@@ -27,8 +31,14 @@ def write_frames(path, frames, codec="mpeg4", layout="yuv420p", equations=None, 
         for name, value in (tags or {}).items():
             setattr(stream.codec_context, name, value)
         for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24")
-            frame = frame.reformat(format=layout, dst_colorspace=equations) if layout != "rgba" else frame
+            frame = av.VideoFrame.from_ndarray(
+                pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24"
+            )
+            frame = (
+                frame.reformat(format=layout, dst_colorspace=equations)
+                if layout != "rgba"
+                else frame
+            )
             frame.pts, frame.time_base = number, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -44,17 +54,34 @@ def first(path):
 
 
 # ── colours ───────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("size, equations", [((1280, 720), "ITU709"), ((1280, 536), "ITU709"), ((720, 480), "ITU601"), ((63, 47), "ITU601")])
+@pytest.mark.parametrize(
+    "size, equations",
+    [
+        ((1280, 720), "ITU709"),
+        ((1280, 536), "ITU709"),
+        ((720, 480), "ITU601"),
+        ((63, 47), "ITU601"),
+    ],
+)
 def test_video_that_says_nothing_of_its_colours_is_bt709_if_it_is_hd(tmp_path, size, equations):
-    image = first(write_frames(tmp_path / "a.mp4", [plain(size)], equations=equations, layout="yuv444p", codec="ffv1")
-                  if size[0] % 2 else write_frames(tmp_path / "a.mp4", [plain(size)], equations=equations))  # fmt: skip
+    image = first(
+        write_frames(
+            tmp_path / "a.mp4", [plain(size)], equations=equations, layout="yuv444p", codec="ffv1"
+        )
+        if size[0] % 2
+        else write_frames(tmp_path / "a.mp4", [plain(size)], equations=equations)
+    )
     assert image.size == size and near(image.getpixel((20, 20)), BROWN, 4)
 
 
 @pytest.mark.parametrize("space, equations", [(1, "ITU709"), (6, "ITU601"), (9, "BT2020")])
 @pytest.mark.parametrize("size", [(1280, 720), (64, 48)])
-def test_what_a_video_says_of_its_colours_counts_whatever_its_size(tmp_path, space, equations, size):
-    path = write_frames(tmp_path / "a.mkv", [plain(size)], "ffv1", "yuv444p", equations, {"colorspace": space})
+def test_what_a_video_says_of_its_colours_counts_whatever_its_size(
+    tmp_path, space, equations, size
+):
+    path = write_frames(
+        tmp_path / "a.mkv", [plain(size)], "ffv1", "yuv444p", equations, {"colorspace": space}
+    )
     assert near(first(path).getpixel((20, 20)), BROWN, 3)
 
 
@@ -83,18 +110,34 @@ def test_hlg_is_tone_mapped():
 
 @pytest.mark.parametrize("signal, shown", [(0, 0), (97, 100), (148, 229), (192, 255), (255, 255)])
 def test_pq_is_tone_mapped(tmp_path, signal, shown):
-    """BT.2408: 38 % (97 of 255) is a grey card of 26 cd/m², 0.128 of diffuse white and below the knee; 58 % is diffuse white."""
+    """BT.2408: 38 % (97 of 255) is a grey card of 26 cd/m², 0.128 of diffuse white and below the
+    knee; 58 % is diffuse white."""
     tags = {"color_trc": 16, "color_primaries": 9}
-    image = first(write_frames(tmp_path / "a.mkv", [plain((64, 48), [signal] * 3)], "ffv1", "bgr0", None, tags))
+    image = first(
+        write_frames(
+            tmp_path / "a.mkv", [plain((64, 48), [signal] * 3)], "ffv1", "bgr0", None, tags
+        )
+    )
     assert near(image.getpixel((20, 20)), [shown] * 3, 2) and image.info["notes"] == ("hdr",)
 
 
 def test_wide_colours_become_srgb_and_grey_stays(tmp_path):
-    for primaries, green in ((9, (0, 209, 0)), (12, (0, 203, 7))):  # of (90, 200, 60), by their definitions
+    for primaries, green in (
+        (9, (0, 209, 0)),
+        (12, (0, 203, 7)),
+    ):  # of (90, 200, 60), by their definitions
         tags = {"color_primaries": primaries, "color_trc": 1}
-        grey = first(write_frames(tmp_path / "a.mkv", [plain((64, 48), (90, 90, 90))], "ffv1", "bgr0", None, tags))
+        grey = first(
+            write_frames(
+                tmp_path / "a.mkv", [plain((64, 48), (90, 90, 90))], "ffv1", "bgr0", None, tags
+            )
+        )
         assert near(grey.getpixel((9, 9)), (90, 90, 90)) and grey.info["notes"] == ("profile",)
-        image = first(write_frames(tmp_path / "b.mkv", [plain((64, 48), (90, 200, 60))], "ffv1", "bgr0", None, tags))
+        image = first(
+            write_frames(
+                tmp_path / "b.mkv", [plain((64, 48), (90, 200, 60))], "ffv1", "bgr0", None, tags
+            )
+        )
         assert near(image.getpixel((9, 9)), green)
 
 
@@ -106,12 +149,22 @@ def test_transparency_is_laid_on_white_as_of_pictures(tmp_path):
 
 
 # ── position ──────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("a, b, c, d, corner", [
-    (1, 0, 0, 1, "top left"), (-1, 0, 0, 1, "top right"), (1, 0, 0, -1, "bottom left"), (-1, 0, 0, -1, "bottom right"),
-    (0, 1, 1, 0, "top left"), (0, 1, -1, 0, "top right"), (0, -1, 1, 0, "bottom left"), (0, -1, -1, 0, "bottom right"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b, c, d, corner",
+    [
+        (1, 0, 0, 1, "top left"),
+        (-1, 0, 0, 1, "top right"),
+        (1, 0, 0, -1, "bottom left"),
+        (-1, 0, 0, -1, "bottom right"),
+        (0, 1, 1, 0, "top left"),
+        (0, 1, -1, 0, "top right"),
+        (0, -1, 1, 0, "bottom left"),
+        (0, -1, -1, 0, "bottom right"),
+    ],
+)
 def test_every_matrix_of_quarter_turns_and_mirrors_is_followed(tmp_path, a, b, c, d, corner):
-    """ISO 14496-12: (x, y) is shown at (a x + c y, b x + d y); a = d = -1 lays the top left corner to the bottom right."""
+    """ISO 14496-12: (x, y) is shown at (a x + c y, b x + d y); a = d = -1 lays the top left corner
+    to the bottom right."""
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:16, :16] = 230
     pixels[:16, 16:48] = 115  # along the first row
@@ -140,13 +193,21 @@ def test_pixels_of_a_turned_clip_are_made_square_before_it_is_turned(tmp_path):
 
 def test_interlaced_video_is_told(tmp_path):
     options = {"flags": "+ilme+ildct", "top": "1"}
-    path = write_frames(tmp_path / "a.mkv", [plain((64, 64))] * 3, "mpeg2video", rate=25, options=options)
+    path = write_frames(
+        tmp_path / "a.mkv", [plain((64, 64))] * 3, "mpeg2video", rate=25, options=options
+    )
     assert first(path).info["notes"] == ("interlaced",)
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {other}\n",
-                                  "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {other}\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+)
 def test_a_list_of_other_files_or_addresses_is_no_video(tmp_path, text):
     other = write_video(tmp_path / "other.mp4", np.arange(3) / 30)
     (tmp_path / "a.mp4").write_text(text.format(other=other.name))
@@ -204,18 +265,28 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
         probe(paths[0])
     monkeypatch.setattr(videos, "_check_size", lambda width, height: None)
     monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 320 * 240 // 4)
-    with pytest.raises(ValueError, match="unreadable video"):  # the file states less than its frames have
+    with pytest.raises(
+        ValueError, match="unreadable video"
+    ):  # the file states less than its frames have
         list(read_video(paths[0], 30))
 
 
 # ── animated pictures ─────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
 def test_an_animated_picture_is_a_clip(tmp_path, suffix):
-    """Frames of 50, 50, 200, 50 and 50 ms: at ten a second the second is passed over, the third is shown twice."""
+    """Frames of 50, 50, 200, 50 and 50 ms: at ten a second the second is passed over, the third is
+    shown twice."""
     shades = (0, 60, 120, 180, 240)
     frames = [Image.new("RGB", (48, 32), (shade, 60, 30)) for shade in shades]
     path = tmp_path / f"a.{suffix}"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[50, 50, 200, 50, 50], lossless=True, loop=0)
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=[50, 50, 200, 50, 50],
+        lossless=True,
+        loop=0,
+    )
     red = [image.getpixel((9, 9))[0] for image in read_video(path, 10)]
     assert np.abs(np.array(red) - [0, 120, 120, 180, 240]).max() <= 4
     found = probe(path)
@@ -226,15 +297,31 @@ def test_an_animated_picture_is_a_clip(tmp_path, suffix):
 
 def test_animations_show_what_lies_under_them_as_white_and_a_still_is_one_frame(tmp_path):
     frames = [Image.new("RGBA", (32, 32), (200, 60, 30, alpha)) for alpha in (255, 0, 128)]
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
-    assert [image.getpixel((0, 0))[1] for image in read_video(tmp_path / "a.webp", 10)][:2] == [60, 255]
+    frames[0].save(
+        tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True
+    )
+    assert [image.getpixel((0, 0))[1] for image in read_video(tmp_path / "a.webp", 10)][:2] == [
+        60,
+        255,
+    ]
     frames[0].save(tmp_path / "still.png")
     assert [image.size for image in read_video(tmp_path / "still.png", 10)] == [(32, 32)]
     images = [Image.new("RGB", (8, 8), name) for name in ("white", "red", "blue")]
-    images[0].save(tmp_path / "a.png", save_all=True, append_images=images[1:], duration=100, default_image=True)
-    assert [image.getpixel((0, 0)) for image in read_video(tmp_path / "a.png", 10)] == [(255, 0, 0), (0, 0, 255)]
+    images[0].save(
+        tmp_path / "a.png",
+        save_all=True,
+        append_images=images[1:],
+        duration=100,
+        default_image=True,
+    )
+    assert [image.getpixel((0, 0)) for image in read_video(tmp_path / "a.png", 10)] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
     whole = (tmp_path / "a.webp").read_bytes()
     (tmp_path / "a.webp").write_bytes(whole[: len(whole) - 40])
-    assert looked(tmp_path / "a.webp", "video")["reason"].startswith(("damaged picture", "no picture"))
+    assert looked(tmp_path / "a.webp", "video")["reason"].startswith(
+        ("damaged picture", "no picture")
+    )
     os.remove(tmp_path / "a.webp")
     assert looked(tmp_path / "a.webp", "video")["reason"] == "file not found"

@@ -1,4 +1,5 @@
-"""Facts about the VTP network beyond the golden vectors: every variant, features, text pooling, masks, files, precisions."""
+"""Facts about the VTP network beyond the golden vectors: every variant, features, text pooling,
+masks, files, precisions."""
 
 import itertools
 import json
@@ -31,7 +32,10 @@ def tiny(**changes):
 
 def everything(model, image):
     with torch.no_grad():
-        outputs = [*model(image, forward_type="rec").values(), *model(image, forward_type="feature").values()]
+        outputs = [
+            *model(image, forward_type="rec").values(),
+            *model(image, forward_type="feature").values(),
+        ]
         if model.config.train_clip:
             outputs += model(image, IDS).values()
     return outputs
@@ -51,7 +55,8 @@ VARIANTS = [
         )
         for (ffn, norm), (scale, qk) in zip(
             itertools.product(
-                ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"), ("layernorm", "layernormbf16", "rmsnorm")
+                ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"),
+                ("layernorm", "layernormbf16", "rmsnorm"),
             ),
             itertools.cycle([(None, False), (0.1, True), (0, True), (0.1, False)]),
             strict=False,
@@ -83,9 +88,24 @@ def test_every_variant_survives_a_file(changes, tmp_path):
 
 
 def test_state_names_of_the_variants():
-    names = set(tiny(vision_init_values=0.1, vision_use_qk_norm=True, text_ls_init_value=1.0, text_proj_bias=True).state_dict())
-    assert {"trunk.blocks.0.ls1.gamma", "trunk.blocks.1.attn.k_norm.weight", "text_transformer.resblocks.0.ls_2.gamma"} <= names
-    assert {"text_projection.weight", "text_projection.bias", "logit_scale"} <= names and "logit_bias" not in names
+    names = set(
+        tiny(
+            vision_init_values=0.1,
+            vision_use_qk_norm=True,
+            text_ls_init_value=1.0,
+            text_proj_bias=True,
+        ).state_dict()
+    )
+    assert {
+        "trunk.blocks.0.ls1.gamma",
+        "trunk.blocks.1.attn.k_norm.weight",
+        "text_transformer.resblocks.0.ls_2.gamma",
+    } <= names
+    assert {
+        "text_projection.weight",
+        "text_projection.bias",
+        "logit_scale",
+    } <= names and "logit_bias" not in names
     assert "trunk.feature_bottleneck.weight" not in tiny(vision_feature_bottleneck=24).state_dict()
     only_images = tiny(train_clip=False, train_reconstruction=False)
     assert all(name.startswith("trunk.") for name in only_images.state_dict())
@@ -113,7 +133,7 @@ def test_configs_that_cannot_be_built_say_why(changes, words):
         tiny(**changes)
 
 
-# ── encoder ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── encoder ───────────────────────────────────────────────────────────────────────────────────────
 def test_features_agree_with_each_other():
     model, image = tiny(), torch.randn(2, 3, 32, 48)
     last = model.get_last_layer_feature(image)
@@ -124,7 +144,12 @@ def test_features_agree_with_each_other():
     assert len(model.get_intermediate_layers_feature(image, 2)) == 2
     latents = model.get_reconstruction_latents(image)
     narrow = model.get_last_layer_feature(image, use_bottleneck=True)
-    assert torch.allclose(latents.flatten(2).mT, narrow["patch_tokens"]) and latents.shape == (2, 8, 2, 3)
+    assert torch.allclose(latents.flatten(2).mT, narrow["patch_tokens"]) and latents.shape == (
+        2,
+        8,
+        2,
+        3,
+    )
     assert torch.equal(model.trunk(image), narrow["cls_token"])
     for wrong in ([2], 3):
         with pytest.raises(ValueError, match="encoder with 2 blocks"):
@@ -168,8 +193,13 @@ def test_rotary_positions_survive_every_cast_and_mode():
     model = tiny()
     with torch.inference_mode():
         model.get_reconstruction_latents(image)
-    model.get_reconstruction_latents(image).sum().backward()  # the table was first made in inference mode
-    assert expected.shape == (1, 8, 3, 2) and model.trunk.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    model.get_reconstruction_latents(
+        image
+    ).sum().backward()  # the table was first made in inference mode
+    assert (
+        expected.shape == (1, 8, 3, 2)
+        and model.trunk.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    )
 
 
 def test_training_compiles_without_graph_breaks():
@@ -180,7 +210,7 @@ def test_training_compiles_without_graph_breaks():
         assert torch.allclose(compiled(image), trunk.encode(image), atol=1e-3)
 
 
-# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── text ──────────────────────────────────────────────────────────────────────────────────────────
 def text_tower(**changes):
     sizes = dict(context_length=6, vocab_size=20, embed_dim=16, num_heads=2, depth=2)
     return TextTransformer(**{**sizes, **changes}).eval()
@@ -211,14 +241,24 @@ def test_contrast():
     model = tiny(init_logit_bias=-3.0)
     outputs = model(image, IDS)
     logits, transposed = model.get_clip_logits(image, IDS)
-    expected = outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T + outputs["logit_bias"]
+    expected = (
+        outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T
+        + outputs["logit_bias"]
+    )
     assert torch.allclose(logits, expected, atol=1e-6) and torch.equal(logits.T, transposed)
-    assert outputs["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5) and outputs["logit_bias"] == -3
+    assert (
+        outputs["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+        and outputs["logit_bias"] == -3
+    )
     assert torch.allclose(outputs["image_features"].norm(dim=-1), torch.ones(3))
     assert model(text=IDS)["image_features"] is None
     pooled = tiny(vision_clip_feat="pooled")
     tokens = pooled.get_last_layer_feature(image)["patch_tokens"]
-    assert torch.allclose(pooled.get_clip_image_feature(image, normalize=False), pooled.visual_proj(tokens.mean(1)), atol=1e-6)
+    assert torch.allclose(
+        pooled.get_clip_image_feature(image, normalize=False),
+        pooled.visual_proj(tokens.mean(1)),
+        atol=1e-6,
+    )
 
 
 def test_dino_head_is_bounded_by_its_gains():
@@ -235,19 +275,27 @@ def test_dino_head_is_bounded_by_its_gains():
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 def test_half_precision_files_and_unknown_keys(tmp_path):
     model = tiny(train_clip=False)
     model.config.transformers_version, model.config.somebody_elses_key = "4.56.0.dev0", [1]
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode
     weights = load_file(tmp_path / pretrained.WEIGHTS_FILE)
     assert weights["trunk.rope_embed.periods"].dtype == torch.bfloat16
     for stored in (torch.float16, torch.bfloat16):
-        halves = {name: tensor.to(torch.float32 if "periods" in name else stored) for name, tensor in weights.items()}
+        halves = {
+            name: tensor.to(torch.float32 if "periods" in name else stored)
+            for name, tensor in weights.items()
+        }
         save_file(halves, tmp_path / pretrained.WEIGHTS_FILE)
         loaded = VTPModel.from_pretrained(tmp_path)
-        assert loaded.dtype == torch.float32 and loaded.trunk.rope_embed.periods.dtype == torch.bfloat16
+        assert (
+            loaded.dtype == torch.float32
+            and loaded.trunk.rope_embed.periods.dtype == torch.bfloat16
+        )
         assert torch.equal(loaded.trunk.cls_token, weights["trunk.cls_token"].to(stored).float())
         assert VTPModel.from_pretrained(tmp_path, dtype=stored).dtype == stored
     assert loaded.config == model.config and loaded.config.somebody_elses_key == [1]
@@ -260,7 +308,10 @@ def test_sharded_checkpoint(tmp_path):
     weights = load_file(whole)
     whole.unlink()
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:40],
+        "model-00002-of-00002.safetensors": names[40:],
+    }
     for file, members in parts.items():
         save_file({name: weights[name] for name in members}, tmp_path / file)
     weight_map = {name: file for file, members in parts.items() for name in members}
@@ -281,7 +332,10 @@ def test_weights_that_do_not_fit(tmp_path):
     file = tmp_path / pretrained.WEIGHTS_FILE
     weights = load_file(file)
     changed = {name: tensor for name, tensor in weights.items() if name != "trunk.norm.weight"}
-    save_file({**changed, "trunk.storage_tokens": torch.zeros(1), "trunk.mask_token": torch.zeros(1, 25)}, file)
+    save_file(
+        {**changed, "trunk.storage_tokens": torch.zeros(1), "trunk.mask_token": torch.zeros(1, 25)},
+        file,
+    )
     with pytest.raises(ValueError) as error:
         VTPModel.from_pretrained(tmp_path)
     for words in (
@@ -297,7 +351,11 @@ def test_weights_that_do_not_fit(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="holds neither"):
         VTPModel.from_pretrained(tmp_path)
-    for text, words in (('{"model_type": "clip"}', "must be 'vtp'"), ("{", "not valid JSON"), ("[]", "must be an object")):
+    for text, words in (
+        ('{"model_type": "clip"}', "must be 'vtp'"),
+        ("{", "not valid JSON"),
+        ("[]", "must be an object"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             VTPModel.from_pretrained(tmp_path)

@@ -1,5 +1,5 @@
-"""Our VTP network gives the numbers of the public release: golden vectors, measured values printed (pytest -s), and proof that
-the bar is tight enough to notice every mistake that is easily made."""
+"""Our VTP network gives the numbers of the public release: golden vectors, measured values printed
+(pytest -s), and proof that the bar is tight enough to notice every mistake that is easily made."""
 
 import json
 import math
@@ -38,7 +38,9 @@ def measure(name):
             compare(f"{size}.{key}", tokens)
         compare(f"{size}.bottleneck_cls_token", model.trunk(image))
         for norm, infix in ((False, ""), (True, "normed.")):
-            blocks = model.get_intermediate_layers_feature(image, model.config.vision_depth, return_class_token=True, norm=norm)
+            blocks = model.get_intermediate_layers_feature(
+                image, model.config.vision_depth, return_class_token=True, norm=norm
+            )
             for i, (patches, cls) in enumerate(blocks):
                 compare(f"{size}.block{i}.{infix}patch_tokens", patches)
                 compare(f"{size}.block{i}.{infix}cls_token", cls)
@@ -47,7 +49,11 @@ def measure(name):
             compare(f"{size}.clip_logits", model.get_clip_logits(image, expected["text.ids"])[0])
     if model.config.train_clip:
         compare("clip_text", model.get_clip_text_feature(expected["text.ids"]))
-    unused = {key for key in expected.keys() - errors.keys() if not key.endswith((".image", ".ids")) and "rope." not in key}
+    unused = {
+        key
+        for key in expected.keys() - errors.keys()
+        if not key.endswith((".image", ".ids")) and "rope." not in key
+    }
     assert not unused, f"golden tensors that nothing is compared with: {unused}"
     return errors
 
@@ -71,7 +77,9 @@ def test_rotary_tables_bit_for_bit():
             if key.startswith(f"rope.d{head_dim}.") and key.endswith(".sin"):
                 h, w = map(int, key.split(".")[2].split("x"))
                 sin, cos = embedding(h, w)
-                assert torch.equal(sin, expected[key]) and torch.equal(cos, expected[key[:-3] + "cos"]), key
+                assert torch.equal(sin, expected[key]) and torch.equal(
+                    cos, expected[key[:-3] + "cos"]
+                ), key
                 tables += 1
     assert tables == 8
 
@@ -80,8 +88,13 @@ def rotary_in_float32(patch):
     def table(self, h, w):
         n = len(self.periods)
         periods = 100 ** (torch.arange(n) / n)
-        axes = [2 * math.pi * ((torch.arange(length) + 0.5) / length * 2 - 1)[:, None] / periods for length in (h, w)]
-        grid = torch.cat((axes[0][:, None].expand(h, w, -1), axes[1][None].expand(h, w, -1)), dim=-1)
+        axes = [
+            2 * math.pi * ((torch.arange(length) + 0.5) / length * 2 - 1)[:, None] / periods
+            for length in (h, w)
+        ]
+        grid = torch.cat(
+            (axes[0][:, None].expand(h, w, -1), axes[1][None].expand(h, w, -1)), dim=-1
+        )
         angles = grid.reshape(h * w, -1).repeat(1, 2)
         return angles.sin(), angles.cos()
 
@@ -95,7 +108,9 @@ def rotary_applied_in_float32(patch):
         prefix = x.shape[-2] - len(sin)
         tokens = x[..., prefix:, :]
         first, second = tokens.chunk(2, dim=-1)
-        return torch.cat((x[..., :prefix, :], tokens * cos + torch.cat((-second, first), dim=-1) * sin), dim=-2)
+        return torch.cat(
+            (x[..., :prefix, :], tokens * cos + torch.cat((-second, first), dim=-1) * sin), dim=-2
+        )
 
     patch.setattr(layers, "rotate", rotate)
 
@@ -118,7 +133,9 @@ def rows_and_columns_swapped(patch):
     original = rope.RotaryEmbedding._table
 
     def table(self, h, w):
-        return tuple(half.unflatten(0, (w, h)).transpose(0, 1).flatten(0, 1) for half in original(self, w, h))
+        return tuple(
+            half.unflatten(0, (w, h)).transpose(0, 1).flatten(0, 1) for half in original(self, w, h)
+        )
 
     patch.setattr(rope.RotaryEmbedding, "_table", table)
 
@@ -142,7 +159,11 @@ def tanh_gelu(patch):
 def pixels_before_colours(patch):
     def shuffle(x, factor):
         b, _, h, w = x.shape
-        return x.view(b, factor, factor, 3, h, w).permute(0, 3, 4, 1, 5, 2).reshape(b, 3, h * factor, w * factor)
+        return (
+            x.view(b, factor, factor, 3, h, w)
+            .permute(0, 3, 4, 1, 5, 2)
+            .reshape(b, 3, h * factor, w * factor)
+        )
 
     patch.setattr(decoder.F, "pixel_shuffle", shuffle)
 
@@ -179,7 +200,10 @@ def test_autocast_stays_close(dtype, bar):
         latents = model.get_reconstruction_latents(expected["64x64.image"])
         decoded = model.get_latents_decoded_images(latents)
     assert latents.dtype == dtype
-    errors = relative(latents, expected["64x64.latents"]), relative(decoded, expected["64x64.decoded"])
+    errors = (
+        relative(latents, expected["64x64.latents"]),
+        relative(decoded, expected["64x64.decoded"]),
+    )
     print(f"\nautocast {dtype}: latents {errors[0]:.1e}, decoded {errors[1]:.1e}")
     assert max(errors) < bar
 
@@ -191,7 +215,13 @@ def test_parameter_counts_of_the_released_sizes():
     totals = {(384, 12, 6): 167_177_857, (768, 12, 12): 295_639_297, (1024, 24, 16): 731_570_689}
     for (width, depth, heads), total in totals.items():
         sizes = dict(zip(("embed_dim", "depth", "num_heads"), (width, depth, heads), strict=True))
-        config = VTPConfig(**{f"{part}_{key}": value for part in ("vision", "decoder") for key, value in sizes.items()})
+        config = VTPConfig(
+            **{
+                f"{part}_{key}": value
+                for part in ("vision", "decoder")
+                for key, value in sizes.items()
+            }
+        )
         with torch.device("meta"):
             model = VTPModel(config)
         assert sum(p.numel() for p in model.parameters()) == total
@@ -205,4 +235,7 @@ def test_golden_config_keys_are_our_keys():
     from vtp.models import VTPConfig
 
     for name in SETS:
-        assert VTPConfig().to_dict().keys() == json.loads((GOLDEN / name / "config.json").read_text()).keys()
+        assert (
+            VTPConfig().to_dict().keys()
+            == json.loads((GOLDEN / name / "config.json").read_text()).keys()
+        )

@@ -24,9 +24,17 @@ def test_byte_pairs_are_joined_by_rank(merges):
     assert tokenizer.vocab_size == base + 6 + 2 and tokenizer.end == tokenizer.vocab_size - 1
     assert tokenizer.encode("dog cat") == [base + 1, base + 4]
     assert tokenizer.encode("  DOG\n\t&amp;amp;cat") == [base + 1, 256 + ord("&") - 33, base + 4]
-    assert tokenizer.encode("he'll") == [ord("h") - 33, 256 + ord("e") - 33, ord("'") - 33, base + 5]
+    assert tokenizer.encode("he'll") == [
+        ord("h") - 33,
+        256 + ord("e") - 33,
+        ord("'") - 33,
+        base + 5,
+    ]
     assert len(tokenizer.encode("12½")) == 4  # digits and other numbers stand alone; ½ is two bytes
-    assert tokenizer.encode("²a") != tokenizer.encode("a") and tokenizer.encode("_a")[0] == 256 + ord("_") - 33
+    assert (
+        tokenizer.encode("²a") != tokenizer.encode("a")
+        and tokenizer.encode("_a")[0] == 256 + ord("_") - 33
+    )
     ids = tokenizer(["dog", "dog cat dog cat dog cat dog cat"])
     assert ids.tolist()[0] == [tokenizer.start, base + 1, tokenizer.end, 0, 0, 0, 0, 0]
     assert ids.shape == (2, 8) and ids[1, -1] == tokenizer.end and ids.dtype == torch.int64
@@ -45,7 +53,10 @@ def test_merges_files_that_are_not(tmp_path, merges, monkeypatch):
         SimpleTokenizer()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="the merges file comes with open_clip_torch")
+@pytest.mark.skipif(
+    importlib.util.find_spec("open_clip") is None,
+    reason="the merges file comes with open_clip_torch",
+)
 def test_clip_vocabulary():
     assert SimpleTokenizer()("a dog")[0, :5].tolist() == [49406, 320, 1929, 49407, 0]
 

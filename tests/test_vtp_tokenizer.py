@@ -1,4 +1,5 @@
-"""The tokenizers that mmdit uses: layout and range of pixels and latents, refusals, and a foreign clone of the VTP code."""
+"""The tokenizers that mmdit uses: layout and range of pixels and latents, refusals, and a foreign
+clone of the VTP code."""
 
 import json
 import os
@@ -14,19 +15,30 @@ from safetensors.torch import load_file, save_file
 from mmdit import config as configs
 from mmdit.config import ConfigError
 from mmdit.interfaces import Tokenizer
-from mmdit.tokenizers import DummyTokenizerConfig, TokenizerConfig, VTPTokenizerConfig, build_tokenizer
+from mmdit.tokenizers import (
+    DummyTokenizerConfig,
+    TokenizerConfig,
+    VTPTokenizerConfig,
+    build_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/vtp_tiny"
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN, STD = (
+    torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+    torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+)
 
 
 def vtp(folder=GOLDEN, **changes):
-    return build_tokenizer(VTPTokenizerConfig(**{"name_or_path": str(folder), "latent_d": 16, **changes}))
+    return build_tokenizer(
+        VTPTokenizerConfig(**{"name_or_path": str(folder), "latent_d": 16, **changes})
+    )
 
 
 def relative(actual, expected):
-    """Relative L2 error. Where inputs differ in the last bit, the bfloat16 rounding of positions makes that up to 1e-4."""
+    """Relative L2 error. Where inputs differ in the last bit, the bfloat16 rounding of positions
+    makes that up to 1e-4."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
@@ -83,7 +95,9 @@ def test_gradients_reach_latents_but_not_weights():
     assert latents.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("make", [vtp, lambda: build_tokenizer(DummyTokenizerConfig(latent_d=16))], ids=["vtp", "dummy"])
+@pytest.mark.parametrize(
+    "make", [vtp, lambda: build_tokenizer(DummyTokenizerConfig(latent_d=16))], ids=["vtp", "dummy"]
+)
 def test_refusals(make):
     tokenizer = make()
     for pixels, words in (
@@ -95,16 +109,22 @@ def test_refusals(make):
     ):
         with pytest.raises(ValueError, match=words):
             tokenizer.encode(pixels)
-    with pytest.raises(ValueError, match=r"\(1, 1, 3, 3, 17\); must be \(batch, frames, rows, columns, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"\(1, 1, 3, 3, 17\); must be \(batch, frames, rows, columns, 16\)"
+    ):
         tokenizer.decode(torch.zeros(1, 1, 3, 3, 17))
 
 
 def test_configs_that_contradict_the_checkpoint(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer.latent_d: is 64, but the checkpoint .* has 16; set it to 16"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.latent_d: is 64, but the checkpoint .* has 16; set it to 16"
+    ):
         vtp(latent_d=64)
     with pytest.raises(ConfigError, match=r"tokenizer.latent_f: is 8, but .* has 16"):
         vtp(latent_f=8)
-    with pytest.raises(ConfigError, match=r"is 'no/such/folder', which is not there .*vtp\.train --config"):
+    with pytest.raises(
+        ConfigError, match=r"is 'no/such/folder', which is not there .*train_vtp --config"
+    ):
         vtp("no/such/folder")
     with pytest.raises(ConfigError, match="holds no config.json"):
         vtp(ROOT / "tests")
@@ -121,7 +141,12 @@ def test_patches_that_the_decoder_cannot_undo(tmp_path):
     from vtp.models import VTPConfig, VTPModel
 
     small = dict(
-        vision_embed_dim=8, vision_depth=1, vision_num_heads=2, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2
+        vision_embed_dim=8,
+        vision_depth=1,
+        vision_num_heads=2,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
     )
     VTPModel(VTPConfig(**small, vision_patch_size=8, train_clip=False)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="vision_patch_size 8, but the decoder upsamples by 16"):
@@ -136,7 +161,10 @@ def test_latent_statistics(folder):
     assert vtp(folder, latent_stats="none").spec.mean == () == vtp().spec.mean
     other = folder / "other.json"
     for text, words in (
-        (json.dumps({"mean": [0.0] * 15, "std": [1.0] * 16}), "has 15 means and 16 deviations; must be latent_d = 16"),
+        (
+            json.dumps({"mean": [0.0] * 15, "std": [1.0] * 16}),
+            "has 15 means and 16 deviations; must be latent_d = 16",
+        ),
         (json.dumps({"mean": [0.0] * 16, "std": [0.0] * 16}), "deviation of 0"),
         (json.dumps({"mean": [float("nan")] * 16, "std": [1.0] * 16}), "not finite"),
         (json.dumps({"vtp_s": stats}), "must hold"),
@@ -159,7 +187,9 @@ def test_fingerprint_is_of_what_latents_depend_on(folder):
     changed = vtp(folder).fingerprint
     weights = load_file(folder / "model.safetensors")
     for part, changes in (("pixel_decoder.", False), ("trunk.", True)):
-        name = next(name for name in weights if name.startswith(part) and weights[name].is_floating_point())
+        name = next(
+            name for name in weights if name.startswith(part) and weights[name].is_floating_point()
+        )
         weights[name] = weights[name] + 1
         save_file(weights, folder / "model.safetensors")
         assert (vtp(folder).fingerprint != changed) == changes, name
@@ -191,9 +221,12 @@ except ConfigError as error:
 
 
 def test_a_clone_elsewhere_gives_the_same_latents(tmp_path):
-    """In a fresh process without transformers; a second code base in the same process is refused."""
+    """In a fresh process without transformers; a second code base in the same process is
+    refused."""
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT / "VTP/vtp", clone / "vtp", ignore=shutil.ignore_patterns("__pycache__", "train"))
+    shutil.copytree(
+        ROOT / "VTP/vtp", clone / "vtp", ignore=shutil.ignore_patterns("__pycache__", "train")
+    )
     out = tmp_path / "latents.pt"
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(GOLDEN), str(clone), str(out)],
@@ -215,12 +248,14 @@ def test_a_clone_that_cannot_be_imported_leaves_nothing_behind(tmp_path, monkeyp
     (tmp_path / "vtp/__init__.py").write_text("import a_package_that_nobody_has\n")
     path = list(sys.path)
     for _ in range(2):
-        with pytest.raises(ConfigError, match="cannot be imported: No module named 'a_package_that_nobody_has'"):
+        with pytest.raises(
+            ConfigError, match="cannot be imported: No module named 'a_package_that_nobody_has'"
+        ):
             vtp(repo_path=str(tmp_path))
     assert sys.path == path and "vtp" not in sys.modules
 
 
-# ── dummy ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── dummy ─────────────────────────────────────────────────────────────────────────────────────────
 def test_dummy_keeps_smooth_pictures():
     tokenizer = build_tokenizer(DummyTokenizerConfig())
     ramp = torch.linspace(0.1, 0.9, 64).expand(1, 2, 3, 48, 64)
@@ -228,7 +263,9 @@ def test_dummy_keeps_smooth_pictures():
     assert latents.shape == (1, 2, 3, 4, 64) and isinstance(tokenizer, Tokenizer)
     assert (tokenizer.decode(latents) - ramp).abs().max() < 0.01
     flat = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).expand(1, 1, 3, 16, 16)
-    assert torch.allclose(tokenizer.encode(flat)[..., :3].flatten(), torch.tensor([-0.6, 0.0, 0.8]), atol=1e-6)
+    assert torch.allclose(
+        tokenizer.encode(flat)[..., :3].flatten(), torch.tensor([-0.6, 0.0, 0.8]), atol=1e-6
+    )
 
 
 def test_dummy_with_all_channels_is_exact_and_linear():
@@ -242,7 +279,9 @@ def test_dummy_with_all_channels_is_exact_and_linear():
 
 
 def test_configs_decode_by_type():
-    assert configs.decode(TokenizerConfig, {"type": "dummy", "latent_d": 8}) == DummyTokenizerConfig(latent_d=8)
+    assert configs.decode(
+        TokenizerConfig, {"type": "dummy", "latent_d": 8}
+    ) == DummyTokenizerConfig(latent_d=8)
     assert configs.decode(TokenizerConfig, {"type": "vtp"}, "tokenizer") == VTPTokenizerConfig()
     with pytest.raises(ConfigError, match="latent_scale: is 0"):
         configs.decode(TokenizerConfig, {"type": "vtp", "latent_scale": 0}, "tokenizer")

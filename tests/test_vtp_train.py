@@ -10,33 +10,54 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from vtp.evaluate import main as evaluate_main
-from vtp.evaluate import psnr
 from vtp.models import VTPModel
 from vtp.pixels import denormalize, normalize
 from vtp.tokenizers import ByteTokenizer
-from vtp.train import textures
-from vtp.train.config import PretrainConfig
-from vtp.train.glyphs import letters
-from vtp.train.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
-from vtp.train.learner import Learner, noisy_latents
-from vtp.train.loop import Trainer, train, windows_after
-from vtp.train.losses import contrast_loss, discriminator_loss, reconstruction_loss
-from vtp.train.self_supervision import SelfSupervision, SelfSupervisionConfig, balanced_assignments
 
 from mmdit.config import ConfigError, decode, load
 from mmdit.data import moving_shapes
 from mmdit.rng import Draws
+from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
+from mmdit.vtp_training import textures
+from mmdit.vtp_training.evaluate import psnr
+from mmdit.vtp_training.glyphs import letters
+from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
+from mmdit.vtp_training.pretrain_config import PretrainConfig
+from mmdit.vtp_training.pretrain_learner import Learner, noisy_latents
+from mmdit.vtp_training.pretrain_loop import Trainer, train, windows_after
+from mmdit.vtp_training.pretrain_losses import (
+    contrast_loss,
+    discriminator_loss,
+    reconstruction_loss,
+)
+from mmdit.vtp_training.self_supervision import (
+    SelfSupervision,
+    SelfSupervisionConfig,
+    balanced_assignments,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-IMAGES = {"sizes": [[32, 32, 1.0], [48, 32, 1.0]], "patches_per_step": 48, "shape_pool": 60, "texture_pool": 60}
+IMAGES = {
+    "sizes": [[32, 32, 1.0], [48, 32, 1.0]],
+    "patches_per_step": 48,
+    "shape_pool": 60,
+    "texture_pool": 60,
+}
 TINY = {
-    "vision_embed_dim": 32, "vision_depth": 1, "vision_num_heads": 1, "vision_feature_bottleneck": 16, "decoder_embed_dim": 32,
-    "decoder_depth": 1, "decoder_num_heads": 1, "text_embed_dim": 16, "text_depth": 1, "text_num_heads": 1,
-}  # fmt: skip
+    "vision_embed_dim": 32,
+    "vision_depth": 1,
+    "vision_num_heads": 1,
+    "vision_feature_bottleneck": 16,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 1,
+    "text_embed_dim": 16,
+    "text_depth": 1,
+    "text_num_heads": 1,
+}
 
 
 def configured(folder, semantic=False, **train):
@@ -46,13 +67,18 @@ def configured(folder, semantic=False, **train):
     if semantic:
         mapping |= {
             "contrast": {"weight": 0.1, "pairs": 8},
-            "self_supervision": {"weight": 0.1, "fraction": 0.5, "prototypes": 16, "local_crops": 1},
+            "self_supervision": {
+                "weight": 0.1,
+                "fraction": 0.5,
+                "prototypes": 16,
+                "local_crops": 1,
+            },
             "adversarial": {"weight": 0.05, "start": 0.6},
         }
     return decode(PretrainConfig, mapping)
 
 
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pictures ──────────────────────────────────────────────────────────────────────────────────────
 def test_a_batch_is_a_function_of_seed_and_step():
     config = decode(ImagesConfig, IMAGES)
     source, other = PictureSource(config, 7, CPU), PictureSource(config, 7, CPU)
@@ -84,7 +110,9 @@ def test_frames_of_clips_are_described_without_motion_and_with_their_own_facts()
 
     shapes = moving_shapes_of(5, 60, 32, 32, CPU, tokenize)
     assert len(shapes.pixels) == len(shapes.facts) == len(shapes.tokens) == len(texts) == 60
-    assert not any(word in text for text in texts for word in ("mov", "drift", "slid", "still", "rest"))
+    assert not any(
+        word in text for text in texts for word in ("mov", "drift", "slid", "still", "rest")
+    )
     found = moving_shapes.oracle(shapes.pixels[-20:, None])  # the stills
     color_and_background = torch.stack([found.color[:, 0], found.background], 1)
     facts = shapes.facts[-20:]
@@ -96,17 +124,27 @@ def test_frames_of_clips_are_described_without_motion_and_with_their_own_facts()
 
 def test_pictures_have_the_structure_they_are_named_for():
     draws, flat = Draws.of(0, 0, 32), torch.full((32, 3, 64, 64), 0.5)
-    coarse = F.interpolate(F.avg_pool2d(clouds := textures.clouds(draws, 64, 64), 8), scale_factor=8, mode="bilinear")
-    assert (clouds - coarse).var() < 0.35 * clouds.var((2, 3)).mean(), "most of a cloud is in its low frequencies"
+    coarse = F.interpolate(
+        F.avg_pool2d(clouds := textures.clouds(draws, 64, 64), 8), scale_factor=8, mode="bilinear"
+    )
+    assert (clouds - coarse).var() < 0.35 * clouds.var((2, 3)).mean(), (
+        "most of a cloud is in its low frequencies"
+    )
     assert textures.gradients(draws, 64, 64).diff(dim=-1).abs().max() < 0.25, "no hard edges"
-    assert textures.patterns(draws, 64, 64).diff(dim=-1).abs().amax((1, 2, 3)).median() > 0.1, "hard edges"
+    assert textures.patterns(draws, 64, 64).diff(dim=-1).abs().amax((1, 2, 3)).median() > 0.1, (
+        "hard edges"
+    )
     for covered in (textures.piles(draws, flat, 4), letters(draws, flat)):
         untouched = (covered == flat).all(1).float().mean((1, 2))
-        assert 0.2 < untouched.mean() < 0.98, "objects and letters lie on the ground, and leave some of it"
-    assert torch.equal(textures.piles(draws, flat, 4)[5:7], textures.piles(draws[5:7], flat[5:7], 4)), "each picture is its own"
+        assert 0.2 < untouched.mean() < 0.98, (
+            "objects and letters lie on the ground, and leave some of it"
+        )
+    assert torch.equal(
+        textures.piles(draws, flat, 4)[5:7], textures.piles(draws[5:7], flat[5:7], 4)
+    ), "each picture is its own"
 
 
-# ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── losses ────────────────────────────────────────────────────────────────────────────────────────
 def test_reconstruction_loss_is_zero_only_for_a_copy_and_a_blurred_edge_costs_more_than_an_offset():
     target = torch.zeros(1, 3, 32, 32)
     target[..., 16:] = 1
@@ -115,7 +153,10 @@ def test_reconstruction_loss_is_zero_only_for_a_copy_and_a_blurred_edge_costs_mo
     terms = {"l1": 1.0, "l2": 0.0, "gradient": 1.0, "levels": 3}
     copy, squared = reconstruction_loss(target, target, **terms)
     assert copy == 0 and squared.tolist() == [0.0]
-    assert reconstruction_loss(blurred, target, **terms)[0] > reconstruction_loss(offset, target, **terms)[0]
+    assert (
+        reconstruction_loss(blurred, target, **terms)[0]
+        > reconstruction_loss(offset, target, **terms)[0]
+    )
 
 
 def test_contrast_treats_equal_facts_as_positives():
@@ -124,12 +165,16 @@ def test_contrast_treats_equal_facts_as_positives():
     image = image[:3].repeat(2, 1)  # pictures of equal facts have equal features
     aligned = contrast_loss(image, image, torch.tensor(50.0), facts)
     assert aligned < contrast_loss(image, image, torch.tensor(50.0), torch.arange(6)) + 1e-6
-    assert aligned == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=0.05)  # two equally right answers
+    assert aligned == pytest.approx(
+        torch.log(torch.tensor(2.0)).item(), abs=0.05
+    )  # two equally right answers
     assert contrast_loss(image, image.roll(1, 0), torch.tensor(50.0), facts) > 1
 
 
 def test_assignments_are_distributions_and_balanced():
-    logits = torch.randn(64, 8) + torch.tensor([3.0] + [0.0] * 7)  # everything leans to the first prototype
+    logits = torch.randn(64, 8) + torch.tensor(
+        [3.0] + [0.0] * 7
+    )  # everything leans to the first prototype
     assigned = balanced_assignments(logits, 0.5, rounds=20)
     assert torch.allclose(assigned.sum(1), torch.ones(64), atol=1e-5)
     assert torch.allclose(assigned.sum(0), torch.full((8,), 8.0), rtol=0.05)
@@ -148,10 +193,14 @@ def test_latent_noise_is_relative_to_each_channel_and_bounded():
 def test_pixels_round_trip_and_psnr_of_a_known_error():
     pixels = torch.rand(2, 3, 8, 8)
     assert torch.allclose(denormalize(normalize(pixels)), pixels, atol=1e-6)
-    assert torch.allclose(psnr(torch.full_like(pixels, 0.5), torch.full_like(pixels, 0.6)), torch.full((2,), 20.0), atol=1e-3)
+    assert torch.allclose(
+        psnr(torch.full_like(pixels, 0.5), torch.full_like(pixels, 0.6)),
+        torch.full((2,), 20.0),
+        atol=1e-3,
+    )
 
 
-# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
 def test_loss_falls():
     trainer = Trainer(configured("unused", max_steps=60), CPU)
     errors = [float(trainer.advance()["squared_error"]) for _ in range(60)]
@@ -173,28 +222,37 @@ def test_resume_is_exact_with_every_loss(tmp_path):
     second.advance()
     for name, value in whole.learner.state_dict().items():
         assert torch.equal(value, second.learner.state_dict()[name]), name
-    assert all(torch.equal(value, second.ema.shadow[name]) for name, value in whole.ema.shadow.items())
+    assert all(
+        torch.equal(value, second.ema.shadow[name]) for name, value in whole.ema.shadow.items()
+    )
     other = Trainer(replace(config, latent_noise=0.0), CPU)
     with pytest.raises(ValueError, match="latent_noise: 0.2 → 0.0"):
         other.restore()
 
 
 def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtp.train.loop.CALIBRATION", {2: 4, 6: 8})
-    monkeypatch.setattr("vtp.train.loop.EXPORT_SECONDS", 0)
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.CALIBRATION", {2: 4, 6: 8})
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.EXPORT_SECONDS", 0)
     config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
-    monkeypatch.setattr("vtp.train.loop.export", lambda model, source, config, folder, run: steps.append(run["steps"]))
+    monkeypatch.setattr(
+        "mmdit.vtp_training.pretrain_loop.export",
+        lambda model, source, config, folder, run: steps.append(run["steps"]),
+    )
     steps = []
     train(config, CPU)
     assert 4 < steps[0] < 2000
 
 
 def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):
-    """Killed inside the first measurement: the resumed run measures again, and what was spent before counts."""
-    monkeypatch.setattr("vtp.train.loop.CALIBRATION", {2: 6, 10: 14})
-    monkeypatch.setattr("vtp.train.loop.EXPORT_SECONDS", 0)
+    """Killed inside the first measurement: the resumed run measures again, and what was spent
+    before counts."""
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.CALIBRATION", {2: 6, 10: 14})
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.EXPORT_SECONDS", 0)
     steps = []
-    monkeypatch.setattr("vtp.train.loop.export", lambda model, source, config, folder, run: steps.append(run["steps"]))
+    monkeypatch.setattr(
+        "mmdit.vtp_training.pretrain_loop.export",
+        lambda model, source, config, folder, run: steps.append(run["steps"]),
+    )
     config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
     killed = Trainer(config, CPU)
     killed.started -= 1.0  # a second was spent
@@ -232,7 +290,9 @@ def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
     for name, value in {**trainer.learner.state_dict(), **trainer.ema.shadow}.items():
         assert value.isfinite().all(), name
     for optimizer in (trainer.optimizer, trainer.critic_optimizer):
-        assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+        assert all(
+            value.isfinite().all() for state in optimizer.state.values() for value in state.values()
+        )
 
 
 @pytest.mark.parametrize("bad, ends", [((2, 3, 4, 5), True), ((2, 3, 5, 6), False), ((5,), False)])
@@ -245,14 +305,22 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_one_does_not(tmp_path, monk
         poisoned(self, *bad)
 
     monkeypatch.setattr(Trainer, "__init__", init)
-    monkeypatch.setattr("vtp.train.loop.export", lambda *arguments: None)
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.export", lambda *arguments: None)
     if ends:
-        with pytest.raises(RunError, match="training stopped: 4 steps in a row up to step 6 .*max_skipped_steps = 3"):
+        with pytest.raises(
+            RunError,
+            match="training stopped: 4 steps in a row up to step 6 .*max_skipped_steps = 3",
+        ):
             train(config, CPU)
     else:
         train(config, CPU)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(record.get("skipped", 0) for record in records) == sum(step < 6 if ends else True for step in bad) - ends * 3
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        sum(record.get("skipped", 0) for record in records)
+        == sum(step < 6 if ends else True for step in bad) - ends * 3
+    )
 
 
 def test_the_critic_tells_real_from_made_and_the_decoder_is_praised_for_what_passes(tmp_path):
@@ -262,7 +330,9 @@ def test_the_critic_tells_real_from_made_and_the_decoder_is_praised_for_what_pas
     batch = PictureSource(learner.config.images, 0, CPU, ByteTokenizer(77)).batch(0)
     losses = learner.losses(batch, 0, adversarial=True)
     score = learner.discriminator(losses.predicted).mean()
-    torch.testing.assert_close(losses.total - losses.parts["reconstruction"], -0.05 * score, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        losses.total - losses.parts["reconstruction"], -0.05 * score, rtol=1e-3, atol=1e-5
+    )
     del learner.discriminator
     learner.discriminator = lambda pixels: torch.tensor([5.0 if pixels is losses.target else -5.0])
     assert learner.discriminator_loss(losses) == 0
@@ -291,7 +361,11 @@ def test_a_view_is_taught_by_the_other_one_and_hidden_patches_by_what_the_teache
     def loss(student_classes, student_patches):
         student, teacher = Told(student_classes, student_patches), Told(classes, patches)
         taught = SelfSupervision(config, teacher)
-        taught.head, taught.teacher_head, taught.teacher_trunk = torch.nn.Identity(), torch.nn.Identity(), teacher
+        taught.head, taught.teacher_head, taught.teacher_trunk = (
+            torch.nn.Identity(),
+            torch.nn.Identity(),
+            teacher,
+        )
         result = taught.loss(student, images, draws)
         assert teacher.masks is None, "the teacher sees everything"
         return *map(float, result), student.masks
@@ -299,8 +373,12 @@ def test_a_view_is_taught_by_the_other_one_and_hidden_patches_by_what_the_teache
     class_loss, patch_loss, masks = loss(classes.roll(4, 0), patches)
     assert class_loss < 1e-3 and patch_loss < 1e-3
     assert ((masks.float().mean(1) >= 0.25) & (masks.float().mean(1) <= 0.5)).all()
-    class_loss, patch_loss, masks = loss(classes, torch.where(masks[..., None], patches, patches.roll(1, -1)))
-    assert class_loss > 10 and patch_loss < 1e-3  # its own answer is wrong; patches that it saw do not count
+    class_loss, patch_loss, masks = loss(
+        classes, torch.where(masks[..., None], patches, patches.roll(1, -1))
+    )
+    assert (
+        class_loss > 10 and patch_loss < 1e-3
+    )  # its own answer is wrong; patches that it saw do not count
     _, patch_loss, _ = loss(classes, torch.where(masks[..., None], patches.roll(1, -1), patches))
     assert patch_loss > 10
 
@@ -313,12 +391,16 @@ def test_a_hidden_patch_is_not_seen_and_the_teacher_slows_down():
     masks[:, 1] = True  # the upper right one
     other = views.clone()
     other[:, :, :16, 16:] += 1
-    see = lambda pixels: trunk(pixels, is_training=True, use_bottleneck=False, masks=masks)["x_norm_patchtokens"]  # noqa: E731
+    see = lambda pixels: trunk(pixels, is_training=True, use_bottleneck=False, masks=masks)[
+        "x_norm_patchtokens"
+    ]  # noqa: E731
     torch.testing.assert_close(see(other), see(views))
     with torch.no_grad():
         for parameter in taught.teacher_head.parameters():
             parameter.add_(1.0)
-    student, teacher = (next(part.parameters()).detach().clone() for part in (taught.head, taught.teacher_head))
+    student, teacher = (
+        next(part.parameters()).detach().clone() for part in (taught.head, taught.teacher_head)
+    )
     shares = []
     for progress in (0.0, 0.5, 1.0):
         next(taught.teacher_head.parameters()).data.copy_(teacher)
@@ -343,8 +425,20 @@ def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
 def test_a_frozen_encoder_keeps_latents_and_statistics_and_so_caches_and_models(tmp_path):
     config = configured(tmp_path / "first", max_steps=2)
     first = train(config, CPU)
-    second = train(replace(config, output_dir=str(tmp_path / "second"), init_from=str(first), freeze_encoder=True, seed=5), CPU)
-    fingerprints = {VTPTokenizer(VTPTokenizerConfig(name_or_path=str(folder), latent_d=16)).fingerprint for folder in (first, second)}
+    second = train(
+        replace(
+            config,
+            output_dir=str(tmp_path / "second"),
+            init_from=str(first),
+            freeze_encoder=True,
+            seed=5,
+        ),
+        CPU,
+    )
+    fingerprints = {
+        VTPTokenizer(VTPTokenizerConfig(name_or_path=str(folder), latent_d=16)).fingerprint
+        for folder in (first, second)
+    }
     assert len(fingerprints) == 1
     assert (first / "latent_stats.json").read_bytes() == (second / "latent_stats.json").read_bytes()
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
@@ -361,31 +455,57 @@ def test_unused_losses_are_not_built():
 def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
     config = configured(tmp_path / "tiny", semantic=True, max_steps=3, log_every_steps=1)
     folder = train(config, CPU)
-    names = {"config.json", "model.safetensors", "latent_stats.json", "training.json", "scores.json", "README.md"}
+    names = {
+        "config.json",
+        "model.safetensors",
+        "latent_stats.json",
+        "training.json",
+        "scores.json",
+        "README.md",
+    }
     assert {path.name for path in folder.iterdir()} == names
     stored = load_file(folder / "model.safetensors")
     assert stored["trunk.cls_token"].dtype == torch.float16
-    assert {name.split(".")[0] for name in stored} == {"trunk", "pixel_decoder"}, "the text tower is for training only"
+    assert {name.split(".")[0] for name in stored} == {
+        "trunk",
+        "pixel_decoder",
+    }, "the text tower is for training only"
     model = VTPModel.from_pretrained(folder)
     assert model.dtype == torch.float32
     statistics = json.loads((folder / "latent_stats.json").read_text())
     pixels = PictureSource(config.images, config.seed, CPU).pool(32, 32).pixels
     latents = model.get_reconstruction_latents(normalize(moving_shapes.to_float(pixels)))
-    assert torch.allclose(latents.mean((0, 2, 3)), torch.tensor(statistics["mean"]), atol=0.3 * latents.std().item())
+    assert torch.allclose(
+        latents.mean((0, 2, 3)), torch.tensor(statistics["mean"]), atol=0.3 * latents.std().item()
+    )
     assert len(statistics["std"]) == 16 and min(statistics["std"]) > 0
     before = json.loads((folder / "scores.json").read_text())["moving_shapes_psnr"]
     (tmp_path / "photos").mkdir()
     Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"not a picture")
-    evaluate_main(["--checkpoint", str(folder), "--count", "4", "--device", "cpu", "--images", str(tmp_path / "photos")])
+    evaluate_main(
+        [
+            "--checkpoint",
+            str(folder),
+            "--count",
+            "4",
+            "--device",
+            "cpu",
+            "--images",
+            str(tmp_path / "photos"),
+        ]
+    )
     after = json.loads((folder / "scores.json").read_text())
     assert after["moving_shapes_psnr"] == before
-    assert after["images"]["pictures"] == 1 and f"{after['images']['psnr']:.2f} dB" in (folder / "README.md").read_text()
+    assert (
+        after["images"]["pictures"] == 1
+        and f"{after['images']['psnr']:.2f} dB" in (folder / "README.md").read_text()
+    )
     with pytest.raises(ValueError, match="--resume, or choose another output_dir"):
         train(config, CPU)
 
 
-# ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── configuration ─────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     ("section", "value", "path"),
     [
@@ -414,11 +534,23 @@ def test_mistakes_are_named(section, value, path):
     assert caught.value.path == path
 
 
-@pytest.mark.parametrize("name", ["vtp_tiny_f16d64", "vtp_tiny_f16d64_stage1", "vtp_tiny_f16d64_decoder", "vtp_tiny_f16d64_semantic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vtp_tiny_f16d64",
+        "vtp_tiny_f16d64_stage1",
+        "vtp_tiny_f16d64_decoder",
+        "vtp_tiny_f16d64_semantic",
+    ],
+)
 def test_shipped_configs_decode_and_fit_the_size_limit(name):
     config = load(PretrainConfig, ROOT / "VTP" / "configs" / f"{name}.yaml")
     with torch.device("meta"):
         model = VTPModel(config.network())
-    exported = sum(p.numel() for key, p in model.named_parameters() if key.startswith(("trunk", "pixel_decoder")))
+    exported = sum(
+        p.numel()
+        for key, p in model.named_parameters()
+        if key.startswith(("trunk", "pixel_decoder"))
+    )
     assert 2 * exported < 16e6
     assert Path(config.output_dir).name == name

@@ -1,4 +1,5 @@
-"""Wan transformers: the numbers of the official code, and one clear sentence for inputs that do not fit."""
+"""Wan transformers: the numbers of the official code, and one clear sentence for inputs that do not
+fit."""
 
 import json
 import math
@@ -15,7 +16,18 @@ from mmdit.models.wan import WanConfig, WanDiT
 
 GOLDEN = Path(__file__).parent / "golden" / "wan_t2v_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
-KEYS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len", "eps")
+KEYS = (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "in_dim",
+    "out_dim",
+    "freq_dim",
+    "text_dim",
+    "text_len",
+    "eps",
+)
 TINY = WanConfig(**{key: META["official_config"][key] for key in KEYS})
 IO = load_file(GOLDEN / "io.safetensors")
 INPUTS = IO["in.x"], IO["in.t"], IO["in.context_padded"]
@@ -31,7 +43,9 @@ VARIANTS = {
 def golden_release(parent: Path) -> Path:
     """The golden weights as an official folder."""
     (parent / "wan").mkdir()
-    shutil.copy(GOLDEN / "official.safetensors", parent / "wan" / "diffusion_pytorch_model.safetensors")
+    shutil.copy(
+        GOLDEN / "official.safetensors", parent / "wan" / "diffusion_pytorch_model.safetensors"
+    )
     (parent / "wan" / "config.json").write_text(json.dumps(META["official_config"]))
     return parent / "wan"
 
@@ -61,18 +75,25 @@ def refused(*words: str, call) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────
 @torch.no_grad()
 @pytest.mark.parametrize("collapse", [True, False])
 def test_the_numbers_of_the_official_code(folder, collapse):
     model = load_dit(folder)
     model.collapse_padding = collapse
     seen = {}
-    parts = {"block0": model.blocks[0], "block1": model.blocks[1], "block0.self_attn": model.blocks[0].self_attn,
-             "block0.cross_attn": model.blocks[0].cross_attn, "block0.ffn": model.blocks[0].ffn,
-             "head": model.head}  # fmt: skip
+    parts = {
+        "block0": model.blocks[0],
+        "block1": model.blocks[1],
+        "block0.self_attn": model.blocks[0].self_attn,
+        "block0.cross_attn": model.blocks[0].cross_attn,
+        "block0.ffn": model.blocks[0].ffn,
+        "head": model.head,
+    }
     for name, module in parts.items():
-        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: output})
+        )
     assert error(model(*INPUTS), IO["out.official"]) < 2e-6
     for name, value in seen.items():
         assert error(value, IO[f"mid.{name}"]) < 2e-6, name
@@ -86,7 +107,9 @@ def test_padding_is_one_key_with_a_bias_and_may_not_be_left_out(folder):
     model.collapse_padding = False
     torch.testing.assert_close(model(x, t, text), expected, rtol=0, atol=1e-10)
     trimmed = text[:, : int(IO["in.context_lens"].max())]
-    torch.testing.assert_close(model(x, t, trimmed), expected, rtol=0, atol=1e-10)  # padded to text_len
+    torch.testing.assert_close(
+        model(x, t, trimmed), expected, rtol=0, atol=1e-10
+    )  # padded to text_len
     model.collapse_padding = True
     torch.testing.assert_close(model(x, t, trimmed), expected, rtol=0, atol=1e-10)
     full = torch.randn(2, TINY.text_len, TINY.text_dim, dtype=torch.float64)  # no padding at all
@@ -142,7 +165,11 @@ def test_every_parameter_of_every_variant_matters_with_and_without_recomputation
     x, text = torch.randn(2, config.out_dim, 2, 4, 6), torch.randn(2, 7, config.text_dim)
     text[0, 4:] = 0
     y = torch.randn(2, 20, 2, 4, 6) if config.in_dim > config.out_dim else None
-    clip = torch.randn(2, config.image_positions or 257, config.image_dim) if config.image_dim else None
+    clip = (
+        torch.randn(2, config.image_positions or 257, config.image_dim)
+        if config.image_dim
+        else None
+    )
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
         model.zero_grad()
@@ -160,7 +187,13 @@ def test_bfloat16_keeps_its_islands_and_comes_close(folder):
     model = load_dit(folder, torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["blocks.0.ffn.0.weight"] == kinds["text_embedding.0.weight"] == torch.bfloat16
-    exact = ("head.head.weight", "blocks.1.modulation", "time_projection.1.bias", "patch_embedding.weight", "blocks.0.norm3.bias")
+    exact = (
+        "head.head.weight",
+        "blocks.1.modulation",
+        "time_projection.1.bias",
+        "patch_embedding.weight",
+        "blocks.0.norm3.bias",
+    )
     assert {kinds[n] for n in exact} == {torch.float32}
     assert 1e-4 < error(model(*INPUTS), IO["out.official"]) < 1e-2
     with torch.autocast("cpu", torch.bfloat16):
@@ -173,14 +206,21 @@ def test_the_released_sizes():
         "T2V-1.3B": (WanConfig(1536, 8960, 12, 30), 1_418_996_800, 825),
         "T2V-14B": (WanConfig(**wide), 14_288_491_584, 1095),
         "I2V-14B": (WanConfig(**wide, in_dim=36, image_dim=1280), 16_394_878_784, 1303),
-        "FLF2V-14B": (WanConfig(**wide, in_dim=36, image_dim=1280, image_positions=514), 16_395_536_704, 1304),
+        "FLF2V-14B": (
+            WanConfig(**wide, in_dim=36, image_dim=1280, image_positions=514),
+            16_395_536_704,
+            1304,
+        ),
         "I2V-A14B": (WanConfig(**wide, in_dim=36), 14_288_901_184, 1095),
         "TI2V-5B": (WanConfig(3072, 14336, 24, 30, 48, 48), 4_999_787_712, 825),
     }
     for name, (config, parameters, tensors) in released.items():
         with torch.device("meta"):
             model = WanDiT(config)
-        assert sum(p.numel() for p in model.parameters()) == parameters and len(model.state_dict()) == tensors, name
+        assert (
+            sum(p.numel() for p in model.parameters()) == parameters
+            and len(model.state_dict()) == tensors
+        ), name
         assert name in config.variant
 
 
@@ -209,8 +249,18 @@ def test_diffusers_computes_the_same(tmp_path, name):
     x, text = torch.randn(1, config.out_dim, 2, 4, 6), torch.zeros(1, 512, config.text_dim)
     text[:, :5] = torch.randn(1, 5, config.text_dim)
     y = torch.randn(1, 20, 2, 4, 6) if config.in_dim > config.out_dim else None
-    clip = torch.randn(1, config.image_positions or 257, config.image_dim) if config.image_dim else None
+    clip = (
+        torch.randn(1, config.image_positions or 257, config.image_dim)
+        if config.image_dim
+        else None
+    )
     t = torch.tensor([417.0])
-    given = {"encoder_hidden_states_image": clip.view(-1, 257, config.image_dim)} if clip is not None else {}
-    expected = theirs(x if y is None else torch.cat([x, y], 1), t, text, return_dict=False, **given)[0]
+    given = (
+        {"encoder_hidden_states_image": clip.view(-1, 257, config.image_dim)}
+        if clip is not None
+        else {}
+    )
+    expected = theirs(
+        x if y is None else torch.cat([x, y], 1), t, text, return_dict=False, **given
+    )[0]
     assert error(model(x, t, text, y, clip), expected) < 1e-5

@@ -1,4 +1,5 @@
-"""Wan transformers in files: every layout, what loading costs, and one clear sentence for what is no such file."""
+"""Wan transformers in files: every layout, what loading costs, and one clear sentence for what is
+no such file."""
 
 import json
 import pickle
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge
 from mmdit.interop.wan import diffusers_name, load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.weights import Checkpoint
+from tests.test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
 
 @pytest.fixture
@@ -45,36 +46,54 @@ print(max(peak, own_memory()) - before, sum(p.nbytes for p in model.parameters()
 
 
 def hollow_release(folder: Path, config: WanConfig, dtype: str = "BF16", shards: int = 3) -> int:
-    """Weights of any size that take no room on the disk: headers, and behind them holes that are read as zeros. Their number."""
+    """Weights of any size that take no room on the disk: headers, and behind them holes that are
+    read as zeros. Their number."""
     with torch.device("meta"):
         named = list(WanDiT(config).named_parameters())
     folder.mkdir()
     places = {}
     for number in range(shards):
-        header, end, name = {}, 0, f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        header, end, name = (
+            {},
+            0,
+            f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors",
+        )
         for key, weight in named[number::shards]:
             start, end = end, end + weight.numel() * {"BF16": 2, "F32": 4}[dtype]
-            header[key], places[key] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [start, end]}, name
+            header[key], places[key] = (
+                {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [start, end]},
+                name,
+            )
         text = json.dumps(header).encode()
         with (folder / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     return sum(weight.numel() for _, weight in named)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("config", [
-    WanConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=12, text_dim=64),
-    pytest.param(WanConfig(5120, 13824, 40, 6), marks=pytest.mark.slow),  # six blocks of a 14B
-], ids=["small", "14b"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        WanConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=12, text_dim=64),
+        pytest.param(WanConfig(5120, 13824, 40, 6), marks=pytest.mark.slow),  # six blocks of a 14B
+    ],
+    ids=["small", "14b"],
+)
 def test_loading_takes_the_memory_of_the_model_alone(tmp_path, config):
     """As bfloat16, from float32 files, which is harder."""
     hollow_release(tmp_path / "wan", config, "F32")
     words = [sys.executable, "-c", MEASURE, str(tmp_path / "wan")]
-    result = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    result = subprocess.run(
+        words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+    )
     taken, own = map(int, result.stdout.split())
-    assert own > 200e6 and taken < own + 20e6, f"{taken / 1e6:.0f} MB for a model of {own / 1e6:.0f} MB"
+    assert own > 200e6 and taken < own + 20e6, (
+        f"{taken / 1e6:.0f} MB for a model of {own / 1e6:.0f} MB"
+    )
 
 
 def test_names_are_those_of_diffusers():
@@ -96,9 +115,13 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
     shards = list((tmp_path / "saved").glob("*.safetensors"))
     assert (len(shards) > 1) == (shard_bytes < 10**9)
     again = load_dit(tmp_path / "saved")
-    expected = model.config if layout == "official" else replace(model.config, text_len=512)  # Diffusers does not store it
+    expected = (
+        model.config if layout == "official" else replace(model.config, text_len=512)
+    )  # Diffusers does not store it
     assert again.config == expected
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     refused("is there already", call=lambda: save_dit(model, tmp_path / "saved", layout))
     if shard_bytes < 10**9:
         shards[-1].unlink()
@@ -114,9 +137,15 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
 def test_a_model_with_adapters_is_written_as_it_computes(tmp_path, layout, kind):
-    """Merged in the file, once rounded; the model keeps them. Others would not see adapters beside the weights."""
+    """Merged in the file, once rounded; the model keeps them. Others would not see adapters beside
+    the weights."""
     model = random_model(TINY)
-    inject(model, LoRAConfig(enabled=True, type=kind, rank=2, alpha=5.0, target_modules=("cross_attn.k", "ffn.0")))
+    inject(
+        model,
+        LoRAConfig(
+            enabled=True, type=kind, rank=2, alpha=5.0, target_modules=("cross_attn.k", "ffn.0")
+        ),
+    )
     for layer in adapters(model).values():
         for parameter in layer.own().values():
             parameter.normal_()
@@ -126,8 +155,13 @@ def test_a_model_with_adapters_is_written_as_it_computes(tmp_path, layout, kind)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     again = load_dit(tmp_path / "saved")
     for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, expected.get(name.removesuffix(".weight"), before[name])), name
-    assert all(torch.equal(a, b) for a, b in zip(merge(model).parameters(), again.parameters(), strict=True))
+        assert torch.equal(parameter, expected.get(name.removesuffix(".weight"), before[name])), (
+            name
+        )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(merge(model).parameters(), again.parameters(), strict=True)
+    )
 
 
 @torch.no_grad()
@@ -135,12 +169,17 @@ def test_what_is_kept_as_float8_is_written_unpacked_in_the_type_asked_for(tmp_pa
     model = random_model(TINY)
     store_float8(model.blocks)
     inject(model, LoRAConfig(enabled=True, rank=2, target_modules=("ffn.0",)))
-    plain = {name: (p.whole() if isinstance(p, StoredWeight) else p) for name, p in model.named_parameters()}
+    plain = {
+        name: p.whole() if isinstance(p, StoredWeight) else p
+        for name, p in model.named_parameters()
+    }
     for dtype in (None, torch.bfloat16, torch.float16):
         save_dit(model, tmp_path / str(dtype), shard_bytes=50_000, dtype=dtype)
         for name, entry in Checkpoint(tmp_path / str(dtype)).entries.items():
             less = dtype and WanDiT.stored_dtype(name, dtype) == dtype
-            assert entry.dtype == ({torch.bfloat16: "BF16", torch.float16: "F16"}[dtype] if less else "F32")
+            assert entry.dtype == (
+                {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype] if less else "F32"
+            )
         index = next((tmp_path / str(dtype)).glob("*.index.json"))
         assert json.loads(index.read_text())["metadata"]["total_size"] == sum(
             tensor.nbytes for _, tensor in Checkpoint(tmp_path / str(dtype)).tensors()
@@ -148,9 +187,15 @@ def test_what_is_kept_as_float8_is_written_unpacked_in_the_type_asked_for(tmp_pa
         again = load_dit(tmp_path / str(dtype))
         tolerance = {None: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         for name, parameter in again.named_parameters():
-            torch.testing.assert_close(parameter, plain[name], rtol=tolerance, atol=1e-7 if dtype else 0)
+            torch.testing.assert_close(
+                parameter, plain[name], rtol=tolerance, atol=1e-7 if dtype else 0
+            )
     model.get_parameter("blocks.0.ffn.2.bias").fill_(1e5)
-    refused("blocks.0.ffn.2.bias", "not finite in float16", call=partial(save_dit, model, tmp_path / "x", dtype=torch.float16))
+    refused(
+        "blocks.0.ffn.2.bias",
+        "not finite in float16",
+        call=partial(save_dit, model, tmp_path / "x", dtype=torch.float16),
+    )
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -159,26 +204,63 @@ def test_shards_that_are_all_there_need_no_index(tmp_path):
     save_dit(model, tmp_path / "saved", shard_bytes=30_000)
     next((tmp_path / "saved").glob("*.index.json")).unlink()
     again = load_dit(tmp_path / "saved")
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     save_file({"x": torch.ones(1)}, tmp_path / "saved" / "other.safetensors")
     refused("other files beside them", call=lambda: load_dit(tmp_path / "saved"))
     (tmp_path / "saved" / "other.safetensors").unlink()
     next((tmp_path / "saved").glob("*-00002-of-*")).unlink()
-    refused("without their index", "lacks diffusion_pytorch_model-00002-of", call=lambda: load_dit(tmp_path / "saved"))
+    refused(
+        "without their index",
+        "lacks diffusion_pytorch_model-00002-of",
+        call=lambda: load_dit(tmp_path / "saved"),
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda own: own | {"blocks.0.ffn.0.lora_A": torch.ones(2, 64), "blocks.0.ffn.0.lora_B": torch.ones(112, 2)},
-     ("adapters apart from its weights", "2 tensors", "blocks.0.ffn.0.lora_A", "merged")),
-    (lambda own: {f"model.diffusion_model.{name}": value for name, value in own.items()} | {"vae.conv1.weight": torch.ones(1)},
-     ("whole pipeline in one file (vae.", "by itself")),
-    (lambda own: {name.replace("0.ffn.0.weight", "0.ffn.0.qweight"): value for name, value in own.items()},
-     ("is quantised", "blocks.0.ffn.0.qweight")),
-    (lambda own: own | {"blocks.0.ffn.0.weight.absmax": torch.ones(1)}, ("is quantised", "absmax")),
-    (lambda own: own | {"blocks.0.ffn.0.weight": own["blocks.0.ffn.0.weight"].to(torch.int8)}, ("int8", "real numbers")),
-    (lambda own: own | {"patch_embedding.weight": torch.ones(64, 48, 1, 2, 2)},
-     ("takes 48 channels and gives 16", "Fun-Control")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda own: (
+                own
+                | {
+                    "blocks.0.ffn.0.lora_A": torch.ones(2, 64),
+                    "blocks.0.ffn.0.lora_B": torch.ones(112, 2),
+                }
+            ),
+            ("adapters apart from its weights", "2 tensors", "blocks.0.ffn.0.lora_A", "merged"),
+        ),
+        (
+            lambda own: (
+                {f"model.diffusion_model.{name}": value for name, value in own.items()}
+                | {"vae.conv1.weight": torch.ones(1)}
+            ),
+            ("whole pipeline in one file (vae.", "by itself"),
+        ),
+        (
+            lambda own: {
+                name.replace("0.ffn.0.weight", "0.ffn.0.qweight"): value
+                for name, value in own.items()
+            },
+            ("is quantised", "blocks.0.ffn.0.qweight"),
+        ),
+        (
+            lambda own: own | {"blocks.0.ffn.0.weight.absmax": torch.ones(1)},
+            ("is quantised", "absmax"),
+        ),
+        (
+            lambda own: (
+                own | {"blocks.0.ffn.0.weight": own["blocks.0.ffn.0.weight"].to(torch.int8)}
+            ),
+            ("int8", "real numbers"),
+        ),
+        (
+            lambda own: own | {"patch_embedding.weight": torch.ones(64, 48, 1, 2, 2)},
+            ("takes 48 channels and gives 16", "Fun-Control"),
+        ),
+    ],
+)
 def test_neighbouring_files_are_told_for_what_they_are(folder, change, words):
     file = folder / "diffusion_pytorch_model.safetensors"
     save_file({name: value.clone() for name, value in change(load_file(file)).items()}, file)
@@ -190,15 +272,28 @@ def drawn_config(rng: random.Random, kind: str) -> WanConfig:
     heads, width = rng.randint(1, 3), 2 * rng.randint(3, 12)
     channels = 48 if "5b" in kind else rng.choice([4, 16])
     image = rng.choice([8, 24]) if kind in ("i2v 2.1", "flf2v") else 0
-    return WanConfig(heads * width, rng.randint(5, 40), heads, rng.randint(1, 3), channels + (4 + channels) * ("i2v" in kind or "flf" in kind),
-                     channels, 2 * rng.randint(2, 20), rng.randint(3, 30), rng.randint(6, 40), rng.choice([1e-6, 1e-5]), image,
-                     514 if kind == "flf2v" else 0)  # fmt: skip
+    return WanConfig(
+        heads * width,
+        rng.randint(5, 40),
+        heads,
+        rng.randint(1, 3),
+        channels + (4 + channels) * ("i2v" in kind or "flf" in kind),
+        channels,
+        2 * rng.randint(2, 20),
+        rng.randint(3, 30),
+        rng.randint(6, 40),
+        rng.choice([1e-6, 1e-5]),
+        image,
+        514 if kind == "flf2v" else 0,
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(tmp_path, kind, seed):
+def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(
+    tmp_path, kind, seed
+):
     rng = random.Random(f"{kind} {seed}")
     config, dtype = drawn_config(rng, kind), rng.choice([torch.float32, torch.bfloat16])
     model = random_model(config)
@@ -210,30 +305,52 @@ def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(t
         save_dit(there, tmp_path / str(number), layout, rng.choice([size + 1, size // 3 + 1]))
         if layout == "diffusers":  # the one thing that it does not store
             file = tmp_path / str(number) / "config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"text_len": config.text_len}))
+            file.write_text(
+                json.dumps(json.loads(file.read_text()) | {"text_len": config.text_len})
+            )
         there = load_dit(tmp_path / str(number), dtype)
         assert there.config == config
-        assert all(torch.equal(value, there.state_dict()[key]) and value.dtype == there.state_dict()[key].dtype
-                   for key, value in model.state_dict().items())  # fmt: skip
-    batch, frames, rows, columns = rng.randint(1, 2), rng.randint(1, 3), 2 * rng.randint(1, 3), 2 * rng.randint(1, 3)
+        assert all(
+            torch.equal(value, there.state_dict()[key])
+            and value.dtype == there.state_dict()[key].dtype
+            for key, value in model.state_dict().items()
+        )
+    batch, frames, rows, columns = (
+        rng.randint(1, 2),
+        rng.randint(1, 3),
+        2 * rng.randint(1, 3),
+        2 * rng.randint(1, 3),
+    )
     x = torch.randn(batch, config.out_dim, frames, rows, columns)
     text = torch.randn(batch, rng.randint(1, config.text_len), config.text_dim)
     text[:, rng.randint(1, text.shape[1]) :] = 0
-    y = torch.randn(batch, config.in_dim - config.out_dim, *x.shape[2:]) if config.in_dim > config.out_dim else None
-    clip = torch.randn(batch, config.image_positions or 257, config.image_dim) if config.image_dim else None
+    y = (
+        torch.randn(batch, config.in_dim - config.out_dim, *x.shape[2:])
+        if config.in_dim > config.out_dim
+        else None
+    )
+    clip = (
+        torch.randn(batch, config.image_positions or 257, config.image_dim)
+        if config.image_dim
+        else None
+    )
     t = torch.rand(batch) * 1000
     expected = model(x, t, text, y, clip)
     assert torch.equal(there(x, t, text, y, clip), expected)
     whole, there = there.float(), load_dit(tmp_path / "1").float()
     there.collapse_padding = False
     tokens = t[:, None].expand(-1, frames * rows * columns // 4)
-    assert error(whole(x, tokens, text, y, clip), there(x, t, text, y, clip)) < 2e-5  # tiny widths: rounding is not averaged
+    assert (
+        error(whole(x, tokens, text, y, clip), there(x, t, text, y, clip)) < 2e-5
+    )  # tiny widths: rounding is not averaged
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 def test_single_files_with_and_without_a_prefix(tmp_path, prefix, suffix):
-    model = random_model(replace(TINY, dim=128, num_heads=1, text_len=512))  # released heads are 128 wide: no config needed
+    model = random_model(
+        replace(TINY, dim=128, num_heads=1, text_len=512)
+    )  # released heads are 128 wide: no config needed
     tensors = {prefix + name: value.clone() for name, value in model.state_dict().items()}
     file = tmp_path / f"wan{suffix}"
     if suffix != ".safetensors":
@@ -242,27 +359,45 @@ def test_single_files_with_and_without_a_prefix(tmp_path, prefix, suffix):
         save_file(tensors, file)
     again = load_dit(file)
     assert again.config == model.config
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize("high, low", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")])
+@pytest.mark.parametrize(
+    "high, low", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
+)
 def test_experts_are_found_by_their_folders(tmp_path, high, low):
     for place, scale in ((high, 1.0), (low, 2.0)):
         model = random_model(TINY)
         with torch.no_grad():
             model.head.head.bias.fill_(scale)
-        save_dit(model, tmp_path / "pair" / place, "diffusers" if place.startswith("transformer") else "official")
+        save_dit(
+            model,
+            tmp_path / "pair" / place,
+            "diffusers" if place.startswith("transformer") else "official",
+        )
     for expert, scale in (("high", 1.0), ("low", 2.0)):
         assert load_dit(tmp_path / "pair", expert=expert).head.head.bias[0] == scale
     refused("two experts", "expert='high'", call=lambda: load_dit(tmp_path / "pair"))
     assert load_dit(tmp_path / "pair" / low, expert="low").head.head.bias[0] == 2.0
     file = tmp_path / "pair" / low / "diffusion_pytorch_model.safetensors"
     for place in (tmp_path / "pair" / low, file):
-        refused("high-noise expert is asked", "is the low-noise expert", call=partial(load_dit, place, expert="high"))
-    assert load_dit(file, expert="low").config.num_heads == TINY.num_heads  # its config.json lies beside it
+        refused(
+            "high-noise expert is asked",
+            "is the low-noise expert",
+            call=partial(load_dit, place, expert="high"),
+        )
+    assert (
+        load_dit(file, expert="low").config.num_heads == TINY.num_heads
+    )  # its config.json lies beside it
     (tmp_path / "pair" / high).rename(tmp_path / "elsewhere")
     assert load_dit(tmp_path / "pair", expert="low").head.head.bias[0] == 2.0
-    refused("expert is asked", "holds the low-noise expert alone", call=partial(load_dit, tmp_path / "pair", expert="high"))
+    refused(
+        "expert is asked",
+        "holds the low-noise expert alone",
+        call=partial(load_dit, tmp_path / "pair", expert="high"),
+    )
 
 
 def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):
@@ -276,7 +411,10 @@ def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):
 
 def test_headers_tell_before_anything_is_read(folder):
     entries = Checkpoint(folder).entries
-    assert entries["patch_embedding.weight"].shape == (64, 16, 1, 2, 2) and entries["patch_embedding.weight"].dtype == "F32"
+    assert (
+        entries["patch_embedding.weight"].shape == (64, 16, 1, 2, 2)
+        and entries["patch_embedding.weight"].dtype == "F32"
+    )
 
 
 class Runs:
@@ -297,7 +435,11 @@ def test_what_is_no_wan_transformer_is_refused_in_one_sentence(folder, tmp_path,
     stored(lambda all: {**all, "blocks.0.ffn.0.scale_weight": torch.ones(1)})
     refused("quantised", "blocks.0.ffn.0.scale_weight", call=lambda: load_dit(folder))
     stored(lambda all: {k.replace("1.norm3.bias", "1.norm4.bias"): v for k, v in all.items()})
-    refused("lacks 1 tensors, first blocks.1.norm3.bias", "blocks.1.norm4.bias (near", call=lambda: load_dit(folder))
+    refused(
+        "lacks 1 tensors, first blocks.1.norm3.bias",
+        "blocks.1.norm4.bias (near",
+        call=lambda: load_dit(folder),
+    )
     stored(lambda all: {f"{k}x" if "norm_q" in k else k: v for k, v in all.items()})
     both = "blocks.0.self_attn.norm_q.weight, blocks.0.cross_attn.norm_q.weight, "
     refused(f"lacks 4 tensors, first {both}", "4 unknown", call=lambda: load_dit(folder))
@@ -311,13 +453,21 @@ def test_what_is_no_wan_transformer_is_refused_in_one_sentence(folder, tmp_path,
     (folder / "config.json").write_text("[")
     refused("config.json", "no config", call=lambda: load_dit(folder))
     file.rename(tmp_path / "alone.safetensors")
-    refused("width of 64", "128", "config.json", call=lambda: load_dit(tmp_path / "alone.safetensors"))
+    refused(
+        "width of 64", "128", "config.json", call=lambda: load_dit(tmp_path / "alone.safetensors")
+    )
     (tmp_path / "alone.safetensors").rename(file)
     refused("does not exist", call=lambda: load_dit(tmp_path / "absent"))
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"patch_embedding.weight": Runs()}, protocol=2))
+    (tmp_path / "evil.pth").write_bytes(
+        pickle.dumps({"patch_embedding.weight": Runs()}, protocol=2)
+    )
     refused("refused", "evil.pth", "could run code", call=lambda: load_dit(tmp_path / "evil.pth"))
     torch.save({"patch_embedding.weight": Runs()}, tmp_path / "evil2.pth")
-    refused("refused", "it holds exec, which could run code", call=lambda: load_dit(tmp_path / "evil2.pth"))
+    refused(
+        "refused",
+        "it holds exec, which could run code",
+        call=lambda: load_dit(tmp_path / "evil2.pth"),
+    )
     torch.save(tensors, tmp_path / "cut.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-2000])
     refused("refused", "damaged", "cut.pth", call=lambda: load_dit(tmp_path / "cut.pth"))

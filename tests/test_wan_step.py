@@ -1,19 +1,24 @@
-"""What a training step of a Wan transformer computes, keeps and leaves out: recomputation, the stream's type, compiled blocks."""
+"""What a training step of a Wan transformer computes, keeps and leaves out: recomputation, the
+stream's type, compiled blocks."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_wan import TINY, VARIANTS, error, random_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition as PARTITION
 
 from mmdit.adapters import LoRAConfig, adapters, inject
 from mmdit.models.wan_denoiser import WanModelConfig
+from tests.test_wan import TINY, VARIANTS, error, random_model
 
 WORDS = ("cross_attn.k", "cross_attn.v")
-X, TEXT, T = torch.randn(2, 16, 2, 4, 6), torch.randn(2, 7, TINY.text_dim), torch.tensor([3.0, 990.0])
+X, TEXT, T = (
+    torch.randn(2, 16, 2, 4, 6),
+    torch.randn(2, 7, TINY.text_dim),
+    torch.tensor([3.0, 990.0]),
+)
 
 
 def adapted(config=TINY, targets=WORDS):
@@ -32,7 +37,9 @@ def step(model, t=T, x=X, **more) -> tuple[torch.Tensor, dict[str, torch.Tensor]
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x, t, TEXT, **more)
     output.float().square().mean().backward()
-    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def count_runs(model) -> list[int]:
@@ -47,10 +54,19 @@ def test_adapters_alone_have_gradients_and_the_backward_pass_stops_where_the_fir
     for i, block in enumerate(model.blocks):
         for name in ("self_attn", "cross_attn"):
             part = getattr(block, name)
-            part.register_forward_hook(lambda part, inputs, output, key=(i, name): seen.update({key: output.requires_grad}))
+            part.register_forward_hook(
+                lambda part, inputs, output, key=(i, name): seen.update({key: output.requires_grad})
+            )
     _, gradients = step(model)
-    assert gradients and set(gradients) == {name for name, _ in model.named_parameters() if ".lora_" in name}
-    assert seen == {(0, "self_attn"): False, (0, "cross_attn"): True, (1, "self_attn"): True, (1, "cross_attn"): True}
+    assert gradients and set(gradients) == {
+        name for name, _ in model.named_parameters() if ".lora_" in name
+    }
+    assert seen == {
+        (0, "self_attn"): False,
+        (0, "cross_attn"): True,
+        (1, "self_attn"): True,
+        (1, "cross_attn"): True,
+    }
 
 
 def test_every_nth_block_is_recomputed_with_the_same_gradients():
@@ -70,7 +86,9 @@ def test_every_nth_block_is_recomputed_with_the_same_gradients():
 @torch.no_grad()
 def test_a_stream_in_bfloat16_is_half_as_large_and_close():
     model, seen = adapted(), {}
-    model.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.update(dtype=inputs[0].dtype))
+    model.blocks[1].register_forward_pre_hook(
+        lambda block, inputs: seen.update(dtype=inputs[0].dtype)
+    )
     results = {}
     for residual, dtype in (("float32", torch.float32), ("autocast", torch.bfloat16)):
         model.residual = residual
@@ -85,34 +103,65 @@ def test_a_stream_in_bfloat16_is_half_as_large_and_close():
 
 
 def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recomputed():
-    config = replace(VARIANTS["flf2v"], num_layers=1)  # its block does what those of all variants do
+    config = replace(
+        VARIANTS["flf2v"], num_layers=1
+    )  # its block does what those of all variants do
     model = adapted(config, (*WORDS, "*.self_attn.q"))
     more = {"y": torch.randn(2, 20, 2, 4, 6), "clip": torch.randn(2, 514, config.image_dim)}
-    times = T, torch.where(torch.arange(12) < 6, 0.0, T[:, None])  # of samples, and of tokens with a first frame given
+    times = (
+        T,
+        torch.where(torch.arange(12) < 6, 0.0, T[:, None]),
+    )  # of samples, and of tokens with a first frame given
     plain = [step(model, t, **more) for t in times]
     model.blocks[0].compile(backend="aot_eager", dynamic=False, fullgraph=True)
     model.checkpointing = True
     for t, (output, gradients) in zip(times, plain, strict=True):
         again, other = step(model, t, **more)
         assert error(again, output) < 1e-3
-        assert all(error(other[name], value) < 0.05 for name, value in gradients.items() if value.norm() > 1e-4)
+        assert all(
+            error(other[name], value) < 0.05
+            for name, value in gradients.items()
+            if value.norm() > 1e-4
+        )
 
 
 def test_a_compiled_block_keeps_products_and_attention_for_its_backward_pass():
     model, passes = adapted(), []
 
     def looked_at(graph, inputs):
-        kinds = [node.target.overloadpacket.__name__ for node in graph.graph.nodes if hasattr(node.target, "overloadpacket")]
-        passes.append({"attention": sum(kind.startswith("_scaled_dot_product") and "backward" not in kind for kind in kinds),
-                       "products": sum(kind in ("mm", "addmm") for kind in kinds), "norms": kinds.count("rsqrt")})  # fmt: skip
+        kinds = [
+            node.target.overloadpacket.__name__
+            for node in graph.graph.nodes
+            if hasattr(node.target, "overloadpacket")
+        ]
+        passes.append(
+            {
+                "attention": sum(
+                    kind.startswith("_scaled_dot_product") and "backward" not in kind
+                    for kind in kinds
+                ),
+                "products": sum(kind in ("mm", "addmm") for kind in kinds),
+                "norms": kinds.count("rsqrt"),
+            }
+        )
         return make_boxed_func(graph.forward)
 
-    model.blocks[1].compile(backend=aot_autograd(fw_compiler=looked_at, partition_fn=PARTITION), dynamic=False)
+    model.blocks[1].compile(
+        backend=aot_autograd(fw_compiler=looked_at, partition_fn=PARTITION), dynamic=False
+    )
     expected = step(adapted())
     output, gradients = step(model)
-    assert error(output, expected[0]) < 1e-3 and all(error(gradients[name], value) < 0.05 for name, value in expected[1].items())
+    assert error(output, expected[0]) < 1e-3 and all(
+        error(gradients[name], value) < 0.05 for name, value in expected[1].items()
+    )
     forward, backward = passes
     linear = 10 + 2 * 2  # of self- and cross-attention and the MLP; the LoRA's two pairs
     assert forward["attention"] == 2 and forward["products"] == linear
-    back = 10 - 2 + 2 * 3  # no gradient to the text: k and v have theirs through A, B and a second product of B
-    assert backward["attention"] == 0 and backward["products"] == back and backward["norms"] == forward["norms"] == 4, (forward, backward)
+    back = (
+        10 - 2 + 2 * 3
+    )  # no gradient to the text: k and v have theirs through A, B and a second product of B
+    assert (
+        backward["attention"] == 0
+        and backward["products"] == back
+        and backward["norms"] == forward["norms"] == 4
+    ), (forward, backward)

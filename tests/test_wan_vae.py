@@ -1,4 +1,5 @@
-"""The Wan VAEs: the numbers of the official code, streaming, tiles, both layouts, and what is refused."""
+"""The Wan VAEs: the numbers of the official code, streaming, tiles, both layouts, and what is
+refused."""
 
 import json
 from pathlib import Path
@@ -24,7 +25,9 @@ def opened(folder: Path, version: str, layout: str = "official", **keys):
     place.mkdir(exist_ok=True)
     (place / "config.json").write_text(json.dumps(meta["diffusers_config"]))
     if layout == "diffusers":
-        renamed = {meta["key_map_official_to_diffusers"][name]: value for name, value in weights.items()}
+        renamed = {
+            meta["key_map_official_to_diffusers"][name]: value for name, value in weights.items()
+        }
         save_file(renamed, place / "diffusion_pytorch_model.safetensors")
     else:
         torch.save(weights, place / f"Wan2.{version[1]}_VAE.pth")
@@ -36,8 +39,13 @@ def golden(version: str) -> dict:
     stored = load_file(GOLDEN / f"wan_vae{version}_tiny/io.safetensors")
     pixels = lambda x: x.permute(0, 2, 1, 3, 4) / 2 + 0.5  # noqa: E731
     latents = lambda x: x.permute(0, 2, 3, 4, 1)  # noqa: E731
-    return {"video": pixels(stored["in.video"]), "mean": latents(stored["out.mu_raw"]), "z": latents(stored["out.z"]),
-            "given": latents(stored["in.z"]), "decoded": pixels(stored["out.decoded_unclamped"]).clamp(0, 1)}  # fmt: skip
+    return {
+        "video": pixels(stored["in.video"]),
+        "mean": latents(stored["out.mu_raw"]),
+        "z": latents(stored["out.z"]),
+        "given": latents(stored["in.z"]),
+        "decoded": pixels(stored["out.decoded_unclamped"]).clamp(0, 1),
+    }
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -50,14 +58,19 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_numbers_of_the_official_code(tmp_path, version, layout):
     tokenizer, known = opened(tmp_path, version, layout), golden(version)
     raw = tokenizer.encode(known["video"])
-    assert error(raw, known["mean"]) < 1e-6 and error(tokenizer.spec.normalize(raw), known["z"]) < 1e-6
+    assert (
+        error(raw, known["mean"]) < 1e-6 and error(tokenizer.spec.normalize(raw), known["z"]) < 1e-6
+    )
     signed = tokenizer.decode(tokenizer.spec.denormalize(known["given"])) * 2 - 1
     assert error(signed, known["decoded"] * 2 - 1) < 2e-5
 
 
 def test_both_layouts_are_one_tokenizer(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    assert opened(tmp_path / "a", "22").fingerprint == opened(tmp_path / "b", "22", "diffusers").fingerprint
+    assert (
+        opened(tmp_path / "a", "22").fingerprint
+        == opened(tmp_path / "b", "22", "diffusers").fingerprint
+    )
 
 
 @torch.no_grad()
@@ -65,7 +78,9 @@ def test_both_layouts_are_one_tokenizer(tmp_path):
 def test_the_past_alone_decides(tmp_path, version):
     tokenizer, video = opened(tmp_path, version), torch.rand(2, 9, 3, 32, 32)
     latents = tokenizer.encode(video)
-    torch.testing.assert_close(tokenizer.encode(video[:, :1]), latents[:, :1], rtol=0, atol=5e-6)  # a picture
+    torch.testing.assert_close(
+        tokenizer.encode(video[:, :1]), latents[:, :1], rtol=0, atol=5e-6
+    )  # a picture
     torch.testing.assert_close(tokenizer.encode(video[:, :5]), latents[:, :2], rtol=0, atol=5e-6)
     torch.testing.assert_close(tokenizer.encode(video[1:]), latents[1:], rtol=0, atol=5e-6)
     decoded = tokenizer.decode(latents)
@@ -83,21 +98,35 @@ def test_tiles_are_close_to_the_whole_and_leave_small_frames_alone(tmp_path):
     latents = whole.encode(ramp)
     assert tiled.encode(ramp).shape == latents.shape == (1, 2, 12, 18, 4)
     assert 0 < error(tiled.encode(ramp), latents) < 0.3
-    assert 0 < error(tiled.decode(latents), whole.decode(latents)) < 0.35  # random weights look far aside
+    assert (
+        0 < error(tiled.decode(latents), whole.decode(latents)) < 0.35
+    )  # random weights look far aside
     assert torch.equal(tiled.encode(ramp[..., :64, :64]), whole.encode(ramp[..., :64, :64]))
     flat = torch.ones(1, 1, 12, 18, 4)
-    local = tiled._tiled(lambda x: x * 3, flat.permute(0, 4, 1, 2, 3), 1, 1)  # what does not look aside comes out exact
+    local = tiled._tiled(
+        lambda x: x * 3, flat.permute(0, 4, 1, 2, 3), 1, 1
+    )  # what does not look aside comes out exact
     torch.testing.assert_close(local, torch.full_like(local, 3.0))
 
 
-@pytest.mark.parametrize("sizes, parameters, tensors", [(WanVAESizes(96, 96, 16, False), 126_892_531, 194),
-                                                        (WanVAESizes(160, 256, 48, True), 704_688_668, 196)])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, parameters, tensors",
+    [
+        (WanVAESizes(96, 96, 16, False), 126_892_531, 194),
+        (WanVAESizes(160, 256, 48, True), 704_688_668, 196),
+    ],
+)
 def test_the_released_sizes(sizes, parameters, tensors):
     with torch.device("meta"):
         model = WanVAE(sizes)
-    assert sum(p.numel() for p in model.parameters()) == parameters and len(model.state_dict()) == tensors
+    assert (
+        sum(p.numel() for p in model.parameters()) == parameters
+        and len(model.state_dict()) == tensors
+    )
     mean, std = STATISTICS[sizes.channels]
-    assert len(mean) == len(std) == sizes.channels and sizes.spatial == (16 if sizes.residual else 8)
+    assert len(mean) == len(std) == sizes.channels and sizes.spatial == (
+        16 if sizes.residual else 8
+    )
 
 
 def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
@@ -107,7 +136,9 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
             tokenizer.encode(torch.rand(1, frames, 3, 16, 16))
     with pytest.raises(ValueError, match="multiple of 8"):
         tokenizer.encode(torch.rand(1, 1, 3, 20, 16))
-    with pytest.raises(ConfigError, match=r"tokenizer.latent_d: is 16, but .* is a Wan 2.1 VAE with 4"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.latent_d: is 16, but .* is a Wan 2.1 VAE with 4"
+    ):
         opened(tmp_path, "21", latent_d=16)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="4 latent channels, of which no statistics"):
@@ -125,7 +156,9 @@ def test_what_does_not_belong_is_refused_in_one_sentence(tmp_path):
     weights = load_file(GOLDEN / "wan_vae21_tiny/official.safetensors")
     del weights["decoder.head.2.bias"]
     torch.save(weights, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="read as a Wan 2.1 VAE, lacks 1 tensors, first decoder.head.2.bias"):
+    with pytest.raises(
+        ConfigError, match="read as a Wan 2.1 VAE, lacks 1 tensors, first decoder.head.2.bias"
+    ):
         build_tokenizer(WanVAETokenizerConfig(name_or_path=str(tmp_path / "x.pth")))
 
 
@@ -136,7 +169,11 @@ def test_diffusers_reads_and_computes_the_same(tmp_path, version):
     tokenizer = opened(tmp_path, version, "diffusers")
     theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path / "vae").eval()
     video = torch.rand(1, 9, 3, 32, 64)
-    expected = theirs.encode(video.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mode().permute(0, 2, 3, 4, 1)
+    expected = (
+        theirs.encode(video.permute(0, 2, 1, 3, 4) * 2 - 1)
+        .latent_dist.mode()
+        .permute(0, 2, 3, 4, 1)
+    )
     assert error(tokenizer.encode(video), expected) < 1e-6
     latents = torch.randn(1, 3, 2, 4, SIZES[version]["latent_d"])
     pixels = theirs.decode(latents.permute(0, 4, 1, 2, 3)).sample.permute(0, 2, 1, 3, 4) / 2 + 0.5

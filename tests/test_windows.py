@@ -6,7 +6,6 @@ from typing import get_args
 
 import pytest
 import torch
-from dense_video_mmdit import attention, visible
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.nn import kept
@@ -14,8 +13,19 @@ from mmdit.nn.attention import SpatialAttention, attend
 from mmdit.nn.position import temporal_rotary
 from mmdit.nn.tiles import frame_tables
 from mmdit.nn.window import Pattern, WindowGrid, coordinates, gather, place_tables
+from tests.helpers.dense_video_mmdit import attention, visible
 
-GRIDS = [(28, 16, 8), (5, 7, 4), (8, 8, 8), (1, 1, 8), (16, 16, 4), (9, 4, 8), (3, 10, 2), (6, 6, 1), (13, 11, 5)]
+GRIDS = [
+    (28, 16, 8),
+    (5, 7, 4),
+    (8, 8, 8),
+    (1, 1, 8),
+    (16, 16, 4),
+    (9, 4, 8),
+    (3, 10, 2),
+    (6, 6, 1),
+    (13, 11, 5),
+]
 
 
 @pytest.mark.parametrize("pattern", get_args(Pattern))
@@ -26,7 +36,9 @@ def test_groups_equal_dense_attention_under_the_same_mask(rows, columns, window,
     x = torch.randn(2, 2, rows, columns, 16, dtype=torch.float64)
     grid = WindowGrid.fit(rows, columns, window)
     tables = place_tables(grid, pattern, 8, x.device, x.dtype)
-    result = grid.merge(layer(grid.partition(x, padding=1e3), tables))  # were padding seen, 1e3 would show
+    result = grid.merge(
+        layer(grid.partition(x, padding=1e3), tables)
+    )  # were padding seen, 1e3 would show
     flat, index = x.flatten(2, 3), torch.arange(rows * columns)
     allowed = visible(rows, columns, window, pattern)
     expected = attention(layer, flat, flat, allowed, [index // columns, index % columns], 100.0)
@@ -35,7 +47,9 @@ def test_groups_equal_dense_attention_under_the_same_mask(rows, columns, window,
 
 @pytest.mark.parametrize("pattern", get_args(Pattern))
 @pytest.mark.parametrize("rows, columns, window", GRIDS)
-def test_groups_and_their_inverse_and_a_cut_and_its_inverse_change_nothing(rows, columns, window, pattern):
+def test_groups_and_their_inverse_and_a_cut_and_its_inverse_change_nothing(
+    rows, columns, window, pattern
+):
     x = torch.randn(1, 2, rows, columns, 3)
     grid = WindowGrid.fit(rows, columns, window)
     tables = place_tables(grid, pattern, 8, x.device, x.dtype)
@@ -55,7 +69,12 @@ def test_windows_pad_no_more_than_they_must():
 def test_one_window_is_not_shifted_and_needs_no_mask():
     tables = place_tables(WindowGrid.fit(8, 8, 8), "shifted", 8, torch.device("cpu"), torch.float32)
     assert tables.same is None and tables.rows_moved is None and tables.columns_moved is None
-    assert place_tables(WindowGrid.fit(28, 16, 8), "window", 8, torch.device("cpu"), torch.float32).same is None
+    assert (
+        place_tables(
+            WindowGrid.fit(28, 16, 8), "window", 8, torch.device("cpu"), torch.float32
+        ).same
+        is None
+    )
 
 
 def test_the_last_row_of_one_window_meets_the_next_window_only_when_shifted():
@@ -104,7 +123,9 @@ def test_tables_of_many_sizes_take_bounded_memory_but_graphs_keep_theirs(tables,
 
 def test_true_means_attend_in_every_kernel():
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
-    valid = torch.tensor([[True, True, False, False, True], [True, False, True, True, False]])[:, None, None]
+    valid = torch.tensor([[True, True, False, False, True], [True, False, True, True, False]])[
+        :, None, None
+    ]
     expected = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~valid, -torch.inf).softmax(-1) @ v
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel([backend, SDPBackend.MATH]):

@@ -1,4 +1,5 @@
-"""Worker processes: one that is killed is named and survived, shared memory that is full only costs time."""
+"""Worker processes: one that is killed is named and survived, shared memory that is full only costs
+time."""
 
 import os
 import pickle
@@ -8,17 +9,18 @@ import time
 import pytest
 import torch
 from PIL import Image
-from test_cache import MeanPixels, contents, run, write_meta
-from test_packed import MANIFEST
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mmdit.data import caching, look, workers
-from mmdit.data.batches import BatchPlan, LatentBatches
-from mmdit.data.buckets import VideoConfig
-from mmdit.data.cache import CacheWriter, open_cache
-from mmdit.data.frames import PreprocessConfig
-from mmdit.data.records import read_records
+from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.cache import caching, look
+from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.dataset import workers
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.records import read_records
+from tests.test_cache import MeanPixels, contents, run, write_meta
+from tests.test_packed import MANIFEST
 
 
 @pytest.fixture(autouse=True)
@@ -43,36 +45,62 @@ def deadly(tmp_path, monkeypatch):
     parent = os.getpid()
     monkeypatch.setattr(caching, "load_image", load_or_die)
     monkeypatch.setattr(look, "load_image", load_or_die)
-    return write_meta(tmp_path, [{"id": name, "image_path": f"{name}.png", "caption": ""} for name in names])
+    return write_meta(
+        tmp_path, [{"id": name, "image_path": f"{name}.png", "caption": ""} for name in names]
+    )
 
 
 def test_a_record_that_kills_its_worker_is_skipped_and_the_rest_is_cached(deadly, tmp_path, capfd):
     before = signal.getsignal(signal.SIGCHLD)
     report = run(deadly, tmp_path / "cache", num_workers=2)
     assert report.written == 39 and [row["id"] for row in report.skipped] == ["p20"]
-    assert "was killed" in report.skipped[0]["reason"] and signal.getsignal(signal.SIGCHLD) == before
+    assert (
+        "was killed" in report.skipped[0]["reason"] and signal.getsignal(signal.SIGCHLD) == before
+    )
     told = capfd.readouterr().err
-    assert "one of these 16 records" in told and "p16, p17" in told and "p31" in told and "Traceback" not in told
+    assert (
+        "one of these 16 records" in told
+        and "p16, p17" in told
+        and "p31" in told
+        and "Traceback" not in told
+    )
 
 
 def test_a_look_at_sources_survives_it_too(deadly, monkeypatch):
     monkeypatch.setattr(look, "AT_ONCE", 2)
-    rows = look.look_at(read_records(deadly, "image"), "image", lambda size: (32, 32), PreprocessConfig(), VideoConfig(), 1)
+    rows = look.look_at(
+        read_records(deadly, "image"),
+        "image",
+        lambda size: (32, 32),
+        PreprocessConfig(),
+        VideoConfig(),
+        1,
+    )
     assert [row["id"] for row in rows] == [f"p{i:02}" for i in range(40)]
-    assert [row["id"] for row in rows if "reason" in row] == ["p20"] and "was killed" in rows[20]["reason"]
+    assert [row["id"] for row in rows if "reason" in row] == ["p20"] and "was killed" in rows[20][
+        "reason"
+    ]
 
 
 def test_a_killed_reader_of_batches_says_how_to_go_on(tmp_path):
     with CacheWriter(tmp_path, MANIFEST) as writer:
         writer.add_many(list("abcd"), torch.randn(4, 3, 2, 2, 3), [""] * 4)
     cache = open_cache(tmp_path)
-    batches = LatentBatches(cache, BatchPlan(cache, VideoConfig(32, 32), 2, 0), in_memory=False, num_workers=1)
+    batches = LatentBatches(
+        cache, BatchPlan(cache, VideoConfig(32, 32), 2, 0), in_memory=False, num_workers=1
+    )
     steps = batches.iterate(0)
     next(steps)
-    (child,) = [int(pid) for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
-                if os.path.exists(f"/proc/{pid}/oom_score_adj") and open(f"/proc/{pid}/oom_score_adj").read().strip() == "500"]  # fmt: skip
+    (child,) = [
+        int(pid)
+        for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+        if os.path.exists(f"/proc/{pid}/oom_score_adj")
+        and open(f"/proc/{pid}/oom_score_adj").read().strip() == "500"
+    ]
     os.kill(child, signal.SIGKILL)
-    with pytest.raises(ValueError, match="killed, most likely because the memory was full.*--resume"):
+    with pytest.raises(
+        ValueError, match="killed, most likely because the memory was full.*--resume"
+    ):
         for _ in range(20):
             next(steps)
 
@@ -84,7 +112,10 @@ class Numbers(Dataset):
 
 def test_full_shared_memory_sends_results_through_pipes(monkeypatch, capfd):
     def full(self):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+            " (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     found = list(workers.results(Numbers(), range(4), 1))
@@ -110,16 +141,31 @@ def test_large_pictures_are_cached_with_little_shared_memory(tmp_path):
 
     for i in range(48):
         Image.effect_noise((1024, 1024), 90).convert("RGB").save(tmp_path / f"{i}.jpg")
-    meta = write_meta(tmp_path, [{"id": str(i), "image_path": f"{i}.jpg", "caption": ""} for i in range(48)])
-    script = ("import sys; from test_cache import MeanPixels, run; from mmdit.data.buckets import VideoConfig\n"
-              "report = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024)); print(report.written)")  # fmt: skip
-    shell = f"mount -t tmpfs -o size=64m tmpfs /dev/shm && exec {sys.executable} -c '{script}' {meta} {tmp_path}/small"
+    meta = write_meta(
+        tmp_path, [{"id": str(i), "image_path": f"{i}.jpg", "caption": ""} for i in range(48)]
+    )
+    script = (
+        "import sys; from test_cache import MeanPixels, run; from mmdit.data.dataset.buckets import"
+        " VideoConfig\nreport = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024));"
+        " print(report.written)"
+    )
+    shell = (
+        f"mount -t tmpfs -o size=64m tmpfs /dev/shm && exec {sys.executable} -c '{script}' {meta}"
+        f" {tmp_path}/small"
+    )
     begin = time.monotonic()
-    done = subprocess.run(["unshare", "-m", "sh", "-c", shell], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": ":".join(["VTP", ".", "tests"])})  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", shell],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": ":".join(["VTP", "."])},
+    )
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(done.stderr)
-    assert done.stdout.split() == ["48"] and "is full: data goes through pipes" in done.stderr, done.stderr
+    assert done.stdout.split() == ["48"] and "is full: data goes through pipes" in done.stderr, (
+        done.stderr
+    )
     run(meta, tmp_path / "whole", MeanPixels(), video=VideoConfig(1024, 1024))
     assert contents(tmp_path / "small") == contents(tmp_path / "whole")
     print(f"{time.monotonic() - begin:.0f} s")

@@ -1,4 +1,5 @@
-"""Pixels in [0, 1] ↔ the pixel space of the networks (ImageNet mean and standard deviation, as in the public release)."""
+"""Pixels in [0, 1] ↔ the pixel space of the networks (ImageNet mean and standard deviation, as in
+the public release)."""
 
 from __future__ import annotations
 
@@ -14,4 +15,6 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def denormalize(pixels: Tensor) -> Tensor:
     """Inverse of `normalize`, clamped to [0, 1]."""
-    return (pixels * pixels.new_tensor(STD)[:, None, None] + pixels.new_tensor(MEAN)[:, None, None]).clamp(0, 1)
+    return (
+        pixels * pixels.new_tensor(STD)[:, None, None] + pixels.new_tensor(MEAN)[:, None, None]
+    ).clamp(0, 1)

@@ -13,7 +13,14 @@ What becomes of them on the way out of a model, whoever writes:
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
 from mmdit.adapters.lora import LoRAConfig, adapters, count, coverage, inject, merge, remove, select
-from mmdit.adapters.state import base_state, check_adapters, load_lora, load_lora_state, lora_state, save_lora
+from mmdit.adapters.state import (
+    base_state,
+    check_adapters,
+    load_lora,
+    load_lora_state,
+    lora_state,
+    save_lora,
+)
 
 __all__ = [
     "Adapter",

@@ -1,9 +1,10 @@
 """Linear layers with a small trainable update beside a frozen weight: LoRA, DoRA and LoKr.
 
-An adapted layer is still a `Linear` under its old name: the base parameters keep their keys (`blocks.0.q.weight`), and those of
-the adapter are added beside them (`blocks.0.q.lora_A`). So a base checkpoint loads strictly before or after injection, and
-`base_state` of an injected model loads strictly into a plain one. An adapter is float32 whatever the base is, and computes in
-the input's precision; nothing changes in Python per call, so it is safe under DDP and torch.compile.
+An adapted layer is still a `Linear` under its old name: the base parameters keep their keys
+(`blocks.0.q.weight`), and those of the adapter are added beside them (`blocks.0.q.lora_A`). So a
+base checkpoint loads strictly before or after injection, and `base_state` of an injected model
+loads strictly into a plain one. An adapter is float32 whatever the base is, and computes in the
+input's precision; nothing changes in Python per call, so it is safe under DDP and torch.compile.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ def is_adapter(name: str) -> bool:
 
 
 class Adapter(nn.Linear):
-    """`alpha` may change while training; `scale` is the one place where the strength is decided: forward, merge and export use
-    it. `rank_dropout`: the probability with which a part of the update (a rank of LoRA, an output row of LoKr) is left out."""
+    """`alpha` may change while training; `scale` is the one place where the strength is decided:
+    forward, merge and export use it. `rank_dropout`: the probability with which a part of the
+    update (a rank of LoRA, an output row of LoKr) is left out.
+    """
 
-    def __init__(self, base: nn.Linear, alpha: float, dropout: float = 0.0, rank_dropout: float = 0.0):
+    def __init__(
+        self, base: nn.Linear, alpha: float, dropout: float = 0.0, rank_dropout: float = 0.0
+    ):
         nn.Module.__init__(self)  # Linear's own would allocate a second weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -42,7 +47,11 @@ class Adapter(nn.Linear):
 
     def own(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters."""
-        return {name: parameter for name, parameter in self.named_parameters(recurse=False) if is_adapter(name)}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters(recurse=False)
+            if is_adapter(name)
+        }
 
     @property
     def precise(self) -> torch.dtype:
@@ -55,7 +64,9 @@ class Adapter(nn.Linear):
     def state(self) -> dict[str, Tensor]:
         """For files: its tensors, and the alpha that gives its scale when divided by its rank."""
         alpha = torch.tensor(float(self.scale * self.rank))
-        return {name: parameter.detach() for name, parameter in self.own().items()} | {"alpha": alpha}
+        return {name: parameter.detach() for name, parameter in self.own().items()} | {
+            "alpha": alpha
+        }
 
     def delta(self) -> Tensor:
         """What is added to the weight, `(out, in)`, at least in float32."""
@@ -70,8 +81,11 @@ class Adapter(nn.Linear):
         return base + self.update(F.dropout(x, self.dropout, self.training)).to(base.dtype)
 
     def mask(self, size: int, like: Tensor) -> Tensor:
-        """Ones; while training, each is 0 with probability `rank_dropout`, and the rest makes up for it."""
-        return F.dropout(torch.ones(size, device=like.device, dtype=like.dtype), self.rank_dropout, self.training)
+        """Ones; while training, each is 0 with probability `rank_dropout`, and the rest makes up
+        for it."""
+        return F.dropout(
+            torch.ones(size, device=like.device, dtype=like.dtype), self.rank_dropout, self.training
+        )
 
     def merged_weight(self) -> Tensor:
         return self.weight.detach().to(self.precise) + self.delta()
@@ -84,15 +98,22 @@ class Adapter(nn.Linear):
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Linear:
-        """A plain layer with the update in a copy of the weight (it may be tied to another's). `weight`: its `merged_weight`,
-        where that was made already."""
+        """A plain layer with the update in a copy of the weight (it may be tied to another's).
+        `weight`: its `merged_weight`, where that was made already."""
         linear, weight = self.plain(), self.merged_weight() if weight is None else weight
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
+        linear.weight = nn.Parameter(
+            weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad
+        )
         return linear
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        """A checkpoint of the base alone is complete: its absent adapter is not missing. Half an adapter is."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
+    ):
+        """A checkpoint of the base alone is complete: its absent adapter is not missing. Half an
+        adapter is."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
         keys = {prefix + part for part in self.own()}
         if not keys & state_dict.keys():
             missing_keys[:] = [key for key in missing_keys if key not in keys]
@@ -101,10 +122,16 @@ class Adapter(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
 
 
-def _uniform(rows: int, columns: int, fan_in: int, base: nn.Linear, generator: torch.Generator | None) -> nn.Parameter:
+def _uniform(
+    rows: int, columns: int, fan_in: int, base: nn.Linear, generator: torch.Generator | None
+) -> nn.Parameter:
     """Kaiming-uniform with a = √5, as in LoRA's code."""
     bound = 1 / math.sqrt(fan_in)
-    return nn.Parameter(torch.empty(rows, columns).uniform_(-bound, bound, generator=generator).to(base.weight.device))
+    return nn.Parameter(
+        torch.empty(rows, columns)
+        .uniform_(-bound, bound, generator=generator)
+        .to(base.weight.device)
+    )
 
 
 def _zeros(rows: int, columns: int, base: nn.Linear) -> nn.Parameter:
@@ -112,13 +139,22 @@ def _zeros(rows: int, columns: int, base: nn.Linear) -> nn.Parameter:
 
 
 class LoRALinear(Adapter):
-    """`y = W x + b + (alpha / rank) B A x`; `A (rank, in)`, `B (out, rank)` (Hu et al. 2021, "LoRA", eq. 3). With `rslora` the
-    scale is alpha / √rank (Kalajdzievski 2023, 2312.03732, eq. 9)."""
+    """`y = W x + b + (alpha / rank) B A x`; `A (rank, in)`, `B (out, rank)` (Hu et al. 2021,
+    "LoRA", eq. 3). With `rslora` the scale is alpha / √rank (Kalajdzievski 2023, 2312.03732, eq.
+    9)."""
 
     rslora = False
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rank_dropout: float = 0.0, rslora: bool = False,
-                 generator: torch.Generator | None = None):  # fmt: skip
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(base, alpha, dropout, rank_dropout)
         self.rslora = rslora
         self.lora_A = _uniform(rank, base.in_features, base.in_features, base, generator)
@@ -133,7 +169,9 @@ class LoRALinear(Adapter):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def delta(self) -> Tensor:
-        return self.scale * (self.lora_B.detach().to(self.precise) @ self.lora_A.detach().to(self.precise))
+        return self.scale * (
+            self.lora_B.detach().to(self.precise) @ self.lora_A.detach().to(self.precise)
+        )
 
     def update(self, x: Tensor) -> Tensor:
         """Two thin products cost rank·(in + out) a token."""
@@ -144,8 +182,9 @@ class LoRALinear(Adapter):
 
 
 class DoRALinear(LoRALinear):
-    """LoRA for the direction of each row of the weight, and a trained length for it: `W' = m (W + ΔW) / ‖W + ΔW‖` (Liu et al.
-    2024, 2402.09353, eq. 5); the norm gets no gradient (section 4.3)."""
+    """LoRA for the direction of each row of the weight, and a trained length for it: `W' = m (W +
+    ΔW) / ‖W + ΔW‖` (Liu et al. 2024, 2402.09353, eq. 5); the norm gets no gradient (section
+    4.3)."""
 
     def __init__(self, base: nn.Linear, *arguments, **options):
         super().__init__(base, *arguments, **options)
@@ -154,9 +193,15 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def _norm(self) -> Tensor:
         """`(out,)` lengths of the rows of W + s B A, from their parts: W + ΔW is not formed."""
-        weight, a, b = (tensor.to(self.precise) for tensor in (self.weight, self.lora_A, self.lora_B))
+        weight, a, b = (
+            tensor.to(self.precise) for tensor in (self.weight, self.lora_A, self.lora_B)
+        )
         crossed, gram = weight @ a.T, a @ a.T
-        square = weight.square().sum(1) + (2 * self.scale * crossed * b).sum(1) + self.scale**2 * ((b @ gram) * b).sum(1)
+        square = (
+            weight.square().sum(1)
+            + (2 * self.scale * crossed * b).sum(1)
+            + self.scale**2 * ((b @ gram) * b).sum(1)
+        )
         return square.clamp(min=1e-30).sqrt().to(self.lora_A.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,11 +211,14 @@ class DoRALinear(LoRALinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def merged_weight(self) -> Tensor:
-        return super().merged_weight() * (self.lora_magnitude / self._norm()).to(self.precise)[:, None]
+        return (
+            super().merged_weight() * (self.lora_magnitude / self._norm()).to(self.precise)[:, None]
+        )
 
 
 def factorise(size: int, factor: int) -> tuple[int, int]:
-    """`size = a · b` with the smaller first: `factor` if it divides, else the largest divisor up to it; -1: as square as can be."""
+    """`size = a · b` with the smaller first: `factor` if it divides, else the largest divisor up to
+    it; -1: as square as can be."""
     if factor > 0 and size % factor == 0:
         return tuple(sorted((factor, size // factor)))
     limit = math.isqrt(size) if factor < 0 else min(factor, size)
@@ -179,26 +227,45 @@ def factorise(size: int, factor: int) -> tuple[int, int]:
 
 
 class LoKrLinear(Adapter):
-    """`ΔW = scale · W1 ⊗ W2` (Yeh et al. 2023, "LyCORIS", 2309.14859, section 4.2), `W1 (l, m)`, `W2 (k, n)`, out = l·k,
-    in = m·n; each whole, or a product of rank `rank`. With both whole nothing divides by a rank, and the scale is 1."""
+    """`ΔW = scale · W1 ⊗ W2` (Yeh et al. 2023, "LyCORIS", 2309.14859, section 4.2), `W1 (l, m)`,
+    `W2 (k, n)`, out = l·k, in = m·n; each whole, or a product of rank `rank`. With both whole
+    nothing divides by a rank, and the scale is 1.
+    """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rank_dropout: float = 0.0, factor: int = 8,
-                 full_second: bool = False, decompose_first: bool = False, generator: torch.Generator | None = None):  # fmt: skip
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        factor: int = 8,
+        full_second: bool = False,
+        decompose_first: bool = False,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(base, alpha, dropout, rank_dropout)
         (l, k), (m, n) = factorise(base.out_features, factor), factorise(base.in_features, factor)  # noqa: E741
         if decompose_first and rank < max(l, m) / 2:
-            self.lokr_w1_a, self.lokr_w1_b = (_uniform(*shape, m, base, generator) for shape in ((l, rank), (rank, m)))
+            self.lokr_w1_a, self.lokr_w1_b = (
+                _uniform(*shape, m, base, generator) for shape in ((l, rank), (rank, m))
+            )
         else:
             self.lokr_w1 = _uniform(l, m, m, base, generator)
         if full_second or rank >= max(k, n) / 2:
             self.lokr_w2 = _zeros(k, n, base)
         else:
-            self.lokr_w2_a, self.lokr_w2_b = _zeros(k, rank, base), _uniform(rank, n, n, base, generator)
+            self.lokr_w2_a, self.lokr_w2_b = (
+                _zeros(k, rank, base),
+                _uniform(rank, n, n, base, generator),
+            )
 
     @property
     def rank(self) -> int:
         """Of the products; 1 where both factors are whole."""
-        return next((len(parameter) for name, parameter in self.own().items() if name.endswith("_b")), 1)
+        return next(
+            (len(parameter) for name, parameter in self.own().items() if name.endswith("_b")), 1
+        )
 
     @property
     def scale(self) -> float:
@@ -208,7 +275,9 @@ class LoKrLinear(Adapter):
         """W1 and W2, without the scale."""
         names = ("lokr_w1", "lokr_w2")
         own = {name: parameter.to(dtype) for name, parameter in self.own().items()}
-        first, second = (own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"] for name in names)
+        first, second = (
+            own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"] for name in names
+        )
         return first, second
 
     @torch.no_grad()
@@ -218,13 +287,15 @@ class LoKrLinear(Adapter):
     def update(self, x: Tensor) -> Tensor:
         """As W1 X W2ᵀ, X the (m, n) view of x: the Kronecker product is never formed."""
         first, second = self.factors(x.dtype)
-        h = torch.matmul(self.scale * first, x.unflatten(-1, (first.shape[1], second.shape[1])) @ second.T).flatten(-2)
+        h = torch.matmul(
+            self.scale * first, x.unflatten(-1, (first.shape[1], second.shape[1])) @ second.T
+        ).flatten(-2)
         return h * self.mask(self.out_features, h) if self.rank_dropout else h
 
 
 def kind_of(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
-    """The class that tensors of these names belong to, and the `(in, out)` of the layers they fit. ValueError if they are no
-    whole adapter."""
+    """The class that tensors of these names belong to, and the `(in, out)` of the layers they fit.
+    ValueError if they are no whole adapter."""
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     names = set(shapes)
     if any(len(shape) != (1 if name == "lora_magnitude" else 2) for name, shape in shapes.items()):
@@ -232,17 +303,31 @@ def kind_of(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
     if {"lora_A", "lora_B"} <= names <= {"lora_A", "lora_B", "lora_magnitude"}:
         (rank, columns), (rows, own) = shapes["lora_A"], shapes["lora_B"]
         if not own == rank > 0:
-            raise ValueError(f"lora_A {shapes['lora_A']} and lora_B {shapes['lora_B']} do not share a rank")
+            raise ValueError(
+                f"lora_A {shapes['lora_A']} and lora_B {shapes['lora_B']} do not share a rank"
+            )
         if shapes.get("lora_magnitude", (rows,)) != (rows,):
-            raise ValueError(f"lora_magnitude {shapes['lora_magnitude']} and lora_B {shapes['lora_B']} are of different layers")
+            raise ValueError(
+                f"lora_magnitude {shapes['lora_magnitude']} and lora_B {shapes['lora_B']} are of"
+                " different layers"
+            )
         return DoRALinear if "lora_magnitude" in names else LoRALinear, columns, rows
     whole = {}
     for factor in ("lokr_w1", "lokr_w2"):
         a, b = shapes.get(f"{factor}_a"), shapes.get(f"{factor}_b")
-        if (factor in names) == (a is not None or b is not None) or (a is None) != (b is None) or (a and a[1] != b[0]):
-            raise ValueError(f"it lacks or repeats {factor}, of the tensors {', '.join(sorted(names))}: the file is incomplete")
+        if (
+            (factor in names) == (a is not None or b is not None)
+            or (a is None) != (b is None)
+            or (a and a[1] != b[0])
+        ):
+            raise ValueError(
+                f"it lacks or repeats {factor}, of the tensors {', '.join(sorted(names))}: the file"
+                " is incomplete"
+            )
         whole[factor] = shapes.get(factor) or (a[0], b[1])
     if names - {f"{factor}{end}" for factor in whole for end in ("", "_a", "_b")}:
-        raise ValueError(f"its tensors are {', '.join(sorted(names))}, which is no LoRA, DoRA or LoKr")
+        raise ValueError(
+            f"its tensors are {', '.join(sorted(names))}, which is no LoRA, DoRA or LoKr"
+        )
     (l, m), (k, n) = whole.values()  # noqa: E741
     return LoKrLinear, m * n, l * k

@@ -25,7 +25,8 @@ Make = Callable[[nn.Linear, torch.Generator], Adapter]
 
 @dataclass(frozen=True)
 class ModuleRank:
-    """An entry of `lora.per_module`: rank and alpha of the layers that `modules` choose (the first entry that does counts)."""
+    """An entry of `lora.per_module`: rank and alpha of the layers that `modules` choose (the first
+    entry that does counts)."""
 
     modules: tuple[str, ...]
     rank: int
@@ -38,9 +39,9 @@ class ModuleRank:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The `lora:` section. A target is the end of a module's dotted name, whole words (`q`, `cross.k`), or a pattern with
-    `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`; `*` also spans dots). Without targets: the model's
-    `lora_targets`, or q, k, v and proj."""
+    """The `lora:` section. A target is the end of a module's dotted name, whole words (`q`,
+    `cross.k`), or a pattern with `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`;
+    `*` also spans dots). Without targets: the model's `lora_targets`, or q, k, v and proj."""
 
     enabled: bool = False
     type: Literal["lora", "dora", "lokr"] = "lora"
@@ -56,45 +57,80 @@ class LoRAConfig:
     per_module: tuple[ModuleRank, ...] = ()
     factor: int = 8  # lokr: size of the first factor; -1: both alike
     full_second: bool = False  # lokr: the second factor whole, whatever the rank
-    decompose_first: bool = False  # lokr: the first factor of rank `rank`, too, where that is smaller
+    decompose_first: bool = (
+        False  # lokr: the first factor of rank `rank`, too, where that is smaller
+    )
 
     def __post_init__(self):
-        for rank, alpha in ((self.rank, self.alpha), *((entry.rank, entry.alpha) for entry in self.per_module)):
+        for rank, alpha in (
+            (self.rank, self.alpha),
+            *((entry.rank, entry.alpha) for entry in self.per_module),
+        ):
             if rank < 1:
                 raise ConfigError("rank", f"is {rank}; must be at least 1; 8 to 64 is usual")
             if not 0 < alpha < math.inf:
-                raise ConfigError("alpha", f"is {alpha}; must be positive and finite; the update is scaled by alpha/rank")
+                raise ConfigError(
+                    "alpha",
+                    f"is {alpha}; must be positive and finite; the update is scaled by alpha/rank",
+                )
         for name in ("dropout", "rank_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be in [0, 1)")
-        if self.target_modules is not None and not (self.target_modules and all(word.strip() for word in self.target_modules)):
-            raise ConfigError("target_modules", f"is {list(self.target_modules)}; must name linear layers, like [q, k]")
+        if self.target_modules is not None and not (
+            self.target_modules and all(word.strip() for word in self.target_modules)
+        ):
+            raise ConfigError(
+                "target_modules",
+                f"is {list(self.target_modules)}; must name linear layers, like [q, k]",
+            )
         if self.rslora and self.type == "lokr":
-            raise ConfigError("rslora", "is true with type lokr, whose scale it does not define; use lora or dora")
+            raise ConfigError(
+                "rslora", "is true with type lokr, whose scale it does not define; use lora or dora"
+            )
         if self.factor == 0 or self.factor < -1:
             raise ConfigError("factor", f"is {self.factor}; must be positive, or -1")
         for word in self.blocks:
             if not re.fullmatch(r"\d+(-\d+)?", word):
-                raise ConfigError("blocks", f"has {word!r}; must be a number or a range such as '0-9'")
+                raise ConfigError(
+                    "blocks", f"has {word!r}; must be a number or a range such as '0-9'"
+                )
 
     def maker(self, name: str) -> Make:
         """Makes the adapter of the layer `name`."""
-        chosen = next((entry for entry in self.per_module if any(_matches(name, word) for word in entry.modules)), self)
-        common = {"rank": chosen.rank, "alpha": chosen.alpha, "dropout": self.dropout, "rank_dropout": self.rank_dropout}
+        chosen = next(
+            (
+                entry
+                for entry in self.per_module
+                if any(_matches(name, word) for word in entry.modules)
+            ),
+            self,
+        )
+        common = {
+            "rank": chosen.rank,
+            "alpha": chosen.alpha,
+            "dropout": self.dropout,
+            "rank_dropout": self.rank_dropout,
+        }
         if self.type == "lokr":
-            shape = {"factor": self.factor, "full_second": self.full_second, "decompose_first": self.decompose_first}
+            shape = {
+                "factor": self.factor,
+                "full_second": self.full_second,
+                "decompose_first": self.decompose_first,
+            }
             return lambda base, generator: LoKrLinear(base, **common, **shape, generator=generator)
         kind = DoRALinear if self.type == "dora" else LoRALinear
         return lambda base, generator: kind(base, **common, rslora=self.rslora, generator=generator)
 
 
-# ── choosing and injecting ───────────────────────────────────────────────────────────────────────────────────────────
+# ── choosing and injecting ────────────────────────────────────────────────────────────────────────
 def select(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the `nn.Linear` layers that `config` chooses, in model order. Words that choose none are a ValueError that says
-    what they did match and which names are near. Layers whose name has a word of the model's `lora_only_if_named` are chosen
-    only by a target that has it, too."""
+    """Names of the `nn.Linear` layers that `config` chooses, in model order. Words that choose none
+    are a ValueError that says what they did match and which names are near. Layers whose name has a
+    word of the model's `lora_only_if_named` are chosen only by a target that has it, too."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = [name for name, module in modules.items() if type(module) is nn.Linear]  # a subclass may not call forward
+    linears = [
+        name for name, module in modules.items() if type(module) is nn.Linear
+    ]  # a subclass may not call forward
     reserved = getattr(model, "lora_only_if_named", ())
 
     def matched(key: str, words: tuple[str, ...]) -> set[str]:
@@ -102,11 +138,20 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
         for word in words:
             own = {name for name in linears if _matches(name, word)}
             if not own:
-                raise ValueError(f"lora.{key}: {word!r} matches no linear layer{_hint(word, modules, linears)}")
-            found |= {name for name in own if key != "target_modules" or not any(part in name and part not in word for part in reserved)}
+                raise ValueError(
+                    f"lora.{key}: {word!r} matches no linear layer{_hint(word, modules, linears)}"
+                )
+            found |= {
+                name
+                for name in own
+                if key != "target_modules"
+                or not any(part in name and part not in word for part in reserved)
+            }
         return found
 
-    chosen = matched("target_modules", config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS))
+    chosen = matched(
+        "target_modules", config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS)
+    )
     chosen -= matched("exclude_modules", config.exclude_modules)
     for entry in config.per_module:
         matched("per_module", entry.modules)
@@ -115,12 +160,23 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
         outside = numbers - {_block(name) for name in linears}
         if outside:
             there = sorted({_block(name) for name in linears} - {-1})
-            raise ValueError(f"lora.blocks: there is no block {min(outside)}; this model has {there[0]} to {there[-1]}" if there else
-                             "lora.blocks: this model has no numbered blocks")
+            raise ValueError(
+                f"lora.blocks: there is no block {min(outside)}; this model has {there[0]} to"
+                f" {there[-1]}"
+                if there
+                else "lora.blocks: this model has no numbered blocks"
+            )
         chosen = {name for name in chosen if _block(name) in numbers}
     if not chosen:
-        note = f"; layers of {', '.join(reserved)} are chosen only by a target that names them" if reserved else ""
-        raise ValueError(f"lora: target_modules without exclude_modules, within lora.blocks, leave no layer{note}")
+        note = (
+            f"; layers of {', '.join(reserved)} are chosen only by a target that names them"
+            if reserved
+            else ""
+        )
+        raise ValueError(
+            "lora: target_modules without exclude_modules, within lora.blocks, leave no"
+            f" layer{note}"
+        )
     return [name for name in linears if name in chosen]
 
 
@@ -148,9 +204,19 @@ def _hint(pattern: str, modules: dict[str, nn.Module], linears: list[str]) -> st
     others = [name for name in modules if name and _matches(name, pattern)]
     if any(isinstance(modules[name], Adapter) for name in others):
         return f"; {others[0]!r} has an adapter already: merge it first"
-    inside = sorted({name.rpartition(".")[2] for other in others for name in linears if name.startswith(other + ".")})
+    inside = sorted(
+        {
+            name.rpartition(".")[2]
+            for other in others
+            for name in linears
+            if name.startswith(other + ".")
+        }
+    )
     if inside:
-        return f"; {others[0]!r} is a {type(modules[others[0]]).__name__} that holds {', '.join(inside)}: name those"
+        return (
+            f"; {others[0]!r} is a {type(modules[others[0]]).__name__} that holds"
+            f" {', '.join(inside)}: name those"
+        )
     if others:
         return f"; {others[0]!r} is a {type(modules[others[0]]).__name__}"
     return near(pattern, linears) + f"; linear layers here: {summary(linears)}"
@@ -176,10 +242,12 @@ def _kind(name: str) -> str:
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
-    """Adapts the chosen layers of `model` in place and returns their names; nothing when not `enabled`.
+    """Adapts the chosen layers of `model` in place and returns their names; nothing when not
+    `enabled`.
 
-    Each adapter is a function of (seed, layer name): every rank, order of injection and device gives the same. The model's output
-    is unchanged, bit for bit, as one factor starts at zero. With `train_lora_only` every other parameter of `model` is frozen.
+    Each adapter is a function of (seed, layer name): every rank, order of injection and device
+    gives the same. The model's output is unchanged, bit for bit, as one factor starts at zero. With
+    `train_lora_only` every other parameter of `model` is frozen.
     """
     if not config.enabled:
         return []
@@ -203,7 +271,9 @@ def insert(model: nn.Module, makers: dict[str, Make], seed: int = 0) -> None:
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children would skip a layer's second name
+        for name, child in list(
+            parent._modules.items()
+        ):  # named_children would skip a layer's second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
 
@@ -214,12 +284,13 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to rounding. Whole differences
-    are in the weights for good.
+    """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to
+    rounding. Whole differences are in the weights for good.
 
-    The sum is made in float32 and rounded once. Of a small update bfloat16 then keeps less than all: 99 % where ‖ΔW‖/‖W‖ is 0.5 %,
-    81 % at 0.2 %, 29 % at 0.05 %, which a warning says. Applied beside the weight it loses as much in the sum of bfloat16 outputs, and
-    rounding at random would keep the mean at 1.4 times the error."""
+    The sum is made in float32 and rounded once. Of a small update bfloat16 then keeps less than
+    all: 99 % where ‖ΔW‖/‖W‖ is 0.5 %, 81 % at 0.2 %, 29 % at 0.05 %, which a warning says. Applied
+    beside the weight it loses as much in the sum of bfloat16 outputs, and rounding at random would
+    keep the mean at 1.4 times the error."""
     wanted, kept, size, replacements = 0.0, 0.0, 0.0, {}
     for module in adapters(model).values():
         exact = module.merged_weight().detach()
@@ -232,14 +303,20 @@ def merge(model: nn.Module) -> nn.Module:
             kept += (change * (linear.weight.detach()[rows] - before)).sum().item()
             size += before.square().sum().item()
     if wanted and kept < KEPT * wanted:
-        warnings.warn(f"the adapters move the weights by {math.sqrt(wanted / size):.2%}, and their type keeps {kept / wanted:.0%} of that; "
-                      "merge into float32 (model.dtype=float32) for all of it", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"the adapters move the weights by {math.sqrt(wanted / size):.2%}, and their type keeps"
+            f" {kept / wanted:.0%} of that; merge into float32 (model.dtype=float32) for all of it",
+            stacklevel=2,
+        )
     _replace(model, replacements)
     model.__dict__.pop(DIFFERENCES, None)
     return model
 
 
-KEPT, SAMPLED = 0.9, 256  # of an update, below which `merge` warns; rows of a layer that it looks at
+KEPT, SAMPLED = (
+    0.9,
+    256,
+)  # of an update, below which `merge` warns; rows of a layer that it looks at
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -250,13 +327,14 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-# ── whole differences ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── whole differences ─────────────────────────────────────────────────────────────────────────────
 DIFFERENCES = "whole_differences"  # where a model remembers them
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A change of a whole parameter, kept beside the adapters (distilled models change norms and biases so)."""
+    """A change of a whole parameter, kept beside the adapters (distilled models change norms and
+    biases so)."""
 
     change: torch.Tensor
     before: nn.Parameter
@@ -265,8 +343,9 @@ class Difference:
 
 @torch.no_grad()
 def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
-    """Adds `changes` to the parameters of these names. The parameters are replaced, not written to: another model that shares
-    them (the second expert of a pair) keeps its own, and `remove` gives them back bit for bit."""
+    """Adds `changes` to the parameters of these names. The parameters are replaced, not written to:
+    another model that shares them (the second expert of a pair) keeps its own, and `remove` gives
+    them back bit for bit."""
     parameters, added = dict(model.named_parameters()), {}
     for name, change in changes.items():
         before = parameters[name]
@@ -283,7 +362,9 @@ def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
 
 def differences(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what `add_differences` added, by the name of the parameter."""
-    return {name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()}
+    return {
+        name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()
+    }
 
 
 def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -295,7 +376,11 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 def count(model: nn.Module) -> int:
     """Number of adapter parameters."""
-    return sum(parameter.numel() for module in adapters(model).values() for parameter in module.own().values())
+    return sum(
+        parameter.numel()
+        for module in adapters(model).values()
+        for parameter in module.own().values()
+    )
 
 
 def coverage(model: nn.Module) -> str:
@@ -304,17 +389,30 @@ def coverage(model: nn.Module) -> str:
     shapes = {}
     for name, module in adapters(model).items():
         row = rows.setdefault(_kind(name), [0, 0, 0])
-        for column, value in enumerate((1, module.weight.numel(), sum(p.numel() for p in module.own().values()))):
+        for column, value in enumerate(
+            (1, module.weight.numel(), sum(p.numel() for p in module.own().values()))
+        ):
             row[column] += value
         shapes[_kind(name)] = f"{module.in_features}→{module.out_features} rank {module.rank}"
     rows["total"] = [sum(row[column] for row in rows.values()) for column in range(3)]
     width, shape_width = max(map(len, rows)), max(map(len, shapes.values()), default=0)
-    lines = [f"{'layer':{width}}  {'shape':{shape_width}}  {'count':>5}  {'weights':>13}  {'adapter':>11}"]
+    lines = [
+        f"{'layer':{width}}  {'shape':{shape_width}}  {'count':>5}  {'weights':>13} "
+        f" {'adapter':>11}"
+    ]
     for kind, (number, base, added) in rows.items():
-        lines.append(f"{kind:{width}}  {shapes.get(kind, ''):{shape_width}}  {number:>5}  {base:>13,}  {added:>11,}")
+        lines.append(
+            f"{kind:{width}}  {shapes.get(kind, ''):{shape_width}}  {number:>5}  {base:>13,} "
+            f" {added:>11,}"
+        )
     for part in getattr(model, "lora_only_if_named", ()):
         if any(part in kind for kind in rows):
-            lines.append(f"warning: {part} is adapted, which moves every picture, whatever its caption; cross-attention alone changes words")
+            lines.append(
+                f"warning: {part} is adapted, which moves every picture, whatever its caption;"
+                " cross-attention alone changes words"
+            )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join([*lines, f"trainable: {trained:,} of {whole:,} parameters ({trained / max(whole, 1):.2%})"])
+    return "\n".join(
+        [*lines, f"trainable: {trained:,} of {whole:,} parameters ({trained / max(whole, 1):.2%})"]
+    )

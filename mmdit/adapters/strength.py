@@ -1,4 +1,5 @@
-"""The alpha of adapter layers, changed while they are in use. Every kind of adapter has `alpha` and, made of it, `scale`."""
+"""The alpha of adapter layers, changed while they are in use. Every kind of adapter has `alpha`
+and, made of it, `scale`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from torch import nn
 from mmdit.adapters.layers import is_adapter
 from mmdit.adapters.lora import adapters
 
-OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")  # the factor that starts at zero; the update is proportional to it
+OUTER = (
+    "lora_B",
+    "lokr_w2",
+    "lokr_w2_a",
+)  # the factor that starts at zero; the update is proportional to it
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,8 +30,10 @@ def outer(layer: nn.Module) -> nn.Parameter:
 
 @torch.no_grad()
 def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
-    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did. Returns by how much it was,
-    or would have to be, multiplied (1 where alpha has no say: LoKr with both factors whole). ValueError if not positive."""
+    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did.
+    Returns by how much it was, or would have to be, multiplied (1 where alpha has no say: LoKr with
+    both factors whole). ValueError if not positive.
+    """
     if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ValueError(f"alpha is {alpha!r}, must be a positive number")
     before = layer.scale
@@ -43,8 +50,8 @@ def alphas(model: nn.Module) -> dict[str, float]:
 
 
 def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
-    """For weights of adapters that were trained with the alphas `stored` (layers that it lacks are new): they keep their strength
-    under the alpha that the layers have here."""
+    """For weights of adapters that were trained with the alphas `stored` (layers that it lacks are
+    new): they keep their strength under the alpha that the layers have here."""
     for name, layer in adapters(model).items():
         wanted = layer.alpha
         set_alpha(layer, stored.get(name, wanted))
@@ -52,8 +59,8 @@ def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
 
 
 def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> dict[str, float]:
-    """Return the alphas `stored`, of adapters whose scale is alpha / √rank (`rslora`) or alpha / rank, as those that give the same
-    scale by the rule that the layers have here."""
+    """Return the alphas `stored`, of adapters whose scale is alpha / √rank (`rslora`) or alpha /
+    rank, as those that give the same scale by the rule that the layers have here."""
     result = dict(stored)
     for name, layer in adapters(model).items():
         here = getattr(layer, "rslora", None)
@@ -68,5 +75,8 @@ def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
     layers = adapters(model)
     for name, alpha in stored.items():
         if name not in layers:
-            raise ValueError(f"the stored alpha {alpha!r} is of {name!r}, which has no adapter: use the run's lora: section")
+            raise ValueError(
+                f"the stored alpha {alpha!r} is of {name!r}, which has no adapter: use the run's"
+                " lora: section"
+            )
         set_alpha(layers[name], alpha)

@@ -1,4 +1,5 @@
-"""A contact sheet of what a cache holds: samples of every size, decoded, so that one sees what the model will be shown."""
+"""A contact sheet of what a cache holds: samples of every size, decoded, so that one sees what the
+model will be shown."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmdit.data.cache import LatentCache
+from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.interfaces import Tokenizer
 from mmdit.training.media import contact_sheet
 
@@ -16,13 +17,18 @@ FRAMES = 8  # of a clip, at most
 
 
 def spread(cache: LatentCache, count: int) -> list[int]:
-    """Numbers of `count` items (all, if there are fewer): every size in turn, evenly over the items of each."""
+    """Numbers of `count` items (all, if there are fewer): every size in turn, evenly over the items
+    of each."""
     sizes, inverse = torch.unique(cache.shapes[:, 1:3], dim=0, return_inverse=True)
     groups = [torch.nonzero(inverse == number).flatten() for number in range(len(sizes))]
     chosen: list[int] = []
-    for place, group in enumerate(sorted(groups, key=len)):  # what small groups leave goes to larger ones
+    for place, group in enumerate(
+        sorted(groups, key=len)
+    ):  # what small groups leave goes to larger ones
         wanted = min(len(group), -(-(count - len(chosen)) // (len(groups) - place)))
-        chosen += group[torch.linspace(0, len(group) - 1, wanted, dtype=torch.float64).round().long()].tolist()
+        chosen += group[
+            torch.linspace(0, len(group) - 1, wanted, dtype=torch.float64).round().long()
+        ].tolist()
     return chosen
 
 
@@ -35,8 +41,9 @@ def _fitted(pixels: Tensor) -> Tensor:
 
 
 def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.Image:
-    """`count` items with id, size and caption; clips as strips of up to 8 frames, evenly over their length. Each frame is
-    decoded alone, as tokenizers here encode it. ValueError: a damaged item."""
+    """`count` items with id, size and caption; clips as strips of up to 8 frames, evenly over their
+    length. Each frame is decoded alone, as tokenizers here encode it. ValueError: a damaged
+    item."""
     items = spread(cache, count)
     shown = min(FRAMES, int(cache.shapes[items, 0].max()))
     cells, texts = [], []
@@ -51,5 +58,8 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
                 pixels = tokenizer.decode(latents[chosen][None].float())[0].float().cpu()
         cells.append(_fitted(pixels))
         frames = f", {len(latents)} frames" if len(latents) > 1 else ""
-        texts.append(f"{cache.ids[item]} {pixels.shape[-1]}x{pixels.shape[-2]}{frames}: {cache.captions[item]}")
+        texts.append(
+            f"{cache.ids[item]} {pixels.shape[-1]}x{pixels.shape[-2]}{frames}:"
+            f" {cache.captions[item]}"
+        )
     return contact_sheet(torch.stack(cells), texts, max(1, 8 // shown), CELL)

@@ -1,7 +1,9 @@
-"""How often a model shows what its prompt says, judged by the moving-shapes oracle, with the controls that give it a meaning.
+"""How often a model shows what its prompt says, judged by the moving-shapes oracle, with the
+controls that give it a meaning.
 
-Beside every score stand the ceiling (the true pictures after the tokenizer's round trip: no model over it can be expected to do
-better) and a control (the same samples scored against other prompts: what a model that ignores its prompt would reach).
+Beside every score stand the ceiling (the true pictures after the tokenizer's round trip: no model
+over it can be expected to do better) and a control (the same samples scored against other prompts:
+what a model that ignores its prompt would reach).
 """
 
 from __future__ import annotations
@@ -31,18 +33,25 @@ def prompt_accuracy_report(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """The score of a model, ready for JSON; every rate is `{value, low, high, correct, count}` with its 95 % Wilson interval.
+    """The score of a model, ready for JSON; every rate is `{value, low, high, correct, count}` with
+    its 95 % Wilson interval.
 
-    `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at most `batch` prompts at a
-    time; `offset` is the place of the first caption among all 512 prompts, whatever `count` and `batch` are: key the noise
-    with it. `count`: how many of the 256 seen and of the 256 held-out prompts. `device`: where the true pictures for the
-    ceiling are drawn and encoded. With `frames > 1` there are also `motion_moving` and `left_right` (see `motion_report`).
+    `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at
+    most `batch` prompts at a time; `offset` is the place of the first caption among all 512
+    prompts, whatever `count` and `batch` are: key the noise with it. `count`: how many of the 256
+    seen and of the 256 held-out prompts. `device`: where the true pictures for the ceiling are
+    drawn and encoded. With `frames > 1` there are also `motion_moving` and `left_right` (see
+    `motion_report`).
     """
     if not 2 <= count <= PROMPTS:
-        raise ValueError(f"count is {count}; must be from 2 to {PROMPTS}, the number of fixed prompts")
+        raise ValueError(
+            f"count is {count}; must be from 2 to {PROMPTS}, the number of fixed prompts"
+        )
     if batch < 1:
         raise ValueError(f"batch is {batch}; must be at least 1")
-    seen, held_out = (prompts(split, frames > 1, width, height)[:count] for split in ("seen", "held_out"))
+    seen, held_out = (
+        prompts(split, frames > 1, width, height)[:count] for split in ("seen", "held_out")
+    )
     facts = [prompt.facts for prompt in seen]
 
     def predict(listed: tuple[Prompt, ...], first: int) -> Predictions:
@@ -52,18 +61,25 @@ def prompt_accuracy_report(
             pixels = sample(captions, first + start)
             expected = (len(captions), frames, 3, height, width)
             if tuple(pixels.shape) != expected:
-                raise ValueError(f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}")
+                raise ValueError(
+                    f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}"
+                )
             parts.append(_to_cpu(oracle(pixels)))
         return Predictions.cat(parts)
 
     predictions = predict(seen, 0)
-    on_seen, on_held_out = accuracy(predictions, facts), accuracy(predict(held_out, PROMPTS), [p.facts for p in held_out])
+    on_seen, on_held_out = (
+        accuracy(predictions, facts),
+        accuracy(predict(held_out, PROMPTS), [p.facts for p in held_out]),
+    )
     report = {
         "prompt_accuracy": on_seen["prompt_accuracy"],
         "attributes": on_seen["attributes"],
         "held_out_accuracy": on_held_out["prompt_accuracy"],
         "held_out_attributes": on_held_out["attributes"],
-        "tokenizer_ceiling": tokenizer_ceiling(tokenizer, facts, width, height, frames, batch, device),
+        "tokenizer_ceiling": tokenizer_ceiling(
+            tokenizer, facts, width, height, frames, batch, device
+        ),
         "control": shuffled_control(predictions, facts),
         "count": count,
     }
@@ -80,7 +96,8 @@ def tokenizer_ceiling(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """The score of the true pictures after `tokenizer`'s round trip: a rate with the `attributes` in it."""
+    """The score of the true pictures after `tokenizer`'s round trip: a rate with the `attributes`
+    in it."""
     parts = []
     for start in range(0, len(facts), batch):
         pixels = to_float(render(facts[start : start + batch], width, height, frames, device))
@@ -90,31 +107,46 @@ def tokenizer_ceiling(
 
 
 def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
-    """The same predictions against the prompts of other samples: each against up to 8 others, so that a rate near 1 % is known.
-    `chance`: how often two different prompts agree."""
+    """The same predictions against the prompts of other samples: each against up to 8 others, so
+    that a rate near 1 % is known. `chance`: how often two different prompts agree."""
     count, others = len(facts), min(8, len(facts) - 1)
     shifts = [round(count * k / (others + 1)) for k in range(1, others + 1)]
-    result = accuracy(Predictions.cat([predictions] * others), [item for s in shifts for item in facts[s:] + facts[:s]])
+    result = accuracy(
+        Predictions.cat([predictions] * others),
+        [item for s in shifts for item in facts[s:] + facts[:s]],
+    )
 
     def chance(*names: str) -> float:
-        values = [tuple(f.background if n == "background" else getattr(f.objects[0], n) for n in names) for f in facts]
+        values = [
+            tuple(f.background if n == "background" else getattr(f.objects[0], n) for n in names)
+            for f in facts
+        ]
         agree = sum(values.count(value) - 1 for value in values)
         return agree / (len(values) * (len(values) - 1))
 
-    attributes = {name: value | {"chance": chance(name)} for name, value in result["attributes"].items()}
+    attributes = {
+        name: value | {"chance": chance(name)} for name, value in result["attributes"].items()
+    }
     return result["prompt_accuracy"] | {"chance": chance(*attributes), "attributes": attributes}
 
 
 def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
-    """`motion_moving`: motion over the prompts that move. `left_right`: over the prompts left and right, motion right, and in
-    `opposite` how often the other of the two was shown. A model without a position in time cannot tell them apart."""
+    """`motion_moving`: motion over the prompts that move. `left_right`: over the prompts left and
+    right, motion right, and in `opposite` how often the other of the two was shown. A model without
+    a position in time cannot tell them apart.
+    """
     asked = [item.objects[0].motion for item in facts]
     right = score(predictions, facts)["motion"]
     shown = [VOCABULARY["motion"][k] if k >= 0 else None for k in predictions.motion[:, 0].tolist()]
-    opposite = torch.tensor([{a, s} == {"left", "right"} for a, s in zip(asked, shown, strict=True)])
+    opposite = torch.tensor(
+        [{a, s} == {"left", "right"} for a, s in zip(asked, shown, strict=True)]
+    )
     moving = torch.tensor([motion != "still" for motion in asked])
     sideways = torch.tensor([motion in ("left", "right") for motion in asked])
-    return {"motion_moving": rate(right[moving]), "left_right": rate(right[sideways]) | {"opposite": rate(opposite[sideways])}}
+    return {
+        "motion_moving": rate(right[moving]),
+        "left_right": rate(right[sideways]) | {"opposite": rate(opposite[sideways])},
+    }
 
 
 def format_report(report: dict) -> str:
@@ -122,21 +154,37 @@ def format_report(report: dict) -> str:
     names = list(report["attributes"])
 
     def row(title: str, whole: dict | None, attributes: dict) -> str:
-        cells = [f"{attributes[name]['value']:10.3f}" if name in attributes else " " * 10 for name in names]
+        cells = [
+            f"{attributes[name]['value']:10.3f}" if name in attributes else " " * 10
+            for name in names
+        ]
         interval = f"{whole['value']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}]"
         return f"{title:18} {interval:22}" + "".join(cells)
 
-    rows = [row("seen", report["prompt_accuracy"], report["attributes"]),
-            row("held out", report["held_out_accuracy"], report["held_out_attributes"]),
-            row("tokenizer ceiling", report["tokenizer_ceiling"], report["tokenizer_ceiling"]["attributes"]),
-            row("shuffled control", report["control"], report["control"]["attributes"])]  # fmt: skip
+    rows = [
+        row("seen", report["prompt_accuracy"], report["attributes"]),
+        row("held out", report["held_out_accuracy"], report["held_out_attributes"]),
+        row(
+            "tokenizer ceiling",
+            report["tokenizer_ceiling"],
+            report["tokenizer_ceiling"]["attributes"],
+        ),
+        row("shuffled control", report["control"], report["control"]["attributes"]),
+    ]
     if "motion_moving" in report:
         moving, sideways = report["motion_moving"], report["left_right"]
-        rows.append(f"motion on prompts that move {moving['value']:.3f}; left or right: right {sideways['value']:.3f}, "
-                    f"the opposite {sideways['opposite']['value']:.3f}")  # fmt: skip
+        rows.append(
+            f"motion on prompts that move {moving['value']:.3f}; left or right: right"
+            f" {sideways['value']:.3f}, the opposite {sideways['opposite']['value']:.3f}"
+        )
     head = f"{'':18} {'all, 95 % interval':22}" + "".join(f"{name:>10}" for name in names)
     return "\n".join([head, *rows])
 
 
 def _to_cpu(predictions: Predictions) -> Predictions:
-    return Predictions(**{name: value if value is None else value.cpu() for name, value in vars(predictions).items()})
+    return Predictions(
+        **{
+            name: value if value is None else value.cpu()
+            for name, value in vars(predictions).items()
+        }
+    )

@@ -11,7 +11,16 @@ from mmdit.diffusion.objective import (
     Objective,
     build_objective,
 )
-from mmdit.diffusion.path import CosinePath, DiscretePath, LinearPath, Path, Prediction, Time, ddpm_path, shift_time
+from mmdit.diffusion.path import (
+    CosinePath,
+    DiscretePath,
+    LinearPath,
+    Path,
+    Prediction,
+    Time,
+    ddpm_path,
+    shift_time,
+)
 from mmdit.diffusion.samplers import Grid, SamplerConfig, Solver, sample, sampling_times
 
 __all__ = [

@@ -11,13 +11,19 @@ from mmdit.interfaces import Denoiser, TextTokens
 
 
 def guided(
-    objective: Objective, model: Denoiser, text: TextTokens, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    objective: Objective,
+    model: Denoiser,
+    text: TextTokens,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """`denoise(x, t)` with `unconditional + scale * (conditional - unconditional)`, from one network call on the doubled batch.
+    """`denoise(x, t)` with `unconditional + scale * (conditional - unconditional)`, from one
+    network call on the doubled batch.
 
-    The combination is made on x0. At a given x_t, x0 is affine in every other prediction and the two weights sum to one, so the
-    same is obtained from eps, v or velocity. Scale 1 is one conditional call and scale 0 one unconditional call. Guidance acts
-    where `interval[0] <= t <= interval[1]`; elsewhere the call is conditional (Kynkäänniemi et al. 2404.07724).
+    The combination is made on x0. At a given x_t, x0 is affine in every other prediction and the
+    two weights sum to one, so the same is obtained from eps, v or velocity. Scale 1 is one
+    conditional call and scale 0 one unconditional call. Guidance acts where `interval[0] <= t <=
+    interval[1]`; elsewhere the call is conditional (Kynkäänniemi et al. 2404.07724).
     """
     low, high = interval
     if not 0 <= low <= high <= 1:

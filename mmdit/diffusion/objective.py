@@ -1,7 +1,9 @@
-"""Training objectives: draw a time and noise, ask the network, measure the error; and that network as a denoiser for samplers.
+"""Training objectives: draw a time and noise, ask the network, measure the error; and that network
+as a denoiser for samplers.
 
-An objective is a path, what the network predicts, how times are drawn and how errors are weighted. The network is called as
-`model(x (B, ...), t (B,) * time_scale, text, **network_inputs)` and knows none of it.
+An objective is a path, what the network predicts, how times are drawn and how errors are weighted.
+The network is called as `model(x (B, ...), t (B,) * time_scale, text, **network_inputs)` and knows
+none of it.
 """
 
 from __future__ import annotations
@@ -17,29 +19,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.config import ConfigError
-from mmdit.diffusion.path import CosinePath, LinearPath, Path, Prediction, Time, ddpm_path, shift_time
+from mmdit.diffusion.path import (
+    CosinePath,
+    LinearPath,
+    Path,
+    Prediction,
+    Time,
+    ddpm_path,
+    shift_time,
+)
 from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.rng import Draws
 
-Denoise = Callable[[Tensor, Time], Tensor]  # (x_t, t) -> estimate of the clean latents, both (B, ...)
+Denoise = Callable[
+    [Tensor, Time], Tensor
+]  # (x_t, t) -> estimate of the clean latents, both (B, ...)
 
-DDPM_TIME_SCALE = 1000.0  # the network's time embedding sees the same range whatever num_timesteps is
-FAINTEST_SIGNAL = 0.03  # alpha / sigma where sampling starts, for networks that know nothing reliable about x0 beyond
-SMALLEST_TIME_OF_X0_WEIGHT = 0.05  # velocity loss of an x0 network grows like 1 / t²; the clip of 2511.13720
+DDPM_TIME_SCALE = (
+    1000.0  # the network's time embedding sees the same range whatever num_timesteps is
+)
+# alpha / sigma where sampling starts, for networks that know nothing reliable about x0 beyond
+FAINTEST_SIGNAL = 0.03
+SMALLEST_TIME_OF_X0_WEIGHT = (
+    0.05  # velocity loss of an x0 network grows like 1 / t²; the clip of 2511.13720
+)
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """`per_sample (B,)` float32 losses, differentiable, and the times `t (B,)` float32 at which they were measured."""
+    """`per_sample (B,)` float32 losses, differentiable, and the times `t (B,)` float32 at which
+    they were measured."""
 
     per_sample: Tensor
     t: Tensor
 
 
 class Objective(ABC):
-    """`prediction`: what the network says; `t_range`: the times it is trained at; `t_start`: where sampling begins."""
+    """`prediction`: what the network says; `t_range`: the times it is trained at; `t_start`: where
+    sampling begins."""
 
-    def __init__(self, path: Path, prediction: Prediction, t_range: tuple[float, float], t_start: float, time_scale: float):
+    def __init__(
+        self,
+        path: Path,
+        prediction: Prediction,
+        t_range: tuple[float, float],
+        t_start: float,
+        time_scale: float,
+    ):
         self.path, self.prediction = path, prediction
         self.t_range, self.t_start, self.time_scale = t_range, t_start, time_scale
 
@@ -48,7 +74,8 @@ class Objective(ABC):
         """`(B,)` float64 in `t_range`, for clips of `frames`."""
 
     def clip_shift(self, frames: int) -> float:
-        """By how much more than those of pictures the times of clips are shifted, in training and in sampling."""
+        """By how much more than those of pictures the times of clips are shifted, in training and
+        in sampling."""
         return 1.0
 
     @abstractmethod
@@ -59,26 +86,43 @@ class Objective(ABC):
         """Scaled error `(B, ...)` to losses `(B,)`."""
         return error.square().flatten(1).mean(1)
 
-    def loss(self, model: Denoiser, clean: Tensor, text: TextTokens, draws: Draws, given: int = 0,
-             **network_inputs) -> LossParts:  # fmt: skip
-        """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is float32, autocast or not.
-        `given`: that many frames (axis 1) from the first stay clean, the network is told so, and they are not in the loss."""
+    def loss(
+        self,
+        model: Denoiser,
+        clean: Tensor,
+        text: TextTokens,
+        draws: Draws,
+        given: int = 0,
+        **network_inputs,
+    ) -> LossParts:
+        """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is
+        float32, autocast or not. `given`: that many frames (axis 1) from the first stay clean, the
+        network is told so, and they are not in the loss.
+        """
         clean = clean.float()
         noise, t = draws.normal("noise", *clean.shape[1:]), self.draw_time(draws, clean.shape[1])
         x = self.path.add_noise(clean, noise, t)
         if given:
-            x, network_inputs = torch.cat([clean[:, :given], x[:, given:]], 1), network_inputs | {"given": given}
+            x, network_inputs = (
+                torch.cat([clean[:, :given], x[:, given:]], 1),
+                network_inputs | {"given": given},
+            )
         prediction = model(x, self._network_time(t, x), text, **network_inputs).float()
         target = self.path.mix(self.prediction, clean, noise, t)
-        assert prediction.shape == target.shape, f"network gave {tuple(prediction.shape)} for latents {tuple(target.shape)}"
+        assert prediction.shape == target.shape, (
+            f"network gave {tuple(prediction.shape)} for latents {tuple(target.shape)}"
+        )
         scale = self.error_scale(t).reshape(-1, *[1] * (clean.dim() - 1)).float()
         error = scale * (prediction - target)
-        return LossParts(self.measure(error[:, given:], clean[:, given:], noise[:, given:], t), t.float())
+        return LossParts(
+            self.measure(error[:, given:], clean[:, given:], noise[:, given:], t), t.float()
+        )
 
     def denoiser(self, model: Denoiser, text: TextTokens, **network_inputs) -> Denoise:
         """`denoise(x (B, ...), t float | () | (B,)) -> clean estimate (B, ...)`, at least float32.
 
-        Asked outside `t_range`, the network is told the nearest time it was trained at; the arithmetic uses the true one.
+        Asked outside `t_range`, the network is told the nearest time it was trained at; the
+        arithmetic uses the true one.
         """
 
         def denoise(x: Tensor, t: Time) -> Tensor:
@@ -90,15 +134,19 @@ class Objective(ABC):
 
     def _network_time(self, t: Time, x: Tensor) -> Tensor:
         t = (torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range) * self.time_scale).float()
-        if t.dim() == 0 and t.device.type == "cpu":  # written there by a kernel: a copy would wait for the work queued there
+        if (
+            t.dim() == 0 and t.device.type == "cpu"
+        ):  # written there by a kernel: a copy would wait for the work queued there
             return torch.full((len(x),), t.item(), dtype=torch.float32, device=x.device)
         return t.to(x.device).expand(len(x))
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """DDPM. `min_snr_gamma` (5 in Hang et al. 2303.09556) weights by min(SNR, gamma) in units of x0; null is the plain squared
-    error of the prediction. `zero_terminal_snr` makes the last level pure noise, as sampling assumes (2305.08891)."""
+    """DDPM. `min_snr_gamma` (5 in Hang et al. 2303.09556) weights by min(SNR, gamma) in units of
+    x0; null is the plain squared error of the prediction. `zero_terminal_snr` makes the last level
+    pure noise, as sampling assumes (2305.08891).
+    """
 
     num_timesteps: int = 1000
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -108,17 +156,27 @@ class DiffusionConfig:
 
     def __post_init__(self):
         if not 2 <= self.num_timesteps <= 1 << 20:
-            raise ConfigError("num_timesteps", f"is {self.num_timesteps}; must be 2 … 1048576; 1000 is usual")
+            raise ConfigError(
+                "num_timesteps", f"is {self.num_timesteps}; must be 2 … 1048576; 1000 is usual"
+            )
         if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < math.inf:
-            message = f"is {self.min_snr_gamma}; must be above 0 and finite; use 5, or null for no weighting"
+            message = (
+                f"is {self.min_snr_gamma}; must be above 0 and finite; use 5, or null for no"
+                " weighting"
+            )
             raise ConfigError("min_snr_gamma", message)
         if self.zero_terminal_snr and self.prediction_type == "eps":
             remedy = "set prediction_type to v or x0, or zero_terminal_snr to false"
-            message = f"is true with prediction_type 'eps', which tells nothing from pure noise; {remedy}"
+            message = (
+                f"is true with prediction_type 'eps', which tells nothing from pure noise; {remedy}"
+            )
             raise ConfigError("zero_terminal_snr", message)
         if self.zero_terminal_snr and self.min_snr_gamma is not None:
             remedy = "set min_snr_gamma to null or zero_terminal_snr to false"
-            message = f"is true with min_snr_gamma {self.min_snr_gamma}, which gives the last level no weight; {remedy}"
+            message = (
+                f"is true with min_snr_gamma {self.min_snr_gamma}, which gives the last level no"
+                f" weight; {remedy}"
+            )
             raise ConfigError("zero_terminal_snr", message)
 
 
@@ -127,31 +185,41 @@ class DDPM(Objective):
 
     def __init__(self, config: DiffusionConfig):
         path = ddpm_path(config.schedule, config.num_timesteps, config.zero_terminal_snr)
-        # An eps network's error grows by sigma / alpha in its x0 (20,000-fold at the last level of the cosine schedule), and a
-        # min-SNR loss leaves the faintest levels untrained. So both start where some signal is left.
+        # An eps network's error grows by sigma / alpha in its x0 (20,000-fold at the last level of
+        # the cosine schedule), and a min-SNR loss leaves the faintest levels untrained. So both
+        # start where some signal is left.
         unreliable = config.prediction_type == "eps" or config.min_snr_gamma is not None
         t_start = path.latest(FAINTEST_SIGNAL) if unreliable else 1.0
-        super().__init__(path, config.prediction_type, (1 / config.num_timesteps, 1.0), t_start, DDPM_TIME_SCALE)
+        super().__init__(
+            path, config.prediction_type, (1 / config.num_timesteps, 1.0), t_start, DDPM_TIME_SCALE
+        )
         self.num_timesteps, self.min_snr_gamma = config.num_timesteps, config.min_snr_gamma
 
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        return ((draws.uniform("time").double() * self.num_timesteps).floor() + 1) / self.num_timesteps
+        return (
+            (draws.uniform("time").double() * self.num_timesteps).floor() + 1
+        ) / self.num_timesteps
 
     def error_scale(self, t: Tensor) -> Tensor:
         if self.min_snr_gamma is None:
             return torch.ones_like(t)
         alpha, sigma = self.path.alpha_sigma(t)
-        return (alpha / sigma).clamp(max=self.min_snr_gamma**0.5) * self.path.gain(self.prediction, "x0", t)
+        return (alpha / sigma).clamp(max=self.min_snr_gamma**0.5) * self.path.gain(
+            self.prediction, "x0", t
+        )
 
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
-    """Flow matching. Times are drawn on [0, 1] (`uniform`, or `logit_normal`: sigmoid of a normal, Esser et al. 2403.03206),
-    shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by sqrt(frames) more, in training and in sampling, since n
-    frames that repeat each other are as clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along
-    time). `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents have many channels
-    (2511.13720). `between`: only times inside are drawn, and there the law keeps its shape (an expert's range).
-    `direction_weight` adds 1 - cosine over channels between the true and the predicted velocity (2501.01423)."""
+    """Flow matching. Times are drawn on [0, 1] (`uniform`, or `logit_normal`: sigmoid of a normal,
+    Esser et al. 2403.03206), shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by
+    sqrt(frames) more, in training and in sampling, since n frames that repeat each other are as
+    clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along time).
+    `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents
+    have many channels (2511.13720). `between`: only times inside are drawn, and there the law keeps
+    its shape (an expert's range). `direction_weight` adds 1 - cosine over channels between the true
+    and the predicted velocity (2501.01423).
+    """
 
     path: Literal["linear", "cosine"] = "linear"
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -168,17 +236,36 @@ class FlowMatchingConfig:
 
     def __post_init__(self):
         if not 0 <= self.t_min < self.t_max <= 1:
-            raise ConfigError("t_min", f"is {self.t_min} with t_max {self.t_max}; must be 0 <= t_min < t_max <= 1; use 0 and 1")
+            raise ConfigError(
+                "t_min",
+                f"is {self.t_min} with t_max {self.t_max}; must be 0 <= t_min < t_max <= 1; use 0"
+                " and 1",
+            )
         if not 0 <= self.between[0] < self.between[1] <= 1:
-            raise ConfigError("between", f"is {list(self.between)}; must be 0 <= first < second <= 1; [0, 1] is all")
+            raise ConfigError(
+                "between",
+                f"is {list(self.between)}; must be 0 <= first < second <= 1; [0, 1] is all",
+            )
         for name in ("time_scale", "logit_std", "shift"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(name, f"is {getattr(self, name)}; must be above 0 and finite; leave it out for the default")
+                raise ConfigError(
+                    name,
+                    f"is {getattr(self, name)}; must be above 0 and finite; leave it out for the"
+                    " default",
+                )
         if not math.isfinite(self.logit_mean):
-            raise ConfigError("logit_mean", f"is {self.logit_mean}; must be finite; 0 is the middle, above 0 is noisier")
+            raise ConfigError(
+                "logit_mean",
+                f"is {self.logit_mean}; must be finite; 0 is the middle, above 0 is noisier",
+            )
         if self.time == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
-            message = f"is {self.logit_mean} (logit_std {self.logit_std}) with time 'uniform', which has neither"
-            raise ConfigError("logit_mean", f"{message}; set time to logit_normal or leave both out")
+            message = (
+                f"is {self.logit_mean} (logit_std {self.logit_std}) with time 'uniform', which has"
+                " neither"
+            )
+            raise ConfigError(
+                "logit_mean", f"{message}; set time to logit_normal or leave both out"
+            )
         if not 0 <= self.direction_weight < math.inf:
             message = f"is {self.direction_weight}; must be 0 or more and finite; 0 turns it off"
             raise ConfigError("direction_weight", message)
@@ -189,20 +276,31 @@ class FlowMatching(Objective):
 
     def __init__(self, config: FlowMatchingConfig):
         path = LinearPath() if config.path == "linear" else CosinePath()
-        super().__init__(path, config.prediction, (config.t_min, config.t_max), config.t_max, config.time_scale)
+        super().__init__(
+            path, config.prediction, (config.t_min, config.t_max), config.t_max, config.time_scale
+        )
         self.config = config
 
     def clip_shift(self, frames: int) -> float:
         return math.sqrt(frames) if self.config.shift_by_frames else 1.0
 
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        config, shift, width = self.config, self.config.shift * self.clip_shift(frames), self.config.t_max - self.config.t_min
+        config, shift, width = (
+            self.config,
+            self.config.shift * self.clip_shift(frames),
+            self.config.t_max - self.config.t_min,
+        )
         u = draws.uniform("time").double()
         if config.between != (0.0, 1.0):  # the law's quantiles inside
-            bounds = ((torch.tensor(config.between, dtype=torch.float64) - config.t_min) / width).clamp(0, 1)
+            bounds = (
+                (torch.tensor(config.between, dtype=torch.float64) - config.t_min) / width
+            ).clamp(0, 1)
             low, high = self._share(shift_time(bounds, 1 / shift).clamp(0, 1)).tolist()
             if not low < high:
-                raise ConfigError("flow_matching.between", f"is {list(config.between)}, where the law of times draws nothing")
+                raise ConfigError(
+                    "flow_matching.between",
+                    f"is {list(config.between)}, where the law of times draws nothing",
+                )
             u = low + (high - low) * u
         if config.time == "uniform":
             t = u
@@ -216,7 +314,9 @@ class FlowMatching(Objective):
         """Of the times drawn before the shift, how many lie below t."""
         if self.config.time == "uniform":
             return t
-        return torch.special.ndtr((torch.special.logit(t) - self.config.logit_mean) / self.config.logit_std)
+        return torch.special.ndtr(
+            (torch.special.logit(t) - self.config.logit_mean) / self.config.logit_std
+        )
 
     def error_scale(self, t: Tensor) -> Tensor:
         if self.prediction == "x0":
@@ -227,7 +327,9 @@ class FlowMatching(Objective):
         loss = super().measure(error, clean, noise, t)
         if self.config.direction_weight:
             velocity = self.path.mix("velocity", clean, noise, t)
-            turned = 1 - F.cosine_similarity(velocity + error, velocity, dim=-1)  # over channels, (B, ...)
+            turned = 1 - F.cosine_similarity(
+                velocity + error, velocity, dim=-1
+            )  # over channels, (B, ...)
             loss = loss + self.config.direction_weight * turned.flatten(1).mean(1)
         return loss
 

@@ -1,4 +1,5 @@
-"""Noise paths `x_t = alpha(t) * clean + sigma(t) * noise`, t = 0 clean and t = 1 noise, and all conversions of predictions.
+"""Noise paths `x_t = alpha(t) * clean + sigma(t) * noise`, t = 0 clean and t = 1 noise, and all
+conversions of predictions.
 
 A network may predict any fixed mixture of the two unknowns, `prediction = a * clean + b * noise`:
 
@@ -7,11 +8,12 @@ A network may predict any fixed mixture of the two unknowns, `prediction = a * c
     v         a = -sigma   b = alpha     the rotated target                              (Salimans & Ho 2022, appendix D)
     velocity  a = alpha'   b = sigma'    dx / d clock, the field a flow follows          (Lipman et al. 2023)
 
-Together with x_t these are two equations in two unknowns, so one 2x2 solve converts them all. Its determinant
-`b * alpha - a * sigma` vanishes for eps where alpha = 0 (clean is undefined) and for x0 where sigma = 0 (noise is undefined).
+Together with x_t these are two equations in two unknowns, so one 2x2 solve converts them all. Its
+determinant `b * alpha - a * sigma` vanishes for eps where alpha = 0 (clean is undefined) and for x0
+where sigma = 0 (noise is undefined).
 
-Axes: `x`, `clean`, `noise`, `prediction` are `(B, ...)`; a time is a float or a tensor `()` or `(B,)`. Coefficients are
-computed in float64 and rounded once, to the precision of the latents.
+Axes: `x`, `clean`, `noise`, `prediction` are `(B, ...)`; a time is a float or a tensor `()` or
+`(B,)`. Coefficients are computed in float64 and rounded once, to the precision of the latents.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Coefficients = tuple[Tensor, Tensor]
 
 
 class Path(ABC):
-    """A way from data to noise. Subclasses say `_alpha_sigma(t)` and `_velocity(t)` for float64 t."""
+    """A way from data to noise. Subclasses say `_alpha_sigma(t)` and `_velocity(t)` for float64
+    t."""
 
     @abstractmethod
     def _alpha_sigma(self, t: Tensor) -> Coefficients: ...
@@ -39,7 +42,8 @@ class Path(ABC):
         """(d alpha, d sigma) / d clock."""
 
     def clock(self, t: Time) -> Tensor:
-        """The coordinate in which an ODE solver steps: t itself, unless a path knows a smoother one."""
+        """The coordinate in which an ODE solver steps: t itself, unless a path knows a smoother
+        one."""
         return _double(t)
 
     def snap(self, t: float) -> float:
@@ -69,7 +73,8 @@ class Path(ABC):
         return b * alpha - a * sigma
 
     def gain(self, source: Prediction, target: Prediction, t: Time) -> Tensor:
-        """At a fixed x_t, an error `e` of a `source` prediction is an error `gain * e` of the `target` that it implies."""
+        """At a fixed x_t, an error `e` of a `source` prediction is an error `gain * e` of the
+        `target` that it implies."""
         return self.determinant(target, t) / self.determinant(source, t)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Time) -> Tensor:
@@ -81,17 +86,26 @@ class Path(ABC):
         return _weighted(self.mixture(kind, t), clean, noise)
 
     def to_clean(self, kind: Prediction, prediction: Tensor, x: Tensor, t: Time) -> Tensor:
-        """The clean latents that a prediction implies at x_t. From eps it is infinite where alpha = 0."""
+        """The clean latents that a prediction implies at x_t. From eps it is infinite where alpha =
+        0."""
         if kind == "x0":
             return prediction
-        (_, sigma), (_, b), determinant = self.alpha_sigma(t), self.mixture(kind, t), self.determinant(kind, t)
+        (_, sigma), (_, b), determinant = (
+            self.alpha_sigma(t),
+            self.mixture(kind, t),
+            self.determinant(kind, t),
+        )
         return _weighted((b / determinant, -sigma / determinant), x, prediction)
 
     def to_noise(self, kind: Prediction, prediction: Tensor, x: Tensor, t: Time) -> Tensor:
         """The noise that a prediction implies at x_t. From x0 it is infinite where sigma = 0."""
         if kind == "eps":
             return prediction
-        (alpha, _), (a, _), determinant = self.alpha_sigma(t), self.mixture(kind, t), self.determinant(kind, t)
+        (alpha, _), (a, _), determinant = (
+            self.alpha_sigma(t),
+            self.mixture(kind, t),
+            self.determinant(kind, t),
+        )
         return _weighted((-a / determinant, alpha / determinant), x, prediction)
 
 
@@ -106,7 +120,8 @@ class LinearPath(Path):
 
 
 class CosinePath(Path):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): preserves variance, at constant angular speed (2209.15571)."""
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): preserves variance, at constant angular speed
+    (2209.15571)."""
 
     def _alpha_sigma(self, t: Tensor) -> Coefficients:
         return _on_circle(math.pi / 2 * t)
@@ -117,15 +132,18 @@ class CosinePath(Path):
 
 
 class DiscretePath(Path):
-    """A DDPM schedule of T noise levels; level k of the papers (0 … T - 1) is t = (k + 1) / T, and t = 0 is clean.
+    """A DDPM schedule of T noise levels; level k of the papers (0 … T - 1) is t = (k + 1) / T, and
+    t = 0 is clean.
 
-    A variance preserving path is an angle, alpha = cos(angle) and sigma = sin(angle). Between levels the angle is interpolated,
-    which keeps alpha² + sigma² = 1 and needs no care at either end. The angle is also the clock: near t = 0 it grows like
-    sqrt(t), so that an Euler step in t would fall short of the data, and `dx / d angle` is exactly v.
+    A variance preserving path is an angle, alpha = cos(angle) and sigma = sin(angle). Between
+    levels the angle is interpolated, which keeps alpha² + sigma² = 1 and needs no care at either
+    end. The angle is also the clock: near t = 0 it grows like sqrt(t), so that an Euler step in t
+    would fall short of the data, and `dx / d angle` is exactly v.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
-        """`alphas_cumprod (T,)` float64, decreasing: alpha² at each level (0 at the last: zero terminal SNR)."""
+        """`alphas_cumprod (T,)` float64, decreasing: alpha² at each level (0 at the last: zero
+        terminal SNR)."""
         self.alphas_cumprod = alphas_cumprod
         self.num_timesteps = len(alphas_cumprod)
         angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt())
@@ -156,15 +174,21 @@ class DiscretePath(Path):
         return -sigma, alpha
 
 
-def ddpm_path(schedule: Literal["cosine", "linear"], num_timesteps: int, zero_terminal_snr: bool = False) -> DiscretePath:
-    """`cosine`: Nichol & Dhariwal 2021, eq. 17. `linear`: Ho et al. 2020, betas 1e-4 … 0.02 at 1000 levels, scaled to other
-    counts. `zero_terminal_snr` stretches alpha so that the last level is pure noise (Lin et al. 2305.08891, algorithm 1)."""
+def ddpm_path(
+    schedule: Literal["cosine", "linear"], num_timesteps: int, zero_terminal_snr: bool = False
+) -> DiscretePath:
+    """`cosine`: Nichol & Dhariwal 2021, eq. 17. `linear`: Ho et al. 2020, betas 1e-4 … 0.02 at 1000
+    levels, scaled to other counts. `zero_terminal_snr` stretches alpha so that the last level is
+    pure noise (Lin et al. 2305.08891, algorithm 1).
+    """
     if schedule == "cosine":
         at = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         remaining = torch.cos((at + 0.008) / 1.008 * math.pi / 2).square()
         betas = 1 - remaining[1:] / remaining[:-1]
     else:
-        betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64) * (1000 / num_timesteps)
+        betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64) * (
+            1000 / num_timesteps
+        )
     alphas_cumprod = (1 - betas.clamp(max=0.999)).cumprod(0)
     if zero_terminal_snr:
         alpha = alphas_cumprod.sqrt()
@@ -173,7 +197,8 @@ def ddpm_path(schedule: Literal["cosine", "linear"], num_timesteps: int, zero_te
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """More time at the noisy end for shift > 1, as large latents need (Esser et al. 2403.03206, eq. 23). [0, 1] onto [0, 1]."""
+    """More time at the noisy end for shift > 1, as large latents need (Esser et al. 2403.03206, eq.
+    23). [0, 1] onto [0, 1]."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -182,9 +207,14 @@ def _double(t: Time) -> Tensor:
 
 
 def _on_circle(angle: Tensor) -> Coefficients:
-    return torch.sin(math.pi / 2 - angle), torch.sin(angle)  # cos(pi / 2) is 6e-17 in floating point; this is exactly 0
+    return torch.sin(math.pi / 2 - angle), torch.sin(
+        angle
+    )  # cos(pi / 2) is 6e-17 in floating point; this is exactly 0
 
 
 def _weighted(coefficients: Coefficients, first: Tensor, second: Tensor) -> Tensor:
-    a, b = (c if c.dim() == 0 else c.reshape(-1, *[1] * (first.dim() - 1)).to(first) for c in coefficients)
+    a, b = (
+        c if c.dim() == 0 else c.reshape(-1, *[1] * (first.dim() - 1)).to(first)
+        for c in coefficients
+    )
     return a * first + b * second

@@ -1,7 +1,9 @@
-"""From noise to latents with a denoiser, in `steps` steps along any path: t_start = times[0] > … > times[steps] = 0.
+"""From noise to latents with a denoiser, in `steps` steps along any path: t_start = times[0] > … >
+times[steps] = 0.
 
-The network is called once a step, at the step's noisy end, never at t = 0: `n` steps are `n` calls (2n - 1 for heun). Each
-solver is a function `step(index, x, t, s) -> (x_s, clean estimate at t)` from time t to the earlier time s.
+The network is called once a step, at the step's noisy end, never at t = 0: `n` steps are `n` calls
+(2n - 1 for heun). Each solver is a function `step(index, x, t, s) -> (x_s, clean estimate at t)`
+from time t to the earlier time s.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the last step's call; ab2 is the
-    most accurate per call on mixtures of Gaussians with even steps (tests/test_diffusion_samplers.py). `grid`: before the
-    shift, even times, or those of Wan's official code or of Diffusers, which also tell the network whole timesteps.
+    """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the
+    last step's call; ab2 is the most accurate per call on mixtures of Gaussians with even steps
+    (tests/test_diffusion_samplers.py). `grid`: before the shift, even times, or those of Wan's
+    official code or of Diffusers, which also tell the network whole timesteps.
 
-    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts more steps at the noisy end;
-    the objective's `clip_shift` multiplies it."""
+    `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts
+    more steps at the noisy end; the objective's `clip_shift` multiplies it."""
 
     solver: Solver = "ab2"
     steps: int = 50
@@ -43,18 +46,30 @@ class SamplerConfig:
         if self.steps < 1:
             raise ConfigError("steps", f"is {self.steps}; must be 1 or more; 20 … 50 are usual")
         if not 0 <= self.eta <= 1:
-            raise ConfigError("eta", f"is {self.eta}; must be between 0 and 1; use 0 for a deterministic sampler")
+            raise ConfigError(
+                "eta", f"is {self.eta}; must be between 0 and 1; use 0 for a deterministic sampler"
+            )
         if self.eta and self.solver != "ddim":
-            message = f"is {self.eta} with solver {self.solver!r}, which is deterministic; set solver to ddim or eta to 0"
+            message = (
+                f"is {self.eta} with solver {self.solver!r}, which is deterministic; set solver to"
+                " ddim or eta to 0"
+            )
             raise ConfigError("eta", message)
         if not 0 < self.shift < math.inf:
-            raise ConfigError("shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps")
+            raise ConfigError(
+                "shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps"
+            )
 
 
-def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: float | None = None,
-                   grid: Grid = "even") -> list[float]:  # fmt: skip
-    """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a discrete path, times that
-    training has drawn."""
+def sampling_times(
+    objective: Objective,
+    steps: int,
+    shift: float = 1.0,
+    start: float | None = None,
+    grid: Grid = "even",
+) -> list[float]:
+    """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a
+    discrete path, times that training has drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if grid == "wan":  # starts at 0.999
         even = even * 0.999
@@ -63,10 +78,15 @@ def sampling_times(objective: Objective, steps: int, shift: float = 1.0, start: 
         even[-1] = 0
     first = objective.t_start if start is None else min(start, objective.t_start)
     times = [objective.path.snap(t) for t in (first * shift_time(even, shift)).tolist()]
-    times[0] -= 1e-6 * (grid == "diffusers" and times[0] == 1)  # as it avoids the infinite log(alpha / sigma)
+    times[0] -= 1e-6 * (
+        grid == "diffusers" and times[0] == 1
+    )  # as it avoids the infinite log(alpha / sigma)
     if any(t <= s for t, s in zip(times, times[1:])):
         levels = len({t for t in times if t > 0})
-        message = f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take fewer steps"
+        message = (
+            f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take"
+            " fewer steps"
+        )
         raise ConfigError("steps", message)
     return times
 
@@ -81,16 +101,24 @@ def sample(
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     guess: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32. `guess`: clean latents to start from
-    and the time to which they are noised first (SDEdit, Meng et al. 2108.01073); larger times leave less of them.
+    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32. `guess`:
+    clean latents to start from and the time to which they are noised first (SDEdit, Meng et al.
+    2108.01073); larger times leave less of them.
 
-    `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0` adds, by sample and step.
-    `callback(steps done, t reached, x, clean estimate)` follows each step: progress, previews.
+    `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0`
+    adds, by sample and step. `callback(steps done, t reached, x, clean estimate)` follows each
+    step: progress, previews.
     """
     if config.eta and draws is None:
-        raise ValueError(f"eta is {config.eta}, which adds noise, but there are no draws to key it; pass draws or set eta to 0")
+        raise ValueError(
+            f"eta is {config.eta}, which adds noise, but there are no draws to key it; pass draws"
+            " or set eta to 0"
+        )
     if guess is not None and not 0 < guess[1] <= 1:
-        raise ValueError(f"the guess is to be noised to t = {guess[1]}; must be above 0 (kept as it is) and at most 1 (pure noise)")
+        raise ValueError(
+            f"the guess is to be noised to t = {guess[1]}; must be above 0 (kept as it is) and at"
+            " most 1 (pure noise)"
+        )
     path = objective.path
     shift = config.shift * objective.clip_shift(noise.shape[1])
     times = sampling_times(objective, config.steps, shift, guess[1] if guess else None, config.grid)
@@ -106,7 +134,9 @@ def sample(
     if guess is not None:
         x = path.add_noise(guess[0].to(x), x, times[0])
     elif config.grid != "wan":  # the official code starts from noise as it is
-        x = x * math.hypot(*_floats(path, times[0]))  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
+        x = x * math.hypot(
+            *_floats(path, times[0])
+        )  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)
         if callback is not None:
@@ -120,15 +150,19 @@ def _floats(path: Path, t: float) -> tuple[float, float]:
 
 
 def _ddim(denoise: Denoise, path: Path, eta: float, draws: Draws | None) -> Step:
-    """Song et al. 2010.02502, eq. 12 and 16, with sigma² in place of 1 - alpha²: right on every path.
+    """Song et al. 2010.02502, eq. 12 and 16, with sigma² in place of 1 - alpha²: right on every
+    path.
 
-    `fresh` is eta times the standard deviation of x_s given x_t and x0; any value up to sigma_s gives x_s its right marginal.
+    `fresh` is eta times the standard deviation of x_s given x_t and x0; any value up to sigma_s
+    gives x_s its right marginal.
     """
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
         clean = denoise(x, t)
-        fresh = eta * sigma_s * math.sqrt(max(0.0, 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2))
+        fresh = (
+            eta * sigma_s * math.sqrt(max(0.0, 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2))
+        )
         noise = path.to_noise("x0", clean, x, t)
         x = alpha_s * clean + math.sqrt(sigma_s**2 - fresh**2) * noise
         if fresh:
@@ -153,7 +187,8 @@ def _euler(denoise: Denoise, path: Path) -> Step:
 
 
 def _heun(denoise: Denoise, path: Path) -> Step:
-    """Second order: the mean of the velocities at both ends. The last step is Euler's, since noise cannot be told at t = 0."""
+    """Second order: the mean of the velocities at both ends. The last step is Euler's, since noise
+    cannot be told at t = 0."""
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         clean = denoise(x, t)
@@ -167,7 +202,8 @@ def _heun(denoise: Denoise, path: Path) -> Step:
 
 
 def _ab2(denoise: Denoise, path: Path) -> Step:
-    """Adams-Bashforth: the velocity of this step and of the last, extrapolated to the middle of the step ahead."""
+    """Adams-Bashforth: the velocity of this step and of the last, extrapolated to the middle of the
+    step ahead."""
     last_velocity: Tensor | None = None
     last_width = torch.tensor(0.0)
 
@@ -185,8 +221,10 @@ def _ab2(denoise: Denoise, path: Path) -> Step:
 
 
 def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
-    """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: exact in x but for the clean estimate, which is extrapolated in
-    lambda = log(alpha / sigma) from the last two. First order where a lambda is infinite: leaving alpha = 0, reaching t = 0."""
+    """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: exact in x but for the clean estimate,
+    which is extrapolated in lambda = log(alpha / sigma) from the last two. First order where a
+    lambda is infinite: leaving alpha = 0, reaching t = 0.
+    """
     last_clean: Tensor | None = None
     last_width = math.inf
 
@@ -205,9 +243,9 @@ def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
 
 
 def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
-    """UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al. 2302.04867, algorithms 1 and 2: each step
-    predicts from the last two estimates; the next estimate first corrects what was predicted. The last step is of first
-    order."""
+    """UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al. 2302.04867,
+    algorithms 1 and 2: each step predicts from the last two estimates; the next estimate first
+    corrects what was predicted. The last step is of first order."""
     past: list[tuple[Tensor, float]] = []  # clean estimates and their times, newest last
     before: Tensor | None = None  # x of the last step, corrected
     order = 1
@@ -217,15 +255,22 @@ def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
         return math.inf if sigma == 0 else math.log(alpha / sigma) if alpha > 0 else -math.inf
 
     def linear(x: Tensor, clean: Tensor, t: float, s: float) -> tuple[Tensor, float, float]:
-        """First order from t to s; the width in `clock`, and what a change of the estimate is worth."""
+        """First order from t to s; the width in `clock`, and what a change of the estimate is
+        worth."""
         (_, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
         width = clock(s) - clock(t)
-        return sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * clean, width, -alpha_s * math.expm1(-width)
+        return (
+            sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * clean,
+            width,
+            -alpha_s * math.expm1(-width),
+        )
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         nonlocal before, order
         clean = denoise(x, t)
-        if before is not None and math.isfinite(clock(past[-1][1])):  # correct x, for which the estimate was asked
+        if before is not None and math.isfinite(
+            clock(past[-1][1])
+        ):  # correct x, for which the estimate was asked
             last, then = past[-1]
             x, width, worth = linear(before, last, then, t)
             if order == 1:
@@ -233,14 +278,23 @@ def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
             else:
                 ratio, h = (clock(past[-2][1]) - clock(then)) / width, -width
                 first = math.expm1(h) / h - 1
-                b = torch.tensor([first / math.expm1(h), (first / h - 0.5) * 2 / math.expm1(h)], dtype=torch.float64)
-                a, c = torch.linalg.solve(torch.tensor([[1, 1], [ratio, 1]], dtype=torch.float64), b).tolist()
+                b = torch.tensor(
+                    [first / math.expm1(h), (first / h - 0.5) * 2 / math.expm1(h)],
+                    dtype=torch.float64,
+                )
+                a, c = torch.linalg.solve(
+                    torch.tensor([[1, 1], [ratio, 1]], dtype=torch.float64), b
+                ).tolist()
                 x = x + worth * (a / ratio * (past[-2][0] - last) + c * (clean - last))
         before = x
         past.append((clean, t))
         del past[:-2]
         ahead, width, worth = linear(x, clean, t, s)
-        order = 2 if len(past) == 2 and index + 2 < len(times) and math.isfinite(clock(past[0][1])) else 1
+        order = (
+            2
+            if len(past) == 2 and index + 2 < len(times) and math.isfinite(clock(past[0][1]))
+            else 1
+        )
         if order == 2:
             older, then = past[0]
             ahead = ahead + worth * 0.5 * width / (clock(then) - clock(t)) * (older - clean)

@@ -1,1 +1,2 @@
-"""Foreign weights: names, layouts and files of others to and from our models. Nothing that is read is executed."""
+"""Foreign weights: names, layouts and files of others to and from our models. Nothing that is read
+is executed."""

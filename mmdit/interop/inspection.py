@@ -1,4 +1,5 @@
-"""What a weight file is, from its headers alone: names, shapes, types, and which model or adapter they make."""
+"""What a weight file is, from its headers alone: names, shapes, types, and which model or adapter
+they make."""
 
 from __future__ import annotations
 
@@ -13,31 +14,61 @@ from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_nam
 from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # by the name in a header; others: 1
+BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+}  # by the name in a header; others: 1
 
 
 def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
-    """Everything as JSON-able data: `kind`, `variant`, `layout`, `prefix`, `files`, `parameters`, `bytes`, `dtypes`,
-    `groups` (numbered blocks as one row), `quantised`. ValueError as `Checkpoint` and `locate` give it."""
+    """Everything as JSON-able data: `kind`, `variant`, `layout`, `prefix`, `files`, `parameters`,
+    `bytes`, `dtypes`, `groups` (numbered blocks as one row), `quantised`. ValueError as
+    `Checkpoint` and `locate` give it.
+    """
     path = Path(path)
-    experts = [name for name, folders in EXPERT_FOLDERS.items() if any((path / folder).is_dir() for folder in folders)]
+    experts = [
+        name
+        for name, folders in EXPERT_FOLDERS.items()
+        if any((path / folder).is_dir() for folder in folders)
+    ]
     if len(experts) == 2 and expert is None:
-        return {"kind": "two experts", "path": str(path), "experts": {name: inspect_weights(path, name) for name in experts}}
+        return {
+            "kind": "two experts",
+            "path": str(path),
+            "experts": {name: inspect_weights(path, name) for name in experts},
+        }
     place = locate(path, expert)
     stored = Checkpoint(place, parts=True)
     entries = stored.entries
     size = {name: math.prod(entry.shape) for name, entry in entries.items()}
     report = {
-        "path": str(place), **_kind(entries), "files": [file.name for file in stored.files], "tensors": len(entries),
-        "parameters": sum(size.values()), "bytes": sum(size[n] * BYTES.get(entry.dtype, 1) for n, entry in entries.items()),
+        "path": str(place),
+        **_kind(entries),
+        "files": [file.name for file in stored.files],
+        "tensors": len(entries),
+        "parameters": sum(size.values()),
+        "bytes": sum(size[n] * BYTES.get(entry.dtype, 1) for n, entry in entries.items()),
         "dtypes": dict(Counter(entry.dtype for entry in entries.values())),
         "quantised": [name for name in entries if SCALES.search(name)],
-    }  # fmt: skip
+    }
     rows = defaultdict(list)
     for name, entry in entries.items():
-        rows[re.sub(r"(^|[._])\d+(?=[._]|$)", r"\1*", name), entry.shape, entry.dtype].append(size[name])
+        rows[re.sub(r"(^|[._])\d+(?=[._]|$)", r"\1*", name), entry.shape, entry.dtype].append(
+            size[name]
+        )
     report["groups"] = [
-        {"name": name, "count": len(sizes), "shape": list(shape), "dtype": dtype, "parameters": sum(sizes)}
+        {
+            "name": name,
+            "count": len(sizes),
+            "shape": list(shape),
+            "dtype": dtype,
+            "parameters": sum(sizes),
+        }
         for (name, shape, dtype), sizes in rows.items()
     ]
     return report
@@ -61,15 +92,32 @@ def _kind(entries: dict) -> dict:
     try:
         config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
     except ValueError:
-        kinds = {"model.blocks.0.spatial.q.weight": "mmdit model", "trunk.cls_token": "VTP tokenizer",
-                 "decoder.conv1.weight": "Wan VAE", "post_quant_conv.weight": "Wan VAE (Diffusers)",
-                 "token_embedding.weight": "UMT5", "visual.pos_embedding": "CLIP picture encoder",
-                 "vision_model.embeddings.class_embedding": "CLIP picture encoder (transformers)",
-                 "embeddings.class_embedding": "CLIP picture encoder (transformers)",
-                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "T5 or UMT5 (transformers)"}
+        kinds = {
+            "model.blocks.0.spatial.q.weight": "mmdit model",
+            "trunk.cls_token": "VTP tokenizer",
+            "decoder.conv1.weight": "Wan VAE",
+            "post_quant_conv.weight": "Wan VAE (Diffusers)",
+            "token_embedding.weight": "UMT5",
+            "visual.pos_embedding": "CLIP picture encoder",
+            "vision_model.embeddings.class_embedding": "CLIP picture encoder (transformers)",
+            "embeddings.class_embedding": "CLIP picture encoder (transformers)",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
+                "T5 or UMT5 (transformers)"
+            ),
+        }
         return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
-    blocks = {"layers": config.num_layers, "width": config.dim, "channels": [config.in_dim, config.out_dim]}
-    return {"kind": "Wan transformer", "variant": config.variant, "layout": layout, "prefix": prefix, **blocks}
+    blocks = {
+        "layers": config.num_layers,
+        "width": config.dim,
+        "channels": [config.in_dim, config.out_dim],
+    }
+    return {
+        "kind": "Wan transformer",
+        "variant": config.variant,
+        "layout": layout,
+        "prefix": prefix,
+        **blocks,
+    }
 
 
 def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
@@ -80,27 +128,46 @@ def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
         kind = "LoKr"
     if not any(is_adapter("." + part) for part in kinds):
         kind = "whole differences"
-    ranks = Counter(entries[name].shape[0] for name, (_, part) in parts.items() if part in ("lora_A", "lokr_w2_b"))
+    ranks = Counter(
+        entries[name].shape[0]
+        for name, (_, part) in parts.items()
+        if part in ("lora_A", "lokr_w2_b")
+    )
     return {
-        "kind": kind, "prefix": common_prefix(parts), "layers": len({layer for layer, _ in parts.values()}),
+        "kind": kind,
+        "prefix": common_prefix(parts),
+        "layers": len({layer for layer, _ in parts.values()}),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "alphas": sum(name.endswith(".alpha") for name in entries),
-    }  # fmt: skip
+    }
 
 
 def format_inspection(report: dict) -> str:
     """A report as text."""
     if "experts" in report:
-        return "\n\n".join(f"{name}-noise expert\n{format_inspection(part)}" for name, part in report["experts"].items())
+        return "\n\n".join(
+            f"{name}-noise expert\n{format_inspection(part)}"
+            for name, part in report["experts"].items()
+        )
     if "parts" in report:
-        texts = (f"{shown(name)}\n{format_inspection(part)}" for name, part in report["parts"].items())
+        texts = (
+            f"{shown(name)}\n{format_inspection(part)}" for name, part in report["parts"].items()
+        )
         return "\n\n".join([f"{shown(report['path'])}: {report['kind']}", *texts])
-    facts = [f"{key} {report[key]}" for key in ("variant", "layout", "layers", "ranks", "alphas") if report.get(key)]
+    facts = [
+        f"{key} {report[key]}"
+        for key in ("variant", "layout", "layers", "ranks", "alphas")
+        if report.get(key)
+    ]
     facts += [f"prefix {report['prefix']!r}"] if report.get("prefix") else []
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
-    lines = [f"{report['path']}: {', '.join([report['kind'], *facts])}",
-             f"{report['tensors']} tensors ({dtypes}) in {len(report['files'])} files, {report['parameters']:,} parameters, "
-             f"{report['bytes'] / 1e9:.2f} GB"]  # fmt: skip
+    lines = [
+        f"{report['path']}: {', '.join([report['kind'], *facts])}",
+        (
+            f"{report['tensors']} tensors ({dtypes}) in {len(report['files'])} files,"
+            f" {report['parameters']:,} parameters, {report['bytes'] / 1e9:.2f} GB"
+        ),
+    ]
     if report["quantised"]:
         lines.append(
             f"quantised: {len(report['quantised'])} scale tensors, first "

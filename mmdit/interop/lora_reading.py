@@ -100,7 +100,7 @@ def read_lora(
         if settings.values.get("use_dora") and "lora_magnitude" not in update.parts:
             raise ValueError(
                 f"{settings.source} says use_dora, but {module} has no magnitude: the file is "
-                f"incomplete"
+                "incomplete"
             )
         if bias is not None:
             name = f"{module}.bias"
@@ -112,7 +112,7 @@ def read_lora(
     if not settings.values and any(name.startswith("base_model.model.") for name in keys):
         warnings.warn(
             f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were "
-            f"the rank; "
+            "the rank; "
             "name the folder that holds both",
             stacklevel=4,
         )
@@ -152,7 +152,7 @@ def _chosen(
         if kind := other_kind(unknown):
             raise ValueError(
                 f"{path} holds {kind} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr "
-                f"and whole differences are; "
+                "and whole differences are; "
                 "merge it with the tool that made it"
             )
         word = re.sub(UNMANGLE, "", unknown[0])
@@ -214,7 +214,7 @@ def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
     if tensor.ndim == 2 and tensor.shape[0] == 1 < tensor.shape[1]:
         raise ValueError(
             f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS' "
-            f"wd_on_output: false), which is "
+            "wd_on_output: false), which is "
             "not read here; only lengths of rows are"
         )
     return tensor.squeeze(1) if tensor.ndim == 2 else tensor
@@ -267,7 +267,7 @@ def _warn_of_pictures(path: Path, names: dict[str, str], result: LoRAFile) -> No
     if pictured and told and not result.updates.keys() & pictured:
         warnings.warn(
             f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} "
-            f"that read the "
+            "that read the "
             "picture: it was made for a T2V model, and this I2V model keeps those as they are",
             stacklevel=5,
         )

@@ -88,13 +88,13 @@ class Settings:
         if start not in BESIDE_THE_BASE:
             raise ValueError(
                 f"{self.source}: init_lora_weights is {start!r}, which also changes the base; save "
-                f"the adapter with PEFT's "
+                "the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
             )
         if values.get("bias") not in (None, "none"):
             raise ValueError(
                 f"{self.source}: bias is {values['bias']!r}: it comes with biases in place of the "
-                f"base's, which are not "
+                "base's, which are not "
                 "read; merge it with PEFT, or train with bias: none"
             )
         for name in ("use_rslora", "use_dora", "lora_bias"):
@@ -106,7 +106,7 @@ class Settings:
             if value and name not in USED | NEUTRAL | {"init_lora_weights", "bias"}:
                 raise ValueError(
                     f"{self.source}: {name} is {value!r:.100}, which may change the update and is "
-                    f"not known here; merge it "
+                    "not known here; merge it "
                     "with PEFT and take the whole weights"
                 )
 
@@ -122,7 +122,7 @@ class Settings:
         if own is not None and not whole and own != rank:
             raise ValueError(
                 f"{self.source} gives {layer} the rank {own:g}, its tensors have {rank}: they do "
-                f"not belong together"
+                "not belong together"
             )
         rank = own if whole else rank
         return told / (math.sqrt(rank) if self.values.get("use_rslora") and not lokr else rank)
@@ -135,7 +135,7 @@ class Settings:
         if not isinstance(patterns, dict):
             raise ValueError(
                 f"{self.source}: {pattern} is {patterns!r:.100}, must map names of layers to "
-                f"numbers"
+                "numbers"
             )
         value = self.values.get(name)
         for key, own in patterns.items():

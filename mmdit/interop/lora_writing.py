@@ -57,7 +57,7 @@ def save_lora(
     if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(
             f"{wrong[0]} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: "
-            f"nothing is written"
+            "nothing is written"
         )
     if format == "comfy" and any(
         isinstance(layer, DoRALinear) for layer in adapters(model).values()
@@ -103,7 +103,7 @@ def _check(model: nn.Module, path: Path, format: str) -> None:
     if both := [name for name in layers if f"{name}.weight" in changed]:
         warnings.warn(
             f"{len(both)} layers have an adapter and a whole difference (first {both[0]}): other "
-            f"programs take one of the two, "
+            "programs take one of the two, "
             "ComfyUI the difference; merge the model and hand on the whole",
             stacklevel=3,
         )
@@ -209,5 +209,5 @@ def _compare(model: nn.Module, written: Path, same: float) -> None:
         ):
             raise ValueError(
                 f"{written}: the difference of {name} would not be read back as it is: nothing is "
-                f"written"
+                "written"
             )

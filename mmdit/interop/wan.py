@@ -1,6 +1,8 @@
-"""Wan 2.1 / 2.2 transformers from and to the files in the wild: official layout, that of Diffusers, repacked single files.
+"""Wan 2.1 / 2.2 transformers from and to the files in the wild: official layout, that of Diffusers,
+repacked single files.
 
-Layouts differ in names only, one to one. High and low expert of a pair cannot be told from their weights: folders name them.
+Layouts differ in names only, one to one. High and low expert of a pair cannot be told from their
+weights: folders name them.
 """
 
 from __future__ import annotations
@@ -29,9 +31,19 @@ from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
 
-EXPERT_FOLDERS = {"high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")}
+EXPERT_FOLDERS = {
+    "high": ("high_noise_model", "transformer"),
+    "low": ("low_noise_model", "transformer_2"),
+}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-OTHER_PARTS = {"vae", "first_stage_model", "text_encoders", "cond_stage_model", "conditioner", "clip_vision"}
+OTHER_PARTS = {
+    "vae",
+    "first_stage_model",
+    "text_encoders",
+    "cond_stage_model",
+    "conditioner",
+    "clip_vision",
+}
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
@@ -49,29 +61,50 @@ MODULES = {  # official → Diffusers, outside the blocks
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "head.head": "proj_out",
 }
-PARAMETERS = {"head.modulation": "scale_shift_table", "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
+PARAMETERS = {
+    "head.modulation": "scale_shift_table",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+}
 ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
 BLOCK_MODULES = {  # inside a block
-    **{f"{ours}.{part}": f"{theirs}.to_{part}" for ours, theirs in ATTENTIONS.items() for part in "qkv"},
+    **{
+        f"{ours}.{part}": f"{theirs}.to_{part}"
+        for ours, theirs in ATTENTIONS.items()
+        for part in "qkv"
+    },
     **{f"{ours}.o": f"{theirs}.to_out.0" for ours, theirs in ATTENTIONS.items()},
-    **{f"{ours}.norm_{part}": f"{theirs}.norm_{part}" for ours, theirs in ATTENTIONS.items() for part in "qk"},
+    **{
+        f"{ours}.norm_{part}": f"{theirs}.norm_{part}"
+        for ours, theirs in ATTENTIONS.items()
+        for part in "qk"
+    },
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "norm3": "norm2",  # Diffusers counts norms as they run: its norm2 is the one before cross-attention
+    "norm3": (
+        "norm2"
+    ),  # Diffusers counts norms as they run: its norm2 is the one before cross-attention
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
 MOST_WORDS = 65_536  # of a caption, as a config may ask for
 CONFIG_KEYS = {  # Diffusers' config.json → ours
-    "ffn_dim": "ffn_dim", "num_attention_heads": "num_heads", "num_layers": "num_layers", "in_channels": "in_dim",
-    "out_channels": "out_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "eps": "eps", "image_dim": "image_dim",
+    "ffn_dim": "ffn_dim",
+    "num_attention_heads": "num_heads",
+    "num_layers": "num_layers",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "eps": "eps",
+    "image_dim": "image_dim",
     "pos_embed_seq_len": "image_positions",
-}  # fmt: skip
+}
 
 
 def diffusers_module(module: str) -> str:
-    """The Diffusers path of an official module path (`blocks.3.ffn.0` → `blocks.3.ffn.net.0.proj`). KeyError: not Wan's."""
+    """The Diffusers path of an official module path (`blocks.3.ffn.0` → `blocks.3.ffn.net.0.proj`).
+    KeyError: not Wan's."""
     if match := re.fullmatch(r"(blocks\.\d+)\.(.+)", module):
         return f"{match[1]}.{BLOCK_MODULES[match[2]]}"
     return MODULES[module]
@@ -87,20 +120,33 @@ def diffusers_name(name: str) -> str:
     return f"{diffusers_module(module)}.{kind}"
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
 def locate(path: str | Path, expert: Expert | None = None) -> Path:
-    """The file or folder with the weights asked for: `path` itself, or the expert's folder in it. ValueError: an expert must
-    be named and is not, or is named and not there."""
+    """The file or folder with the weights asked for: `path` itself, or the expert's folder in it.
+    ValueError: an expert must be named and is not, or is named and not there."""
     path = Path(path)
     if expert not in (None, "high", "low"):
-        raise ValueError(f"expert is {expert!r}; must be 'high', 'low', or None for a model without experts")
-    found = {name: path / folder for name, folders in EXPERT_FOLDERS.items() for folder in folders if (path / folder).is_dir()}
+        raise ValueError(
+            f"expert is {expert!r}; must be 'high', 'low', or None for a model without experts"
+        )
+    found = {
+        name: path / folder
+        for name, folders in EXPERT_FOLDERS.items()
+        for folder in folders
+        if (path / folder).is_dir()
+    }
     if len(found) == 2 and expert is None:
-        raise ValueError(f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say expert='high' or 'low' "
-                         "(--expert, or model.expert in a config)")
+        raise ValueError(
+            f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say"
+            " expert='high' or 'low' (--expert, or model.expert in a config)"
+        )
     if expert is None:
         return next(iter(found.values()), path)
-    clear = {name: folder for name, folder in found.items() if len(found) == 2 or folder.name != "transformer"}  # alone: dense
+    clear = {
+        name: folder
+        for name, folder in found.items()
+        if len(found) == 2 or folder.name != "transformer"
+    }  # alone: dense
     if expert in clear:
         return clear[expert]
     words = {name: (f"{name}_noise", *folders) for name, folders in EXPERT_FOLDERS.items()}
@@ -123,14 +169,22 @@ def expert_in_name(path: str | Path) -> Expert | None:
 
 
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
-    """Stored name → official name of every tensor, the layout, and the prefix that was taken off."""
-    prefix = next((p for p in PREFIXES if all(name.startswith(p) or SCALES.search(name) for name in names)), "")
+    """Stored name → official name of every tensor, the layout, and the prefix that was taken
+    off."""
+    prefix = next(
+        (p for p in PREFIXES if all(name.startswith(p) or SCALES.search(name) for name in names)),
+        "",
+    )
     bare = {name: name.removeprefix(prefix) for name in names}
-    if not any(".attn1." in name or name.startswith("condition_embedder.") for name in bare.values()):
+    if not any(
+        ".attn1." in name or name.startswith("condition_embedder.") for name in bare.values()
+    ):
         return bare, "official", prefix
     blocks = {match[1] for name in bare.values() if (match := re.match(r"(blocks\.\d+)\.", name))}
     modules = {theirs: ours for ours, theirs in MODULES.items()}
-    modules |= {f"{b}.{theirs}": f"{b}.{ours}" for b in blocks for ours, theirs in BLOCK_MODULES.items()}
+    modules |= {
+        f"{b}.{theirs}": f"{b}.{ours}" for b in blocks for ours, theirs in BLOCK_MODULES.items()
+    }
     whole = {theirs: ours for ours, theirs in PARAMETERS.items()}
     whole |= {f"{b}.scale_shift_table": f"{b}.modulation" for b in blocks}
 
@@ -142,18 +196,23 @@ def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
-    """From official names and shapes alone; heads are 128 wide, as in every released Wan; 0 heads: they cannot be. ValueError:
-    no Wan transformer."""
+    """From official names and shapes alone; heads are 128 wide, as in every released Wan; 0 heads:
+    they cannot be. ValueError: no Wan transformer."""
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
         config = WanConfig(
-            dim=dim, ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=0 if dim % HEAD_DIM else dim // HEAD_DIM,
-            num_layers=max(blocks) + 1, in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // 4,
-            freq_dim=shapes["time_embedding.0.weight"][1], text_dim=shapes["text_embedding.0.weight"][1],
+            dim=dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            num_heads=0 if dim % HEAD_DIM else dim // HEAD_DIM,
+            num_layers=max(blocks) + 1,
+            in_dim=in_dim,
+            out_dim=shapes["head.head.weight"][0] // 4,
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            text_dim=shapes["text_embedding.0.weight"][1],
             image_dim=shapes.get("img_emb.proj.1.weight", (0,))[0],
             image_positions=shapes.get("img_emb.emb_pos", (1, 0, 0))[1],
-        )  # fmt: skip
+        )
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(_no_transformer(shapes, source, error)) from None
     count_blocks(blocks, len(shapes), source)
@@ -164,8 +223,12 @@ def _no_transformer(names: Iterable[str], source: object, error: Exception) -> s
     """Say what a file is in which a tensor of the transformer is missing."""
     names = list(names)
     if scales := [name for name in names if SCALES.search(name)]:
-        return f"{source} is quantised: it has tensors such as {scales[0]}; take the bf16 or fp16 file"
-    others = sorted({f"{part}." for name in names if (part := name.partition(".")[0]) in OTHER_PARTS})
+        return (
+            f"{source} is quantised: it has tensors such as {scales[0]}; take the bf16 or fp16 file"
+        )
+    others = sorted(
+        {f"{part}." for name in names if (part := name.partition(".")[0]) in OTHER_PARTS}
+    )
     if others and any(name.startswith(PREFIXES[0]) for name in names):
         return (
             f"{source} holds a whole pipeline in one file ({', '.join(others)} beside "
@@ -175,8 +238,9 @@ def _no_transformer(names: Iterable[str], source: object, error: Exception) -> s
 
 
 def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
-    """`inferred` with what config.json in `folder` says, of either layout: the number of heads, epsilon and text length do not
-    show in shapes. ValueError: it cannot be read, or contradicts the weights."""
+    """`inferred` with what config.json in `folder` says, of either layout: the number of heads,
+    epsilon and text length do not show in shapes. ValueError: it cannot be read, or contradicts the
+    weights."""
     more, file = inferred.in_dim - inferred.out_dim, folder / "config.json"
     if more not in (0, inferred.out_dim + 4):
         raise ValueError(
@@ -190,7 +254,10 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
     try:
         known = {field.name for field in fields(WanConfig)}
         foreign = "attention_head_dim" in stored
-        renamed = {CONFIG_KEYS.get(key, key) if foreign else key: value or 0 for key, value in stored.items()}
+        renamed = {
+            CONFIG_KEYS.get(key, key) if foreign else key: value or 0
+            for key, value in stored.items()
+        }
         told = {key: value for key, value in renamed.items() if key in known}
         if foreign:
             told["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
@@ -207,58 +274,110 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
     for key, value in told.items():
         if key not in ("num_heads", "eps", "text_len") and value != getattr(inferred, key):
             found = getattr(inferred, key)
-            raise ValueError(f"{file}: {key} is {value}, the weights beside it have {found}; they do not belong together")
-    return WanConfig(**{field.name: told.get(field.name, getattr(inferred, field.name)) for field in fields(WanConfig)})
+            raise ValueError(
+                f"{file}: {key} is {value}, the weights beside it have {found}; they do not belong"
+                " together"
+            )
+    return WanConfig(
+        **{
+            field.name: told.get(field.name, getattr(inferred, field.name))
+            for field in fields(WanConfig)
+        }
+    )
 
 
-def load_dit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-             expert: Expert | None = None, kind: type[WanDiT] = WanDiT) -> WanDiT:  # fmt: skip
-    """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation, time and patch embeddings
-    and the head stay float32 when `dtype` is less. Tensors are read one by one into a model that has no memory before.
+def load_dit(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    expert: Expert | None = None,
+    kind: type[WanDiT] = WanDiT,
+) -> WanDiT:
+    """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation,
+    time and patch embeddings and the head stay float32 when `dtype` is less. Tensors are read one
+    by one into a model that has no memory before.
 
-    ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it, quantised weights, not a Wan
-    transformer, config.json of another model, the wrong expert, tensors missing or unknown."""
+    ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
+    quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
+    tensors missing or unknown."""
     place = locate(path, expert)
     stored = Checkpoint(place)
     names, _, _ = official_names(list(stored.entries))
     if loose := [name for name in names.values() if is_adapter(name)]:
-        raise ValueError(f"{place} holds adapters apart from its weights ({len(loose)} tensors, first {loose[0]}): most programs would "
-                         "leave them out; write it anew with the adapters merged")  # fmt: skip
+        raise ValueError(
+            f"{place} holds adapters apart from its weights ({len(loose)} tensors, first"
+            f" {loose[0]}): most programs would leave them out; write it anew with the adapters"
+            " merged"
+        )
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     inferred = infer_config(shapes, place)
-    folder = place.parent if place.name.startswith(WEIGHTS) else place  # of a release's own file its config.json counts, too
+    folder = (
+        place.parent if place.name.startswith(WEIGHTS) else place
+    )  # of a release's own file its config.json counts, too
     config = read_config(folder, inferred)
     if not config.num_heads:
-        raise ValueError(f"{place}: a width of {config.dim} is no multiple of {HEAD_DIM}, which all released heads have; "
-                         "its config.json, which says how many heads it has, must lie beside it")
+        raise ValueError(
+            f"{place}: a width of {config.dim} is no multiple of {HEAD_DIM}, which all released"
+            " heads have; its config.json, which says how many heads it has, must lie beside it"
+        )
     if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:
-        raise ValueError(f"{place}: width {config.dim} does not split into {config.num_heads} heads of even width")
+        raise ValueError(
+            f"{place}: width {config.dim} does not split into {config.num_heads} heads of even"
+            " width"
+        )
     with torch.device("meta"):
         model = kind(config)
-    ignored = tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))  # as Diffusers does
-    return fill(model, stored, names, f"{place}, read as {config.variant},", device,
-                lambda name: WanDiT.stored_dtype(name, dtype), ignored)  # fmt: skip
+    ignored = tuple(
+        name for name in names.values() if name.endswith("norm_added_q.weight")
+    )  # as Diffusers does
+    return fill(
+        model,
+        stored,
+        names,
+        f"{place}, read as {config.variant},",
+        device,
+        lambda name: WanDiT.stored_dtype(name, dtype),
+        ignored,
+    )
 
 
-def load_denoiser(settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: Expert | None = None) -> WanDenoiser:
-    """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be trained on latents of `spec` with
-    text `text_dim` wide. ConfigError, in one sentence: it cannot be read, or they do not belong together."""
+def load_denoiser(
+    settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: Expert | None = None
+) -> WanDenoiser:
+    """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be
+    trained on latents of `spec` with text `text_dim` wide. ConfigError, in one sentence: it cannot
+    be read, or they do not belong together.
+    """
     try:
-        dtype, expert = torch.float32 if settings.dtype == "float32" else torch.bfloat16, expert or settings.expert
+        dtype, expert = (
+            torch.float32 if settings.dtype == "float32" else torch.bfloat16,
+            expert or settings.expert,
+        )
         model = load_dit(settings.name_or_path, dtype, expert=expert, kind=WanDenoiser)
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
     config = model.config
     if spec.channels == 2 * config.out_dim:
-        raise ConfigError("tokenizer.picture", "gives latents of pictures beside those of clips, which are not taken here: I2V is "
-                          "trained by train_t2v; elsewhere set tokenizer.picture=none")  # fmt: skip
+        raise ConfigError(
+            "tokenizer.picture",
+            "gives latents of pictures beside those of clips, which are not taken here: I2V is "
+            "trained by train_t2v; elsewhere set tokenizer.picture=none",
+        )
     if spec.channels != config.out_dim:
-        name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(config.out_dim, "another tokenizer")
-        raise ConfigError("tokenizer", f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: "
-                          f"use {name}")
+        name = {16: "the Wan 2.1 VAE", 48: "the Wan 2.2 VAE"}.get(
+            config.out_dim, "another tokenizer"
+        )
+        raise ConfigError(
+            "tokenizer",
+            f"gives latents of {spec.channels} channels, {config.variant} takes {config.out_dim}: "
+            f"use {name}",
+        )
     if text_dim != config.text_dim:
-        raise ConfigError("text_encoder", f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the "
-                          "UMT5 of its release")
+        raise ConfigError(
+            "text_encoder",
+            f"gives tokens {text_dim} wide, {config.variant} takes {config.text_dim}: use the "
+            "UMT5 of its release",
+        )
     return prepare(model, settings)
 
 
@@ -271,20 +390,42 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
     return model
 
 
-# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
 def config_json(config: WanConfig, layout: Layout) -> dict:
     if layout == "official":
-        kind = "i2v" if config.in_dim != config.out_dim else "ti2v" if config.in_dim == 48 else "t2v"
+        kind = (
+            "i2v" if config.in_dim != config.out_dim else "ti2v" if config.in_dim == 48 else "t2v"
+        )
         kind = "flf2v" if config.image_positions else kind
-        keys = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
-        return {"_class_name": "WanModel", "model_type": kind} | {key: getattr(config, key) for key in keys}
+        keys = (
+            "dim",
+            "eps",
+            "ffn_dim",
+            "freq_dim",
+            "in_dim",
+            "num_heads",
+            "num_layers",
+            "out_dim",
+            "text_len",
+        )
+        return {"_class_name": "WanModel", "model_type": kind} | {
+            key: getattr(config, key) for key in keys
+        }
     ours = {theirs: getattr(config, key) for theirs, key in CONFIG_KEYS.items()}
-    ours |= {"image_dim": config.image_dim or None, "pos_embed_seq_len": config.image_positions or None}
+    ours |= {
+        "image_dim": config.image_dim or None,
+        "pos_embed_seq_len": config.image_positions or None,
+    }
     return {
-        "_class_name": "WanTransformer3DModel", "attention_head_dim": config.dim // config.num_heads, "cross_attn_norm": True,
-        "added_kv_proj_dim": config.dim if config.image_dim else None, "patch_size": [1, 2, 2],
-        "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, **ours,
-    }  # fmt: skip
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": config.dim // config.num_heads,
+        "cross_attn_norm": True,
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        **ours,
+    }
 
 
 def save_dit(
@@ -316,12 +457,18 @@ def save_dit(
             size = 0
         shards[-1].append(name)
         size, total = size + own, total + own
-    files = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = [
+        f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     if len(shards) == 1:
         files = [f"{WEIGHTS}.safetensors"]
     with folder_aside(folder) as aside:
         if len(shards) > 1:
-            places = {rename(name): file for file, names in zip(files, shards, strict=True) for name in names}
+            places = {
+                rename(name): file
+                for file, names in zip(files, shards, strict=True)
+                for name in names
+            }
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (aside / f"{WEIGHTS}{INDEX}").write_text(json.dumps(index, indent=1), encoding="utf-8")
         for file, names in zip(files, shards, strict=True):
@@ -349,5 +496,7 @@ def _written(model: WanDiT, name: str, dtype: torch.dtype | None) -> Tensor:
     result = value.to(device="cpu", dtype=_written_dtype(name, parameter, dtype)).contiguous()
     if not is_finite(result):
         kind = str(result.dtype).removeprefix("torch.")
-        raise ValueError(f"the weight {name} holds numbers that are not finite in {kind}: nothing is written")
+        raise ValueError(
+            f"the weight {name} holds numbers that are not finite in {kind}: nothing is written"
+        )
     return result

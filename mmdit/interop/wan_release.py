@@ -12,10 +12,15 @@ from mmdit.weights import Checkpoint, is_wan_release
 
 MARKS = ("model_index.json", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 NEGATIVE_PROMPT = (  # what the official code takes for an empty one
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
-    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-NEGATIVE_FIRST = {"I2V-14B": "镜头晃动，", "FLF2V-14B": "镜头切换，"}  # a shaking camera, a cut: what two of them avoid before that
+NEGATIVE_FIRST = {
+    "I2V-14B": "镜头晃动，",
+    "FLF2V-14B": "镜头切换，",
+}  # a shaking camera, a cut: what two of them avoid before that
 I2V_14B_SHIFT_720P = 5.0
 SIZE_480P, SIZE_720P, SIZE_5B = (832, 480), (1280, 720), (1280, 704)
 PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), boundary, size
@@ -30,17 +35,20 @@ PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), b
 
 
 def published_boundary(settings: WanModelConfig, pair: bool) -> float:
-    """Return the boundary between the experts of the release that `settings` name, from the headers of one of its files.
-    ValueError: they cannot be read."""
+    """Return the boundary between the experts of the release that `settings` name, from the headers
+    of one of its files. ValueError: they cannot be read."""
     stored = Checkpoint(locate(settings.name_or_path, "high" if pair else settings.expert))
     names, _, _ = official_names(list(stored.entries))
-    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items() if name in names}, settings.name_or_path)
+    config = infer_config(
+        {names[name]: entry.shape for name, entry in stored.entries.items() if name in names},
+        settings.name_or_path,
+    )
     return PUBLISHED["I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"][3]
 
 
 def published_shift(path: str | Path, width: int, height: int) -> float | None:
-    """Return the time shift of a release that has another one at each size (I2V-14B), for clips of `width × height`; None for
-    what is no such release."""
+    """Return the time shift of a release that has another one at each size (I2V-14B), for clips of
+    `width × height`; None for what is no such release."""
     if variant_of(path) != "I2V-14B":
         return None
     small = width * height <= SIZE_480P[0] * SIZE_480P[1]
@@ -58,13 +66,17 @@ def _has_boundary(index: Path) -> bool:
 
 
 def release_config(path: str | Path) -> dict | None:
-    """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be read."""
+    """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be
+    read."""
     path = Path(path)
     release = _release(path)
     if release is None:
         if is_wan_release(path):
-            raise ValueError(f"{path} is a Wan transformer without its VAE (Wan2.1_VAE.pth, TI2V-5B: Wan2.2_VAE.pth; of Diffusers: vae/ and "
-                             "model_index.json); to sample from it fetch the rest of its release")  # fmt: skip
+            raise ValueError(
+                f"{path} is a Wan transformer without its VAE (Wan2.1_VAE.pth, TI2V-5B:"
+                " Wan2.2_VAE.pth; of Diffusers: vae/ and model_index.json); to sample from it"
+                " fetch the rest of its release"
+            )
         return None
     name, config, pair = release
     small = config.out_dim == 48
@@ -74,29 +86,63 @@ def release_config(path: str | Path) -> dict | None:
         shift, (width, height) = I2V_14B_SHIFT_720P, SIZE_720P
     return {
         "experiment_name": "wan",
-        "video": {"width": width, "height": height, "fps": 24 if small else 16, "num_frames": 121 if small else 81},
-        "tokenizer": {"type": "wan_vae", "name_or_path": str(path), "latent_f": 16 if small else 8, "latent_d": config.out_dim},
+        "video": {
+            "width": width,
+            "height": height,
+            "fps": 24 if small else 16,
+            "num_frames": 121 if small else 81,
+        },
+        "tokenizer": {
+            "type": "wan_vae",
+            "name_or_path": str(path),
+            "latent_f": 16 if small else 8,
+            "latent_d": config.out_dim,
+        },
         "text_encoder": {"type": "umt5", "name_or_path": str(path)},
-        "model": {"type": "wan", "name_or_path": str(path), "dtype": "bfloat16", "expert": "high" if pair else None,
-                  **({"boundary": boundary} if boundary else {})},
+        "model": {
+            "type": "wan",
+            "name_or_path": str(path),
+            "dtype": "bfloat16",
+            "expert": "high" if pair else None,
+            **({"boundary": boundary} if boundary else {}),
+        },
         "lora": {"enabled": False},
-        "train": {"sample_solver": "unipc", "sample_num_steps": steps, "sample_shift": shift, "sample_grid": "wan",
-                  "sample_cfg_scale": high, "sample_cfg_scale_low": low if pair else None,
-                  "sample_negative_prompt": NEGATIVE_FIRST.get(name, "") + NEGATIVE_PROMPT},
-    }  # fmt: skip
+        "train": {
+            "sample_solver": "unipc",
+            "sample_num_steps": steps,
+            "sample_shift": shift,
+            "sample_grid": "wan",
+            "sample_cfg_scale": high,
+            "sample_cfg_scale_low": low if pair else None,
+            "sample_negative_prompt": NEGATIVE_FIRST.get(name, "") + NEGATIVE_PROMPT,
+        },
+    }
 
 
 def _release(path: Path) -> tuple[str, WanConfig, bool] | None:
-    """Return name, sizes, and whether it has two experts, of the release in `path`; None if it is none."""
+    """Return name, sizes, and whether it has two experts, of the release in `path`; None if it is
+    none."""
     if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
         return None
-    experts = [folder for folders in EXPERT_FOLDERS.values() for folder in folders if (path / folder).is_dir()]
+    experts = [
+        folder
+        for folders in EXPERT_FOLDERS.values()
+        for folder in folders
+        if (path / folder).is_dir()
+    ]
     pair = len(experts) == 2
-    if len(experts) == 1 and (experts != ["transformer"] or _has_boundary(path / "model_index.json")):
-        raise ValueError(f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared between them")
+    if len(experts) == 1 and (
+        experts != ["transformer"] or _has_boundary(path / "model_index.json")
+    ):
+        raise ValueError(
+            f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared"
+            " between them"
+        )
     stored = Checkpoint(locate(path, "high" if pair else None))
     names, _, _ = official_names(list(stored.entries))
-    config = infer_config({names[name]: entry.shape for name, entry in stored.entries.items()}, path)
+    config = infer_config(
+        {names[name]: entry.shape for name, entry in stored.entries.items()}, path
+    )
     name = config.variant.split(" ")[0]
     if pair:
         name = "I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"

@@ -1,4 +1,5 @@
-"""Models: networks from tensors to tensors. To add one: a file with its config and class, a name in the union, a case below."""
+"""Models: networks from tensors to tensors. To add one: a file with its config and class, a name in
+the union, a case below."""
 
 from __future__ import annotations
 
@@ -8,12 +9,22 @@ from mmdit.models.wan_denoiser import WanModelConfig
 
 ModelConfig = VideoMMDiTConfig | WanModelConfig
 
-__all__ = ["ModelConfig", "TreadConfig", "VideoMMDiT", "VideoMMDiTConfig", "WanModelConfig", "build_model", "draw_keep"]
+__all__ = [
+    "ModelConfig",
+    "TreadConfig",
+    "VideoMMDiT",
+    "VideoMMDiTConfig",
+    "WanModelConfig",
+    "build_model",
+    "draw_keep",
+]
 
 
-def build_model(config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None) -> VideoMMDiT:
-    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh weights from torch's generator.
-    (Wan has stored ones: `interop.wan.load_denoiser`.)"""
+def build_model(
+    config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None
+) -> VideoMMDiT:
+    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh
+    weights from torch's generator. (Wan has stored ones: `interop.wan.load_denoiser`.)"""
     match config:
         case VideoMMDiTConfig():
             return VideoMMDiT(config, latent_channels, text_dim, tread)

@@ -1,9 +1,11 @@
-"""TREAD (Krause et al. 2025, "TREAD: Token Routing for Efficient Architecture-agnostic Diffusion Training",
-arXiv 2501.04765): in training, a part of the tokens skips a span of blocks and comes back unchanged after it.
+"""TREAD (Krause et al. 2025, "TREAD: Token Routing for Efficient Architecture-agnostic Diffusion
+Training", arXiv 2501.04765): in training, a part of the tokens skips a span of blocks and comes
+back unchanged after it.
 
-The paper keeps tokens at random. Here the kept places repeat from window to window and frame to frame: then every window,
-plain or shifted, holds equally many kept tokens and every kept place all its frames, so all sublayers shrink alike and
-nothing needs padding. The blocks know nothing of it. Axes: b sample · f frame · n window · k place in the window · d width.
+The paper keeps tokens at random. Here the kept places repeat from window to window and frame to
+frame: then every window, plain or shifted, holds equally many kept tokens and every kept place all
+its frames, so all sublayers shrink alike and nothing needs padding. The blocks know nothing of it.
+Axes: b sample · f frame · n window · k place in the window · d width.
 """
 
 from __future__ import annotations
@@ -25,17 +27,28 @@ class TreadConfig:
 
     enabled: bool = False
     selection_rate: float = 0.5  # the part of the tokens that skips the span
-    apply_to: tuple[int, int] = (2, -2)  # the span of blocks [first, end), as in a Python slice: -2 is two from the end
-    mode: Literal["random", "stratified"] = "random"  # any places of the window, or about equally many of every 2x2 patch
-    rescale: bool = False  # divide the span's change by the part of tokens that see it, so that its mean is as without routing
+    apply_to: tuple[int, int] = (
+        2,
+        -2,
+    )  # the span of blocks [first, end), as in a Python slice: -2 is two from the end
+    mode: Literal["random", "stratified"] = (
+        "random"  # any places of the window, or about equally many of every 2x2 patch
+    )
+    # divide the span's change by the part of tokens that see it, so that its mean is as without
+    # routing
+    rescale: bool = False
 
     def __post_init__(self):
         if not 0 < self.selection_rate < 1:
-            message = f"is {self.selection_rate}; must lie between 0 and 1, both excluded; for no routing write enabled: false"
+            message = (
+                f"is {self.selection_rate}; must lie between 0 and 1, both excluded; for no routing"
+                " write enabled: false"
+            )
             raise ConfigError("selection_rate", message)
 
     def span(self, depth: int) -> tuple[int, int]:
-        """First and end of the routed blocks in a model of `depth` blocks. ConfigError if there is none."""
+        """First and end of the routed blocks in a model of `depth` blocks. ConfigError if there is
+        none."""
         first, end = (edge + depth if edge < 0 else edge for edge in self.apply_to)
         if not 0 <= first < end <= depth:
             written = list(self.apply_to)
@@ -46,8 +59,9 @@ class TreadConfig:
 
 
 def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int) -> Tensor:
-    """The kept places `(K,)` of a window of `(height, width)`, ascending int64; a function of `(seed, step)` alone, so that all
-    ranks agree. K is the rounded part `1 - selection_rate`, at least one."""
+    """The kept places `(K,)` of a window of `(height, width)`, ascending int64; a function of
+    `(seed, step)` alone, so that all ranks agree. K is the rounded part `1 - selection_rate`, at
+    least one."""
     height, width = window
     generator = rng.generator(seed, "tread", step)
     order = torch.rand(height * width, generator=generator)
@@ -60,9 +74,11 @@ def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int
     return order.argsort()[:count].sort().values
 
 
-def route(x: Tensor, keep: Tensor, span: Callable[[Tensor], Tensor], rescale: bool = False) -> Tensor:
-    """`span` on the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others pass by. `span` maps
-    `(b, f, n, K, d)` to itself."""
+def route(
+    x: Tensor, keep: Tensor, span: Callable[[Tensor], Tensor], rescale: bool = False
+) -> Tensor:
+    """`span` on the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others pass by.
+    `span` maps `(b, f, n, K, d)` to itself."""
     kept = x.index_select(3, keep)
     result = span(kept)
     if rescale:

@@ -1,6 +1,8 @@
-"""The factorized Video MMDiT: window attention in space, attention in time, attention to text and an MLP, each modulated.
+"""The factorized Video MMDiT: window attention in space, attention in time, attention to text and
+an MLP, each modulated.
 
-Axes: b sample · f frame · r row · c column · n window · k place in the window · d width · t text token.
+Axes: b sample · f frame · r row · c column · n window · k place in the window · d width · t text
+token.
 """
 
 from __future__ import annotations
@@ -28,15 +30,22 @@ from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import Pattern, Places, WindowGrid, coordinates, place_tables
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}  # dim, depth, heads of width 64
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 18),
+}  # dim, depth, heads of width 64
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 SUBLAYERS = 4
-FRAME_NUMBER_STD = 0.5  # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
+# moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
+FRAME_NUMBER_STD = 0.5
 
 
 @dataclass(frozen=True)
 class VideoMMDiTConfig:
-    """The section `model:`. `size` stands for `dim`, `depth` and `num_heads`; without it each may be given (else as S)."""
+    """The section `model:`. `size` stands for `dim`, `depth` and `num_heads`; without it each may
+    be given (else as S)."""
 
     type: Literal["video_mmdit"] = "video_mmdit"
     size: Literal["S", "B", "L", "XL"] | None = None
@@ -44,46 +53,67 @@ class VideoMMDiTConfig:
     depth: int | None = None
     num_heads: int | None = None
     window_size: int = 8  # the largest window, in latent cells; see WindowGrid.fit
-    # What attention in space sees, block by block and again from the first; see docs/speed.md for grids of several windows.
+    # What attention in space sees, block by block and again from the first; see docs/speed.md for
+    # grids of several windows.
     spatial: tuple[Pattern, ...] = ("window", "shifted")
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     qk_norm: bool = True
-    temporal_position: bool = True  # False: frames are a set; the control that cannot tell left from right motion
+    temporal_position: bool = (
+        True  # False: frames are a set; the control that cannot tell left from right motion
+    )
     pooled_text: bool = True  # the caption's mean also enters the modulation
-    crop: bool = False  # tell the model which part of its picture each sample shows; drawn pictures are whole ones
-    residual: Literal["float32", "autocast"] = "float32"  # the stream between blocks; autocast's type is half the traffic
-    products: Literal["autocast", "float8"] = "autocast"  # of the blocks' matrices in training; float8 takes half the time
+    # tell the model which part of its picture each sample shows; drawn pictures are whole ones
+    crop: bool = False
+    residual: Literal["float32", "autocast"] = (
+        "float32"  # the stream between blocks; autocast's type is half the traffic
+    )
+    products: Literal["autocast", "float8"] = (
+        "autocast"  # of the blocks' matrices in training; float8 takes half the time
+    )
     freeze: bool = False  # train the text encoder alone
-    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, up to a third more time
+    checkpointing: bool = (
+        False  # recompute blocks in the backward pass: less memory, up to a third more time
+    )
     checkpoint_every: int = 1  # with checkpointing, of every n-th block: 2 saves half as much
 
     def __post_init__(self):
         for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):
             value = getattr(self, name)
             if self.size is not None and value not in (None, standard):
-                message = f"is {value}, but size {self.size} means {standard}; leave out {name} or write size: null"
+                message = (
+                    f"is {value}, but size {self.size} means {standard}; leave out {name} or write"
+                    " size: null"
+                )
                 raise ConfigError(name, message)
             object.__setattr__(self, name, standard if value is None else value)
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {value}; must be at least 1")
         if self.dim % self.num_heads or self.head_dim % 4:
-            message = f"is {self.num_heads}, but dim {self.dim} must split into heads of a width divisible by 4"
+            message = (
+                f"is {self.num_heads}, but dim {self.dim} must split into heads of a width"
+                " divisible by 4"
+            )
             raise ConfigError("num_heads", f"{message}; change one of the two")
         for name in ("window_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
         if not self.spatial:
-            raise ConfigError("spatial", "is empty; name what attention in space sees: window, shifted or frame")
+            raise ConfigError(
+                "spatial", "is empty; name what attention in space sees: window, shifted or frame"
+            )
         if not self.mlp_ratio > 0:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"is {self.dropout}; must be from 0 to below 1")
         hidden = MLPS[self.mlp].hidden(self.dim, self.mlp_ratio)
         if self.products == "float8" and (self.dim % 16 or hidden % 16):
-            raise ConfigError("products", f"is float8, for which widths must be multiples of 16, but dim is {self.dim} and the MLP "
-                              f"{hidden} wide; change dim or mlp_ratio, or leave it out")
+            raise ConfigError(
+                "products",
+                f"is float8, for which widths must be multiples of 16, but dim is {self.dim} and"
+                f" the MLP {hidden} wide; change dim or mlp_ratio, or leave it out",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -96,8 +126,8 @@ class VideoMMDiTConfig:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their keys and values; `valid
-    (b, t)`; `pooled (b, d)`, or 0 without."""
+    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their
+    keys and values; `valid (b, t)`; `pooled (b, d)`, or 0 without."""
 
     context: list[Tensor | tuple[Tensor, Tensor]]
     valid: Tensor
@@ -105,8 +135,10 @@ class PreparedText:
 
 
 class Block(nn.Module):
-    """Space, time, text, MLP, each behind AdaLN-Zero (Peebles & Xie 2023): with closed gates the block is the identity.
-    The modulation is the model's shared one plus this block's table (as in PixArt-α, Chen et al. 2023, section 2.3)."""
+    """Space, time, text, MLP, each behind AdaLN-Zero (Peebles & Xie 2023): with closed gates the
+    block is the identity. The modulation is the model's shared one plus this block's table (as in
+    PixArt-α, Chen et al. 2023, section 2.3).
+    """
 
     def __init__(self, config: VideoMMDiTConfig):
         super().__init__()
@@ -118,20 +150,32 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config.dim, config.mlp_ratio, config.dropout, kind)
         self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
 
-    def forward(self, x: Tensor, change: Tensor | None, gate: Tensor | None, modulation: Tensor,
-                text: Tensor | tuple[Tensor, Tensor], valid: Tensor, places: Places, frames: Frames
-                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the sum is left to whoever takes
-        its norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys and values, `valid (b, t)` → the stream after this
-        block, likewise in three."""
+    def forward(
+        self,
+        x: Tensor,
+        change: Tensor | None,
+        gate: Tensor | None,
+        modulation: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        valid: Tensor,
+        places: Places,
+        frames: Frames,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the
+        sum is left to whoever takes its norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys
+        and values, `valid (b, t)` → the stream after this block, likewise in three."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
-        space, motion, caption, mlp = (Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3))
+        space, motion, caption, mlp = (
+            Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)
+        )
         x, seen = add_norm(x, change, gate, space)
         seen = self.spatial(seen, places)
         if x.shape[1] > 1:
             x, seen = add_norm(x, seen, space.gate, motion)
             x, seen = add_norm(x, self.temporal(seen, frames), motion.gate, caption)
-        else:  # a single frame has no past; its gradient there is zero rather than missing, which DDP would wait for
+        else:
+            # a single frame has no past; its gradient there is zero rather than missing, which DDP
+            # would wait for
             zero = sum(weight.flatten()[:0].sum() for weight in self.temporal.parameters())
             x, seen = add_norm(x, seen, space.gate + zero, caption)
         x, seen = add_norm(x, self.cross(seen, text, valid), caption.gate, mlp)
@@ -139,10 +183,18 @@ class Block(nn.Module):
 
 
 class VideoMMDiT(nn.Module):
-    """`model(x, t, text) → like x`; images are clips of one frame. The initial output is exactly zero, and a model trained
-    on single frames only gives the same output for each frame of a clip: its temporal gates are still exactly zero."""
+    """`model(x, t, text) → like x`; images are clips of one frame. The initial output is exactly
+    zero, and a model trained on single frames only gives the same output for each frame of a clip:
+    its temporal gates are still exactly zero.
+    """
 
-    def __init__(self, config: VideoMMDiTConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None):
+    def __init__(
+        self,
+        config: VideoMMDiTConfig,
+        latent_channels: int,
+        text_dim: int,
+        tread: TreadConfig | None = None,
+    ):
         super().__init__()
         self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
         self.tread = tread if tread is not None and tread.enabled else None
@@ -162,8 +214,8 @@ class VideoMMDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so gates too), frame numbers
-        and output."""
+        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so
+        gates too), frame numbers and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -178,9 +230,10 @@ class VideoMMDiT(nn.Module):
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
-        """Before the first training on clips: draw the frame numbers' weights, zero until then (pictures have no use for them,
-        and must leave every frame of a clip alike). From zero, or from attention in time alone, training soon finds the axis
-        of a motion, but its sign stays a coin flip for thousands of steps: it depends on text, frame and place only together
+        """Before the first training on clips: draw the frame numbers' weights, zero until then
+        (pictures have no use for them, and must leave every frame of a clip alike). From zero, or
+        from attention in time alone, training soon finds the axis of a motion, but its sign stays a
+        coin flip for thousands of steps: it depends on text, frame and place only together
         (tests/test_motion.py)."""
         weight = self.frame.embed.weight
         if weight.requires_grad and not weight.any():
@@ -188,81 +241,143 @@ class VideoMMDiT(nn.Module):
             weight.copy_(FRAME_NUMBER_STD * drawn)
 
     def undecayed(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone: they are offsets and norms, not maps."""
-        return {name for name, weight in self.named_parameters() if weight.ndim < 2 or name.endswith(".table")}
+        """Names of parameters that weight decay should leave alone: they are offsets and norms, not
+        maps."""
+        return {
+            name
+            for name, weight in self.named_parameters()
+            if weight.ndim < 2 or name.endswith(".table")
+        }
 
     def matrices(self) -> set[str]:
-        """Names of the parameters that map hidden states to hidden states: those that an optimizer of matrices is for."""
-        return {f"blocks.{name}.weight" for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+        """Names of the parameters that map hidden states to hidden states: those that an optimizer
+        of matrices is for."""
+        return {
+            f"blocks.{name}.weight"
+            for name, part in self.blocks.named_modules()
+            if isinstance(part, nn.Linear)
+        }
 
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
 
     def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
-        """The kept places of a training step on this grid, for `forward`; None where nothing is routed (TREAD off, or eval)."""
+        """The kept places of a training step on this grid, for `forward`; None where nothing is
+        routed (TREAD off, or eval)."""
         if self.tread is None or not self.training:
             return None
         grid = self.windows(rows, columns)
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
     def prepare(self, text: TextTokens) -> PreparedText:
-        """For many calls with the same captions and weights, as in sampling, under the autocast of those calls. Keys and values
-        are `2 · depth · b · t · d` numbers."""
+        """For many calls with the same captions and weights, as in sampling, under the autocast of
+        those calls. Keys and values are `2 · depth · b · t · d` numbers."""
         read = self._read(text)
-        context = [block.cross.keys_values(tokens) for block, tokens in zip(self.blocks, read.context, strict=True)]
+        context = [
+            block.cross.keys_values(tokens)
+            for block, tokens in zip(self.blocks, read.context, strict=True)
+        ]
         return replace(read, context=context)
 
     def _read(self, text: TextTokens) -> PreparedText:
         if text.embeddings.shape[-1] != self.text_dim:
-            raise ValueError(f"text tokens are {text.embeddings.shape[-1]} wide, the model was made for {self.text_dim}; "
-                             "use the text encoder it was trained with")
+            raise ValueError(
+                f"text tokens are {text.embeddings.shape[-1]} wide, the model was made for"
+                f" {self.text_dim}; use the text encoder it was trained with"
+            )
         tokens, valid = self.text(text)
         with torch.autocast(tokens.device.type, enabled=False):
             pooled = self.pooled(tokens[:, 1:], valid[:, 1:]) if self.pooled is not None else 0
         return PreparedText([tokens] * len(self.blocks), valid, pooled)
 
-    def forward(self, x: Tensor, t: Tensor, text: TextTokens | PreparedText, keep: Tensor | None = None,
-                crop: Tensor | None = None) -> Tensor:
-        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions, `prepare`d or not → the prediction, shaped like
-        `x`. `keep`: from `draw_keep`. `crop (b, 4)`: for `model.crop`, see `CropEmbedding`; None is a whole picture. ValueError
-        if shapes do not belong together."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextTokens | PreparedText,
+        keep: Tensor | None = None,
+        crop: Tensor | None = None,
+    ) -> Tensor:
+        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions, `prepare`d or not →
+        the prediction, shaped like `x`. `keep`: from `draw_keep`. `crop (b, 4)`: for `model.crop`,
+        see `CropEmbedding`; None is a whole picture. ValueError if shapes do not belong
+        together."""
         self._check(x, t, len(text.valid))
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):  # a few vectors that steer everything: full precision
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # a few vectors that steer everything: full precision
             time = self.time(t)
             if self.crop is not None:
                 whole = nn.functional.pad(t.new_zeros(1, 2), (0, 2), value=1.0)
                 time = time + self.crop(whole if crop is None else crop)
             elif crop is not None:
-                raise ValueError("crop is given, but the model was built without; set model.crop: true")
+                raise ValueError(
+                    "crop is given, but the model was built without; set model.crop: true"
+                )
             when = self.frame(x.shape[1] if self.config.temporal_position else 1)  # (f or 1, d)
-            where = self.position(coordinates(grid, x.device, exact)) + when[:, None, None]  # (f or 1, n, k, d)
+            where = (
+                self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
+            )  # (f or 1, n, k, d)
         read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
             condition = nn.functional.silu(time + read.pooled)
-            modulation = rearrange(upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS)
-            last = rearrange(upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2)
+            modulation = rearrange(
+                upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS
+            )
+            last = rearrange(
+                upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2
+            )
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
-        _, seen = add_norm(*self._run_blocks(h, grid, exact, keep, modulation, read), Modulation(*last, last[1]))
+        _, seen = add_norm(
+            *self._run_blocks(h, grid, exact, keep, modulation, read), Modulation(*last, last[1])
+        )
         return grid.merge(self.output(seen)).to(x.dtype)
 
-    def _run_blocks(self, x: Tensor, grid: WindowGrid, exact: torch.dtype, keep: Tensor | None, modulation: Tensor,
-                    text: PreparedText) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _run_blocks(
+        self,
+        x: Tensor,
+        grid: WindowGrid,
+        exact: torch.dtype,
+        keep: Tensor | None,
+        modulation: Tensor,
+        text: PreparedText,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream as `Block.forward` returns it."""
-        if self.config.products == "float8" and self.training and not kernels.codes_serve(x.new_empty(0, dtype=torch.bfloat16)):
-            warnings.warn(f"model.products is float8, but no kernels of it serve on {x.device}: autocast's are used", stacklevel=2)
+        if (
+            self.config.products == "float8"
+            and self.training
+            and not kernels.codes_serve(x.new_empty(0, dtype=torch.bfloat16))
+        ):
+            warnings.warn(
+                f"model.products is float8, but no kernels of it serve on {x.device}: autocast's"
+                " are used",
+                stacklevel=2,
+            )
         table = (self.config.head_dim, x.device, exact)
         layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
-            frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position)
+            frames = frame_tables(
+                x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position
+            )
             change = gate = None
             for index in range(first, end):
                 block = self.blocks[index]
-                rest = (modulation, text.context[index], text.valid, layouts[self.config.pattern(index)], frames)
-                if self.config.checkpointing and index % self.config.checkpoint_every == 0 and torch.is_grad_enabled():
+                rest = (
+                    modulation,
+                    text.context[index],
+                    text.valid,
+                    layouts[self.config.pattern(index)],
+                    frames,
+                )
+                if (
+                    self.config.checkpointing
+                    and index % self.config.checkpoint_every == 0
+                    and torch.is_grad_enabled()
+                ):
                     x = add_gated(x, change, gate)  # one tensor to keep
                     x, change, gate = checkpoint(block, x, None, None, *rest, use_reentrant=False)
                 else:
@@ -272,20 +387,29 @@ class VideoMMDiT(nn.Module):
         if keep is None:
             return run(x, 0, len(self.blocks), layouts)
         if self.tread is None:
-            raise ValueError("keep is given, but the model was built without routing; set tread.enabled: true")
+            raise ValueError(
+                "keep is given, but the model was built without routing; set tread.enabled: true"
+            )
         first, end = self.span
         keep = keep.to(x.device)
         kept = {pattern: layout.keep(keep) for pattern, layout in layouts.items()}
         x = add_gated(*run(x, 0, first, layouts))
-        x = route(x, keep, lambda inner: add_gated(*run(inner, first, end, kept)), self.tread.rescale)
+        x = route(
+            x, keep, lambda inner: add_gated(*run(inner, first, end, kept)), self.tread.rescale
+        )
         return run(x, end, len(self.blocks), layouts)
 
-    def train_flops(self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None) -> int:
-        """Floating-point operations of the matrix products of one sample's forward and backward pass. `grid`: latent (frames,
-        rows, columns); `kept`: places of a window that the routed span sees. As Chowdhery et al. 2022 (2204.02311, appendix B):
-        what the model asks for, whatever an attention kernel or checkpointing computes twice."""
+    def train_flops(
+        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
+    ) -> int:
+        """Floating-point operations of the matrix products of one sample's forward and backward
+        pass. `grid`: latent (frames, rows, columns); `kept`: places of a window that the routed
+        span sees. As Chowdhery et al. 2022 (2204.02311, appendix B): what the model asks for,
+        whatever an attention kernel or checkpointing computes twice."""
 
-        def weights(module: nn.Module, backward: bool = True) -> int:  # products a token: forward, gradients of input, weights
+        def weights(
+            module: nn.Module, backward: bool = True
+        ) -> int:  # products a token: forward, gradients of input, weights
             two_d = [weight for weight in module.parameters() if weight.ndim == 2]
             return sum(weight.numel() * (1 + backward + weight.requires_grad) for weight in two_d)
 
@@ -293,14 +417,19 @@ class VideoMMDiT(nn.Module):
         layout = self.windows(*grid[1:])
         windows, places = layout.counts[0] * layout.counts[1], layout.height * layout.width
         tokens = frames * windows * places
-        total = tokens * (weights(self.input, False) + weights(self.output)) + text * weights(self.text, False)
+        total = tokens * (weights(self.input, False) + weights(self.output)) + text * weights(
+            self.text, False
+        )
         once = (self.time, self.modulation, self.final_modulation, self.pooled, self.crop)
         total += sum(weights(part) for part in once if part is not None)
         for index, block in enumerate(self.blocks):
             routed = kept is not None and self.span[0] <= index < self.span[1]
             inside = kept if routed else places
             seen = frames * windows * inside
-            total += seen * sum(weights(part) for part in (block.spatial, block.mlp, block.cross.q, block.cross.proj))
+            total += seen * sum(
+                weights(part)
+                for part in (block.spatial, block.mlp, block.cross.q, block.cross.proj)
+            )
             total += text * (weights(block.cross.k) + weights(block.cross.v))
             whole = self.config.pattern(index) == "frame"
             total += 6 * seen * dim * ((windows * inside if whole else inside) + text)
@@ -310,7 +439,13 @@ class VideoMMDiT(nn.Module):
 
     def _check(self, x: Tensor, t: Tensor, captions: int) -> None:
         if x.ndim != 5 or x.shape[-1] != self.latent_channels:
-            raise ValueError(f"latents are {tuple(x.shape)}, must be (batch, frames, rows, columns, {self.latent_channels}); "
-                             "the model belongs to another tokenizer, or an axis is missing")
+            raise ValueError(
+                f"latents are {tuple(x.shape)}, must be (batch, frames, rows, columns,"
+                f" {self.latent_channels}); the model belongs to another tokenizer, or an axis is"
+                " missing"
+            )
         if not len(x) == len(t) == captions:
-            raise ValueError(f"{len(x)} latents, {len(t)} times and {captions} captions; each sample needs one of each")
+            raise ValueError(
+                f"{len(x)} latents, {len(t)} times and {captions} captions; each sample needs one"
+                " of each"
+            )

@@ -1,9 +1,12 @@
-"""The Wan 2.1 / 2.2 diffusion transformer (Wan Team 2025, arXiv 2503.20314), all variants, under the official names of modules.
+"""The Wan 2.1 / 2.2 diffusion transformer (Wan Team 2025, arXiv 2503.20314), all variants, under
+the official names of modules.
 
-What the public weights mean, and where arithmetic is kept in float32, follows the official code. Where that wastes work there
-is an exact short cut: one row of modulation per distinct time rather than per token, and one key for all padding of a text.
+What the public weights mean, and where arithmetic is kept in float32, follows the official code.
+Where that wastes work there is an exact short cut: one row of modulation per distinct time rather
+than per token, and one key for all padding of a text.
 
-Axes: b sample · l token (f, h, w order, w fastest) · t text position · i image token · d width · u distinct time.
+Axes: b sample · l token (f, h, w order, w fastest) · t text position · i image token · d width · u
+distinct time.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from mmdit.nn.attention import attend
 from mmdit.nn.norm import upcast, working_dtype
@@ -26,13 +33,16 @@ from mmdit.nn.norm import upcast, working_dtype
 PATCH = (1, 2, 2)
 Residual = Literal["float32", "autocast"]
 ROTARY_BASE = 10_000.0
-PRODUCTS = re.compile(r"(addmm|mm|bmm|_scaled_mm|_scaled_dot_product_\w+)")  # operators whose results are dear
+PRODUCTS = re.compile(
+    r"(addmm|mm|bmm|_scaled_mm|_scaled_dot_product_\w+)"
+)  # operators whose results are dear
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan transformer, named as in the official config.json. `image_dim`: width of CLIP states (2.1 I2V), 0 = none;
-    `image_positions`: length of their position table (514 in FLF2V), 0 = none."""
+    """Sizes of a Wan transformer, named as in the official config.json. `image_dim`: width of CLIP
+    states (2.1 I2V), 0 = none; `image_positions`: length of their position table (514 in FLF2V), 0
+    = none."""
 
     dim: int
     ffn_dim: int
@@ -49,14 +59,20 @@ class WanConfig:
 
     @property
     def variant(self) -> str:
-        """The public name of this architecture; experts of A14B have one, and so has T2V-14B of 2.1, which has its shapes."""
+        """The public name of this architecture; experts of A14B have one, and so has T2V-14B of
+        2.1, which has its shapes."""
         if self.image_dim:
             return "FLF2V-14B" if self.image_positions else "I2V-14B"
         known = {
-            (1536, 16): "T2V-1.3B", (3072, 48): "TI2V-5B",
-            (5120, 16): "T2V-14B or a T2V-A14B expert", (5120, 36): "I2V-A14B expert",
-        }  # fmt: skip
-        return known.get((self.dim, self.in_dim), f"{'I2V' if self.in_dim != self.out_dim else 'T2V'} of width {self.dim}")
+            (1536, 16): "T2V-1.3B",
+            (3072, 48): "TI2V-5B",
+            (5120, 16): "T2V-14B or a T2V-A14B expert",
+            (5120, 36): "I2V-A14B expert",
+        }
+        return known.get(
+            (self.dim, self.in_dim),
+            f"{'I2V' if self.in_dim != self.out_dim else 'T2V'} of width {self.dim}",
+        )
 
 
 class RMSNorm(nn.Module):
@@ -68,34 +84,48 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = upcast(x)
-        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the adjacent pairs `(2i, 2i + 1)` of `x (b, h, l, d)`; tables `(l, d / 2)`."""
     first, second = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cosine - second * sine, first * sine + second * cosine], -1).flatten(-2)
+    return torch.stack(
+        [first * cosine - second * sine, first * sine + second * cosine], -1
+    ).flatten(-2)
 
 
 @lru_cache(maxsize=16)
-def rotary_tables(frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `(frames · rows · columns, head_dim / 2)`: height and width turn `head_dim // 6` pairs each, time the
-    rest; every axis has its own ladder of frequencies."""
+def rotary_tables(
+    frames: int, rows: int, columns: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `(frames · rows · columns, head_dim / 2)`: height and width turn `head_dim //
+    6` pairs each, time the rest; every axis has its own ladder of frequencies."""
     with torch.inference_mode(False):
         side = 2 * (head_dim // 6)
         angles = []
-        for axis, (count, width) in enumerate(((frames, head_dim - 2 * side), (rows, side), (columns, side))):
+        for axis, (count, width) in enumerate(
+            ((frames, head_dim - 2 * side), (rows, side), (columns, side))
+        ):
             ladder = ROTARY_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
             shape = [1, 1, 1, len(ladder)]
             shape[axis] = count
-            angles.append((torch.arange(count).double()[:, None] * ladder).view(shape).expand(frames, rows, columns, -1))
+            angles.append(
+                (torch.arange(count).double()[:, None] * ladder)
+                .view(shape)
+                .expand(frames, rows, columns, -1)
+            )
         turned = torch.cat(angles, -1).flatten(0, 2)
         return turned.cos().float().to(device), turned.sin().float().to(device)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """`t (u,)` on 0 … 1000 → `(u, width)` float32, cosines before sines, computed in float64."""
-    ladder = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2))
+    ladder = 10_000.0 ** (
+        -torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2)
+    )
     angles = t.double()[:, None] * ladder
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
@@ -119,7 +149,11 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+        q, k, v = (
+            self.heads(self.norm_q(self.q(x))),
+            self.heads(self.norm_k(self.k(x))),
+            self.heads(self.v(x)),
+        )
         q, k = (rotate_pairs(z, *rotary).to(v.dtype) for z in (q, k))
         return self.o(self.joined(attend(q, k, v)))
 
@@ -128,17 +162,23 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, text: Tensor, bias: Tensor | None, image: Tensor | None) -> Tensor:
         """`text (b, t, d)` with `bias (b, 1, 1, t)` on its logits, `image (b, i, d)`."""
         v = self.heads(self.v(text))
-        q, k = self.heads(self.norm_q(self.q(x))).to(v.dtype), self.heads(self.norm_k(self.k(text))).to(v.dtype)
+        q, k = (
+            self.heads(self.norm_q(self.q(x))).to(v.dtype),
+            self.heads(self.norm_k(self.k(text))).to(v.dtype),
+        )
         result = attend(q, k, v, None if bias is None else bias.to(v.dtype))
         if image is not None:
-            keys, values = self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+            keys, values = (
+                self.heads(self.norm_k_img(self.k_img(image))),
+                self.heads(self.v_img(image)),
+            )
             result = result + attend(q, keys.to(values.dtype), values)
         return self.o(self.joined(result))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32, whatever the stream is kept
-    in; norm1, norm2 have no weights."""
+    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32,
+    whatever the stream is kept in; norm1, norm2 have no weights."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -146,32 +186,49 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = PreciseNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config, image=config.image_dim > 0)
-        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU("tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, *arguments) -> Tensor:
-        """As `compute`. Compiled for training it keeps what matrix products and attention gave and computes the rest anew: a third
-        less memory than what torch would keep."""
+        """As `compute`. Compiled for training it keeps what matrix products and attention gave and
+        computes the rest anew: a third less memory than what torch would keep."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            return checkpoint(self.compute, *arguments, use_reentrant=False, context_fn=keep_products)
+            return checkpoint(
+                self.compute, *arguments, use_reentrant=False, context_fn=keep_products
+            )
         return self.compute(*arguments)
 
-    def compute(self, x: Tensor, time: Tensor, where: Tensor | None, rotary, text: Tensor, bias: Tensor | None,
-                image: Tensor | None) -> Tensor:  # fmt: skip
+    def compute(
+        self,
+        x: Tensor,
+        time: Tensor,
+        where: Tensor | None,
+        rotary,
+        text: Tensor,
+        bias: Tensor | None,
+        image: Tensor | None,
+    ) -> Tensor:
         """`x (b, l, d)`; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
         table = (upcast(self.modulation) + time).unbind(1)
         dtype = working_dtype(text)
         shift, scale, gate = (per_token(part, where) for part in table[:3])
         h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
         x = (x + self.self_attn(h, rotary) * gate).to(x.dtype)
-        x = (x + upcast(self.cross_attn(self.norm3(upcast(x)).to(dtype), text, bias, image))).to(x.dtype)
+        x = (x + upcast(self.cross_attn(self.norm3(upcast(x)).to(dtype), text, bias, image))).to(
+            x.dtype
+        )
         shift, scale, gate = (per_token(part, where) for part in table[3:])
         h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
         return (x + self.ffn(h) * gate).to(x.dtype)
 
 
 def keep_products():
-    """What `checkpoint` asks for: torch's own list of costly operators (of `aggressive_recomputation`) lacks cuDNN's attention."""
+    """What `checkpoint` asks for: torch's own list of costly operators (of
+    `aggressive_recomputation`) lacks cuDNN's attention."""
 
     def policy(context, operator, *arguments, **more) -> CheckpointPolicy:
         dear = PRODUCTS.fullmatch(operator.overloadpacket.__name__)
@@ -181,10 +238,13 @@ def keep_products():
 
 
 class PreciseNorm(nn.LayerNorm):
-    """A layer norm in float32, whatever its weights are kept in: as CUDA's autocast computes it, and a CPU's does not."""
+    """A layer norm in float32, whatever its weights are kept in: as CUDA's autocast computes it,
+    and a CPU's does not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(upcast(x), self.normalized_shape, upcast(self.weight), upcast(self.bias), self.eps)
+        return F.layer_norm(
+            upcast(x), self.normalized_shape, upcast(self.weight), upcast(self.bias), self.eps
+        )
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -192,7 +252,8 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def per_token(part: Tensor, where: Tensor | None) -> Tensor:
-    """Rows of `part (u, d)` for each token: `(b, l, d)`; without `where` one row a sample, `(b, 1, d)`."""
+    """Rows of `part (u, d)` for each token: `(b, l, d)`; without `where` one row a sample, `(b, 1,
+    d)`."""
     return part[:, None] if where is None else part[where]
 
 
@@ -204,20 +265,28 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x: Tensor, time: Tensor, where: Tensor | None) -> Tensor:
-        shift, scale = (per_token(part, where) for part in (upcast(self.modulation) + time[:, None]).unbind(1))
+        shift, scale = (
+            per_token(part, where) for part in (upcast(self.modulation) + time[:, None]).unbind(1)
+        )
         return self.head((layer_norm(x, self.eps) * (1 + scale) + shift).to(self.head.weight.dtype))
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP states `(b, i, image_dim)` → `(b, i, dim)`; two pictures have a position table. Its norms have torch's own epsilon,
-    and its GELU is the exact one."""
+    """CLIP states `(b, i, image_dim)` → `(b, i, dim)`; two pictures have a position table. Its
+    norms have torch's own epsilon, and its GELU is the exact one."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
         width = config.image_dim
         first, second = nn.Linear(width, width), nn.Linear(width, config.dim)
-        self.proj = nn.Sequential(PreciseNorm(width), first, nn.GELU(), second, PreciseNorm(config.dim))
-        self.emb_pos = nn.Parameter(torch.empty(1, config.image_positions, width)) if config.image_positions else None
+        self.proj = nn.Sequential(
+            PreciseNorm(width), first, nn.GELU(), second, PreciseNorm(config.dim)
+        )
+        self.emb_pos = (
+            nn.Parameter(torch.empty(1, config.image_positions, width))
+            if config.image_positions
+            else None
+        )
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.to(self.proj[1].weight.dtype)
@@ -227,27 +296,51 @@ class ImageEmbedding(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit` fills in the weights.
+    """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit`
+    fills in the weights.
 
-    `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of text padding (exact).
-    `checkpointing`: recompute blocks in the backward pass, every `checkpoint_every`-th of them. `residual`: what the stream
-    between blocks is kept in, float32 as in the official code, or autocast's type as in Diffusers (half the traffic)."""
+    `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
+    text padding (exact). `checkpointing`: recompute blocks in the backward pass, every
+    `checkpoint_every`-th of them. `residual`: what the stream between blocks is kept in, float32 as
+    in the official code, or autocast's type as in Diffusers (half the traffic).
+    """
 
-    exact_parts = ("time_embedding", "time_projection", "head", "norm", "modulation", "img_emb", "patch_embedding")
+    exact_parts = (
+        "time_embedding",
+        "time_projection",
+        "head",
+        "norm",
+        "modulation",
+        "img_emb",
+        "patch_embedding",
+    )
 
     patch = PATCH[1]  # latent cells a side
-    lora_targets = ("cross_attn.k", "cross_attn.v")  # what words mean, and no more: adapters' default
+    lora_targets = (
+        "cross_attn.k",
+        "cross_attn.v",
+    )  # what words mean, and no more: adapters' default
     lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
 
-    def __init__(self, config: WanConfig, collapse_padding: bool = True, checkpointing: bool = False, checkpoint_every: int = 1,
-                 residual: Residual = "float32"):  # fmt: skip
+    def __init__(
+        self,
+        config: WanConfig,
+        collapse_padding: bool = True,
+        checkpointing: bool = False,
+        checkpoint_every: int = 1,
+        residual: Residual = "float32",
+    ):
         super().__init__()
         self.config, self.collapse_padding, self.residual = config, collapse_padding, residual
         self.checkpointing, self.checkpoint_every = checkpointing, checkpoint_every
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.img_emb = ImageEmbedding(config) if config.image_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -255,15 +348,24 @@ class WanDiT(nn.Module):
 
     @classmethod
     def stored_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
-        """What a parameter is kept in when the model is asked for in `dtype`: the float32 islands of the official code stay."""
+        """What a parameter is kept in when the model is asked for in `dtype`: the float32 islands
+        of the official code stay."""
         exact = any(part in name for part in cls.exact_parts)
         return torch.promote_types(dtype, torch.float32) if exact else dtype
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, y: Tensor | None = None, clip: Tensor | None = None) -> Tensor:
-        """`x (b, c, f, h, w)` latents, `t (b,)` or one per token `(b, l)`, on 0 … 1000, `text (b, t, text_dim)` zero after each
-        prompt's end (shorter than `text_len` means padded to it), `y (b, 20, f, h, w)` mask and picture latents of I2V,
-        `clip (b, 257, 1280)` states, `(b, 514, 1280)` for FLF2V. Returns `(b, out_dim, f, h, w)` in the type of `x`. ValueError
-        if shapes do not belong together or to this variant."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        y: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> Tensor:
+        """`x (b, c, f, h, w)` latents, `t (b,)` or one per token `(b, l)`, on 0 … 1000, `text (b,
+        t, text_dim)` zero after each prompt's end (shorter than `text_len` means padded to it), `y
+        (b, 20, f, h, w)` mask and picture latents of I2V, `clip (b, 257, 1280)` states, `(b, 514,
+        1280)` for FLF2V. Returns `(b, out_dim, f, h, w)` in the type of `x`. ValueError if shapes
+        do not belong together or to this variant."""
         config = self.config
         inputs = x if y is None else torch.cat([x, y.to(x)], 1)
         self._check(x, inputs, t, text, y, clip)
@@ -273,7 +375,9 @@ class WanDiT(nn.Module):
             grid = tokens.shape[2:]
             tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d"))
             values, where = (t, None) if t.ndim == 1 else torch.unique(t, return_inverse=True)
-            embedded = self.time_embedding(sinusoid(values, config.freq_dim).to(self.time_embedding[0].weight.dtype))
+            embedded = self.time_embedding(
+                sinusoid(values, config.freq_dim).to(self.time_embedding[0].weight.dtype)
+            )
             time = self.time_projection(embedded).unflatten(-1, (6, config.dim))
             image = None if clip is None else self.img_emb(clip)
         text, bias = self.text_keys(text)
@@ -283,7 +387,11 @@ class WanDiT(nn.Module):
         tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens
         for index, block in enumerate(self.blocks):
             arguments = (tokens, time, where, rotary, text, bias, image)
-            if self.checkpointing and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            if (
+                self.checkpointing
+                and index % self.checkpoint_every == 0
+                and torch.is_grad_enabled()
+            ):
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)
@@ -291,43 +399,89 @@ class WanDiT(nn.Module):
             tokens = self.head(tokens, embedded, where)
         p, q, r = PATCH
         size = dict(zip("fhw", grid, strict=True))
-        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", p=p, q=q, r=r, **size).to(x.dtype)
+        return rearrange(
+            tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", p=p, q=q, r=r, **size
+        ).to(x.dtype)
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their logits: each prompt's rows, and one
-        zero row that stands for all its padding up to `text_len`. Without collapsing: padded to `text_len`, no bias."""
+        """The rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their logits:
+        each prompt's rows, and one zero row that stands for all its padding up to `text_len`.
+        Without collapsing: padded to `text_len`, no bias.
+        """
         length = self.config.text_len
         if not self.collapse_padding:
             return F.pad(text, (0, 0, 0, length - text.shape[1])), None
         positions = torch.arange(1, text.shape[1] + 1, device=text.device)
-        lengths = (text.ne(0).any(-1) * positions).amax(1) if text.shape[1] else positions.new_zeros(len(text))
-        longest = text.shape[1] if self.training else int(lengths.max())  # in training nothing waits, and shapes are few
+        lengths = (
+            (text.ne(0).any(-1) * positions).amax(1)
+            if text.shape[1]
+            else positions.new_zeros(len(text))
+        )
+        longest = (
+            text.shape[1] if self.training else int(lengths.max())
+        )  # in training nothing waits, and shapes are few
         keys = F.pad(text[:, :longest], (0, 0, 0, 1))
         count = upcast(text.new_zeros(len(text))) + (length - lengths)
         coarse = count.log().bfloat16().to(count.dtype)  # no padding: log 0, nothing attends to it
-        rest = torch.where(count > 0, coarse - count.log(), 0)  # what bfloat16 cannot hold of the logarithm goes to the words
+        rest = torch.where(
+            count > 0, coarse - count.log(), 0
+        )  # what bfloat16 cannot hold of the logarithm goes to the words
         bias = rest[:, None].repeat(1, longest + 1)
-        bias.masked_fill_(torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf)
+        bias.masked_fill_(
+            torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf
+        )
         bias[:, -1] = coarse
         return keys, bias[:, None, None]
 
-    def _check(self, x: Tensor, inputs: Tensor, t: Tensor, text: Tensor, y: Tensor | None, clip: Tensor | None) -> None:
+    def _check(
+        self,
+        x: Tensor,
+        inputs: Tensor,
+        t: Tensor,
+        text: Tensor,
+        y: Tensor | None,
+        clip: Tensor | None,
+    ) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[-1] % PATCH[2] or x.shape[-2] % PATCH[1]:
-            raise ValueError(f"latents are {tuple(x.shape)}; must be (batch, channels, frames, height, width), those two "
-                             "even: patches are 2 by 2")
+            raise ValueError(
+                f"latents are {tuple(x.shape)}; must be (batch, channels, frames, height, width),"
+                " those two even: patches are 2 by 2"
+            )
         if inputs.shape[1] != config.in_dim:
             given = f"{x.shape[1]} channels" + ("" if y is None else f" and y of {y.shape[1]}")
-            raise ValueError(f"latents have {given}, this model ({config.variant}) takes {config.in_dim}: an I2V model needs y "
-                             "(4 mask channels, 16 of the picture), a T2V model none; latents must come from the model's VAE")
+            raise ValueError(
+                f"latents have {given}, this model ({config.variant}) takes {config.in_dim}: an I2V"
+                " model needs y (4 mask channels, 16 of the picture), a T2V model none; latents"
+                " must come from the model's VAE"
+            )
         tokens = math.prod(x.shape[2:]) // math.prod(PATCH)
         if t.shape not in {(len(x),), (len(x), tokens)}:
-            raise ValueError(f"t is {tuple(t.shape)}; must be one per sample ({len(x)},) or per token ({len(x)}, {tokens})")
-        if text.ndim != 3 or len(text) != len(x) or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
-            raise ValueError(f"text is {tuple(text.shape)}; must be ({len(x)}, at most {config.text_len}, {config.text_dim})")
+            raise ValueError(
+                f"t is {tuple(t.shape)}; must be one per sample ({len(x)},) or per token ({len(x)},"
+                f" {tokens})"
+            )
+        if (
+            text.ndim != 3
+            or len(text) != len(x)
+            or text.shape[1] > config.text_len
+            or text.shape[2] != config.text_dim
+        ):
+            raise ValueError(
+                f"text is {tuple(text.shape)}; must be ({len(x)}, at most {config.text_len},"
+                f" {config.text_dim})"
+            )
         tokens = config.image_positions or 257
-        if clip is not None and self.img_emb is not None and clip.shape != (len(x), tokens, config.image_dim):
-            raise ValueError(f"clip is {tuple(clip.shape)}; must be ({len(x)}, {tokens}, {config.image_dim})")
+        if (
+            clip is not None
+            and self.img_emb is not None
+            and clip.shape != (len(x), tokens, config.image_dim)
+        ):
+            raise ValueError(
+                f"clip is {tuple(clip.shape)}; must be ({len(x)}, {tokens}, {config.image_dim})"
+            )
         if (clip is not None) != (self.img_emb is not None):
             verb = "needs CLIP states" if self.img_emb is not None else "takes no CLIP states"
-            raise ValueError(f"{config.variant} {verb}: only I2V and FLF2V of Wan 2.1 have an image embedding")
+            raise ValueError(
+                f"{config.variant} {verb}: only I2V and FLF2V of Wan 2.1 have an image embedding"
+            )

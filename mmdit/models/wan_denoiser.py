@@ -20,12 +20,15 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class WanModelConfig:
-    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a weight file. `clip`: file or
-    folder of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not hold it. `expert`: which of
-    a pair is trained, on the times t ≥ `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose
-    first latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for weights that adapters
-    leave frozen; float8: the matrices of the blocks, with a scale a row, the rest bfloat16. `residual`: see `WanDiT`.
-    `checkpointing`: recompute blocks in the backward pass, of every `checkpoint_every`-th. `freeze`: train the text encoder alone."""
+    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a
+    weight file. `clip`: file or folder of the picture encoder of Wan 2.1 I2V and FLF2V, if
+    `name_or_path` does not hold it. `expert`: which of a pair is trained, on the times t ≥
+    `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose first
+    latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for
+    weights that adapters leave frozen; float8: the matrices of the blocks, with a scale a row, the
+    rest bfloat16. `residual`: see `WanDiT`. `checkpointing`: recompute blocks in the backward pass,
+    of every `checkpoint_every`-th. `freeze`: train the text encoder alone.
+    """
 
     type: Literal["wan"] = "wan"
     name_or_path: FilePath = ""
@@ -41,44 +44,70 @@ class WanModelConfig:
 
     def __post_init__(self):
         if not self.name_or_path:
-            raise ConfigError("name_or_path", "is empty; must be the folder of a Wan release, or a weight file")
+            raise ConfigError(
+                "name_or_path", "is empty; must be the folder of a Wan release, or a weight file"
+            )
         if self.boundary is not None and not 0 < self.boundary < 1:
-            raise ConfigError("boundary", f"is {self.boundary}; must be between 0 and 1: 0.875 for T2V-A14B, 0.9 for I2V-A14B")
+            raise ConfigError(
+                "boundary",
+                f"is {self.boundary}; must be between 0 and 1: 0.875 for T2V-A14B, 0.9 for"
+                " I2V-A14B",
+            )
         if self.checkpoint_every < 1:
             raise ConfigError("checkpoint_every", f"is {self.checkpoint_every}; must be at least 1")
         if not 0 <= self.first_frame <= 1:
-            raise ConfigError("first_frame", f"is {self.first_frame}; must be from 0 (never) to 1 (every step on clips)")
+            raise ConfigError(
+                "first_frame",
+                f"is {self.first_frame}; must be from 0 (never) to 1 (every step on clips)",
+            )
 
     @property
     def between(self) -> tuple[float, float]:
         """The times of the expert, once its boundary is known (`experiment.resolved`)."""
-        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(self.expert, (0.0, 1.0))
+        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(
+            self.expert, (0.0, 1.0)
+        )
 
 
 class WanDenoiser(WanDiT):
-    """`model(x (b, f, r, c, d), t (b,) on 0 … 1000, text) → velocity like x`, under the official names of parameters."""
+    """`model(x (b, f, r, c, d), t (b,) on 0 … 1000, text) → velocity like x`, under the official
+    names of parameters."""
 
     settings = WanModelConfig(name_or_path="unset")
 
-    def forward(self, x: Tensor, t: Tensor, text: TextTokens, keep: None = None, given: int = 0, y: Tensor | None = None,
-                clip: Tensor | None = None, whole_times: bool = False) -> Tensor:  # fmt: skip
-        """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or b, f, r, c, 20)`: I2V's
-        mask and picture; `clip (1 or b, i, d)`: states of it. `whole_times`: timesteps are cut to whole numbers, as Wan's
-        samplers do."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextTokens,
+        keep: None = None,
+        given: int = 0,
+        y: Tensor | None = None,
+        clip: Tensor | None = None,
+        whole_times: bool = False,
+    ) -> Tensor:
+        """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or
+        b, f, r, c, 20)`: I2V's mask and picture; `clip (1 or b, i, d)`: states of it.
+        `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
         t = t.floor() if whole_times else t
         if given:
             per_frame = x.shape[2] * x.shape[3] // 4
             t = t[:, None].repeat(1, x.shape[1] * per_frame)
             t[:, : given * per_frame] = 0
         context = torch.where(text.valid[..., None], text.embeddings, 0)[:, : self.config.text_len]
-        y = None if y is None else rearrange(y.expand(len(x), *y.shape[1:]), "b f r c d -> b d f r c")
+        y = (
+            None
+            if y is None
+            else rearrange(y.expand(len(x), *y.shape[1:]), "b f r c d -> b d f r c")
+        )
         clip = None if clip is None else clip.expand(len(x), *clip.shape[1:])
         velocity = super().forward(rearrange(x, "b f r c d -> b d f r c"), t, context, y, clip)
         return rearrange(velocity, "b d f r c -> b f r c d")
 
     def given_frames(self, frames: int, draws: Draws) -> int:
-        """Return how many first frames are given clean in the step of `draws`, on clips of `frames`. Training tosses a coin a
-        step; what is measured outside it is always the case that training has more often."""
+        """Return how many first frames are given clean in the step of `draws`, on clips of
+        `frames`. Training tosses a coin a step; what is measured outside it is always the case that
+        training has more often."""
         if not self.training:
             return int(frames > 1 and self.settings.first_frame >= 0.5)
         coin = Draws.of(draws.seed, draws.step, 1).uniform("first_frame").item()
@@ -95,22 +124,39 @@ class WanDenoiser(WanDiT):
         """Frames have positions from the start."""
 
     def undecayed(self) -> set[str]:
-        return {name for name, weight in self.named_parameters() if weight.ndim < 2 or name.endswith(("modulation", "emb_pos"))}
+        return {
+            name
+            for name, weight in self.named_parameters()
+            if weight.ndim < 2 or name.endswith(("modulation", "emb_pos"))
+        }
 
     def matrices(self) -> set[str]:
-        return {f"blocks.{name}.weight" for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+        return {
+            f"blocks.{name}.weight"
+            for name, part in self.blocks.named_modules()
+            if isinstance(part, nn.Linear)
+        }
 
-    def train_flops(self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None) -> int:
+    def train_flops(
+        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
+    ) -> int:
         """As `VideoMMDiT.train_flops`."""
         frames, rows, columns = grid
         tokens, keys = frames * rows * columns // 4, text_tokens + 1
 
         def weights(*parts: nn.Module) -> int:
-            return sum(w.numel() * (2 + w.requires_grad) for part in parts for w in part.parameters() if w.ndim == 2)
+            return sum(
+                w.numel() * (2 + w.requires_grad)
+                for part in parts
+                for w in part.parameters()
+                if w.ndim == 2
+            )
 
         total = tokens * weights(self.head.head) + keys * weights(self.text_embedding)
         for block in self.blocks:
             cross = block.cross_attn
-            total += tokens * weights(block.self_attn, block.ffn, cross.q, cross.o) + keys * weights(cross.k, cross.v)
+            total += tokens * weights(
+                block.self_attn, block.ffn, cross.q, cross.o
+            ) + keys * weights(cross.k, cross.v)
             total += 6 * tokens * self.config.dim * (tokens + keys)
         return 2 * total

@@ -1,4 +1,5 @@
-"""Parts of networks: attention, windows, positions, conditioning, norms. No model, no schedule, no file."""
+"""Parts of networks: attention, windows, positions, conditioning, norms. No model, no schedule, no
+file."""
 
 import os
 

@@ -1,6 +1,7 @@
 """Attention in space, in time and to text; the only call to a fused attention kernel.
 
-Axes: b sample · f frame · n window · k place in the window · t text token · l any token · h head · d width of a head.
+Axes: b sample · f frame · n window · k place in the window · t text token · l any token · h head ·
+d width of a head.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from mmdit.nn.products import joinable, joined
 from mmdit.nn.tiles import WIDEST, Frames, Tiles
 from mmdit.nn.window import Places, gather
 
-observers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []  # of queries, keys and mask (diagnostics.attention)
+observers: list[
+    Callable[[Tensor, Tensor, Tensor | None], None]
+] = []  # of queries, keys and mask (diagnostics.attention)
 GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Softmax attention. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`, `valid` bool broadcastable to `(b, h, l, m)`, True = attend
-    (every query needs one valid key), or a bias on the logits; returns `(b, h, l, d)`."""
+    """Softmax attention. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`, `valid` bool broadcastable to
+    `(b, h, l, m)`, True = attend (every query needs one valid key), or a bias on the logits;
+    returns `(b, h, l, d)`."""
     for observer in observers:
         observer(q, k, valid)
     for axis in (0, 1):
@@ -44,10 +48,18 @@ def gains_of(*norms: nn.Module) -> list[Tensor]:
 
 
 class Attention(nn.Module):
-    """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and keys per head (Dehghani et al.
-    2023), dropout on what is added to the stream. `kind`: of the linears."""
+    """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and
+    keys per head (Dehghani et al. 2023), dropout on what is added to the stream. `kind`: of the
+    linears."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_norm: bool = True,
+        dropout: float = 0.0,
+        kind: type[nn.Linear] = nn.Linear,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.q = kind(dim, dim, bias=False)
@@ -58,8 +70,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def heads(self, queries: Tensor, keys: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `(…, h, d)`; norms and rotation in at least float32, then the values' type."""
+    def heads(
+        self, queries: Tensor, keys: Tensor, rotary: Rotary | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `(…, h, d)`; norms and rotation in at least float32, then
+        the values' type."""
         q, k, v = self.q(queries), self.k(keys), self.v(keys)
         q, k, v = (rearrange(z, "... (h d) -> ... h d", h=self.num_heads) for z in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -73,7 +88,11 @@ class Attention(nn.Module):
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """`x (…, t, h·d)` attending within the groups of `tiles`."""
         layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        qkv = joined(x, *layers) if joinable(x, *layers) else torch.cat([layer(x) for layer in layers], -1)
+        qkv = (
+            joined(x, *layers)
+            if joinable(x, *layers)
+            else torch.cat([layer(x) for layer in layers], -1)
+        )
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def output(self, x: Tensor) -> Tensor:
@@ -81,8 +100,8 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Attend within the windows of each frame (Swin, Liu et al. 2021, without wrap-round), or within whole frames; never to
-    padding."""
+    """Attend within the windows of each frame (Swin, Liu et al. 2021, without wrap-round), or
+    within whole frames; never to padding."""
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`x (b, f, n, k, h·d)` → the same shape."""
@@ -110,7 +129,9 @@ class TemporalAttention(Attention):
         if frames.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)
         # Places as further heads: the layout of the tokens is read as it is, without a copy.
-        parts = (rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, frames.rotary))
+        parts = (
+            rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, frames.rotary)
+        )
         return self.output(rearrange(attend(*parts), "b (n k h) f d -> b f n k (h d)", n=n, k=k))
 
 
@@ -118,7 +139,8 @@ class CrossAttention(Attention):
     """To the text tokens of the sample."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the text."""
+        """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the
+        text."""
         k, v = self.k(text), self.v(text)
         return self._normed(self.k_norm, k, v.dtype), v
 
@@ -126,12 +148,23 @@ class CrossAttention(Attention):
         return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2).to(dtype)
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)` or its `keys_values`, `valid (b, t)` bool with a valid token in every row →
-        like `x`."""
-        queries, (keys, values) = self.q(x.flatten(1, 3)), text if isinstance(text, tuple) else self.keys_values(text)
+        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)` or its `keys_values`, `valid (b, t)` bool with
+        a valid token in every row → like `x`."""
+        queries, (keys, values) = (
+            self.q(x.flatten(1, 3)),
+            text if isinstance(text, tuple) else self.keys_values(text),
+        )
         if keys.shape[1] <= WIDEST and self.fuses(x):
             gains = gains_of(self.q_norm)
-            return self.output(kernels.attention.text_attention(queries, keys, values, valid, gains, self.num_heads)).view_as(x)
+            return self.output(
+                kernels.attention.text_attention(
+                    queries, keys, values, valid, gains, self.num_heads
+                )
+            ).view_as(x)
         queries = self._normed(self.q_norm, queries, values.dtype)
-        parts = (rearrange(z, "b l (h d) -> b h l d", h=self.num_heads) for z in (queries, keys, values))
-        return self.output(rearrange(attend(*parts, valid[:, None, None]), "b h l d -> b l (h d)")).view_as(x)
+        parts = (
+            rearrange(z, "b l (h d) -> b h l d", h=self.num_heads) for z in (queries, keys, values)
+        )
+        return self.output(
+            rearrange(attend(*parts, valid[:, None, None]), "b h l d -> b l (h d)")
+        ).view_as(x)

@@ -17,7 +17,8 @@ def perceptron(width: int, dim: int) -> nn.Sequential:
 
 
 class TimeEmbedding(nn.Module):
-    """`t (b,)` on a scale of about 1000 → `(b, dim)`: sinusoids (Vaswani et al. 2017), then a small network."""
+    """`t (b,)` on a scale of about 1000 → `(b, dim)`: sinusoids (Vaswani et al. 2017), then a small
+    network."""
 
     frequencies = 128
 
@@ -26,14 +27,20 @@ class TimeEmbedding(nn.Module):
         self.mlp = perceptron(2 * self.frequencies, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        ladder = torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
+        ladder = (
+            torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
+        )
         angles = upcast(t)[:, None] * torch.exp(-math.log(10_000) * ladder)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class CropEmbedding(nn.Module):
-    """Which part of its picture a sample shows, `(b, 4)` left, top, right, bottom as shares → `(b, dim)`: the conditioning on
-    crop coordinates of SDXL (Podell et al. 2023, section 2.2). Zero before training, for any crop."""
+    """Which part of its picture a sample shows, `(b, 4)` left, top, right, bottom as shares → `(b,
+    dim)`: the conditioning on crop coordinates of SDXL (Podell et al. 2023, section 2.2). Zero
+    before training, for any crop.
+    """
 
     frequencies = 8  # periods of the whole picture down to 1/128
 
@@ -45,13 +52,19 @@ class CropEmbedding(nn.Module):
         nn.init.zeros_(self.mlp[2].weight)
 
     def forward(self, crop: Tensor) -> Tensor:
-        turns = upcast(crop)[..., None] * 2.0 ** torch.arange(self.frequencies, device=crop.device) * math.pi
-        return self.mlp(torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp[0].weight.dtype))
+        turns = (
+            upcast(crop)[..., None]
+            * 2.0 ** torch.arange(self.frequencies, device=crop.device)
+            * math.pi
+        )
+        return self.mlp(
+            torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class TextContext(nn.Module):
-    """Captions as attention context: a learned null token, always valid, and then the caption's tokens. A dropped caption
-    attends to the null token alone."""
+    """Captions as attention context: a learned null token, always valid, and then the caption's
+    tokens. A dropped caption attends to the null token alone."""
 
     def __init__(self, text_dim: int, dim: int):
         super().__init__()
@@ -60,15 +73,19 @@ class TextContext(nn.Module):
         self.null = nn.Parameter(torch.empty(dim))
 
     def forward(self, text: TextTokens) -> tuple[Tensor, Tensor]:
-        """Tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings hold, even NaN, has no effect."""
-        embeddings = torch.where(text.valid[..., None], text.embeddings, torch.zeros_like(text.embeddings))
+        """Tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings hold,
+        even NaN, has no effect."""
+        embeddings = torch.where(
+            text.valid[..., None], text.embeddings, torch.zeros_like(text.embeddings)
+        )
         tokens = self.embed(self.norm(embeddings).to(self.embed.weight.dtype))
         null = self.null.to(tokens.dtype).expand(len(tokens), 1, -1)
         return torch.cat([null, tokens], dim=1), F.pad(text.valid, (1, 0), value=True)
 
 
 class PooledText(nn.Module):
-    """The caption as one vector: the mean of its valid tokens through a small network, or a learned null without any."""
+    """The caption as one vector: the mean of its valid tokens through a small network, or a learned
+    null without any."""
 
     def __init__(self, dim: int):
         super().__init__()

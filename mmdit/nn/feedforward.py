@@ -10,9 +10,12 @@ from mmdit.nn.products import joinable, joined
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) · up(x))` (Shazeer 2020), two thirds as wide as a GELU network of the same cost."""
+    """`down(silu(gate(x)) · up(x))` (Shazeer 2020), two thirds as wide as a GELU network of the
+    same cost."""
 
-    def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
+    def __init__(
+        self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear
+    ):
         super().__init__()
         hidden = self.hidden(dim, ratio)
         self.gate = kind(dim, hidden, bias=False)
@@ -27,14 +30,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.serve(x) and joinable(x, self.gate, self.up):
-            return self.dropout(self.down(kernels.swiglu.swiglu(joined(x, self.gate, self.up, apart=True))))
+            return self.dropout(
+                self.down(kernels.swiglu.swiglu(joined(x, self.gate, self.up, apart=True)))
+            )
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
 class GELU(nn.Module):
     """`down(gelu(up(x)))` (Vaswani et al. 2017 with Hendrycks & Gimpel 2016, tanh form)."""
 
-    def __init__(self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear):
+    def __init__(
+        self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear
+    ):
         super().__init__()
         hidden = self.hidden(dim, ratio)
         self.up = kind(dim, hidden, bias=False)

@@ -1,5 +1,5 @@
-"""Whether the fused kernels (Triton) serve: on CUDA, or anywhere under TRITON_INTERPRET=1, which is for tests. Elsewhere the
-plain paths beside each call compute the same."""
+"""Whether the fused kernels (Triton) serve: on CUDA, or anywhere under TRITON_INTERPRET=1, which is
+for tests. Elsewhere the plain paths beside each call compute the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from mmdit.nn import INTERPRETED
 
 CAPABILITY = (8, 0)  # of the GPUs with bfloat16, A100 and later
 CODES = (8, 9)  # of those with products of 8-bit floats
-_able = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
+_able = importlib.util.find_spec("triton") is not None and (
+    INTERPRETED or torch.cuda.is_available()
+)
 _codes = INTERPRETED
-attention = importlib.import_module("mmdit.nn.fused_attention") if _able else None
-residual = importlib.import_module("mmdit.nn.fused_residual") if _able else None
-swiglu = importlib.import_module("mmdit.nn.fused_swiglu") if _able else None
-rounding = importlib.import_module("mmdit.nn.fused_rounding") if _able else None
+attention = importlib.import_module("mmdit.nn.fused.attention") if _able else None
+residual = importlib.import_module("mmdit.nn.fused.residual") if _able else None
+swiglu = importlib.import_module("mmdit.nn.fused.swiglu") if _able else None
+rounding = importlib.import_module("mmdit.nn.fused.rounding") if _able else None
 
 
 def serve(x: Tensor) -> bool:
@@ -38,7 +40,14 @@ def look_at(device: torch.device) -> None:
         return
     found = torch.cuda.get_device_capability(device)
     _codes = found >= CODES
-    reason = "Triton is not installed" if residual is None else f"it has compute capability {found}, they need {CAPABILITY}"
+    reason = (
+        "Triton is not installed"
+        if residual is None
+        else f"it has compute capability {found}, they need {CAPABILITY}"
+    )
     if residual is None or found < CAPABILITY:
         _able = False
-        warnings.warn(f"no fused kernels on {device}: {reason}; the plain path computes the same, slower", stacklevel=2)
+        warnings.warn(
+            f"no fused kernels on {device}: {reason}; the plain path computes the same, slower",
+            stacklevel=2,
+        )

@@ -51,8 +51,9 @@ class Modulation(NamedTuple):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) · + shift`, cast once to what
-    the linears after it compute in (autocast would cast for each of q, k and v)."""
+    """AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) · +
+    shift`, cast once to what the linears after it compute in (autocast would cast for each of q, k
+    and v)."""
     return (rms_norm(x) * (1 + scale) + shift).to(working_dtype(x))
 
 
@@ -61,8 +62,11 @@ def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
     return x if change is None else x + (gate * change).to(x.dtype)
 
 
-def add_norm(x: Tensor, change: Tensor | None, gate: Tensor | None, then: Modulation) -> tuple[Tensor, Tensor]:
-    """`add_gated`, and what the sublayer modulated by `then` sees of the sum. `x`, `change (b, f, n, k, d)`."""
+def add_norm(
+    x: Tensor, change: Tensor | None, gate: Tensor | None, then: Modulation
+) -> tuple[Tensor, Tensor]:
+    """`add_gated`, and what the sublayer modulated by `then` sees of the sum. `x`, `change (b, f,
+    n, k, d)`."""
     if change is not None and kernels.serve(x):
         vectors = (vector.flatten(1) for vector in (gate, then.shift, then.scale))
         return tuple(kernels.residual.add_norm(x, change, *vectors, working_dtype(x)))

@@ -1,4 +1,5 @@
-"""Positions: rotary tables for attention (relative), Fourier features of place and frame for the input (absolute)."""
+"""Positions: rotary tables for attention (relative), Fourier features of place and frame for the
+input (absolute)."""
 
 from __future__ import annotations
 
@@ -9,23 +10,29 @@ from torch import Tensor, nn
 
 from mmdit.nn.kept import kept
 
-# The slowest pair turns one radian in `base` positions: a window is some 8 places wide, a clip up to some 100 frames long.
+# The slowest pair turns one radian in `base` positions: a window is some 8 places wide, a clip up
+# to some 100 frames long.
 SPATIAL_BASE, TEMPORAL_BASE = 100.0, 1000.0
 
 Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotary:
-    """Cosines and sines, each `(…, head_dim / 2)` float64, for `positions (…, A)`: each of the A axes turns an equal share
-    of the pairs (RoFormer, Su et al. 2021, equation 15; axial as in Heo et al. 2024). `head_dim` must be a multiple of 2 A."""
+    """Cosines and sines, each `(…, head_dim / 2)` float64, for `positions (…, A)`: each of the A
+    axes turns an equal share of the pairs (RoFormer, Su et al. 2021, equation 15; axial as in Heo
+    et al. 2024). `head_dim` must be a multiple of 2 A.
+    """
     pairs = head_dim // (2 * positions.shape[-1])
-    frequencies = base ** (-torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs)
+    frequencies = base ** (
+        -torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs
+    )
     angles = (positions.double()[..., None] * frequencies).flatten(-2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the pairs `(i, i + head_dim / 2)` of `x (…, head_dim)`; the tables broadcast over the leading axes."""
+    """Turn the pairs `(i, i + head_dim / 2)` of `x (…, head_dim)`; the tables broadcast over the
+    leading axes."""
     cosine, sine = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
@@ -35,13 +42,17 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Rotary:
     """Tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
     with torch.inference_mode(False):  # a table first made while sampling must also serve training
-        tables = rotary_tables(torch.arange(frames)[:, None, None, None, None], head_dim, TEMPORAL_BASE)
+        tables = rotary_tables(
+            torch.arange(frames)[:, None, None, None, None], head_dim, TEMPORAL_BASE
+        )
         return tuple(table.to(device, dtype) for table in tables)
 
 
 class FourierPosition(nn.Module):
-    """Where a place lies in the frame: `(…, 2)` coordinates in [-1, 1] → `(…, dim)`. Windows attend by relative position
-    only; this is what tells them apart (features as in NeRF, Mildenhall et al. 2020, equation 4)."""
+    """Where a place lies in the frame: `(…, 2)` coordinates in [-1, 1] → `(…, dim)`. Windows attend
+    by relative position only; this is what tells them apart (features as in NeRF, Mildenhall et al.
+    2020, equation 4).
+    """
 
     octaves = 6
 
@@ -50,15 +61,22 @@ class FourierPosition(nn.Module):
         self.embed = nn.Linear(4 * self.octaves, dim)
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        powers = math.pi / 2 * 2.0 ** torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
+        powers = (
+            math.pi
+            / 2
+            * 2.0 ** torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
+        )
         angles = (coordinates[..., None] * powers).flatten(-2)
-        return self.embed(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.embed.weight.dtype))
+        return self.embed(
+            torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.embed.weight.dtype)
+        )
 
 
 class FramePosition(nn.Module):
-    """Which frame of its clip a token belongs to: `frames` → `(frames, dim)`, zero for the first, so pictures know nothing of it.
-    Rotary attention sees differences only, and at high noise, where motion is decided, all frames look alike: an average over
-    equal values cannot tell the first from the last."""
+    """Which frame of its clip a token belongs to: `frames` → `(frames, dim)`, zero for the first,
+    so pictures know nothing of it. Rotary attention sees differences only, and at high noise, where
+    motion is decided, all frames look alike: an average over equal values cannot tell the first
+    from the last."""
 
     pairs = 16
 

@@ -1,8 +1,10 @@
-"""Frozen matrices that look like any weight and are kept otherwise: as 8-bit floats with a scale per output channel, in the
-memory of the CPU, or both. Linear layers and adapters over them need no change.
+"""Frozen matrices that look like any weight and are kept otherwise: as 8-bit floats with a scale
+per output channel, in the memory of the CPU, or both. Linear layers and adapters over them need no
+change.
 
-torchao has such tensors, too, but its products keep the weight that they unpacked for the backward pass, so that a step without
-checkpointing holds them all; here each pass unpacks (or fetches) its own.
+torchao has such tensors, too, but its products keep the weight that they unpacked for the backward
+pass, so that a step without checkpointing holds them all; here each pass unpacks (or fetches) its
+own.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ LARGEST = torch.finfo(FLOAT8).max  # 448
 
 
 def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight (out, in)` → codes `(out, in)` E4M3 (Micikevicius et al. 2022, 2209.05433) and scales `(out, 1)` float32, so that
-    codes · scales is the weight to 2⁻⁴ of each element, or to 2⁻¹⁰ of its row's scale where that is more. A row's largest
-    element becomes 448."""
+    """`weight (out, in)` → codes `(out, in)` E4M3 (Micikevicius et al. 2022, 2209.05433) and scales
+    `(out, 1)` float32, so that codes · scales is the weight to 2⁻⁴ of each element, or to 2⁻¹⁰ of
+    its row's scale where that is more. A row's largest element becomes 448."""
     weight = weight.detach().float()
     largest = weight.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
@@ -31,19 +33,37 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class StoredWeight(Tensor):
-    """A matrix `(out, in)` of `dtype` to the outside, kept as `codes (out, in)`, times `scale (out, 1)` if that is not None.
-    `fetch` gives the codes on `device` where they are needed now; None: they lie there; `changing` is called before they are
-    written to, for others may have copies. Products with it (`F.linear`) are
-    differentiable in the input and the bias; anything else sees a copy that is unpacked for it. What is written into it is
-    packed again; what would be written into a part of such a copy is refused, for it would be lost."""
+    """A matrix `(out, in)` of `dtype` to the outside, kept as `codes (out, in)`, times `scale (out,
+    1)` if that is not None. `fetch` gives the codes on `device` where they are needed now; None:
+    they lie there; `changing` is called before they are written to, for others may have copies.
+    Products with it (`F.linear`) are differentiable in the input and the bias; anything else sees a
+    copy that is unpacked for it. What is written into it is packed again; what would be written
+    into a part of such a copy is refused, for it would be lost.
+    """
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | None = None,
-                fetch: Callable[[], Tensor] | None = None, changing: Callable[[], None] | None = None):  # fmt: skip
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=device or codes.device)
+    def __new__(
+        cls,
+        codes: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        fetch: Callable[[], Tensor] | None = None,
+        changing: Callable[[], None] | None = None,
+    ):
+        return Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=dtype, device=device or codes.device
+        )
 
-    def __init__(self, codes: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | None = None,
-                 fetch: Callable[[], Tensor] | None = None, changing: Callable[[], None] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        fetch: Callable[[], Tensor] | None = None,
+        changing: Callable[[], None] | None = None,
+    ):
         self.codes, self.scale, self.fetch, self.changing = codes, scale, fetch, changing
 
     @staticmethod
@@ -51,8 +71,11 @@ class StoredWeight(Tensor):
         return StoredWeight(*to_float8(weight), weight.dtype)
 
     def unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rounded once: codes are exact in bfloat16, and the product with the float32 scale is rounded to `dtype`."""
-        return codes.to(dtype) if self.scale is None else codes.to(dtype, copy=True).mul_(self.scale)
+        """Rounded once: codes are exact in bfloat16, and the product with the float32 scale is
+        rounded to `dtype`."""
+        return (
+            codes.to(dtype) if self.scale is None else codes.to(dtype, copy=True).mul_(self.scale)
+        )
 
     def now(self, dtype: torch.dtype) -> Tensor:
         """For one product: later fetches may overwrite it."""
@@ -67,15 +90,23 @@ class StoredWeight(Tensor):
         value = value.whole() if isinstance(value, StoredWeight) else value
         if self.changing is not None:
             self.changing()
-        parts = (value.expand(self.shape),) if self.scale is None else to_float8(value.expand(self.shape))
+        parts = (
+            (value.expand(self.shape),)
+            if self.scale is None
+            else to_float8(value.expand(self.shape))
+        )
         for part, new in zip((self.codes, self.scale), parts, strict=False):
             part.copy_(new)
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
         """Of changed parts; fetched ones stay at home."""
         if self.fetch:
-            return StoredWeight(self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing)
-        return StoredWeight(change(self.codes), None if self.scale is None else change(self.scale), self.dtype)
+            return StoredWeight(
+                self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing
+            )
+        return StoredWeight(
+            change(self.codes), None if self.scale is None else change(self.scale), self.dtype
+        )
 
     def __tensor_flatten__(self):
         return ["codes"] + ["scale"] * (self.scale is not None), self.dtype
@@ -85,7 +116,10 @@ class StoredWeight(Tensor):
         return StoredWeight(parts["codes"], parts.get("scale"), dtype)
 
     def __repr__(self, **_):
-        return f"StoredWeight({tuple(self.shape)}, {self.dtype}, kept as {self.codes.dtype} on {self.codes.device})"
+        return (
+            f"StoredWeight({tuple(self.shape)}, {self.dtype}, kept as {self.codes.dtype} on"
+            f" {self.codes.device})"
+        )
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -98,11 +132,17 @@ class StoredWeight(Tensor):
         kwargs = kwargs or {}
         own = args[0] if args and isinstance(args[0], StoredWeight) else None
         if own is not None and func is torch.ops.aten.clone.default and own.fetch:
-            scale = None if own.scale is None else own.scale.clone()  # what is written into a clone is not for the home
+            scale = (
+                None if own.scale is None else own.scale.clone()
+            )  # what is written into a clone is not for the home
             return StoredWeight(own.codes.to(own.device, copy=True), scale, own.dtype)
         if own is not None and func in _SAME:
             return own.like(lambda part: func(part, *args[1:], **kwargs))
-        if own is not None and func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, own.dtype):
+        if (
+            own is not None
+            and func is torch.ops.aten._to_copy.default
+            and kwargs.get("dtype") in (None, own.dtype)
+        ):
             return own.like(lambda part: part.to(kwargs.get("device")))
         if own is not None and func is torch.ops.aten.copy_.default:
             own.pack(args[1])
@@ -134,7 +174,9 @@ def _on_copies(func, args: tuple, kwargs: dict):
         own.pack(copy)
         back[id(copy)] = own
     if not written and any(answer.alias_info is not None for answer in func._schema.returns):
-        return tree_map(lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result)
+        return tree_map(
+            lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result
+        )
     return tree_map(lambda value: back.get(id(value), value), result)
 
 
@@ -143,7 +185,9 @@ class PartOfCopy(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor):
-        return Tensor._make_wrapper_subclass(cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device)
+        return Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device
+        )
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -157,17 +201,28 @@ class PartOfCopy(Tensor):
         for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
             writes = argument.alias_info is not None and argument.alias_info.is_write
             if writes and any(isinstance(part, PartOfCopy) for part in tree_leaves(value)):
-                raise RuntimeError("a part of a weight that is kept as float8, or elsewhere, is a copy: what is written into it would be "
-                                   "lost; write the whole weight, or replace it")  # fmt: skip
+                raise RuntimeError(
+                    "a part of a weight that is kept as float8, or elsewhere, is a copy: what is"
+                    " written into it would be lost; write the whole weight, or replace it"
+                )
         plain = lambda value: value.values if isinstance(value, PartOfCopy) else value  # noqa: E731
         result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        if any(answer.alias_info is not None and not answer.alias_info.is_write for answer in func._schema.returns):
-            return tree_map(lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result)
+        if any(
+            answer.alias_info is not None and not answer.alias_info.is_write
+            for answer in func._schema.returns
+        ):
+            return tree_map(
+                lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result
+            )
         return result
 
 
 def _named(func, kwargs: dict) -> list[tuple]:
-    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+    return [
+        (argument, kwargs[argument.name])
+        for argument in func._schema.arguments
+        if argument.name in kwargs
+    ]
 
 
 def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
@@ -176,7 +231,8 @@ def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tens
 
 
 class _Product(torch.autograd.Function):
-    """`x Wᵀ + b`. Neither pass keeps W, and the gradient of x takes the same product as a plain layer's."""
+    """`x Wᵀ + b`. Neither pass keeps W, and the gradient of x takes the same product as a plain
+    layer's."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, weight: StoredWeight) -> Tensor:
@@ -191,11 +247,15 @@ class _Product(torch.autograd.Function):
 
 def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
     """The linear layers of `blocks`, adapted or not, whose weight is frozen."""
-    return [layer for layer in blocks.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
+    return [
+        layer
+        for layer in blocks.modules()
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
+    ]
 
 
 def store_float8(blocks: nn.Module) -> None:
-    """Keep the weights of all linear layers of `blocks` as 8-bit floats, frozen; in place, one after the other. Each is
-    unpacked in the type that it had."""
+    """Keep the weights of all linear layers of `blocks` as 8-bit floats, frozen; in place, one
+    after the other. Each is unpacked in the type that it had."""
     for layer in linear_layers(blocks.requires_grad_(False)):
         layer.weight = nn.Parameter(StoredWeight.float8(layer.weight), requires_grad=False)

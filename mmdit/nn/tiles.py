@@ -31,7 +31,8 @@ class Frames(NamedTuple):
 
 
 def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
-    """`index`, `names (g, k)` and `turns (k, d / 2)`, padded to a tile; None for groups that are too large for one."""
+    """`index`, `names (g, k)` and `turns (k, d / 2)`, padded to a tile; None for groups that are
+    too large for one."""
     count = index.shape[1]
     rows = max(NARROWEST, 1 << (count - 1).bit_length())
     if rows > WIDEST:
@@ -42,14 +43,19 @@ def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
 
 
 @kept
-def frame_tables(frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool) -> Frames:
-    """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several if they are few."""
+def frame_tables(
+    frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool
+) -> Frames:
+    """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several
+    if they are few."""
     rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None
     with torch.inference_mode(False):
         columns = max(1, NARROWEST // frames)  # places of a tile
         place = torch.arange(-(-places // columns) * columns, device=device).view(-1, columns, 1)
         index = torch.arange(frames, device=device) * places + place
         index = torch.where(place < places, index, -1).flatten(1)
-        names = torch.arange(columns, device=device).repeat_interleave(frames).expand(len(index), -1)
+        names = (
+            torch.arange(columns, device=device).repeat_interleave(frames).expand(len(index), -1)
+        )
         turns = [table.flatten(0, -2).repeat(columns, 1) for table in rotary] if rotary else []
         return Frames(rotary, lay(index, names, turns))

@@ -2,9 +2,10 @@
 
 Axes: b sample · f frame · r row · c column · n window · k place in the window · d width.
 
-Tokens are stored window by window, `(b, f, n, k, d)`, from the first block to the last, so plain windows need no copy. A
-shifted window holds each place `k` exactly once too, some from its own cell and some from the next one: shifting is one
-`where` per axis. Because this is true of any subset of the places, routing (models/routing.py) may keep a subset.
+Tokens are stored window by window, `(b, f, n, k, d)`, from the first block to the last, so plain
+windows need no copy. A shifted window holds each place `k` exactly once too, some from its own cell
+and some from the next one: shifting is one `where` per axis. Because this is true of any subset of
+the places, routing (models/routing.py) may keep a subset.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Pattern = Literal["window", "shifted", "frame"]
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A grid of `rows × columns` cut into equal windows of `height × width`; what sticks out is padding."""
+    """A grid of `rows × columns` cut into equal windows of `height × width`; what sticks out is
+    padding."""
 
     rows: int
     columns: int
@@ -36,8 +38,10 @@ class WindowGrid:
 
     @staticmethod
     def fit(rows: int, columns: int, window_size: int) -> WindowGrid:
-        """As many windows along each axis as `window_size` asks for, none larger than it needs to be: 28 rows with window
-        8 are four windows of 7 (no padding), 9 rows are two of 5 (one row of padding rather than seven)."""
+        """As many windows along each axis as `window_size` asks for, none larger than it needs to
+        be: 28 rows with window 8 are four windows of 7 (no padding), 9 rows are two of 5 (one row
+        of padding rather than seven).
+        """
         height = ceil(rows / ceil(rows / window_size))
         width = ceil(columns / ceil(columns / window_size))
         return WindowGrid(rows, columns, height, width)
@@ -53,7 +57,8 @@ class WindowGrid:
 
     @property
     def shift(self) -> tuple[int, int]:
-        """Rows and columns by which odd blocks shift; 0 along an axis with a single window, which sees everything."""
+        """Rows and columns by which odd blocks shift; 0 along an axis with a single window, which
+        sees everything."""
         down, across = self.counts
         return (self.height // 2 if down > 1 else 0), (self.width // 2 if across > 1 else 0)
 
@@ -71,14 +76,16 @@ class WindowGrid:
 
 
 class Places(NamedTuple):
-    """What attention in one pattern must know of its tokens, in g groups of m: plain or shifted windows (g = n, m = k), or
-    whole frames (g = 1, m = n · k)."""
+    """What attention in one pattern must know of its tokens, in g groups of m: plain or shifted
+    windows (g = n, m = k), or whole frames (g = 1, m = n · k)."""
 
     pattern: Pattern
     counts: tuple[int, int]
     rotary: Rotary  # each (m, 1, head_dim / 2)
     same: Tensor | None  # (g, m, m) bool: query and key may see each other; None where all may
-    rows_moved: Tensor | None  # (k, 1) bool: in shifted windows these places come from the next cell down; None: no shift
+    rows_moved: (
+        Tensor | None
+    )  # (k, 1) bool: in shifted windows these places come from the next cell down; None: no shift
     columns_moved: Tensor | None  # likewise from the next cell across
     cells: Tensor  # (n, k): the window whose memory holds each place of each (shifted) window
     names: Tensor  # (g, m): tokens of one name see each other
@@ -103,13 +110,15 @@ class Places(NamedTuple):
         return kept._replace(tiles=kept.lay())
 
     def without_padding(self) -> Places:
-        """Return the tables of whole frames that leave padding out: kernels without a mask are faster."""
+        """Return the tables of whole frames that leave padding out: kernels without a mask are
+        faster."""
         real = (self.names[0] >= 0).nonzero()[:, 0]
         rotary, names = tuple(table[real] for table in self.rotary), self.names[:, real]
         return self._replace(rotary=rotary, names=names, same=None, real=real, padded=self)
 
     def lay(self) -> Tiles | None:
-        """Return the tiles of these groups for the fused kernel, or None where they are too large."""
+        """Return the tiles of these groups for the fused kernel, or None where they are too
+        large."""
         windows, places = self.cells.shape
         index = self.cells * places + torch.arange(places, device=self.cells.device)
         if self.pattern == "frame":
@@ -133,8 +142,9 @@ def spread(x: Tensor, places: Places) -> Tensor:
 
 
 def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
-    """Return the tokens `x (b, f, n, k, d)` in the groups of `places`, `(b, f, g, m, d)`; `back` undoes it. The last shifted
-    window of an axis wraps round to the first cell; `places.same` keeps its two parts apart."""
+    """Return the tokens `x (b, f, n, k, d)` in the groups of `places`, `(b, f, g, m, d)`; `back`
+    undoes it. The last shifted window of an axis wraps round to the first cell; `places.same` keeps
+    its two parts apart."""
     if places.pattern == "frame":
         return spread(x, places) if back else whole_frames(x, places)
     if places.rows_moved is None and places.columns_moved is None:
@@ -147,25 +157,49 @@ def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
 
 
 @kept
-def place_tables(grid: WindowGrid, pattern: Pattern, head_dim: int, device: torch.device, dtype: torch.dtype) -> Places:
-    """The tables of one pattern, made once per grid; kept, as those of time and place, for graphs read them."""
+def place_tables(
+    grid: WindowGrid, pattern: Pattern, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Places:
+    """The tables of one pattern, made once per grid; kept, as those of time and place, for graphs
+    read them."""
     with torch.inference_mode(False):  # tables first made while sampling must also serve training
         shifted = pattern == "shifted"
         offset = grid.shift if shifted else (0, 0)
-        row, column = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+        row, column = torch.meshgrid(
+            torch.arange(grid.height), torch.arange(grid.width), indexing="ij"
+        )
         residues = torch.stack([row.flatten(), column.flatten()], dim=-1)  # (k, 2)
         extent = torch.tensor([grid.height, grid.width])
-        # Only differences matter to rotary attention, so positions count from the group's first row and column.
+        # Only differences matter to rotary attention, so positions count from the group's first row
+        # and column.
         positions = (residues - torch.tensor(offset)) % extent
         if pattern == "frame":
-            down, across = torch.meshgrid(*(torch.arange(count) for count in grid.counts), indexing="ij")
+            down, across = torch.meshgrid(
+                *(torch.arange(count) for count in grid.counts), indexing="ij"
+            )
             corners = torch.stack([down.flatten(), across.flatten()], dim=-1) * extent  # (n, 2)
             positions = (corners[:, None] + residues).flatten(0, 1)
-        rotary = tuple(table[:, None].to(device, dtype) for table in rotary_tables(positions, head_dim, SPATIAL_BASE))
-        moved = [(residues[:, i : i + 1] < offset[i]).to(device) if offset[i] else None for i in (0, 1)]
-        cells = torch.arange(grid.counts[0] * grid.counts[1], device=device)[None, None, :, None, None]
+        rotary = tuple(
+            table[:, None].to(device, dtype)
+            for table in rotary_tables(positions, head_dim, SPATIAL_BASE)
+        )
+        moved = [
+            (residues[:, i : i + 1] < offset[i]).to(device) if offset[i] else None for i in (0, 1)
+        ]
+        cells = torch.arange(grid.counts[0] * grid.counts[1], device=device)[
+            None, None, :, None, None
+        ]
         cells = cells.expand(1, 1, -1, grid.places, 1)
-        result = Places(pattern, grid.counts, rotary, None, *moved, cells[0, 0, ..., 0], cells[0, 0, ..., 0], None)
+        result = Places(
+            pattern,
+            grid.counts,
+            rotary,
+            None,
+            *moved,
+            cells[0, 0, ..., 0],
+            cells[0, 0, ..., 0],
+            None,
+        )
         if shifted:
             result = result._replace(cells=gather(cells, result)[0, 0, ..., 0])
         # Name every token by its window, padding by -1, and move the names the way tokens move.
@@ -186,8 +220,12 @@ def place_tables(grid: WindowGrid, pattern: Pattern, head_dim: int, device: torc
 
 @kept
 def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The centre of every token's cell, `(n, k, 2)` as (row, column), the frame spanning [-1, 1] along each axis."""
+    """The centre of every token's cell, `(n, k, 2)` as (row, column), the frame spanning [-1, 1]
+    along each axis."""
     with torch.inference_mode(False):
-        axes = [(2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1 for size in (grid.rows, grid.columns)]
+        axes = [
+            (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+            for size in (grid.rows, grid.columns)
+        ]
         centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return grid.partition(centres[None, None])[0, 0].to(device, dtype)

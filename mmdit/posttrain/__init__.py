@@ -1,1 +1,2 @@
-"""Reward post-training: dynamics, storage, advantages and losses, checked against closed forms; three short loops."""
+"""Reward post-training: dynamics, storage, advantages and losses, checked against closed forms;
+three short loops."""

@@ -1,4 +1,5 @@
-"""From rewards to advantages within groups of one prompt, and the arithmetic of groups, ranks and micro-batches."""
+"""From rewards to advantages within groups of one prompt, and the arithmetic of groups, ranks and
+micro-batches."""
 
 from __future__ import annotations
 
@@ -9,28 +10,39 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-FLOOR = 1e-4  # of a standard deviation: less among rewards, most of which reach from 0 to 1, is rounding
+# of a standard deviation: less among rewards, most of which reach from 0 to 1, is rounding
+FLOOR = 1e-4
 
 
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the group of every sample, `(N,)` float64. ValueError for a group of one."""
+    """Mean and standard deviation of the group of every sample, `(N,)` float64. ValueError for a
+    group of one."""
     _, own, count = torch.unique(groups, return_inverse=True, return_counts=True)
     if (count < 2).any():
-        raise ValueError("a group has a single sample, so its advantage is always 0; take posttrain.group_size of 2 or more")
+        raise ValueError(
+            "a group has a single sample, so its advantage is always 0; take posttrain.group_size"
+            " of 2 or more"
+        )
     mean = torch.zeros(len(count), dtype=torch.float64).index_add_(0, own, values.double()) / count
     off = values.double() - mean[own]
     variance = torch.zeros(len(count), dtype=torch.float64).index_add_(0, own, off.square()) / count
     return mean[own], variance.sqrt()[own]
 
 
-def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Tensor, mode: Literal["sum", "gdpo"] = "sum",
-               std: Literal["global", "group"] = "global", clip: float = 5.0) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+def advantages(
+    rewards: dict[str, Tensor],
+    weights: dict[str, float],
+    groups: Tensor,
+    mode: Literal["sum", "gdpo"] = "sum",
+    std: Literal["global", "group"] = "global",
+    clip: float = 5.0,
+) -> tuple[Tensor, dict[str, float]]:
     """`(N,)` float64 on the CPU for the samples of a whole epoch, and what to report.
 
-    `sum` (Flow-GRPO): the weighted rewards less their group's mean, over the deviation of the epoch or of the group. `gdpo`
-    (2601.05242): every reward standardised within its group, weighted, and the sum standardised over the epoch, so that no
-    reward wins by its scale. Groups whose rewards are equal, or differ by less than rounding may make them, get 0; their share
-    is reported.
+    `sum` (Flow-GRPO): the weighted rewards less their group's mean, over the deviation of the epoch
+    or of the group. `gdpo` (2601.05242): every reward standardised within its group, weighted, and
+    the sum standardised over the epoch, so that no reward wins by its scale. Groups whose rewards
+    are equal, or differ by less than rounding may make them, get 0; their share is reported.
     """
     floor = FLOOR * max(1e-9, *(abs(weight) for weight in weights.values()))
     total = sum(weights[name] * value.double() for name, value in rewards.items())
@@ -48,7 +60,9 @@ def advantages(rewards: dict[str, Tensor], weights: dict[str, float], groups: Te
     else:
         deviation = spread
     flat = spread <= floor
-    result = torch.where(flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=floor)).clamp(-clip, clip)
+    result = torch.where(
+        flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=floor)
+    ).clamp(-clip, clip)
     share = lambda flags: flags.double().mean().item()  # noqa: E731
     return result, {"zero_std_share": share(flat), "advantage_clipped": share(result.abs() >= clip)}
 
@@ -60,16 +74,29 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
-    """Micro-batches a rank has in an epoch; whole groups stay on one rank. ConfigError says what does not divide."""
+    """Micro-batches a rank has in an epoch; whole groups stay on one rank. ConfigError says what
+    does not divide."""
     if group < 2:
-        raise ConfigError("posttrain.group_size", f"is {group}; must be 2 or more, samples of one prompt are compared")
+        raise ConfigError(
+            "posttrain.group_size",
+            f"is {group}; must be 2 or more, samples of one prompt are compared",
+        )
     if prompts % processes:
-        raise ConfigError("posttrain.prompts_per_epoch", f"is {prompts}, must be a multiple of the {processes} processes")
+        raise ConfigError(
+            "posttrain.prompts_per_epoch",
+            f"is {prompts}, must be a multiple of the {processes} processes",
+        )
     own = prompts * group // processes
     if own % micro_batch:
-        raise ConfigError("posttrain.micro_batch", f"is {micro_batch}, must divide the {own} samples of a process "
-                          f"({prompts} prompts × {group} / {processes} processes)")
+        raise ConfigError(
+            "posttrain.micro_batch",
+            f"is {micro_batch}, must divide the {own} samples of a process "
+            f"({prompts} prompts × {group} / {processes} processes)",
+        )
     if own // micro_batch % updates:
-        raise ConfigError("posttrain.updates_per_epoch", f"is {updates}, must divide the {own // micro_batch} micro-batches "
-                          "of a process; take a smaller posttrain.micro_batch")
+        raise ConfigError(
+            "posttrain.updates_per_epoch",
+            f"is {updates}, must divide the {own // micro_batch} micro-batches "
+            "of a process; take a smaller posttrain.micro_batch",
+        )
     return own // micro_batch

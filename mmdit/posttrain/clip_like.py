@@ -1,5 +1,7 @@
-"""CLIP-like scorers from local weights: CLIP and PickScore folders in the transformers layout, HPS v2 as an OpenCLIP state dict
-over the CLIP ViT-H folder. Similarities are cosines; weights are read without executing anything."""
+"""CLIP-like scorers from local weights: CLIP and PickScore folders in the transformers layout, HPS
+v2 as an OpenCLIP state dict over the CLIP ViT-H folder. Similarities are cosines; weights are read
+without executing anything.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,25 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Similarity(nn.Module):
-    """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features, mean over frames.
-    Differentiable in the pixels; the network is frozen."""
+    """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features,
+    mean over frames. Differentiable in the pixels; the network is frozen."""
 
     def __init__(self, folder: str, weights: FilePath | None = None):
         super().__init__()
         if not (Path(folder) / "config.json").is_file():
-            raise ConfigError("posttrain.rewards", f"name the folder {folder!r}, which holds no config.json; give a local CLIP "
-                              "in the transformers layout (config.json, model.safetensors, tokenizer files)")
+            raise ConfigError(
+                "posttrain.rewards",
+                f"name the folder {folder!r}, which holds no config.json; give a local CLIP "
+                "in the transformers layout (config.json, model.safetensors, tokenizer files)",
+            )
         from transformers import AutoTokenizer, CLIPModel
 
         with read_as(folder, "CLIP in the transformers layout"):
             check_folder(Path(folder))
             attention = "sdpa" if getattr(CLIPModel, "_supports_sdpa", False) else "eager"
-            self.clip = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True,
-                                                  attn_implementation=attention)  # fmt: skip
+            self.clip = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, attn_implementation=attention
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -51,25 +57,41 @@ class Similarity(nn.Module):
         clip, size = self.clip, self.clip.config.vision_config.image_size
         images = pixels.flatten(0, 1).float()
         short = min(images.shape[-2:])
-        images = F.interpolate(images, scale_factor=size / short, mode="bicubic", antialias=True) if short != size else images
+        images = (
+            F.interpolate(images, scale_factor=size / short, mode="bicubic", antialias=True)
+            if short != size
+            else images
+        )
         top, left = ((side - size) // 2 for side in images.shape[-2:])
         images = images[..., top : top + size, left : left + size].clamp(0, 1)
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-        seen = clip.visual_projection(clip.vision_model(pixel_values=(images - mean) / std).pooler_output)
+        mean, std = (
+            torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD)
+        )
+        seen = clip.visual_projection(
+            clip.vision_model(pixel_values=(images - mean) / std).pooler_output
+        )
         unique = list(dict.fromkeys(texts))
         longest = clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = self.tokenizer(
+            unique, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
         tokens = tokens.to(images.device)
-        said = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        said = clip.text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).pooler_output
         said = clip.text_projection(said)
         said = said[[unique.index(text) for text in texts]]
-        both = F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1)) * F.normalize(said, dim=-1)[:, None]
+        both = (
+            F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1))
+            * F.normalize(said, dim=-1)[:, None]
+        )
         return both.sum(-1).mean(1)
 
 
 @dataclass(frozen=True)
 class ClipReward(Reward):
-    """As a reward of samples, or as the scorer of SRPO. `clip`, `pickscore`: a folder; `hps`: besides it, `weights`."""
+    """As a reward of samples, or as the scorer of SRPO. `clip`, `pickscore`: a folder; `hps`:
+    besides it, `weights`."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     type: Literal["clip"] = "clip"
@@ -98,8 +120,11 @@ class HPS(ClipReward):
     def __post_init__(self):
         super().__post_init__()
         if self.weights is None:
-            raise ConfigError("weights", "is empty; must name the HPS v2 file; path is the folder of the CLIP ViT-H it is "
-                                         "made of")
+            raise ConfigError(
+                "weights",
+                "is empty; must name the HPS v2 file; path is the folder of the CLIP ViT-H it is "
+                "made of",
+            )
 
 
 def read_state(path: str) -> dict[str, Tensor]:
@@ -110,16 +135,30 @@ def read_state(path: str) -> dict[str, Tensor]:
 def from_open_clip(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP names to those of transformers. ValueError lists what is left over."""
     result, towers = {}, (("visual.", "vision_model."), ("", "text_model."))
-    whole = {"visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight", "logit_scale": "logit_scale",
-             "visual.class_embedding": "vision_model.embeddings.class_embedding",
-             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-             "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-             "positional_embedding": "text_model.embeddings.position_embedding.weight"}  # fmt: skip
-    ends = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
-            "ln_final": "text_model.final_layer_norm"}  # fmt: skip
-    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
-    projections = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+    whole = {
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "logit_scale": "logit_scale",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    }
+    ends = {
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "ln_final": "text_model.final_layer_norm",
+    }
+    inner = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    projections = {
+        "visual.proj": "visual_projection.weight",
+        "text_projection": "text_projection.weight",
+    }
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
         if name in whole:
@@ -134,7 +173,9 @@ def from_open_clip(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str
             layer = f"{new}encoder.layers.{number}."
             if rest.startswith("attn.in_proj_"):
                 for letter, part in zip("qkv", value.chunk(3)):
-                    result[f"{layer}self_attn.{letter}_proj.{rest.removeprefix('attn.in_proj_')}"] = part
+                    result[
+                        f"{layer}self_attn.{letter}_proj.{rest.removeprefix('attn.in_proj_')}"
+                    ] = part
             else:
                 result[f"{layer}{inner[rest.rpartition('.')[0]]}.{kind}"] = value
         elif name != "attn_mask":

@@ -1,5 +1,7 @@
-"""Direct-Align and the semantic relative reward of SRPO (Shen et al. 2509.06942): a clean image and a bounded gradient from one
-network call at any noise level. All but that call is float32: in bfloat16 the recovery is wrong by 0.4 a latent value."""
+"""Direct-Align and the semantic relative reward of SRPO (Shen et al. 2509.06942): a clean image and
+a bounded gradient from one network call at any noise level. All but that call is float32: in
+bfloat16 the recovery is wrong by 0.4 a latent value.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +12,45 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-Scorer = Callable[[Tensor, list[str]], Tensor]  # pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1]
+Scorer = Callable[
+    [Tensor, list[str]], Tensor
+]  # pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1]
 
 
 def inject(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    assert clean.dtype == noise.dtype == torch.float32, f"Direct-Align in {clean.dtype}: it needs float32"
+    assert clean.dtype == noise.dtype == torch.float32, (
+        f"Direct-Align in {clean.dtype}: it needs float32"
+    )
     return (1 - sigma) * clean + sigma * noise
 
 
 def recover(x: Tensor, velocity: Tensor, noise: Tensor, entered: float, landed: float) -> Tensor:
-    """The clean latents that one step from `entered` to `landed` implies, given the noise that went in. With the exact velocity
-    they are the true ones; an error of the velocity counts `(landed - entered) / (1 - landed)` times."""
-    assert x.dtype == velocity.dtype == noise.dtype == torch.float32, f"Direct-Align in {velocity.dtype}: it needs float32"
+    """The clean latents that one step from `entered` to `landed` implies, given the noise that went
+    in. With the exact velocity they are the true ones; an error of the velocity counts `(landed -
+    entered) / (1 - landed)` times.
+    """
+    assert x.dtype == velocity.dtype == noise.dtype == torch.float32, (
+        f"Direct-Align in {velocity.dtype}: it needs float32"
+    )
     return (x + (landed - entered) * velocity - landed * noise) / (1 - landed)
 
 
 def window_check(window: tuple[float, float], width: float, boundary: float | None = None) -> None:
-    """`window`: (noisy end, clean end) of where steps land. With two experts it must lie on one side of their `boundary`."""
+    """`window`: (noisy end, clean end) of where steps land. With two experts it must lie on one
+    side of their `boundary`."""
     noisy, clean = window
     if not 0 < clean < noisy or noisy + width > 0.99 or clean - width <= 0:
-        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)} with step {width}; must be [noisy, clean] with "
-                          "noisy + step at most 0.99 (nothing is left of the picture beyond) and clean - step above 0")
+        raise ConfigError(
+            "posttrain.srpo.sigma_window",
+            f"is {list(window)} with step {width}; must be [noisy, clean] with noisy + step at most"
+            " 0.99 (nothing is left of the picture beyond) and clean - step above 0",
+        )
     if boundary is not None and clean - width < boundary <= noisy + width:
-        raise ConfigError("posttrain.srpo.sigma_window", f"is {list(window)}, on both sides of the experts' boundary "
-                          f"{boundary}; choose one side")
+        raise ConfigError(
+            "posttrain.srpo.sigma_window",
+            f"is {list(window)}, on both sides of the experts' boundary "
+            f"{boundary}; choose one side",
+        )
 
 
 def discount(ends: tuple[float, float], window: tuple[float, float], sigma: float) -> float:
@@ -41,11 +58,16 @@ def discount(ends: tuple[float, float], window: tuple[float, float], sigma: floa
     return ends[0] + (ends[1] - ends[0]) * (sigma - window[1]) / (window[0] - window[1])
 
 
-def relative_score(scorer: Scorer, pixels: Tensor, positive: list[str], negative: list[str], k: float) -> Tensor:
-    """`(B,)`: (1 + k) r(x, positive) - r(x, negative). A scorer out of bounds is a ValueError: nothing would end its ascent."""
+def relative_score(
+    scorer: Scorer, pixels: Tensor, positive: list[str], negative: list[str], k: float
+) -> Tensor:
+    """`(B,)`: (1 + k) r(x, positive) - r(x, negative). A scorer out of bounds is a ValueError:
+    nothing would end its ascent."""
     scores = [scorer(pixels, texts) for texts in (positive, negative)]
     for score in scores:
         if not bool((score.detach().abs() <= 1 + 1e-4).all()):  # not finite included
             worst = score.detach().abs().max().item()
-            raise ValueError(f"the scorer gave {worst:.3g}; similarities must be finite and within -1 … 1")
+            raise ValueError(
+                f"the scorer gave {worst:.3g}; similarities must be finite and within -1 … 1"
+            )
     return (1 + k) * scores[0] - scores[1]

@@ -1,4 +1,5 @@
-"""DPO on stored pairs: a file of winners and losers, or best and worst of the first model's own groups, collected once."""
+"""DPO on stored pairs: a file of winners and losers, or best and worst of the first model's own
+groups, collected once."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mmdit.weights import tensor_pieces
 
 
 def dpo_offline(session: Session) -> bool:
-    """`train.max_steps` updates of `dpo.batch` pairs each. Resuming reads the pairs that were collected."""
+    """`train.max_steps` updates of `dpo.batch` pairs each. Resuming reads the pairs that were
+    collected."""
     config = session.config.dpo
     pairs, size = check_pairs(session), session.world.size
     if pairs is None:
@@ -30,7 +32,9 @@ def dpo_offline(session: Session) -> bool:
 
     def update() -> dict[str, float]:
         step = session.state.step
-        order = torch.randperm(count, generator=generator(session.seed, "pairs", step))[: config.batch]
+        order = torch.randperm(count, generator=generator(session.seed, "pairs", step))[
+            : config.batch
+        ]
         own = order[session.world.rank :: size]
         win, lose = (pairs[name][own].to(session.device) for name in ("win", "lose"))
         reports: dict[str, list[Tensor]] = {}
@@ -38,7 +42,9 @@ def dpo_offline(session: Session) -> bool:
             loss.backward()
             for name, value in numbers.items():
                 reports.setdefault(name, []).append(value.detach())
-        return session.apply() | {name: torch.stack(values).mean().item() for name, values in reports.items()}
+        return session.apply() | {
+            name: torch.stack(values).mean().item() for name, values in reports.items()
+        }
 
     return session.run(update, 1)
 
@@ -50,7 +56,8 @@ def pairs_file(session: Session) -> Path:
 
 
 def check_pairs(session: Session) -> dict[str, Tensor] | None:
-    """Return the pairs, None if they are still to be made. ConfigError: they do not serve, or cannot fill a batch."""
+    """Return the pairs, None if they are still to be made. ConfigError: they do not serve, or
+    cannot fill a batch."""
     config, path = session.config.dpo, pairs_file(session)
     if config.pairs or path.is_file():
         pairs = read_pairs(path, session)
@@ -62,24 +69,34 @@ def check_pairs(session: Session) -> dict[str, Tensor] | None:
 
 
 def _check_batch(session: Session, count: int) -> None:
-    """ConfigError unless a batch of the configured size can be taken from `count` pairs, or at most so many."""
+    """ConfigError unless a batch of the configured size can be taken from `count` pairs, or at most
+    so many."""
     batch, size = session.config.dpo.batch, session.world.size
     if batch < 1 or batch % size or batch > count:
-        raise ConfigError("posttrain.dpo.batch", f"is {batch}; must be a multiple of the {size} processes and at most "
-                          f"the {count} pairs")
+        raise ConfigError(
+            "posttrain.dpo.batch",
+            f"is {batch}; must be a multiple of the {size} processes and at most the {count} pairs",
+        )
 
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
-    """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal rewards give no pair."""
+    """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal
+    rewards give no pair."""
     found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": [], "place": []}
     samples = session.config.prompts_per_epoch * session.config.group_size
     for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
         rollouts, futures = session.collect(epoch, session.reference)
         for rollout, future in zip(rollouts, futures, strict=True):
-            total = sum(session.pool.weights[name] * value for name, value in future.result().items())
+            total = sum(
+                session.pool.weights[name] * value for name, value in future.result().items()
+            )
             best, worst = extremes(total, rollout.groups)
-            rows = {"win": rollout.clean[best], "lose": rollout.clean[worst], "prompts": rollout.prompts[best],
-                    "place": epoch * samples + rollout.indices[best]}
+            rows = {
+                "win": rollout.clean[best],
+                "lose": rollout.clean[worst],
+                "prompts": rollout.prompts[best],
+                "place": epoch * samples + rollout.indices[best],
+            }
             for name, values in rows.items():
                 found[name].append(values.cpu())
     pairs = {name: torch.cat(parts) for name, parts in found.items()}
@@ -90,8 +107,10 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
     order = pairs.pop("place").argsort()  # as one process would have made them
     pairs = {name: value[order] for name, value in pairs.items()}
     if not len(order):
-        raise ValueError("no group had samples of different reward, so there is no pair to learn from; take a larger "
-                         "posttrain.group_size or another reward")
+        raise ValueError(
+            "no group had samples of different reward, so there is no pair to learn from; take a"
+            " larger posttrain.group_size or another reward"
+        )
     return pairs
 
 
@@ -107,9 +126,16 @@ def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
         pairs = load_file(path)
         assert pairs.keys() == {"win", "lose", "prompts"}, f"it holds {sorted(pairs)}"
         places, wanted = pairs["prompts"], (len(pairs["prompts"]), *session.shape)
-        assert all(pairs[name].shape == wanted for name in ("win", "lose")), f"it holds {tuple(pairs['win'].shape)}"
-        assert ((places >= 0) & (places < len(session.prompts))).all(), "a prompt is not in the list"
+        assert all(pairs[name].shape == wanted for name in ("win", "lose")), (
+            f"it holds {tuple(pairs['win'].shape)}"
+        )
+        assert ((places >= 0) & (places < len(session.prompts))).all(), (
+            "a prompt is not in the list"
+        )
     except Exception as error:  # noqa: BLE001  (safetensors has its own kinds)
-        raise ConfigError("posttrain.dpo.pairs", f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose "
-                          f"(pairs, {', '.join(map(str, session.shape))}) and prompts (pairs,): places in the list") from None
+        raise ConfigError(
+            "posttrain.dpo.pairs",
+            f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose (pairs,"
+            f" {', '.join(map(str, session.shape))}) and prompts (pairs,): places in the list",
+        ) from None
     return pairs

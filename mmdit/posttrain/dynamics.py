@@ -1,7 +1,9 @@
-"""One step of sampling as a Gaussian: ODE, Flow-SDE, Dance-SDE, CPS; its log-probability, log-ratio and KL.
+"""One step of sampling as a Gaussian: ODE, Flow-SDE, Dance-SDE, CPS; its log-probability, log-ratio
+and KL.
 
-Every kind is linear in the state and the velocity: `y = c_x x + c_v v + s z`. Times are sigma = t of the linear path, from 1
-down to 0; `v = noise - clean`. The means over all but the batch axis (`mean_d`) keep numbers alike for every latent size.
+Every kind is linear in the state and the velocity: `y = c_x x + c_v v + s z`. Times are sigma = t
+of the linear path, from 1 down to 0; `v = noise - clean`. The means over all but the batch axis
+(`mean_d`) keep numbers alike for every latent size.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ class Step(NamedTuple):
 
 
 def step(kind: Kind, level: float, times: Sequence[float], index: int) -> Step:
-    """From `times[index]` to `times[index + 1]`. Flow-SDE (Liu et al. 2505.05470, eq. 9): `g = level sqrt(t / (1 - t))`, with
-    the second time in the denominator at t = 1; Dance-SDE (Xue et al. 2505.07818): `g = level`; both keep the flow's marginals.
-    CPS (2509.05952) keeps the noise level but not the marginals, and leaves no residual noise. ODE: `level` has no meaning."""
+    """From `times[index]` to `times[index + 1]`. Flow-SDE (Liu et al. 2505.05470, eq. 9): `g =
+    level sqrt(t / (1 - t))`, with the second time in the denominator at t = 1; Dance-SDE (Xue et
+    al. 2505.07818): `g = level`; both keep the flow's marginals. CPS (2509.05952) keeps the noise
+    level but not the marginals, and leaves no residual noise. ODE: `level` has no meaning.
+    """
     t, s = times[index], times[index + 1]
     width = t - s
     if kind == "cps":
@@ -51,20 +55,27 @@ def mean_d(x: Tensor) -> Tensor:
 
 def log_prob(y: Tensor, mean: Tensor, std: float) -> Tensor:
     """`(B,)`: mean over dimensions of the Gaussian log-density."""
-    return mean_d(-(y - mean).square() / (2 * std * std)) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return (
+        mean_d(-(y - mean).square() / (2 * std * std)) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    )
 
 
 def log_ratio(y: Tensor, old: Tensor, new: Tensor, std: float, norm: Norm = "mean") -> Tensor:
-    """`(B,)`: log-probability of y under the mean `new` less that under `old`. The factored form: the difference of two float32
-    log-probabilities would have an error as large as the ratios themselves. `sqrt_dim` has a spread that does not depend on the
-    number of dimensions, so that one clip serves every latent size."""
+    """`(B,)`: log-probability of y under the mean `new` less that under `old`. The factored form:
+    the difference of two float32 log-probabilities would have an error as large as the ratios
+    themselves. `sqrt_dim` has a spread that does not depend on the number of dimensions, so that
+    one clip serves every latent size."""
     shift = (new - old).double()
-    return _normed(mean_d(shift * (2 * (y.double() - old.double()) - shift)) / (2 * std * std), y, norm)
+    return _normed(
+        mean_d(shift * (2 * (y.double() - old.double()) - shift)) / (2 * std * std), y, norm
+    )
 
 
 def guard_log_ratio(y: Tensor, old: Tensor, new: Tensor, std: float, norm: Norm = "mean") -> Tensor:
-    """GRPO-Guard (2510.22319): `mean_d(z · (new - old))`, which has zero mean under the old policy and a variance that does not
-    grow with 1 / std²; the plain log-ratio sinks as the policies part, so that its upper clip is hardly reached."""
+    """GRPO-Guard (2510.22319): `mean_d(z · (new - old))`, which has zero mean under the old policy
+    and a variance that does not grow with 1 / std²; the plain log-ratio sinks as the policies part,
+    so that its upper clip is hardly reached.
+    """
     return _normed(mean_d((new - old).double() * (y.double() - old.double())) / std, y, norm)
 
 
@@ -75,4 +86,6 @@ def kl(new: Tensor, reference: Tensor, std: float) -> Tensor:
 
 def _normed(value: Tensor, like: Tensor, norm: Norm) -> Tensor:
     dimensions = like[0].numel()
-    return (value * {"mean": 1.0, "sqrt_dim": math.sqrt(dimensions), "sum": dimensions}[norm]).float()
+    return (
+        value * {"mean": 1.0, "sqrt_dim": math.sqrt(dimensions), "sum": dimensions}[norm]
+    ).float()

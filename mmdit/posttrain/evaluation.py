@@ -1,5 +1,5 @@
-"""What a policy draws for prompts that are always the same, and what rewards say of it: of fixed noise, with the sampler of
-`train.sample_*`, by the weights as they are."""
+"""What a policy draws for prompts that are always the same, and what rewards say of it: of fixed
+noise, with the sampler of `train.sample_*`, by the weights as they are."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ def check(session: Session) -> None:
         pipeline(session).check(session.width, session.height, session.frames, settings)
         guided(objective, session.learner.model, session.text, 1.0, settings.cfg_interval)
     except ValueError as error:
-        raise ConfigError("train", f"has sample_ keys that evaluation cannot draw with: {error}") from None
+        raise ConfigError(
+            "train", f"has sample_ keys that evaluation cannot draw with: {error}"
+        ) from None
 
 
 def encode(session: Session) -> None:
-    """Let an encoder that keeps embeddings in files see all that evaluation will ask: it need not be loaded again."""
+    """Let an encoder that keeps embeddings in files see all that evaluation will ask: it need not
+    be loaded again."""
     captions = [caption for prompts in session.evaluated.values() for caption in prompts.captions]
     if captions and keeps_files(session.learner.text_encoder):
         session.learner.text_encoder([*captions, session.train.sample_negative_prompt])
@@ -49,7 +52,9 @@ def pipeline(session: Session) -> Pipeline:
             result.low = pair.sibling
         else:
             result.low = learner.model
-            result.learner = Learner(pair.sibling, learner.text_encoder, learner.objective, learner.spec)
+            result.learner = Learner(
+                pair.sibling, learner.text_encoder, learner.objective, learner.spec
+            )
     return result
 
 
@@ -59,7 +64,9 @@ def draw(session: Session, captions: list[str], first: int) -> tuple[Tensor, Ten
     settings, source, latents, pixels = SampleSettings.of(session.train), pipeline(session), [], []
     for start in range(0, len(captions), BATCH):
         some = captions[start : start + BATCH]
-        raw = source.latents(some, session.width, session.height, session.frames, settings, first + start)
+        raw = source.latents(
+            some, session.width, session.height, session.frames, settings, first + start
+        )
         latents.append(session.learner.spec.normalize(raw))
         decoded = session.tokenizer.decode(raw).float()
         pixels.append(source.finite(decoded, first + start, settings))
@@ -73,8 +80,17 @@ def evaluate(session: Session) -> dict[str, float]:
     for title, prompts in session.evaluated.items():
         latents, pixels = draw(session, prompts.captions, first)
         draws = Draws(session.seed, -2, torch.arange(first, first + len(prompts)))
-        samples = Samples(captions=prompts.captions, latents=latents, groups=torch.arange(len(prompts)), draws=draws,
-                          pixels=pixels, facts=prompts.facts)  # fmt: skip
-        values |= {f"{title}_{name}": value.mean().item() for name, value in session.judge.score(samples).items()}
+        samples = Samples(
+            captions=prompts.captions,
+            latents=latents,
+            groups=torch.arange(len(prompts)),
+            draws=draws,
+            pixels=pixels,
+            facts=prompts.facts,
+        )
+        values |= {
+            f"{title}_{name}": value.mean().item()
+            for name, value in session.judge.score(samples).items()
+        }
         first += len(prompts)
     return values

@@ -1,6 +1,8 @@
-"""Losses of post-training: tensors in, a differentiable scalar (or per-sample values) out. No networks, no schedules.
+"""Losses of post-training: tensors in, a differentiable scalar (or per-sample values) out. No
+networks, no schedules.
 
-`advantage (B,)`, velocities `(B, ...)`, `sigma (B,)` noise levels, `clean` and `noise` of the linear path.
+`advantage (B,)`, velocities `(B, ...)`, `sigma (B,)` noise levels, `clean` and `noise` of the
+linear path.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ POWER = 0.25  # of ghuber
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """`(B,)`: the clipped surrogate of PPO (Schulman et al. 2017, eq. 7) with `low < 0 < high`, negated."""
+    """`(B,)`: the clipped surrogate of PPO (Schulman et al. 2017, eq. 7) with `low < 0 < high`,
+    negated."""
     ratio = log_ratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 + low, 1 + high))
 
@@ -27,11 +30,19 @@ def wide(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.reshape(-1, *[1] * (like.dim() - 1)).to(like)
 
 
-def nft(v: Tensor, v_old: Tensor, x: Tensor, clean: Tensor, sigma: Tensor, share: Tensor, beta: float,
-        weighted: bool = True) -> Tensor:  # fmt: skip
-    """`(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how much a sample is positive. The
-    optimum moves v by (2 / beta) E[share (target - v_old)]. `weighted`: divided by its own mean error, which is then not
-    differentiated."""
+def nft(
+    v: Tensor,
+    v_old: Tensor,
+    x: Tensor,
+    clean: Tensor,
+    sigma: Tensor,
+    share: Tensor,
+    beta: float,
+    weighted: bool = True,
+) -> Tensor:
+    """`(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how much a
+    sample is positive. The optimum moves v by (2 / beta) E[share (target - v_old)]. `weighted`:
+    divided by its own mean error, which is then not differentiated."""
     share, level = share.to(v), wide(sigma, v)
 
     def error(velocity: Tensor) -> Tensor:
@@ -74,11 +85,16 @@ def awm_log_ratio(error: Tensor, error_old: Tensor, sigma: Tensor, weighting: We
     return (weigh(error_old, sigma, weighting) - weigh(error, sigma, weighting)).float()
 
 
-def dpo_margin(win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float) -> Tensor:
-    """`(P,)` from matching errors `(P,)`; above 0: the pair is ranked as wanted (Wallace et al. 2311.12908, eq. 14)."""
+def dpo_margin(
+    win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float
+) -> Tensor:
+    """`(P,)` from matching errors `(P,)`; above 0: the pair is ranked as wanted (Wallace et al.
+    2311.12908, eq. 14)."""
     return -beta / 2 * ((win - win_reference) - (lose - lose_reference))
 
 
-def dpo(win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float) -> Tensor:
+def dpo(
+    win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float
+) -> Tensor:
     """`(P,)`: ln 2 where the policy is the reference."""
     return -F.logsigmoid(dpo_margin(win, win_reference, lose, lose_reference, beta))

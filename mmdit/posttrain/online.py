@@ -1,4 +1,5 @@
-"""The loop of GRPO, GRPO-Guard, NFT, AWM and online DPO: roll out, reward, compare within groups, update."""
+"""The loop of GRPO, GRPO-Guard, NFT, AWM and online DPO: roll out, reward, compare within groups,
+update."""
 
 from __future__ import annotations
 
@@ -26,18 +27,30 @@ def online(session: Session) -> bool:
         rollouts, futures = session.collect(number)
         rewards = session.gather(futures, rollouts)
         prompts = session.epoch_prompts(number)
-        advantage, report = advantages(rewards, session.pool.weights, prompts, config.advantage.mode, config.advantage.std,
-                                       config.advantage.clip)
+        advantage, report = advantages(
+            rewards,
+            session.pool.weights,
+            prompts,
+            config.advantage.mode,
+            config.advantage.std,
+            config.advantage.clip,
+        )
         total = sum(session.pool.weights[name] * value for name, value in rewards.items())
         report |= {f"reward_{name}": value.mean().item() for name, value in rewards.items()}
-        report |= {f"reward_{name}_std": value.std(correction=0).item() for name, value in rewards.items()}
+        report |= {
+            f"reward_{name}_std": value.std(correction=0).item() for name, value in rewards.items()
+        }
         report["reward_seconds"], session.pool.seconds = session.pool.seconds, 0.0
         sums: dict[str, list[Tensor]] = {}
         share = len(rollouts) // updates
         for update in range(updates):
             for rollout in rollouts[update * share : (update + 1) * share]:
                 local = rollout.to(session.device)  # this micro-batch alone is on the device
-                worth = (total if config.algorithm == "dpo" else advantage)[rollout.indices].float().to(session.device)
+                worth = (
+                    (total if config.algorithm == "dpo" else advantage)[rollout.indices]
+                    .float()
+                    .to(session.device)
+                )
                 for loss, numbers in terms(session, local, worth):
                     (loss / share).backward()
                     for name, value in {"loss": loss, **numbers}.items():
@@ -46,7 +59,11 @@ def online(session: Session) -> bool:
                     report["replay"] = check_replay(session, sums)
             report |= session.apply()
         decay = config.nft
-        keep = min(decay.most, decay.rate * max(0, session.state.step - decay.flat)) if config.algorithm == "nft" else 0.0
+        keep = (
+            min(decay.most, decay.rate * max(0, session.state.step - decay.flat))
+            if config.algorithm == "nft"
+            else 0.0
+        )
         with torch.no_grad():
             for name, value in session.snapshot().items():
                 session.old[name].lerp_(value, 1 - keep)
@@ -56,18 +73,21 @@ def online(session: Session) -> bool:
 
 
 def check_replay(session: Session, sums: dict[str, list[Tensor]]) -> float:
-    """How far from 1 a ratio is before the first update of an epoch: the policy is the one that sampled, so it must be none."""
+    """How far from 1 a ratio is before the first update of an epoch: the policy is the one that
+    sampled, so it must be none."""
     off = max((value.item() for value in sums.get("ratio_off", [])), default=0.0)
     if off > session.config.ratio.replay_tolerance:
-        raise RunError(f"before the first update a ratio is {off:.2e} from 1 (posttrain.ratio.replay_tolerance "
-                       f"{session.config.ratio.replay_tolerance:.0e}): what is scored is not what was sampled. Use "
-                       "train.precision: fp32, no dropout, and the guidance of the rollout")
+        raise RunError(
+            f"before the first update a ratio is {off:.2e} from 1 (posttrain.ratio.replay_tolerance"
+            f" {session.config.ratio.replay_tolerance:.0e}): what is scored is not what was"
+            " sampled. Use train.precision: fp32, no dropout, and the guidance of the rollout"
+        )
     return off
 
 
 def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
-    """Losses to be differentiated one after the other; their sum is the mean over the micro-batch. `worth (B,)`: advantages, or
-    rewards for DPO."""
+    """Losses to be differentiated one after the other; their sum is the mean over the micro-batch.
+    `worth (B,)`: advantages, or rewards for DPO."""
     if session.config.trains_steps:
         yield from step_terms(session, rollout, worth)
     elif session.config.algorithm == "dpo":
@@ -88,25 +108,35 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
     stored = trajectory.plan.extras["mean"]
     for index in stored:
         t, x, y = session.times[index], trajectory.get(index), trajectory.get(index + 1)
-        step = dynamics.step(config.rollout.dynamics, config.rollout.noise_level, session.times, index)
+        step = dynamics.step(
+            config.rollout.dynamics, config.rollout.noise_level, session.times, index
+        )
         v = policy(x, t)
         mean, old = step.mean(x, v), trajectory.value("mean", index)
         log_ratio = ratio_of(y, old, mean, step.std, norm)
         loss = losses.clipped(log_ratio, advantage, *config.ratio.clip).mean()
         low, high = config.ratio.clip
         off = log_ratio.detach().expm1()
-        numbers = {"clip_share": ((off < low) | (off > high)).float().mean(), "ratio_off": off.abs().max(),
-                   "log_ratio_std": log_ratio.detach().std(correction=0), "policy_loss": loss.detach()}
+        numbers = {
+            "clip_share": ((off < low) | (off > high)).float().mean(),
+            "ratio_off": off.abs().max(),
+            "log_ratio_std": log_ratio.detach().std(correction=0),
+            "policy_loss": loss.detach(),
+        }
         if config.kl.beta:
             with torch.no_grad():
                 v_ref = base(x, t)
             apart = v - v_ref if config.kl.space == "v" else mean - step.mean(x, v_ref)
-            gap = dynamics.mean_d(apart.square()).mean() / (2 * step.std**2 if config.kl.space == "exact" else 1)
+            gap = dynamics.mean_d(apart.square()).mean() / (
+                2 * step.std**2 if config.kl.space == "exact" else 1
+            )
             loss, numbers["kl"] = loss + config.kl.beta * gap, gap.detach()
         yield loss / len(stored), numbers
 
 
-def noised(session: Session, clean: Tensor, indices: Tensor, number: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def noised(
+    session: Session, clean: Tensor, indices: Tensor, number: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`(x, noise, sigma (B,))` of the `number`-th of `count` draws of this update."""
     draws = Draws(session.seed, session.state.step * count + number, indices.to(session.device))
     sigma = session.learner.objective.draw_time(draws, session.frames).float().clamp(1e-2, 1.0)
@@ -129,7 +159,12 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
         if config.algorithm == "nft":
             most = config.advantage.clip
             share = losses.positive_share(advantage, most)
-            loss = most * losses.nft(v, v_old, x, clean, sigma, share, config.nft.beta, config.nft.weighted).mean()
+            loss = (
+                most
+                * losses.nft(
+                    v, v_old, x, clean, sigma, share, config.nft.beta, config.nft.weighted
+                ).mean()
+            )
         else:
             error, old = losses.matching(v, clean, noise), losses.matching(v_old, clean, noise)
             log_ratio = losses.awm_log_ratio(error, old, sigma, config.awm.weighting)
@@ -149,7 +184,8 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
 
 
 def extremes(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the best and the worst sample of each group; none of a group where all are equal."""
+    """Places of the best and the worst sample of each group; none of a group where all are
+    equal."""
     best, worst = [], []
     for group in groups.unique():
         rows = (groups == group).nonzero()[:, 0]
@@ -157,10 +193,14 @@ def extremes(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         if values.max() > values.min():
             best.append(rows[values.argmax()])
             worst.append(rows[values.argmin()])
-    return (torch.stack(best), torch.stack(worst)) if best else (torch.empty(0, dtype=torch.long),) * 2
+    return (
+        (torch.stack(best), torch.stack(worst)) if best else (torch.empty(0, dtype=torch.long),) * 2
+    )
 
 
-def pair_terms(session: Session, win: Tensor, lose: Tensor, prompts: Tensor, indices: Tensor) -> Iterator[Term]:
+def pair_terms(
+    session: Session, win: Tensor, lose: Tensor, prompts: Tensor, indices: Tensor
+) -> Iterator[Term]:
     """DPO: both of a pair at the same noise level with the same noise."""
     config, count = session.config, session.config.draws_per_sample
     text = session.text[prompts.to(session.device)]
@@ -168,15 +208,30 @@ def pair_terms(session: Session, win: Tensor, lose: Tensor, prompts: Tensor, ind
     for number in range(count):
         x_win, noise, sigma = noised(session, win, indices, number, count)
         x = torch.cat([x_win, noised(session, lose, indices, number, count)[0]])
-        clean, noise, sigma = torch.cat([win, lose]), torch.cat([noise, noise]), torch.cat([sigma, sigma])
+        clean, noise, sigma = (
+            torch.cat([win, lose]),
+            torch.cat([noise, noise]),
+            torch.cat([sigma, sigma]),
+        )
         v = session.velocity(both)(x, sigma)
         with torch.no_grad():
             v_ref = session.velocity(both, session.reference)(x, sigma)
         error, base = (losses.matching(field, clean, noise).chunk(2) for field in (v, v_ref))
         margin = losses.dpo_margin(error[0], base[0], error[1], base[1], config.dpo.beta)
         loss = losses.dpo(error[0], base[0], error[1], base[1], config.dpo.beta).mean().float()
-        numbers = {"pair_loss": loss, "margin": margin.mean(), "error_win": error[0].mean(), "error_lose": error[1].mean()}
+        numbers = {
+            "pair_loss": loss,
+            "margin": margin.mean(),
+            "error_win": error[0].mean(),
+            "error_lose": error[1].mean(),
+        }
         if config.kl.beta:
             numbers["kl"] = gap = dynamics.mean_d((v - v_ref).square()).mean()
             loss = loss + config.kl.beta * gap
-        yield loss / count, {"implicit_accuracy": (margin > 0).float().mean(), **{k: v.detach() for k, v in numbers.items()}}
+        yield (
+            loss / count,
+            {
+                "implicit_accuracy": (margin > 0).float().mean(),
+                **{k: v.detach() for k, v in numbers.items()},
+            },
+        )

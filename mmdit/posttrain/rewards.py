@@ -1,5 +1,7 @@
-"""Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A reward is its own configuration:
-a frozen dataclass in the list `posttrain.rewards`, told apart by `type`. To add one: a class, and its name in the union."""
+"""Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A
+reward is its own configuration: a frozen dataclass in the list `posttrain.rewards`, told apart by
+`type`. To add one: a class, and its name in the union.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from mmdit.training.media import to_uint8
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them; `latents` normalised; `draws`
-    key anything random. A reward reads and never changes them."""
+    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them;
+    `latents` normalised; `draws` key anything random. A reward reads and never changes them."""
 
     captions: list[str]
     latents: Tensor
@@ -35,22 +37,29 @@ class Samples:
 
     @property
     def images(self) -> Tensor | None:
-        """uint8 `(B, F, H, W, 3)` on the CPU: a frame is what `PIL.Image.fromarray(frame.numpy())` takes."""
+        """uint8 `(B, F, H, W, 3)` on the CPU: a frame is what `PIL.Image.fromarray(frame.numpy())`
+        takes."""
         if self.pixels is None:
             return None
         return to_uint8(self.pixels).movedim(2, -1)
 
     def to(self, device: torch.device | str) -> Samples:
         """A new record on `device`; this one stays where it is."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, draws=replace(self.draws, indices=self.draws.indices.to(device)), **moved)
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(
+            self, draws=replace(self.draws, indices=self.draws.indices.to(device)), **moved
+        )
 
 
 @dataclass(frozen=True)
 class Reward:
-    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all samples of one prompt at a
-    time, others `batch` samples (0: all that were drawn together). `device`: where it runs, if not where the model does.
-    `call(samples) -> (B,)`."""
+    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all
+    samples of one prompt at a time, others `batch` samples (0: all that were drawn together).
+    `device`: where it runs, if not where the model does. `call(samples) -> (B,)`."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -62,7 +71,11 @@ class Reward:
 
     def __post_init__(self):
         if self.batch < 0 or self.batch and self.groupwise:
-            raise ConfigError("batch", f"is {self.batch}; must be 0 or more, and 0 for a groupwise reward: it takes whole groups")
+            raise ConfigError(
+                "batch",
+                f"is {self.batch}; must be 0 or more, and 0 for a groupwise reward: it takes whole"
+                " groups",
+            )
 
     @property
     def label(self) -> str:
@@ -103,8 +116,18 @@ class Sharpness(Reward):
     type: Literal["sharpness"] = "sharpness"
 
     def call(self, samples: Samples) -> Tensor:
-        kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=samples.pixels.device)[None, None] / 8
-        return F.conv2d(samples.pixels.flatten(0, 2)[:, None].float(), kernel).abs().reshape(len(samples.pixels), -1).mean(1)
+        kernel = (
+            torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=samples.pixels.device)[
+                None, None
+            ]
+            / 8
+        )
+        return (
+            F.conv2d(samples.pixels.flatten(0, 2)[:, None].float(), kernel)
+            .abs()
+            .reshape(len(samples.pixels), -1)
+            .mean(1)
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +155,8 @@ class LatentNorm(Reward):
 
 @dataclass(frozen=True)
 class PromptAccuracy(Reward):
-    """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest is for all of them."""
+    """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest
+    is for all of them."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
     type: Literal["prompt_accuracy"] = "prompt_accuracy"
@@ -169,8 +193,8 @@ class BrightnessRank(Reward):
 
 @dataclass(frozen=True)
 class ColorWords:
-    """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that the text names, from grey.
-    Bounded, differentiable, no weights."""
+    """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that
+    the text names, from grey. Bounded, differentiable, no weights."""
 
     type: Literal["color_words"] = "color_words"
 
@@ -178,17 +202,27 @@ class ColorWords:
         pass
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        coloured = {name: torch.tensor(rgb) / 255 - sum(rgb) / 765 for name, rgb in COLORS.items() if len(set(rgb)) > 1}
+        coloured = {
+            name: torch.tensor(rgb) / 255 - sum(rgb) / 765
+            for name, rgb in COLORS.items()
+            if len(set(rgb)) > 1
+        }
         table = {name: F.normalize(off, dim=0) for name, off in coloured.items()}
-        words = [[table[word] for word in re.findall(r"\w+", text.lower()) if word in table] for text in texts]
-        direction = torch.stack([torch.stack(some).mean(0) if some else torch.zeros(3) for some in words]).to(pixels.device)
+        words = [
+            [table[word] for word in re.findall(r"\w+", text.lower()) if word in table]
+            for text in texts
+        ]
+        direction = torch.stack(
+            [torch.stack(some).mean(0) if some else torch.zeros(3) for some in words]
+        ).to(pixels.device)
         mean = pixels.mean((1, 3, 4))
         return ((mean - mean.mean(1, keepdim=True)) * direction).sum(1)
 
 
 @dataclass
 class RewardPool:
-    """Runs rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0: the same values."""
+    """Runs rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0:
+    the same values."""
 
     rewards: tuple
     workers: int = 1
@@ -197,7 +231,9 @@ class RewardPool:
     def __post_init__(self):
         names = [reward.label for reward in self.rewards]
         if len(set(names)) < len(names):
-            raise ConfigError("posttrain.rewards", f"have the names {names}; must differ: give each a name")
+            raise ConfigError(
+                "posttrain.rewards", f"have the names {names}; must differ: give each a name"
+            )
         self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
 
     @property
@@ -214,7 +250,8 @@ class RewardPool:
 
     @torch.no_grad()
     def score(self, samples: Samples) -> dict[str, Tensor]:
-        """`(B,)` float32 on the CPU by reward. ValueError names the reward whose value is not finite, in its range or (B,)."""
+        """`(B,)` float32 on the CPU by reward. ValueError names the reward whose value is not
+        finite, in its range or (B,)."""
         begin = time.perf_counter()
         values = {reward.label: self._one(reward, samples) for reward in self.rewards}
         self.seconds += time.perf_counter() - begin
@@ -223,8 +260,10 @@ class RewardPool:
     def _one(self, reward: Reward, samples: Samples) -> Tensor:
         for name in reward.needs:
             if getattr(samples, name) is None:
-                raise ValueError(f"the reward {reward.label!r} needs {name}, which these samples have not; use prompts that "
-                                 "come with them, as moving_shapes do")
+                raise ValueError(
+                    f"the reward {reward.label!r} needs {name}, which these samples have not; use"
+                    " prompts that come with them, as moving_shapes do"
+                )
         count = len(samples.captions)
         if reward.groupwise:
             parts = [(samples.groups == group).nonzero()[:, 0] for group in samples.groups.unique()]
@@ -235,20 +274,35 @@ class RewardPool:
             some = samples if len(rows) == count else rows_of(samples, rows)
             found = reward.call(some.to(reward.device) if reward.device else some).float().cpu()
             if tuple(found.shape) != (len(rows),):
-                raise ValueError(f"the reward {reward.label!r} gave {tuple(found.shape)} for {len(rows)} samples")
+                raise ValueError(
+                    f"the reward {reward.label!r} gave {tuple(found.shape)} for {len(rows)} samples"
+                )
             value[rows] = found
         low, high = reward.limits
-        bad = (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()  # nan included
+        bad = (
+            (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()
+        )  # nan included
         if bad:
-            raise ValueError(f"the reward {reward.label!r} gave {value[bad[0]].item()} for {samples.captions[bad[0]]!r}; must "
-                             f"be finite and within {low} … {high}")
+            raise ValueError(
+                f"the reward {reward.label!r} gave {value[bad[0]].item()} for"
+                f" {samples.captions[bad[0]]!r}; must be finite and within {low} … {high}"
+            )
         return value
 
 
 def rows_of(samples: Samples, rows: Tensor) -> Samples:
     def take(x):
-        return None if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list) else x[rows.to(x.device)]
+        return (
+            None
+            if x is None
+            else [x[i] for i in rows.tolist()]
+            if isinstance(x, list)
+            else x[rows.to(x.device)]
+        )
 
     draws = replace(samples.draws, indices=take(samples.draws.indices))
-    own = {name: take(getattr(samples, name)) for name in ("captions", "latents", "groups", "pixels", "facts")}
+    own = {
+        name: take(getattr(samples, name))
+        for name in ("captions", "latents", "groups", "pixels", "facts")
+    }
     return replace(samples, draws=draws, **own)

@@ -1,4 +1,5 @@
-"""Commands. Each turns arguments into a call; what a person can mend is told in one line, without a stack trace."""
+"""Commands. Each turns arguments into a call; what a person can mend is told in one line, without a
+stack trace."""
 
 import contextlib
 import errno
@@ -28,8 +29,9 @@ def with_home(word: str) -> str:
 
 @contextlib.contextmanager
 def friendly():
-    """Print a ValueError (ConfigError included), a RunError, a file error or a full GPU as one message and exit with 2; anything
-    else is a bug of ours and keeps its trace. `MMDIT_TRACE=1` shows every trace."""
+    """Print a ValueError (ConfigError included), a RunError, a file error or a full GPU as one
+    message and exit with 2; anything else is a bug of ours and keeps its trace. `MMDIT_TRACE=1`
+    shows every trace."""
     import torch
 
     from mmdit.training.errors import RunError
@@ -54,11 +56,18 @@ def _told(*kinds: type[Exception]):
 
 def _message(error: Exception) -> str:
     text = str(error)
-    if "Original Traceback" in text:  # from a data loader's process: what was raised there, without its trace
+    if (
+        "Original Traceback" in text
+    ):  # from a data loader's process: what was raised there, without its trace
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    if type(error).__name__ == "OutOfMemoryError":  # elsewhere than in a training step, which says more
-        text = (f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with train.grad_accum_steps raised the step stays "
-                "the same) or --batch_size; model.checkpointing=true saves memory in training.")
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+    ):  # elsewhere than in a training step, which says more
+        text = (
+            f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with"
+            " train.grad_accum_steps raised the step stays the same) or --batch_size;"
+            " model.checkpointing=true saves memory in training."
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"{text.strip()}. Free disk space, then run the same command again"
     return text.strip()

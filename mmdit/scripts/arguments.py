@@ -5,9 +5,9 @@ import math
 from dataclasses import replace
 from typing import get_args
 
-from mmdit.data.buckets import target_sizes
+from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diffusion import Solver
-from mmdit.experiment import ExperimentConfig
+from mmdit.experiment.config import ExperimentConfig
 from mmdit.training.pipeline import SampleSettings
 
 
@@ -21,19 +21,28 @@ def number(text: str) -> float:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint folder or exported .safetensors")
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder, checkpoint folder or exported .safetensors"
+    )
     parser.add_argument("--width", type=int, help="pixels; default: the config's")
     parser.add_argument("--height", type=int)
-    parser.add_argument("--frames", type=int, help="1 draws pictures; default: the config's video.num_frames")
+    parser.add_argument(
+        "--frames", type=int, help="1 draws pictures; default: the config's video.num_frames"
+    )
     parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
     parser.add_argument("--solver", choices=get_args(Solver))
     parser.add_argument(
         "--guidance", type=number, help="guidance scale; 1 = off; default: train.sample_cfg_scale"
     )
     parser.add_argument(
-        "--guidance_low", type=number, help="of the low-noise expert of a pair; default: --guidance, without it the config's"
+        "--guidance_low",
+        type=number,
+        help="of the low-noise expert of a pair; default: --guidance, without it the config's",
     )
-    parser.add_argument("--negative", help="what guidance leads away from; default: the empty prompt, or a release's own")
+    parser.add_argument(
+        "--negative",
+        help="what guidance leads away from; default: the empty prompt, or a release's own",
+    )
     parser.add_argument(
         "--interval", type=number, nargs=2, help="t range in which guidance acts; t = 1 is noise"
     )
@@ -41,9 +50,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=number, help="noise added by ddim; 0 = deterministic")
     parser.add_argument("--seed", type=int, help="default: train.sample_seed")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
+    parser.add_argument(
+        "--raw_weights", action="store_true", help="the last weights instead of their average"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the stored config (for example tokenizer.name_or_path=…)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="section.key=value over the stored config (for example tokenizer.name_or_path=…)",
+    )
 
 
 def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
@@ -52,17 +67,27 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
     if args.guidance is not None:  # one number is for both experts
         base = replace(base, cfg_scale_low=None)
     given = lambda **values: {name: value for name, value in values.items() if value is not None}  # noqa: E731
-    sampler = replace(base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta))
+    sampler = replace(
+        base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta)
+    )
     interval = tuple(args.interval) if args.interval else None
     scales = given(cfg_scale=args.guidance, cfg_scale_low=args.guidance_low, cfg_interval=interval)
-    return replace(base, sampler=sampler, **scales, **given(negative_prompt=args.negative, seed=args.seed))
+    return replace(
+        base, sampler=sampler, **scales, **given(negative_prompt=args.negative, seed=args.seed)
+    )
 
 
 def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:
-    """`(width, height, frames, fps)`; with buckets the first one is the default. ValueError for what cannot be drawn."""
+    """`(width, height, frames, fps)`; with buckets the first one is the default. ValueError for
+    what cannot be drawn."""
     video = config.video
     for name in ("width", "height", "frames", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least 1")
     width, height = target_sizes(video, config.bucketing, config.tokenizer.latent_f)[0]
-    return args.width or width, args.height or height, args.frames or video.num_frames, video.sample_fps
+    return (
+        args.width or width,
+        args.height or height,
+        args.frames or video.num_frames,
+        video.sample_fps,
+    )

@@ -2,27 +2,36 @@
 
     python -m mmdit.scripts.cache_moving_shapes --config configs/moving_shapes_t2v_128.yaml --count 50000 --out_dir data/cache/shapes
 
-The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_latents), without the files in between.
+The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_latents), without the
+files in between.
 """
 
 import argparse
 
-from mmdit.data.cache import open_cache
-from mmdit.data.manifest import CacheManifest
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
-from mmdit.experiment import load_experiment_config
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the YAML that training will use: size, tokenizer, frames")
-    parser.add_argument("--out_dir", required=True, help="cache folder; run again to go on or to add samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, help="the YAML that training will use: size, tokenizer, frames"
+    )
+    parser.add_argument(
+        "--out_dir", required=True, help="cache folder; run again to go on or to add samples"
+    )
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--frames", type=int, help="frames of each clip [what one training sample covers]")
+    parser.add_argument(
+        "--frames", type=int, help="frames of each clip [what one training sample covers]"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="one", help="one, or many: two or three objects")
     parser.add_argument("--prune", action="store_true", help="remove items beyond --count")
@@ -34,21 +43,35 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
         tokenizer = build_tokenizer(config.tokenizer, device)
         if config.bucketing.enabled:
-            raise ValueError("bucketing.enabled is true, generated samples have one size; use prepare_moving_shapes and cache_vtp_images")
-        manifest = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess, source="moving shapes")
+            raise ValueError(
+                "bucketing.enabled is true, generated samples have one size; use"
+                " prepare_moving_shapes and cache_vtp_images"
+            )
+        manifest = CacheManifest.of(
+            tokenizer, config.video, config.bucketing, config.preprocess, source="moving shapes"
+        )
         frames = args.frames or config.video.span
         if tokenizer.spec.temporal > 1:  # it must see a sample as it will be used, frame by frame
             frames = config.video.num_frames
             if args.frames not in (None, frames):
                 reason = f"this tokenizer compresses time: clips have video.num_frames, {frames}"
                 raise ValueError(f"--frames is {args.frames}; {reason}")
-        recipe = Recipe(config.video.width, config.video.height, frames, args.seed, variant=args.variant)
-        made = cache_moving_shapes(tokenizer, args.out_dir, manifest, recipe, args.count, device, args.prune)
+        recipe = Recipe(
+            config.video.width, config.video.height, frames, args.seed, variant=args.variant
+        )
+        made = cache_moving_shapes(
+            tokenizer, args.out_dir, manifest, recipe, args.count, device, args.prune
+        )
         beyond = len(open_cache(args.out_dir)) - args.count
         if beyond > 0:
-            print(f"{beyond} items of the cache are not among these {args.count} samples: they are trained, too; --prune removes them")
-        print(f"{made} samples made, {args.count - made} were there; next: python -m mmdit.scripts.train_t2v --config {args.config} "
-              f"--train_cache_dir {args.out_dir}")
+            print(
+                f"{beyond} items of the cache are not among these {args.count} samples: they are"
+                " trained, too; --prune removes them"
+            )
+        print(
+            f"{made} samples made, {args.count - made} were there; next: python -m"
+            f" mmdit.scripts.train_t2v --config {args.config} --train_cache_dir {args.out_dir}"
+        )
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Encode the captions of a latent cache once, so that training with a large frozen text encoder need not load it.
+"""Encode the captions of a latent cache once, so that training with a large frozen text encoder
+need not load it.
 
     python -m mmdit.scripts.cache_text --config wan.yaml --cache_dir data/cache/mine text_encoder.cache_dir=data/text
 
-Keep `text_encoder.cache_dir` in the training config. Captions that augmentation changes are encoded when they come up.
+Keep `text_encoder.cache_dir` in the training config. Captions that augmentation changes are encoded
+when they come up.
 """
 
 import argparse
@@ -10,10 +12,10 @@ import argparse
 from tqdm import tqdm
 
 from mmdit.config import ConfigError
-from mmdit.data.buckets import target_sizes
-from mmdit.data.cache import open_cache
-from mmdit.data.captions import all_captions, with_trigger
-from mmdit.experiment import ExperimentConfig, load_experiment_config
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.dataset.buckets import target_sizes
+from mmdit.data.dataset.captions import all_captions, with_trigger
+from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.posttrain.prompts import load_prompts
 from mmdit.scripts import friendly, run
 from mmdit.text_encoders import build_text_encoder
@@ -21,24 +23,38 @@ from mmdit.training.distributed import choose_device
 
 
 def asked_texts(config: ExperimentConfig, cache_dir: str | None) -> list[str]:
-    """Return every text that training, its previews and post-training ask the encoder for. What guidance leads away from has
-    no trigger word, nor have the prompts of post-training."""
+    """Return every text that training, its previews and post-training ask the encoder for. What
+    guidance leads away from has no trigger word, nor have the prompts of post-training."""
     texts = ["", config.train.sample_negative_prompt]
     if cache_dir:
         cache = open_cache(cache_dir)
-        every = [text for caption, facts in zip(cache.captions, cache.facts) for text in all_captions(caption, facts)]
-        texts += [with_trigger(text, config.captions) for text in (*config.train.sample_prompts, *every)]
+        every = [
+            text
+            for caption, facts in zip(cache.captions, cache.facts)
+            for text in all_captions(caption, facts)
+        ]
+        texts += [
+            with_trigger(text, config.captions) for text in (*config.train.sample_prompts, *every)
+        ]
     if config.posttrain:
         settings, video = config.posttrain, config.video
         size = target_sizes(video, config.bucketing, config.tokenizer.latent_f)[0]
-        prompts, evaluated = load_prompts(settings.prompts, settings.prompt_count, config.seed, video.num_frames > 1, *size,
-                                          settings.eval_prompts)  # fmt: skip
+        prompts, evaluated = load_prompts(
+            settings.prompts,
+            settings.prompt_count,
+            config.seed,
+            video.num_frames > 1,
+            *size,
+            settings.eval_prompts,
+        )
         texts += [text for some in (prompts, *evaluated.values()) for text in some.captions]
     return texts
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the YAML that training will use")
     parser.add_argument("--cache_dir", help="the latent cache; a config with posttrain: needs none")
     parser.add_argument("--device", default="auto")
@@ -48,9 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         if not getattr(config.text_encoder, "cache_dir", ""):
-            raise ConfigError("text_encoder.cache_dir", "is empty or no key of this encoder; name a folder (type umt5 has it)")
+            raise ConfigError(
+                "text_encoder.cache_dir",
+                "is empty or no key of this encoder; name a folder (type umt5 has it)",
+            )
         if not args.cache_dir and config.posttrain is None:
-            raise ValueError("--cache_dir is not given, and the config has no posttrain: section with prompts; give the latent cache")
+            raise ValueError(
+                "--cache_dir is not given, and the config has no posttrain: section with prompts;"
+                " give the latent cache"
+            )
         captions = list(dict.fromkeys(asked_texts(config, args.cache_dir)))
         encoder = build_text_encoder(config.text_encoder).to(choose_device(args.device))
         for start in tqdm(range(0, len(captions), args.batch_size), desc="encoding captions"):

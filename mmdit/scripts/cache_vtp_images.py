@@ -1,4 +1,5 @@
-"""Encode images once: JSONL → latent cache. Resumable; under `torchrun` the processes share the work.
+"""Encode images once: JSONL → latent cache. Resumable; under `torchrun` the processes share the
+work.
 
     python -m mmdit.scripts.cache_vtp_images --config configs/t2i_vtp_256_smoke.yaml --meta_jsonl data/train_images.jsonl \\
         --out_dir data/cache/my_images
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from mmdit.data.caching import cache_latents
-from mmdit.data.records import PATH_KEYS, Kind, read_records
-from mmdit.experiment import load_experiment_config
+from mmdit.data.cache.caching import cache_latents
+from mmdit.data.dataset.records import PATH_KEYS, Kind, read_records
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run, verify_cache
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
@@ -22,31 +23,63 @@ NAMES = {"image": "images", "video": "videos"}
 
 def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Namespace:
     names = NAMES[kind]
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the YAML that training will use")
-    parser.add_argument("--split", default="train", help="names the defaults of the next two [train]")
-    parser.add_argument("--meta_jsonl", default="data", help=f"file, or folder that holds <split>_{names}.jsonl [data]")
-    parser.add_argument("--out_dir", help=f"cache folder [data/cache/<experiment_name>/<split>_{names}]")
+    parser.add_argument(
+        "--split", default="train", help="names the defaults of the next two [train]"
+    )
+    parser.add_argument(
+        "--meta_jsonl",
+        default="data",
+        help=f"file, or folder that holds <split>_{names}.jsonl [data]",
+    )
+    parser.add_argument(
+        "--out_dir", help=f"cache folder [data/cache/<experiment_name>/<split>_{names}]"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--num_workers", type=int, help="processes that decode [the config's num_workers]")
+    parser.add_argument(
+        "--num_workers", type=int, help="processes that decode [the config's num_workers]"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
-    parser.add_argument("--prune", action="store_true", help="remove items from the cache that are not in the metadata")
-    parser.add_argument("--verify", action="store_true", help="cache nothing: read every file of out_dir, list what is damaged "
-                        "(as mmdit.scripts.verify_cache)")  # fmt: skip
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove items from the cache that are not in the metadata",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help=(
+            "cache nothing: read every file of out_dir, list what is damaged "
+            "(as mmdit.scripts.verify_cache)"
+        ),
+    )
     if kind == "video":
-        parser.add_argument("--prefer", choices=PATH_KEYS[kind], default="frames_dir", help="if a line has both [frames_dir]")
+        parser.add_argument(
+            "--prefer",
+            choices=PATH_KEYS[kind],
+            default="frames_dir",
+            help="if a line has both [frames_dir]",
+        )
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = __doc__) -> int:
     args = parse(argv, kind, doc)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # no process group: no communication
+    rank, world = (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )  # no process group: no communication
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         meta = Path(args.meta_jsonl)
         meta = meta / f"{args.split}_{NAMES[kind]}.jsonl" if meta.is_dir() else meta
-        out_dir = Path(args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}")
+        out_dir = Path(
+            args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}"
+        )
         if args.verify:
             return verify_cache.main(["--cache_dir", str(out_dir)])
         records = read_records(meta, kind, getattr(args, "prefer", ""))
@@ -57,19 +90,35 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
         if rank == 0:
             print(f"{len(records)} records of {meta} → {out_dir} on {device}")
         report = cache_latents(
-            records, kind, tokenizer, out_dir, config.video, config.bucketing, config.preprocess, source=str(meta),
-            device=device, batch_size=args.batch_size, rank=rank, world=world, progress=rank == 0,
+            records,
+            kind,
+            tokenizer,
+            out_dir,
+            config.video,
+            config.bucketing,
+            config.preprocess,
+            source=str(meta),
+            device=device,
+            batch_size=args.batch_size,
+            rank=rank,
+            world=world,
+            progress=rank == 0,
             prune=args.prune,
             num_workers=config.num_workers if args.num_workers is None else args.num_workers,
-        )  # fmt: skip
+        )
     print((f"process {rank}: " if world > 1 else "") + report.text())
     if report.skipped:
-        print(f"skipped ones, with reasons: {out_dir}/skipped{f'-{rank}' if world > 1 else ''}.jsonl")
+        print(
+            f"skipped ones, with reasons: {out_dir}/skipped{f'-{rank}' if world > 1 else ''}.jsonl"
+        )
     if report.interrupted:
         print("interrupted: what is written stays; the same command goes on from there")
         return 130
     if rank == 0:
-        print(f"next: python -m mmdit.scripts.train_t2v --config {args.config} --train_cache_dir {out_dir}")
+        print(
+            f"next: python -m mmdit.scripts.train_t2v --config {args.config} --train_cache_dir"
+            f" {out_dir}"
+        )
     return 0
 
 

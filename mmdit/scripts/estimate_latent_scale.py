@@ -1,33 +1,45 @@
-"""Measure the latents of a cache and print the YAML that brings them to mean 0 and standard deviation 1.
+"""Measure the latents of a cache and print the YAML that brings them to mean 0 and standard
+deviation 1.
 
-    python -m mmdit.scripts.estimate_latent_scale --cache_dir data/cache [--max_items 2000] [--save latent_stats.json]
+python -m mmdit.scripts.estimate_latent_scale --cache_dir data/cache [--max_items 2000] [--save
+latent_stats.json]
 """
 
 import argparse
 import json
 
-from mmdit.data.cache import open_cache
-from mmdit.data.statistics import latent_statistics
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.statistics import latent_statistics
 from mmdit.files import write_aside
 from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache_dir", required=True)
-    parser.add_argument("--max_items", type=int, default=2000, help="items read, evenly spread over the cache")
-    parser.add_argument("--save", help="write the per-channel statistics as JSON, for tokenizer.latent_stats")
+    parser.add_argument(
+        "--max_items", type=int, default=2000, help="items read, evenly spread over the cache"
+    )
+    parser.add_argument(
+        "--save", help="write the per-channel statistics as JSON, for tokenizer.latent_stats"
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
-        print(f"# {stats['items']} items, {stats['values']} values a channel; "
-              f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}")
+        print(
+            f"# {stats['items']} items, {stats['values']} values a channel; "
+            f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}"
+        )
         if args.save:
             write_aside(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:
-            print("# per-channel statistics are better: --save latent_stats.json\n"
-                  f"tokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.4f}")
+            print(
+                "# per-channel statistics are better: --save latent_stats.json\n"
+                f"tokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.4f}"
+            )
     return 0
 
 

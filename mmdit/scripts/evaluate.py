@@ -1,8 +1,10 @@
-"""Prompt accuracy of a model trained on moving shapes: what was asked for, checked in the pixels by arithmetic.
+"""Prompt accuracy of a model trained on moving shapes: what was asked for, checked in the pixels by
+arithmetic.
 
     python -m mmdit.scripts.evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
 
-Prints each attribute on seen and held-out prompts, with the tokenizer's ceiling and the shuffled-caption control beside it.
+Prints each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
+shuffled-caption control beside it.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
-from mmdit.experiment import load_pipeline
+from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_aside
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
@@ -22,7 +24,9 @@ from mmdit.training.samples import check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_sampling_arguments(parser)
     parser.add_argument("--count", type=int, default=256, help="prompts of each list (at most 256)")
     parser.add_argument("--out", help="write the report as JSON")
@@ -31,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         for path in filter(None, (args.out, args.sheet)):
             check_writable(path, folder=False)
-        pipeline, config = load_pipeline(args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides)
+        pipeline, config = load_pipeline(
+            args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides
+        )
         if pair := describe_pair(pipeline, config):
             print(pair)
         settings = sample_settings(args, config)
@@ -45,9 +51,20 @@ def main(argv: list[str] | None = None) -> int:
             return pixels
 
         start = time.perf_counter()
-        report = prompt_accuracy_report(sample, pipeline.tokenizer, width=width, height=height, frames=frames, count=args.count,
-                                      device=pipeline.device)
-        report |= {"settings": asdict(settings), "checkpoint": str(args.checkpoint), "seconds": time.perf_counter() - start}
+        report = prompt_accuracy_report(
+            sample,
+            pipeline.tokenizer,
+            width=width,
+            height=height,
+            frames=frames,
+            count=args.count,
+            device=pipeline.device,
+        )
+        report |= {
+            "settings": asdict(settings),
+            "checkpoint": str(args.checkpoint),
+            "seconds": time.perf_counter() - start,
+        }
         print(format_report(report))
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             import torch
 
             pixels, captions = zip(*drawn)
-            save_image(contact_sheet(torch.stack(pixels), list(captions), 8 if frames == 1 else 2), Path(args.sheet))
+            save_image(
+                contact_sheet(torch.stack(pixels), list(captions), 8 if frames == 1 else 2),
+                Path(args.sheet),
+            )
     return 0
 
 

@@ -1,11 +1,13 @@
-"""One safetensors file from a run, with its config inside: for sampling, sharing or train.init_from.
+"""One safetensors file from a run, with its config inside: for sampling, sharing or
+train.init_from.
 
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_model.safetensors [--dtype bf16] [--raw_weights]
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
     python -m mmdit.scripts.export --checkpoint runs/my_run --out merged.safetensors --merge
     python -m mmdit.scripts.export --checkpoint runs/my_wan --out transformer --layout diffusers
 
-A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold them into the weights.
+A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold
+them into the weights.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mmdit.adapters import is_adapter
-from mmdit.experiment import load_pipeline
+from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
 from mmdit.models.wan import WanDiT
@@ -28,45 +30,86 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merged(weights: Weights, use_ema: bool) -> Weights:
-    """Return the weights of a run with its adapters folded in, and a config without `lora:`. ValueError: it has no adapters, is a
-    pair of experts, or its base is elsewhere (Wan)."""
+    """Return the weights of a run with its adapters folded in, and a config without `lora:`.
+    ValueError: it has no adapters, is a pair of experts, or its base is elsewhere (Wan)."""
     source, config = weights.source, weights.meta.config
     if not config.get("lora", {}).get("enabled"):
-        raise ValueError(f"--merge folds adapters into the weights, and {source} has none; leave it out")
+        raise ValueError(
+            f"--merge folds adapters into the weights, and {source} has none; leave it out"
+        )
     if config.get("model", {}).get("type") == "wan":
-        raise ValueError("--merge is for models of our own; a whole Wan is written by --layout official (or diffusers)")
+        raise ValueError(
+            "--merge is for models of our own; a whole Wan is written by --layout official (or"
+            " diffusers)"
+        )
     if config.get("experts", {}).get("enabled"):
-        raise ValueError(f"--merge is for one model; the experts of {source} share a base that their adapters change differently")
+        raise ValueError(
+            f"--merge is for one model; the experts of {source} share a base that their adapters"
+            " change differently"
+        )
     pipeline, _ = load_pipeline(source, "cpu", use_ema=use_ema, lora=True)
     names = [name for name in weights.tensors if not is_adapter(name)]
     state = pipeline.learner.state_dict()
     plain = {**config, "lora": {"enabled": False}, "alpha_schedule": {"enabled": False}}
-    return Weights(replace(weights.meta, config=plain, alphas={}), {name: state[name] for name in names}, source)
+    return Weights(
+        replace(weights.meta, config=plain, alphas={}),
+        {name: state[name] for name in names},
+        source,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint folder")
     parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of what is written [bf16; with --lora fp32; with --layout as it is]")
-    parser.add_argument("--raw_weights", action="store_true", help="the last weights instead of their average")
-    parser.add_argument("--lora", choices=["diffusers", "kohya", "comfy", "peft"], help="only the adapters, in this format (for Diffusers: diffusers)")
-    parser.add_argument("--layout", choices=["official", "diffusers"], help="a Wan transformer as such a folder, adapters merged")
-    parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights: a model without lora:, for init_from")
-    parser.add_argument("--expert", choices=["high", "low"], help="of a pair, for --lora and --layout [the trained one, or high]")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of what is written [bf16; with --lora fp32; with --layout as it is]",
+    )
+    parser.add_argument(
+        "--raw_weights", action="store_true", help="the last weights instead of their average"
+    )
+    parser.add_argument(
+        "--lora",
+        choices=["diffusers", "kohya", "comfy", "peft"],
+        help="only the adapters, in this format (for Diffusers: diffusers)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["official", "diffusers"],
+        help="a Wan transformer as such a folder, adapters merged",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="fold the adapters into the weights: a model without lora:, for init_from",
+    )
+    parser.add_argument(
+        "--expert",
+        choices=["high", "low"],
+        help="of a pair, for --lora and --layout [the trained one, or high]",
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.lora or args.layout:
             if args.merge or (args.lora and args.layout):
                 raise ValueError("--merge, --lora and --layout each make another file: choose one")
             keep = None  # kept apart: what writes a whole model merges them, rounding once
-            pipeline, config = load_pipeline(args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep)
+            pipeline, config = load_pipeline(
+                args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep
+            )
             model, said = pipeline.learner.model, "both experts, their names under high. and low."
             if args.expert or not isinstance(model, Experts):
                 choice = choose_expert(pipeline, config, args.expert, args.checkpoint)
                 model, said = choice.network, choice.said
             if args.layout and not isinstance(model, WanDiT):
-                raise ValueError(f"--layout is for Wan transformers, {args.checkpoint} is a {type(model).__name__}; leave it out")
+                raise ValueError(
+                    f"--layout is for Wan transformers, {args.checkpoint} is a"
+                    f" {type(model).__name__}; leave it out"
+                )
             if args.layout:
                 save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
             else:
@@ -74,12 +117,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"wrote {args.out}" + (f": {said}" if said else ""))
             return 0
         if args.expert:
-            raise ValueError(f"--expert is {args.expert}, but the whole model is written: add --lora or --layout")
+            raise ValueError(
+                f"--expert is {args.expert}, but the whole model is written: add --lora or --layout"
+            )
         weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
         if args.merge:
             weights = merged(weights, not args.raw_weights)
         export(weights, Path(args.out), DTYPES[args.dtype or "bf16"])
-        print(f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB, step {weights.meta.step})")
+        print(
+            f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB, step"
+            f" {weights.meta.step})"
+        )
     return 0
 
 

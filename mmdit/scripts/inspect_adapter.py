@@ -1,19 +1,21 @@
-"""What an adapter does to its base: how far it moves the weights, what attention makes of it, and the same samples with and without.
+"""What an adapter does to its base: how far it moves the weights, what attention makes of it, and
+the same samples with and without.
 
     python -m mmdit.scripts.inspect_adapter --base runs/my_run                          the adapter that the run holds
     python -m mmdit.scripts.inspect_adapter --base Wan2.1-T2V-1.3B --adapter style.safetensors --max_ratio 0.3
     python -m mmdit.scripts.inspect_adapter --base runs/base --adapter new.safetensors --prompts_file prompts.txt --out looked
 
---base: Wan weights (any layout; read layer by layer), or a run, checkpoint or export of ours. --adapter: LoRA, DoRA or LoKr in any
-format. With prompts (a base of ours, or a whole Wan release) it samples with the same noise before and after and measures the
-attention while it does; writes before_after.png and report.json into --out. Exit code 1 beyond a limit.
+--base: Wan weights (any layout; read layer by layer), or a run, checkpoint or export of ours.
+--adapter: LoRA, DoRA or LoKr in any format. With prompts (a base of ours, or a whole Wan release)
+it samples with the same noise before and after and measures the attention while it does; writes
+before_after.png and report.json into --out. Exit code 1 beyond a limit.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from mmdit.adapter_report import changes, compare, is_ours
+from mmdit.commands.inspect_adapter import changes, compare, is_ours
 from mmdit.diagnostics.adapters import format_budget, summarise
 from mmdit.diagnostics.attention import format_attention
 from mmdit.files import write_aside
@@ -23,15 +25,23 @@ from mmdit.scripts.arguments import number
 from mmdit.scripts.prompts import read_lines
 from mmdit.training.samples import check_writable
 
-LIMITS = {"max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers", "max_layer_ratio": "of it in one layer",
-          "max_spectral_ratio": "of the spectral norms in one layer", "max_logit": "of an attention logit with the adapter"}
+LIMITS = {
+    "max_ratio": "of ‖ΔW‖/‖W‖ over all adapted layers",
+    "max_layer_ratio": "of it in one layer",
+    "max_spectral_ratio": "of the spectral norms in one layer",
+    "max_logit": "of an attention logit with the adapter",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter")
-    parser.add_argument("--expert", choices=("high", "low"), help="of a pair of experts [the trained one, or high]")
+    parser.add_argument(
+        "--expert", choices=("high", "low"), help="of a pair of experts [the trained one, or high]"
+    )
     parser.add_argument("--prompts_file", help="one prompt a line")
     parser.add_argument("--frames", type=int, help="default: the config's")
     parser.add_argument("--device", default="auto")
@@ -44,21 +54,39 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(args.out, folder=True)
         if args.prompts_file and not args.out:
             raise ValueError("--prompts_file needs --out, a folder for what is drawn")
-        if args.prompts_file and not (not args.adapter or is_ours(args.base) or release_config(args.base)):
-            raise ValueError(f"--prompts_file draws, but {args.base} is a transformer without text encoder and VAE; name the release's folder")
+        if args.prompts_file and not (
+            not args.adapter or is_ours(args.base) or release_config(args.base)
+        ):
+            raise ValueError(
+                f"--prompts_file draws, but {args.base} is a transformer without text encoder and"
+                " VAE; name the release's folder"
+            )
         report = {"budget": summarise(changes(args.base, args.adapter, args.expert))}
         print(format_budget(report["budget"]))
         if args.prompts_file:
             prompts = read_lines(args.prompts_file)
-            report |= compare(args.base, args.adapter, prompts, args.out / "before_after.png", args.frames, args.device,
-                              args.expert)  # fmt: skip
+            report |= compare(
+                args.base,
+                args.adapter,
+                prompts,
+                args.out / "before_after.png",
+                args.frames,
+                args.device,
+                args.expert,
+            )
             print(format_attention(report["before"], report["after"]))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             write_aside(args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
         total = report["budget"]["total"]
-        found = {"max_ratio": total["ratio"], "max_layer_ratio": total["max_ratio"], "max_spectral_ratio": total["max_spectral_ratio"],
-                 "max_logit": max((row["max_abs_logit"] for row in report.get("after", {}).values()), default=None)}
+        found = {
+            "max_ratio": total["ratio"],
+            "max_layer_ratio": total["max_ratio"],
+            "max_spectral_ratio": total["max_spectral_ratio"],
+            "max_logit": max(
+                (row["max_abs_logit"] for row in report.get("after", {}).values()), default=None
+            ),
+        }
         beyond = [
             f"{name} is {found[name]:.4g}, the limit {limit}"
             for name in LIMITS

@@ -1,6 +1,8 @@
-"""Look at a cache before training: sizes, counts, what is cropped, repeated and left out, captions; decoded samples as PNG.
+"""Look at a cache before training: sizes, counts, what is cropped, repeated and left out, captions;
+decoded samples as PNG.
 
-    python -m mmdit.scripts.inspect_cache --config my.yaml --cache_dir data/cache/mine [--sheet sheet.png] [--json]
+python -m mmdit.scripts.inspect_cache --config my.yaml --cache_dir data/cache/mine [--sheet
+sheet.png] [--json]
 """
 
 import argparse
@@ -9,12 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmdit.data.cache import open_cache
-from mmdit.data.manifest import CacheManifest
-from mmdit.data.records import kind_of, read_records
-from mmdit.data.report import cache_report, compared_with, report_text
+from mmdit.data.batches.data_report import cache_report, compared_with, report_text
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.records import kind_of, read_records
 from mmdit.diagnostics.cache_sheet import cache_sheet
-from mmdit.experiment import build_plan, load_experiment_config
+from mmdit.experiment.build import build_plan
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
@@ -22,13 +25,25 @@ from mmdit.training.media import save_image
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the YAML that training will use")
     parser.add_argument("--cache_dir", type=Path, required=True, help="packed or not")
-    parser.add_argument("--meta_jsonl", type=Path, help="tell which items are not in this file, and which of its records not in the cache")
-    parser.add_argument("--processes", type=int, default=1, help="of torchrun; the global batch grows with them [1]")
-    parser.add_argument("--sheet", type=Path, help="the contact sheet, a PNG [sheet.png in the cache folder]")
-    parser.add_argument("--samples", type=int, default=32, help="on the sheet, of every size; 0: no sheet [32]")
+    parser.add_argument(
+        "--meta_jsonl",
+        type=Path,
+        help="tell which items are not in this file, and which of its records not in the cache",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="of torchrun; the global batch grows with them [1]"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, help="the contact sheet, a PNG [sheet.png in the cache folder]"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, help="on the sheet, of every size; 0: no sheet [32]"
+    )
     parser.add_argument("--device", default="auto", help="that decodes: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
@@ -38,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--processes is {args.processes}, must be at least 1")
         sheet = args.sheet or args.cache_dir / "sheet.png"
         if sheet.suffix.lower() != ".png" or args.samples < 0:
-            raise ValueError(f"--sheet is {sheet} and --samples {args.samples}; must end with .png, and be at least 0")
+            raise ValueError(
+                f"--sheet is {sheet} and --samples {args.samples}; must end with .png, and be at"
+                " least 0"
+            )
         config = load_experiment_config(args.config, args.overrides)
         tokenizer = build_tokenizer(config.tokenizer, choose_device(args.device))
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
@@ -51,17 +69,22 @@ def main(argv: list[str] | None = None) -> int:
         failure = None
         if args.samples:
             try:
-                report["sheet"] = saved(cache_sheet(cache, tokenizer, args.samples), sheet, elsewhere=not args.sheet)
+                report["sheet"] = saved(
+                    cache_sheet(cache, tokenizer, args.samples), sheet, elsewhere=not args.sheet
+                )
             except OSError as error:
                 failure = error
-        print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report))
+        print(
+            json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report)
+        )
         if failure:
             raise failure  # after the report, which needs no sheet
     return 0
 
 
 def saved(image: Image.Image, path: Path, elsewhere: bool) -> str:
-    """Save the sheet; in the working directory, if it may be `elsewhere` and the cache's folder cannot be written to."""
+    """Save the sheet; in the working directory, if it may be `elsewhere` and the cache's folder
+    cannot be written to."""
     try:
         return str(save_image(image, path))
     except OSError:

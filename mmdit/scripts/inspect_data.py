@@ -1,5 +1,5 @@
-"""Look at sources before anything is encoded: the size, crop and frames that each gets, or why it will be skipped; totals.
-Exit code 2: not one of them can be used.
+"""Look at sources before anything is encoded: the size, crop and frames that each gets, or why it
+will be skipped; totals. Exit code 2: not one of them can be used.
 
     python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_images.jsonl [--json]
     python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
@@ -9,32 +9,51 @@ import argparse
 import json
 from typing import get_args
 
-from mmdit.data.look import look_at, look_text, totals
-from mmdit.data.manifest import CacheManifest
-from mmdit.data.records import PATH_KEYS, Kind, read_records
-from mmdit.experiment import load_experiment_config
+from mmdit.data.cache.look import look_at, look_text, totals
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.records import PATH_KEYS, Kind, read_records
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the YAML that training will use")
     parser.add_argument("--meta_jsonl", required=True)
-    parser.add_argument("--kind", choices=get_args(Kind), default="image", help="what the lines describe [image]")
-    parser.add_argument("--prefer", choices=PATH_KEYS["video"], default="frames_dir", help="if a clip has both [frames_dir]")
-    parser.add_argument("--num_workers", type=int, help="processes that look [the config's num_workers]")
+    parser.add_argument(
+        "--kind", choices=get_args(Kind), default="image", help="what the lines describe [image]"
+    )
+    parser.add_argument(
+        "--prefer",
+        choices=PATH_KEYS["video"],
+        default="frames_dir",
+        help="if a clip has both [frames_dir]",
+    )
+    parser.add_argument(
+        "--num_workers", type=int, help="processes that look [the config's num_workers]"
+    )
     parser.add_argument("--json", action="store_true", help='print {"totals", "items"} as JSON')
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         records = read_records(args.meta_jsonl, args.kind, args.prefer)
-        manifest = CacheManifest.of(build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess)
+        manifest = CacheManifest.of(
+            build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess
+        )
         workers = config.num_workers if args.num_workers is None else args.num_workers
-        rows = look_at(records, args.kind, manifest.choose, config.preprocess, config.video, workers)
+        rows = look_at(
+            records, args.kind, manifest.choose, config.preprocess, config.video, workers
+        )
         sums = totals(rows)
-        print(json.dumps({"totals": sums, "items": rows}, indent=1, ensure_ascii=False) if args.json else look_text(rows, sums))
+        print(
+            json.dumps({"totals": sums, "items": rows}, indent=1, ensure_ascii=False)
+            if args.json
+            else look_text(rows, sums)
+        )
     return 0 if sums["usable"] else 2
 
 

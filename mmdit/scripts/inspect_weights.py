@@ -1,8 +1,10 @@
-"""What a checkpoint or adapter is, from its headers alone: names, shapes, types, blocks, variant, experts, prefix, shards.
+"""What a checkpoint or adapter is, from its headers alone: names, shapes, types, blocks, variant,
+experts, prefix, shards.
 
     python -m mmdit.scripts.inspect_weights PATH [--expert high] [--json]
 
-PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; of a run its latest checkpoint. Nothing is loaded.
+PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; of a run
+its latest checkpoint. Nothing is loaded.
 """
 
 import argparse
@@ -15,8 +17,8 @@ from mmdit.training.checkpoint import Meta, latest
 
 
 def inspect_checkpoint(path: str) -> dict | None:
-    """Return what each file of a checkpoint of ours is, of a run its latest; None: it is neither. ValueError: no checkpoint is
-    whole."""
+    """Return what each file of a checkpoint of ours is, of a run its latest; None: it is neither.
+    ValueError: no checkpoint is whole."""
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
         if (found := latest(folder)) is None:
@@ -30,9 +32,13 @@ def inspect_checkpoint(path: str) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path")
-    parser.add_argument("--expert", choices=("high", "low"), help="of a pair of experts only this one")
+    parser.add_argument(
+        "--expert", choices=("high", "low"), help="of a pair of experts only this one"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():

@@ -1,10 +1,12 @@
-"""The GPU memory that a training step will take, part by part, before it is run; nothing is loaded or allocated.
+"""The GPU memory that a training step will take, part by part, before it is run; nothing is loaded
+or allocated.
 
     python -m mmdit.scripts.plan_memory --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B]
         [section.key=value …]
 
-With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits. One process, with blocks
-compiled where train.compile says so on a GPU. tests/gpu_memory_plan.py compares plans with what is measured.
+With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits.
+One process, with blocks compiled where train.compile says so on a GPU.
+tests/drivers/gpu_memory_plan.py compares plans with what is measured.
 """
 
 import argparse
@@ -12,21 +14,27 @@ import json
 import math
 from dataclasses import asdict
 
-from mmdit.experiment import load_experiment_config
-from mmdit.memory_ladder import climb, fits, latent_shape, variant_sizes
+from mmdit.commands.plan_memory.ladder import climb, fits, latent_shape, variant_sizes
+from mmdit.commands.plan_memory.memory_plan import SIZES
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
-from mmdit.training.memory_plan import SIZES
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument(
         "--gpu_gb", type=number, help="memory of the GPU in 1e9 bytes: what makes it fit?"
     )
-    parser.add_argument("--variant", choices=tuple(SIZES), help="of Wan, where model.name_or_path is not there yet")
-    parser.add_argument("--words", type=int, help="of a caption; default: as many as the text encoder reads")
+    parser.add_argument(
+        "--variant", choices=tuple(SIZES), help="of Wan, where model.name_or_path is not there yet"
+    )
+    parser.add_argument(
+        "--words", type=int, help="of a caption; default: as many as the text encoder reads"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     args = parser.parse_intermixed_args(argv)
@@ -39,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             if args.json:
                 print(json.dumps({"overrides": words} | asdict(found) | {"total": found.total}))
             else:
-                print(f"{found.total / 1e9:8.3f} GB  {' '.join(words) or f'as configured, for latents {latent_shape(config)}'}")
+                print(
+                    f"{found.total / 1e9:8.3f} GB "
+                    f" {' '.join(words) or f'as configured, for latents {latent_shape(config)}'}"
+                )
             if not words and not args.json:
                 print(found.describe())
         if args.gpu_gb and not args.json:

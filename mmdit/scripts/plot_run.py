@@ -1,19 +1,23 @@
 """Draw the curves of one or several runs: losses, validation, gradient, speed, memory.
 
-    python -m mmdit.scripts.plot_run --runs runs/a runs/b --out curves.png
+python -m mmdit.scripts.plot_run --runs runs/a runs/b --out curves.png
 """
 
 import argparse
 from pathlib import Path
 
+from mmdit.diagnostics.curves import draw_curves, read_metrics
 from mmdit.scripts import friendly, run
-from mmdit.training.curves import draw_curves, read_metrics
 from mmdit.training.media import save_image
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="run folders or metrics.jsonl files, a colour each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", nargs="+", required=True, help="run folders or metrics.jsonl files, a colour each"
+    )
     parser.add_argument("--out", default="curves.png", help="PNG to write [curves.png]")
     args = parser.parse_intermixed_args(argv)
     with friendly():

@@ -1,25 +1,44 @@
-"""Improve a trained model with a reward: GRPO, GRPO-Guard, NFT, AWM, SRPO or DPO, as the config's section posttrain: says.
+"""Improve a trained model with a reward: GRPO, GRPO-Guard, NFT, AWM, SRPO or DPO, as the config's
+section posttrain: says.
 
-    python -m mmdit.scripts.posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume] [section.key=value …]
+python -m mmdit.scripts.posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume]
+[section.key=value …]
 """
 
 import argparse
 
-from mmdit.align import posttrain
-from mmdit.experiment import load_experiment_config
+from mmdit.commands.posttrain import posttrain
+from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with a posttrain: section, see configs/posttrain/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="YAML file with a posttrain: section, see configs/posttrain/",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
-    parser.add_argument("--dry-run", action="store_true", help="say what would happen: geometry, memory, noise levels")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would happen: geometry, memory, noise levels",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        posttrain(load_experiment_config(args.config, args.overrides), args.device, args.resume, args.dry_run)
+        posttrain(
+            load_experiment_config(args.config, args.overrides),
+            args.device,
+            args.resume,
+            args.dry_run,
+        )
     return 0
 
 

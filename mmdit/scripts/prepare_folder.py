@@ -1,23 +1,35 @@
-"""A folder of pictures and videos, with captions in text files of the same name, to JSONL ready to be cached.
+"""A folder of pictures and videos, with captions in text files of the same name, to JSONL ready to
+be cached.
 
     python -m mmdit.scripts.prepare_folder --folder data/pets        # cat.jpg + cat.txt, walk.mp4 + walk.txt, subfolders too
 
-Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (trained as unconditional) and counted.
+Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (trained as
+unconditional) and counted.
 """
 
 import argparse
 
-from mmdit.data.sources import prepare_folder
+from mmdit.data.dataset.sources import prepare_folder
 from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", required=True)
     parser.add_argument("--out_dir", help="where the JSONL goes [the folder itself]")
-    parser.add_argument("--split", default="train", help="writes <split>_images.jsonl and <split>_videos.jsonl")
-    parser.add_argument("--caption_per_line", action="store_true", help="each line of a text file is a caption of its own, one "
-                        "of which is drawn at each training step [the whole file is one caption]")  # fmt: skip
+    parser.add_argument(
+        "--split", default="train", help="writes <split>_images.jsonl and <split>_videos.jsonl"
+    )
+    parser.add_argument(
+        "--caption_per_line",
+        action="store_true",
+        help=(
+            "each line of a text file is a caption of its own, one "
+            "of which is drawn at each training step [the whole file is one caption]"
+        ),
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         report = prepare_folder(args.folder, args.out_dir, args.split, args.caption_per_line)

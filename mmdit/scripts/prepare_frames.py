@@ -2,8 +2,9 @@
 
     python -m mmdit.scripts.prepare_frames --meta_jsonl data/pets/train_videos.jsonl --out_dir data/pets_frames --fps 16
 
-Reads the lines' `video_path`, writes `frames_<fps>fps/<id>/000000.png …` and a JSONL of the same name. Run again, it goes on.
-Not needed for training: the caching command reads video files itself. It helps to look at frames, or to clean them by hand.
+Reads the lines' `video_path`, writes `frames_<fps>fps/<id>/000000.png …` and a JSONL of the same
+name. Run again, it goes on. Not needed for training: the caching command reads video files itself.
+It helps to look at frames, or to clean them by hand.
 """
 
 import argparse
@@ -12,15 +13,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmdit.data.records import read_records
-from mmdit.data.sources import extract_frames
+from mmdit.data.dataset.records import read_records
+from mmdit.data.dataset.sources import extract_frames
 from mmdit.files import clean, write_aside
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--meta_jsonl", type=Path, required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
     parser.add_argument(
@@ -41,14 +44,36 @@ def main(argv: list[str] | None = None) -> int:
             except (OSError, ValueError) as error:
                 skipped.append(f"{record.id}: {error}")
                 continue
-            facts = {name: value for name, value in record.facts.items() if name not in ("frames_dir", "video_path")}
-            row = {"id": record.id, "frames_dir": folder.relative_to(args.out_dir).as_posix(), "caption": record.caption,
-                   **facts, "num_frames": frames, "frames_fps": args.fps}  # fmt: skip
+            facts = {
+                name: value
+                for name, value in record.facts.items()
+                if name not in ("frames_dir", "video_path")
+            }
+            row = {
+                "id": record.id,
+                "frames_dir": folder.relative_to(args.out_dir).as_posix(),
+                "caption": record.caption,
+                **facts,
+                "num_frames": frames,
+                "frames_fps": args.fps,
+            }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if not lines:
-            raise ValueError("\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]]))
+            raise ValueError(
+                "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
+            )
         write_aside(args.out_dir / args.meta_jsonl.name, "".join(lines))
-    print("\n".join([f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}, {len(skipped)} skipped", *skipped]))
+    print(
+        "\n".join(
+            [
+                (
+                    f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}, {len(skipped)}"
+                    " skipped"
+                ),
+                *skipped,
+            ]
+        )
+    )
     return 0
 
 

@@ -3,7 +3,8 @@
     python -m mmdit.scripts.prepare_moving_shapes --out_dir data/moving_shapes --count 4096 --width 64 --height 64
     python -m mmdit.scripts.prepare_moving_shapes --out_dir data/moving_shapes_video --count 512 --frames 16
 
-Run again with the same settings it goes on where it was interrupted, or adds samples up to a larger --count.
+Run again with the same settings it goes on where it was interrupted, or adds samples up to a larger
+--count.
 """
 
 from __future__ import annotations
@@ -16,16 +17,34 @@ from mmdit.scripts import friendly, run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out_dir", default="data/moving_shapes")
     parser.add_argument("--count", type=int, default=4096, help="samples (default: 4096)")
-    parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 16 (default: 64)")
+    parser.add_argument(
+        "--width", type=int, default=64, help="pixels, a multiple of 16 (default: 64)"
+    )
     parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--frames", type=int, default=1, help="1: images (default); more: a folder of frames for each clip")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=1,
+        help="1: images (default); more: a folder of frames for each clip",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=list(SPLITS), default="train", help="held_out: pairs that training never shows")
-    parser.add_argument("--variant", choices=VARIANTS, default="one", help="many: two or three objects in a picture")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: as many as pay off)")
+    parser.add_argument(
+        "--split",
+        choices=list(SPLITS),
+        default="train",
+        help="held_out: pairs that training never shows",
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="one", help="many: two or three objects in a picture"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes (default: as many as pay off)"
+    )
     options = parser.parse_intermixed_args(arguments)
     with friendly():
         size = (options.width, options.height, options.frames)

@@ -1,8 +1,10 @@
-"""See the whole path work on this machine, with no argument and no download: samples first, then data → cache → train → score.
+"""See the whole path work on this machine, with no argument and no download: samples first, then
+data → cache → train → score.
 
     python -m mmdit.scripts.quickstart
 
-Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores take about five minutes; a GPU trains further.
+Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores take about five
+minutes; a GPU trains further.
 """
 
 import argparse
@@ -19,23 +21,37 @@ Next:
 
 
 def line(name: str, row: dict) -> str:
-    attributes = "  ".join(f"{key} {row[key]:.2f}" for key in ("color", "shape", "size", "background", "motion") if key in row)
+    attributes = "  ".join(
+        f"{key} {row[key]:.2f}"
+        for key in ("color", "shape", "size", "background", "motion")
+        if key in row
+    )
     low, high = row["prompt_accuracy_interval"]
-    return (f"{name:22} prompt accuracy {row['prompt_accuracy']:.2f} [{low:.2f}, {high:.2f}]  {attributes}  held out "
-            f"{row['held_out_accuracy']:.2f}  ceiling {row['tokenizer_ceiling']:.2f}  control {row['control']:.2f}")
+    return (
+        f"{name:22} prompt accuracy {row['prompt_accuracy']:.2f} [{low:.2f}, {high:.2f}] "
+        f" {attributes}  held out {row['held_out_accuracy']:.2f}  ceiling"
+        f" {row['tokenizer_ceiling']:.2f}  control {row['control']:.2f}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_intermixed_args(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch starts: spinning threads crawl on a shared machine
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # read when torch starts: spinning threads crawl on a shared machine
     with friendly():
-        from mmdit.quickstart import run
+        from mmdit.commands.quickstart import run
 
         report = run(args.device)
         shipped, scratch = report["shipped"], report["from_scratch"]
-        print(f"\nDone in {report['seconds']:.0f} s. Look at runs/quickstart/samples/grid.png and runs/quickstart/video.mp4.")
+        print(
+            f"\nDone in {report['seconds']:.0f} s. Look at runs/quickstart/samples/grid.png and"
+            " runs/quickstart/video.mp4."
+        )
         print(line("shipped, pictures", shipped))
         print(line("shipped, clips", shipped["video"]))
         print(line("from scratch", scratch))

@@ -11,8 +11,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mmdit.drawing import Drawing, first_frames, lay_over, size_for
-from mmdit.experiment import load_pipeline
+from mmdit.commands.sample import Drawing, first_frames, lay_over, size_for
+from mmdit.experiment.load import load_pipeline
 from mmdit.interop.wan_release import published_shift
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import (
@@ -27,16 +27,33 @@ from mmdit.training.samples import SampleFolder, check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_sampling_arguments(parser)
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")
     parser.add_argument("--out", default="samples", help="folder to write into")
-    parser.add_argument("--image", action="append", help="picture that a clip begins with (Wan); a second one ends it (FLF2V)")
-    parser.add_argument("--lora", help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)")
+    parser.add_argument(
+        "--image",
+        action="append",
+        help="picture that a clip begins with (Wan); a second one ends it (FLF2V)",
+    )
+    parser.add_argument(
+        "--lora",
+        help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)",
+    )
     parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
-    parser.add_argument("--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]")
-    parser.add_argument("--refine", help="super-resolution: a second checkpoint that redraws the enlarged samples at its own size")
+    parser.add_argument(
+        "--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]"
+    )
+    parser.add_argument(
+        "--refine",
+        help=(
+            "super-resolution: a second checkpoint that redraws the enlarged samples at its own"
+            " size"
+        ),
+    )
     parser.add_argument(
         "--strength", type=number, default=0.5, help="noise level t that --refine starts from [0.5]"
     )
@@ -65,7 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         image = first_frames(args.image or [], (width, height))
         settings = sample_settings(args, config)
         shift = published_shift(args.checkpoint, width, height)
-        if shift and args.shift is None and not any("sample_shift" in word for word in args.overrides):
+        if (
+            shift
+            and args.shift is None
+            and not any("sample_shift" in word for word in args.overrides)
+        ):
             settings = replace(settings, sampler=replace(settings.sampler, shift=shift))
         drawing = Drawing(pipeline, (width, height, frames), settings, image, args.strength)
         if args.refine:

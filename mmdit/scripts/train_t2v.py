@@ -1,30 +1,51 @@
 """Train text-to-image (one frame) or text-to-video from a latent cache.
 
-    python -m mmdit.scripts.train_t2v --config configs/t2i_vtp_256_smoke.yaml --train_cache_dir data/cache
-    torchrun --nproc_per_node=4 -m mmdit.scripts.train_t2v --config … --train_cache_dir … [--resume] [train.lr=2e-4 …]
+python -m mmdit.scripts.train_t2v --config configs/t2i_vtp_256_smoke.yaml --train_cache_dir
+data/cache torchrun --nproc_per_node=4 -m mmdit.scripts.train_t2v --config … --train_cache_dir …
+[--resume] [train.lr=2e-4 …]
 """
 
 import argparse
 
-from mmdit.experiment import load_experiment_config, train
+from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.run import run_training
 from mmdit.scripts import cache_text, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--train_cache_dir", required=True, help="folder written by cache_vtp_images or cache_vtp_latents")
+    parser.add_argument(
+        "--train_cache_dir",
+        required=True,
+        help="folder written by cache_vtp_images or cache_vtp_latents",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
-    parser.add_argument("--cache_only", action="store_true", help="encode the captions, as cache_text does, and train nothing")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
+    )
+    parser.add_argument(
+        "--cache_only",
+        action="store_true",
+        help="encode the captions, as cache_text does, and train nothing",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     if args.cache_only:
-        given = ["--config", args.config, "--cache_dir", args.train_cache_dir, "--device", args.device]
+        given = [
+            "--config",
+            args.config,
+            "--cache_dir",
+            args.train_cache_dir,
+            "--device",
+            args.device,
+        ]
         return cache_text.main([*given, *args.overrides])
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        train(config, args.train_cache_dir, args.device, args.resume)
+        run_training(config, args.train_cache_dir, args.device, args.resume)
     return 0
 
 

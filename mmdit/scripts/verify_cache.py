@@ -1,4 +1,5 @@
-"""Read every file of a latent cache and list what is damaged. Exit code 0: all is well, 1: it is not.
+"""Read every file of a latent cache and list what is damaged. Exit code 0: all is well, 1: it is
+not.
 
     python -m mmdit.scripts.verify_cache --cache_dir data/cache/my_images [--delete] [--json]
 
@@ -9,14 +10,20 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdit.data.verify import verify_cache
+from mmdit.data.cache.verify import verify_cache
 from mmdit.scripts import friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache_dir", type=Path, required=True)
-    parser.add_argument("--delete", action="store_true", help="delete damaged files, so that caching again makes them anew")
+    parser.add_argument(
+        "--delete",
+        action="store_true",
+        help="delete damaged files, so that caching again makes them anew",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
@@ -31,8 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         lines = [f"{row['file']}: {row['problem']}" for row in damage]
         print("\n".join([*lines, f"{count} files read, {len(damage)} findings"]))
         if doomed:
-            print(f"{len(doomed)} files deleted; run the caching command again" if args.delete else
-                  "add --delete to remove damaged files, then run the caching command again")  # fmt: skip
+            print(
+                f"{len(doomed)} files deleted; run the caching command again"
+                if args.delete
+                else "add --delete to remove damaged files, then run the caching command again"
+            )
     return 1 if damage else 0
 
 

@@ -1,4 +1,5 @@
-"""Captions to tokens. To add an encoder: a file with `XConfig` and `X`, its name in the union, a `case` in `build_…`."""
+"""Captions to tokens. To add an encoder: a file with `XConfig` and `X`, its name in the union, a
+`case` in `build_…`."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Confi
 
 
 def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
-    """The encoder of `config`: a module with `dim` and `forward(captions) -> TextTokens`, on the CPU. New weights come from the
-    global generator. A frozen encoder has no parameter that requires a gradient. ConfigError if it cannot be loaded."""
+    """The encoder of `config`: a module with `dim` and `forward(captions) -> TextTokens`, on the
+    CPU. New weights come from the global generator. A frozen encoder has no parameter that requires
+    a gradient. ConfigError if it cannot be loaded.
+    """
     try:
         match config:
             case ByteLevelConfig():
@@ -32,7 +35,8 @@ def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
 
 
 def keeps_files(encoder: nn.Module) -> bool:
-    """Whether the encoder finds embeddings again in files, and can do without its own weights then."""
+    """Whether the encoder finds embeddings again in files, and can do without its own weights
+    then."""
     return isinstance(encoder, UMT5Encoder) and bool(encoder.config.cache_dir)
 
 
@@ -42,5 +46,13 @@ def put_away(encoder: nn.Module) -> None:
         encoder.put_away()
 
 
-__all__ = ["ByteLevelConfig", "HashConfig", "HuggingFaceConfig", "TextEncoderConfig", "UMT5Config", "build_text_encoder",
-           "keeps_files", "put_away"]  # fmt: skip
+__all__ = [
+    "ByteLevelConfig",
+    "HashConfig",
+    "HuggingFaceConfig",
+    "TextEncoderConfig",
+    "UMT5Config",
+    "build_text_encoder",
+    "keeps_files",
+    "put_away",
+]

@@ -1,4 +1,5 @@
-"""A small text encoder that is trained with the model and reads any language: words are spelt, not looked up.
+"""A small text encoder that is trained with the model and reads any language: words are spelt, not
+looked up.
 
 Axes: b caption · t word · u distinct word of the batch · h head · d width of a head.
 """
@@ -26,7 +27,8 @@ NO_BYTE = 0
 
 @dataclass(frozen=True)
 class ByteLevelConfig:
-    """`text_encoder: {type: byte_level}`. `max_length` counts words (a word of more than 16 bytes counts for several)."""
+    """`text_encoder: {type: byte_level}`. `max_length` counts words (a word of more than 16 bytes
+    counts for several)."""
 
     type: Literal["byte_level"] = "byte_level"
     dim: int = 256
@@ -38,17 +40,26 @@ class ByteLevelConfig:
 
     def __post_init__(self):
         if not 0 < self.lr_scale <= 1000:
-            raise ConfigError("lr_scale", f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains nothing")
+            raise ConfigError(
+                "lr_scale",
+                f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains"
+                " nothing",
+            )
         for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
         check_length(self.max_length)
         if self.dim % 2 or self.dim % self.num_heads:
-            raise ConfigError("dim", f"is {self.dim}; must be even and a multiple of num_heads, which is {self.num_heads}")
+            raise ConfigError(
+                "dim",
+                f"is {self.dim}; must be even and a multiple of num_heads, which is"
+                f" {self.num_heads}",
+            )
 
 
 def spell(chunk: str) -> list[str]:
-    """Words and punctuation marks of a text without spaces, long words cut between letters to at most `WORD_BYTES` bytes."""
+    """Words and punctuation marks of a text without spaces, long words cut between letters to at
+    most `WORD_BYTES` bytes."""
     pieces = []
     for word in sum(split_words(chunk), []):
         size = WORD_BYTES + 1
@@ -63,7 +74,8 @@ def spell(chunk: str) -> list[str]:
 
 
 def byte_rows(words: list[str]) -> Tensor:
-    """`(len(words), WORD_BYTES)` int64: for byte i of the word its row in the table of place i, or NO_BYTE after the end."""
+    """`(len(words), WORD_BYTES)` int64: for byte i of the word its row in the table of place i, or
+    NO_BYTE after the end."""
     rows = torch.full((len(words), WORD_BYTES), NO_BYTE)
     for row, word in zip(rows, words, strict=True):
         content = torch.tensor(list(word.encode()))
@@ -84,20 +96,25 @@ class Layer(nn.Module):
         """`x (b, t, h·d)`, `valid (b, t)` with a valid word in every caption → like `x`."""
         h = self.attention_norm(x)
         q, k, v = (rearrange(z, "b t h d -> b h t d") for z in self.attention.heads(h, h))
-        x = x + self.attention.output(rearrange(attend(q, k, v, valid[:, None, None]), "b h t d -> b t (h d)"))
+        x = x + self.attention.output(
+            rearrange(attend(q, k, v, valid[:, None, None]), "b h t d -> b t (h d)")
+        )
         return x + self.mlp(self.mlp_norm(x))
 
 
 class ByteLevelEncoder(nn.Module):
-    """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an MLP makes a token of it (once
-    per distinct word of the batch), then attention reads the words in their order."""
+    """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an
+    MLP makes a token of it (once per distinct word of the batch), then attention reads the words in
+    their order."""
 
     def __init__(self, config: ByteLevelConfig):
         super().__init__()
         self.dim = dim = config.dim
         self.lr_scale = config.lr_scale
         self.words = WordRows(spell, byte_rows, config.max_length)
-        self.bytes = nn.Embedding(1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE)  # standard normal: words differ at once
+        self.bytes = nn.Embedding(
+            1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE
+        )  # standard normal: words differ at once
         self.word_mlp = GELU(dim, ratio=2)
         self.layers = nn.ModuleList(Layer(dim, config.num_heads) for _ in range(config.depth))
         self.norm = RMSNorm(dim)
@@ -105,16 +122,19 @@ class ByteLevelEncoder(nn.Module):
         self.requires_grad_(not config.freeze)
 
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest, about unit
-        variance."""
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in
+        the longest, about unit variance."""
         device = self.positions.device
         rows, index, valid = self.words(captions, device)
         words = rms_norm(self.bytes(rows).sum(dim=1))  # (u, dim)
         words = words + self.word_mlp(words)
         length = index.shape[1]
         x = F.embedding(index, words) + self.positions[:length]
-        # An empty caption reads its first padding: a softmax over nothing is no number on some devices.
-        readable = valid | (~valid.any(dim=1, keepdim=True) & (torch.arange(length, device=device) == 0))
+        # An empty caption reads its first padding: a softmax over nothing is no number on some
+        # devices.
+        readable = valid | (
+            ~valid.any(dim=1, keepdim=True) & (torch.arange(length, device=device) == 0)
+        )
         for layer in self.layers:
             x = layer(x, readable)
         return TextTokens(torch.where(valid[..., None], self.norm(x).float(), 0.0), valid)

@@ -1,5 +1,6 @@
-"""The picture encoder of Wan 2.1's I2V and FLF2V: the ViT-H/14 of CLIP (Radford et al. 2021, 2103.00020; weights of OpenCLIP
-with XLM-RoBERTa), from the official .pth or a Diffusers `image_encoder/`. Wan reads the states before its last block.
+"""The picture encoder of Wan 2.1's I2V and FLF2V: the ViT-H/14 of CLIP (Radford et al. 2021,
+2103.00020; weights of OpenCLIP with XLM-RoBERTa), from the official .pth or a Diffusers
+`image_encoder/`. Wan reads the states before its last block.
 
 Axes: b picture · l place (the class token first) · h head · d width.
 """
@@ -20,15 +21,28 @@ from mmdit.foreign import count_blocks, read_json
 from mmdit.nn.attention import attend
 from mmdit.weights import Checkpoint, Entry, fill
 
-PLACES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder")  # in official and Diffusers releases
+PLACES = (
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "image_encoder",
+)  # in official and Diffusers releases
 HEAD_DIM = 80  # of ViT-H/14; a config.json may say otherwise
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's training pictures
 NAMES = {  # transformers → ours (official but for q, k and v, which are one matrix there)
-    "embeddings.class_embedding": "cls_embedding", "embeddings.position_embedding.weight": "pos_embedding",
-    "embeddings.patch_embedding": "patch_embedding", "pre_layrnorm": "pre_norm", "layer_norm": "norm",
-    "self_attn.out_proj": "attn.proj", "self_attn": "attn", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "_proj": "",
+    "embeddings.class_embedding": "cls_embedding",
+    "embeddings.position_embedding.weight": "pos_embedding",
+    "embeddings.patch_embedding": "patch_embedding",
+    "pre_layrnorm": "pre_norm",
+    "layer_norm": "norm",
+    "self_attn.out_proj": "attn.proj",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "_proj": "",
     "encoder.layers": "transformer",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,10 @@ class Attention(nn.Module):
         self.heads = sizes.heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(part(x), "b l (h d) -> b h l d", h=self.heads) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(part(x), "b l (h d) -> b h l d", h=self.heads)
+            for part in (self.q, self.k, self.v)
+        )
         return self.proj(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
 
 
@@ -58,7 +75,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(sizes.dim, sizes.eps) for _ in range(2))
         self.attn = Attention(sizes)
-        self.mlp = nn.Sequential(nn.Linear(sizes.dim, sizes.hidden), nn.GELU(), nn.Linear(sizes.hidden, sizes.dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(sizes.dim, sizes.hidden), nn.GELU(), nn.Linear(sizes.hidden, sizes.dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -66,7 +85,8 @@ class Block(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """`model(pixels (b, 3, H, W) in [0, 1])` → states `(b, 257, 1280)` before the last block, without the last norm."""
+    """`model(pixels (b, 3, H, W) in [0, 1])` → states `(b, 257, 1280)` before the last block,
+    without the last norm."""
 
     def __init__(self, sizes: ClipVisionSizes):
         super().__init__()
@@ -78,10 +98,13 @@ class ClipVision(nn.Module):
         self.transformer = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """As the official code the picture is squeezed to a square, whatever its aspect, without antialiasing."""
+        """As the official code the picture is squeezed to a square, whatever its aspect, without
+        antialiasing."""
         side = round((self.sizes.places - 1) ** 0.5) * self.sizes.patch
         small = F.interpolate(pixels.float(), (side, side), mode="bicubic", align_corners=False)
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD)
+        )
         return self.states(((small - mean) / std).to(self.pos_embedding.dtype))
 
     def states(self, x: Tensor) -> Tensor:
@@ -94,9 +117,10 @@ class ClipVision(nn.Module):
         return x
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
 class _Split:
-    """A checkpoint's tensors, one matrix of q, k and v as three, and leading axes of length 1 left out."""
+    """A checkpoint's tensors, one matrix of q, k and v as three, and leading axes of length 1 left
+    out."""
 
     def __init__(self, stored: Checkpoint):
         self.stored = stored
@@ -104,7 +128,9 @@ class _Split:
         for name, entry in stored.entries.items():
             for part in self._names(name):
                 rows, *rest = entry.shape or (1,)
-                self.entries[part] = replace(entry, shape=(rows // 3, *rest) if part != name else self._bare(entry.shape))
+                self.entries[part] = replace(
+                    entry, shape=(rows // 3, *rest) if part != name else self._bare(entry.shape)
+                )
 
     @staticmethod
     def _names(name: str) -> list[str]:
@@ -117,7 +143,9 @@ class _Split:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.stored.tensors():
             parts = self._names(name)
-            for part, piece in zip(parts, tensor.chunk(3) if len(parts) == 3 else [tensor], strict=True):
+            for part, piece in zip(
+                parts, tensor.chunk(3) if len(parts) == 3 else [tensor], strict=True
+            ):
                 yield part, piece.reshape(self.entries[part].shape)
 
 
@@ -129,9 +157,12 @@ def our_name(name: str) -> str:
     return name
 
 
-def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ClipVision:
-    """From a release's folder, an `image_encoder/`, or a weight file. The text tower and what follows the states are left out.
-    ValueError, in one sentence: it is not there, cannot be read, or is no such encoder."""
+def load_clip_vision(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ClipVision:
+    """From a release's folder, an `image_encoder/`, or a weight file. The text tower and what
+    follows the states are left out. ValueError, in one sentence: it is not there, cannot be read,
+    or is no such encoder."""
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).exists()), path)
     stored = _Split(Checkpoint(place))
@@ -143,10 +174,20 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
             int(match[1]) for name in shapes if (match := re.match(r"transformer\.(\d+)\.", name))
         }
         blocks = count_blocks(found, len(shapes), place)
-        sizes = ClipVisionSizes(dim, shapes["transformer.0.mlp.0.weight"][0], blocks - 1, max(1, dim // HEAD_DIM),
-                                shapes["patch_embedding.weight"][-1], places)  # fmt: skip
+        sizes = ClipVisionSizes(
+            dim,
+            shapes["transformer.0.mlp.0.weight"][0],
+            blocks - 1,
+            max(1, dim // HEAD_DIM),
+            shapes["patch_embedding.weight"][-1],
+            places,
+        )
     except (KeyError, ValueError) as error:
-        known = f", and it holds neither {' nor '.join(PLACES)}" if place == path and path.is_dir() else ""
+        known = (
+            f", and it holds neither {' nor '.join(PLACES)}"
+            if place == path and path.is_dir()
+            else ""
+        )
         reason = f"{error} is missing among its {len(shapes)} tensors{known}"
         raise ValueError(f"{place} is no CLIP picture encoder: {reason}") from None
     if place.is_dir() and (place / "config.json").is_file():
@@ -154,21 +195,43 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype = torch.float32, devic
     with torch.device("meta"):
         model = ClipVision(sizes)
     own = {name for name, _ in model.named_parameters()}
-    beyond = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embeddings.", f"transformer.{blocks - 1}.")
+    beyond = (
+        "textual.",
+        "log_scale",
+        "post_",
+        "head",
+        "visual_projection.",
+        "embeddings.",
+        f"transformer.{blocks - 1}.",
+    )
     ignored = tuple(name for name in shapes if name not in own and name.startswith(beyond))
-    model = fill(model, stored, names, f"{place}, read as CLIP's picture encoder,", device, lambda _: dtype, ignored)
+    model = fill(
+        model,
+        stored,
+        names,
+        f"{place}, read as CLIP's picture encoder,",
+        device,
+        lambda _: dtype,
+        ignored,
+    )
     return model.requires_grad_(False)
 
 
 def _told(file: Path, sizes: ClipVisionSizes) -> ClipVisionSizes:
-    """`sizes` with what only a config.json of transformers knows. ValueError: it is of another network."""
+    """`sizes` with what only a config.json of transformers knows. ValueError: it is of another
+    network."""
     config = read_json(file, "config of a CLIP picture encoder")
     try:
-        heads, kind = config.get("num_attention_heads", sizes.heads), config.get("hidden_act", "gelu")
+        heads, kind = (
+            config.get("num_attention_heads", sizes.heads),
+            config.get("hidden_act", "gelu"),
+        )
         result = replace(sizes, heads=heads, eps=config.get("layer_norm_eps", sizes.eps))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is no config of a CLIP picture encoder: {error!r}") from None
     if kind != "gelu" or not isinstance(heads, int) or heads < 1 or sizes.dim % heads:
-        raise ValueError(f"{file}: hidden_act is {kind!r} with {heads!r} heads; Wan's encoder has 'gelu', and its width of "
-                         f"{sizes.dim} must split into the heads")
+        raise ValueError(
+            f"{file}: hidden_act is {kind!r} with {heads!r} heads; Wan's encoder has 'gelu', and"
+            f" its width of {sizes.dim} must split into the heads"
+        )
     return result

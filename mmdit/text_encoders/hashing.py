@@ -31,19 +31,23 @@ class HashConfig:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 word")
         check_length(self.max_length)
         if not self.freeze:
-            raise ConfigError("freeze", "is false, but hash has nothing to train; set true, or type: byte_level")
+            raise ConfigError(
+                "freeze", "is false, but hash has nothing to train; set true, or type: byte_level"
+            )
 
 
 class HashEncoder(nn.Module):
-    """Each word is a standard normal vector drawn with the word as key, plus a sinusoid of its place. The same on every rank,
-    machine and run, so nothing is saved. Case and surrounding punctuation do not count; word order is told only by the
-    sinusoid."""
+    """Each word is a standard normal vector drawn with the word as key, plus a sinusoid of its
+    place. The same on every rank, machine and run, so nothing is saved. Case and surrounding
+    punctuation do not count; word order is told only by the sinusoid."""
 
     def __init__(self, config: HashConfig):
         super().__init__()
         self.dim = config.dim
         self.words = WordRows(lambda chunk: split_words(chunk)[1], self._draw, config.max_length)
-        self.register_buffer("positions", place_table(config.max_length, config.dim), persistent=False)
+        self.register_buffer(
+            "positions", place_table(config.max_length, config.dim), persistent=False
+        )
 
     def _draw(self, words: list[str]) -> Tensor:
         keys = torch.tensor([rng.key(word) for word in words], dtype=torch.long)
@@ -51,7 +55,8 @@ class HashEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in the longest."""
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in
+        the longest."""
         rows, index, valid = self.words(captions, self.positions.device)
         embeddings = F.embedding(index, rows) + self.positions[: index.shape[1]]
         return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)

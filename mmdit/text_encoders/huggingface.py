@@ -1,4 +1,5 @@
-"""Text encoders of the transformers library: T5, UMT5, T5Gemma, CLIP and their like, from a folder or a hub name."""
+"""Text encoders of the transformers library: T5, UMT5, T5Gemma, CLIP and their like, from a folder
+or a hub name."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from mmdit.text_encoders.words import check_length
 
 logger = logging.getLogger(__name__)
 
-# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through AutoModel.
+# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through
+# AutoModel.
 ENCODERS = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -37,16 +39,19 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens. `dim` may be left out; if
-    given, it must be the encoder's own. `cache_mb` bounds the memory for embeddings of captions already seen (frozen only);
-    `cache_dir` keeps them in files, too, for the next run (`stored`)."""
+    """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens.
+    `dim` may be left out; if given, it must be the encoder's own. `cache_mb` bounds the memory for
+    embeddings of captions already seen (frozen only); `cache_dir` keeps them in files, too, for the
+    next run (`stored`)."""
 
     type: Literal["hf"] = "hf"
     name_or_path: FilePath = ""
     dim: int | None = None
     max_length: int = 77
     freeze: bool = True
-    lr_scale: float = 1.0  # unfrozen: its learning rate as a multiple of train.lr; pre-trained weights like less
+    lr_scale: float = (
+        1.0  # unfrozen: its learning rate as a multiple of train.lr; pre-trained weights like less
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     local_files_only: bool = False
     cache_mb: int = 1024
@@ -54,34 +59,54 @@ class HuggingFaceConfig:
 
     def __post_init__(self):
         if not self.name_or_path:
-            raise ConfigError("name_or_path", "is empty; must be a folder or a hub name such as google/flan-t5-base")
+            raise ConfigError(
+                "name_or_path",
+                "is empty; must be a folder or a hub name such as google/flan-t5-base",
+            )
         if not 0 < self.lr_scale <= 1000:
-            raise ConfigError("lr_scale", f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains nothing")
+            raise ConfigError(
+                "lr_scale",
+                f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains"
+                " nothing",
+            )
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
         check_length(self.max_length)
         if self.cache_mb < 0:
-            raise ConfigError("cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)")
+            raise ConfigError(
+                "cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)"
+            )
         if self.cache_dir and not self.freeze:
-            raise ConfigError("cache_dir", f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is "
-                              "trained change with each step; leave it empty")
+            raise ConfigError(
+                "cache_dir",
+                f"is {self.cache_dir!r} with freeze: false; embeddings of an encoder that is "
+                "trained change with each step; leave it empty",
+            )
         if not self.freeze and self.dtype != "float32":
-            remedy = "set dtype: float32 (train.precision still computes in half precision) or freeze: true"
-            raise ConfigError("dtype", f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}")
+            remedy = (
+                "set dtype: float32 (train.precision still computes in half precision) or freeze:"
+                " true"
+            )
+            raise ConfigError(
+                "dtype",
+                f"is {self.dtype} with freeze: false; small updates would vanish in it; {remedy}",
+            )
 
 
 class HuggingFaceEncoder(nn.Module):
     """The encoder's last hidden states, one token per tokenizer token, end markers included.
 
-    Frozen: outside autocast and in batches of fixed shapes, so that an embedding is a function of its caption alone, whatever
-    stands beside it; and kept. Trained: one batch, padded to its longest caption. Dropout is off in both cases, as a resumed
-    run must repeat itself.
+    Frozen: outside autocast and in batches of fixed shapes, so that an embedding is a function of
+    its caption alone, whatever stands beside it; and kept. Trained: one batch, padded to its
+    longest caption. Dropout is off in both cases, as a resumed run must repeat itself.
     """
 
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
         self.config, self.lr_scale = config, config.lr_scale
-        self.frozen = self.stored_elsewhere = config.freeze  # a frozen encoder is not copied into checkpoints
+        self.frozen = self.stored_elsewhere = (
+            config.freeze
+        )  # a frozen encoder is not copied into checkpoints
         self.tokenizer, self.encoder = self._open()
         self.reported = False
         self.kept_limit = config.cache_mb * 2**20
@@ -90,7 +115,11 @@ class HuggingFaceEncoder(nn.Module):
         self.train()
         self.dim = self._settle()
         if config.dim not in (None, self.dim):
-            raise ConfigError("dim", f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave it out")
+            raise ConfigError(
+                "dim",
+                f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave"
+                " it out",
+            )
         self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
 
     def _open(self) -> tuple[Any, nn.Module]:
@@ -100,7 +129,9 @@ class HuggingFaceEncoder(nn.Module):
         """The width of the tokens; freezes what does not reach them."""
         with torch.set_grad_enabled(not self.frozen):
             example = self._hidden(*self._pad(self._tokenize(["a"])))
-        if not self.frozen:  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
+        if (
+            not self.frozen
+        ):  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -120,14 +151,19 @@ class HuggingFaceEncoder(nn.Module):
         return self
 
     def forget(self) -> None:
-        """Empties the memory of embeddings. Moving the module and loading a state do so by themselves."""
+        """Empties the memory of embeddings. Moving the module and loading a state do so by
+        themselves."""
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._kept_bytes = 0
         self._stored: StoredEmbeddings | None = None
 
     def _files(self) -> StoredEmbeddings | None:
         if self._stored is None and self.config.cache_dir:
-            settings = (self.config.max_length, GROUP, LENGTH_STEP)  # a batch's shape decides its rounding
+            settings = (
+                self.config.max_length,
+                GROUP,
+                LENGTH_STEP,
+            )  # a batch's shape decides its rounding
             key = encoder_key(self.encoder, self.tokenizer, *settings)
             self._stored = StoredEmbeddings(Path(self.config.cache_dir).expanduser(), key, self.dim)
         return self._stored
@@ -141,7 +177,8 @@ class HuggingFaceEncoder(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in the longest, at least 1."""
+        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in
+        the longest, at least 1."""
         device = self.device
         captions = [self.clean(caption) for caption in captions]
         if self.frozen:
@@ -155,19 +192,31 @@ class HuggingFaceEncoder(nn.Module):
             tokens = self._tokenize(captions)
             lengths = [len(part) for part in tokens]
             embeddings = self._hidden(*self._pad(tokens)).float()
-        valid = torch.arange(embeddings.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+        valid = (
+            torch.arange(embeddings.shape[1], device=device)
+            < torch.tensor(lengths, device=device)[:, None]
+        )
         return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)
 
-    # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── one batch ─────────────────────────────────────────────────────────────────────────────────
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
-        """Token numbers of each caption; none for one without words, though the tokenizer would add its markers."""
+        """Token numbers of each caption; none for one without words, though the tokenizer would add
+        its markers."""
         filled = [caption for caption in captions if caption]
         limit = self.config.max_length
-        tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
+        tokens = (
+            self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
+        )
         if not self.reported:
             for caption, ids in zip(filled, tokens, strict=True):
-                if len(ids) == limit and (length := len(self.tokenizer(caption, verbose=False)["input_ids"])) > limit:
-                    message = "a caption has %d tokens, text_encoder.max_length is %d: the rest is not read (said once): %.80s"
+                if (
+                    len(ids) == limit
+                    and (length := len(self.tokenizer(caption, verbose=False)["input_ids"])) > limit
+                ):
+                    message = (
+                        "a caption has %d tokens, text_encoder.max_length is %d: the rest is not"
+                        " read (said once): %.80s"
+                    )
                     logger.warning(message, length, limit, caption)
                     self.reported = True
                     break
@@ -175,23 +224,30 @@ class HuggingFaceEncoder(nn.Module):
         return [next(remaining) if caption else [] for caption in captions]
 
     def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
-        """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens attends to its first padding,
-        as a softmax over nothing is no number."""
+        """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens
+        attends to its first padding, as a softmax over nothing is no number."""
         length = max([length, *map(len, tokens)])
         filler = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
-        mask = torch.tensor([[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens])
+        mask = torch.tensor(
+            [[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens]
+        )
         return ids, mask
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         device = self.device
-        return self.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+        return self.encoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device)
+        ).last_hidden_state
 
-    # ── frozen: every caption once ───────────────────────────────────────────────────────────────────────────────────
+    # ── frozen: every caption once ────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
-        """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's precision."""
-        known = self.silent | {caption: self._kept[caption] for caption in captions if caption in self._kept}
+        """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's
+        precision."""
+        known = self.silent | {
+            caption: self._kept[caption] for caption in captions if caption in self._kept
+        }
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         files = self._files() if new else None
         if files:
@@ -213,12 +269,21 @@ class HuggingFaceEncoder(nn.Module):
     def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
         tokens = [ids for _, ids in items]
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden(*self._pad(tokens + tokens[:1] * (GROUP - len(tokens)), length)).cpu()
+            hidden = self._hidden(
+                *self._pad(tokens + tokens[:1] * (GROUP - len(tokens)), length)
+            ).cpu()
         result = {caption: row[: len(ids)].clone() for (caption, ids), row in zip(items, hidden)}
         for caption, row in result.items():
             if not row.isfinite().all():
-                remedy = "set text_encoder.dtype: bfloat16 or float32" if self.config.dtype == "float16" else "damaged weights?"
-                raise ValueError(f"{self.config.name_or_path} gives infinite or NaN embeddings for {caption!r}; {remedy}")
+                remedy = (
+                    "set text_encoder.dtype: bfloat16 or float32"
+                    if self.config.dtype == "float16"
+                    else "damaged weights?"
+                )
+                raise ValueError(
+                    f"{self.config.name_or_path} gives infinite or NaN embeddings for {caption!r};"
+                    f" {remedy}"
+                )
         return result
 
     def _keep(self, known: dict[str, Tensor]) -> None:
@@ -234,16 +299,27 @@ class HuggingFaceEncoder(nn.Module):
             self._kept_bytes -= row.nbytes
 
 
-# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────
 def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
-    """Tokenizer and encoder without any decoder; ConfigError (what, where, remedy) for whatever prevents it."""
+    """Tokenizer and encoder without any decoder; ConfigError (what, where, remedy) for whatever
+    prevents it."""
     try:
         import transformers
     except ImportError as error:
-        raise ConfigError("type", f"is hf, which needs the transformers library ({error}); pip install transformers") from None
-    source = str(Path(config.name_or_path).expanduser()) if config.name_or_path.startswith("~") else config.name_or_path
+        raise ConfigError(
+            "type",
+            f"is hf, which needs the transformers library ({error}); pip install transformers",
+        ) from None
+    source = (
+        str(Path(config.name_or_path).expanduser())
+        if config.name_or_path.startswith("~")
+        else config.name_or_path
+    )
     if not Path(source).is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
-        raise ConfigError("name_or_path", f"is {source}, which is no folder; give one with config.json, or a hub name")
+        raise ConfigError(
+            "name_or_path",
+            f"is {source}, which is no folder; give one with config.json, or a hub name",
+        )
     options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
     with _reported("config", source, config):
         if Path(source).is_dir():
@@ -253,7 +329,8 @@ def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
     with _reported("tokenizer", source, config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     with _reported("weights", source, config), _quiet(transformers):
-        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5 what the file holds.
+        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5
+        # what the file holds.
         recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
         options["dtype" if recent else "torch_dtype"] = getattr(torch, config.dtype)
         if kind.model_type == "t5gemma":
@@ -276,8 +353,10 @@ def check_folder(folder: Path) -> None:
     a network that no memory holds. Weights are data, and their config is read by a library that
     takes more from it than sizes."""
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter_config.json, which names another model to be "
-                         "loaded; give the folder of a whole encoder")
+        raise ValueError(
+            f"{folder} holds an adapter_config.json, which names another model to be "
+            "loaded; give the folder of a whole encoder"
+        )
     whole = read_json(folder / "config.json", "config of an encoder")
     refuse_quantised(whole, folder)
     parts = [("", whole)]
@@ -321,30 +400,57 @@ def attention_of(model_class: Any, kind: Any) -> str:
 def _encoder_class(transformers: Any, kind: Any) -> Any:
     name = ENCODERS.get(kind.model_type)
     if name is None and getattr(kind, "is_encoder_decoder", False):
-        raise ValueError(f"no encoder half is known for model_type {kind.model_type!r}; known: {', '.join(ENCODERS)}")
+        raise ValueError(
+            f"no encoder half is known for model_type {kind.model_type!r}; known:"
+            f" {', '.join(ENCODERS)}"
+        )
     model_class = getattr(transformers, name or "AutoModel", None)
     if model_class is None:
-        raise ValueError(f"transformers {transformers.__version__} has no {name}; install a newer version")
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {name}; install a newer version"
+        )
     return model_class
 
 
 def _check(tokenizer: Any, encoder: nn.Module, report: dict, config: HuggingFaceConfig) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
-        absent = f"{len(missing)} tensors of {type(encoder).__name__} are absent, first {missing[0]!r}"
-        raise ConfigError("name_or_path", f"is {config.name_or_path}: {absent}; it is incomplete or of another kind")
-    known = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+        absent = (
+            f"{len(missing)} tensors of {type(encoder).__name__} are absent, first {missing[0]!r}"
+        )
+        raise ConfigError(
+            "name_or_path",
+            f"is {config.name_or_path}: {absent}; it is incomplete or of another kind",
+        )
+    known = (
+        set(tokenizer.get_vocab())
+        - set(tokenizer.get_added_vocab())
+        - set(tokenizer.all_special_tokens)
+    )
     if len(known) < 4:  # without its files transformers 5 makes an empty one and says nothing
-        absent = f"its {type(tokenizer).__name__} knows {len(known)} words: the tokenizer's files are absent"
-        raise ConfigError("name_or_path", f"is {config.name_or_path}: {absent}; add them, tokenizer.json for example")
+        absent = (
+            f"its {type(tokenizer).__name__} knows {len(known)} words: the tokenizer's files are"
+            " absent"
+        )
+        raise ConfigError(
+            "name_or_path",
+            f"is {config.name_or_path}: {absent}; add them, tokenizer.json for example",
+        )
     rows = encoder.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         sizes = f"the tokenizer has {len(tokenizer)} entries, the embedding {rows}"
-        raise ConfigError("name_or_path", f"is {config.name_or_path}: {sizes}; they belong to different models")
-    places = getattr(encoder.config, "max_position_embeddings", None)  # none: positions are relative
+        raise ConfigError(
+            "name_or_path", f"is {config.name_or_path}: {sizes}; they belong to different models"
+        )
+    places = getattr(
+        encoder.config, "max_position_embeddings", None
+    )  # none: positions are relative
     if places is not None and config.max_length > min(places, tokenizer.model_max_length):
         limit = min(places, tokenizer.model_max_length)
-        raise ConfigError("max_length", f"is {config.max_length}, but {config.name_or_path} reads at most {limit}; set {limit}")
+        raise ConfigError(
+            "max_length",
+            f"is {config.max_length}, but {config.name_or_path} reads at most {limit}; set {limit}",
+        )
 
 
 @contextmanager
@@ -352,15 +458,27 @@ def _reported(part: str, source: str, config: HuggingFaceConfig) -> Iterator[Non
     """Whatever the library raises while loading `part`, as one sentence."""
     try:
         yield
-    except Exception as error:  # its own classes, those of safetensors, of the hub client and of sentencepiece
+    except (
+        Exception
+    ) as error:  # its own classes, those of safetensors, of the hub client and of sentencepiece
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if Path(source).is_dir():
-            remedy = "the folder must hold config.json, the tokenizer's files and model.safetensors (save_pretrained)"
+            remedy = (
+                "the folder must hold config.json, the tokenizer's files and model.safetensors"
+                " (save_pretrained)"
+            )
         elif config.local_files_only:
-            remedy = "local_files_only is true: download it first, give a folder, or set it to false while online"
+            remedy = (
+                "local_files_only is true: download it first, give a folder, or set it to false"
+                " while online"
+            )
         else:
-            remedy = "check the spelling and the connection, or give the folder of a downloaded copy"
-        raise ConfigError("name_or_path", f"is {source}: cannot load its {part}: {reason}; {remedy}") from error
+            remedy = (
+                "check the spelling and the connection, or give the folder of a downloaded copy"
+            )
+        raise ConfigError(
+            "name_or_path", f"is {source}: cannot load its {part}: {reason}; {remedy}"
+        ) from error
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
     <folder>/<key>/<hash of the caption>.safetensors        `embedding (T, dim)` in the encoder's precision
 
-The file says whose caption it is, and its check sum; both are compared before it is used.
-The key is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder finds none."""
+The file says whose caption it is, and its check sum; both are compared before it is used. The key
+is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder
+finds none.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
     """Hexadecimal; reads every weight once."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {settings}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    words = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(sorted(tokenizer.get_vocab().items()))
+    )
     digest.update(words.encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -33,8 +39,8 @@ def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
 
 
 def files_key(files: list[Path], folder: Path, *settings: object) -> str:
-    """As `encoder_key`, from weight files that are not loaded. Hashing gigabytes takes seconds, so `folder` remembers the hash of a
-    file by its path, size and time."""
+    """As `encoder_key`, from weight files that are not loaded. Hashing gigabytes takes seconds, so
+    `folder` remembers the hash of a file by its path, size and time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -68,11 +74,14 @@ class StoredEmbeddings:
         clean(self.folder, self.folder.parent)
 
     def _path(self, caption: str) -> Path:
-        return self.folder / f"{hashlib.sha256(caption.encode(errors='surrogatepass')).hexdigest()}.safetensors"
+        return (
+            self.folder
+            / f"{hashlib.sha256(caption.encode(errors='surrogatepass')).hexdigest()}.safetensors"
+        )
 
     def load(self, captions: list[str]) -> dict[str, Tensor]:
-        """Those of the captions that are there, whole; a damaged file, or one of another caption, is as good as none and is
-        written anew."""
+        """Those of the captions that are there, whole; a damaged file, or one of another caption,
+        is as good as none and is written anew."""
         found = {}
         for caption in captions:
             try:

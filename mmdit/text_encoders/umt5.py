@@ -1,7 +1,10 @@
-"""UMT5-XXL as Wan uses it (Chung et al. 2023, arXiv 2304.09151): from the official .pth, a Diffusers or transformers folder, or
-a single file. A caption's tokens are trimmed to its length; the denoiser pads them with zeros.
+"""UMT5-XXL as Wan uses it (Chung et al. 2023, arXiv 2304.09151): from the official .pth, a
+Diffusers or transformers folder, or a single file. A caption's tokens are trimmed to its length;
+the denoiser pads them with zeros.
 
-The network is that of the transformers library (4e-7 from the official code); names, cleaning and tokens are here."""
+The network is that of the transformers library (4e-7 from the official code); names, cleaning and
+tokens are here.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +22,51 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import TextTokens
-from mmdit.text_encoders.huggingface import GROUP, LENGTH_STEP, HuggingFaceConfig, HuggingFaceEncoder, _reported
+from mmdit.text_encoders.huggingface import (
+    GROUP,
+    LENGTH_STEP,
+    HuggingFaceConfig,
+    HuggingFaceEncoder,
+    _reported,
+)
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
 from mmdit.weights import Checkpoint, fill, is_wan_release
 
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")  # beside the weights, in official and Diffusers releases
+TOKENIZER_FOLDERS = (
+    "google/umt5-xxl",
+    "tokenizer",
+    ".",
+)  # beside the weights, in official and Diffusers releases
 IDLE = 32  # calls that found every caption in files, after which the loaded weights are put away
-END, UNTRAINED_LAYOUT = 1, ("encoder.embed_tokens.weight", "spiece_model")  # a tied copy, the tokenizer in ComfyUI's files
+END, UNTRAINED_LAYOUT = (
+    1,
+    ("encoder.embed_tokens.weight", "spiece_model"),
+)  # a tied copy, the tokenizer in ComfyUI's files
 NAMES = {  # official → transformers, inside a block
-    "norm1": "layer.0.layer_norm", "norm2": "layer.1.layer_norm",
+    "norm1": "layer.0.layer_norm",
+    "norm2": "layer.1.layer_norm",
     **{f"attn.{part}": f"layer.0.SelfAttention.{part}" for part in "qkvo"},
     "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
-}  # fmt: skip
-OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+}
+OUTSIDE = {
+    "token_embedding.weight": "shared.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
 
 
 @dataclass(frozen=True)
 class UMT5Config(HuggingFaceConfig):
-    """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or one with `text_encoder/`.
-    tokenizer_path: folder with tokenizer.json or spiece.model; empty: looked for beside the weights. train_blocks: with
-    `freeze: false`, how many blocks from the top are trained (with the last norm); 0 = everything. With `cache_dir` the encoder is
-    loaded only when a caption is missing there (see `mmdit.scripts.cache_text`)."""
+    """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or
+    one with `text_encoder/`. tokenizer_path: folder with tokenizer.json or spiece.model; empty:
+    looked for beside the weights. train_blocks: with `freeze: false`, how many blocks from the top
+    are trained (with the last norm); 0 = everything. With `cache_dir` the encoder is loaded only
+    when a caption is missing there (see `mmdit.scripts.cache_text`)."""
 
     type: Literal["umt5"] = "umt5"
     max_length: int = 512
@@ -55,28 +77,43 @@ class UMT5Config(HuggingFaceConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.train_blocks < 0 or (self.train_blocks and self.freeze):
-            raise ConfigError("train_blocks", f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and needs freeze: "
-                              "false to train them")  # fmt: skip
+            raise ConfigError(
+                "train_blocks",
+                f"is {self.train_blocks} with freeze: {self.freeze}; must be at least 0, and needs"
+                " freeze: false to train them",
+            )
 
 
 class UMT5Encoder(HuggingFaceEncoder):
-    """As `HuggingFaceEncoder`, with an empty caption a text of one token, which is what a dropped caption becomes."""
+    """As `HuggingFaceEncoder`, with an empty caption a text of one token, which is what a dropped
+    caption becomes."""
 
     def __init__(self, config: UMT5Config):
         super().__init__(config)
         self.silent = {}
         self.idle = 0  # calls since the weights were last needed
-        self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device while the encoder is not loaded
+        self.register_buffer(
+            "place", torch.empty(0), persistent=False
+        )  # knows the device while the encoder is not loaded
 
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
         path = _locate(Path(config.name_or_path).expanduser())
         with _reported("weights", config.name_or_path, config):
             stored = Checkpoint(path)
-            encoder = nn.Identity() if config.cache_dir else _load(stored, path, getattr(torch, config.dtype))
-            tokenizer, self.vocabulary = _tokenizer(Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored)
+            encoder = (
+                nn.Identity()
+                if config.cache_dir
+                else _load(stored, path, getattr(torch, config.dtype))
+            )
+            tokenizer, self.vocabulary = _tokenizer(
+                Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored
+            )
             if not (names := [name for name in NORMS if name in stored.entries]):
-                raise ValueError(f"{path} is no UMT5 encoder: {NORMS[0]} is missing among its {len(stored.entries)} tensors")
+                raise ValueError(
+                    f"{path} is no UMT5 encoder: {NORMS[0]} is missing among its"
+                    f" {len(stored.entries)} tensors"
+                )
             (self.width,) = stored.entries[names[0]].shape
         return tokenizer, encoder
 
@@ -88,7 +125,11 @@ class UMT5Encoder(HuggingFaceEncoder):
         if isinstance(self.encoder, nn.Identity):
             path = _locate(Path(self.config.name_or_path).expanduser())
             logger.info("a caption is not in %s: loading the text encoder", self.config.cache_dir)
-            self.encoder = _load(Checkpoint(path), path, getattr(torch, self.config.dtype)).requires_grad_(False).to(self.device)
+            self.encoder = (
+                _load(Checkpoint(path), path, getattr(torch, self.config.dtype))
+                .requires_grad_(False)
+                .to(self.device)
+            )
         self.idle = 0
         return super()._hidden(ids, mask)
 
@@ -100,9 +141,12 @@ class UMT5Encoder(HuggingFaceEncoder):
         return known
 
     def put_away(self) -> None:
-        """Let go of weights that were loaded for captions which no file held (`cache_dir`): the next miss loads them again."""
+        """Let go of weights that were loaded for captions which no file held (`cache_dir`): the
+        next miss loads them again."""
         if not isinstance(self.encoder, nn.Identity):
-            logger.info("the text encoder is put away: its embeddings are in %s", self.config.cache_dir)
+            logger.info(
+                "the text encoder is put away: its embeddings are in %s", self.config.cache_dir
+            )
             self.encoder = nn.Identity()
 
     def _files(self) -> StoredEmbeddings | None:
@@ -119,22 +163,34 @@ class UMT5Encoder(HuggingFaceEncoder):
             return self.width
         blocks = self.encoder.encoder.block
         if self.config.train_blocks > len(blocks):
-            raise ConfigError("train_blocks", f"is {self.config.train_blocks}, but the encoder has {len(blocks)} blocks")
+            raise ConfigError(
+                "train_blocks",
+                f"is {self.config.train_blocks}, but the encoder has {len(blocks)} blocks",
+            )
         if self.config.train_blocks:
             self.requires_grad_(False)
-            for part in (*blocks[-self.config.train_blocks :], self.encoder.encoder.final_layer_norm):
+            for part in (
+                *blocks[-self.config.train_blocks :],
+                self.encoder.encoder.final_layer_norm,
+            ):
                 part.requires_grad_(True)
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            trained = {
+                name for name, parameter in self.named_parameters() if parameter.requires_grad
+            }
             self.stored_elsewhere = lambda name: name not in trained
         return self.encoder.config.d_model
 
     def clean(self, caption: str) -> str:
-        """The official cleaning: broken Unicode mended, HTML entities read twice, white space collapsed."""
+        """The official cleaning: broken Unicode mended, HTML entities read twice, white space
+        collapsed."""
         if not caption.isascii():  # of plain text there is nothing to mend
             try:
                 import ftfy
             except ImportError:
-                message = "is umt5 with a caption that is not plain ASCII, which needs ftfy; pip install ftfy"
+                message = (
+                    "is umt5 with a caption that is not plain ASCII, which needs ftfy; pip install"
+                    " ftfy"
+                )
                 raise ConfigError("type", message) from None
             caption = ftfy.fix_text(caption)
         return re.sub(r"\s+", " ", html.unescape(html.unescape(caption)).strip()).strip()
@@ -147,12 +203,18 @@ class UMT5Encoder(HuggingFaceEncoder):
         return TextTokens(text.embeddings[:-1], text.valid[:-1], empty=text.embeddings[-1, :1])
 
 
-# ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── opening ───────────────────────────────────────────────────────────────────────────────────────
 def _locate(path: Path) -> Path:
-    if is_wan_release(path) and not any((path / name).exists() for name in (OFFICIAL_FILE, "text_encoder")):
-        raise ValueError(f"{path} is a Wan release that lacks its text encoder, {OFFICIAL_FILE} (of Diffusers: text_encoder/); fetch it, or "
-                         "name it in text_encoder.name_or_path")  # fmt: skip
-    return next((path / name for name in (OFFICIAL_FILE, "text_encoder") if (path / name).exists()), path)
+    if is_wan_release(path) and not any(
+        (path / name).exists() for name in (OFFICIAL_FILE, "text_encoder")
+    ):
+        raise ValueError(
+            f"{path} is a Wan release that lacks its text encoder, {OFFICIAL_FILE} (of Diffusers:"
+            " text_encoder/); fetch it, or name it in text_encoder.name_or_path"
+        )
+    return next(
+        (path / name for name in (OFFICIAL_FILE, "text_encoder") if (path / name).exists()), path
+    )
 
 
 def transformers_name(name: str) -> str:
@@ -171,28 +233,57 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
     try:
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
         vocabulary, width = shapes["shared.weight"]
-        feedforward, inner = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0], shapes[f"{attention}.q.weight"][0]
+        feedforward, inner = (
+            shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+            shapes[f"{attention}.q.weight"][0],
+        )
         if "encoder.block.1.layer.0.layer_norm.weight" in shapes:
-            shapes["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"]  # T5 shares that of block 0
+            shapes[
+                "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+            ]  # T5 shares that of block 0
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{place} is no UMT5 encoder: {error} is missing among its {len(shapes)} tensors") from None
+        raise ValueError(
+            f"{place} is no UMT5 encoder: {error} is missing among its {len(shapes)} tensors"
+        ) from None
     blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.block.")})
     config = transformers.UMT5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=feedforward, num_layers=blocks, num_heads=heads,
-        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu", tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=feedforward,
+        num_layers=blocks,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(config)
     model.set_input_embeddings(model.shared)
     decoder = tuple(name for name in shapes if name.startswith(("decoder.", "lm_head.")))
-    return fill(model, stored, names, f"{place}, read as UMT5,", dtype=lambda _: dtype, ignored=(*UNTRAINED_LAYOUT, *decoder))
+    return fill(
+        model,
+        stored,
+        names,
+        f"{place}, read as UMT5,",
+        dtype=lambda _: dtype,
+        ignored=(*UNTRAINED_LAYOUT, *decoder),
+    )
 
 
-def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> tuple[Callable[[list[str]], list[list[int]]], str]:
-    """Captions → token numbers without markers, and a hash of the vocabulary. ValueError: none there, or of another vocabulary."""
+def _tokenizer(
+    folder: Path | None, place: Path, stored: Checkpoint
+) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """Captions → token numbers without markers, and a hash of the vocabulary. ValueError: none
+    there, or of another vocabulary."""
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
-    found = [file for name in ("tokenizer.json", "spiece.model") for f in folders if (file := f / name).is_file()]
+    found = [
+        file
+        for name in ("tokenizer.json", "spiece.model")
+        for f in folders
+        if (file := f / name).is_file()
+    ]
     inside = stored.tensors() if "spiece_model" in stored.entries else ()
     embedded = [tensor for name, tensor in inside if name == "spiece_model"]
     if found and found[0].suffix == ".json":
@@ -201,20 +292,38 @@ def _tokenizer(folder: Path | None, place: Path, stored: Checkpoint) -> tuple[Ca
         reader: Any = tokenizers.Tokenizer.from_file(str(found[0]))
         reader.no_truncation(), reader.no_padding()
         size = reader.get_vocab_size()
-        encode = lambda captions: [row.ids for row in reader.encode_batch(captions, add_special_tokens=False)]  # noqa: E731
+        encode = lambda captions: [
+            row.ids for row in reader.encode_batch(captions, add_special_tokens=False)
+        ]  # noqa: E731
     elif found or embedded:
         try:
             import sentencepiece
         except ImportError:
-            raise ValueError("its tokenizer is a spiece.model, which needs sentencepiece: pip install sentencepiece") from None
-        source = {"model_file": str(found[0])} if found else {"model_proto": embedded[0].numpy().tobytes()}
+            raise ValueError(
+                "its tokenizer is a spiece.model, which needs sentencepiece: pip install"
+                " sentencepiece"
+            ) from None
+        source = (
+            {"model_file": str(found[0])}
+            if found
+            else {"model_proto": embedded[0].numpy().tobytes()}
+        )
         reader = sentencepiece.SentencePieceProcessor(**source)
         size, encode = reader.get_piece_size(), reader.encode
     else:
-        raise ValueError(f"no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; set text_encoder.tokenizer_path "
-                         "to the folder of google/umt5-xxl's tokenizer")  # fmt: skip
-    rows = max(entry.shape[0] for name, entry in stored.entries.items() if name in ("shared.weight", "token_embedding.weight"))
+        raise ValueError(
+            f"no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; set"
+            " text_encoder.tokenizer_path to the folder of google/umt5-xxl's tokenizer"
+        )
+    rows = max(
+        entry.shape[0]
+        for name, entry in stored.entries.items()
+        if name in ("shared.weight", "token_embedding.weight")
+    )
     if size > rows:
-        raise ValueError(f"the tokenizer has {size} entries, the embedding {rows}; they belong to different models")
+        raise ValueError(
+            f"the tokenizer has {size} entries, the embedding {rows}; they belong to different"
+            " models"
+        )
     vocabulary = found[0].read_bytes() if found else embedded[0].numpy().tobytes()
     return encode, hashlib.sha256(vocabulary).hexdigest()

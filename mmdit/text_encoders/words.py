@@ -17,7 +17,9 @@ from mmdit.nn.position import rotary_tables
 
 logger = logging.getLogger(__name__)
 
-_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han are written without spaces: each sign is a word
+_UNSPACED = (  # kana and Han are written without spaces: each sign is a word
+    "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+)
 _PARTS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 PLACE_BASE = 100.0
 MOST_WORDS = 65_536  # of a caption
@@ -25,9 +27,13 @@ MEMORY = 1 << 16  # distinct words kept; a larger language costs time, not memor
 
 
 def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
-    """Text without spaces as (opening punctuation, words, closing punctuation): `("` · `red` · `,`. Lower case; composed
-    Unicode, so that é is one letter however it was typed. Punctuation inside a word stays: `left-moving`, `don't`, `3.5`."""
-    chunk = chunk.encode("utf-8", "replace").decode()  # half of a surrogate pair, as broken JSON has, becomes "?"
+    """Text without spaces as (opening punctuation, words, closing punctuation): `("` · `red` · `,`.
+    Lower case; composed Unicode, so that é is one letter however it was typed. Punctuation inside a
+    word stays: `left-moving`, `don't`, `3.5`.
+    """
+    chunk = chunk.encode(
+        "utf-8", "replace"
+    ).decode()  # half of a surrogate pair, as broken JSON has, becomes "?"
     chunk = unicodedata.normalize("NFC", chunk.lower())
     first, last = 0, len(chunk)
     while first < last and unicodedata.category(chunk[first]).startswith("P"):
@@ -44,21 +50,31 @@ def check_length(max_length: int) -> None:
 
 
 def place_table(max_length: int, dim: int) -> Tensor:
-    """Sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest turning by a radian in 100 words."""
-    return torch.cat(rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE), dim=-1).float()
+    """Sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest turning by
+    a radian in 100 words."""
+    return torch.cat(
+        rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE), dim=-1
+    ).float()
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A new tensor to `device` without waiting for the work queued there, which a copy from pageable memory would do."""
+    """A new tensor to `device` without waiting for the work queued there, which a copy from
+    pageable memory would do."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class WordRows:
-    """Captions to padded positions in a small table of this batch's distinct words. `split` gives the words of a piece of text
-    without spaces, `describe` the rows `(n, width)` of n new words. Words and captions are asked once and remembered: in small
-    networks, reading 2,048 captions anew would take longer than the GPU's step."""
+    """Captions to padded positions in a small table of this batch's distinct words. `split` gives
+    the words of a piece of text without spaces, `describe` the rows `(n, width)` of n new words.
+    Words and captions are asked once and remembered: in small networks, reading 2,048 captions anew
+    would take longer than the GPU's step."""
 
-    def __init__(self, split: Callable[[str], list[str]], describe: Callable[[list[str]], Tensor], max_length: int):
+    def __init__(
+        self,
+        split: Callable[[str], list[str]],
+        describe: Callable[[list[str]], Tensor],
+        max_length: int,
+    ):
         self.split, self.describe, self.max_length = split, describe, max_length
         self.reported = False
         self.forget()
@@ -70,8 +86,10 @@ class WordRows:
         self.rows = self.describe([])
 
     def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """`rows (U, width)` of the distinct words in the order of the text, `index (B, T)` into them, `valid (B, T)` bool, on
-        `device`. T is the longest caption of the batch, at least 1; `index` is 0 and U at least 1 where nothing is valid."""
+        """`rows (U, width)` of the distinct words in the order of the text, `index (B, T)` into
+        them, `valid (B, T)` bool, on `device`. T is the longest caption of the batch, at least 1;
+        `index` is 0 and U at least 1 where nothing is valid.
+        """
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
         elif len(self.captions) > MEMORY:
@@ -82,34 +100,55 @@ class WordRows:
         lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
         flat = np.concatenate([*numbers, np.empty(0, np.int64)])
         first = np.full(len(self.numbers), -1)  # where each word stands first in this batch
-        first[flat[::-1]] = np.arange(len(flat))[::-1]  # of several numbers for one place the last is kept
+        first[flat[::-1]] = np.arange(len(flat))[
+            ::-1
+        ]  # of several numbers for one place the last is kept
         distinct = np.flatnonzero(first >= 0)
         distinct = distinct[first[distinct].argsort()]
         first[distinct] = np.arange(len(distinct))
         valid = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        index = np.zeros(valid.shape, dtype=np.int64)  # numpy: torch wakes all its threads for an indexed write
+        index = np.zeros(
+            valid.shape, dtype=np.int64
+        )  # numpy: torch wakes all its threads for an indexed write
         index[valid] = first[flat]
-        rows = self.rows[torch.from_numpy(distinct)] if len(distinct) else self.rows.new_zeros(1, self.rows.shape[1])
-        return tuple(upload(part, device) for part in (rows, torch.from_numpy(index), torch.from_numpy(valid)))
+        rows = (
+            self.rows[torch.from_numpy(distinct)]
+            if len(distinct)
+            else self.rows.new_zeros(1, self.rows.shape[1])
+        )
+        return tuple(
+            upload(part, device)
+            for part in (rows, torch.from_numpy(index), torch.from_numpy(valid))
+        )
 
     def _read(self, captions: list[str]) -> None:
         pieces = [caption.split() for caption in captions]
         if new := set(chain.from_iterable(pieces)) - self.chunks.keys():
             self._learn(sorted(new))
-        numbers = [list(chain.from_iterable(map(self.chunks.__getitem__, piece))) for piece in pieces]
+        numbers = [
+            list(chain.from_iterable(map(self.chunks.__getitem__, piece))) for piece in pieces
+        ]
         if (longest := max(map(len, numbers))) > self.max_length:
             self._report(longest)
-        self.captions |= {caption: np.array(own[: self.max_length], np.int64) for caption, own in zip(captions, numbers)}
+        self.captions |= {
+            caption: np.array(own[: self.max_length], np.int64)
+            for caption, own in zip(captions, numbers)
+        }
 
     def _learn(self, chunks: list[str]) -> None:
         known = len(self.numbers)
         for chunk in chunks:
-            self.chunks[chunk] = [self.numbers.setdefault(word, len(self.numbers)) for word in self.split(chunk)]
+            self.chunks[chunk] = [
+                self.numbers.setdefault(word, len(self.numbers)) for word in self.split(chunk)
+            ]
         words = list(self.numbers)[known:]
         self.rows = torch.cat([self.rows, self.describe(words)])
 
     def _report(self, longest: int) -> None:
         if not self.reported:
-            message = "a caption has %d words, text_encoder.max_length is %d: the rest is not read (said once)"
+            message = (
+                "a caption has %d words, text_encoder.max_length is %d: the rest is not read (said"
+                " once)"
+            )
             logger.warning(message, longest, self.max_length)
         self.reported = True

@@ -1,7 +1,8 @@
 """A tokenizer without weights, for tests and dry runs: the lowest frequencies of each patch.
 
-Every patch of f×f pixels is projected on the first `latent_d` functions of its cosine basis (the DCT-II of JPEG), the three
-colours taking turns. Flat areas and slow gradients survive the round trip, detail finer than the kept frequencies does not.
+Every patch of f×f pixels is projected on the first `latent_d` functions of its cosine basis (the
+DCT-II of JPEG), the three colours taking turns. Flat areas and slow gradients survive the round
+trip, detail finer than the kept frequencies does not.
 """
 
 from __future__ import annotations
@@ -36,15 +37,23 @@ class DummyTokenizerConfig:
             raise ConfigError("latent_f", f"is {self.latent_f}; must be at most 256")
         most = 3 * self.latent_f**2
         if self.latent_d > most:
-            raise ConfigError("latent_d", f"is {self.latent_d}; must be at most {most} with latent_f {self.latent_f}")
+            raise ConfigError(
+                "latent_d",
+                f"is {self.latent_d}; must be at most {most} with latent_f {self.latent_f}",
+            )
 
 
 class DummyTokenizer:
-    """Pixels [0, 1] `(B, F, 3, H, W)` ↔ latents `(B, F, H/f, W/f, C)`, float32; linear up to the clamp of `decode`."""
+    """Pixels [0, 1] `(B, F, 3, H, W)` ↔ latents `(B, F, H/f, W/f, C)`, float32; linear up to the
+    clamp of `decode`."""
 
     def __init__(self, config: DummyTokenizerConfig, device: torch.device | str = "cpu"):
-        self.spec = LatentSpec(channels=config.latent_d, spatial=config.latent_f, scale=config.latent_scale)
-        self.fingerprint = hashlib.sha256(f"dct {config.latent_f} {config.latent_d}".encode()).hexdigest()
+        self.spec = LatentSpec(
+            channels=config.latent_d, spatial=config.latent_f, scale=config.latent_scale
+        )
+        self.fingerprint = hashlib.sha256(
+            f"dct {config.latent_f} {config.latent_d}".encode()
+        ).hexdigest()
         self._kernel = _cosines(config.latent_f, config.latent_d).to(device)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -63,7 +72,9 @@ def _cosines(size: int, channels: int) -> Tensor:
     position, frequency = torch.arange(size) + 0.5, torch.arange(size)
     waves = torch.cos(math.pi / size * frequency[:, None] * position) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)
-    order = sorted(((i, j) for i in range(size) for j in range(size)), key=lambda pair: (sum(pair), pair))
+    order = sorted(
+        ((i, j) for i in range(size) for j in range(size)), key=lambda pair: (sum(pair), pair)
+    )
     kernel = torch.zeros(channels, 3, size, size)
     for channel in range(channels):
         i, j = order[channel // 3]

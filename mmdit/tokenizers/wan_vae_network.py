@@ -1,7 +1,9 @@
-"""The causal video autoencoders of Wan 2.1 (4x8x8, Wan Team 2025, arXiv 2503.20314) and 2.2 (4x16x16), under official names.
+"""The causal video autoencoders of Wan 2.1 (4x8x8, Wan Team 2025, arXiv 2503.20314) and 2.2
+(4x16x16), under official names.
 
-Everything streams: frame 0 alone, then groups of 4 (decoding: one latent frame each). A `Stream` carries the last two frames
-that each convolution saw, so a clip costs the memory of a few frames and gives what it would give as a whole.
+Everything streams: frame 0 alone, then groups of 4 (decoding: one latent frame each). A `Stream`
+carries the last two frames that each convolution saw, so a clip costs the memory of a few frames
+and gives what it would give as a whole.
 
 Axes: b sample · c channel · f frame · h row · w column.
 """
@@ -45,7 +47,9 @@ class WanVAESizes:
         """From official names and shapes. KeyError: not this network."""
         residual = any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes)
         decoder = shapes["decoder.conv1.weight"][0] // MULTIPLES[-1]
-        return WanVAESizes(shapes["encoder.conv1.weight"][0], decoder, shapes["conv2.weight"][0], residual)
+        return WanVAESizes(
+            shapes["encoder.conv1.weight"][0], decoder, shapes["conv2.weight"][0], residual
+        )
 
 
 class Stream:
@@ -56,7 +60,8 @@ class Stream:
         self.past: dict[nn.Module, Tensor] = {}
 
     def extend(self, module: nn.Module, x: Tensor, keep: int) -> Tensor:
-        """`x (b, c, f, h, w)` behind the last `keep` frames that `module` saw, zeros before the first."""
+        """`x (b, c, f, h, w)` behind the last `keep` frames that `module` saw, zeros before the
+        first."""
         past = self.past.get(module)
         x = F.pad(x, (0, 0, 0, 0, keep, 0)) if past is None else torch.cat([past.to(x.dtype), x], 2)
         self.past[module] = x[:, :, -keep:]
@@ -107,8 +112,17 @@ class Chain(nn.ModuleList):
 class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.residual = Chain([ChannelNorm(inputs), Quiet(), CausalConv(inputs, outputs, 3),
-                               ChannelNorm(outputs), Quiet(), Quiet(False), CausalConv(outputs, outputs, 3)])  # fmt: skip
+        self.residual = Chain(
+            [
+                ChannelNorm(inputs),
+                Quiet(),
+                CausalConv(inputs, outputs, 3),
+                ChannelNorm(outputs),
+                Quiet(),
+                Quiet(False),
+                CausalConv(outputs, outputs, 3),
+            ]
+        )
         self.shortcut = CausalConv(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -132,7 +146,9 @@ class FrameAttention(nn.Module):
 
 
 def per_frame(function, x: Tensor) -> Tensor:
-    return rearrange(function(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x))
+    return rearrange(
+        function(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x)
+    )
 
 
 class Down(nn.Module):
@@ -152,7 +168,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the rows and columns; with `time` twice the frames but the very first, which the doubling never sees."""
+    """Twice the rows and columns; with `time` twice the frames but the very first, which the
+    doubling never sees."""
 
     def __init__(self, inputs: int, outputs: int, time: bool):
         super().__init__()
@@ -162,11 +179,17 @@ class Up(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None and not stream.first:
             x = rearrange(self.time_conv(x, stream), "b (s c) f h w -> b c (f s) h w", s=2)
-        return per_frame(lambda frames: self.resample[1](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")), x)
+        return per_frame(
+            lambda frames: self.resample[1](
+                F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+            ),
+            x,
+        )
 
 
 class DownStage(nn.Module):
-    """A stage of 2.2: what it computes, and the mean of the groups of inputs that its outputs cover."""
+    """A stage of 2.2: what it computes, and the mean of the groups of inputs that its outputs
+    cover."""
 
     def __init__(self, inputs: int, outputs: int, resample: Down | None, time: bool):
         super().__init__()
@@ -176,7 +199,13 @@ class DownStage(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         padded = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
-        near = rearrange(padded, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.time, p=self.space, q=self.space)
+        near = rearrange(
+            padded,
+            "b c (f t) (h p) (w q) -> b (c t p q) f h w",
+            t=self.time,
+            p=self.space,
+            q=self.space,
+        )
         return self.downsamples(x, stream) + near.unflatten(1, (self.outputs, -1)).mean(2)
 
 
@@ -191,7 +220,13 @@ class UpStage(nn.Module):
         if self.last:
             return self.upsamples(x, stream)
         repeats = self.outputs * self.time * 4 // x.shape[1]
-        near = rearrange(x.repeat_interleave(repeats, 1), "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.time, p=2, q=2)
+        near = rearrange(
+            x.repeat_interleave(repeats, 1),
+            "b (c t p q) f h w -> b c (f t) (h p) (w q)",
+            t=self.time,
+            p=2,
+            q=2,
+        )
         return self.upsamples(x, stream) + near[:, :, self.time - 1 if stream.first else 0 :]
 
 
@@ -211,38 +246,54 @@ class Encoder(nn.Module):
             if sizes.residual:
                 stages.append(DownStage(inputs, outputs, down, time))
             else:
-                stages += [Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS)] + ([down] if down else [])
+                stages += [
+                    Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS)
+                ] + ([down] if down else [])
         self.downsamples, self.middle = Chain(stages), middle(widths[-1])
-        self.head = Chain([ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 2 * sizes.channels, 3)])
+        self.head = Chain(
+            [ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 2 * sizes.channels, 3)]
+        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.head(self.middle(self.downsamples(self.conv1(x, stream), stream), stream), stream)
+        return self.head(
+            self.middle(self.downsamples(self.conv1(x, stream), stream), stream), stream
+        )
 
 
 class Decoder(nn.Module):
     def __init__(self, sizes: WanVAESizes):
         super().__init__()
-        widths = [sizes.decoder_dim * multiple for multiple in (MULTIPLES[-1], *reversed(MULTIPLES))]
+        widths = [
+            sizes.decoder_dim * multiple for multiple in (MULTIPLES[-1], *reversed(MULTIPLES))
+        ]
         self.conv1, self.middle = CausalConv(sizes.channels, widths[0], 3), middle(widths[0])
         stages = []
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
             last, time = i == len(DOWN_TIME), i < len(DOWN_TIME) and DOWN_TIME[::-1][i]
             if sizes.residual:
-                stages.append(UpStage(inputs, outputs, None if last else Up(outputs, outputs, time), time))
+                stages.append(
+                    UpStage(inputs, outputs, None if last else Up(outputs, outputs, time), time)
+                )
             else:
-                inputs = inputs if i == 0 else inputs // 2  # 2.1 halves its channels where it enlarges
-                stages += [Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS + 1)]
+                inputs = (
+                    inputs if i == 0 else inputs // 2
+                )  # 2.1 halves its channels where it enlarges
+                stages += [
+                    Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS + 1)
+                ]
                 stages += [] if last else [Up(outputs, outputs // 2, time)]
         self.upsamples = Chain(stages)
-        self.head = Chain([ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 3 * sizes.patch**2, 3)])
+        self.head = Chain(
+            [ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 3 * sizes.patch**2, 3)]
+        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         return self.head(self.upsamples(self.middle(self.conv1(x, stream), stream), stream), stream)
 
 
 class WanVAE(nn.Module):
-    """`encode`: pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C, n + 1, h', w')`; `decode`: back, not
-    clamped."""
+    """`encode`: pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C, n + 1, h', w')`;
+    `decode`: back, not clamped."""
 
     def __init__(self, sizes: WanVAESizes):
         super().__init__()
@@ -254,7 +305,10 @@ class WanVAE(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         p = self.sizes.patch
         pixels = rearrange(pixels, "b c f (h q) (w r) -> b (c r q) f h w", q=p, r=p)
-        chunks = [pixels[:, :, :1], *(pixels[:, :, 1:].split(GROUP, 2) if pixels.shape[2] > 1 else ())]
+        chunks = [
+            pixels[:, :, :1],
+            *(pixels[:, :, 1:].split(GROUP, 2) if pixels.shape[2] > 1 else ()),
+        ]
         return self.conv1(streamed(self.encoder, chunks), Stream())[:, : self.sizes.channels]
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -276,9 +330,18 @@ def streamed(network: nn.Module, chunks: list[Tensor]) -> Tensor:
     return torch.cat(parts, 2)
 
 
-_INSIDE = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
-           "shortcut": "conv_shortcut", "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0",
-           "middle.2": "mid_block.resnets.1", "head.0": "norm_out", "head.2": "conv_out"}  # fmt: skip
+_INSIDE = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+    "middle.0": "mid_block.resnets.0",
+    "middle.1": "mid_block.attentions.0",
+    "middle.2": "mid_block.resnets.1",
+    "head.0": "norm_out",
+    "head.2": "conv_out",
+}
 
 
 def _diffusers_name(name: str, residual: bool) -> str:
@@ -288,11 +351,17 @@ def _diffusers_name(name: str, residual: bool) -> str:
     if residual:
         last = {"down": BLOCKS, "up": BLOCKS + 1}
         place = lambda m: f"resnets.{m[3]}" if int(m[3]) < last[m[1]] else f"{m[1]}sampler"  # noqa: E731
-        name = re.sub(r"(down|up)samples\.(\d+)\.\1samples\.(\d+)", lambda m: f"{m[1]}_blocks.{m[2]}.{place(m)}", name)
+        name = re.sub(
+            r"(down|up)samples\.(\d+)\.\1samples\.(\d+)",
+            lambda m: f"{m[1]}_blocks.{m[2]}.{place(m)}",
+            name,
+        )
     else:
         name = name.replace("downsamples.", "down_blocks.")
         place = lambda k: f"resnets.{k % 4}" if k % 4 < 3 else "upsamplers.0"  # noqa: E731
-        name = re.sub(r"upsamples\.(\d+)", lambda m: f"up_blocks.{int(m[1]) // 4}.{place(int(m[1]))}", name)
+        name = re.sub(
+            r"upsamples\.(\d+)", lambda m: f"up_blocks.{int(m[1]) // 4}.{place(int(m[1]))}", name
+        )
     for ours, theirs in _INSIDE.items():
         name = re.sub(rf"\.{re.escape(ours)}\.", f".{theirs}.", name)
     return name

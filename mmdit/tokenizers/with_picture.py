@@ -1,4 +1,5 @@
-"""What I2V models of Wan are trained on: beside the latents of each clip those of its pictures, cached as further channels.
+"""What I2V models of Wan are trained on: beside the latents of each clip those of its pictures,
+cached as further channels.
 
 Axes: b clip · f frame · c channel.
 """
@@ -18,7 +19,8 @@ GREY = 0.5  # of the frames that are not given
 
 
 def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
-    """A clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then the picture `last` if there is one."""
+    """A clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then the
+    picture `last` if there is one."""
     clip = torch.full_like(first, GREY)[:, None].repeat(1, frames, 1, 1, 1)
     clip[:, 0] = first
     if last is not None:
@@ -27,8 +29,9 @@ def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
 
 
 class WithPicture:
-    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's and then those of its
-    first (and last) frame with grey in between, as the model is given them."""
+    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
+    and then those of its first (and last) frame with grey in between, as the model is given
+    them."""
 
     def __init__(self, tokenizer: Tokenizer, picture: Picture):
         spec = tokenizer.spec

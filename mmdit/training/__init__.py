@@ -1,1 +1,2 @@
-"""The training loop and its parts: learner, state, optimizer, EMA, checkpoints, metrics, previews, process groups."""
+"""The training loop and its parts: learner, state, optimizer, EMA, checkpoints, metrics, previews,
+process groups."""

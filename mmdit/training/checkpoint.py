@@ -1,4 +1,5 @@
-"""Checkpoints: folders of safetensors files and one JSON, written aside and renamed, so that the latest one is always whole.
+"""Checkpoints: folders of safetensors files and one JSON, written aside and renamed, so that the
+latest one is always whole.
 
     checkpoints/step_00001000/
         model.safetensors       everything in the learner (denoiser, trained text encoder, adapters)
@@ -10,8 +11,9 @@
         monitor.json            windows and means behind the metrics, phases of the alpha schedule
         checkpoint.json         step, config, latent spec, alphas in force, versions; size and CRC-32 of every file
 
-Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes reads either.
-An export (`mmdit.scripts.export`) is one safetensors file of the weights used for sampling, with the JSON in its metadata.
+Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes
+reads either. An export (`mmdit.scripts.export`) is one safetensors file of the weights used for
+sampling, with the JSON in its metadata.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from mmdit.files import Sum, clean, flush_to_disk, no_link, remove, write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
-from mmdit.training.stored import Stored, place, write
+from mmdit.training.memory.shards import Stored, place, write
 from mmdit.weights import bytes_of, check_numbers, is_finite, tensor_pieces
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -56,10 +58,13 @@ class Meta:
     spec: LatentSpec
     tokenizer: str  # fingerprint
     alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
-    origin: dict = field(default_factory=dict)  # `source` and `crc32` of what it reads elsewhere, see `training.origin`
+    origin: dict = field(
+        default_factory=dict
+    )  # `source` and `crc32` of what it reads elsewhere, see `training.origin`
 
     def to_json(self, files: dict[str, list[int]] | None = None) -> str:
-        """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of the JSON."""
+        """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of
+        the JSON."""
         versions = {"mmdit": mmdit.__version__, "torch": torch.__version__}
         row = {"format": FORMAT, **asdict(self), "versions": versions}
         if files is not None:
@@ -74,9 +79,18 @@ class Meta:
             raw = json.loads(text)
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
-            return decode(Meta, {name: raw[name] for name in ("step", "config", "spec", "tokenizer", "alphas", "origin") if name in raw})
+            return decode(
+                Meta,
+                {
+                    name: raw[name]
+                    for name in ("step", "config", "spec", "tokenizer", "alphas", "origin")
+                    if name in raw
+                },
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where} is not a checkpoint of this project: {str(error)[:1000]}") from None
+            raise ValueError(
+                f"{where} is not a checkpoint of this project: {str(error)[:1000]}"
+            ) from None
 
     @staticmethod
     def read(folder: Path) -> Meta:
@@ -103,10 +117,19 @@ def _crc(row: dict) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_last: int, keep_every: int = 0,
-         world: World = ALONE, notes: dict | None = None) -> Path:
-    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint; every process must
-    call. Older ones beyond `keep_last` are removed (0 keeps all), except milestones, whose step `keep_every` divides."""
+def save(
+    run_dir: Path,
+    meta: Meta,
+    files: dict[str, dict[str, Tensor]],
+    keep_last: int,
+    keep_every: int = 0,
+    world: World = ALONE,
+    notes: dict | None = None,
+) -> Path:
+    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint;
+    every process must call. Older ones beyond `keep_last` are removed (0 keeps all), except
+    milestones, whose step `keep_every` divides.
+    """
     final = folder_of(run_dir, meta.step)
     token = world.share(lambda: secrets.token_hex(4))
     aside = final.with_name(f".writing-{final.name}-{token}")
@@ -133,8 +156,10 @@ def save(run_dir: Path, meta: Meta, files: dict[str, dict[str, Tensor]], keep_la
             _put(aside, final, token)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched. Free disk space. "
-                       f"{how_to_go_on(run_dir)}") from error
+        raise RunError(
+            f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched."
+            f" Free disk space. {how_to_go_on(run_dir)}"
+        ) from error
     if world.is_main:
         prune(run_dir, meta.step, keep_last, keep_every)
     world.barrier()
@@ -161,8 +186,9 @@ def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
 
 
 def _put(aside: Path, final: Path, token: str) -> None:
-    """Give a whole checkpoint its name. What stood there was damaged and passed over, and so is of an abandoned course what is
-    of later steps: it is set aside, for by its name it would be taken for the newest."""
+    """Give a whole checkpoint its name. What stood there was damaged and passed over, and so is of
+    an abandoned course what is of later steps: it is set aside, for by its name it would be taken
+    for the newest."""
     old = final.with_name(f".removing-{final.name}-{token}")
     if final.exists():
         final.rename(old)
@@ -170,15 +196,19 @@ def _put(aside: Path, final: Path, token: str) -> None:
         if step_of(later) > step_of(final):
             apart = later.with_name(f".abandoned-{later.name}-{token}")
             later.rename(apart)
-            print(f"{later} was passed over: it is now {apart.name}, remove it if it is of no use", flush=True)
+            print(
+                f"{later} was passed over: it is now {apart.name}, remove it if it is of no use",
+                flush=True,
+            )
     aside.rename(final)
     flush_to_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None:
-    """Remove the checkpoints before the last `keep_last` whole ones up to `step` (0 keeps all) that are no milestones. Damaged
-    ones are no reason to remove a whole one, and the one of `step` always stays."""
+    """Remove the checkpoints before the last `keep_last` whole ones up to `step` (0 keeps all) that
+    are no milestones. Damaged ones are no reason to remove a whole one, and the one of `step`
+    always stays."""
     passing = [folder for folder in complete(run_dir) if step_of(folder) <= step]
     passing = [folder for folder in passing if not keep_every or step_of(folder) % keep_every]
     whole = [folder for folder in passing if step_of(folder) == step or not problem_of(folder, ())]
@@ -195,20 +225,27 @@ def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None
 
 
 def tidy(run_dir: Path) -> None:
-    """Remove what killed processes left among the checkpoints; only for who holds the lock of the run."""
+    """Remove what killed processes left among the checkpoints; only for who holds the lock of the
+    run."""
     for left in (run_dir / "checkpoints").glob(".*ing-step_*"):
         remove(left)
 
 
 def complete(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. A half-written one never has such a name."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and (p / META).is_file()]
+    found = [
+        p
+        for p in (run_dir / "checkpoints").glob("step_*")
+        if _NAME.fullmatch(p.name) and (p / META).is_file()
+    ]
     return sorted(found)
 
 
 def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
-    """Return what is wrong with a checkpoint, or "". Names and sizes of all files are compared, and the check sums of those
-    whose names begin with one of `summed` (None: of all). One of an earlier version, which keeps no sums, must open."""
+    """Return what is wrong with a checkpoint, or "". Names and sizes of all files are compared, and
+    the check sums of those whose names begin with one of `summed` (None: of all). One of an earlier
+    version, which keeps no sums, must open.
+    """
     try:
         Meta.read(folder)
         row = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -247,7 +284,8 @@ def _file_problem(path: Path, size: int, crc: int | None) -> str:
 
 
 def read_notes(folder: Path) -> dict | None:
-    """monitor.json; None if there is none. ValueError if it is damaged or of another step than the checkpoint."""
+    """monitor.json; None if there is none. ValueError if it is damaged or of another step than the
+    checkpoint."""
     path = folder / "monitor.json"
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
@@ -257,8 +295,10 @@ def read_notes(folder: Path) -> dict | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:1000]}") from None
     if step != Meta.read(folder).step:
-        raise ValueError(f"{path} is of step {step!r}, the checkpoint of step {Meta.read(folder).step}: it belongs to another "
-                         "one; remove it to start the metrics and the alpha schedule anew")
+        raise ValueError(
+            f"{path} is of step {step!r}, the checkpoint of step {Meta.read(folder).step}: it"
+            " belongs to another one; remove it to start the metrics and the alpha schedule anew"
+        )
     return notes
 
 
@@ -268,7 +308,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
-    """Return the newest checkpoint that has no `problem_of`; damaged ones are named and passed over."""
+    """Return the newest checkpoint that has no `problem_of`; damaged ones are named and passed
+    over."""
     for folder in reversed(complete(run_dir)):
         problem = problem_of(folder, summed)
         if not problem:
@@ -287,13 +328,15 @@ class Weights:
 
 
 def newest(path: Path) -> Path | None:
-    """Return what `load_weights` would read: a file, a checkpoint folder, or the newest checkpoint of a run folder."""
+    """Return what `load_weights` would read: a file, a checkpoint folder, or the newest checkpoint
+    of a run folder."""
     return path if path.is_file() or (path / META).is_file() else latest(path, WEIGHTS)
 
 
 def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
-    """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With `use_ema` the averaged
-    parameters replace the raw ones where the checkpoint has them and `ema.start_step` is past."""
+    """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With
+    `use_ema` the averaged parameters replace the raw ones where the checkpoint has them and
+    `ema.start_step` is past."""
     path = Path(path)
     if path.is_file():
         try:
@@ -301,13 +344,20 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                 told = handle.metadata() or {}
                 text = told.get("mmdit")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint folder or an "
-                             "exported .safetensors file") from None
+            raise ValueError(
+                f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint"
+                " folder or an exported .safetensors file"
+            ) from None
         if text is None:
-            raise ValueError(f"{path} holds no mmdit config in its metadata: it was not written by mmdit.scripts.export")
+            raise ValueError(
+                f"{path} holds no mmdit config in its metadata: it was not written by"
+                " mmdit.scripts.export"
+            )
         stored = read_tensors(path)
         if "crc32" in told and int(told["crc32"]) != _export_crc(text, stored):
-            raise ValueError(f"the check sum of {path} is wrong: it was damaged, or changed after it was written")
+            raise ValueError(
+                f"the check sum of {path} is wrong: it was damaged, or changed after it was written"
+            )
         tensors = {
             name: tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in stored.items()
@@ -317,12 +367,17 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None:
-        raise ValueError(f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint folder, or a file")
+        raise ValueError(
+            f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint"
+            " folder, or a file"
+        )
     meta = Meta.read(folder)
     tensors = read_tensors(folder / "model.safetensors")
     section = meta.config.get("ema")
     start = section.get("start_step") if isinstance(section, dict) else None
-    averaged = not isinstance(start, int) or meta.step > start  # an older version kept the initial weights until then
+    averaged = (
+        not isinstance(start, int) or meta.step > start
+    )  # an older version kept the initial weights until then
     if use_ema and averaged and any(folder.glob("ema*")):
         tensors |= read_tensors(folder / "ema.safetensors")
     return Weights(meta, tensors, folder)
@@ -341,7 +396,7 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
         if not is_finite(tensors[name]):
             raise ValueError(
                 f"{weights.source}: the weight {name} is too large for {dtype}; choose --dtype "
-                f"bf16 or fp32"
+                "bf16 or fp32"
             )
     text = weights.meta.to_json()
     told = {"mmdit": text, "crc32": str(_export_crc(text, tensors))}
@@ -350,7 +405,9 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
         clean(path.parent)
         write_aside(path, tensor_pieces(tensors, told), flush=True)
     except OSError as error:
-        raise RunError(f"could not write {path}: {error}; free disk space or choose another place") from error
+        raise RunError(
+            f"could not write {path}: {error}; free disk space or choose another place"
+        ) from error
 
 
 def _export_crc(text: str, tensors: dict[str, Tensor]) -> int:
@@ -362,26 +419,45 @@ def _export_crc(text: str, tensors: dict[str, Tensor]) -> int:
     return total.crc
 
 
-def assign(own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False) -> None:
-    """Copy `tensors` into `own` (a `state_dict()`, sharded or not), strictly: names and shapes must agree, except those for
-    which `fresh(name)` holds (adapters that start new). ValueError lists what differs, or names
-    a weight that is no finite number."""
-    stored = tensors.shapes if isinstance(tensors, Stored) else {name: tensor.shape for name, tensor in tensors.items()}
+def assign(
+    own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False
+) -> None:
+    """Copy `tensors` into `own` (a `state_dict()`, sharded or not), strictly: names and shapes must
+    agree, except those for which `fresh(name)` holds (adapters that start new). ValueError lists
+    what differs, or names a weight that is no finite number."""
+    stored = (
+        tensors.shapes
+        if isinstance(tensors, Stored)
+        else {name: tensor.shape for name, tensor in tensors.items()}
+    )
     missing = [name for name in own if name not in tensors and not fresh(name)]
     unexpected = [name for name in tensors if name not in own]
-    shapes = [f"{n}: file {tuple(shape)}, model {tuple(own[n].shape)}" for n, shape in stored.items() if n in own
-              and shape != own[n].shape]
+    shapes = [
+        f"{n}: file {tuple(shape)}, model {tuple(own[n].shape)}"
+        for n, shape in stored.items()
+        if n in own and shape != own[n].shape
+    ]
     if missing or unexpected or shapes:
         problems = []
-        for label, names in (("of another shape", shapes), ("missing in the file", missing), ("unknown to the model", unexpected)):
+        for label, names in (
+            ("of another shape", shapes),
+            ("missing in the file", missing),
+            ("unknown to the model", unexpected),
+        ):
             if names:
-                problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{' …' if len(names) > 3 else ''})")
+                problems.append(
+                    f"{len(names)} {label} ({'; '.join(names[:3])}{' …' if len(names) > 3 else ''})"
+                )
         odd = [*missing, *unexpected, *(text.partition(":")[0] for text in shapes)]
-        sections = "lora: section" if all(map(is_adapter, odd)) else "model: and text_encoder: sections"
+        sections = (
+            "lora: section" if all(map(is_adapter, odd)) else "model: and text_encoder: sections"
+        )
         if any(map(is_adapter, odd)) and not all(map(is_adapter, odd)):
             sections = "model:, text_encoder: and lora: sections"
-        raise ValueError(f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
-                         "of the run that wrote it")
+        raise ValueError(
+            f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
+            "of the run that wrote it"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             if own[name].is_floating_point():

@@ -1,4 +1,5 @@
-"""How a run goes on, or begins from another's weights: with another config, other processes, or as an older version left it."""
+"""How a run goes on, or begins from another's weights: with another config, other processes, or as
+an older version left it."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.data.batches import ORDER
+from mmdit.data.batches.latent_batches import ORDER
 from mmdit.files import write_aside
 from mmdit.interfaces import LatentSpec
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
 from mmdit.training.learner import Learner
-from mmdit.training.stored import local
+from mmdit.training.memory.shards import local
 from mmdit.training.trainer import TrainState
 from mmdit.weights import check_numbers
 
@@ -25,53 +26,81 @@ def facts(global_batch: int, processes: int) -> dict:
 
 
 def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
-    """Return what to tell beside the changed keys: `old` and `new` configs (encoded), and the `facts` stored and of now. ValueError:
-    the change would give the stored weights another meaning without a word."""
+    """Return what to tell beside the changed keys: `old` and `new` configs (encoded), and the
+    `facts` stored and of now. ValueError: the change would give the stored weights another meaning
+    without a word."""
     scaled, root = (bool((config.get("lora") or {}).get("rslora")) for config in (old, new))
     if new["lora"]["enabled"] and scaled != root:
-        raise ValueError(f"lora.rslora is {root}, the run was trained with {scaled}: its adapters would count "
-                         "by another scale; set it as it was, or start a new run with train.init_from")
+        raise ValueError(
+            f"lora.rslora is {root}, the run was trained with {scaled}: its adapters would count "
+            "by another scale; set it as it was, or start a new run with train.init_from"
+        )
     told = []
     if stored.get("order") != ORDER:
-        told.append("written by an older version: from here on items come in another order, each equally often")
+        told.append(
+            "written by an older version: from here on items come in another order, each equally"
+            " often"
+        )
     before = stored.get("global_batch")
     if before not in (None, now["global_batch"]):
-        told.append(f"a step now sees {_product(new, now)}, before {_product(old, stored)}: the same learning rate means another "
-                    "thing, and the order of items is another one; keep the product to keep the result")
+        told.append(
+            f"a step now sees {_product(new, now)}, before {_product(old, stored)}: the same"
+            " learning rate means another thing, and the order of items is another one; keep the"
+            " product to keep the result"
+        )
     return told + trained_before(old, new)
 
 
 def _product(config: dict, seen: dict) -> str:
     train = config.get("train") or {}
-    return (f"{seen['global_batch']} samples (batch_size {train.get('batch_size')} x grad_accum_steps {train.get('grad_accum_steps')} x "
-            f"{seen.get('processes')} processes)")
+    return (
+        f"{seen['global_batch']} samples (batch_size {train.get('batch_size')} x grad_accum_steps"
+        f" {train.get('grad_accum_steps')} x {seen.get('processes')} processes)"
+    )
 
 
 def trained_before(old: dict, new: dict) -> list[str]:
-    """Return a line if items that the run of `old` trained on are held out by `new` from the same cache."""
+    """Return a line if items that the run of `old` trained on are held out by `new` from the same
+    cache."""
     trains = [config.get("train") or {} for config in (old, new)]
-    (before, share), (after, other) = ((train.get("val_every_steps"), train.get("val_share")) for train in trains)
+    (before, share), (after, other) = (
+        (train.get("val_every_steps"), train.get("val_share")) for train in trains
+    )
     if not after or (before and old.get("seed") == new["seed"] and other <= (share or 0)):
         return []
-    return ["the held-out items are others than before (seed, train.val_share, train.val_every_steps): of the same cache some were "
-            "trained on, and val_loss is too low by what was learned of them"]
+    return [
+        "the held-out items are others than before (seed, train.val_share, train.val_every_steps):"
+        " of the same cache some were trained on, and val_loss is too low by what was learned of"
+        " them"
+    ]
 
 
 def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> list[str]:
-    """Take over the state of the checkpoint `folder`, whose config is `old`; returns what to tell."""
+    """Take over the state of the checkpoint `folder`, whose config is `old`; returns what to
+    tell."""
     told = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
     told += state.restore(folder)
     pictures = (old.get("video") or {}).get("num_frames") == 1
-    if new["video"]["num_frames"] > 1 and pictures and not isinstance(state.learner.model, FSDPModule):
+    if (
+        new["video"]["num_frames"] > 1
+        and pictures
+        and not isinstance(state.learner.model, FSDPModule)
+    ):
         number_frames(state, new["seed"])
     changed = config_io.differences(old, new)
-    unheeded = [" (only a new run heeds it)" if line.startswith("train.init_from:") else "" for line in changed]
-    changed = [f"config changed: {line}{note}" for line, note in zip(changed, unheeded, strict=True)]
+    unheeded = [
+        " (only a new run heeds it)" if line.startswith("train.init_from:") else ""
+        for line in changed
+    ]
+    changed = [
+        f"config changed: {line}{note}" for line, note in zip(changed, unheeded, strict=True)
+    ]
     return [f"resuming {folder} at step {state.step}", *(f"  {line}" for line in changed + told)]
 
 
 def number_frames(state: TrainState, seed: int) -> None:
-    """Draw the model's frame numbers, and set their average, at the first clips of a run that knew pictures alone."""
+    """Draw the model's frame numbers, and set their average, at the first clips of a run that knew
+    pictures alone."""
     state.learner.model.number_frames(seed)
     if state.ema:
         for name, parameter in state.ema.parameters.items():
@@ -80,19 +109,27 @@ def number_frames(state: TrainState, seed: int) -> None:
 
 
 def check_weights(learner: Learner) -> None:
-    """Raise ValueError naming the first weight that holds nan or infinity: every step from it would be skipped."""
+    """Raise ValueError naming the first weight that holds nan or infinity: every step from it would
+    be skipped."""
     for name, value in learner.state_dict().items():
         if value.is_floating_point() and not isinstance(value, StoredWeight):
             check_numbers(name, local(value), "before the first step")
 
 
-def check_same_latents(meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object) -> None:
+def check_same_latents(
+    meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object
+) -> None:
     """Weights and tokenizer must speak of the same latents."""
     if meta.tokenizer != fingerprint:
-        raise ValueError(f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config names {fingerprint[:16]}: "
-                         "set the tokenizer: section to the one it was trained with")
+        raise ValueError(
+            f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config"
+            f" names {fingerprint[:16]}: set the tokenizer: section to the one it was trained with"
+        )
     if meta.spec != spec:
-        raise ValueError(f"{source} was trained with other latent statistics: {'; '.join(config_io.differences(meta.spec, spec))[:300]}")
+        raise ValueError(
+            f"{source} was trained with other latent statistics:"
+            f" {'; '.join(config_io.differences(meta.spec, spec))[:300]}"
+        )
 
 
 def write_config(run_dir: Path, text: str) -> None:

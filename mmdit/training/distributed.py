@@ -18,7 +18,8 @@ import torch.distributed as dist
 from mmdit.nn import kernels
 
 T = TypeVar("T")
-CPU_THREADS = 4  # beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
+# beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
+CPU_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class World:
             dist.barrier()
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return what `make` gives on the main rank; where it raises there, every rank raises, too."""
+        """Return what `make` gives on the main rank; where it raises there, every rank raises,
+        too."""
         if self.size == 1:
             return make()
         told: list = [None, ""]
@@ -68,7 +70,8 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for its GPU, which has work queued."""
+        """True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for its
+        GPU, which has work queued."""
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)])
@@ -91,15 +94,18 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"--device is {name!r}, must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r} but this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+        raise ValueError(
+            f"--device is {name!r} but this torch ({torch.__version__}) sees no CUDA GPU; use"
+            " --device cpu"
+        )
     if "LOCAL_RANK" not in os.environ:  # under torchrun once this process has taken its own GPU
         kernels.look_at(device)
     return device
 
 
 def _end_with_parent() -> None:
-    """Ask this process to stop, as SIGTERM does, when its parent has gone: ranks of a torchrun that was killed would train on,
-    and the next start would meet them."""
+    """Ask this process to stop, as SIGTERM does, when its parent has gone: ranks of a torchrun that
+    was killed would train on, and the next start would meet them."""
     parent = os.getppid()
 
     def look() -> None:
@@ -112,14 +118,19 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
-    """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a `World` and leaves the group at the end.
-    A collective waits half as long again as `timeout_minutes`: `training.watch` speaks first, and names who is missing."""
+    """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a
+    `World` and leaves the group at the end. A collective waits half as long again as
+    `timeout_minutes`: `training.watch` speaks first, and names who is missing.
+    """
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if device.type == "cuda":
-        device = torch.device("cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(
+            "cuda",
+            device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)),
+        )
         torch.cuda.set_device(device)
         kernels.look_at(device)
         torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))

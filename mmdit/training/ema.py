@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
-from mmdit.training.stored import local
+from mmdit.training.memory.shards import local
 
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """`ema:` section. Up to `start_step` the average is the weights themselves; from then on every `update_every`-th step, the
-    n-th decay being (1 + n) / (10 + n) while that is less than `decay`: a short run is no average of its first steps."""
+    """`ema:` section. Up to `start_step` the average is the weights themselves; from then on every
+    `update_every`-th step, the n-th decay being (1 + n) / (10 + n) while that is less than `decay`:
+    a short run is no average of its first steps.
+    """
 
     enabled: bool = True
     decay: float = 0.999
@@ -29,12 +31,17 @@ class EMAConfig:
         if self.update_every < 1:
             raise ConfigError("update_every", f"is {self.update_every}, must be at least 1")
         if self.start_step < 0:
-            raise ConfigError("start_step", f"is {self.start_step}, must not be negative; 0 averages from the first step")
+            raise ConfigError(
+                "start_step",
+                f"is {self.start_step}, must not be negative; 0 averages from the first step",
+            )
 
 
 class EMA:
-    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and sharded like it. Who asks for the
-    average (samples, validation, exports, other runs) asks at any step: until something was averaged it is the weights."""
+    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and
+    sharded like it. Who asks for the average (samples, validation, exports, other runs) asks at any
+    step: until something was averaged it is the weights.
+    """
 
     def __init__(self, config: EMAConfig, module: nn.Module):
         self.config = config
@@ -42,7 +49,8 @@ class EMA:
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     def updates(self, step: int) -> int:
-        """How often the average has been moved when optimizer step `step` (counted from 1) is done."""
+        """How often the average has been moved when optimizer step `step` (counted from 1) is
+        done."""
         every = self.config.update_every
         return max(0, step // every - self.config.start_step // every)
 
@@ -53,7 +61,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
-        """After optimizer step `step`; parameters whose names begin with a `resting` prefix had no part in it."""
+        """After optimizer step `step`; parameters whose names begin with a `resting` prefix had no
+        part in it."""
         if self.updates(step) and step % self.config.update_every:
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
@@ -68,7 +77,8 @@ class EMA:
 
     @contextmanager
     def applied(self):
-        """The module's parameters hold the average inside the `with` block and their own values after it."""
+        """The module's parameters hold the average inside the `with` block and their own values
+        after it."""
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._write(self.shadow)

@@ -1,4 +1,5 @@
-"""What stops a run although nobody wrote anything wrong: a full disk, a loss that is no number, a lost process."""
+"""What stops a run although nobody wrote anything wrong: a full disk, a loss that is no number, a
+lost process."""
 
 import contextlib
 import json
@@ -9,18 +10,31 @@ from mmdit.files import no_link, write_aside
 
 
 class RunError(RuntimeError):
-    """The message says what happened, what is safe on disk and how to go on; commands print it without a stack trace."""
+    """The message says what happened, what is safe on disk and how to go on; commands print it
+    without a stack trace."""
 
 
 class StepsSkipped(RunError):
-    """Too many steps had no finite loss or gradient: what came before is worth more than what is now."""
+    """Too many steps had no finite loss or gradient: what came before is worth more than what is
+    now."""
 
 
-def record_failure(run_dir: Path, kind: str, step: int, rank: int, error: BaseException, **facts) -> Path:
-    """`failures/<kind>_<step>_<rank>.json`: what is needed to repeat a step, which is a function of (config, seed, step), from
-    the nearest checkpoint before it. `step` counts finished steps, as in checkpoints. Never raises: the disk may have failed."""
+def record_failure(
+    run_dir: Path, kind: str, step: int, rank: int, error: BaseException, **facts
+) -> Path:
+    """`failures/<kind>_<step>_<rank>.json`: what is needed to repeat a step, which is a function of
+    (config, seed, step), from the nearest checkpoint before it. `step` counts finished steps, as in
+    checkpoints. Never raises: the disk may have failed.
+    """
     path = run_dir / "failures" / f"{kind}_{step:08d}_{rank}.json"
-    row = {"kind": kind, "step": step, "rank": rank, "config": str(run_dir / "config.yaml"), **facts, "error": str(error)}
+    row = {
+        "kind": kind,
+        "step": step,
+        "rank": rank,
+        "config": str(run_dir / "config.yaml"),
+        **facts,
+        "error": str(error),
+    }
     row["trace"] = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError, ValueError):
         no_link(path.parent).mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
-"""Which of two experts is meant, and where the boundary between them lies: one place that resolves `--expert` for every
-command that can mean one, and says which it took. `config` is an experiment's."""
+"""Which of two experts is meant, and where the boundary between them lies: one place that resolves
+`--expert` for every command that can mean one, and says which it took. `config` is an
+experiment's."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ OWN_BOUNDARY = 0.875  # between two experts of a model that no release gives one
 
 
 def resolved(config):
-    """`config` with a number for the boundary between two experts where it leaves that to the release. ConfigError: the release
-    cannot be read."""
+    """`config` with a number for the boundary between two experts where it leaves that to the
+    release. ConfigError: the release cannot be read."""
     model, experts, wan = config.model, config.experts, isinstance(config.model, WanModelConfig)
     if not (experts.enabled or wan and model.expert):
         return config
@@ -29,7 +30,11 @@ def resolved(config):
         boundary = _published_boundary(config) if wan else OWN_BOUNDARY
     if wan:
         model = replace(model, boundary=boundary)
-    return replace(config, model=model, experts=replace(experts, boundary=boundary) if experts.enabled else experts)
+    return replace(
+        config,
+        model=model,
+        experts=replace(experts, boundary=boundary) if experts.enabled else experts,
+    )
 
 
 def _published_boundary(config) -> float:
@@ -40,9 +45,11 @@ def _published_boundary(config) -> float:
 
 
 def expert_notes(config) -> list[str]:
-    """What to tell of the experts before a run of a resolved `config`: who is trained, and a boundary that is not the
-    published one."""
-    if not isinstance(config.model, WanModelConfig) or not (config.experts.enabled or config.model.expert):
+    """What to tell of the experts before a run of a resolved `config`: who is trained, and a
+    boundary that is not the published one."""
+    if not isinstance(config.model, WanModelConfig) or not (
+        config.experts.enabled or config.model.expert
+    ):
         return []
     boundary, published = config.model.boundary, _published_boundary(config)
     notes = []
@@ -56,7 +63,8 @@ def expert_notes(config) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """`name`: of the expert, None for a model that is no pair. `said`: a line to print, empty without a choice."""
+    """`name`: of the expert, None for a model that is no pair. `said`: a line to print, empty
+    without a choice."""
 
     name: str | None
     network: nn.Module
@@ -64,7 +72,8 @@ class Choice:
 
 
 def trained_experts(config) -> tuple[str, ...]:
-    """Return the names of the experts that a run of the experiment's `config` trains; none: it has one network."""
+    """Return the names of the experts that a run of the experiment's `config` trains; none: it has
+    one network."""
     if config.experts.enabled:
         return config.experts.trained
     expert = getattr(config.model, "expert", None)
@@ -82,12 +91,14 @@ def experts_of(pipeline: Pipeline) -> dict[str, nn.Module]:
 
 
 def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object) -> Choice:
-    """Return the expert that `asked` names, else the one that was trained, else the high-noise one. ValueError: an expert is
-    asked of what is no pair."""
+    """Return the expert that `asked` names, else the one that was trained, else the high-noise one.
+    ValueError: an expert is asked of what is no pair."""
     experts = experts_of(pipeline)
     if not experts:
         if asked:
-            raise ValueError(f"--expert is {asked}, but {source} is no pair of experts; leave it out")
+            raise ValueError(
+                f"--expert is {asked}, but {source} is no pair of experts; leave it out"
+            )
         return Choice(None, pipeline.learner.model)
     trained = trained_experts(config)
     name = asked or (trained[0] if trained else "high")

@@ -1,4 +1,5 @@
-"""Pixels to files: captioned contact sheets (PNG), MP4 when PyAV is installed, animated PNG otherwise."""
+"""Pixels to files: captioned contact sheets (PNG), MP4 when PyAV is installed, animated PNG
+otherwise."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def sheet_strip(clip: Tensor) -> Tensor:
     return to_uint8(clip[places])
 
 
-def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int = 128) -> Image.Image:
+def contact_sheet(
+    pixels: Tensor, captions: list[str], columns: int, cell: int = 128
+) -> Image.Image:
     """Draw `pixels (B, F, 3, H, W)`, one captioned cell a sample, as many as a sheet holds; clips
     show as strips of up to
     SHEET_FRAMES of their frames."""
@@ -82,12 +85,19 @@ def contact_sheet(pixels: Tensor, captions: list[str], columns: int, cell: int =
     text_height = 15 * max(len(lines) for lines in texts) + 6
     columns = max(1, min(columns, len(clips)))
     rows = -(-len(clips) // columns)
-    sheet = Image.new("RGB", (columns * (cell_width + 6) + 6, rows * (height + text_height + 6) + 6), "white")
+    sheet = Image.new(
+        "RGB", (columns * (cell_width + 6) + 6, rows * (height + text_height + 6) + 6), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for i, (clip, lines) in enumerate(zip(clips, texts)):
-        left, top = 6 + (i % columns) * (cell_width + 6), 6 + (i // columns) * (height + text_height + 6)
+        left, top = (
+            6 + (i % columns) * (cell_width + 6),
+            6 + (i // columns) * (height + text_height + 6),
+        )
         for j, frame in enumerate(clip):
-            sheet.paste(_image(frame).resize((width, height), Image.NEAREST), (left + j * (width + 2), top))
+            sheet.paste(
+                _image(frame).resize((width, height), Image.NEAREST), (left + j * (width + 2), top)
+            )
         for j, line in enumerate(lines):
             draw.text((left, top + height + 3 + 15 * j), line, fill="black", font=font)
     return sheet
@@ -102,15 +112,24 @@ def save_image(image: Image.Image, path: Path) -> Path:
 
 
 def save_video(clip: Tensor, path: Path, fps: int) -> Path:
-    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is missing, or a side is odd, an animated PNG stands beside
-    that name instead. Returns the path that was written. OSError names what could not be written."""
+    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is missing, or
+    a side is odd, an animated PNG stands beside that name instead. Returns the path that was
+    written. OSError names what could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(clip)
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
         path = path.with_suffix(".png")
         first, *rest = map(_image, frames)
         with file_aside(path) as file:
-            first.save(file, format="PNG", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+            first.save(
+                file,
+                format="PNG",
+                save_all=True,
+                append_images=rest,
+                duration=round(1000 / fps),
+                loop=0,
+            )
         return path
     import av
 

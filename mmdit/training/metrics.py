@@ -18,14 +18,19 @@ def clock(seconds: float) -> str:
 
 
 class MetricsLog:
-    """Appends one JSON object a line, with strictly increasing steps: lines after `from_step` (of a run that was killed after
-    its last checkpoint) and a torn last line are dropped when the file is opened."""
+    """Appends one JSON object a line, with strictly increasing steps: lines after `from_step` (of a
+    run that was killed after its last checkpoint) and a torn last line are dropped when the file is
+    opened."""
 
     def __init__(self, run_dir: Path, from_step: int):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept, self.last = [], {}  # `last`: the newest record
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
+        for line in (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if self.path.exists()
+            else []
+        ):
             try:
                 record = json.loads(line)
                 if self.last.get("step", -1) < record["step"] <= from_step:
@@ -48,8 +53,10 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:
-            raise RunError(f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space and start the run "
-                           "again, with --resume if it has a checkpoint") from error
+            raise RunError(
+                f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space"
+                " and start the run again, with --resume if it has a checkpoint"
+            ) from error
         if self.board:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -92,8 +99,14 @@ def report_line(values: dict, max_steps: int) -> str:
     """`step 100/2000  loss 0.81  …  ETA 3:20`, from one metrics record."""
     width, speed = len(str(max_steps)), values["samples_per_second"]
     loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-    parts = [f"step {values['step']:>{width}}/{max_steps}", f"loss {loss}", f"lr {values['lr']:.2e}",
-             f"grad {values['grad_norm']:.2f}", f"{speed:.{0 if speed >= 10 else 2}f} samples/s", f"data wait {values['data_wait']:.0%}"]
+    parts = [
+        f"step {values['step']:>{width}}/{max_steps}",
+        f"loss {loss}",
+        f"lr {values['lr']:.2e}",
+        f"grad {values['grad_norm']:.2f}",
+        f"{speed:.{0 if speed >= 10 else 2}f} samples/s",
+        f"data wait {values['data_wait']:.0%}",
+    ]
     if "tflops_share" in values:
         parts.append(f"{values['tflops']:.0f} TFLOP/s ({values['tflops_share']:.0%})")
     if values.get("val_loss") is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit.files import Sum
 from mmdit.training.checkpoint import Meta
 from mmdit.training.learner import Learner
-from mmdit.training.stored import whole
+from mmdit.training.memory.shards import whole
 from mmdit.weights import bytes_of
 
 
@@ -41,7 +41,7 @@ def check_origin(meta: Meta, origin: dict, folder: Path) -> None:
         return
     source = meta.origin.get("source") or "frozen weights that it reads from elsewhere"
     raise ValueError(
-        f"{folder} began from {source}, and what is read from there is no longer the same (check sum "
-        f"{before}, now {now}): a model, frozen weights or prompts were replaced, or the checkpoint "
-        "is gone. Put them back, or start a new run"
+        f"{folder} began from {source}, and what is read from there is no longer the same (check"
+        f" sum {before}, now {now}): a model, frozen weights or prompts were replaced, or the"
+        " checkpoint is gone. Put them back, or start a new run"
     )

@@ -1,4 +1,5 @@
-"""How a learner lies on several processes: copied (DDP), or cut into shards (FSDP2) when it does not fit."""
+"""How a learner lies on several processes: copied (DDP), or cut into shards (FSDP2) when it does
+not fit."""
 
 from __future__ import annotations
 
@@ -20,39 +21,51 @@ from mmdit.interfaces import TextTokens
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 
-# MB of gradients that are reduced at a time, while the backward pass goes on. A reduction keeps processors from the products
-# beside it, whose kernels count on all of them, and each costs the same: few, where they are over soon (NVLink).
+# MB of gradients that are reduced at a time, while the backward pass goes on. A reduction keeps
+# processors from the products beside it, whose kernels count on all of them, and each costs the
+# same: few, where they are over soon (NVLink).
 FEW_LARGE, MANY_SMALL = 400, 25
 FAST = 60.0  # GB/s; an all-reduce over NVLink reaches 200, over PCIe 5 … 25
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The section `parallel:`. `ddp`: every process holds everything. `fsdp`: weights, gradients, averages and moments are cut
-    over the processes, and a block is gathered while it computes; nothing is cut in one process. Each reads the checkpoints of
-    the other. `reduce`: bfloat16 lets gradients travel and add up in that type, which is half the traffic, and rounds each
-    process's gradient and their mean to 8 bits."""
+    """The section `parallel:`. `ddp`: every process holds everything. `fsdp`: weights, gradients,
+    averages and moments are cut over the processes, and a block is gathered while it computes;
+    nothing is cut in one process. Each reads the checkpoints of the other. `reduce`: bfloat16 lets
+    gradients travel and add up in that type, which is half the traffic, and rounds each process's
+    gradient and their mean to 8 bits."""
 
     type: Literal["ddp", "fsdp"] = "ddp"
     reduce: Literal["float32", "bfloat16"] = "float32"
 
 
 def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> None:
-    """Cut the denoiser and a trained text encoder over all processes, block by block, onto `world.device`; in place. A frozen
-    encoder stays whole: it computes captions that its process has not met, so processes call it differently often, and a
-    shard that one of them gathers alone would wait for the others for ever."""
+    """Cut the denoiser and a trained text encoder over all processes, block by block, onto
+    `world.device`; in place. A frozen encoder stays whole: it computes captions that its process
+    has not met, so processes call it differently often, and a shard that one of them gathers alone
+    would wait for the others for ever."""
     with contextlib.suppress(ValueError):  # known from an earlier run in this process
         torch.export.register_dataclass(TextTokens)  # FSDP looks inside for what needs a gradient
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of in-place changes of outputs: there are none
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module", UserWarning
+    )  # of in-place changes of outputs: there are none
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if config.reduce == "bfloat16" else None)
+    policy = MixedPrecisionPolicy(
+        reduce_dtype=torch.bfloat16 if config.reduce == "bfloat16" else None
+    )
     trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
     for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
         within: list[nn.Module] = []
         for module in part.modules():
-            if isinstance(module, nn.ModuleList) and not any(module in outer.modules() for outer in within):
+            if isinstance(module, nn.ModuleList) and not any(
+                module in outer.modules() for outer in within
+            ):
                 within.extend(module)
-        for module in (*within, part):  # gathered again for the backward pass; kept, a part would miss what changes its weights
+        for module in (
+            *within,
+            part,
+        ):  # gathered again for the backward pass; kept, a part would miss what changes its weights
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
@@ -61,19 +74,31 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
     if world.size == 1 or isinstance(learner.model, FSDPModule):
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
-    torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks where a bucket is full
+    torch._dynamo.config.optimize_ddp = (
+        False  # which would cut compiled blocks where a bucket is full
+    )
     if learner.replays:
         learner.replays.direct = False  # gradients are exchanged as autograd brings them
-    resting = learner.experts is not None  # an expert that does not train has no gradients to wait for
-    copied = DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=resting,
-                                     bucket_cap_mb=FEW_LARGE if exchange_rate(world) > FAST else MANY_SMALL)  # fmt: skip
-    if config.reduce == "bfloat16":  # a hook of each bucket: gradients travel while the backward pass goes on, as without it
+    resting = (
+        learner.experts is not None
+    )  # an expert that does not train has no gradients to wait for
+    copied = DistributedDataParallel(
+        learner,
+        device_ids=ids,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=resting,
+        bucket_cap_mb=FEW_LARGE if exchange_rate(world) > FAST else MANY_SMALL,
+    )
+    if (
+        config.reduce == "bfloat16"
+    ):  # a hook of each bucket: gradients travel while the backward pass goes on, as without it
         copied.register_comm_hook(None, bf16_compress_hook)
     return copied
 
 
 def exchange_rate(world: World) -> float:
-    """GB/s at which 64 MB of all processes add up, of the slowest one's best try; 0 between CPUs."""
+    """GB/s at which 64 MB of all processes add up, of the slowest one's best try; 0 between
+    CPUs."""
     if world.device.type != "cuda":
         return 0.0
     probe = torch.zeros(2**24, device=world.device)
@@ -83,12 +108,18 @@ def exchange_rate(world: World) -> float:
         dist.all_reduce(probe)
         event.record()
     torch.cuda.synchronize()
-    slowest = torch.tensor(min(begin.elapsed_time(end) for begin, end in pairwise(events)), device=world.device)
+    slowest = torch.tensor(
+        min(begin.elapsed_time(end) for begin, end in pairwise(events)), device=world.device
+    )
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # all must choose alike
     return probe.nbytes / 1e6 / slowest.item()
 
 
 def accumulating(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """For one of several micro-batches: copies reduce gradients with the `last` alone; shards always, or each process would
-    hold gradients for all."""
-    return contextlib.nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+    """For one of several micro-batches: copies reduce gradients with the `last` alone; shards
+    always, or each process would hold gradients for all."""
+    return (
+        contextlib.nullcontext()
+        if last or not isinstance(wrapped, DistributedDataParallel)
+        else wrapped.no_sync()
+    )

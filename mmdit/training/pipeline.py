@@ -1,5 +1,5 @@
-"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`, `evaluate` and the quickstart
-alike."""
+"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`,
+`evaluate` and the quickstart alike."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
-from mmdit.data.captions import CaptionsConfig, with_trigger
+from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import Denoise, Objective, SamplerConfig, guided, sample, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
-from mmdit.training.calls import Calls
+from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
-from mmdit.training.settings import TrainConfig
-from mmdit.training.stored import local
+from mmdit.training.memory.shards import local
+from mmdit.training.train_config import TrainConfig
 from mmdit.weights import is_finite
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size. `cfg_scale_low`: of the
-    low-noise expert of a pair. `negative_prompt`: what guidance leads away from, in place of the empty prompt."""
+    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size.
+    `cfg_scale_low`: of the low-noise expert of a pair. `negative_prompt`: what guidance leads away
+    from, in place of the empty prompt.
+    """
 
     sampler: SamplerConfig = SamplerConfig()
     cfg_scale: float = 3.0
@@ -58,13 +60,20 @@ class SampleSettings:
     @staticmethod
     def of(train) -> SampleSettings:
         """The `train.sample_*` keys."""
-        return SampleSettings(train.sampler(), train.sample_cfg_scale, train.sample_cfg_interval, train.sample_seed,
-                              train.sample_cfg_scale_low, train.sample_negative_prompt)  # fmt: skip
+        return SampleSettings(
+            train.sampler(),
+            train.sample_cfg_scale,
+            train.sample_cfg_interval,
+            train.sample_seed,
+            train.sample_cfg_scale_low,
+            train.sample_negative_prompt,
+        )
 
 
 @contextlib.contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put the modules into evaluation inside the `with` block; after it each of their parts is in the mode that it had."""
+    """Put the modules into evaluation inside the `with` block; after it each of their parts is in
+    the mode that it had."""
     parts = {part: part.training for module in modules for part in module.modules()}
     try:
         for module in modules:
@@ -86,8 +95,10 @@ def check_levels(train: TrainConfig, objective: Objective, frames: int) -> None:
 
 @dataclass
 class Pipeline:
-    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`: prompts get its trigger word, as
-    the captions in training do. `low`: of a pair of experts that for times below `boundary`; the learner has the other."""
+    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`:
+    prompts get its trigger word, as the captions in training do. `low`: of a pair of experts that
+    for times below `boundary`; the learner has the other.
+    """
 
     learner: Learner
     tokenizer: Tokenizer
@@ -145,7 +156,7 @@ class Pipeline:
             f"sample {named}: not finite, though all weights are: numbers overflowed at guidance "
             f"{settings.cfg_scale} "
             f"in {settings.sampler.steps} steps of {settings.sampler.solver}; lower the guidance, "
-            f"or take more steps"
+            "or take more steps"
         )
 
     def _not_finite(self) -> str | None:
@@ -158,20 +169,33 @@ class Pipeline:
         return None
 
     @torch.no_grad()
-    def latents(self, captions: list[str], width: int, height: int, frames: int, settings: SampleSettings, first: int = 0,
-                guess: tuple[Tensor, float] | None = None, image: Tensor | None = None) -> Tensor:
-        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first + i`. `guess`: raw latents to
-        start from, and the time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`: also
-        the last."""
+    def latents(
+        self,
+        captions: list[str],
+        width: int,
+        height: int,
+        frames: int,
+        settings: SampleSettings,
+        first: int = 0,
+        guess: tuple[Tensor, float] | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first +
+        i`. `guess`: raw latents to start from, and the time they are noised to. `image (3, H, W)`:
+        the first frame of every clip; `(2, 3, H, W)`: also the last."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height, getattr(learner.model, "patch", 1))
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
-        noise = draws.normal("sample", learner.spec.frames(frames), rows, columns, learner.spec.channels)
+        noise = draws.normal(
+            "sample", learner.spec.frames(frames), rows, columns, learner.spec.channels
+        )
         modules = [learner] if self.low is None else [learner, self.low]
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
         eager = torch.compiler.set_stance("force_eager")
         with evaluating(*modules), Calls() as calls, autocast, eager:
-            text = learner.text_encoder([with_trigger(caption, self.captions) for caption in captions])
+            text = learner.text_encoder(
+                [with_trigger(caption, self.captions) for caption in captions]
+            )
             if settings.negative_prompt:
                 negative = learner.text_encoder([settings.negative_prompt])
                 text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
@@ -181,20 +205,41 @@ class Pipeline:
         self.finite(clean, first, settings)
         return learner.spec.denormalize(clean)
 
-    def _denoiser(self, text: TextTokens, settings: SampleSettings, image: Tensor | None, frames: int, calls: Calls) -> Denoise:
-        """Guidance round the network, or round both experts, each in its times; with a given first frame kept as it is."""
+    def _denoiser(
+        self,
+        text: TextTokens,
+        settings: SampleSettings,
+        image: Tensor | None,
+        frames: int,
+        calls: Calls,
+    ) -> Denoise:
+        """Guidance round the network, or round both experts, each in its times; with a given first
+        frame kept as it is."""
         learner, first = self.learner, None
         parts = [learner.model, *([self.low] if self.low is not None else [])]
-        scales = [settings.cfg_scale, settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low]
+        scales = [
+            settings.cfg_scale,
+            settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low,
+        ]
         if isinstance(learner.model, WanDenoiser):
-            pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
+            pictures = (
+                None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
+            )
             inputs, first = self.pictures.given(pictures, frames)
-            parts = [partial(part, whole_times=settings.sampler.grid != "even", **inputs) for part in parts]
+            parts = [
+                partial(part, whole_times=settings.sampler.grid != "even", **inputs)
+                for part in parts
+            ]
         elif image is not None:
-            raise ValueError("a picture is given, but this model takes text alone; leave --image out")
+            raise ValueError(
+                "a picture is given, but this model takes text alone; leave --image out"
+            )
         else:
             parts = [partial(calls, part) for part in parts]
-        denoisers = [guided(learner.objective, part, text, scale, settings.cfg_interval) for part, scale in zip(parts, scales)]
+        denoisers = [
+            guided(learner.objective, part, text, scale, settings.cfg_interval)
+            for part, scale in zip(parts, scales)
+        ]
 
         def denoise(x: Tensor, t: float) -> Tensor:
             ask = denoisers[0]
@@ -208,21 +253,32 @@ class Pipeline:
         return denoise
 
     def is_high(self, t: float, whole_times: bool) -> bool:
-        """Whether time `t` is the high-noise expert's. Where the network is told whole timesteps, these decide, as in the
-        official code."""
+        """Whether time `t` is the high-noise expert's. Where the network is told whole timesteps,
+        these decide, as in the official code."""
         told = math.floor(1000 * t) if whole_times else 1000 * t
         return told >= 1000 * self.boundary
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], width: int, height: int, frames: int = 1, settings: SampleSettings = SampleSettings(),
-                 first: int = 0, batch_size: int = 64,
-                 done: Callable[[int], object] | None = None, image: Tensor | None = None) -> Tensor:
-        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time; `done(captions)` follows each
-        batch."""
+    def __call__(
+        self,
+        captions: list[str],
+        width: int,
+        height: int,
+        frames: int = 1,
+        settings: SampleSettings = SampleSettings(),
+        first: int = 0,
+        batch_size: int = 64,
+        done: Callable[[int], object] | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time;
+        `done(captions)` follows each batch."""
         parts = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
-            latents = self.latents(some, width, height, frames, settings, first + start, image=image)
+            latents = self.latents(
+                some, width, height, frames, settings, first + start, image=image
+            )
             parts.append(
                 self.finite(self.tokenizer.decode(latents).float().cpu(), first + start, settings)
             )
@@ -231,15 +287,30 @@ class Pipeline:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def refine(self, pixels: Tensor, captions: list[str], width: int, height: int, strength: float,
-               settings: SampleSettings = SampleSettings(), first: int = 0, done: Callable[[int], object] | None = None) -> Tensor:
-        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t = `strength`, and denoised by
-        this model, one clip at a time. What the small clip says stays; detail below that noise level is drawn anew."""
+    def refine(
+        self,
+        pixels: Tensor,
+        captions: list[str],
+        width: int,
+        height: int,
+        strength: float,
+        settings: SampleSettings = SampleSettings(),
+        first: int = 0,
+        done: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t =
+        `strength`, and denoised by this model, one clip at a time. What the small clip says stays;
+        detail below that noise level is drawn anew.
+        """
         parts = []
         for i, (clip, caption) in enumerate(zip(pixels, captions)):
-            large = F.interpolate(clip, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            large = F.interpolate(
+                clip, (height, width), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
             guess = self.tokenizer.encode(large[None].to(self.device))
-            latents = self.latents([caption], width, height, len(clip), settings, first + i, guess=(guess, strength))
+            latents = self.latents(
+                [caption], width, height, len(clip), settings, first + i, guess=(guess, strength)
+            )
             parts.append(
                 self.finite(self.tokenizer.decode(latents).float().cpu(), first + i, settings)
             )

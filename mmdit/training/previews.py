@@ -1,4 +1,5 @@
-"""Pictures while training: the sampler of `mmdit.scripts.sample`, fixed seeds, one folder a step, an HTML page over all steps."""
+"""Pictures while training: the sampler of `mmdit.scripts.sample`, fixed seeds, one folder a step,
+an HTML page over all steps."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ from mmdit.training.media import (
     sheet_holds,
 )
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.training.settings import TrainConfig
+from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import TrainState
 
 
 @dataclass
 class Previews:
-    """Callable on a `TrainState`. A failure is reported and never stops the training; no randomness of it is touched."""
+    """Callable on a `TrainState`. A failure is reported and never stops the training; no randomness
+    of it is touched."""
 
     pipeline: Pipeline
     config: TrainConfig
@@ -42,21 +44,38 @@ class Previews:
 
     def __call__(self, state: TrainState) -> None:
         try:
-            weights = state.ema.applied() if state.ema and self.use_ema else contextlib.nullcontext()
+            weights = (
+                state.ema.applied() if state.ema and self.use_ema else contextlib.nullcontext()
+            )
             with weights:
                 self._write(state.step)
         except Exception as error:  # whatever goes wrong in a picture, hours of training go on
             settings, size = asdict(self.settings), [self.width, self.height, self.frames]
-            path = record_failure(self.run_dir, "preview", state.step, 0, error, prompts=self.config.sample_prompts, size=size,
-                                  settings=settings)  # fmt: skip
-            print(f"the preview of step {state.step} failed and is left out ({type(error).__name__}: {error}), see {path}", flush=True)
+            path = record_failure(
+                self.run_dir,
+                "preview",
+                state.step,
+                0,
+                error,
+                prompts=self.config.sample_prompts,
+                size=size,
+                settings=settings,
+            )
+            print(
+                f"the preview of step {state.step} failed and is left out ({type(error).__name__}:"
+                f" {error}), see {path}",
+                flush=True,
+            )
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
 
     def is_missing(self, step: int) -> bool:
         """Whether a preview was due at this step and is not there."""
         config = self.config
-        folder, failed = self._folder(step), self.run_dir / "failures" / f"preview_{step:08d}_0.json"
+        folder, failed = (
+            self._folder(step),
+            self.run_dir / "failures" / f"preview_{step:08d}_0.json",
+        )
         due = step > 0 and (step % config.sample_every_steps == 0 or step == config.max_steps)
         there = (folder / "grid.png").exists() and (self.frames == 1 or any(folder.glob("video.*")))
         return due and not failed.exists() and not there
@@ -70,7 +89,9 @@ class Previews:
             self.config.sample_num_images, sheet_holds(self.width, self.height, self.frames)
         )
         captions = [prompts[i % len(prompts)] for i in range(count)]
-        pixels = self.pipeline(captions, self.width, self.height, self.frames, self.settings, batch_size=16)
+        pixels = self.pipeline(
+            captions, self.width, self.height, self.frames, self.settings, batch_size=16
+        )
         if not self.writes:
             return
         folder = self._folder(step)
@@ -85,7 +106,13 @@ class Previews:
         rows = []
         for folder in sorted((self.run_dir / "samples").glob("step_*"), reverse=True):
             video = folder / "video.mp4"
-            clip = f'<video src="{folder.name}/video.mp4" autoplay loop muted></video>' if video.exists() else ""
-            rows.append(f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}')
+            clip = (
+                f'<video src="{folder.name}/video.mp4" autoplay loop muted></video>'
+                if video.exists()
+                else ""
+            )
+            rows.append(
+                f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}'
+            )
         page = "<!doctype html><meta charset=utf-8>" + "\n".join(rows)
         write_aside(self.run_dir / "samples" / "index.html", page)

@@ -43,8 +43,11 @@ def _take(run_dir: Path) -> IO:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = no_link(path).open("ab")
         try:
-            lock(file, f"another process is training in {run_dir}: wait until it has ended, or "
-                       "choose another folder (experiment_name, output_dir)")  # fmt: skip
+            lock(
+                file,
+                f"another process is training in {run_dir}: wait until it has ended, or "
+                "choose another folder (experiment_name, output_dir)",
+            )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     return file

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.data.manifest import write_aside
+from mmdit.data.cache.manifest import write_aside
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -43,7 +43,7 @@ def check_writable(path: str | Path, folder: bool) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
             f"--out {path} cannot be written: {nearest} is no folder that you may write to; "
-            f"choose another place"
+            "choose another place"
         )
 
 
@@ -144,7 +144,7 @@ class SampleFolder:
         if kept:
             self.said.append(
                 f"{kept} of {len(self.prompts)} samples are in {self.folder} already, drawn with "
-                f"the same settings"
+                "the same settings"
             )
         if changed:
             lines = "; ".join(changed[:4])[:600]
@@ -154,7 +154,7 @@ class SampleFolder:
         elif gone:
             self.said.append(
                 f"{gone} samples in {self.folder} are of other prompts, or their files are gone: "
-                f"they are replaced"
+                "they are replaced"
             )
 
     def missing(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:

@@ -1,4 +1,5 @@
-"""What a run can start from besides a whole model: a LoRA file of any tool, or one expert of a pair's run."""
+"""What a run can start from besides a whole model: a LoRA file of any tool, or one expert of a
+pair's run."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
 
-KEYS = re.compile(r"[._](lora_(A|B|up|down)|lokr_w[12])(_[ab])?(\.|$)")  # in names of adapters' tensors
+KEYS = re.compile(
+    r"[._](lora_(A|B|up|down)|lokr_w[12])(_[ab])?(\.|$)"
+)  # in names of adapters' tensors
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether `path` is a LoRA, in a file or a folder of PEFT, and no run, checkpoint or export of ours."""
+    """Whether `path` is a LoRA, in a file or a folder of PEFT, and no run, checkpoint or export of
+    ours."""
     path = Path(path)
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
@@ -36,13 +40,20 @@ def is_lora(path: str | Path) -> bool:
 
 
 def start_from_lora(learner: Learner, config) -> list[str]:
-    """Give the adapters of `learner` the values of the LoRA that `train.init_from` names; layers that it lacks stay new. Returns
-    what to tell. ConfigError: it does not fit, or there is no base to lay it over."""
+    """Give the adapters of `learner` the values of the LoRA that `train.init_from` names; layers
+    that it lacks stay new. Returns what to tell. ConfigError: it does not fit, or there is no base
+    to lay it over."""
     path = config.train.init_from
     if not config.lora.enabled:
-        raise ConfigError("train.init_from", f"is {path}, a LoRA, but lora.enabled is false; enable it to train on")
+        raise ConfigError(
+            "train.init_from",
+            f"is {path}, a LoRA, but lora.enabled is false; enable it to train on",
+        )
     if not isinstance(config.model, WanModelConfig):
-        raise ConfigError("train.init_from", f"is {path}, a LoRA without its base; name the run or export that it belongs to")
+        raise ConfigError(
+            "train.init_from",
+            f"is {path}, a LoRA without its base; name the run or export that it belongs to",
+        )
     told = []
     for name, part in learner.parts().items():
         expert = name or config.model.expert
@@ -53,28 +64,44 @@ def start_from_lora(learner: Learner, config) -> list[str]:
         _copy(part, content, path)
         whose = f" for the {expert}-noise expert" if expert else ""
         new = len(adapters(part)) - len(content.updates)
-        told.append(f"starting from the LoRA {path}{whose}: {len(content.updates)} layers, {new} that it lacks start new")
+        told.append(
+            f"starting from the LoRA {path}{whose}: {len(content.updates)} layers, {new} that it"
+            " lacks start new"
+        )
     return told
 
 
 @torch.no_grad()
 def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
-    """Into the adapters of `part`, at the strength of the file under the alpha that they have here."""
+    """Into the adapters of `part`, at the strength of the file under the alpha that they have
+    here."""
     layers = adapters(part)
     if content.differences:
-        raise ConfigError("train.init_from", f"is {path}, which changes whole parameters, too (first {next(iter(content.differences))}); "
-                          "a run of adapters does not keep them: merge it into the base first")
+        raise ConfigError(
+            "train.init_from",
+            f"is {path}, which changes whole parameters, too (first"
+            f" {next(iter(content.differences))}); a run of adapters does not keep them: merge it"
+            " into the base first",
+        )
     absent = [name for name in content.updates if name not in layers]
     if absent:
-        raise ConfigError("lora.target_modules", f"choose {len(layers)} layers, but {path} adapts {len(absent)} others, first "
-                          f"{absent[0]}; choose all of its layers")
+        raise ConfigError(
+            "lora.target_modules",
+            f"choose {len(layers)} layers, but {path} adapts {len(absent)} others, first "
+            f"{absent[0]}; choose all of its layers",
+        )
     for name, update in content.updates.items():
         layer = layers[name]
         made = update.adapter(layer)
-        ours, theirs = ({key: tuple(value.shape) for key, value in own.own().items()} for own in (layer, made))
+        ours, theirs = (
+            {key: tuple(value.shape) for key, value in own.own().items()} for own in (layer, made)
+        )
         if ours != theirs:
-            raise ConfigError("lora", f"makes {name} of {ours}, {path} has {theirs}; set lora.type and lora.rank as it was made "
-                              f"(rank {update.rank})")
+            raise ConfigError(
+                "lora",
+                f"makes {name} of {ours}, {path} has {theirs}; set lora.type and lora.rank as it"
+                f" was made (rank {update.rank})",
+            )
         for key, value in layer.own().items():
             value.copy_(made.own()[key])
         wanted = layer.alpha
@@ -83,12 +110,16 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
 
 
 def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return tensors and alphas of a pair's run under the names of one network: the adapters of the expert that `config` trains,
-    and the base, which twins store once. ConfigError: it names no expert."""
+    """Return tensors and alphas of a pair's run under the names of one network: the adapters of the
+    expert that `config` trains, and the base, which twins store once. ConfigError: it names no
+    expert."""
     expert, alphas = getattr(config.model, "expert", None), weights.meta.alphas
     if expert is None:
-        raise ConfigError("train.init_from", f"is {weights.source}, a run of two experts, but this is one model; enable experts "
-                          "(of Wan, name one: model.expert)")
+        raise ConfigError(
+            "train.init_from",
+            f"is {weights.source}, a run of two experts, but this is one model; enable experts "
+            "(of Wan, name one: model.expert)",
+        )
     result: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         match = re.match(r"model\.(high|low)\.(.+)", name)
@@ -98,5 +129,9 @@ def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, f
             result[f"model.{match[2]}"] = tensor
         elif not is_adapter(name):
             result.setdefault(f"model.{match[2]}", tensor)
-    own = {name.removeprefix(f"{expert}."): alpha for name, alpha in alphas.items() if name.startswith(f"{expert}.")}
+    own = {
+        name.removeprefix(f"{expert}."): alpha
+        for name, alpha in alphas.items()
+        if name.startswith(f"{expert}.")
+    }
     return result, own

@@ -26,7 +26,7 @@ def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
             "tokenizer.repo_path",
             f"is {repository!r} in the config stored in {source}: its Python code would be run. "
             f"If you trust that folder add tokenizer.repo_path={repository}; to use our own VTP, "
-            f"tokenizer.repo_path=null",
+            "tokenizer.repo_path=null",
         )
 
 
@@ -53,9 +53,11 @@ def check_sizes(config, weights: checkpoint.Weights) -> None:
         ("lora.rank", lora.rank),
         *(("lora.per_module", entry.rank) for entry in lora.per_module),
     ]
-    asked = [(f"{section}.{name}", getattr(part, name, 0) or 0, limit)
-             for section, part in (("model", model), ("text_encoder", text))
-             for name, limit in (("dim", longest), ("depth", len(shapes)))]  # fmt: skip
+    asked = [
+        (f"{section}.{name}", getattr(part, name, 0) or 0, limit)
+        for section, part in (("model", model), ("text_encoder", text))
+        for name, limit in (("dim", longest), ("depth", len(shapes)))
+    ]
     asked += [(name, rank, longest) for name, rank in ranks if lora.enabled and lora.type != "lokr"]
     if isinstance(model, VideoMMDiTConfig):
         hidden = MLPS[model.mlp].hidden(model.dim, model.mlp_ratio)

@@ -1,4 +1,5 @@
-"""A training that stands still is ended, and the rank that stands is named: who, in which step, doing what."""
+"""A training that stands still is ended, and the rank that stands is named: who, in which step,
+doing what."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ SHOWN = 8  # ranks named in a message
 
 
 class Watch:
-    """The loop calls `at(step, phase)`; a thread publishes it about once a second and looks at the clock. When one phase takes
-    longer than `minutes`, the process prints what every rank does and its own stacks, and ends (as the others will: a hanging
-    collective cannot be called off). A rank that dies makes the others fail at once: they name it by the same table."""
+    """The loop calls `at(step, phase)`; a thread publishes it about once a second and looks at the
+    clock. When one phase takes longer than `minutes`, the process prints what every rank does and
+    its own stacks, and ends (as the others will: a hanging collective cannot be called off). A rank
+    that dies makes the others fail at once: they name it by the same table.
+    """
 
     def __init__(self, world: World, minutes: float, run_dir: Path | None = None):
         self.world, self.seconds, self.run_dir = world, 60 * minutes, run_dir
@@ -51,8 +54,11 @@ class Watch:
         except RuntimeError as error:
             if self.world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 time.sleep(min(2.0, self.seconds))  # the silent become known by their silence
-                raise RunError(f"rank {self.world.rank} lost another process in step {self._now[0]} ({self._now[1]}): "
-                               f"{str(error).splitlines()[0]}\n{self.table()}\n{self._advice()}") from error
+                raise RunError(
+                    f"rank {self.world.rank} lost another process in step {self._now[0]}"
+                    f" ({self._now[1]}):"
+                    f" {str(error).splitlines()[0]}\n{self.table()}\n{self._advice()}"
+                ) from error
             raise
         finally:
             self._done.set()
@@ -68,9 +74,16 @@ class Watch:
                 self._now = (step, phase, since)
             self._publish(step, phase)
             if time.monotonic() - since > self.seconds:
-                message = f"rank {self.world.rank} stood still for {self.seconds:.0f} s in step {step} ({phase})"
-                print(f"error: {message}, the limit of train.timeout_minutes\n{self.table()}\n{self._advice()}",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                message = (
+                    f"rank {self.world.rank} stood still for {self.seconds:.0f} s in step {step}"
+                    f" ({phase})"
+                )
+                print(
+                    f"error: {message}, the limit of"
+                    f" train.timeout_minutes\n{self.table()}\n{self._advice()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 with contextlib.suppress(Exception):  # stderr may be no real file
                     faulthandler.dump_traceback(all_threads=True)
                 os._exit(2)
@@ -99,6 +112,9 @@ class Watch:
                 else:
                     rows.append((False, 0, f"  rank {rank}: never heard of"))
             except RuntimeError:
-                return "  The store of the process group is gone, and with it the machine of rank 0 or its torchrun."
+                return (
+                    "  The store of the process group is gone, and with it the machine of rank 0 or"
+                    " its torchrun."
+                )
         more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
         return "\n".join([line for _, _, line in sorted(rows)[:SHOWN]] + more)

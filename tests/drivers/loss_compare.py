@@ -1,10 +1,11 @@
 """Train three tiny models (pictures, clips, a LoRA) and print every loss to the last bit.
 
-    python tests/drivers/loss_compare.py > before.json      # on one commit
-    python tests/drivers/loss_compare.py > after.json       # on another: `diff before.json after.json` says nothing
+    python -m tests.drivers.loss_compare > before.json      # on one commit
+    python -m tests.drivers.loss_compare > after.json       # on another: `diff before.json after.json` says nothing
 
-A refactoring should change nothing: run this on both commits, on the same machine. It uses the commands alone, so it also runs on a
-commit whose modules were arranged differently. The `weights` of each run are a hash of the trained tensors.
+A refactoring should change nothing: run this on both commits, on the same machine. It uses the
+commands alone, so it also runs on a commit whose modules were arranged differently. The `weights`
+of each run are a hash of the trained tensors.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ def losses_of(record: dict) -> dict:
 
 
 def train(folder: Path, config: Path, name: str, words: list[str]) -> dict:
-    """Train one run from its own cache and return its losses, as hexadecimal floats, and a hash of its weights."""
+    """Train one run from its own cache and return its losses, as hexadecimal floats, and a hash of
+    its weights."""
     words = [word.format(folder=folder) for word in words]
     words = [f"experiment_name={name}", *words]
     cache = folder / f"cache_{name}"
@@ -69,7 +71,10 @@ def train(folder: Path, config: Path, name: str, words: list[str]) -> dict:
     checkpoint = max((run / "checkpoints").iterdir())
     for path in sorted(checkpoint.glob("*.safetensors")):
         for key, value in sorted(load_file(path).items()):
-            digest.update(f"{path.name} {key}".encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                f"{path.name} {key}".encode()
+                + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
     return {"losses": losses, "weights": digest.hexdigest()}
 
 

@@ -1,4 +1,5 @@
-"""The networks under the names of the public VTP release; `vtp.models.vtp_hf` holds the whole model."""
+"""The networks under the names of the public VTP release; `vtp.models.vtp_hf` holds the whole
+model."""
 
 from vtp.models.decoder import DinoV3PixelDecoder
 from vtp.models.dino_head import DINOHead

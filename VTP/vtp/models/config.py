@@ -101,11 +101,14 @@ class VTPConfig:
         defaults = {name: getattr(type(self), name) for name in VTPConfig.__annotations__}
         self.__dict__.update({**defaults, "architectures": ["VTPModel"], **values})
         if self.vision_clip_feat not in ("cls", "pooled"):
-            raise ValueError(f"vision_clip_feat is {self.vision_clip_feat!r}; must be cls or pooled")
+            raise ValueError(
+                f"vision_clip_feat is {self.vision_clip_feat!r}; must be cls or pooled"
+            )
         if self.text_embed_cls and self.train_clip:
             raise ValueError(
-                "text_embed_cls is true; the public release cannot run such a model either (its position table is one longer "
-                "than its input): set it to false, or train_clip to false to use the images alone"
+                "text_embed_cls is true; the public release cannot run such a model either (its"
+                " position table is one longer than its input): set it to false, or train_clip to"
+                " false to use the images alone"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,12 +118,16 @@ class VTPConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTPConfig:
         if values.get("model_type", "vtp") != "vtp":
-            raise ValueError(f"model_type is {values['model_type']!r}; must be 'vtp': this is a checkpoint of another model")
+            raise ValueError(
+                f"model_type is {values['model_type']!r}; must be 'vtp': this is a checkpoint of"
+                " another model"
+            )
         return cls(**values)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike) -> VTPConfig:
-        """From a checkpoint folder or hub name. FileNotFoundError, ValueError: missing or damaged config.json."""
+        """From a checkpoint folder or hub name. FileNotFoundError, ValueError: missing or damaged
+        config.json."""
         return cls.from_dict(read_json(checkpoint_folder(name_or_path) / CONFIG_FILE))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -131,4 +138,6 @@ class VTPConfig:
         return isinstance(other, VTPConfig) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        return f"VTPConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+        return (
+            f"VTPConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+        )

@@ -1,4 +1,5 @@
-"""The pixel decoder: latents to normalised pixels with the same kind of blocks as the encoder, without a class token."""
+"""The pixel decoder: latents to normalised pixels with the same kind of blocks as the encoder,
+without a class token."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ UPSAMPLING = 16  # whatever the encoder's patch size
 
 
 class DinoV3PixelDecoder(nn.Module):
-    """Arguments are the `decoder_*` keys of config.json and the latent channels `in_dim`; the MLP ratio is fixed at 4."""
+    """Arguments are the `decoder_*` keys of config.json and the latent channels `in_dim`; the MLP
+    ratio is fixed at 4."""
 
     def __init__(
         self,
@@ -29,7 +31,9 @@ class DinoV3PixelDecoder(nn.Module):
         super().__init__()
         self.in_dim, self.embed_dim, self.num_heads = in_dim, embed_dim, num_heads
         self.proj_in = nn.Conv2d(in_dim, embed_dim, 1)
-        self.blocks = make_blocks(depth, embed_dim, num_heads, 4.0, ffn_layer, norm_layer, init_values, qk_norm)
+        self.blocks = make_blocks(
+            depth, embed_dim, num_heads, 4.0, ffn_layer, norm_layer, init_values, qk_norm
+        )
         self.rope_embed = RotaryEmbedding(embed_dim // num_heads)
         self.norm = make_norm(norm_layer, embed_dim)
         self.proj_out = nn.Conv2d(embed_dim, 3 * UPSAMPLING**2, 1)
@@ -39,9 +43,13 @@ class DinoV3PixelDecoder(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w), unbounded. ValueError for other channels."""
+        """latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w), unbounded. ValueError for
+        other channels."""
         if latents.ndim != 4 or latents.shape[1] != self.in_dim:
-            raise ValueError(f"latents are {tuple(latents.shape)}; this decoder takes (batch, {self.in_dim}, h, w)")
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; this decoder takes (batch, {self.in_dim},"
+                " h, w)"
+            )
         h, w = latents.shape[-2:]
         table = self.rope_embed(h, w)
         x = rearrange(self.proj_in(latents), "b d h w -> b (h w) d")

@@ -1,4 +1,5 @@
-"""The prototype head of DINO and iBOT (Caron et al. 2021; Oquab et al. 2023); used in pre-training only."""
+"""The prototype head of DINO and iBOT (Caron et al. 2021; Oquab et al. 2023); used in pre-training
+only."""
 
 from __future__ import annotations
 
@@ -10,12 +11,20 @@ from vtp.models.layers import init_linear
 
 
 class DINOHead(nn.Module):
-    """MLP in_dim → hidden → … → bottleneck, L2 normalisation, then cosine similarity to `out_dim` prototypes times a gain.
+    """MLP in_dim → hidden → … → bottleneck, L2 normalisation, then cosine similarity to `out_dim`
+    prototypes times a gain.
 
     (…, in_dim) → logits (…, out_dim). The gains start at 1 and are trainable.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers = [nn.Linear(widths[0], widths[1])]

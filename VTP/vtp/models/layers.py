@@ -1,4 +1,5 @@
-"""Transformer blocks shared by the encoder and the pixel decoder. Axes: b batch, n tokens, d head width."""
+"""Transformer blocks shared by the encoder and the pixel decoder. Axes: b batch, n tokens, d head
+width."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from vtp.models.rope import Table, rotate
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis; statistics in float32, the result cast to x's dtype *before* the weight."""
+    """x / rms(x) · weight over the last axis; statistics in float32, the result cast to x's dtype
+    *before* the weight."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -20,7 +22,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 class LayerScale(nn.Module):
@@ -35,7 +39,8 @@ class LayerScale(nn.Module):
 
 
 def make_norm(kind: str, dim: int) -> nn.Module:
-    """`kind` as in config.json: layernorm (eps 1e-6), layernormbf16 (eps 1e-5) or rmsnorm (eps 1e-5)."""
+    """`kind` as in config.json: layernorm (eps 1e-6), layernormbf16 (eps 1e-5) or rmsnorm (eps
+    1e-5)."""
     match kind:
         case "layernorm":
             return nn.LayerNorm(dim, eps=1e-6)
@@ -59,7 +64,8 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) ⊙ w2 x) (Shazeer 2020); two thirds of `hidden`, rounded up to a multiple of `multiple`."""
+    """w3(silu(w1 x) ⊙ w2 x) (Shazeer 2020); two thirds of `hidden`, rounded up to a multiple of
+    `multiple`."""
 
     def __init__(self, dim: int, hidden: int, multiple: int):
         super().__init__()
@@ -86,7 +92,8 @@ def make_ffn(kind: str, dim: int, ratio: float) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens rotated by their place in the grid; optional RMSNorm per head on q and k before that."""
+    """Self-attention over tokens rotated by their place in the grid; optional RMSNorm per head on q
+    and k before that."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -97,15 +104,30 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, table: Table) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
-        q, k = (rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads
+        )
+        q, k = (
+            rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return self.proj(
+            rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        )
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward with optional LayerScale; `x (b, n, dim)` to the same."""
 
-    def __init__(self, dim: int, num_heads: int, ratio: float, ffn: str, norm: str, init_values: float | None, qk_norm: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ratio: float,
+        ffn: str,
+        norm: str,
+        init_values: float | None,
+        qk_norm: bool,
+    ):
         super().__init__()
         self.norm1 = make_norm(norm, dim)
         self.attn = Attention(dim, num_heads, qk_norm)
@@ -115,13 +137,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def forward(self, x: Tensor, table: Table, drop_ratio: float = 0.0) -> Tensor:
-        """drop_ratio: stochastic depth, the share of samples that skip each branch (0 outside training)."""
+        """drop_ratio: stochastic depth, the share of samples that skip each branch (0 outside
+        training)."""
         x = _add_branch(x, lambda kept: self.ls1(self.attn(self.norm1(kept), table)), drop_ratio)
         return _add_branch(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))), drop_ratio)
 
 
 def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
-    """`x + branch(x)`; with a drop ratio, for a random subset of the batch only, scaled up to keep the mean (DINOv2)."""
+    """`x + branch(x)`; with a drop ratio, for a random subset of the batch only, scaled up to keep
+    the mean (DINOv2)."""
     if not drop_ratio:
         return x + branch(x)
     count = max(int(len(x) * (1 - drop_ratio)), 1)
@@ -130,17 +154,27 @@ def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
 
 
 def make_blocks(
-    depth: int, dim: int, num_heads: int, ratio: float, ffn: str, norm: str, init_values: float | None, qk_norm: bool
+    depth: int,
+    dim: int,
+    num_heads: int,
+    ratio: float,
+    ffn: str,
+    norm: str,
+    init_values: float | None,
+    qk_norm: bool,
 ) -> nn.ModuleList:
     """`depth` blocks; ValueError when the width cannot be shared among the heads."""
     if dim % num_heads:
         raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
-    return nn.ModuleList(Block(dim, num_heads, ratio, ffn, norm, init_values, qk_norm) for _ in range(depth))
+    return nn.ModuleList(
+        Block(dim, num_heads, ratio, ffn, norm, init_values, qk_norm) for _ in range(depth)
+    )
 
 
 @torch.no_grad()
 def init_linear(module: nn.Module) -> None:
-    """For `Module.apply`: linear weights truncated normal 0.02, biases 0, as the release initialises them."""
+    """For `Module.apply`: linear weights truncated normal 0.02, biases 0, as the release
+    initialises them."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

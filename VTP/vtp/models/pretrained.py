@@ -1,6 +1,8 @@
-"""Reading and writing checkpoint folders: config.json and model.safetensors, whole or in shards with an index.
+"""Reading and writing checkpoint folders: config.json and model.safetensors, whole or in shards
+with an index.
 
-Needs safetensors only, so a checkpoint behaves the same whichever version of transformers is installed, if any.
+Needs safetensors only, so a checkpoint behaves the same whichever version of transformers is
+installed, if any.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _BUFFER = "rope_embed.periods"  # part of the model's arithmetic: bfloat16 in ev
 
 
 def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a checkpoint: a local path, or `owner/name` on the Hugging Face hub when huggingface_hub is installed.
+    """The folder of a checkpoint: a local path, or `owner/name` on the Hugging Face hub when
+    huggingface_hub is installed.
 
     FileNotFoundError when there is no such folder and the hub cannot give it.
     """
@@ -35,19 +38,29 @@ def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(f"{missing}; to fetch {name_or_path} from the hub, pip install huggingface_hub") from None
+        raise FileNotFoundError(
+            f"{missing}; to fetch {name_or_path} from the hub, pip install huggingface_hub"
+        ) from None
     try:
         return Path(
-            snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, "*.safetensors", "*.safetensors.index.json"])
+            snapshot_download(
+                str(name_or_path),
+                allow_patterns=[CONFIG_FILE, "*.safetensors", "*.safetensors.index.json"],
+            )
         )
     except Exception as error:  # the hub client has dozens of kinds; all mean that it cannot be had
-        raise FileNotFoundError(f"{missing}, and the hub does not give {name_or_path}: {error}") from error
+        raise FileNotFoundError(
+            f"{missing}, and the hub does not give {name_or_path}: {error}"
+        ) from error
 
 
 def read_json(path: Path) -> dict:
-    """The object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON object."""
+    """The object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON
+    object."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a VTP checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise FileNotFoundError(
+            f"{path} is missing; a VTP checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} is larger than {MOST_BYTES} bytes; it must be a page of keys")
     try:
@@ -60,21 +73,29 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in a fixed order. FileNotFoundError names what is missing."""
+    """The safetensors files of a checkpoint, in a fixed order. FileNotFoundError names what is
+    missing."""
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; download the weights again")
+        raise FileNotFoundError(
+            f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; download the weights again"
+        )
     found = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ValueError(f"{folder / INDEX_FILE}: weight_map must give the file of each tensor")
     names = sorted(set(found.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside or not names:
-        raise ValueError(f"{folder / INDEX_FILE}: weight_map must name files of the same folder, has {outside or 'none'}")
+        raise ValueError(
+            f"{folder / INDEX_FILE}: weight_map must name files of the same folder, has"
+            f" {outside or 'none'}"
+        )
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download the weights again")
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download the weights again"
+        )
     return [folder / name for name in names]
 
 
@@ -85,32 +106,47 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             weights.update(load_file(file))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file ({error}); download or train it again") from None
+            raise ValueError(
+                f"{file} is not a readable safetensors file ({error}); download or train it again"
+            ) from None
     return weights
 
 
-def assign_weights(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:
-    """Give `model` (possibly on the meta device) the tensors in `weights` as `dtype`. ValueError lists every mismatch."""
+def assign_weights(
+    model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, source: str
+) -> None:
+    """Give `model` (possibly on the meta device) the tensors in `weights` as `dtype`. ValueError
+    lists every mismatch."""
     expected = model.state_dict()
     problems = []
-    for title, names in (("missing", expected.keys() - weights.keys()), ("unexpected", weights.keys() - expected.keys())):
+    for title, names in (
+        ("missing", expected.keys() - weights.keys()),
+        ("unexpected", weights.keys() - expected.keys()),
+    ):
         if names:
             listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
             problems.append(f"{len(names)} {title}: {listed}")
     for name in sorted(expected.keys() & weights.keys()):
         if expected[name].shape != weights[name].shape:
-            problems.append(f"{name} is {tuple(weights[name].shape)}, config.json makes it {tuple(expected[name].shape)}")
+            problems.append(
+                f"{name} is {tuple(weights[name].shape)}, config.json makes it"
+                f" {tuple(expected[name].shape)}"
+            )
         if not weights[name].is_floating_point():
             problems.append(f"{name} holds {weights[name].dtype}, must hold real numbers")
         elif not bool(weights[name].float().isfinite().all()):
             problems.append(
                 f"{name} holds nan or infinity: the training that wrote it diverged, or the file "
-                f"is damaged"
+                "is damaged"
             )
     if problems:
-        raise ValueError(f"the weights in {source} do not fit its {CONFIG_FILE}: " + "; ".join(problems[:12]))
+        raise ValueError(
+            f"the weights in {source} do not fit its {CONFIG_FILE}: " + "; ".join(problems[:12])
+        )
     kinds = {name: torch.bfloat16 if name.endswith(_BUFFER) else dtype for name in weights}
-    model.load_state_dict({name: tensor.to(kinds[name], copy=True) for name, tensor in weights.items()}, assign=True)
+    model.load_state_dict(
+        {name: tensor.to(kinds[name], copy=True) for name, tensor in weights.items()}, assign=True
+    )
 
 
 def write_checkpoint(folder: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Rotary positions on the patch grid, in bfloat16 as the released weights were trained with them.
 
-The rounding is part of the model: a float32 table moves the latents of a random network by 1e-3. Every rounding is therefore
-written out, and the table is made on the CPU, so that all devices see the same bits.
+The rounding is part of the model: a float32 table moves the latents of a random network by 1e-3.
+Every rounding is therefore written out, and the table is made on the CPU, so that all devices see
+the same bits.
 """
 
 from __future__ import annotations
@@ -26,51 +27,66 @@ def _coordinates(length: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Half-split rotation of the last h·w tokens of `x (…, n, d)`; tokens before them (the class token) are not turned.
+    """Half-split rotation of the last h·w tokens of `x (…, n, d)`; tokens before them (the class
+    token) are not turned.
 
-    All of x, the class token included, is rounded to bfloat16 on the way; the result has the dtype of x.
+    All of x, the class token included, is rounded to bfloat16 on the way; the result has the dtype
+    of x.
     """
     sin, cos = (half.chunk(2, dim=-1) for half in table)
     prefix = x.shape[-2] - len(table[0])
     low = x.to(torch.bfloat16)
     first, second = low[..., prefix:, :].chunk(2, dim=-1)
     turned = (first * cos[0] - second * sin[0], second * cos[1] + first * sin[1])
-    rotated = torch.cat([half.to(x.dtype) for half in turned], dim=-1)  # float16 autocast refuses to join bfloat16
+    rotated = torch.cat(
+        [half.to(x.dtype) for half in turned], dim=-1
+    )  # float16 autocast refuses to join bfloat16
     return torch.cat((low[..., :prefix, :].to(x.dtype), rotated), dim=-2) if prefix else rotated
 
 
 class RotaryEmbedding(nn.Module):
-    """Tables of sin and cos for any grid; half of the angles come from the row, half from the column.
+    """Tables of sin and cos for any grid; half of the angles come from the row, half from the
+    column.
 
-    head_dim: width of an attention head, a multiple of 4. The buffer `periods` stays bfloat16 through `.float()`, `.half()`
-    and loading (in the public release a plain `.float()` silently changes the positions).
+    head_dim: width of an attention head, a multiple of 4. The buffer `periods` stays bfloat16
+    through `.float()`, `.half()` and loading (in the public release a plain `.float()` silently
+    changes the positions).
     """
 
     def __init__(self, head_dim: int):
         super().__init__()
         if head_dim % 4:
             raise ValueError(
-                f"rotary positions need a head width divisible by 4, got {head_dim}; change embed_dim or num_heads"
+                f"rotary positions need a head width divisible by 4, got {head_dim}; change"
+                " embed_dim or num_heads"
             )
         exponents = _round(torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
         self.register_buffer("periods", (100.0**exponents).bfloat16())
         self._tables: dict[tuple, Table] = {}
 
     def forward(self, h: int, w: int) -> Table:
-        """(sin, cos) for a grid of h rows and w columns on the device of the module; remembered per grid and device."""
-        return self._constant(len(range(h)), len(range(w)))  # under torch.compile a range makes a symbolic size an integer
+        """(sin, cos) for a grid of h rows and w columns on the device of the module; remembered per
+        grid and device."""
+        return self._constant(
+            len(range(h)), len(range(w))
+        )  # under torch.compile a range makes a symbolic size an integer
 
     @torch.compiler.assume_constant_result  # a compiler would fuse the roundings away
     def _constant(self, h: int, w: int) -> Table:
         where = (h, w, self.periods.device)
         if where not in self._tables:
-            with torch.inference_mode(False), torch.no_grad():  # a table made while sampling is used in training too
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # a table made while sampling is used in training too
                 self._tables[where] = self._table(h, w)
         return self._tables[where]
 
     def _table(self, h: int, w: int) -> Table:
         periods = self.periods.cpu().float()
-        rows, columns = (_round(2 * math.pi * _coordinates(length))[:, None] / periods for length in (h, w))
+        rows, columns = (
+            _round(2 * math.pi * _coordinates(length))[:, None] / periods for length in (h, w)
+        )
         grid = torch.cat((rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)), dim=-1)
         angles = _round(grid).reshape(h * w, -1).repeat(1, 2)
         device = self.periods.device

@@ -1,7 +1,9 @@
-"""The text tower of the contrastive loss: a causal pre-norm transformer in the manner of CLIP (Radford et al. 2021).
+"""The text tower of the contrastive loss: a causal pre-norm transformer in the manner of CLIP
+(Radford et al. 2021).
 
-Axes: b batch, n = context_length tokens, d head width. SDPA makes the causal mask, so that no buffer can be wrong: in the
-public release it is a non-persistent buffer, which transformers ≥ 5 leaves uninitialised, silently ruining the text features.
+Axes: b batch, n = context_length tokens, d head width. SDPA makes the causal mask, so that no
+buffer can be wrong: in the public release it is a non-persistent buffer, which transformers ≥ 5
+leaves uninitialised, silently ruining the text features.
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
+        q, k, v = rearrange(
+            qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads
+        )
         return self.out_proj(
-            rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b heads n d -> b n (heads d)")
+            rearrange(
+                F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+                "b heads n d -> b n (heads d)",
+            )
         )
 
 
@@ -50,9 +57,12 @@ class TextMlp(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Pre-norm attention and feed-forward with optional LayerScale (None disables, 0.0 does not)."""
+    """Pre-norm attention and feed-forward with optional LayerScale (None disables, 0.0 does
+    not)."""
 
-    def __init__(self, dim: int, num_heads: int, ratio: float, ls_init_value: float | None, quick_gelu: bool):
+    def __init__(
+        self, dim: int, num_heads: int, ratio: float, ls_init_value: float | None, quick_gelu: bool
+    ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
         self.attn = TextAttention(dim, num_heads)
@@ -81,10 +91,12 @@ class TextBlocks(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The whole tower: ids (b, context_length) → features (b, embed_dim); pool_type "none" keeps all tokens.
+    """The whole tower: ids (b, context_length) → features (b, embed_dim); pool_type "none" keeps
+    all tokens.
 
-    Arguments are the `text_*` keys of config.json. `VTPModel` holds the parts flat, as the released weights name them.
-    ValueError for an unknown pool_type, a width not divisible by the heads, and ids of another length.
+    Arguments are the `text_*` keys of config.json. `VTPModel` holds the parts flat, as the released
+    weights name them. ValueError for an unknown pool_type, a width not divisible by the heads, and
+    ids of another length.
     """
 
     def __init__(
@@ -106,7 +118,9 @@ class TextTransformer(nn.Module):
         if pool_type not in POOLS:
             raise ValueError(f"text_pool_type is {pool_type!r}; must be one of {', '.join(POOLS)}")
         if embed_dim % num_heads:
-            raise ValueError(f"text_embed_dim {embed_dim} is not divisible by text_num_heads {num_heads}")
+            raise ValueError(
+                f"text_embed_dim {embed_dim} is not divisible by text_num_heads {num_heads}"
+            )
         self.text_pool_type = pool_type
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, embed_dim))
@@ -122,7 +136,11 @@ class TextTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(embed_dim)
         self.text_projection = None
         if proj_type != "none":
-            matrix = nn.Linear(embed_dim, embed_dim) if proj_bias else nn.Parameter(torch.empty(embed_dim, embed_dim))
+            matrix = (
+                nn.Linear(embed_dim, embed_dim)
+                if proj_bias
+                else nn.Parameter(torch.empty(embed_dim, embed_dim))
+            )
             self.text_projection = matrix
         self.apply(init_linear)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -135,11 +153,13 @@ class TextTransformer(nn.Module):
 
 
 def text_features(tower: nn.Module, ids: Tensor) -> Tensor:
-    """ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model that holds its parts flat."""
+    """ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model that
+    holds its parts flat."""
     length = len(tower.positional_embedding)
     if ids.ndim != 2 or ids.shape[1] != length:
         raise ValueError(
-            f"text ids are {tuple(ids.shape)}; must be (batch, {length}): use get_tokenizer(context_length={length})"
+            f"text ids are {tuple(ids.shape)}; must be (batch, {length}): use"
+            f" get_tokenizer(context_length={length})"
         )
     x = tower.token_embedding(ids) + tower.positional_embedding
     x = tower.ln_final(tower.text_transformer(x))

@@ -1,4 +1,5 @@
-"""The encoder: a plain ViT with a class token, rotary positions and a linear bottleneck whose output is the latent.
+"""The encoder: a plain ViT with a class token, rotary positions and a linear bottleneck whose
+output is the latent.
 
 Axes: b batch, n = h·w patches (row-major), D width, C latent channels.
 """
@@ -16,7 +17,8 @@ from vtp.models.rope import RotaryEmbedding
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, one linear map each: (b, 3, H, W) → (b, D, h, w); a remainder at the right or bottom is cut."""
+    """Non-overlapping patches, one linear map each: (b, 3, H, W) → (b, D, h, w); a remainder at the
+    right or bottom is cut."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
@@ -30,7 +32,8 @@ class PatchEmbed(nn.Module):
 
 
 class DinoVisionTransformer(nn.Module):
-    """The trunk without a bottleneck. Arguments are the `vision_*` keys of config.json; images are ImageNet-normalised."""
+    """The trunk without a bottleneck. Arguments are the `vision_*` keys of config.json; images are
+    ImageNet-normalised."""
 
     def __init__(
         self,
@@ -49,7 +52,9 @@ class DinoVisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-        self.blocks = make_blocks(depth, embed_dim, num_heads, mlp_ratio, ffn_layer, norm_layer, init_values, qk_norm)
+        self.blocks = make_blocks(
+            depth, embed_dim, num_heads, mlp_ratio, ffn_layer, norm_layer, init_values, qk_norm
+        )
         self.rope_embed = RotaryEmbedding(embed_dim // num_heads)
         self.norm = make_norm(norm_layer, embed_dim)
         self.apply(init_linear)
@@ -69,9 +74,10 @@ class DinoVisionTransformer(nn.Module):
     ) -> Tensor | dict[str, Tensor | None]:
         """image (b, 3, H, W) → class token (b, C), or with is_training a dict of tokens.
 
-        masks: (b, n) bool, True = patch replaced by `mask_token` after patch embedding (iBOT). drop_ratio: stochastic depth.
-        use_bottleneck: pass the normed tokens of the dict through the bottleneck. Dict: x_norm_clstoken (b, ·),
-        x_norm_patchtokens (b, n, ·), x_storage_tokens (b, 0, D), x_prenorm (b, 1 + n, D), masks.
+        masks: (b, n) bool, True = patch replaced by `mask_token` after patch embedding (iBOT).
+        drop_ratio: stochastic depth. use_bottleneck: pass the normed tokens of the dict through the
+        bottleneck. Dict: x_norm_clstoken (b, ·), x_norm_patchtokens (b, n, ·), x_storage_tokens (b,
+        0, D), x_prenorm (b, 1 + n, D), masks.
         """
         x, table, _ = self._tokens(image, masks)
         for block in self.blocks:
@@ -103,19 +109,28 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """Outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D), or (b, D, h, w) with `reshape`;
-        pairs (patches, class token) with `return_class_token`. Never bottlenecked. ValueError: there is no such block."""
+        """Outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D), or (b,
+        D, h, w) with `reshape`; pairs (patches, class token) with `return_class_token`. Never
+        bottlenecked. ValueError: there is no such block.
+        """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if any(not 0 <= index < depth for index in wanted):
-            raise ValueError(f"intermediate layers {n!r} asked of an encoder with {depth} blocks; count from 0 to {depth - 1}")
+            raise ValueError(
+                f"intermediate layers {n!r} asked of an encoder with {depth} blocks; count from 0"
+                f" to {depth - 1}"
+            )
         x, table, (h, w) = self._tokens(image)
         outputs = {}
         for index, block in enumerate(self.blocks):
             x = block(x, table)
             if index in wanted:
                 tokens = self.norm(x) if norm else x
-                patches = rearrange(tokens[:, 1:], "b (h w) c -> b c h w", h=h, w=w) if reshape else tokens[:, 1:]
+                patches = (
+                    rearrange(tokens[:, 1:], "b (h w) c -> b c h w", h=h, w=w)
+                    if reshape
+                    else tokens[:, 1:]
+                )
                 outputs[index] = (patches, tokens[:, 0]) if return_class_token else patches
         return tuple(outputs[index] for index in sorted(outputs))
 
@@ -123,7 +138,8 @@ class DinoVisionTransformer(nn.Module):
         """Class token and patches (b, 1 + n, D), the rotary table, and the grid (h, w)."""
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < self.patch_size:
             raise ValueError(
-                f"images are {tuple(image.shape)}; must be (batch, 3, height, width), at least {self.patch_size} pixels a side"
+                f"images are {tuple(image.shape)}; must be (batch, 3, height, width), at least"
+                f" {self.patch_size} pixels a side"
             )
         patches = self.patch_embed(image)
         h, w = patches.shape[-2:]
@@ -135,7 +151,8 @@ class DinoVisionTransformer(nn.Module):
 
 
 class DinoVisionTransformerWithBottleneck(DinoVisionTransformer):
-    """The trunk with the linear map D → `vit_feature_bottleneck` (no bias) after its last norm; equal widths: no map at all."""
+    """The trunk with the linear map D → `vit_feature_bottleneck` (no bias) after its last norm;
+    equal widths: no map at all."""
 
     def __init__(self, vit_feature_bottleneck: int = 64, **trunk):
         super().__init__(**trunk)

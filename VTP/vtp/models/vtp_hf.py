@@ -1,6 +1,8 @@
-"""The whole VTP model: encoder, pixel decoder, text tower, under the names and checkpoint format of the public release.
+"""The whole VTP model: encoder, pixel decoder, text tower, under the names and checkpoint format of
+the public release.
 
-Images are ImageNet-normalised (b, 3, H, W); latents (b, C, h, w) with h = ⌊H / 16⌋. Behaves the same in train() and eval().
+Images are ImageNet-normalised (b, 3, H, W); latents (b, C, h, w) with h = ⌊H / 16⌋. Behaves the
+same in train() and eval().
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ class VTPPreTrainedModel(nn.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> VTPPreTrainedModel:
-        """The model in a checkpoint folder (or hub name), in eval mode, its parameters as `dtype` whatever the file holds.
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32
+    ) -> VTPPreTrainedModel:
+        """The model in a checkpoint folder (or hub name), in eval mode, its parameters as `dtype`
+        whatever the file holds.
 
-        FileNotFoundError: no such folder or file. ValueError: damaged files, or weights that do not fit config.json.
+        FileNotFoundError: no such folder or file. ValueError: damaged files, or weights that do not
+        fit config.json.
         """
         folder = checkpoint_folder(name_or_path)
         config = cls.config_class.from_pretrained(folder)
@@ -70,7 +76,8 @@ class VTPPreTrainedModel(nn.Module):
 
 
 class VTPModel(VTPPreTrainedModel):
-    """Freshly initialised; `VTPModel.from_pretrained(folder)` loads a checkpoint. ValueError for a config it cannot build."""
+    """Freshly initialised; `VTPModel.from_pretrained(folder)` loads a checkpoint. ValueError for a
+    config it cannot build."""
 
     def __init__(self, config: VTPConfig):
         super().__init__(config)
@@ -119,34 +126,53 @@ class VTPModel(VTPPreTrainedModel):
             quick_gelu=config.text_quick_gelu,
         )
         # the released weights name the parts without a common prefix
-        self.token_embedding, self.positional_embedding = tower.token_embedding, tower.positional_embedding
+        self.token_embedding, self.positional_embedding = (
+            tower.token_embedding,
+            tower.positional_embedding,
+        )
         self.text_transformer, self.ln_final = tower.text_transformer, tower.ln_final
         self.text_projection, self.text_pool_type = tower.text_projection, tower.text_pool_type
-        width = config.vision_embed_dim if config.vision_bottleneck_ae_only else config.vision_feature_bottleneck
+        width = (
+            config.vision_embed_dim
+            if config.vision_bottleneck_ae_only
+            else config.vision_feature_bottleneck
+        )
         self.visual_proj = nn.Linear(width, config.text_embed_dim, bias=False)
         init_linear(self.visual_proj)
         shape = [1] if config.nonscalar_logit_scale else []
-        self.logit_scale = nn.Parameter(torch.full(shape, config.init_logit_scale or math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(
+            torch.full(shape, config.init_logit_scale or math.log(1 / 0.07))
+        )
         self.logit_bias = None
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.full(shape, float(config.init_logit_bias)))
 
-    # ── reconstruction ───────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reconstruction ────────────────────────────────────────────────────────────────────────────
     def get_reconstruction_latents(self, image: Tensor) -> Tensor:
         """(b, 3, H, W) → latents (b, C, h, w)."""
         return self.trunk.encode(image)
 
     def get_latents_decoded_images(self, latents: Tensor) -> Tensor:
-        """Latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w); RuntimeError without a decoder."""
+        """Latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w); RuntimeError without a
+        decoder."""
         if self.pixel_decoder is None:
-            raise RuntimeError("this checkpoint has no pixel decoder (train_reconstruction is false): it can encode only")
+            raise RuntimeError(
+                "this checkpoint has no pixel decoder (train_reconstruction is false): it can"
+                " encode only"
+            )
         return self.pixel_decoder(latents)
 
-    # ── features ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    def get_last_layer_feature(self, image: Tensor, use_bottleneck: bool = False) -> dict[str, Tensor]:
-        """After the final norm: {"cls_token": (b, D), "patch_tokens": (b, n, D)}; width C with the bottleneck."""
+    # ── features ──────────────────────────────────────────────────────────────────────────────────
+    def get_last_layer_feature(
+        self, image: Tensor, use_bottleneck: bool = False
+    ) -> dict[str, Tensor]:
+        """After the final norm: {"cls_token": (b, D), "patch_tokens": (b, n, D)}; width C with the
+        bottleneck."""
         tokens = self.trunk(image, is_training=True, use_bottleneck=use_bottleneck)
-        return {"cls_token": tokens["x_norm_clstoken"], "patch_tokens": tokens["x_norm_patchtokens"]}
+        return {
+            "cls_token": tokens["x_norm_clstoken"],
+            "patch_tokens": tokens["x_norm_patchtokens"],
+        }
 
     def get_intermediate_layers_feature(
         self,
@@ -159,35 +185,50 @@ class VTPModel(VTPPreTrainedModel):
         """See `DinoVisionTransformer.get_intermediate_layers`."""
         return self.trunk.get_intermediate_layers(image, n, reshape, return_class_token, norm)
 
-    # ── contrast ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── contrast ──────────────────────────────────────────────────────────────────────────────────
     def get_clip_image_feature(self, image: Tensor, normalize: bool = True) -> Tensor:
         """(b, 3, H, W) → (b, text_embed_dim); RuntimeError without a text tower."""
         self._need_contrast()
-        tokens = self.get_last_layer_feature(image, use_bottleneck=not self.config.vision_bottleneck_ae_only)
+        tokens = self.get_last_layer_feature(
+            image, use_bottleneck=not self.config.vision_bottleneck_ae_only
+        )
         pooled = self.config.vision_clip_feat == "pooled"
-        feature = self.visual_proj(tokens["patch_tokens"].mean(dim=1) if pooled else tokens["cls_token"])
+        feature = self.visual_proj(
+            tokens["patch_tokens"].mean(dim=1) if pooled else tokens["cls_token"]
+        )
         return F.normalize(feature, dim=-1) if normalize else feature
 
     def get_clip_text_feature(self, text: Tensor, normalize: bool = True) -> Tensor:
-        """Token ids (b, text_context_length) → (b, text_embed_dim); RuntimeError without a text tower."""
+        """Token ids (b, text_context_length) → (b, text_embed_dim); RuntimeError without a text
+        tower."""
         self._need_contrast()
         feature = text_features(self, text)
         return F.normalize(feature, dim=-1) if normalize else feature
 
     def get_clip_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled similarities (images, texts), and their transpose."""
-        logits = self.logit_scale.exp() * self.get_clip_image_feature(image) @ self.get_clip_text_feature(text).T
+        logits = (
+            self.logit_scale.exp()
+            * self.get_clip_image_feature(image)
+            @ self.get_clip_text_feature(text).T
+        )
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
         return logits, logits.T
 
     def _need_contrast(self) -> None:
         if not self.config.train_clip:
-            raise RuntimeError("this checkpoint has no text tower (train_clip is false): no contrastive features")
+            raise RuntimeError(
+                "this checkpoint has no text tower (train_clip is false): no contrastive features"
+            )
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None, forward_type: str = "clip") -> dict:
-        """forward_type "clip": image_features, text_features (None for an absent input), logit_scale, [logit_bias];
-        "rec": latents, reconstructed_image, target_image; "feature": the last layer's tokens after the bottleneck."""
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, forward_type: str = "clip"
+    ) -> dict:
+        """forward_type "clip": image_features, text_features (None for an absent input),
+        logit_scale, [logit_bias]; "rec": latents, reconstructed_image, target_image; "feature": the
+        last layer's tokens after the bottleneck.
+        """
         match forward_type:
             case "clip":
                 self._need_contrast()
@@ -196,7 +237,11 @@ class VTPModel(VTPPreTrainedModel):
                     "text_features": None if text is None else self.get_clip_text_feature(text),
                     "logit_scale": self.logit_scale.exp(),
                 }
-                return outputs if self.logit_bias is None else {**outputs, "logit_bias": self.logit_bias}
+                return (
+                    outputs
+                    if self.logit_bias is None
+                    else {**outputs, "logit_bias": self.logit_bias}
+                )
             case "rec":
                 latents = self.get_reconstruction_latents(image)
                 decoded = self.get_latents_decoded_images(latents)

@@ -1,4 +1,5 @@
-"""A vocabulary of bytes: no file, any language. For small text towers such as that of the shipped checkpoint."""
+"""A vocabulary of bytes: no file, any language. For small text towers such as that of the shipped
+checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def pad(rows: list[list[int]], context_length: int) -> Tensor:
-    """Id lists → (b, context_length), zeros after the end; a row too long is cut and its last id kept as the end."""
+    """Id lists → (b, context_length), zeros after the end; a row too long is cut and its last id
+    kept as the end."""
     ids = torch.zeros(len(rows), context_length, dtype=torch.long)
     for i, row in enumerate(rows):
         cut = row if len(row) <= context_length else [*row[: context_length - 1], row[-1]]
@@ -22,10 +24,16 @@ class ByteTokenizer:
 
     def __init__(self, context_length: int = 77):
         if context_length < 2:
-            raise ValueError(f"context_length is {context_length}; must hold at least the start and the end id (2)")
+            raise ValueError(
+                f"context_length is {context_length}; must hold at least the start and the end"
+                " id (2)"
+            )
         self.context_length = context_length
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """(b, context_length) int64 ids."""
         texts = [texts] if isinstance(texts, str) else texts
-        return pad([[self.start, *text.encode(), self.end] for text in texts], context_length or self.context_length)
+        return pad(
+            [[self.start, *text.encode(), self.end] for text in texts],
+            context_length or self.context_length,
+        )

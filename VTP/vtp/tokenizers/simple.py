@@ -1,6 +1,8 @@
-"""The byte-pair tokenizer of CLIP (Radford et al. 2021; Sennrich et al. 2016), with the standard library alone.
+"""The byte-pair tokenizer of CLIP (Radford et al. 2021; Sennrich et al. 2016), with the standard
+library alone.
 
-open_clip also repairs broken and typographic characters with ftfy first; apart from those the ids are the same.
+open_clip also repairs broken and typographic characters with ftfy first; apart from those the ids
+are the same.
 """
 
 from __future__ import annotations
@@ -24,21 +26,29 @@ _WORD_END = "</w>"
 
 
 def _byte_letters() -> tuple[list[str], list[str]]:
-    """A printable letter for each byte (itself, or the next from 256): in the order of the ids, and of the bytes."""
+    """A printable letter for each byte (itself, or the next from 256): in the order of the ids, and
+    of the bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
     return [letters[byte] for byte in printable + others], [letters[byte] for byte in range(256)]
 
 
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern:
     """Special words, English contractions, runs of letters, single digits, runs of the rest."""
-    # `re` has no \p{N}: its \d lacks the letter-like and other numbers (², Ⅷ, ½), which its \w takes for letters
-    numbers = "".join(c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Nl", "No"))
+    # `re` has no \p{N}: its \d lacks the letter-like and other numbers (², Ⅷ, ½), which its \w
+    # takes for letters
+    numbers = "".join(
+        c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Nl", "No")
+    )
     contractions = "'s|'t|'re|'ve|'m|'ll|'d"
     special = f"{re.escape(START)}|{re.escape(END)}"
-    return re.compile(rf"{special}|{contractions}|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w]|_)+", re.IGNORECASE)
+    return re.compile(
+        rf"{special}|{contractions}|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w]|_)+", re.IGNORECASE
+    )
 
 
 def _find_merges() -> Path:
@@ -48,31 +58,42 @@ def _find_merges() -> Path:
         if (Path(folder) / MERGES_FILE).is_file():
             return Path(folder) / MERGES_FILE
     raise FileNotFoundError(
-        f"no {MERGES_FILE}: pip install open_clip_torch, or give the path of the file (github.com/openai/CLIP, clip/) as merges"
+        f"no {MERGES_FILE}: pip install open_clip_torch, or give the path of the file"
+        " (github.com/openai/CLIP, clip/) as merges"
     )
 
 
 class SimpleTokenizer:
     """49,408 ids: 256 bytes, the same at a word's end, 48,894 merges, start 49406, end 49407.
 
-    merges: path of the gzipped merges file; None looks in an installed open_clip. FileNotFoundError: not there;
-    ValueError: another file.
+    merges: path of the gzipped merges file; None looks in an installed open_clip.
+    FileNotFoundError: not there; ValueError: another file.
     """
 
     def __init__(self, merges: str | Path | None = None, context_length: int = 77):
         path = Path(merges) if merges is not None else _find_merges()
         if not path.is_file():
-            raise FileNotFoundError(f"there is no merges file {str(path)!r}; give the path of {MERGES_FILE}")
+            raise FileNotFoundError(
+                f"there is no merges file {str(path)!r}; give the path of {MERGES_FILE}"
+            )
         try:
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
         except (OSError, EOFError, UnicodeError) as error:
             raise ValueError(f"{path} is not a gzipped merges file: {error}") from None
         pairs = [tuple(line.split()) for line in lines if line]
         if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"{path} is not a merges file: each line after the first must be two words")
+            raise ValueError(
+                f"{path} is not a merges file: each line after the first must be two words"
+            )
         self.context_length = context_length
         letters, self._letter_of_byte = _byte_letters()
-        words = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, pairs), START, END]
+        words = [
+            *letters,
+            *(letter + _WORD_END for letter in letters),
+            *map("".join, pairs),
+            START,
+            END,
+        ]
         self.encoder = {word: i for i, word in enumerate(words)}
         self._ranks = {pair: i for i, pair in enumerate(pairs)}
         self._merged = lru_cache(maxsize=1 << 16)(self._merge)
@@ -93,13 +114,19 @@ class SimpleTokenizer:
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """(b, context_length) int64 ids, between start and end."""
         texts = [texts] if isinstance(texts, str) else texts
-        return pad([[self.start, *self.encode(text), self.end] for text in texts], context_length or self.context_length)
+        return pad(
+            [[self.start, *self.encode(text), self.end] for text in texts],
+            context_length or self.context_length,
+        )
 
     def _merge(self, word: str) -> tuple[int, ...]:
         """Join the neighbouring parts of the lowest rank until no pair is in the list."""
         parts = [*word[:-1], word[-1] + _WORD_END]
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            best = min(
+                zip(parts, parts[1:], strict=False),
+                key=lambda pair: self._ranks.get(pair, len(self._ranks)),
+            )
             if best not in self._ranks:
                 break
             joined, i = [], 0

@@ -1,6 +1,8 @@
-"""Moving shapes: a text-to-image and text-to-video data set that is made in seconds and scored by arithmetic.
+"""Moving shapes: a text-to-image and text-to-video data set that is made in seconds and scored by
+arithmetic.
 
-`draw` → facts, `render` → pixels, `caption` → words; `oracle` → what pixels show, `accuracy` → how often that was asked for.
+`draw` → facts, `render` → pixels, `caption` → words; `oracle` → what pixels show, `accuracy` → how
+often that was asked for.
 """
 
 from mmdit.data.moving_shapes.captions import Prompt, caption, named_attributes, prompts
@@ -9,6 +11,23 @@ from mmdit.data.moving_shapes.oracle import Predictions, accuracy, oracle, rate,
 from mmdit.data.moving_shapes.render import render, to_float, to_uint8
 
 __all__ = [
-    "ATTRIBUTES", "VERSION", "Facts", "Object", "Predictions", "Prompt", "accuracy", "caption", "draw", "draw_facts",
-    "named_attributes", "oracle", "prompts", "rate", "render", "score", "to_float", "to_uint8", "wilson",
-]  # fmt: skip
+    "ATTRIBUTES",
+    "VERSION",
+    "Facts",
+    "Object",
+    "Predictions",
+    "Prompt",
+    "accuracy",
+    "caption",
+    "draw",
+    "draw_facts",
+    "named_attributes",
+    "oracle",
+    "prompts",
+    "rate",
+    "render",
+    "score",
+    "to_float",
+    "to_uint8",
+    "wilson",
+]

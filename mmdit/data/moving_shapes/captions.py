@@ -1,4 +1,5 @@
-"""Captions written from facts, and the fixed prompt lists that a score is measured on. Nothing here ever parses text."""
+"""Captions written from facts, and the fixed prompt lists that a score is measured on. Nothing here
+ever parses text."""
 
 from __future__ import annotations
 
@@ -23,9 +24,20 @@ SHAPE_WORDS = {
     "cross": ("cross", "plus sign"),
     None: ("shape", "object"),
 }
-BACKGROUND_WORDS = {"black": ("black",), "gray": ("gray", "grey"), "navy": ("navy",), "brown": ("brown",)}
-VERBS = {"still": ("stays still", "does not move", "rests"), "moving": ("moves {}", "drifts {}", "slides {}")}
-PARTICIPLES = {"still": ("still", "not moving", "at rest"), "moving": ("moving {}", "drifting {}", "sliding {}", "going {}")}
+BACKGROUND_WORDS = {
+    "black": ("black",),
+    "gray": ("gray", "grey"),
+    "navy": ("navy",),
+    "brown": ("brown",),
+}
+VERBS = {
+    "still": ("stays still", "does not move", "rests"),
+    "moving": ("moves {}", "drifts {}", "slides {}"),
+}
+PARTICIPLES = {
+    "still": ("still", "not moving", "at rest"),
+    "moving": ("moving {}", "drifting {}", "sliding {}", "going {}"),
+}
 TOWARDS = {
     "left": ("left", "to the left"),
     "right": ("right", "to the right"),
@@ -80,15 +92,17 @@ class _Words:
 
     def below(self, count: int) -> int:
         self.drawn += 1
-        return ((key("moving_shapes caption", VERSION, *self.parts, self.drawn) >> 20) & 0xFFFF_FFFF) * count >> 32
+        return (
+            (key("moving_shapes caption", VERSION, *self.parts, self.drawn) >> 20) & 0xFFFF_FFFF
+        ) * count >> 32
 
     def pick(self, options: tuple):
         return options[self.below(len(options))]
 
 
 def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> frozenset[str]:
-    """The attributes that `caption` with the same arguments states. Colours stay when there are several objects: they tell
-    which object is meant."""
+    """The attributes that `caption` with the same arguments states. Colours stay when there are
+    several objects: they tell which object is meant."""
     if complete:
         return frozenset(facts.attributes)
     words = _Words(seed, index, "named")
@@ -97,10 +111,14 @@ def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> fro
 
 
 def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
-    """Words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each is dropped with probability 0.15
-    (training). A function of its arguments alone."""
+    """Words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each is
+    dropped with probability 0.15 (training). A function of its arguments alone."""
     named, words = named_attributes(facts, seed, index, complete), _Words(seed, index, "words")
-    fields = {"background": words.pick(BACKGROUND_WORDS[facts.background])} if "background" in named else {}
+    fields = (
+        {"background": words.pick(BACKGROUND_WORDS[facts.background])}
+        if "background" in named
+        else {}
+    )
     if len(facts.objects) == 1:
         item = facts.objects[0]
         template = words.pick(IMAGE if item.motion is None else VIDEO)
@@ -113,7 +131,10 @@ def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
             phrases.append(f"a {parts['thing']} {parts.get('participle', '')}".strip())
         first = words.below(len(phrases))
         phrases = phrases[first:] + phrases[:first]
-        fields |= {"things": f"{', '.join(phrases[:-1])} and {phrases[-1]}", "count": {2: "two", 3: "three"}[len(phrases)]}
+        fields |= {
+            "things": f"{', '.join(phrases[:-1])} and {phrases[-1]}",
+            "count": {2: "two", 3: "three"}[len(phrases)],
+        }
     clauses = [clause for clause in template if _placeholders(clause) <= fields.keys()]
     text = "".join(clauses).format(**fields).strip(" ,:")
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
@@ -141,11 +162,14 @@ def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[s
 
 @lru_cache
 def prompts(split: str, video: bool, width: int = 64, height: int = 64) -> tuple[Prompt, ...]:
-    """The 256 prompts of `seen` or `held_out`, fixed by the version. The captions do not depend on the canvas; it only scales
-    the drawn positions, which matter where the facts are rendered (the tokenizer's ceiling)."""
+    """The 256 prompts of `seen` or `held_out`, fixed by the version. The captions do not depend on
+    the canvas; it only scales the drawn positions, which matter where the facts are rendered (the
+    tokenizer's ceiling)."""
     if split not in ("seen", "held_out"):
         raise ValueError(f"prompts are of the split 'seen' or 'held_out', not {split!r}")
     seed = key("moving_shapes prompts", split)
     source = "train" if split == "seen" else "held_out"
     facts = draw(seed, range(PROMPTS), video=video, width=width, height=height, split=source)
-    return tuple(Prompt(caption(item, seed, i, complete=True), item) for i, item in enumerate(facts))
+    return tuple(
+        Prompt(caption(item, seed, i, complete=True), item) for i, item in enumerate(facts)
+    )

@@ -1,8 +1,9 @@
-"""What a sample of the moving-shapes data set shows: the vocabulary of version 1, and the draw of sample `i`.
+"""What a sample of the moving-shapes data set shows: the vocabulary of version 1, and the draw of
+sample `i`.
 
-Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at every size of the same aspect
-ratio. `x` grows to the right and `y` downwards. A sample is a function of (version, seed, index) alone: any order of workers
-and any subset gives the same facts.
+Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at
+every size of the same aspect ratio. `x` grows to the right and `y` downwards. A sample is a
+function of (version, seed, index) alone: any order of workers and any subset gives the same facts.
 """
 
 from __future__ import annotations
@@ -28,9 +29,19 @@ COLORS = {
     "orange": (245, 130, 30),
     "white": (245, 245, 245),
 }
-BACKGROUNDS = {"black": (12, 12, 12), "gray": (120, 120, 120), "navy": (15, 25, 75), "brown": (95, 60, 35)}
+BACKGROUNDS = {
+    "black": (12, 12, 12),
+    "gray": (120, 120, 120),
+    "navy": (15, 25, 75),
+    "brown": (95, 60, 35),
+}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33  # half side, inner radius, ring width, arm half-width, over the radius
+SQUARE, INNER_STAR, RING, CROSS = (
+    0.86,
+    0.42,
+    0.56,
+    0.33,
+)  # half side, inner radius, ring width, arm half-width, over the radius
 SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ATTRIBUTES = ("color", "shape", "size", "background", "motion")
@@ -38,19 +49,26 @@ ATTRIBUTES = ("color", "shape", "size", "background", "motion")
 TRAVEL = 0.38  # path of a moving object / S
 MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
 GAP = 0.05  # between the circles that hold two objects / S
-REACH = {"square": math.hypot(SQUARE, SQUARE), "cross": math.hypot(1, CROSS)}  # the farthest corner / radius, where not 1
+REACH = {
+    "square": math.hypot(SQUARE, SQUARE),
+    "cross": math.hypot(1, CROSS),
+}  # the farthest corner / radius, where not 1
 JITTER = 6  # of an object's colour, per channel, of 255
 
-# One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in training, these pairs never.
+# One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in
+# training, these pairs never.
 HELD_OUT = tuple(zip(("red", "green", "blue", "yellow", "purple", "cyan"), SHAPES, strict=True))
-TRAIN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
+TRAIN = tuple(
+    (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT
+)
 SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
 VARIANTS = ("one", "many")
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in the first frame."""
+    """One shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in the
+    first frame."""
 
     color: str
     shape: str
@@ -69,7 +87,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Facts:
-    """One sample: one object, or two or three of different colours that never touch (variant `many`)."""
+    """One sample: one object, or two or three of different colours that never touch (variant
+    `many`)."""
 
     background: str
     objects: tuple[Object, ...]
@@ -90,7 +109,10 @@ class Facts:
     def from_json(record: dict) -> Facts:
         if record.get("version") != VERSION:
             found = record.get("version")
-            raise ValueError(f"facts are of moving shapes version {found!r}, this code knows {VERSION}: make the data again")
+            raise ValueError(
+                f"facts are of moving shapes version {found!r}, this code knows {VERSION}: make the"
+                " data again"
+            )
         objects = tuple(Object(**{**item, "rgb": tuple(item["rgb"])}) for item in record["objects"])
         return Facts(record["background"], objects)
 
@@ -100,14 +122,25 @@ def check_canvas(width: int, height: int) -> None:
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"{name} is {value}; moving shapes need a multiple of 16, for example {nearest}")
+            raise ValueError(
+                f"{name} is {value}; moving shapes need a multiple of 16, for example {nearest}"
+            )
 
 
 def draw_facts(
-    seed: int, index: int, *, video: bool, width: int, height: int, split: str = "train", variant: str = "one"
+    seed: int,
+    index: int,
+    *,
+    video: bool,
+    width: int,
+    height: int,
+    split: str = "train",
+    variant: str = "one",
 ) -> Facts:
     """Sample `index`; the same as `draw(seed, [index], …)[0]`."""
-    return draw(seed, [index], video=video, width=width, height=height, split=split, variant=variant)[0]
+    return draw(
+        seed, [index], video=video, width=width, height=height, split=split, variant=variant
+    )[0]
 
 
 def draw(
@@ -120,9 +153,11 @@ def draw(
     split: str = "train",
     variant: str = "one",
 ) -> list[Facts]:
-    """The facts of the samples `indices`. `split`: `train` never shows a held-out (colour, shape) pair, `held_out` only those.
+    """The facts of the samples `indices`. `split`: `train` never shows a held-out (colour, shape)
+    pair, `held_out` only those.
 
-    For one object the named attributes do not depend on the canvas; `width / height` only scales the range of positions.
+    For one object the named attributes do not depend on the canvas; `width / height` only scales
+    the range of positions.
     """
     check_canvas(width, height)
     for name, value, known in (("split", split, SPLITS), ("variant", variant, VARIANTS)):
@@ -138,7 +173,11 @@ def draw(
 
     result: list[Facts | None] = [None] * len(indices)
     pending, attempt = np.arange(len(indices)), 0
-    while len(pending):  # arrangements in which objects touch are drawn again, from the next attempt's key, more at a time
+    while len(
+        pending
+        # arrangements in which objects touch are drawn again, from the next attempt's key, more at
+        # a time
+    ):
         draws = Draws(stream, attempt, indices[torch.from_numpy(pending)])
         shape = (1, 1) if variant == "one" else (min(8 * 4**attempt, 1024), 3)
         drawn = _candidates(draws, pairs, video, canvas, shape)
@@ -155,9 +194,15 @@ def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
     return (draws.uniform(purpose, *shape).double().numpy() * count).astype(int)
 
 
-def _candidates(draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, float], shape: tuple[int, int]) -> dict:
-    """Numbers for every candidate arrangement and object slot: arrays `(N, candidates, slots, …)`."""
-    pair, size = _below(draws, "pair", len(pairs), *shape), _below(draws, "size", len(SIZES), *shape)
+def _candidates(
+    draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, float], shape: tuple[int, int]
+) -> dict:
+    """Numbers for every candidate arrangement and object slot: arrays `(N, candidates, slots,
+    …)`."""
+    pair, size = (
+        _below(draws, "pair", len(pairs), *shape),
+        _below(draws, "size", len(SIZES), *shape),
+    )
     size[..., 1:] = 0  # of several objects one may be large: two would seldom fit
     motion = _below(draws, "motion", len(MOTIONS), *shape) if video else np.zeros_like(pair)
     low, high = (np.array([bounds[i] for bounds in SIZES.values()])[size] for i in (0, 1))
@@ -167,15 +212,24 @@ def _candidates(draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, fl
     far = np.array(canvas) - radius[..., None] - MARGIN - np.maximum(0, velocity)
     start = near + (far - near) * draws.uniform("position", *shape, 2).double().numpy()
     jitter = _below(draws, "jitter", 2 * JITTER + 1, *shape, 3) - JITTER
-    background = np.broadcast_to(_below(draws, "background", len(BACKGROUNDS))[:, None], pair.shape[:2])
+    background = np.broadcast_to(
+        _below(draws, "background", len(BACKGROUNDS))[:, None], pair.shape[:2]
+    )
     return {
-        "pair": pair, "size": size, "motion": motion, "radius": radius, "start": start, "velocity": velocity,
-        "jitter": jitter, "background": background,
-    }  # fmt: skip
+        "pair": pair,
+        "size": size,
+        "motion": motion,
+        "radius": radius,
+        "start": start,
+        "velocity": velocity,
+        "jitter": jitter,
+        "background": background,
+    }
 
 
 def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
-    """`(N, candidates)`: whether the first `count` objects differ in colour and never come nearer than GAP."""
+    """`(N, candidates)`: whether the first `count` objects differ in colour and never come nearer
+    than GAP."""
     fits = np.ones(drawn["pair"].shape[:2], bool)
     color = np.array([list(COLORS).index(name) for name, _ in pairs])[drawn["pair"]]
     reach = np.array([REACH.get(name, 1.0) for _, name in pairs])[drawn["pair"]] * drawn["radius"]
@@ -184,10 +238,16 @@ def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
         for b in range(a + 1, slots):
             offset = drawn["start"][..., a, :] - drawn["start"][..., b, :]
             drift = drawn["velocity"][..., a, :] - drawn["velocity"][..., b, :]
-            square = np.maximum((drift**2).sum(-1), 1e-12)  # objects that move alike keep their distance
-            closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of closest approach
+            square = np.maximum(
+                (drift**2).sum(-1), 1e-12
+            )  # objects that move alike keep their distance
+            closest = np.clip(
+                -(offset * drift).sum(-1) / square, 0, 1
+            )  # the time of closest approach
             distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
-            ok = (distance >= reach[..., a] + reach[..., b] + GAP) & (color[..., a] != color[..., b])
+            ok = (distance >= reach[..., a] + reach[..., b] + GAP) & (
+                color[..., a] != color[..., b]
+            )
             fits &= ok | (count <= b)[:, None]
     return fits
 
@@ -206,7 +266,10 @@ def _facts(chosen: dict, count: int, pairs: tuple, video: bool) -> Facts:
                 x=round(float(x), 5),
                 y=round(float(y), 5),
                 radius=round(float(chosen["radius"][slot]), 5),
-                rgb=tuple(value + int(delta) for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)),
+                rgb=tuple(
+                    value + int(delta)
+                    for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)
+                ),
             )
         )
     return Facts(list(BACKGROUNDS)[int(chosen["background"])], tuple(objects))

@@ -1,4 +1,5 @@
-"""Moving shapes straight into a latent cache: no pictures on disk between the renderer and the tokenizer."""
+"""Moving shapes straight into a latent cache: no pictures on disk between the renderer and the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.cache import CacheWriter, told_how_to_go_on
-from mmdit.data.manifest import CacheManifest
+from mmdit.data.cache.latent_cache import CacheWriter, told_how_to_go_on
+from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import draw
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
@@ -22,11 +23,18 @@ CHUNK_FRAMES = 4096  # rendered and encoded at once
 
 
 @told_how_to_go_on()
-def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: CacheManifest, recipe: Recipe, count: int,
-                        device: torch.device | str = "cpu", prune: bool = False) -> int:  # fmt: skip
-    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare` gives them; returns how many were
-    made (items that are there are kept). `prune`: take other items out. ValueError: the folder is a cache made with other
-    settings, or of another recipe."""
+def cache_moving_shapes(
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    manifest: CacheManifest,
+    recipe: Recipe,
+    count: int,
+    device: torch.device | str = "cpu",
+    prune: bool = False,
+) -> int:
+    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare`
+    gives them; returns how many were made (items that are there are kept). `prune`: take other
+    items out. ValueError: the folder is a cache made with other settings, or of another recipe."""
     with CacheWriter(out_dir, manifest, forgiving=True) as writer, ThreadPoolExecutor(1) as saver:
         if not (Path(out_dir) / DESCRIPTION).exists():
             _check_samples(writer, recipe, count)
@@ -35,12 +43,16 @@ def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: Cac
             writer.remove(sorted(writer.entries.keys() - {f"{i:06d}" for i in range(count)}))
         missing = [i for i in range(count) if f"{i:06d}" not in writer.entries]
         saving: list[Future] = []
-        with tqdm(total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample") as bar:
+        with tqdm(
+            total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample"
+        ) as bar:
             for indices, latents, captions, facts in _encoded(tokenizer, recipe, missing, device):
                 names = [f"{i:06d}" for i in indices]
                 while len(saving) > 2:
                     saving.pop(0).result()
-                saving.append(saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts))
+                saving.append(
+                    saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts)
+                )
                 bar.update(len(indices))
             for future in saving:
                 future.result()
@@ -48,32 +60,55 @@ def cache_moving_shapes(tokenizer: Tokenizer, out_dir: str | Path, manifest: Cac
 
 
 def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
-    """ValueError if samples that are there are of another recipe, which an older cache has not written down: a few are looked at,
-    for nearly every sample of another seed or variant differs."""
+    """ValueError if samples that are there are of another recipe, which an older cache has not
+    written down: a few are looked at, for nearly every sample of another seed or variant
+    differs."""
     there = [i for i in range(count) if f"{i:06d}" in writer.entries]
     looked = sorted({*there[:8], *there[-8:]})
     size = {"width": recipe.width, "height": recipe.height}
-    drawn = draw(recipe.seed, looked, video=recipe.frames > 1, split=recipe.split, variant=recipe.variant, **size)
+    drawn = draw(
+        recipe.seed,
+        looked,
+        video=recipe.frames > 1,
+        split=recipe.split,
+        variant=recipe.variant,
+        **size,
+    )
     frames = writer.manifest.spec.frames(recipe.frames)
     for i, item in zip(looked, drawn, strict=True):
         entry = writer.entries[f"{i:06d}"]
         facts = entry.get("facts", {}).get("facts", {})
         known = {name: facts.get(name) for name in item.to_json()}
         if known != item.to_json() or entry["shape"][0] != frames:
-            raise ValueError(f"{writer.folder} holds moving shapes made otherwise (sample {i:06d} has {entry['shape'][0]} latent "
-                             "frames or other objects): choose another --out_dir, or the --seed, --variant and --frames of it")
+            raise ValueError(
+                f"{writer.folder} holds moving shapes made otherwise (sample {i:06d} has"
+                f" {entry['shape'][0]} latent frames or other objects): choose another --out_dir,"
+                " or the --seed, --variant and --frames of it"
+            )
 
 
-def _encoded(tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str) -> Iterator[tuple]:
+def _encoded(
+    tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str
+) -> Iterator[tuple]:
     size = {"width": recipe.width, "height": recipe.height}
     step = max(1, CHUNK_FRAMES * 64 * 64 // (recipe.width * recipe.height) // recipe.frames)
     for start in range(0, len(missing), step):
         indices = missing[start : start + step]
-        facts = draw(recipe.seed, indices, video=recipe.frames > 1, split=recipe.split, variant=recipe.variant, **size)
+        facts = draw(
+            recipe.seed,
+            indices,
+            video=recipe.frames > 1,
+            split=recipe.split,
+            variant=recipe.variant,
+            **size,
+        )
         with torch.inference_mode():
             pixels: Tensor = to_float(render(facts, frames=recipe.frames, device=device, **size))
             latents = tokenizer.encode(pixels)
         words = [(recipe.seed, i, recipe.complete) for i in indices]
         captions = [caption(item, *word) for item, word in zip(facts, words, strict=True)]
-        known = [{"facts": item.to_json() | {"named": sorted(named_attributes(item, *word))}} for item, word in zip(facts, words, strict=True)]
+        known = [
+            {"facts": item.to_json() | {"named": sorted(named_attributes(item, *word))}}
+            for item, word in zip(facts, words, strict=True)
+        ]
         yield indices, latents, captions, known

@@ -1,7 +1,9 @@
-"""What a picture or clip shows, from pixels alone: no labels, no network; and how often that is what was asked for.
+"""What a picture or clip shows, from pixels alone: no labels, no network; and how often that is
+what was asked for.
 
-Axes: b samples, f frames, h rows, w columns; s slots. With `one` object there is one slot, whatever its colour; with `many`
-slot c holds the connected components whose colour is nearest to colour c, so that objects are told apart by colour.
+Axes: b samples, f frames, h rows, w columns; s slots. With `one` object there is one slot, whatever
+its colour; with `many` slot c holds the connected components whose colour is nearest to colour c,
+so that objects are told apart by colour.
 """
 
 from __future__ import annotations
@@ -15,14 +17,28 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from mmdit.data.moving_shapes.facts import ATTRIBUTES, BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SQUARE, Facts, Object
+from mmdit.data.moving_shapes.facts import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    SQUARE,
+    Facts,
+    Object,
+)
 from mmdit.data.moving_shapes.render import render
 
-CONTRAST = 0.16  # distance in RGB (of [0, 1]) from the background that makes a pixel part of an object
+CONTRAST = (
+    0.16  # distance in RGB (of [0, 1]) from the background that makes a pixel part of an object
+)
 FULL = 0.9  # a mask that covers more of the canvas than this is no object
 OVERLAP = 0.6  # below it a mask is none of the shapes
 STILL = 0.10  # of S: a shorter displacement from the first frame to the last is none
-SIDE_LIMIT = SIZES["small"][1] + SQUARE * SIZES["large"][0]  # of S: half way from the widest small shape to the narrowest large
+SIDE_LIMIT = (
+    SIZES["small"][1] + SQUARE * SIZES["large"][0]
+)  # of S: half way from the widest small shape to the narrowest large
 PATCH = 40  # masks and templates are compared at PATCH x PATCH
 SMALLEST = 0.002  # of S²: a component below it is a speck
 CHUNK_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
@@ -31,7 +47,8 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Predictions:
-    """Indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1) where nothing was recognised."""
+    """Indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1) where nothing was
+    recognised."""
 
     background: Tensor  # (B,)
     present: Tensor  # (B, S) bool: slots that hold an object in every frame
@@ -45,12 +62,22 @@ class Predictions:
         return len(self.background)
 
     def __getitem__(self, index) -> Predictions:
-        return Predictions(**{f.name: None if (v := getattr(self, f.name)) is None else v[index] for f in fields(self)})
+        return Predictions(
+            **{
+                f.name: None if (v := getattr(self, f.name)) is None else v[index]
+                for f in fields(self)
+            }
+        )
 
     @staticmethod
     def cat(parts: list[Predictions]) -> Predictions:
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
-        return Predictions(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        return Predictions(
+            **{
+                name: None if values[0] is None else torch.cat(values)
+                for name, values in columns.items()
+            }
+        )
 
 
 @torch.no_grad()
@@ -59,7 +86,9 @@ def oracle(pixels: Tensor, variant: str = "one") -> Predictions:
     if variant not in ("one", "many"):
         raise ValueError(f"variant is {variant!r}; must be 'one' or 'many'")
     if pixels.ndim != 5 or pixels.shape[2] != 3:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}; must be (samples, frames, 3, height, width)")
+        raise ValueError(
+            f"pixels have shape {tuple(pixels.shape)}; must be (samples, frames, 3, height, width)"
+        )
     frames, _, height, width = pixels.shape[1:]
     chunk = max(1, CHUNK_PIXELS.get(pixels.device.type, 1 << 21) // (frames * height * width))
     return Predictions.cat([_look(part, variant) for part in pixels.split(chunk)])
@@ -69,15 +98,23 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     clips, frames, _, height, width = pixels.shape
     side = min(height, width)
     images = rearrange(pixels, "b f c h w -> (b f) c h w")
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float().nan_to_num().clamp(0, 1)
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1]], dim=-1)
+    images = (
+        images.float() / 255
+        if images.dtype == torch.uint8
+        else images.float().nan_to_num().clamp(0, 1)
+    )
+    border = torch.cat(
+        [images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1]], dim=-1
+    )
     backdrop = border.median(-1).values  # (n, 3)
     mask = (images - backdrop[..., None, None]).square_().sum(1) > CONTRAST**2  # (n, h, w)
     neighbours = F.avg_pool2d(mask[:, None].float(), 3, 1, 1, count_include_pad=False)[:, 0]
     mask &= neighbours > 0.4  # single pixels of noise go, corners of shapes stay
     masks = mask[:, None] if variant == "one" else _by_color(images, mask)
     slots = masks.shape[1]
-    image, slot = masks.flatten(2).any(-1).nonzero(as_tuple=True)  # only the slots that hold something are looked at
+    image, slot = (
+        masks.flatten(2).any(-1).nonzero(as_tuple=True)
+    )  # only the slots that hold something are looked at
     measured = _measure(images[image], backdrop[image], masks[image, slot], side)
 
     def per_clip(x: Tensor) -> Tensor:
@@ -88,10 +125,16 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     found, color, overlap, side_length, centre = map(per_clip, measured)
     present = found.all(1)
     overlap = overlap.mean(1)
-    named = torch.arange(slots, device=color.device)[None] if variant == "many" else _nearest(color.median(1).values, COLORS)
+    named = (
+        torch.arange(slots, device=color.device)[None]
+        if variant == "many"
+        else _nearest(color.median(1).values, COLORS)
+    )
     size = (side_length.median(1).values > SIDE_LIMIT).long()
     return Predictions(
-        background=_nearest(rearrange(backdrop, "(b f) c -> b f c", f=frames).median(1).values, BACKGROUNDS),
+        background=_nearest(
+            rearrange(backdrop, "(b f) c -> b f c", f=frames).median(1).values, BACKGROUNDS
+        ),
         present=present,
         stray=(found.any(1) & ~present).any(1),
         color=named.where(present, UNKNOWN),
@@ -102,8 +145,10 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
 
 
 def _measure(images: Tensor, backdrop: Tensor, masks: Tensor, side: int) -> tuple[Tensor, ...]:
-    """Under each mask `(n, h, w)`: whether it is an object, colour, overlap with the shapes, longer side and centre in S."""
-    # The object's colour is in its interior; the edge of its mask lies half way between that colour and the background's.
+    """Under each mask `(n, h, w)`: whether it is an object, colour, overlap with the shapes, longer
+    side and centre in S."""
+    # The object's colour is in its interior; the edge of its mask lies half way between that colour
+    # and the background's.
     color = _masked_median(images, _eroded(masks))
     axis = color - backdrop
     half_way = ((color + backdrop) / 2 * axis).sum(-1)
@@ -111,7 +156,13 @@ def _measure(images: Tensor, backdrop: Tensor, masks: Tensor, side: int) -> tupl
     share = masks.float().mean((1, 2))
     box = _box(masks)
     side_length = torch.maximum(box[:, 1] - box[:, 0], box[:, 3] - box[:, 2]) / side
-    return (share > 0) & (share < FULL), color, _overlap(masks, box), side_length, _centroid(masks) / side
+    return (
+        (share > 0) & (share < FULL),
+        color,
+        _overlap(masks, box),
+        side_length,
+        _centroid(masks) / side,
+    )
 
 
 def _nearest(color: Tensor, names: dict[str, tuple[int, int, int]]) -> Tensor:
@@ -126,10 +177,13 @@ def _eroded(mask: Tensor) -> Tensor:
 
 
 def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
-    """`(n, 3)`: the median over the mask, per channel, from counts in 256 bins; 0 where the mask is empty."""
+    """`(n, 3)`: the median over the mask, per channel, from counts in 256 bins; 0 where the mask is
+    empty."""
     stride = max(1, min(mask.shape[1:]) // 64)  # some thousands of pixels are enough
     images, mask = images[..., ::stride, ::stride], mask[..., ::stride, ::stride]
-    bins = (images * 255).round().long() + 256 * torch.arange(3, device=images.device)[:, None, None]
+    bins = (images * 255).round().long() + 256 * torch.arange(3, device=images.device)[
+        :, None, None
+    ]
     counts = images.new_zeros(len(images), 3 * 256)
     weight = repeat(mask, "n h w -> n (c h w)", c=3).float()
     counts.scatter_add_(1, rearrange(bins, "n c h w -> n (c h w)"), weight)
@@ -138,13 +192,22 @@ def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def _by_color(images: Tensor, mask: Tensor) -> Tensor:
-    """Connected components, gathered by the named colour nearest to their mean: masks `(n, colours, h, w)`."""
+    """Connected components, gathered by the named colour nearest to their mean: masks `(n, colours,
+    h, w)`."""
     index = _components(mask)
     flat, count = index.flatten(1), int(index.max()) + 1
-    inner = torch.where(_eroded(mask), 1.0, 1e-3).flatten(1)  # the interior decides, where a component has one
-    values = torch.cat([images.flatten(2) * inner[:, None], inner[:, None], torch.ones_like(inner)[:, None]], dim=1)
-    sums = images.new_zeros(len(mask), 5, count).scatter_add_(2, repeat(flat, "n p -> n c p", c=5), values)
-    nearest = _nearest(rearrange(sums[:, :3] / sums[:, 3:4].clamp(min=1e-6), "n c k -> n k c"), COLORS)
+    inner = torch.where(_eroded(mask), 1.0, 1e-3).flatten(
+        1
+    )  # the interior decides, where a component has one
+    values = torch.cat(
+        [images.flatten(2) * inner[:, None], inner[:, None], torch.ones_like(inner)[:, None]], dim=1
+    )
+    sums = images.new_zeros(len(mask), 5, count).scatter_add_(
+        2, repeat(flat, "n p -> n c p", c=5), values
+    )
+    nearest = _nearest(
+        rearrange(sums[:, :3] / sums[:, 3:4].clamp(min=1e-6), "n c k -> n k c"), COLORS
+    )
     nearest = nearest.where(sums[:, 4] >= SMALLEST * min(mask.shape[1:]) ** 2, UNKNOWN)
     nearest[:, 0] = UNKNOWN
     of_pixel = nearest.gather(1, flat).reshape(mask.shape)
@@ -152,9 +215,11 @@ def _by_color(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """`(n, h, w)` int64: pixels joined through their four neighbours share a number from 1 on; 0 outside the mask.
+    """`(n, h, w)` int64: pixels joined through their four neighbours share a number from 1 on; 0
+    outside the mask.
 
-    The largest number in a run of pixels spreads over the run, by rows and by columns in turn, until nothing changes.
+    The largest number in a run of pixels spreads over the run, by rows and by columns in turn,
+    until nothing changes.
     """
     height, width = mask.shape[1:]
     numbers = torch.arange(1, height * width + 1, device=mask.device).reshape(1, height, width)
@@ -198,7 +263,9 @@ def _cut(mask: Tensor, box: Tensor) -> Tensor:
     steps = (torch.arange(PATCH, device=mask.device) + 0.5) / PATCH
     x = (box[:, :1] + steps * (box[:, 1:2] - box[:, :1])) * 2 / width - 1
     y = (box[:, 2:3] + steps * (box[:, 3:] - box[:, 2:3])) * 2 / height - 1
-    grid = torch.stack([repeat(x, "n w -> n h w", h=PATCH), repeat(y, "n h -> n h w", w=PATCH)], dim=-1)
+    grid = torch.stack(
+        [repeat(x, "n w -> n h w", h=PATCH), repeat(y, "n h -> n h w", w=PATCH)], dim=-1
+    )
     return F.grid_sample(mask[:, None].float(), grid, align_corners=False)[:, 0]
 
 
@@ -212,13 +279,16 @@ def _overlap(mask: Tensor, box: Tensor) -> Tensor:
 
 @lru_cache
 def _templates(device: torch.device) -> Tensor:
-    """`(shapes, renderings, PATCH²)`: each shape as drawn at several sizes, for a few pixels change what a box cuts out."""
+    """`(shapes, renderings, PATCH²)`: each shape as drawn at several sizes, for a few pixels change
+    what a box cuts out."""
     rows = []
     for shape in SHAPES:
         views = []
         for radius, offset in ((0.16, 0.5), (0.17, 0.503), (0.25, 0.5), (0.27, 0.503), (0.45, 0.5)):
             item = Object("white", shape, "small", None, offset, offset, radius, (255, 255, 255))
-            mask = render([Facts("black", (item,))], 64, 64)[:, 0, 0] > 133  # half way up from the background
+            mask = (
+                render([Facts("black", (item,))], 64, 64)[:, 0, 0] > 133
+            )  # half way up from the background
             views.append((_cut(mask, _box(mask)) > 0.5).float().flatten())
         rows.append(torch.stack(views))
     return torch.stack(rows).to(device)
@@ -234,29 +304,54 @@ def _centroid(mask: Tensor) -> Tensor:
 
 
 def _motion(path: Tensor) -> Tensor:
-    """`path (b, f, s, 2)` of centroids, in units of S. Least-squares displacement from the first frame to the last `(b, s)`."""
+    """`path (b, f, s, 2)` of centroids, in units of S. Least-squares displacement from the first
+    frame to the last `(b, s)`."""
     time = torch.linspace(-0.5, 0.5, path.shape[1], device=path.device)
     shift = torch.einsum("f,bfsd->bsd", time, path) / (time**2).sum()
-    scores = [torch.full_like(shift[..., 0], STILL)]  # in the order of MOTIONS: still, then along each direction
+    scores = [
+        torch.full_like(shift[..., 0], STILL)
+    ]  # in the order of MOTIONS: still, then along each direction
     scores += [shift[..., 0] * dx + shift[..., 1] * dy for dx, dy in list(MOTIONS.values())[1:]]
     return torch.stack(scores, dim=-1).argmax(-1)
 
 
-# ── scoring ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-VOCABULARY = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "motion": tuple(MOTIONS)}
+# ── scoring ───────────────────────────────────────────────────────────────────────────────────────
+VOCABULARY = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "motion": tuple(MOTIONS),
+}
 
 
-def score(predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None) -> dict[str, Tensor]:
-    """Per attribute, bool `(B,)`: right for every object of the sample; `all`: every attribute in `named` is right (default:
-    every attribute of the sample). A canvas with something besides the objects is wrong in `all`."""
+def score(
+    predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
+) -> dict[str, Tensor]:
+    """Per attribute, bool `(B,)`: right for every object of the sample; `all`: every attribute in
+    `named` is right (default: every attribute of the sample). A canvas with something besides the
+    objects is wrong in `all`.
+    """
     if len(predictions) != len(facts):
-        raise ValueError(f"{len(predictions)} predictions for {len(facts)} facts; there must be one each")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
+        )
     moving = [item.objects[0].motion is not None for item in facts]
     if any(moving) and predictions.motion is None:
-        raise ValueError("the facts are of clips but the predictions of single frames; give the oracle all frames")
+        raise ValueError(
+            "the facts are of clips but the predictions of single frames; give the oracle all"
+            " frames"
+        )
     background = list(BACKGROUNDS)
-    guess = {name: getattr(predictions, name).tolist() for name in VOCABULARY if getattr(predictions, name) is not None}
-    seen, present, stray = predictions.background.tolist(), predictions.present.tolist(), predictions.stray.tolist()
+    guess = {
+        name: getattr(predictions, name).tolist()
+        for name in VOCABULARY
+        if getattr(predictions, name) is not None
+    }
+    seen, present, stray = (
+        predictions.background.tolist(),
+        predictions.present.tolist(),
+        predictions.stray.tolist(),
+    )
     right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
     for i, item in enumerate(facts):
         many = len(present[i]) > 1
@@ -265,7 +360,8 @@ def score(predictions: Predictions, facts: list[Facts], named: list[frozenset[st
         for name, words in VOCABULARY.items():
             asked = [getattr(o, name) for o in item.objects]
             verdict[name] = name in guess and all(
-                a is None or (g := guess[name][i][s]) != UNKNOWN and words[g] == a for a, s in zip(asked, slots)
+                a is None or (g := guess[name][i][s]) != UNKNOWN and words[g] == a
+                for a, s in zip(asked, slots)
             )
         exact = sum(present[i]) == len(item.objects) and not stray[i]
         wanted = item.attributes if named is None else named[i]
@@ -275,8 +371,11 @@ def score(predictions: Predictions, facts: list[Facts], named: list[frozenset[st
     return {name: torch.tensor(values, dtype=torch.bool) for name, values in right.items()}
 
 
-def accuracy(predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None) -> dict:
-    """`{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over the samples that name it."""
+def accuracy(
+    predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
+) -> dict:
+    """`{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over the
+    samples that name it."""
     right = score(predictions, facts, named)
     wanted = [frozenset(item.attributes) for item in facts] if named is None else named
     attributes = {}
@@ -291,11 +390,18 @@ def rate(right: Tensor) -> dict:
     """A share with its 95 % Wilson interval, ready for JSON."""
     correct, count = int(right.sum()), right.numel()
     low, high = wilson(correct, count)
-    return {"value": correct / count if count else None, "low": low, "high": high, "correct": correct, "count": count}
+    return {
+        "value": correct / count if count else None,
+        "low": low,
+        "high": high,
+        "correct": correct,
+        "count": count,
+    }
 
 
 def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where nothing was counted."""
+    """The interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where nothing was
+    counted."""
     if count == 0:
         return 0.0, 1.0
     share, scale = correct / count, 1 + z * z / count

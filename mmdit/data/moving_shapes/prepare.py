@@ -25,7 +25,8 @@ FRAMES_PER_WORKER = 8192  # below it a second process costs more than it saves
 
 @dataclass(frozen=True)
 class Recipe:
-    """What sample `i` on disk depends on. A folder holds one recipe; `count` is not part of it, so a folder can grow."""
+    """What sample `i` on disk depends on. A folder holds one recipe; `count` is not part of it, so
+    a folder can grow."""
 
     width: int
     height: int
@@ -38,8 +39,13 @@ class Recipe:
     def __post_init__(self):
         check_canvas(self.width, self.height)
         if self.frames < 1:
-            raise ValueError(f"frames is {self.frames}; must be at least 1 (1: images, more: frame folders)")
-        for name, value, known in (("split", self.split, SPLITS), ("variant", self.variant, VARIANTS)):
+            raise ValueError(
+                f"frames is {self.frames}; must be at least 1 (1: images, more: frame folders)"
+            )
+        for name, value, known in (
+            ("split", self.split, SPLITS),
+            ("variant", self.variant, VARIANTS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
 
@@ -50,11 +56,13 @@ class Recipe:
 
 
 def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
-    """Writes samples 0 … count − 1 and returns the path of the metadata, which is written last and whole.
+    """Writes samples 0 … count − 1 and returns the path of the metadata, which is written last and
+    whole.
 
-    `frames == 1`: `images/<id>.png` and `train_images.jsonl`; more: `frames/<id>/0000.png …` and `train_videos.jsonl`. Paths in
-    the metadata are relative to it. Finished samples of the same recipe are kept, so an interrupted run goes on where it was.
-    `workers`: processes; 0 takes as many as pay off.
+    `frames == 1`: `images/<id>.png` and `train_images.jsonl`; more: `frames/<id>/0000.png …` and
+    `train_videos.jsonl`. Paths in the metadata are relative to it. Finished samples of the same
+    recipe are kept, so an interrupted run goes on where it was. `workers`: processes; 0 takes as
+    many as pay off.
     """
     if count < 1:
         raise ValueError(f"count is {count}; must be at least 1")
@@ -63,12 +71,16 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
     out_dir = Path(out_dir)
     claim(out_dir, recipe)
     clean(out_dir, out_dir / "images", out_dir / "frames")
-    workers = workers or max(1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER))
+    workers = workers or max(
+        1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER)
+    )
     step = max(1, CHUNK_FRAMES // recipe.frames)
     chunks = [range(start, min(start + step, count)) for start in range(0, count, step)]
     records: list[dict] = []
     work = partial(_write_samples, out_dir, recipe)
-    with tqdm(total=count, desc=f"moving shapes {recipe.width}x{recipe.height}", unit="sample") as bar:
+    with tqdm(
+        total=count, desc=f"moving shapes {recipe.width}x{recipe.height}", unit="sample"
+    ) as bar:
         for part in map(work, chunks) if workers == 1 else _in_processes(work, chunks, workers):
             records += part
             bar.update(len(part))
@@ -79,12 +91,15 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
 
 def _in_processes(work, chunks: list[range], workers: int):
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         yield from pool.map(work, chunks)
 
 
 def claim(out_dir: Path, recipe: Recipe) -> None:
-    """Record the recipe in a new folder; ValueError where the folder holds samples of another one."""
+    """Record the recipe in a new folder; ValueError where the folder holds samples of another
+    one."""
     path = out_dir / DESCRIPTION
     wanted = asdict(recipe)
     if path.exists():
@@ -94,11 +109,19 @@ def claim(out_dir: Path, recipe: Recipe) -> None:
             found = {}
         if found != wanted:
             names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-            what = ", ".join(f"{name} {found.get(name)!r} there and {wanted.get(name)!r} now" for name in names)
+            what = ", ".join(
+                f"{name} {found.get(name)!r} there and {wanted.get(name)!r} now" for name in names
+            )
             remedy = "choose another --out_dir or the same settings"
             raise ValueError(f"{out_dir} holds moving shapes made otherwise: {what}; {remedy}")
-    elif any((out_dir / name).exists() for name in ("images", "frames", "train_images.jsonl", "train_videos.jsonl")):
-        raise ValueError(f"{out_dir} holds samples but no {DESCRIPTION} that says how they were made; choose another --out_dir")
+    elif any(
+        (out_dir / name).exists()
+        for name in ("images", "frames", "train_images.jsonl", "train_videos.jsonl")
+    ):
+        raise ValueError(
+            f"{out_dir} holds samples but no {DESCRIPTION} that says how they were made; choose"
+            " another --out_dir"
+        )
     else:
         out_dir.mkdir(parents=True, exist_ok=True)
         write_aside(path, json.dumps(wanted, indent=2) + "\n")
@@ -110,7 +133,13 @@ def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
 
     video = recipe.frames > 1
     facts = draw(
-        recipe.seed, indices, video=video, width=recipe.width, height=recipe.height, split=recipe.split, variant=recipe.variant
+        recipe.seed,
+        indices,
+        video=video,
+        width=recipe.width,
+        height=recipe.height,
+        split=recipe.split,
+        variant=recipe.variant,
     )
     names = [f"frames/{i:06d}" if video else f"images/{i:06d}.png" for i in indices]
     missing = [k for k, name in enumerate(names) if not (out_dir / name).exists()]
@@ -130,7 +159,10 @@ def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
             "id": f"{i:06d}",
             "frames_dir" if video else "image_path": name,
             "caption": caption(item, recipe.seed, i, recipe.complete),
-            "facts": item.to_json() | {"named": sorted(named_attributes(item, recipe.seed, i, recipe.complete))},
+            "facts": (
+                item.to_json()
+                | {"named": sorted(named_attributes(item, recipe.seed, i, recipe.complete))}
+            ),
         }
         for i, name, item in zip(indices, names, facts, strict=True)
     ]

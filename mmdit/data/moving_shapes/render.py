@@ -1,7 +1,8 @@
-"""Facts to pixels, batched. Axes: n samples, f frames, h rows, w columns; distances in pixels, negative inside a shape.
+"""Facts to pixels, batched. Axes: n samples, f frames, h rows, w columns; distances in pixels,
+negative inside a shape.
 
-Every shape is a signed distance field; coverage falls linearly from 1 to 0 over the one pixel round its edge. Values are whole
-numbers of 255, so a PNG holds a frame exactly.
+Every shape is a signed distance field; coverage falls linearly from 1 to 0 over the one pixel round
+its edge. Values are whole numbers of 255, so a PNG holds a frame exactly.
 """
 
 from __future__ import annotations
@@ -11,27 +12,51 @@ import math
 import torch
 from torch import Tensor
 
-from mmdit.data.moving_shapes.facts import BACKGROUNDS, CROSS, INNER_STAR, RING, SQUARE, Facts, check_canvas
+from mmdit.data.moving_shapes.facts import (
+    BACKGROUNDS,
+    CROSS,
+    INNER_STAR,
+    RING,
+    SQUARE,
+    Facts,
+    check_canvas,
+)
 
-CHUNK_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 25}  # a shape's fields that stay in the cache, or in a small part of the memory
+CHUNK_PIXELS = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 25,
+}  # a shape's fields that stay in the cache, or in a small part of the memory
 
 
 def render(
-    facts: list[Facts], width: int, height: int, frames: int = 1, device: torch.device | str = "cpu", fraction: float = 0.5
+    facts: list[Facts],
+    width: int,
+    height: int,
+    frames: int = 1,
+    device: torch.device | str = "cpu",
+    fraction: float = 0.5,
 ) -> Tensor:
-    """uint8 `(B, F, 3, height, width)`. Frame f of F stands at `f / (F - 1)` of the motion; a single frame at `fraction`."""
+    """uint8 `(B, F, 3, height, width)`. Frame f of F stands at `f / (F - 1)` of the motion; a
+    single frame at `fraction`."""
     check_canvas(width, height)
     if frames < 1:
         raise ValueError(f"frames is {frames}; must be at least 1")
     device = torch.device(device)
     out = torch.empty(len(facts), frames, 3, height, width, dtype=torch.uint8, device=device)
-    times = torch.linspace(0, 1, frames, device=device) if frames > 1 else torch.tensor([fraction], device=device)
+    times = (
+        torch.linspace(0, 1, frames, device=device)
+        if frames > 1
+        else torch.tensor([fraction], device=device)
+    )
     chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 19) // (frames * width * height))
-    # Samples with the same shapes are drawn together, so that each chunk evaluates one field per object and nothing is wasted.
+    # Samples with the same shapes are drawn together, so that each chunk evaluates one field per
+    # object and nothing is wasted.
     order = sorted(range(len(facts)), key=lambda i: [item.shape for item in facts[i].objects])
     groups: list[list[int]] = []
     for i in order:
-        same = groups and [o.shape for o in facts[i].objects] == [o.shape for o in facts[groups[-1][0]].objects]
+        same = groups and [o.shape for o in facts[i].objects] == [
+            o.shape for o in facts[groups[-1][0]].objects
+        ]
         if same and len(groups[-1]) < chunk:
             groups[-1].append(i)
         else:
@@ -55,22 +80,35 @@ def to_uint8(pixels: Tensor) -> Tensor:
 def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) -> Tensor:
     """Samples whose objects have the same shapes in the same order: uint8 `(n, f, 3, h, w)`."""
     side, device = min(width, height), times.device
-    image = torch.tensor([BACKGROUNDS[item.background] for item in facts], dtype=torch.float32, device=device)
+    image = torch.tensor(
+        [BACKGROUNDS[item.background] for item in facts], dtype=torch.float32, device=device
+    )
     image = image[:, None, :, None, None]
     for slot, first in enumerate(facts[0].objects):
         objects = [item.objects[slot] for item in facts]
-        numbers = torch.tensor([(o.x, o.y, *o.velocity(), o.radius) for o in objects], dtype=torch.float32, device=device)
+        numbers = torch.tensor(
+            [(o.x, o.y, *o.velocity(), o.radius) for o in objects],
+            dtype=torch.float32,
+            device=device,
+        )
         x, y, dx, dy, radius = (numbers * side).T[..., None, None, None]  # each (n, 1, 1, 1)
         progress = times[None, :, None, None]
         columns = torch.arange(width, device=device) + 0.5  # centres of pixels
         rows = torch.arange(height, device=device)[:, None] + 0.5
-        coverage = (0.5 - DISTANCE[first.shape](columns - (x + dx * progress), rows - (y + dy * progress), radius)).clamp_(0, 1)
-        color = torch.tensor([o.rgb for o in objects], dtype=torch.float32, device=device)[:, None, :, None, None]
+        coverage = (
+            0.5
+            - DISTANCE[first.shape](
+                columns - (x + dx * progress), rows - (y + dy * progress), radius
+            )
+        ).clamp_(0, 1)
+        color = torch.tensor([o.rgb for o in objects], dtype=torch.float32, device=device)[
+            :, None, :, None, None
+        ]
         image = image + coverage[:, :, None] * (color - image)
     return image.add_(0.5).to(torch.uint8)
 
 
-# ── signed distances: x (n, f, 1, w) and y (n, f, h, 1) from the centre, radius (n, 1, 1, 1) → (n, f, h, w) ──────────────
+# ── signed distances: x (n, f, 1, w) and y (n, f, h, 1) from the centre, radius (n, 1, 1, 1) → (n,
 def _circle(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return (x * x + y * y).sqrt() - radius
 
@@ -96,13 +134,20 @@ def _triangle(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Five points, one upwards: mirrors fold the plane into a tenth of the star, where its edge is one straight line."""
+    """Five points, one upwards: mirrors fold the plane into a tenth of the star, where its edge is
+    one straight line."""
     x, y = x.abs(), -y  # y upwards; the angle from it now lies in [0°, 180°]
     x, y = _fold(x, y, 72)
     x = x.abs()
     x, y = _fold(x, y, 36)
-    inner_x, inner_y = INNER_STAR * math.sin(math.radians(36)), INNER_STAR * math.cos(math.radians(36))
-    normal_x, normal_y = 1 - inner_y, inner_x  # of the edge from (0, 1), a point of the star, to the inner corner
+    inner_x, inner_y = (
+        INNER_STAR * math.sin(math.radians(36)),
+        INNER_STAR * math.cos(math.radians(36)),
+    )
+    normal_x, normal_y = (
+        1 - inner_y,
+        inner_x,
+    )  # of the edge from (0, 1), a point of the star, to the inner corner
     length = math.hypot(normal_x, normal_y)
     return x * (normal_x / length) + (y - radius) * (normal_y / length)
 

@@ -1,0 +1,199 @@
+"""How fast data moves: decoding and caching of pictures, cached items to the training loop.
+
+Everything is made in a scratch folder: pictures as cameras give them in size and grain, latents of
+noise.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.cache.caching import cache_latents, decoded
+from mmdit.data.cache.latent_cache import CacheWriter, LatentCache, open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.packing import pack_cache
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.records import Record
+from mmdit.interfaces import LatentSpec, Tokenizer
+from mmdit.tokenizers.vtp import import_vtp
+
+SOURCE = (1024, 768)
+VIDEO = VideoConfig(256, 256)
+
+
+def make_pictures(folder: Path, count: int, workers: int) -> list[Record]:
+    """`count` JPEG files of 1024x768 (about 200 kB): coloured gradients under photographic
+    grain."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool:
+        paths = list(pool.map(partial(_picture, folder), range(count), chunksize=16))
+    return [
+        Record(f"picture{number:06d}", path, f"picture {number}")
+        for number, path in enumerate(paths)
+    ]
+
+
+def _picture(folder: Path, number: int) -> str:
+    path = folder / f"{number:06d}.jpg"
+    if not path.exists():
+        random = np.random.default_rng(number)
+        smooth = Image.fromarray(random.integers(0, 255, (6, 8, 3), np.uint8)).resize(
+            SOURCE, Image.Resampling.BICUBIC
+        )
+        grain = random.normal(0, 6, (*SOURCE[::-1], 1))
+        Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(
+            path, quality=90
+        )
+    return str(path)
+
+
+VTP_SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+}  # width, blocks, heads of encoder and decoder
+
+
+def make_vtp(folder: Path, size: str) -> Path:
+    """A checkpoint of the shape of a released VTP with random weights: as fast as the real one."""
+    if not (folder / "config.json").exists():
+        code, sides = (
+            import_vtp(None),
+            dict(zip(("embed_dim", "depth", "num_heads"), VTP_SIZES[size])),
+        )
+        shape = {
+            f"{side}_{name}": value
+            for side in ("vision", "decoder")
+            for name, value in sides.items()
+        }
+        code.VTPModel(code.VTPConfig(train_clip=False, **shape)).save_pretrained(folder)
+    return folder
+
+
+def caching_speed(
+    tokenizer: Tokenizer,
+    folder: Path,
+    device: torch.device,
+    workers: int,
+    count: int,
+    batch_size: int,
+    rounds: int = 2,
+) -> Iterator[dict]:
+    """Pictures a second, from files to items on the disk, and by the same workers when all is
+    thrown away after decoding; the two alternate, the best of each counts (other work on the
+    machine only slows)."""
+    records = make_pictures(folder / "pictures", count, max(1, workers))
+    manifest = CacheManifest.of(tokenizer, VIDEO)
+    cache_latents(
+        records[: 2 * batch_size],
+        "image",
+        tokenizer,
+        folder / "warm",
+        VIDEO,
+        device=device,
+        batch_size=batch_size,
+    )
+    rates: dict[str, list[float]] = {"decode": [], "cache": []}
+    for number in range(rounds):
+        begin = time.perf_counter()
+        for _ in decoded(records, "image", manifest, PreprocessConfig(), VIDEO, workers, device):
+            pass
+        rates["decode"].append(count / (time.perf_counter() - begin))
+        report = cache_latents(
+            records,
+            "image",
+            tokenizer,
+            folder / f"cache{number}",
+            VIDEO,
+            device=device,
+            batch_size=batch_size,
+            num_workers=workers,
+            progress=False,
+        )
+        assert report.written == count, report.text()
+        rates["cache"].append(count / report.seconds)
+    decode, cache = (max(rates[name]) for name in ("decode", "cache"))
+    yield {
+        "part": "cache",
+        "pictures": count,
+        "source": list(SOURCE),
+        "workers": workers,
+        "decode_per_s": round(decode, 1),
+        "cache_per_s": round(cache, 1),
+        "ratio": round(cache / decode, 3),
+        "rounds": {name: [round(rate, 1) for rate in several] for name, several in rates.items()},
+    }
+
+
+def make_cache(folder: Path, count: int, channels: int = 64) -> LatentCache:
+    """`count` items of a 256x256 picture each (16x16 cells), of noise."""
+    spec = LatentSpec(channels)
+    manifest = CacheManifest("noise", "noise", spec, ((256, 256),), False)
+    if not (folder / "index.jsonl").exists():
+        latents = torch.randn(256, 1, 16, 16, channels).half()
+        with CacheWriter(folder, manifest) as writer:
+            for first in range(0, count, 256):
+                ids = [f"item{number:07d}" for number in range(first, min(first + 256, count))]
+                writer.add_many(
+                    ids, latents[: len(ids)], [f"a picture of {id} on a table" for id in ids]
+                )
+    return open_cache(folder)
+
+
+def loading_speed(
+    folder: Path, count: int, workers: int, batch_size: int = 256, seconds: float = 4.0
+) -> Iterator[dict]:
+    """Cached items a second out of `LatentBatches.iterate`, warm: from memory, from files and from
+    a packed cache."""
+    begin = time.perf_counter()
+    cache = make_cache(folder / "items", count)
+    made = time.perf_counter() - begin
+    yield {
+        "part": "loader",
+        "from": "writing the cache",
+        "items": count,
+        "items_per_s": round(count / made, 1),
+    }
+    pack_cache(folder / "items", folder / "packed")
+    packed = open_cache(folder / "packed")
+    for name, source, in_memory in (
+        ("memory", cache, True),
+        ("files", cache, False),
+        ("packed", packed, False),
+    ):
+        batches = LatentBatches(
+            source,
+            BatchPlan(source, VIDEO, batch_size, 0),
+            in_memory=in_memory,
+            num_workers=workers,
+        )
+        steps = batches.iterate()
+        for _ in range(
+            count // batch_size + 2 * workers
+        ):  # an epoch: every file has been read once, the workers run
+            next(steps)
+        begin, done = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begin) < seconds:
+            done += sum(len(batch.latents) for batch in next(steps))
+        steps.close()
+        yield {
+            "part": "loader",
+            "from": name,
+            "workers": workers,
+            "batch_size": batch_size,
+            "items": count,
+            "megabytes": round(source.nbytes / 1e6),
+            "items_per_s": round(done / spent, 1),
+            "cpus": len(os.sched_getaffinity(0)),
+        }

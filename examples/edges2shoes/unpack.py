@@ -1,0 +1,81 @@
+"""edges2shoes (Isola et al. 2017) out of parquet files: PNG images and the JSONL that describes
+them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from mmdit.data.dataset.pictures import load_image
+from mmdit.files import file_aside, write_aside
+
+PHOTO_COLUMNS, CAPTION_COLUMNS = (
+    ("imageB", "image_b", "target", "image", "combined"),
+    ("caption", "text", "prompt"),
+)
+
+
+def rows(files: list[Path]) -> Iterator[tuple[bytes | dict, str | None]]:
+    """(encoded picture, caption or None) of every row."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError("reading parquet needs pyarrow: pip install pyarrow") from None
+    for file in map(parquet.ParquetFile, files):
+        names = file.schema_arrow.names
+        photo = next((name for name in PHOTO_COLUMNS if name in names), None)
+        caption = next((name for name in CAPTION_COLUMNS if name in names), None)
+        if photo is None:
+            raise ValueError(
+                f"a parquet file has the columns {', '.join(names)}; needs one of"
+                f" {', '.join(PHOTO_COLUMNS)}"
+            )
+        for batch in file.iter_batches(batch_size=64, columns=[photo] + [caption] * bool(caption)):
+            yield from (
+                (row[photo], row[caption] if caption else None) for row in batch.to_pylist()
+            )
+
+
+def photo_of(data: bytes | dict) -> Image.Image:
+    image = load_image(io.BytesIO(data["bytes"] if isinstance(data, dict) else data))
+    width, height = image.size
+    return image.crop((height, 0, width, height)) if width == 2 * height else image
+
+
+def unpack(
+    source: Path, out_dir: Path, split: str, caption: str, max_samples: int | None
+) -> tuple[int, int]:
+    """Writes `images/*.png` and `<split>_images.jsonl`; returns (written, unreadable). ValueError:
+    nothing to read."""
+    files = sorted([source] if source.is_file() else source.rglob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"no .parquet file in {source}; put the data set's parquet files there or give --source"
+        )
+    lines, bad = [], 0
+    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    chosen = [file for file in files if file.name.startswith(split)] or files
+    for number, (data, own) in enumerate(
+        tqdm(rows(chosen), desc=f"writing {out_dir}", total=max_samples, unit="image")
+    ):
+        id = f"{split}_{number:06d}"
+        try:
+            with file_aside(out_dir / "images" / f"{id}.png") as file:
+                photo_of(data).save(file, format="PNG")
+            row = {"id": id, "image_path": f"images/{id}.png", "caption": own or caption}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        except (OSError, TypeError, ValueError) as error:
+            bad += 1
+            print(f"row {number} skipped: {error}", file=sys.stderr)
+        if len(lines) == max_samples:
+            break
+    if not lines:
+        raise ValueError(f"no picture could be read from {source}")
+    write_aside(out_dir / f"{split}_images.jsonl", "".join(lines))
+    return len(lines), bad

@@ -1,0 +1,134 @@
+"""What an adapter does to its base, from files: see `mmdit.scripts.inspect_adapter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+
+from mmdit.adapters import adapters, merge, remove
+from mmdit.diagnostics.adapters import Change, delta_budget
+from mmdit.diagnostics.attention import observed, summary
+from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.load import load_pipeline
+from mmdit.interop.lora_formats import load_lora, read_lora
+from mmdit.interop.wan import infer_config, locate, official_names
+from mmdit.models.wan import WanDiT
+from mmdit.nn.experts import Experts
+from mmdit.training.expert_choice import choose_expert, experts_of
+from mmdit.training.media import contact_sheet, save_image
+from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.weights import Checkpoint
+
+
+def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
+    """Of the adapted layers: of a run with its own adapter or another, or of Wan weights.
+    ValueError: there is no adapter."""
+    if adapter and not is_ours(base):
+        return wan_changes(base, adapter, expert)
+    pipeline, config = load_pipeline(base, "cpu", lora=None)
+    name, model = _chosen(pipeline, config, expert, base)
+    if adapter:
+        load_lora(remove(model), adapter, name)
+    if not adapters(model):
+        raise ValueError(f"{base} holds no adapter: name one with --adapter")
+    return delta_budget(adapters(model).items())
+
+
+def _chosen(
+    pipeline: Pipeline, config: ExperimentConfig, expert: str | None, base: str
+) -> tuple[str | None, nn.Module]:
+    """Return the expert that is looked at, by name, and say which; of our own pairs both, unless
+    one is asked for."""
+    if isinstance(pipeline.learner.model, Experts) and not expert:
+        return None, pipeline.learner.model
+    choice = choose_expert(pipeline, config, expert, base)
+    if choice.said:
+        print(choice.said)
+    return choice.name, choice.network
+
+
+def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
+    """Of the adapted layers of Wan weights, one at a time: no model is built."""
+    stored = Checkpoint(locate(Path(base), expert))
+    names, _, _ = official_names(list(stored.entries))
+    with torch.device("meta"):
+        model = WanDiT(
+            infer_config(
+                {
+                    names[name]: entry.shape
+                    for name, entry in stored.entries.items()
+                    if name in names
+                },
+                base,
+            )
+        )
+    updates, changes = read_lora(model, adapter, expert).updates, []
+    for key, tensor in tqdm(
+        stored.tensors(), total=len(stored.entries), desc="layers", unit="tensor"
+    ):
+        layer = names.get(key, "").removesuffix(".weight")
+        if layer in updates and names[key].endswith(".weight"):
+            linear = torch.nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
+            changes += delta_budget([(layer, updates[layer].adapter(linear))])
+    return changes
+
+
+def compare(
+    base: str,
+    adapter: str | None,
+    prompts: list[str],
+    sheet: Path,
+    frames: int | None = None,
+    device: str = "auto",
+    expert: str | None = None,
+) -> dict:
+    """Samples and attention without and with the adapter, from the same noise; the samples go side
+    by side into `sheet`. Of a pair one expert has the adapter, and its attention is looked at; the
+    other has none."""
+    report, pixels = {}, {}
+    for which in ("before", "after"):
+        pipeline, config = load_pipeline(base, device, lora=None)
+        name, model = _chosen(pipeline, config, expert, base)
+        if which == "after" and adapter:
+            load_lora(remove(model), adapter, name)
+        if which == "after":
+            merge(model)
+        for network in {pipeline.learner.model, pipeline.low, *experts_of(pipeline).values()} - {
+            None
+        }:
+            remove(network)
+        frames = frames or config.video.num_frames
+        with observed(model) as found:
+            pixels[which] = pipeline(
+                prompts,
+                config.video.width,
+                config.video.height,
+                frames,
+                SampleSettings.of(config.train),
+            )
+        report[which] = summary(found)
+    both = torch.stack([pixels["before"], pixels["after"]], 1).flatten(0, 1)
+    captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
+    save_image(contact_sheet(both, captions, 4 if frames == 1 else 1), sheet)
+    moved = (pixels["after"] - pixels["before"]).abs().flatten(1).mean(1)
+    return report | {
+        "pixels_moved": {
+            prompt: value for prompt, value in zip(prompts, moved.tolist(), strict=True)
+        }
+    }
+
+
+def is_ours(base: str) -> bool:
+    """A run, a checkpoint folder or an export, and not Wan weights."""
+    path = Path(base)
+    if path.is_dir():
+        return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with safe_open(path, "pt") as handle:
+        return "mmdit" in (handle.metadata() or {})

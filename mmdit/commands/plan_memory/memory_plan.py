@@ -1,0 +1,345 @@
+"""How much GPU memory a training step will take, before there is a GPU: the step itself on tensors
+without memory.
+
+The learner is built, and runs forward and backward, on fake tensors (shapes, types and lifetimes,
+no numbers), while a meter adds up the storages that are alive. So checkpointing, autocast, adapters
+and whatever a network does are counted as they are. What does not show there is added by formula:
+the optimizer's state, and the inner memory of fused attention's backward pass. Compiled blocks
+(`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their
+temporaries are counted as if no operations were fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils import _triton
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
+from torch.utils._pytree import tree_leaves
+
+from mmdit.adapters import is_adapter
+from mmdit.interop.wan import prepare
+from mmdit.models import video_mmdit, wan
+from mmdit.models.wan import WanConfig
+from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
+from mmdit.nn import kernels
+from mmdit.nn.stored_weights import StoredWeight
+from mmdit.rng import Draws
+from mmdit.training.ema import EMAConfig
+from mmdit.training.graphs.training_graphs import SMALL, operations, suits
+from mmdit.training.learner import Learner
+from mmdit.training.memory.lean import CHUNK, to_bfloat16
+from mmdit.training.memory.offload import slot_bytes
+from mmdit.training.train_config import TrainConfig
+
+MATRIX_LIBRARY = 2 * 2**25  # bytes that cuBLAS and cuBLASLt keep on an H100 or H200
+SIZES = {  # of the released transformers, to plan before there is a file
+    "1.3B": WanConfig(1536, 8960, 12, 30),
+    "5B": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48),
+    "14B": WanConfig(5120, 13824, 40, 40),
+    "I2V-A14B": WanConfig(5120, 13824, 40, 40, in_dim=36),
+    "I2V-14B": WanConfig(5120, 13824, 40, 40, in_dim=36, image_dim=1280),
+    "FLF2V-14B": WanConfig(5120, 13824, 40, 40, in_dim=36, image_dim=1280, image_positions=514),
+}
+TABLES = (
+    (video_mmdit, "place_tables"),
+    (video_mmdit, "frame_tables"),
+    (video_mmdit, "coordinates"),
+    (wan, "rotary_tables"),
+)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. `activations`: what a forward pass keeps for the backward pass. `workspace`: what the
+    peak has beyond the parts before it; below 0 where the last gradients come after most
+    activations have gone. `host`: page-locked, on the CPU.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    workspace: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak on the device, as `torch.cuda.max_memory_allocated` tells it."""
+        return sum(value for name, value in asdict(self).items() if name != "host")
+
+    def describe(self) -> str:
+        rows = asdict(self) | {"total": self.total}
+        host = rows.pop("host")
+        lines = [f"{name:12}{value / 1e9:10.3f} GB" for name, value in rows.items()]
+        return "\n".join(lines + [f"{'on the CPU':12}{host / 1e9:10.3f} GB"] * bool(host))
+
+
+class Meter(TorchDispatchMode):
+    """`live`: bytes of the storages that operations have made and that are still referred to;
+    `peak`: the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Blocks are compiled although a mode is on."""
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
+                self._add(value.untyped_storage())
+        if func.__name__.startswith("_scaled_dot_product") and func.__name__.endswith(
+            "backward.default"
+        ):
+            b, h, l, d = args[
+                1
+                # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a
+                # row
+            ].shape
+            self.peak = max(
+                self.peak, self.live + 4 * b * h * (-(-l // 128) * 128) * (-(-d // 32) * 32 + 1)
+            )
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """`F.rms_norm` as a GPU computes it: input and a number a row are kept. (A CPU's is several
+    operations.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, x[..., :1].clone(), weight)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        *_, weight = ctx.saved_tensors
+        return gradient.clone(), None if weight is None else torch.zeros_like(weight)
+
+
+@contextlib.contextmanager
+def without_memory():
+    """Tensors made inside are fake; yields the meter of what they would take on a GPU. Tables that
+    are kept for the process stay real, and what would need numbers is answered by shape: there are
+    two distinct timesteps. No GPU is touched: another job may have it, and `checkpoint` refuses one
+    that is woken inside, as compiling would."""
+
+    def real(function: Callable) -> Callable:
+        def call(*arguments):
+            with unset_fake_temporarily(), _disable_current_modes():
+                return function(*arguments)
+
+        return call
+
+    def unique(values: Tensor, return_inverse: bool):
+        return values.flatten()[:2], torch.zeros_like(values, dtype=torch.long)
+
+    def rms_norm(
+        x: Tensor, shape, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        return _FusedNorm.apply(x, weight)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(
+            _triton.has_triton.cache_clear
+        )  # asked while compiling, with the answer of no GPU
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
+        for module, name in TABLES:
+            stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
+        if importlib.util.find_spec(
+            "triton"
+        ):  # as on a GPU: the fused kernels say what they make and keep
+            stack.enter_context(
+                torch._functorch.config.patch(decompose_custom_triton_ops=False)
+            )  # operators stay whole
+            stack.enter_context(
+                mock.patch.object(kernels, "serve", lambda x: x.dtype != torch.float64)
+            )
+            stack.enter_context(
+                mock.patch.object(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16)
+            )
+            for name in ("attention", "residual", "rounding", "swiglu"):
+                stack.enter_context(
+                    mock.patch.object(
+                        kernels, name, importlib.import_module(f"mmdit.nn.fused.{name}")
+                    )
+                )
+        stack.enter_context(mock.patch.object(torch, "unique", unique))
+        stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Meter())
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    if isinstance(parameter, StoredWeight):
+        return parameter.codes.nbytes + (0 if parameter.scale is None else parameter.scale.nbytes)
+    return parameter.nbytes
+
+
+def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
+    """Of the state that lasts, and of what visits the device during a step
+    (`train.offload_optimizer`). AdamW has two moments in float32, `SplitAdamW` three numbers of 16
+    bits, Muon one moment a matrix, `adamw8bit` two bytes and a scale per 256.
+    """
+    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    matrices = (
+        {f"model.{name}" for name in learner.model.matrices()}
+        if train.optimizer == "muon"
+        else set()
+    )
+    halves = any(p.dtype == torch.bfloat16 for p in trained.values())
+    size = 0
+    for name, p in trained.items():
+        if train.optimizer == "adamw8bit" and p.numel() >= 4096:
+            size += 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
+        else:
+            size += p.numel() * (6 if halves else 4 if name in matrices else 8)
+    if train.offload_optimizer:
+        return 0, min(size, max([8 * CHUNK, *(8 * p.numel() for p in trained.values())]))
+    return size, 0
+
+
+def plan_memory(
+    build: Callable[[], Learner],
+    train: TrainConfig,
+    ema: EMAConfig,
+    latents: tuple[int, ...],
+    captions: list[str],
+) -> MemoryPlan:
+    """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f,
+    r, c, d)` and `captions`, in one process. Of compiled blocks the smaller of the plans with and
+    without compiling: neither knows fused operations.
+    """
+    kinds = (False, True) if train.compiles("cuda") else (False,)
+    return min(
+        (_plan(build, train, ema, latents, captions, kind) for kind in kinds),
+        key=lambda found: found.total,
+    )
+
+
+def _plan(
+    build: Callable[[], Learner],
+    train: TrainConfig,
+    ema: EMAConfig,
+    latents: tuple[int, ...],
+    captions: list[str],
+    compiled: bool,
+) -> MemoryPlan:
+    with without_memory() as meter:
+        learner = build()
+        if train.precision == "pure_bf16":
+            to_bfloat16(learner)
+        learner.train()
+        with unset_fake_temporarily(), _disable_current_modes():
+            learner.spec.normalize(torch.zeros(latents[-1]))  # its tables last
+            keep = learner.model.draw_keep(*latents[2:4], 0, 0)
+        learner.objective.draw_time = lambda draws, frames=1: torch.rand(
+            len(draws.indices), dtype=torch.float64
+        )
+        if hasattr(learner.model, "given_frames"):
+            given = int(latents[1] > 1 and learner.model.settings.first_frame > 0)
+            learner.model.given_frames = lambda frames, draws: given
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        weights = sum(map(stored_bytes, learner.parameters()))
+        averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
+            learner.text_encoder(captions)  # learns its words, on the CPU
+
+        def micro_batch() -> int:
+            start = meter.live
+            raw, draws = torch.empty(latents, dtype=torch.float16), Draws.of(0, 0, latents[0])
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
+                losses, _ = learner(raw, captions, draws, keep)
+            loss = losses.mean() / train.grad_accum_steps
+            del losses, draws, raw
+            kept = meter.live - start
+            loss.backward()
+            return kept
+
+        if compiled:
+            # an earlier plan's graphs count towards the limit of one function's
+            torch._dynamo.reset()
+            learner.compile_model("aot_eager_decomp_partition")
+            micro_batch()
+            learner.zero_grad(set_to_none=True)
+        gc.collect()
+        before = meter.peak = meter.live
+        gradients = sum(p.nbytes for p in trained)
+        activations = max(micro_batch() for _ in range(min(2, train.grad_accum_steps)))
+    state, visiting = optimizer_bytes(learner, train)
+    signs = (
+        sum(p.numel() for p in trained)
+        if any(is_adapter(name) for name, _ in learner.named_parameters())
+        else 0
+    )
+    home, slots = (
+        slot_bytes(learner.model.blocks[: train.offload_blocks]) if train.offload_blocks else (0, 0)
+    )
+    narrow = [p.numel() for p in trained if p.dtype != torch.float32]
+    changed = (
+        4 * max(narrow, default=0) if ema.enabled else 0
+    )  # the average takes one weight at a time in float32
+    step = gradients + max(visiting, changed, 10 * signs)
+    state += signs // 8  # of the last gradients
+    constant = weights - home + slots + state + averaged
+    replayed = train.replays and train.compiles("cuda") and suits(learner.model)
+    replayed = (
+        replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
+    )  # its graphs keep gradients
+    peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
+    return MemoryPlan(
+        weights - home + slots,
+        gradients,
+        state,
+        averaged,
+        activations,
+        peak - constant - gradients - activations,
+        home,
+    )
+
+
+def random_denoiser(
+    sizes: WanConfig, settings: WanModelConfig, device: torch.device | str = "cpu"
+) -> WanDenoiser:
+    """A Wan transformer with random weights, as `settings` would load it."""
+    with torch.device(device):
+        model = WanDenoiser(sizes)
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    for name, weight in model.named_parameters():
+        if name.endswith(("modulation", "emb_pos")):
+            nn.init.normal_(weight, std=0.02)
+        weight.data = weight.data.to(WanDenoiser.stored_dtype(name, dtype))
+    return prepare(model, settings)

@@ -1,0 +1,239 @@
+"""What training will make of a cache, before it starts: what is used, cropped, repeated and left
+out, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.cache.latent_cache import LatentCache
+from mmdit.data.dataset.captions import all_captions, length_report
+from mmdit.data.dataset.clips import usable_frames
+from mmdit.data.dataset.colours import NOTES
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.records import Record
+
+EXAMPLES = 5
+
+
+def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
+    """JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not
+    repetitions within one. Sizes are (width, height) in pixels; shares are from 0 to 1; every list
+    of examples is of the worst first.
+    """
+    spatial = cache.manifest.spec.spatial
+    groups = []
+    for row in plan.table():
+        rows, columns = row.pop("grid")
+        fill = 1 - row["repeats"] / plan.global_batch
+        groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
+    places = sum(row["items"] for row in groups)  # of an epoch
+    repeats = sum(row["items"] * row["repeats"] / plan.global_batch for row in groups)
+    return {
+        "cache": str(cache.folder),
+        "made_from": cache.manifest.source,
+        "items": len(cache),
+        "gigabytes": round(cache.nbytes / 1e9, 3),
+        "global_batch": plan.global_batch,
+        "groups": groups,
+        "repeated": {"places": round(repeats), "share_of_an_epoch": round(repeats / places, 4)},
+        "epochs": _epochs(plan, max_steps),
+        "left_out": _left_out(cache, plan),
+        "held_out": len(plan.held_out),
+        "frames": _frames(cache, plan),
+        "cropped": _cropped(cache),
+        "notes": _notes(cache),
+        "older": _older(cache),
+        "skipped_when_cached": _skipped(Path(cache.folder)),
+        "captions": length_report(
+            [all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]
+        ),
+    }
+
+
+def _epochs(plan: BatchPlan, max_steps: int) -> dict:
+    image_steps = (
+        sum(plan.is_image_step(step) for step in range(max_steps))
+        if plan.video.image_fraction
+        else 0
+    )
+    steps = {"clips": max_steps - image_steps, "images": image_steps}
+    return {
+        name: {
+            "steps_an_epoch": round(stream.epoch_steps, 3),
+            "steps": steps[name],
+            "epochs": round(steps[name] / stream.epoch_steps, 3),
+        }
+        for name, stream in (("clips", plan.clips), ("images", plan.images))
+        if stream
+    }
+
+
+def _left_out(cache: LatentCache, plan: BatchPlan) -> dict:
+    clips = [
+        {"id": cache.ids[i], "frames": int(cache.shapes[i, 0])} for i in plan.excluded.tolist()
+    ]
+    clips.sort(key=lambda row: (row["frames"], row["id"]))
+    why = next((line for line in plan.report().splitlines() if line.startswith("left out")), "")
+    return {"items": len(clips), "why": why, "examples": clips[:EXAMPLES]}
+
+
+def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
+    counts = cache.shapes[:, 0]
+    ordered = counts.sort().values.tolist()
+    used = Counter(usable_frames(counts, plan.video).tolist())
+    return {
+        "shortest": ordered[0],
+        "median": ordered[len(ordered) // 2],
+        "longest": ordered[-1],
+        "items_by_frames_used": {str(number): used[number] for number in sorted(used) if number},
+        "not_moved_by_jitter": plan.unmoved(),
+    }
+
+
+def _cropped(cache: LatentCache) -> dict:
+    """From the crop stored with each item; items that were rendered straight into the cache have
+    none."""
+    spatial = cache.manifest.spec.spatial
+    known, enlarged = [], 0
+    for id, source, (_, rows, columns, _) in zip(
+        cache.ids, cache.sources, cache.shapes.tolist(), strict=True
+    ):
+        if "crop" not in source:
+            continue
+        left, top, right, bottom = source["crop"]
+        known.append(
+            (
+                round((right - left) * (bottom - top) / math.prod(source["size"]), 4),
+                id,
+                source["size"],
+            )
+        )
+        enlarged += columns * spatial > right - left + 0.5 or rows * spatial > bottom - top + 0.5
+    if not known:
+        return {"items": 0}
+    known.sort()
+    kept = [share for share, _, _ in known]
+    worst = [{"id": id, "size": size, "kept": share} for share, id, size in known[:EXAMPLES]]
+    return {
+        "items": len(kept),
+        "mean_kept": round(sum(kept) / len(kept), 4),
+        "least_kept": kept[0],
+        "items_below_80_percent": sum(share < 0.8 for share in kept),
+        "enlarged": enlarged,
+        "examples": worst,
+    }
+
+
+def _notes(cache: LatentCache) -> dict[str, int]:
+    """Return how many items there are of each key of `colours.NOTES`."""
+    return dict(Counter(note for source in cache.sources for note in source.get("notes", ())))
+
+
+def _older(cache: LatentCache) -> str:
+    """Return what to say of pictures that were decoded otherwise; nothing of what was rendered."""
+    from_pictures = any("crop" in source for source in cache.sources)
+    return cache.manifest.older(cache.folder) if from_pictures else ""
+
+
+def _skipped(folder: Path) -> dict:
+    rows = []
+    for path in sorted(folder.glob("skipped*.jsonl")):
+        rows += [
+            json.loads(line)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
+    reasons = Counter(row["reason"].partition(":")[0] for row in rows)
+    return {"items": len(rows), "reasons": dict(reasons.most_common()), "examples": rows[:EXAMPLES]}
+
+
+def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:
+    """Counts how the items of a cache and the lines of a metadata file go together, with examples
+    of what does not."""
+    captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
+    expected: dict[str, list[str]] = {}
+    missing = []
+    for record in records:
+        wanted = all_captions(record.caption, record.facts)
+        expected |= {
+            preprocess.item_id(record.id, crop): wanted for crop in range(preprocess.num_crops)
+        }
+        missing += [record.id] if preprocess.item_id(record.id, 0) not in captions else []
+    strangers = [id for id in captions if id not in expected]
+    others = [id for id in captions if id in expected and captions[id] != expected[id]]
+    found = {"not_in_file": strangers, "not_cached": missing, "other_caption": others}
+    return {name: {"items": len(ids), "examples": ids[:EXAMPLES]} for name, ids in found.items()}
+
+
+MEANINGS = {
+    "not_in_file": (
+        "items of the cache are not in this file (for example {}): they are trained, too; --prune"
+        " of the caching command removes them"
+    ),
+    "not_cached": (
+        "records of the file are not in the cache (for example {}): they are not trained; run the"
+        " caching command"
+    ),
+    "other_caption": (
+        "items have another caption than their line (for example {}): run the caching command again"
+    ),
+}
+
+
+def report_text(report: dict) -> str:
+    """For people: what `cache_report` found."""
+    lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
+    lines += [f"made from {report['made_from']}"] if report["made_from"] else []
+    for row in report["groups"]:
+        size = "{}x{}".format(*row["size"])
+        lines.append(
+            f"  {row['steps']} {size}, {row['frames']} frames: {row['items']} items,"
+            f" {row['batches']:g} batches of {report['global_batch']} an epoch, {row['fill']:.1%}"
+            " filled without repetition"
+        )
+    for name, row in report["epochs"].items():
+        lines.append(
+            f"  {name}: {row['steps']} steps are {row['epochs']:g} epochs of"
+            f" {row['steps_an_epoch']:g} steps"
+        )
+    frames, crops, captions = report["frames"], report["cropped"], report["captions"]
+    lines.append(f"frames: {frames['shortest']} to {frames['longest']}, median {frames['median']}")
+    still = frames["not_moved_by_jitter"]
+    lines += (
+        [f"temporal_jitter moves no frame of {still} clips: their frames lie less than 3 apart"]
+        if still
+        else []
+    )
+    if crops["items"]:
+        lines.append(
+            f"pixels kept: {crops['mean_kept']:.1%} on average, {crops['least_kept']:.1%} at least;"
+            f" below 80 %: {crops['items_below_80_percent']}; enlarged: {crops['enlarged']}"
+        )
+        lines += [
+            f"  {row['id']} {row['size'][0]}x{row['size'][1]}: {row['kept']:.1%} kept"
+            for row in crops["examples"]
+        ]
+    words = captions["words"]
+    lines.append(
+        f"captions: {captions['captions']}, {captions['empty']} of them empty,"
+        f" {captions['items_with_several']} items have several; words: median {words['median']}, 95"
+        f" % at most {words['p95']}, longest {words['longest']}"
+    )
+    lines += [report["left_out"]["why"]] if report["left_out"]["items"] else []
+    notes = {note: count for note, count in report["notes"].items() if note in NOTES}
+    lines += [f"{count} items {NOTES[note]}" for note, count in notes.items()]
+    lines += [report["older"]] if report["older"] else []
+    skipped = report["skipped_when_cached"]
+    lines += [
+        f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()
+    ]
+    for name, row in report.get("metadata", {}).items():
+        lines += (
+            [f"{row['items']} {MEANINGS[name].format(row['examples'][0])}"] if row["items"] else []
+        )
+    lines += [f"contact sheet: {report['sheet']}"] if "sheet" in report else []
+    return "\n".join(lines)

@@ -1,0 +1,587 @@
+"""From records to a latent cache: workers decode, the device encodes, a thread saves. Stopped at
+any moment, it can go on.
+
+    read_records ─► [workers: open, choose size, crop] ─► batches of one size ─► tokenizer.encode ─► [thread: CacheWriter]
+
+A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`, and so is what was
+cached of it when it was another; wrong settings stop the run before any work. Under `torchrun` each
+rank takes every world-th record: there is no communication, ranks may finish at different times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from mmdit.data.cache.items import load_item, to_half
+from mmdit.data.cache.latent_cache import CacheWriter, told_how_to_go_on
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import BucketingConfig, Size, VideoConfig
+from mmdit.data.dataset.clips import cached_frames, latent_video, usable_frames
+from mmdit.data.dataset.colours import NOTES
+from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames, to_unit
+from mmdit.data.dataset.pictures import load_image
+from mmdit.data.dataset.records import Kind, Record
+from mmdit.data.dataset.stamps import compare, stamp_of
+from mmdit.data.dataset.videos import read_video
+from mmdit.data.dataset.workers import KILLED, each
+from mmdit.files import write_aside
+from mmdit.interfaces import LatentSpec, Tokenizer
+
+HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
+
+
+@dataclass
+class Meta:
+    """What is stored beside one item's latents."""
+
+    id: str
+    caption: str
+    facts: dict
+    source: dict
+    repeated: list[str]  # ids of crops of the same picture that are not written
+
+
+@dataclass
+class CacheReport:
+    """What became of every record."""
+
+    records: int = 0
+    already: int = 0  # records finished by an earlier run
+    recaptioned: int = 0  # of those, with a new caption
+    renewed: int = 0  # of those, found elsewhere or with other times, and the same bytes
+    old_stamps: int = (
+        0  # of those, the same as far as an older version of this program had noted it
+    )
+    gone: list[str] = field(default_factory=list)  # of those, whose source is no longer there
+    removed: int = 0  # items taken out: of sources that are now another or unusable
+    damaged: dict[str, str] = field(default_factory=dict)  # id → why its file could not be read
+    strangers: list[str] = field(default_factory=list)  # items of no record
+    pruned: int = 0  # of those, taken out
+    too_short: str = ""  # of clips that give no sample
+    written: int = 0  # items
+    same_crops: int = 0  # crops that would have repeated an earlier one of their picture
+    empty_captions: int = 0
+    animated: int = 0  # items from an animated picture
+    notes: Counter = field(default_factory=Counter)  # items by key of `colours.NOTES`
+    older: str = ""  # what to say of a cache that was begun with another version of decoding
+    skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
+    sizes: dict[str, int] = field(
+        default_factory=dict
+    )  # items in the cache by size (when one process makes it)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def text(self) -> str:
+        renewed = f" ({self.recaptioned} got their new caption)" if self.recaptioned else ""
+        renewed += (
+            f" ({self.renewed} moved or touched, with the same bytes)" if self.renewed else ""
+        )
+        lines = [
+            f"{self.records} records: {self.written} items written in {self.seconds:.1f} s,"
+            f" {self.already} records already there{renewed}, {len(self.skipped)} skipped,"
+            f" {self.empty_captions} empty captions (trained as unconditional)"
+        ]
+        if self.same_crops:
+            lines.append(
+                f"{self.same_crops} crops not written: without an overhang they would repeat"
+                " another crop"
+            )
+        if self.animated:
+            lines.append(
+                f"{self.animated} items from animated pictures: their first frame is used "
+                "(named as video_path, they are clips)"
+            )
+        lines += [f"{count} items {NOTES[note]}" for note, count in self.notes.items()]
+        lines += [self.older] if self.older else []
+        if self.old_stamps:
+            lines.append(
+                f"{self.old_stamps} records have notes of an older version, which knew only sizes:"
+                " a source that was exchanged before now for another of equal size was not"
+                " noticed; from now on it will be"
+            )
+        if self.gone:
+            lines.append(
+                f"{len(self.gone)} records keep what was cached of them, their files are gone (for"
+                f" example {self.gone[0]})"
+            )
+        if self.removed:
+            lines.append(
+                f"{self.removed} items taken out of the cache: their sources are others now, or"
+                " unusable"
+            )
+        if self.damaged:
+            id, why = next(iter(self.damaged.items()))
+            lines.append(
+                f"{len(self.damaged)} damaged items counted as not there (for example {id}: {why})"
+            )
+        if self.strangers:
+            told = (
+                f"{len(self.strangers)} items of the cache are not in this file (for example"
+                f" {self.strangers[0]})"
+            )
+            lines.append(
+                f"{told}: taken out"
+                if self.pruned
+                else f"{told}: they are trained, too; --prune removes them"
+            )
+        lines += [self.too_short] if self.too_short else []
+        kinds: dict[str, list[dict]] = {}
+        for row in self.skipped:
+            kinds.setdefault(row["reason"].partition(":")[0], []).append(row)
+        for rows in kinds.values():
+            row = rows[0]
+            lines.append(
+                f"  skipped {len(rows)}, for example: {row['reason']}"
+                f" ({row['id']}{place_told(row)})"
+            )
+        lines += [
+            f"  {size}: {count} items in the cache" for size, count in sorted(self.sizes.items())
+        ]
+        return "\n".join(lines)
+
+
+# ── decoding, in the workers ──────────────────────────────────────────────────────────────────────
+class _Decode(Dataset):
+    """Maps a few records to their crops, grouped by size. The records come through the sampler, so
+    that a million of them are neither pickled to nor copied by every worker."""
+
+    def __init__(
+        self, kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig
+    ):
+        self.kind, self.choose, self.preprocess = kind, manifest.choose, preprocess
+        self.fps = video.fps if kind == "video" else 0.0
+        self.video = (
+            video if manifest.clip_plan and kind == "video" else None
+        )  # its frames are chosen here
+
+    def __getitem__(
+        self, records: list[Record]
+    ) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
+        groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
+        skipped, same = [], 0
+        for record in records:
+            try:
+                crops = self.crops(record)
+            except (
+                Exception
+            ) as error:  # decoders raise almost anything on damaged files; the list says what
+                row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
+                skipped.append(row | {"unreachable": is_unreachable(error)})
+            else:
+                same += self.preprocess.num_crops - len(crops)
+                for pixels, meta in crops:
+                    groups.setdefault(pixels.shape, []).append((pixels, meta))
+        pairs = [
+            ([pixels for pixels, _ in group], [meta for _, meta in group])
+            for group in groups.values()
+        ]
+        return (
+            [(torch.from_numpy(np.stack(pixels)), metas) for pixels, metas in pairs],
+            skipped,
+            same,
+        )
+
+    def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
+        """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has
+        one box for all its frames."""
+        boxes, frames, source, target = {}, [], (0, 0), (0, 0)
+        stamp = stamp_of(
+            record.path, self.fps
+        )  # before it is decoded: what changes meanwhile is noticed next time
+        animated, notes = False, set()
+        for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
+            if number == 0:
+                source, target = image.size, self.choose(image.size)
+                boxes = boxes_of(source, target, self.preprocess, record.id)
+            check_frame(name, image.size, source)
+            frames.append([cut(image, box, target) for box in boxes.values()])
+            animated |= image.info["animated"]
+            notes |= set(image.info["notes"])
+        chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
+        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp}
+        origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
+        origin |= {"frames": chosen} if self.video else {}
+        origin |= {"animated": True} if animated else {}
+        origin |= {"notes": sorted(notes)} if notes else {}
+        repeated = [
+            self.preprocess.item_id(record.id, crop)
+            for crop in range(self.preprocess.num_crops)
+            if crop not in boxes
+        ]
+        return [
+            (
+                np.stack([frames[number][i] for number in chosen]),
+                Meta(
+                    self.preprocess.item_id(record.id, crop),
+                    record.caption,
+                    record.facts,
+                    origin | {"crop": [round(side, 3) for side in box]},
+                    repeated,
+                ),
+            )
+            for i, (crop, box) in enumerate(boxes.items())
+        ]
+
+
+def reason_of(error: Exception) -> str:
+    """Why a source is skipped, in words."""
+    if isinstance(error, FileNotFoundError):
+        return "file not found"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def place_told(row: dict) -> str:
+    """Where a skipped source was looked for, to follow its reason in a line for people."""
+    return (
+        ""
+        if not row["path"] or row["path"] in row["reason"]
+        else f", {os.path.abspath(row['path'])}"
+    )
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Return whether the file system failed, rather than what is in a file."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
+    """Crop number → box, for every crop that does not repeat an earlier one."""
+    boxes: dict[int, Box] = {}
+    for crop in range(preprocess.num_crops):
+        box = crop_box(source, target, preprocess, id, crop)
+        if all(
+            max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5
+            for other in boxes.values()
+        ):
+            boxes[crop] = box
+    return boxes
+
+
+def check_frame(name: str, size: Size, first: Size) -> None:
+    """ValueError for a frame that is not of its clip's size."""
+    if size != first:
+        raise ValueError(f"frames of different sizes: {name} is {size}, the first is {first}")
+
+
+def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Image.Image]]:
+    """(name, picture) for every frame of a record; a video file gives `fps` a second. ValueError,
+    OSError: unusable."""
+    if kind == "image":
+        yield record.path, load_image(record.path)
+    elif os.path.isdir(record.path):
+        yield from load_frames(record.path)
+    else:
+        for number, image in enumerate(read_video(record.path, fps)):
+            yield f"frame {number}", image
+
+
+def decoded(
+    records: list[Record],
+    kind: Kind,
+    manifest: CacheManifest,
+    preprocess: PreprocessConfig,
+    video: VideoConfig,
+    num_workers: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:
+    """Cut pictures of the records, decoded by workers, in their order (those over which a worker
+    was killed at the end): how many records, uint8 groups `(B, F, 3, H, W)` of one size with what
+    is known of each, the rows of what was skipped, and how many crops repeated another.
+    """
+    chunk = 16 if kind == "image" else 1
+    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    pin_memory = torch.device(device).type == "cuda"
+    for part, result in each(
+        _Decode(kind, manifest, preprocess, video), parts, num_workers, pin_memory
+    ):
+        if result is None:
+            rows = [
+                {"id": record.id, "path": record.path, "reason": KILLED, "unreachable": False}
+                for record in part
+            ]
+            result = [], rows, 0
+        yield len(part), *result
+
+
+# ── what is already there ─────────────────────────────────────────────────────────────────────────
+def _pending(
+    records: list[Record],
+    writer: CacheWriter,
+    preprocess: PreprocessConfig,
+    fps: float,
+    report: CacheReport,
+) -> list[Record]:
+    """Records still to do. A finished one whose source was exchanged is done anew; a changed
+    caption is only rewritten, as is the stamp of a source that was moved. `fps`: asked of video
+    files."""
+    pending = []
+    for record in tqdm(records, desc="looking for finished items", disable=len(records) < 20_000):
+        ids = [preprocess.item_id(record.id, crop) for crop in range(preprocess.num_crops)]
+        source = writer.entries.get(ids[0], {}).get("source", {})
+        wanted = [id for crop, id in enumerate(ids) if crop in source.get("crops", [0])]
+        items = [writer.entries.get(id) for id in wanted]
+        state, stamp = compare(record.path, source.get("stamp"), fps)
+        of_one = all(
+            item and item.get("source", {}).get("stamp") == source.get("stamp") for item in items
+        )
+        if state == "changed" or not of_one:
+            pending.append(record)
+            continue
+        report.removed += writer.remove(
+            id for id in ids if id not in wanted
+        )  # of a kill between two crops
+        if state == "missing":
+            report.skipped.append(
+                {
+                    "id": record.id,
+                    "path": record.path,
+                    "reason": "file not found: the cache keeps what this id had before, as it was",
+                }
+            )
+            continue
+        report.gone += [f"{record.id}: {record.path}"] if state == "gone" else []
+        stale = [
+            item
+            for item in items
+            if (item["caption"], item.get("facts", {})) != (record.caption, record.facts)
+        ]
+        try:
+            for item in items if stamp else stale:
+                latents = load_item(writer.folder / item["file"], writer.manifest.spec.channels)[
+                    "latents"
+                ]
+                noted = item.get("source", {}) | ({"stamp": stamp} if stamp else {})
+                writer.add(item["id"], latents, record.caption, record.facts, noted)
+        except ValueError as error:
+            report.damaged[item["id"]] = str(error)
+            pending.append(record)
+            continue
+        report.already += 1
+        report.recaptioned += bool(stale)
+        report.renewed += state == "renewed"
+        report.old_stamps += state == "older"
+    return pending
+
+
+def _too_short(entries: Iterable[dict], video: VideoConfig, spec: LatentSpec) -> str:
+    """A sentence on the clips that are too short for a sample, if there are any."""
+    own, entries = latent_video(video, spec), list(entries)
+    needed = own.needed(min((own.num_frames, *own.frame_counts)))
+    usable = usable_frames(
+        torch.tensor([entry["shape"][0] for entry in entries], dtype=torch.int64), own
+    ).tolist()
+    short = [entry for entry, frames in zip(entries, usable, strict=True) if not frames]
+    if not short or own.image_fraction == 1:
+        return ""
+    return (
+        f"{len(short)} clips are too short for a sample of this config, which takes {needed}"
+        f" frames, for example {short[0]['id']} ({short[0]['shape'][0]} frames): no step on clips"
+        " will use them"
+    )
+
+
+# ── the loop ──────────────────────────────────────────────────────────────────────────────────────
+class _Saver:
+    """The thread that writes, at most a few batches behind."""
+
+    def __init__(self, writer: CacheWriter, preprocess: PreprocessConfig, report: CacheReport):
+        self.writer, self.preprocess, self.report = writer, preprocess, report
+        self.pool, self.waiting = ThreadPoolExecutor(1, "cache-writer"), deque()
+
+    def submit(self, work: Callable, *arguments) -> None:
+        self.waiting.append(self.pool.submit(work, *arguments))
+        while len(self.waiting) > 4:
+            # bounds memory, and hands on a failed write (a full disk)
+            self.waiting.popleft().result()
+
+    def wait(self) -> None:
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def save(self, latents: Tensor, metas: list[Meta]) -> None:
+        half, finite = to_half(latents)
+        for meta, good in zip(metas, finite.tolist(), strict=True):
+            if not good:
+                self.report.skipped.append(
+                    {"id": meta.id, "path": "", "reason": "latents are not finite in float16"}
+                )
+                self.remove([meta.id])
+        metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
+        self.writer.add_many(
+            [meta.id for meta in metas],
+            half[finite],
+            [meta.caption for meta in metas],
+            [meta.facts for meta in metas],
+            [meta.source for meta in metas],
+            checked=True,
+        )
+        self.remove([id for meta in metas for id in meta.repeated])
+        self.report.written += len(metas)
+        self.report.animated += sum("animated" in meta.source for meta in metas)
+        self.report.notes.update(note for meta in metas for note in meta.source.get("notes", ()))
+
+    def remove(self, ids: list[str]) -> None:
+        self.report.removed += self.writer.remove(ids)
+
+    def skip(self, rows: list[dict]) -> None:
+        """Note rows of `decoded`. What is unusable now was another source when it was cached: its
+        items go."""
+        unusable = [row["id"] for row in rows if not row.pop("unreachable")]
+        self.report.skipped += rows
+        ids = [
+            self.preprocess.item_id(id, crop)
+            for id in unusable
+            for crop in range(self.preprocess.num_crops)
+        ]
+        if any(id in self.writer.entries for id in ids):
+            self.submit(self.remove, ids)
+
+
+@told_how_to_go_on()
+def cache_latents(
+    records: list[Record],
+    kind: Kind,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    video: VideoConfig,
+    bucketing: BucketingConfig | None = None,
+    preprocess: PreprocessConfig | None = None,
+    *,
+    source: str = "",
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+    prune: bool = False,
+) -> CacheReport:
+    """Encode every record that the cache lacks; all frames of a clip are kept (frames are chosen
+    when a batch is made). `prune`: take items out that belong to none of the records.
+
+    ValueError: the folder holds a cache made with other settings, or nothing usable is left. Ctrl-C
+    returns a report with `interrupted`; what was written stays and the same call goes on from
+    there.
+    """
+    begin = time.monotonic()
+    preprocess = preprocess or PreprocessConfig()
+    manifest = CacheManifest.of(tokenizer, video, bucketing, preprocess, source)
+    expected = {
+        preprocess.item_id(record.id, crop)
+        for record in records
+        for crop in range(preprocess.num_crops)
+    }
+    records = records[rank::world]
+    writer = CacheWriter(out_dir, manifest, rank, world, forgiving=True)
+    report = CacheReport(
+        len(records),
+        empty_captions=sum(not record.caption for record in records),
+        older=CacheManifest.read(out_dir).older(out_dir),
+        damaged=writer.damaged,
+    )
+    saver = _Saver(writer, preprocess, report)
+    buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = {}
+
+    def flush(key: tuple) -> None:
+        parts = buffers.pop(key)
+        pixels = torch.cat(
+            [part.to(device, non_blocking=True) for part, _ in parts]
+        )  # joined there: page-locked here
+        metas = [meta for _, group in parts for meta in group]
+        for first in range(0, len(metas), batch_size):
+            chunk = slice(first, first + batch_size)
+            with torch.inference_mode():
+                unit = to_unit(pixels[chunk])
+                windows = unit.split(video.num_frames, 1) if manifest.clip_plan else [unit]
+                latents = torch.cat([tokenizer.encode(window) for window in windows], 1)
+            saver.submit(saver.save, latents, metas[chunk])
+
+    try:
+        pending = _pending(
+            records, writer, preprocess, video.fps if kind == "video" else 0.0, report
+        )
+        parts = decoded(pending, kind, manifest, preprocess, video, num_workers, device)
+        unit = "image" if kind == "image" else "clip"
+        bar = tqdm(
+            total=len(records),
+            initial=report.already,
+            desc=f"caching {out_dir}",
+            unit=unit,
+            disable=not progress,
+        )
+        with bar:
+            for count, groups, skipped, same in parts:
+                saver.skip(skipped)
+                report.same_crops += same
+                for pixels, metas in groups:
+                    key = tuple(pixels.shape[1:])
+                    buffers.setdefault(key, []).append((pixels, metas))
+                    if (
+                        kind == "video"
+                        or sum(len(group) for _, group in buffers[key]) >= batch_size
+                    ):
+                        flush(key)
+                bar.update(count)
+                bar.set_postfix(skipped=len(report.skipped), refresh=False)
+                if len(report.skipped) >= HOPELESS and not (
+                    report.written or report.already or saver.waiting or buffers
+                ):
+                    break
+            for key in list(buffers):
+                flush(key)
+            saver.wait()
+        if rank == 0:
+            report.strangers = sorted(writer.entries.keys() - expected)
+            report.pruned = writer.remove(report.strangers) if prune else 0
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        saver.pool.shutdown(wait=True)
+        writer.close()
+        _write_skipped(
+            Path(out_dir) / (f"skipped-{rank}.jsonl" if world > 1 else "skipped.jsonl"),
+            report.skipped,
+        )
+    if world == 1:
+        shapes, spatial = (
+            [entry["shape"] for entry in writer.entries.values()],
+            tokenizer.spec.spatial,
+        )
+        report.too_short = (
+            _too_short(writer.entries.values(), video, tokenizer.spec) if kind == "video" else ""
+        )
+        report.sizes = dict(
+            Counter(f"{columns * spatial}x{rows * spatial}" for _, rows, columns, _ in shapes)
+        )
+    report.seconds = time.monotonic() - begin
+    if records and not writer.entries and not report.interrupted:
+        examples = "\n".join(
+            f"  {row['path'] or row['id']}: {row['reason']}" for row in report.skipped[:5]
+        )
+        raise ValueError(
+            f"none of the {len(records)} records could be used ({len(report.skipped)} were"
+            f" tried):\n{examples}\nPaths in the metadata are relative to the metadata file's own"
+            " folder."
+        )
+    return report
+
+
+def _write_skipped(path: Path, skipped: list[dict]) -> None:
+    """The list of this run; an older one is removed, for its items have been tried again."""
+    path.unlink(missing_ok=True)
+    if skipped:
+        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))

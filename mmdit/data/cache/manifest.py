@@ -1,0 +1,173 @@
+"""What made a cache: the few settings on which its latents depend, kept beside them and compared
+before they are used."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mmdit.config import ConfigError, decode
+from mmdit.data.dataset.buckets import (
+    BucketingConfig,
+    Size,
+    VideoConfig,
+    budget_size,
+    choose_size,
+    target_sizes,
+)
+from mmdit.data.dataset.clips import clip_plan
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.pictures import DECODING
+from mmdit.files import open_regular, write_aside
+from mmdit.interfaces import LatentSpec, Tokenizer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What decides the contents of a cache. `source` and the spec's statistics are for the reader's
+    information only."""
+
+    tokenizer: str  # fingerprint: a hash of weights and configuration
+    tokenizer_name: str
+    spec: LatentSpec
+    sizes: tuple[Size, ...]  # empty under a pixel budget
+    bucketed: bool
+    preprocess: dict = field(default_factory=lambda: {"crop": "center"})
+    source: str = ""
+    format: int = FORMAT
+    max_pixels_per_frame: int = 0
+    clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
+    decoding: int = 1  # version of `pictures` when the cache was begun; the first was not noted
+
+    @staticmethod
+    def of(
+        tokenizer: Tokenizer,
+        video: VideoConfig,
+        bucketing: BucketingConfig | None = None,
+        preprocess: PreprocessConfig | None = None,
+        source: str = "",
+    ) -> CacheManifest:
+        """The manifest that this config asks for: written when caching, wanted when training."""
+        bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
+        sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
+        sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
+        name = getattr(tokenizer, "name", type(tokenizer).__name__)
+        return CacheManifest(
+            tokenizer.fingerprint,
+            name,
+            tokenizer.spec,
+            sizes,
+            bucketing.enabled,
+            preprocess.describe(),
+            source,
+            max_pixels_per_frame=bucketing.budget,
+            clip_plan=plan,
+            decoding=DECODING,
+        )
+
+    def choose(self, source: Size) -> Size:
+        """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be
+        used."""
+        if self.max_pixels_per_frame:
+            return budget_size(source, self.max_pixels_per_frame, self.spec.spatial)
+        return choose_size(source, self.sizes)
+
+    def allows(self, size: Size) -> bool:
+        """Whether items of this size belong into the cache."""
+        return (
+            0 < math.prod(size) <= self.max_pixels_per_frame
+            if self.max_pixels_per_frame
+            else size in self.sizes
+        )
+
+    def older(self, folder: str | Path) -> str:
+        """Return what to say of a cache whose pictures were decoded otherwise than now; empty if
+        they were not."""
+        if self.decoding == DECODING:
+            return ""
+        return (
+            f"the cache {folder} was begun when pictures and videos were decoded otherwise (version"
+            f" {self.decoding}, now {DECODING}: colour profiles, HDR, untagged HD video). It is"
+            " usable as it is, and what it holds stays; cache into a new folder to decode all anew"
+        )
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        write_aside(folder / "manifest.json", text)
+
+    @staticmethod
+    def read(folder: str | Path) -> CacheManifest:
+        path = Path(folder) / "manifest.json"
+        try:
+            with open_regular(path) as file:
+                row = json.loads(file.read().decode())
+            found = row["format"]
+            if found != FORMAT:
+                raise ConfigError(
+                    "",
+                    f"{path} has format {found}, this version reads {FORMAT}; cache into a new"
+                    " folder",
+                )
+            return decode(CacheManifest, row)
+        except FileNotFoundError:
+            raise ConfigError(
+                "",
+                f"{folder} is no latent cache (it has no manifest.json); correct the path, or make"
+                " one with mmdit.scripts.cache_vtp_images or cache_vtp_latents",
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, ConfigError) and str(path) in str(error):
+                raise
+            told = error if isinstance(error, ConfigError) else repr(error)[:1000]
+            raise ConfigError(
+                "", f"{path} is damaged ({told}); cache again into a new folder"
+            ) from None
+
+    def differences(self, wanted: CacheManifest) -> list[str]:
+        """`what: here X, wanted Y` for everything that changes the latents."""
+        pairs = [
+            ("latent channels", self.spec.channels, wanted.spec.channels),
+            ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
+            ("frames per latent frame", self.spec.temporal, wanted.spec.temporal),
+            ("bucketing.enabled", self.bucketed, wanted.bucketed),
+            ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
+            (
+                "bucketing.max_pixels_per_frame",
+                self.max_pixels_per_frame,
+                wanted.max_pixels_per_frame,
+            ),
+        ]
+        if (
+            self.tokenizer != wanted.tokenizer
+        ):  # the name alone (a moved checkpoint) decides nothing
+            names = [
+                f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)
+            ]
+            pairs.insert(0, ("tokenizer", *names))
+        sections = (
+            ("preprocess", self.preprocess, wanted.preprocess),
+            ("video", self.clip_plan, wanted.clip_plan),
+        )
+        for section, here, asked in sections:
+            pairs += [
+                (f"{section}.{name}", here.get(name), asked.get(name))
+                for name in sorted({*here, *asked})
+            ]
+        return [
+            f"{what}: the cache has {here}, the config asks {asked}"
+            for what, here, asked in pairs
+            if here != asked
+        ]
+
+    def check(self, folder: str | Path, wanted: CacheManifest) -> None:
+        """ValueError with every difference and the remedy, unless the cache is what is wanted."""
+        if found := self.differences(wanted):
+            raise ValueError(
+                "\n  ".join([f"the cache {folder} was made with other settings:", *found])
+                + "\nUse the settings it was made with, or cache again into a new folder (it is not"
+                " touched)."
+            )

@@ -1,0 +1,65 @@
+"""Animated pictures (GIF, WebP, PNG, AVIF) as clips, read by Pillow: when each frame is shown, and
+the frames as displayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from mmdit.data.dataset.pictures import as_shown, open_picture
+from mmdit.files import open_regular
+
+STARTS = (b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+MOST_FRAMES = 20_000
+SHORTEST = 10  # milliseconds: what is shown for no longer than that, players show for 100
+
+
+def is_picture(path: str | Path) -> bool:
+    """Return whether a file begins as pictures do. OSError or ValueError where it cannot be
+    opened."""
+    with open_regular(path) as file:
+        head = file.read(12)
+    return head.startswith(STARTS) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
+
+
+def times_of(path: str | Path) -> tuple[tuple[int, int], list[int]]:
+    """Return the size as stored, and the milliseconds from the start at which each frame appears.
+    Every frame is decoded for it: damage is found."""
+    times, now = [], 0
+    with open_picture(path) as image:
+        for number in _frames(image):
+            image.seek(number)
+            image.load()
+            times.append(now)
+            length = image.info.get("duration") or 0
+            now += round(length) if length > SHORTEST else 100
+        return image.size, times
+
+
+def frames_of(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
+    """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
+    gives them."""
+    with open_picture(path) as image:
+        shown, shown_number = None, -1
+        first = _frames(image).start
+        for number in wanted:
+            # one after the other: each is drawn over the one before
+            for passed in range(shown_number + 1, number + 1):
+                image.seek(first + passed)
+                image.load()
+            if shown is None or number != shown_number:
+                shown, shown_number = as_shown(image), number
+            yield shown
+
+
+def _frames(image: Image.Image) -> range:
+    """Return the numbers of the frames that are shown. The other pictures of TIFF and MPO are no
+    frames; a PNG may begin with a still for programs that know no animation."""
+    if image.format in ("TIFF", "MPO"):
+        return range(1)
+    count = getattr(image, "n_frames", 1)
+    if count > MOST_FRAMES:
+        raise ValueError(f"too long: {count} frames; cut it into clips of at most {MOST_FRAMES}")
+    return range(1 if getattr(image, "default_image", False) and count > 1 else 0, count)

@@ -1,0 +1,206 @@
+"""Sizes: what a picture or clip is resized to. One function decides, in caching; the decision is in
+the cache's manifest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from mmdit.config import ConfigError
+
+Size = tuple[int, int]  # pixels (width, height)
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """YAML section `video:`. One frame is text-to-image. Clips are cached whole; frames are chosen
+    when a batch is made.
+
+    `shrink_video_to_frames` stretches the sample over the whole clip, whatever its length, instead
+    of taking a window of it. `temporal_jitter` moves each frame but the first by up to so many
+    source frames; their order stays.
+    """
+
+    width: int = 256
+    height: int = 256
+    fps: float = 16.0  # of the frame folders; video files are decoded at it
+    num_frames: int = 1
+    frame_stride: int = 1  # take every n-th frame of the source
+    frame_counts: tuple[
+        int, ...
+    ] = ()  # smaller numbers, for clips too short for num_frames: the largest that fits is used
+    shrink_video_to_frames: bool = False
+    temporal_jitter: int = 0
+    image_fraction: float = (
+        0.0  # share of the training steps that use single frames of the clips (and single images)
+    )
+
+    def __post_init__(self):
+        for name in ("width", "height", "num_frames", "frame_stride", "fps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"is {getattr(self, name)}; must be greater than 0")
+        if not 0 <= self.image_fraction <= 1:
+            raise ConfigError("image_fraction", f"is {self.image_fraction}; must be from 0 to 1")
+        if self.image_fraction and self.num_frames == 1:
+            raise ConfigError(
+                "image_fraction",
+                f"is {self.image_fraction} but num_frames is 1, so every step uses single "
+                "frames; set it to 0 or raise num_frames",
+            )
+        for i, count in enumerate(self.frame_counts):
+            if not 1 < count < self.num_frames or count in self.frame_counts[:i]:
+                raise ConfigError(
+                    f"frame_counts[{i}]",
+                    f"is {count}; must be from 2 to below num_frames ({self.num_frames}), "
+                    "and stand there once",
+                )
+        if self.temporal_jitter < 0 or (self.temporal_jitter and self.num_frames == 1):
+            raise ConfigError(
+                "temporal_jitter",
+                f"is {self.temporal_jitter} with num_frames {self.num_frames}; must be at "
+                "least 0, and 0 for single frames",
+            )
+        if self.shrink_video_to_frames and (self.frame_stride > 1 or self.num_frames == 1):
+            raise ConfigError(
+                "shrink_video_to_frames",
+                f"is true with num_frames {self.num_frames} and frame_stride {self.frame_stride}:"
+                " the clip's length decides the stride; set frame_stride: 1 and num_frames to at"
+                " least 2",
+            )
+
+    def needed(self, frames: int) -> int:
+        """Source frames that a sample of `frames` needs at least."""
+        return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
+
+    @property
+    def span(self) -> int:
+        """Source frames that one training sample needs."""
+        return self.needed(self.num_frames)
+
+    @property
+    def sample_fps(self) -> int:
+        """Frames a second at which a sampled clip moves as its sources do (video files want a whole
+        number)."""
+        return max(1, round(self.fps / self.frame_stride))
+
+
+@dataclass(frozen=True)
+class BucketingConfig:
+    """YAML section `bucketing:`. `closest_ar`: the listed size whose aspect ratio is nearest to the
+    source's. `pixel_budget`: a size of its own for each source, of at most `max_pixels_per_frame`
+    and never larger than the source (see `budget_size`).
+    """
+
+    enabled: bool = False
+    strategy: Literal["closest_ar", "pixel_budget"] = "closest_ar"
+    buckets: tuple[Size, ...] = ()  # [[width, height], …]
+    max_pixels_per_frame: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Pixels a frame, where a budget decides; else 0."""
+        return self.max_pixels_per_frame if self.enabled and self.strategy == "pixel_budget" else 0
+
+    def __post_init__(self):
+        if self.strategy == "pixel_budget":
+            if self.max_pixels_per_frame <= 0:
+                raise ConfigError(
+                    "max_pixels_per_frame",
+                    f"is {self.max_pixels_per_frame}; strategy pixel_budget needs it, "
+                    "for example 65536 (256 x 256)",
+                )
+            if self.buckets:
+                raise ConfigError(
+                    "buckets",
+                    "lists sizes, but with strategy pixel_budget each source gets its own; remove"
+                    " the list, or set strategy: closest_ar",
+                )
+        elif self.max_pixels_per_frame:
+            raise ConfigError(
+                "max_pixels_per_frame",
+                f"is {self.max_pixels_per_frame}, but strategy closest_ar uses the "
+                "listed buckets; set strategy: pixel_budget, or remove it",
+            )
+        elif self.enabled and not self.buckets:
+            raise ConfigError(
+                "buckets",
+                "is empty but bucketing is enabled; list sizes as [[256, 256], [320, 192]] "
+                "or set bucketing.enabled: false",
+            )
+        for i, size in enumerate(self.buckets):
+            if min(size) <= 0:
+                raise ConfigError(
+                    f"buckets[{i}]", f"is {list(size)}; width and height must be greater than 0"
+                )
+            if size in self.buckets[:i]:
+                raise ConfigError(
+                    f"buckets[{i}]",
+                    f"is {list(size)}, as is buckets[{self.buckets.index(size)}]; remove one",
+                )
+
+
+def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -> tuple[Size, ...]:
+    """Every size that items may get; under a pixel budget that of previews. Raises ConfigError for
+    one that the tokenizer's downsampling `spatial` does not divide."""
+    named = {f"bucketing.buckets[{i}]": size for i, size in enumerate(bucketing.buckets)}
+    if 0 < bucketing.budget < spatial**2:
+        raise ConfigError(
+            "bucketing.max_pixels_per_frame",
+            f"is {bucketing.budget}; must be at least {spatial**2}, a cell of "
+            f"the tokenizer ({spatial}x{spatial} pixels)",
+        )
+    if not bucketing.enabled or bucketing.budget:
+        named = {"video.width, video.height": (video.width, video.height)}
+    for path, (width, height) in named.items():
+        if width % spatial or height % spatial:
+            near = [max(spatial, round(side / spatial) * spatial) for side in (width, height)]
+            raise ConfigError(
+                path,
+                f"is {width}x{height}; both must be multiples of {spatial}, the tokenizer's"
+                f" downsampling; the nearest is {near[0]}x{near[1]}",
+            )
+    return tuple(named.values())
+
+
+def choose_size(source: Size, sizes: tuple[Size, ...]) -> Size:
+    """The size nearest in aspect ratio (in the logarithm, so that 2:1 and 1:2 are alike). Of equal
+    ones: the largest that the source fills without upscaling, else the smallest."""
+    distance = {
+        size: abs(math.log(source[0] / source[1]) - math.log(size[0] / size[1])) for size in sizes
+    }
+    nearest = [size for size in sizes if distance[size] < min(distance.values()) + 1e-9]
+    filled = [size for size in nearest if size[0] <= source[0] and size[1] <= source[1]]
+    return max(filled, key=math.prod) if filled else min(nearest, key=math.prod)
+
+
+WORST_ASPECT = 0.05  # relative; sizes nearer than this come first
+UNUSED_WEIGHT = (
+    0.5  # of an unused share of the budget, against a share of the picture that is cropped
+)
+
+
+@lru_cache(maxsize=4096)
+def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
+    """Of all sizes that are multiples of `spatial`, hold at most `max_pixels` and nowhere exceed
+    the source: among those whose aspect ratio is within 5 % of the source's (else the nearest) the
+    one that loses least, counting what is cropped and half of what the budget or the source has
+    left. ValueError: the source is smaller than one cell."""
+    width, height = source
+    if min(source) < spatial:
+        raise ValueError(
+            f"too small: {width}x{height} pixels, the tokenizer needs at least {spatial}x{spatial}"
+        )
+    widths = np.arange(spatial, min(width, max_pixels // spatial) + 1, spatial)[:, None]
+    heights = np.arange(spatial, min(height, max_pixels // spatial) + 1, spatial)[None]
+    pixels = widths * heights
+    off = np.abs(np.log(widths / heights) - math.log(width / height))
+    unused = np.log(min(max_pixels, width * height) / pixels)
+    loss = 1 - np.exp(-off) + UNUSED_WEIGHT * unused
+    loss[off > math.log(1 + WORST_ASPECT)] += 100 * (1 + off[off > math.log(1 + WORST_ASPECT)])
+    loss[pixels > max_pixels] = np.inf
+    row, column = np.unravel_index(loss.argmin(), loss.shape)
+    return int(widths[row, 0]), int(heights[0, column])

@@ -1,0 +1,126 @@
+"""Which frames of a clip make a sample: a window that starts anywhere, or the whole clip is
+stretched over it; jitter.
+
+A tokenizer of single frames has all of them cached, and they are chosen for each batch. One that
+joins frames in time is given the frames of a sample, chosen once when the clip is cached: this plan
+is then among the settings that the cache is made with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.interfaces import LatentSpec
+from mmdit.rng import Draws
+
+
+def usable_frames(counts: Tensor, video: VideoConfig) -> Tensor:
+    """Of clips with `counts (N,)` frames: how many each gives to a sample, the most that fit; 0 if
+    not even the fewest do."""
+    frames = torch.zeros_like(counts)
+    for number in sorted((video.num_frames, *video.frame_counts)):
+        frames[counts >= video.needed(number)] = number
+    return frames
+
+
+def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> Tensor:
+    """How far a frame of each clip may move without meeting its neighbour: `min(N, ⌊(gap - 1) /
+    2⌋)`, `gap` the distance of two frames, `temporal_jitter` N."""
+    gaps = (
+        (counts - 1) // (frames - 1)
+        if video.shrink_video_to_frames
+        else torch.full_like(counts, video.frame_stride)
+    )
+    return ((gaps - 1) // 2).clamp(0, video.temporal_jitter)
+
+
+def frame_numbers(
+    counts: Tensor, frames: int, video: VideoConfig, draws: Draws, aligned: int = 1
+) -> Tensor:
+    """`(B, frames)` int64 for clips of `counts (B,)` frames, ascending, none twice. A single frame
+    is drawn from all of them. `aligned`: samples start at multiples of it (the samples that a
+    tokenizer has seen). The first frame is never moved by jitter, so that it can serve as the given
+    one."""
+    if frames == 1 or not video.shrink_video_to_frames:
+        room = counts - (video.needed(frames) if frames > 1 else 1) + 1
+        start = (
+            draws.uniform("frame_start").double() * ((room + aligned - 1) // aligned)
+        ).long() * aligned
+        chosen = start[:, None] + torch.arange(frames) * video.frame_stride
+    else:
+        gaps = (counts - 1).double() / (frames - 1)
+        chosen = (gaps[:, None] * torch.arange(frames) + 0.5).long()
+    if video.temporal_jitter and frames > 1:
+        limits = jitter_limits(counts, frames, video)[:, None]
+        moved = (draws.uniform("frame_jitter", frames).double() * (2 * limits + 1)).long() - limits
+        moved[:, 0] = 0
+        chosen = (chosen + moved).minimum(counts[:, None] - 1)
+    return chosen
+
+
+PLAN = ("num_frames", "frame_stride", "frame_counts", "shrink_video_to_frames")
+
+
+def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
+    """For the manifest: what decides the cached frames of a clip; nothing where all of them are.
+    ConfigError for what needs frames to be chosen for each batch."""
+    if spec.temporal == 1:
+        return {}
+    if video.temporal_jitter:
+        raise ConfigError(
+            "video.temporal_jitter",
+            f"is {video.temporal_jitter}, but this tokenizer joins {spec.temporal} frames into "
+            "one, so frames are chosen when the clip is cached; set it to 0",
+        )
+    for number in (video.num_frames, *video.frame_counts):
+        try:
+            spec.frames(number)
+        except ValueError as error:
+            raise ConfigError(
+                "video.num_frames" if number == video.num_frames else "video.frame_counts",
+                str(error),
+            ) from None
+    return {
+        name: list(value) if isinstance(value := getattr(video, name), tuple) else value
+        for name in PLAN
+    }
+
+
+def cached_frames(count: int, video: VideoConfig) -> list[int]:
+    """Numbers of the frames that a tokenizer joining frames is given of a clip of `count`: as many
+    samples, one behind the other, as there are from its middle; or all of it stretched to one.
+    ValueError: too few."""
+    frames = int(usable_frames(torch.tensor([count]), video)[0])
+    if not frames:
+        least = video.needed(min((video.num_frames, *video.frame_counts)))
+        raise ValueError(f"too short: {count} frames, a sample needs {least}")
+    if video.shrink_video_to_frames:
+        return frame_numbers(torch.tensor([count]), frames, video, Draws.of(0, 0, 1))[0].tolist()
+    span = video.needed(frames)
+    samples = count // span if frames == video.num_frames else 1
+    first = (count - samples * span) // 2
+    return [
+        first + sample * span + number * video.frame_stride
+        for sample in range(samples)
+        for number in range(frames)
+    ]
+
+
+def latent_video(video: VideoConfig, spec: LatentSpec) -> VideoConfig:
+    """`video` counted in latent frames, as a cache made by `clip_plan` holds them: an item is used
+    as it is."""
+    if spec.temporal == 1:
+        return video
+    counts = tuple(spec.frames(count) for count in video.frame_counts)
+    return replace(
+        video,
+        num_frames=spec.frames(video.num_frames),
+        frame_counts=counts,
+        frame_stride=1,
+        shrink_video_to_frames=False,
+    )

@@ -1,0 +1,170 @@
+"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here
+(a quarter of the traffic of floats from worker to device); `to_unit` makes the `[0, 1]` that every
+other part sees."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdit import rng
+from mmdit.config import ConfigError
+from mmdit.data.dataset.buckets import Size
+from mmdit.data.dataset.pictures import SUFFIXES, load_image
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """YAML section `preprocess:`. A picture is scaled to cover its size; what hangs over on the
+    longer axis is cropped.
+
+    `shifted` moves the crop off the centre by up to `shift_fraction` of half the overhang, by an
+    offset that is a function of (seed, id, crop index): the shifted crop of HDM (Home-made
+    Diffusion Model, 2025), which takes several crops of an image.
+    """
+
+    crop: Literal["center", "shifted"] = "center"
+    shift_fraction: float = 1.0
+    num_crops: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.shift_fraction <= 1:
+            raise ConfigError(
+                "shift_fraction",
+                f"is {self.shift_fraction}; must be from 0 (centre) to 1 (anywhere)",
+            )
+        if self.num_crops < 1:
+            raise ConfigError("num_crops", f"is {self.num_crops}; must be at least 1")
+        if self.num_crops > 1 and (self.crop == "center" or self.shift_fraction == 0):
+            raise ConfigError(
+                "num_crops",
+                f"is {self.num_crops} but crop is {self.crop!r} by {self.shift_fraction}: the"
+                " copies would be identical; set num_crops: 1, or crop: shifted with"
+                " shift_fraction > 0",
+            )
+
+    def describe(self) -> dict:
+        """What decides the pixels, for the cache's manifest."""
+        return asdict(self) if self.crop == "shifted" else {"crop": "center"}
+
+    def item_id(self, id: str, crop: int) -> str:
+        """The id of one crop: `<id>_c<k>` when there are several."""
+        return f"{id}_c{crop}" if self.num_crops > 1 else id
+
+
+def load_first_frame(path: str | Path, size: Size) -> Tensor:
+    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]. ValueError
+    names a file that cannot be used."""
+    try:
+        image = load_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return to_unit(
+        torch.tensor(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size))
+    )
+
+
+def crop_box(
+    source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0
+) -> Box:
+    """The part of the source that becomes the picture: the largest of the target's aspect ratio, so
+    that no resized overhang is ever made (a 30000x10 panorama costs as little as its crop).
+    Deterministic in (seed, id, crop).
+    """
+    scale = max(target[0] / source[0], target[1] / source[1])
+    box, offsets = [target[0] / scale, target[1] / scale], []
+    for axis in (0, 1):
+        slack = max(source[axis] - box[axis], 0.0)
+        place = 0.5
+        if preprocess.crop == "shifted":
+            first = (rng.key(preprocess.seed, "crop", id, axis) >> 11) * 2.0**-53 % 1.0
+            drawn = (
+                first + crop * 0.6180339887498949
+            ) % 1.0  # golden ratio: several crops of an image lie apart
+            place += preprocess.shift_fraction * (drawn - 0.5)
+        offsets.append(slack * place)
+    left, top = offsets
+    return left, top, min(left + box[0], source[0]), min(top + box[1], source[1])
+
+
+def crop_shares(source: dict) -> Box:
+    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as
+    an item stores it; all of the picture where no crop was stored (generated items)."""
+    if "crop" not in source:
+        return 0.0, 0.0, 1.0, 1.0
+    (width, height), (left, top, right, bottom) = source["size"], source["crop"]
+    return left / width, top / height, right / width, bottom / height
+
+
+def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
+    """`box` of the image at size `target`: uint8 `(3, H, W)`, antialiased bicubic."""
+    part = image.resize(target, Image.Resampling.BICUBIC, box=box)
+    return np.asarray(part).transpose(2, 0, 1)
+
+
+def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
+    """Yield (name, picture) of every frame of a folder, in order. ValueError names a frame that
+    cannot be used; OSError: no folder."""
+    for path in frames_in(folder):
+        with naming(path):
+            image = load_image(path)
+        yield path.name, image
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add to an error about this frame which one it is of its folder."""
+    try:
+        yield
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "file not found" if missing else error.strerror or str(error)
+        raise ValueError(f"{reason} (frame {path.name})") from None
+    except ValueError as error:
+        raise ValueError(f"{error} (frame {path.name})") from None
+
+
+def frames_in(folder: str | Path) -> list[Path]:
+    """Return `list_frames`; ValueError if there is none, which says what there is."""
+    paths = list_frames(folder)
+    if not paths:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        others = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+        if not others:
+            raise ValueError("folder without pictures")
+        there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
+        raise ValueError(f"folder without pictures: it holds {there}, which are not read")
+    return paths
+
+
+def list_frames(folder: str | Path) -> list[Path]:
+    """The pictures of a folder in natural order (`2.png` before `10.png`). OSError if it is no
+    folder."""
+    files = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    frames = [file for file in files if file.suffix.lower() in SUFFIXES]
+    return sorted(
+        frames,
+        key=lambda file: [
+            (0, int(part), part) if part.isdecimal() else (1, 0, part)
+            for part in re.split(r"(\d+)", file.name)
+        ],
+    )
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in `[0, 1]`."""
+    return pixels.to(torch.float32) / 255

@@ -1,0 +1,329 @@
+"""Pictures from files, as a viewer shows them. This is the one place that opens pictures: a closed
+list of formats (PostScript would start Ghostscript), regular files only, and a limit of pixels
+before anything is decoded.
+
+What is done: rotation by EXIF; ICC profiles, and primaries or gamma that PNG and AVIF state, to
+sRGB; CMYK, Lab, palettes, 16 bits to 8; transparency laid on white. Text inside of PNG files is not
+unpacked. Floating-point pictures are refused: they state no range."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, decoded, to_srgb
+from mmdit.files import open_regular
+
+# the version of what is done here and in `videos`: raised when pixels change, noted in manifests
+DECODING = 2
+BACKGROUND = (255, 255, 255)  # under transparent pixels
+SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".jp2",
+    ".avif",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
+MAX_PIXELS = 1 << 27  # a phone's picture of 108 million is below it
+HEAD = 4096  # bytes that tell what a file is
+FLIP = Image.Transpose
+TURNS = {  # by the orientation that EXIF states
+    2: FLIP.FLIP_LEFT_RIGHT,
+    3: FLIP.ROTATE_180,
+    4: FLIP.FLIP_TOP_BOTTOM,
+    5: FLIP.TRANSPOSE,
+    6: FLIP.ROTATE_270,
+    7: FLIP.TRANSVERSE,
+    8: FLIP.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+# chunks that Pillow would unpack, or refuse the picture for
+UNPACKED = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
+COLOURS = {b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM"}
+
+
+# ── opening ───────────────────────────────────────────────────────────────────────────────────────
+@contextmanager
+def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture without decoding its pixels yet; `info["coding"]` says how its numbers stand
+    for light, if not as sRGB's.
+
+    ValueError says what is wrong with the file, without its path; an OSError is of the system
+    (missing, unreadable)."""
+    with open_regular(source) if isinstance(source, str | Path) else source as file:
+        head = file.read(HEAD)
+        try:
+            with _open(file, head) as image:
+                _check_size(image)
+                yield image
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"no picture that can be read: {kind_of(head)}") from None
+        except Image.DecompressionBombError:
+            raise ValueError(
+                f"too large: more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
+            ) from None
+        except (MemoryError, ValueError):
+            raise
+        except Exception as error:  # decoders raise almost anything on damaged files
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"damaged picture: {error or type(error).__name__}") from None
+
+
+def _open(file: BinaryIO, head: bytes) -> Image.Image:
+    """Open a picture of the closed list, with what its file says about colours."""
+    profile, coding = None, None
+    if head.startswith(PNG):
+        file, chunks = _slim_png(file)
+        profile, coding = _png_colours(chunks)
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of size, which is refused later, and of broken EXIF
+        image = Image.open(file, formats=formats())
+    if image.format == "PNG":
+        image.info.pop("icc_profile", None)
+        key = image.info.get("transparency")
+        if (
+            image.mode == "RGB" and isinstance(key, tuple) and head[24] == 16
+        ):  # pixels keep their upper 8 bits
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    if (
+        image.format == "AVIF"
+        and not image.info.get("icc_profile")
+        and (place := head.find(b"colrnclx")) > 0
+    ):
+        coding = coding_of(
+            *(int.from_bytes(head[place + i : place + i + 2], "big") for i in (8, 10))
+        )
+    image.info |= {"icc_profile": profile} if profile is not None else {}
+    image.info |= {"coding": coding} if coding else {}
+    return image
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"too large: {width}x{height} are more than {MAX_PIXELS / 1e6:.0f} million pixels; "
+            "scale it down"
+        )
+    is_raw = image.format == "TIFF" and 50706 in image.tag_v2  # DNGVersion
+    if is_raw:  # the first picture in it is a preview
+        raise ValueError(
+            "no picture that can be read: a camera's raw file; develop it to JPEG or PNG first"
+        )
+
+
+def shown_size(path: str | Path) -> tuple[int, int]:
+    """Return the width and height as displayed, from the head of a picture alone."""
+    with open_picture(path) as image:
+        size = image.size
+        if image.format == "TIFF":  # whose size some versions of Pillow turn when it is opened
+            size = image.tag_v2[256], image.tag_v2[257]
+        return size[::-1] if _orientation(image) >= 5 else size
+
+
+def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
+    """Return a PNG file without the chunks of UNPACKED, and its chunks about colours."""
+    places, colours, place = [(0, 8, b"")], {}, 8
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        size, name = int.from_bytes(head[:4], "big"), head[4:]
+        if name in COLOURS:
+            colours.setdefault(name, file.read(min(size, MAX_PROFILE)))
+        places.append((place, size + 12, name))
+        place += size + 12
+        if name == b"IEND":
+            break
+    if all(name not in UNPACKED for _, _, name in places):
+        return file, colours
+    slim = io.BytesIO()
+    for place, size, name in places:
+        if name not in UNPACKED:
+            file.seek(place)
+            slim.write(file.read(size))
+    return slim, colours
+
+
+def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | None]:
+    """Return the profile, or the coding, of a PNG file, in the order of precedence that its
+    specification gives."""
+    if len(chunks.get(b"cICP", b"")) == 4:
+        return None, coding_of(*chunks[b"cICP"][:2])
+    if b"iCCP" in chunks:
+        packed = chunks[b"iCCP"].partition(b"\0")[2][1:]
+        try:
+            return zlib.decompressobj().decompress(packed, MAX_PROFILE), None
+        except zlib.error:
+            return b"broken", None
+    if b"sRGB" in chunks or len(chunks.get(b"gAMA", b"")) != 4:
+        return None, None
+    gamma = int.from_bytes(chunks[b"gAMA"], "big") / 100_000
+    numbers = np.frombuffer(chunks.get(b"cHRM", b"")[:32], ">u4") / 100_000
+    white, *corners = numbers.reshape(-1, 2).tolist() if len(numbers) == 8 else [None]
+    sound = white is not None and min(y for _, y in (white, *corners)) > 0.01
+    coding = Coding(tuple(map(tuple, (*corners, white))), "srgb") if sound else Coding()
+    if np.abs(np.subtract(coding.gamut, Coding().gamut)).max() < 0.005:
+        coding = Coding()
+    if 0.1 <= gamma <= 5 and abs(gamma * 2.2 - 1) > 0.05:  # else sRGB's own curve is meant
+        coding = Coding(coding.gamut, 1 / gamma)
+    return None, coding if coding != Coding() else None
+
+
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────
+def load_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Return the picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]`
+    says so); `info["notes"]` are keys of `colours.NOTES`. Errors as of `open_picture`."""
+    with open_picture(source) as image:
+        animated = image.format not in ("MPO", "TIFF") and getattr(
+            image, "is_animated", False
+        )  # those hold other pictures
+        shown = as_shown(image)
+        shown.info["animated"] = animated
+        return shown
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return an opened picture, or the present frame of an animation, as mode RGB in sRGB."""
+    image.load()
+    opened, info, orientation = image, image.info, _orientation(image)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no stated range; save as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    image, alpha = _without_alpha(image)
+    image, note = to_srgb(image, info.get("icc_profile"))
+    coding = info.get("coding")
+    if coding:
+        image = Image.fromarray(decoded(np.asarray(image), coding))
+        note = "hdr" if coding.hdr else "profile"
+    if alpha is not None:
+        ground = Image.new("RGB", image.size, BACKGROUND)
+        ground.paste(image, mask=alpha)
+        image = ground
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    elif image is opened and getattr(image, "is_animated", False):
+        image = image.copy()  # the next frame is drawn over it
+    image.info = {"animated": False, "notes": (note,) if note else ()}
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return how EXIF says the picture was held, from 1 (upright) to 8."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF is not the picture: a viewer shows one whose EXIF is broken
+        return 1
+
+
+def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return the picture without its transparency, and that as a mask, if it has any."""
+    if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+        return image, None
+    layers = image.convert("RGBA")
+    grey = image.mode in ("1", "L", "LA")
+    return layers.getchannel("R") if grey else layers.convert("RGB"), layers.getchannel("A")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Make a grey picture of 9 to 16 bits L, rounded (Pillow would cut at 255), or as LA where one
+    value means transparent."""
+    top, inverted, key = 65535, False, image.info.get("transparency")
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (16,))[0]
+        top = (1 << bits) - 1 if bits < 16 else top
+        inverted = image.mode != "I" and image.tag_v2.get(262) == 0  # white is zero
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"numbers from {low} to {high} have no stated range; save as 8 or 16 bits"
+            )
+        top = 65535 if high > 255 else 255
+    width, height = image.size
+    grey = np.empty((height, width, 2), np.uint8)
+    rows = max(1, PART // width)
+    for first in range(
+        0, height, rows
+    ):  # in parts: wider numbers of all of it would take gigabytes
+        part = np.asarray(image.crop((0, first, width, min(first + rows, height)))).astype(
+            np.uint32
+        )
+        grey[first : first + rows, :, 0] = (part * 255 + top // 2) // top
+        grey[first : first + rows, :, 1] = 255 if key is None else np.where(part == key, 0, 255)
+    if inverted:
+        grey[..., 0] = 255 - grey[..., 0]
+    return Image.fromarray(grey[..., 0] if key is None else grey)
+
+
+# ── what a file is, if it is none of these ────────────────────────────────────────────────────────
+KINDS = (  # where in the file, what is there, what it is
+    (4, (b"ftyphe", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
+    (4, (b"ftypavif", b"ftypavis"), "an AVIF picture, damaged or too new for this Pillow (≥ 11.3)"),
+    (4, (b"ftypcrx ",), "a camera's raw file"),
+    (4, (b"ftyp",), "a video (name it video_path)"),
+    (0, (b"\x1aE\xdf\xa3",), "a video (name it video_path)"),
+    (8, (b"AVI ",), "a video (name it video_path)"),
+    (0, (b"\xff\x0a", b"\0\0\0\x0cJXL "), "a JPEG XL picture"),
+    (0, (b"II\xbc\x01",), "a JPEG XR picture"),
+    (0, (b"%!PS", b"\xc5\xd0\xd3\xc6"), "PostScript"),
+    (0, (b"%PDF",), "a PDF document"),
+    (0, (b"8BPS",), "a Photoshop document"),
+    (0, (b"gimp xcf",), "a GIMP document"),
+    (0, (b"v/1\x01",), "an OpenEXR picture (its light has no stated range)"),
+    (0, (b"#?RADIANCE", b"#?RGBE"), "a Radiance HDR picture (its light has no stated range)"),
+    (0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"IIU\0"), "a camera's raw file"),
+    (0, (b"BPG\xfb",), "a BPG picture"),
+    (0, (b"qoif",), "a QOI picture"),
+    (0, (b"DDS ",), "a DDS texture"),
+    (0, (b"\0\0\1\0", b"\0\0\2\0"), "an icon"),
+    (0, (b"PK\3\4",), "a ZIP archive"),
+    (0, (b"\x1f\x8b",), "a gzip file"),
+)
+
+
+def kind_of(head: bytes) -> str:
+    """Say what a file is that is no picture of FORMATS, by its first bytes, and what to do."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head.strip(b"\0"):
+        return "it holds zeros only, or nothing; get the file again"
+    if b"<svg" in text and text.startswith(b"<"):
+        return "it is an SVG drawing; convert it to PNG"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, which a failed download leaves; get the file again"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; get the file itself with git lfs pull"
+    for place, starts, kind in KINDS:
+        if head[place:].startswith(starts):
+            remedy = "" if "(" in kind else "; convert it to JPEG or PNG"
+            return f"it is {kind}{remedy}"
+    return f"cannot identify it, it begins with {head[:8]!r}; convert it to JPEG or PNG"

@@ -1,0 +1,255 @@
+"""Metadata: one JSON object a line. Images `{"id", "image_path", "caption"}`, clips `{"id",
+"frames_dir", "caption"}` or, for a video file, `{"id", "video_path", "caption"}` (with both, the
+folder of frames is used).
+
+Paths are relative to the file's own folder; `~` is your home folder. `"captions": […]` gives
+several captions, beside or instead of `caption`; training draws one each time. Further keys are
+kept as facts about the item. An empty caption is allowed: such an item trains the unconditional
+case. What is wrong is reported with file and line, ten at once, before any work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmdit.config import shortened
+
+Kind = Literal["image", "video"]
+PATH_KEYS: dict[str, tuple[str, ...]] = {
+    "image": ("image_path",),
+    "video": ("frames_dir", "video_path"),
+}
+WHAT = {"image_path": "an image", "frames_dir": "a folder", "video_path": "a video file"}
+MAX_ID_BYTES = 240  # a file name holds 255 bytes on common file systems, and ours adds a suffix
+MAX_LINE_BYTES = 16 << 20  # of one record
+BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors write before UTF-8
+UNUSUAL = re.compile(rb"\\u|\d{19}|[eE]\+?\d{3}")  # what may stand in a value that cannot be stored
+MAX_DEPTH = 32  # of lists and objects in each other
+ONE_A_LINE = 'write one object a line, like {"id": …, "caption": …}'
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image file, one folder of frames or one video file."""
+
+    id: str
+    path: str
+    caption: str
+    facts: dict = field(default_factory=dict)
+
+
+def check_id(id: object) -> str:
+    """The id, fit to be a file name as it is, so that different ids never meet in one file; else
+    ValueError with the reason. Any script is fine (`猫`); separators, `..` and control characters
+    are not."""
+    if not isinstance(id, str):
+        raise ValueError(f'id is {id!r}; must be text (write "{id}")')
+    problem = (
+        "is empty"
+        if not id.strip()
+        else (
+            "contains a path separator"
+            if "/" in id or "\\" in id
+            else (
+                "starts with a dot (such file names are reserved)"
+                if id.startswith(".")
+                else (
+                    "contains a control character"
+                    if any(ord(letter) < 32 or ord(letter) == 127 for letter in id)
+                    else (
+                        "contains half a surrogate pair"
+                        if any(0xD800 <= ord(letter) < 0xE000 for letter in id)
+                        else (
+                            f"is longer than {MAX_ID_BYTES} bytes"
+                            if len(id.encode()) > MAX_ID_BYTES
+                            else ""
+                        )
+                    )
+                )
+            )
+        )
+    )
+    if problem:
+        raise ValueError(
+            f"id {id[:80]!r} {problem}; ids become file names: use letters of any script, digits,"
+            " '_' or '-'"
+        )
+    return id
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is no JSON number; write null, or leave the key out")
+
+
+JSON = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def check_storable(value: object, name: str, depth: int = 0) -> None:
+    """ValueError unless `value`, decoded JSON, can be stored beside latents, in a file that is read
+    back as plain data, and be written as UTF-8 JSON again. `name`: the key that holds it."""
+    if isinstance(value, str):
+        if not value.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+            raise ValueError(
+                f"{json.dumps(name)[:80]} holds half a surrogate pair ({ascii(value[-40:])}), which"
+                " is no character: the text was cut within one; remove it"
+            )
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(
+                f'"{name}" holds {value}, which is no JSON number; write null, or leave the key out'
+            )
+    elif isinstance(value, int):
+        if abs(value) >= 1 << 64:
+            raise ValueError(
+                f'"{name}" holds a whole number of more than 64 bits; write it as text in quotes'
+            )
+    elif isinstance(value, dict | list | tuple):
+        if depth == MAX_DEPTH:
+            raise ValueError(
+                f'"{name}" holds lists or objects more than {MAX_DEPTH} deep in each other; store'
+                " it as text"
+            )
+        for key in value if isinstance(value, dict) else ():
+            check_storable(key, name or key, depth + 1)
+        for part in value.items() if isinstance(value, dict) else enumerate(value):
+            check_storable(part[1], name or part[0], depth + 1)
+    elif value is not None:
+        raise ValueError(f'"{name}" holds a {type(value).__name__}, which is no JSON value')
+
+
+def _decoded(line: bytes) -> dict:
+    """The object of one line."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"has {len(line)} bytes; at most {MAX_LINE_BYTES} are read (put large values into files"
+            " of their own)"
+        )
+    try:
+        text = line.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{line[error.start]:02x} at place {error.start + 1}"
+        raise ValueError(f"is not UTF-8 text ({place}); save the file as UTF-8") from None
+    try:
+        row = JSON.decode(text)
+    except (ValueError, RecursionError) as error:
+        hint = (
+            f"; an object may not be spread over lines: {ONE_A_LINE}" if text.strip() == "{" else ""
+        )
+        raise ValueError(f"is not valid JSON ({error}){hint}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"is not an object; {ONE_A_LINE}")
+    if UNUSUAL.search(line) or line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+        check_storable(row, "")
+    return row
+
+
+def _parse(line: bytes, kind: Kind, folder: Path, prefer: str) -> Record:
+    row = _decoded(line)
+    preferred = (prefer, *PATH_KEYS[kind]) if prefer else PATH_KEYS[kind]
+    wanted = next((name for name in preferred if name in row), PATH_KEYS[kind][0])
+    other = next(
+        (name for name in PATH_KEYS["video" if kind == "image" else "image"] if name in row), ""
+    )
+    for name in ("id", wanted, "caption"):
+        if name not in row and not (name == "caption" and "captions" in row):
+            hint = (
+                f' (it has "{other}": cache it with the other script)'
+                if name == wanted and other
+                else ""
+            )
+            raise ValueError(
+                f'has no "{name}"{hint}; keys here: {", ".join(map(str, row)) or "none"}'
+            )
+    check_id(row["id"])
+    captions = _captions(row)
+    if not isinstance(row[wanted], str):
+        raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be text in quotes')
+    if not row[wanted] or "\0" in row[wanted]:
+        raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be the path of {WHAT[wanted]}')
+    facts = {
+        name: value
+        for name, value in row.items()
+        if name not in ("id", wanted, "caption", "captions")
+    }
+    facts |= {"captions": captions} if len(captions) > 1 else {}
+    return Record(row["id"], str(folder / os.path.expanduser(row[wanted])), captions[0], facts)
+
+
+def _captions(row: dict) -> list[str]:
+    """All different captions of a line, that of `caption` first; at least one, perhaps empty."""
+    if not isinstance(row.get("caption", ""), str):
+        raise ValueError(
+            f'"caption" is {row["caption"]!r}; must be text in quotes (several: "captions": ["…",'
+            ' "…"])'
+        )
+    several = row.get("captions", [])
+    if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
+        raise ValueError(f'"captions" is {several!r}; must be a list of texts')
+    own = [row["caption"]] if "caption" in row else []
+    return list(dict.fromkeys(caption.strip() for caption in own + several)) or [""]
+
+
+def _check_beginning(line: bytes, where: str) -> None:
+    """ValueError for the first line of a file that holds records in another form."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{where}: the file is UTF-16 text; save it as UTF-8")
+    if line.strip(BLANK).startswith(b"["):
+        raise ValueError(
+            f"{where}: the file is a JSON array; {ONE_A_LINE}, without brackets around and commas"
+            " between them"
+        )
+
+
+def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]:
+    """All records of a JSONL file, in its order; `prefer`: the path key to use where a line has
+    both. ValueError lists wrong lines as `file:line: what`."""
+    path = Path(path)
+    records, errors, lines = [], [], {}
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not records and not errors:
+                    _check_beginning(line, f"{path}:{number}")
+                if not line.strip(BLANK):
+                    continue
+                try:
+                    record = _parse(line, kind, path.parent, prefer)
+                    first = lines.setdefault(record.id, number)
+                    if first != number:
+                        raise ValueError(
+                            f"id {record.id!r} was already used in line {first}; every id must be"
+                            " used once"
+                        )
+                    records.append(record)
+                except ValueError as error:
+                    errors.append(f"{path}:{number}: {shortened(str(error), 600)}")
+                    if len(errors) == 10:
+                        errors.append("… and perhaps more; reading stopped at the tenth")
+                        break
+    except OSError as error:
+        raise ValueError(f"cannot read the metadata {path}: {error.strerror or error}") from None
+    if errors:
+        raise ValueError("\n".join(errors))
+    if not records:
+        raise ValueError(
+            f'{path}: holds no record; write lines as {{"id": …, "{PATH_KEYS[kind][0]}": …,'
+            ' "caption": …}'
+        )
+    return records
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Whether the lines of a JSONL file are about images or clips, by the first one; "image" if it
+    does not say."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        row = _decoded(next((line for line in file if line.strip(BLANK)), b""))
+        if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):
+            return "video"
+    return "image"

@@ -1,0 +1,279 @@
+"""From a folder of media to metadata: pictures and clips with captions in text files of the same
+name (`cat.txt`, or `cat.jpg.txt`), written as JSONL.
+
+    pets/cat.jpg + pets/cat.txt, walk.mp4 + walk.txt   ─►   train_images.jsonl, train_videos.jsonl
+
+Nothing is opened here but the captions; what is damaged is told when it is cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmdit.data.dataset.frames import list_frames
+from mmdit.data.dataset.pictures import SUFFIXES
+from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id
+from mmdit.data.dataset.stamps import compare, stamp_of
+from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
+from mmdit.files import folder_aside, open_regular, remove, write_aside
+
+OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
+OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
+
+
+@dataclass
+class FolderReport:
+    """What a folder holds."""
+
+    images: int = 0
+    videos: int = 0
+    without_caption: int = 0  # no text file, or an empty one
+    problems: list[str] = field(
+        default_factory=list
+    )  # "path: why it is not used, or used without its caption"
+    other_files: Counter = field(
+        default_factory=Counter
+    )  # suffix → how many are neither media nor captions
+    orphans: list[str] = field(default_factory=list)  # text files of no picture or clip
+    written: list[Path] = field(default_factory=list)
+
+    def text(self) -> str:
+        lines = [
+            f"{self.images} images and {self.videos} video files, {self.without_caption} of them"
+            " without a caption (trained as unconditional)"
+        ]
+        if self.other_files:
+            kinds = ", ".join(
+                f"{count} {suffix or 'without suffix'}"
+                for suffix, count in self.other_files.most_common(8)
+            )
+            lines.append(f"other files, not used: {kinds}")
+            foreign = sorted(OTHER_PICTURES & self.other_files.keys())
+            if foreign:
+                formats = ", ".join(foreign)
+                lines.append(
+                    f"  {formats}: pictures that are not read; convert them to JPEG or PNG"
+                )
+        if self.other_files[".caption"]:
+            lines.append(
+                f"{self.other_files['.caption']} .caption files are not read: rename them to .txt"
+                " to use them as captions"
+            )
+        if self.orphans:
+            lines.append(
+                f"{len(self.orphans)} text files belong to no picture or clip, for example"
+                f" {self.orphans[0]}"
+            )
+        lines += [f"  {problem}" for problem in self.problems[:20]]
+        lines += [f"  … and {len(self.problems) - 20} more"] if len(self.problems) > 20 else []
+        return "\n".join(lines + [f"wrote {path}" for path in self.written])
+
+
+def files_below(folder: str | Path) -> Iterator[str]:
+    """Every file below `folder`, relative, in a fixed order; hidden ones are left out, links are
+    followed but never twice into one folder (a link to a parent ends there)."""
+    seen = {os.path.realpath(folder)}
+
+    def walk(inner: str) -> Iterator[str]:
+        for entry in sorted(os.scandir(os.path.join(folder, inner)), key=lambda entry: entry.name):
+            name = os.path.join(inner, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in seen:
+                    seen.add(real)
+                    yield from walk(name)
+            else:
+                yield name
+
+    yield from walk("")
+
+
+def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """An id of its own for every relative path: `pets/cat.jpg` → `pets_cat`. `known`: ids that
+    files have got before; they keep them, whatever appears beside them. Where several new files
+    want one id, the first by name gets it, and the others, as those that would be no file name, get
+    a hash of their path: the order in which files are listed changes nothing.
+    """
+    files, ids = list(files), {}
+    taken = set()
+    for file in sorted(files):
+        id = (known or {}).get(file)
+        if id is not None and id not in taken:
+            ids[file] = id
+            taken.add(id)
+    for file in sorted(set(files) - ids.keys()):
+        id = os.path.splitext(file)[0].replace(os.sep, "_")
+        try:
+            check_id(id)
+        except ValueError:
+            id = _hashed(id, file)
+        ids[file] = _hashed(id, file) if id in taken else id
+        taken.add(ids[file])
+    return {file: ids[file] for file in files}
+
+
+def _hashed(id: str, file: str) -> str:
+    clean = "".join(
+        "_" if ord(letter) < 32 or letter in "\x7f\\" else letter for letter in id
+    ).lstrip(".")
+    short = clean.encode()[: MAX_ID_BYTES - 13].decode(errors="ignore")
+    return f"{short}-{hashlib.sha256(file.encode()).hexdigest()[:12]}"
+
+
+def known_ids(paths: Iterable[Path]) -> dict[str, str]:
+    """Path → id, as the lines of these files have them, which an earlier run wrote; what cannot be
+    read is no line."""
+    known = {}
+    for path in filter(Path.is_file, paths):
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                source = next(row[key] for keys in PATH_KEYS.values() for key in keys if key in row)
+                known[source] = check_id(row["id"])
+            except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+                continue
+    return known
+
+
+@dataclass
+class _Texts:
+    """The text files of a folder, found for a picture or clip by its name: `cat.txt`, else
+    `cat.TXT`, else `cat.jpg.txt`."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)  # name without .txt → files
+    used: set[str] = field(default_factory=set)
+
+    def add(self, file: str) -> None:
+        self.files.setdefault(os.path.splitext(file)[0], []).append(file)
+
+    def of(self, media: str) -> str | None:
+        for name in (os.path.splitext(media)[0], media):
+            found = sorted(
+                self.files.get(name, ()), key=lambda file: (not file.endswith(".txt"), file)
+            )
+            if found:
+                self.used.add(found[0])
+                return found[0]
+        return None
+
+    def orphans(self) -> list[str]:
+        return sorted(
+            file for files in self.files.values() for file in files if file not in self.used
+        )
+
+
+def read_captions(path: Path, per_line: bool) -> list[str]:
+    """The captions in a text file: all of it as one, or one a line. ValueError if it is not UTF-8;
+    FileNotFoundError."""
+    try:
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("the caption is not UTF-8 text") from None
+    captions = [" ".join(line.split()) for line in (text.splitlines() if per_line else [text])]
+    return list(dict.fromkeys(caption for caption in captions if caption))
+
+
+def prepare_folder(
+    folder: str | Path,
+    out_dir: str | Path | None = None,
+    split: str = "train",
+    per_line: bool = False,
+) -> FolderReport:
+    """Write `<split>_images.jsonl` and `<split>_videos.jsonl`, if not empty, into `out_dir`, or
+    into the folder itself. ValueError: no media in it."""
+    folder, out_dir = Path(folder), Path(out_dir or folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    report, media, texts = FolderReport(), {}, _Texts()
+    for file in tqdm(files_below(folder), desc=f"looking through {folder}", unit="file", delay=2):
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix == ".txt":
+            texts.add(file)
+        elif suffix not in SUFFIXES | VIDEO_SUFFIXES:
+            report.other_files[suffix] += suffix != ".jsonl"
+        elif any(0xD800 <= ord(letter) < 0xE000 for letter in file):
+            report.problems.append(f"{file!r}: not used, its name is not UTF-8; rename it")
+        else:
+            media[file] = suffix in VIDEO_SUFFIXES
+    report.other_files = +report.other_files
+    lines: dict[str, list[str]] = {"images": [], "videos": []}
+    places = {file: Path(os.path.relpath(folder / file, out_dir)).as_posix() for file in media}
+    known = known_ids(out_dir / f"{split}_{name}.jsonl" for name in lines)
+    ids = ids_for(media, {file: known[place] for file, place in places.items() if place in known})
+    for file, is_video in media.items():
+        captions: list[str] = []
+        text = texts.of(file)
+        try:
+            captions = read_captions(folder / text, per_line) if text else []
+        except (OSError, ValueError) as error:
+            report.problems.append(f"{file}: used without its caption, {error}")
+        report.without_caption += not captions
+        row = {
+            "id": ids[file],
+            "video_path" if is_video else "image_path": places[file],
+            "caption": captions[0] if captions else "",
+        }
+        row |= {"captions": captions} if len(captions) > 1 else {}
+        lines["videos" if is_video else "images"].append(json.dumps(row, ensure_ascii=False) + "\n")
+    report.orphans = texts.orphans()
+    report.images, report.videos = len(lines["images"]), len(lines["videos"])
+    if not media:
+        looked = " ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
+        raise ValueError(f"no picture or video in {folder}: looked for {looked}\n{report.text()}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in lines.items():
+        path = out_dir / f"{split}_{name}.jsonl"
+        if rows:
+            write_aside(path, "".join(rows))
+            report.written.append(path)
+    return report
+
+
+def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png") -> int:
+    """Frames of a video file as pictures in `folder`, `fps` a second; returns how many there are.
+    The folder appears when it is whole; one that is there is left as it is, perhaps cleaned by
+    hand, unless the video or `suffix` is another than it was made from. ValueError or OSError: the
+    file cannot be used."""
+    note = folder.with_name(f".{folder.name}.json")
+    if folder.is_dir():
+        made_from = _note(note)  # of an older version: nothing
+        state, stamp = compare(record.path, made_from.get("stamp"), fps)
+        kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
+        if kept or not made_from:
+            if state in ("renewed", "changed"):
+                write_aside(
+                    note,
+                    json.dumps({"stamp": stamp or stamp_of(record.path, fps), "format": suffix}),
+                )
+            return len(list_frames(folder))
+    number, options, stamp = (
+        0,
+        {"quality": 95} if suffix == "jpg" else {},
+        stamp_of(record.path, fps),
+    )
+    with folder_aside(folder) as aside:
+        for number, image in enumerate(read_video(record.path, fps), 1):
+            image.save(aside / f"{number - 1:06d}.{suffix}", **options)
+        remove(folder)  # frames of another video
+    write_aside(note, json.dumps({"stamp": stamp, "format": suffix}))
+    return number
+
+
+def _note(path: Path) -> dict:
+    """Return what a folder of frames was made from."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,270 @@
+"""Clips from video files (PyAV): looked at without decoding, then decoded once, at the frame rate
+that the config asks for. Animated pictures are read by Pillow instead (`animations`).
+
+The times stored in the file decide, not its stated rate: clips of variable frame rate move as a
+player would show them. So do the colours that it states: HDR is tone-mapped, wide gamuts become
+sRGB; where nothing is stated HD is BT.709 and the rest BT.601."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmdit.data.dataset.animations import frames_of, is_picture, times_of
+from mmdit.data.dataset.colours import BT2020, Coding, coding_of, decoded
+from mmdit.data.dataset.pictures import BACKGROUND
+from mmdit.files import open_regular
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"}
+NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30, 25 for 24
+MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
+MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over
+MOST_STRETCHED = 16  # sides of a pixel
+# FFmpeg's names of the containers that are opened; none of them leads to other files
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"
+
+Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file holds, from its packets alone: size as displayed before rotation, when each frame
+    is shown, and the length in seconds that the file states (0 where it does not)."""
+
+    width: int
+    height: int
+    stamps: tuple[int, ...]  # in units of `tick`, ascending
+    tick: float  # seconds
+    stated: float
+
+    @property
+    def fps(self) -> float:
+        """Mean rate; 0 for a single frame."""
+        length = (self.stamps[-1] - self.stamps[0]) * self.tick
+        return (len(self.stamps) - 1) / length if length else 0.0
+
+    def plan(self, fps: float) -> list[int]:
+        """Numbers of the frames to take, for `fps` a second. ValueError where frames would have to
+        be repeated throughout."""
+        times = (np.array(self.stamps, np.float64) - self.stamps[0]) * self.tick
+        gaps = np.diff(times)
+        if len(times) == 1:
+            return [0]
+        if self.fps < fps * (1 - NEAR):
+            raise ValueError(
+                f"too few frames a second: the file has {self.fps:.4g}, video.fps asks for {fps:g}"
+                f" and they would be repeated; set video.fps to at most {self.fps:.4g}, or leave"
+                " the clip out"
+            )
+        steady = gaps.max() < 1.5 * gaps.min() + self.tick
+        if steady and self.fps <= fps * (1 + NEAR):
+            chosen = list(range(len(times)))
+        else:
+            # what is on the screen at k / fps (times may be rounded to milliseconds); the last
+            # frame stays a mean gap
+            wanted = np.arange(0, times[-1] + gaps.mean() - 0.1 / fps, 1 / fps)
+            chosen = (np.searchsorted(times, wanted + 0.05 / fps, side="right") - 1).tolist()
+        if len(chosen) > MAX_FRAMES:
+            raise ValueError(
+                f"too long: {len(chosen)} frames at {fps:g} a second; cut it into clips of at most"
+                f" {MAX_FRAMES}"
+            )
+        return chosen
+
+
+@contextmanager
+def _opened(path: str | Path):
+    """Open the container and its video stream; whatever the decoder raises becomes a ValueError
+    without the path. FFmpeg gets the open file, not its name, and a closed list of containers: none
+    that is a list of other files or addresses."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("video files need PyAV: pip install av") from None
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    try:
+        # titles that are no UTF-8 are no reason to leave a video out
+        reading = {"options": options, "metadata_errors": "replace"}
+        with open_regular(path) as file, av.open(file, **reading) as container:
+            if not container.streams.video:
+                raise ValueError("no video in the file")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("unreadable video: its codec is not known")
+            # frames may be larger than the file states; FFmpeg counts what it pads them with, too
+            stream.codec_context.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
+            yield container, stream
+    except FileNotFoundError:
+        raise
+    except (av.error.FFmpegError, EOFError) as error:
+        raise ValueError(f"unreadable video: {error.strerror or type(error).__name__}") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        most = f"{MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
+        size = f"{width}x{height}"
+        raise ValueError(f"too large: frames of {size} are more than {most}; scale it down")
+
+
+def probe(path: str | Path) -> Probe:
+    """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
+    frame, or the file ends before its stated length."""
+    if is_picture(path):
+        (width, height), times = times_of(path)
+        _check_size(width, height)
+        return Probe(width, height, tuple(times), 0.001, 0.0)
+    with _opened(path) as (container, stream):
+        packets = [
+            packet.pts
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard
+        ]
+        packets = [stamp for stamp in packets if stamp is not None]
+        if not packets:
+            raise ValueError("video without frames")
+        tick = float(stream.time_base)
+        alone = (
+            (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+        )  # else perhaps the sound's length
+        stated = float(stream.duration * stream.time_base) if stream.duration else alone
+        width, height = stream.codec_context.width, stream.codec_context.height
+        width = _square(width, height, stream)
+    found = Probe(width, height, tuple(sorted(set(packets))), tick, stated)
+    length = (found.stamps[-1] - found.stamps[0]) * tick
+    if stated > 1 and length < 0.8 * stated - 0.5:
+        raise ValueError(
+            f"truncated: the video ends at {length:.2f} s, the file states {stated:.2f} s"
+        )
+    return found
+
+
+def _square(width: int, height: int, stream) -> int:
+    """Return the width of a frame whose pixels are made square."""
+    ratio = float(stream.sample_aspect_ratio or 1)
+    if not 1 / MOST_STRETCHED <= ratio <= MOST_STRETCHED:
+        shape = f"{ratio:.3g} times as wide as high"
+        raise ValueError(f"its pixels are {shape}, which cannot be meant; encode it anew")
+    width = max(1, round(width * ratio))
+    _check_size(width, height)
+    return width
+
+
+def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
+    """Yield RGB frames at `fps` a second, one at a time, as a player shows them: turned and
+    mirrored as the file says, with square pixels; `info["notes"]` as of `load_image`. ValueError
+    says what is wrong with the file; OSError if it is missing."""
+    found = probe(path)
+    numbers = found.plan(fps)
+    if is_picture(path):
+        yield from frames_of(path, numbers)
+        return
+    wanted = [found.stamps[number] for number in numbers]
+    place, matrix = 0, None
+    with _opened(path) as (container, stream):
+        stream.codec_context.thread_count = 1  # the workers are the parallelism
+        for frame in container.decode(stream):
+            if place == len(wanted):
+                break
+            if frame.pts is None or frame.pts < wanted[place]:
+                continue
+            if frame.is_corrupt or frame.pts != wanted[place]:
+                raise ValueError(
+                    f"damaged: a frame at {(wanted[place] - wanted[0]) * found.tick:.2f} s cannot"
+                    " be decoded"
+                )
+            matrix = matrix or _matrix(frame)
+            image = _shown(frame, stream, matrix)
+            while place < len(wanted) and wanted[place] == frame.pts:
+                yield image
+                place += 1
+    if place < len(wanted):
+        raise ValueError(f"damaged: {place} of {len(wanted)} frames could be decoded")
+
+
+# ── one frame ─────────────────────────────────────────────────────────────────────────────────────
+def _shown(frame, stream, matrix: Matrix) -> Image.Image:
+    """Return a decoded frame as a player shows it."""
+    coding = _coding(frame, stream)
+    image = Image.fromarray(np.ascontiguousarray(_upright(_rgb(frame, coding), matrix)))
+    width = _square(frame.width, frame.height, stream)
+    if width != frame.width:
+        size = (frame.height, width) if _lies(matrix) else (width, frame.height)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    notes = {
+        "hdr": coding is not None and coding.hdr,
+        "profile": coding is not None and not coding.hdr,
+        "interlaced": frame.interlaced_frame,
+        "alpha not read": stream.metadata.get("alpha_mode") == "1",
+    }
+    image.info = {"animated": False, "notes": tuple(note for note, so in notes.items() if so)}
+    return image
+
+
+def _coding(frame, stream) -> Coding | None:
+    """Return how the frame's numbers stand for light, if not as sRGB's."""
+    context = stream.codec_context  # where older versions of PyAV have them
+    primaries = getattr(frame, "color_primaries", context.color_primaries)
+    return coding_of(primaries, getattr(frame, "color_trc", context.color_trc))
+
+
+def _rgb(frame, coding: Coding | None) -> np.ndarray:
+    """Return uint8 `(H, W, 3)` in sRGB, transparency laid on the background."""
+    equations = None  # as the frame says
+    if frame.colorspace == 2 and not frame.format.is_rgb:  # it says nothing
+        hd = frame.height >= 720 or frame.width >= 1280
+        equations = "ITU709" if hd else "ITU601"
+        if coding is not None and coding.gamut == BT2020:
+            equations = "BT2020"
+    if coding is not None:
+        return decoded(_converted(frame, "rgb48le", equations), coding)
+    if not any(part.is_alpha for part in frame.format.components):
+        return _converted(frame, "rgb24", equations)
+    layers = Image.fromarray(_converted(frame, "rgba", equations))
+    ground = Image.new("RGB", layers.size, BACKGROUND)
+    ground.paste(layers, mask=layers.getchannel("A"))
+    return np.asarray(ground)
+
+
+def _converted(frame, layout: str, equations: str | None) -> np.ndarray:
+    """Return the frame's pixels in another layout. The converter has threads and must end here: a
+    forked worker that finds one which its parent has left would wait for those without end."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter().reformat(frame, format=layout, src_colorspace=equations).to_ndarray()
+
+
+def _matrix(frame) -> Matrix:
+    """Return how a player lays the frames out: (x, y) is shown at (a x + c y, b x + d y). Asked of
+    one frame only, for asking keeps a frame in memory until Python collects its garbage."""
+    try:
+        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
+    except KeyError:
+        return 1, 0, 0, 1
+    except ValueError:  # something beside it that this PyAV has no name for
+        quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
+        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[quarters]
+    a, b, _, c, d = matrix[:5].tolist()
+    return a, b, c, d
+
+
+def _lies(matrix: Matrix) -> bool:
+    """Return whether rows become columns."""
+    a, b, c, d = matrix
+    return abs(a) + abs(d) < abs(b) + abs(c)
+
+
+def _upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """Return `(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the
+    nearest quarter."""
+    a, b, c, d = matrix
+    if _lies(matrix):
+        pixels, across, down = pixels.transpose(1, 0, 2), c, b
+    else:
+        across, down = a, d
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]

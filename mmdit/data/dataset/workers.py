@@ -1,0 +1,212 @@
+"""Work done by other processes, with results in order. A process that is killed is told and
+survived; a full /dev/shm is too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from tqdm import tqdm
+
+from mmdit.data.dataset.records import Record
+
+KILLED = "the process that read it was killed (out of memory?)"
+
+
+class WorkerDied(ValueError):
+    """A worker process was killed. `numbers`: of the keys that it may have been at."""
+
+    def __init__(self, numbers: set[int]):
+        super().__init__(
+            "a process that reads data was killed, most likely because the memory was full: take"
+            " fewer num_workers, or a machine (or container limit) with more memory, and go on from"
+            " there with the same command; a training with --resume"
+        )
+        self.numbers = numbers
+
+
+@dataclasses.dataclass
+class _Parcel:
+    """A result that shared memory had no room for."""
+
+    content: bytes
+
+
+class _Job(Dataset):
+    """`dataset` in a worker: notes in `doing` which process is at which key, and makes results
+    ready to be sent."""
+
+    def __init__(self, dataset: Dataset, doing: Any):
+        self.dataset, self.doing = dataset, doing
+
+    def __getitem__(self, numbered: tuple[int, Any]) -> Any:
+        number, key = numbered
+        worker = get_worker_info()
+        if worker is None:
+            return self.dataset[key]
+        self.doing[2 * worker.id], self.doing[2 * worker.id + 1] = os.getpid(), number
+        result = self.dataset[key]
+        try:
+            for tensor in _tensors(result):
+                # later, in a thread that sends it, a failure would only be a hang
+                tensor.share_memory_()
+        except RuntimeError:
+            return _Parcel(pickle.dumps(result))
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(list(vars(value).values()) if hasattr(value, "__dict__") else [])
+
+
+class _Numbered(Sampler):
+    """Keys with their numbers, perhaps without an end."""
+
+    def __init__(self, keys: Iterable):
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return iter(enumerate(self.keys))
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _begin(_worker: int) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent stops the workers; they need not print about it
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file,
+    ):
+        file.write(
+            "500"
+        )  # where memory ends, a worker is killed, not the process that can tell of it
+
+
+def results(
+    dataset: Dataset, keys: Iterable, num_workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """Yield `dataset[key]` for every key, in order, made ahead by worker processes, no more than
+    there are cores (more would only wait for each other); 0: by this one. WorkerDied: one was
+    killed. ValueError: too many files are open.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    workers = min(num_workers, cores)
+    doing = multiprocessing.RawArray("q", 2 * workers + 1)
+    loader = DataLoader(
+        _Job(dataset, doing),
+        batch_size=None,
+        sampler=_Numbered(keys),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_begin,
+    )
+    with _without_interruption():
+        made = iter(loader)
+    told = False
+    while True:
+        try:
+            result = next(made)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            raise _explained(error, doing) from None
+        if isinstance(result, _Parcel):
+            if not told:
+                size = shutil.disk_usage("/dev/shm").total >> 20 if os.path.isdir("/dev/shm") else 0
+                tqdm.write(
+                    f"shared memory (/dev/shm, {size} MB) is full: data goes through pipes, which"
+                    " is slower; start the container with --shm-size=8g, or take fewer"
+                    " --num_workers",
+                    file=sys.stderr,
+                )
+            told, result = True, pickle.loads(result.content)
+        yield result
+
+
+@contextlib.contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Keep torch from raising an error about a killed worker in the middle of anything: `next` will
+    tell of it."""
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    yield
+    if main:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+def _explained(error: Exception, doing: Any) -> Exception:
+    text = str(error)
+    if "Too many open files" in text:
+        return ValueError(
+            "too many files are open for so many processes: raise the limit (ulimit -n 4096), or"
+            " take fewer num_workers"
+        )
+    unsent = isinstance(
+        error, ConnectionError | EOFError | FileNotFoundError
+    )  # what is fetched from a process that is gone
+    if "in DataLoader worker process" in text or not (unsent or "DataLoader worker (pid" in text):
+        return error  # of the work itself
+    alive = {process.pid for process in multiprocessing.active_children()}
+    pairs = zip(doing[0:-1:2], doing[1::2], strict=True)
+    return WorkerDied({number for pid, number in pairs if pid and pid not in alive})
+
+
+def each(
+    dataset: Dataset, parts: list[list[Record]], num_workers: int, pin_memory: bool = False
+) -> Iterator[tuple[list[Record], Any]]:
+    """Yield (records, `dataset[records]`) for every part, in order. Parts over which a worker is
+    killed come at the end, record by record, each in a process of its own; where that is killed,
+    too, the result is None."""
+    suspects: list[Record] = []
+    while parts:
+        done = 0
+        try:
+            for result in results(dataset, parts, num_workers, pin_memory):
+                done += 1
+                yield parts[done - 1], result
+            break
+        except WorkerDied as death:
+            lost = {number for number in death.numbers if number >= done} or {done}
+            here = [record for number in sorted(lost) for record in parts[number]]
+            names = ", ".join(record.id for record in here)
+            tqdm.write(
+                f"a worker process was killed (out of memory?) at one of these {len(here)} records,"
+                f" which will be done one by one at the end: {names}",
+                file=sys.stderr,
+            )
+            suspects += here
+            parts = [
+                part for number, part in enumerate(parts) if number >= done and number not in lost
+            ]
+    for record in suspects:
+        try:
+            (result,) = results(dataset, [[record]], 1)
+        except WorkerDied:
+            result = None
+        yield [record], result

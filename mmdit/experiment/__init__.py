@@ -1,0 +1,2 @@
+"""Assembly: the configuration of a run, its parts, the training itself, and loading what was
+trained."""

@@ -1,0 +1,146 @@
+"""Build the parts of a run from its configuration: the learner, the plan of batches, and the
+weights to start from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mmdit import config as config_io
+from mmdit.adapters import (
+    check_adapters,
+    inject,
+    is_adapter,
+)
+from mmdit.adapters.strength import carry_over, same_strength
+from mmdit.config import ConfigError
+from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.cache.latent_cache import LatentCache
+from mmdit.diffusion import build_objective
+from mmdit.experiment.config import ExperimentConfig
+from mmdit.interfaces import LatentSpec
+from mmdit.interop.wan import load_denoiser
+from mmdit.models import WanModelConfig, build_model
+from mmdit.nn.experts import Experts, twin
+from mmdit.rng import key
+from mmdit.text_encoders import build_text_encoder
+from mmdit.training import checkpoint
+from mmdit.training.continuing import (
+    check_same_latents,
+    trained_before,
+)
+from mmdit.training.expert_choice import resolved
+from mmdit.training.learner import Learner
+from mmdit.training.starting import is_lora, one_expert, start_from_lora
+
+SHAPES_WEIGHTS = (
+    "text_encoder",
+    "model",
+    "diffusion",
+    "flow_matching",
+    "tread",
+    "lora",
+    "experts",
+)  # sections, for `start_from`
+
+
+def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser) -> Learner:
+    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone.
+    `load`: gives Wan's."""
+    config = resolved(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
+        text_encoder = build_text_encoder(config.text_encoder)
+        flow_matching, experts, wan = (
+            config.flow_matching,
+            config.experts,
+            isinstance(config.model, WanModelConfig),
+        )
+        if wan:
+            names = ("high", "low") if experts.enabled else (config.model.expert,)
+            networks = {name: load(config.model, spec, text_encoder.dim, name) for name in names}
+            model = networks[names[0]]
+            if config.model.expert:
+                flow_matching = replace(flow_matching, between=config.model.between)
+        else:
+            model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
+        objective = build_objective(config.train.objective, config.diffusion, flow_matching)
+        plan = experts.plan(objective, config.seed) if experts.enabled else None
+        if plan:
+            model = Experts(
+                networks if wan else {"high": model, "low": twin(model)}, plan.stages.route
+            ).requires_grad_(False)
+        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
+        for name, part in learner.parts().items():
+            inject(part, config.lora, key(config.seed, name) if name else config.seed)
+        if config.lora.enabled and config.lora.train_lora_only:
+            text_encoder.requires_grad_(False)
+        if config.model.freeze:
+            model.requires_grad_(False)
+    return learner
+
+
+def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1) -> BatchPlan:
+    """What each step of the training sees of `cache`."""
+    train = config.train
+    size = train.batch_size * train.grad_accum_steps * processes
+    return BatchPlan(
+        cache, config.video, size, config.seed, train.val_share if train.val_every_steps else 0.0
+    )
+
+
+def start_from(
+    learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
+) -> list[str]:
+    """`train.init_from`: the (averaged) weights of another run under this config's names; new
+    adapters and a new `model.crop` stay as initialised. Returns what to tell: the source, and how
+    its model or objective was configured otherwise (it fits, but may not be meant).
+    """
+    if is_lora(config.train.init_from):
+        return start_from_lora(learner, config)
+    try:
+        weights = checkpoint.load_weights(config.train.init_from)
+    except ValueError as error:
+        raise ConfigError("train.init_from", str(error)) from None
+    check_same_latents(weights.meta, spec, fingerprint, weights.source)
+    old, new = config_io.completed(ExperimentConfig, weights.meta.config), config_io.encode(config)
+    old = {
+        name: value
+        for name, value in old.items()
+        if value is None or isinstance(value, type(new.get(name)))
+    }
+    tensors, stored = weights.tensors, weights.meta.alphas
+    pair = (old.get("experts") or {}).get("enabled")
+    if pair and not config.experts.enabled:
+        tensors, stored = one_expert(weights, config)
+    elif config.experts.enabled and not pair:  # of one model: both experts start from it
+        tensors = learner.model.spread(tensors, "model.")
+        stored = {
+            f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()
+        }
+    check_adapters(learner.state_dict(), tensors, weights.source)
+    checkpoint.assign(
+        learner.state_dict(),
+        tensors,
+        str(weights.source),
+        # fmt: skip
+        fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name),
+    )
+    carry_over(
+        learner.model,
+        same_strength(learner.model, stored, bool((old.get("lora") or {}).get("rslora"))),
+    )
+    changed = [
+        line
+        for name in SHAPES_WEIGHTS
+        for line in config_io.differences(old.get(name), new[name], name)
+    ]
+    changed += config_io.differences(
+        (old.get("train") or {}).get("objective"), config.train.objective, "train.objective"
+    )
+    changed = [f"configured otherwise there: {line}" for line in changed] + trained_before(old, new)
+    return [
+        f"starting from {weights.source}, step {weights.meta.step}",
+        *(f"  {line}" for line in changed),
+    ]

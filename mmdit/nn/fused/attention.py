@@ -1,0 +1,519 @@
+"""Attention within small groups and to short texts as one kernel each, forward and backward
+(Triton, CUDA).
+
+A window (64 places) or a few columns of frames fit into one tile of a kernel: it reads queries,
+keys and values where the linears left them, norms and rotates them in float32, attends, and writes
+where the next linear reads. Nothing is laid out anew, no mask is stored, and the backward pass
+computes all of it again from q, k, v. `nn/attention.py` decides where these serve.
+
+Axes: t token · h head · d width of a head · g group · l row of a group's tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmdit.nn import EPSILON
+from mmdit.nn.fused.ops import launch, operator
+
+PARTS = 16  # at most, into which the queries of one sample and head are cut
+EXACT = tl.constexpr("ieee")  # products of float32 stay float32
+EPS = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def _load(source, rows, columns, valid):
+    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _prepare(
+    low,
+    high,
+    gain,
+    columns,
+    cosine,
+    sine,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """Halves of queries or keys, normed and rotated; and the reciprocal root mean square of each
+    row."""
+    inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
+    if NORM:
+        low = low * inverse[:, None] * tl.load(gain + columns)[None, :]
+        high = high * inverse[:, None] * tl.load(gain + HALF + columns)[None, :]
+    if ROTATE:
+        low, high = low * cosine - high * sine, high * cosine + low * sine
+    return low, high, inverse
+
+
+@triton.jit
+def _unprepare(
+    grad_low,
+    grad_high,
+    low,
+    high,
+    inverse,
+    gain,
+    columns,
+    cosine,
+    sine,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """From the gradient of `_prepare`'s outputs those of its inputs `low`, `high` and of the gain's
+    halves."""
+    if ROTATE:
+        grad_low, grad_high = (
+            grad_low * cosine + grad_high * sine,
+            grad_high * cosine - grad_low * sine,
+        )
+    if NORM:
+        low, high = low * inverse[:, None], high * inverse[:, None]
+    gain_low, gain_high = tl.sum(grad_low * low, 0), tl.sum(grad_high * high, 0)
+    if NORM:
+        grad_low = grad_low * tl.load(gain + columns)[None, :]
+        grad_high = grad_high * tl.load(gain + HALF + columns)[None, :]
+        along = (tl.sum(grad_low * low, 1) + tl.sum(grad_high * high, 1)) / (2 * HALF)
+        grad_low = (grad_low - low * along[:, None]) * inverse[:, None]
+        grad_high = (grad_high - high * along[:, None]) * inverse[:, None]
+    return grad_low, grad_high, gain_low, gain_high
+
+
+@triton.jit
+def _store_halves(target, low, high, rows, columns, valid, HALF: tl.constexpr):
+    kind = target.dtype.element_ty
+    tl.store(target + rows[:, None] + columns[None, :], low.to(kind), mask=valid[:, None])
+    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(kind), mask=valid[:, None])
+
+
+@triton.jit
+def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
+    logits = tl.dot(q_low, tl.trans(k_low), input_precision=EXACT) + tl.dot(
+        q_high, tl.trans(k_high), input_precision=EXACT
+    )
+    logits = tl.where(allowed, logits * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+# ── within groups ─────────────────────────────────────────────────────────────────────────────────
+@triton.jit
+def _group_kernel(
+    qkv,
+    out,
+    q_gain,
+    k_gain,
+    index,
+    names,
+    cosine,
+    sine,
+    grad,
+    grad_qkv,
+    gain_grads,
+    groups,
+    block,
+    apart,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    head, tile = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    scale: tl.constexpr = D**-0.5
+    rows, columns, wide = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
+    group = tile % groups
+    place = tl.load(index + group * ROWS + rows)
+    name = tl.load(names + group * ROWS + rows)
+    valid = place >= 0
+    token = (tile // groups).to(tl.int64) * block + place
+    WIDTH: tl.constexpr = HEADS * D
+    offset, inner = token * WIDTH + head * D, token * (3 * WIDTH) + head * D
+    turn_cos = tl.zeros((ROWS, HALF), tl.float32)
+    turn_sin = tl.zeros((ROWS, HALF), tl.float32)
+    if ROTATE:
+        turn_cos = tl.load(cosine + rows[:, None] * HALF + columns[None, :])
+        turn_sin = tl.load(sine + rows[:, None] * HALF + columns[None, :])
+    kind = qkv.dtype.element_ty
+    q_low, q_high = _load(qkv, inner, columns, valid), _load(qkv, inner + HALF, columns, valid)
+    k_low, k_high = (
+        _load(qkv + WIDTH, inner, columns, valid),
+        _load(qkv + WIDTH, inner + HALF, columns, valid),
+    )
+    values = tl.load(
+        qkv + 2 * WIDTH + inner[:, None] + wide[None, :], mask=valid[:, None], other=0.0
+    )
+    q1, q2, q_inverse = _prepare(
+        q_low, q_high, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE
+    )
+    k1, k2, k_inverse = _prepare(
+        k_low, k_high, k_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE
+    )
+    q1, q2, k1, k2 = q1.to(kind), q2.to(kind), k1.to(kind), k2.to(kind)
+    weights = _softmax(q1, q2, k1, k2, name[:, None] == name[None, :], scale)
+    if not BACKWARD:
+        result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+        tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=valid[:, None])
+    else:
+        change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+        value_grad = tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+        tl.store(
+            grad_qkv + 2 * WIDTH + inner[:, None] + wide[None, :],
+            value_grad.to(kind),
+            mask=valid[:, None],
+        )
+        weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+        logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+        logit_grad = logit_grad.to(kind)
+        back = tl.trans(logit_grad)
+        own = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(logit_grad, k1, input_precision=EXACT),
+            tl.dot(logit_grad, k2, input_precision=EXACT),
+            q_low,
+            q_high,
+            q_inverse,
+            q_gain,
+            columns,
+            turn_cos,
+            turn_sin,
+            HALF,
+            NORM,
+            ROTATE,
+        )
+        _store_halves(grad_qkv, low, high, inner, columns, valid, HALF)
+        if NORM:
+            tl.store(own, gain_low)
+            tl.store(own + HALF, gain_high)
+        low, high, gain_low, gain_high = _unprepare(
+            tl.dot(back, q1, input_precision=EXACT),
+            tl.dot(back, q2, input_precision=EXACT),
+            k_low,
+            k_high,
+            k_inverse,
+            k_gain,
+            columns,
+            turn_cos,
+            turn_sin,
+            HALF,
+            NORM,
+            ROTATE,
+        )
+        _store_halves(grad_qkv + WIDTH, low, high, inner, columns, valid, HALF)
+        if NORM:
+            tl.store(own + apart, gain_low)
+            tl.store(own + apart + HALF, gain_high)
+
+
+def _launch_groups(
+    qkv: Tensor,
+    gains: list[Tensor],
+    index: Tensor,
+    names: Tensor,
+    turns: list[Tensor],
+    heads: int,
+    grad: Tensor | None,
+) -> list[Tensor]:
+    qkv, backward = qkv.contiguous(), grad is not None
+    groups, rows = index.shape
+    block, width = qkv.shape[-2], qkv.shape[-1] // 3
+    tiles, d = qkv.numel() // (block * 3 * width) * groups, width // heads
+    result = torch.empty_like(qkv) if backward else qkv.new_empty((*qkv.shape[:-1], width))
+    sums = qkv.new_empty((2, tiles, heads, d), dtype=torch.float32) if backward and gains else qkv
+    launch(_group_kernel)[(heads, tiles)](
+        qkv,
+        result,
+        *(gains or (qkv, qkv)),
+        index,
+        names,
+        *(turns or (qkv, qkv)),
+        grad.contiguous() if backward else qkv,
+        result,
+        sums,
+        groups,
+        block,
+        tiles * heads * d,
+        HEADS=heads,
+        ROWS=rows,
+        D=d,
+        NORM=bool(gains),
+        ROTATE=bool(turns),
+        BACKWARD=backward,
+        num_warps=rows // 16,
+    )
+    return [result, sums.sum((1, 2))] if backward and gains else [result]
+
+
+@operator
+def group_attention(
+    qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int
+) -> Tensor:
+    """Softmax attention of every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys
+    and values side by side; `index (g, l)` int32: the tokens of each group's tile among the t, -1
+    for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: of the norms
+    of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the rotation
+    `(l, d/2)` float32, or none. Every token must be in one tile; l and d are powers of two from 16
+    and 32 on. Returns `(…, t, h·d)`."""
+    return _launch_groups(qkv, gains, index, names, turns, heads, None)[0]
+
+
+@group_attention.register_fake
+def _(qkv, gains, index, names, turns, heads):
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+
+
+@operator
+def group_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    gains: list[Tensor],
+    index: Tensor,
+    names: Tensor,
+    turns: list[Tensor],
+    heads: int,
+) -> list[Tensor]:
+    """Gradients of qkv and, if there are any, of the gains, `(2, d)`."""
+    return _launch_groups(qkv, gains, index, names, turns, heads, grad)
+
+
+@group_attention_backward.register_fake
+def _(grad, qkv, gains, index, names, turns, heads):
+    return [qkv.new_empty(qkv.shape), *([torch.stack(gains)] if gains else [])]
+
+
+def _keep_groups(ctx, inputs, output):
+    qkv, gains, index, names, turns, ctx.heads = inputs
+    ctx.gains = len(gains)
+    ctx.save_for_backward(qkv, index, names, *gains, *turns)
+
+
+def _groups_back(ctx, grad):
+    qkv, index, names, *rest = ctx.saved_tensors
+    gains, turns = rest[: ctx.gains], rest[ctx.gains :]
+    grad_qkv, *gain_grads = group_attention_backward(
+        grad, qkv, gains, index, names, turns, ctx.heads
+    )
+    return (
+        grad_qkv,
+        [own for both in gain_grads for own in both.unbind()],
+        None,
+        None,
+        [None] * len(turns),
+        None,
+    )
+
+
+group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
+
+
+# ── to a text ─────────────────────────────────────────────────────────────────────────────────────
+@triton.jit
+def _text_kernel(
+    q,
+    k,
+    v,
+    valid,
+    out,
+    q_gain,
+    grad,
+    grad_q,
+    grad_kv,
+    gain_grads,
+    length,
+    chunk,
+    keys,
+    apart,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    head, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    scale: tl.constexpr = D**-0.5
+    rows, columns, wide, places = (
+        tl.arange(0, ROWS),
+        tl.arange(0, HALF),
+        tl.arange(0, D),
+        tl.arange(0, KEYS),
+    )
+    kind = v.dtype.element_ty
+    there = places < keys
+    text = (sample * keys + places) * (HEADS * D) + head * D
+    k1 = tl.load(k + text[:, None] + columns[None, :], mask=there[:, None], other=0.0)
+    k2 = tl.load(k + text[:, None] + HALF + columns[None, :], mask=there[:, None], other=0.0)
+    values = tl.load(v + text[:, None] + wide[None, :], mask=there[:, None], other=0.0)
+    allowed = tl.load(valid + sample * keys + places, mask=there, other=0) != 0
+    none = tl.zeros((ROWS, HALF), tl.float32)
+    k1_grad, k2_grad = tl.zeros((KEYS, HALF), tl.float32), tl.zeros((KEYS, HALF), tl.float32)
+    v_grad = tl.zeros((KEYS, D), tl.float32)
+    gain_low_sum, gain_high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, length), ROWS):
+        inside = first + rows < length
+        offset = (sample * length + first + rows) * (HEADS * D) + head * D
+        q_low, q_high = _load(q, offset, columns, inside), _load(q, offset + HALF, columns, inside)
+        q1, q2, inverse = _prepare(q_low, q_high, q_gain, columns, none, none, HALF, NORM, False)
+        q1, q2 = q1.to(kind), q2.to(kind)
+        weights = _softmax(q1, q2, k1, k2, allowed[None, :], scale)
+        if not BACKWARD:
+            result = tl.dot(weights.to(kind), values, input_precision=EXACT)
+            tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=inside[:, None])
+        else:
+            change = tl.load(
+                grad + offset[:, None] + wide[None, :], mask=inside[:, None], other=0.0
+            )
+            v_grad += tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+            weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+            logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
+            logit_grad = logit_grad.to(kind)
+            back = tl.trans(logit_grad)
+            k1_grad += tl.dot(back, q1, input_precision=EXACT)
+            k2_grad += tl.dot(back, q2, input_precision=EXACT)
+            low, high, gain_low, gain_high = _unprepare(
+                tl.dot(logit_grad, k1, input_precision=EXACT),
+                tl.dot(logit_grad, k2, input_precision=EXACT),
+                q_low,
+                q_high,
+                inverse,
+                q_gain,
+                columns,
+                none,
+                none,
+                HALF,
+                NORM,
+                False,
+            )
+            _store_halves(grad_q, low, high, offset, columns, inside, HALF)
+            gain_low_sum += gain_low
+            gain_high_sum += gain_high
+    if BACKWARD:
+        samples = tl.num_programs(2)
+        own = (part * samples + sample) * keys * (HEADS * D)
+        text = own + places * (HEADS * D) + head * D
+        _store_halves(grad_kv, k1_grad, k2_grad, text, columns, there, HALF)
+        target = grad_kv + apart + text[:, None] + wide[None, :]
+        tl.store(target, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
+        if NORM:
+            own = ((part * samples + sample) * HEADS + head) * D
+            tl.store(gain_grads + own + columns, gain_low_sum)
+            tl.store(gain_grads + own + HALF + columns, gain_high_sum)
+
+
+def _launch_text(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor,
+    gains: list[Tensor],
+    heads: int,
+    grad: Tensor | None,
+) -> list[Tensor]:
+    q, k, v, backward = q.contiguous(), k.contiguous(), v.contiguous(), grad is not None
+    samples, keys, width = v.shape
+    length = q.numel() // (samples * width)
+    chunk = 64 * max(
+        4, triton.cdiv(length, 64 * PARTS)
+    )  # queries of a program: their sums over keys are kept apart
+    parts = triton.cdiv(length, chunk)
+    alone = parts == 1  # nothing is left to add
+    sums = (
+        v.new_empty((2, parts, *v.shape), dtype=v.dtype if alone else torch.float32)
+        if backward
+        else v
+    )
+    gain = (
+        v.new_empty((parts, samples, heads, width // heads), dtype=torch.float32)
+        if backward and gains
+        else v
+    )
+    result, rows = torch.empty_like(q), max(16, triton.next_power_of_2(keys))
+    launch(_text_kernel)[(heads, parts, samples)](
+        q,
+        k,
+        v,
+        valid.to(torch.uint8).contiguous(),
+        result,
+        *(gains or (q,)),
+        grad.contiguous() if backward else q,
+        result,
+        sums,
+        gain,
+        length,
+        chunk,
+        keys,
+        sums.numel() // 2,
+        HEADS=heads,
+        ROWS=64,
+        KEYS=rows,
+        D=width // heads,
+        NORM=bool(gains),
+        BACKWARD=backward,
+        num_warps=4 * max(1, rows // 64),
+    )
+    if not backward:
+        return [result]
+    return [
+        result,
+        sums[:, 0] if alone else sums.sum(1).to(v.dtype),
+        *([gain.sum((0, 1, 2))] if gains else []),
+    ]
+
+
+@operator
+def text_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int
+) -> Tensor:
+    """Softmax attention of `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b,
+    t)` bool with a valid token in every row; `gains`: that of the norm of queries `(d,)` float32,
+    or none (keys come normed). Returns the shape of `q`.
+    """
+    return _launch_text(q, k, v, valid, gains, heads, None)[0]
+
+
+@text_attention.register_fake
+def _(q, k, v, valid, gains, heads):
+    return torch.empty_like(q)
+
+
+@operator
+def text_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int
+) -> list[Tensor]:
+    """Gradients of q, of k and v, `(2, b, t, h·d)`, and of the gain, if there is one."""
+    return _launch_text(q, k, v, valid, gains, heads, grad)
+
+
+@text_attention_backward.register_fake
+def _(grad, q, k, v, valid, gains, heads):
+    return [
+        torch.empty_like(q),
+        v.new_empty((2, *v.shape)),
+        *(torch.empty_like(gain) for gain in gains),
+    ]
+
+
+def _keep_text(ctx, inputs, output):
+    q, k, v, valid, gains, ctx.heads = inputs
+    ctx.save_for_backward(q, k, v, valid, *gains)
+
+
+def _text_back(ctx, grad):
+    q, k, v, valid, *gains = ctx.saved_tensors
+    grad_q, both, *gain_grads = text_attention_backward(grad, q, k, v, valid, gains, ctx.heads)
+    return grad_q, *both.unbind(), None, gain_grads, None
+
+
+text_attention.register_autograd(_text_back, setup_context=_keep_text)

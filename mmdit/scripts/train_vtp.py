@@ -1,0 +1,36 @@
+"""Pre-train a VTP tokenizer on generated pictures.
+
+python -m mmdit.scripts.train_vtp --config VTP/configs/vtp_tiny_f16d64_stage1.yaml
+python -m mmdit.scripts.train_vtp --config … [--device D] [--resume] [section.key=value …]
+"""
+
+import argparse
+
+from mmdit.config import load
+from mmdit.scripts import friendly, run
+from mmdit.training.distributed import choose_device
+from mmdit.vtp_training.pretrain_config import PretrainConfig
+from mmdit.vtp_training.pretrain_loop import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, help="a YAML file, for example VTP/configs/vtp_tiny_f16d64.yaml"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
+    )
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        config = load(PretrainConfig, args.config, args.overrides)
+        train(config, choose_device(args.device), args.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""Does the gradient know where it is going? The share of its elements that have the sign they had
+the last time: 0.5 is chance, below it steps are too long. One bit a parameter, held by expert, so
+that each is compared with its own history.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def pack(flags: Tensor) -> Tensor:
+    """`(n,)` bool → `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a product moves
+    byte i to bit 56 + i of it."""
+    eight = nn.functional.pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(torch.int64)
+    return (eight * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """Inverse of `pack`."""
+    table = (
+        torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
+    )
+    return table.bool()[bits.int()].flatten()[:count]
+
+
+class _History:
+    """Of some parameters: the sign of the last gradient of each element that was not 0. A tensor
+    whose gradients have all been 0 (LoRA's A in the first step) has none yet; an element that was 0
+    is not counted, and keeps its bit.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        device = parameters[0].device
+        self.sizes = torch.tensor([p.numel() for p in parameters], device=device)
+        self.count = int(self.sizes.sum())
+        self.bits = torch.zeros(-(-self.count // 8), dtype=torch.uint8, device=device)
+        self.seen = torch.zeros(len(parameters), dtype=torch.uint8, device=device)
+
+    def compare(self, skipped: Tensor) -> Tensor:
+        gradients = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters
+        ]
+        flat = torch.cat(gradients)
+        positive, nonzero = flat > 0, flat != 0
+        old = unpack(self.bits, self.count)
+        known = nonzero & torch.repeat_interleave(
+            self.seen.bool(), self.sizes, output_size=self.count
+        )
+        result = torch.stack(
+            [torch.count_nonzero(known & (positive == old)), torch.count_nonzero(known)]
+        ).double()
+        keep = skipped.bool()
+        self.bits = torch.where(keep, self.bits, pack(torch.where(nonzero, positive, old)))
+        found = torch.stack(torch._foreach_norm(gradients, float("inf"))) > 0
+        self.seen = torch.where(keep, self.seen, self.seen | found.to(torch.uint8))
+        return torch.where(keep, 0.0, result)
+
+
+class Signs:
+    """`groups`: expert → its parameters, one at least. Nothing waits for the device."""
+
+    def __init__(self, groups: dict[str, list[nn.Parameter]]):
+        self.history = {name: _History(parameters) for name, parameters in groups.items()}
+
+    @torch.no_grad()
+    def compare(self, expert: str, skipped: Tensor) -> Tensor:
+        """After a backward pass: `(2,)` float64, elements that agree and elements compared; a
+        skipped step leaves no trace."""
+        return self.history[expert].compare(skipped)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}::{part}": getattr(own, part)
+            for name, own in self.history.items()
+            for part in ("bits", "seen")
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError if they are of other parameters."""
+        own = self.tensors()
+        if own.keys() != tensors.keys() or any(
+            own[name].shape != tensors[name].shape for name in own
+        ):
+            raise ValueError(
+                "the stored signs are of other adapters: resume with the run's lora: and experts:"
+                " sections"
+            )
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

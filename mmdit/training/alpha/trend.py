@@ -1,0 +1,168 @@
+"""Where a loss is going: regression over a window, exponential means, and the loss without the
+share that the draw of t has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BINS = 16  # of noise level
+SPANS = (10, 50, 100)  # steps that the exponential means look back
+WINDOW = 200  # steps of the reported slope
+FEWEST = 20  # samples below which nothing is said of a trend
+LONGEST = 8192  # steps kept
+PATIENCE = 100  # visits over which the mean loss of a noise level is taken
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Least squares over the steps of a window: `slope` a step, `t` in standard errors, `cv`:
+    standard deviation / mean."""
+
+    samples: int
+    mean: float
+    slope: float
+    t: float
+    r2: float | None  # None where nothing varies
+    cv: float | None
+
+    @property
+    def relative(self) -> float | None:
+        """What changes over the window, as a share of the mean."""
+        return self.slope * self.samples / self.mean if self.mean > 0 else None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Trend | None:
+        """None under `FEWEST` values."""
+        n = len(values)
+        if n < FEWEST:
+            return None
+        y = np.asarray(values, dtype=np.float64)
+        x = np.arange(n) - (n - 1) / 2
+        mean, spread = float(y.mean()), float(x @ x)
+        slope = float(x @ (y - mean)) / spread
+        total, rest = float(((y - mean) ** 2).sum()), float(((y - mean - slope * x) ** 2).sum())
+        error = math.sqrt(rest / (n - 2) / spread)
+        t = slope / error if error else math.copysign(math.inf, slope) if slope else 0.0
+        cv = math.sqrt(total / (n - 1)) / mean if mean > 0 else None
+        return Trend(n, mean, slope, t, 1 - rest / total if total else None, cv)
+
+
+def ema(mean: float | None, value: float, span: int) -> float:
+    """m + 2 / (span + 1) (value - m), from the first value."""
+    return value if mean is None else mean + 2 / (span + 1) * (value - mean)
+
+
+@dataclass
+class StepFacts:
+    """One step of all ranks: sums and counts of the finite losses by noise level (`BINS`), and the
+    sum of their times."""
+
+    sums: list[float]
+    counts: list[float]
+    times: float
+    norm: float
+    bad: bool  # skipped: loss or gradient not finite
+    expert: str
+    agreeing: float = 0.0  # elements of the gradient with the sign of last time
+    compared: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        return sum(self.sums) / sum(self.counts) if sum(self.counts) else None
+
+
+@dataclass
+class Course:
+    """What one expert's steps (or all, without experts) have been. Plain numbers: it is stored as
+    JSON. `losses` and `levelled` (without the part that t explains) and `stabilities` are of the
+    steps since `reset`, at most `LONGEST`; means go on.
+    """
+
+    steps: int = 0  # since reset
+    losses: list[float] = field(default_factory=list)
+    levelled: list[float] = field(default_factory=list)
+    stabilities: list[float] = field(default_factory=list)
+    compared: float = 0.0  # elements in the last comparison of signs
+    loss_emas: list[float | None] = field(default_factory=lambda: [None] * len(SPANS))
+    grad_emas: list[float | None] = field(default_factory=lambda: [None] * len(SPANS))
+    means: list[float | None] = field(default_factory=lambda: [None] * BINS)
+    visits: list[int] = field(default_factory=lambda: [0] * BINS)
+
+    def add(self, facts: StepFacts) -> None:
+        """A step that was not skipped."""
+        loss = facts.loss
+        if facts.bad or loss is None:
+            return
+        self.steps += 1
+        self.losses.append(loss)
+        self.levelled.append(self._levelled(facts))
+        self.loss_emas = [ema(mean, loss, span) for mean, span in zip(self.loss_emas, SPANS)]
+        self.compared = facts.compared
+        if facts.compared:
+            stability = facts.agreeing / facts.compared
+            self.stabilities.append(stability)
+            self.grad_emas = [
+                ema(mean, stability, span) for mean, span in zip(self.grad_emas, SPANS)
+            ]
+        for kept in (self.losses, self.levelled, self.stabilities):
+            del kept[:-LONGEST]
+
+    def _levelled(self, facts: StepFacts) -> float:
+        """Each sample's loss by the running mean of its noise level, times the mean of these means:
+        one common scale, on which a trend stays as it is and the draw of t does not shake the
+        loss."""
+        pairs = [
+            (i, total / n, n) for i, (total, n) in enumerate(zip(facts.sums, facts.counts)) if n
+        ]
+        for i, loss, _ in pairs:
+            self.means[i] = loss if self.means[i] is None else self.means[i]
+        weights = [self.visits[i] + sum(j == i for j, *_ in pairs) for i in range(BINS)]
+        overall = sum(w * mean for w, mean in zip(weights, self.means) if mean is not None) / sum(
+            weights
+        )
+        levelled = sum(
+            n * (loss / self.means[i] if self.means[i] else 1.0) for i, loss, n in pairs
+        ) / sum(n for *_, n in pairs)
+        for i, loss, _ in pairs:
+            self.visits[i] += 1
+            self.means[i] += (loss - self.means[i]) / min(self.visits[i], PATIENCE)
+        return levelled * overall
+
+    def reset(self) -> None:
+        """A new phase: its trend is its own."""
+        self.steps, self.losses, self.levelled, self.stabilities = 0, [], [], []
+
+    @property
+    def stability(self) -> float | None:
+        """Mean agreement of signs over the window."""
+        recent = self.stabilities[-WINDOW:]
+        return sum(recent) / len(recent) if recent else None
+
+    @property
+    def stability_error(self) -> float | None:
+        """Of one step's agreement by chance: 0.5 / sqrt(elements)."""
+        return 0.5 / math.sqrt(self.compared) if self.compared else None
+
+    def values(self) -> dict:
+        """The record of metrics.jsonl: names as documented, None where there is nothing yet."""
+        trend = Trend.of(self.losses[-WINDOW:])
+        values = {
+            "loss_slope": trend and trend.slope,
+            "loss_r2": trend and trend.r2,
+            "loss_cv": trend and trend.cv,
+            "loss_samples": min(len(self.losses), WINDOW),
+            "loss_norm": self.levelled[-1] if self.levelled else None,
+            "gradient_stability": (
+                self.stabilities[-1] if self.stabilities and self.compared else None
+            ),
+            "gradient_stability_avg": self.stability,
+            "gradient_stability_se": self.stability_error,
+        }
+        means = (("loss_ema", self.loss_emas), ("grad_ema", self.grad_emas))
+        return values | {
+            f"{name}_{span}": mean for name, own in means for span, mean in zip(SPANS, own)
+        }

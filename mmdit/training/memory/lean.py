@@ -1,0 +1,156 @@
+"""Optimizers that need less memory: for weights in bfloat16, with moments in 8 bits, with moments
+in the memory of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.adapters import is_adapter
+from mmdit.config import ConfigError
+from mmdit.training.memory.shards import local
+
+CHUNK = 2**26  # parameters whose moments are on the GPU at a time
+
+
+def to_bfloat16(module: nn.Module) -> None:
+    """All weights but those of adapters, which are few and learn by small steps."""
+    for name, weight in module.named_parameters():
+        weight.data = weight.data if is_adapter(name) else weight.data.bfloat16()
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) for weights in bfloat16. What rounding takes from a weight
+    is kept in a second bfloat16 (`rest`; Kahan's summation, as in Zamirai et al. 2020, 2010.06192),
+    so that small updates add up as with 16 significant bits. Moments are bfloat16, the arithmetic
+    is float32. 10 bytes a parameter with its gradient; float32 takes 16.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float = 1e-8):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state.update(
+                        {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq", "rest")}
+                    )
+                state["step"] += 1
+                step, (beta1, beta2) = state["step"].item(), group["betas"]
+                numbers = (
+                    group["lr"],
+                    group["lr"] * group["weight_decay"],
+                    1 - beta1**step,
+                    1 - beta2**step,
+                    group["eps"],
+                )
+                numbers = torch.tensor(numbers).to(
+                    p.device, non_blocking=True
+                )  # a tensor: they change, the graph does not
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["rest"])
+                update = _compiled_update if p.is_cuda else _update
+                update(*(local(tensor).view(-1) for tensor in tensors), numbers, beta1, beta2)
+
+
+def _update(
+    p: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rest: Tensor,
+    numbers: Tensor,
+    beta1: float,
+    beta2: float,
+):
+    lr, decay, correction1, correction2, eps = numbers.unbind()
+    grad, value = grad.float(), p.float() + rest.float()
+    first, second = (
+        exp_avg.float().lerp(grad, 1 - beta1),
+        exp_avg_sq.float().lerp(grad.square(), 1 - beta2),
+    )
+    value = (
+        value - decay * value - lr * (first / correction1) / ((second / correction2).sqrt() + eps)
+    )
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
+    p.copy_(value)
+    rest.copy_(value - value.to(p.dtype).float())
+
+
+_compiled_update = torch.compile(_update, dynamic=True)
+
+
+def adamw_8bit(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """torchao's AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022,
+    2110.02861)."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "train.optimizer",
+            f"is adamw8bit, which needs torchao ({error}): pip install torchao, or use adamw",
+        ) from None
+    return AdamW8bit(groups, betas=betas, eps=1e-8)
+
+
+def fresh_8bit(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The moments of a parameter that was never stepped, to restore stored ones into."""
+    return {
+        "exp_avg": optimizer._new_buffer(parameter, True),
+        "exp_avg_sq": optimizer._new_buffer(parameter, False),
+    }
+
+
+def inner_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+    """What a file holds of a tensor: itself, or the parts that a quantized one is made of (not its
+    constant table)."""
+    if not hasattr(value, "codes"):
+        return {name: value}
+    return {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
+
+
+def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
+    """Parameter groups cut so that each list has at most CHUNK elements (or one parameter)."""
+    chunk, size = [], 0
+    for group in groups:
+        for p in group["params"]:
+            if chunk and size + p.numel() > CHUNK:
+                yield chunk
+                chunk, size = [], 0
+            if not chunk or any(chunk[-1][key] != group[key] for key in group if key != "params"):
+                chunk.append({**group, "params": []})
+            chunk[-1]["params"].append(p)
+            size += p.numel()
+    yield chunk
+
+
+class Parking:
+    """Moments live in page-locked memory of the CPU, and visit the device of their parameters while
+    these are stepped."""
+
+    def __init__(self):
+        self.homes: dict[tuple[int, str], Tensor] = {}
+
+    def fetch(self, optimizer: torch.optim.Optimizer) -> None:
+        for p, state in optimizer.state.items():
+            for name in state.keys() - {"step"}:
+                state[name] = state[name].to(p.device, non_blocking=True)
+
+    def put_back(self, optimizer: torch.optim.Optimizer) -> None:
+        for p, state in optimizer.state.items():
+            for name in state.keys() - {"step"}:
+                value = state[name]
+                home = self.homes.get((id(p), name))
+                if home is None:
+                    home = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                    self.homes[id(p), name] = home
+                home.copy_(value, non_blocking=True)
+                state[name] = home

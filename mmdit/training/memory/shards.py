@@ -1,0 +1,168 @@
+"""Named tensors in safetensors files: whole in one file, or as the parts that the processes of a
+sharded training wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mmdit.files import Sum
+from mmdit.nn.stored_weights import StoredWeight
+from mmdit.weights import tensor_pieces
+
+SHAPES = (  # beside the parts: the whole shapes, or a part that is absent would not be missed
+    "shapes.json"
+)
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
+
+
+class Stored(Mapping[str, Tensor]):
+    """`name.safetensors`, or else the parts in the folder `name/`, by tensor name. Tensors are read
+    when asked for, one at a time, so that processes can take their shards of what would not fit.
+    ValueError names a damaged or incomplete file; nothing is ever unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = [path]
+        if not path.is_file() and path.with_suffix("").is_dir():
+            files = sorted(path.with_suffix("").glob("*.safetensors"))
+        self._parts: dict[str, list[tuple]] = {}  # name → [(file, shape, offsets)]
+        self.shapes: dict[str, torch.Size] = {}
+        try:
+            for file in files:
+                self._open(file)
+            if files == [path]:
+                self.shapes = {name: torch.Size(parts[0][1]) for name, parts in self._parts.items()}
+            else:
+                self._check_parts(
+                    json.loads((path.with_suffix("") / SHAPES).read_text(encoding="utf-8"))
+                )
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self.path} cannot be read as safetensors (damaged, or another format?):"
+            f" {str(error)[:1000]}"
+        )
+
+    def _check_parts(self, shapes: dict[str, list[int]]) -> None:
+        for name, shape in shapes.items():
+            self.shapes[name] = torch.Size(shape)
+            end = 0  # the parts are rows, one behind the other
+            self._parts[name].sort(key=lambda part: part[2])
+            for _, sizes, offsets in self._parts[name]:
+                if math.prod(sizes) and (
+                    offsets != [end, *[0] * len(shape[1:])] or sizes[1:] != shape[1:]
+                ):
+                    raise ValueError(
+                        f"a part of {name!r} of {sizes} lies at {offsets}, expected at row {end} of"
+                        f" {shape}"
+                    )
+                end += sizes[0] if math.prod(sizes) else 0
+            if math.prod(shape) and end != shape[0]:
+                raise ValueError(
+                    f"parts of {name!r} are missing: {end} of {shape[0]} rows are there"
+                )
+        if len(shapes) != len(self._parts):
+            raise ValueError(f"{SHAPES} does not name every tensor")
+
+    def _open(self, path: Path) -> None:
+        file = safe_open(path, "pt")
+        told = (file.metadata() or {}).get(SHARDING)
+        where = json.loads(told) if told else None
+        for name in file.keys():  # noqa: SIM118  (no dictionary)
+            shape = file.get_slice(name).get_shape()
+            offsets = where[name][OFFSETS] if where else [0] * len(shape)
+            self._parts.setdefault(name, []).append((file, shape, offsets))
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            parts = [file.get_tensor(name) for file, *_ in self._parts[name]]
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def write(
+    folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = True
+) -> dict[str, list[int]]:
+    """Write one file by the main process, or, where a tensor is sharded (then every process must
+    call), the folder `name/` by torch.distributed.checkpoint as safetensors: its own format would
+    be pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by who reads them. OSError
+    or SafetensorError."""
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        flat = {
+            key: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
+            for key, tensor in tensors.items()
+        }
+        try:
+            dcp.save(
+                flat,
+                storage_writer=dcp.HuggingFaceStorageWriter(
+                    str(folder / name), save_distributed=True
+                ),
+            )
+        except CheckpointException as error:
+            raise OSError(f"{list(error.failures.values())[0][0]}") from None
+        if is_main:
+            shapes = json.dumps({key: list(tensor.shape) for key, tensor in flat.items()})
+            (folder / name / SHAPES).write_text(shapes, encoding="utf-8")
+        return {}
+    if not is_main:
+        return {}
+    total = Sum()
+    file = f"{name}.safetensors"
+    with open(folder / file, "xb") as stream:
+        for piece in tensor_pieces({key: whole(t.detach()) for key, t in tensors.items()}):
+            stream.write(total.add(piece))
+    return {file: total.told()}
+
+
+def place(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device and in the type of `like`; of one that is sharded, this
+    process's part."""
+    value = value.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return value
+    shard = distribute_tensor(
+        value.reshape(like.shape), like.device_mesh, like.placements, src_data_rank=None
+    )
+    return shard.clone()  # else every part would keep the whole
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (every process must ask), one that is kept otherwise unpacked; any
+    other as it is."""
+    if isinstance(tensor, StoredWeight):
+        return tensor.whole()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, sharing memory: what works on each element alone needs no more."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

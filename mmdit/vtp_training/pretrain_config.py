@@ -1,0 +1,188 @@
+"""Configuration of a tokenizer pre-training run: the root that `python -m mmdit.scripts.train_vtp
+--config` decodes, and its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vtp.models import VTPConfig
+from vtp.tokenizers import ByteTokenizer
+
+from mmdit.config import ConfigError
+from mmdit.training.ema import EMAConfig
+from mmdit.vtp_training.images import ImagesConfig
+from mmdit.vtp_training.pretrain_losses import (
+    AdversarialConfig,
+    ContrastConfig,
+    ReconstructionConfig,
+)
+from mmdit.vtp_training.self_supervision import SelfSupervisionConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """`model:` section: the keys of the checkpoint's config.json that size the network (specs of
+    the public release)."""
+
+    vision_embed_dim: int = 192
+    vision_depth: int = 6
+    vision_num_heads: int = 3
+    vision_mlp_ratio: float = 4.0
+    vision_use_qk_norm: bool = (
+        True  # keeps attention logits bounded at the high learning rates of a short run
+    )
+    vision_feature_bottleneck: int = 64
+    decoder_embed_dim: int = 256
+    decoder_depth: int = 6
+    decoder_num_heads: int = 4
+    decoder_use_qk_norm: bool = True
+    text_embed_dim: int = 192
+    text_depth: int = 4
+    text_num_heads: int = 3
+    text_context_length: int = 128
+
+    def __post_init__(self):
+        for name in (
+            "vision_depth",
+            "decoder_depth",
+            "text_depth",
+            "vision_feature_bottleneck",
+            "text_context_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
+        for name in ("vision_embed_dim", "decoder_embed_dim", "text_embed_dim", "vision_mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be positive")
+        for part in ("vision", "decoder"):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if heads < 1 or width % (4 * heads):
+                message = (
+                    f"is {width} with {part}_num_heads {heads}; must be a multiple of 4 x heads,"
+                    " for rotary positions"
+                )
+                raise ConfigError(f"{part}_embed_dim", message)
+        width, heads = self.text_embed_dim, self.text_num_heads
+        if heads < 1 or width % heads:
+            raise ConfigError(
+                "text_embed_dim", f"is {width}, must be a multiple of text_num_heads {heads}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """`train:` section. The learning rate is a function of (step, planned steps); with
+    `max_minutes` the planned number is set from the speed measured early in the run, and kept in
+    every checkpoint."""
+
+    max_steps: int = 12000
+    max_minutes: float | None = None
+    lr: float = 1.5e-3
+    final_lr: float = 0.01  # of lr, at the last step
+    warmup_steps: int = 300
+    weight_decay: float = 0.02
+    beta2: float = 0.98
+    clip_norm: float = 1.0  # global norm; 0 = off
+    max_skipped_steps: int = 10  # more steps in a row without a finite gradient stop the run
+    compile: bool = True  # CUDA only
+    log_every_steps: int = 50
+    eval_every_steps: int = 1000
+    save_every_steps: int = 2000
+    evaluation_samples: int = 512  # moving shapes per score of the exported checkpoint
+
+    def __post_init__(self):
+        for name in (
+            "max_steps",
+            "log_every_steps",
+            "eval_every_steps",
+            "save_every_steps",
+            "evaluation_samples",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise ConfigError(
+                "warmup_steps", f"is {self.warmup_steps}, must be below max_steps {self.max_steps}"
+            )
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(
+                "max_minutes", f"is {self.max_minutes}, must be positive (or null for no limit)"
+            )
+        if not 0 < self.lr < 1:
+            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 1.5e-3")
+        for name in ("weight_decay", "clip_norm", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
+        if not 0 <= self.final_lr <= 1:
+            raise ConfigError("final_lr", f"is {self.final_lr}, must be a share of lr, from 0 to 1")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(
+                "beta2", f"is {self.beta2}, must be at least 0 and below 1, for example 0.98"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The root. A loss of weight 0 is not built, costs nothing and leaves no tensor in the
+    export."""
+
+    output_dir: str = "runs/vtp_tiny_f16d64"
+    init_from: str | None = (
+        None  # an exported checkpoint folder of the same network: a further stage
+    )
+    seed: int = 0
+    model: NetworkConfig = field(default_factory=NetworkConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
+    latent_noise: float = 0.2  # see learner.noisy_latents
+    freeze_encoder: bool = (
+        False  # train the decoder alone: latents, their statistics and all caches stay as they are
+    )
+    train: OptimizationConfig = field(default_factory=OptimizationConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+    def __post_init__(self):
+        if self.latent_noise < 0:
+            raise ConfigError(
+                "latent_noise",
+                f"is {self.latent_noise}, must be 0 (off) or positive, for example 0.2",
+            )
+        if self.freeze_encoder:
+            if not self.init_from:
+                raise ConfigError(
+                    "freeze_encoder",
+                    "is true without init_from: a random encoder would stay random; name a"
+                    " checkpoint",
+                )
+            if self.contrast.weight or self.self_supervision.weight:
+                raise ConfigError(
+                    "freeze_encoder",
+                    f"is true with contrast.weight {self.contrast.weight} and"
+                    f" self_supervision.weight {self.self_supervision.weight}, which train the"
+                    " encoder; set them to 0, or it to false",
+                )
+        if not self.ema.enabled:
+            raise ConfigError(
+                "ema.enabled",
+                "is false, but the average is what is exported: set ema.decay to 0 for none",
+            )
+        if self.contrast.weight and self.images.mix.shapes <= 0:
+            message = (
+                f"is {self.contrast.weight} with images.mix.shapes 0: only moving shapes have"
+                " captions; raise mix.shapes"
+            )
+            raise ConfigError("contrast.weight", message)
+
+    def network(self) -> VTPConfig:
+        """The checkpoint's config.json. The text tower exists only when it is trained."""
+        keys = {name: getattr(self.model, name) for name in self.model.__dataclass_fields__}
+        return VTPConfig(
+            image_size=256,
+            train_clip=self.contrast.weight > 0,
+            text_vocab_size=ByteTokenizer.vocab_size,
+            decoder_norm_layer="rmsnorm",
+            **keys,
+        )

@@ -1,0 +1,151 @@
+"""The model in training: one encoder pass feeds every loss. Axes: b picture, c latent channel, h, w
+latent rows and columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vtp.models import VTPModel
+from vtp.pixels import normalize
+
+from mmdit.rng import Draws
+from mmdit.vtp_training.images import Pictures
+from mmdit.vtp_training.pretrain_config import PretrainConfig
+from mmdit.vtp_training.pretrain_losses import (
+    PatchDiscriminator,
+    contrast_loss,
+    discriminator_loss,
+    reconstruction_loss,
+)
+from mmdit.vtp_training.self_supervision import SelfSupervision
+
+
+def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
+    """Gaussian noise of `u · std_c` on `latents (b, c, h, w)`: u uniform in [0, amount] per
+    picture, std_c the batch's.
+
+    A generator's latents are never exact: a decoder that has seen noise ignores errors of that
+    size, and the encoder learns to spread what matters over the channels. The gradient flows
+    through std_c, so that the encoder gains nothing by scale.
+    """
+    if not amount:
+        return latents
+    std = latents.float().std((0, 2, 3), keepdim=True)
+    level = amount * draws.uniform("latent_noise/level", 1, 1, 1)
+    return latents + level * std * draws.normal("latent_noise", *latents.shape[1:])
+
+
+@dataclass
+class StepLosses:
+    """`total` to differentiate; `parts` are scalars for the report; the pictures are for the
+    discriminator."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    predicted: Tensor
+    target: Tensor
+
+
+class Learner(nn.Module):
+    """The tokenizer and whatever else its losses train. Parts whose weight is 0 do not exist."""
+
+    def __init__(self, config: PretrainConfig):
+        super().__init__()
+        self.config = config
+        self.model = VTPModel(config.network())
+        self.self_supervision = None
+        if config.self_supervision.weight:
+            self.self_supervision = SelfSupervision(config.self_supervision, self.model.trunk)
+        else:
+            self.model.trunk.mask_token.requires_grad_(False)
+        if config.freeze_encoder:
+            self.model.trunk.requires_grad_(False)
+        self.discriminator = PatchDiscriminator() if config.adversarial.weight else None
+        self.pixel_loss = reconstruction_loss
+
+    def compile(self) -> None:
+        """Compile what repeats, one graph for each size: transformer blocks (shared by all blocks
+        of a kind) and the pixel loss."""
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, 8 * len(self.config.images.sizes)
+        )
+        for blocks in (self.model.trunk.blocks, self.model.pixel_decoder.blocks):
+            for block in blocks:
+                block.compile(dynamic=False)
+        self.pixel_loss = torch.compile(reconstruction_loss, dynamic=False)
+
+    def generator_parts(self) -> nn.ModuleDict:
+        """Everything that the main optimizer trains (the teacher inside takes no gradient)."""
+        parts = {"model": self.model, "self_supervision": self.self_supervision}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+    def losses(self, batch: Pictures, step: int, adversarial: bool) -> StepLosses:
+        """All losses of a step. `adversarial`: the last stage, with a frozen encoder and the
+        discriminator's opinion."""
+        config, target = self.config, normalize(batch.pixels)
+        draws = Draws.of(config.seed, step, len(target), target.device)
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and not (adversarial or config.freeze_encoder)
+        ):
+            features = self.model.trunk(target, is_training=True, use_bottleneck=False)
+            latents = self.model.trunk.bottleneck(features["x_norm_patchtokens"])
+            latents = rearrange(latents, "b (h w) c -> b c h w", h=target.shape[-2] // 16)
+        predicted = self.model.get_latents_decoded_images(
+            noisy_latents(latents, draws, config.latent_noise)
+        ).float()
+        terms = config.reconstruction
+        pixel_loss, squared = self.pixel_loss(
+            predicted, target, terms.l1, terms.l2, terms.gradient, terms.levels
+        )
+        parts = {"reconstruction": pixel_loss, "squared_error": squared.detach().mean()}
+        total = terms.weight * pixel_loss
+        if adversarial:
+            parts["adversarial"] = -self._frozen_opinion(predicted).mean()
+            total = total + config.adversarial.weight * parts["adversarial"]
+        else:
+            if config.contrast.weight:
+                parts["contrast"] = self._contrast(features["x_norm_clstoken"], batch)
+                total = total + config.contrast.weight * parts["contrast"]
+            if self.self_supervision is not None:
+                total = total + config.self_supervision.weight * self._self_supervised(
+                    target, draws, parts
+                )
+        return StepLosses(
+            total,
+            {name: value.detach() for name, value in parts.items()},
+            predicted.detach(),
+            target,
+        )
+
+    def _contrast(self, class_tokens: Tensor, batch: Pictures) -> Tensor:
+        count = min(self.config.contrast.pairs, len(batch.facts))
+        image = F.normalize(self.model.visual_proj(class_tokens[:count]).float(), dim=-1)
+        text = self.model.get_clip_text_feature(batch.tokens[:count]).float()
+        scale = self.model.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+        return contrast_loss(image, text, scale, batch.facts[:count])
+
+    def _self_supervised(self, target: Tensor, draws: Draws, parts: dict[str, Tensor]) -> Tensor:
+        every = max(
+            1, round(1 / self.config.self_supervision.fraction)
+        )  # a stride meets every kind of picture
+        class_loss, patch_loss = self.self_supervision.loss(
+            self.model.trunk, target[::every], draws[::every]
+        )
+        parts |= {"dino": class_loss, "ibot": patch_loss}
+        return class_loss + patch_loss
+
+    def _frozen_opinion(self, predicted: Tensor) -> Tensor:
+        self.discriminator.requires_grad_(False)
+        scores = self.discriminator(predicted)
+        self.discriminator.requires_grad_(True)
+        return scores
+
+    def discriminator_loss(self, losses: StepLosses) -> Tensor:
+        """On the step's own pictures, after the decoder's update."""
+        return discriminator_loss(
+            self.discriminator(losses.target), self.discriminator(losses.predicted)
+        )

@@ -1,0 +1,132 @@
+"""The losses that act on pictures and captions, and the small networks that only training needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from mmdit.config import ConfigError
+
+
+def _weights_are_valid(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigError(name, f"is {getattr(config, name)}, must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """`reconstruction:` section: the weight of the whole, and of its three terms."""
+
+    weight: float = 1.0
+    l1: float = 1.0
+    l2: float = 1.0
+    gradient: float = 1.0
+    levels: int = 3
+
+    def __post_init__(self):
+        _weights_are_valid(self, "l1", "l2", "gradient")
+        if self.weight <= 0 or self.l1 + self.l2 + self.gradient <= 0:
+            raise ConfigError(
+                "weight",
+                f"is {self.weight}; it and the sum of l1, l2 and gradient must be positive",
+            )
+        if not 1 <= self.levels <= 5:
+            raise ConfigError("levels", f"is {self.levels}, must be 1 to 5")
+
+
+def reconstruction_loss(
+    predicted: Tensor, target: Tensor, l1: float, l2: float, gradient: float, levels: int
+) -> tuple[Tensor, Tensor]:
+    """`(loss, squared error per picture (B,))` of float32 `(B, 3, H, W)`.
+
+    L1 is robust, L2 is PSNR itself and punishes the few wrong pixels of an edge, and the structural
+    term compares horizontal and vertical differences on a pyramid of `levels` halvings: it asks for
+    edges of the right place and steepness.
+    """
+    difference = predicted - target
+    squared = difference.square().mean((1, 2, 3))
+    loss = l1 * difference.abs().mean() + l2 * squared.mean()
+    # Differences are linear: comparing the pictures' gradients is the gradient of their difference.
+    for _ in range(levels):
+        loss = loss + gradient / levels * (
+            difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        )
+        difference = F.avg_pool2d(difference, 2)
+    return loss, squared
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """`contrast:` section: image-text contrast on the class token before the bottleneck (CLIP,
+    Radford et al. 2021)."""
+
+    weight: float = 0.0
+    pairs: int = 512  # at most, a step
+    keep_text_tower: bool = False  # in the exported checkpoint, which is larger for it
+
+    def __post_init__(self):
+        _weights_are_valid(self, "weight")
+        if self.pairs < 2:
+            raise ConfigError(
+                "pairs", f"is {self.pairs}, must be at least 2: a contrast needs another pair"
+            )
+
+
+def contrast_loss(image: Tensor, text: Tensor, scale: Tensor, facts: Tensor) -> Tensor:
+    """Symmetric cross entropy of `scale · image · textᵀ` for unit rows `(N, T)`. Moving shapes have
+    few hundred combinations of facts, so a batch holds many equal ones: every pair with the same
+    `facts (N,)` is a positive.
+    """
+    logits = scale * image @ text.T
+    same = (facts[:, None] == facts[None, :]).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """`adversarial:` section: a last stage in which the encoder is frozen and the decoder also
+    faces a discriminator."""
+
+    weight: float = 0.0
+    start: float = 0.8  # fraction of the planned steps
+    lr: float = 4e-4
+
+    def __post_init__(self):
+        _weights_are_valid(self, "weight")
+        if not 0 < self.start < 1:
+            raise ConfigError(
+                "start", f"is {self.start}, must be between 0 and 1: a fraction of the run"
+            )
+        if not 0 < self.lr < 1:
+            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 4e-4")
+
+
+class PatchDiscriminator(nn.Module):
+    """`(B, 3, H, W)` normalised pixels to a field of scores, each of 22 pixels a side; spectral
+    norm (Miyato et al. 2018)."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    spectral_norm(nn.Conv2d(before, after, 4, stride, 1)), nn.LeakyReLU(0.2)
+                )
+                for before, after, stride in zip(widths, widths[1:], (2, 2, 1), strict=False)
+            ),
+            spectral_norm(nn.Conv2d(widths[-1], 1, 1)),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the scores (Lim and Ye 2017)."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2

@@ -1,0 +1,168 @@
+"""Self-distillation on class tokens (DINO, Caron et al. 2021) and on masked patches (iBOT, Zhou et
+al. 2022).
+
+One trunk and one prototype head serve both terms. The teacher is an average of the student; its
+assignments are balanced by Sinkhorn-Knopp (Caron et al. 2020). Both act on features before the
+bottleneck.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vtp.models import DINOHead
+
+from mmdit.config import ConfigError
+from mmdit.rng import Draws
+
+
+@dataclass(frozen=True)
+class SelfSupervisionConfig:
+    """`self_supervision:` section."""
+
+    weight: float = 0.0
+    fraction: float = 0.25  # of a step's pictures
+    prototypes: int = 2048
+    momentum: float = 0.996
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.06
+    local_crops: int = 2
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    crop_scale: float = 0.5  # smallest side of a global crop, of the picture's
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ConfigError("weight", f"is {self.weight}, must be 0 (off) or positive")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError("fraction", f"is {self.fraction}, must be above 0 and at most 1")
+        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
+            raise ConfigError(
+                "mask_ratio", f"is {list(self.mask_ratio)}, must be [low, high] between 0 and 1"
+            )
+        if not 0 <= self.momentum <= 1:
+            raise ConfigError(
+                "momentum", f"is {self.momentum}, must be from 0 to 1, for example 0.996"
+            )
+        for name in ("student_temperature", "teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    name, f"is {getattr(self, name)}, must be positive, for example 0.1"
+                )
+        if self.prototypes < 2 or self.local_crops < 0 or not 0 < self.crop_scale <= 1:
+            crops = (
+                f"local_crops {self.local_crops} (0 or more), crop_scale {self.crop_scale} (above"
+                " 0, at most 1)"
+            )
+            raise ConfigError("prototypes", f"is {self.prototypes} (must be 2 or more), {crops}")
+
+
+def random_crops(
+    images: Tensor, draws: Draws, purpose: str, low: float, high: float, size: tuple[int, int]
+) -> Tensor:
+    """Crops `(B, 3, *size)`, sides `low … high` of the picture's, half of them mirrored, with other
+    contrast and tint."""
+    side = low + (high - low) * draws.uniform(f"{purpose}/side", 1)
+    centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
+    mirror = torch.where(draws.uniform(f"{purpose}/mirror", 1) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(side)
+    rows = [
+        torch.cat([side * mirror, zero, centre[:, :1]], 1),
+        torch.cat([zero, side, centre[:, 1:]], 1),
+    ]
+    where = F.affine_grid(torch.stack(rows, 1), [len(images), 3, *size], align_corners=False)
+    crops = F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
+    contrast = 0.8 + 0.4 * draws.uniform(f"{purpose}/contrast", 1, 1, 1)
+    return crops * contrast + 0.15 * draws.normal(f"{purpose}/tint", 3, 1, 1)
+
+
+@torch.no_grad()
+def balanced_assignments(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
+    """Sinkhorn-Knopp: `logits (N, K)` to rows that sum to 1 while all columns get the same mass."""
+    scores = (logits.float() / temperature).T
+    scores = torch.exp(scores - scores.max())
+    for _ in range(rounds):
+        scores = scores / scores.sum(1, keepdim=True).clamp(min=1e-30) / len(scores)
+        scores = scores / scores.sum(0, keepdim=True).clamp(min=1e-30) / scores.shape[1]
+    return (scores * scores.shape[1]).T
+
+
+def cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Rows of `student` logits against rows of `target` probabilities."""
+    return -(target * F.log_softmax(student.float() / temperature, dim=-1)).sum(-1).mean()
+
+
+class SelfSupervision(nn.Module):
+    """Student head, and the teacher copies of trunk and head. The student trunk belongs to the
+    model and is passed in."""
+
+    def __init__(self, config: SelfSupervisionConfig, trunk: nn.Module):
+        super().__init__()
+        self.config = config
+        self.head = DINOHead(trunk.embed_dim, config.prototypes, hidden_dim=512, bottleneck_dim=128)
+        self.teacher_trunk = copy.deepcopy(trunk).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+
+    def loss(self, trunk: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """`(class-token term, masked-patch term)` for normalised `images (B, 3, H, W)`."""
+        config, (height, width) = self.config, images.shape[-2:]
+        pair = [
+            random_crops(images, draws, f"global{i}", config.crop_scale, 1.0, (height, width))
+            for i in range(2)
+        ]
+        views = torch.cat(pair)
+        masks = self._masks(draws, height * width // trunk.patch_size**2)
+        flat = masks.flatten().nonzero()[:, 0]
+        with torch.no_grad():
+            taught = self.teacher_trunk(views, is_training=True, use_bottleneck=False)
+            class_logits = self.teacher_head(taught["x_norm_clstoken"])
+            patch_logits = self.teacher_head(taught["x_norm_patchtokens"].flatten(0, 1)[flat])
+            class_target = torch.cat(
+                [
+                    balanced_assignments(part, config.teacher_temperature)
+                    for part in class_logits.chunk(2)
+                ]
+            )
+            patch_target = balanced_assignments(patch_logits, config.teacher_temperature)
+        seen = trunk(views, is_training=True, use_bottleneck=False, masks=masks)
+        swapped = torch.cat(class_target.chunk(2)[::-1])
+        class_losses = [
+            cross_entropy(self.head(seen["x_norm_clstoken"]), swapped, config.student_temperature)
+        ]
+        patches = self.head(seen["x_norm_patchtokens"].flatten(0, 1)[flat])
+        patch_loss = cross_entropy(patches, patch_target, config.student_temperature)
+        mean_target = sum(class_target.chunk(2)) / 2  # a local crop answers for both global ones
+        local = tuple(max(16, math.ceil(side / 32) * 16) for side in (height, width))
+        for index in range(config.local_crops):
+            crop = random_crops(images, draws, f"local{index}", 0.25, config.crop_scale, local)
+            logits = self.head(
+                trunk(crop, is_training=True, use_bottleneck=False)["x_norm_clstoken"]
+            )
+            class_losses.append(cross_entropy(logits, mean_target, config.student_temperature))
+        return torch.stack(class_losses).mean(), patch_loss
+
+    def _masks(self, draws: Draws, patches: int) -> Tensor:
+        """`(2B, N)` bool, True = hidden; every view has its own ratio, and at least one hidden
+        patch."""
+        low, high = self.config.mask_ratio
+        order = (
+            torch.cat([draws.uniform(f"mask{i}", patches) for i in range(2)]).argsort(1).argsort(1)
+        )
+        ratio = (
+            torch.cat([draws.uniform(f"mask/ratio{i}", 1) for i in range(2)]) * (high - low) + low
+        )
+        return order < (ratio * patches).round().clamp(min=1)
+
+    @torch.no_grad()
+    def update_teacher(self, trunk: nn.Module, progress: float) -> None:
+        """Average the student in; the momentum rises to 1 along half a cosine of the run's
+        `progress` in [0, 1]."""
+        momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
+        for teacher, student in ((self.teacher_trunk, trunk), (self.teacher_head, self.head)):
+            torch._foreach_lerp_(
+                list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum
+            )

@@ -1,0 +1,119 @@
+"""The fused kernels against the plain path: outputs and all gradients of whole models. Prints a
+JSON line a case.
+
+TRITON_INTERPRET=1 python -m tests.drivers.fused_kernels on a CPU, float32 python -m
+tests.drivers.fused_kernels --device cuda on a GPU: float32, and bfloat16 products python -m
+tests.drivers.fused_kernels --device cuda --compile the same, launched by compiled blocks as in
+training
+"""
+
+import argparse
+import json
+
+import torch
+
+from mmdit.interfaces import TextTokens
+from mmdit.models.routing import TreadConfig
+from mmdit.models.video_mmdit import VideoMMDiT, VideoMMDiTConfig
+from mmdit.nn import kernels, products
+
+CASES = {  # frames, rows, columns, window, text tokens, more of the model
+    "a picture": (1, 4, 8, 4, 17, {}),
+    "a padded clip": (2, 3, 5, 3, 5, {}),
+    "frames as a set, no norm of queries and keys": (
+        2,
+        4,
+        4,
+        4,
+        6,
+        {"temporal_position": False, "qk_norm": False},
+    ),
+    "one frame more than a tile of 64 holds": (65, 2, 2, 2, 6, {}),
+    "products of float8": (
+        2,
+        4,
+        8,
+        4,
+        6,
+        {"products": "float8"},
+    ),  # on a GPU, in bfloat16: some 0.3 from exact, by their rounding
+    "routed": (2, 4, 8, 4, 6, {"tread": TreadConfig(enabled=True, apply_to=(1, 3))}),
+}
+
+
+def run(
+    case: tuple, device: torch.device, autocast: bool, fuse: bool, compile: bool = False
+) -> dict[str, torch.Tensor]:
+    frames, rows, columns, window, words, more = case
+    torch.manual_seed(0)
+    more = dict(more)
+    tread = more.pop("tread", None)
+    model = VideoMMDiT(
+        VideoMMDiTConfig(dim=96, depth=3 if tread else 2, num_heads=3, window_size=window, **more),
+        4,
+        8,
+        tread,
+    ).to(device)
+    with torch.no_grad():
+        for weight in model.parameters():  # gates open, gains apart from one
+            weight.add_(0.1 * torch.randn(weight.shape).to(device))
+    x = torch.randn(2, frames, rows, columns, 4).to(device).requires_grad_()
+    valid = torch.arange(words) < torch.tensor([[words], [3]])
+    text = TextTokens(torch.randn(2, words, 8).to(device), valid.to(device))
+    keep = model.draw_keep(rows, columns, 0, 1)
+    for block in model.blocks if compile else ():
+        block.compile(dynamic=False)
+    serve, kernels.serve = kernels.serve, lambda x: fuse
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            t = torch.tensor([100.0, 900.0], device=device)
+            out = model(x, t, text, keep)
+            assert compile or torch.equal(model(x, t, model.prepare(text), keep), out), (
+                "keys and values made beforehand"
+            )
+        (out.float() * torch.randn(out.shape).to(device)).sum().backward()
+    finally:
+        kernels.serve = serve
+    gradients = {
+        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    return {"output": out.detach(), "input": x.grad, **gradients}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        assert kernels.INTERPRETED, "set TRITON_INTERPRET=1: Triton compiles for GPUs only"
+    products.FEW = 0
+    kernels.look_at(device)
+    kernels.residual.PROGRAMS = 4  # so that a program has several tokens of these small clips
+    for name, case in (list(CASES.items())[number] for number in args.cases):
+        for autocast in (False, True)[: 1 + (device.type == "cuda")]:
+            plain, fused = (
+                run(case, device, autocast, False),
+                run(case, device, autocast, True, args.compile),
+            )
+            exact = run(case, device, False, False)
+            apart = lambda a, b: max(
+                (a[key] - b[key]).norm().item() / (b[key].norm().item() + 1e-12) for key in b
+            )  # noqa: E731
+            rows = {
+                "case": name,
+                "autocast": autocast,
+                "fused_to_plain": apart(fused, plain),
+                "fused_to_exact": apart(fused, exact),
+                "plain_to_exact": apart(plain, exact),
+            }
+            assert plain.keys() == fused.keys()
+            print(json.dumps(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -38,18 +38,18 @@ KINDS = {
 Pieces = str | bytes | memoryview | Iterator[bytes | memoryview]
 
 
-def write_aside(path: str | Path, data: Pieces, flush: bool = False) -> None:
+def write_atomically(path: str | Path, data: Pieces, flush: bool = False) -> None:
     """Write all of `data`, perhaps in pieces, to `path`, or nothing; text as UTF-8. See
-    `file_aside`."""
+    `open_atomically`."""
     if isinstance(data, str):
         data = data.encode()
-    with file_aside(path, flush) as file:
+    with open_atomically(path, flush) as file:
         for piece in (data,) if isinstance(data, bytes | memoryview) else data:
             file.write(piece)
 
 
 @contextlib.contextmanager
-def file_aside(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
+def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
     """Open a hidden neighbour of `path` for writing and rename it when the block ends; after an
     error it is removed, and what stood at `path` stays. `flush`: it survives a power cut. A link at
     `path` is replaced, what it leads to is not touched. ValueError: a device, a pipe or a folder is
@@ -60,7 +60,7 @@ def file_aside(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
         )
     name, file = "", None
     try:
-        name, file = _open_aside(os.path.dirname(path) or ".")
+        name, file = _open_temporary(os.path.dirname(path) or ".")
         yield file
         file.flush()
         if flush:
@@ -99,7 +99,7 @@ class Sum:
         self.crc = zlib.crc32(piece, self.crc)
         return piece
 
-    def told(self) -> list[int]:
+    def as_json(self) -> list[int]:
         """Return `[bytes, CRC-32]`, as JSON files keep it."""
         return [self.size, self.crc]
 
@@ -121,7 +121,7 @@ def may_replace(path: str | Path) -> bool:
         return True
 
 
-def _open_aside(folder: str) -> tuple[str, IO[bytes]]:
+def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:
     while True:
         name = f"{folder}/.writing-{secrets.token_hex(8)}.tmp"
         file = open(name, "xb")
@@ -133,7 +133,7 @@ def _open_aside(folder: str) -> tuple[str, IO[bytes]]:
 
 
 @contextlib.contextmanager
-def folder_aside(path: str | Path) -> Iterator[Path]:
+def replace_folder(path: str | Path) -> Iterator[Path]:
     """Make a hidden folder beside `path` to write into, and rename it when the block ends; after an
     error it is removed. OSError if `path` is there then and is no empty folder."""
     path = Path(path)
@@ -153,7 +153,7 @@ def folder_aside(path: str | Path) -> Iterator[Path]:
             os.close(held)
 
 
-def abandoned(folder: str | Path) -> Iterator[Path]:
+def abandoned_files(folder: str | Path) -> Iterator[Path]:
     """Yield what killed processes left in `folder`, files and folders, each while nobody can write
     to it."""
     for path in sorted(Path(folder).glob(ASIDE)):
@@ -188,7 +188,7 @@ def _is_left(held: int) -> bool:
 def clean(*folders: str | Path) -> None:
     """Remove what killed processes left in these folders."""
     for folder in folders:
-        for path in abandoned(folder):
+        for path in abandoned_files(folder):
             remove(path)
 
 
@@ -225,7 +225,7 @@ def flush_file_system(folder: str | Path) -> None:
         os.sync()
 
 
-def no_link(path: Path) -> Path:
+def refuse_link(path: Path) -> Path:
     """Return `path`, which may not be there yet. ValueError if it is a link, by which one would
     write elsewhere."""
     if path.is_symlink():

@@ -14,7 +14,7 @@ MOST_BYTES = 64 << 20  # the index of a model of a thousand shards has 5 MB
 
 
 @contextlib.contextmanager
-def read_as(path: str | Path, what: str) -> Iterator[None]:
+def explain_errors(path: str | Path, what: str) -> Iterator[None]:
     """Raise ValueError, naming `path` and `what` it should be, for whatever a reader of a foreign
     format raises: these formats, and the libraries that read them, fail in dozens of ways."""
     try:
@@ -34,7 +34,7 @@ def read_json(path: str | Path, what: str, most_bytes: int = MOST_BYTES) -> dict
     """Return the JSON object in `path`. ValueError, naming it: it cannot be read, is larger than
     `most_bytes`, is nested a thousand deep, or holds something else than an object."""
     path = Path(path)
-    with read_as(path, what):
+    with explain_errors(path, what):
         size = path.stat().st_size
         if size > most_bytes:
             raise ValueError(f"{path} has {size} bytes, too many for {what}; at most {most_bytes}")

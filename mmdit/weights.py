@@ -316,7 +316,7 @@ DTYPES = {
 def tensor_pieces(
     tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece, for `mmdit.files.write_aside`. A tensor comes to the
+    """Yield a safetensors file piece by piece, for `mmdit.files.write_atomically`. A tensor comes to the
     CPU in its turn; tensors that share memory are stored apart."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}

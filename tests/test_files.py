@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from mmdit.files import abandoned, clean, file_aside, folder_aside, lock, no_link, write_aside
+from mmdit.files import (
+    abandoned_files,
+    clean,
+    lock,
+    open_atomically,
+    refuse_link,
+    replace_folder,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVE = """
@@ -30,7 +38,7 @@ def names(folder: Path) -> list[str]:
     "data", ["ä\n", b"bytes", memoryview(b"view"), [b"a", memoryview(b""), b"b"]]
 )
 def test_what_is_written_is_what_is_there(tmp_path, data):
-    write_aside(tmp_path / "a", iter(data) if isinstance(data, list) else data, flush=True)
+    write_atomically(tmp_path / "a", iter(data) if isinstance(data, list) else data, flush=True)
     expected = (
         data.encode()
         if isinstance(data, str)
@@ -49,8 +57,8 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_aside(tmp_path / "a", half())
-    with pytest.raises(RuntimeError), folder_aside(tmp_path / "b") as aside:
+        write_atomically(tmp_path / "a", half())
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / "b") as aside:
         (aside / "inner").touch()
         raise RuntimeError
     assert (tmp_path / "a").read_text(encoding="utf-8") == "old" and names(tmp_path) == ["a"]
@@ -59,30 +67,30 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
 def test_an_error_of_the_disk_names_the_file_that_a_person_knows(tmp_path, monkeypatch):
     with (
         pytest.raises(OSError, match="No space left.*wanted.txt"),
-        file_aside(tmp_path / "wanted.txt"),
+        open_atomically(tmp_path / "wanted.txt"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FileNotFoundError, match="absent/wanted.txt"):
-        write_aside(tmp_path / "absent" / "wanted.txt", b"x")
+        write_atomically(tmp_path / "absent" / "wanted.txt", b"x")
     monkeypatch.setattr(
         os,
         "replace",
         lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", a)),
     )
     with pytest.raises(OSError, match="Input/output error.*wanted.txt"):
-        write_aside(tmp_path / "wanted.txt", b"x")
+        write_atomically(tmp_path / "wanted.txt", b"x")
     assert names(tmp_path) == []
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "precious").write_text("precious", encoding="utf-8")
     (tmp_path / "a").symlink_to(tmp_path / "precious")
-    write_aside(tmp_path / "a", b"new")
+    write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious"
     assert not (tmp_path / "a").is_symlink() and (tmp_path / "a").read_bytes() == b"new"
     (tmp_path / "c").symlink_to(tmp_path / "absent")
     with pytest.raises(ValueError, match="is a link"):
-        no_link(tmp_path / "c")
+        refuse_link(tmp_path / "c")
 
 
 def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
@@ -91,34 +99,34 @@ def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to("/dev/null")
     for path in ("/dev/null", tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"):
         with pytest.raises(ValueError, match="no regular file"):
-            write_aside(path, b"x")
+            write_atomically(path, b"x")
     assert names(tmp_path) == ["folder", "link", "pipe"]
 
 
 def test_two_writers_of_one_name_never_mix(tmp_path):
     """As processes of two machines with one process id did: B writes between A's writing and A's
     renaming."""
-    with file_aside(tmp_path / "a") as first:
+    with open_atomically(tmp_path / "a") as first:
         first.write(b"first")
-        with file_aside(tmp_path / "b") as second:
+        with open_atomically(tmp_path / "b") as second:
             second.write(b"second")
     assert (tmp_path / "a").read_bytes() == b"first" and (tmp_path / "b").read_bytes() == b"second"
     tokens = set()
     for _ in range(50):
-        with file_aside(tmp_path / "c") as file:
+        with open_atomically(tmp_path / "c") as file:
             tokens.add(file.name)
     assert len(tokens) == 50
 
 
-@pytest.mark.parametrize("how", ["file_aside", "folder_aside"])
+@pytest.mark.parametrize("how", ["open_atomically", "replace_folder"])
 def test_leftovers_of_killed_writers_go_and_those_of_writers_at_work_stay(tmp_path, how):
     command = [sys.executable, "-c", LEAVE.format(how=how), str(tmp_path / "killed")]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
     (left,) = names(tmp_path)
-    with file_aside(tmp_path / "a") as file, folder_aside(tmp_path / "b") as folder:
+    with open_atomically(tmp_path / "a") as file, replace_folder(tmp_path / "b") as folder:
         (folder / "inner").touch()
         file.write(b"at work")
-        assert [path.name for path in abandoned(tmp_path)] == [left]
+        assert [path.name for path in abandoned_files(tmp_path)] == [left]
         clean(tmp_path)
         assert len(names(tmp_path)) == 2 and left not in names(tmp_path)
     assert (tmp_path / "a").read_bytes() == b"at work" and (tmp_path / "b" / "inner").exists()
@@ -150,7 +158,7 @@ def test_writers_and_cleaners_at_once_lose_nothing(tmp_path):
         cleaner.start()
     try:
         for number in range(400):
-            write_aside(tmp_path / f"{number}", b"%d" % number)
+            write_atomically(tmp_path / f"{number}", b"%d" % number)
     finally:
         stop.set()
         for cleaner in cleaners:

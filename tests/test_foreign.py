@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmdit.config import ConfigError, encode, parse_yaml
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
-from mmdit.foreign import read_as, read_json
+from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.inspection import inspect_weights
 from mmdit.interop.wan import load_dit
@@ -121,11 +121,11 @@ def test_whatever_a_library_raises_is_told_once(tmp_path):
         with pytest.raises(
             ValueError, match=r"f.bin is no picture, or is damaged .*; fetch it again"
         ) as told:
-            with read_as("f.bin", "picture"):
+            with explain_errors("f.bin", "picture"):
                 raise error
         assert type(error).__name__ in str(told.value)
     with pytest.raises(ValueError, match="^f.bin has it all$"):
-        with read_as("f.bin", "picture"):
+        with explain_errors("f.bin", "picture"):
             raise ValueError("f.bin has it all")
 
 

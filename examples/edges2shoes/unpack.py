@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmdit.data.dataset.pictures import load_image
-from mmdit.files import file_aside, write_aside
+from mmdit.files import open_atomically, write_atomically
 
 PHOTO_COLUMNS, CAPTION_COLUMNS = (
     ("imageB", "image_b", "target", "image", "combined"),
@@ -66,7 +66,7 @@ def unpack(
     ):
         id = f"{split}_{number:06d}"
         try:
-            with file_aside(out_dir / "images" / f"{id}.png") as file:
+            with open_atomically(out_dir / "images" / f"{id}.png") as file:
                 photo_of(data).save(file, format="PNG")
             row = {"id": id, "image_path": f"images/{id}.png", "caption": own or caption}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -77,5 +77,5 @@ def unpack(
             break
     if not lines:
         raise ValueError(f"no picture could be read from {source}")
-    write_aside(out_dir / f"{split}_images.jsonl", "".join(lines))
+    write_atomically(out_dir / f"{split}_images.jsonl", "".join(lines))
     return len(lines), bad

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmdit.adapters.layers import Adapter, is_adapter, kind_of
 from mmdit.adapters.lora import adapters, insert, near, summary
 from mmdit.config import ConfigError
-from mmdit.files import clean, write_aside
+from mmdit.files import clean, write_atomically
 from mmdit.weights import tensor_pieces
 
 
@@ -118,7 +118,9 @@ def save_lora(model: nn.Module, path: str | Path, metadata: dict[str, str] | Non
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path.parent)
-    write_aside(path, tensor_pieces(lora_state(model), {**(metadata or {}), **header}), flush=True)
+    write_atomically(
+        path, tensor_pieces(lora_state(model), {**(metadata or {}), **header}), flush=True
+    )
 
 
 def load_lora(model: nn.Module, path: str | Path) -> list[str]:

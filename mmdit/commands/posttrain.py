@@ -17,7 +17,7 @@ from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.experiment.run import find_start
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_pictures import check_trainable, picture_of
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
@@ -181,7 +181,7 @@ def posttrain(
         if dry_run:
             return True
         if world.is_main:
-            write_aside(config.run_dir / "config.yaml", config_io.to_yaml(config))
+            write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
         dpo = dpo_offline if settings.dpo.source == "offline" else online
         loop = {"srpo": srpo, "dpo": dpo}.get(settings.algorithm, online)
         return loop(session)

@@ -21,7 +21,7 @@ from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import run_training
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import contact_sheet, grid_video, save_image, save_video
@@ -300,5 +300,5 @@ def run(device: str = "auto") -> dict:
         },
         "device": where.type,
     }
-    write_aside(OUT / "report.json", json.dumps(report, indent=1))
+    write_atomically(OUT / "report.json", json.dumps(report, indent=1))
     return report

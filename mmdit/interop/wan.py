@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.config import ConfigError
-from mmdit.files import folder_aside
+from mmdit.files import replace_folder
 from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
@@ -462,7 +462,7 @@ def save_dit(
     ]
     if len(shards) == 1:
         files = [f"{WEIGHTS}.safetensors"]
-    with folder_aside(folder) as aside:
+    with replace_folder(folder) as aside:
         if len(shards) > 1:
             places = {
                 rename(name): file

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
-from mmdit.foreign import read_as
+from mmdit.foreign import explain_errors
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.text_encoders.huggingface import check_folder
 from mmdit.weights import Checkpoint, check_numbers
@@ -36,7 +36,7 @@ class Similarity(nn.Module):
             )
         from transformers import AutoTokenizer, CLIPModel
 
-        with read_as(folder, "CLIP in the transformers layout"):
+        with explain_errors(folder, "CLIP in the transformers layout"):
             check_folder(Path(folder))
             attention = "sdpa" if getattr(CLIPModel, "_supports_sdpa", False) else "eager"
             self.clip = CLIPModel.from_pretrained(
@@ -46,7 +46,7 @@ class Similarity(nn.Module):
                 folder, local_files_only=True, trust_remote_code=False
             )
         if weights is not None:
-            with read_as(weights, "HPS state dict of OpenCLIP"):
+            with explain_errors(weights, "HPS state dict of OpenCLIP"):
                 state = from_open_clip(read_state(weights), self.clip.state_dict())
                 self.clip.load_state_dict(state, strict=True)
         for name, value in self.clip.named_parameters():

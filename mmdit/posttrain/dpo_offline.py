@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdit.config import ConfigError
-from mmdit.files import clean, write_aside
+from mmdit.files import clean, write_atomically
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
@@ -118,7 +118,7 @@ def save_pairs(path: Path, pairs: dict[str, Tensor], writes: bool) -> None:
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent)
-        write_aside(path, tensor_pieces(pairs))
+        write_atomically(path, tensor_pieces(pairs))
 
 
 def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:

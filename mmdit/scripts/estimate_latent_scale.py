@@ -10,7 +10,7 @@ import json
 
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.statistics import latent_statistics
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.scripts import friendly, run
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}"
         )
         if args.save:
-            write_aside(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
+            write_atomically(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:
             print(

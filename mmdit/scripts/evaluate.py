@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.experiment.load import load_pipeline
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_report(report))
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_aside(args.out, json.dumps(report, indent=1))
+            write_atomically(args.out, json.dumps(report, indent=1))
         if args.sheet:
             import torch
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from mmdit.commands.inspect_adapter import changes, compare, is_ours
 from mmdit.diagnostics.adapters import format_budget, summarise
 from mmdit.diagnostics.attention import format_attention
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
             print(format_attention(report["before"], report["after"]))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            write_aside(args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+            write_atomically(
+                args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False)
+            )
         total = report["budget"]["total"]
         found = {
             "max_ratio": total["ratio"],

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.records import read_records
 from mmdit.data.dataset.sources import extract_frames
-from mmdit.files import clean, write_aside
+from mmdit.files import clean, write_atomically
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import number
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
             )
-        write_aside(args.out_dir / args.meta_jsonl.name, "".join(lines))
+        write_atomically(args.out_dir / args.meta_jsonl.name, "".join(lines))
     print(
         "\n".join(
             [

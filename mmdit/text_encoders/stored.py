@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.files import clean, write_aside
+from mmdit.files import clean, write_atomically
 from mmdit.weights import bytes_of, tensor_pieces
 
 
@@ -53,7 +53,7 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
             with file.open("rb") as stream:
                 known[place] = _digest(stream)
             folder.mkdir(parents=True, exist_ok=True)
-            write_aside(memory, json.dumps(known))
+            write_atomically(memory, json.dumps(known))
         digest.update(known[place].encode())
     return digest.hexdigest()
 
@@ -98,7 +98,7 @@ class StoredEmbeddings:
     def save(self, rows: dict[str, Tensor]) -> None:
         for caption, row in rows.items():
             pieces = tensor_pieces({"embedding": row}, _told(caption, row))
-            write_aside(self._path(caption), pieces)
+            write_atomically(self._path(caption), pieces)
 
 
 def _told(caption: str, row: Tensor) -> dict[str, str]:

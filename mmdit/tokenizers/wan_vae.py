@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath
-from mmdit.foreign import read_as, read_json
+from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
@@ -342,7 +342,7 @@ def _load(place: Path) -> WanVAE:
         raise ValueError(
             f"{place} is no Wan VAE: {error} is missing among its {len(shapes)} tensors"
         ) from None
-    with read_as(place, "Wan VAE"), torch.device("meta"):
+    with explain_errors(place, "Wan VAE"), torch.device("meta"):
         model = WanVAE(sizes)
     names = (
         {name: ours for ours, name in model.diffusers_names.items()}

@@ -34,7 +34,7 @@ from torch import Tensor
 import mmdit
 from mmdit.adapters import is_adapter
 from mmdit.config import decode
-from mmdit.files import Sum, clean, flush_to_disk, no_link, remove, write_aside
+from mmdit.files import Sum, clean, flush_to_disk, refuse_link, remove, write_atomically
 from mmdit.interfaces import LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
@@ -135,7 +135,7 @@ def save(
     aside = final.with_name(f".writing-{final.name}-{token}")
     try:
         if world.is_main:
-            no_link(final.parent).mkdir(parents=True, exist_ok=True)
+            refuse_link(final.parent).mkdir(parents=True, exist_ok=True)
             aside.mkdir()
         world.barrier()
         sums: dict[str, list[int]] = {}
@@ -147,7 +147,7 @@ def save(
             if notes is not None:
                 text = json.dumps({"step": meta.step, **notes})
                 (aside / NOTES).write_text(text, encoding="utf-8")
-                sums[NOTES] = Sum.of_file(aside / NOTES).told()
+                sums[NOTES] = Sum.of_file(aside / NOTES).as_json()
             for path in aside.rglob("*"):
                 flush_to_disk(path)
             (aside / META).write_text(meta.to_json(sums), encoding="utf-8")
@@ -177,7 +177,7 @@ def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
     """Sum up the files that a sharded save wrote, every process some of them."""
     parts = sorted(path for path in folder.glob("*/*") if path.is_file())
     own = {
-        path.relative_to(folder).as_posix(): Sum.of_file(path).told()
+        path.relative_to(folder).as_posix(): Sum.of_file(path).as_json()
         for path in parts[world.rank :: world.size]
     }
     if not parts:
@@ -187,14 +187,14 @@ def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
 
 def _put(aside: Path, final: Path, token: str) -> None:
     """Give a whole checkpoint its name. What stood there was damaged and passed over, and so is of
-    an abandoned course what is of later steps: it is set aside, for by its name it would be taken
+    an abandoned_files course what is of later steps: it is set aside, for by its name it would be taken
     for the newest."""
     old = final.with_name(f".removing-{final.name}-{token}")
     if final.exists():
         final.rename(old)
     for later in complete(final.parent.parent):
         if step_of(later) > step_of(final):
-            apart = later.with_name(f".abandoned-{later.name}-{token}")
+            apart = later.with_name(f".abandoned_files-{later.name}-{token}")
             later.rename(apart)
             print(
                 f"{later} was passed over: it is now {apart.name}, remove it if it is of no use",
@@ -403,7 +403,7 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent)
-        write_aside(path, tensor_pieces(tensors, told), flush=True)
+        write_atomically(path, tensor_pieces(tensors, told), flush=True)
     except OSError as error:
         raise RunError(
             f"could not write {path}: {error}; free disk space or choose another place"

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
 from mmdit.data.batches.latent_batches import ORDER
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
@@ -140,5 +140,5 @@ def write_config(run_dir: Path, text: str) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         before = path.read_bytes()
         if before != text.encode():
-            write_aside(run_dir / f"config.before-{stamp}.yaml", before)
-    write_aside(path, text)
+            write_atomically(run_dir / f"config.before-{stamp}.yaml", before)
+    write_atomically(path, text)

@@ -6,7 +6,7 @@ import json
 import traceback
 from pathlib import Path
 
-from mmdit.files import no_link, write_aside
+from mmdit.files import refuse_link, write_atomically
 
 
 class RunError(RuntimeError):
@@ -37,6 +37,8 @@ def record_failure(
     }
     row["trace"] = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError, ValueError):
-        no_link(path.parent).mkdir(parents=True, exist_ok=True)
-        write_aside(path, json.dumps(row, indent=1, ensure_ascii=False).encode(errors="replace"))
+        refuse_link(path.parent).mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            path, json.dumps(row, indent=1, ensure_ascii=False).encode(errors="replace")
+        )
     return path

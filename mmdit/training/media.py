@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
-from mmdit.files import file_aside
+from mmdit.files import open_atomically
 from mmdit.weights import is_finite
 
 SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
@@ -106,7 +106,7 @@ def contact_sheet(
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write a PNG aside and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_aside(path) as file:
+    with open_atomically(path) as file:
         image.save(file, format="PNG")
     return path
 
@@ -121,7 +121,7 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
         path = path.with_suffix(".png")
         first, *rest = map(_image, frames)
-        with file_aside(path) as file:
+        with open_atomically(path) as file:
             first.save(
                 file,
                 format="PNG",
@@ -133,7 +133,7 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
         return path
     import av
 
-    with file_aside(path) as file:
+    with open_atomically(path) as file:
         with av.open(file, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=fps)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"

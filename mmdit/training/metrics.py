@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.training.errors import RunError
 
 
@@ -38,7 +38,7 @@ class MetricsLog:
                     self.last = record
             except (ValueError, KeyError, TypeError):
                 continue
-        write_aside(self.path, "".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter

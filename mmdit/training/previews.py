@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.training.errors import record_failure
 from mmdit.training.media import (
     contact_sheet,
@@ -115,4 +115,4 @@ class Previews:
                 f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}'
             )
         page = "<!doctype html><meta charset=utf-8>" + "\n".join(rows)
-        write_aside(self.run_dir / "samples" / "index.html", page)
+        write_atomically(self.run_dir / "samples" / "index.html", page)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mmdit.files import clean, lock, no_link
+from mmdit.files import clean, lock, refuse_link
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 
@@ -41,7 +41,7 @@ def _take(run_dir: Path) -> IO:
     path = run_dir / LOCK
     while True:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = no_link(path).open("ab")
+        file = refuse_link(path).open("ab")
         try:
             lock(
                 file,
@@ -69,7 +69,7 @@ def refuse_links(run_dir: Path) -> None:
     folder that came from others may have pointed it."""
     for folder, folders, files in os.walk(run_dir):
         for name in (*folders, *files):
-            no_link(Path(folder) / name)
+            refuse_link(Path(folder) / name)
 
 
 def tidy(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.data.cache.manifest import write_aside
+from mmdit.data.cache.manifest import write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -177,7 +177,7 @@ class SampleFolder:
     def _write(self) -> None:
         rows = [{"file": self.files[i], "prompt": self.prompts[i]} for i in sorted(self.files)]
         text = json.dumps(self.story | {"samples": rows}, indent=1, ensure_ascii=False)
-        write_aside(self.folder / STORY, text.encode())
+        write_atomically(self.folder / STORY, text.encode())
 
     def finish(self) -> list[str]:
         """Write grid.png, of as many samples as a sheet holds; return the names of all files."""

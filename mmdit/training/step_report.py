@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit.files import no_link
+from mmdit.files import refuse_link
 from mmdit.training.alpha.schedule import AlphaSchedule
 from mmdit.training.alpha.trend import BINS, SPANS, Course, StepFacts
 from mmdit.training.distributed import World
@@ -309,7 +309,7 @@ class Reporter:
         `non_finite_loss` on any rank: the gradient alone overflowed. `step` counts the steps
         finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
-        with no_link(self.run_dir / name).open("a", encoding="utf-8") as file:
+        with refuse_link(self.run_dir / name).open("a", encoding="utf-8") as file:
             bad = [facts.bad for facts in window.steps]
             steps = enumerate(
                 zip(window.ids, window.finite, window.sound, bad), last_step - len(bad)

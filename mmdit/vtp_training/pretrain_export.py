@@ -15,7 +15,7 @@ from vtp.pixels import normalize
 
 from mmdit.config import encode
 from mmdit.data import moving_shapes
-from mmdit.files import clean, no_link
+from mmdit.files import clean, refuse_link
 from mmdit.vtp_training.evaluate import evaluate, shapes_psnr
 from mmdit.vtp_training.images import PictureSource
 from mmdit.vtp_training.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
@@ -35,7 +35,9 @@ def export(
     stored, dtype, cost = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     if config.freeze_encoder:
-        shutil.copyfile(Path(config.init_from) / STATISTICS_FILE, no_link(folder / STATISTICS_FILE))
+        shutil.copyfile(
+            Path(config.init_from) / STATISTICS_FILE, refuse_link(folder / STATISTICS_FILE)
+        )
     else:
         write_json(folder / STATISTICS_FILE, latent_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)

@@ -18,7 +18,7 @@ from vtp.tokenizers import ByteTokenizer
 
 from mmdit import rng
 from mmdit.config import differences, encode, to_yaml
-from mmdit.files import no_link, write_aside
+from mmdit.files import refuse_link, write_atomically
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
@@ -237,7 +237,7 @@ class Report:
         self.bad_in_a_row = 0
 
     def write(self, record: dict) -> None:
-        with no_link(self.path).open("a", encoding="utf-8") as file:
+        with refuse_link(self.path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def progress(self, scalars: dict[str, Tensor]) -> None:
@@ -332,7 +332,7 @@ def _train(config: PretrainConfig, device: torch.device, resume: bool) -> Path:
             f"{trainer.folder} holds checkpoints of an earlier run; add --resume, or choose another"
             " output_dir"
         )
-    write_aside(trainer.folder / "config.yaml", to_yaml(config))
+    write_atomically(trainer.folder / "config.yaml", to_yaml(config))
     if device.type == "cuda" and config.train.compile:
         torch._dynamo.config.suppress_errors = (
             True  # without a working compiler the blocks run as they are

@@ -38,7 +38,7 @@ from mmdit.data.dataset.records import Kind, Record
 from mmdit.data.dataset.stamps import compare, stamp_of
 from mmdit.data.dataset.videos import read_video
 from mmdit.data.dataset.workers import KILLED, each
-from mmdit.files import write_aside
+from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec, Tokenizer
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
@@ -584,4 +584,6 @@ def _write_skipped(path: Path, skipped: list[dict]) -> None:
     """The list of this run; an older one is removed, for its items have been tried again."""
     path.unlink(missing_ok=True)
     if skipped:
-        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
+        write_atomically(
+            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+        )

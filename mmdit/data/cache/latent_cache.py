@@ -42,7 +42,7 @@ from mmdit.data.cache.items import (
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import Columns, Marks, damage_of, is_packed, read_index
 from mmdit.data.dataset.records import check_id, check_storable
-from mmdit.files import clean, flush_file_system, lock, no_link, open_regular, write_aside
+from mmdit.files import clean, flush_file_system, lock, open_regular, refuse_link, write_atomically
 
 SETTLE_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
 THREADS = 4  # that write files; making a file waits more than it computes
@@ -176,7 +176,7 @@ class CacheWriter:
                 f"{self.folder} is a packed cache; add items to the cache it was packed from, then"
                 " run mmdit.scripts.pack_cache again"
             )
-        self._index = no_link(
+        self._index = refuse_link(
             self.folder / (f"index-{rank}.jsonl" if world > 1 else "index.jsonl")
         ).open("ab")
         lock(self._index)
@@ -204,7 +204,9 @@ class CacheWriter:
     def _place(self, size: tuple[int, int]) -> Path:
         """The folder of this size, made."""
         place = (
-            no_link(self.folder / "{}x{}".format(*size)) if self.manifest.bucketed else self.folder
+            refuse_link(self.folder / "{}x{}".format(*size))
+            if self.manifest.bucketed
+            else self.folder
         )
         place.mkdir(exist_ok=True)
         return place
@@ -299,7 +301,7 @@ class CacheWriter:
         old = self.entries.get(id)
         if old and old["file"] != file:
             (self.folder / old["file"]).unlink(missing_ok=True)  # its size changed
-        write_aside(f"{self.folder}/{file}", data)
+        write_atomically(f"{self.folder}/{file}", data)
         self.entries[id] = index_entry(id, file, numbers.shape, rest, len(data), offset, crc, marks)
         return self.entries[id]
 
@@ -313,7 +315,7 @@ class CacheWriter:
             self._settle()
             if self.world == 1:
                 lines = (_line(self.entries[id]) for id in sorted(self.entries))
-                write_aside(self.folder / "index.jsonl", "".join(lines), flush=True)
+                write_atomically(self.folder / "index.jsonl", "".join(lines), flush=True)
                 for path in _index_files(self.folder):
                     if path.name != "index.jsonl":
                         path.unlink()

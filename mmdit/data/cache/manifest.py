@@ -20,7 +20,7 @@ from mmdit.data.dataset.buckets import (
 from mmdit.data.dataset.clips import clip_plan
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.pictures import DECODING
-from mmdit.files import open_regular, write_aside
+from mmdit.files import open_regular, write_atomically
 from mmdit.interfaces import LatentSpec, Tokenizer
 
 FORMAT = 1
@@ -97,7 +97,7 @@ class CacheManifest:
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        write_aside(folder / "manifest.json", text)
+        write_atomically(folder / "manifest.json", text)
 
     @staticmethod
     def read(folder: str | Path) -> CacheManifest:

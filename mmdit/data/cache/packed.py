@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit.files import open_regular, write_aside
+from mmdit.files import open_regular, write_atomically
 
 INDEX = "packed.safetensors"
 TEXTS = ("ids", "captions", "facts", "sources")
@@ -215,7 +215,7 @@ def _json(value: dict) -> str:
 
 
 def write_index(folder: Path, columns: dict[str, Tensor]) -> None:
-    write_aside(folder / INDEX, save(columns), flush=True)
+    write_atomically(folder / INDEX, save(columns), flush=True)
 
 
 def read_columns(folder: Path) -> dict[str, Tensor]:

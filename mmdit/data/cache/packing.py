@@ -27,7 +27,7 @@ from mmdit.data.cache.packed import (
     text_line,
     write_index,
 )
-from mmdit.files import abandoned, clean, lock, no_link, write_aside
+from mmdit.files import abandoned_files, clean, lock, refuse_link, write_atomically
 
 SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limited
 AT_ONCE = 256  # items read ahead
@@ -55,7 +55,7 @@ def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 
         lock(held)
         clean(out)
         for path in folder.glob("skipped*.jsonl"):
-            write_aside(no_link(out / path.name), path.read_bytes())
+            write_atomically(refuse_link(out / path.name), path.read_bytes())
         return _pack(cache, out, shard_bytes)
 
 
@@ -77,7 +77,9 @@ def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for name, part, keep in zip(names, parts, kept, strict=True):
             if not keep:
-                write_aside(no_link(out / name), _shard(cache, part, pool, bar), flush=True)
+                write_atomically(
+                    refuse_link(out / name), _shard(cache, part, pool, bar), flush=True
+                )
     for path in extra:
         path.unlink()
     if not (out / INDEX).exists():
@@ -175,7 +177,7 @@ def verify_packed(folder: Path) -> tuple[int, list[dict]]:
     except ValueError as error:
         if not damage:
             found(INDEX, str(error).rpartition("; ")[0])
-    for path in abandoned(folder):
+    for path in abandoned_files(folder):
         damage.append({"file": path.name, "problem": "left by a killed process", "delete": True})
     return len(shards), damage
 

@@ -16,7 +16,7 @@ from mmdit.data.cache.latent_cache import THREADS
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import is_packed
 from mmdit.data.cache.packing import verify_packed
-from mmdit.files import abandoned
+from mmdit.files import abandoned_files
 
 
 def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
@@ -108,6 +108,6 @@ def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
     for file in sorted(set(files) - entries.keys()):
         found(file, "not in the index (it is read anew at each start)")
     for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
-        for path in abandoned(place):
+        for path in abandoned_files(place):
             found(path.relative_to(folder).as_posix(), "left by a killed process", delete=True)
     return len(files), damage

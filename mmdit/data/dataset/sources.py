@@ -23,7 +23,7 @@ from mmdit.data.dataset.pictures import SUFFIXES
 from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id
 from mmdit.data.dataset.stamps import compare, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
-from mmdit.files import folder_aside, open_regular, remove, write_aside
+from mmdit.files import open_regular, remove, replace_folder, write_atomically
 
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
@@ -235,7 +235,7 @@ def prepare_folder(
     for name, rows in lines.items():
         path = out_dir / f"{split}_{name}.jsonl"
         if rows:
-            write_aside(path, "".join(rows))
+            write_atomically(path, "".join(rows))
             report.written.append(path)
     return report
 
@@ -252,7 +252,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
             if state in ("renewed", "changed"):
-                write_aside(
+                write_atomically(
                     note,
                     json.dumps({"stamp": stamp or stamp_of(record.path, fps), "format": suffix}),
                 )
@@ -262,11 +262,11 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
         {"quality": 95} if suffix == "jpg" else {},
         stamp_of(record.path, fps),
     )
-    with folder_aside(folder) as aside:
+    with replace_folder(folder) as aside:
         for number, image in enumerate(read_video(record.path, fps), 1):
             image.save(aside / f"{number - 1:06d}.{suffix}", **options)
         remove(folder)  # frames of another video
-    write_aside(note, json.dumps({"stamp": stamp, "format": suffix}))
+    write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))
     return number
 
 

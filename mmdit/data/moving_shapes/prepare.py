@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS, VERSION, check_canvas, draw
 from mmdit.data.moving_shapes.render import render
-from mmdit.files import clean, file_aside, folder_aside, write_aside
+from mmdit.files import clean, open_atomically, replace_folder, write_atomically
 
 DESCRIPTION = "moving_shapes.json"
 CHUNK_FRAMES = 512  # a worker's portion
@@ -85,7 +85,9 @@ def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -
             records += part
             bar.update(len(part))
     path = out_dir / ("train_images.jsonl" if recipe.frames == 1 else "train_videos.jsonl")
-    write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_atomically(
+        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    )
     return path
 
 
@@ -124,7 +126,7 @@ def claim(out_dir: Path, recipe: Recipe) -> None:
         )
     else:
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_aside(path, json.dumps(wanted, indent=2) + "\n")
+        write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
@@ -148,11 +150,11 @@ def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
         target = out_dir / names[k]
         target.parent.mkdir(exist_ok=True)
         if video:
-            with folder_aside(target) as aside:
+            with replace_folder(target) as aside:
                 for f, frame in enumerate(clip):
                     Image.fromarray(frame).save(aside / f"{f:04d}.png", compress_level=1)
         else:
-            with file_aside(target) as file:
+            with open_atomically(target) as file:
                 Image.fromarray(clip[0]).save(file, format="PNG", compress_level=1)
     return [
         {

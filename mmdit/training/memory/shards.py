@@ -140,7 +140,7 @@ def write(
     with open(folder / file, "xb") as stream:
         for piece in tensor_pieces({key: whole(t.detach()) for key, t in tensors.items()}):
             stream.write(total.add(piece))
-    return {file: total.told()}
+    return {file: total.as_json()}
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmdit.data.dataset.pictures import as_shown, open_picture
+from mmdit.data.dataset.problems import Unusable
 from mmdit.files import open_regular
 
 STARTS = (b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
@@ -61,5 +62,5 @@ def _frames(image: Image.Image) -> range:
         return range(1)
     count = getattr(image, "n_frames", 1)
     if count > MOST_FRAMES:
-        raise ValueError(f"too long: {count} frames; cut it into clips of at most {MOST_FRAMES}")
+        raise Unusable("too long", f"{count} frames; cut it into clips of at most {MOST_FRAMES}")
     return range(1 if getattr(image, "default_image", False) and count > 1 else 0, count)

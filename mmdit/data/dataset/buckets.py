@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from mmdit.config import ConfigError
+from mmdit.data.dataset.problems import Unusable
 
 Size = tuple[int, int]  # pixels (width, height)
 
@@ -191,8 +192,9 @@ def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
     left. ValueError: the source is smaller than one cell."""
     width, height = source
     if min(source) < spatial:
-        raise ValueError(
-            f"too small: {width}x{height} pixels, the tokenizer needs at least {spatial}x{spatial}"
+        raise Unusable(
+            "too small",
+            f"{width}x{height} pixels, the tokenizer needs at least {spatial}x{spatial}",
         )
     widths = np.arange(spatial, min(width, max_pixels // spatial) + 1, spatial)[:, None]
     heights = np.arange(spatial, min(height, max_pixels // spatial) + 1, spatial)[None]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.problems import Unusable
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
 
@@ -98,7 +99,7 @@ def cached_frames(count: int, video: VideoConfig) -> list[int]:
     frames = int(usable_frames(torch.tensor([count]), video)[0])
     if not frames:
         least = video.needed(min((video.num_frames, *video.frame_counts)))
-        raise ValueError(f"too short: {count} frames, a sample needs {least}")
+        raise Unusable("too short", f"{count} frames, a sample needs {least}")
     if video.shrink_video_to_frames:
         return frame_numbers(torch.tensor([count]), frames, video, Draws.of(0, 0, 1))[0].tolist()
     span = video.needed(frames)

@@ -22,6 +22,7 @@ from mmdit import rng
 from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.pictures import SUFFIXES, load_image
+from mmdit.data.dataset.problems import Unusable
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 
@@ -130,12 +131,10 @@ def naming(path: Path) -> Iterator[None]:
     """Add to an error about this frame which one it is of its folder."""
     try:
         yield
+    except (FileNotFoundError, ValueError) as error:
+        raise Unusable.of(error, path.name) from None
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "file not found" if missing else error.strerror or str(error)
-        raise ValueError(f"{reason} (frame {path.name})") from None
-    except ValueError as error:
-        raise ValueError(f"{error} (frame {path.name})") from None
+        raise Unusable(error.strerror or str(error), frame=path.name) from None
 
 
 def frames_in(folder: str | Path) -> list[Path]:
@@ -145,9 +144,9 @@ def frames_in(folder: str | Path) -> list[Path]:
         names = [name for name in os.listdir(folder) if not name.startswith(".")]
         others = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names)
         if not others:
-            raise ValueError("folder without pictures")
+            raise Unusable("folder without pictures")
         there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
-        raise ValueError(f"folder without pictures: it holds {there}, which are not read")
+        raise Unusable("folder without pictures", f"it holds {there}, which are not read")
     return paths
 
 

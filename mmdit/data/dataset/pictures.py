@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, decoded, to_srgb
+from mmdit.data.dataset.problems import Unusable
 from mmdit.files import open_regular
 
 # the version of what is done here and in `videos`: raised when pixels change, noted in manifests
@@ -73,17 +74,17 @@ def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
                 _check_size(image)
                 yield image
         except Image.UnidentifiedImageError:
-            raise ValueError(f"no picture that can be read: {kind_of(head)}") from None
+            raise Unusable("no picture that can be read", what_it_is(head)) from None
         except Image.DecompressionBombError:
-            raise ValueError(
-                f"too large: more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
+            raise Unusable(
+                "too large", f"more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
             ) from None
         except (MemoryError, ValueError):
             raise
         except Exception as error:  # decoders raise almost anything on damaged files
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ValueError(f"damaged picture: {error or type(error).__name__}") from None
+            raise Unusable("damaged picture", str(error) or type(error).__name__) from None
 
 
 def _open(file: BinaryIO, head: bytes) -> Image.Image:
@@ -126,14 +127,12 @@ def formats() -> tuple[str, ...]:
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"too large: {width}x{height} are more than {MAX_PIXELS / 1e6:.0f} million pixels; "
-            "scale it down"
-        )
+        limit = f"{MAX_PIXELS / 1e6:.0f} million pixels"
+        raise Unusable("too large", f"{width}x{height} are more than {limit}; scale it down")
     is_raw = image.format == "TIFF" and 50706 in image.tag_v2  # DNGVersion
     if is_raw:  # the first picture in it is a preview
-        raise ValueError(
-            "no picture that can be read: a camera's raw file; develop it to JPEG or PNG first"
+        raise Unusable(
+            "no picture that can be read", "a camera's raw file; develop it to JPEG or PNG first"
         )
 
 
@@ -214,7 +213,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     image.load()
     opened, info, orientation = image, image.info, _orientation(image)
     if image.mode == "F":
-        raise ValueError("floating-point images have no stated range; save as 8 or 16 bits")
+        raise Unusable("floating-point images have no stated range; save as 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     image, alpha = _without_alpha(image)
@@ -265,7 +264,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         low, high = image.getextrema()
         if low < 0 or high > 65535:
-            raise ValueError(
+            raise Unusable(
                 f"numbers from {low} to {high} have no stated range; save as 8 or 16 bits"
             )
         top = 65535 if high > 255 else 255
@@ -311,7 +310,7 @@ KINDS = (  # where in the file, what is there, what it is
 )
 
 
-def kind_of(head: bytes) -> str:
+def what_it_is(head: bytes) -> str:
     """Say what a file is that is no picture of FORMATS, by its first bytes, and what to do."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head.strip(b"\0"):

@@ -18,6 +18,7 @@ from PIL import Image
 from mmdit.data.dataset.animations import frames_of, is_picture, times_of
 from mmdit.data.dataset.colours import BT2020, Coding, coding_of, decoded
 from mmdit.data.dataset.pictures import BACKGROUND
+from mmdit.data.dataset.problems import Unusable
 from mmdit.files import open_regular
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"}
@@ -56,10 +57,10 @@ class Probe:
         if len(times) == 1:
             return [0]
         if self.fps < fps * (1 - NEAR):
-            raise ValueError(
-                f"too few frames a second: the file has {self.fps:.4g}, video.fps asks for {fps:g}"
-                f" and they would be repeated; set video.fps to at most {self.fps:.4g}, or leave"
-                " the clip out"
+            raise Unusable(
+                "too few frames a second",
+                f"the file has {self.fps:.4g}, video.fps asks for {fps:g} and they would be"
+                f" repeated; set video.fps to at most {self.fps:.4g}, or leave the clip out",
             )
         steady = gaps.max() < 1.5 * gaps.min() + self.tick
         if steady and self.fps <= fps * (1 + NEAR):
@@ -70,9 +71,10 @@ class Probe:
             wanted = np.arange(0, times[-1] + gaps.mean() - 0.1 / fps, 1 / fps)
             chosen = (np.searchsorted(times, wanted + 0.05 / fps, side="right") - 1).tolist()
         if len(chosen) > MAX_FRAMES:
-            raise ValueError(
-                f"too long: {len(chosen)} frames at {fps:g} a second; cut it into clips of at most"
-                f" {MAX_FRAMES}"
+            raise Unusable(
+                "too long",
+                f"{len(chosen)} frames at {fps:g} a second; cut it into clips of at most"
+                f" {MAX_FRAMES}",
             )
         return chosen
 
@@ -85,31 +87,31 @@ def _opened(path: str | Path):
     try:
         import av
     except ImportError:
-        raise ValueError("video files need PyAV: pip install av") from None
+        raise Unusable("video files need PyAV", "pip install av") from None
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
         # titles that are no UTF-8 are no reason to leave a video out
         reading = {"options": options, "metadata_errors": "replace"}
         with open_regular(path) as file, av.open(file, **reading) as container:
             if not container.streams.video:
-                raise ValueError("no video in the file")
+                raise Unusable("no video in the file")
             stream = container.streams.video[0]
             if stream.codec_context is None:
-                raise ValueError("unreadable video: its codec is not known")
+                raise Unusable("unreadable video", "its codec is not known")
             # frames may be larger than the file states; FFmpeg counts what it pads them with, too
             stream.codec_context.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
             yield container, stream
     except FileNotFoundError:
         raise
     except (av.error.FFmpegError, EOFError) as error:
-        raise ValueError(f"unreadable video: {error.strerror or type(error).__name__}") from None
+        raise Unusable("unreadable video", error.strerror or type(error).__name__) from None
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_FRAME_PIXELS:
         most = f"{MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
         size = f"{width}x{height}"
-        raise ValueError(f"too large: frames of {size} are more than {most}; scale it down")
+        raise Unusable("too large", f"frames of {size} are more than {most}; scale it down")
 
 
 def probe(path: str | Path) -> Probe:
@@ -127,7 +129,7 @@ def probe(path: str | Path) -> Probe:
         ]
         packets = [stamp for stamp in packets if stamp is not None]
         if not packets:
-            raise ValueError("video without frames")
+            raise Unusable("video without frames")
         tick = float(stream.time_base)
         alone = (
             (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
@@ -138,8 +140,8 @@ def probe(path: str | Path) -> Probe:
     found = Probe(width, height, tuple(sorted(set(packets))), tick, stated)
     length = (found.stamps[-1] - found.stamps[0]) * tick
     if stated > 1 and length < 0.8 * stated - 0.5:
-        raise ValueError(
-            f"truncated: the video ends at {length:.2f} s, the file states {stated:.2f} s"
+        raise Unusable(
+            "truncated", f"the video ends at {length:.2f} s, the file states {stated:.2f} s"
         )
     return found
 
@@ -149,7 +151,7 @@ def _square(width: int, height: int, stream) -> int:
     ratio = float(stream.sample_aspect_ratio or 1)
     if not 1 / MOST_STRETCHED <= ratio <= MOST_STRETCHED:
         shape = f"{ratio:.3g} times as wide as high"
-        raise ValueError(f"its pixels are {shape}, which cannot be meant; encode it anew")
+        raise Unusable(f"its pixels are {shape}, which cannot be meant; encode it anew")
     width = max(1, round(width * ratio))
     _check_size(width, height)
     return width
@@ -174,17 +176,15 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
             if frame.pts is None or frame.pts < wanted[place]:
                 continue
             if frame.is_corrupt or frame.pts != wanted[place]:
-                raise ValueError(
-                    f"damaged: a frame at {(wanted[place] - wanted[0]) * found.tick:.2f} s cannot"
-                    " be decoded"
-                )
+                seconds = (wanted[place] - wanted[0]) * found.tick
+                raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
             matrix = matrix or _matrix(frame)
             image = _shown(frame, stream, matrix)
             while place < len(wanted) and wanted[place] == frame.pts:
                 yield image
                 place += 1
     if place < len(wanted):
-        raise ValueError(f"damaged: {place} of {len(wanted)} frames could be decoded")
+        raise Unusable("damaged", f"{place} of {len(wanted)} frames could be decoded")
 
 
 # ── one frame ─────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,111 @@
+"""What is wrong with a source, or with a file of a cache, as values.
+
+`Unusable` is raised where a picture, a clip or a caption is read; `Skip` is what remains of it: one
+record that is left out. `Damaged` is raised where a file of a cache is read; `Damage` is what
+remains of it: one finding. Texts for people are made of these values at the end, and no text is
+taken apart again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+
+# ── sources ───────────────────────────────────────────────────────────────────────────────────────
+class Unusable(ValueError):
+    """A source that cannot be used. Reports count by `problem`, a phrase that many sources share;
+    `detail` says the rest, with a remedy. `frame`: the file of a folder of frames."""
+
+    def __init__(self, problem: str, detail: str = "", frame: str = ""):
+        super().__init__(problem, detail, frame)  # all of them, so that it can be pickled
+        self.problem, self.detail, self.frame = problem, detail, frame
+
+    @classmethod
+    def of(cls, error: Exception, frame: str = "") -> Unusable:
+        """Return what any error of reading a source means."""
+        if isinstance(error, cls):
+            return cls(error.problem, error.detail, frame or error.frame)
+        if isinstance(error, FileNotFoundError):
+            return cls("file not found", frame=frame)
+        if isinstance(error, ValueError):
+            return cls(str(error), frame=frame)
+        return cls(type(error).__name__, str(error), frame)
+
+    def __str__(self) -> str:
+        text = f"{self.problem}: {self.detail}" if self.detail else self.problem
+        return f"{text} (frame {self.frame})" if self.frame else text
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One record that is left out: `reason` in words, and the `problem` by which reports count.
+    `unreachable`: the file system failed, and nothing is known of what is in the file."""
+
+    id: str
+    path: str  # "" where no file is to blame
+    problem: str
+    reason: str
+    unreachable: bool = False
+
+    @classmethod
+    def of(cls, id: str, path: str, error: Exception | str) -> Skip:
+        """Return the skip of a record because of an error, or of a phrase that is the reason."""
+        unreachable = isinstance(error, OSError) and error.errno is not None
+        cause = Unusable(error) if isinstance(error, str) else Unusable.of(error)
+        return cls(id, path, cause.problem, str(cause), unreachable)
+
+    @classmethod
+    def from_json(cls, row: dict) -> Skip:
+        """Read what `to_json` wrote; older versions wrote no `problem`."""
+        reason = row["reason"]
+        return cls(row["id"], row.get("path", ""), row.get("problem", reason), reason)
+
+    def to_json(self) -> dict:
+        """Return a line of `skipped.jsonl`."""
+        row = asdict(self)
+        del row["unreachable"]
+        return row
+
+    @property
+    def place(self) -> str:
+        """Return where the source was looked for; "" if the reason names it."""
+        if not self.path or self.path in self.reason:
+            return ""
+        return os.path.abspath(self.path)
+
+
+def by_problem(skips: Iterable[Skip]) -> dict[str, list[Skip]]:
+    """Return the skips of each problem, the most frequent problem first."""
+    groups: dict[str, list[Skip]] = defaultdict(list)
+    for skip in skips:
+        groups[skip.problem].append(skip)
+    return dict(sorted(groups.items(), key=lambda pair: -len(pair[1])))
+
+
+# ── files of a cache ──────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Damage:
+    """One finding about a file of a cache. `remedy`: what a person does about it, a phrase.
+    `delete`: the caching command makes the file anew once it is deleted."""
+
+    file: str  # relative to the cache, or an index file and a line number
+    problem: str
+    remedy: str = ""
+    delete: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+
+
+class Damaged(ValueError):
+    """A file of a cache that cannot be used; `what` says in words which file it is."""
+
+    def __init__(self, what: str, damage: Damage):
+        super().__init__(what, damage)
+        self.what, self.damage = what, damage
+
+    def __str__(self) -> str:
+        return f"{self.what} is damaged: {self.damage}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state, merge
-from mmdit.adapters.strength import alphas, load_alphas, outer, own_parameters, set_alpha
+from mmdit.adapters.strength import alphas, load_alphas, outer, adapter_parameters, set_alpha
 from mmdit.config import ConfigError, decode, encode
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import train_t2v
@@ -55,7 +55,7 @@ def schedule(model, optimizer=None, shadow=None, **config):
         PhaseConfig("first", 8, exit="steps"),
         PhaseConfig("second", 14, exit="steps"),
     )
-    optimizer = optimizer or Optimizer(torch.optim.AdamW(own_parameters(model).values()))
+    optimizer = optimizer or Optimizer(torch.optim.AdamW(adapter_parameters(model).values()))
     return AlphaSchedule(
         AlphaScheduleConfig(True, phases=phases, **config), {"": model}, optimizer, shadow or {}
     )
@@ -83,11 +83,11 @@ def test_preserve_changes_no_output_and_only_the_speed(kind):
     size, and by its square under SGD, whose gradient grows by it, too. Moments and averages go on
     in the new units."""
     model, x = adapted(), torch.randn(64, 12)
-    outer = {name: p for name, p in own_parameters(model).items() if name.endswith("lora_B")}
+    outer = {name: p for name, p in adapter_parameters(model).items() if name.endswith("lora_B")}
 
     def make(model):
         own = [
-            p for name, p in own_parameters(model).items() if name in outer
+            p for name, p in adapter_parameters(model).items() if name in outer
         ]  # B alone: what A does is as before
         return (
             torch.optim.AdamW(own, lr=1e-5, weight_decay=0)
@@ -122,7 +122,7 @@ def test_preserved_moments_are_those_of_a_run_in_the_new_units():
     at its place."""
     model, x = adapted(), torch.randn(64, 12)
     other = adapted()
-    parts = [list(own_parameters(m).values()) for m in (model, other)]
+    parts = [list(adapter_parameters(m).values()) for m in (model, other)]
     for layer in adapters(other).values():
         set_alpha(layer, 14.0, preserve=True)
     make = lambda own: torch.optim.AdamW(own, lr=1e-12, weight_decay=0)  # noqa: E731
@@ -145,7 +145,7 @@ def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
     model = adapted()
     factor = outer(next(iter(adapters(model).values())))
     optimizer, shadow = (
-        Optimizer(torch.optim.AdamW(own_parameters(model).values())),
+        Optimizer(torch.optim.AdamW(adapter_parameters(model).values())),
         {factor: torch.ones_like(factor)},
     )
     names = {"rest": 1, "exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "step": 0}
@@ -168,7 +168,7 @@ def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
 )
 def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_force(kind):
     model, x = adapted(**kind), torch.randn(64, 12)
-    before, weights = model(x), {p: p.detach().clone() for p in own_parameters(model).values()}
+    before, weights = model(x), {p: p.detach().clone() for p in adapter_parameters(model).values()}
     plan = schedule(model)
     plan.look(10, {"": Course(steps=10)})
     assert set(alphas(model).values()) == {14.0}

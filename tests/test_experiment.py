@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmdit import config as config_io
-from mmdit.adapters import is_adapter, load_lora, lora_state
+from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import describe
+from mmdit.interop.lora_formats import load_lora
 from mmdit.scripts import export, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer

@@ -12,8 +12,6 @@ from mmdit.adapters import (
     LoRAConfig,
     adapters,
     inject,
-    load_lora,
-    load_lora_state,
     lora_state,
     merge,
 )
@@ -23,6 +21,7 @@ from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, 
 from mmdit.diffusion.experts import ExpertPlan, FixedTimes, Stages, in_turn
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import TextTokens
+from mmdit.interop.lora_formats import load_lora
 from mmdit.interop.wan import load_dit
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
@@ -339,7 +338,7 @@ def test_a_wan_pair_trains_in_one_run_and_is_sampled(tmp_path):
     pipeline = load_pipeline(run, "cpu")[0]
     for name, model in (("high", pipeline.learner.model), ("low", pipeline.low)):
         one = load_dit(shop.release, expert=name)
-        load_lora_state(one, files[name])
+        load_lora(one, folder / f"lora_{name}.safetensors")
         weights = merge(one).state_dict()
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
@@ -535,7 +534,7 @@ def test_from_a_config_to_files_and_pictures(shop):
     again = load_pipeline(shop.folder / "pair.safetensors", "cpu")[0].learner
     combined = load_pipeline(run, "cpu", lora=False)[0].learner
     assert torch.equal(draw(combined, 0.2), draw(load_pipeline(shop.base, "cpu")[0].learner, 0.2))
-    load_lora_state(combined.model, checkpoint.read_tensors(folder / "lora.safetensors"))
+    load_lora(combined.model, folder / "lora.safetensors")
     for t in (0.9, 0.6, 0.5, 0.1):
         assert torch.equal(draw(again, t), draw(pair, t))
         torch.testing.assert_close(draw(combined, t), draw(pair, t), rtol=1e-4, atol=1e-5)

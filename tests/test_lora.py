@@ -1,9 +1,7 @@
 """LoRA: an adapter starts as nothing, ends as a weight, and travels without its base."""
 
 import copy
-import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,19 +17,16 @@ from mmdit.adapters import (
     LoRAConfig,
     LoRALinear,
     adapters,
-    base_state,
-    count,
     coverage,
     inject,
-    load_lora,
-    load_lora_state,
-    lora_state,
+    is_adapter,
     merge,
     remove,
-    save_lora,
     select,
 )
 from mmdit.config import ConfigError
+from mmdit.interop import lora_writing
+from mmdit.interop.lora_formats import save_lora
 
 
 class Attention(nn.Module):
@@ -89,6 +84,14 @@ def adapted(seed=0, trained=True, **keys):
 def inputs():
     generator = torch.Generator().manual_seed(5)
     return torch.randn(2, 5, 12, generator=generator), torch.randn(2, 4, 12, generator=generator)
+
+
+def base_state(model):
+    return {name: value for name, value in model.state_dict().items() if not is_adapter(name)}
+
+
+def count(model):
+    return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
 
 
 def distance(a, b):
@@ -323,7 +326,8 @@ def test_base_checkpoints_load_strictly_in_both_directions(inputs):
     model.load_state_dict(base.state_dict(), strict=True)
     expected = copy.deepcopy(base)
     inject(expected, LoRAConfig(enabled=True, rank=3, alpha=6.0))
-    load_lora_state(expected, lora_state(adapted()))
+    own = {name: value for name, value in adapted().state_dict().items() if is_adapter(name)}
+    expected.load_state_dict(expected.state_dict() | own)
     assert torch.equal(model(*inputs), expected(*inputs))  # the base was taken, the adapter kept
 
     plain = make(seed=8)
@@ -352,41 +356,21 @@ def test_strict_loading_still_finds_real_gaps():
         make().load_state_dict(adapted().state_dict())
 
 
-def test_files_carry_the_adapter_to_a_plain_and_to_an_injected_model(inputs, tmp_path):
-    model = adapted(alpha=5.5)
-    path = tmp_path / "new" / "lora.safetensors"
-    save_lora(model, path, {"step": "12"})
-    assert [p.name for p in path.parent.iterdir()] == ["lora.safetensors"]
-    raw = path.read_bytes()
-    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]
-    assert header == {
-        "format": "mmdit.lora",
-        "type": "lora",
-        "rank": "3",
-        "alpha": "5.5",
-        "step": "12",
-    }
-
-    plain = make()
-    assert load_lora(plain, path) == list(adapters(model))
-    assert torch.equal(plain(*inputs), model(*inputs))
-    injected = adapted(trained=False, alpha=5.5)
-    load_lora(injected, path)
-    assert torch.equal(injected(*inputs), model(*inputs))
-    assert distance(merge(plain)(*inputs), model(*inputs)) < 1e-6
-
-
 def test_a_new_process_gets_the_same_outputs(inputs, tmp_path):
     model = adapted()
-    save_lora(model, tmp_path / "lora.safetensors")
+    save_lora(model, tmp_path / "lora.safetensors", "kohya")
     torch.save({"base": base_state(model), "inputs": inputs}, tmp_path / "base.pt")
-    script = (
-        "import sys, torch; from tests.test_lora import make; from mmdit.adapters import"
-        " load_lora\nfolder = sys.argv[1]; saved = torch.load(folder + '/base.pt',"
-        " weights_only=True); model = make(seed=9)\nmodel.load_state_dict(saved['base']);"
-        " load_lora(model, folder + '/lora.safetensors')\ntorch.save(model(*saved['inputs']),"
-        " folder + '/out.pt')"
-    )
+    script = """
+import sys, torch
+from mmdit.interop.lora_formats import load_lora
+from tests.test_lora import make
+folder = sys.argv[1]
+saved = torch.load(folder + "/base.pt", weights_only=True)
+model = make(seed=9)
+model.load_state_dict(saved["base"])
+load_lora(model, folder + "/lora.safetensors")
+torch.save(model(*saved["inputs"]), folder + "/out.pt")
+"""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -397,84 +381,15 @@ def test_a_new_process_gets_the_same_outputs(inputs, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "theirs, ours, words",
-    [
-        ({"rank": 4}, {}, ["rank 4", "3", "lora.rank: 4"]),
-        ({"alpha": 12.0}, {}, ["alpha 12", "6", "lora.alpha: 12"]),
-        (
-            {"target_modules": ("q",)},
-            {"target_modules": ("q", "k")},
-            ["no tensors", "blocks.*.cross.k ×2"],
-        ),
-        (
-            {"target_modules": ("q", "k")},
-            {"target_modules": ("q",)},
-            ["4 of 8", "'blocks.0.cross.k'", "near names"],
-        ),
-    ],
-)
-def test_a_mismatch_names_both_values_and_changes_nothing(inputs, tmp_path, theirs, ours, words):
-    save_lora(adapted(seed=1, **theirs), tmp_path / "lora.safetensors")
-    model = adapted(**ours)
-    before = model(*inputs)
-    with pytest.raises(ValueError) as error:
-        load_lora(model, tmp_path / "lora.safetensors")
-    assert all(word in str(error.value) for word in ["lora.safetensors", *words]), error.value
-    assert torch.equal(model(*inputs), before)
-
-
-def test_foreign_and_broken_states_are_refused(tmp_path):
-    state = lora_state(adapted())
-    renamed = {key.replace("blocks.", "layers."): value for key, value in state.items()}
-    missing = {key: value for key, value in state.items() if key != "blocks.0.cross.q.alpha"}
-    transposed = {key: value.T if key.endswith("_A") else value for key, value in state.items()}
-    cases = [
-        (
-            renamed,
-            "16 of 16 adapters have no layer.*'layers.0.cross.q'.*near names.*blocks.0.cross.q",
-        ),
-        (missing, "'blocks.0.cross.q' lacks alpha"),
-        (transposed, r"lora_A \(12, 3\) and lora_B \(12, 3\) do not share a rank"),
-        ({**state, "head.weight": torch.zeros(1)}, "'head.weight' is no adapter tensor"),
-        ({}, "holds no adapter"),
-        ({**state, "blocks.0.cross.q.alpha": torch.tensor(0.0)}, "must be one positive number"),
-    ]
-    for broken, message in cases:
-        model = make()
-        with pytest.raises(ValueError, match=message):
-            load_lora_state(model, broken)
-        assert not adapters(model)
-    with pytest.raises(ValueError, match="12→12, the layer is 8→8"):
-        load_lora_state(make(dim=8), state)
-    with pytest.raises(ValueError, match="no adapter"):
-        save_lora(make(), tmp_path / "x.safetensors")
-
-
-def test_damaged_and_absent_files_say_so(tmp_path):
-    path = tmp_path / "lora.safetensors"
-    with pytest.raises(ValueError, match="cannot read the adapter .*lora.safetensors"):
-        load_lora(make(), path)
-    save_lora(adapted(), path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot read the adapter .*lora.safetensors"):
-        load_lora(make(), path)
-
-
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "lora.safetensors"
-    save_lora(adapted(), path)
-    before = path.read_bytes()
-
-    def fail(descriptor):
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    def fail(tensors, path, header):
+        path.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(lora_writing, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_lora(adapted(seed=3), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [
-        "lora.safetensors"
-    ]
+        save_lora(adapted(), tmp_path / "lora.safetensors", "comfy")
+    assert not list(tmp_path.iterdir())
 
 
 # ── under other machinery ─────────────────────────────────────────────────────────────────────────

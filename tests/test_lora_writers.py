@@ -139,7 +139,9 @@ def trained(kind: str):
     model = base()
     options = {"rank": 2, "alpha": 5.0, "target_modules": LAYERS} | KINDS[kind]
     inject(model, LoRAConfig(enabled=True, **options))
-    lora_writers.shake(p for layer in adapters(model).values() for p in layer.own().values())
+    lora_writers.shake(
+        p for layer in adapters(model).values() for p in layer.adapter_parameters().values()
+    )
     return model
 
 

@@ -147,7 +147,7 @@ def test_a_model_with_adapters_is_written_as_it_computes(tmp_path, layout, kind)
         ),
     )
     for layer in adapters(model).values():
-        for parameter in layer.own().values():
+        for parameter in layer.adapter_parameters().values():
             parameter.normal_()
     expected = {name: layer.merged_weight() for name, layer in adapters(model).items()}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -8,19 +8,13 @@ What becomes of them on the way out of a model, whoever writes:
 - what is a whole model to others holds what the model computes, merged once and in float32
   (`save_dit`, `export --layout`, `export --merge`); the model in memory keeps its adapters;
 - a file of adapters holds the adapters alone, and the whole differences that came with them
-  (`save_lora`, `export --lora`, `lora*.safetensors`), or refuses what its format cannot hold.
+  (`interop.lora_writing`, `export --lora`, `lora*.safetensors`), or is refused where its format
+  cannot hold them.
 """
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
-from mmdit.adapters.lora import LoRAConfig, adapters, count, coverage, inject, merge, remove, select
-from mmdit.adapters.state import (
-    base_state,
-    check_adapters,
-    load_lora,
-    load_lora_state,
-    lora_state,
-    save_lora,
-)
+from mmdit.adapters.lora import LoRAConfig, adapters, coverage, inject, merge, remove, select
+from mmdit.adapters.state import check_adapters, lora_state
 
 __all__ = [
     "Adapter",
@@ -29,17 +23,12 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "adapters",
-    "base_state",
     "check_adapters",
-    "count",
     "coverage",
     "inject",
     "is_adapter",
-    "load_lora",
-    "load_lora_state",
     "lora_state",
     "merge",
     "remove",
-    "save_lora",
     "select",
 ]

@@ -45,7 +45,7 @@ class Adapter(nn.Linear):
             setattr(layer, name, nn.Parameter(tensor.detach().float().to(base.weight.device)))
         return layer
 
-    def own(self) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters."""
         return {
             name: parameter
@@ -64,9 +64,9 @@ class Adapter(nn.Linear):
     def state(self) -> dict[str, Tensor]:
         """For files: its tensors, and the alpha that gives its scale when divided by its rank."""
         alpha = torch.tensor(float(self.scale * self.rank))
-        return {name: parameter.detach() for name, parameter in self.own().items()} | {
-            "alpha": alpha
-        }
+        return {
+            name: parameter.detach() for name, parameter in self.adapter_parameters().items()
+        } | {"alpha": alpha}
 
     def delta(self) -> Tensor:
         """What is added to the weight, `(out, in)`, at least in float32."""
@@ -114,7 +114,7 @@ class Adapter(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
-        keys = {prefix + part for part in self.own()}
+        keys = {prefix + part for part in self.adapter_parameters()}
         if not keys & state_dict.keys():
             missing_keys[:] = [key for key in missing_keys if key not in keys]
 
@@ -264,17 +264,22 @@ class LoKrLinear(Adapter):
     def rank(self) -> int:
         """Of the products; 1 where both factors are whole."""
         return next(
-            (len(parameter) for name, parameter in self.own().items() if name.endswith("_b")), 1
+            (
+                len(parameter)
+                for name, parameter in self.adapter_parameters().items()
+                if name.endswith("_b")
+            ),
+            1,
         )
 
     @property
     def scale(self) -> float:
-        return 1.0 if len(self.own()) == 2 else self.alpha / self.rank
+        return 1.0 if len(self.adapter_parameters()) == 2 else self.alpha / self.rank
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W1 and W2, without the scale."""
         names = ("lokr_w1", "lokr_w2")
-        own = {name: parameter.to(dtype) for name, parameter in self.own().items()}
+        own = {name: parameter.to(dtype) for name, parameter in self.adapter_parameters().items()}
         first, second = (
             own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"] for name in names
         )
@@ -293,7 +298,7 @@ class LoKrLinear(Adapter):
         return h * self.mask(self.out_features, h) if self.rank_dropout else h
 
 
-def kind_of(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
+def adapter_type(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
     """The class that tensors of these names belong to, and the `(in, out)` of the layers they fit.
     ValueError if they are no whole adapter."""
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}

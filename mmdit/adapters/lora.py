@@ -374,15 +374,6 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(module, name, new)
 
 
-def count(model: nn.Module) -> int:
-    """Number of adapter parameters."""
-    return sum(
-        parameter.numel()
-        for module in adapters(model).values()
-        for parameter in module.own().values()
-    )
-
-
 def coverage(model: nn.Module) -> str:
     """A table to print before training: which kinds of layer are adapted, how many, how large."""
     rows: dict[str, list[int]] = {}
@@ -390,7 +381,7 @@ def coverage(model: nn.Module) -> str:
     for name, module in adapters(model).items():
         row = rows.setdefault(_kind(name), [0, 0, 0])
         for column, value in enumerate(
-            (1, module.weight.numel(), sum(p.numel() for p in module.own().values()))
+            (1, module.weight.numel(), sum(p.numel() for p in module.adapter_parameters().values()))
         ):
             row[column] += value
         shapes[_kind(name)] = f"{module.in_features}→{module.out_features} rank {module.rank}"

@@ -18,7 +18,7 @@ OUTER = (
 )  # the factor that starts at zero; the update is proportional to it
 
 
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those that adapters have beside the base layer's, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 

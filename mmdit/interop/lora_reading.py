@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmdit.adapters.layers import Adapter, DoRALinear, kind_of
+from mmdit.adapters.layers import Adapter, DoRALinear, adapter_type
 from mmdit.adapters.lora import near
 from mmdit.interop.lora_names import Key, foreign_names, other_kind, parse
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
@@ -56,7 +56,7 @@ class Update:
     @torch.no_grad()
     def adapter(self, base: nn.Linear) -> Adapter:
         """Return `base` with this update beside it."""
-        layer = kind_of(self.parts)[0].of(base, self.parts, self.scale * self.rank)
+        layer = adapter_type(self.parts)[0].of(base, self.parts, self.scale * self.rank)
         if self.over_base and isinstance(layer, DoRALinear):
             layer.lora_magnitude.mul_(stretch_over_base(layer))
         return layer
@@ -244,7 +244,7 @@ def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
             f"{path}: an update of {module}, which is {what}; only linear layers can have one"
         )
     try:
-        _, *sizes = kind_of(update.parts)
+        _, *sizes = adapter_type(update.parts)
     except ValueError as error:
         kind = (
             "DoRA over LoKr is not read here: "

@@ -94,7 +94,8 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
         layer = layers[name]
         made = update.adapter(layer)
         ours, theirs = (
-            {key: tuple(value.shape) for key, value in own.own().items()} for own in (layer, made)
+            {key: tuple(value.shape) for key, value in own.adapter_parameters().items()}
+            for own in (layer, made)
         )
         if ours != theirs:
             raise ConfigError(
@@ -102,8 +103,8 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
                 f"makes {name} of {ours}, {path} has {theirs}; set lora.type and lora.rank as it"
                 f" was made (rank {update.rank})",
             )
-        for key, value in layer.own().items():
-            value.copy_(made.own()[key])
+        for key, value in layer.adapter_parameters().items():
+            value.copy_(made.adapter_parameters()[key])
         wanted = layer.alpha
         set_alpha(layer, wanted * made.scale / layer.scale)
         set_alpha(layer, wanted, preserve=True)

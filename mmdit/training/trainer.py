@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit.adapters import adapters
-from mmdit.adapters.strength import alphas, load_alphas, own_parameters
+from mmdit.adapters.strength import alphas, load_alphas, adapter_parameters
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
@@ -78,7 +78,7 @@ class TrainState:
             learner.model, FSDPModule
         ):  # a shard's signs would be one rank's own
             own = {
-                name: [p for p in own_parameters(part).values() if p.requires_grad]
+                name: [p for p in adapter_parameters(part).values() if p.requires_grad]
                 for name, part in parts.items()
             }
             signs = Signs(own) if all(own.values()) else None

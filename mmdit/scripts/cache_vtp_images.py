@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mmdit.data.cache.caching import cache_latents
-from mmdit.data.dataset.records import PATH_KEYS, Kind, read_records
+from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run, verify_cache
 from mmdit.tokenizers import build_tokenizer
@@ -21,8 +21,8 @@ from mmdit.training.distributed import choose_device
 NAMES = {"image": "images", "video": "videos"}
 
 
-def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Namespace:
-    names = NAMES[kind]
+def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Namespace:
+    names = NAMES[media]
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,10 +56,10 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
             "(as mmdit.scripts.verify_cache)"
         ),
     )
-    if kind == "video":
+    if media == "video":
         parser.add_argument(
             "--prefer",
-            choices=PATH_KEYS[kind],
+            choices=PATH_KEYS[media],
             default="frames_dir",
             help="if a line has both [frames_dir]",
         )
@@ -67,8 +67,8 @@ def parse(argv: list[str] | None, kind: Kind, doc: str | None) -> argparse.Names
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = __doc__) -> int:
-    args = parse(argv, kind, doc)
+def main(argv: list[str] | None = None, media: Media = "image", doc: str | None = __doc__) -> int:
+    args = parse(argv, media, doc)
     rank, world = (
         int(os.environ.get("RANK", 0)),
         int(os.environ.get("WORLD_SIZE", 1)),
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         meta = Path(args.meta_jsonl)
-        meta = meta / f"{args.split}_{NAMES[kind]}.jsonl" if meta.is_dir() else meta
+        meta = meta / f"{args.split}_{NAMES[media]}.jsonl" if meta.is_dir() else meta
         out_dir = Path(
-            args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[kind]}"
+            args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[media]}"
         )
         if args.verify:
             return verify_cache.main(["--cache_dir", str(out_dir)])
-        records = read_records(meta, kind, getattr(args, "prefer", ""))
+        records = read_records(meta, media, getattr(args, "prefer", ""))
         device = choose_device(args.device)
         if device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None, kind: Kind = "image", doc: str | None = 
             print(f"{len(records)} records of {meta} → {out_dir} on {device}")
         report = cache_latents(
             records,
-            kind,
+            media,
             tokenizer,
             out_dir,
             config.video,

@@ -12,7 +12,7 @@ from mmdit.scripts import cache_vtp_images, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cache_vtp_images.main(argv, kind="video", doc=__doc__)
+    return cache_vtp_images.main(argv, media="video", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from PIL import Image
 from mmdit.data.batches.data_report import cache_report, compared_with, report_text
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.dataset.records import kind_of, read_records
+from mmdit.data.dataset.records import media_of, read_records
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment.build import build_plan
 from mmdit.experiment.config import load_experiment_config
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = build_plan(config, cache, args.processes)
         report = cache_report(cache, plan, config.train.max_steps)
         if args.meta_jsonl:
-            records = read_records(args.meta_jsonl, kind_of(args.meta_jsonl))
+            records = read_records(args.meta_jsonl, media_of(args.meta_jsonl))
             report["metadata"] = compared_with(cache, records, config.preprocess)
         failure = None
         if args.samples:

@@ -11,7 +11,7 @@ from typing import get_args
 
 from mmdit.data.cache.look import look_at, look_text, totals
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.dataset.records import PATH_KEYS, Kind, read_records
+from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
 from mmdit.tokenizers import build_tokenizer
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the YAML that training will use")
     parser.add_argument("--meta_jsonl", required=True)
     parser.add_argument(
-        "--kind", choices=get_args(Kind), default="image", help="what the lines describe [image]"
+        "--kind", choices=get_args(Media), default="image", help="what the lines describe [image]"
     )
     parser.add_argument(
         "--prefer",

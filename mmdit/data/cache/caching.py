@@ -34,7 +34,7 @@ from mmdit.data.dataset.clips import cached_frames, latent_video, usable_frames
 from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames, to_unit
 from mmdit.data.dataset.pictures import load_image
-from mmdit.data.dataset.records import Kind, Record
+from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.stamps import compare, stamp_of
 from mmdit.data.dataset.videos import read_video
 from mmdit.data.dataset.workers import KILLED, each
@@ -160,12 +160,16 @@ class _Decode(Dataset):
     that a million of them are neither pickled to nor copied by every worker."""
 
     def __init__(
-        self, kind: Kind, manifest: CacheManifest, preprocess: PreprocessConfig, video: VideoConfig
+        self,
+        media: Media,
+        manifest: CacheManifest,
+        preprocess: PreprocessConfig,
+        video: VideoConfig,
     ):
-        self.kind, self.choose, self.preprocess = kind, manifest.choose, preprocess
-        self.fps = video.fps if kind == "video" else 0.0
+        self.media, self.choose, self.preprocess = media, manifest.choose, preprocess
+        self.fps = video.fps if media == "video" else 0.0
         self.video = (
-            video if manifest.clip_plan and kind == "video" else None
+            video if manifest.clip_plan and media == "video" else None
         )  # its frames are chosen here
 
     def __getitem__(
@@ -203,7 +207,7 @@ class _Decode(Dataset):
             record.path, self.fps
         )  # before it is decoded: what changes meanwhile is noticed next time
         animated, notes = False, set()
-        for number, (name, image) in enumerate(pictures(record, self.kind, self.fps)):
+        for number, (name, image) in enumerate(pictures(record, self.media, self.fps)):
             if number == 0:
                 source, target = image.size, self.choose(image.size)
                 boxes = boxes_of(source, target, self.preprocess, record.id)
@@ -277,10 +281,10 @@ def check_frame(name: str, size: Size, first: Size) -> None:
         raise ValueError(f"frames of different sizes: {name} is {size}, the first is {first}")
 
 
-def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Image.Image]]:
+def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Image.Image]]:
     """(name, picture) for every frame of a record; a video file gives `fps` a second. ValueError,
     OSError: unusable."""
-    if kind == "image":
+    if media == "image":
         yield record.path, load_image(record.path)
     elif os.path.isdir(record.path):
         yield from load_frames(record.path)
@@ -291,7 +295,7 @@ def pictures(record: Record, kind: Kind, fps: float) -> Iterator[tuple[str, Imag
 
 def decoded(
     records: list[Record],
-    kind: Kind,
+    media: Media,
     manifest: CacheManifest,
     preprocess: PreprocessConfig,
     video: VideoConfig,
@@ -302,11 +306,11 @@ def decoded(
     was killed at the end): how many records, uint8 groups `(B, F, 3, H, W)` of one size with what
     is known of each, the rows of what was skipped, and how many crops repeated another.
     """
-    chunk = 16 if kind == "image" else 1
+    chunk = 16 if media == "image" else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
     pin_memory = torch.device(device).type == "cuda"
     for part, result in each(
-        _Decode(kind, manifest, preprocess, video), parts, num_workers, pin_memory
+        _Decode(media, manifest, preprocess, video), parts, num_workers, pin_memory
     ):
         if result is None:
             rows = [
@@ -454,7 +458,7 @@ class _Saver:
 @told_how_to_go_on()
 def cache_latents(
     records: list[Record],
-    kind: Kind,
+    media: Media,
     tokenizer: Tokenizer,
     out_dir: str | Path,
     video: VideoConfig,
@@ -512,10 +516,10 @@ def cache_latents(
 
     try:
         pending = _pending(
-            records, writer, preprocess, video.fps if kind == "video" else 0.0, report
+            records, writer, preprocess, video.fps if media == "video" else 0.0, report
         )
-        parts = decoded(pending, kind, manifest, preprocess, video, num_workers, device)
-        unit = "image" if kind == "image" else "clip"
+        parts = decoded(pending, media, manifest, preprocess, video, num_workers, device)
+        unit = "image" if media == "image" else "clip"
         bar = tqdm(
             total=len(records),
             initial=report.already,
@@ -531,7 +535,7 @@ def cache_latents(
                     key = tuple(pixels.shape[1:])
                     buffers.setdefault(key, []).append((pixels, metas))
                     if (
-                        kind == "video"
+                        media == "video"
                         or sum(len(group) for _, group in buffers[key]) >= batch_size
                     ):
                         flush(key)
@@ -562,7 +566,7 @@ def cache_latents(
             tokenizer.spec.spatial,
         )
         report.too_short = (
-            _too_short(writer.entries.values(), video, tokenizer.spec) if kind == "video" else ""
+            _too_short(writer.entries.values(), video, tokenizer.spec) if media == "video" else ""
         )
         report.sizes = dict(
             Counter(f"{columns * spatial}x{rows * spatial}" for _, rows, columns, _ in shapes)

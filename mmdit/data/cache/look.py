@@ -21,7 +21,7 @@ from mmdit.data.dataset.clips import usable_frames
 from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import PreprocessConfig, frames_in, naming
 from mmdit.data.dataset.pictures import load_image, shown_size
-from mmdit.data.dataset.records import Kind, Record
+from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.videos import probe, read_video
 from mmdit.data.dataset.workers import KILLED, each
 
@@ -32,7 +32,7 @@ AT_ONCE = 16  # records a worker takes
 class _Look(Dataset):
     """Maps a few records to their rows; see `look_at`."""
 
-    kind: Kind
+    media: Media
     choose: Callable[[Size], Size]
     preprocess: PreprocessConfig
     video: VideoConfig
@@ -70,7 +70,7 @@ class _Look(Dataset):
     def open(self, record: Record) -> tuple[Image.Image, dict]:
         """The first picture, whole, and what is known of the rest from names, headers and packets
         alone."""
-        if self.kind == "image":
+        if self.media == "image":
             return load_image(record.path), {"frames": 1}
         if not os.path.isdir(record.path):
             found = probe(record.path)
@@ -93,7 +93,7 @@ class _Look(Dataset):
 
 def look_at(
     records: list[Record],
-    kind: Kind,
+    media: Media,
     choose: Callable[[Size], Size],
     preprocess: PreprocessConfig,
     video: VideoConfig,
@@ -110,7 +110,7 @@ def look_at(
     parts = [records[i : i + AT_ONCE] for i in range(0, len(records), AT_ONCE)]
     rows: dict[str, dict] = {}
     with tqdm(total=len(records), desc="looking", unit="item", delay=2) as bar:
-        for part, found in each(_Look(kind, choose, preprocess, video), parts, num_workers):
+        for part, found in each(_Look(media, choose, preprocess, video), parts, num_workers):
             found = found or [
                 {"id": record.id, "path": record.path, "reason": KILLED} for record in part
             ]

@@ -21,7 +21,7 @@ from typing import Literal
 
 from mmdit.config import shortened
 
-Kind = Literal["image", "video"]
+Media = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {
     "image": ("image_path",),
     "video": ("frames_dir", "video_path"),
@@ -150,12 +150,12 @@ def _decoded(line: bytes) -> dict:
     return row
 
 
-def _parse(line: bytes, kind: Kind, folder: Path, prefer: str) -> Record:
+def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
     row = _decoded(line)
-    preferred = (prefer, *PATH_KEYS[kind]) if prefer else PATH_KEYS[kind]
-    wanted = next((name for name in preferred if name in row), PATH_KEYS[kind][0])
+    preferred = (prefer, *PATH_KEYS[media]) if prefer else PATH_KEYS[media]
+    wanted = next((name for name in preferred if name in row), PATH_KEYS[media][0])
     other = next(
-        (name for name in PATH_KEYS["video" if kind == "image" else "image"] if name in row), ""
+        (name for name in PATH_KEYS["video" if media == "image" else "image"] if name in row), ""
     )
     for name in ("id", wanted, "caption"):
         if name not in row and not (name == "caption" and "captions" in row):
@@ -207,7 +207,7 @@ def _check_beginning(line: bytes, where: str) -> None:
         )
 
 
-def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]:
+def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Record]:
     """All records of a JSONL file, in its order; `prefer`: the path key to use where a line has
     both. ValueError lists wrong lines as `file:line: what`."""
     path = Path(path)
@@ -220,7 +220,7 @@ def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]
                 if not line.strip(BLANK):
                     continue
                 try:
-                    record = _parse(line, kind, path.parent, prefer)
+                    record = _parse(line, media, path.parent, prefer)
                     first = lines.setdefault(record.id, number)
                     if first != number:
                         raise ValueError(
@@ -239,13 +239,13 @@ def read_records(path: str | Path, kind: Kind, prefer: str = "") -> list[Record]
         raise ValueError("\n".join(errors))
     if not records:
         raise ValueError(
-            f'{path}: holds no record; write lines as {{"id": …, "{PATH_KEYS[kind][0]}": …,'
+            f'{path}: holds no record; write lines as {{"id": …, "{PATH_KEYS[media][0]}": …,'
             ' "caption": …}'
         )
     return records
 
 
-def kind_of(path: str | Path) -> Kind:
+def media_of(path: str | Path) -> Media:
     """Whether the lines of a JSONL file are about images or clips, by the first one; "image" if it
     does not say."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:

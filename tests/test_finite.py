@@ -15,6 +15,7 @@ from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.adapters import delta_budget
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import to_shown
 from mmdit.scripts import (
     evaluate,
     export,
@@ -26,7 +27,6 @@ from mmdit.scripts import (
 )
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
-from mmdit.training.media import to_uint8
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import Workshop, forget_sums, refused
 from tests.helpers.wan_release import make_release
@@ -205,7 +205,7 @@ def test_settings_and_latents_that_would_give_no_numbers_are_refused():
         with pytest.raises(ValueError, match=f"latent {next(iter(wrong))} holds"):
             LatentSpec(channels=2, **wrong)
     with pytest.raises(ValueError, match="pixels hold nan or infinity"):
-        to_uint8(torch.tensor([0.5, float("nan")]))
+        to_shown(torch.tensor([0.5, float("nan")]))
 
 
 def test_limits_of_an_adapter_are_not_passed_by_one_that_holds_nan():

@@ -15,7 +15,7 @@ LAYERS = [
     ["interop"],
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
     ["diffusion", "nn"],
-    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files"],
+    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))

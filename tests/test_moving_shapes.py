@@ -24,12 +24,11 @@ from mmdit.data.moving_shapes import (
     prompts,
     render,
     score,
-    to_float,
-    to_uint8,
     wilson,
 )
 from mmdit.data.moving_shapes.captions import IMAGE, MANY, SHAPE_WORDS, SIZE_WORDS, VIDEO
 from mmdit.data.moving_shapes.facts import BACKGROUNDS, COLORS, HELD_OUT, MOTIONS, SHAPES, SIZES
+from mmdit.pixels import to_uint8, to_unit
 
 
 def some(count, seed=0, **options):
@@ -160,7 +159,7 @@ def test_rendering_in_company_alone_or_by_chunks_is_the_same(monkeypatch):
         import_module("mmdit.data.moving_shapes.render"), "CHUNK_PIXELS", {"cpu": 64 * 64 * 6}
     )
     assert torch.equal(whole, render(facts, 64, 64, 3))
-    assert torch.equal(to_uint8(to_float(whole)), whole)
+    assert torch.equal(to_uint8(to_unit(whole)), whole)
 
 
 def test_motion_runs_at_constant_speed_over_its_path():
@@ -283,7 +282,7 @@ def blurred(pixels, sigma):
 
 def test_mild_blur_and_noise_do_not_disturb_the_oracle():
     facts = some(300, seed=4)
-    pixels = to_float(render(facts, 64, 64))
+    pixels = to_unit(render(facts, 64, 64))
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     assert prompt_accuracy(blurred(pixels, 1.0), facts) >= 0.99
     assert prompt_accuracy((pixels + 0.04 * noise).clamp(0, 1), facts) >= 0.99
@@ -376,7 +375,7 @@ def test_batching_does_not_change_what_is_seen(monkeypatch):
                 "CHUNK_PIXELS",
                 {"cpu": 64 * 64 * 3},
             )
-            apart = oracle(to_float(pixels), variant)
+            apart = oracle(to_unit(pixels), variant)
         assert all(
             torch.equal(a, b)
             for a, b in zip(vars(whole).values(), vars(apart).values(), strict=True)

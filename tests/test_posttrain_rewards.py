@@ -9,7 +9,8 @@ import torch
 
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.captions import prompts
-from mmdit.data.moving_shapes.render import render, to_float
+from mmdit.data.moving_shapes.render import render
+from mmdit.pixels import to_unit
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore, from_open_clip
 from mmdit.posttrain.rewards import (
     Brightness,
@@ -121,7 +122,7 @@ def test_a_reward_may_ask_for_images_in_batches_on_its_own_device():
 def test_the_oracle_rewards_true_pictures_of_their_own_prompt():
     some = prompts("seen", False)[:8]
     facts = [p.facts for p in some]
-    pixels = to_float(render(facts, 64, 64, 1))
+    pixels = to_unit(render(facts, 64, 64, 1))
     for partial in (0.0, 0.5, 1.0):
         reward = PromptAccuracy(partial=partial)
         right, wrong = (

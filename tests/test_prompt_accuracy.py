@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmdit.data.moving_shapes import Predictions, prompts, render, to_float
+from mmdit.data.moving_shapes import Predictions, prompts, render
 from mmdit.diagnostics.prompt_accuracy import motion_report, prompt_accuracy_report
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import to_unit
 
 
 class Pixels:
@@ -34,7 +35,7 @@ def perfect(frames):
     def sample(captions, offset):
         chosen = listed[offset : offset + len(captions)]
         assert [p.caption for p in chosen] == captions
-        return to_float(render([p.facts for p in chosen], 64, 64, frames))
+        return to_unit(render([p.facts for p in chosen], 64, 64, frames))
 
     return sample
 
@@ -62,7 +63,7 @@ def test_a_perfect_sampler_scores_one_and_the_control_scores_at_chance():
 
 def test_a_sampler_that_ignores_its_prompt_scores_at_chance():
     def sample(captions, offset):
-        return to_float(
+        return to_unit(
             render([p.facts for p in prompts("seen", False)[3 : 3 + len(captions)]], 64, 64)
         )
 

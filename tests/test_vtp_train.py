@@ -16,6 +16,7 @@ from vtp.tokenizers import ByteTokenizer
 
 from mmdit.config import ConfigError, decode, load
 from mmdit.data import moving_shapes
+from mmdit.pixels import to_unit
 from mmdit.rng import Draws
 from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
@@ -474,7 +475,7 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
     assert model.dtype == torch.float32
     statistics = json.loads((folder / "latent_stats.json").read_text())
     pixels = PictureSource(config.images, config.seed, CPU).pool(32, 32).pixels
-    latents = model.get_reconstruction_latents(normalize(moving_shapes.to_float(pixels)))
+    latents = model.get_reconstruction_latents(normalize(to_unit(pixels)))
     assert torch.allclose(
         latents.mean((0, 2, 3)), torch.tensor(statistics["mean"]), atol=0.3 * latents.std().item()
     )

@@ -16,8 +16,9 @@ from torch import Tensor
 from mmdit.data.moving_shapes.captions import PROMPTS, Prompt, prompts
 from mmdit.data.moving_shapes.facts import Facts
 from mmdit.data.moving_shapes.oracle import VOCABULARY, Predictions, accuracy, oracle, rate, score
-from mmdit.data.moving_shapes.render import render, to_float
+from mmdit.data.moving_shapes.render import render
 from mmdit.interfaces import Tokenizer
+from mmdit.pixels import to_unit
 
 Sample = Callable[[list[str], int], Tensor]
 
@@ -100,7 +101,7 @@ def tokenizer_ceiling(
     in it."""
     parts = []
     for start in range(0, len(facts), batch):
-        pixels = to_float(render(facts[start : start + batch], width, height, frames, device))
+        pixels = to_unit(render(facts[start : start + batch], width, height, frames, device))
         parts.append(_to_cpu(oracle(tokenizer.decode(tokenizer.encode(pixels)))))
     result = accuracy(Predictions.cat(parts), facts)
     return result["prompt_accuracy"] | {"attributes": result["attributes"]}

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import explain_errors
+from mmdit.pixels import CLIP, Standard
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.text_encoders.huggingface import check_folder
 from mmdit.weights import Checkpoint, check_numbers
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Similarity(nn.Module):
@@ -64,12 +63,8 @@ class Similarity(nn.Module):
         )
         top, left = ((side - size) // 2 for side in images.shape[-2:])
         images = images[..., top : top + size, left : left + size].clamp(0, 1)
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD)
-        )
-        seen = clip.visual_projection(
-            clip.vision_model(pixel_values=(images - mean) / std).pooler_output
-        )
+        standard = Standard(CLIP, images.device).to_standard(images)
+        seen = clip.visual_projection(clip.vision_model(pixel_values=standard).pooler_output)
         unique = list(dict.fromkeys(texts))
         longest = clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(

@@ -18,9 +18,9 @@ from torch import Tensor
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.facts import COLORS, Facts
 from mmdit.data.moving_shapes.oracle import oracle, score
+from mmdit.pixels import to_shown
 from mmdit.posttrain.advantages import ranks
 from mmdit.rng import Draws
-from mmdit.training.media import to_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Samples:
         takes."""
         if self.pixels is None:
             return None
-        return to_uint8(self.pixels).movedim(2, -1)
+        return to_shown(self.pixels).movedim(2, -1)
 
     def to(self, device: torch.device | str) -> Samples:
         """A new record on `device`; this one stays where it is."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmdit.foreign import count_blocks, read_json
 from mmdit.nn.attention import attend
+from mmdit.pixels import CLIP, Standard
 from mmdit.weights import Checkpoint, Entry, fill
 
 PLACES = (
@@ -26,10 +27,6 @@ PLACES = (
     "image_encoder",
 )  # in official and Diffusers releases
 HEAD_DIM = 80  # of ViT-H/14; a config.json may say otherwise
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of CLIP's training pictures
 NAMES = {  # transformers → ours (official but for q, k and v, which are one matrix there)
     "embeddings.class_embedding": "cls_embedding",
     "embeddings.position_embedding.weight": "pos_embedding",
@@ -102,10 +99,8 @@ class ClipVision(nn.Module):
         antialiasing."""
         side = round((self.sizes.places - 1) ** 0.5) * self.sizes.patch
         small = F.interpolate(pixels.float(), (side, side), mode="bicubic", align_corners=False)
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD)
-        )
-        return self.states(((small - mean) / std).to(self.pos_embedding.dtype))
+        standard = Standard(CLIP, pixels.device).to_standard(small)
+        return self.states(standard.to(self.pos_embedding.dtype))
 
     def states(self, x: Tensor) -> Tensor:
         """Of normalised pictures `(b, 3, side, side)`."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 
 
@@ -57,14 +58,14 @@ class DummyTokenizer:
         self._kernel = _cosines(config.latent_f, config.latent_d).to(device)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        frames = frames_of(pixels, self.spec).to(self._kernel) * 2 - 1
+        frames = to_signed(frames_of(pixels, self.spec).to(self._kernel))
         latents = F.conv2d(frames, self._kernel, stride=self.spec.spatial) / self.spec.spatial
         return rearrange(latents, "(b f) c h w -> b f h w c", b=len(pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
         frames = latent_frames_of(latents, self.spec).to(self._kernel) * self.spec.spatial
-        pixels = F.conv_transpose2d(frames, self._kernel, stride=self.spec.spatial) / 2 + 0.5
-        return rearrange(pixels.clamp(0, 1), "(b f) c h w -> b f c h w", b=len(latents))
+        signed = F.conv_transpose2d(frames, self._kernel, stride=self.spec.spatial)
+        return rearrange(from_signed(signed), "(b f) c h w -> b f c h w", b=len(latents))
 
 
 def _cosines(size: int, channels: int) -> Tensor:

@@ -26,12 +26,12 @@ from torch import Tensor
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_json
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import IMAGENET, Standard
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STATS_FILE = "latent_stats.json"
 UPSAMPLING = 16  # of the VTP pixel decoder, whatever the encoder's patch
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ class VTPTokenizer:
         ):
             block.compile()
         self.spec = _spec(config, self._model.config, self._folder)
-        mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        self._mean, self._std = mean, std
+        self._standard = Standard(IMAGENET, self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,7 +90,8 @@ class VTPTokenizer:
         not of `latent_scale` or `latent_stats`, and not of the decoder's weights, so that a better
         decoder serves the caches and models there are.
         """
-        digest = hashlib.sha256(f"{IMAGENET_MEAN} {IMAGENET_STD}".encode())
+        mean, deviation = IMAGENET
+        digest = hashlib.sha256(f"{mean} {deviation}".encode())
         digest.update((self._folder / "config.json").read_bytes())
         whole = self._folder / "model.safetensors"
         for file in (
@@ -119,7 +116,7 @@ class VTPTokenizer:
         latents = [
             self._run(
                 self._model.get_reconstruction_latents,
-                (part.to(self.device, torch.float32) - self._mean) / self._std,
+                self._standard.to_standard(part.to(self.device, torch.float32)),
             )
             for part in frames.split(self._chunk_size)
         ]
@@ -132,7 +129,7 @@ class VTPTokenizer:
             self._run(self._model.get_latents_decoded_images, part.to(self.device, torch.float32))
             for part in frames.split(self._chunk_size)
         ]
-        pixels = (torch.cat(decoded) * self._std + self._mean).clamp(0, 1)
+        pixels = self._standard.to_unit(torch.cat(decoded))
         return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(latents))
 
     def _run(self, function, inputs: Tensor) -> Tensor:

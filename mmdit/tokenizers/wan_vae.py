@@ -18,6 +18,7 @@ from torch import Tensor
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
 from mmdit.tokenizers.with_picture import Picture
@@ -251,7 +252,8 @@ class WanVAETokenizer:
         silently."""
         frames_of(pixels, self.spec)
         self.spec.frames(pixels.shape[1])
-        signed = rearrange(pixels.to(self.device, torch.float32), "b f c h w -> b c f h w") * 2 - 1
+        signed = to_signed(pixels.to(self.device, torch.float32))
+        signed = rearrange(signed, "b f c h w -> b c f h w")
         return rearrange(
             self._tiled(self._model.encode, signed, self.spec.spatial, 1), "b c f h w -> b f h w c"
         )
@@ -260,7 +262,7 @@ class WanVAETokenizer:
         latent_frames_of(latents, self.spec)
         raw = rearrange(latents.to(self.device, torch.float32), "b f h w c -> b c f h w")
         decoded = self._tiled(self._model.decode, raw, 1, self.spec.spatial)
-        return rearrange((decoded / 2 + 0.5).clamp(0, 1), "b c f h w -> b f c h w")
+        return rearrange(from_signed(decoded), "b c f h w -> b f c h w")
 
     def _tiled(
         self, function: Callable[[Tensor], Tensor], x: Tensor, inputs: int, outputs: int

@@ -11,23 +11,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
 from mmdit.files import open_atomically
-from mmdit.weights import is_finite
+from mmdit.pixels import to_shown
 
 SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
 SHEET_SAMPLES, SHEET_PIXELS = 256, 100_000_000  # of a sheet, at most
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """[0, 1] float to 0…255, rounded; uint8 as it is. ValueError: not finite, which would be
-    black."""
-    if pixels.dtype == torch.uint8:
-        return pixels.cpu()
-    if not is_finite(pixels):
-        raise ValueError(
-            "the pixels hold nan or infinity: the weights or latents that they were drawn from "
-            "do; look at these"
-        )
-    return (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def _image(frame: Tensor) -> Image.Image:
@@ -64,7 +51,7 @@ def sheet_holds(width: int, height: int, frames: int) -> int:
 def sheet_strip(clip: Tensor) -> Tensor:
     """Return the frames of `clip (F, 3, H, W)` that a sheet shows, as uint8."""
     places = torch.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().long()
-    return to_uint8(clip[places])
+    return to_shown(clip[places])
 
 
 def contact_sheet(
@@ -117,7 +104,7 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
     written. OSError names what could not be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = to_uint8(clip)
+    frames = to_shown(clip)
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
         path = path.with_suffix(".png")
         first, *rest = map(_image, frames)
@@ -153,7 +140,7 @@ def save_sample(clip: Tensor, stem: Path, fps: int) -> Path:
     """Write `clip (F, 3, H, W)` as `stem`.png, or `.mp4` if it has several frames; return the
     path."""
     if len(clip) == 1:
-        return save_image(_image(to_uint8(clip[0])), stem.with_name(f"{stem.name}.png"))
+        return save_image(_image(to_shown(clip[0])), stem.with_name(f"{stem.name}.png"))
     return save_video(clip, stem.with_name(f"{stem.name}.mp4"), fps)
 
 

@@ -19,6 +19,7 @@ from vtp.pixels import denormalize, normalize
 from mmdit.data import moving_shapes
 from mmdit.data.dataset.frames import load_first_frame
 from mmdit.data.dataset.pictures import SUFFIXES
+from mmdit.pixels import to_unit
 from mmdit.rng import key
 
 SIZES = ((64, 64), (128, 128), (256, 256), (448, 256))  # width, height
@@ -59,9 +60,7 @@ def shapes_psnr(
     scores = {}
     for width, height in sizes:
         facts = held_out_shapes(count, width, height)
-        pixels = moving_shapes.to_float(
-            moving_shapes.render(facts, width, height, device=model.device)[:, 0]
-        )
+        pixels = to_unit(moving_shapes.render(facts, width, height, device=model.device)[:, 0])
         scores[f"{width}x{height}"] = round(
             float(psnr(reconstruct(model, pixels), pixels).mean()), 2
         )
@@ -75,7 +74,7 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
     for side in ORACLE_SIZES:
         for kind, frames in (("image", 1), ("video", CLIP_FRAMES)):
             facts = held_out_shapes(count, side, side, video=kind == "video")
-            pixels = moving_shapes.to_float(
+            pixels = to_unit(
                 moving_shapes.render(facts, side, side, frames=frames, device=model.device)
             )
             decoded = rearrange(

@@ -14,6 +14,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mmdit.pixels import to_unit
 from mmdit.rng import Draws
 from mmdit.vtp_training.textures import palette, pixel_grid
 
@@ -30,7 +31,7 @@ def atlas(device: torch.device) -> Tensor:
         cell = Image.new("L", (CELL, CELL))
         ImageDraw.Draw(cell).text((CELL / 2, CELL / 2), letter, fill=255, font=font, anchor="mm")
         cells.append(np.asarray(cell))
-    return torch.from_numpy(np.stack(cells)).to(device).float() / 255
+    return to_unit(torch.from_numpy(np.stack(cells)).to(device))
 
 
 def letters(draws: Draws, background: Tensor) -> Tensor:

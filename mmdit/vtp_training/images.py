@@ -12,6 +12,7 @@ from torch import Tensor
 from mmdit import rng
 from mmdit.config import ConfigError
 from mmdit.data import moving_shapes
+from mmdit.pixels import to_uint8, to_unit
 from mmdit.vtp_training import textures
 from mmdit.vtp_training.glyphs import letters
 
@@ -242,7 +243,7 @@ class PictureSource:
         pool, others = self.pool(width, height), self.textures(width, height, step)
         chosen = (where[:shapes] * len(pool.pixels)).long()
         made = _turned(draws[shapes:], others[(where[shapes:] * len(others)).long()])
-        pixels = moving_shapes.to_float(torch.cat([pool.pixels[chosen], made]))
+        pixels = to_unit(torch.cat([pool.pixels[chosen], made]))
         return Pictures(
             pixels, None if pool.tokens is None else pool.tokens[chosen], pool.facts[chosen]
         )
@@ -265,7 +266,7 @@ class PictureSource:
         made = torch.where(
             draws.uniform("jitter/none", 1, 1, 1) < 0.4, made, textures.jitter(draws, made)
         )
-        return moving_shapes.to_uint8(made)
+        return to_uint8(made)
 
 
 def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from vtp.models.pretrained import write_checkpoint
 from vtp.pixels import normalize
 
 from mmdit.config import encode
-from mmdit.data import moving_shapes
 from mmdit.files import clean, refuse_link
+from mmdit.pixels import to_unit
 from mmdit.vtp_training.evaluate import evaluate, shapes_psnr
 from mmdit.vtp_training.images import PictureSource
 from mmdit.vtp_training.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
@@ -99,9 +99,7 @@ def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 40
         pixels = source.pool(width, height).pixels
         pixels = pixels[:: max(1, len(pixels) * len(sizes) // pictures)]
         for part in pixels.split(256):
-            latents = model.get_reconstruction_latents(
-                normalize(moving_shapes.to_float(part))
-            ).double()
+            latents = model.get_reconstruction_latents(normalize(to_unit(part))).double()
             total, squares = (
                 total + latents.sum((0, 2, 3)),
                 squares + latents.square().sum((0, 2, 3)),

@@ -20,6 +20,7 @@ from mmdit import rng
 from mmdit.config import differences, encode, to_yaml
 from mmdit.files import refuse_link, write_atomically
 from mmdit.interfaces import LatentSpec
+from mmdit.pixels import to_uint8
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
 from mmdit.training.errors import RunError
@@ -311,7 +312,7 @@ class Report:
         pictures = self.trainer.source.batch(0, (width, height)).pixels
         pictures = pictures[:: max(1, len(pictures) // 16)][:16]
         rows = torch.stack([pictures, reconstruct(model, pictures)])
-        canvas = rearrange((rows * 255).round().byte().cpu(), "r b c h w -> (r h) (b w) c")
+        canvas = rearrange(to_uint8(rows).cpu(), "r b c h w -> (r h) (b w) c")
         folder = self.trainer.folder / "samples"
         save_image(Image.fromarray(canvas.numpy()), folder / f"step_{self.trainer.step:06d}.png")
 

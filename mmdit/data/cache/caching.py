@@ -32,7 +32,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import BucketingConfig, Size, VideoConfig
 from mmdit.data.dataset.clips import cached_frames, latent_video, usable_frames
 from mmdit.data.dataset.colours import NOTES
-from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames, to_unit
+from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames
 from mmdit.data.dataset.pictures import load_image
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.stamps import compare, stamp_of
@@ -40,6 +40,7 @@ from mmdit.data.dataset.videos import read_video
 from mmdit.data.dataset.workers import KILLED, each
 from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec, Tokenizer
+from mmdit.pixels import to_unit
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
 

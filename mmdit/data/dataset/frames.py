@@ -1,6 +1,5 @@
-"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here
-(a quarter of the traffic of floats from worker to device); `to_unit` makes the `[0, 1]` that every
-other part sees."""
+"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here,
+a quarter of the traffic of floats from worker to device."""
 
 from __future__ import annotations
 
@@ -23,6 +22,7 @@ from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.pictures import SUFFIXES, load_image
 from mmdit.data.dataset.problems import Unusable
+from mmdit.pixels import to_unit
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 
@@ -162,8 +162,3 @@ def list_frames(folder: str | Path) -> list[Path]:
             for part in re.split(r"(\d+)", file.name)
         ],
     )
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in `[0, 1]`."""
-    return pixels.to(torch.float32) / 255

@@ -8,7 +8,7 @@ often that was asked for.
 from mmdit.data.moving_shapes.captions import Prompt, caption, named_attributes, prompts
 from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object, draw, draw_facts
 from mmdit.data.moving_shapes.oracle import Predictions, accuracy, oracle, rate, score, wilson
-from mmdit.data.moving_shapes.render import render, to_float, to_uint8
+from mmdit.data.moving_shapes.render import render
 
 __all__ = [
     "ATTRIBUTES",
@@ -27,7 +27,5 @@ __all__ = [
     "rate",
     "render",
     "score",
-    "to_float",
-    "to_uint8",
     "wilson",
 ]

@@ -16,8 +16,9 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import draw
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
-from mmdit.data.moving_shapes.render import render, to_float
+from mmdit.data.moving_shapes.render import render
 from mmdit.interfaces import Tokenizer
+from mmdit.pixels import to_unit
 
 CHUNK_FRAMES = 4096  # rendered and encoded at once
 
@@ -103,7 +104,7 @@ def _encoded(
             **size,
         )
         with torch.inference_mode():
-            pixels: Tensor = to_float(render(facts, frames=recipe.frames, device=device, **size))
+            pixels: Tensor = to_unit(render(facts, frames=recipe.frames, device=device, **size))
             latents = tokenizer.encode(pixels)
         words = [(recipe.seed, i, recipe.complete) for i in indices]
         captions = [caption(item, *word) for item, word in zip(facts, words, strict=True)]

@@ -29,6 +29,7 @@ from mmdit.data.moving_shapes.facts import (
     Object,
 )
 from mmdit.data.moving_shapes.render import render
+from mmdit.pixels import to_uint8, to_unit
 
 CONTRAST = (
     0.16  # distance in RGB (of [0, 1]) from the background that makes a pixel part of an object
@@ -99,9 +100,7 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     side = min(height, width)
     images = rearrange(pixels, "b f c h w -> (b f) c h w")
     images = (
-        images.float() / 255
-        if images.dtype == torch.uint8
-        else images.float().nan_to_num().clamp(0, 1)
+        to_unit(images) if images.dtype == torch.uint8 else images.float().nan_to_num().clamp(0, 1)
     )
     border = torch.cat(
         [images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1]], dim=-1
@@ -166,7 +165,7 @@ def _measure(images: Tensor, backdrop: Tensor, masks: Tensor, side: int) -> tupl
 
 
 def _nearest(color: Tensor, names: dict[str, tuple[int, int, int]]) -> Tensor:
-    known = torch.tensor(list(names.values()), dtype=torch.float32, device=color.device) / 255
+    known = to_unit(torch.tensor(list(names.values()), device=color.device))
     return (color[..., None, :] - known).norm(dim=-1).argmin(-1)
 
 
@@ -181,9 +180,7 @@ def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
     empty."""
     stride = max(1, min(mask.shape[1:]) // 64)  # some thousands of pixels are enough
     images, mask = images[..., ::stride, ::stride], mask[..., ::stride, ::stride]
-    bins = (images * 255).round().long() + 256 * torch.arange(3, device=images.device)[
-        :, None, None
-    ]
+    bins = to_uint8(images).long() + 256 * torch.arange(3, device=images.device)[:, None, None]
     counts = images.new_zeros(len(images), 3 * 256)
     weight = repeat(mask, "n h w -> n (c h w)", c=3).float()
     counts.scatter_add_(1, rearrange(bins, "n c h w -> n (c h w)"), weight)

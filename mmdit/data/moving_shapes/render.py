@@ -67,16 +67,6 @@ def render(
     return out
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [0, 1]."""
-    return pixels.float() / 255
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] (clamped) to the nearest of 256 values; the inverse of `to_float`."""
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) -> Tensor:
     """Samples whose objects have the same shapes in the same order: uint8 `(n, f, 3, h, w)`."""
     side, device = min(width, height), times.device

@@ -1,0 +1,72 @@
+"""The ranges in which pixels are held, and every way between them:
+
+uint8     0 … 255, rounded             files, data workers, moving shapes
+unit      float32 in [0, 1]            everywhere outside tokenizers and encoders of pictures
+signed    float in [-1, 1]             Wan's VAE, the dummy tokenizer
+standard  mean 0, deviation 1          networks trained on pictures: VTP (ImageNet), CLIP
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdit.weights import is_finite
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, deviation
+
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP: Statistics = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [0, 1]."""
+    return pixels.to(torch.float32) / 255
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Return unit pixels, clamped, as the nearest of 256 values: the inverse of `to_unit`."""
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_shown(pixels: Tensor) -> Tensor:
+    """Return unit pixels, or uint8 as they are, as uint8 on the CPU for a person or a file.
+    ValueError: not finite, which would be black."""
+    if pixels.dtype == torch.uint8:
+        return pixels.cpu()
+    if not is_finite(pixels):
+        raise ValueError(
+            "the pixels hold nan or infinity: the weights or latents that they were drawn from "
+            "do; look at these"
+        )
+    return to_uint8(pixels.detach()).cpu()
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """Return unit pixels in [-1, 1]."""
+    return pixels * 2 - 1
+
+
+def from_signed(pixels: Tensor) -> Tensor:
+    """Return the unit pixels, clamped, of `to_signed`."""
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+class Standard:
+    """The way from unit pixels `(…, 3, H, W)` to those of a network trained on pictures with these
+    statistics, and back."""
+
+    def __init__(self, statistics: Statistics, device: torch.device | str):
+        mean, deviation = (torch.tensor(values, device=device) for values in statistics)
+        self.mean, self.deviation = mean.view(3, 1, 1), deviation.view(3, 1, 1)
+
+    def to_standard(self, pixels: Tensor) -> Tensor:
+        """Return unit pixels with mean 0 and deviation 1."""
+        return (pixels - self.mean) / self.deviation
+
+    def to_unit(self, pixels: Tensor) -> Tensor:
+        """Return the unit pixels, clamped, of `to_standard`."""
+        return (pixels * self.deviation + self.mean).clamp(0, 1)

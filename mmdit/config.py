@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from mmdit.shipped import find
+
 FilePath = typing.NewType(
     "FilePath", str
 )  # of a file or folder (or a name); `~` is the home folder
@@ -177,8 +179,10 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
 
 
 def load(cls: type, path: str | Path, overrides: list[str] = ()) -> Any:
-    """Decode the YAML file `path` into `cls`. ConfigError messages begin with `file:line`."""
-    path = Path(path)
+    """Decode the YAML file `path`, a person's or one that ships, into `cls`.
+
+    ConfigError messages begin with `file:line`."""
+    path = find(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:

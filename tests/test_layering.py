@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
+    ["__main__"],
     ["scripts"],
     ["commands"],
     ["experiment"],
@@ -15,7 +16,7 @@ LAYERS = [
     ["interop"],
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
     ["diffusion", "nn"],
-    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels"],
+    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels", "shipped"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))

@@ -3,6 +3,7 @@ stack trace."""
 
 import contextlib
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,25 @@ def run(main: Callable[[], int | None]) -> None:
     terminal.install()
     sys.argv[1:] = map(with_home, sys.argv[1:])
     raise SystemExit(main())
+
+
+def main_outside(module: str) -> Callable[[list[str] | None], int]:
+    """Return `main` of a module that lies beside the package, in a clone of the repository.
+
+    Ends with one line where there is only the installed package.
+    """
+    try:
+        return importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        folder = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != folder:
+            raise
+        print(
+            f"error: {folder}/ is not part of the installed package; run this command from the top"
+            " level of a clone of the repository",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
 
 
 def with_home(word: str) -> str:

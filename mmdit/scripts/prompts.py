@@ -3,7 +3,8 @@
 import argparse
 import os
 import re
-from pathlib import Path
+
+from mmdit.shipped import find
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=\S*")
 
@@ -11,7 +12,7 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=\S*")
 def read_lines(path: str) -> list[str]:
     """Return the lines of a text file that hold words. ValueError: it is not in UTF-8."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = find(path).read_text(encoding="utf-8-sig")
     except UnicodeError as error:
         raise ValueError(f"{path} is not in UTF-8 ({error}); save it so") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

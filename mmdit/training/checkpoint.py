@@ -36,6 +36,7 @@ from mmdit.adapters import is_adapter
 from mmdit.config import decode
 from mmdit.files import Sum, clean, flush_to_disk, refuse_link, remove, write_atomically
 from mmdit.interfaces import LatentSpec
+from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored, place, write
@@ -337,7 +338,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With
     `use_ema` the averaged parameters replace the raw ones where the checkpoint has them and
     `ema.start_step` is past."""
-    path = Path(path)
+    path = find(path)
     if path.is_file():
         try:
             with safe_open(path, "pt") as handle:

@@ -1,0 +1,69 @@
+"""The command `mmdit`: `mmdit train …` is `python -m mmdit.scripts.train_t2v …`, and so on."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from mmdit.scripts import run
+
+SCRIPTS = Path(__file__).resolve().parent / "scripts"
+HELPERS = ("__init__", "arguments", "prompts")  # modules of the folder that are no commands
+SHORT = {
+    "train_t2v": "train",
+    "cache_vtp_images": "cache-images",
+    "cache_vtp_latents": "cache-latents",
+}
+
+
+def commands() -> dict[str, str]:
+    """Return the name of every subcommand and of the module in `mmdit.scripts` that it runs."""
+    modules = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in HELPERS)
+    return {SHORT.get(module, module.replace("_", "-")): module for module in modules}
+
+
+def summary(module: str) -> str:
+    """Return the first sentence of what a command says of itself, without importing it."""
+    tree = ast.parse((SCRIPTS / f"{module}.py").read_text(encoding="utf-8"))
+    paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".")
+
+
+def overview() -> str:
+    """Return what `mmdit --help` prints: a line for each command."""
+    rows = [f"  {name:20} {summary(module)}" for name, module in sorted(commands().items())]
+    head = "usage: mmdit COMMAND [options]        (mmdit COMMAND --help says more)"
+    return "\n".join([head, "", *rows])
+
+
+def main() -> int:
+    """Run the subcommand that the command line names; return its exit status."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    known = commands()
+    name = words[0].replace("_", "-")
+    module = known.get(name) or known.get(SHORT.get(words[0], ""))
+    if module is None:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        print(
+            f"error: mmdit has no command {words[0]!r}{hint} `mmdit --help` lists all",
+            file=sys.stderr,
+        )
+        return 2
+    sys.argv = [f"mmdit {name}", *words[1:]]
+    return importlib.import_module(f"mmdit.scripts.{module}").main()
+
+
+def start() -> None:
+    """Start the command line, with output that suits any terminal."""
+    run(main)
+
+
+if __name__ == "__main__":
+    start()

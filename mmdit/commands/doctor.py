@@ -1,0 +1,143 @@
+"""What this machine offers: versions, GPUs, fast paths and why some are off, memory and disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import mmdit
+from mmdit.nn import kernels
+from mmdit.shipped import shipped_path
+from mmdit.training.media import h264
+
+GB = 1e9
+# What stands on each optional package, and the extra of `pip install "mmdit[…]"` that brings it.
+OPTIONAL = {
+    "transformers": ("hf", "text encoders of Hugging Face: T5, UMT5, CLIP"),
+    "tokenizers": ("hf", "words as tokens, for UMT5 and the like"),
+    "sentencepiece": ("wan", "UMT5 whose folder has no tokenizer.json"),
+    "ftfy": ("wan", "captions cleaned as Wan cleans them"),
+    "accelerate": ("wan", "releases larger than the GPU"),
+    "av": ("video", "videos as sources, and MP4 files as samples"),
+    "timm": ("hf", "feature encoders for metrics and rewards"),
+    "pyarrow": ("hf", "parquet files"),
+    "tensorboard": ("track", "curves in TensorBoard"),
+}
+SHIPPED = (
+    "assets/moving_shapes_64.safetensors",
+    "configs/quickstart.yaml",
+    "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors",
+)
+
+
+def report(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Yield `(subject, what is known of it)` for everything that decides what runs here, and how fast."""
+    yield "mmdit", f"{mmdit.__version__} in {Path(mmdit.__file__).parent}"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+    yield from _gpus()
+    yield from _fast_paths(device)
+    yield (
+        "CPU",
+        f"{_cpu_cores()} cores for this process, {torch.get_num_threads()} threads of torch",
+    )
+    yield "memory", _host_memory()
+    yield from _disks()
+    yield "shipped files", _shipped_files()
+    for package, (extra, purpose) in OPTIONAL.items():
+        yield package, _package(package, extra, purpose)
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    """Yield a line for each GPU, or one that says why there is none."""
+    if not torch.cuda.is_available():
+        reason = "torch sees no GPU" if torch.version.cuda else "this torch is built for CPUs"
+        yield "GPU", f"none: {reason}; everything runs on the CPU"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = f"{free / GB:.1f} of {total / GB:.1f} GB free"
+        yield f"GPU {index}", f"{properties.name}, compute capability {capability}, {memory}"
+
+
+def _fast_paths(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Yield whether each fast path is used on `device`, and if not, why not."""
+    if device.type != "cuda":
+        off = "off: needs a CUDA GPU; the plain path computes the same"
+        yield "fused kernels", off
+        yield "compiled blocks", "off by default on a CPU; train.compile: true turns them on"
+        yield "CUDA graphs", off
+        yield "float8 products", off
+        return
+    capability = torch.cuda.get_device_capability(device)
+    triton = importlib.util.find_spec("triton") is not None
+    yield "fused kernels", _needs(kernels.CAPABILITY, capability, triton)
+    yield "compiled blocks", "on" if triton else "off: Triton is not installed"
+    yield "CUDA graphs", "on for small networks (train.replays), and when sampling"
+    yield "float8 products", _needs(kernels.CODES, capability, triton)
+
+
+def _needs(least: tuple[int, int], capability: tuple[int, int], triton: bool) -> str:
+    """Return "on", or why a path that needs Triton and a compute capability is off."""
+    if not triton:
+        return "off: Triton is not installed"
+    if capability < least:
+        return (
+            f"off: compute capability {capability[0]}.{capability[1]}, needs {least[0]}.{least[1]}"
+        )
+    return "on"
+
+
+def _cpu_cores() -> int:
+    """Return how many cores this process may use, which a container can limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _host_memory() -> str:
+    """Return the free and total memory of this machine, as Linux tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return "unknown on this system"
+    kilobytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+    free, total = kilobytes["MemAvailable"] * 1024, kilobytes["MemTotal"] * 1024
+    return f"{free / GB:.1f} of {total / GB:.1f} GB free"
+
+
+def _disks() -> Iterator[tuple[str, str]]:
+    """Yield the free space of the current folder, and of the memory that data loaders share."""
+    usage = shutil.disk_usage(".")
+    yield "disk", f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free in {Path.cwd()}"
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        advice = "" if free > 1e9 else "; small: docker run --shm-size=8g gives loaders more"
+        yield "shared memory", f"{free / GB:.1f} GB free{advice}"
+
+
+def _shipped_files() -> str:
+    """Return whether the weights and configs that ship with mmdit are there."""
+    missing = [name for name in SHIPPED if shipped_path(name) is None]
+    return f"missing: {', '.join(missing)}" if missing else "all there"
+
+
+def _package(name: str, extra: str, purpose: str) -> str:
+    """Return the version of an optional package, or what is missing without it."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f'not installed: pip install "mmdit[{extra}]" brings it ({purpose})'
+    if name == "av" and not h264():
+        return f"{version}, without an H.264 encoder: clips are written as animated PNG"
+    return version

@@ -1,0 +1,36 @@
+"""Find what ships with the project: configurations, weights and lists of prompts.
+
+In a source tree they lie at the top level (`configs/`, `assets/`, `VTP/`); in an installed wheel they
+lie inside the package, under `mmdit/shipped_files/` with the same relative paths.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+ROOTS = (_PACKAGE.parent, _PACKAGE / "shipped_files")
+FOLDERS = ("configs", "assets", "VTP")
+
+
+def shipped_path(name: str | Path) -> Path | None:
+    """Return the absolute path of a shipped file or folder, or None if nothing of that name ships.
+
+    `name` is relative to the top level of the repository: `configs/quickstart.yaml`.
+    """
+    relative = Path(name)
+    if relative.is_absolute() or relative.parts[:1] not in [(folder,) for folder in FOLDERS]:
+        return None
+    candidates = (root / relative for root in ROOTS)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def find(path: str | Path) -> Path:
+    """Return `path` if it exists, else the shipped file of that name, else `path` as it is.
+
+    So `configs/quickstart.yaml` means the same from any folder, while a file of one's own comes first.
+    """
+    given = Path(path).expanduser()
+    if given.exists():
+        return given
+    return shipped_path(path) or given

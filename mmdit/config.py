@@ -4,7 +4,8 @@ line and dotted path.
 A config class is a frozen dataclass that sits beside the code it configures and holds the defaults.
 Supported field types: bool, int, float, str, Literal, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
 dataclasses, and unions of dataclasses told apart by their `type: Literal[...]` field. Checks
-between the fields of one class go into `__post_init__` as `ConfigError`.
+between the fields of one class go into its `__post_init__`, checks between sections into
+`Section.check`; both raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,27 @@ class ConfigError(ValueError):
 
     def under(self, prefix: str) -> ConfigError:
         return ConfigError(_join(prefix, self.path), self.message)
+
+
+class Section:
+    """The base of the dataclasses that are sections of a configuration."""
+
+    def check(self, run: Any) -> None:
+        """Raise ConfigError where this section does not go with another section of `run`.
+
+        `run` is the whole configuration, an `experiment.config.ExperimentConfig`: its attributes
+        are the sections, named as in the YAML file. (Its type stands above the sections, which
+        therefore cannot import it.) Paths are dotted from the root. The root asks every section
+        when all of them are decoded.
+        """
+
+
+def check_sections(run: Any) -> None:
+    """Ask every section of `run`, in the order of its fields, whether it goes with the others."""
+    for field in dataclasses.fields(run):
+        section = getattr(run, field.name)
+        if isinstance(section, Section):
+            section.check(run)
 
 
 def least(section: object, bound: float, *names: str, above: bool = False) -> None:

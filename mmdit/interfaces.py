@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmdit.config import ConfigError, Section
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,80 @@ class Denoiser(Protocol):
         """`x (B, F, H, W, C)`, `t (B,)` as the objective scales it; returns the prediction, shaped
         like `x`."""
         ...
+
+
+class ModelSection(Section):
+    """The base of the configs of models: what the rest of the program asks of the section `model:`,
+    with the answers of a network that is trained from scratch."""
+
+    freeze: bool
+
+    @property
+    def patch(self) -> int:
+        """Return how many latent cells along each axis the network takes at a time."""
+        return 1
+
+    @property
+    def released(self) -> bool:
+        """Return whether the weights come from a release, and not from a seed."""
+        return False
+
+    @property
+    def takes_picture(self) -> bool:
+        """Return whether the network may be given a picture that a clip begins (and ends) with."""
+        return False
+
+    @property
+    def dtype(self) -> str:
+        """Return the type in which frozen weights are stored."""
+        return "float32"
+
+    @property
+    def products(self) -> str:
+        """Return the type of the matrix products in training; `autocast` is `train.precision`'s."""
+        return "autocast"
+
+    def check(self, run: Any) -> None:
+        if self.freeze and run.lora.enabled:
+            raise ConfigError(
+                "model.freeze",
+                "is true with lora.enabled, which trains adapters in it; set one of them to false",
+            )
+        if self.freeze and not (self.released or run.train.init_from):
+            raise ConfigError(
+                "model.freeze",
+                "is true without train.init_from: the text encoder would learn for random weights;"
+                " name a run",
+            )
+        whole = run.train.autocast and not run.lora.enabled and run.posttrain is None
+        if self.products == "float8" and not whole:
+            raise ConfigError(
+                "model.products",
+                "is float8, for whole models in bfloat16, not with train.precision fp32, lora or"
+                " posttrain; leave it out",
+            )
+
+
+class TokenizerSection(Section):
+    """The base of the configs of tokenizers: what the rest of the program asks of the section
+    `tokenizer:`, with the answers of a tokenizer of single frames."""
+
+    @property
+    def temporal(self) -> int:
+        """Return how many frames a latent frame covers."""
+        return 1
+
+    @property
+    def picture(self) -> str:
+        """Return which pictures are cached beside each clip: none, first or first_last."""
+        return "none"
+
+    def check(self, run: Any) -> None:
+        if self.picture != "none" and not run.model.takes_picture:
+            raise ConfigError(
+                "tokenizer.picture",
+                f"is {self.picture}; only Wan's I2V models take one: set it to none",
+            )
 
 
 @runtime_checkable

@@ -10,7 +10,9 @@ import pytest
 
 from mmdit.config import (
     ConfigError,
+    Section,
     apply_overrides,
+    check_sections,
     decode,
     differences,
     encode,
@@ -187,6 +189,36 @@ def test_a_number_below_zero_is_refused_wherever_none_is_meant(section, name):
     )
     with pytest.raises(ConfigError):
         kind(**{**values, **NEEDED.get(section, {}), name: -3})
+
+
+def test_every_section_is_asked_whether_it_goes_with_the_others():
+    """A dataclass among the root's fields that is no Section would never be asked."""
+    hints = typing.get_type_hints(ExperimentConfig).values()
+    parts = [part for hint in hints for part in (typing.get_args(hint) or (hint,))]
+    assert all(issubclass(part, Section) for part in parts if dataclasses.is_dataclass(part))
+
+
+def test_sections_are_asked_in_their_order_and_only_when_all_are_there():
+    asked = []
+
+    @dataclass(frozen=True)
+    class Part(Section):
+        name: str = "part"
+
+        def check(self, run):
+            asked.append((self.name, run.other is not None))
+
+    @dataclass(frozen=True)
+    class Whole:
+        part: Part = Part("first")
+        number: int = 3
+        other: Part = Part("second")
+
+        def __post_init__(self):
+            check_sections(self)
+
+    Whole()
+    assert asked == [("first", True), ("second", True)]
 
 
 def test_a_tilde_in_a_path_is_the_home_folder_and_in_a_text_it_is_none(tmp_path, monkeypatch):

@@ -10,14 +10,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mmdit import rng
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
-from mmdit.config import ConfigError, least
+from mmdit.config import ConfigError, Section, least
 from mmdit.nn.stored_weights import StoredWeight
 
 Make = Callable[[nn.Linear, torch.Generator], Adapter]
@@ -38,7 +38,7 @@ class ModuleRank:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Section):
     """The `lora:` section. A target is the end of a module's dotted name, whole words (`q`,
     `cross.k`), or a pattern with `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`;
     `*` also spans dots). Without targets: the model's `lora_targets`, or q, k, v and proj."""
@@ -93,6 +93,24 @@ class LoRAConfig:
             if not re.fullmatch(r"\d+(-\d+)?", word):
                 raise ConfigError(
                     "blocks", f"has {word!r}; must be a number or a range such as '0-9'"
+                )
+
+    def check(self, run: Any) -> None:
+        """Refuse adapters on random frozen weights, and what is about adapters without any."""
+        if self.enabled:
+            frozen = self.train_lora_only and not run.model.released
+            if frozen and not run.train.init_from:
+                raise ConfigError(
+                    "train.init_from",
+                    "is empty but lora.train_lora_only is true: adapters would train on random"
+                    " frozen weights; name the run, checkpoint or export to adapt",
+                )
+            return
+        for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
+            if section.enabled:
+                raise ConfigError(
+                    f"{name}.enabled",
+                    "is true, but lora.enabled is false: it is about adapters; set both or none",
                 )
 
     def maker(self, name: str) -> Make:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.diffusion.objective import Objective
 from mmdit.rng import Draws, generator
 
@@ -24,7 +24,7 @@ HALVINGS = 64  # of the interval in which a boundary's quantile lies
 
 
 @dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(Section):
     """The section `experts:`. Two sets of adapters on one base: `high` serves t >= boundary, `low`
     the rest. A step trains one of them, at times of its own range: in blocks of `switch_every`
     optimizer steps, or each step the one that a time drawn from the whole law belongs to
@@ -46,6 +46,13 @@ class ExpertsConfig:
         if self.switch_every < 1:
             raise ConfigError(
                 "switch_every", f"is {self.switch_every}; must be at least 1 optimizer step"
+            )
+
+    def check(self, run: Any) -> None:
+        if self.enabled and not run.lora.train_lora_only:
+            raise ConfigError(
+                "experts.enabled",
+                "is true with lora.train_lora_only false: both would train their common base",
             )
 
     @property

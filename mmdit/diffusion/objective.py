@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.diffusion.path import (
     CosinePath,
     LinearPath,
@@ -142,7 +142,7 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Section):
     """DDPM. `min_snr_gamma` (5 in Hang et al. 2303.09556) weights by min(SNR, gamma) in units of
     x0; null is the plain squared error of the prediction. `zero_terminal_snr` makes the last level
     pure noise, as sampling assumes (2305.08891).
@@ -210,7 +210,7 @@ class DDPM(Objective):
 
 
 @dataclass(frozen=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(Section):
     """Flow matching. Times are drawn on [0, 1] (`uniform`, or `logit_normal`: sigmoid of a normal,
     Esser et al. 2403.03206), shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by
     sqrt(frames) more, in training and in sampling, since n frames that repeat each other are as

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 
 
 @dataclass(frozen=True)
-class TreadConfig:
+class TreadConfig(Section):
     """The section `tread:`."""
 
     enabled: bool = False

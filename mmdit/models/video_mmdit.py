@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdit import rng
 from mmdit.config import ConfigError
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn import kernels
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
@@ -43,7 +43,7 @@ FRAME_NUMBER_STD = 0.5
 
 
 @dataclass(frozen=True)
-class VideoMMDiTConfig:
+class VideoMMDiTConfig(ModelSection):
     """The section `model:`. `size` stands for `dim`, `depth` and `num_heads`; without it each may
     be given (else as S)."""
 

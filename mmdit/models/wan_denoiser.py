@@ -6,20 +6,20 @@ Axes: b sample · f latent frame · r row · c column · d channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
-from mmdit.interfaces import TextTokens
-from mmdit.models.wan import Residual, WanDiT
+from mmdit.interfaces import ModelSection, TextTokens
+from mmdit.models.wan import PATCH, Residual, WanDiT
 from mmdit.rng import Draws
 
 
 @dataclass(frozen=True)
-class WanModelConfig:
+class WanModelConfig(ModelSection):
     """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a
     weight file. `clip`: file or folder of the picture encoder of Wan 2.1 I2V and FLF2V, if
     `name_or_path` does not hold it. `expert`: which of a pair is trained, on the times t ≥
@@ -59,6 +59,48 @@ class WanModelConfig:
             raise ConfigError(
                 "first_frame",
                 f"is {self.first_frame}; must be from 0 (never) to 1 (every step on clips)",
+            )
+
+    @property
+    def patch(self) -> int:
+        return PATCH[1]
+
+    @property
+    def released(self) -> bool:
+        return True
+
+    @property
+    def takes_picture(self) -> bool:
+        return True
+
+    def check(self, run: Any) -> None:
+        """Refuse what a Wan transformer was not made for, and what its trainer cannot do."""
+        flow = run.flow_matching
+        asked = (run.train.objective, flow.path, flow.prediction, flow.time_scale)
+        if asked != ("flow_matching", "linear", "velocity", 1000.0):
+            raise ConfigError(
+                "train.objective",
+                "and flow_matching: Wan predicts the velocity on the linear path with time_scale"
+                " 1000; leave these keys at their defaults",
+            )
+        if run.tread.enabled:
+            raise ConfigError(
+                "tread.enabled",
+                "is true, but a Wan transformer routes no tokens; remove the section",
+            )
+        previews = run.train.sample_every_steps
+        if self.expert and previews:
+            raise ConfigError(
+                "train.sample_every_steps",
+                f"is {previews}, but the {self.expert}-noise expert alone draws no pictures; set it"
+                " to 0 and use mmdit.scripts.sample, which loads both",
+            )
+        super().check(run)
+        boundaries = {self.boundary, run.experts.boundary} - {None}
+        if run.experts.enabled and (self.expert or len(boundaries) > 1):
+            raise ConfigError(
+                "experts.boundary",
+                f"is {run.experts.boundary}: a pair needs model.boundary alike, model.expert null",
             )
 
     @property

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mmdit.config import ConfigError, FilePath, least
+from mmdit.config import ConfigError, FilePath, Section, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Kind, Norm
@@ -218,7 +218,7 @@ class SRPOConfig:
 
 
 @dataclass(frozen=True)
-class PosttrainConfig:
+class PosttrainConfig(Section):
     algorithm: Literal["grpo", "guard", "nft", "awm", "dpo", "srpo"] = "grpo"
     prompts: FilePath = GENERATED  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
     prompt_count: int = 2048  # of the generated ones
@@ -342,6 +342,20 @@ class PosttrainConfig:
             raise ConfigError(
                 "rollout.policy",
                 f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current",
+            )
+
+    def check(self, run: Any) -> None:
+        """Refuse what the loops of post-training cannot do, and a model that was never trained."""
+        for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
+            if section.enabled:
+                raise ConfigError(
+                    f"{name}.enabled",
+                    "is true with a posttrain section, whose loops know nothing of it; remove one",
+                )
+        if not (run.model.released or run.train.init_from):
+            raise ConfigError(
+                "train.init_from",
+                "is empty with a posttrain section, which improves a trained model; name its run",
             )
 
     @property

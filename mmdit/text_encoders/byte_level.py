@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.interfaces import TextTokens
 from mmdit.nn.attention import Attention, attend
 from mmdit.nn.feedforward import GELU
@@ -26,7 +26,7 @@ NO_BYTE = 0
 
 
 @dataclass(frozen=True)
-class ByteLevelConfig:
+class ByteLevelConfig(Section):
     """`text_encoder: {type: byte_level}`. `max_length` counts words (a word of more than 16 bytes
     counts for several)."""
 

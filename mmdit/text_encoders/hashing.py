@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
 
 
 @dataclass(frozen=True)
-class HashConfig:
+class HashConfig(Section):
     """`text_encoder: {type: hash}`. `max_length` counts words."""
 
     type: Literal["hash"] = "hash"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, FilePath
+from mmdit.config import ConfigError, FilePath, Section
 from mmdit.foreign import read_json
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
@@ -38,7 +38,7 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 
 
 @dataclass(frozen=True)
-class HuggingFaceConfig:
+class HuggingFaceConfig(Section):
     """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens.
     `dim` may be left out; if given, it must be the encoder's own. `cache_mb` bounds the memory for
     embeddings of captions already seen (frozen only); `cache_dir` keeps them in files, too, for the

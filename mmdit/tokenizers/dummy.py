@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit.config import ConfigError
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import LatentSpec, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 
 
 @dataclass(frozen=True)
-class DummyTokenizerConfig:
+class DummyTokenizerConfig(TokenizerSection):
     """`latent_d` at most 3·latent_f², where the round trip becomes exact."""
 
     type: Literal["dummy"] = "dummy"

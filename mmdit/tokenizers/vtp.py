@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import read_json
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import LatentSpec, TokenizerSection
 from mmdit.pixels import IMAGENET, Standard
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 
@@ -35,7 +35,7 @@ UPSAMPLING = 16  # of the VTP pixel decoder, whatever the encoder's patch
 
 
 @dataclass(frozen=True)
-class VTPTokenizerConfig:
+class VTPTokenizerConfig(TokenizerSection):
     """name_or_path: folder with config.json and model.safetensors; relative paths are tried from
     the working directory, then from the repository. repo_path: a clone of the public VTP release,
     or None for our own `VTP/`. latent_stats: "auto" (latent_stats.json in the checkpoint folder if

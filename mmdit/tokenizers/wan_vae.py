@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import explain_errors, read_json
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import LatentSpec, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
@@ -170,7 +170,7 @@ STATISTICS = {  # of the latents, by the number of channels: the released consta
 
 
 @dataclass(frozen=True)
-class WanVAETokenizerConfig:
+class WanVAETokenizerConfig(TokenizerSection):
     """name_or_path: `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, the release's folder that holds it, or a
     Diffusers folder. Wan 2.2 VAE: latent_f 16, latent_d 48. picture: caches also hold the latents
     of each clip's first, or first and last, frame (to train I2V and FLF2V). tile: pixels of the
@@ -186,7 +186,10 @@ class WanVAETokenizerConfig:
     picture: Picture = "none"
     tile: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    temporal: ClassVar[int] = GROUP
+
+    @property
+    def temporal(self) -> int:
+        return GROUP
 
     def __post_init__(self):
         require_positive(self, "latent_f", "latent_d")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.training.memory.shards import local
 
 
 @dataclass(frozen=True)
-class EMAConfig:
+class EMAConfig(Section):
     """`ema:` section. Up to `start_step` the average is the weights themselves; from then on every
     `update_every`-th step, the n-th decay being (1 + n) / (10 + n) while that is less than `decay`:
     a short run is no average of its first steps.

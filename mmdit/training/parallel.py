@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mmdit.config import ConfigError, Section
 from mmdit.interfaces import TextTokens
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
@@ -29,7 +30,7 @@ FAST = 60.0  # GB/s; an all-reduce over NVLink reaches 200, over PCIe 5 … 25
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Section):
     """The section `parallel:`. `ddp`: every process holds everything. `fsdp`: weights, gradients,
     averages and moments are cut over the processes, and a block is gathered while it computes;
     nothing is cut in one process. Each reads the checkpoints of the other. `reduce`: bfloat16 lets
@@ -38,6 +39,26 @@ class ParallelConfig:
 
     type: Literal["ddp", "fsdp"] = "ddp"
     reduce: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self, run: Any) -> None:
+        """Refuse shards of what must be whole."""
+        if self.type != "fsdp":
+            return
+        for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
+            if section.enabled:
+                raise ConfigError(
+                    f"{name}.enabled",
+                    "is true with parallel.type fsdp, which cuts what must be whole; use ddp",
+                )
+        train = run.train
+        offloads = train.offload_optimizer or train.offload_blocks
+        if train.optimizer != "adamw" or offloads or run.model.dtype == "float8":
+            raise ConfigError(
+                "parallel.type",
+                "is fsdp, which cuts parameters, but train.optimizer other than adamw,"
+                " train.offload_optimizer, train.offload_blocks and model.dtype float8 need whole"
+                " ones; use adamw without these, or ddp",
+            )
 
 
 def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import Denoise, Objective, SamplerConfig, guided, sample, sampling_times
+from mmdit.diffusion import Denoise, SamplerConfig, guided, sample, sampling_times
 from mmdit.interfaces import TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.models.wan_denoiser import WanDenoiser
@@ -24,7 +23,6 @@ from mmdit.rng import Draws
 from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import local
-from mmdit.training.train_config import TrainConfig
 from mmdit.weights import is_finite
 
 
@@ -82,15 +80,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in parts.items():
             part.training = mode
-
-
-def check_levels(train: TrainConfig, objective: Objective, frames: int) -> None:
-    """Raise ConfigError if previews of `frames` (of latents) have fewer noise levels than steps."""
-    shift = train.sample_shift * objective.clip_shift(frames)
-    try:
-        sampling_times(objective, train.sample_num_steps, shift, grid=train.sample_grid)
-    except ConfigError as error:
-        raise ConfigError("train.sample_num_steps", error.message) from None
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mmdit.config import ConfigError, FilePath
-from mmdit.diffusion import Grid, SamplerConfig, Solver
+from mmdit.config import ConfigError, FilePath, Section
+from mmdit.diffusion import Grid, SamplerConfig, Solver, build_objective, sampling_times
+from mmdit.interfaces import LatentSpec
 from mmdit.training.optim import LearningRate, OptimizerKind
 
 SAMPLER_KEYS = {
@@ -19,7 +20,7 @@ SAMPLER_KEYS = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """`train:` section. `batch_size` is per process and micro-step: a step sees batch_size ×
     grad_accum_steps × processes."""
 
@@ -176,6 +177,18 @@ class TrainConfig:
             self.sampler()
         except ConfigError as error:
             raise ConfigError(SAMPLER_KEYS[error.path], error.message) from None
+
+    def check(self, run: Any) -> None:
+        """Refuse previews whose sampler has fewer noise levels than steps."""
+        if not self.sample_every_steps:
+            return
+        objective = build_objective(self.objective, run.diffusion, run.flow_matching)
+        frames = LatentSpec(1, temporal=run.tokenizer.temporal).frames(run.video.num_frames)
+        shift = self.sample_shift * objective.clip_shift(frames)
+        try:
+            sampling_times(objective, self.sample_num_steps, shift, grid=self.sample_grid)
+        except ConfigError as error:
+            raise ConfigError("train.sample_num_steps", error.message) from None
 
     def sampler(self) -> SamplerConfig:
         """The sampler of previews, which post-training's evaluation draws with, too."""

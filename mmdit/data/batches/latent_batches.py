@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmdit.config import Section
 from mmdit.data.batches.stores import Grid, Group, InMemory, OnDisk, by_shape, memory_bytes
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.buckets import VideoConfig
@@ -34,7 +35,7 @@ MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """YAML section `data:`. `in_memory`: hold the whole cache in memory; auto: if it takes at most
     a quarter of it."""
 

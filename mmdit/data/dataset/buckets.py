@@ -6,18 +6,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.data.dataset.problems import Unusable
+from mmdit.interfaces import LatentSpec
 
 Size = tuple[int, int]  # pixels (width, height)
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class VideoConfig(Section):
     """YAML section `video:`. One frame is text-to-image. Clips are cached whole; frames are chosen
     when a batch is made.
 
@@ -73,6 +74,27 @@ class VideoConfig:
                 " least 2",
             )
 
+    def check(self, run: Any) -> None:
+        """Refuse sizes and numbers of frames that do not suit the tokenizer and the model."""
+        target_sizes(self, run.bucketing, run.tokenizer.latent_f * run.model.patch)
+        self.check_frames(LatentSpec(1, temporal=run.tokenizer.temporal))
+
+    def check_frames(self, spec: LatentSpec) -> None:
+        """Raise ConfigError for what a tokenizer that joins `spec.temporal` frames cannot take:
+        numbers of frames that it cannot cut, and frames chosen anew for each batch."""
+        if spec.temporal > 1 and self.temporal_jitter:
+            raise ConfigError(
+                "video.temporal_jitter",
+                f"is {self.temporal_jitter}, but this tokenizer joins {spec.temporal} frames into "
+                "one, so frames are chosen when the clip is cached; set it to 0",
+            )
+        for number in (self.num_frames, *self.frame_counts):
+            try:
+                spec.frames(number)
+            except ValueError as error:
+                key = "num_frames" if number == self.num_frames else "frame_counts"
+                raise ConfigError(f"video.{key}", str(error)) from None
+
     def needed(self, frames: int) -> int:
         """Source frames that a sample of `frames` needs at least."""
         return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
@@ -90,7 +112,7 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
-class BucketingConfig:
+class BucketingConfig(Section):
     """YAML section `bucketing:`. `closest_ar`: the listed size whose aspect ratio is nearest to the
     source's. `pixel_budget`: a size of its own for each source, of at most `max_pixels_per_frame`
     and never larger than the source (see `budget_size`).

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.rng import Draws
 
 PLACES = ("[trigger]", "[name]")  # where a caption wants the trigger word
@@ -22,7 +22,7 @@ _SENTENCE = re.compile(
 
 
 @dataclass(frozen=True)
-class CaptionsConfig:
+class CaptionsConfig(Section):
     """YAML section `captions:`. Tokens are what stands between two `separator`s: tags, or the parts
     of a sentence.
 

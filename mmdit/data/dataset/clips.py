@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.problems import Unusable
 from mmdit.interfaces import LatentSpec
@@ -68,24 +67,11 @@ PLAN = ("num_frames", "frame_stride", "frame_counts", "shrink_video_to_frames")
 
 
 def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
-    """For the manifest: what decides the cached frames of a clip; nothing where all of them are.
-    ConfigError for what needs frames to be chosen for each batch."""
+    """Return, for the manifest, what decides the cached frames of a clip; nothing where all of them
+    are cached. ConfigError for what needs frames to be chosen for each batch."""
     if spec.temporal == 1:
         return {}
-    if video.temporal_jitter:
-        raise ConfigError(
-            "video.temporal_jitter",
-            f"is {video.temporal_jitter}, but this tokenizer joins {spec.temporal} frames into "
-            "one, so frames are chosen when the clip is cached; set it to 0",
-        )
-    for number in (video.num_frames, *video.frame_counts):
-        try:
-            spec.frames(number)
-        except ValueError as error:
-            raise ConfigError(
-                "video.num_frames" if number == video.num_frames else "video.frame_counts",
-                str(error),
-            ) from None
+    video.check_frames(spec)
     return {
         name: list(value) if isinstance(value := getattr(video, name), tuple) else value
         for name in PLAN

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, Section
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.pictures import SUFFIXES, load_image
 from mmdit.data.dataset.problems import Unusable
@@ -28,7 +28,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in source pi
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(Section):
     """YAML section `preprocess:`. A picture is scaled to cover its size; what hangs over on the
     longer axis is cropped.
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import outer, set_alpha
-from mmdit.config import ConfigError, least
+from mmdit.config import ConfigError, Section, least
 from mmdit.training.alpha.trend import LONGEST, WINDOW, Course, Trend
 from mmdit.training.optim import Optimizer
 
@@ -136,7 +136,7 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
-class AlphaScheduleConfig:
+class AlphaScheduleConfig(Section):
     """The section `alpha_schedule:`, for runs with adapters; its alpha is in force in place of
     `lora.alpha`. `on_change`: `preserve` rescales one factor, its moments and its average, so that
     the model stays the same function and alpha changes only how fast it moves; `ramp` goes linearly
@@ -159,6 +159,13 @@ class AlphaScheduleConfig:
             raise ConfigError("phases", f"are named {names}; each needs a name of its own")
         if self.ramp_steps < 1:
             raise ConfigError("ramp_steps", f"is {self.ramp_steps}, must be at least 1")
+
+    def check(self, run: Any) -> None:
+        if self.enabled and self.on_change == "ramp" and run.train.compile is not False:
+            raise ConfigError(
+                "alpha_schedule.on_change",
+                "is ramp: blocks would be compiled anew; set train.compile: false",
+            )
 
     def describe(self) -> str:
         """What to tell before training."""

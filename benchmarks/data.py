@@ -69,7 +69,7 @@ def make_vtp(folder: Path, size: str) -> Path:
     """A checkpoint of the shape of a released VTP with random weights: as fast as the real one."""
     if not (folder / "config.json").exists():
         code, sides = (
-            import_vtp(None),
+            import_vtp(),
             dict(zip(("embed_dim", "depth", "num_heads"), VTP_SIZES[size])),
         )
         shape = {

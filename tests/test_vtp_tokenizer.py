@@ -74,7 +74,7 @@ def test_frames_are_images_whatever_the_chunks():
             alone = tokenizer.encode(pixels[clip : clip + 1, frame : frame + 1])
             assert relative(latents[clip, frame], alone[0, 0]) < 1e-3
     decoded = tokenizer.decode(latents)
-    assert decoded.shape == pixels.shape and 0 <= decoded.min() and decoded.max() <= 1
+    assert decoded.shape == pixels.shape and decoded.min() >= 0 and decoded.max() <= 1
     assert relative(decoded[1, 2], tokenizer.decode(latents[1:, 2:])[0, 0]) < 1e-3
 
 
@@ -130,7 +130,7 @@ def test_configs_that_contradict_the_checkpoint(folder, tmp_path):
         vtp(ROOT / "tests")
     with pytest.raises(ConfigError, match="repo_path: is 'tests'; must be a clone"):
         vtp(repo_path="tests")
-    with pytest.raises(ConfigError, match="chunk_size: is 0; must be greater than 0"):
+    with pytest.raises(ConfigError, match="chunk_size: is 0; must be above 0"):
         VTPTokenizerConfig(chunk_size=0)
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="cannot be opened: .*not a readable safetensors file"):
@@ -168,8 +168,8 @@ def test_latent_statistics(folder):
         (json.dumps({"mean": [0.0] * 16, "std": [0.0] * 16}), "deviation of 0"),
         (json.dumps({"mean": [float("nan")] * 16, "std": [1.0] * 16}), "not finite"),
         (json.dumps({"vtp_s": stats}), "must hold"),
-        ("[]", "must hold"),
-        ("{", "must hold"),
+        ("[]", "must be statistics"),
+        ("{", "is no statistics"),
     ):
         other.write_text(text)
         with pytest.raises(ConfigError, match=words):
@@ -198,9 +198,10 @@ def test_fingerprint_is_of_what_latents_depend_on(folder):
     assert dummies[0] == dummies[1] != dummies[2]
 
 
-def test_relative_paths_reach_the_repository(monkeypatch, tmp_path):
+def test_relative_paths_reach_the_files_that_ship(monkeypatch, tmp_path):
+    name = "VTP/checkpoints/vtp_tiny_f16d64"
     monkeypatch.chdir(tmp_path)
-    assert vtp("tests/golden/vtp_tiny").fingerprint == vtp().fingerprint
+    assert vtp(name, latent_d=64).fingerprint == vtp(ROOT / name, latent_d=64).fingerprint
 
 
 CHILD = """
@@ -212,7 +213,8 @@ checkpoint, clone, out = sys.argv[1:]
 settings = dict(name_or_path=checkpoint, latent_d=16)
 tokenizer = build_tokenizer(VTPTokenizerConfig(**settings, repo_path=clone))
 assert sys.modules["vtp"].__file__.startswith(clone), sys.modules["vtp"].__file__
-torch.save(tokenizer.encode(torch.rand(1, 1, 3, 48, 32, generator=torch.Generator().manual_seed(5))), out)
+pixels = torch.rand(1, 1, 3, 48, 32, generator=torch.Generator().manual_seed(5))
+torch.save(tokenizer.encode(pixels), out)
 try:
     build_tokenizer(VTPTokenizerConfig(**settings))
 except ConfigError as error:
@@ -253,6 +255,29 @@ def test_a_clone_that_cannot_be_imported_leaves_nothing_behind(tmp_path, monkeyp
         ):
             vtp(repo_path=str(tmp_path))
     assert sys.path == path and "vtp" not in sys.modules
+
+
+NEVER_INSTALLED = """
+import sys
+from importlib.machinery import PathFinder
+sys.path = [place for place in sys.path if PathFinder.find_spec("vtp", [place]) is None]
+from mmdit.tokenizers.vtp import import_vtp
+code = import_vtp()
+from vtp.pixels import normalize  # on the path from now on, once
+import_vtp()
+print(code.__file__, sum(place.endswith("VTP") for place in sys.path))
+"""
+
+
+def test_a_source_tree_that_was_never_installed_has_the_package_too(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", NEVER_INSTALLED],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout.split() == [str(ROOT / "VTP/vtp/models/vtp_hf.py"), "1"], child.stderr
 
 
 # ── dummy ─────────────────────────────────────────────────────────────────────────────────────────

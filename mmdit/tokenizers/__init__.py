@@ -26,9 +26,9 @@ __all__ = [
 def build_tokenizer(
     config: TokenizerConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Tokenizer:
-    """The tokenizer `config` describes, on `device`. dtype: the precision of its arithmetic; None
-    is float32 on a CPU and bfloat16 autocast on a GPU (the dummy is always float32, the Wan VAE
-    says it in its config).
+    """Return the tokenizer that `config` describes, on `device`. dtype: the precision of its
+    arithmetic; None is float32 on a CPU and bfloat16 autocast on a GPU (the dummy is always
+    float32, the Wan VAE has it in its config).
 
     ConfigError: no such checkpoint, weights or latent statistics that do not fit, or code that
     cannot be imported.

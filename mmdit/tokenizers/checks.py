@@ -1,17 +1,16 @@
-"""What every tokenizer asks of its inputs, and the common keys of their configs."""
+"""What every tokenizer asks of its inputs."""
 
 from __future__ import annotations
 
 from einops import rearrange
 from torch import Tensor
 
-from mmdit.config import ConfigError
 from mmdit.interfaces import LatentSpec
 
 
 def frames_of(pixels: Tensor, spec: LatentSpec) -> Tensor:
-    """`pixels (B, F, 3, H, W)` in [0, 1] → frames `(B F, 3, H, W)`. ValueError for other shapes,
-    integers, or a size that the tokenizer would have to cut."""
+    """Return the frames `(B F, 3, H, W)` of `pixels (B, F, 3, H, W)` in [0, 1]. ValueError for
+    other shapes, integers, or a size that the tokenizer would have to cut."""
     if pixels.ndim != 5 or pixels.shape[2] != 3:
         raise ValueError(
             f"pixels are {tuple(pixels.shape)}; must be (batch, frames, 3, height, width)"
@@ -27,18 +26,10 @@ def frames_of(pixels: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def latent_frames_of(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Raw `latents (B, F, h, w, C)` → `(B F, C, h, w)`. ValueError for other shapes."""
+    """Return raw `latents (B, F, h, w, C)` as `(B F, C, h, w)`. ValueError for other shapes."""
     if latents.ndim != 5 or latents.shape[-1] != spec.channels:
         raise ValueError(
             f"latents are {tuple(latents.shape)}; must be (batch, frames, rows, columns,"
             f" {spec.channels})"
         )
     return rearrange(latents, "b f h w c -> (b f) c h w")
-
-
-def require_positive(config, *names: str) -> None:
-    """ConfigError unless each of the fields is greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            raise ConfigError(name, f"is {value}; must be greater than 0")

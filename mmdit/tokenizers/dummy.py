@@ -17,10 +17,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.interfaces import LatentSpec, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
-from mmdit.tokenizers.checks import frames_of, latent_frames_of, require_positive
+from mmdit.tokenizers.checks import frames_of, latent_frames_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DummyTokenizerConfig(TokenizerSection):
     latent_scale: float = 1.0
 
     def __post_init__(self):
-        require_positive(self, "latent_f", "latent_d", "latent_scale")
+        least(self, 0, "latent_f", "latent_d", "latent_scale", above=True)
         if self.latent_f > 256:
             raise ConfigError("latent_f", f"is {self.latent_f}; must be at most 256")
         most = 3 * self.latent_f**2
@@ -69,7 +69,7 @@ class DummyTokenizer:
 
 
 def _cosines(size: int, channels: int) -> Tensor:
-    """Orthonormal patch functions `(channels, 3, size, size)`, by rising frequency."""
+    """Return orthonormal patch functions `(channels, 3, size, size)` by rising frequency."""
     position, frequency = torch.arange(size) + 0.5, torch.arange(size)
     waves = torch.cos(math.pi / size * frequency[:, None] * position) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)

@@ -11,6 +11,7 @@ Axes: b sample · c channel · f frame · h row · w column.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,11 +45,13 @@ class WanVAESizes:
 
     @staticmethod
     def infer(shapes: dict[str, tuple[int, ...]]) -> WanVAESizes:
-        """From official names and shapes. KeyError: not this network."""
+        """Read the sizes off official names and shapes. KeyError: not this network."""
         residual = any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes)
-        decoder = shapes["decoder.conv1.weight"][0] // MULTIPLES[-1]
         return WanVAESizes(
-            shapes["encoder.conv1.weight"][0], decoder, shapes["conv2.weight"][0], residual
+            encoder_dim=shapes["encoder.conv1.weight"][0],
+            decoder_dim=shapes["decoder.conv1.weight"][0] // MULTIPLES[-1],
+            channels=shapes["conv2.weight"][0],
+            residual=residual,
         )
 
 
@@ -60,8 +63,8 @@ class Stream:
         self.past: dict[nn.Module, Tensor] = {}
 
     def extend(self, module: nn.Module, x: Tensor, keep: int) -> Tensor:
-        """`x (b, c, f, h, w)` behind the last `keep` frames that `module` saw, zeros before the
-        first."""
+        """Return `x (b, c, f, h, w)` behind the last `keep` frames that `module` saw; before the
+        first frame it saw zeros."""
         past = self.past.get(module)
         x = F.pad(x, (0, 0, 0, 0, keep, 0)) if past is None else torch.cat([past.to(x.dtype), x], 2)
         self.past[module] = x[:, :, -keep:]
@@ -91,15 +94,16 @@ class ChannelNorm(nn.Module):
         return F.normalize(x, dim=1) * len(self.gamma) ** 0.5 * self.gamma
 
 
-class Quiet(nn.Module):
-    """SiLU, or nothing where the official code has dropout; keeps the places of its sequence."""
+class SiLU(nn.Module):
+    def forward(self, x: Tensor, _stream: Stream) -> Tensor:
+        return F.silu(x)
 
-    def __init__(self, active: bool = True):
-        super().__init__()
-        self.active = active
+
+class NoDropout(nn.Module):
+    """Stands where the official code has dropout, so that what follows is numbered as there."""
 
     def forward(self, x: Tensor, _stream: Stream) -> Tensor:
-        return F.silu(x) if self.active else x
+        return x
 
 
 class Chain(nn.ModuleList):
@@ -110,27 +114,36 @@ class Chain(nn.ModuleList):
 
 
 class Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.residual = Chain(
             [
                 ChannelNorm(inputs),
-                Quiet(),
+                SiLU(),
                 CausalConv(inputs, outputs, 3),
                 ChannelNorm(outputs),
-                Quiet(),
-                Quiet(False),
+                SiLU(),
+                NoDropout(),
                 CausalConv(outputs, outputs, 3),
             ]
         )
         self.shortcut = CausalConv(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.residual(x, stream) + (x if self.shortcut is None else self.shortcut(x, stream))
+        shortcut = x if self.shortcut is None else self.shortcut(x, stream)
+        return self.residual(x, stream) + shortcut
+
+
+def per_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `function` to the frames `(b f, c, h, w)` of `x`."""
+    frames = function(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=len(x))
 
 
 class FrameAttention(nn.Module):
-    """One head within each frame."""
+    """Attention of one head within each frame."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -138,21 +151,16 @@ class FrameAttention(nn.Module):
         self.to_qkv, self.proj = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, _stream: Stream) -> Tensor:
-        frames = rearrange(x, "b c f h w -> (b f) c h w")
+        return x + per_frame(self._attend, x)
+
+    def _attend(self, frames: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
-        seen = F.scaled_dot_product_attention(q, k, v)
-        seen = self.proj(rearrange(seen, "n 1 (h w) c -> n c h w", h=x.shape[3]))
-        return x + rearrange(seen, "(b f) c h w -> b c f h w", b=len(x))
-
-
-def per_frame(function, x: Tensor) -> Tensor:
-    return rearrange(
-        function(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x)
-    )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(h, "n 1 (h w) c -> n c h w", h=frames.shape[2]))
 
 
 class Down(nn.Module):
-    """Half the rows and columns; with `time` half the frames but the very first."""
+    """Halves rows and columns, and with `time` the frames after the first."""
 
     def __init__(self, width: int, time: bool):
         super().__init__()
@@ -168,8 +176,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the rows and columns; with `time` twice the frames but the very first, which the
-    doubling never sees."""
+    """Doubles rows and columns, and with `time` the frames after the first, which the doubling
+    never sees."""
 
     def __init__(self, inputs: int, outputs: int, time: bool):
         super().__init__()
@@ -179,23 +187,28 @@ class Up(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None and not stream.first:
             x = rearrange(self.time_conv(x, stream), "b (s c) f h w -> b c (f s) h w", s=2)
-        return per_frame(
-            lambda frames: self.resample[1](
-                F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
-            ),
-            x,
-        )
+        return per_frame(self._enlarge, x)
+
+    def _enlarge(self, frames: Tensor) -> Tensor:
+        large = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+        return self.resample[1](large)
+
+
+def residuals(count: int, inputs: int, outputs: int) -> list[nn.Module]:
+    """Return `count` blocks in a row, of which the first changes the width."""
+    return [Residual(inputs if i == 0 else outputs, outputs) for i in range(count)]
 
 
 class DownStage(nn.Module):
-    """A stage of 2.2: what it computes, and the mean of the groups of inputs that its outputs
-    cover."""
+    """A stage of 2.2: blocks, then `resample`, beside a shortcut: the mean of the groups of inputs
+    that each output covers."""
 
     def __init__(self, inputs: int, outputs: int, resample: Down | None, time: bool):
         super().__init__()
-        blocks = [Residual(inputs if i == 0 else outputs, outputs) for i in range(BLOCKS)]
-        self.downsamples = Chain(blocks + ([resample] if resample else []))
-        self.outputs, self.time, self.space = outputs, 1 + time, 1 + (resample is not None)
+        blocks = residuals(BLOCKS, inputs, outputs)
+        self.downsamples = Chain(blocks if resample is None else [*blocks, resample])
+        self.outputs = outputs
+        self.time, self.space = 2 if time else 1, 1 if resample is None else 2
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         padded = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
@@ -210,11 +223,13 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
+    """A stage of 2.2: blocks, then `resample`, beside a shortcut that repeats its inputs."""
+
     def __init__(self, inputs: int, outputs: int, resample: Up | None, time: bool):
         super().__init__()
-        blocks = [Residual(inputs if i == 0 else outputs, outputs) for i in range(BLOCKS + 1)]
-        self.upsamples = Chain(blocks + ([resample] if resample else []))
-        self.outputs, self.time, self.last = outputs, 1 + time, resample is None
+        blocks = residuals(BLOCKS + 1, inputs, outputs)
+        self.upsamples = Chain(blocks if resample is None else [*blocks, resample])
+        self.outputs, self.time, self.last = outputs, 2 if time else 1, resample is None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.last:
@@ -230,65 +245,63 @@ class UpStage(nn.Module):
         return self.upsamples(x, stream) + near[:, :, self.time - 1 if stream.first else 0 :]
 
 
-def middle(width: int) -> Chain:
-    return Chain([Residual(width, width), FrameAttention(width), Residual(width, width)])
+class Coder(nn.Module):
+    """What encoder and decoder share: the middle, the head, and a pass through all parts."""
 
-
-class Encoder(nn.Module):
-    def __init__(self, sizes: WanVAESizes):
+    def __init__(self, width: int, last_width: int, outputs: int):
         super().__init__()
+        self.middle = Chain([Residual(width, width), FrameAttention(width), Residual(width, width)])
+        self.head = Chain([ChannelNorm(last_width), SiLU(), CausalConv(last_width, outputs, 3)])
+
+    @staticmethod
+    def through(x: Tensor, stream: Stream, *parts: nn.Module) -> Tensor:
+        for part in parts:
+            x = part(x, stream)
+        return x
+
+
+class Encoder(Coder):
+    def __init__(self, sizes: WanVAESizes):
         widths = [sizes.encoder_dim * multiple for multiple in (1, *MULTIPLES)]
+        super().__init__(widths[-1], widths[-1], 2 * sizes.channels)
         self.conv1 = CausalConv(3 * sizes.patch**2, widths[0], 3)
-        stages = []
+        stages: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
-            time = i < len(DOWN_TIME) and DOWN_TIME[i]
-            down = Down(outputs, time) if i < len(DOWN_TIME) else None
+            last = i == len(DOWN_TIME)
+            time = not last and DOWN_TIME[i]
+            down = None if last else Down(outputs, time)
             if sizes.residual:
                 stages.append(DownStage(inputs, outputs, down, time))
             else:
-                stages += [
-                    Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS)
-                ] + ([down] if down else [])
-        self.downsamples, self.middle = Chain(stages), middle(widths[-1])
-        self.head = Chain(
-            [ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 2 * sizes.channels, 3)]
-        )
+                stages += residuals(BLOCKS, inputs, outputs)
+                stages += [] if last else [down]
+        self.downsamples = Chain(stages)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.head(
-            self.middle(self.downsamples(self.conv1(x, stream), stream), stream), stream
-        )
+        return self.through(x, stream, self.conv1, self.downsamples, self.middle, self.head)
 
 
-class Decoder(nn.Module):
+class Decoder(Coder):
     def __init__(self, sizes: WanVAESizes):
-        super().__init__()
         widths = [
             sizes.decoder_dim * multiple for multiple in (MULTIPLES[-1], *reversed(MULTIPLES))
         ]
-        self.conv1, self.middle = CausalConv(sizes.channels, widths[0], 3), middle(widths[0])
-        stages = []
+        super().__init__(widths[0], widths[-1], 3 * sizes.patch**2)
+        self.conv1 = CausalConv(sizes.channels, widths[0], 3)
+        stages: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
-            last, time = i == len(DOWN_TIME), i < len(DOWN_TIME) and DOWN_TIME[::-1][i]
+            last = i == len(DOWN_TIME)
+            time = not last and DOWN_TIME[::-1][i]
             if sizes.residual:
-                stages.append(
-                    UpStage(inputs, outputs, None if last else Up(outputs, outputs, time), time)
-                )
-            else:
-                inputs = (
-                    inputs if i == 0 else inputs // 2
-                )  # 2.1 halves its channels where it enlarges
-                stages += [
-                    Residual(inputs if j == 0 else outputs, outputs) for j in range(BLOCKS + 1)
-                ]
+                up = None if last else Up(outputs, outputs, time)
+                stages.append(UpStage(inputs, outputs, up, time))
+            else:  # 2.1 halves its channels where it enlarges
+                stages += residuals(BLOCKS + 1, inputs if i == 0 else inputs // 2, outputs)
                 stages += [] if last else [Up(outputs, outputs // 2, time)]
         self.upsamples = Chain(stages)
-        self.head = Chain(
-            [ChannelNorm(widths[-1]), Quiet(), CausalConv(widths[-1], 3 * sizes.patch**2, 3)]
-        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.head(self.upsamples(self.middle(self.conv1(x, stream), stream), stream), stream)
+        return self.through(x, stream, self.conv1, self.middle, self.upsamples, self.head)
 
 
 class WanVAE(nn.Module):
@@ -305,10 +318,9 @@ class WanVAE(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         p = self.sizes.patch
         pixels = rearrange(pixels, "b c f (h q) (w r) -> b (c r q) f h w", q=p, r=p)
-        chunks = [
-            pixels[:, :, :1],
-            *(pixels[:, :, 1:].split(GROUP, 2) if pixels.shape[2] > 1 else ()),
-        ]
+        chunks = [pixels[:, :, :1]]
+        if pixels.shape[2] > 1:
+            chunks += pixels[:, :, 1:].split(GROUP, 2)
         return self.conv1(streamed(self.encoder, chunks), Stream())[:, : self.sizes.channels]
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -318,11 +330,13 @@ class WanVAE(nn.Module):
 
     @cached_property
     def diffusers_names(self) -> dict[str, str]:
-        """Official name of every parameter → that of Diffusers' AutoencoderKLWan."""
+        """Return the name in Diffusers' AutoencoderKLWan of every parameter, by its official
+        name."""
         return {name: _diffusers_name(name, self.sizes.residual) for name in self.state_dict()}
 
 
-def streamed(network: nn.Module, chunks: list[Tensor]) -> Tensor:
+def streamed(network: nn.Module, chunks: Sequence[Tensor]) -> Tensor:
+    """Run `network` over the chunks of a clip in their order, and join what it gives."""
     stream, parts = Stream(), []
     for chunk in chunks:
         parts.append(network(chunk, stream))
@@ -345,23 +359,29 @@ _INSIDE = {
 
 
 def _diffusers_name(name: str, residual: bool) -> str:
-    if match := re.match(r"conv([12])\.", name):
-        return ("" if match[1] == "1" else "post_") + "quant_conv." + name[6:]
+    if name.startswith("conv1."):
+        return f"quant_{name.replace('conv1', 'conv')}"
+    if name.startswith("conv2."):
+        return f"post_quant_{name.replace('conv2', 'conv')}"
     name = name.replace("coder.conv1.", "coder.conv_in.")
     if residual:
-        last = {"down": BLOCKS, "up": BLOCKS + 1}
-        place = lambda m: f"resnets.{m[3]}" if int(m[3]) < last[m[1]] else f"{m[1]}sampler"  # noqa: E731
-        name = re.sub(
-            r"(down|up)samples\.(\d+)\.\1samples\.(\d+)",
-            lambda m: f"{m[1]}_blocks.{m[2]}.{place(m)}",
-            name,
-        )
+        name = re.sub(r"(down|up)samples\.(\d+)\.\1samples\.(\d+)", _stage_of_22, name)
     else:
         name = name.replace("downsamples.", "down_blocks.")
-        place = lambda k: f"resnets.{k % 4}" if k % 4 < 3 else "upsamplers.0"  # noqa: E731
-        name = re.sub(
-            r"upsamples\.(\d+)", lambda m: f"up_blocks.{int(m[1]) // 4}.{place(int(m[1]))}", name
-        )
+        name = re.sub(r"upsamples\.(\d+)", _up_block_of_21, name)
     for ours, theirs in _INSIDE.items():
-        name = re.sub(rf"\.{re.escape(ours)}\.", f".{theirs}.", name)
+        name = name.replace(f".{ours}.", f".{theirs}.")
     return name
+
+
+def _stage_of_22(match: re.Match) -> str:
+    way, stage, part = match[1], match[2], int(match[3])
+    blocks = BLOCKS if way == "down" else BLOCKS + 1
+    place = f"resnets.{part}" if part < blocks else f"{way}sampler"
+    return f"{way}_blocks.{stage}.{place}"
+
+
+def _up_block_of_21(match: re.Match) -> str:
+    stage, part = divmod(int(match[1]), BLOCKS + 2)
+    place = f"resnets.{part}" if part < BLOCKS + 1 else "upsamplers.0"
+    return f"up_blocks.{stage}.{place}"

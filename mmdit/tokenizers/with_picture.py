@@ -19,8 +19,8 @@ GREY = 0.5  # of the frames that are not given
 
 
 def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
-    """A clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then the
-    picture `last` if there is one."""
+    """Return a clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then
+    the picture `last` if there is one."""
     clip = torch.full_like(first, GREY)[:, None].repeat(1, frames, 1, 1, 1)
     clip[:, 0] = first
     if last is not None:
@@ -52,5 +52,5 @@ class WithPicture:
         return torch.cat([self.plain.encode(pixels), self.plain.encode(given)], -1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Of the clip."""
+        """Decode the clip, without its pictures."""
         return self.plain.decode(latents[..., : self.plain.spec.channels])

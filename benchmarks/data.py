@@ -33,8 +33,8 @@ VIDEO = VideoConfig(256, 256)
 
 
 def make_pictures(folder: Path, count: int, workers: int) -> list[Record]:
-    """`count` JPEG files of 1024x768 (about 200 kB): coloured gradients under photographic
-    grain."""
+    """Make `count` JPEG files of 1024x768 (about 200 kB), coloured gradients under photographic
+    grain, and return their records."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
         paths = list(pool.map(partial(_picture, folder), range(count), chunksize=16))
@@ -58,25 +58,23 @@ def _picture(folder: Path, number: int) -> str:
     return str(path)
 
 
-VTP_SIZES = {
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-}  # width, blocks, heads of encoder and decoder
+# Width, blocks and heads of both the encoder and the decoder.
+VTP_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
 
 
 def make_vtp(folder: Path, size: str) -> Path:
-    """A checkpoint of the shape of a released VTP with random weights: as fast as the real one."""
+    """Make a checkpoint of the shape of a released VTP with random weights, which is as fast as the
+    real one, and return its folder."""
     if not (folder / "config.json").exists():
-        code, sides = (
-            import_vtp(),
-            dict(zip(("embed_dim", "depth", "num_heads"), VTP_SIZES[size])),
-        )
-        shape = {
-            f"{side}_{name}": value
-            for side in ("vision", "decoder")
-            for name, value in sides.items()
-        }
+        code = import_vtp()
+        width, depth, heads = VTP_SIZES[size]
+        shape = {}
+        for side in ("vision", "decoder"):
+            shape |= {
+                f"{side}_embed_dim": width,
+                f"{side}_depth": depth,
+                f"{side}_num_heads": heads,
+            }
         code.VTPModel(code.VTPConfig(train_clip=False, **shape)).save_pretrained(folder)
     return folder
 
@@ -90,9 +88,10 @@ def caching_speed(
     batch_size: int,
     rounds: int = 2,
 ) -> Iterator[dict]:
-    """Pictures a second, from files to items on the disk, and by the same workers when all is
-    thrown away after decoding; the two alternate, the best of each counts (other work on the
-    machine only slows)."""
+    """Yield the pictures a second from files to cached items, and of decoding alone by the same
+    workers.
+
+    The two alternate and the best of each counts, for other work on the machine only slows."""
     records = make_pictures(folder / "pictures", count, max(1, workers))
     manifest = CacheManifest.of(tokenizer, VIDEO)
     cache_latents(
@@ -132,12 +131,12 @@ def caching_speed(
         "decode_per_s": round(decode, 1),
         "cache_per_s": round(cache, 1),
         "ratio": round(cache / decode, 3),
-        "rounds": {name: [round(rate, 1) for rate in several] for name, several in rates.items()},
+        "rounds": {name: np.round(several, 1).tolist() for name, several in rates.items()},
     }
 
 
 def make_cache(folder: Path, count: int, channels: int = 64) -> LatentCache:
-    """`count` items of a 256x256 picture each (16x16 cells), of noise."""
+    """Make a cache of `count` items of noise, each a 256x256 picture (16x16 cells), and open it."""
     spec = LatentSpec(channels)
     manifest = CacheManifest("noise", "noise", spec, ((256, 256),), False)
     if not (folder / "index.jsonl").exists():
@@ -154,8 +153,8 @@ def make_cache(folder: Path, count: int, channels: int = 64) -> LatentCache:
 def loading_speed(
     folder: Path, count: int, workers: int, batch_size: int = 256, seconds: float = 4.0
 ) -> Iterator[dict]:
-    """Cached items a second out of `LatentBatches.iterate`, warm: from memory, from files and from
-    a packed cache."""
+    """Yield the cached items a second that `LatentBatches.iterate` gives once warm: from memory,
+    from files and from a packed cache."""
     begin = time.perf_counter()
     cache = make_cache(folder / "items", count)
     made = time.perf_counter() - begin
@@ -179,9 +178,8 @@ def loading_speed(
             num_workers=workers,
         )
         steps = batches.iterate()
-        for _ in range(
-            count // batch_size + 2 * workers
-        ):  # an epoch: every file has been read once, the workers run
+        # an epoch: every file has been read once, the workers run
+        for _ in range(count // batch_size + 2 * workers):
             next(steps)
         begin, done = time.perf_counter(), 0
         while (spent := time.perf_counter() - begin) < seconds:

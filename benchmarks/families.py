@@ -18,7 +18,8 @@ FAMILIES = (  # the first pattern found in a kernel's name decides
 
 
 def family(kernel: str) -> str:
-    """Of a kernel by its name: one of FAMILIES, or norm/elementwise, which is all else."""
+    """Return the family of a kernel by its name: one of FAMILIES, or norm/elementwise for all
+    else."""
     return next(
         (name for name, pattern in FAMILIES if re.search(pattern, kernel.lower())),
         "norm/elementwise",
@@ -28,11 +29,12 @@ def family(kernel: str) -> str:
 def by_family(
     work: Callable[[], object], device: torch.device, repeats: int = 3, longest: int = 20
 ) -> dict:
-    """`{"ms": {family: milliseconds of one call}, "idle_ms", "kernels": the longest}`; on a CPU the
-    operators' own time."""
+    """Return `{"ms": {family: milliseconds of one call}, "idle_ms": …, "kernels": the longest}`.
+
+    On a CPU the times are those of the operators themselves."""
     cuda = device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as profiler:
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profiler:
         for _ in range(repeats):
             work()
         if cuda:

@@ -43,9 +43,8 @@ from mmdit.training.trainer import Trainer, TrainState
 # matrix products, about half a second: a GPU keeps its first clock for some milliseconds only
 LONG = 400
 Shape = tuple[int, int, int, int]  # samples, frames, rows, columns of latents
-WAN: dict[
-    str, tuple[int, int, Shape]
-] = {  # cell, channels; a clip of 81 frames of 832x480, of 121 of 1280x704
+# The pixels of a cell, channels, and a clip: 81 frames of 832x480, and 121 frames of 1280x704.
+WAN: dict[str, tuple[int, int, Shape]] = {
     "1.3B": (8, 16, (1, 21, 60, 104)),
     "5B": (16, 48, (1, 31, 44, 80)),
 }
@@ -53,9 +52,10 @@ CAPTION = "a red ball moves slowly over a wide green field while a blue cube sta
 
 
 class Bench:
-    """A learner with random weights, its optimizer and one batch of noise, in `world` as in a run;
-    `shape`: (samples, frames, rows, columns) of this process's latents. Sections of the config take
-    the place of those for a Video MMDiT on 64 channels; `load`: gives Wan's denoiser."""
+    """Holds a learner with random weights, its optimizer and one batch of noise, as a run does.
+
+    `shape` is (samples, frames, rows, columns) of the latents of this process. `sections` replace
+    those of a Video MMDiT on 64 channels; `load` makes Wan's denoiser."""
 
     def __init__(
         self,
@@ -84,16 +84,12 @@ class Bench:
         self.learner.to(device)
         self.state = TrainState.create(self.learner, self.config.train, self.config.ema)
         self.trainer = Trainer(self.config.train, 0, self.state, None, world, Path("."), None)
-        latents, ids = (
-            torch.randn(*shape, tokenizer.latent_d).half(),
-            [f"item{i}" for i in range(samples)],
-        )
-        batch = Batch(
-            latents, [CAPTION] * samples, ids, torch.arange(samples) + samples * world.rank
-        )
-        self.batch = (
-            batch.pin_memory() if device.type == "cuda" else batch
-        )  # as the loader gives it
+        latents = torch.randn(*shape, tokenizer.latent_d).half()
+        ids = [f"item{i}" for i in range(samples)]
+        indices = torch.arange(samples) + samples * world.rank
+        batch = Batch(latents, [CAPTION] * samples, ids, indices)
+        # pinned, as the loader gives it
+        self.batch = batch.pin_memory() if device.type == "cuda" else batch
         self.window = Window(device)
         if compile:
             self.learner.compile_model(replays=self.config.train.replays)
@@ -112,8 +108,8 @@ class Bench:
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls that follow each other as in a run: on a GPU by its
-    own clock, without waits."""
+    """Return the milliseconds of each of `repeats` calls that follow each other as in a run; on a
+    GPU its own clock measures them, without waits."""
     if device.type != "cuda":
         clock = [time.perf_counter()]
         for _ in range(repeats):
@@ -133,11 +129,11 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> lis
 def row(
     part: str, times: list[float], samples: int, flops: float, device: torch.device, gpus: int = 1
 ) -> dict:
-    """What is said of every part: milliseconds (median, least, most), samples a second on all
-    `gpus`, and of one of them, whose part is `samples` and `flops`, GFLOP, TFLOP/s, share of the
-    matmul rate, and memory."""
+    """Return the figures that every part reports: the milliseconds of a call (median, least, most)
+    and the samples a second on all `gpus`. For one GPU, which does `samples` and `flops` in a call,
+    it adds GFLOP, TFLOP/s, the share of the matmul rate, and peak memory in GB."""
     middle, rate = statistics.median(times), matmul_rate(device, torch.bfloat16, repeats=LONG)
-    told = {
+    figures = {
         "part": part,
         "ms": round(middle, 2),
         "ms_min": round(min(times), 2),
@@ -147,12 +143,12 @@ def row(
         "tflops": round(flops / middle / 1e9, 1),
     }
     if rate:
-        told |= {
+        figures |= {
             "matmul_tflops": round(rate / 1e12, 1),
             "share": round(flops / (middle * 1e-3) / rate, 3),
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         }
-    return told
+    return figures
 
 
 def fresh_peak(device: torch.device) -> None:
@@ -163,12 +159,12 @@ def fresh_peak(device: torch.device) -> None:
 
 
 def read(pairs: list[str]) -> dict:
-    """`KEY=VALUE` of the command line."""
+    """Return what `KEY=VALUE` words of the command line say."""
     return dict(yaml.safe_load(pair.replace("=", ": ", 1)).popitem() for pair in pairs)
 
 
 def settings(args: Namespace) -> dict:
-    """Sections of a config from the command line."""
+    """Return the sections of a config that the command line sets."""
     routed = {"tread": {"enabled": True, "selection_rate": args.tread}} if args.tread else {}
     return {
         "model": read(args.model),
@@ -179,8 +175,8 @@ def settings(args: Namespace) -> dict:
 
 
 def train(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """A row a shape for the training step; with `--profile` another: milliseconds of a step by
-    family of kernels."""
+    """Yield the figures of a training step for each shape; with `--profile` also the milliseconds
+    of a step by family of kernels."""
     for shape in args.shapes:
         fresh_peak(world.device)
         yield from _steps(
@@ -189,8 +185,8 @@ def train(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
 
 
 def wan(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """The same for adapters on a Wan transformer of a released size with random weights, a clip a
-    step."""
+    """Yield the figures of a training step of adapters, one clip a step, on a Wan transformer of a
+    released size with random weights."""
     cell, channels, shape = WAN[args.wan]
     _, frames, rows, columns = shape
     sections = {
@@ -236,24 +232,22 @@ def _steps(part: str, bench: Bench, shape: Shape, args: Namespace, world: World)
     if device.type == "cuda":
         # what steps take and what their graphs keep, not what loading or compiling took
         torch.cuda.reset_peak_memory_stats()
-    timed(
-        bench.step, device, 3 if world.size == 1 else 11
-    )  # DDP waits for the GPU in its first ten steps, to time itself
+    # DDP waits for the GPU in its first ten steps, to time itself
+    timed(bench.step, device, 3 if world.size == 1 else 11)
     warm = time.perf_counter() - begin
     times = timed(bench.step, device, args.repeats)
     keep = bench.learner.model.draw_keep(*shape[2:], 0, 0)
     flops = shape[0] * bench.learner.train_flops(shape[1:], keep)
-    told = row(part, times, shape[0], flops, device, world.size)
+    figures = row(part, times, shape[0], flops, device, world.size)
     if device.type == "cuda":
-        told["rest_gb"] = round(
-            torch.cuda.memory_allocated() / 1e9, 2
-        )  # between steps: weights, moments, averages
+        # between steps: weights, moments, averages
+        figures["rest_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         # returns as soon as all is queued; where that takes as long as `ms`, the CPU is the limit
         bench.step()
-        told["cpu_ms"] = round((time.perf_counter() - begin) * 1e3, 1)
-    yield told | {
+        figures["cpu_ms"] = round((time.perf_counter() - begin) * 1e3, 1)
+    yield figures | {
         "gpus": world.size,
         "shape": list(shape),
         "tokens": math.prod(shape[1:]),
@@ -267,8 +261,8 @@ def _steps(part: str, bench: Bench, shape: Shape, args: Namespace, world: World)
 
 
 def sample(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """A row a shape: latents of captions by `--steps` steps with guidance, two calls of the network
-    each."""
+    """Yield for each shape the figures of sampling latents by `--steps` guided steps, which call
+    the network twice each."""
     for shape in args.shapes:
         yield _sample(shape, args, world)
 
@@ -286,51 +280,42 @@ def _sample(shape: Shape, args: Namespace, world: World) -> dict:
 
     draw(2)
     times = timed(lambda: draw(args.steps), device, 2)
-    flops = (
-        2 * args.steps * shape[0] * bench.learner.train_flops(shape[1:], None) / 3
-    )  # forward is a third
-    told = row("sample", times, shape[0], flops, device)
-    return told | {"shape": list(shape), "steps": args.steps, "parameters": bench.parameters}
+    forward = bench.learner.train_flops(shape[1:], None) / 3  # a third of a training step
+    flops = 2 * args.steps * shape[0] * forward
+    figures = row("sample", times, shape[0], flops, device)
+    return figures | {"shape": list(shape), "steps": args.steps, "parameters": bench.parameters}
 
 
 def peers(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """SiT-XL/2 on 128 pictures and Latte-XL/2 on 8 clips of 16 frames, both of 256 tokens, from
-    clones in `--peers`; Latte's attention as torch's fused one, for it knows an older name of
-    it."""
+    """Yield the figures of SiT-XL/2 on 128 pictures and of Latte-XL/2 on 8 clips of 16 frames.
+
+    A picture or frame has 256 tokens. The code comes from clones in `--peers`. Latte calls an older
+    name of torch's fused attention, so that its attention is replaced by the current one."""
     device = world.device
-    found = {
-        name: Path(args.peers or "", name, file)
-        for name, file in (("SiT", "models.py"), ("Latte", "models/latte.py"))
-    }
-    for name, path in found.items():
+    folder = Path(args.peers or "")
+    sources = {"SiT": folder / "SiT/models.py", "Latte": folder / "Latte/models/latte.py"}
+    for path in sources.values():
         if not args.peers or not path.is_file():
             raise ValueError(
                 f"{path} is not there; clone willisma/SiT and Vchitect/Latte into one folder, name"
                 " it with --peers"
             )
-    for name, path in found.items():
+    for name, path in sources.items():
         fresh_peak(device)
-        code = importlib.util.module_from_spec(
-            spec := importlib.util.spec_from_file_location(f"peer_{name}", path)
-        )
+        spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
+        code = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(code)
         if name == "SiT":
-            model, latents = (
-                code.SiT_XL_2(input_size=32),
-                torch.randn(128, 4, 32, 32, device=device),
-            )
+            model = code.SiT_XL_2(input_size=32)
+            latents = torch.randn(128, 4, 32, 32, device=device)
             more = [torch.zeros(128, dtype=torch.long, device=device)]
         else:
             code.Attention.forward = _sdpa
-            model, latents, more = (
-                code.Latte_XL_2(input_size=32, num_frames=16),
-                torch.randn(8, 16, 4, 32, 32, device=device),
-                [],
-            )
-        yield {
-            **peer(model, (latents, torch.rand(len(latents), device=device), *more), args, device),
-            "peer": name,
-        }
+            model = code.Latte_XL_2(input_size=32, num_frames=16)
+            latents = torch.randn(8, 16, 4, 32, 32, device=device)
+            more = []
+        times = torch.rand(len(latents), device=device)
+        yield peer(model, (latents, times, *more), args, device) | {"peer": name}
         del model
 
 
@@ -340,8 +325,11 @@ def _sdpa(self, x: Tensor) -> Tensor:
 
 
 def peer(model: nn.Module, inputs: tuple, args: Namespace, device: torch.device) -> dict:
-    """A training step of somebody else's denoiser `model(*inputs) → prediction`: bfloat16 autocast,
-    mean square, fused AdamW; operations are counted by torch over one forward and backward pass."""
+    """Return the figures of a training step of somebody else's denoiser, `model(*inputs) →
+    prediction`.
+
+    The step uses bfloat16 autocast, the mean square as loss, and fused AdamW. Torch counts the
+    operations of one forward and backward pass."""
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -359,10 +347,10 @@ def peer(model: nn.Module, inputs: tuple, args: Namespace, device: torch.device)
         optimizer.zero_grad()
 
     timed(step, device, 4)
-    told = row(
+    figures = row(
         "peer", timed(step, device, args.repeats), len(inputs[0]), counter.get_total_flops(), device
     )
-    return told | {
+    return figures | {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "compile": args.compile,
     }
@@ -377,19 +365,19 @@ def tokenizer_of(args: Namespace, device: torch.device, folder: Path, compile: b
 
 
 def cache(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """Pictures a second from JPEG files to cached latents, beside decoding alone by the same
-    workers."""
+    """Yield the pictures a second from JPEG files to cached latents, and of decoding alone by the
+    same workers."""
     tokenizer, name = tokenizer_of(args, world.device, folder, args.compile)
     batch = min(args.batch_size, 64)
-    for told in data_speed.caching_speed(
+    for figures in data_speed.caching_speed(
         tokenizer, folder, world.device, args.workers, args.pictures, batch
     ):
-        yield told | {"tokenizer": name}
+        yield figures | {"tokenizer": name}
 
 
 def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """Pictures of 256x256 a second through the tokenizer alone, from pixels on the device to
-    latents, and back; `--seconds` each. Operations are counted by torch."""
+    """Yield the pictures of 256x256 a second through the tokenizer alone, from pixels on the device
+    to latents, and back, measured for `--seconds` each. Torch counts the operations."""
     device, shape, flops = world.device, (args.batch_size, 1, 3, 256, 256), {}
     for compile in (False, True) if args.compile else (False,):
         tokenizer, name = tokenizer_of(args, device, folder, compile)
@@ -405,9 +393,9 @@ def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
                     flops[way] = counter.get_total_flops()
                 once = min(timed(lambda: work(given), device, 3))  # noqa: B023
                 times = timed(lambda: work(given), device, max(3, round(1e3 * args.seconds / once)))  # noqa: B023
-            told = row(way, times, args.batch_size, flops[way], device)
-            told["images_per_s"] = told.pop("per_s")
-            yield told | {
+            figures = row(way, times, args.batch_size, flops[way], device)
+            figures["images_per_s"] = figures.pop("per_s")
+            yield figures | {
                 "shape": list(shape),
                 "tokenizer": name,
                 "parameters": tokenizer.parameters,
@@ -416,7 +404,7 @@ def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
 
 
 def loader(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
-    """Cached 256x256 items a second to the training loop."""
+    """Yield the cached 256x256 items a second that reach the training loop."""
     yield from data_speed.loading_speed(folder, args.items, args.workers, seconds=args.seconds)
 
 

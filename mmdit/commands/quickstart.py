@@ -95,7 +95,7 @@ class Stages:
 
 
 def summary(report: dict) -> dict:
-    """The numbers of a prompt-accuracy report as plain values, intervals beside them."""
+    """Return the numbers of a prompt-accuracy report as plain values, with their intervals."""
     rate = lambda entry: round(entry["value"], 4)  # noqa: E731
     interval = lambda entry: [round(entry["low"], 4), round(entry["high"], 4)]  # noqa: E731
     return {

@@ -56,15 +56,16 @@ def friendly():
 
     from mmdit.training.errors import RunError
 
-    with terminal.plain_output(), _told(torch.OutOfMemoryError, RunError):
+    with terminal.plain_output(), _reported(torch.OutOfMemoryError, RunError):
         yield
 
 
 @contextlib.contextmanager
-def _told(*kinds: type[Exception]):
+def _reported(*errors: type[Exception]):
+    """End with one message and a status for errors that a person can mend."""
     try:
         yield
-    except (ValueError, OSError, *kinds) as error:
+    except (ValueError, OSError, *errors) as error:
         if os.environ.get("MMDIT_TRACE"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Encode the captions of a latent cache once, so that training with a large frozen text encoder
 need not load it.
 
-    python -m mmdit.scripts.cache_text --config wan.yaml --cache_dir data/cache/mine text_encoder.cache_dir=data/text
+    python -m mmdit.scripts.cache_text --config wan.yaml \\
+        --cache_dir data/cache/mine text_encoder.cache_dir=data/text
 
 Keep `text_encoder.cache_dir` in the training config. Captions that augmentation changes are encoded
 when they come up.

@@ -1,7 +1,8 @@
 """One safetensors file from a run, with its config inside: for sampling, sharing or
 train.init_from.
 
-    python -m mmdit.scripts.export --checkpoint runs/my_run --out my_model.safetensors [--dtype bf16] [--raw_weights]
+    python -m mmdit.scripts.export --checkpoint runs/my_run \\
+        --out my_model.safetensors [--dtype bf16] [--raw_weights]
     python -m mmdit.scripts.export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
     python -m mmdit.scripts.export --checkpoint runs/my_run --out merged.safetensors --merge
     python -m mmdit.scripts.export --checkpoint runs/my_wan --out transformer --layout diffusers

@@ -1,6 +1,7 @@
 """Video files to folders of frames at a chosen rate, with the JSONL that describes them.
 
-    python -m mmdit.scripts.prepare_frames --meta_jsonl data/pets/train_videos.jsonl --out_dir data/pets_frames --fps 16
+    python -m mmdit.scripts.prepare_frames --meta_jsonl data/pets/train_videos.jsonl \\
+        --out_dir data/pets_frames --fps 16
 
 Reads the lines' `video_path`, writes `frames_<fps>fps/<id>/000000.png …` and a JSONL of the same
 name. Run again, it goes on. Not needed for training: the caching command reads video files itself.

@@ -21,7 +21,7 @@ def read_lines(path: str) -> list[str]:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts of the command line, then those of the file. ValueError: there are none,
     or one is no text."""
-    own = []
+    prompts = []
     for prompt in args.prompts:
         if OVERRIDE.fullmatch(prompt):
             raise ValueError(
@@ -29,10 +29,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
                 "overrides before --prompts"
             )
         try:
-            own.append(os.fsencode(prompt).decode())  # a locale of ASCII leaves bytes as they were
+            prompts.append(
+                os.fsencode(prompt).decode()
+            )  # a locale of ASCII leaves bytes as they were
         except UnicodeError:
             raise ValueError(f"the prompt {prompt!r} is no text in UTF-8; write it anew") from None
-    prompts = [*own, *(read_lines(args.prompts_file) if args.prompts_file else ())]
+    if args.prompts_file:
+        prompts += read_lines(args.prompts_file)
     if not prompts:
         raise ValueError('no prompt: give --prompts "…" or --prompts_file FILE')
     return prompts

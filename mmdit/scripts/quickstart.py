@@ -14,7 +14,8 @@ from mmdit.scripts import friendly, run
 
 NEXT = """
 Next:
-  python -m mmdit.scripts.sample --checkpoint {model} --prompts "a large red star on a navy background" --out samples
+  python -m mmdit.scripts.sample --checkpoint {model} \\
+      --prompts "a large red star on a navy background" --out samples
   python -m mmdit.scripts.evaluate --checkpoint {shipped} --frames 16
   your own pictures: README.md, "Your own images"
 """

@@ -2,10 +2,12 @@
 from local weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.captions import prompts
@@ -141,11 +143,10 @@ def test_the_words_of_colours_know_their_direction():
     ).item() == pytest.approx(0)
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
+def make_clip(folder: Path) -> Path:
+    """A CLIP of two narrow layers with its tokenizer in `folder`, as the library saves it."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 16,
@@ -183,6 +184,11 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
 def test_a_clip_from_a_folder_scores_as_transformers_does_and_has_a_gradient(clip_folder):
     from transformers import CLIPModel
 
@@ -214,10 +220,8 @@ def test_a_clip_from_a_folder_scores_as_transformers_does_and_has_a_gradient(cli
     torch.testing.assert_close(reward(pixels[:, :1], texts), known, atol=1e-5, rtol=0)
 
 
-def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    own = load_file(clip_folder / "model.safetensors")
+def open_clip_tensors(own: dict, scale: float = 1.0) -> dict:
+    """The tensors of a CLIP of transformers, times `scale`, under the names of OpenCLIP."""
     theirs = {}
     for name, value in own.items():
         tower, _, rest = name.partition(".")
@@ -241,9 +245,9 @@ def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder,
         ):
             rest = rest.replace(old, new)
         if "projection" in name:
-            theirs["visual.proj" if "visual" in name else "text_projection"] = value.T * 2
+            theirs["visual.proj" if "visual" in name else "text_projection"] = value.T * scale
         elif "position_ids" not in name:
-            theirs["logit_scale" if name == "logit_scale" else where + rest] = value * 2
+            theirs["logit_scale" if name == "logit_scale" else where + rest] = value * scale
     for name in [
         name for name in theirs if name.endswith("q_proj.weight") or name.endswith("q_proj.bias")
     ]:
@@ -253,9 +257,13 @@ def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder,
         )
         parts = [theirs.pop(f"{stem}{letter}_proj.{kind}") for letter in "qkv"]
         theirs[f"{stem}in_proj_{kind}"] = torch.cat(parts)
-    save_file(
-        {name: value.contiguous() for name, value in theirs.items()}, tmp_path / "hps.safetensors"
-    )
+    return {name: value.contiguous() for name, value in theirs.items()}
+
+
+def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder, tmp_path):
+    own = load_file(clip_folder / "model.safetensors")
+    theirs = open_clip_tensors(own, scale=2)
+    save_file(theirs, tmp_path / "hps.safetensors")
     torch.save({"state_dict": theirs}, tmp_path / "hps.pt")
     for file in ("hps.safetensors", "hps.pt"):
         reward = HPS(path=str(clip_folder), weights=str(tmp_path / file))

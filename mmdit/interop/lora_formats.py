@@ -1,9 +1,9 @@
 """LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT,
 Diffusers, kohya, ComfyUI and their relatives.
 
-All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named (`lora_names`) and
-where `s` stands: in `.alpha` tensors (s = alpha / rank), in a config beside the weights or in the
-file's header (`lora_settings`), or nowhere (s = 1).
+All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named and where `s` stands
+(the table in `lora_names`): in `.alpha` tensors (s = alpha / rank), in a config beside the weights
+or in the file's header (`lora_settings`), or nowhere (s = 1).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from mmdit.adapters.lora import adapters, add_differences, differences, insert
-from mmdit.interop.lora_reading import LoRAFile, Update, experts_in, read_lora
-from mmdit.interop.lora_writing import Format, save_lora
+from mmdit.interop.lora_reading import experts_in, read_lora
+from mmdit.interop.lora_writing import save_lora
 
-__all__ = ["Format", "LoRAFile", "Update", "experts_in", "load_lora", "read_lora", "save_lora"]
+__all__ = ["experts_in", "load_lora", "read_lora", "save_lora"]
 
 
 @torch.no_grad()
@@ -31,12 +31,10 @@ def load_lora(
     if adapters(model) or differences(model):
         raise ValueError("the model has adapters already: merge or remove them first")
     content = read_lora(model, path, expert)
-    insert(
-        model,
-        {
-            name: lambda base, _, update=update: update.adapter(base)
-            for name, update in content.updates.items()
-        },
-    )
+    makers = {
+        name: lambda base, _, update=update: update.adapter(base)
+        for name, update in content.updates.items()
+    }
+    insert(model, makers)
     add_differences(model, content.differences)
     return list(content.updates)

@@ -1,5 +1,5 @@
-"""What tensors of adapters are called in the files of other tools: the ends of keys, what stands
-before a layer's name, the layer's name itself."""
+"""How the programs that write adapters name their tensors, and where they keep the strength: one
+table, which `lora_reading` and `lora_writing` both walk. To add a format is to add its entry."""
 
 from __future__ import annotations
 
@@ -7,76 +7,109 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from mmdit.interop.wan import diffusers_module, diffusers_name
 from mmdit.models.wan import WanDiT
 
-WRITTEN = {
-    "peft": "base_model.model.",
-    "diffusers": "transformer.",
-    "comfy": "diffusion_model.",
-    "kohya": "lora_unet_",
+
+@dataclass(frozen=True)
+class LoRAFormat:
+    """How one program writes adapters. `prefix`: what stands before a layer's name. `down`, `up`
+    and `magnitude`: the ends of the keys of A, B and DoRA's lengths."""
+
+    prefix: str
+    down: str
+    up: str
+    magnitude: str
+    # where the scale of the product B A stands: in a config beside the weights, in the header of
+    # the file, in `.alpha` tensors (alpha / rank), or multiplied into B
+    strength: Literal["config", "header", "alpha", "factors"]
+    underscores: bool = False  # in place of the dots of a layer's name
+    diffusers_names: bool = False  # of Wan's layers; else the official ones
+    lycoris: bool = False  # can hold LoKr and whole differences; lengths of DoRA are a column
+    lengths_over_base: bool = False  # DoRA's are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI has them
+
+    def key(self, layer: str, end: str) -> str:
+        """Return the name in a file of a tensor of `layer`."""
+        return self.prefix + (layer.replace(".", "_") if self.underscores else layer) + end
+
+
+FORMATS = {
+    "peft": LoRAFormat(
+        prefix="base_model.model.",
+        down=".lora_A.weight",
+        up=".lora_B.weight",
+        magnitude=".lora_magnitude_vector",
+        strength="config",
+        diffusers_names=True,
+    ),
+    "diffusers": LoRAFormat(
+        prefix="transformer.",
+        down=".lora_A.weight",
+        up=".lora_B.weight",
+        magnitude=".lora_magnitude_vector",
+        strength="header",
+        diffusers_names=True,
+    ),
+    "kohya": LoRAFormat(
+        prefix="lora_unet_",
+        down=".lora_down.weight",
+        up=".lora_up.weight",
+        magnitude=".dora_scale",
+        strength="alpha",
+        underscores=True,
+        lycoris=True,
+    ),
+    "comfy": LoRAFormat(
+        prefix="diffusion_model.",
+        down=".lora_A.weight",
+        up=".lora_B.weight",
+        magnitude=".dora_scale",
+        strength="factors",
+        lycoris=True,
+        lengths_over_base=True,
+    ),
 }
-WRAPPERS = {
-    "base_model",
-    "model",
-    "module",
-    "_orig_mod",
-    "diffusion_model",
-    "transformer",
-    "unet",
-    "pipe",
-    "dit",
-}  # words before a name
-EXPERTS = {"transformer_1": "high", "transformer_2": "low"}  # such words, too
-MANGLED = (
+
+# ── what is read besides ──────────────────────────────────────────────────────────────────────────
+EXPERTS = {"transformer_1": "high", "transformer_2": "low"}  # words before a name
+WRAPPERS = {"module", "_orig_mod", "unet", "pipe", "dit", *EXPERTS} | {
+    word for form in FORMATS.values() if not form.underscores for word in form.prefix.split(".")
+} - {""}
+MANGLED = (  # before names without dots
     "lora_unet__",
-    "lora_unet_",
+    *(form.prefix for form in FORMATS.values() if form.underscores),
     "lora_transformer_",
     "lora_prior_unet_",
     "lycoris_",
-)  # before names without dots
-PARTS = {  # ends of keys → what they hold
-    **{
-        f".lora_{part}{end}": f"lora_{part}"
-        for part in "AB"
-        for end in ("", ".weight", ".default.weight")
-    },
-    **{
-        f"{join}.{word}.weight": part
-        for join in (".lora", "_lora", ".lora_linear_layer")
-        for word, part in (("down", "lora_A"), ("up", "lora_B"))
-    },
-    ".lora_down.weight": "lora_A",
-    ".lora_up.weight": "lora_B",
-    ".alpha": "alpha",
-    ".lora_B.bias": "lora_B_bias",
-    ".lora_B.default.bias": "lora_B_bias",
-    ".diff": "weight",
-    ".diff_b": "bias",
-    ".diff_m": "modulation",  # of whole parameters
-    ".w_norm": "weight",
-    ".b_norm": "bias",
-    **{
-        end: "lora_magnitude"
-        for end in (
-            ".dora_scale",
-            ".lora_magnitude",
-            ".lora_magnitude_vector",
-            ".lora_magnitude_vector.weight",
-            ".lora_magnitude_vector.default.weight",
-        )
-    },
-    **{
-        f".{part}{end}": part
-        for factor in ("lokr_w1", "lokr_w2")
-        for part in (factor, f"{factor}_a", f"{factor}_b")
-        for end in ("", ".default")
-    },
-}
-OTHER_KINDS = {  # what keys of adapters that are not read here have in them
+)
+PREFIXES = (*(form.prefix for form in FORMATS.values()), "model.diffusion_model.", *MANGLED)
+DIFFERENCES = {".diff": "weight", ".diff_b": "bias", ".diff_m": "modulation"}
+LOKR = [f"{factor}{end}" for factor in ("lokr_w1", "lokr_w2") for end in ("", "_a", "_b")]
+
+
+def _ends() -> dict[str, str]:
+    """Return what the tensor of a key is, by the key's end."""
+    ends = {".alpha": "alpha", ".w_norm": "weight", ".b_norm": "bias", **DIFFERENCES}
+    for form in FORMATS.values():
+        ends |= {form.down: "lora_A", form.up: "lora_B", form.magnitude: "lora_magnitude"}
+    for join in (".lora", "_lora", ".lora_linear_layer"):
+        ends |= {f"{join}.down.weight": "lora_A", f"{join}.up.weight": "lora_B"}
+    for part in ("lora_A", "lora_B"):
+        ends |= {f".{part}{end}": part for end in ("", ".weight", ".default.weight")}
+    for end in ("", "_vector", "_vector.weight", "_vector.default.weight"):
+        ends[f".lora_magnitude{end}"] = "lora_magnitude"
+    ends |= {".lora_B.bias": "lora_B_bias", ".lora_B.default.bias": "lora_B_bias"}
+    for part in LOKR:
+        ends |= {f".{part}": part, f".{part}.default": part}
+    return ends
+
+
+PARTS = _ends()
+NOT_READ = {  # what keys of other adapters have in them
     r"\.hada_[wt]\d": "LoHa",
     r"\.oft_|\.oft_blocks": "OFT",
     r"\.boft_": "BOFT",
@@ -105,36 +138,42 @@ class Key:
     expert: str | None = None
 
 
+def names_in_diffusers(model: nn.Module) -> dict[str, str]:
+    """Return the name in Diffusers of each module and parameter that has another one there."""
+    names: dict[str, str] = {}
+    if isinstance(model, WanDiT):
+        for ours, theirs in (
+            (dict(model.named_modules()), diffusers_module),
+            (dict(model.named_parameters()), diffusers_name),
+        ):
+            for name in ours:
+                with contextlib.suppress(KeyError):  # a container: no tensor bears its name
+                    names[name] = theirs(name)
+    return names
+
+
 def foreign_names(model: nn.Module) -> dict[str, str]:
-    """Return every name that a module or a parameter of its own may have in a file → our name.
-    kohya's underscores are never taken apart: the table is made forward from what is there."""
-    wan, table = isinstance(model, WanDiT), {}
-
-    def add(name: str, theirs) -> None:
-        own = {name}
-        if wan:
-            with contextlib.suppress(KeyError):  # a container: no tensor bears its name
-                own.add(theirs(name))
-        for foreign in own:
+    """Return our name of a module, or of a parameter that is no layer's, by every name that it may
+    have in a file. kohya's underscores are never taken apart: the table is made forward."""
+    theirs, table = names_in_diffusers(model), {}
+    parameters = (name for name, _ in model.named_parameters())
+    alone = [name for name in parameters if not name.endswith((".weight", ".bias"))]
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in modules + alone:
+        for foreign in (name, theirs.get(name, name)):
             table[foreign] = table[foreign.replace(".", "_")] = name
-
-    for name, _ in model.named_modules():
-        add(name, diffusers_module)
-    for name, _ in model.named_parameters():
-        if not name.endswith((".weight", ".bias")):
-            add(name, diffusers_name)
-    table.pop("", None)
     return table
 
 
 def parse(key: str, names: dict[str, str]) -> Key:
     """Split a stored name; `names` as `foreign_names` makes them."""
-    end = max((e for e in PARTS if key.endswith(e)), key=len, default=None)
+    end = max((end for end in PARTS if key.endswith(end)), key=len, default=None)
     if end is None:
         return Key(None, "")
-    for written, expert in _unwrapped(key.removesuffix(end)):
+    body = key.removesuffix(end)
+    for written, expert in _unwrapped(body):
         if written in names:
-            return Key(names[written], PARTS[end], _seen_by_peft(key.removesuffix(end)), expert)
+            return Key(names[written], PARTS[end], _seen_by_peft(body), expert)
     return Key(None, PARTS[end])
 
 
@@ -142,12 +181,12 @@ def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
     """Yield what `body` may be without the words before a layer's name, and the expert that one of
     them names."""
     yield body, None
-    for mark in MANGLED:
-        if body.startswith(mark):
-            yield body.removeprefix(mark), None
+    for prefix in MANGLED:
+        if body.startswith(prefix):
+            yield body.removeprefix(prefix), None
     expert = None
     word, dot, rest = body.partition(".")
-    while dot and (word in WRAPPERS or word in EXPERTS):
+    while dot and word in WRAPPERS:
         expert = EXPERTS.get(word, expert)
         yield rest, expert
         word, dot, rest = rest.partition(".")
@@ -156,29 +195,26 @@ def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
 def _seen_by_peft(body: str) -> str:
     """Return a layer's name without what PEFT or Diffusers puts before it: their patterns are for
     this."""
-    for prefix in ("base_model.model.", "transformer_2.", "transformer."):
+    for prefix in (FORMATS["peft"].prefix, "transformer_2.", FORMATS["diffusers"].prefix):
         if body.startswith(prefix):
             return body.removeprefix(prefix)
     return body
 
 
-def other_kind(keys: Iterable[str]) -> str | None:
-    """Return the name of a kind of adapter that is not read here, and that one of `keys` is of."""
+def unread_type(keys: Iterable[str]) -> str | None:
+    """Return the name of a type of adapter that is not read here, and that one of `keys` is of."""
     for key in keys:
-        for pattern, kind in OTHER_KINDS.items():
+        for pattern, name in NOT_READ.items():
             if re.search(pattern, key):
-                return kind
+                return name
     return None
 
 
 def common_prefix(keys: Iterable[str]) -> str:
     """Return what stands before the names of layers in all keys of a file of adapters."""
     keys = list(keys)
-    longest = (
-        "base_model.model.",
-        "model.diffusion_model.",
-        "diffusion_model.",
-        "transformer.",
-        *MANGLED,
-    )
-    return next((prefix for prefix in longest if all(key.startswith(prefix) for key in keys)), "")
+    longest = ""
+    for prefix in PREFIXES:
+        if len(prefix) > len(longest) and all(key.startswith(prefix) for key in keys):
+            longest = prefix
+    return longest

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, adapter_type
 from mmdit.adapters.lora import near
-from mmdit.interop.lora_names import Key, foreign_names, other_kind, parse
+from mmdit.interop.lora_names import FORMATS, Key, foreign_names, parse, unread_type
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
 from mmdit.weights import Checkpoint, check_numbers
 
-# In a header: lengths are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI expects them
+# in a header: the lengths of DoRA are over the base (`LoRAFormat.lengths_over_base`)
 OVER_BASE = "mmdit_dora_scale"
 WHOLE = ("weight", "bias", "modulation")  # parts that are added to whole parameters
 UNMANGLE = (
@@ -29,7 +29,7 @@ UNMANGLE = (
 
 @dataclass
 class Update:
-    """Of one linear layer: tensors by the names of `adapters.layers`."""
+    """The update of one linear layer: tensors by the names of `adapters.layers`."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     alpha: float | None = None  # as the file has it
@@ -39,7 +39,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Of the products; 1 where both factors of LoKr are whole."""
+        """Return the rank of the products; 1 where both factors of LoKr are whole."""
         for name in ("lora_A", "lokr_w2_b", "lokr_w1_b"):
             if name in self.parts:
                 return len(self.parts[name])
@@ -89,9 +89,9 @@ def read_lora(
     path, names = Path(path), foreign_names(model)
     stored = Checkpoint(weights_of(path))
     keys = _chosen(stored, names, expert, path)
-    result = _gather(model, stored, keys, path)
+    content = _gather(model, stored, keys, path)
     settings = settings_of(stored, expert)
-    for module, update in result.updates.items():
+    for module, update in content.updates.items():
         bias = update.parts.pop("lora_B_bias", None)
         _check(model, module, update, path)
         update.scale = _scale(update, settings)
@@ -104,21 +104,21 @@ def read_lora(
             )
         if bias is not None:
             name = f"{module}.bias"
-            result.differences[name] = update.scale * bias.float() + result.differences.get(name, 0)
-    if not result.updates and not result.differences:
-        raise ValueError(
-            f"{path} holds no LoRA{f' of the {expert}-noise expert' if expert else ''}"
-        )
-    if not settings.values and any(name.startswith("base_model.model.") for name in keys):
+            before = content.differences.get(name, 0)
+            content.differences[name] = update.scale * bias.float() + before
+    if not content.updates and not content.differences:
+        whose = f" of the {expert}-noise expert" if expert else ""
+        raise ValueError(f"{path} holds no LoRA{whose}")
+    peft = any(name.startswith(FORMATS["peft"].prefix) for name in keys)
+    if peft and not settings.values:
         warnings.warn(
-            f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were "
-            "the rank; "
-            "name the folder that holds both",
+            f"{path} was saved by PEFT, and its {CONFIG} is not beside it: taken as if alpha were"
+            " the rank; name the folder that holds both",
             stacklevel=4,
         )
-    _warn_of_pictures(path, names, result)
-    _fit_differences(path, model, result.differences)
-    return result
+    _warn_of_pictures(path, names, content)
+    _fit_differences(path, model, content.differences)
+    return content
 
 
 def experts_in(model: nn.Module, path: str | Path) -> set[str]:
@@ -138,58 +138,57 @@ def _chosen(
     """Return the stored names that are meant, and what they say. Where some name an expert,
     `transformer.` alone is the high one, as Diffusers writes a pair."""
     keys = {name: parse(name, names) for name in stored.entries}
-    if any(key.expert for key in keys.values()):
-        first = next(name for name, key in keys.items() if key.expert)
+    of_experts = [name for name, key in keys.items() if key.expert]
+    if of_experts:
         if expert is None:
             raise ValueError(
-                f"{path} holds LoRAs of two experts ({first} …): say expert='high' or 'low'"
+                f"{path} holds LoRAs of two experts ({of_experts[0]} …): say expert='high' or 'low'"
             )
         for name, key in keys.items():
             if key.expert is None and name.startswith("transformer."):
                 keys[name] = replace(key, expert="high")
         keys = {name: key for name, key in keys.items() if key.expert in (None, expert)}
     if unknown := [name for name, key in keys.items() if key.module is None]:
-        if kind := other_kind(unknown):
+        if adapter := unread_type(unknown):
             raise ValueError(
-                f"{path} holds {kind} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr "
-                "and whole differences are; "
-                "merge it with the tool that made it"
+                f"{path} holds {adapter} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr"
+                " and whole differences are; merge it with the tool that made it"
             )
         word = re.sub(UNMANGLE, "", unknown[0])
         alike = sorted(name for name in names if ("." in name) == ("." in word))
         raise ValueError(
-            f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model, "
-            f"first {unknown[0]}"
-            f"{near(word, alike)}; is it for another model (I2V, T2V, 1.3B, 14B)?"
+            f"{path}: {len(unknown)} of {len(stored.entries)} keys name no layer of this model,"
+            f" first {unknown[0]}{near(word, alike)}; is it for another model (I2V, T2V, 1.3B,"
+            " 14B)?"
         )
     return keys
 
 
 def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Path) -> LoRAFile:
     """Read the tensors of `keys`."""
-    result, sources, over_base = LoRAFile(), {}, _marked(stored.files[0])
+    content, sources, over_base = LoRAFile(), {}, _marked(stored.files[0])
     parameters = dict(model.named_parameters())
     for name, tensor in stored.tensors():
         if name not in keys:
             continue
         module, part = keys[name].module, keys[name].part
-        own = module if part in WHOLE and module in parameters else f"{module}.{part}"
-        if own in sources:
+        ours = module if part in WHOLE and module in parameters else f"{module}.{part}"
+        if ours in sources:
             raise ValueError(
-                f"{path} holds {own} twice, as {sources[own]} and as {name}; remove one"
+                f"{path} holds {ours} twice, as {sources[ours]} and as {name}; remove one"
             )
-        sources[own] = name
+        sources[ours] = name
         if part == "alpha":
-            result.updates.setdefault(module, Update()).alpha = _alpha(name, tensor, path)
+            content.updates.setdefault(module, Update()).alpha = _alpha(name, tensor, path)
             continue
         check_numbers(name, tensor, path)
         if part in WHOLE:
-            result.differences[own] = tensor
+            content.differences[ours] = tensor
             continue
-        update = result.updates.setdefault(module, Update())
+        update = content.updates.setdefault(module, Update())
         update.written, update.over_base = keys[name].written, over_base
         update.parts[part] = _lengths(name, tensor, path) if part == "lora_magnitude" else tensor
-    return result
+    return content
 
 
 def _marked(file: Path) -> bool:
@@ -213,9 +212,8 @@ def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
     """Return DoRA's magnitudes as a vector."""
     if tensor.ndim == 2 and tensor.shape[0] == 1 < tensor.shape[1]:
         raise ValueError(
-            f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS' "
-            "wd_on_output: false), which is "
-            "not read here; only lengths of rows are"
+            f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS'"
+            " wd_on_output: false), which is not read here; only lengths of rows are"
         )
     return tensor.squeeze(1) if tensor.ndim == 2 else tensor
 
@@ -223,52 +221,46 @@ def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
 def _scale(update: Update, settings: Settings) -> float:
     if settings.values.get("peft_type") == "LOKR" and not update.lokr:
         raise ValueError(f"{settings.source} says LOKR, but {update.written} has other tensors")
-    if (
-        update.alpha is not None
-    ):  # every reader of whole factors ignores it, but PEFT's own, whose files have no such tensor
-        return 1.0 if update.whole else update.alpha / update.rank
-    return settings.scale(update.written, update.rank, update.whole, update.lokr)
+    if update.alpha is None:
+        return settings.scale(update.written, update.rank, update.whole, update.lokr)
+    # every reader of whole factors ignores alpha, but PEFT's, whose files have no such tensor
+    return 1.0 if update.whole else update.alpha / update.rank
 
 
 def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
     parent, _, leaf = module.rpartition(".")
-    layer = getattr(
-        model.get_submodule(parent), leaf
-    )  # a layer, or a parameter that bears the name
+    layer = getattr(model.get_submodule(parent), leaf)  # or a parameter that bears the name
     for part, word in (("lora_A", "down"), ("lora_B", "up")):
         if part not in update.parts and not update.lokr:
             raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
     if not isinstance(layer, nn.Linear):
-        what = f"a {type(layer).__name__}"
         raise ValueError(
-            f"{path}: an update of {module}, which is {what}; only linear layers can have one"
+            f"{path}: an update of {module}, which is a {type(layer).__name__}; only linear layers"
+            " can have one"
         )
     try:
         _, *sizes = adapter_type(update.parts)
     except ValueError as error:
-        kind = (
-            "DoRA over LoKr is not read here: "
-            if update.lokr and "lora_magnitude" in update.parts
-            else ""
-        )
-        raise ValueError(f"{path}: {module}: {kind}{error}") from None
+        both = update.lokr and "lora_magnitude" in update.parts
+        reason = f"DoRA over LoKr is not read here: {error}" if both else error
+        raise ValueError(f"{path}: {module}: {reason}") from None
     if sizes != [layer.in_features, layer.out_features]:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in update.parts.items())
         raise ValueError(
-            f"{path}: {module} has {shapes}; this layer is {layer.in_features} → "
-            f"{layer.out_features}: the LoRA is for a model of another size"
+            f"{path}: {module} has {shapes}; this layer is {layer.in_features} →"
+            f" {layer.out_features}: the LoRA is for a model of another size"
         )
 
 
-def _warn_of_pictures(path: Path, names: dict[str, str], result: LoRAFile) -> None:
-    """Tell that a LoRA of T2V leaves an I2V model's picture layers as they are."""
-    pictured = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
-    told = [name for name in result.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
-    if pictured and told and not result.updates.keys() & pictured:
+def _warn_of_pictures(path: Path, names: dict[str, str], content: LoRAFile) -> None:
+    """Warn that a LoRA of T2V leaves an I2V model's picture layers as they are."""
+    of_pictures = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
+    of_text = [name for name in content.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
+    if of_pictures and of_text and not content.updates.keys() & of_pictures:
         warnings.warn(
-            f"{path} adapts {len(told)} layers that read the text and none of the {len(pictured)} "
-            "that read the "
-            "picture: it was made for a T2V model, and this I2V model keeps those as they are",
+            f"{path} adapts {len(of_text)} layers that read the text and none of the"
+            f" {len(of_pictures)} that read the picture: it was made for a T2V model, and this I2V"
+            " model keeps those as they are",
             stacklevel=5,
         )
 
@@ -278,20 +270,20 @@ def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor
     ValueError for other shapes."""
     parameters = dict(model.named_parameters())
     for name, tensor in list(differences.items()):
-        own = parameters.get(name)
-        if own is not None and own.shape == tensor.shape:
+        here = parameters[name].shape if name in parameters else None
+        if here == tensor.shape:
             continue
-        fewer = own is not None and tensor.ndim == own.ndim > 2 and tensor.shape[1] < own.shape[1]
-        if fewer and (tensor.shape[0], *tensor.shape[2:]) == (own.shape[0], *own.shape[2:]):
+        patches = here is not None and tensor.ndim == len(here) > 2
+        if patches and tensor.shape[1] < here[1] and tensor[:, 0].shape == (here[0], *here[2:]):
             warnings.warn(
-                f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this "
-                f"model has {own.shape[1]}: it "
-                "was made for a T2V model; this one is left out, all others are laid on",
+                f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this"
+                f" model has {here[1]}: it was made for a T2V model; this one is left out, all"
+                " others are laid on",
                 stacklevel=5,
             )
             del differences[name]
             continue
-        what = "not there" if own is None else tuple(own.shape)
+        what = "not there" if here is None else tuple(here)
         raise ValueError(
             f"{path}: a difference {tuple(tensor.shape)} for {name}, which is {what} in this model"
         )

@@ -1,72 +1,40 @@
-"""The strength of adapters as PEFT keeps it: in a config beside the weights, or, as Diffusers does,
-in the header of their file."""
+"""The strength of adapters as PEFT keeps it, read and written: in a config beside the weights, or,
+as Diffusers does, in the header of their file."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 
+from mmdit.adapters.layers import Adapter, DoRALinear
 from mmdit.foreign import read_json
 from mmdit.weights import Checkpoint
 
 HEADER = "lora_adapter_metadata"  # of Diffusers
 CONFIG = "adapter_config.json"  # of PEFT
-USED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-}
+USED = """
+peft_type r lora_alpha alpha rank_pattern alpha_pattern use_rslora use_dora lora_bias
+"""
 # What the finished update does not depend on: choice of layers (the tensors tell it), training,
-# book-keeping.
-NEUTRAL = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_dropout",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "runtime_config",
-    "ensure_weight_tying",
-    "fan_in_fan_out",  # PEFT itself sets it to false for linear layers
-    "rank_dropout",
-    "module_dropout",
-    "rank_dropout_scale",
-    "decompose_both",
-    "decompose_factor",
-    "init_weights",
-    "use_effective_conv2d",  # of convolutions alone
-}
-BESIDE_THE_BASE = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # init_lora_weights that leave the base as it is
+# book-keeping; fan_in_fan_out is set to false for linear layers by PEFT itself, and
+# use_effective_conv2d is of convolutions alone.
+NEUTRAL = """
+task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
+exclude_modules layers_to_transform layers_pattern lora_dropout megatron_core qalora_group_size
+loftq_config eva_config corda_config lora_ga_config runtime_config ensure_weight_tying rank_dropout
+module_dropout rank_dropout_scale decompose_both decompose_factor init_weights fan_in_fan_out
+use_effective_conv2d
+"""
+CHECKED = {"init_lora_weights", "bias"}
+KNOWN = CHECKED.union(USED.split(), NEUTRAL.split())
+# values of init_lora_weights that leave the base as it is
+BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -77,68 +45,67 @@ class Settings:
     values: dict
 
     def check(self) -> None:
-        """ValueError names what changes the update in a way that is not known here."""
-        values = self.values
-        kind = values.get("peft_type", "LORA")
-        if kind not in ("LORA", "LOKR"):
+        """Raise ValueError for what changes the update in a way that is not known here."""
+        values, source = self.values, self.source
+        adapter, start = values.get("peft_type", "LORA"), values.get("init_lora_weights")
+        if adapter not in ("LORA", "LOKR"):
             raise ValueError(
-                f"{self.source}: peft_type is {kind!r}; can read LORA (DoRA included) and LOKR"
+                f"{source}: peft_type is {adapter!r}; can read LORA (DoRA included) and LOKR"
             )
-        start = values.get("init_lora_weights")
         if start not in BESIDE_THE_BASE:
             raise ValueError(
-                f"{self.source}: init_lora_weights is {start!r}, which also changes the base; save "
-                "the adapter with PEFT's "
-                "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+                f"{source}: init_lora_weights is {start!r}, which also changes the base; save the"
+                " adapter with PEFT's path_initial_model_for_weight_conversion, which makes a"
+                " plain LoRA of it"
             )
         if values.get("bias") not in (None, "none"):
             raise ValueError(
-                f"{self.source}: bias is {values['bias']!r}: it comes with biases in place of the "
-                "base's, which are not "
-                "read; merge it with PEFT, or train with bias: none"
+                f"{source}: bias is {values['bias']!r}: it comes with biases in place of the"
+                " base's, which are not read; merge it with PEFT, or train with bias: none"
             )
         for name in ("use_rslora", "use_dora", "lora_bias"):
             if values.get(name) not in (None, True, False):
                 raise ValueError(
-                    f"{self.source}: {name} is {values[name]!r:.100}, must be true or false"
+                    f"{source}: {name} is {values[name]!r:.100}, must be true or false"
                 )
         for name, value in values.items():
-            if value and name not in USED | NEUTRAL | {"init_lora_weights", "bias"}:
+            if value and name not in KNOWN:
                 raise ValueError(
-                    f"{self.source}: {name} is {value!r:.100}, which may change the update and is "
-                    "not known here; merge it "
-                    "with PEFT and take the whole weights"
+                    f"{source}: {name} is {value!r:.100}, which may change the update and is not"
+                    " known here; merge it with PEFT and take the whole weights"
                 )
 
     def scale(self, layer: str, rank: int, whole: bool, lokr: bool) -> float:
         """Return what multiplies the product of a layer's factors. `layer`: its name in the file;
         `whole`: both factors of LoKr are, so that only the config knows the rank."""
-        told = self._number("alpha" if lokr else "lora_alpha", layer)
-        if told is None:
+        alpha = self._number("alpha" if lokr else "lora_alpha", "alpha_pattern", layer)
+        if alpha is None:
             return 1.0
-        own = self._number("r", layer)
-        if whole and own is None:
+        stated = self._number("r", "rank_pattern", layer)
+        if whole and stated is None:
             raise ValueError(f"{self.source} tells an alpha and no r, by which PEFT divides it")
-        if own is not None and not whole and own != rank:
+        if stated is not None and not whole and stated != rank:
             raise ValueError(
-                f"{self.source} gives {layer} the rank {own:g}, its tensors have {rank}: they do "
-                "not belong together"
+                f"{self.source} gives {layer} the rank {stated:g}, its tensors have {rank}: they"
+                " do not belong together"
             )
-        rank = own if whole else rank
-        return told / (math.sqrt(rank) if self.values.get("use_rslora") and not lokr else rank)
+        divisor = stated if whole else rank
+        if self.values.get("use_rslora") and not lokr:
+            divisor = math.sqrt(divisor)
+        return alpha / divisor
 
-    def _number(self, name: str, layer: str) -> float | None:
-        """Return a positive `r`, or a finite alpha, of a layer: the first pattern that fits its
-        name, else the common one."""
-        pattern = "rank_pattern" if name == "r" else "alpha_pattern"
+    def _number(self, name: str, pattern: str, layer: str) -> float | None:
+        """Return a positive rank, or a finite alpha, of a layer: that of the first key of `pattern`
+        that fits its name, else the common one, `name`."""
         patterns = self.values.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise ValueError(
-                f"{self.source}: {pattern} is {patterns!r:.100}, must map names of layers to "
-                "numbers"
+                f"{self.source}: {pattern} is {patterns!r:.100}, must map names of layers to"
+                " numbers"
             )
         value = self.values.get(name)
-        for key, own in patterns.items():
+        missing = value is None
+        for key, special in patterns.items():
             try:
                 fits = re.match(rf"(.*\.)?({key})$", layer)
             except (re.error, RecursionError, OverflowError) as error:
@@ -146,33 +113,53 @@ class Settings:
                     f"{self.source}: {pattern} has {key!r:.100}, no regular expression: {error}"
                 ) from None
             if fits:
-                value, name = own, f"{pattern}[{key!r}]"
+                value, name, missing = special, f"{pattern}[{key!r}]", False
                 break
-        if value is None and "[" not in name:
+        if missing:
             return None
-        number = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if not number or value == 0 or (pattern == "rank_pattern" and value < 0):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        positive = pattern == "rank_pattern"
+        if not number or not math.isfinite(value) or value == 0 or (positive and value < 0):
+            wanted = "positive" if positive else "finite"
             raise ValueError(
-                f"{self.source}: {name} is {value!r:.100}, must be a "
-                f"{'positive' if pattern == 'rank_pattern' else 'finite'} "
-                "number other than 0"
+                f"{self.source}: {name} is {value!r:.100}, must be a {wanted} number other than 0"
             )
         return value
+
+
+def config_of(layers: dict[str, Adapter]) -> dict:
+    """Return PEFT's config of adapters by the names of their layers in the file."""
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
+    (rank, rank_pattern), (alpha, alpha_pattern) = map(_common, (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(layers),
+        "use_rslora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+
+
+def _common(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """Return the most frequent of `values`, and those that differ from it."""
+    if not values:
+        return 1, {}
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def weights_of(path: Path) -> Path:
     """Return the file of weights in a folder that PEFT saved; any other path as it is."""
     if (path / CONFIG).is_file():
-        return next(
-            (
-                file
-                for end in ("safetensors", "bin")
-                if (file := path / f"adapter_model.{end}").is_file()
-            ),
-            path,
-        )
+        for end in ("safetensors", "bin"):
+            if (path / f"adapter_model.{end}").is_file():
+                return path / f"adapter_model.{end}"
     return path
 
 

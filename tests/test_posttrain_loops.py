@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.posttrain.evaluation import Evaluator
 from mmdit.posttrain.online import step_terms
 from mmdit.posttrain.posttrain_config import (
     DPOConfig,
@@ -22,7 +23,8 @@ from mmdit.posttrain.posttrain_config import (
     StorageConfig,
 )
 from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
-from mmdit.posttrain.session import Session
+from mmdit.posttrain.rollouts import Rollouts
+from mmdit.posttrain.stop_rules import StopRules
 from mmdit.posttrain.trajectory import Trajectory
 from mmdit.scripts import posttrain
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
@@ -87,7 +89,7 @@ def first_update(folder, **changes):
         "rewards": (Noise(),),
     }
     running = session(folder, algorithm="grpo", **(settings | changes))
-    rollouts, _ = running.collect(0)
+    rollouts = running.rollouts.collect(0)
     worth, off = torch.linspace(-1, 1, 8), 0.0
     for rollout in rollouts:
         for loss, numbers in step_terms(running, rollout.to("cpu"), worth[rollout.indices]):
@@ -117,7 +119,7 @@ def test_scoring_before_rounding_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Trajectory,
         "put",
-        lambda self, place, x: (self.states.__setitem__(place, x.to(self.plan.dtype)), x)[1],
+        lambda self, place, x: (self.states.__setitem__(place, x.to(self.storage.dtype)), x)[1],
     )
     mean = RatioConfig(norm="mean")
     assert first_update(tmp_path, model=transformer(False), ratio=mean)[0] == 0
@@ -149,7 +151,7 @@ def test_storing_everything_or_offloading_changes_no_gradient(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(least, other, strict=True))
         assert (many > few) == (storage.positions == "all")
     running = session(tmp_path, algorithm="grpo", rollout=rollout)
-    assert few == 8 * running.plan(running.stochastic(0)).bytes(48)
+    assert few == 8 * running.rollouts.storage(running.rollouts.noisy_steps(0)).bytes(48)
 
 
 def test_the_kl_moves_the_policy_alone_and_is_not_in_the_policy_loss(tmp_path):
@@ -169,13 +171,13 @@ def test_the_kl_moves_the_policy_alone_and_is_not_in_the_policy_loss(tmp_path):
         shift = torch.Generator().manual_seed(0)
         for p in running.learner.model.parameters():
             p.data += 0.02 * torch.randn(p.shape, generator=shift)
-        kept = {name: p.clone() for name, p in running.reference.items()}
-        rollout = running.collect(0)[0][0]
+        kept = {name: p.clone() for name, p in running.policy.reference.items()}
+        rollout = running.rollouts.collect(0)[0]
         terms = list(step_terms(running, rollout, torch.full((8,), worth)))
         sum(loss for loss, _ in terms).backward()
         assert all(
             torch.equal(p, kept[name]) and not p.requires_grad
-            for name, p in running.reference.items()
+            for name, p in running.policy.reference.items()
         )
         size = sum(p.grad.abs().sum().item() for p in running.learner.model.parameters())
         return (
@@ -222,14 +224,15 @@ def test_the_samples_of_a_group_may_begin_alike_and_the_noisy_steps_are_drawn_an
             **common,
         )
         first, last = (
-            running.collect(0)[0][0].trajectory.get(place).reshape(4, 2, -1) for place in (0, -1)
+            running.rollouts.collect(0)[0].trajectory.get(place).reshape(4, 2, -1)
+            for place in (0, -1)
         )
         assert torch.equal(first[:, 0], first[:, 1]) == shared and not torch.equal(
             first[0], first[1]
         )
         assert not torch.equal(last[:, 0], last[:, 1])
     running = session(tmp_path, rollout={"sde_steps": (0, 1, 2, 3), "sde_pick": 2}, **common)
-    drawn = [running.stochastic(epoch) for epoch in range(40)]
+    drawn = [running.rollouts.noisy_steps(epoch) for epoch in range(40)]
     assert {len(set(steps)) for steps in drawn} == {2} and len(set(drawn)) == 6, (
         "each of the six pairs"
     )
@@ -242,7 +245,7 @@ def test_gradients_are_clipped(tmp_path):
         running = session(tmp_path, train={"grad_clip": clip})
         for p in running.learner.model.parameters():
             p.grad = torch.ones_like(p)
-        assert running.apply()["grad_norm"] > 10
+        assert running.updates.apply()["grad_norm"] > 10
         moments = [
             value
             for name, value in running.state.files()["optimizer"].items()
@@ -277,7 +280,7 @@ def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
         assert least[0] == everything[0] == 0 and all(
             torch.equal(a, b) for a, b in zip(least[1], everything[1], strict=True)
         )
-        steps = session(tmp_path, algorithm="grpo", **clips).stochastic(0)
+        steps = session(tmp_path, algorithm="grpo", **clips).rollouts.noisy_steps(0)
         places = len({place for step in steps for place in (step, step + 1)} | {6})
         assert least[2] == 8 * values * (size * places + 4 * len(steps)) and everything[
             2
@@ -598,10 +601,10 @@ def test_the_best_on_held_out_prompts_is_kept_apart(shop, monkeypatch, capsys):
 
     scores = iter([0.2, 0.1, 0.6, 0.4])
     monkeypatch.setattr(
-        Session,
+        Evaluator,
         "evaluate",
-        lambda session: {
-            "seen_brightness": 0.1 * session.state.step,
+        lambda evaluator: {
+            "seen_brightness": 0.1 * evaluator.setup.state.step,
             "held_out_brightness": next(scores),
         },
     )
@@ -623,8 +626,8 @@ def test_the_best_on_held_out_prompts_is_kept_apart(shop, monkeypatch, capsys):
 
 def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch):
     extra = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.cache('pictures')}"]
-    monkeypatch.setattr(Session, "roll_out", None)
-    monkeypatch.setattr(Session, "drift", lambda session: 0.0)
+    monkeypatch.setattr(Rollouts, "sample", None)
+    monkeypatch.setattr(StopRules, "drift", lambda rules: 0.0)
     assert posttrain.main(command(shop, "real", *extra)) == 0
     last = json.loads((shop.folder / "runs/real/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["grad_norm"] > 0
@@ -800,8 +803,8 @@ def test_mistakes_are_told_before_anything_runs(shop, capsys):
 def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
     running = session(tmp_path, epochs=1, algorithm="grpo", rewards=(LatentNorm(),))
     monkeypatch.setattr(running.tokenizer, "decode", None)
-    _, futures = running.collect(0)
-    assert all(0 < future.result()["latent_norm"].min() <= 1 for future in futures)
+    for rollout in running.rollouts.collect(0):
+        assert 0 < rollout.rewards.result()["latent_norm"].min() <= 1
     shutil.rmtree(tmp_path)
 
 

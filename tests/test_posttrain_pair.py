@@ -14,10 +14,9 @@ from mmdit.diffusion import FlowMatching, FlowMatchingConfig, guided
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop.wan import load_dit
 from mmdit.posttrain.advantages import advantages
-from mmdit.posttrain.dpo_offline import dpo_offline
-from mmdit.posttrain.evaluation import draw, pipeline
 from mmdit.posttrain.experts import Pair
-from mmdit.posttrain.online import noised, online, sample_terms, terms
+from mmdit.posttrain.loop import post_train as run
+from mmdit.posttrain.online import noised, online_epoch, sample_terms, terms
 from mmdit.posttrain.posttrain_config import (
     DPOConfig,
     KLConfig,
@@ -30,7 +29,7 @@ from mmdit.posttrain.posttrain_config import (
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Brightness, LatentNorm
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import srpo
+from mmdit.posttrain.updates import Updates
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMAConfig
@@ -123,35 +122,28 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
     state = TrainState.create(learner, options, EMAConfig(enabled=algorithm == "awm", decay=0.9))
     prompts = Prompts(["a", "a cat on a", "two of them, and", "a dog in"])
 
-    def store(session, best):
-        meta = checkpoint.Meta(session.state.step, {}, Squash.spec, "squash")
-        files = {
-            name: value
-            for name, value in (session.state.files() | session.files()).items()
-            if not best or name == "model"
-        }
-        checkpoint.save(folder / "best" if best else folder, meta, files, 0 if not best else 1)
+    def store(files, best):
+        meta = checkpoint.Meta(state.step, {}, Squash.spec, "squash")
+        if best:
+            checkpoint.save(folder / "best", meta, {"model": files["model"]}, 1)
+        else:
+            checkpoint.save(folder, meta, files, 0)
 
     return Session(
-        PosttrainConfig(**settings | changes),
-        options,
-        0,
-        state,
-        Squash(),
-        prompts,
-        {"seen": prompts.at([0, 1, 2])},
-        32,
-        32,
-        1,
-        folder,
-        store,
+        config=PosttrainConfig(**settings | changes),
+        train=options,
+        seed=0,
+        state=state,
+        tokenizer=Squash(),
+        prompts=prompts,
+        evaluated={"seen": prompts.at([0, 1, 2])},
+        width=32,
+        height=32,
+        frames=1,
+        run_dir=folder,
+        save=store,
         pair=Pair(sibling.requires_grad_(False).eval(), between),
     )
-
-
-def run(session: Session) -> bool:
-    loops = {"srpo": srpo, "dpo": dpo_offline if session.config.dpo.source == "offline" else online}
-    return loops.get(session.config.algorithm, online)(session)
 
 
 def stored(folder, step: int) -> dict[str, torch.Tensor]:
@@ -189,7 +181,7 @@ def test_evaluation_leaves_every_part_in_the_mode_it_had(tmp_path):
         parts = [*session.learner.modules(), *session.pair.sibling.modules()]
         session.learner.text_encoder.train()
         before = [part.training for part in parts]
-        session.evaluate()
+        session.evaluator.evaluate()
         assert [part.training for part in parts] == before
 
 
@@ -199,14 +191,14 @@ def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(
 ):
     often = {"eval_every_epochs": 2}
     assert run(paired(tmp_path / "straight", algorithm, **often))
-    session, apply = paired(tmp_path / "asked", algorithm, **often), Session.apply
+    session, apply = paired(tmp_path / "asked", algorithm, **often), Updates.apply
 
-    def asked_in_the_third(session):
+    def asked_in_the_third(updates):
         if session.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return apply(session)
+        return apply(updates)
 
-    monkeypatch.setattr(Session, "apply", asked_in_the_third)
+    monkeypatch.setattr(Updates, "apply", asked_in_the_third)
     assert not run(session) and session.state.step == 3
     assert_equal(stored(tmp_path / "straight", 3), stored(tmp_path / "asked", 3))
     again = paired(tmp_path / "asked", algorithm, **often)
@@ -263,7 +255,7 @@ def test_rollouts_scores_and_evaluation_ask_each_expert_at_its_own_levels(
             )[1],
         )
     mine, others = ("sibling", "trained") if trained == "low" else ("trained", "sibling")
-    for work in (lambda: session.collect(0), session.evaluate):
+    for work in (lambda: session.rollouts.collect(0), session.evaluator.evaluate):
         asked["trained"].clear(), asked["sibling"].clear()
         work()
         assert asked[mine] and asked[others]
@@ -276,7 +268,7 @@ def test_evaluation_draws_what_both_experts_draw_together(tmp_path, trained):
     for name, weight in session.learner.model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(weight, std=0.1)
-    source = pipeline(session)
+    source = session.evaluator.pipeline()
     assert {id(source.learner.model), id(source.low)} == {
         id(session.learner.model),
         id(session.pair.sibling),
@@ -284,12 +276,12 @@ def test_evaluation_draws_what_both_experts_draw_together(tmp_path, trained):
     assert (source.low is session.learner.model) == (
         trained == "low"
     ) and source.boundary == BOUNDARY
-    latents, pixels = draw(session, session.prompts.captions[:2], 0)
+    latents, pixels = session.evaluator.draw(session.prompts.captions[:2], 0)
     torch.testing.assert_close(
         session.tokenizer.decode(session.learner.spec.denormalize(latents)), pixels
     )
-    values = session.evaluate()
-    latents, pixels = draw(session, session.evaluated["seen"].captions, 0)
+    values = session.evaluator.evaluate()
+    latents, pixels = session.evaluator.draw(session.evaluated["seen"].captions, 0)
     rms = latents.flatten(1).square().mean(1).sqrt()
     assert values["seen_latent_norm"] == pytest.approx(
         torch.exp(-(rms - 1).square()).mean().item(), rel=1e-5
@@ -310,11 +302,13 @@ def test_each_expert_has_its_own_guidance(tmp_path):
         scale = 4.0 if level > BOUNDARY else 2.0
         with torch.no_grad():
             clean = guided(session.learner.objective, network, text, scale)(x, level)
-            torch.testing.assert_close(session.velocity(text)(x, level), (x - clean) / level)
+            torch.testing.assert_close(session.policy.velocity(text)(x, level), (x - clean) / level)
     session = paired(tmp_path, trained="low", rollout={"guidance": 3.0})
     same = paired(tmp_path, trained="low", rollout={"guidance": 3.0, "guidance_low": 3.0})
     with torch.no_grad():
-        assert torch.equal(session.velocity(text)(x, 0.5), same.velocity(text)(x, 0.5))
+        assert torch.equal(
+            session.policy.velocity(text)(x, 0.5), same.policy.velocity(text)(x, 0.5)
+        )
 
 
 @pytest.mark.parametrize("boundary", [0.875, 0.9, 0.7, 0.8745])
@@ -349,30 +343,28 @@ def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
         )
         x, _, sigma = noised(session, torch.zeros(2, *session.shape), torch.arange(2), 0, 1)
         assert all(session.pair.owns(level) for level in sigma.tolist())
-        session.velocity(session.text[:2])(x, sigma)
+        session.policy.velocity(session.text[:2])(x, sigma)
 
 
 # ── slow copies ───────────────────────────────────────────────────────────────────────────────────
 def test_nft_compares_with_its_slow_copy_and_the_copy_follows_slowly(tmp_path):
     session = paired(tmp_path, "nft")
-    start = {name: value.clone() for name, value in session.old.items()}
-    seen, body = [], session.run
-    session.run = lambda epoch, updates: (seen.append(epoch()), True)[1]
-    online(session)  # one epoch
-    session.run, policy = body, session.snapshot()
+    start = {name: value.clone() for name, value in session.policy.old.items()}
+    online_epoch(session)
+    policy = session.policy.snapshot()
     assert any(not torch.equal(policy[name], start[name]) for name in policy)
-    for name, value in session.old.items():
+    for name, value in session.policy.old.items():
         torch.testing.assert_close(value, 0.1 * start[name] + 0.9 * policy[name])
-    rollout = session.collect(1)[0][0]
+    rollout = session.rollouts.collect(1)[0]
     worth = torch.ones(len(rollout))
 
     def loss() -> float:
         return sum(term.item() for term, _ in sample_terms(session, rollout, worth))
 
     found = loss()
-    session.old = {name: value + 0.5 for name, value in session.old.items()}
+    session.policy.old = {name: value + 0.5 for name, value in session.policy.old.items()}
     assert loss() != pytest.approx(found, rel=1e-5), "the old velocity is the copy's"
-    session.old = session.snapshot()
+    session.policy.old = session.policy.snapshot()
     assert loss() != pytest.approx(found, rel=1e-9)
 
 
@@ -381,7 +373,7 @@ def test_what_is_held_near_or_compared_with_is_the_copy_and_not_the_policy(tmp_p
     """The reference of a KL and of DPO, and AWM's average: another copy is another loss."""
     changes = {} if algorithm == "dpo" else {"kl": KLConfig(beta=1.0)}
     session = paired(tmp_path, algorithm, **changes, dpo=DPOConfig(source="online", beta=1.0))
-    rollout = session.collect(0)[0][0]
+    rollout = session.rollouts.collect(0)[0]
     worth = torch.linspace(-1, 1, len(rollout))
 
     def loss() -> float:
@@ -390,9 +382,9 @@ def test_what_is_held_near_or_compared_with_is_the_copy_and_not_the_policy(tmp_p
     def moved(copy: dict) -> dict:
         return {name: value + 0.3 for name, value in copy.items()}
 
-    found, session.reference = loss(), moved(session.reference)
+    found, session.policy.reference = loss(), moved(session.policy.reference)
     assert loss() != pytest.approx(found, rel=1e-6)
-    session.reference = session.snapshot()
+    session.policy.reference = session.policy.snapshot()
     assert loss() == pytest.approx(found, rel=1e-6)
     if algorithm == "awm":
         session.state.ema.shadow = moved(session.state.ema.shadow)
@@ -403,24 +395,28 @@ def test_nft_may_roll_out_its_slow_copy(tmp_path):
     drawn = {}
     for policy in ("current", "old"):
         session = paired(tmp_path, "nft", rollout={"policy": policy})
-        session.old = {name: value + 0.3 for name, value in session.old.items()}
-        drawn[policy] = session.collect(0)[0][0].clean
+        session.policy.old = {name: value + 0.3 for name, value in session.policy.old.items()}
+        drawn[policy] = session.rollouts.collect(0)[0].clean
     session = paired(tmp_path, "nft")
     for name, weight in session.learner.model.named_parameters():
         if weight.requires_grad:
             weight.data += 0.3
     assert not torch.equal(drawn["current"], drawn["old"]) and torch.equal(
-        drawn["old"], session.collect(0)[0][0].clean
+        drawn["old"], session.rollouts.collect(0)[0].clean
     )
 
 
 def test_awm_s_old_policy_is_that_of_the_epoch_s_beginning_and_its_average_is_not(tmp_path):
     session = paired(tmp_path, "awm")
     run(session)
-    policy = session.snapshot()
-    assert all(torch.equal(session.old[name], value) for name, value in policy.items())
-    assert any(not torch.equal(session.averaged()[name], value) for name, value in policy.items())
-    assert any(not torch.equal(session.reference[name], value) for name, value in policy.items())
+    policy = session.policy.snapshot()
+    assert all(torch.equal(session.policy.old[name], value) for name, value in policy.items())
+    assert any(
+        not torch.equal(session.policy.averaged()[name], value) for name, value in policy.items()
+    )
+    assert any(
+        not torch.equal(session.policy.reference[name], value) for name, value in policy.items()
+    )
 
 
 def test_pairs_are_made_by_the_first_model_even_when_they_are_made_late(tmp_path):
@@ -443,7 +439,7 @@ def test_the_command_trains_the_expert_that_is_named_and_freezes_the_other(
     release = make_release(tmp_path / "release", replace(DIT, in_dim=16, out_dim=16), pair=True)
     sessions = []
     monkeypatch.chdir(RECIPES[0].parents[2])
-    monkeypatch.setattr(align, "online", lambda session: sessions.append(session) or True)
+    monkeypatch.setattr(align, "post_train", lambda session: sessions.append(session) or True)
     words = [
         f"{section}.name_or_path={release}" for section in ("tokenizer", "text_encoder", "model")
     ]

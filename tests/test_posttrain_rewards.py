@@ -18,14 +18,13 @@ from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,
     ColorMatch,
-    ColorWords,
     Motion,
-    PromptAccuracy,
     Reward,
     RewardPool,
     Samples,
     Sharpness,
 )
+from mmdit.posttrain.shapes import ColorWords, PromptAccuracy
 from mmdit.rng import Draws
 
 

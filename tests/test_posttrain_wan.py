@@ -26,12 +26,11 @@ from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.posttrain.experts import Pair
-from mmdit.posttrain.online import online
+from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import srpo
 from mmdit.rng import Draws
 from mmdit.scripts import posttrain
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
@@ -164,29 +163,31 @@ def updates(
     with tempfile.TemporaryDirectory() as folder:
         prompts = Prompts(["a cat", "a dog"])
         session = Session(
-            settings,
-            train,
-            0,
-            TrainState.create(learner, train, EMAConfig(enabled=False)),
-            Decoder(vae, device),
-            prompts,
-            {"seen": prompts.at([0])},
-            width,
-            height,
-            frames,
-            Path(folder),
-            lambda *_: None,
-            World(device=torch.device(device)),
-            Pair(high.requires_grad_(False).eval(), (0.0, BOUNDARY)),
+            config=settings,
+            train=train,
+            seed=0,
+            state=TrainState.create(learner, train, EMAConfig(enabled=False)),
+            tokenizer=Decoder(vae, device),
+            prompts=prompts,
+            evaluated={"seen": prompts.at([0])},
+            width=width,
+            height=height,
+            frames=frames,
+            run_dir=Path(folder),
+            save=lambda *_: None,
+            world=World(device=torch.device(device)),
+            pair=Pair(high.requires_grad_(False).eval(), (0.0, BOUNDARY)),
         )
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        assert {"srpo": srpo}.get(algorithm, online)(session)
+        assert post_train(session)
         first, last = [
             json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
         ][1:]
     stored = (
-        session.plan(session.stochastic(0)).bytes(torch.Size(session.shape).numel())
+        session.rollouts.storage(session.rollouts.noisy_steps(0)).bytes(
+            torch.Size(session.shape).numel()
+        )
         if algorithm == "grpo"
         else None
     )
@@ -205,7 +206,7 @@ def updates(
             torch.equal(low.get_parameter(name), p) for name, p in base.items()
         ),
         "adapters_moved": sum(layer.lora_B.abs().sum().item() for layer in adapters(low).values()),
-        "trained": sum(map(torch.Tensor.numel, session.reference.values())),
+        "trained": sum(map(torch.Tensor.numel, session.policy.reference.values())),
         "loss_or_score": last.get("loss", last.get("score_denoise")),
         "grad_norm": last["grad_norm"],
         "drift": last["drift"],
@@ -245,26 +246,26 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
             reward_frames=(0, -5),
         )
         session = Session(
-            settings,
-            train,
-            0,
-            TrainState.create(learner, train, EMAConfig(enabled=False)),
-            Decoder(4, "cpu"),
-            prompts,
-            {},
-            32,
-            32,
-            9,
-            tmp_path,
-            lambda *_: None,
-            World(),
-            Pair(Seen(TINY), between),
+            config=settings,
+            train=train,
+            seed=0,
+            state=TrainState.create(learner, train, EMAConfig(enabled=False)),
+            tokenizer=Decoder(4, "cpu"),
+            prompts=prompts,
+            evaluated={},
+            width=32,
+            height=32,
+            frames=9,
+            run_dir=tmp_path,
+            save=lambda *_: None,
+            pair=Pair(Seen(TINY), between),
         )
         levels.clear()
-        clean = session.roll_out(session.velocity(session.text), Draws.of(0, 0, 2)).get(-1)
+        velocity = session.policy.velocity(session.text)
+        clean = session.rollouts.sample(velocity, Draws.of(0, 0, 2)).get(-1)
         assert levels == pytest.approx(own)
         with pytest.raises(ValueError, match="both sides"):
-            session.velocity(session.text)(clean, torch.tensor([0.95, 0.2]))
+            velocity(clean, torch.tensor([0.95, 0.2]))
         asked: list[int] = []
         whole = session.tokenizer.decode(clean)
         decode = session.tokenizer.decode
@@ -272,7 +273,7 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
             asked.append(latents.shape[1]),
             decode(latents),
         )[1]
-        torch.testing.assert_close(session.decode(clean), whole[:, [0, 4]])
+        torch.testing.assert_close(session.rollouts.decode(clean), whole[:, [0, 4]])
         assert asked == [2], "of three latent frames no more than the second is needed"
 
 
@@ -294,8 +295,12 @@ def test_an_update_moves_the_adapters_of_one_expert_alone(algorithm, frames):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(
-    path, tmp_path, clip_folder, monkeypatch, capsys
-):  # noqa: F811
+    path,
+    tmp_path,
+    clip_folder,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(path.parents[2])
     shipped = load_experiment_config(path)
     expert, settings = shipped.model.expert, shipped.posttrain

@@ -21,12 +21,12 @@ from mmdit.files import write_atomically
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_pictures import check_trainable, picture_of
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.posttrain.dpo_offline import check_pairs, dpo_offline
+from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.experts import Pair
-from mmdit.posttrain.online import online
-from mmdit.posttrain.prompts import load_prompts
+from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import real_latents, srpo
+from mmdit.posttrain.setup import Files
+from mmdit.posttrain.srpo import real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import check_same_latents
@@ -40,7 +40,7 @@ from mmdit.training.trainer import TrainState
 
 
 def _check(config: ExperimentConfig) -> None:
-    """ConfigError for what post-training cannot do, before anything is loaded."""
+    """Raise ConfigError for what post-training cannot do, before anything is loaded."""
     settings = config.posttrain
     if settings is None:
         raise ConfigError(
@@ -69,8 +69,8 @@ def _check(config: ExperimentConfig) -> None:
 def posttrain(
     config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False
 ) -> bool:
-    """Post-train as configured; True when it ended, False when it was asked to stop (continue with
-    resume)."""
+    """Post-train as configured. Return True when it ended, False when it was asked to stop
+    (continue with `resume`)."""
     config = resolved(config)
     _check(config)
     settings, train = config.posttrain, config.train
@@ -78,7 +78,7 @@ def posttrain(
         world = stack.enter_context(process_group(device, train.timeout_minutes))
         if not dry_run:
             stack.enter_context(hold(config.run_dir, world))
-        found = world.share(lambda: find_start(config, resume, prunes=not dry_run))
+        resumed = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
         if isinstance(learner.model, WanDenoiser) and picture_of(learner.model) != "none":
@@ -87,10 +87,10 @@ def posttrain(
                 f"is {learner.model.config.variant}, which continues a picture; post-training gives"
                 " none: post-train a T2V or TI2V model",
             )
-        told, pair, expert = [], None, getattr(config.model, "expert", None)
+        lines, pair, expert = [], None, getattr(config.model, "expert", None)
         if isinstance(config.model, WanModelConfig):
             check_trainable(learner.model, config)
-            told = [f"starting from {config.model.name_or_path}"]
+            lines = [f"starting from {config.model.name_or_path}"]
         if expert:
             other = load_denoiser(
                 config.model,
@@ -99,101 +99,83 @@ def posttrain(
                 "low" if expert == "high" else "high",
             )
             pair = Pair(other.requires_grad_(False).eval().to(world.device), config.model.between)
-        meta = checkpoint.Meta.read(found) if found else None
+        meta = checkpoint.Meta.read(resumed) if resumed else None
         start = config
         if train.init_from:
-            begun = (
-                Path(meta.origin.get("source") or train.init_from)
-                if meta
-                else Path(train.init_from)
-            )
-            source = world.share(
-                lambda: checkpoint.newest(begun if begun.exists() else Path(train.init_from))
-            )
+            first = Path(train.init_from)
+            if meta and Path(meta.origin.get("source") or first).exists():
+                first = Path(meta.origin.get("source") or first)
+            source = world.share(lambda: checkpoint.newest(first))
             start = replace(config, train=replace(train, init_from=str(source or train.init_from)))
-            told = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
+            lines = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
         settle(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
-        prompts, evaluated = load_prompts(
-            settings.prompts,
-            settings.prompt_count,
-            config.seed,
-            frames > 1,
-            width,
-            height,
-            settings.eval_prompts,
-        )
+        prompts, evaluated = settings.load_prompts(config.seed, frames > 1, width, height)
         states = [learner.state_dict(), pair.sibling.state_dict() if pair else {}]
         origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
         if meta:
-            check_origin(meta, origin, found)
+            check_origin(meta, origin, resumed)
+        state = TrainState.create(learner, train, config.ema)
 
-        def save(session: Session, best: bool) -> None:
+        def save(files: Files, best: bool) -> None:
             meta = checkpoint.Meta(
-                session.state.step,
+                state.step,
                 config_io.encode(config),
                 tokenizer.spec,
                 tokenizer.fingerprint,
                 alphas(learner.model),
                 origin,
             )
-            files = session.state.files() | session.files()
+            folder, keep = config.run_dir, (train.keep_last, train.keep_every_steps)
             if config.lora.enabled:
-                files["lora"] = lora_state(learner.model)
-            if best:
-                weights = {
-                    name: files[name] for name in ("model", "lora") if name in files
-                }  # as scored: not averaged
-                checkpoint.save(config.run_dir / "best", meta, weights, 1, world=world)
-            else:
-                checkpoint.save(
-                    config.run_dir, meta, files, train.keep_last, train.keep_every_steps, world
-                )
+                files = {**files, "lora": lora_state(learner.model)}
+            if best:  # the weights as they were scored: not averaged
+                folder, keep = config.run_dir / "best", (1, 0)
+                files = {name: files[name] for name in ("model", "lora") if name in files}
+            checkpoint.save(folder, meta, files, *keep, world)
 
-        state = TrainState.create(learner, train, config.ema)
         session = Session(
-            settings,
-            train,
-            config.seed,
-            state,
-            tokenizer,
-            prompts,
-            evaluated,
-            width,
-            height,
-            frames,
-            config.run_dir,
-            save,
-            world,
-            pair,
+            config=settings,
+            train=train,
+            seed=config.seed,
+            state=state,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            evaluated=evaluated,
+            width=width,
+            height=height,
+            frames=frames,
+            run_dir=config.run_dir,
+            save=save,
+            world=world,
+            pair=pair,
         )
         if meta:
-            check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, found)
-            session.restore(found)
-            told = [f"resuming {found} at update {session.state.step}; the reference: {told[0]}"]
-            changed = config_io.differences(
-                config_io.completed(ExperimentConfig, meta.config), config
-            )
-            told += [f"  config changed: {line}" for line in changed]
-        world.print("\n".join([*told, *expert_notes(config), *plan(session)]))
+            check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
+            session.restore(resumed)
+            stored = config_io.completed(ExperimentConfig, meta.config)
+            changed = config_io.differences(stored, config)
+            lines = [
+                f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
+                *(f"  config changed: {line}" for line in changed),
+            ]
+        world.print("\n".join([*lines, *expert_notes(config), *describe_session(session)]))
         if dry_run:
             return True
         if world.is_main:
             write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
-        dpo = dpo_offline if settings.dpo.source == "offline" else online
-        loop = {"srpo": srpo, "dpo": dpo}.get(settings.algorithm, online)
-        return loop(session)
+        return post_train(session)
 
 
-def plan(session: Session) -> list[str]:
-    """What is about to happen: geometry, memory of the stored trajectories, windows as noise levels
-    and, with two experts, the one that lies there."""
+def describe_session(session: Session) -> list[str]:
+    """Return what is about to happen, as lines: geometry, memory of the stored trajectories, the
+    trained noise levels and, with two experts, the one that is trained."""
     config, world = session.config, session.world
     samples = config.prompts_per_epoch * config.group_size
     rows = [
-        f"{config.algorithm}: {sum(p.numel() for p in session.reference.values()):,} trained"
+        f"{config.algorithm}: {sum(p.numel() for p in session.policy.reference.values()):,} trained"
         f" parameters on {world.device}, {len(session.prompts)} prompts, updates"
         f" {session.state.step} … {session.train.max_steps}"
     ]
@@ -218,15 +200,15 @@ def plan(session: Session) -> list[str]:
             " beside them"
         )
     else:
-        stochastic = session.stochastic(0)
-        stored = session.plan(stochastic).bytes(dimensions)
+        noisy = session.rollouts.noisy_steps(0)
+        stored = session.rollouts.storage(noisy).bytes(dimensions)
         rows.append(
             f"an epoch: {config.prompts_per_epoch} prompts × {config.group_size} = {samples}"
             f" samples, on each of {world.size} processes {session.micro_batches} micro-batches of"
             f" {config.micro_batch}, {config.updates_per_epoch} updates"
         )
         if config.algorithm == "dpo" and config.dpo.source == "offline":
-            check_pairs(session)
+            stored_pairs(session)
             source = (
                 config.dpo.pairs
                 or f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
@@ -238,7 +220,7 @@ def plan(session: Session) -> list[str]:
             f" process on {where}"
         )
         drawn = session.pair.between[::-1] if session.pair else (1.0, 0.0)
-        touched = [(session.times[i], session.times[i + 1]) for i in stochastic] or [drawn]
+        touched = [(session.times[i], session.times[i + 1]) for i in noisy] or [drawn]
         rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
     if session.pair:
         trained, frozen = ("high", "low") if session.pair.trains_high else ("low", "high")

@@ -15,18 +15,22 @@ FLOOR = 1e-4
 
 
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the group of every sample, `(N,)` float64. ValueError for a
-    group of one."""
-    _, own, count = torch.unique(groups, return_inverse=True, return_counts=True)
+    """Return mean and standard deviation of the group of every sample, `(N,)` float64. ValueError
+    for a group of one."""
+    _, group, count = torch.unique(groups, return_inverse=True, return_counts=True)
     if (count < 2).any():
         raise ValueError(
             "a group has a single sample, so its advantage is always 0; take posttrain.group_size"
             " of 2 or more"
         )
-    mean = torch.zeros(len(count), dtype=torch.float64).index_add_(0, own, values.double()) / count
-    off = values.double() - mean[own]
-    variance = torch.zeros(len(count), dtype=torch.float64).index_add_(0, own, off.square()) / count
-    return mean[own], variance.sqrt()[own]
+    mean = (
+        torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, values.double()) / count
+    )
+    off = values.double() - mean[group]
+    variance = (
+        torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, off.square()) / count
+    )
+    return mean[group], variance.sqrt()[group]
 
 
 def advantages(
@@ -37,7 +41,7 @@ def advantages(
     std: Literal["global", "group"] = "global",
     clip: float = 5.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """`(N,)` float64 on the CPU for the samples of a whole epoch, and what to report.
+    """Return `(N,)` float64 on the CPU for the samples of a whole epoch, and numbers to report.
 
     `sum` (Flow-GRPO): the weighted rewards less their group's mean, over the deviation of the epoch
     or of the group. `gdpo` (2601.05242): every reward standardised within its group, weighted, and
@@ -54,49 +58,45 @@ def advantages(
             scaled = (value.double() - mean) / deviation.clamp(min=FLOOR)
             parts.append(weights[name] * torch.where(deviation > FLOOR, scaled, 0.0))
         total = sum(parts)
-    centred = total - group_moments(total, groups)[0]
-    if mode == "gdpo" or std == "global":
-        deviation = centred.std(correction=0) if mode == "gdpo" else total.std(correction=0)
+    centred, flat = total - group_moments(total, groups)[0], spread <= floor
+    if mode == "gdpo":
+        result = centred / centred.std(correction=0).clamp(min=floor)
     else:
-        deviation = spread
-    flat = spread <= floor
-    result = torch.where(
-        flat & (mode == "sum"), 0.0, centred / torch.as_tensor(deviation).clamp(min=floor)
-    ).clamp(-clip, clip)
-    share = lambda flags: flags.double().mean().item()  # noqa: E731
-    return result, {"zero_std_share": share(flat), "advantage_clipped": share(result.abs() >= clip)}
+        deviation = total.std(correction=0) if std == "global" else spread
+        result = torch.where(flat, 0.0, centred / deviation.clamp(min=floor))
+    result = result.clamp(-clip, clip)
+    return result, {
+        "zero_std_share": flat.double().mean().item(),
+        "advantage_clipped": (result.abs() >= clip).double().mean().item(),
+    }
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Mean ranks in [0, 1], ties alike; for a groupwise reward of places instead of values."""
+    """Return mean ranks in [0, 1], ties alike, for a groupwise reward of places instead of
+    values."""
     below = (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
     return below / max(len(values) - 1, 1)
 
 
 def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
-    """Micro-batches a rank has in an epoch; whole groups stay on one rank. ConfigError says what
-    does not divide."""
-    if group < 2:
-        raise ConfigError(
-            "posttrain.group_size",
-            f"is {group}; must be 2 or more, samples of one prompt are compared",
-        )
+    """Return how many micro-batches a rank has in an epoch; whole groups stay on one rank.
+    ConfigError says what does not divide."""
     if prompts % processes:
         raise ConfigError(
             "posttrain.prompts_per_epoch",
             f"is {prompts}, must be a multiple of the {processes} processes",
         )
-    own = prompts * group // processes
-    if own % micro_batch:
+    samples = prompts * group // processes
+    if samples % micro_batch:
         raise ConfigError(
             "posttrain.micro_batch",
-            f"is {micro_batch}, must divide the {own} samples of a process "
+            f"is {micro_batch}, must divide the {samples} samples of a process "
             f"({prompts} prompts × {group} / {processes} processes)",
         )
-    if own // micro_batch % updates:
+    if samples // micro_batch % updates:
         raise ConfigError(
             "posttrain.updates_per_epoch",
-            f"is {updates}, must divide the {own // micro_batch} micro-batches "
+            f"is {updates}, must divide the {samples // micro_batch} micro-batches "
             "of a process; take a smaller posttrain.micro_batch",
         )
-    return own // micro_batch
+    return samples // micro_batch

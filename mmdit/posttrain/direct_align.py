@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-Scorer = Callable[
-    [Tensor, list[str]], Tensor
-]  # pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1]
+# pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1]
+Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
 def inject(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Return the state at noise level `sigma` of the linear path from `clean` to `noise`."""
     assert clean.dtype == noise.dtype == torch.float32, (
         f"Direct-Align in {clean.dtype}: it needs float32"
     )
@@ -25,9 +25,9 @@ def inject(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 def recover(x: Tensor, velocity: Tensor, noise: Tensor, entered: float, landed: float) -> Tensor:
-    """The clean latents that one step from `entered` to `landed` implies, given the noise that went
-    in. With the exact velocity they are the true ones; an error of the velocity counts `(landed -
-    entered) / (1 - landed)` times.
+    """Return the clean latents that one step from `entered` to `landed` implies, given the noise
+    that went in. With the exact velocity they are the true ones; an error of the velocity counts
+    `(landed - entered) / (1 - landed)` times.
     """
     assert x.dtype == velocity.dtype == noise.dtype == torch.float32, (
         f"Direct-Align in {velocity.dtype}: it needs float32"
@@ -36,8 +36,8 @@ def recover(x: Tensor, velocity: Tensor, noise: Tensor, entered: float, landed: 
 
 
 def window_check(window: tuple[float, float], width: float, boundary: float | None = None) -> None:
-    """`window`: (noisy end, clean end) of where steps land. With two experts it must lie on one
-    side of their `boundary`."""
+    """Check `window`, the (noisy end, clean end) of where steps land. With two experts it must lie
+    on one side of their `boundary`."""
     noisy, clean = window
     if not 0 < clean < noisy or noisy + width > 0.99 or clean - width <= 0:
         raise ConfigError(
@@ -54,15 +54,15 @@ def window_check(window: tuple[float, float], width: float, boundary: float | No
 
 
 def discount(ends: tuple[float, float], window: tuple[float, float], sigma: float) -> float:
-    """Linear from `ends[0]` at the clean end of the window to `ends[1]` at its noisy end."""
+    """Interpolate from `ends[0]` at the clean end of the window to `ends[1]` at its noisy end."""
     return ends[0] + (ends[1] - ends[0]) * (sigma - window[1]) / (window[0] - window[1])
 
 
 def relative_score(
     scorer: Scorer, pixels: Tensor, positive: list[str], negative: list[str], k: float
 ) -> Tensor:
-    """`(B,)`: (1 + k) r(x, positive) - r(x, negative). A scorer out of bounds is a ValueError:
-    nothing would end its ascent."""
+    """Return `(B,)`: (1 + k) r(x, positive) - r(x, negative). A scorer out of bounds is a
+    ValueError: nothing would end its ascent."""
     scores = [scorer(pixels, texts) for texts in (positive, negative)]
     for score in scores:
         if not bool((score.detach().abs() <= 1 + 1e-4).all()):  # not finite included

@@ -3,6 +3,8 @@ groups, collected once."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,68 +13,73 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.files import clean, write_atomically
+from mmdit.foreign import explain_errors
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
 from mmdit.weights import tensor_pieces
 
 
-def dpo_offline(session: Session) -> bool:
-    """`train.max_steps` updates of `dpo.batch` pairs each. Resuming reads the pairs that were
-    collected."""
-    config = session.config.dpo
-    pairs, size = check_pairs(session), session.world.size
+def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
+    """Return a function that makes one update with `dpo.batch` pairs. The pairs are collected now,
+    unless a file names them or an earlier part of the run has collected them."""
+    batch, world = session.config.dpo.batch, session.world
+    pairs = stored_pairs(session)
     if pairs is None:
         path = pairs_file(session)
-        save_pairs(path, collect_pairs(session), session.world.is_main)
-        session.world.barrier()
+        collected = collect_pairs(session)
+        if world.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clean(path.parent)
+            write_atomically(path, tensor_pieces(collected))
+        world.barrier()
         pairs = read_pairs(path, session)
-    count = len(pairs["prompts"])
-    _check_batch(session, count)
+    prompts = pairs["prompts"]
+    _check_batch(session, len(prompts))
 
     def update() -> dict[str, float]:
-        step = session.state.step
-        order = torch.randperm(count, generator=generator(session.seed, "pairs", step))[
-            : config.batch
-        ]
-        own = order[session.world.rank :: size]
-        win, lose = (pairs[name][own].to(session.device) for name in ("win", "lose"))
-        reports: dict[str, list[Tensor]] = {}
-        for loss, numbers in pair_terms(session, win, lose, pairs["prompts"][own], own):
+        order = torch.randperm(
+            len(prompts), generator=generator(session.seed, "pairs", session.state.step)
+        )
+        rows = order[:batch][world.rank :: world.size]
+        win, lose = (pairs[name][rows].to(session.device) for name in ("win", "lose"))
+        numbers: dict[str, list[Tensor]] = defaultdict(list)
+        for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
             loss.backward()
-            for name, value in numbers.items():
-                reports.setdefault(name, []).append(value.detach())
-        return session.apply() | {
-            name: torch.stack(values).mean().item() for name, values in reports.items()
-        }
+            for name, value in more.items():
+                numbers[name].append(value.detach())
+        report = session.updates.apply()
+        return report | {name: torch.stack(some).mean().item() for name, some in numbers.items()}
 
-    return session.run(update, 1)
+    return update
 
 
 def pairs_file(session: Session) -> Path:
-    """The file of the pairs: the one that was named, or that of the run."""
-    given = session.config.dpo.pairs
-    return Path(given) if given else session.run_dir / "pairs.safetensors"
+    """Return the file of the pairs: the one that the config names, or that of the run."""
+    return Path(session.config.dpo.pairs or session.run_dir / "pairs.safetensors")
 
 
-def check_pairs(session: Session) -> dict[str, Tensor] | None:
-    """Return the pairs, None if they are still to be made. ConfigError: they do not serve, or
+def stored_pairs(session: Session) -> dict[str, Tensor] | None:
+    """Return the pairs, None if they are still to be made. ConfigError: they do not fit the run, or
     cannot fill a batch."""
-    config, path = session.config.dpo, pairs_file(session)
-    if config.pairs or path.is_file():
+    path = pairs_file(session)
+    if session.config.dpo.pairs or path.is_file():
         pairs = read_pairs(path, session)
         _check_batch(session, len(pairs["prompts"]))
         return pairs
-    epochs = -(-config.collect // session.config.prompts_per_epoch)
-    _check_batch(session, epochs * session.config.prompts_per_epoch)
+    _check_batch(session, _epochs(session) * session.config.prompts_per_epoch)
     return None
 
 
+def _epochs(session: Session) -> int:
+    """Return how many epochs of rollouts pairs are collected from."""
+    return -(-session.config.dpo.collect // session.config.prompts_per_epoch)
+
+
 def _check_batch(session: Session, count: int) -> None:
-    """ConfigError unless a batch of the configured size can be taken from `count` pairs, or at most
-    so many."""
+    """Raise ConfigError unless a batch can be taken from `count` pairs, or at most so many."""
     batch, size = session.config.dpo.batch, session.world.size
-    if batch < 1 or batch % size or batch > count:
+    if batch % size or batch > count:
         raise ConfigError(
             "posttrain.dpo.batch",
             f"is {batch}; must be a multiple of the {size} processes and at most the {count} pairs",
@@ -80,62 +87,46 @@ def _check_batch(session: Session, count: int) -> None:
 
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
-    """Whole epochs of rollouts with the first model for `dpo.collect` prompts; those with equal
-    rewards give no pair."""
-    found: dict[str, list[Tensor]] = {"win": [], "lose": [], "prompts": [], "place": []}
-    samples = session.config.prompts_per_epoch * session.config.group_size
-    for epoch in range(-(-session.config.dpo.collect // session.config.prompts_per_epoch)):
-        rollouts, futures = session.collect(epoch, session.reference)
-        for rollout, future in zip(rollouts, futures, strict=True):
-            total = sum(
-                session.pool.weights[name] * value for name, value in future.result().items()
-            )
-            best, worst = extremes(total, rollout.groups)
-            rows = {
-                "win": rollout.clean[best],
-                "lose": rollout.clean[worst],
-                "prompts": rollout.prompts[best],
-                "place": epoch * samples + rollout.indices[best],
-            }
-            for name, values in rows.items():
-                found[name].append(values.cpu())
-    pairs = {name: torch.cat(parts) for name, parts in found.items()}
-    if session.world.size > 1:
-        parts: list = [None] * session.world.size
-        torch.distributed.all_gather_object(parts, pairs)
-        pairs = {name: torch.cat([part[name] for part in parts]) for name in pairs}
+    """Return pairs from whole epochs of rollouts with the first model, for `dpo.collect` prompts;
+    groups with equal rewards give none."""
+    config, rollouts = session.config, session.rollouts
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for epoch in range(_epochs(session)):
+        for rollout in rollouts.collect(epoch, session.policy.reference):
+            best, worst = extremes(rollouts.pool.total(rollout.rewards.result()), rollout.groups)
+            parts["win"].append(rollout.clean[best].cpu())
+            parts["lose"].append(rollout.clean[worst].cpu())
+            parts["prompts"].append(rollout.prompts[best])
+            first = epoch * config.prompts_per_epoch * config.group_size
+            parts["place"].append(first + rollout.indices[best])
+    pairs = {}
+    for name, some in parts.items():
+        pairs[name] = torch.cat(session.world.gather(torch.cat(some)))
     order = pairs.pop("place").argsort()  # as one process would have made them
-    pairs = {name: value[order] for name, value in pairs.items()}
     if not len(order):
         raise ValueError(
             "no group had samples of different reward, so there is no pair to learn from; take a"
             " larger posttrain.group_size or another reward"
         )
-    return pairs
-
-
-def save_pairs(path: Path, pairs: dict[str, Tensor], writes: bool) -> None:
-    if writes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clean(path.parent)
-        write_atomically(path, tensor_pieces(pairs))
+    return {name: value[order] for name, value in pairs.items()}
 
 
 def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
+    """Return the pairs of a file. ConfigError: it cannot be read, or is of another run."""
+    shape = session.shape
     try:
-        pairs = load_file(path)
-        assert pairs.keys() == {"win", "lose", "prompts"}, f"it holds {sorted(pairs)}"
-        places, wanted = pairs["prompts"], (len(pairs["prompts"]), *session.shape)
-        assert all(pairs[name].shape == wanted for name in ("win", "lose")), (
-            f"it holds {tuple(pairs['win'].shape)}"
-        )
-        assert ((places >= 0) & (places < len(session.prompts))).all(), (
-            "a prompt is not in the list"
-        )
-    except Exception as error:  # noqa: BLE001  (safetensors has its own kinds)
+        with explain_errors(path, "file of pairs"):
+            pairs = load_file(path)
+            count = len(pairs["prompts"])
+            for name in ("win", "lose"):
+                if pairs[name].shape != (count, *shape):
+                    raise ValueError(f"its {name} is {tuple(pairs[name].shape)}")
+            if not ((pairs["prompts"] >= 0) & (pairs["prompts"] < len(session.prompts))).all():
+                raise ValueError("a prompt is not in the list")
+    except ValueError as error:
         raise ConfigError(
             "posttrain.dpo.pairs",
-            f"is {str(path)!r}, which does not serve: {error}; it must hold win and lose (pairs,"
-            f" {', '.join(map(str, session.shape))}) and prompts (pairs,): places in the list",
+            f"is {str(path)!r}: {error}; it must hold win and lose (pairs,"
+            f" {', '.join(map(str, shape))}) and prompts (pairs,): places in the list",
         ) from None
     return pairs

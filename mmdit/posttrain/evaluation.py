@@ -1,96 +1,114 @@
-"""What a policy draws for prompts that are always the same, and what rewards say of it: of fixed
-noise, with the sampler of `train.sample_*`, by the weights as they are."""
+"""Evaluation: what the policy draws for prompts that are always the same, and what rewards say of
+it. Samples have fixed noise, the sampler of `train.sample_*`, and the weights as they are."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import guided
-from mmdit.posttrain.rewards import Samples
+from mmdit.posttrain.rewards import RewardPool, Samples
+from mmdit.posttrain.setup import Setup
 from mmdit.rng import Draws
 from mmdit.text_encoders import keeps_files
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
-if TYPE_CHECKING:
-    from mmdit.posttrain.session import Session
-
 BATCH = 256  # samples that are drawn at a time
 
 
-def check(session: Session) -> None:
-    """Raise now what the first evaluation would raise: noise levels and guidance that cannot be."""
-    settings, objective = SampleSettings.of(session.train), session.learner.objective
-    try:
-        pipeline(session).check(session.width, session.height, session.frames, settings)
-        guided(objective, session.learner.model, session.text, 1.0, settings.cfg_interval)
-    except ValueError as error:
-        raise ConfigError(
-            "train", f"has sample_ keys that evaluation cannot draw with: {error}"
-        ) from None
+class Evaluator:
+    """Scores the policy on evaluation prompts and remembers the best score. ConfigError: `train:`
+    has sampling keys with which nothing can be drawn."""
 
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.pool = RewardPool(setup.config.evaluation_rewards, workers=0)
+        self.settings = SampleSettings.of(setup.train)
+        if setup.evaluated:
+            self._encode_prompts()
+            self._check()
 
-def encode(session: Session) -> None:
-    """Let an encoder that keeps embeddings in files see all that evaluation will ask: it need not
-    be loaded again."""
-    captions = [caption for prompts in session.evaluated.values() for caption in prompts.captions]
-    if captions and keeps_files(session.learner.text_encoder):
-        session.learner.text_encoder([*captions, session.train.sample_negative_prompt])
+    def _encode_prompts(self) -> None:
+        """Let an encoder that keeps embeddings in files see every text that evaluation will ask
+        for, so that it need not be loaded again."""
+        encoder = self.setup.learner.text_encoder
+        captions = [c for prompts in self.setup.evaluated.values() for c in prompts.captions]
+        if captions and keeps_files(encoder):
+            with torch.no_grad():
+                encoder([*captions, self.setup.train.sample_negative_prompt])
 
+    def _check(self) -> None:
+        setup, objective = self.setup, self.setup.learner.objective
+        try:
+            self.pipeline().check(setup.width, setup.height, setup.frames, self.settings)
+            guided(objective, setup.learner.model, setup.text, 1.0, self.settings.cfg_interval)
+        except ValueError as error:
+            raise ConfigError(
+                "train", f"has sample_ keys that evaluation cannot draw with: {error}"
+            ) from None
 
-def pipeline(session: Session) -> Pipeline:
-    """The policy as it is, to sample with; of a pair with its sibling."""
-    learner, pair = session.learner, session.pair
-    result = Pipeline(learner, session.tokenizer, session.train.precision)
-    if pair:  # a pipeline has the noisier expert in its learner
-        result.boundary = pair.boundary
-        if pair.trains_high:
-            result.low = pair.sibling
-        else:
-            result.low = learner.model
-            result.learner = Learner(
-                pair.sibling, learner.text_encoder, learner.objective, learner.spec
+    def pipeline(self) -> Pipeline:
+        """Return the policy as it is, with its sibling if it has one, to sample with."""
+        learner, pair = self.setup.learner, self.setup.pair
+        result = Pipeline(learner, self.setup.tokenizer, self.setup.train.precision)
+        if pair:  # a pipeline has the noisier expert in its learner
+            result.boundary = pair.boundary
+            if pair.trains_high:
+                result.low = pair.sibling
+            else:
+                result.low = learner.model
+                result.learner = Learner(
+                    pair.sibling, learner.text_encoder, learner.objective, learner.spec
+                )
+        return result
+
+    @torch.no_grad()
+    def draw(self, captions: list[str], first: int) -> tuple[Tensor, Tensor]:
+        """Return the normalised latents of the samples `first` …, and the pixels decoded from
+        them."""
+        setup, pipeline, latents, pixels = self.setup, self.pipeline(), [], []
+        size = (setup.width, setup.height, setup.frames)
+        for start in range(0, len(captions), BATCH):
+            place = first + start
+            raw = pipeline.latents(captions[start : start + BATCH], *size, self.settings, place)
+            latents.append(setup.learner.spec.normalize(raw))
+            decoded = setup.tokenizer.decode(raw).float()
+            pixels.append(pipeline.finite(decoded, place, self.settings))
+        return torch.cat(latents), torch.cat(pixels)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the mean of each evaluation reward, as `seen_…` and `held_out_…`."""
+        values, first = {}, 0
+        for title, prompts in self.setup.evaluated.items():
+            latents, pixels = self.draw(prompts.captions, first)
+            samples = Samples(
+                captions=prompts.captions,
+                latents=latents,
+                groups=torch.arange(len(prompts)),
+                draws=Draws(self.setup.seed, -2, torch.arange(first, first + len(prompts))),
+                pixels=pixels,
+                facts=prompts.facts,
             )
-    return result
+            for name, value in self.pool.score(samples).items():
+                values[f"{title}_{name}"] = value.mean().item()
+            first += len(prompts)
+        return values
 
-
-@torch.no_grad()
-def draw(session: Session, captions: list[str], first: int) -> tuple[Tensor, Tensor]:
-    """Normalised latents of samples `first` …, and the pixels decoded from them."""
-    settings, source, latents, pixels = SampleSettings.of(session.train), pipeline(session), [], []
-    for start in range(0, len(captions), BATCH):
-        some = captions[start : start + BATCH]
-        raw = source.latents(
-            some, session.width, session.height, session.frames, settings, first + start
+    def is_best(self, values: dict[str, float]) -> bool:
+        """Remember the weighted rewards on held-out prompts (on seen ones, without these) if they
+        are the highest so far, and return whether they are above those of the start: rewards rise
+        on training prompts long after pictures get worse."""
+        setup = self.setup
+        if not setup.evaluated:
+            return False
+        title = "held_out" if "held_out" in setup.evaluated else "seen"
+        score = sum(
+            weight * values[f"{title}_{name}"] for name, weight in self.pool.weights.items()
         )
-        latents.append(session.learner.spec.normalize(raw))
-        decoded = session.tokenizer.decode(raw).float()
-        pixels.append(source.finite(decoded, first + start, settings))
-    return torch.cat(latents), torch.cat(pixels)
-
-
-@torch.no_grad()
-def evaluate(session: Session) -> dict[str, float]:
-    """Means of the evaluation rewards by the name of the prompts and of the reward."""
-    values, first = {}, 0
-    for title, prompts in session.evaluated.items():
-        latents, pixels = draw(session, prompts.captions, first)
-        draws = Draws(session.seed, -2, torch.arange(first, first + len(prompts)))
-        samples = Samples(
-            captions=prompts.captions,
-            latents=latents,
-            groups=torch.arange(len(prompts)),
-            draws=draws,
-            pixels=pixels,
-            facts=prompts.facts,
-        )
-        values |= {
-            f"{title}_{name}": value.mean().item()
-            for name, value in session.judge.score(samples).items()
-        }
-        first += len(prompts)
-    return values
+        starts = "best" not in setup.history
+        if not setup.world.any(starts or score > setup.history["best"][0].item()):
+            return False
+        setup.history["best"] = torch.tensor([score, setup.state.step], dtype=torch.float64)
+        return not starts

@@ -20,13 +20,14 @@ POWER = 0.25  # of ghuber
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """`(B,)`: the clipped surrogate of PPO (Schulman et al. 2017, eq. 7) with `low < 0 < high`,
-    negated."""
+    """Return `(B,)`: the clipped surrogate of PPO (Schulman et al. 2017, eq. 7) with `low < 0 <
+    high`, negated."""
     ratio = log_ratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 + low, 1 + high))
 
 
 def wide(sigma: Tensor, like: Tensor) -> Tensor:
+    """Return `sigma (B,)` with as many axes as `like`, to multiply it with."""
     return sigma.reshape(-1, *[1] * (like.dim() - 1)).to(like)
 
 
@@ -40,9 +41,9 @@ def nft(
     beta: float,
     weighted: bool = True,
 ) -> Tensor:
-    """`(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how much a
-    sample is positive. The optimum moves v by (2 / beta) E[share (target - v_old)]. `weighted`:
-    divided by its own mean error, which is then not differentiated."""
+    """Return `(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how
+    much a sample is positive. The optimum moves v by (2 / beta) E[share (target - v_old)].
+    `weighted`: divided by its own mean error, which is then not differentiated."""
     share, level = share.to(v), wide(sigma, v)
 
     def error(velocity: Tensor) -> Tensor:
@@ -55,17 +56,18 @@ def nft(
 
 
 def positive_share(advantage: Tensor, most: float) -> Tensor:
-    """Advantages clipped at ± `most` to [0, 1]."""
+    """Map advantages, clipped at ± `most`, to [0, 1]."""
     return (advantage / most / 2 + 0.5).clamp(0, 1)
 
 
 def matching(v: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """`(B,)` float64: the flow-matching error."""
+    """Return `(B,)` float64: the flow-matching error."""
     return mean_d((v - (noise - clean)).double().square())
 
 
 def weigh(error: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
-    """AWM's functions of the matching error (Xue et al. 2509.25050): what stands for -log p."""
+    """Return AWM's function of the matching error (Xue et al. 2509.25050), which stands for -log
+    p."""
     sigma = sigma.to(error)
     match weighting:
         case "one":
@@ -81,20 +83,18 @@ def weigh(error: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
 
 
 def awm_log_ratio(error: Tensor, error_old: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
-    """`(B,)` for `clipped`; both errors at the same sigma and noise."""
+    """Return `(B,)` for `clipped`; both errors are at the same sigma and noise."""
     return (weigh(error_old, sigma, weighting) - weigh(error, sigma, weighting)).float()
 
 
 def dpo_margin(
     win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float
 ) -> Tensor:
-    """`(P,)` from matching errors `(P,)`; above 0: the pair is ranked as wanted (Wallace et al.
+    """Return `(P,)` from matching errors `(P,)`; above 0 a pair is ranked as wanted (Wallace et al.
     2311.12908, eq. 14)."""
     return -beta / 2 * ((win - win_reference) - (lose - lose_reference))
 
 
-def dpo(
-    win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float
-) -> Tensor:
-    """`(P,)`: ln 2 where the policy is the reference."""
-    return -F.logsigmoid(dpo_margin(win, win_reference, lose, lose_reference, beta))
+def dpo(margin: Tensor) -> Tensor:
+    """Return `(P,)`: ln 2 where the policy is the reference."""
+    return -F.logsigmoid(margin)

@@ -3,26 +3,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from mmdit.config import ConfigError, FilePath, Section, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
-from mmdit.posttrain.dynamics import Kind, Norm
+from mmdit.posttrain.dynamics import Dynamics, Norm
 from mmdit.posttrain.losses import Weighting
-from mmdit.posttrain.prompts import GENERATED
+from mmdit.posttrain.prompts import Prompts, written_prompts
 from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,
     ColorMatch,
-    ColorWords,
     LatentNorm,
     Motion,
     Noise,
-    PromptAccuracy,
+    Reward,
     Sharpness,
 )
+from mmdit.posttrain.shapes import ColorWords, PromptAccuracy, generated_prompts
+
+GENERATED = "moving_shapes"  # the source of prompts that come with their facts
 
 RewardConfig = (
     PromptAccuracy
@@ -52,7 +55,7 @@ class RolloutConfig:
     shift: float = 1.0
     guidance: float = 1.0
     guidance_low: float | None = None
-    dynamics: Kind = "flow_sde"
+    dynamics: Dynamics = "flow_sde"
     noise_level: float = 0.7
     sde_steps: tuple[int, ...] = ()
     sde_pick: int = 0
@@ -174,7 +177,7 @@ class DPOConfig:
 
     @property
     def given(self) -> bool:
-        """Whether pairs come from a file, and none are made."""
+        """Return whether pairs come from a file, and none are made."""
         return self.source == "offline" and self.pairs is not None
 
 
@@ -203,12 +206,9 @@ class SRPOConfig:
         window_check(self.sigma_window, self.step)
         if not self.positive or not self.negative or not self.branches:
             raise ConfigError("positive", "positive, negative and branches must not be empty")
-        own = self.scorer
-        if isinstance(own, ClipReward) and (own.weight, own.name, own.batch, own.device) != (
-            1.0,
-            None,
-            0,
-            None,
+        of_rewards = {field.name: field.default for field in fields(Reward)}
+        if isinstance(self.scorer, ClipReward) and any(
+            getattr(self.scorer, name) != value for name, value in of_rewards.items()
         ):
             raise ConfigError(
                 "scorer",
@@ -226,9 +226,7 @@ class PosttrainConfig(Section):
     group_size: int = 16
     micro_batch: int = 64
     updates_per_epoch: int = 1
-    draws_per_sample: int = (
-        1  # nft, awm, dpo: noise levels at which each sample is used in an update
-    )
+    draws_per_sample: int = 1  # nft, awm, dpo: noise levels of each sample in an update
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -239,10 +237,9 @@ class PosttrainConfig(Section):
     dpo: DPOConfig = field(default_factory=DPOConfig)
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
-    eval_rewards: tuple[RewardConfig, ...] | None = None  # None: see `judges`
-    reward_frames: tuple[
-        int, ...
-    ] = ()  # of a clip, which rewards see (-1: the last); only they are decoded. Empty: all
+    eval_rewards: tuple[RewardConfig, ...] | None = None  # None: see `evaluation_rewards`
+    # of a clip, those that rewards see (-1: the last); only they are decoded. Empty: all
+    reward_frames: tuple[int, ...] = ()
     eval_prompts: int = 128  # of the seen and of the held-out prompts
     eval_every_epochs: int = 10
     # mean squared change of the velocity on fixed probes, beyond which training stops; 0 = never
@@ -250,99 +247,74 @@ class PosttrainConfig(Section):
     async_rewards: bool = True
 
     def __post_init__(self):
-        for name in (
-            "prompt_count",
-            "prompts_per_epoch",
-            "micro_batch",
-            "updates_per_epoch",
-            "draws_per_sample",
-            "eval_every_epochs",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
-        least(self, 0, "max_drift")
+        counts = ("prompt_count", "prompts_per_epoch", "micro_batch", "updates_per_epoch")
+        least(self, 1, *counts, "draws_per_sample", "eval_every_epochs")
+        least(self, 0, "max_drift", "eval_prompts")
+        least(self, 2, "group_size")  # samples of one prompt are compared
         if not self.rewards:
             raise ConfigError(
                 "rewards", "is empty; name at least one, for example [{type: prompt_accuracy}]"
-            )
-        if self.eval_prompts < 0:
-            raise ConfigError(
-                "eval_prompts", f"is {self.eval_prompts}; must be 0 (nothing is evaluated) or more"
             )
         for i, reward in enumerate(self.eval_rewards or ()):
             if reward.groupwise:
                 raise ConfigError(
                     f"eval_rewards[{i}]",
-                    f"is {reward.type}, which compares samples of one prompt; evaluation "
-                    "draws one of each: take another reward",
+                    f"is {reward.type}, which compares samples of one prompt; evaluation draws one"
+                    " of each: take another reward",
                 )
-        if self.group_size < 2:
-            raise ConfigError(
-                "group_size",
-                f"is {self.group_size}; must be 2 or more: samples of one prompt are compared",
-            )
-        if self.algorithm in ("grpo", "guard") and self.rollout.dynamics == "ode":
+        self._check_rollout()
+        self._check_idle()
+
+    def _check_rollout(self) -> None:
+        """Raise ConfigError for a rollout that the algorithm cannot train on."""
+        rollout, algorithm = self.rollout, self.algorithm
+        if self.trains_steps and rollout.dynamics == "ode":
             raise ConfigError(
                 "rollout.dynamics",
-                f"is ode, but {self.algorithm} needs noise in its steps; use flow_sde",
+                f"is ode, but {algorithm} needs noise in its steps; use flow_sde",
             )
-        if self.algorithm in ("grpo", "guard") and self.rollout.steps - 1 in self.rollout.sde_steps:
+        if self.trains_steps and rollout.steps - 1 in rollout.sde_steps:
             raise ConfigError(
                 "rollout.sde_steps",
-                f"holds the last step, {self.rollout.steps - 1}: it must be the ODE's, for "
-                "an SDE leaves noise in the picture and CPS has none there",
+                f"holds the last step, {rollout.steps - 1}: it must be the ODE's, for an SDE leaves"
+                " noise in the picture and CPS has none there",
             )
-        if self.algorithm == "guard" and self.rollout.dynamics == "cps":
+        if algorithm == "guard" and rollout.dynamics == "cps":
             raise ConfigError(
                 "rollout.dynamics", "is cps with guard, which is made for flow_sde and dance_sde"
             )
-        if self.rollout.shared_noise and not self.trains_steps:
+        if rollout.shared_noise and not self.trains_steps:
             raise ConfigError(
                 "rollout.shared_noise",
-                f"is true with {self.algorithm}, whose rollouts have no noise but the "
-                "first; set it to false",
+                f"is true with {algorithm}, whose rollouts have no noise but the first; set it to"
+                " false",
             )
-        steps, stored = self.trains_steps, self.algorithm == "dpo" and self.dpo.source == "offline"
-        for name, value, usual, idle, where in (
-            ("kl.beta", self.kl.beta, 0.0, self.algorithm == "srpo", "srpo"),
-            (
-                "kl.space",
-                self.kl.space,
-                "v",
-                not steps,
-                f"{self.algorithm}, which compares velocities",
-            ),
-            (
-                "draws_per_sample",
-                self.draws_per_sample,
-                1,
-                steps or self.algorithm == "srpo",
-                self.algorithm,
-            ),
-            (
-                "updates_per_epoch",
-                self.updates_per_epoch,
-                1,
-                stored or self.algorithm == "srpo",
-                f"{self.algorithm} without epochs",
-            ),
-            (
-                "advantage.std",
-                self.advantage.std,
-                "global",
-                self.advantage.mode == "gdpo",
-                "gdpo, which uses both",
-            ),
-        ):
-            if idle and value != usual:
-                raise ConfigError(
-                    name, f"is {value}, which has no effect in {where}; must be {usual}"
-                )
-        if self.rollout.policy == "old" and self.algorithm != "nft":
+        if rollout.policy == "old" and algorithm != "nft":
             raise ConfigError(
                 "rollout.policy",
-                f"is old, but only nft keeps a slow copy, not {self.algorithm}; use current",
+                f"is old, but only nft keeps a slow copy, not {algorithm}; use current",
             )
+
+    def _check_idle(self) -> None:
+        """Raise ConfigError for a key that was changed and has no effect."""
+        algorithm = self.algorithm
+        if algorithm == "srpo":
+            self._refuse("kl.beta", self.kl.beta, 0.0, "srpo")
+        if not self.trains_steps:
+            where = f"{algorithm}, which compares velocities"
+            self._refuse("kl.space", self.kl.space, "v", where)
+        if self.trains_steps or algorithm == "srpo":
+            self._refuse("draws_per_sample", self.draws_per_sample, 1, algorithm)
+        if algorithm == "srpo" or (algorithm == "dpo" and self.dpo.source == "offline"):
+            where = f"{algorithm} without epochs"
+            self._refuse("updates_per_epoch", self.updates_per_epoch, 1, where)
+        if self.advantage.mode == "gdpo":
+            self._refuse("advantage.std", self.advantage.std, "global", "gdpo, which uses both")
+
+    @staticmethod
+    def _refuse(name: str, value: object, usual: object, where: str) -> None:
+        if value != usual:
+            raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {usual}")
 
     def check(self, run: Any) -> None:
         """Refuse what the loops of post-training cannot do, and a model that was never trained."""
@@ -359,10 +331,10 @@ class PosttrainConfig(Section):
             )
 
     @property
-    def judges(self) -> tuple[RewardConfig, ...]:
-        """What evaluation asks: `eval_rewards`; without these prompt_accuracy of generated prompts,
-        and of people's own the rewards themselves, as far as they judge a sample alone and need no
-        facts."""
+    def evaluation_rewards(self) -> tuple[RewardConfig, ...]:
+        """Return the rewards of evaluation: `eval_rewards`; without these prompt_accuracy for
+        generated prompts, and for written ones the rewards themselves, as far as they judge a
+        sample alone and need no facts."""
         if self.eval_rewards is not None:
             return self.eval_rewards
         if self.prompts == GENERATED:
@@ -375,10 +347,25 @@ class PosttrainConfig(Section):
 
     @property
     def trained_rewards(self) -> tuple[RewardConfig, ...]:
-        """The rewards that training asks; SRPO has its scorer instead."""
+        """Return the rewards that training asks; SRPO has its scorer instead."""
         return () if self.algorithm == "srpo" else self.rewards
 
     @property
     def trains_steps(self) -> bool:
-        """Whether steps of trajectories are trained, and not clean latents."""
+        """Return whether steps of trajectories are trained, and not clean latents."""
         return self.algorithm in ("grpo", "guard")
+
+    @property
+    def keeps_old(self) -> bool:
+        """Return whether a checkpoint holds the copy of the weights that follows the policy."""
+        return self.algorithm in ("nft", "awm")
+
+    def load_prompts(
+        self, seed: int, video: bool, width: int, height: int
+    ) -> tuple[Prompts, dict[str, Prompts]]:
+        """Return the prompts to train on, and by name those to evaluate on."""
+        if self.prompts == GENERATED:
+            return generated_prompts(
+                self.prompt_count, seed, video, width, height, self.eval_prompts
+            )
+        return written_prompts(Path(self.prompts), self.eval_prompts)

@@ -1,23 +1,20 @@
 """Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A
-reward is its own configuration: a frozen dataclass in the list `posttrain.rewards`, told apart by
-`type`. To add one: a class, and its name in the union.
+reward is its own configuration: a frozen dataclass in the list `posttrain.rewards`, told apart
+by `type`. To add one: a class, and its name in the union of `posttrain_config`.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.config import ConfigError
-from mmdit.data.moving_shapes.facts import COLORS, Facts
-from mmdit.data.moving_shapes.oracle import oracle, score
 from mmdit.pixels import to_shown
 from mmdit.posttrain.advantages import ranks
 from mmdit.rng import Draws
@@ -33,7 +30,7 @@ class Samples:
     groups: Tensor
     draws: Draws
     pixels: Tensor | None = None
-    facts: list[Facts] | None = None
+    facts: list[Any] | None = None
 
     @property
     def images(self) -> Tensor | None:
@@ -44,7 +41,7 @@ class Samples:
         return to_shown(self.pixels).movedim(2, -1)
 
     def to(self, device: torch.device | str) -> Samples:
-        """A new record on `device`; this one stays where it is."""
+        """Return a copy on `device`; this one stays where it is."""
         moved = {
             name: value.to(device)
             for name, value in vars(self).items()
@@ -116,18 +113,10 @@ class Sharpness(Reward):
     type: Literal["sharpness"] = "sharpness"
 
     def call(self, samples: Samples) -> Tensor:
-        kernel = (
-            torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=samples.pixels.device)[
-                None, None
-            ]
-            / 8
-        )
-        return (
-            F.conv2d(samples.pixels.flatten(0, 2)[:, None].float(), kernel)
-            .abs()
-            .reshape(len(samples.pixels), -1)
-            .mean(1)
-        )
+        pixels = samples.pixels
+        kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=pixels.device) / 8
+        edges = F.conv2d(pixels.flatten(0, 2)[:, None].float(), kernel[None, None])
+        return edges.abs().reshape(len(pixels), -1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -154,22 +143,6 @@ class LatentNorm(Reward):
 
 
 @dataclass(frozen=True)
-class PromptAccuracy(Reward):
-    """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest
-    is for all of them."""
-
-    needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
-    type: Literal["prompt_accuracy"] = "prompt_accuracy"
-    partial: float = 0.0
-
-    def call(self, samples: Samples) -> Tensor:
-        right = score(oracle(samples.pixels), samples.facts)
-        named = [samples.facts[0].attributes] * len(samples.facts)
-        share = torch.stack([right[name].float() for name in named[0]]).mean(0)
-        return self.partial * share + (1 - self.partial) * right["all"].float()
-
-
-@dataclass(frozen=True)
 class Noise(Reward):
     """Random: the null run, whose drift is what an algorithm does without any reason."""
 
@@ -189,34 +162,6 @@ class BrightnessRank(Reward):
 
     def call(self, samples: Samples) -> Tensor:
         return ranks(samples.pixels.flatten(1).mean(1))
-
-
-@dataclass(frozen=True)
-class ColorWords:
-    """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that
-    the text names, from grey. Bounded, differentiable, no weights."""
-
-    type: Literal["color_words"] = "color_words"
-
-    def prepare(self, device: torch.device) -> None:
-        pass
-
-    def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        coloured = {
-            name: torch.tensor(rgb) / 255 - sum(rgb) / 765
-            for name, rgb in COLORS.items()
-            if len(set(rgb)) > 1
-        }
-        table = {name: F.normalize(off, dim=0) for name, off in coloured.items()}
-        words = [
-            [table[word] for word in re.findall(r"\w+", text.lower()) if word in table]
-            for text in texts
-        ]
-        direction = torch.stack(
-            [torch.stack(some).mean(0) if some else torch.zeros(3) for some in words]
-        ).to(pixels.device)
-        mean = pixels.mean((1, 3, 4))
-        return ((mean - mean.mean(1, keepdim=True)) * direction).sum(1)
 
 
 @dataclass
@@ -240,8 +185,17 @@ class RewardPool:
     def weights(self) -> dict[str, float]:
         return {reward.label: reward.weight for reward in self.rewards}
 
+    @property
+    def needs_pixels(self) -> bool:
+        """Return whether a reward looks at decoded samples."""
+        return any({"pixels", "images"} & set(reward.needs) for reward in self.rewards)
+
+    def total(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the rewards, `(N,)`."""
+        return sum(self.weights[name] * value for name, value in values.items())
+
     def submit(self, samples: Samples) -> Future:
-        """Of `score(samples)`; its error comes with `result()`."""
+        """Return `score(samples)` to come; its error comes with `result()`."""
         if self.pool:
             return self.pool.submit(self.score, samples)
         done: Future = Future()
@@ -250,14 +204,14 @@ class RewardPool:
 
     @torch.no_grad()
     def score(self, samples: Samples) -> dict[str, Tensor]:
-        """`(B,)` float32 on the CPU by reward. ValueError names the reward whose value is not
-        finite, in its range or (B,)."""
+        """Return `(B,)` float32 on the CPU by reward. ValueError names the reward whose value is
+        not finite, in its range or (B,)."""
         begin = time.perf_counter()
-        values = {reward.label: self._one(reward, samples) for reward in self.rewards}
+        values = {reward.label: self._score_one(reward, samples) for reward in self.rewards}
         self.seconds += time.perf_counter() - begin
         return values
 
-    def _one(self, reward: Reward, samples: Samples) -> Tensor:
+    def _score_one(self, reward: Reward, samples: Samples) -> Tensor:
         for name in reward.needs:
             if getattr(samples, name) is None:
                 raise ValueError(
@@ -269,40 +223,35 @@ class RewardPool:
             parts = [(samples.groups == group).nonzero()[:, 0] for group in samples.groups.unique()]
         else:
             parts = torch.arange(count).split(reward.batch or count)
-        value = torch.empty(count)
+        values = torch.empty(count)
         for rows in parts:
-            some = samples if len(rows) == count else rows_of(samples, rows)
-            found = reward.call(some.to(reward.device) if reward.device else some).float().cpu()
-            if tuple(found.shape) != (len(rows),):
+            part = samples if len(rows) == count else rows_of(samples, rows)
+            value = reward.call(part.to(reward.device) if reward.device else part).float().cpu()
+            if tuple(value.shape) != (len(rows),):
                 raise ValueError(
-                    f"the reward {reward.label!r} gave {tuple(found.shape)} for {len(rows)} samples"
+                    f"the reward {reward.label!r} gave {tuple(value.shape)} for {len(rows)} samples"
                 )
-            value[rows] = found
+            values[rows] = value
         low, high = reward.limits
-        bad = (
-            (~((value >= low - 1e-4) & (value <= high + 1e-4))).nonzero()[:, 0].tolist()
-        )  # nan included
-        if bad:
+        fits = (values >= low - 1e-4) & (values <= high + 1e-4)  # nan does not fit
+        if not fits.all():
+            first = int(fits.int().argmin())
             raise ValueError(
-                f"the reward {reward.label!r} gave {value[bad[0]].item()} for"
-                f" {samples.captions[bad[0]]!r}; must be finite and within {low} … {high}"
+                f"the reward {reward.label!r} gave {values[first].item()} for"
+                f" {samples.captions[first]!r}; must be finite and within {low} … {high}"
             )
-        return value
+        return values
 
 
 def rows_of(samples: Samples, rows: Tensor) -> Samples:
-    def take(x):
-        return (
-            None
-            if x is None
-            else [x[i] for i in rows.tolist()]
-            if isinstance(x, list)
-            else x[rows.to(x.device)]
-        )
+    """Return some of the samples."""
 
+    def take(values):
+        if isinstance(values, list):
+            return [values[i] for i in rows.tolist()]
+        return None if values is None else values[rows.to(values.device)]
+
+    parts = ("captions", "latents", "groups", "pixels", "facts")
+    taken = {name: take(getattr(samples, name)) for name in parts}
     draws = replace(samples.draws, indices=take(samples.draws.indices))
-    own = {
-        name: take(getattr(samples, name))
-        for name in ("captions", "latents", "groups", "pixels", "facts")
-    }
-    return replace(samples, draws=draws, **own)
+    return replace(samples, draws=draws, **taken)

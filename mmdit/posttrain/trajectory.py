@@ -4,6 +4,7 @@ clean), steps 0 … T - 1 lie between them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,8 +14,9 @@ from mmdit.rng import key
 
 
 @dataclass(frozen=True)
-class StoragePlan:
-    """Which positions are kept, in which type, and per step which named values (always float32)."""
+class Storage:
+    """Which positions are kept, in which type, and at which steps which named values (always
+    float32)."""
 
     steps: int
     positions: tuple[int, ...]
@@ -41,51 +43,48 @@ class StoragePlan:
         extras: Iterable[str] = (),
         dtype: torch.dtype = torch.float32,
         everything: bool = False,
-    ) -> StoragePlan:
-        """The least that training the steps `trained` reads: both ends of each, and the clean end,
-        which the reward reads. Negative steps count from the end."""
-        own = tuple(sorted({index + steps if index < 0 else index for index in trained}))
-        needed = (
-            range(steps + 1)
-            if everything
-            else {place for index in own for place in (index, index + 1)} | {steps}
-        )
-        return StoragePlan(steps, tuple(sorted(needed)), {name: own for name in extras}, dtype)
+    ) -> Storage:
+        """Return the least that training the steps `trained` reads: both ends of each, and the
+        clean end, which the reward reads."""
+        trained = tuple(sorted(set(trained)))
+        needed = {steps, *trained, *(index + 1 for index in trained)}
+        positions = range(steps + 1) if everything else sorted(needed)
+        return Storage(steps, tuple(positions), {name: trained for name in extras}, dtype)
 
     def bytes(self, dimensions: int) -> int:
-        """Of one sample with `dimensions` latent values."""
+        """Return the size of one sample with `dimensions` latent values."""
         size = torch.finfo(self.dtype).bits // 8
         return dimensions * (size * len(self.positions) + 4 * sum(map(len, self.extras.values())))
 
 
 class Trajectory:
-    """States `(B, ...)` by position and values by (name, step), as far as the plan keeps them."""
+    """States `(B, ...)` by position and values by (name, step), as far as `storage` keeps them."""
 
-    def __init__(self, plan: StoragePlan):
-        self.plan = plan
+    def __init__(self, storage: Storage):
+        self.storage = storage
         self.states: dict[int, Tensor] = {}
         self.values: dict[tuple[str, int], Tensor] = {}
 
     def put(self, position: int, x: Tensor) -> Tensor:
-        """Keep `x` if planned. Returns it rounded as storage rounds it: the sampler goes on from
-        there, kept or not, so that what is scored later is what was sampled."""
-        rounded = x.to(self.plan.dtype)
-        if position in self.plan.positions:
+        """Keep `x` if it is wanted, and return it rounded as storage rounds it: the sampler goes on
+        from there, kept or not, so that what is scored later is what was sampled."""
+        rounded = x.to(self.storage.dtype)
+        if position in self.storage.positions:
             self.states[position] = rounded
         return rounded.to(x.dtype)
 
     def put_value(self, name: str, index: int, value: Tensor) -> None:
-        if index in self.plan.extras.get(name, ()):
+        if index in self.storage.extras.get(name, ()):
             self.values[name, index] = value.float()
 
     def get(self, position: int) -> Tensor:
-        """float32. Position -1 is the clean end. ValueError for one that is not there names those
-        that are."""
-        place = position + self.plan.steps + 1 if position < 0 else position
+        """Return a state as float32; position -1 is the clean end. ValueError names the positions
+        that are stored."""
+        place = position + self.storage.steps + 1 if position < 0 else position
         if place not in self.states:
             raise ValueError(
                 f"position {position} is not stored; there are {sorted(self.states)} of 0 …"
-                f" {self.plan.steps}"
+                f" {self.storage.steps}"
             )
         return self.states[place].float()
 
@@ -97,8 +96,8 @@ class Trajectory:
         return self.values[name, index]
 
     def to(self, device: torch.device | str) -> Trajectory:
-        """A new record; this one stays where it is."""
-        copy = Trajectory(self.plan)
+        """Return a copy on `device`; this one stays where it is."""
+        copy = Trajectory(self.storage)
         copy.states = {place: x.to(device) for place, x in self.states.items()}
         copy.values = {name: x.to(device) for name, x in self.values.items()}
         return copy
@@ -112,12 +111,13 @@ class Trajectory:
 @dataclass(frozen=True)
 class Rollout:
     """One micro-batch of samples: `prompts (B,)` are places in the prompt list, `groups (B,)` int64
-    ids, `indices (B,)` places in the epoch."""
+    ids, `indices (B,)` places in the epoch; `rewards`: to come, `(B,)` by name."""
 
     trajectory: Trajectory
     prompts: Tensor
     groups: Tensor
     indices: Tensor
+    rewards: Future
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -127,11 +127,11 @@ class Rollout:
         return self.trajectory.get(-1)
 
     def to(self, device: torch.device | str) -> Rollout:
-        """A new record with the latents on `device`; the small tensors stay on the CPU."""
+        """Return a copy with the latents on `device`; the small tensors stay on the CPU."""
         return replace(self, trajectory=self.trajectory.to(device))
 
 
-def group_id(prompt: str, negative: str = "", condition: str = "") -> int:
-    """Samples belong together when all of these agree; signed 64 bits, to be kept in int64 (float32
-    would merge groups)."""
-    return key("group", prompt, negative, condition)
+def group_id(prompt: str) -> int:
+    """Return a number of signed 64 bits for samples that are compared: those of one prompt. It must
+    be kept in int64, for float32 would merge groups."""
+    return key("group", prompt, "", "")

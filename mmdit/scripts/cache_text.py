@@ -17,7 +17,6 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.data.dataset.captions import all_captions, with_trigger
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
-from mmdit.posttrain.prompts import load_prompts
 from mmdit.scripts import friendly, run
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training.distributed import choose_device
@@ -40,14 +39,7 @@ def asked_texts(config: ExperimentConfig, cache_dir: str | None) -> list[str]:
     if config.posttrain:
         settings, video = config.posttrain, config.video
         size = target_sizes(video, config.bucketing, config.tokenizer.latent_f)[0]
-        prompts, evaluated = load_prompts(
-            settings.prompts,
-            settings.prompt_count,
-            config.seed,
-            video.num_frames > 1,
-            *size,
-            settings.eval_prompts,
-        )
+        prompts, evaluated = settings.load_prompts(config.seed, video.num_frames > 1, *size)
         texts += [text for some in (prompts, *evaluated.values()) for text in some.captions]
     return texts
 

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
 from mmdit.interfaces import LatentSpec, TextTokens
-from mmdit.posttrain.dpo_offline import dpo_offline
-from mmdit.posttrain.online import online
+from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RolloutConfig
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.posttrain.session import Session
-from mmdit.posttrain.srpo import srpo
 from mmdit.rng import Draws
 from mmdit.training.checkpoint import Meta, save
 from mmdit.training.ema import EMAConfig
@@ -192,27 +190,29 @@ def session(
         learner, options, EMAConfig(enabled=ema is not None, decay=ema or 0.9)
     )
 
-    def store(running: Session, best: bool) -> None:
-        meta = Meta(running.state.step, {}, Glass.spec, "glass")
-        save(
-            run_dir / "best" if best else run_dir,
-            meta,
-            running.state.files() | running.files(),
-            int(best),
-        )
+    def store(files: dict, best: bool) -> None:
+        meta = Meta(state.step, {}, Glass.spec, "glass")
+        save(run_dir / "best" if best else run_dir, meta, files, int(best))
 
     prompts = Prompts([f"class {i % 4} number {i}" for i in range(64)])
     evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(512)])}
     return Session(
-        config, options, seed, state, Glass(), prompts, evaluated, 4, 4, frames, run_dir, store
+        config=config,
+        train=options,
+        seed=seed,
+        state=state,
+        tokenizer=Glass(),
+        prompts=prompts,
+        evaluated=evaluated,
+        width=4,
+        height=4,
+        frames=frames,
+        run_dir=run_dir,
+        save=store,
     )
 
 
 def run(session: Session) -> dict[str, float]:
     """Train; evaluation rewards at the end, and the last record."""
-    loop = {
-        "srpo": srpo,
-        "dpo": dpo_offline if session.config.dpo.source == "offline" else online,
-    }.get(session.config.algorithm, online)
-    assert loop(session)
+    assert post_train(session)
     return session.log.last

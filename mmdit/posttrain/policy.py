@@ -1,0 +1,72 @@
+"""The trained network and frozen copies of its weights, as velocity fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mmdit.diffusion import guided
+from mmdit.interfaces import TextTokens
+from mmdit.posttrain.losses import wide
+from mmdit.posttrain.setup import Setup
+
+Velocity = Callable[[Tensor, float | Tensor], Tensor]  # x (B, ...) and sigma to float32 (B, ...)
+
+
+def _call_with(model: nn.Module, weights: dict[str, Tensor], *inputs: object) -> Tensor:
+    return functional_call(model, weights, inputs)
+
+
+class Policy:
+    """`reference`: the trained weights that the first run began from. `old`: a copy that follows
+    the policy, slowly with NFT; AWM's is that of the epoch's beginning."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.model = setup, setup.learner.model
+        self.reference, self.old = self.snapshot(), self.snapshot()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy of the trained weights, by the network's names."""
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the running average (`ema:`) of the trained weights, by the network's names."""
+        shadow = self.setup.state.ema.shadow
+        return {name.removeprefix("model."): value for name, value in shadow.items()}
+
+    @torch.no_grad()
+    def renew_old(self, share: float) -> None:
+        """Move `old` towards the policy; `share` of it stays as it was."""
+        for name, value in self.snapshot().items():
+            self.old[name].lerp_(value, 1 - share)
+
+    def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Velocity:
+        """Return the velocity field of the policy, or of a copy of its trained `weights`, with the
+        guidance that rollouts have."""
+        setup = self.setup
+        objective, rollout, network = setup.learner.objective, setup.config.rollout, self.model
+        if weights is not None:
+            network = partial(_call_with, self.model, weights)
+        if setup.pair:
+            low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
+            scales = (rollout.guidance, low)
+            trained, frozen = scales if setup.pair.trains_high else reversed(scales)
+            sibling = guided(objective, setup.pair.sibling, text, frozen)
+            denoise = setup.pair.routed(guided(objective, network, text, trained), sibling)
+        else:
+            denoise = guided(objective, network, text, rollout.guidance)
+
+        def field(x: Tensor, t: float | Tensor) -> Tensor:
+            with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.train.autocast):
+                clean = denoise(x, t).float()
+            return (x - clean) / (wide(t, x) if isinstance(t, Tensor) else t)
+
+        return field

@@ -1,0 +1,141 @@
+"""Rollouts: samples of the policy for the prompts of an epoch, decoded and given to the rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mmdit.posttrain import dynamics
+from mmdit.posttrain.policy import Policy, Velocity
+from mmdit.posttrain.rewards import RewardPool, Samples
+from mmdit.posttrain.setup import Setup
+from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory, group_id
+from mmdit.rng import Draws, generator
+
+
+class Rollouts:
+    """Draws samples for the prompts of an epoch. Everything random is a function of the seed, the
+    epoch and a sample's place in it, so that ranks draw only their part."""
+
+    def __init__(self, setup: Setup, policy: Policy):
+        self.setup, self.policy, self.config = setup, policy, setup.config
+        self.pool = RewardPool(self.config.rewards, workers=int(self.config.async_rewards))
+
+    def epoch_prompts(self, epoch: int) -> Tensor:
+        """Return `(samples,)`: the prompt of every sample of the epoch, over all ranks."""
+        order = torch.randperm(
+            len(self.setup.prompts), generator=generator(self.setup.seed, "epoch prompts", epoch)
+        )
+        return order[: self.config.prompts_per_epoch].repeat_interleave(self.config.group_size)
+
+    def rank_indices(self) -> Iterator[Tensor]:
+        """Yield this rank's places in the epoch, one micro-batch at a time. Each update uses the
+        same samples for any number of ranks."""
+        config, world = self.config, self.setup.world
+        samples = config.prompts_per_epoch * config.group_size // config.updates_per_epoch
+        places = torch.arange(samples).tensor_split(world.size)[world.rank]
+        for update in range(config.updates_per_epoch):
+            yield from (update * samples + places).split(config.micro_batch)
+
+    def noisy_steps(self, epoch: int) -> tuple[int, ...]:
+        """Return the steps that are stochastic, stored and trained in this epoch."""
+        rollout = self.config.rollout
+        if not self.config.trains_steps:
+            return ()
+        order = torch.randperm(
+            len(rollout.candidates), generator=generator(self.setup.seed, "sde window", epoch)
+        )
+        return tuple(sorted(rollout.candidates[i] for i in order[: rollout.sde_pick or None]))
+
+    def storage(self, noisy: tuple[int, ...]) -> Storage:
+        """Return what is kept of a rollout whose steps `noisy` are trained."""
+        storage, steps = self.config.storage, self.config.rollout.steps
+        dtype = torch.bfloat16 if storage.dtype == "bf16" else torch.float32
+        return Storage.for_steps(noisy, steps, ("mean",), dtype, storage.positions == "all")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        velocity: Velocity,
+        draws: Draws,
+        noisy: Sequence[int] = (),
+        storage: Storage | None = None,
+        first: Draws | None = None,
+    ) -> Trajectory:
+        """Sample along `times`: the steps `noisy` by the configured dynamics, the others by the
+        ODE. Each state is rounded as it is stored before anything is computed from it; means of
+        noisy steps are kept as `mean`. `first` keys the noise at t = 1, if not `draws`."""
+        rollout, times, shape = self.config.rollout, self.setup.times, self.setup.shape
+        trajectory = Trajectory(storage or Storage.for_steps((), rollout.steps))
+        x = trajectory.put(0, (first or draws).normal("rollout", *shape))
+        for index, t in enumerate(times[:-1]):
+            method = rollout.dynamics if index in noisy else "ode"
+            step = dynamics.step(method, rollout.noise_level, times, index)
+            mean = step.mean(x, velocity(x, t))
+            trajectory.put_value("mean", index, mean)
+            if index in noisy:
+                mean = mean + step.std * draws.normal(f"sde {index}", *shape)
+            x = trajectory.put(index + 1, mean)
+        return trajectory
+
+    @torch.no_grad()
+    def collect(self, epoch: int, weights: dict[str, Tensor] | None = None) -> list[Rollout]:
+        """Return this rank's rollouts of an epoch, their rewards to come. `weights`: of a copy that
+        samples in place of the policy."""
+        setup, config = self.setup, self.config
+        prompts, noisy = self.epoch_prompts(epoch), self.noisy_steps(epoch)
+        storage = self.storage(noisy)
+        if config.rollout.policy == "old":
+            weights = self.policy.old
+        rollouts = []
+        for indices in self.rank_indices():
+            places = prompts[indices]
+            draws = Draws(setup.seed, epoch, indices.to(setup.device))
+            first = draws
+            if config.rollout.shared_noise:
+                first = Draws(setup.seed, epoch, draws.indices // config.group_size)
+            velocity = self.policy.velocity(setup.text[places.to(setup.device)], weights)
+            trajectory = self.sample(velocity, draws, noisy, storage, first)
+            asked = setup.prompts.at(places.tolist())
+            groups = torch.tensor([group_id(caption) for caption in asked.captions])
+            clean = trajectory.get(-1)
+            samples = Samples(
+                captions=asked.captions,
+                latents=clean,
+                groups=groups,
+                draws=draws,
+                pixels=self.decode(clean) if self.pool.needs_pixels else None,
+                facts=asked.facts,
+            )
+            rollout = Rollout(trajectory, places, groups, indices, self.pool.submit(samples))
+            rollouts.append(rollout.to("cpu") if config.storage.offload else rollout)
+        return rollouts
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """Return the pixels of `reward_frames`, or of all frames. No more is decoded than they
+        need: with a tokenizer of single frames only those, with one along time all that comes
+        before the last of them."""
+        setup, spec = self.setup, self.setup.learner.spec
+        places: list[int] | slice = [place % setup.frames for place in self.config.reward_frames]
+        if places and spec.temporal == 1:
+            clean, places = clean[:, places], slice(None)
+        elif places:
+            clean = clean[:, : 1 + -(-max(places) // spec.temporal)]
+        else:
+            places = slice(None)
+        return setup.tokenizer.decode(spec.denormalize(clean))[:, places].float()
+
+    def gather_rewards(self, rollouts: list[Rollout]) -> dict[str, Tensor]:
+        """Return the rewards of the whole epoch, `(samples,)` by name, on every rank."""
+        total, device = self.config.prompts_per_epoch * self.config.group_size, self.setup.device
+        whole = {
+            name: torch.zeros(total, dtype=torch.float64, device=device)
+            for name in self.pool.weights
+        }
+        for rollout in rollouts:
+            for name, value in rollout.rewards.result().items():
+                whole[name][rollout.indices.to(device)] = value.double().to(device)
+        self.setup.world.sum_(*whole.values())
+        return {name: value.cpu() for name, value in whole.items()}

@@ -1,0 +1,135 @@
+"""What a run of post-training is built from, and the checks that need more than its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.diffusion import LinearPath, sampling_times
+from mmdit.interfaces import Tokenizer
+from mmdit.posttrain.advantages import check_geometry
+from mmdit.posttrain.experts import Pair
+from mmdit.posttrain.posttrain_config import PosttrainConfig
+from mmdit.posttrain.prompts import Prompts
+from mmdit.training.distributed import World
+from mmdit.training.train_config import TrainConfig
+from mmdit.training.trainer import TrainState
+
+Files = dict[str, dict[str, Tensor]]  # of a checkpoint: name without suffix → tensors
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """Everything that a run is built from. The text encoder is frozen and the network stays in
+    evaluation mode, so that scoring a rollout again gives exactly what was sampled. With two
+    experts (`pair`) the learner holds the trained one, and rollouts use both.
+
+    `save(files, best)` writes a checkpoint, with `best` the weights alone. `history` holds scalars
+    that a resumed run must know: `best` (score and update of the best evaluation), and of SRPO
+    `std` and `latent_std` (the latents' deviation at first and now) and `invert` (the first score
+    of that branch).
+    """
+
+    config: PosttrainConfig
+    train: TrainConfig
+    seed: int
+    state: TrainState
+    tokenizer: Tokenizer
+    prompts: Prompts
+    evaluated: dict[str, Prompts]
+    width: int
+    height: int
+    frames: int
+    run_dir: Path
+    save: Callable[[Files, bool], None]
+    world: World = World()
+    pair: Pair | None = None
+    history: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        config, objective = self.config, self.state.learner.objective
+        if not isinstance(objective.path, LinearPath):
+            raise ConfigError(
+                "train.objective",
+                "is not flow matching on the linear path, which post-training is made for",
+            )
+        self.learner, self.device = self.state.learner.eval(), self.world.device
+        self._check_sizes()
+        self._prepare_rewards()
+        spec = self.learner.spec
+        latent_frames = spec.frames(self.frames)
+        self.shape = (latent_frames, *spec.grid(self.width, self.height), spec.channels)
+        shift = config.rollout.shift * objective.clip_shift(latent_frames)
+        self.times = sampling_times(objective, config.rollout.steps, shift)
+        if self.pair:
+            self.pair.check(config, self.times)
+        elif config.rollout.guidance_low is not None:
+            raise ConfigError(
+                "posttrain.rollout.guidance_low",
+                f"is {config.rollout.guidance_low}, but this model is no pair of experts; leave it"
+                " out",
+            )
+        with torch.no_grad():
+            self.text = self.learner.text_encoder(self.prompts.captions).to(self.device)
+
+    def _check_sizes(self) -> None:
+        """Raise ConfigError for counts and frames that do not fit each other."""
+        config = self.config
+        self.micro_batches = check_geometry(
+            config.prompts_per_epoch,
+            config.group_size,
+            self.world.size,
+            config.micro_batch,
+            config.updates_per_epoch,
+        )
+        if self.train.max_steps % config.updates_per_epoch:
+            raise ConfigError(
+                "train.max_steps",
+                f"is {self.train.max_steps}, must be a multiple of posttrain.updates_per_epoch,"
+                f" {config.updates_per_epoch}",
+            )
+        if config.prompts_per_epoch > len(self.prompts):
+            raise ConfigError(
+                "posttrain.prompts_per_epoch",
+                f"is {config.prompts_per_epoch}, must be at most the {len(self.prompts)} prompts",
+            )
+        compares_groups = any(reward.groupwise for reward in config.rewards)
+        if config.algorithm == "dpo" and not config.dpo.given:
+            compares_groups = True
+        if compares_groups and config.micro_batch % config.group_size:
+            raise ConfigError(
+                "posttrain.micro_batch",
+                f"is {config.micro_batch}, must be a multiple of group_size {config.group_size}: a"
+                " groupwise reward or dpo compares whole groups",
+            )
+        if any(not -self.frames <= place < self.frames for place in config.reward_frames):
+            raise ConfigError(
+                "posttrain.reward_frames",
+                f"is {list(config.reward_frames)}; must be frames of a clip of {self.frames}, from"
+                " 0, or -1 for the last",
+            )
+
+    def _prepare_rewards(self) -> None:
+        """Let the rewards that will be asked load what they need. ConfigError: one of them needs
+        facts, which these prompts do not have."""
+        config = self.config
+        asked = {"rewards": config.trained_rewards}
+        if self.evaluated:
+            asked["eval_rewards"] = config.evaluation_rewards
+        for key, rewards in asked.items():
+            for i, reward in enumerate(rewards):
+                if "facts" in reward.needs and self.prompts.facts is None:
+                    raise ConfigError(
+                        f"posttrain.{key}[{i}]",
+                        f"is {reward.type}, which needs the facts of its prompts; those of"
+                        f" {config.prompts} have none: take another reward, or posttrain.prompts:"
+                        " moving_shapes",
+                    )
+                reward.prepare(torch.device(reward.device or self.device))
+        if config.algorithm == "srpo":
+            config.srpo.scorer.prepare(self.device)

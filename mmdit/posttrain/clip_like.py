@@ -17,7 +17,6 @@ from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import explain_errors
 from mmdit.pixels import CLIP, Standard
 from mmdit.posttrain.rewards import Reward, Samples
-from mmdit.text_encoders.clip_vision import MEAN, STD
 from mmdit.text_encoders.huggingface import check_folder
 from mmdit.weights import Checkpoint, check_numbers
 

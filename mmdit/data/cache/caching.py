@@ -33,6 +33,7 @@ from mmdit.data.dataset.buckets import BucketingConfig, Size, VideoConfig
 from mmdit.data.dataset.clips import cached_frames, latent_video, usable_frames
 from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames
+from mmdit.data.dataset.jpegs import CodedPicture, decode_jpegs, import_torchvision, read_plain
 from mmdit.data.dataset.pictures import load_image
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.stamps import compare, stamp_of
@@ -155,6 +156,9 @@ class CacheReport:
         return "\n".join(lines)
 
 
+Coded = tuple[CodedPicture, list[Meta], Record]
+
+
 # ── decoding, in the workers ──────────────────────────────────────────────────────────────────────
 class _Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so
@@ -175,19 +179,22 @@ class _Decode(Dataset):
 
     def __getitem__(
         self, records: list[Record]
-    ) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int]:
+    ) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int, list[Coded]]:
         groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
-        skipped, same = [], 0
+        skipped, same, coded = [], 0, []
         for record in records:
             try:
-                crops = self.crops(record)
+                later = self.coded(record)
+                crops = [] if later else self.crops(record)
             except (
                 Exception
             ) as error:  # decoders raise almost anything on damaged files; the list says what
                 row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
                 skipped.append(row | {"unreachable": is_unreachable(error)})
             else:
-                same += self.preprocess.num_crops - len(crops)
+                if later:
+                    coded.append(later)
+                same += self.preprocess.num_crops - (len(later[1]) if later else len(crops))
                 for pixels, meta in crops:
                     groups.setdefault(pixels.shape, []).append((pixels, meta))
         pairs = [
@@ -198,7 +205,24 @@ class _Decode(Dataset):
             [(torch.from_numpy(np.stack(pixels)), metas) for pixels, metas in pairs],
             skipped,
             same,
+            coded,
         )
+
+    def coded(self, record: Record) -> Coded | None:
+        """Return a picture that the device will decode; None for all others."""
+        wanted = self.media == "image" and self.preprocess.jpeg_decoder == "torchvision"
+        if not wanted or not record.path.lower().endswith((".jpg", ".jpeg")):
+            return None
+        stamp = stamp_of(record.path)
+        plain = read_plain(record.path)
+        if plain is None:
+            return None
+        data, size = plain
+        target = self.choose(size)
+        boxes = boxes_of(size, target, self.preprocess, record.id)
+        origin = {"size": list(size), "crops": list(boxes), "stamp": stamp}
+        picture = CodedPicture(data, target, list(boxes.values()))
+        return picture, self.metas(record, boxes, origin), record
 
     def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
         """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has
@@ -222,23 +246,27 @@ class _Decode(Dataset):
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}
         origin |= {"notes": sorted(notes)} if notes else {}
+        pixels = [
+            np.stack([frames[number][crop] for number in chosen]) for crop in range(len(boxes))
+        ]
+        return list(zip(pixels, self.metas(record, boxes, origin), strict=True))
+
+    def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
+        """Return what is stored with each crop of a record."""
         repeated = [
             self.preprocess.item_id(record.id, crop)
             for crop in range(self.preprocess.num_crops)
             if crop not in boxes
         ]
         return [
-            (
-                np.stack([frames[number][i] for number in chosen]),
-                Meta(
-                    self.preprocess.item_id(record.id, crop),
-                    record.caption,
-                    record.facts,
-                    origin | {"crop": [round(side, 3) for side in box]},
-                    repeated,
-                ),
+            Meta(
+                self.preprocess.item_id(record.id, crop),
+                record.caption,
+                record.facts,
+                origin | {"crop": [round(side, 3) for side in box]},
+                repeated,
             )
-            for i, (crop, box) in enumerate(boxes.items())
+            for crop, box in boxes.items()
         ]
 
 
@@ -310,16 +338,44 @@ def decoded(
     chunk = 16 if media == "image" else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
     pin_memory = torch.device(device).type == "cuda"
-    for part, result in each(
-        _Decode(media, manifest, preprocess, video), parts, num_workers, pin_memory
-    ):
+    decode = _Decode(media, manifest, preprocess, video)
+    for part, result in each(decode, parts, num_workers, pin_memory):
         if result is None:
             rows = [
                 {"id": record.id, "path": record.path, "reason": KILLED, "unreachable": False}
                 for record in part
             ]
-            result = [], rows, 0
-        yield len(part), *result
+            result = [], rows, 0, []
+        groups, skipped, same, coded = result
+        if coded:
+            groups, skipped = _with_coded(groups, skipped, coded, decode, device)
+        yield len(part), groups, skipped, same
+
+
+def _with_coded(
+    groups: list[tuple[Tensor, list[Meta]]],
+    skipped: list[dict],
+    coded: list[Coded],
+    decode: _Decode,
+    device: torch.device | str,
+) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict]]:
+    """Return the groups and the skipped rows with the pictures that the device decodes; those that
+    it cannot decode are left to Pillow, which says why."""
+    groups, skipped = list(groups), list(skipped)
+    for (_, metas, record), crops in zip(
+        coded, decode_jpegs([picture for picture, _, _ in coded], device), strict=True
+    ):
+        if crops is not None:
+            groups += [(crop[None, None], [meta]) for crop, meta in zip(crops, metas, strict=True)]
+            continue
+        try:
+            pairs = decode.crops(record)
+        except Exception as error:  # decoders raise almost anything on damaged files
+            row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
+            skipped.append(row | {"unreachable": is_unreachable(error)})
+        else:
+            groups += [(torch.from_numpy(pixels)[None], [meta]) for pixels, meta in pairs]
+    return groups, skipped
 
 
 # ── what is already there ─────────────────────────────────────────────────────────────────────────
@@ -490,6 +546,8 @@ def cache_latents(
         for record in records
         for crop in range(preprocess.num_crops)
     }
+    if preprocess.jpeg_decoder == "torchvision":
+        import_torchvision()  # what is missing shows before any work
     records = records[rank::world]
     writer = CacheWriter(out_dir, manifest, rank, world, forgiving=True)
     report = CacheReport(

@@ -73,6 +73,11 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     return transform.apply(in_mode(image, transform.input_mode)), note
 
 
+def changes_colours(profile: bytes | None, mode: str) -> bool:
+    """Return whether `to_srgb` does anything, or has a note, for pictures of this mode."""
+    return bool(profile) and _transform(profile, mode) != (None, "")
+
+
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
     """Return the picture in this mode, itself if it has it: Pillow would copy it."""
     return image if image.mode == mode else image.convert(mode)

@@ -41,6 +41,9 @@ class PreprocessConfig(Section):
     shift_fraction: float = 1.0
     num_crops: int = 1
     seed: int = 0
+    # of plain JPEG files, while caching: torchvision's works on the GPU, with pixels that differ by
+    # rounding
+    jpeg_decoder: Literal["pillow", "torchvision"] = "pillow"
 
     def __post_init__(self):
         if not 0 <= self.shift_fraction <= 1:
@@ -60,7 +63,11 @@ class PreprocessConfig(Section):
 
     def describe(self) -> dict:
         """What decides the pixels, for the cache's manifest."""
-        return asdict(self) if self.crop == "shifted" else {"crop": "center"}
+        stated = asdict(self) if self.crop == "shifted" else {"crop": "center"}
+        stated.pop("jpeg_decoder", None)  # manifests of caches made by Pillow never named it
+        if self.jpeg_decoder != "pillow":
+            stated["jpeg_decoder"] = self.jpeg_decoder
+        return stated
 
     def item_id(self, id: str, crop: int) -> str:
         """The id of one crop: `<id>_c<k>` when there are several."""

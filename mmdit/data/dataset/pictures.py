@@ -244,6 +244,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def is_upright(image: Image.Image) -> bool:
+    """Return whether an opened picture is shown as it is stored."""
+    return _orientation(image) not in TURNS
+
+
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Return the picture without its transparency, and that as a mask, if it has any."""
     if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
-from mmdit.data.cache.caching import cache_latents, decoded
+from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.decoding import decoded
 from mmdit.data.cache.latent_cache import CacheWriter, LatentCache, open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packing import pack_cache

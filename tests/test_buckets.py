@@ -123,9 +123,9 @@ def test_pictures_and_clips_of_many_shapes_and_lengths_share_a_cache(tmp_path):
     )
     report = run(meta, tmp_path / "cache", bucketing=BUDGET)
     assert report.sizes == {"64x64": 1, "64x32": 1, "32x64": 1, "32x32": 1}
-    assert [row["id"] for row in report.skipped] == [
+    assert [skip.id for skip in report.skipped] == [
         "thread"
-    ] and "too small: 500x9" in report.skipped[0]["reason"]
+    ] and "too small: 500x9" in report.skipped[0].reason
     assert (tmp_path / "cache/64x64/square.pt").exists()
     tokenizer = MeanPixels()
     assert (

@@ -208,7 +208,7 @@ def test_latents_that_float16_cannot_hold_are_refused(tmp_path, images):
             return torch.where(pixels[:, :1, :1, :1, :1] > 0.5, torch.inf, super().encode(pixels))
 
     report = run(images, tmp_path / "cache", Loud())
-    assert report.written == 7 and {row["reason"] for row in report.skipped} == {
+    assert report.written == 7 and {skip.reason for skip in report.skipped} == {
         "latents are not finite in float16"
     }
     with CacheWriter(tmp_path / "direct", CacheManifest.of(MeanPixels(), VIDEO)) as writer:
@@ -258,7 +258,7 @@ def test_clips_keep_every_frame_in_order(tmp_path):
     ]
     meta = write_meta(tmp_path, rows, "train_videos.jsonl")
     report = run(meta, tmp_path / "cache", kind="video", num_workers=1)
-    assert [row["reason"] for row in report.skipped] == [
+    assert [skip.reason for skip in report.skipped] == [
         "folder without pictures",
         "file not found",
     ]

@@ -52,7 +52,7 @@ def clips(tmp_path):
 
 def test_a_tokenizer_that_joins_frames_is_given_the_planned_ones(clips, tmp_path):
     report = run(clips, tmp_path / "cache", Joining(), kind="video", video=VIDEO)
-    assert [row["reason"] for row in report.skipped] == ["too short: 8 frames, a sample needs 17"]
+    assert [skip.reason for skip in report.skipped] == ["too short: 8 frames, a sample needs 17"]
     cache = open_cache(tmp_path / "cache", CacheManifest.of(Joining(), VIDEO))
     assert cache.shapes[:, 0].tolist() == [3, 3]
     for index, first in ((0, 0), (1, 6)):  # the middle of the clip

@@ -35,7 +35,7 @@ def compared(meta, kind, video, preprocess, tmp_path, workers=0):
         meta, tmp_path / "cache", kind=kind, video=video, bucketing=BUCKETS, preprocess=preprocess
     )
     told = {row["id"]: row["reason"] for row in rows if "reason" in row}
-    assert told == {row["id"]: row["reason"] for row in report.skipped}
+    assert told == {skip.id: skip.reason for skip in report.skipped}
     cache, items = open_cache(tmp_path / "cache"), {}
     for row in rows:
         for crop, box in enumerate(row.get("crops", [])):

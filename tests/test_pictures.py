@@ -335,7 +335,7 @@ def test_a_pipe_is_refused_at_once(tmp_path):
         {"id": "d", "image_path": "frames", "caption": ""},
     ]
     report = run(write_meta(tmp_path, rows), tmp_path / "cache")
-    assert [row["reason"].rpartition(" a ")[2] for row in report.skipped] == [
+    assert [skip.reason.rpartition(" a ")[2] for skip in report.skipped] == [
         "named pipe",
         "device",
         "folder",

@@ -141,7 +141,7 @@ def test_video_files_are_cached_with_every_frame_and_every_record_is_accounted_f
     meta = write_meta(tmp_path, rows, "train_videos.jsonl")
     video = VideoConfig(32, 32, fps=12)
     report = run(meta, tmp_path / "cache", kind="video", video=video, num_workers=1)
-    assert [row["reason"].partition(":")[0] for row in report.skipped] == [
+    assert [skip.problem for skip in report.skipped] == [
         "too few frames a second",
         "unreadable video",
         "file not found",
@@ -252,10 +252,10 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     report = run(tmp_path / "train_images.jsonl", tmp_path / "cache")
     assert report.written == 6 and report.written + len(report.skipped) == report.records == 10
     assert report.animated == 1 and "1 items from animated pictures" in report.text()
-    skipped = sorted(row["path"].rpartition("/")[2] for row in report.skipped)
+    skipped = sorted(skip.path.rpartition("/")[2] for skip in report.skipped)
     assert skipped == ["cut.jpg", "dangling.png", "text.png", "zero.png"]
     clips = run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video")
-    assert clips.records == 5 and sorted(row["id"] for row in clips.skipped) == ["no frame", "torn"]
+    assert clips.records == 5 and sorted(skip.id for skip in clips.skipped) == ["no frame", "torn"]
     cached = open_cache(tmp_path / "clips")
     assert dict(zip(cached.ids, cached.shapes[:, 0].tolist(), strict=True)) == {
         "changing": 6,

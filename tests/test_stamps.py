@@ -178,13 +178,14 @@ def test_a_source_that_is_damaged_now_loses_its_items(tmp_path):
         and report.removed == 1
         and "1 items taken out" in report.text()
     )
-    assert [row["id"] for row in report.skipped] == ["a"] and verify_cache(tmp_path / "cache")[
+    assert [skip.id for skip in report.skipped] == ["a"] and verify_cache(tmp_path / "cache")[
         1
     ] == []
     assert list(json.loads((tmp_path / "cache/skipped.jsonl").read_text())) == [
         "id",
         "path",
         "reason",
+        "problem",
     ]
 
 
@@ -195,7 +196,7 @@ def test_a_source_that_cannot_be_reached_keeps_its_items_and_is_told(tmp_path):
         tmp_path, meta_of(tmp_path, "new", a="elsewhere.png")
     )  # perhaps a disk that is not mounted
     assert (
-        report.skipped[0]["reason"].startswith("file not found")
+        report.skipped[0].reason.startswith("file not found")
         and str(tmp_path / "elsewhere.png") in report.text()
     )
     assert open_cache(tmp_path / "cache").captions == [

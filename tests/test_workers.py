@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
-from mmdit.data.cache import caching, look
+from mmdit.data.cache import decoding, look
 from mmdit.data.cache.latent_cache import CacheWriter, open_cache
 from mmdit.data.dataset import workers
 from mmdit.data.dataset.buckets import VideoConfig
@@ -35,7 +35,7 @@ def deadly(tmp_path, monkeypatch):
     names = [f"p{i:02}" for i in range(40)]
     for name in names:
         Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
-    load = caching.load_image
+    load = decoding.load_image
 
     def load_or_die(path, *rest):
         if "p20" in str(path) and os.getpid() != parent:
@@ -43,7 +43,7 @@ def deadly(tmp_path, monkeypatch):
         return load(path, *rest)
 
     parent = os.getpid()
-    monkeypatch.setattr(caching, "load_image", load_or_die)
+    monkeypatch.setattr(decoding, "load_image", load_or_die)
     monkeypatch.setattr(look, "load_image", load_or_die)
     return write_meta(
         tmp_path, [{"id": name, "image_path": f"{name}.png", "caption": ""} for name in names]
@@ -53,10 +53,8 @@ def deadly(tmp_path, monkeypatch):
 def test_a_record_that_kills_its_worker_is_skipped_and_the_rest_is_cached(deadly, tmp_path, capfd):
     before = signal.getsignal(signal.SIGCHLD)
     report = run(deadly, tmp_path / "cache", num_workers=2)
-    assert report.written == 39 and [row["id"] for row in report.skipped] == ["p20"]
-    assert (
-        "was killed" in report.skipped[0]["reason"] and signal.getsignal(signal.SIGCHLD) == before
-    )
+    assert report.written == 39 and [skip.id for skip in report.skipped] == ["p20"]
+    assert "was killed" in report.skipped[0].reason and signal.getsignal(signal.SIGCHLD) == before
     told = capfd.readouterr().err
     assert (
         "one of these 16 records" in told

@@ -14,6 +14,7 @@ from mmdit.data.dataset.captions import all_captions, length_report
 from mmdit.data.dataset.clips import usable_frames
 from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
 
 EXAMPLES = 5
@@ -140,15 +141,13 @@ def _older(cache: LatentCache) -> str:
 
 
 def _skipped(folder: Path) -> dict:
-    rows = []
+    skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        rows += [
-            json.loads(line)
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-    reasons = Counter(row["reason"].partition(":")[0] for row in rows)
-    return {"items": len(rows), "reasons": dict(reasons.most_common()), "examples": rows[:EXAMPLES]}
+        lines = path.read_text(encoding="utf-8").splitlines()
+        skips += [Skip.from_json(json.loads(line)) for line in lines if line.strip()]
+    reasons = {problem: len(group) for problem, group in by_problem(skips).items()}
+    examples = [skip.to_json() for skip in skips[:EXAMPLES]]
+    return {"items": len(skips), "reasons": reasons, "examples": examples}
 
 
 def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:

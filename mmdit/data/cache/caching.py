@@ -11,50 +11,34 @@ rank takes every world-th record: there is no communication, ranks may finish at
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from mmdit.data.cache.decoding import Meta, decoded
 from mmdit.data.cache.items import load_item, to_half
 from mmdit.data.cache.latent_cache import CacheWriter, told_how_to_go_on
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.dataset.buckets import BucketingConfig, Size, VideoConfig
-from mmdit.data.dataset.clips import cached_frames, latent_video, usable_frames
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.clips import latent_video, usable_frames
 from mmdit.data.dataset.colours import NOTES
-from mmdit.data.dataset.frames import Box, PreprocessConfig, crop_box, cut, load_frames
-from mmdit.data.dataset.jpegs import CodedPicture, decode_jpegs, import_torchvision, read_plain
-from mmdit.data.dataset.pictures import load_image
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.jpegs import import_torchvision
+from mmdit.data.dataset.problems import Skip, Unusable, by_problem
 from mmdit.data.dataset.records import Media, Record
-from mmdit.data.dataset.stamps import compare, stamp_of
-from mmdit.data.dataset.videos import read_video
-from mmdit.data.dataset.workers import KILLED, each
+from mmdit.data.dataset.stamps import compare
 from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec, Tokenizer
 from mmdit.pixels import to_unit
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
-
-
-@dataclass
-class Meta:
-    """What is stored beside one item's latents."""
-
-    id: str
-    caption: str
-    facts: dict
-    source: dict
-    repeated: list[str]  # ids of crops of the same picture that are not written
 
 
 @dataclass
@@ -80,7 +64,7 @@ class CacheReport:
     animated: int = 0  # items from an animated picture
     notes: Counter = field(default_factory=Counter)  # items by key of `colours.NOTES`
     older: str = ""  # what to say of a cache that was begun with another version of decoding
-    skipped: list[dict] = field(default_factory=list)  # {"id", "path", "reason"}
+    skipped: list[Skip] = field(default_factory=list)
     sizes: dict[str, int] = field(
         default_factory=dict
     )  # items in the cache by size (when one process makes it)
@@ -141,241 +125,14 @@ class CacheReport:
                 else f"{told}: they are trained, too; --prune removes them"
             )
         lines += [self.too_short] if self.too_short else []
-        kinds: dict[str, list[dict]] = {}
-        for row in self.skipped:
-            kinds.setdefault(row["reason"].partition(":")[0], []).append(row)
-        for rows in kinds.values():
-            row = rows[0]
-            lines.append(
-                f"  skipped {len(rows)}, for example: {row['reason']}"
-                f" ({row['id']}{place_told(row)})"
-            )
+        for skips in by_problem(self.skipped).values():
+            skip = skips[0]
+            place = f"{skip.id}, {skip.place}" if skip.place else skip.id
+            lines.append(f"  skipped {len(skips)}, for example: {skip.reason} ({place})")
         lines += [
             f"  {size}: {count} items in the cache" for size, count in sorted(self.sizes.items())
         ]
         return "\n".join(lines)
-
-
-Coded = tuple[CodedPicture, list[Meta], Record]
-
-
-# ── decoding, in the workers ──────────────────────────────────────────────────────────────────────
-class _Decode(Dataset):
-    """Maps a few records to their crops, grouped by size. The records come through the sampler, so
-    that a million of them are neither pickled to nor copied by every worker."""
-
-    def __init__(
-        self,
-        media: Media,
-        manifest: CacheManifest,
-        preprocess: PreprocessConfig,
-        video: VideoConfig,
-    ):
-        self.media, self.choose, self.preprocess = media, manifest.choose, preprocess
-        self.fps = video.fps if media == "video" else 0.0
-        self.video = (
-            video if manifest.clip_plan and media == "video" else None
-        )  # its frames are chosen here
-
-    def __getitem__(
-        self, records: list[Record]
-    ) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict], int, list[Coded]]:
-        groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = {}
-        skipped, same, coded = [], 0, []
-        for record in records:
-            try:
-                later = self.coded(record)
-                crops = [] if later else self.crops(record)
-            except (
-                Exception
-            ) as error:  # decoders raise almost anything on damaged files; the list says what
-                row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
-                skipped.append(row | {"unreachable": is_unreachable(error)})
-            else:
-                if later:
-                    coded.append(later)
-                same += self.preprocess.num_crops - (len(later[1]) if later else len(crops))
-                for pixels, meta in crops:
-                    groups.setdefault(pixels.shape, []).append((pixels, meta))
-        pairs = [
-            ([pixels for pixels, _ in group], [meta for _, meta in group])
-            for group in groups.values()
-        ]
-        return (
-            [(torch.from_numpy(np.stack(pixels)), metas) for pixels, metas in pairs],
-            skipped,
-            same,
-            coded,
-        )
-
-    def coded(self, record: Record) -> Coded | None:
-        """Return a picture that the device will decode; None for all others."""
-        wanted = self.media == "image" and self.preprocess.jpeg_decoder == "torchvision"
-        if not wanted or not record.path.lower().endswith((".jpg", ".jpeg")):
-            return None
-        stamp = stamp_of(record.path)
-        plain = read_plain(record.path)
-        if plain is None:
-            return None
-        data, size = plain
-        target = self.choose(size)
-        boxes = boxes_of(size, target, self.preprocess, record.id)
-        origin = {"size": list(size), "crops": list(boxes), "stamp": stamp}
-        picture = CodedPicture(data, target, list(boxes.values()))
-        return picture, self.metas(record, boxes, origin), record
-
-    def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
-        """uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip has
-        one box for all its frames."""
-        boxes, frames, source, target = {}, [], (0, 0), (0, 0)
-        stamp = stamp_of(
-            record.path, self.fps
-        )  # before it is decoded: what changes meanwhile is noticed next time
-        animated, notes = False, set()
-        for number, (name, image) in enumerate(pictures(record, self.media, self.fps)):
-            if number == 0:
-                source, target = image.size, self.choose(image.size)
-                boxes = boxes_of(source, target, self.preprocess, record.id)
-            check_frame(name, image.size, source)
-            frames.append([cut(image, box, target) for box in boxes.values()])
-            animated |= image.info["animated"]
-            notes |= set(image.info["notes"])
-        chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
-        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp}
-        origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
-        origin |= {"frames": chosen} if self.video else {}
-        origin |= {"animated": True} if animated else {}
-        origin |= {"notes": sorted(notes)} if notes else {}
-        pixels = [
-            np.stack([frames[number][crop] for number in chosen]) for crop in range(len(boxes))
-        ]
-        return list(zip(pixels, self.metas(record, boxes, origin), strict=True))
-
-    def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
-        """Return what is stored with each crop of a record."""
-        repeated = [
-            self.preprocess.item_id(record.id, crop)
-            for crop in range(self.preprocess.num_crops)
-            if crop not in boxes
-        ]
-        return [
-            Meta(
-                self.preprocess.item_id(record.id, crop),
-                record.caption,
-                record.facts,
-                origin | {"crop": [round(side, 3) for side in box]},
-                repeated,
-            )
-            for crop, box in boxes.items()
-        ]
-
-
-def reason_of(error: Exception) -> str:
-    """Why a source is skipped, in words."""
-    if isinstance(error, FileNotFoundError):
-        return "file not found"
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-
-
-def place_told(row: dict) -> str:
-    """Where a skipped source was looked for, to follow its reason in a line for people."""
-    return (
-        ""
-        if not row["path"] or row["path"] in row["reason"]
-        else f", {os.path.abspath(row['path'])}"
-    )
-
-
-def is_unreachable(error: Exception) -> bool:
-    """Return whether the file system failed, rather than what is in a file."""
-    return isinstance(error, OSError) and error.errno is not None
-
-
-def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
-    """Crop number → box, for every crop that does not repeat an earlier one."""
-    boxes: dict[int, Box] = {}
-    for crop in range(preprocess.num_crops):
-        box = crop_box(source, target, preprocess, id, crop)
-        if all(
-            max(abs(a - b) for a, b in zip(box, other, strict=True)) >= 0.5
-            for other in boxes.values()
-        ):
-            boxes[crop] = box
-    return boxes
-
-
-def check_frame(name: str, size: Size, first: Size) -> None:
-    """ValueError for a frame that is not of its clip's size."""
-    if size != first:
-        raise ValueError(f"frames of different sizes: {name} is {size}, the first is {first}")
-
-
-def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Image.Image]]:
-    """(name, picture) for every frame of a record; a video file gives `fps` a second. ValueError,
-    OSError: unusable."""
-    if media == "image":
-        yield record.path, load_image(record.path)
-    elif os.path.isdir(record.path):
-        yield from load_frames(record.path)
-    else:
-        for number, image in enumerate(read_video(record.path, fps)):
-            yield f"frame {number}", image
-
-
-def decoded(
-    records: list[Record],
-    media: Media,
-    manifest: CacheManifest,
-    preprocess: PreprocessConfig,
-    video: VideoConfig,
-    num_workers: int,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[int, list[tuple[Tensor, list[Meta]]], list[dict], int]]:
-    """Cut pictures of the records, decoded by workers, in their order (those over which a worker
-    was killed at the end): how many records, uint8 groups `(B, F, 3, H, W)` of one size with what
-    is known of each, the rows of what was skipped, and how many crops repeated another.
-    """
-    chunk = 16 if media == "image" else 1
-    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    pin_memory = torch.device(device).type == "cuda"
-    decode = _Decode(media, manifest, preprocess, video)
-    for part, result in each(decode, parts, num_workers, pin_memory):
-        if result is None:
-            rows = [
-                {"id": record.id, "path": record.path, "reason": KILLED, "unreachable": False}
-                for record in part
-            ]
-            result = [], rows, 0, []
-        groups, skipped, same, coded = result
-        if coded:
-            groups, skipped = _with_coded(groups, skipped, coded, decode, device)
-        yield len(part), groups, skipped, same
-
-
-def _with_coded(
-    groups: list[tuple[Tensor, list[Meta]]],
-    skipped: list[dict],
-    coded: list[Coded],
-    decode: _Decode,
-    device: torch.device | str,
-) -> tuple[list[tuple[Tensor, list[Meta]]], list[dict]]:
-    """Return the groups and the skipped rows with the pictures that the device decodes; those that
-    it cannot decode are left to Pillow, which says why."""
-    groups, skipped = list(groups), list(skipped)
-    for (_, metas, record), crops in zip(
-        coded, decode_jpegs([picture for picture, _, _ in coded], device), strict=True
-    ):
-        if crops is not None:
-            groups += [(crop[None, None], [meta]) for crop, meta in zip(crops, metas, strict=True)]
-            continue
-        try:
-            pairs = decode.crops(record)
-        except Exception as error:  # decoders raise almost anything on damaged files
-            row = {"id": record.id, "path": record.path, "reason": reason_of(error)}
-            skipped.append(row | {"unreachable": is_unreachable(error)})
-        else:
-            groups += [(torch.from_numpy(pixels)[None], [meta]) for pixels, meta in pairs]
-    return groups, skipped
 
 
 # ── what is already there ─────────────────────────────────────────────────────────────────────────
@@ -406,13 +163,10 @@ def _pending(
             id for id in ids if id not in wanted
         )  # of a kill between two crops
         if state == "missing":
-            report.skipped.append(
-                {
-                    "id": record.id,
-                    "path": record.path,
-                    "reason": "file not found: the cache keeps what this id had before, as it was",
-                }
+            absent = Unusable(
+                "file not found", "the cache keeps what this id had before, as it was"
             )
+            report.skipped.append(Skip.of(record.id, record.path, absent))
             continue
         report.gone += [f"{record.id}: {record.path}"] if state == "gone" else []
         stale = [
@@ -477,9 +231,8 @@ class _Saver:
         half, finite = to_half(latents)
         for meta, good in zip(metas, finite.tolist(), strict=True):
             if not good:
-                self.report.skipped.append(
-                    {"id": meta.id, "path": "", "reason": "latents are not finite in float16"}
-                )
+                skip = Skip.of(meta.id, "", "latents are not finite in float16")
+                self.report.skipped.append(skip)
                 self.remove([meta.id])
         metas = [meta for meta, good in zip(metas, finite.tolist(), strict=True) if good]
         self.writer.add_many(
@@ -498,11 +251,11 @@ class _Saver:
     def remove(self, ids: list[str]) -> None:
         self.report.removed += self.writer.remove(ids)
 
-    def skip(self, rows: list[dict]) -> None:
-        """Note rows of `decoded`. What is unusable now was another source when it was cached: its
+    def skip(self, skips: list[Skip]) -> None:
+        """Note what was skipped. What is unusable now was another source when it was cached: its
         items go."""
-        unusable = [row["id"] for row in rows if not row.pop("unreachable")]
-        self.report.skipped += rows
+        unusable = [skip.id for skip in skips if not skip.unreachable]
+        self.report.skipped += skips
         ids = [
             self.preprocess.item_id(id, crop)
             for id in unusable
@@ -587,10 +340,10 @@ def cache_latents(
             disable=not progress,
         )
         with bar:
-            for count, groups, skipped, same in parts:
-                saver.skip(skipped)
-                report.same_crops += same
-                for pixels, metas in groups:
+            for part in parts:
+                saver.skip(part.skips)
+                report.same_crops += part.same_crops
+                for pixels, metas in part.groups:
                     key = tuple(pixels.shape[1:])
                     buffers.setdefault(key, []).append((pixels, metas))
                     if (
@@ -598,7 +351,7 @@ def cache_latents(
                         or sum(len(group) for _, group in buffers[key]) >= batch_size
                     ):
                         flush(key)
-                bar.update(count)
+                bar.update(part.records)
                 bar.set_postfix(skipped=len(report.skipped), refresh=False)
                 if len(report.skipped) >= HOPELESS and not (
                     report.written or report.already or saver.waiting or buffers
@@ -633,7 +386,7 @@ def cache_latents(
     report.seconds = time.monotonic() - begin
     if records and not writer.entries and not report.interrupted:
         examples = "\n".join(
-            f"  {row['path'] or row['id']}: {row['reason']}" for row in report.skipped[:5]
+            f"  {skip.path or skip.id}: {skip.reason}" for skip in report.skipped[:5]
         )
         raise ValueError(
             f"none of the {len(records)} records could be used ({len(report.skipped)} were"
@@ -643,10 +396,9 @@ def cache_latents(
     return report
 
 
-def _write_skipped(path: Path, skipped: list[dict]) -> None:
-    """The list of this run; an older one is removed, for its items have been tried again."""
+def _write_skipped(path: Path, skips: list[Skip]) -> None:
+    """Write the list of this run; an older one is removed, for its items have been tried again."""
     path.unlink(missing_ok=True)
-    if skipped:
-        write_atomically(
-            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-        )
+    if skips:
+        lines = [json.dumps(skip.to_json(), ensure_ascii=False) + "\n" for skip in skips]
+        write_atomically(path, "".join(lines))

@@ -15,12 +15,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mmdit.data.cache.caching import boxes_of, check_frame, place_told, reason_of
 from mmdit.data.dataset.buckets import Size, VideoConfig
 from mmdit.data.dataset.clips import usable_frames
 from mmdit.data.dataset.colours import NOTES
-from mmdit.data.dataset.frames import PreprocessConfig, frames_in, naming
+from mmdit.data.dataset.frames import PreprocessConfig, boxes_of, check_same_size, frames_in, naming
 from mmdit.data.dataset.pictures import load_image, shown_size
+from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.videos import probe, read_video
 from mmdit.data.dataset.workers import KILLED, each
@@ -47,7 +47,7 @@ class _Look(Dataset):
             target = self.choose(image.size)
             boxes = boxes_of(image.size, target, self.preprocess, record.id)
         except Exception as error:  # decoders raise almost anything on damaged files
-            return row | {"reason": reason_of(error)}
+            return _skipped(record, error)
         left, top, right, bottom = next(iter(boxes.values()))
         kept = (right - left) * (bottom - top) / (image.width * image.height)
         used = int(usable_frames(torch.tensor([found["frames"]]), self.video)[0])
@@ -87,7 +87,7 @@ class _Look(Dataset):
         for path in paths[1:]:
             with naming(path):
                 size = shown_size(path)
-            check_frame(path.name, size, image.size)
+            check_same_size(path.name, size, image.size)
         return image, {"frames": len(paths)}
 
 
@@ -111,12 +111,15 @@ def look_at(
     rows: dict[str, dict] = {}
     with tqdm(total=len(records), desc="looking", unit="item", delay=2) as bar:
         for part, found in each(_Look(media, choose, preprocess, video), parts, num_workers):
-            found = found or [
-                {"id": record.id, "path": record.path, "reason": KILLED} for record in part
-            ]
+            found = found or [_skipped(record, KILLED) for record in part]
             rows |= {row["id"]: row for row in found}
             bar.update(len(part))
     return [rows[record.id] for record in records]
+
+
+def _skipped(record: Record, error: Exception | str) -> dict:
+    """Return the row of a record that will be skipped."""
+    return Skip.of(record.id, record.path, error).to_json()
 
 
 def totals(rows: list[dict]) -> dict:
@@ -124,12 +127,12 @@ def totals(rows: list[dict]) -> dict:
     good = [row for row in rows if "reason" not in row]
     kept, frames = sorted(row["kept"] for row in good), sorted(row["frames"] for row in good)
     buckets = Counter("{}x{}".format(*row["bucket"]) for row in good for _ in row["crops"])
-    reasons = Counter(row["reason"].partition(":")[0] for row in rows if "reason" in row)
+    problems = Counter(row["problem"] for row in rows if "problem" in row)
     return {
         "records": len(rows),
         "usable": len(good),
         "skipped": len(rows) - len(good),
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(problems.most_common()),
         "items": sum(buckets.values()),
         "buckets": dict(buckets.most_common()),
         "kept": {"mean": round(sum(kept) / len(kept), 4), "least": kept[0]} if kept else {},
@@ -150,7 +153,9 @@ def look_text(rows: list[dict], sums: dict) -> str:
     lines = []
     for row in rows:
         if "reason" in row:
-            lines.append(f"{row['id']}: SKIPPED, {row['reason']}{place_told(row)}")
+            skip = Skip.from_json(row)
+            place = f", {skip.place}" if skip.place else ""
+            lines.append(f"{skip.id}: SKIPPED, {skip.reason}{place}")
             continue
         rate = f" at {row['fps']:g} fps, {row['source_frames']} frames" if "fps" in row else ""
         boxes = " ".join("[{:g}, {:g}, {:g}, {:g}]".format(*box) for box in row["crops"])

@@ -109,6 +109,23 @@ def crop_box(
     return left, top, min(left + box[0], source[0]), min(top + box[1], source[1])
 
 
+def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
+    """Return the box of every crop, by its number, that does not repeat an earlier one."""
+    boxes: dict[int, Box] = {}
+    for crop in range(preprocess.num_crops):
+        box = crop_box(source, target, preprocess, id, crop)
+        distances = [np.abs(np.subtract(box, other)).max() for other in boxes.values()]
+        if min(distances, default=1.0) >= 0.5:
+            boxes[crop] = box
+    return boxes
+
+
+def check_same_size(name: str, size: Size, first: Size) -> None:
+    """Refuse a frame that is not of its clip's size."""
+    if size != first:
+        raise Unusable("frames of different sizes", f"{name} is {size}, the first is {first}")
+
+
 def crop_shares(source: dict) -> Box:
     """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as
     an item stores it; all of the picture where no crop was stored (generated items)."""

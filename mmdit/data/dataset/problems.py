@@ -46,8 +46,8 @@ class Skip:
 
     id: str
     path: str  # "" where no file is to blame
-    problem: str
     reason: str
+    problem: str
     unreachable: bool = False
 
     @classmethod
@@ -55,13 +55,13 @@ class Skip:
         """Return the skip of a record because of an error, or of a phrase that is the reason."""
         unreachable = isinstance(error, OSError) and error.errno is not None
         cause = Unusable(error) if isinstance(error, str) else Unusable.of(error)
-        return cls(id, path, cause.problem, str(cause), unreachable)
+        return cls(id, path, str(cause), cause.problem, unreachable)
 
     @classmethod
     def from_json(cls, row: dict) -> Skip:
         """Read what `to_json` wrote; older versions wrote no `problem`."""
         reason = row["reason"]
-        return cls(row["id"], row.get("path", ""), row.get("problem", reason), reason)
+        return cls(row["id"], row.get("path", ""), reason, row.get("problem", reason))
 
     def to_json(self) -> dict:
         """Return a line of `skipped.jsonl`."""

@@ -1,0 +1,212 @@
+"""Records to cut pictures, in workers: open, choose a size, crop; what cannot be used becomes a
+`Skip`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.clips import cached_frames
+from mmdit.data.dataset.frames import (
+    Box,
+    PreprocessConfig,
+    boxes_of,
+    check_same_size,
+    cut,
+    load_frames,
+)
+from mmdit.data.dataset.jpegs import CodedPicture, decode_jpegs, read_plain
+from mmdit.data.dataset.pictures import load_image
+from mmdit.data.dataset.problems import Skip
+from mmdit.data.dataset.records import Media, Record
+from mmdit.data.dataset.stamps import stamp_of
+from mmdit.data.dataset.videos import read_video
+from mmdit.data.dataset.workers import KILLED, each
+
+IMAGES_AT_ONCE = 16  # that a worker takes; of clips one
+
+
+@dataclass
+class Meta:
+    """Hold what is stored beside one item's latents."""
+
+    id: str
+    caption: str
+    facts: dict
+    source: dict
+    repeated: list[str]  # ids of crops of the same picture that are not written
+
+
+@dataclass
+class Coded:
+    """A picture that the device will decode."""
+
+    record: Record
+    picture: CodedPicture
+    metas: list[Meta]  # of its crops
+
+
+@dataclass
+class Decoded:
+    """What became of a few records."""
+
+    records: int
+    groups: list[tuple[Tensor, list[Meta]]] = field(default_factory=list)  # uint8 (B, F, 3, H, W)
+    skips: list[Skip] = field(default_factory=list)
+    same_crops: int = 0  # that would repeat another crop of their picture
+    coded: list[Coded] = field(default_factory=list)
+
+
+def decoded(
+    records: list[Record],
+    media: Media,
+    manifest: CacheManifest,
+    preprocess: PreprocessConfig,
+    video: VideoConfig,
+    num_workers: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[Decoded]:
+    """Yield the cut pictures of the records, decoded by workers, in their order; those over which a
+    worker was killed come at the end."""
+    chunk = IMAGES_AT_ONCE if media == "image" else 1
+    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    decode = _Decode(media, manifest, preprocess, video)
+    pin_memory = torch.device(device).type == "cuda"
+    for part, result in each(decode, parts, num_workers, pin_memory):
+        if result is None:
+            skips = [Skip.of(record.id, record.path, KILLED) for record in part]
+            result = Decoded(len(part), skips=skips)
+        if result.coded:
+            decode.finish(result, device)
+        yield result
+
+
+class _Decode(Dataset):
+    """Maps a few records to their crops, grouped by size. The records come through the sampler, so
+    that a million of them are neither pickled to nor copied by every worker."""
+
+    def __init__(
+        self,
+        media: Media,
+        manifest: CacheManifest,
+        preprocess: PreprocessConfig,
+        video: VideoConfig,
+    ):
+        self.media, self.choose, self.preprocess = media, manifest.choose, preprocess
+        self.fps = video.fps if media == "video" else 0.0
+        chosen_here = media == "video" and manifest.clip_plan
+        self.video = video if chosen_here else None
+
+    def __getitem__(self, records: list[Record]) -> Decoded:
+        result = Decoded(len(records))
+        groups: dict[tuple, list[tuple[np.ndarray, Meta]]] = defaultdict(list)
+        for record in records:
+            try:
+                coded = self.coded(record)
+                crops = [] if coded else self.crops(record)
+            except Exception as error:  # decoders raise almost anything on damaged files
+                result.skips.append(Skip.of(record.id, record.path, error))
+                continue
+            if coded:
+                result.coded.append(coded)
+            result.same_crops += self.preprocess.num_crops
+            result.same_crops -= len(coded.metas) if coded else len(crops)
+            for pixels, meta in crops:
+                groups[pixels.shape].append((pixels, meta))
+        for group in groups.values():
+            stacked = torch.from_numpy(np.stack([pixels for pixels, _ in group]))
+            result.groups.append((stacked, [meta for _, meta in group]))
+        return result
+
+    def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
+        """Return uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip
+        has one box for all its frames."""
+        boxes, frames, source, target = {}, [], (0, 0), (0, 0)
+        # before it is decoded: what changes meanwhile is noticed next time
+        stamp = stamp_of(record.path, self.fps)
+        animated, notes = False, set()
+        for number, (name, image) in enumerate(pictures(record, self.media, self.fps)):
+            if number == 0:
+                source, target = image.size, self.choose(image.size)
+                boxes = boxes_of(source, target, self.preprocess, record.id)
+            check_same_size(name, image.size, source)
+            frames.append([cut(image, box, target) for box in boxes.values()])
+            animated |= image.info["animated"]
+            notes |= set(image.info["notes"])
+        chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
+        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp}
+        origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
+        origin |= {"frames": chosen} if self.video else {}
+        origin |= {"animated": True} if animated else {}
+        origin |= {"notes": sorted(notes)} if notes else {}
+        pixels = [
+            np.stack([frames[number][crop] for number in chosen]) for crop in range(len(boxes))
+        ]
+        return list(zip(pixels, self.metas(record, boxes, origin), strict=True))
+
+    def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
+        """Return what is stored with each crop of a record."""
+        ids = [
+            self.preprocess.item_id(record.id, crop) for crop in range(self.preprocess.num_crops)
+        ]
+        repeated = [id for crop, id in enumerate(ids) if crop not in boxes]
+        metas = []
+        for crop, box in boxes.items():
+            source = origin | {"crop": [round(side, 3) for side in box]}
+            metas.append(Meta(ids[crop], record.caption, record.facts, source, repeated))
+        return metas
+
+    def coded(self, record: Record) -> Coded | None:
+        """Return a picture that the device will decode; None where Pillow does."""
+        wanted = self.media == "image" and self.preprocess.jpeg_decoder == "torchvision"
+        if not wanted or not record.path.lower().endswith((".jpg", ".jpeg")):
+            return None
+        stamp = stamp_of(record.path)
+        plain = read_plain(record.path)
+        if plain is None:
+            return None
+        data, size = plain
+        target = self.choose(size)
+        boxes = boxes_of(size, target, self.preprocess, record.id)
+        origin = {"size": list(size), "crops": list(boxes), "stamp": stamp}
+        picture = CodedPicture(data, target, list(boxes.values()))
+        return Coded(record, picture, self.metas(record, boxes, origin))
+
+    def finish(self, result: Decoded, device: torch.device | str) -> None:
+        """Decode on the device what workers have left to it; what it cannot decode Pillow decodes
+        here, or says why."""
+        decoded_crops = decode_jpegs([coded.picture for coded in result.coded], device)
+        for coded, crops in zip(result.coded, decoded_crops, strict=True):
+            try:
+                pairs = (
+                    self.crops(coded.record)
+                    if crops is None
+                    else [(crop[None], meta) for crop, meta in zip(crops, coded.metas, strict=True)]
+                )
+            except Exception as error:  # decoders raise almost anything on damaged files
+                result.skips.append(Skip.of(coded.record.id, coded.record.path, error))
+                continue
+            for pixels, meta in pairs:
+                result.groups.append((torch.as_tensor(pixels)[None], [meta]))
+
+
+def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Image.Image]]:
+    """Yield (name, picture) for every frame of a record; a video file gives `fps` a second.
+    ValueError, OSError: unusable."""
+    if media == "image":
+        yield record.path, load_image(record.path)
+    elif os.path.isdir(record.path):
+        yield from load_frames(record.path)
+    else:
+        for number, image in enumerate(read_video(record.path, fps)):
+            yield f"frame {number}", image

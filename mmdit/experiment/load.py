@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mmdit import config as config_io
 from mmdit.adapters import (
     merge,
@@ -26,6 +28,7 @@ from mmdit.training.continuing import (
 )
 from mmdit.training.distributed import choose_device
 from mmdit.training.expert_choice import resolved
+from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.trust import check_sizes, refuse_foreign_code, stay_offline
 
@@ -36,10 +39,12 @@ def load_pipeline(
     use_ema: bool = True,
     lora: bool | None = True,
     overrides: list[str] = (),
+    offload: Offload = "none",
 ) -> tuple[Pipeline, ExperimentConfig]:
     """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint
-    folder, an export, or a release of Wan. An expert gets its sibling from the release it came
-    from. `lora`: merge its adapters, leave them out, or (None) keep them.
+    folder, an export, or a release of Wan. If it is one of Wan's two experts, the other is loaded
+    from the release that it came from. `lora`: merge its adapters, leave them out, or (None) keep
+    them. `offload`: other than none, the networks stay on the CPU for `offload_pipeline`.
     """
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
@@ -76,7 +81,10 @@ def load_pipeline(
     if lora is not None:
         (merge if lora else remove)(learner.model)
     precision = config.train.precision if where.type == "cuda" else "fp32"
-    pipeline = Pipeline(learner.to(where).eval(), tokenizer, precision, config.captions)
+    home = where if offload == "none" else torch.device("cpu")
+    pipeline = Pipeline(learner.to(home).eval(), tokenizer, precision, config.captions)
+    if offload != "none":
+        pipeline.execution_device = where
     if isinstance(learner.model, Experts) and isinstance(config.model, WanModelConfig):
         pipeline.low, pipeline.boundary, learner.model = (
             learner.model.low,
@@ -86,7 +94,7 @@ def load_pipeline(
     elif isinstance(config.model, WanModelConfig) and config.model.expert:
         sibling = "low" if config.model.expert == "high" else "high"
         other = load_denoiser(config.model, tokenizer.spec, learner.text_encoder.dim, sibling).to(
-            where
+            home
         )
         pipeline.low, pipeline.boundary = other, config.model.boundary
         if sibling == "high":

@@ -72,16 +72,16 @@ class Pictures:
 
     model: WanDenoiser
     tokenizer: Tokenizer
+    device: torch.device | None = None  # None: where the model is
 
     @cached_property
     def clip(self) -> ClipVision:
         settings = self.model.settings
-        device = next(self.model.parameters()).device
+        device = self.device or next(self.model.parameters()).device
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
         try:
             place = settings.clip or settings.name_or_path
-            return load_clip_vision(
-                place, torch.float16 if device.type == "cuda" else torch.float32, device
-            )
+            return load_clip_vision(place, dtype, device)
         except ValueError as error:
             raise ConfigError(
                 "model.clip", f"{error}; {self.model.config.variant} needs it"

@@ -8,6 +8,7 @@ from typing import get_args
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diffusion import Solver
 from mmdit.experiment.config import ExperimentConfig
+from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
 
 
@@ -54,6 +55,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw_weights", action="store_true", help="the last weights instead of their average"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--offload",
+        choices=get_args(Offload),
+        default="none",
+        help=(
+            "weights wait in CPU memory: model = each network visits the GPU in its turn,"
+            " sequential = block by block; the same samples [none]"
+        ),
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

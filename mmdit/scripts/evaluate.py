@@ -20,6 +20,7 @@ from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import contact_sheet, save_image
+from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_writable
 
 
@@ -36,13 +37,18 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, (args.out, args.sheet)):
             check_writable(path, folder=False)
         pipeline, config = load_pipeline(
-            args.checkpoint, args.device, use_ema=not args.raw_weights, overrides=args.overrides
+            args.checkpoint,
+            args.device,
+            use_ema=not args.raw_weights,
+            overrides=args.overrides,
+            offload=args.offload,
         )
         if pair := describe_pair(pipeline, config):
             print(pair)
         settings = sample_settings(args, config)
         width, height, frames, _ = sample_size(args, config)
         pipeline.check(width, height, frames, settings)
+        offload_pipeline(pipeline, args.offload)
         drawn = []
 
         def sample(captions: list[str], first: int):

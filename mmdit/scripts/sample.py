@@ -25,6 +25,7 @@ from mmdit.scripts.arguments import (
 )
 from mmdit.scripts.prompts import read_prompts
 from mmdit.training.expert_choice import describe_pair
+from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import SampleFolder, check_writable
 
 
@@ -70,7 +71,11 @@ def main(argv: list[str] | None = None) -> int:
                 "and at most 1 (everything is)"
             )
         pipeline, config = load_pipeline(
-            args.checkpoint, args.device, not raw, overrides=args.overrides
+            args.checkpoint,
+            args.device,
+            not raw,
+            overrides=args.overrides,
+            offload=args.offload,
         )
         lay_over(pipeline, args.lora, args.lora_low)
         if pair := describe_pair(pipeline, config):
@@ -92,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             settings = replace(settings, sampler=replace(settings.sampler, shift=shift))
         drawing = Drawing(pipeline, (width, height, frames), settings, image, args.strength)
         if args.refine:
-            drawing.refine_with(*load_pipeline(args.refine, args.device, not raw))
+            drawing.refine_with(
+                *load_pipeline(args.refine, args.device, not raw, offload=args.offload)
+            )
         given = {name: getattr(args, name) for name in ("image", "lora", "lora_low", "refine")}
         story = {"checkpoint": args.checkpoint} | {
             key: value for key, value in given.items() if value
@@ -103,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for line in folder.said:
             print(line)
+        for network in filter(None, (pipeline, drawing.refiner)):
+            offload_pipeline(network, args.offload)
         drawing.fill(folder, args.batch_size)
         files = folder.finish()
         print(f"wrote {len(files)} samples and {folder.folder / 'grid.png'}{folder.grid_note}")

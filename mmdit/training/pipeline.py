@@ -84,7 +84,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Pipeline:
-    """A learner in evaluation and a tokenizer. `device` is where the learner is. `captions`:
+    """A learner in evaluation and a tokenizer. `execution_device`: where samples are computed, if
+    that is not where the learner is (`sampling_offload`). `captions`:
     prompts get its trigger word, as the captions in training do. `low`: of a pair of experts that
     for times below `boundary`; the learner has the other.
     """
@@ -95,14 +96,16 @@ class Pipeline:
     captions: CaptionsConfig = CaptionsConfig()
     low: nn.Module | None = None
     boundary: float = 0.0
+    execution_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.learner.model.parameters()).device
+        """Return the device that samples are computed on."""
+        return self.execution_device or next(self.learner.model.parameters()).device
 
     @cached_property
     def pictures(self) -> Pictures:
-        return Pictures(self.learner.model, self.tokenizer)
+        return Pictures(self.learner.model, self.tokenizer, self.device)
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network that takes part in a picture, by what messages call it."""
@@ -224,7 +227,8 @@ class Pipeline:
                 "a picture is given, but this model takes text alone; leave --image out"
             )
         else:
-            parts = [partial(calls, part) for part in parts]
+            if self.execution_device is None:  # else weights come and go, call by call
+                parts = [partial(calls, part) for part in parts]
         denoisers = [
             guided(learner.objective, part, text, scale, settings.cfg_interval)
             for part, scale in zip(parts, scales)

@@ -1,0 +1,97 @@
+"""Sampling whose weights wait in the memory of the CPU draws the same samples."""
+
+import sys
+
+import pytest
+import torch
+
+from mmdit.config import ConfigError
+from mmdit.diffusion import SamplerConfig
+from mmdit.experiment.load import load_pipeline
+from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.nn.stored_weights import store_float8
+from mmdit.scripts import sample
+from mmdit.training.memory.sampling_offload import VisitingTokenizer, Visits, offload_pipeline
+from mmdit.training.pipeline import SampleSettings
+from tests.helpers.wan_release import FLF2V, make_release
+
+SETTINGS = SampleSettings(SamplerConfig("unipc", 4, grid="wan"), 4.0, negative_prompt="grey")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("pair"), pair=True)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("flf2v"), FLF2V)
+
+
+def draw(release, offload, image=None):
+    pipeline, _ = load_pipeline(release, "cpu", offload=offload)
+    offload_pipeline(pipeline, offload)
+    drawn = pipeline(["a red star", "a ring"], 32, 32, 5, SETTINGS, batch_size=1, image=image)
+    return drawn, pipeline
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_a_pair_of_experts_draws_the_same(pair, offload):
+    expected, _ = draw(pair, "none")
+    drawn, pipeline = draw(pair, offload)
+    assert torch.equal(drawn, expected) and isinstance(pipeline.tokenizer, VisitingTokenizer)
+    networks = pipeline.networks()
+    assert {name for name in networks if name.startswith("model")} == {
+        "model",
+        "model (low noise)",
+    }
+    for name, network in networks.items():  # of the denoisers nothing is left between calls
+        away = offload == "sequential" and name.startswith("model")
+        assert all(weight.is_meta == away for weight in network.parameters()), name
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_given_pictures_reach_the_network(continued, offload):
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    drawn, _ = draw(continued, offload, pictures)
+    assert torch.equal(drawn, draw(continued, "none", pictures)[0])
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_our_own_network_draws_the_same(offload):
+    path = "assets/moving_shapes_64.safetensors"
+    assert torch.equal(*(draw(path, how)[0] for how in ("none", offload)))
+
+
+def test_one_network_at_a_time_is_on_the_device():
+    """On meta in place of a GPU: calling one sends the others home."""
+    networks = [build_model(VideoMMDiTConfig(dim=16, depth=1, num_heads=2), 3, 5) for _ in "ab"]
+    visits = Visits(networks, torch.device("cpu"))
+    sent = []
+    for network, hook in visits.hooks.items():
+        hook.offload = lambda network=network: sent.append(networks.index(network))
+    networks[0].to("meta")
+    visits.send_home(networks[0])
+    assert sent == []
+    visits.send_home(networks[1])
+    assert sent == [0]
+
+
+def test_what_cannot_be_offloaded_is_one_sentence(pair, monkeypatch):
+    pipeline, _ = load_pipeline(pair, "cpu", offload="sequential")
+    store_float8(pipeline.networks()["model"].blocks)
+    with pytest.raises(ConfigError, match="--offload: is sequential, .* float8 .* use model"):
+        offload_pipeline(pipeline, "sequential")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match="--offload: is model, which needs accelerate"):
+        offload_pipeline(load_pipeline(pair, "cpu", offload="model")[0], "model")
+
+
+def test_the_command_draws_the_same(pair, tmp_path):
+    words = ["--checkpoint", str(pair), "--prompts", "a star", "--steps", "2", "--device", "cpu"]
+    words += ["--width", "32", "--height", "32", "--frames", "5"]
+    for offload in ("none", "model", "sequential"):
+        sample.main([*words, "--out", str(tmp_path / offload), "--offload", offload])
+    files = [sorted((tmp_path / name).glob("*.mp4")) for name in ("none", "model", "sequential")]
+    assert len({tuple(file.read_bytes() for file in some) for some in files}) == 1
+    assert len({(tmp_path / name / "samples.json").read_text() for name in ("none", "model")}) == 1

@@ -25,7 +25,8 @@ from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan import load_denoiser
 from mmdit.interop.wan_pictures import check_trainable
 from mmdit.models.wan_denoiser import WanModelConfig
-from mmdit.nn.stored_weights import StoredWeight, store_float8, to_float8
+from mmdit.nn.float8 import encode_rows
+from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.scripts import plan_memory
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
@@ -54,7 +55,7 @@ def test_each_row_is_kept_to_four_bits_of_its_own_scale():
     torch.manual_seed(0)
     weight = torch.randn(64, 96) * torch.logspace(-6, 6, 64)[:, None]
     weight[3] = 0
-    codes, scale = to_float8(weight)
+    codes, scale = encode_rows(weight)
     assert (
         codes.dtype == torch.float8_e4m3fn
         and scale.shape == (64, 1)

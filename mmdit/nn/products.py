@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.nn import LARGEST, LEAST, kernels
+from mmdit.nn import kernels
+from mmdit.nn.float8 import encode_rows
 from mmdit.nn.norm import working_dtype
 
 FEW = 8192  # rows of x for which coding x, or putting weights together, takes longer than it saves
@@ -26,9 +27,7 @@ def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     whose product it is about."""
     if kernels.serve(x):
         return tuple(kernels.rounding.float8_rows(x, columns))
-    x = x.float() if columns is None else x.float() * columns
-    scale = x.abs().amax(1, keepdim=True).clamp(min=LEAST) / LARGEST
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    return encode_rows(x, columns)
 
 
 def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:

@@ -16,20 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mmdit.nn.float8 import encode_rows
 from mmdit.nn.norm import working_dtype
-
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max  # 448
-
-
-def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight (out, in)` → codes `(out, in)` E4M3 (Micikevicius et al. 2022, 2209.05433) and scales
-    `(out, 1)` float32, so that codes · scales is the weight to 2⁻⁴ of each element, or to 2⁻¹⁰ of
-    its row's scale where that is more. A row's largest element becomes 448."""
-    weight = weight.detach().float()
-    largest = weight.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-    return (weight / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
 
 
 class StoredWeight(Tensor):
@@ -68,7 +56,7 @@ class StoredWeight(Tensor):
 
     @staticmethod
     def float8(weight: Tensor) -> StoredWeight:
-        return StoredWeight(*to_float8(weight), weight.dtype)
+        return StoredWeight(*encode_rows(weight.detach()), weight.dtype)
 
     def unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded once: codes are exact in bfloat16, and the product with the float32 scale is
@@ -93,7 +81,7 @@ class StoredWeight(Tensor):
         parts = (
             (value.expand(self.shape),)
             if self.scale is None
-            else to_float8(value.expand(self.shape))
+            else encode_rows(value.detach().expand(self.shape))
         )
         for part, new in zip((self.codes, self.scale), parts, strict=False):
             part.copy_(new)

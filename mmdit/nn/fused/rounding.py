@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmdit.nn import LARGEST, LEAST
+from mmdit.nn.float8 import FLOAT8, LARGEST, LEAST
 from mmdit.nn.fused.ops import launch, operator
 
 TOP, SMALLEST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
@@ -27,13 +27,11 @@ def _rows(x, columns, result, scales, width, COLUMNS: tl.constexpr, D: tl.conste
 
 @operator
 def float8_rows(x: Tensor, columns: Tensor | None) -> list[Tensor]:
-    """`products.codes` of `x (m, k)`, `columns (k)` float32."""
+    """Return what `float8.encode_rows` returns, for `x (m, k)` and `columns (k)` float32."""
     x = x.contiguous()
     rows, width = x.shape
-    result, scales = (
-        torch.empty_like(x, dtype=torch.float8_e4m3fn),
-        x.new_empty((rows, 1), dtype=torch.float32),
-    )
+    result = torch.empty_like(x, dtype=FLOAT8)
+    scales = x.new_empty((rows, 1), dtype=torch.float32)
     side = triton.next_power_of_2(width)
     factors = scales if columns is None else columns
     launch(_rows)[(rows,)](
@@ -51,5 +49,5 @@ def float8_rows(x: Tensor, columns: Tensor | None) -> list[Tensor]:
 
 @float8_rows.register_fake
 def _(x, columns):
-    made = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    return [made, x.new_empty((len(x), 1), dtype=torch.float32)]
+    codes = torch.empty_like(x, dtype=FLOAT8, memory_format=torch.contiguous_format)
+    return [codes, x.new_empty((len(x), 1), dtype=torch.float32)]

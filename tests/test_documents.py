@@ -27,6 +27,8 @@ from mmdit.__main__ import commands as subcommands
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.config import apply_overrides, decode, encode, parse_yaml
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.posttrain import rewards
+from mmdit.rng import Draws
 from tests.helpers.wan_release import DIT, make_release, random_dit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,7 @@ PLACEHOLDERS = ("my.yaml", "my_")  # configs that a reader puts his own in place
 FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples)"
 PARTS = r"(?:nn|diffusion|training|adapters|posttrain|interop|tokenizers|text_encoders|experiment)"
 EXAMPLE = ("x.py", "test_x.py")  # files that a reader adds
-NOT_YET = ("docs/configuration.md", "test_conformance.py", "test_denoiser_contract.py")
+NOT_YET = ("docs/configuration.md", "test_denoisers.py")
 ENDINGS = ("py", "json", "jsonl", "yaml", "md", "png", "mp4", "pt", "safetensors", "html", "txt")
 
 
@@ -285,8 +287,25 @@ def check_pixels(folder: Path, names: dict) -> None:
     assert drawn.isfinite().all() and drawn.min() >= 0 and drawn.max() <= 1
 
 
+def reward(folder: Path) -> dict:
+    return dict(vars(rewards))
+
+
+def check_reward(folder: Path, names: dict) -> None:
+    """Of a black and a white picture the reward likes the black one."""
+    pictures = torch.stack([torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)])
+    samples = rewards.Samples(
+        captions=["", ""],
+        latents=torch.zeros(2, 1),
+        groups=torch.zeros(2),
+        draws=Draws.of(0, 0, 2),
+        pixels=pictures,
+    )
+    assert names["Darkness"]().call(samples).tolist() == [1.0, 0.0]
+
+
 EXAMPLES = {"load_dit": (wan, check_wan), "VTP": (pixels, check_pixels)}
-EXAMPLES["load_pipeline"] = EXAMPLES["VTP"]
+EXAMPLES |= {"load_pipeline": EXAMPLES["VTP"], "Darkness": (reward, check_reward)}
 
 
 @pytest.mark.parametrize("block", of_language("python"), ids=str)

@@ -25,11 +25,13 @@ Make = Callable[[nn.Linear, torch.Generator], Adapter]
 
 @dataclass(frozen=True)
 class ModuleRank:
-    """An entry of `lora.per_module`: rank and alpha of the layers that `modules` choose (the first
-    entry that does counts)."""
+    """An entry of `lora.per_module`."""
 
+    # Which layers, as in `lora.target_modules`.
     modules: tuple[str, ...]
+    # Their rank.
     rank: int
+    # Their alpha.
     alpha: float
 
     def __post_init__(self):
@@ -39,27 +41,41 @@ class ModuleRank:
 
 @dataclass(frozen=True)
 class LoRAConfig(Section):
-    """The `lora:` section. A target is the end of a module's dotted name, whole words (`q`,
+    """The section `lora:`. A target is the end of a module's dotted name, whole words (`q`,
     `cross.k`), or a pattern with `*`, `?` or `[ ]` for the full dotted name (`blocks.*.cross.[kv]`;
-    `*` also spans dots). Without targets: the model's `lora_targets`, or q, k, v and proj."""
+    `*` also spans dots)."""
 
+    # Whether layers get adapters.
     enabled: bool = False
+    # LoRA; DoRA, which also learns the length of each row; or LoKr, a Kronecker product.
     type: Literal["lora", "dora", "lokr"] = "lora"
+    # The rank of an update; 8 to 64 is usual.
     rank: int = 16
+    # The update is scaled by alpha / rank.
     alpha: float = 16.0
-    rslora: bool = False  # scale by alpha / sqrt(rank)
+    # Scale by alpha / sqrt(rank) instead.
+    rslora: bool = False
+    # The probability of leaving out an input of an adapter.
     dropout: float = 0.0
-    rank_dropout: float = 0.0  # the probability of leaving out a rank (lokr: an output row)
+    # The probability of leaving out a rank (lokr: an output row).
+    rank_dropout: float = 0.0
+    # Freeze every other weight.
     train_lora_only: bool = True
+    # Which linear layers get an adapter; null is the model's usual choice: q, k, v and proj, or
+    # Wan's own.
     target_modules: tuple[str, ...] | None = None
-    exclude_modules: tuple[str, ...] = ()  # wins over target_modules
-    blocks: tuple[str, ...] = ()  # of the model, as numbers and ranges: ["0-9", "20"]; none: all
+    # Which of them get none.
+    exclude_modules: tuple[str, ...] = ()
+    # Only layers of these blocks, as numbers and ranges: ["0-9", "20"]; empty is all.
+    blocks: tuple[str, ...] = ()
+    # Rank and alpha of some layers; the first entry that chooses a layer counts.
     per_module: tuple[ModuleRank, ...] = ()
-    factor: int = 8  # lokr: size of the first factor; -1: both alike
-    full_second: bool = False  # lokr: the second factor whole, whatever the rank
-    decompose_first: bool = (
-        False  # lokr: the first factor of rank `rank`, too, where that is smaller
-    )
+    # lokr: size of the first factor; -1 makes both alike.
+    factor: int = 8
+    # lokr: the second factor is whole, whatever the rank.
+    full_second: bool = False
+    # lokr: the first factor has the rank `rank`, too, where that is smaller.
+    decompose_first: bool = False
 
     def __post_init__(self):
         for rank, alpha in (

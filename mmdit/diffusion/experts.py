@@ -25,16 +25,19 @@ HALVINGS = 64  # of the interval in which a boundary's quantile lies
 
 @dataclass(frozen=True)
 class ExpertsConfig(Section):
-    """The section `experts:`. Two sets of adapters on one base: `high` serves t >= boundary, `low`
-    the rest. A step trains one of them, at times of its own range: in blocks of `switch_every`
-    optimizer steps, or each step the one that a time drawn from the whole law belongs to
-    (`by_sigma`). `train`: the other expert gets no adapter. `boundary`: None is that of Wan's
-    release, and 0.875 for other models."""
+    """The section `experts:`. Two sets of adapters on one base: `high` serves the times t >=
+    boundary, `low` the rest. A step trains one of them, at times of its own range."""
 
+    # Whether there are two sets.
     enabled: bool = False
+    # Which of them are trained; the other expert gets no adapter.
     train: Literal["both", "high", "low"] = "both"
+    # The time at which they change over; null is that of Wan's release, and 0.875 for other models.
     boundary: float | None = None
+    # `block`: they take turns of `switch_every` steps. `by_sigma`: each step trains the one that a
+    # time drawn from the whole law belongs to.
     routing: Literal["block", "by_sigma"] = "block"
+    # Optimizer steps of a turn.
     switch_every: int = 100
 
     def __post_init__(self):

@@ -143,15 +143,18 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
-    """DDPM. `min_snr_gamma` (5 in Hang et al. 2303.09556) weights by min(SNR, gamma) in units of
-    x0; null is the plain squared error of the prediction. `zero_terminal_snr` makes the last level
-    pure noise, as sampling assumes (2305.08891).
-    """
+    """The section `diffusion:`, for `train.objective: ddpm`."""
 
+    # Number of noise levels.
     num_timesteps: int = 1000
+    # How noise grows with the level.
     schedule: Literal["cosine", "linear"] = "cosine"
+    # What the network predicts: the noise, the rotated target v, or the clean latents.
     prediction_type: Literal["eps", "v", "x0"] = "v"
+    # Weight levels by min(signal-to-noise, gamma) in units of x0; 5 in Hang et al. 2303.09556. Null
+    # is the plain squared error.
     min_snr_gamma: float | None = None
+    # Make the last level pure noise, as sampling assumes (2305.08891).
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
@@ -211,27 +214,37 @@ class DDPM(Objective):
 
 @dataclass(frozen=True)
 class FlowMatchingConfig(Section):
-    """Flow matching. Times are drawn on [0, 1] (`uniform`, or `logit_normal`: sigmoid of a normal,
-    Esser et al. 2403.03206), shifted, then laid onto [t_min, t_max]. `shift_by_frames`: clips by
-    sqrt(frames) more, in training and in sampling, since n frames that repeat each other are as
-    clear as one under sqrt(n) times less noise (the argument of 2403.03206, eq. 23, along time).
-    `prediction: x0` predicts the clean latents under the velocity loss, which helps when latents
-    have many channels (2511.13720). `between`: only times inside are drawn, and there the law keeps
-    its shape (an expert's range). `direction_weight` adds 1 - cosine over channels between the true
-    and the predicted velocity (2501.01423).
-    """
+    """The section `flow_matching:`. Times are drawn on [0, 1], shifted, then laid onto [t_min,
+    t_max]."""
 
+    # The way from data to noise.
     path: Literal["linear", "cosine"] = "linear"
+    # What the network predicts: the velocity, or x0 (the clean latents, under the velocity loss),
+    # which helps when latents have many channels (2511.13720).
     prediction: Literal["velocity", "x0"] = "velocity"
+    # The smallest time that is trained.
     t_min: float = 0.0
+    # The largest time that is trained, where sampling begins.
     t_max: float = 1.0
+    # What a time is multiplied by for the network.
     time_scale: float = 1000.0
+    # The law of times: `uniform`, or `logit_normal`, the sigmoid of a normal (Esser et al.
+    # 2403.03206), which prefers the middle.
     time: Literal["uniform", "logit_normal"] = "uniform"
+    # Mean of that normal; above 0 is noisier.
     logit_mean: float = 0.0
+    # Deviation of that normal.
     logit_std: float = 1.0
+    # Above 1 moves times towards noise, which large pictures need.
     shift: float = 1.0
+    # Shift the times of clips by sqrt(frames) more, in training and in sampling: n frames that
+    # repeat each other are as clear as one under sqrt(n) times less noise (the argument of
+    # 2403.03206, eq. 23, along time).
     shift_by_frames: bool = False
+    # Add so many times 1 - cosine over channels between the true and the predicted velocity
+    # (2501.01423).
     direction_weight: float = 0.0
+    # Draw times inside alone; there the law keeps its shape (the range of an expert).
     between: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):

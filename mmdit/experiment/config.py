@@ -26,31 +26,53 @@ from mmdit.training.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One YAML file. Every section is a dataclass beside the code that it configures, and checks
-    itself what it needs of the others (`Section.check`)."""
+    """One YAML file: scalar keys, and sections. Every section is a dataclass beside the code that
+    it configures, and checks itself what it needs of the others (`Section.check`)."""
 
+    # The name of the run's folder in `output_dir`.
     experiment_name: str
+    # The folder that holds all runs.
     output_dir: FilePath = "runs"
+    # Keys every random draw: initial weights, order of the data, noise, crops in time.
     seed: int = 42
+    # Processes that read and prepare data beside the training; 0 reads in the training process.
     num_workers: int = 4
+    # Size, length and speed of what is learned; one frame is text-to-image.
     video: VideoConfig = field(default_factory=VideoConfig)
+    # What turns pixels into the latents that the model sees.
     tokenizer: TokenizerConfig = field(default_factory=VTPTokenizerConfig)
+    # What turns captions into tokens.
     text_encoder: TextEncoderConfig = field(default_factory=ByteLevelConfig)
+    # The network.
     model: ModelConfig = field(default_factory=VideoMMDiTConfig)
+    # The objective `ddpm`.
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    # The objective `flow_matching`.
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    # Optimization, reports, checkpoints and previews.
     train: TrainConfig = field(default_factory=TrainConfig)
+    # How a model lies on several GPUs.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # The moving average of the weights, with which pictures are drawn.
     ema: EMAConfig = field(default_factory=EMAConfig)
+    # Several sizes of pictures in one training.
     bucketing: BucketingConfig = field(default_factory=BucketingConfig)
+    # How pictures are cropped to their size.
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    # How captions are varied from step to step.
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    # How the cache is read.
     data: DataConfig = field(default_factory=DataConfig)
+    # Token routing, which makes training steps cheaper.
     tread: TreadConfig = field(default_factory=TreadConfig)
+    # Adapters: small trained updates beside frozen weights.
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    # Alpha of adapters in phases.
     alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
+    # Two sets of adapters, one for high and one for low noise.
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    posttrain: PosttrainConfig | None = None  # for mmdit.scripts.posttrain alone
+    # Training with a reward; only `mmdit posttrain` reads it.
+    posttrain: PosttrainConfig | None = None
 
     def __post_init__(self):
         name = self.experiment_name

@@ -23,19 +23,21 @@ from mmdit.config import ConfigError, Section
 
 @dataclass(frozen=True)
 class TreadConfig(Section):
-    """The section `tread:`."""
+    """The section `tread:`. In training, a part of the tokens skips a span of blocks."""
 
+    # Whether tokens are routed.
     enabled: bool = False
-    selection_rate: float = 0.5  # the part of the tokens that skips the span
+    # The part of the tokens that skips the span.
+    selection_rate: float = 0.5
+    # The span of blocks [first, end), as in a Python slice: -2 is two from the end.
     apply_to: tuple[int, int] = (
         2,
         -2,
-    )  # the span of blocks [first, end), as in a Python slice: -2 is two from the end
-    mode: Literal["random", "stratified"] = (
-        "random"  # any places of the window, or about equally many of every 2x2 patch
     )
-    # divide the span's change by the part of tokens that see it, so that its mean is as without
-    # routing
+    # `random`: any places of the window. `stratified`: about equally many of every 2x2 patch.
+    mode: Literal["random", "stratified"] = "random"
+    # Divide the span's change by the part of tokens that see it, so that its mean is as without
+    # routing.
     rescale: bool = False
 
     def __post_init__(self):

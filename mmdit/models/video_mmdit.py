@@ -44,39 +44,52 @@ FRAME_NUMBER_STD = 0.5
 
 @dataclass(frozen=True)
 class VideoMMDiTConfig(ModelSection):
-    """The section `model:`. `size` stands for `dim`, `depth` and `num_heads`; without it each may
-    be given (else as S)."""
+    """The factorized Video MMDiT, trained from scratch."""
 
+    # Chooses the Video MMDiT.
     type: Literal["video_mmdit"] = "video_mmdit"
+    # A named size: S is 384 wide, 12 blocks deep, with 6 heads; B 768, 12, 12; L 1024, 24, 16; XL
+    # 1152, 28, 18.
     size: Literal["S", "B", "L", "XL"] | None = None
+    # Width, where no `size` is named; null is that of S.
     dim: int | None = None
+    # Number of blocks, likewise.
     depth: int | None = None
+    # Heads of attention, likewise; must divide `dim`.
     num_heads: int | None = None
-    window_size: int = 8  # the largest window, in latent cells; see WindowGrid.fit
-    # What attention in space sees, block by block and again from the first; see docs/speed.md for
-    # grids of several windows.
+    # The largest side of a window of attention, in latent cells.
+    window_size: int = 8
+    # What attention in space sees, block by block and then again from the first: `window`,
+    # `shifted` (windows moved by half) or the whole `frame`. See docs/speed.md for grids of several
+    # windows.
     spatial: tuple[Pattern, ...] = ("window", "shifted")
+    # Width of the MLP as a multiple of `dim`.
     mlp_ratio: float = 4.0
+    # The probability of leaving out an output of attention or MLP.
     dropout: float = 0.0
+    # The form of the MLP.
     mlp: Literal["swiglu", "gelu"] = "swiglu"
+    # Normalise queries and keys, which keeps attention stable.
     qk_norm: bool = True
-    temporal_position: bool = (
-        True  # False: frames are a set; the control that cannot tell left from right motion
-    )
-    pooled_text: bool = True  # the caption's mean also enters the modulation
-    # tell the model which part of its picture each sample shows; drawn pictures are whole ones
+    # Number the frames. False makes them a set: the control that cannot tell left from right
+    # motion.
+    temporal_position: bool = True
+    # Let the mean of the caption's tokens enter the modulation, too.
+    pooled_text: bool = True
+    # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
     crop: bool = False
-    residual: Literal["float32", "autocast"] = (
-        "float32"  # the stream between blocks; autocast's type is half the traffic
-    )
-    products: Literal["autocast", "float8"] = (
-        "autocast"  # of the blocks' matrices in training; float8 takes half the time
-    )
-    freeze: bool = False  # train the text encoder alone
-    checkpointing: bool = (
-        False  # recompute blocks in the backward pass: less memory, up to a third more time
-    )
-    checkpoint_every: int = 1  # with checkpointing, of every n-th block: 2 saves half as much
+    # The type of the stream between blocks: float32, or that of autocast, which is half the
+    # traffic.
+    residual: Literal["float32", "autocast"] = "float32"
+    # The type of the blocks' matrix products in training: that of `train.precision`, or float8,
+    # which takes half the time.
+    products: Literal["autocast", "float8"] = "autocast"
+    # Train the text encoder alone.
+    freeze: bool = False
+    # Recompute blocks in the backward pass: less memory, up to a third more time.
+    checkpointing: bool = False
+    # With `checkpointing`, recompute every n-th block only: 2 saves half as much.
+    checkpoint_every: int = 1
 
     def __post_init__(self):
         for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):

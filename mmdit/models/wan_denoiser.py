@@ -20,26 +20,34 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class WanModelConfig(ModelSection):
-    """`model: {type: wan, name_or_path: …}`: a release's folder, official or of Diffusers, or a
-    weight file. `clip`: file or folder of the picture encoder of Wan 2.1 I2V and FLF2V, if
-    `name_or_path` does not hold it. `expert`: which of a pair is trained, on the times t ≥
-    `boundary` (high) or below it (low). `first_frame`: share of the steps on clips whose first
-    latent frame is given clean (TI2V-5B). `dtype`: of what is stored; less than float32 only for
-    weights that adapters leave frozen; float8: the matrices of the blocks, with a scale a row, the
-    rest bfloat16. `residual`: see `WanDiT`. `checkpointing`: recompute blocks in the backward pass,
-    of every `checkpoint_every`-th. `freeze`: train the text encoder alone.
-    """
+    """A transformer of Wan 2.1 or 2.2."""
 
+    # Chooses Wan.
     type: Literal["wan"] = "wan"
+    # The folder of a release, official or of Diffusers, or a weight file.
     name_or_path: FilePath = ""
+    # The file or folder of the picture encoder of Wan 2.1 I2V and FLF2V, if `name_or_path` does not
+    # hold it.
     clip: FilePath = ""
+    # Which network of a pair (A14B) is trained: `high` on the times t >= `boundary`, `low` below
+    # it.
     expert: Literal["high", "low"] | None = None
-    boundary: float | None = None  # None: as published, 0.875 for T2V-A14B, 0.9 for I2V-A14B
+    # The time at which the pair changes over; null is as published, 0.875 for T2V-A14B and 0.9 for
+    # I2V-A14B.
+    boundary: float | None = None
+    # The share of the steps on clips whose first latent frame is given clean (TI2V-5B).
     first_frame: float = 0.0
+    # The type of the stored weights; less than float32 only for weights that adapters leave frozen.
+    # float8: the matrices of the blocks, with one scale a row; the rest is bfloat16.
     dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    # The type of the stream between blocks: float32, or that of autocast, which is half the
+    # traffic.
     residual: Residual = "float32"
+    # Recompute blocks in the backward pass: less memory, up to a third more time.
     checkpointing: bool = False
+    # With `checkpointing`, recompute every n-th block only.
     checkpoint_every: int = 1
+    # Train the text encoder alone.
     freeze: bool = False
 
     def __post_init__(self):

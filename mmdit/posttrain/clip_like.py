@@ -85,13 +85,16 @@ class Similarity(nn.Module):
 
 @dataclass(frozen=True)
 class ClipReward(Reward):
-    """As a reward of samples, or as the scorer of SRPO. `clip`, `pickscore`: a folder; `hps`:
-    besides it, `weights`."""
+    """The similarity of picture and caption by CLIP, from a folder, as a reward or as the scorer of
+    SRPO."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    # Chooses this reward.
     type: Literal["clip"] = "clip"
+    # The folder of a CLIP in the transformers layout.
     path: FilePath = ""
-    weights: str | None = None  # HPS: an OpenCLIP state dict, .safetensors or .pt
+    # hps: the file of its OpenCLIP weights, .safetensors or .pt.
+    weights: str | None = None
 
     def prepare(self, device: torch.device) -> None:
         object.__setattr__(self, "similarity", Similarity(self.path, self.weights).to(device))
@@ -105,11 +108,18 @@ class ClipReward(Reward):
 
 @dataclass(frozen=True)
 class PickScore(ClipReward):
+    """PickScore, from a folder, as a reward or as the scorer of SRPO."""
+
+    # Chooses this reward.
     type: Literal["pickscore"] = "pickscore"
 
 
 @dataclass(frozen=True)
 class HPS(ClipReward):
+    """HPS v2, from the folder of the CLIP ViT-H and its own weights, as a reward or as the scorer
+    of SRPO."""
+
+    # Chooses this reward.
     type: Literal["hps"] = "hps"
 
     def __post_init__(self):

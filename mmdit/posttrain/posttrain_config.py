@@ -45,21 +45,29 @@ ScorerConfig = ColorWords | ClipReward | PickScore | HPS
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """`sde_steps`: candidates for stochastic, trained steps (empty: all but the last, which an SDE
-    would leave noisy); `sde_pick` of them are drawn for each epoch (0: all). Other steps are the
-    ODE's. `shared_noise`: the samples of a group begin alike and part in their stochastic steps, so
-    that what is compared is what is trained. `policy: old` samples NFT's slow copy. `guidance_low`:
-    of the low-noise expert of a pair, if it has another."""
+    """The section `posttrain.rollout:`."""
 
+    # Steps of a sample.
     steps: int = 10
+    # Shift of the times; above 1 spends more steps at high noise.
     shift: float = 1.0
+    # Guidance; 1 is none.
     guidance: float = 1.0
+    # Guidance of the low-noise expert of a pair, if it has another.
     guidance_low: float | None = None
+    # How a stochastic step draws its noise; `ode` draws none.
     dynamics: Dynamics = "flow_sde"
+    # The size of that noise, above 0 and at most 1.
     noise_level: float = 0.7
+    # Steps that may be stochastic, and are then trained; empty: all but the last, which would leave
+    # noise.
     sde_steps: tuple[int, ...] = ()
+    # So many of them are drawn for each epoch; 0 takes all. The other steps are the ODE's.
     sde_pick: int = 0
+    # Let the samples of a group begin alike and part in their stochastic steps, so that what is
+    # compared is what is trained.
     shared_noise: bool = False
+    # Who samples: the `current` model, or nft's `old`, slow copy.
     policy: Literal["current", "old"] = "current"
 
     def __post_init__(self):
@@ -87,15 +95,25 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class StorageConfig:
-    positions: Literal["auto", "all"] = "auto"  # auto: what the algorithm reads
+    """The section `posttrain.storage:`."""
+
+    # Which latents of a trajectory are kept: `auto` is what the algorithm reads.
+    positions: Literal["auto", "all"] = "auto"
+    # In which type they are kept.
     dtype: Literal["fp32", "bf16"] = "fp32"
-    offload: bool = True  # to the CPU; one micro-batch at a time comes back
+    # Keep them in the memory of the CPU; one micro-batch at a time comes back.
+    offload: bool = True
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
+    """The section `posttrain.advantage:`."""
+
+    # `sum`: normalise the weighted sum of the rewards. `gdpo`: normalise each reward, then sum.
     mode: Literal["sum", "gdpo"] = "sum"
+    # Divide by the deviation of all samples, or of each group.
     std: Literal["global", "group"] = "global"
+    # The largest advantage, in size.
     clip: float = 5.0
 
     def __post_init__(self):
@@ -104,11 +122,15 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class RatioConfig:
-    """GRPO, Guard and AWM: `clip` is (low, high) about a ratio of 1."""
+    """The section `posttrain.ratio:`, for grpo, guard and awm."""
 
+    # How log-ratios are summed over a latent: `sqrt_dim` makes units that do not depend on its
+    # size.
     norm: Norm = "sqrt_dim"
+    # How far a ratio may be from 1 before it stops counting: [below 0, above 0].
     clip: tuple[float, float] = (-3e-3, 3e-3)
-    replay_tolerance: float = 1e-6  # how far from 1 a ratio may be before the first update
+    # How far from 1 a ratio may be before the first update, where it must be exactly that.
+    replay_tolerance: float = 1e-6
 
     def __post_init__(self):
         least(self, 0, "replay_tolerance")
@@ -121,10 +143,12 @@ class RatioConfig:
 
 @dataclass(frozen=True)
 class KLConfig:
-    """To the model that post-training began from: `v`, `x` (the step's mean) or `exact` (of the
-    step's Gaussian)."""
+    """The section `posttrain.kl:`."""
 
+    # What is compared: velocities, the means of a step, or the exact divergence of the step's
+    # Gaussians.
     space: Literal["v", "x", "exact"] = "v"
+    # Weight of the distance; 0 does without.
     beta: float = 0.0
 
     def __post_init__(self):
@@ -133,13 +157,18 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class NFTConfig:
-    """The slow copy is `rate · (update - flat)`, at most `most`, of itself and the rest of the
-    policy after each epoch."""
+    """The section `posttrain.nft:`. After each epoch the slow copy keeps `rate` · (update -
+    `flat`), at most `most`, of itself."""
 
+    # How far the two implied policies lie from the slow copy.
     beta: float = 1.0
+    # Divide each error by its own mean size, so that all noise levels count alike.
     weighted: bool = True
+    # Updates during which the slow copy follows at once.
     flat: int = 0
+    # How the share that stays grows with each update.
     rate: float = 1e-3
+    # The largest share that stays.
     most: float = 0.5
 
     def __post_init__(self):
@@ -153,8 +182,12 @@ class NFTConfig:
 
 @dataclass(frozen=True)
 class AWMConfig:
+    """The section `posttrain.awm:`."""
+
+    # Weight of a noise level t: 1, t, t², or a Huber loss.
     weighting: Weighting = "t"
-    ema_kl: float = 1.0  # against ema:, without which negative advantages push without bound
+    # Weight of the distance to `ema:`, without which negative advantages push without bound.
+    ema_kl: float = 1.0
 
     def __post_init__(self):
         least(self, 0, "ema_kl")
@@ -162,14 +195,19 @@ class AWMConfig:
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """`source: online` takes best and worst of each group; `offline` learns from `pairs`, a file,
-    or makes one with the first model from `collect` prompts."""
+    """The section `posttrain.dpo:`."""
 
+    # How strongly the model is held to its reference: larger is stronger.
     beta: float = 500.0
+    # `online` takes the best and the worst of each group, epoch by epoch; `offline` learns from
+    # stored pairs.
     source: Literal["online", "offline"] = "offline"
+    # offline: a file of pairs; null makes one with the first model.
     pairs: FilePath | None = None
+    # offline: prompts that pairs are made of.
     collect: int = 512
-    batch: int = 64  # pairs of one update, over all processes
+    # offline: pairs of one update, over all processes.
+    batch: int = 64
 
     def __post_init__(self):
         least(self, 0, "beta", above=True)
@@ -183,21 +221,32 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class SRPOConfig:
-    """Windows are noise levels, [noisy, clean], never step numbers: with a time shift the same
-    steps are other levels. `latents`: a cache of real pictures or clips and their captions, which
-    stand in for rollouts and prompts.
-    """
+    """The section `posttrain.srpo:`. Windows are noise levels, [noisy, clean], never step numbers:
+    with a time shift the same steps are other levels."""
 
+    # The noise levels at which the gradient is taken.
     sigma_window: tuple[float, float] = (0.96, 0.75)
+    # The step in noise level by which latents are recovered.
     step: float = 0.02
+    # How much more the wanted words count, at the clean and the noisy end of the window, where
+    # latents are denoised.
     discount_denoise: tuple[float, float] = (0.10, 0.25)
+    # The same where latents are inverted.
     discount_invert: tuple[float, float] = (0.30, 0.01)
+    # A cache of real pictures or clips and their captions, which stand in for sampled ones; null
+    # samples.
     latents: FilePath | None = None
+    # Words put before a caption: the score with them is raised against that with `negative`.
     positive: tuple[str, ...] = ("red",)
+    # The words it is compared with.
     negative: tuple[str, ...] = ("blue",)
+    # A sample whose score is above this is left alone.
     hinge: float = 0.7
+    # Which branches are trained.
     branches: tuple[Literal["denoise", "invert"], ...] = ("denoise", "invert")
-    max_std_growth: float = 1.5  # of the recovered latents, beyond which training stops
+    # Stop when the deviation of recovered latents has grown by more than this factor.
+    max_std_growth: float = 1.5
+    # The differentiable scorer of pictures and texts.
     scorer: ScorerConfig = field(default_factory=ColorWords)
 
     def __post_init__(self):
@@ -219,31 +268,58 @@ class SRPOConfig:
 
 @dataclass(frozen=True)
 class PosttrainConfig(Section):
+    """The section `posttrain:`. Learning rate, precision, number of updates and checkpoints are
+    those of `train:`; a step is one update."""
+
+    # How the model learns from rewards; docs/posttraining.md compares them.
     algorithm: Literal["grpo", "guard", "nft", "awm", "dpo", "srpo"] = "grpo"
-    prompts: FilePath = GENERATED  # or a file: YAML with `prompts:`, JSON with [{"caption": …}]
-    prompt_count: int = 2048  # of the generated ones
+    # `moving_shapes` generates prompts with facts to judge them by; else a file: YAML with
+    # `prompts:`, or JSON with [{"caption": …}].
+    prompts: FilePath = GENERATED
+    # How many prompts are generated.
+    prompt_count: int = 2048
+    # Prompts that samples are drawn for before the model is updated, over all processes.
     prompts_per_epoch: int = 16
+    # Samples of one prompt, which are compared with each other.
     group_size: int = 16
+    # Samples that go through the network at a time.
     micro_batch: int = 64
+    # Updates made of one epoch's samples.
     updates_per_epoch: int = 1
-    draws_per_sample: int = 1  # nft, awm, dpo: noise levels of each sample in an update
+    # nft, awm, dpo: noise levels at which each sample is used in an update.
+    draws_per_sample: int = 1
+    # How samples are drawn.
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    # What is kept of a sampled trajectory, and where.
     storage: StorageConfig = field(default_factory=StorageConfig)
+    # How rewards become advantages.
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    # grpo, guard, awm: the ratio of the new policy to the old one.
     ratio: RatioConfig = field(default_factory=RatioConfig)
+    # The distance to the model that post-training began from.
     kl: KLConfig = field(default_factory=KLConfig)
+    # The algorithm nft.
     nft: NFTConfig = field(default_factory=NFTConfig)
+    # The algorithm awm.
     awm: AWMConfig = field(default_factory=AWMConfig)
+    # The algorithm dpo.
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    # The algorithm srpo.
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
+    # What is rewarded: a list with weights.
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
-    eval_rewards: tuple[RewardConfig, ...] | None = None  # None: see `evaluation_rewards`
-    # of a clip, those that rewards see (-1: the last); only they are decoded. Empty: all
+    # What evaluation measures; null: prompt_accuracy of generated prompts, else those of `rewards`
+    # that judge a sample alone.
+    eval_rewards: tuple[RewardConfig, ...] | None = None
+    # Which frames of a clip rewards see (-1 is the last); only these are decoded. Empty: all.
     reward_frames: tuple[int, ...] = ()
-    eval_prompts: int = 128  # of the seen and of the held-out prompts
+    # How many of the seen, and of the held-out prompts evaluation draws; 0 evaluates nothing.
+    eval_prompts: int = 128
+    # Epochs between two evaluations.
     eval_every_epochs: int = 10
-    # mean squared change of the velocity on fixed probes, beyond which training stops; 0 = never
+    # Stop when the mean squared change of the velocity on fixed probes is larger; 0 never stops.
     max_drift: float = 0.0
+    # Compute rewards in a thread, while the next samples are drawn.
     async_rewards: bool = True
 
     def __post_init__(self):

@@ -61,9 +61,13 @@ class Reward:
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
     groupwise: ClassVar[bool] = False
+    # How much it counts; below 0 asks for less of it.
     weight: float = 1.0
+    # What reports call it; null is its type. Two rewards of one type need names.
     name: str | None = None
+    # Samples that it sees at a time; 0 is all that were drawn together.
     batch: int = 0
+    # Where it runs; null is where the model is.
     device: str | None = None
 
     def __post_init__(self):
@@ -87,6 +91,9 @@ class Reward:
 
 @dataclass(frozen=True)
 class Brightness(Reward):
+    """Mean of the pixels."""
+
+    # Chooses this reward.
     type: Literal["brightness"] = "brightness"
 
     def call(self, samples: Samples) -> Tensor:
@@ -98,7 +105,9 @@ class ColorMatch(Reward):
     """Minus the squared distance of the mean colour from `target`."""
 
     limits: ClassVar[tuple[float, float]] = (-3.0, 0.0)
+    # Chooses this reward.
     type: Literal["color_match"] = "color_match"
+    # The colour, red, green and blue from 0 to 1.
     target: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     def call(self, samples: Samples) -> Tensor:
@@ -110,6 +119,7 @@ class ColorMatch(Reward):
 class Sharpness(Reward):
     """Mean absolute Laplacian, over its largest value 8."""
 
+    # Chooses this reward.
     type: Literal["sharpness"] = "sharpness"
 
     def call(self, samples: Samples) -> Tensor:
@@ -123,6 +133,7 @@ class Sharpness(Reward):
 class Motion(Reward):
     """Mean absolute difference of neighbouring frames; 0 for pictures."""
 
+    # Chooses this reward.
     type: Literal["motion"] = "motion"
 
     def call(self, samples: Samples) -> Tensor:
@@ -136,6 +147,7 @@ class LatentNorm(Reward):
     """exp(-(rms of the latents - 1)²): a reward that needs no decoder."""
 
     needs: ClassVar[tuple[str, ...]] = ("latents",)
+    # Chooses this reward.
     type: Literal["latent_norm"] = "latent_norm"
 
     def call(self, samples: Samples) -> Tensor:
@@ -147,6 +159,7 @@ class Noise(Reward):
     """Random: the null run, whose drift is what an algorithm does without any reason."""
 
     needs: ClassVar[tuple[str, ...]] = ()
+    # Chooses this reward.
     type: Literal["noise"] = "noise"
 
     def call(self, samples: Samples) -> Tensor:
@@ -158,6 +171,7 @@ class BrightnessRank(Reward):
     """The place of a sample's brightness within its group, ties alike: a groupwise reward."""
 
     groupwise: ClassVar[bool] = True
+    # Chooses this reward.
     type: Literal["brightness_rank"] = "brightness_rank"
 
     def call(self, samples: Samples) -> Tensor:

@@ -27,16 +27,22 @@ NO_BYTE = 0
 
 @dataclass(frozen=True)
 class ByteLevelConfig(Section):
-    """`text_encoder: {type: byte_level}`. `max_length` counts words (a word of more than 16 bytes
-    counts for several)."""
+    """A small encoder that is trained with the model and reads any language."""
 
+    # Chooses the byte-level encoder.
     type: Literal["byte_level"] = "byte_level"
+    # Width of its tokens.
     dim: int = 256
+    # Layers of attention over the words of a caption.
     depth: int = 2
+    # Heads of attention; must divide `dim`.
     num_heads: int = 4
+    # The most words of a caption that are read; a word of more than 16 bytes counts for several.
     max_length: int = 77
+    # Leave its weights as they are.
     freeze: bool = False
-    lr_scale: float = 1.0  # its learning rate as a multiple of train.lr
+    # Its learning rate as a multiple of `train.lr`.
+    lr_scale: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.lr_scale <= 1000:

@@ -17,11 +17,15 @@ from mmdit.text_encoders.words import WordRows, check_length, place_table, split
 
 @dataclass(frozen=True)
 class HashConfig(Section):
-    """`text_encoder: {type: hash}`. `max_length` counts words."""
+    """Fixed random vectors for words: no download, nothing to train."""
 
+    # Chooses hashed words.
     type: Literal["hash"] = "hash"
+    # Width of its tokens.
     dim: int = 256
+    # The most words of a caption that are read.
     max_length: int = 77
+    # Always true: there is nothing to train.
     freeze: bool = True
 
     def __post_init__(self):

@@ -39,22 +39,28 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 
 @dataclass(frozen=True)
 class HuggingFaceConfig(Section):
-    """`text_encoder: {type: hf, name_or_path: …}`. `max_length` counts the tokenizer's tokens.
-    `dim` may be left out; if given, it must be the encoder's own. `cache_mb` bounds the memory for
-    embeddings of captions already seen (frozen only); `cache_dir` keeps them in files, too, for the
-    next run (`stored`)."""
+    """An encoder of the transformers library: T5, CLIP and their like."""
 
+    # Chooses an encoder of transformers.
     type: Literal["hf"] = "hf"
+    # A folder, or a name on the Hugging Face hub.
     name_or_path: FilePath = ""
+    # Width of its tokens, which the encoder knows; if given, it must agree.
     dim: int | None = None
+    # The most tokens of a caption that are read, counted by the encoder's own tokenizer.
     max_length: int = 77
+    # Leave its weights as they are.
     freeze: bool = True
-    lr_scale: float = (
-        1.0  # unfrozen: its learning rate as a multiple of train.lr; pre-trained weights like less
-    )
+    # If not frozen, its learning rate as a multiple of `train.lr`; pre-trained weights like less
+    # than 1.
+    lr_scale: float = 1.0
+    # The type of its weights; a trained encoder needs float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Never ask the hub.
     local_files_only: bool = False
+    # Megabytes of memory for embeddings of captions already read (frozen encoders).
     cache_mb: int = 1024
+    # A folder that keeps embeddings in files for the next run (frozen encoders).
     cache_dir: FilePath = ""
 
     def __post_init__(self):

@@ -62,16 +62,19 @@ OUTSIDE = {
 
 @dataclass(frozen=True)
 class UMT5Config(HuggingFaceConfig):
-    """`text_encoder: {type: umt5, name_or_path: …}`: a weight file, the folder of a Wan release, or
-    one with `text_encoder/`. tokenizer_path: folder with tokenizer.json or spiece.model; empty:
-    looked for beside the weights. train_blocks: with `freeze: false`, how many blocks from the top
-    are trained (with the last norm); 0 = everything. With `cache_dir` the encoder is loaded only
-    when a caption is missing there (see `mmdit.scripts.cache_text`)."""
+    """UMT5-XXL as Wan uses it. With `cache_dir` it is loaded only when a caption is missing there
+    (see `mmdit cache-text`)."""
 
+    # Chooses UMT5.
     type: Literal["umt5"] = "umt5"
+    # The most tokens of a caption that are read; Wan was trained with 512.
     max_length: int = 512
+    # The type of its weights.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # The folder of tokenizer.json or spiece.model; empty: looked for beside the weights.
     tokenizer_path: FilePath = ""
+    # With `freeze: false`, so many blocks from the top are trained, and the last norm; 0 trains
+    # everything.
     train_blocks: int = 0
 
     def __post_init__(self):

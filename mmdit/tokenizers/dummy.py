@@ -25,11 +25,15 @@ from mmdit.tokenizers.checks import frames_of, latent_frames_of
 
 @dataclass(frozen=True)
 class DummyTokenizerConfig(TokenizerSection):
-    """`latent_d` at most 3·latent_f², where the round trip becomes exact."""
+    """A tokenizer without weights, for tests and dry runs."""
 
+    # Chooses the dummy.
     type: Literal["dummy"] = "dummy"
+    # Pixels that a latent cell covers along each axis.
     latent_f: int = 16
+    # Channels of a latent, at most 3·latent_f², where decoding becomes exact.
     latent_d: int = 64
+    # Multiplies latents, as with `vtp`.
     latent_scale: float = 1.0
 
     def __post_init__(self):

@@ -36,22 +36,27 @@ UPSAMPLING = 16  # of the VTP pixel decoder, whatever the encoder's patch
 
 @dataclass(frozen=True)
 class VTPTokenizerConfig(TokenizerSection):
-    """name_or_path: a folder with config.json and model.safetensors; a relative path is tried from
-    the working directory, then among the files that come with mmdit. repo_path: a clone of the
-    public VTP release, or None for the installed package `vtp`. latent_stats: "auto"
-    (latent_stats.json in the checkpoint folder if it is there), "none", or the path of a file
-    `{"mean": […], "std": […]}`. chunk_size: frames per network call. compile: whether the encoder's
-    blocks are compiled on a GPU: faster after half a minute of preparation.
-    """
+    """The VTP tokenizer: one latent frame for every frame."""
 
+    # Chooses the VTP tokenizer.
     type: Literal["vtp"] = "vtp"
+    # A folder with config.json and model.safetensors. A relative path is tried from the working
+    # directory, then among the files that come with mmdit.
     name_or_path: FilePath = "VTP/checkpoints/vtp_tiny_f16d64"
+    # A clone of the public VTP release whose code runs the network; null is the package `vtp`.
     repo_path: FilePath | None = None
+    # Pixels that a latent cell covers along each axis; must be the checkpoint's.
     latent_f: int = 16
+    # Channels of a latent; must be the checkpoint's.
     latent_d: int = 64
+    # Multiplies normalised latents, so that their size is about 1 (`mmdit estimate-latent-scale`).
     latent_scale: float = 1.0
+    # Means and deviations that normalise latents: `auto` is latent_stats.json beside the weights if
+    # it is there, `none`, or the path of such a file.
     latent_stats: str = "auto"
+    # Frames that go through the network at a time.
     chunk_size: int = 64
+    # Compile the encoder's blocks on a GPU: faster after half a minute of preparation.
     compile: bool = False
 
     def __post_init__(self):

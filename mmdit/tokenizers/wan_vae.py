@@ -65,20 +65,24 @@ STATISTICS = {  # mean and deviation of latents, by the number of channels: the 
 
 @dataclass(frozen=True)
 class WanVAETokenizerConfig(TokenizerSection):
-    """name_or_path: `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, the release's folder that holds it, or a
-    Diffusers folder. Wan 2.2 VAE: latent_f 16, latent_d 48. picture: caches also hold the latents
-    of each clip's first, or first and last, frame (to train I2V and FLF2V). tile: pixels of the
-    square tiles that frames are cut into, a quarter overlapping; 0 = none. dtype: of the
-    arithmetic; the official code has float32 (bfloat16 costs 1 % of the latents, measured on tiny
-    weights).
-    """
+    """The VAE of Wan 2.1 or 2.2, which joins four frames into one."""
 
+    # Chooses a VAE of Wan.
     type: Literal["wan_vae"] = "wan_vae"
+    # Wan2.1_VAE.pth, Wan2.2_VAE.pth, the release's folder that holds one, or a Diffusers folder.
     name_or_path: FilePath = ""
+    # Pixels that a latent cell covers along each axis: 8 for Wan 2.1, 16 for Wan 2.2.
     latent_f: int = 8
+    # Channels of a latent: 16 for Wan 2.1, 48 for Wan 2.2.
     latent_d: int = 16
+    # Whether caches also hold the latents of each clip's `first`, or `first_last`, frame, to train
+    # I2V and FLF2V.
     picture: Picture = "none"
+    # Cut frames into overlapping square tiles of so many pixels, which needs less memory; 0 does
+    # not.
     tile: int = 0
+    # The type of the arithmetic. The official code has float32; bfloat16 changes latents by 1 %
+    # (measured on tiny weights).
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property

@@ -14,15 +14,18 @@ from mmdit.training.memory.shards import local
 
 @dataclass(frozen=True)
 class EMAConfig(Section):
-    """`ema:` section. Up to `start_step` the average is the weights themselves; from then on every
-    `update_every`-th step, the n-th decay being (1 + n) / (10 + n) while that is less than `decay`:
-    a short run is no average of its first steps.
-    """
+    """The section `ema:`. The n-th decay is (1 + n) / (10 + n) while that is less than `decay`: a
+    short run is no average of its first steps."""
 
+    # Keep a moving average of the trained weights.
     enabled: bool = True
+    # How much of the average stays at an update.
     decay: float = 0.999
+    # Update at every n-th step.
     update_every: int = 1
+    # Up to this step the average is the weights themselves.
     start_step: int = 0
+    # Draw previews with the average.
     use_for_sampling: bool = True
 
     def __post_init__(self):

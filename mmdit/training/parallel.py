@@ -31,13 +31,13 @@ FAST = 60.0  # GB/s; an all-reduce over NVLink reaches 200, over PCIe 5 … 25
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """The section `parallel:`. `ddp`: every process holds everything. `fsdp`: weights, gradients,
-    averages and moments are cut over the processes, and a block is gathered while it computes;
-    nothing is cut in one process. Each reads the checkpoints of the other. `reduce`: bfloat16 lets
-    gradients travel and add up in that type, which is half the traffic, and rounds each process's
-    gradient and their mean to 8 bits."""
+    """The section `parallel:`. Each type reads the checkpoints of the other."""
 
+    # `ddp`: every process holds everything. `fsdp`: weights, gradients, averages and moments are
+    # cut over the processes, and a block is gathered while it computes.
     type: Literal["ddp", "fsdp"] = "ddp"
+    # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
+    # process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
 
     def check(self, run: Any) -> None:

@@ -21,69 +21,94 @@ SAMPLER_KEYS = {
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """`train:` section. `batch_size` is per process and micro-step: a step sees batch_size ×
-    grad_accum_steps × processes."""
+    """The section `train:`. A step sees `batch_size` × `grad_accum_steps` × processes samples."""
 
+    # What the network learns; the sections `flow_matching:` and `diffusion:` (of ddpm) say more.
     objective: Literal["ddpm", "flow_matching"] = "flow_matching"
-    precision: Literal["bf16", "fp32", "pure_bf16"] = (
-        "bf16"  # of products; pure_bf16: of weights and moments, too (Kahan-summed)
-    )
+    # The type of products: bfloat16 or float32. pure_bf16 keeps weights and moments in bfloat16,
+    # too (Kahan-summed).
+    precision: Literal["bf16", "fp32", "pure_bf16"] = "bf16"
+    # Samples of a process in one micro-step.
     batch_size: int = 32
+    # Micro-steps whose gradients make one step.
     grad_accum_steps: int = 1
-    optimizer: OptimizerKind = (
-        "adamw"  # muon: for the matrices of the blocks, adamw for the rest, at the same lr
-    )
-    offload_optimizer: bool = (
-        False  # moments wait in the memory of the CPU: less on the GPU, a slower step
-    )
-    # so many first blocks have their frozen weights in the memory of the CPU, and visit the GPU
+    # `adamw`, `adamw8bit` (moments of 8 bits), or `muon` for the matrices of the blocks and adamw
+    # for the rest, at the same learning rate.
+    optimizer: OptimizerKind = "adamw"
+    # Keep moments in the memory of the CPU: less on the GPU, a slower step.
+    offload_optimizer: bool = False
+    # Keep the frozen weights of so many first blocks in the memory of the CPU; they visit the GPU.
     offload_blocks: int = 0
+    # The learning rate.
     lr: float = 1e-4
+    # Whether the learning rate stays, or falls as a cosine until `max_steps`.
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    lr_final: float = 0.0  # share of lr left at max_steps under cosine
+    # The share of `lr` that is left at `max_steps` under cosine.
+    lr_final: float = 0.0
+    # Steps over which the learning rate rises from 0.
     warmup_steps: int = 100
+    # The decay of AdamW's first and second moments.
     betas: tuple[float, float] = (0.9, 0.95)
+    # Decoupled weight decay; norms, biases and positions have none.
     weight_decay: float = 0.01
-    grad_clip: float = 1.0  # global norm; 0 = off
+    # The largest global norm of a gradient; 0 does not clip.
+    grad_clip: float = 1.0
+    # Steps of the whole run.
     max_steps: int = 1000
-    max_skipped_steps: int = (
-        10  # more non-finite gradients between two reports, or in a row, stop the run
-    )
-    timeout_minutes: float = (
-        30.0  # one step, save or preview that takes longer ends the job and names who stands still
-    )
-    compile: Literal["auto", True, False] = "auto"  # auto: with CUDA, unless blocks are offloaded
-    # compiled steps of small networks are CUDA graphs, see training/graphs/training_graphs.py
+    # More steps without a finite gradient than this, between two reports or in a row, stop the run.
+    max_skipped_steps: int = 10
+    # A step, save or preview that takes longer ends the job and names the process that stands
+    # still.
+    timeout_minutes: float = 30.0
+    # Compile blocks; `auto`: with CUDA, unless blocks are offloaded.
+    compile: Literal["auto", True, False] = "auto"
+    # Replay compiled steps of small networks as CUDA graphs, which saves the time to launch
+    # kernels.
     replays: bool = True
-    init_from: FilePath | None = (
-        None  # weights of another run, checkpoint or export; the step starts at 0
-    )
+    # Start from the weights of another run, checkpoint, export or LoRA file; the step starts at 0.
+    init_from: FilePath | None = None
+    # Steps between two reports.
     log_every_steps: int = 50
+    # Steps between two checkpoints.
     save_every_steps: int = 1000
-    keep_last: int = 3  # checkpoints kept; 0 keeps all
-    keep_every_steps: int = 0  # besides, those of every n-th step are kept for good; 0 = none
+    # How many checkpoints are kept; 0 keeps all.
+    keep_last: int = 3
+    # Besides, those of every n-th step are kept for good; 0 keeps none.
+    keep_every_steps: int = 0
+    # The probability with which a caption is dropped, so that guidance has something to lead away
+    # from.
     cfg_dropout_prob: float = 0.1
-    val_every_steps: int = 0  # 0 = no item is held out
-    val_share: float = (
-        0.01  # of the items, chosen by a hash of their ids, are held out of the training
-    )
-    val_samples: int = 64  # of them are measured, at fixed times with fixed noise
-    sample_every_steps: int = 0  # 0 = no previews
+    # Steps between two measurements on held-out items; 0 holds nothing out.
+    val_every_steps: int = 0
+    # The share of the items that is held out, chosen by a hash of their ids.
+    val_share: float = 0.01
+    # How many of them are measured, at fixed times with fixed noise.
+    val_samples: int = 64
+    # Steps between two previews; 0 draws none.
+    sample_every_steps: int = 0
+    # Pictures or clips of a preview; prompts are repeated.
     sample_num_images: int = 8
+    # Steps of the sampler.
     sample_num_steps: int = 30
+    # How the sampler steps. First order: ddim, euler; second order: heun, ab2, dpmpp_2m, unipc.
     sample_solver: Solver = "ab2"
+    # Guidance; 1 is none.
     sample_cfg_scale: float = 3.0
-    sample_cfg_interval: tuple[float, float] = (0.0, 1.0)  # guidance acts for t inside
-    sample_eta: float = 0.0  # ddim only
-    sample_shift: float = (
-        1.0  # time shift of the sampling grid; > 1 spends more steps at high noise
-    )
-    sample_grid: Grid = "even"  # wan, diffusers: Wan's own times
-    sample_cfg_scale_low: float | None = (
-        None  # of the low-noise expert of a pair, if it has another
-    )
-    sample_negative_prompt: str = ""  # what guidance leads away from, instead of the empty prompt
+    # Guidance acts for times inside (0 is clean, 1 is noise).
+    sample_cfg_interval: tuple[float, float] = (0.0, 1.0)
+    # Fresh noise in the steps of ddim: 0 is deterministic, 1 the ancestral sampler.
+    sample_eta: float = 0.0
+    # Shift of the sampler's times; above 1 spends more steps at high noise.
+    sample_shift: float = 1.0
+    # The sampler's times before the shift: `even`, or those of Wan's official code or of Diffusers.
+    sample_grid: Grid = "even"
+    # Guidance of the low-noise expert of a pair, if it has another.
+    sample_cfg_scale_low: float | None = None
+    # What guidance leads away from, instead of the empty prompt.
+    sample_negative_prompt: str = ""
+    # Keys the noise of previews.
     sample_seed: int = 0
+    # The prompts of previews.
     sample_prompts: tuple[str, ...] = field(default=())
 
     def __post_init__(self):

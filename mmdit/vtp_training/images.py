@@ -25,13 +25,19 @@ CLIP_FRAMES = 3  # first, middle and last of a motion
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Relative parts of a batch."""
+    """The section `images.mix:`: relative parts of a batch."""
 
+    # Moving shapes, which have captions.
     shapes: float = 0.4
+    # Smooth gradients.
     gradients: float = 0.06
+    # Noise of many scales.
     clouds: float = 0.16
+    # Stripes, checks and dots.
     patterns: float = 0.08
+    # Piles of flat objects.
     piles: float = 0.18
+    # Letters.
     glyphs: float = 0.12
 
     def __post_init__(self):
@@ -58,9 +64,10 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """`images:` section. Each step draws one size; the batch holds `patches_per_step` patches of
-    16x16 whatever the size."""
+    """The section `images:`. Each step draws one size; the batch holds `patches_per_step` patches
+    of 16x16 pixels, whatever the size."""
 
+    # Sizes and their weights, as [[width, height, weight], …].
     sizes: tuple[tuple[int, int, float], ...] = (  # width, height, weight
         (64, 64, 0.40),
         (128, 128, 0.30),
@@ -70,14 +77,17 @@ class ImagesConfig:
         (192, 128, 0.05),
         (448, 256, 0.05),
     )
+    # Patches of a step.
     patches_per_step: int = 32768
-    objects: int = 8  # at most, in a pile
-    # moving shapes rendered once per size, at most (see POOL_PIXELS); steps draw from them
+    # The most objects of a pile.
+    objects: int = 8
+    # The most moving shapes that are rendered of a size; steps draw from them.
     shape_pool: int = 16384
-    texture_pool: int = (
-        16384  # likewise for all other pictures, which take longer to make than to train on
-    )
-    refresh_every: int = 1000  # steps after which a size's textures are made anew
+    # The same for all other pictures, which take longer to make than to train on.
+    texture_pool: int = 16384
+    # Steps after which the textures of a size are made anew.
+    refresh_every: int = 1000
+    # The share of every sort of picture.
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self):

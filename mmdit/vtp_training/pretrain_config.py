@@ -21,24 +21,36 @@ from mmdit.vtp_training.self_supervision import SelfSupervisionConfig
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """`model:` section: the keys of the checkpoint's config.json that size the network (specs of
-    the public release)."""
+    """The section `model:`: the keys of the checkpoint's config.json that size the network."""
 
+    # Width of the encoder.
     vision_embed_dim: int = 192
+    # Blocks of the encoder.
     vision_depth: int = 6
+    # Heads of the encoder.
     vision_num_heads: int = 3
+    # Width of its MLP as a multiple of its own.
     vision_mlp_ratio: float = 4.0
-    vision_use_qk_norm: bool = (
-        True  # keeps attention logits bounded at the high learning rates of a short run
-    )
+    # Normalise queries and keys, which keeps attention bounded at the high learning rates of a
+    # short run.
+    vision_use_qk_norm: bool = True
+    # Channels of a latent.
     vision_feature_bottleneck: int = 64
+    # Width of the decoder.
     decoder_embed_dim: int = 256
+    # Blocks of the decoder.
     decoder_depth: int = 6
+    # Heads of the decoder.
     decoder_num_heads: int = 4
+    # Normalise queries and keys of the decoder.
     decoder_use_qk_norm: bool = True
+    # Width of the text tower.
     text_embed_dim: int = 192
+    # Blocks of the text tower.
     text_depth: int = 4
+    # Heads of the text tower.
     text_num_heads: int = 3
+    # The most bytes of a caption that are read.
     text_context_length: int = 128
 
     def __post_init__(self):
@@ -71,24 +83,38 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """`train:` section. The learning rate is a function of (step, planned steps); with
-    `max_minutes` the planned number is set from the speed measured early in the run, and kept in
-    every checkpoint."""
+    """The section `train:`. The learning rate is a function of the step and of the planned number
+    of steps."""
 
+    # The planned number of steps.
     max_steps: int = 12000
+    # Plan as many steps as fit into so many minutes, by the speed measured early in the run; null
+    # does not.
     max_minutes: float | None = None
+    # The learning rate.
     lr: float = 1.5e-3
-    final_lr: float = 0.01  # of lr, at the last step
+    # The share of `lr` that is left at the last step.
+    final_lr: float = 0.01
+    # Steps over which the learning rate rises from 0.
     warmup_steps: int = 300
+    # Decoupled weight decay.
     weight_decay: float = 0.02
+    # The decay of AdamW's second moments.
     beta2: float = 0.98
-    clip_norm: float = 1.0  # global norm; 0 = off
-    max_skipped_steps: int = 10  # more steps in a row without a finite gradient stop the run
-    compile: bool = True  # CUDA only
+    # The largest global norm of a gradient; 0 does not clip.
+    clip_norm: float = 1.0
+    # More steps in a row without a finite gradient stop the run.
+    max_skipped_steps: int = 10
+    # Compile the network on a GPU.
+    compile: bool = True
+    # Steps between two reports.
     log_every_steps: int = 50
+    # Steps between two evaluations.
     eval_every_steps: int = 1000
+    # Steps between two checkpoints.
     save_every_steps: int = 2000
-    evaluation_samples: int = 512  # moving shapes per score of the exported checkpoint
+    # Moving shapes that the exported checkpoint is scored on.
+    evaluation_samples: int = 512
 
     def __post_init__(self):
         for name in (
@@ -123,25 +149,35 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The root. A loss of weight 0 is not built, costs nothing and leaves no tensor in the
-    export."""
+    """The root of a tokenizer pre-training. A loss of weight 0 is not built, costs nothing and
+    leaves no tensor in the export."""
 
+    # The folder of the run.
     output_dir: str = "runs/vtp_tiny_f16d64"
-    init_from: str | None = (
-        None  # an exported checkpoint folder of the same network: a further stage
-    )
+    # An exported checkpoint folder of the same network to start from: a further stage.
+    init_from: str | None = None
+    # Keys every random draw.
     seed: int = 0
+    # The network.
     model: NetworkConfig = field(default_factory=NetworkConfig)
+    # The pictures that it learns from, which are generated.
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    # The loss of the decoded picture.
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    # A discriminator, which sharpens the decoder in a last stage.
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    # The contrast of pictures and captions, which makes latents mean something.
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    # Self-distillation, which needs no captions.
     self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
-    latent_noise: float = 0.2  # see learner.noisy_latents
-    freeze_encoder: bool = (
-        False  # train the decoder alone: latents, their statistics and all caches stay as they are
-    )
+    # The most Gaussian noise, in deviations of a channel, that latents get before they are decoded:
+    # a generator's latents are never exact. 0 is off.
+    latent_noise: float = 0.2
+    # Train the decoder alone: latents, their statistics and all caches stay as they are.
+    freeze_encoder: bool = False
+    # Optimization, reports and checkpoints.
     train: OptimizationConfig = field(default_factory=OptimizationConfig)
+    # The moving average of the weights, which is what is exported.
     ema: EMAConfig = field(default_factory=EMAConfig)
 
     def __post_init__(self):

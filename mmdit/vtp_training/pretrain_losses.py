@@ -19,12 +19,18 @@ def _weights_are_valid(config: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """`reconstruction:` section: the weight of the whole, and of its three terms."""
+    """The section `reconstruction:`."""
 
+    # Weight of the whole.
     weight: float = 1.0
+    # Weight of the absolute error.
     l1: float = 1.0
+    # Weight of the squared error.
     l2: float = 1.0
+    # Weight of the error of the picture's differences, which asks for sharp edges in the right
+    # place.
     gradient: float = 1.0
+    # Halvings of the picture at which differences are compared.
     levels: int = 3
 
     def __post_init__(self):
@@ -61,12 +67,15 @@ def reconstruction_loss(
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """`contrast:` section: image-text contrast on the class token before the bottleneck (CLIP,
+    """The section `contrast:`: image-text contrast on the class token before the bottleneck (CLIP,
     Radford et al. 2021)."""
 
+    # Weight of the loss; 0 is off.
     weight: float = 0.0
-    pairs: int = 512  # at most, a step
-    keep_text_tower: bool = False  # in the exported checkpoint, which is larger for it
+    # The most pairs of a step.
+    pairs: int = 512
+    # Keep the text tower in the exported checkpoint, which is larger for it.
+    keep_text_tower: bool = False
 
     def __post_init__(self):
         _weights_are_valid(self, "weight")
@@ -89,11 +98,14 @@ def contrast_loss(image: Tensor, text: Tensor, scale: Tensor, facts: Tensor) -> 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """`adversarial:` section: a last stage in which the encoder is frozen and the decoder also
+    """The section `adversarial:`: a last stage in which the encoder is frozen and the decoder also
     faces a discriminator."""
 
+    # Weight of the loss; 0 is off.
     weight: float = 0.0
-    start: float = 0.8  # fraction of the planned steps
+    # The share of the planned steps after which the stage begins.
+    start: float = 0.8
+    # The learning rate of the discriminator.
     lr: float = 4e-4
 
     def __post_init__(self):

@@ -23,17 +23,26 @@ from mmdit.rng import Draws
 
 @dataclass(frozen=True)
 class SelfSupervisionConfig:
-    """`self_supervision:` section."""
+    """The section `self_supervision:`."""
 
+    # Weight of the loss; 0 is off.
     weight: float = 0.0
-    fraction: float = 0.25  # of a step's pictures
+    # The share of a step's pictures that take part.
+    fraction: float = 0.25
+    # Number of classes that student and teacher agree on.
     prototypes: int = 2048
+    # How much of the teacher stays at each step.
     momentum: float = 0.996
+    # Temperature of the student's softmax.
     student_temperature: float = 0.1
+    # Temperature of the teacher's softmax.
     teacher_temperature: float = 0.06
+    # Small crops of a picture, beside two large ones.
     local_crops: int = 2
+    # The share of patches that are masked, from … to.
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    crop_scale: float = 0.5  # smallest side of a global crop, of the picture's
+    # The smallest side of a large crop, as a share of the picture's.
+    crop_scale: float = 0.5
 
     def __post_init__(self):
         if self.weight < 0:

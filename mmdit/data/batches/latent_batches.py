@@ -36,9 +36,9 @@ MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """YAML section `data:`. `in_memory`: hold the whole cache in memory; auto: if it takes at most
-    a quarter of it."""
+    """The section `data:`."""
 
+    # Hold the whole cache in memory; `auto`: if it takes at most a quarter of it.
     in_memory: Literal["auto", True, False] = "auto"
 
 

@@ -19,27 +19,28 @@ Size = tuple[int, int]  # pixels (width, height)
 
 @dataclass(frozen=True)
 class VideoConfig(Section):
-    """YAML section `video:`. One frame is text-to-image. Clips are cached whole; frames are chosen
-    when a batch is made.
+    """The section `video:`. Clips are cached whole, and frames are chosen when a batch is made. (A
+    tokenizer that joins frames in time has them chosen when a clip is cached.)"""
 
-    `shrink_video_to_frames` stretches the sample over the whole clip, whatever its length, instead
-    of taking a window of it. `temporal_jitter` moves each frame but the first by up to so many
-    source frames; their order stays.
-    """
-
+    # Width in pixels, where `bucketing` does not decide; a multiple of the tokenizer's `latent_f`.
     width: int = 256
+    # Height in pixels, likewise.
     height: int = 256
-    fps: float = 16.0  # of the frame folders; video files are decoded at it
+    # Frames a second of folders of frames; video files are decoded at this rate.
+    fps: float = 16.0
+    # Frames of a training sample; 1 trains on pictures.
     num_frames: int = 1
-    frame_stride: int = 1  # take every n-th frame of the source
-    frame_counts: tuple[
-        int, ...
-    ] = ()  # smaller numbers, for clips too short for num_frames: the largest that fits is used
+    # Take every n-th frame of the source.
+    frame_stride: int = 1
+    # Smaller numbers of frames, for clips too short for `num_frames`; the largest that fits is
+    # used.
+    frame_counts: tuple[int, ...] = ()
+    # Stretch a sample over its whole clip, whatever the length, instead of taking a window of it.
     shrink_video_to_frames: bool = False
+    # Move every frame but the first by up to so many source frames; their order stays.
     temporal_jitter: int = 0
-    image_fraction: float = (
-        0.0  # share of the training steps that use single frames of the clips (and single images)
-    )
+    # The share of the steps that train on single frames of the clips, and on single pictures.
+    image_fraction: float = 0.0
 
     def __post_init__(self):
         for name in ("width", "height", "num_frames", "frame_stride", "fps"):
@@ -113,14 +114,17 @@ class VideoConfig(Section):
 
 @dataclass(frozen=True)
 class BucketingConfig(Section):
-    """YAML section `bucketing:`. `closest_ar`: the listed size whose aspect ratio is nearest to the
-    source's. `pixel_budget`: a size of its own for each source, of at most `max_pixels_per_frame`
-    and never larger than the source (see `budget_size`).
-    """
+    """The section `bucketing:`."""
 
+    # Whether pictures keep about their own shape; without it all get `video.width` by
+    # `video.height`.
     enabled: bool = False
+    # `closest_ar`: the size in `buckets` whose aspect ratio is nearest. `pixel_budget`: a size of
+    # its own for each source, never larger than the source.
     strategy: Literal["closest_ar", "pixel_budget"] = "closest_ar"
-    buckets: tuple[Size, ...] = ()  # [[width, height], …]
+    # The sizes of `closest_ar`, as [[width, height], …] in pixels.
+    buckets: tuple[Size, ...] = ()
+    # The most pixels a frame may have under `pixel_budget`.
     max_pixels_per_frame: int = 0
 
     @property

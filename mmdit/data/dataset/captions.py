@@ -23,23 +23,24 @@ _SENTENCE = re.compile(
 
 @dataclass(frozen=True)
 class CaptionsConfig(Section):
-    """YAML section `captions:`. Tokens are what stands between two `separator`s: tags, or the parts
-    of a sentence.
+    """The section `captions:`. Tokens are what stands between two separators: tags, or the parts of
+    a sentence."""
 
-    `trigger` replaces `[trigger]` or `[name]` in a caption, else it is put in front unless the
-    caption has it as a word; an empty caption becomes the trigger. `trim_keywords`: tokens in which
-    one of them stands as whole words are removed, with probability `trim_prob` for each caption;
-    one of which nothing would be left stays as it is. `token_dropout`: the probability with which
-    each token is left out, at least one remains. `keep_first`: so many tokens are neither left out
-    nor moved by `shuffle`.
-    """
-
+    # A trigger word. It replaces `[trigger]` and `[name]` in a caption, or is put in front of a
+    # caption that lacks it; prompts get it, too.
     trigger: str = ""
+    # What stands between two tokens of a caption.
     separator: str = ","
+    # Remove the tokens in which one of these stands as whole words; a caption that would lose all
+    # of them stays as it is.
     trim_keywords: tuple[str, ...] = ()
+    # The probability of trimming a caption.
     trim_prob: float = 1.0
+    # The probability with which each token is left out; at least one remains.
     token_dropout: float = 0.0
+    # Whether tokens come in a new order at each step.
     shuffle: bool = False
+    # So many first tokens are neither left out nor moved.
     keep_first: int = 0
 
     def __post_init__(self):

@@ -29,17 +29,18 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in source pi
 
 @dataclass(frozen=True)
 class PreprocessConfig(Section):
-    """YAML section `preprocess:`. A picture is scaled to cover its size; what hangs over on the
-    longer axis is cropped.
+    """The section `preprocess:`. A picture is scaled to cover its size, and what hangs over on the
+    longer axis is cropped. Several shifted crops of an image are the recipe of HDM (Home-made
+    Diffusion Model, 2025)."""
 
-    `shifted` moves the crop off the centre by up to `shift_fraction` of half the overhang, by an
-    offset that is a function of (seed, id, crop index): the shifted crop of HDM (Home-made
-    Diffusion Model, 2025), which takes several crops of an image.
-    """
-
+    # `center` crops around the middle; `shifted` moves the crop by an offset keyed with the seed,
+    # the item's id and the crop's number.
     crop: Literal["center", "shifted"] = "center"
+    # How far a shifted crop may move, as a share of the overhang: 0 is the middle, 1 anywhere.
     shift_fraction: float = 1.0
+    # Crops of every picture, each cached as an item of its own.
     num_crops: int = 1
+    # Keys the offsets of shifted crops.
     seed: int = 0
     # of plain JPEG files, while caching: torchvision's works on the GPU, with pixels that differ by
     # rounding

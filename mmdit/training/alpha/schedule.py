@@ -33,18 +33,23 @@ CHANCE = 4800  # times CV²: steps in which chance moves the relative slope by C
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Criteria, all of which must hold; null asks nothing. `samples` null: the window is max(200,
-    4800 CV²)."""
+    """Criteria that end a phase, all of which must hold; null asks nothing."""
 
-    relative_slope: float | None = None  # |slope| x window / mean, below
-    t: float | None = None  # |slope| in its standard errors, below
-    stability_errors: float | None = (
-        None  # sign agreement, at least 0.5 and so many standard errors
-    )
-    slope: float | None = None  # |slope| a step, below
-    r2: float | None = None  # above
-    stability: float | None = None  # sign agreement, at least
-    cv: float | None = None  # below
+    # The slope of the loss, times the window, over its mean, is below this in size.
+    relative_slope: float | None = None
+    # The slope of the loss in its standard errors is below this in size.
+    t: float | None = None
+    # Gradients agree in sign at least by chance and so many standard errors.
+    stability_errors: float | None = None
+    # The slope of the loss a step is below this in size.
+    slope: float | None = None
+    # R² of a straight line through the losses is above this.
+    r2: float | None = None
+    # The share of the gradient's elements that keep their sign is at least this.
+    stability: float | None = None
+    # The coefficient of variation of the loss is below this.
+    cv: float | None = None
+    # Steps of the window; null chooses it by the noise of the losses: max(200, 4800 CV²).
     samples: int | None = None
 
     def __post_init__(self):
@@ -105,14 +110,21 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """`high`, `low`: alpha of that expert, where it differs. `exit`: criteria after `min_steps`, as
-    a preset (`steps`: none more) or one by one."""
+    """An entry of `alpha_schedule.phases`."""
 
+    # What reports call the phase.
     name: str
+    # Alpha in this phase.
     alpha: float
+    # Steps before the phase may end (of its expert, where there are two).
     min_steps: int = 0
+    # Alpha of the high-noise expert, where it differs.
     high: float | None = None
+    # Alpha of the low-noise expert, where it differs.
     low: float | None = None
+    # What ends the phase after `min_steps`: a preset (`tested`: a plateau that a test can tell;
+    # `image`, `video`: the thresholds of an AI-Toolkit fork; `steps`: nothing more) or criteria one
+    # by one.
     exit: Literal["tested", "image", "video", "steps"] | ExitConfig = "tested"
 
     def __post_init__(self):
@@ -138,14 +150,17 @@ class PhaseConfig:
 @dataclass(frozen=True)
 class AlphaScheduleConfig(Section):
     """The section `alpha_schedule:`, for runs with adapters; its alpha is in force in place of
-    `lora.alpha`. `on_change`: `preserve` rescales one factor, its moments and its average, so that
-    the model stays the same function and alpha changes only how fast it moves; `ramp` goes linearly
-    over `ramp_steps`; `jump` at once (8 → 14 multiplies the update by 1.75).
-    """
+    `lora.alpha`."""
 
+    # Whether alpha follows the phases.
     enabled: bool = False
+    # `preserve` rescales one factor, its moments and its average: the model stays the same
+    # function, and alpha changes only how fast it moves. `ramp` goes linearly over `ramp_steps`;
+    # `jump` changes at once.
     on_change: Literal["preserve", "ramp", "jump"] = "preserve"
+    # Steps of a ramp.
     ramp_steps: int = 100
+    # The phases, one after the other.
     phases: tuple[PhaseConfig, ...] = ()
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.foreign import explain_errors
+from mmdit.interop.feature_encoder import square
 from mmdit.pixels import CLIP, Standard
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.text_encoders.huggingface import check_folder
@@ -54,15 +55,7 @@ class Similarity(nn.Module):
 
     def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
         clip, size = self.clip, self.clip.config.vision_config.image_size
-        images = pixels.flatten(0, 1).float()
-        short = min(images.shape[-2:])
-        images = (
-            F.interpolate(images, scale_factor=size / short, mode="bicubic", antialias=True)
-            if short != size
-            else images
-        )
-        top, left = ((side - size) // 2 for side in images.shape[-2:])
-        images = images[..., top : top + size, left : left + size].clamp(0, 1)
+        images = square(pixels.flatten(0, 1).float(), size)
         standard = Standard(CLIP, images.device).to_standard(images)
         seen = clip.visual_projection(clip.vision_model(pixel_values=standard).pooler_output)
         unique = list(dict.fromkeys(texts))

@@ -11,6 +11,7 @@ from mmdit.config import ConfigError, FilePath, Section, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Dynamics, Norm
+from mmdit.posttrain.feature_reward import FeatureSimilarity
 from mmdit.posttrain.losses import Weighting
 from mmdit.posttrain.prompts import Prompts, written_prompts
 from mmdit.posttrain.rewards import (
@@ -39,6 +40,7 @@ RewardConfig = (
     | ClipReward
     | PickScore
     | HPS
+    | FeatureSimilarity
 )
 ScorerConfig = ColorWords | ClipReward | PickScore | HPS
 

@@ -1,10 +1,14 @@
-"""Prompt accuracy of a model trained on moving shapes: what was asked for, checked in the pixels by
-arithmetic.
+"""How good a model is: prompt accuracy on moving shapes, and the distance of features from real
+pictures.
 
     python -m mmdit.scripts.evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
+    python -m mmdit.scripts.evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
+        --features name=vit_small_patch14_dinov2,weights=dinov2.safetensors,reference=data/pictures
 
-Prints each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
-shuffled-caption control beside it.
+Without --prompts the samples are of moving shapes, and what was asked for is checked in the pixels
+by arithmetic: each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
+shuffled-caption control beside it. With --features the Frechet distance is measured between the
+samples and a folder of pictures, in the features of a timm model whose weights are a local file.
 """
 
 import argparse
@@ -13,9 +17,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from mmdit.data.moving_shapes.captions import PROMPTS
+from mmdit.diagnostics.feature_distance import FEWEST, FeatureDistance, format_features
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
+from mmdit.posttrain.prompts import read_prompts
 from mmdit.scripts import friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
@@ -29,11 +36,27 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--count", type=int, default=256, help="prompts of each list (at most 256)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="prompts of each list (default and most: 256); with --prompts samples (default 2048)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="name=MODEL,weights=FILE,reference=FOLDER",
+        help="measure the Frechet distance to the pictures of a folder, by a local timm model",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="with --features: a file of prompts (as posttrain.prompts) in place of moving shapes",
+    )
     parser.add_argument("--out", help="write the report as JSON")
     parser.add_argument("--sheet", help="write the first 32 samples as a captioned PNG")
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        if args.prompts and not args.features:
+            raise ValueError("--prompts needs --features: only moving shapes are scored without")
         for path in filter(None, (args.out, args.sheet)):
             check_writable(path, folder=False)
         pipeline, config = load_pipeline(
@@ -49,29 +72,43 @@ def main(argv: list[str] | None = None) -> int:
         width, height, frames, _ = sample_size(args, config)
         pipeline.check(width, height, frames, settings)
         offload_pipeline(pipeline, args.offload)
-        drawn = []
+        drawn, distance = [], None
+        if args.features:
+            distance = FeatureDistance(args.features, width, height, pipeline.device)
 
         def sample(captions: list[str], first: int):
             pixels = pipeline(captions, width, height, frames, settings, first, args.batch_size)
             drawn.extend(list(zip(pixels, captions))[: 32 - len(drawn)])
+            if distance:
+                distance.add(pixels)
             return pixels
 
         start = time.perf_counter()
-        report = prompt_accuracy_report(
-            sample,
-            pipeline.tokenizer,
-            width=width,
-            height=height,
-            frames=frames,
-            count=args.count,
-            device=pipeline.device,
-        )
+        if args.prompts:
+            report, prompts = {}, read_prompts(args.prompts)
+            count = FEWEST if args.count is None else args.count
+            captions = [prompts[i % len(prompts)] for i in range(count)]
+            for first in range(0, count, args.batch_size):
+                sample(captions[first : first + args.batch_size], first)
+        else:
+            report = prompt_accuracy_report(
+                sample,
+                pipeline.tokenizer,
+                width=width,
+                height=height,
+                frames=frames,
+                count=PROMPTS if args.count is None else args.count,
+                device=pipeline.device,
+            )
+            print(format_report(report))
+        if distance:
+            report["features"] = distance.report()
+            print(format_features(report["features"]))
         report |= {
             "settings": asdict(settings),
             "checkpoint": str(args.checkpoint),
             "seconds": time.perf_counter() - start,
         }
-        print(format_report(report))
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.out, json.dumps(report, indent=1))

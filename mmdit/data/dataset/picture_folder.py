@@ -1,0 +1,31 @@
+"""The pictures of a folder, all of one size, without a list of records: to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from mmdit.data.dataset.frames import load_first_frame
+from mmdit.data.dataset.pictures import SUFFIXES
+
+
+def folder_pictures(folder: str | Path, width: int, height: int) -> Iterator[Tensor]:
+    """Yield `(3, height, width)` in [0, 1] of every readable picture under `folder`, cut to that
+    size from its middle. One that cannot be read is reported and skipped. ValueError: there is no
+    picture, or none can be read."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
+    count = 0
+    for file in files:
+        try:
+            picture = load_first_frame(file, (width, height))
+        except (OSError, ValueError) as error:
+            print(f"skipped: {error}", flush=True)
+            continue
+        count += 1
+        yield picture
+    if not count:
+        raise ValueError(f"{folder}: no picture could be read")

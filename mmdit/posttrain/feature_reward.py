@@ -1,0 +1,59 @@
+"""A reward for samples that resemble a folder of pictures, by features of a local timm model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.config import ConfigError, FilePath
+from mmdit.data.dataset.picture_folder import folder_pictures
+from mmdit.interop.feature_encoder import FeatureEncoder
+from mmdit.posttrain.rewards import Reward, Samples
+
+
+@dataclass(frozen=True)
+class FeatureSimilarity(Reward):
+    """Cosine of a sample's features with those of the pictures in `reference`, the mean over its
+    frames: with their mean direction, or with the nearest one. `model`: an architecture of timm;
+    `weights`: its .safetensors file."""
+
+    limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    type: Literal["features"] = "features"
+    model: str = ""
+    weights: FilePath = FilePath("")
+    reference: FilePath = FilePath("")
+    compare: Literal["mean", "nearest"] = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("model", "weights", "reference"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    name,
+                    "is empty; a reward of features needs model (a name of timm), weights (its"
+                    " .safetensors file) and reference (a folder of pictures)",
+                )
+
+    @torch.no_grad()
+    def prepare(self, device: torch.device) -> None:
+        try:
+            encoder = FeatureEncoder(self.model, self.weights).to(device)
+            pictures = folder_pictures(self.reference, encoder.size, encoder.size)
+            rows = [encoder(picture[None].to(device))[0] for picture in pictures]
+        except ValueError as error:
+            raise ConfigError("posttrain.rewards", f"has features that fail: {error}") from None
+        known = F.normalize(torch.stack(rows), dim=-1)
+        if self.compare == "mean":
+            known = F.normalize(known.mean(0, keepdim=True), dim=-1)
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "known", known)
+
+    def call(self, samples: Samples) -> Tensor:
+        pixels = samples.pixels
+        features = F.normalize(self.encoder(pixels.flatten(0, 1)), dim=-1)
+        nearest = (features @ self.known.T).amax(1)
+        return nearest.reshape(len(pixels), -1).mean(1)

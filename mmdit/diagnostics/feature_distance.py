@@ -3,6 +3,7 @@ real pictures, as two Gaussians in the space of a feature encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,18 @@ def frechet_distance(one: Moments, two: Moments) -> float:
     shared = torch.linalg.eigvalsh(root @ two.covariance @ root).clamp(min=0).sqrt().sum()
     apart = (one.mean - two.mean).square().sum()
     return float(apart + one.covariance.trace() + two.covariance.trace() - 2 * shared)
+
+
+def sample_in_turn(
+    sample: Callable[[list[str], int], Tensor], prompts: list[str], count: int, batch: int
+) -> None:
+    """Have `sample(captions, first)` draw `count` samples of the prompts, one after the other and
+    again from the beginning."""
+    if count < 2:
+        raise ValueError(f"--count is {count}, must be at least 2")
+    captions = [prompts[i % len(prompts)] for i in range(count)]
+    for first in range(0, count, batch):
+        sample(captions[first : first + batch], first)
 
 
 class FeatureDistance:

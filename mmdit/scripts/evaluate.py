@@ -18,7 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmdit.data.moving_shapes.captions import PROMPTS
-from mmdit.diagnostics.feature_distance import FEWEST, FeatureDistance, format_features
+from mmdit.diagnostics.feature_distance import (
+    FEWEST,
+    FeatureDistance,
+    format_features,
+    sample_in_turn,
+)
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
@@ -87,9 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.prompts:
             report, prompts = {}, read_prompts(args.prompts)
             count = FEWEST if args.count is None else args.count
-            captions = [prompts[i % len(prompts)] for i in range(count)]
-            for first in range(0, count, args.batch_size):
-                sample(captions[first : first + args.batch_size], first)
+            sample_in_turn(sample, prompts, count, args.batch_size)
         else:
             report = prompt_accuracy_report(
                 sample,

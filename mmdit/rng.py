@@ -16,16 +16,22 @@ from torch import Tensor
 
 
 def key(*parts: object) -> int:
-    """A signed 64-bit integer from any printable parts; stable across processes, platforms and
-    versions."""
+    """Return a signed 64-bit integer made of any printable parts. It is the same in every process,
+    on every platform and in every version."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator for draws that concern the whole run or step (initial weights, an epoch's
-    order)."""
+    """Return a CPU generator for draws that concern the whole run or step (initial weights, the
+    order of an epoch)."""
     return torch.Generator().manual_seed(key(*parts) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def uniform(*parts: object) -> float:
+    """Return a number in [0, 1), made of the highest 53 bits of the key of `parts`."""
+    unsigned = key(*parts) % (1 << 64)
+    return (unsigned >> 11) * 2.0**-53
 
 
 def _signed(value: int) -> int:
@@ -38,7 +44,8 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift: int64's own is arithmetic
+    # A logical shift: the shift of int64 is arithmetic and copies the sign.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -60,18 +67,19 @@ class Draws:
         return Draws(seed, step, torch.arange(count, device=device))
 
     def bits(self, purpose: str, *shape: int) -> Tensor:
-        """int64 `(B, *shape)`, uniform over all 64-bit patterns."""
+        """Return int64 `(B, *shape)`, uniform over all 64-bit patterns."""
         rows = _mix(_mix(self.indices.long() * _GOLDEN + key(self.seed, purpose, self.step)))
         count = math.prod(shape)
         columns = torch.arange(1, count + 1, device=rows.device) * _GOLDEN
         return _mix(rows[:, None] + columns).reshape(len(rows), *shape)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """float32 `(B, *shape)` in [0, 1), 24 bits."""
+        """Return float32 `(B, *shape)` in [0, 1), of 24 bits."""
         return _shift_right(self.bits(purpose, *shape), 40).float() * 2.0**-24
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """float32 `(B, *shape)`, standard normal (Box-Muller on the two halves of 64 bits)."""
+        """Return float32 `(B, *shape)`, standard normal (Box-Muller on the two halves of 64
+        bits)."""
         bits = self.bits(purpose, *shape)
         radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).double() + 0.5) * 2.0**-32))
         angle = (bits & 0xFFFF_FFFF).double() * (2.0**-32 * 2.0 * math.pi)

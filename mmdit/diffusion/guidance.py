@@ -17,7 +17,7 @@ def guided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """`denoise(x, t)` with `unconditional + scale * (conditional - unconditional)`, from one
+    """Return `denoise(x, t)`: `unconditional + scale * (conditional - unconditional)`, from one
     network call on the doubled batch.
 
     The combination is made on x0. At a given x_t, x0 is affine in every other prediction and the

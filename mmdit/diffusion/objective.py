@@ -31,18 +31,15 @@ from mmdit.diffusion.path import (
 from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.rng import Draws
 
-Denoise = Callable[
-    [Tensor, Time], Tensor
-]  # (x_t, t) -> estimate of the clean latents, both (B, ...)
+# (x_t, t) -> estimate of the clean latents, both (B, ...)
+Denoise = Callable[[Tensor, Time], Tensor]
 
-DDPM_TIME_SCALE = (
-    1000.0  # the network's time embedding sees the same range whatever num_timesteps is
-)
-# alpha / sigma where sampling starts, for networks that know nothing reliable about x0 beyond
+# The network's time embedding sees the same range whatever num_timesteps is.
+DDPM_TIME_SCALE = 1000.0
+# alpha / sigma where sampling starts, for networks that know nothing reliable about x0 beyond.
 FAINTEST_SIGNAL = 0.03
-SMALLEST_TIME_OF_X0_WEIGHT = (
-    0.05  # velocity loss of an x0 network grows like 1 / t²; the clip of 2511.13720
-)
+# The velocity loss of an x0 network grows like 1 / t²; this is the clip of 2511.13720.
+SMALLEST_TIME_OF_X0_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class LossParts:
 
 
 class Objective(ABC):
-    """`prediction`: what the network says; `t_range`: the times it is trained at; `t_start`: where
-    sampling begins."""
+    """`prediction`: what the network predicts; `t_range`: the times that it is trained at;
+    `t_start`: where sampling begins."""
 
     def __init__(
         self,
@@ -71,19 +68,20 @@ class Objective(ABC):
 
     @abstractmethod
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        """`(B,)` float64 in `t_range`, for clips of `frames`."""
+        """Return times `(B,)` float64 in `t_range`, for clips of `frames`."""
 
     def clip_shift(self, frames: int) -> float:
-        """By how much more than those of pictures the times of clips are shifted, in training and
-        in sampling."""
+        """Return the factor by which the times of clips are shifted beyond those of pictures, in
+        training and in sampling."""
         return 1.0
 
     @abstractmethod
     def error_scale(self, t: Tensor) -> Tensor:
-        """`(B,)`: what the prediction's error is multiplied by before it is squared."""
+        """Return `(B,)`, by which the error of the prediction is multiplied before it is
+        squared."""
 
     def measure(self, error: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Scaled error `(B, ...)` to losses `(B,)`."""
+        """Turn the scaled error `(B, ...)` into losses `(B,)`."""
         return error.square().flatten(1).mean(1)
 
     def loss(
@@ -95,18 +93,17 @@ class Objective(ABC):
         given: int = 0,
         **network_inputs,
     ) -> LossParts:
-        """`clean (B, ..., C)`: normalised latents on the device of `draws`. All but the network is
-        float32, autocast or not. `given`: that many frames (axis 1) from the first stay clean, the
-        network is told so, and they are not in the loss.
-        """
+        """Return the losses of one batch. `clean (B, ..., C)`: normalised latents on the device of
+        `draws`. Everything but the network computes in float32, under autocast too. The first
+        `given` frames (axis 1) stay clean, the network gets their number, and the loss leaves them
+        out."""
         clean = clean.float()
-        noise, t = draws.normal("noise", *clean.shape[1:]), self.draw_time(draws, clean.shape[1])
+        noise = draws.normal("noise", *clean.shape[1:])
+        t = self.draw_time(draws, clean.shape[1])
         x = self.path.add_noise(clean, noise, t)
         if given:
-            x, network_inputs = (
-                torch.cat([clean[:, :given], x[:, given:]], 1),
-                network_inputs | {"given": given},
-            )
+            x = torch.cat([clean[:, :given], x[:, given:]], 1)
+            network_inputs = network_inputs | {"given": given}
         prediction = model(x, self._network_time(t, x), text, **network_inputs).float()
         target = self.path.mix(self.prediction, clean, noise, t)
         assert prediction.shape == target.shape, (
@@ -114,15 +111,15 @@ class Objective(ABC):
         )
         scale = self.error_scale(t).reshape(-1, *[1] * (clean.dim() - 1)).float()
         error = scale * (prediction - target)
-        return LossParts(
-            self.measure(error[:, given:], clean[:, given:], noise[:, given:], t), t.float()
-        )
+        losses = self.measure(error[:, given:], clean[:, given:], noise[:, given:], t)
+        return LossParts(losses, t.float())
 
     def denoiser(self, model: Denoiser, text: TextTokens, **network_inputs) -> Denoise:
-        """`denoise(x (B, ...), t float | () | (B,)) -> clean estimate (B, ...)`, at least float32.
+        """Return `denoise(x (B, ...), t float | () | (B,)) -> clean estimate (B, ...)`, at least
+        float32.
 
-        Asked outside `t_range`, the network is told the nearest time it was trained at; the
-        arithmetic uses the true one.
+        Outside `t_range` the network gets the nearest time that it was trained at; the arithmetic
+        uses the true one.
         """
 
         def denoise(x: Tensor, t: Time) -> Tensor:
@@ -134,9 +131,8 @@ class Objective(ABC):
 
     def _network_time(self, t: Time, x: Tensor) -> Tensor:
         t = (torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range) * self.time_scale).float()
-        if (
-            t.dim() == 0 and t.device.type == "cpu"
-        ):  # written there by a kernel: a copy would wait for the work queued there
+        if t.dim() == 0 and t.device.type == "cpu":
+            # A kernel writes the number there: a copy would wait for the work that is queued.
             return torch.full((len(x),), t.item(), dtype=torch.float32, device=x.device)
         return t.to(x.device).expand(len(x))
 
@@ -163,24 +159,23 @@ class DiffusionConfig(Section):
                 "num_timesteps", f"is {self.num_timesteps}; must be 2 … 1048576; 1000 is usual"
             )
         if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < math.inf:
-            message = (
+            raise ConfigError(
+                "min_snr_gamma",
                 f"is {self.min_snr_gamma}; must be above 0 and finite; use 5, or null for no"
-                " weighting"
+                " weighting",
             )
-            raise ConfigError("min_snr_gamma", message)
         if self.zero_terminal_snr and self.prediction_type == "eps":
-            remedy = "set prediction_type to v or x0, or zero_terminal_snr to false"
-            message = (
-                f"is true with prediction_type 'eps', which tells nothing from pure noise; {remedy}"
+            raise ConfigError(
+                "zero_terminal_snr",
+                "is true with prediction_type 'eps', which tells nothing from pure noise; set"
+                " prediction_type to v or x0, or zero_terminal_snr to false",
             )
-            raise ConfigError("zero_terminal_snr", message)
         if self.zero_terminal_snr and self.min_snr_gamma is not None:
-            remedy = "set min_snr_gamma to null or zero_terminal_snr to false"
-            message = (
+            raise ConfigError(
+                "zero_terminal_snr",
                 f"is true with min_snr_gamma {self.min_snr_gamma}, which gives the last level no"
-                f" weight; {remedy}"
+                " weight; set min_snr_gamma to null or zero_terminal_snr to false",
             )
-            raise ConfigError("zero_terminal_snr", message)
 
 
 class DDPM(Objective):
@@ -199,17 +194,15 @@ class DDPM(Objective):
         self.num_timesteps, self.min_snr_gamma = config.num_timesteps, config.min_snr_gamma
 
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        return (
-            (draws.uniform("time").double() * self.num_timesteps).floor() + 1
-        ) / self.num_timesteps
+        level = (draws.uniform("time").double() * self.num_timesteps).floor()
+        return (level + 1) / self.num_timesteps
 
     def error_scale(self, t: Tensor) -> Tensor:
         if self.min_snr_gamma is None:
             return torch.ones_like(t)
         alpha, sigma = self.path.alpha_sigma(t)
-        return (alpha / sigma).clamp(max=self.min_snr_gamma**0.5) * self.path.gain(
-            self.prediction, "x0", t
-        )
+        weight = (alpha / sigma).clamp(max=self.min_snr_gamma**0.5)
+        return weight * self.path.gain(self.prediction, "x0", t)
 
 
 @dataclass(frozen=True)
@@ -272,16 +265,16 @@ class FlowMatchingConfig(Section):
                 f"is {self.logit_mean}; must be finite; 0 is the middle, above 0 is noisier",
             )
         if self.time == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
-            message = (
-                f"is {self.logit_mean} (logit_std {self.logit_std}) with time 'uniform', which has"
-                " neither"
-            )
             raise ConfigError(
-                "logit_mean", f"{message}; set time to logit_normal or leave both out"
+                "logit_mean",
+                f"is {self.logit_mean} (logit_std {self.logit_std}) with time 'uniform', which has"
+                " neither; set time to logit_normal or leave both out",
             )
         if not 0 <= self.direction_weight < math.inf:
-            message = f"is {self.direction_weight}; must be 0 or more and finite; 0 turns it off"
-            raise ConfigError("direction_weight", message)
+            raise ConfigError(
+                "direction_weight",
+                f"is {self.direction_weight}; must be 0 or more and finite; 0 turns it off",
+            )
 
 
 class FlowMatching(Objective):
@@ -298,16 +291,13 @@ class FlowMatching(Objective):
         return math.sqrt(frames) if self.config.shift_by_frames else 1.0
 
     def draw_time(self, draws: Draws, frames: int = 1) -> Tensor:
-        config, shift, width = (
-            self.config,
-            self.config.shift * self.clip_shift(frames),
-            self.config.t_max - self.config.t_min,
-        )
+        config = self.config
+        shift = config.shift * self.clip_shift(frames)
+        width = config.t_max - config.t_min
         u = draws.uniform("time").double()
         if config.between != (0.0, 1.0):  # the law's quantiles inside
-            bounds = (
-                (torch.tensor(config.between, dtype=torch.float64) - config.t_min) / width
-            ).clamp(0, 1)
+            between = torch.tensor(config.between, dtype=torch.float64)
+            bounds = ((between - config.t_min) / width).clamp(0, 1)
             low, high = self._share(shift_time(bounds, 1 / shift).clamp(0, 1)).tolist()
             if not low < high:
                 raise ConfigError(
@@ -324,7 +314,7 @@ class FlowMatching(Objective):
         return config.t_min + width * shift_time(t, shift)
 
     def _share(self, t: Tensor) -> Tensor:
-        """Of the times drawn before the shift, how many lie below t."""
+        """Return the share of the times drawn before the shift that lie below t."""
         if self.config.time == "uniform":
             return t
         return torch.special.ndtr(
@@ -340,9 +330,7 @@ class FlowMatching(Objective):
         loss = super().measure(error, clean, noise, t)
         if self.config.direction_weight:
             velocity = self.path.mix("velocity", clean, noise, t)
-            turned = 1 - F.cosine_similarity(
-                velocity + error, velocity, dim=-1
-            )  # over channels, (B, ...)
+            turned = 1 - F.cosine_similarity(velocity + error, velocity, dim=-1)  # over channels
             loss = loss + self.config.direction_weight * turned.flatten(1).mean(1)
         return loss
 
@@ -352,5 +340,5 @@ def build_objective(
     diffusion: DiffusionConfig = DiffusionConfig(),
     flow_matching: FlowMatchingConfig = FlowMatchingConfig(),
 ) -> Objective:
-    """The objective that `train.objective` names, from its section."""
+    """Return the objective that `train.objective` names, built from its section."""
     return DDPM(diffusion) if name == "ddpm" else FlowMatching(flow_matching)

@@ -3,10 +3,10 @@ conversions of predictions.
 
 A network may predict any fixed mixture of the two unknowns, `prediction = a * clean + b * noise`:
 
-    x0        a = 1        b = 0         the clean latents
-    eps       a = 0        b = 1         the noise                                       (Ho et al. 2020)
-    v         a = -sigma   b = alpha     the rotated target                              (Salimans & Ho 2022, appendix D)
-    velocity  a = alpha'   b = sigma'    dx / d clock, the field a flow follows          (Lipman et al. 2023)
+    x0        a = 1        b = 0        the clean latents
+    eps       a = 0        b = 1        the noise (Ho et al. 2020)
+    v         a = -sigma   b = alpha    the rotated target (Salimans & Ho 2022, appendix D)
+    velocity  a = alpha'   b = sigma'   dx / d clock, which a flow follows (Lipman et al. 2023)
 
 Together with x_t these are two equations in two unknowns, so one 2x2 solve converts them all. Its
 determinant `b * alpha - a * sigma` vanishes for eps where alpha = 0 (clean is undefined) and for x0
@@ -31,82 +31,80 @@ Coefficients = tuple[Tensor, Tensor]
 
 
 class Path(ABC):
-    """A way from data to noise. Subclasses say `_alpha_sigma(t)` and `_velocity(t)` for float64
-    t."""
+    """A way from data to noise. A subclass defines `_alpha_sigma(t)` and `_velocity(t)` for times
+    in float64."""
 
     @abstractmethod
     def _alpha_sigma(self, t: Tensor) -> Coefficients: ...
 
     @abstractmethod
     def _velocity(self, t: Tensor) -> Coefficients:
-        """(d alpha, d sigma) / d clock."""
+        """Return (d alpha, d sigma) / d clock."""
 
     def clock(self, t: Time) -> Tensor:
-        """The coordinate in which an ODE solver steps: t itself, unless a path knows a smoother
-        one."""
+        """Return the coordinate in which an ODE solver steps: t itself, unless a path has a
+        smoother one."""
         return _double(t)
 
     def snap(self, t: float) -> float:
-        """The nearest time that training can draw (every time, on a continuous path)."""
+        """Return the nearest time that training can draw (on a continuous path: any time)."""
         return t
 
     def alpha_sigma(self, t: Time) -> Coefficients:
-        """float64, shaped like `t`."""
+        """Return alpha and sigma in float64, shaped like `t`."""
         return self._alpha_sigma(_double(t))
 
-    def mixture(self, kind: Prediction, t: Time) -> Coefficients:
-        """`(a, b)` of the table above, float64, shaped like `t`."""
+    def mixture(self, prediction: Prediction, t: Time) -> Coefficients:
+        """Return `(a, b)` of the table above in float64, shaped like `t`."""
         t = _double(t)
-        if kind == "x0":
+        if prediction == "x0":
             return torch.ones_like(t), torch.zeros_like(t)
-        if kind == "eps":
+        if prediction == "eps":
             return torch.zeros_like(t), torch.ones_like(t)
-        if kind == "v":
+        if prediction == "v":
             alpha, sigma = self._alpha_sigma(t)
             return -sigma, alpha
-        assert kind == "velocity", kind
+        assert prediction == "velocity", prediction
         return self._velocity(t)
 
-    def determinant(self, kind: Prediction, t: Time) -> Tensor:
-        """Of the two equations (x_t, prediction) in the two unknowns (clean, noise)."""
-        (alpha, sigma), (a, b) = self.alpha_sigma(t), self.mixture(kind, t)
+    def determinant(self, prediction: Prediction, t: Time) -> Tensor:
+        """Return the determinant of the two equations (x_t, prediction) in (clean, noise)."""
+        alpha, sigma = self.alpha_sigma(t)
+        a, b = self.mixture(prediction, t)
         return b * alpha - a * sigma
 
     def gain(self, source: Prediction, target: Prediction, t: Time) -> Tensor:
-        """At a fixed x_t, an error `e` of a `source` prediction is an error `gain * e` of the
-        `target` that it implies."""
+        """Return the factor by which an error of a `source` prediction grows in the `target` that
+        it implies, at a fixed x_t."""
         return self.determinant(target, t) / self.determinant(source, t)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Time) -> Tensor:
-        """x_t."""
+        """Return x_t."""
         return _weighted(self.alpha_sigma(t), clean, noise)
 
-    def mix(self, kind: Prediction, clean: Tensor, noise: Tensor, t: Time) -> Tensor:
-        """What a perfect network of this kind would say."""
-        return _weighted(self.mixture(kind, t), clean, noise)
+    def mix(self, prediction: Prediction, clean: Tensor, noise: Tensor, t: Time) -> Tensor:
+        """Return what a perfect network with this kind of prediction would give."""
+        return _weighted(self.mixture(prediction, t), clean, noise)
 
-    def to_clean(self, kind: Prediction, prediction: Tensor, x: Tensor, t: Time) -> Tensor:
-        """The clean latents that a prediction implies at x_t. From eps it is infinite where alpha =
-        0."""
-        if kind == "x0":
-            return prediction
-        (_, sigma), (_, b), determinant = (
-            self.alpha_sigma(t),
-            self.mixture(kind, t),
-            self.determinant(kind, t),
-        )
-        return _weighted((b / determinant, -sigma / determinant), x, prediction)
+    def to_clean(self, prediction: Prediction, value: Tensor, x: Tensor, t: Time) -> Tensor:
+        """Return the clean latents that a prediction of `value` implies at x_t. From eps they are
+        infinite where alpha = 0."""
+        if prediction == "x0":
+            return value
+        _, sigma = self.alpha_sigma(t)
+        _, b = self.mixture(prediction, t)
+        determinant = self.determinant(prediction, t)
+        return _weighted((b / determinant, -sigma / determinant), x, value)
 
-    def to_noise(self, kind: Prediction, prediction: Tensor, x: Tensor, t: Time) -> Tensor:
-        """The noise that a prediction implies at x_t. From x0 it is infinite where sigma = 0."""
-        if kind == "eps":
-            return prediction
-        (alpha, _), (a, _), determinant = (
-            self.alpha_sigma(t),
-            self.mixture(kind, t),
-            self.determinant(kind, t),
-        )
-        return _weighted((-a / determinant, alpha / determinant), x, prediction)
+    def to_noise(self, prediction: Prediction, value: Tensor, x: Tensor, t: Time) -> Tensor:
+        """Return the noise that a prediction of `value` implies at x_t. From x0 it is infinite
+        where sigma = 0."""
+        if prediction == "eps":
+            return value
+        alpha, _ = self.alpha_sigma(t)
+        a, _ = self.mixture(prediction, t)
+        determinant = self.determinant(prediction, t)
+        return _weighted((-a / determinant, alpha / determinant), x, value)
 
 
 class LinearPath(Path):
@@ -162,7 +160,7 @@ class DiscretePath(Path):
         return round(t * self.num_timesteps) / self.num_timesteps
 
     def latest(self, ratio: float) -> float:
-        """The last level whose alpha / sigma is at least `ratio` (the first level, if none is)."""
+        """Return the last level whose alpha / sigma is at least `ratio` (else the first level)."""
         levels = int((self.alphas_cumprod >= ratio**2 * (1 - self.alphas_cumprod)).sum())
         return max(levels, 1) / self.num_timesteps
 
@@ -177,10 +175,9 @@ class DiscretePath(Path):
 def ddpm_path(
     schedule: Literal["cosine", "linear"], num_timesteps: int, zero_terminal_snr: bool = False
 ) -> DiscretePath:
-    """`cosine`: Nichol & Dhariwal 2021, eq. 17. `linear`: Ho et al. 2020, betas 1e-4 … 0.02 at 1000
-    levels, scaled to other counts. `zero_terminal_snr` stretches alpha so that the last level is
-    pure noise (Lin et al. 2305.08891, algorithm 1).
-    """
+    """Return a path of DDPM. `cosine`: Nichol & Dhariwal 2021, eq. 17. `linear`: Ho et al. 2020,
+    betas 1e-4 … 0.02 at 1000 levels, scaled to other counts. `zero_terminal_snr` stretches alpha so
+    that the last level is pure noise (Lin et al. 2305.08891, algorithm 1)."""
     if schedule == "cosine":
         at = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         remaining = torch.cos((at + 0.008) / 1.008 * math.pi / 2).square()
@@ -197,8 +194,8 @@ def ddpm_path(
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """More time at the noisy end for shift > 1, as large latents need (Esser et al. 2403.03206, eq.
-    23). [0, 1] onto [0, 1]."""
+    """Map [0, 1] onto itself with more time at the noisy end for shift > 1, as large latents need
+    (Esser et al. 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -207,14 +204,16 @@ def _double(t: Time) -> Tensor:
 
 
 def _on_circle(angle: Tensor) -> Coefficients:
-    return torch.sin(math.pi / 2 - angle), torch.sin(
-        angle
-    )  # cos(pi / 2) is 6e-17 in floating point; this is exactly 0
+    # cos(pi / 2) is 6e-17 in floating point; sin(0) is exactly 0.
+    return torch.sin(math.pi / 2 - angle), torch.sin(angle)
 
 
 def _weighted(coefficients: Coefficients, first: Tensor, second: Tensor) -> Tensor:
-    a, b = (
-        c if c.dim() == 0 else c.reshape(-1, *[1] * (first.dim() - 1)).to(first)
-        for c in coefficients
-    )
+    a, b = (_as_wide(coefficient, first) for coefficient in coefficients)
     return a * first + b * second
+
+
+def _as_wide(coefficient: Tensor, like: Tensor) -> Tensor:
+    if coefficient.dim() == 0:
+        return coefficient
+    return coefficient.reshape(-1, *[1] * (like.dim() - 1)).to(like)

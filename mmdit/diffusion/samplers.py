@@ -50,11 +50,11 @@ class SamplerConfig:
                 "eta", f"is {self.eta}; must be between 0 and 1; use 0 for a deterministic sampler"
             )
         if self.eta and self.solver != "ddim":
-            message = (
+            raise ConfigError(
+                "eta",
                 f"is {self.eta} with solver {self.solver!r}, which is deterministic; set solver to"
-                " ddim or eta to 0"
+                " ddim or eta to 0",
             )
-            raise ConfigError("eta", message)
         if not 0 < self.shift < math.inf:
             raise ConfigError(
                 "shift", f"is {self.shift}; must be above 0 and finite; use 1 for even steps"
@@ -68,8 +68,8 @@ def sampling_times(
     start: float | None = None,
     grid: Grid = "even",
 ) -> list[float]:
-    """`steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0; on a
-    discrete path, times that training has drawn."""
+    """Return `steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0;
+    on a discrete path, times that training has drawn."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if grid == "wan":  # starts at 0.999
         even = even * 0.999
@@ -78,16 +78,15 @@ def sampling_times(
         even[-1] = 0
     first = objective.t_start if start is None else min(start, objective.t_start)
     times = [objective.path.snap(t) for t in (first * shift_time(even, shift)).tolist()]
-    times[0] -= 1e-6 * (
-        grid == "diffusers" and times[0] == 1
-    )  # as it avoids the infinite log(alpha / sigma)
+    if grid == "diffusers" and times[0] == 1:
+        times[0] -= 1e-6  # as Diffusers does, where log(alpha / sigma) would be infinite
     if any(t <= s for t, s in zip(times, times[1:])):
         levels = len({t for t in times if t > 0})
-        message = (
+        raise ConfigError(
+            "steps",
             f"is {steps} at shift {shift}, which reaches only {levels} different noise levels; take"
-            " fewer steps"
+            " fewer steps",
         )
-        raise ConfigError("steps", message)
     return times
 
 
@@ -101,9 +100,9 @@ def sample(
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     guess: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """Latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32. `guess`:
-    clean latents to start from and the time to which they are noised first (SDEdit, Meng et al.
-    2108.01073); larger times leave less of them.
+    """Return latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32.
+    `guess`: clean latents to start from and the time to which they are noised first (SDEdit, Meng
+    et al. 2108.01073); larger times leave less of them.
 
     `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0`
     adds, by sample and step. `callback(steps done, t reached, x, clean estimate)` follows each
@@ -122,26 +121,37 @@ def sample(
     path = objective.path
     shift = config.shift * objective.clip_shift(noise.shape[1])
     times = sampling_times(objective, config.steps, shift, guess[1] if guess else None, config.grid)
-    step = {
-        "ddim": lambda: _ddim(denoise, path, config.eta, draws),
-        "euler": lambda: _euler(denoise, path),
-        "heun": lambda: _heun(denoise, path),
-        "ab2": lambda: _ab2(denoise, path),
-        "dpmpp_2m": lambda: _dpmpp_2m(denoise, path),
-        "unipc": lambda: _unipc(denoise, path, times),
-    }[config.solver]()
+    step = _solver(config, denoise, path, times, draws)
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     if guess is not None:
         x = path.add_noise(guess[0].to(x), x, times[0])
     elif config.grid != "wan":  # the official code starts from noise as it is
-        x = x * math.hypot(
-            *_floats(path, times[0])
-        )  # the size of x_t for data of unit variance: 1 at t = 1, and on VP paths
+        # The size of x_t for data of unit variance: 1 at t = 1, and on paths that preserve
+        # variance.
+        x = x * math.hypot(*_floats(path, times[0]))
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)
         if callback is not None:
             callback(index + 1, s, x, clean)
     return x
+
+
+def _solver(
+    config: SamplerConfig, denoise: Denoise, path: Path, times: list[float], draws: Draws | None
+) -> Step:
+    match config.solver:
+        case "ddim":
+            return _ddim(denoise, path, config.eta, draws)
+        case "euler":
+            return _euler(denoise, path)
+        case "heun":
+            return _heun(denoise, path)
+        case "ab2":
+            return _ab2(denoise, path)
+        case "dpmpp_2m":
+            return _dpmpp_2m(denoise, path)
+        case "unipc":
+            return _unipc(denoise, path, times)
 
 
 def _floats(path: Path, t: float) -> tuple[float, float]:
@@ -150,8 +160,8 @@ def _floats(path: Path, t: float) -> tuple[float, float]:
 
 
 def _ddim(denoise: Denoise, path: Path, eta: float, draws: Draws | None) -> Step:
-    """Song et al. 2010.02502, eq. 12 and 16, with sigma² in place of 1 - alpha²: right on every
-    path.
+    """Make DDIM's step: Song et al. 2010.02502, eq. 12 and 16, with sigma² in place of 1 - alpha²:
+    right on every path.
 
     `fresh` is eta times the standard deviation of x_s given x_t and x0; any value up to sigma_s
     gives x_s its right marginal.
@@ -160,9 +170,8 @@ def _ddim(denoise: Denoise, path: Path, eta: float, draws: Draws | None) -> Step
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
         clean = denoise(x, t)
-        fresh = (
-            eta * sigma_s * math.sqrt(max(0.0, 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2))
-        )
+        ratio = alpha_t * sigma_s / (alpha_s * sigma_t)
+        fresh = eta * sigma_s * math.sqrt(max(0.0, 1 - ratio**2))
         noise = path.to_noise("x0", clean, x, t)
         x = alpha_s * clean + math.sqrt(sigma_s**2 - fresh**2) * noise
         if fresh:
@@ -177,7 +186,8 @@ def _velocity(path: Path, clean: Tensor, x: Tensor, t: float) -> Tensor:
 
 
 def _euler(denoise: Denoise, path: Path) -> Step:
-    """First order along dx / d clock. On the linear path this is ddim with eta 0."""
+    """Make Euler's step, of first order along dx / d clock. On the linear path this is ddim with
+    eta 0."""
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         clean = denoise(x, t)
@@ -187,12 +197,13 @@ def _euler(denoise: Denoise, path: Path) -> Step:
 
 
 def _heun(denoise: Denoise, path: Path) -> Step:
-    """Second order: the mean of the velocities at both ends. The last step is Euler's, since noise
-    cannot be told at t = 0."""
+    """Make Heun's step, of second order: the mean of the velocities at both ends. The last step is
+    Euler's, since no noise is left to estimate at t = 0."""
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         clean = denoise(x, t)
-        velocity, width = _velocity(path, clean, x, t), path.clock(s) - path.clock(t)
+        velocity = _velocity(path, clean, x, t)
+        width = path.clock(s) - path.clock(t)
         ahead = x + width * velocity
         if s > 0:
             ahead = x + width * 0.5 * (velocity + _velocity(path, denoise(ahead, s), ahead, s))
@@ -202,15 +213,16 @@ def _heun(denoise: Denoise, path: Path) -> Step:
 
 
 def _ab2(denoise: Denoise, path: Path) -> Step:
-    """Adams-Bashforth: the velocity of this step and of the last, extrapolated to the middle of the
-    step ahead."""
+    """Make a step of Adams and Bashforth: the velocities of this step and of the last one are
+    extrapolated to the middle of the step ahead."""
     last_velocity: Tensor | None = None
     last_width = torch.tensor(0.0)
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         nonlocal last_velocity, last_width
         clean = denoise(x, t)
-        velocity, width = _velocity(path, clean, x, t), path.clock(s) - path.clock(t)
+        velocity = _velocity(path, clean, x, t)
+        width = path.clock(s) - path.clock(t)
         middle = velocity
         if last_velocity is not None:
             middle = velocity + width / (2 * last_width) * (velocity - last_velocity)
@@ -221,10 +233,9 @@ def _ab2(denoise: Denoise, path: Path) -> Step:
 
 
 def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
-    """DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: exact in x but for the clean estimate,
-    which is extrapolated in lambda = log(alpha / sigma) from the last two. First order where a
-    lambda is infinite: leaving alpha = 0, reaching t = 0.
-    """
+    """Make a step of DPM-Solver++(2M), Lu et al. 2211.01095, algorithm 2: exact in x but for the
+    clean estimate, which is extrapolated in lambda = log(alpha / sigma) from the last two. First
+    order where a lambda is infinite: leaving alpha = 0, reaching t = 0."""
     last_clean: Tensor | None = None
     last_width = math.inf
 
@@ -243,59 +254,57 @@ def _dpmpp_2m(denoise: Denoise, path: Path) -> Step:
 
 
 def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
-    """UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al. 2302.04867,
-    algorithms 1 and 2: each step predicts from the last two estimates; the next estimate first
-    corrects what was predicted. The last step is of first order."""
+    """Make a step of UniPC of order 2 in clean estimates with B(h) = e^h - 1 ("bh2"), Zhao et al.
+    2302.04867, algorithms 1 and 2: each step predicts from the last two estimates; the next
+    estimate first corrects what was predicted. The last step is of first order."""
     past: list[tuple[Tensor, float]] = []  # clean estimates and their times, newest last
     before: Tensor | None = None  # x of the last step, corrected
     order = 1
 
     def clock(t: float) -> float:  # log(alpha / sigma)
         alpha, sigma = _floats(path, t)
-        return math.inf if sigma == 0 else math.log(alpha / sigma) if alpha > 0 else -math.inf
+        if sigma == 0:
+            return math.inf
+        return math.log(alpha / sigma) if alpha > 0 else -math.inf
 
     def linear(x: Tensor, clean: Tensor, t: float, s: float) -> tuple[Tensor, float, float]:
-        """First order from t to s; the width in `clock`, and what a change of the estimate is
-        worth."""
+        """Return x after a step of first order from t to s, the width of the step in `clock`, and
+        the factor with which a change of the estimate counts."""
         (_, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
         width = clock(s) - clock(t)
-        return (
-            sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * clean,
-            width,
-            -alpha_s * math.expm1(-width),
-        )
+        weight = alpha_s * math.expm1(-width)
+        return sigma_s / sigma_t * x - weight * clean, width, -weight
+
+    def second_order(ratio: float, width: float) -> tuple[float, float]:
+        """Return the weights of the older and of the newest estimate in the correction."""
+        h = -width
+        first = math.expm1(h) / h - 1
+        right = [first / math.expm1(h), (first / h - 0.5) * 2 / math.expm1(h)]
+        return torch.linalg.solve(
+            torch.tensor([[1, 1], [ratio, 1]], dtype=torch.float64),
+            torch.tensor(right, dtype=torch.float64),
+        ).tolist()
 
     def step(index: int, x: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
         nonlocal before, order
         clean = denoise(x, t)
-        if before is not None and math.isfinite(
-            clock(past[-1][1])
-        ):  # correct x, for which the estimate was asked
-            last, then = past[-1]
+        if before is not None and math.isfinite(clock(past[-1][1])):
+            last, then = past[-1]  # correct the x for which the estimate was made
             x, width, worth = linear(before, last, then, t)
             if order == 1:
                 x = x + worth * 0.5 * (clean - last)
             else:
-                ratio, h = (clock(past[-2][1]) - clock(then)) / width, -width
-                first = math.expm1(h) / h - 1
-                b = torch.tensor(
-                    [first / math.expm1(h), (first / h - 0.5) * 2 / math.expm1(h)],
-                    dtype=torch.float64,
-                )
-                a, c = torch.linalg.solve(
-                    torch.tensor([[1, 1], [ratio, 1]], dtype=torch.float64), b
-                ).tolist()
+                ratio = (clock(past[-2][1]) - clock(then)) / width
+                a, c = second_order(ratio, width)
                 x = x + worth * (a / ratio * (past[-2][0] - last) + c * (clean - last))
         before = x
         past.append((clean, t))
         del past[:-2]
         ahead, width, worth = linear(x, clean, t, s)
-        order = (
-            2
-            if len(past) == 2 and index + 2 < len(times) and math.isfinite(clock(past[0][1]))
-            else 1
-        )
-        if order == 2:
+        is_last = index + 2 == len(times)
+        order = 1
+        if len(past) == 2 and not is_last and math.isfinite(clock(past[0][1])):
+            order = 2
             older, then = past[0]
             ahead = ahead + worth * 0.5 * width / (clock(then) - clock(t)) * (older - clean)
         return ahead, clean

@@ -26,7 +26,7 @@ from mmdit.data.dataset.clips import frame_numbers, jitter_limits, latent_video,
 from mmdit.data.dataset.frames import crop_shares
 from mmdit.data.dataset.workers import results
 from mmdit.interfaces import Batch
-from mmdit.rng import Draws, key
+from mmdit.rng import Draws, key, uniform
 
 _CROP = re.compile(r"_c\d+$")
 # version of the order of items: 1 filled the last batch of each group and epoch by repetition
@@ -335,9 +335,7 @@ def _held_out(ids: list[str], share: float, seed: int) -> Tensor:
     nothing for those it had. The crops of a picture (`id_c0`, `id_c1`) stay together."""
     if not share:
         return torch.empty(0, dtype=torch.int64)
-    hashes = torch.tensor(
-        [(key(seed, "held_out", _CROP.sub("", id)) >> 11 & (1 << 53) - 1) * 2.0**-53 for id in ids]
-    ).double()
+    hashes = torch.tensor([uniform(seed, "held_out", _CROP.sub("", id)) for id in ids]).double()
     order = hashes.argsort(stable=True)
     return order[hashes[order] < share]
 

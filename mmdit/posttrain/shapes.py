@@ -43,7 +43,10 @@ class PromptAccuracy(Reward):
     is for all of them."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
+    # Chooses this reward.
     type: Literal["prompt_accuracy"] = "prompt_accuracy"
+    # So much of the reward is the share of right attributes; the rest is for having all of them
+    # right.
     partial: float = 0.0
 
     def call(self, samples: Samples) -> Tensor:
@@ -58,6 +61,7 @@ class ColorWords:
     """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that
     the text names, from grey. Bounded, differentiable, no weights."""
 
+    # Chooses the words of colours.
     type: Literal["color_words"] = "color_words"
 
     def prepare(self, device: torch.device) -> None:

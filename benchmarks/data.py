@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
-from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.caching import CacheReport, cache_latents
 from mmdit.data.cache.decoding import decoded
 from mmdit.data.cache.latent_cache import CacheWriter, LatentCache, open_cache
 from mmdit.data.cache.manifest import CacheManifest
@@ -88,50 +89,51 @@ def caching_speed(
     count: int,
     batch_size: int,
     rounds: int = 2,
+    jpeg_decoder: Literal["pillow", "torchvision"] = "pillow",
 ) -> Iterator[dict]:
     """Yield the pictures a second from files to cached items, and of decoding alone by the same
-    workers.
+    workers, with this decoder.
 
     The two alternate and the best of each counts, for other work on the machine only slows."""
     records = make_pictures(folder / "pictures", count, max(1, workers))
     manifest = CacheManifest.of(tokenizer, VIDEO)
-    cache_latents(
-        records[: 2 * batch_size],
-        "image",
-        tokenizer,
-        folder / "warm",
-        VIDEO,
-        device=device,
-        batch_size=batch_size,
-    )
+    preprocess = PreprocessConfig(jpeg_decoder=jpeg_decoder)
+
+    def cache(part: list[Record], name: str, num_workers: int) -> CacheReport:
+        return cache_latents(
+            part,
+            "image",
+            tokenizer,
+            folder / jpeg_decoder / name,
+            VIDEO,
+            None,
+            preprocess,
+            device=device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=False,
+        )
+
+    cache(records[: 2 * batch_size], "warm", 0)
     rates: dict[str, list[float]] = {"decode": [], "cache": []}
     for number in range(rounds):
         begin = time.perf_counter()
-        for _ in decoded(records, "image", manifest, PreprocessConfig(), VIDEO, workers, device):
+        for _ in decoded(records, "image", manifest, preprocess, VIDEO, workers, device):
             pass
         rates["decode"].append(count / (time.perf_counter() - begin))
-        report = cache_latents(
-            records,
-            "image",
-            tokenizer,
-            folder / f"cache{number}",
-            VIDEO,
-            device=device,
-            batch_size=batch_size,
-            num_workers=workers,
-            progress=False,
-        )
+        report = cache(records, f"cache{number}", workers)
         assert report.written == count, report.text()
         rates["cache"].append(count / report.seconds)
-    decode, cache = (max(rates[name]) for name in ("decode", "cache"))
+    decode, whole = (max(rates[name]) for name in ("decode", "cache"))
     yield {
         "part": "cache",
+        "decoder": jpeg_decoder,
         "pictures": count,
         "source": list(SOURCE),
         "workers": workers,
         "decode_per_s": round(decode, 1),
-        "cache_per_s": round(cache, 1),
-        "ratio": round(cache / decode, 3),
+        "cache_per_s": round(whole, 1),
+        "ratio": round(whole / decode, 3),
         "rounds": {name: np.round(several, 1).tolist() for name, several in rates.items()},
     }
 

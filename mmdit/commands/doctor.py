@@ -26,6 +26,7 @@ OPTIONAL = {
     "ftfy": ("wan", "captions cleaned as Wan cleans them"),
     "accelerate": ("wan", "releases larger than the GPU"),
     "av": ("video", "videos as sources, and MP4 files as samples"),
+    "torchvision": ("jpeg", "JPEG files decoded on the GPU while caching"),
     "timm": ("hf", "feature encoders for metrics and rewards"),
     "pyarrow": ("hf", "parquet files"),
     "tensorboard": ("track", "curves in TensorBoard"),

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -56,8 +59,11 @@ def decode_jpegs(
 ) -> list[list[Tensor] | None]:
     """Return for every picture its crops, uint8 `(3, H, W)` on the device; None for one that could
     not be decoded. ConfigError: torchvision is not there."""
-    io_functions, transforms = import_torchvision()
-    decoded = _decoded([picture.data for picture in pictures], device, io_functions)
+    decode_jpeg, transforms = import_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision's decoders, from 0.29
+        decode = partial(decode_jpeg, device=str(device))
+        decoded = _decoded([picture.data for picture in pictures], decode)
     crops: list[list[Tensor] | None] = []
     for picture, whole in zip(pictures, decoded, strict=True):
         if whole is None:
@@ -81,30 +87,28 @@ def decode_jpegs(
     return crops
 
 
-def _decoded(files: list[Tensor], device: torch.device | str, functions) -> list[Tensor | None]:
+def _decoded(files: list[Tensor], decode: Callable) -> list[Tensor | None]:
     """Return the pictures in these files, `(3, H, W)`; each alone where they fail together."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision's decoders, from 0.29
-        try:
-            mode = functions.ImageReadMode.RGB
-            return functions.decode_jpeg(files, mode=mode, device=str(device))
-        except RuntimeError:
-            if len(files) == 1:
-                return [None]
-    return [_decoded([file], device, functions)[0] for file in files]
-
-
-def import_torchvision():
-    """Return the modules `torchvision.io` and `torchvision.transforms.v2.functional`."""
     try:
-        import torchvision.io
+        return decode(files)
+    except RuntimeError:
+        if len(files) == 1:
+            return [None]
+    return [_decoded([file], decode)[0] for file in files]
+
+
+def import_torchvision() -> tuple[Callable, ModuleType]:
+    """Return torchvision's decoder of lists of JPEG files and its functions on pictures.
+    ConfigError: it is missing, of another torch, or too new to have the decoder."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
         from torchvision.transforms.v2 import functional
 
-        return torchvision.io, functional
+        return partial(decode_jpeg, mode=ImageReadMode.RGB), functional
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             "preprocess.jpeg_decoder",
             f"is 'torchvision', which cannot be imported ({reason}); install the torchvision that"
-            " belongs to this torch, or set it to pillow",
+            " belongs to this torch (extra jpeg), or set it to pillow",
         ) from None

@@ -106,7 +106,7 @@ def commands_of_head(config: Path) -> list[str]:
     for line in re.sub(r"\s*\\\n", " ", head).splitlines():
         start = START.search(line)
         if start and " … " not in line:
-            written.append(re.split(r"\s{2,}|\s# |; | && |\) ", line[start.start() :])[0])
+            written.append(re.split(r"\s{2,}|\s# |; | && |\) |`", line[start.start() :])[0])
     return written
 
 

@@ -2,9 +2,10 @@
 
 An adapted layer is still a `Linear` under its old name: the base parameters keep their keys
 (`blocks.0.q.weight`), and those of the adapter are added beside them (`blocks.0.q.lora_A`). So a
-base checkpoint loads strictly before or after injection, and `base_state` of an injected model
-loads strictly into a plain one. An adapter is float32 whatever the base is, and computes in the
-input's precision; nothing changes in Python per call, so it is safe under DDP and torch.compile.
+base checkpoint loads strictly before or after injection, and an injected model's state without
+these tensors loads strictly into a plain one. An adapter is float32 whatever the base is, and
+computes in the input's precision; nothing changes in Python per call, so it is safe under DDP and
+torch.compile.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+    """Return whether a parameter of this name belongs to an adapter."""
     return name.rpartition(".")[2].startswith(("lora_", "lokr_"))
 
 
 class Adapter(nn.Linear):
-    """`alpha` may change while training; `scale` is the one place where the strength is decided:
-    forward, merge and export use it. `rank_dropout`: the probability with which a part of the
-    update (a rank of LoRA, an output row of LoKr) is left out.
+    """A linear layer with an update beside its weight. `alpha` may change while training; `scale`
+    is the one place where the strength is decided: forward, merge and export use it.
+    `rank_dropout`: the probability with which a part of the update (a rank of LoRA, an output row
+    of LoKr) is left out.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Adapter(nn.Linear):
 
     @classmethod
     def of(cls, base: nn.Linear, parts: dict[str, Tensor], alpha: float) -> Adapter:
-        """With given tensors, by their names."""
+        """Return an adapter of `base` that has the tensors `parts`, given by their names."""
         layer = cls.__new__(cls)
         Adapter.__init__(layer, base, alpha)
         for name, tensor in parts.items():
@@ -46,7 +48,7 @@ class Adapter(nn.Linear):
         return layer
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters."""
+        """Return the parameters that are not the base layer's."""
         return {
             name: parameter
             for name, parameter in self.named_parameters(recurse=False)
@@ -62,18 +64,19 @@ class Adapter(nn.Linear):
         return self.alpha / self.rank
 
     def state(self) -> dict[str, Tensor]:
-        """For files: its tensors, and the alpha that gives its scale when divided by its rank."""
+        """Return what a file holds: the tensors, and the alpha that gives the scale when divided by
+        the rank."""
         alpha = torch.tensor(float(self.scale * self.rank))
         return {
             name: parameter.detach() for name, parameter in self.adapter_parameters().items()
         } | {"alpha": alpha}
 
     def delta(self) -> Tensor:
-        """What is added to the weight, `(out, in)`, at least in float32."""
+        """Return what is added to the weight, `(out, in)`, at least in float32."""
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        """`x (…, in)` → `delta @ x (…, out)`, without forming delta."""
+        """Return `delta @ x (…, out)` of `x (…, in)`, without forming delta."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +84,8 @@ class Adapter(nn.Linear):
         return base + self.update(F.dropout(x, self.dropout, self.training)).to(base.dtype)
 
     def mask(self, size: int, like: Tensor) -> Tensor:
-        """Ones; while training, each is 0 with probability `rank_dropout`, and the rest makes up
-        for it."""
+        """Return ones; while training, each is 0 with probability `rank_dropout`, and the rest
+        makes up for it."""
         return F.dropout(
             torch.ones(size, device=like.device, dtype=like.dtype), self.rank_dropout, self.training
         )
@@ -91,15 +94,15 @@ class Adapter(nn.Linear):
         return self.weight.detach().to(self.precise) + self.delta()
 
     def plain(self) -> nn.Linear:
-        """The base layer: the same parameters, no adapter."""
+        """Return the base layer: the same parameters, no adapter."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Linear:
-        """A plain layer with the update in a copy of the weight (it may be tied to another's).
-        `weight`: its `merged_weight`, where that was made already."""
+        """Return a plain layer with the update in a copy of the weight, which may be tied to
+        another's. `weight`: the layer's `merged_weight`, where that was made already."""
         linear, weight = self.plain(), self.merged_weight() if weight is None else weight
         linear.weight = nn.Parameter(
             weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad
@@ -109,8 +112,8 @@ class Adapter(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
     ):
-        """A checkpoint of the base alone is complete: its absent adapter is not missing. Half an
-        adapter is."""
+        """Load a checkpoint, which is complete without any tensor of the adapter: these are not
+        missing then. With half an adapter it is incomplete."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
@@ -174,7 +177,7 @@ class LoRALinear(Adapter):
         )
 
     def update(self, x: Tensor) -> Tensor:
-        """Two thin products cost rank·(in + out) a token."""
+        """Return the update by two thin products, which cost rank·(in + out) a token."""
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.scale
         if self.rank_dropout:
             h = h * self.mask(self.rank, h)
@@ -217,8 +220,8 @@ class DoRALinear(LoRALinear):
 
 
 def factorise(size: int, factor: int) -> tuple[int, int]:
-    """`size = a · b` with the smaller first: `factor` if it divides, else the largest divisor up to
-    it; -1: as square as can be."""
+    """Return a and b of `size = a · b`, the smaller first: `factor` if it divides, else the largest
+    divisor up to it; -1: as square as can be."""
     if factor > 0 and size % factor == 0:
         return tuple(sorted((factor, size // factor)))
     limit = math.isqrt(size) if factor < 0 else min(factor, size)
@@ -245,24 +248,22 @@ class LoKrLinear(Adapter):
         generator: torch.Generator | None = None,
     ):
         super().__init__(base, alpha, dropout, rank_dropout)
-        (l, k), (m, n) = factorise(base.out_features, factor), factorise(base.in_features, factor)  # noqa: E741
-        if decompose_first and rank < max(l, m) / 2:
-            self.lokr_w1_a, self.lokr_w1_b = (
-                _uniform(*shape, m, base, generator) for shape in ((l, rank), (rank, m))
-            )
+        rows, inner_rows = factorise(base.out_features, factor)
+        columns, inner_columns = factorise(base.in_features, factor)
+        if decompose_first and rank < max(rows, columns) / 2:
+            self.lokr_w1_a = _uniform(rows, rank, columns, base, generator)
+            self.lokr_w1_b = _uniform(rank, columns, columns, base, generator)
         else:
-            self.lokr_w1 = _uniform(l, m, m, base, generator)
-        if full_second or rank >= max(k, n) / 2:
-            self.lokr_w2 = _zeros(k, n, base)
+            self.lokr_w1 = _uniform(rows, columns, columns, base, generator)
+        if full_second or rank >= max(inner_rows, inner_columns) / 2:
+            self.lokr_w2 = _zeros(inner_rows, inner_columns, base)
         else:
-            self.lokr_w2_a, self.lokr_w2_b = (
-                _zeros(k, rank, base),
-                _uniform(rank, n, n, base, generator),
-            )
+            self.lokr_w2_a = _zeros(inner_rows, rank, base)
+            self.lokr_w2_b = _uniform(rank, inner_columns, inner_columns, base, generator)
 
     @property
     def rank(self) -> int:
-        """Of the products; 1 where both factors are whole."""
+        """Return the rank of the products; 1 where both factors are whole."""
         return next(
             (
                 len(parameter)
@@ -277,37 +278,35 @@ class LoKrLinear(Adapter):
         return 1.0 if len(self.adapter_parameters()) == 2 else self.alpha / self.rank
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W1 and W2, without the scale."""
-        names = ("lokr_w1", "lokr_w2")
-        own = {name: parameter.to(dtype) for name, parameter in self.adapter_parameters().items()}
-        first, second = (
-            own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"] for name in names
-        )
-        return first, second
+        """Return W1 and W2, without the scale."""
+        parts = {name: part.to(dtype) for name, part in self.adapter_parameters().items()}
+        for name in ("lokr_w1", "lokr_w2"):
+            if name not in parts:
+                parts[name] = parts[f"{name}_a"] @ parts[f"{name}_b"]
+        return parts["lokr_w1"], parts["lokr_w2"]
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         return self.scale * torch.kron(*self.factors(self.precise))
 
     def update(self, x: Tensor) -> Tensor:
-        """As W1 X W2ᵀ, X the (m, n) view of x: the Kronecker product is never formed."""
+        """Return W1 X W2ᵀ, X the (m, n) view of x: the Kronecker product is never formed."""
         first, second = self.factors(x.dtype)
-        h = torch.matmul(
-            self.scale * first, x.unflatten(-1, (first.shape[1], second.shape[1])) @ second.T
-        ).flatten(-2)
+        square = x.unflatten(-1, (first.shape[1], second.shape[1]))
+        h = torch.matmul(self.scale * first, square @ second.T).flatten(-2)
         return h * self.mask(self.out_features, h) if self.rank_dropout else h
 
 
 def adapter_type(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
-    """The class that tensors of these names belong to, and the `(in, out)` of the layers they fit.
-    ValueError if they are no whole adapter."""
+    """Return the class that tensors of these names belong to, and the `(in, out)` of the layers
+    that they fit. ValueError if they are no whole adapter."""
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     names = set(shapes)
     if any(len(shape) != (1 if name == "lora_magnitude" else 2) for name, shape in shapes.items()):
         raise ValueError(f"its tensors have the shapes {shapes}, must be matrices")
     if {"lora_A", "lora_B"} <= names <= {"lora_A", "lora_B", "lora_magnitude"}:
-        (rank, columns), (rows, own) = shapes["lora_A"], shapes["lora_B"]
-        if not own == rank > 0:
+        (rank, columns), (rows, other_rank) = shapes["lora_A"], shapes["lora_B"]
+        if not other_rank == rank > 0:
             raise ValueError(
                 f"lora_A {shapes['lora_A']} and lora_B {shapes['lora_B']} do not share a rank"
             )
@@ -317,22 +316,20 @@ def adapter_type(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
                 " different layers"
             )
         return DoRALinear if "lora_magnitude" in names else LoRALinear, columns, rows
-    whole = {}
+    known = {f"{factor}{end}" for factor in ("lokr_w1", "lokr_w2") for end in ("", "_a", "_b")}
+    rows, columns = 1, 1
     for factor in ("lokr_w1", "lokr_w2"):
-        a, b = shapes.get(f"{factor}_a"), shapes.get(f"{factor}_b")
-        if (
-            (factor in names) == (a is not None or b is not None)
-            or (a is None) != (b is None)
-            or (a and a[1] != b[0])
-        ):
+        whole, a, b = (shapes.get(factor + end) for end in ("", "_a", "_b"))
+        product = (a[0], b[1]) if a and b and a[1] == b[0] else None
+        if (whole is None) == (product is None) or (whole and (a or b)):
             raise ValueError(
                 f"it lacks or repeats {factor}, of the tensors {', '.join(sorted(names))}: the file"
                 " is incomplete"
             )
-        whole[factor] = shapes.get(factor) or (a[0], b[1])
-    if names - {f"{factor}{end}" for factor in whole for end in ("", "_a", "_b")}:
+        height, width = whole or product
+        rows, columns = rows * height, columns * width
+    if names - known:
         raise ValueError(
             f"its tensors are {', '.join(sorted(names))}, which is no LoRA, DoRA or LoKr"
         )
-    (l, m), (k, n) = whole.values()  # noqa: E741
-    return LoKrLinear, m * n, l * k
+    return LoKrLinear, columns, rows

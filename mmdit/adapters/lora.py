@@ -78,17 +78,13 @@ class LoRAConfig(Section):
     decompose_first: bool = False
 
     def __post_init__(self):
-        for rank, alpha in (
-            (self.rank, self.alpha),
-            *((entry.rank, entry.alpha) for entry in self.per_module),
-        ):
-            if rank < 1:
-                raise ConfigError("rank", f"is {rank}; must be at least 1; 8 to 64 is usual")
-            if not 0 < alpha < math.inf:
-                raise ConfigError(
-                    "alpha",
-                    f"is {alpha}; must be positive and finite; the update is scaled by alpha/rank",
-                )
+        if self.rank < 1:
+            raise ConfigError("rank", f"is {self.rank}; must be at least 1; 8 to 64 is usual")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(
+                "alpha",
+                f"is {self.alpha}; must be positive and finite; the update is scaled by alpha/rank",
+            )
         for name in ("dropout", "rank_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be in [0, 1)")
@@ -130,88 +126,81 @@ class LoRAConfig(Section):
                 )
 
     def maker(self, name: str) -> Make:
-        """Makes the adapter of the layer `name`."""
-        chosen = next(
-            (
-                entry
-                for entry in self.per_module
-                if any(_matches(name, word) for word in entry.modules)
-            ),
-            self,
-        )
-        common = {
-            "rank": chosen.rank,
-            "alpha": chosen.alpha,
-            "dropout": self.dropout,
-            "rank_dropout": self.rank_dropout,
-        }
-        if self.type == "lokr":
-            shape = {
-                "factor": self.factor,
-                "full_second": self.full_second,
-                "decompose_first": self.decompose_first,
-            }
-            return lambda base, generator: LoKrLinear(base, **common, **shape, generator=generator)
-        kind = DoRALinear if self.type == "dora" else LoRALinear
-        return lambda base, generator: kind(base, **common, rslora=self.rslora, generator=generator)
+        """Return the function that makes the adapter of the layer `name`."""
+        rank, alpha = self.rank, self.alpha
+        for entry in reversed(self.per_module):
+            if any(_matches(name, word) for word in entry.modules):
+                rank, alpha = entry.rank, entry.alpha
+        layer_type: type[Adapter] = LoRALinear
+        options: dict[str, Any] = {"rslora": self.rslora}
+        if self.type == "dora":
+            layer_type = DoRALinear
+        elif self.type == "lokr":
+            layer_type = LoKrLinear
+            names = ("factor", "full_second", "decompose_first")
+            options = {name: getattr(self, name) for name in names}
+        options |= {"dropout": self.dropout, "rank_dropout": self.rank_dropout}
+        return lambda base, generator: layer_type(base, rank, alpha, generator=generator, **options)
 
 
 # ── choosing and injecting ────────────────────────────────────────────────────────────────────────
 def select(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the `nn.Linear` layers that `config` chooses, in model order. Words that choose none
-    are a ValueError that says what they did match and which names are near. Layers whose name has a
-    word of the model's `lora_only_if_named` are chosen only by a target that has it, too."""
+    """Return the names of the `nn.Linear` layers that `config` chooses, in model order. Words that
+    choose none are a ValueError that says what they did match and which names are near. Layers
+    whose name has a word of the model's `lora_only_if_named` are chosen only by a target that has
+    it, too."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = [
-        name for name, module in modules.items() if type(module) is nn.Linear
-    ]  # a subclass may not call forward
+    # a subclass may not call forward
+    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
     reserved = getattr(model, "lora_only_if_named", ())
 
-    def matched(key: str, words: tuple[str, ...]) -> set[str]:
-        found: set[str] = set()
-        for word in words:
-            own = {name for name in linears if _matches(name, word)}
-            if not own:
-                raise ValueError(
-                    f"lora.{key}: {word!r} matches no linear layer{_hint(word, modules, linears)}"
-                )
-            found |= {
-                name
-                for name in own
-                if key != "target_modules"
-                or not any(part in name and part not in word for part in reserved)
-            }
-        return found
-
-    chosen = matched(
-        "target_modules", config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS)
-    )
-    chosen -= matched("exclude_modules", config.exclude_modules)
-    for entry in config.per_module:
-        matched("per_module", entry.modules)
-    if config.blocks:
-        numbers = {number for word in config.blocks for number in _range(word)}
-        outside = numbers - {_block(name) for name in linears}
-        if outside:
-            there = sorted({_block(name) for name in linears} - {-1})
+    def matching(key: str, word: str) -> list[str]:
+        names = [name for name in linears if _matches(name, word)]
+        if not names:
             raise ValueError(
-                f"lora.blocks: there is no block {min(outside)}; this model has {there[0]} to"
-                f" {there[-1]}"
-                if there
-                else "lora.blocks: this model has no numbered blocks"
+                f"lora.{key}: {word!r} matches no linear layer{_hint(word, modules, linears)}"
             )
-        chosen = {name for name in chosen if _block(name) in numbers}
+        return names
+
+    chosen: set[str] = set()
+    for word in config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS):
+        unnamed = [part for part in reserved if part not in word]
+        for name in matching("target_modules", word):
+            if not any(part in name for part in unnamed):
+                chosen.add(name)
+    for word in config.exclude_modules:
+        chosen -= set(matching("exclude_modules", word))
+    for entry in config.per_module:
+        for word in entry.modules:
+            matching("per_module", word)
+    if config.blocks:
+        chosen = _within_blocks(chosen, config.blocks, linears)
     if not chosen:
-        note = (
-            f"; layers of {', '.join(reserved)} are chosen only by a target that names them"
-            if reserved
-            else ""
-        )
+        note = ""
+        if reserved:
+            note = f"; layers of {', '.join(reserved)} are chosen only by a target that names them"
         raise ValueError(
             "lora: target_modules without exclude_modules, within lora.blocks, leave no"
             f" layer{note}"
         )
     return [name for name in linears if name in chosen]
+
+
+def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str]) -> set[str]:
+    """Return those of the chosen layers that lie in the blocks that `words` name."""
+    numbers: set[int] = set()
+    for word in words:
+        numbers.update(_range(word))
+    present = sorted({_block(name) for name in linears} - {-1})
+    absent = numbers - set(present)
+    if absent and not present:
+        raise ValueError("lora.blocks: this model has no numbered blocks")
+    if absent:
+        raise ValueError(
+            f"lora.blocks: there is no block {min(absent)}; this model has {present[0]} to"
+            f" {present[-1]}"
+        )
+    return {name for name in chosen if _block(name) in numbers}
 
 
 DEFAULT_TARGETS = ("q", "k", "v", "proj")
@@ -223,7 +212,7 @@ def _range(word: str) -> range:
 
 
 def _block(name: str) -> int:
-    """The number of the block that a layer lies in; -1 outside."""
+    """Return the number of the block that a layer lies in; -1 outside."""
     number = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
     return int(number[1]) if number else -1
 
@@ -235,48 +224,43 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _hint(pattern: str, modules: dict[str, nn.Module], linears: list[str]) -> str:
+    """Return what a word that chooses nothing did match, or which names are near it."""
     others = [name for name in modules if name and _matches(name, pattern)]
     if any(isinstance(modules[name], Adapter) for name in others):
         return f"; {others[0]!r} has an adapter already: merge it first"
-    inside = sorted(
-        {
-            name.rpartition(".")[2]
-            for other in others
-            for name in linears
-            if name.startswith(other + ".")
-        }
-    )
+    if not others:
+        return near(pattern, linears) + f"; linear layers here: {summary(linears)}"
+    match = f"; {others[0]!r} is a {type(modules[others[0]]).__name__}"
+    prefixes = tuple(f"{name}." for name in others)
+    inside = {name.rpartition(".")[2] for name in linears if name.startswith(prefixes)}
     if inside:
-        return (
-            f"; {others[0]!r} is a {type(modules[others[0]]).__name__} that holds"
-            f" {', '.join(inside)}: name those"
-        )
-    if others:
-        return f"; {others[0]!r} is a {type(modules[others[0]]).__name__}"
-    return near(pattern, linears) + f"; linear layers here: {summary(linears)}"
+        return f"{match} that holds {', '.join(sorted(inside))}: name those"
+    return match
 
 
 def near(word: str, names: list[str]) -> str:
-    """` (near names: …)`, from the names and their last parts, or nothing."""
+    """Return ` (near names: …)`, from the names and their last parts, or nothing."""
     ends = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2, 3)}
     close = difflib.get_close_matches(word, sorted(ends | set(names)), n=3, cutoff=0.5)
     return f" (near names: {', '.join(close)})" if close else ""
 
 
 def summary(names: list[str]) -> str:
-    """`blocks.*.q ×12, head ×1`, for messages."""
-    counts = Counter(map(_kind, names))
-    shown = [f"{kind} ×{count}" for kind, count in list(counts.items())[:20]]
-    return ", ".join(shown + ["…"] * (len(counts) > 20)) or "none"
+    """Return `blocks.*.q ×12, head ×1`, for messages."""
+    counts = Counter(map(_without_numbers, names))
+    words = [f"{name} ×{count}" for name, count in counts.items()]
+    if len(words) > 20:
+        words[20:] = ["…"]
+    return ", ".join(words) or "none"
 
 
-def _kind(name: str) -> str:
-    """`blocks.3.cross.k` → `blocks.*.cross.k`."""
+def _without_numbers(name: str) -> str:
+    """Return `blocks.*.cross.k` of `blocks.3.cross.k`."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
-    """Adapts the chosen layers of `model` in place and returns their names; nothing when not
+    """Adapt the chosen layers of `model` in place and return their names; nothing when not
     `enabled`.
 
     Each adapter is a function of (seed, layer name): every rank, order of injection and device
@@ -294,7 +278,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
 
 
 def insert(model: nn.Module, makers: dict[str, Make], seed: int = 0) -> None:
-    """Adapts the named layers; `inject` chooses them by pattern instead."""
+    """Adapt the named layers; `inject` chooses them by pattern instead."""
     adapted = {}
     for name, make in makers.items():
         base = model.get_submodule(name)
@@ -305,20 +289,19 @@ def insert(model: nn.Module, makers: dict[str, Make], seed: int = 0) -> None:
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
-        for name, child in list(
-            parent._modules.items()
-        ):  # named_children would skip a layer's second name
+        # named_children would skip a layer's second name
+        for name, child in list(parent._modules.items()):
             if child in replacements:
                 setattr(parent, name, replacements[child])
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapted layers of `model` by name."""
+    """Return the adapted layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every adapter into its weight, in place: plain linear layers again, the same outputs to
+    """Fold every adapter into its weight, in place: plain linear layers again, the same outputs to
     rounding. Whole differences are in the weights for good.
 
     The sum is made in float32 and rounded once. Of a small update bfloat16 then keeps less than
@@ -347,14 +330,12 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-KEPT, SAMPLED = (
-    0.9,
-    256,
-)  # of an update, below which `merge` warns; rows of a layer that it looks at
+KEPT = 0.9  # the share of an update below which `merge` warns
+SAMPLED = 256  # rows of a layer that it looks at
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Drops every adapter and takes whole differences off again, in place: the base as it was."""
+    """Drop every adapter and take whole differences off again, in place: the base as it was."""
     for difference in model.__dict__.pop(DIFFERENCES, {}).values():
         _put(model, difference.after, difference.before)
     _replace(model, {module: module.plain() for module in adapters(model).values()})
@@ -377,7 +358,7 @@ class Difference:
 
 @torch.no_grad()
 def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
-    """Adds `changes` to the parameters of these names. The parameters are replaced, not written to:
+    """Add `changes` to the parameters of these names. The parameters are replaced, not written to:
     another model that shares them (the second expert of a pair) keeps its own, and `remove` gives
     them back bit for bit."""
     parameters, added = dict(model.named_parameters()), {}
@@ -409,35 +390,33 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def coverage(model: nn.Module) -> str:
-    """A table to print before training: which kinds of layer are adapted, how many, how large."""
+    """Return a table to print before training: the adapted layers by name, how many, how large."""
     rows: dict[str, list[int]] = {}
     shapes = {}
-    for name, module in adapters(model).items():
-        row = rows.setdefault(_kind(name), [0, 0, 0])
-        for column, value in enumerate(
-            (1, module.weight.numel(), sum(p.numel() for p in module.adapter_parameters().values()))
-        ):
-            row[column] += value
-        shapes[_kind(name)] = f"{module.in_features}→{module.out_features} rank {module.rank}"
-    rows["total"] = [sum(row[column] for row in rows.values()) for column in range(3)]
+    for name, layer in adapters(model).items():
+        title = _without_numbers(name)
+        added = sum(parameter.numel() for parameter in layer.adapter_parameters().values())
+        before = rows.get(title, [0, 0, 0])
+        rows[title] = [before[0] + 1, before[1] + layer.weight.numel(), before[2] + added]
+        shapes[title] = f"{layer.in_features}→{layer.out_features} rank {layer.rank}"
+    rows["total"] = [sum(column) for column in zip(*rows.values())] or [0, 0, 0]
     width, shape_width = max(map(len, rows)), max(map(len, shapes.values()), default=0)
     lines = [
         f"{'layer':{width}}  {'shape':{shape_width}}  {'count':>5}  {'weights':>13} "
         f" {'adapter':>11}"
     ]
-    for kind, (number, base, added) in rows.items():
+    for title, (number, base, added) in rows.items():
         lines.append(
-            f"{kind:{width}}  {shapes.get(kind, ''):{shape_width}}  {number:>5}  {base:>13,} "
+            f"{title:{width}}  {shapes.get(title, ''):{shape_width}}  {number:>5}  {base:>13,} "
             f" {added:>11,}"
         )
     for part in getattr(model, "lora_only_if_named", ()):
-        if any(part in kind for kind in rows):
+        if any(part in title for title in rows):
             lines.append(
                 f"warning: {part} is adapted, which moves every picture, whatever its caption;"
                 " cross-attention alone changes words"
             )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join(
-        [*lines, f"trainable: {trained:,} of {whole:,} parameters ({trained / max(whole, 1):.2%})"]
-    )
+    share = trained / max(whole, 1)
+    return "\n".join([*lines, f"trainable: {trained:,} of {whole:,} parameters ({share:.2%})"])

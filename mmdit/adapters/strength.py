@@ -1,4 +1,4 @@
-"""The alpha of adapter layers, changed while they are in use. Every kind of adapter has `alpha`
+"""The alpha of adapter layers, changed while they are in use. Every type of adapter has `alpha`
 and, made of it, `scale`."""
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ from torch import nn
 from mmdit.adapters.layers import is_adapter
 from mmdit.adapters.lora import adapters
 
-OUTER = (
-    "lora_B",
-    "lokr_w2",
-    "lokr_w2_a",
-)  # the factor that starts at zero; the update is proportional to it
+# the factor that starts at zero; the update is proportional to it
+OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that adapters have beside the base layer's, by name."""
+    """Return the parameters that adapters have beside the base layer's, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
 def outer(layer: nn.Module) -> nn.Parameter:
-    """The parameter of an adapter by which its strength can be held while alpha changes."""
+    """Return the parameter of an adapter that holds its strength while alpha changes."""
     return next(getattr(layer, name) for name in OUTER if hasattr(layer, name))
 
 
 @torch.no_grad()
 def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
-    """Changes alpha; with `preserve` the factor is rescaled so that the layer computes what it did.
-    Returns by how much it was, or would have to be, multiplied (1 where alpha has no say: LoKr with
+    """Change alpha; with `preserve` the factor is rescaled so that the layer computes what it did.
+    Return by how much it was, or would have to be, multiplied (1 where alpha has no say: LoKr with
     both factors whole). ValueError if not positive.
     """
     if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
@@ -45,13 +42,14 @@ def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
 
 
 def alphas(model: nn.Module) -> dict[str, float]:
-    """The alpha in force of every adapter, by layer."""
+    """Return the alpha in force of every adapter, by layer."""
     return {name: float(layer.alpha) for name, layer in adapters(model).items()}
 
 
 def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
-    """For weights of adapters that were trained with the alphas `stored` (layers that it lacks are
-    new): they keep their strength under the alpha that the layers have here."""
+    """Rescale weights of adapters that were trained with the alphas `stored`, so that they keep
+    their strength under the alphas that the layers have here. Layers that `stored` lacks are new.
+    """
     for name, layer in adapters(model).items():
         wanted = layer.alpha
         set_alpha(layer, stored.get(name, wanted))
@@ -71,7 +69,7 @@ def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> d
 
 
 def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
-    """Puts what `alphas` gave back; ValueError for a layer that is no adapter here."""
+    """Set the alphas that `alphas` returned; ValueError for a layer that is no adapter here."""
     layers = adapters(model)
     for name, alpha in stored.items():
         if name not in layers:

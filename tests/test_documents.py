@@ -39,8 +39,7 @@ START = re.compile(r"(?:PYTHONPATH=\S+ )?(?:mmdit [a-z]|(?:python|torchrun) .*-m
 PLACEHOLDERS = ("my.yaml", "my_")  # configs that a reader puts his own in place of
 FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples)"
 PARTS = r"(?:nn|diffusion|training|adapters|posttrain|interop|tokenizers|text_encoders|experiment)"
-EXAMPLE = ("x.py", "test_x.py")  # files that a reader adds
-NOT_YET = ("docs/configuration.md", "test_denoisers.py")
+EXAMPLE = ("x.py", "test_x.py", "test_denoisers.py")  # files that a reader adds
 ENDINGS = ("py", "json", "jsonl", "yaml", "md", "png", "mp4", "pt", "safetensors", "html", "txt")
 
 
@@ -367,7 +366,7 @@ def test_files_in_sentences_exist():
     file = re.compile(rf"(?<![\w./-])((?:{FILES}|{PARTS})/[\w./*-]*)")
     for where, code in codes():
         for word in file.findall(code):
-            if word.endswith((*EXAMPLE, *NOT_YET)):
+            if word.endswith(EXAMPLE):
                 continue
             bases = (ROOT, ROOT / "mmdit", ROOT / "VTP", ROOT / where.rpartition("/")[0])
             if not any(list(base.glob(word.rstrip("./"))) for base in bases):
@@ -396,12 +395,12 @@ def test_links_lead_somewhere(path):
             continue
         name, _, anchor = target.partition("#")
         there = (path.parent / name).resolve() if name else path
-        assert there.exists() or name_of(there) in NOT_YET, target
+        assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
 
 
 def test_the_site_builds_with_its_pictures_and_every_page(tmp_path):
-    if not importlib.util.find_spec("material") or not (ROOT / NOT_YET[0]).exists():
+    if not importlib.util.find_spec("material"):
         pytest.skip('the site needs mkdocs-material: pip install -e ".[dev]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from mmdit.adapters import adapters
 from mmdit.commands import inspect_adapter as adapter_report
-from mmdit.diagnostics.adapters import Change, delta_budget, spectral_norm, summarise
-from mmdit.diagnostics.attention import Statistics, observed
+from mmdit.diagnostics.adapter_norms import Change, delta_budget, spectral_norm, summarise
+from mmdit.diagnostics.attention_statistics import Statistics, observed
 from mmdit.interfaces import TextTokens
 from mmdit.interop.lora_formats import load_lora
 from mmdit.models.wan import WanDiT

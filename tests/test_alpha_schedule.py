@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state, merge
-from mmdit.adapters.strength import alphas, load_alphas, outer, adapter_parameters, set_alpha
+from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas, outer, set_alpha
 from mmdit.config import ConfigError, decode, encode
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import train_t2v

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmdit.adapters import LoRAConfig, inject
-from mmdit.diagnostics.attention import observed
+from mmdit.diagnostics.attention_statistics import observed
 from mmdit.diffusion import FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.diffusion.experts import Stages
 from mmdit.interfaces import TextTokens

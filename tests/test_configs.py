@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.config import load_experiment_config
 from mmdit.experiment.load import load_pipeline
@@ -113,7 +113,9 @@ def bucket_cache(path: Path, folder: Path, words: list[str]) -> Path:
         1
     ].replace("\n# ", "\n")
     for size in re.search(r"for size in ([\dx ]+);", block)[1].split():
-        prepare(folder / "data/shapes_buckets" / size, Recipe(*map(int, size.split("x"))), 2)
+        prepare_samples(
+            folder / "data/shapes_buckets" / size, Recipe(*map(int, size.split("x"))), 2
+        )
     subprocess.run(["bash", "-ec", block], cwd=folder, check=True)
     cache_vtp_images.main(
         [

@@ -15,8 +15,8 @@ from torch import nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject, is_adapter, merge
 from mmdit.config import decode, encode
-from mmdit.data.moving_shapes.captions import prompts
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import prompts
 from mmdit.diffusion import (
     DiffusionConfig,
     FlowMatchingConfig,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmdit.adapters import LoRAConfig, inject
-from mmdit.diagnostics.adapters import delta_budget
+from mmdit.diagnostics.adapter_norms import delta_budget
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
 from mmdit.pixels import to_shown

@@ -17,7 +17,7 @@ from mmdit.data.cache.packing import pack_cache
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
-from mmdit.diagnostics.cache_sheet import cache_sheet, spread
+from mmdit.diagnostics.cache_sheet import cache_sheet, spread_items
 from mmdit.scripts import cache_vtp_images, inspect_cache, inspect_data
 from tests.helpers.tiny import refused
 from tests.test_cache import MeanPixels, run, write_meta
@@ -219,12 +219,12 @@ def test_the_sheet_shows_items_of_every_size_as_they_decode(tmp_path):
             writer.add(f"{i:02}", latents, f"caption {i}")
     pack_cache(tmp_path / "cache", tmp_path / "packed")
     cache = open_cache(tmp_path / "packed")
-    chosen = spread(cache, 5)
+    chosen = spread_items(cache, 5)
     assert (
         13 in chosen
         and {0, 19} < set(chosen)
         and len(set(chosen)) == 5
-        and sorted(spread(cache, 99)) == list(range(20))
+        and sorted(spread_items(cache, 99)) == list(range(20))
     )
     sheet = np.asarray(cache_sheet(cache, FirstChannels(), 5))
     shades, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)

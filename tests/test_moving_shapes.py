@@ -23,11 +23,11 @@ from mmdit.data.moving_shapes import (
     oracle,
     prompts,
     render,
-    score,
+    score_samples,
     wilson,
 )
-from mmdit.data.moving_shapes.captions import IMAGE, MANY, SHAPE_WORDS, SIZE_WORDS, VIDEO
 from mmdit.data.moving_shapes.facts import BACKGROUNDS, COLORS, HELD_OUT, MOTIONS, SHAPES, SIZES
+from mmdit.data.moving_shapes.sentences import IMAGE, MANY, SHAPE_WORDS, SIZE_WORDS, VIDEO
 from mmdit.pixels import to_uint8, to_unit
 
 
@@ -266,7 +266,7 @@ def test_the_oracle_tells_several_objects_apart(width, frames, count):
     pixels = render(facts, width, width, frames)
     assert prompt_accuracy(pixels, facts, "many") >= 0.995
     fewer = [Facts(item.background, item.objects[:-1]) for item in facts]
-    right = score(oracle(pixels, "many"), fewer)
+    right = score_samples(oracle(pixels, "many"), fewer)
     assert (
         right["shape"].all() and not right["all"].any()
     )  # one object too many is wrong, though those asked for are there
@@ -303,14 +303,16 @@ def test_what_is_no_object_is_wrong():
     for pixels in (empty, full, noise, torch.full((4, 1, 3, 64, 64), math.nan)):
         for variant in ("one", "many"):
             assert prompt_accuracy(pixels, facts, variant) == 0
-    assert score(oracle(empty), facts)["background"].all()
+    assert score_samples(oracle(empty), facts)["background"].all()
     frame = empty.clone()  # none of the shapes
     frame[..., 20:44, 20:44] = 1 - ground
     frame[..., 22:42, 22:42] = ground
-    assert (oracle(frame).shape == -1).all() and not score(oracle(frame), facts)["shape"].any()
+    assert (oracle(frame).shape == -1).all() and not score_samples(oracle(frame), facts)[
+        "shape"
+    ].any()
     bar = empty.clone()
     bar[..., 30:34, 4:60] = 1 - ground
-    assert not score(oracle(bar), facts)["size"][
+    assert not score_samples(oracle(bar), facts)["size"][
         [o.objects[0].size == "small" for o in facts]
     ].any()
 
@@ -342,9 +344,9 @@ def test_each_attribute_is_judged_by_itself(name, wrong):
         Facts("brown", asked.objects) if name == "background" else Facts("black", (shown[name],))
     )
     predictions = oracle(render([drawn], 64, 64, 4))
-    right = score(predictions, [asked])
+    right = score_samples(predictions, [asked])
     assert {key for key, value in right.items() if not value.all()} == {name, "all"}
-    assert score(predictions, [asked], [frozenset(asked.attributes) - {name}])["all"].all()
+    assert score_samples(predictions, [asked], [frozenset(asked.attributes) - {name}])["all"].all()
     rates = accuracy(predictions, [asked], [frozenset(asked.attributes) - {name}])
     assert name not in rates["attributes"] and rates["prompt_accuracy"]["value"] == 1
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.scripts import cache_moving_shapes
 from mmdit.scripts.prepare_moving_shapes import main
 from tests.helpers.tiny import Workshop, refused
@@ -19,7 +19,7 @@ from tests.helpers.tiny import Workshop, refused
 
 def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
     recipe = Recipe(64, 64, seed=3)
-    path = prepare(tmp_path / "shapes", recipe, 6)
+    path = prepare_samples(tmp_path / "shapes", recipe, 6)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     facts = draw(3, range(6), video=False, width=64, height=64)
     for i, (record, item) in enumerate(zip(records, facts, strict=True)):
@@ -34,21 +34,22 @@ def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (path.parent / "images").iterdir()}
     (path.parent / "images/000002.png").unlink()
     (path.parent / "images/.writing-1.tmp").write_bytes(b"cut off")
-    prepare(tmp_path / "shapes", recipe, 8)
+    prepare_samples(tmp_path / "shapes", recipe, 8)
     after = {p: p.stat().st_mtime_ns for p in (path.parent / "images").iterdir()}
     assert len(after) == 8 and sum(after[p] == t for p, t in before.items()) == 5
     assert len(path.read_text().splitlines()) == 8
     with pytest.raises(ValueError, match="seed 3 there and 4 now.*another --out_dir"):
-        prepare(tmp_path / "shapes", replace(recipe, seed=4), 6)
+        prepare_samples(tmp_path / "shapes", replace(recipe, seed=4), 6)
     (path.parent / "moving_shapes.json").unlink()
     with pytest.raises(ValueError, match="no moving_shapes.json"):
-        prepare(tmp_path / "shapes", recipe, 6)
+        prepare_samples(tmp_path / "shapes", recipe, 6)
 
 
 def test_prepared_clips_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("mmdit.data.moving_shapes.prepare.CHUNK_FRAMES", 6)
     one, two = (
-        prepare(tmp_path / str(n), Recipe(32, 48, 3, variant="many"), 4, workers=n) for n in (1, 2)
+        prepare_samples(tmp_path / str(n), Recipe(32, 48, 3, variant="many"), 4, workers=n)
+        for n in (1, 2)
     )
     assert one.name == "train_videos.jsonl" and one.read_bytes() == two.read_bytes()
     frames = sorted(p.relative_to(one.parent) for p in one.parent.rglob("*.png"))

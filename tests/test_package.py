@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 tomllib = pytest.importorskip("tomllib")
 
 from mmdit import __version__, shipped

@@ -11,7 +11,7 @@ from mmdit.data.cache.caching import cache_latents
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.diffusion import SamplerConfig, build_objective
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
@@ -69,7 +69,7 @@ def test_refining_keeps_more_of_the_guess_the_less_noise_it_gets(pipeline):
 
 
 def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
-    """`cache_moving_shapes` is `prepare` and `cache_latents` without the files in between."""
+    """`cache_moving_shapes` is `prepare_samples` and `cache_latents` without the files in between."""
     tokenizer = build_tokenizer(DummyTokenizerConfig(latent_d=12))
     video = VideoConfig(width=32, height=32, num_frames=3)
     manifest, recipe = CacheManifest.of(tokenizer, video), Recipe(32, 32, frames=3)
@@ -77,7 +77,7 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
     assert (
         cache_moving_shapes(tokenizer, tmp_path / "direct", manifest, recipe, 7) == 3
     )  # goes on, and grows
-    records = read_records(prepare(tmp_path / "files", recipe, 7, workers=1), "video")
+    records = read_records(prepare_samples(tmp_path / "files", recipe, 7, workers=1), "video")
     cache_latents(records, "video", tokenizer, tmp_path / "from_files", video, progress=False)
     direct, files = (
         open_cache(tmp_path / "direct", manifest),

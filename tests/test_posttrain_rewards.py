@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError
-from mmdit.data.moving_shapes.captions import prompts
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import prompts
 from mmdit.pixels import to_unit
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore, from_open_clip
 from mmdit.posttrain.rewards import (

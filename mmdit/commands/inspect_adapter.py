@@ -10,8 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit.adapters import adapters, merge, remove
-from mmdit.diagnostics.adapters import Change, delta_budget
-from mmdit.diagnostics.attention import observed, summary
+from mmdit.diagnostics.adapter_norms import Change, delta_budget
+from mmdit.diagnostics.attention_statistics import mean_over_heads, observed
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
@@ -111,7 +111,7 @@ def compare(
                 frames,
                 SampleSettings.of(config.train),
             )
-        report[which] = summary(found)
+        report[which] = mean_over_heads(found)
     both = torch.stack([pixels["before"], pixels["after"]], 1).flatten(0, 1)
     captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
     save_image(contact_sheet(both, captions, 4 if frames == 1 else 1), sheet)

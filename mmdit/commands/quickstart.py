@@ -16,7 +16,7 @@ import mmdit
 from mmdit.data.cache.caching import cache_latents
 from mmdit.data.dataset.records import read_records
 from mmdit.data.moving_shapes import prompts
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
@@ -218,7 +218,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     )
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
-    metadata = prepare(DATA, Recipe(video.width, video.height), plan.images)
+    metadata = prepare_samples(DATA, Recipe(video.width, video.height), plan.images)
     say("Turning the pictures into VTP latents (cached: a second run skips this).")
     tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
     records = read_records(metadata, "image")

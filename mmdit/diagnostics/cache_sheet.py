@@ -16,7 +16,7 @@ CELL = 160  # pixels, the side of the square that a frame is fitted into
 FRAMES = 8  # of a clip, at most
 
 
-def spread(cache: LatentCache, count: int) -> list[int]:
+def spread_items(cache: LatentCache, count: int) -> list[int]:
     """Numbers of `count` items (all, if there are fewer): every size in turn, evenly over the items
     of each."""
     sizes, inverse = torch.unique(cache.shapes[:, 1:3], dim=0, return_inverse=True)
@@ -44,7 +44,7 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
     """`count` items with id, size and caption; clips as strips of up to 8 frames, evenly over their
     length. Each frame is decoded alone, as tokenizers here encode it. ValueError: a damaged
     item."""
-    items = spread(cache, count)
+    items = spread_items(cache, count)
     shown = min(FRAMES, int(cache.shapes[items, 0].max()))
     cells, texts = [], []
     for item in items:

@@ -13,10 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmdit.data.moving_shapes.captions import PROMPTS, Prompt, prompts
 from mmdit.data.moving_shapes.facts import Facts
-from mmdit.data.moving_shapes.oracle import VOCABULARY, Predictions, accuracy, oracle, rate, score
+from mmdit.data.moving_shapes.oracle import (
+    VOCABULARY,
+    Predictions,
+    accuracy,
+    oracle,
+    rate,
+    score_samples,
+)
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import PROMPTS, Prompt, prompts
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
@@ -137,7 +144,7 @@ def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
     a position in time cannot tell them apart.
     """
     asked = [item.objects[0].motion for item in facts]
-    right = score(predictions, facts)["motion"]
+    right = score_samples(predictions, facts)["motion"]
     shown = [VOCABULARY["motion"][k] if k >= 0 else None for k in predictions.motion[:, 0].tolist()]
     opposite = torch.tensor(
         [{a, s} == {"left", "right"} for a, s in zip(asked, shown, strict=True)]

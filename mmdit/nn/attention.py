@@ -23,7 +23,7 @@ from mmdit.nn.window import Places, gather
 
 observers: list[
     Callable[[Tensor, Tensor, Tensor | None], None]
-] = []  # of queries, keys and mask (diagnostics.attention)
+] = []  # of queries, keys and mask (diagnostics.attention_statistics)
 GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
 
 

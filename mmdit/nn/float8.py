@@ -12,7 +12,9 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
-LEAST = 1e-30  # the least that counts as a row's largest element, so that rows of zeros have a scale
+LEAST = (
+    1e-30  # the least that counts as a row's largest element, so that rows of zeros have a scale
+)
 
 
 def encode_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

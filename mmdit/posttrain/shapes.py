@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.data import moving_shapes
-from mmdit.data.moving_shapes.captions import PROMPTS
 from mmdit.data.moving_shapes.facts import COLORS
+from mmdit.data.moving_shapes.sentences import PROMPTS
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.rng import key
@@ -50,7 +50,7 @@ class PromptAccuracy(Reward):
     partial: float = 0.0
 
     def call(self, samples: Samples) -> Tensor:
-        right = moving_shapes.score(moving_shapes.oracle(samples.pixels), samples.facts)
+        right = moving_shapes.score_samples(moving_shapes.oracle(samples.pixels), samples.facts)
         names = samples.facts[0].attributes
         share = torch.stack([right[name].float() for name in names]).mean(0)
         return self.partial * share + (1 - self.partial) * right["all"].float()

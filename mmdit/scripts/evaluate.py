@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mmdit.data.moving_shapes.captions import PROMPTS
+from mmdit.data.moving_shapes.sentences import PROMPTS
 from mmdit.diagnostics.feature_distance import (
     FEWEST,
     FeatureDistance,

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 
 from mmdit.commands.inspect_adapter import changes, compare, is_ours
-from mmdit.diagnostics.adapters import format_budget, summarise
-from mmdit.diagnostics.attention import format_attention
+from mmdit.diagnostics.adapter_norms import format_budget, summarise
+from mmdit.diagnostics.attention_statistics import format_attention
 from mmdit.files import write_atomically
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import friendly, run

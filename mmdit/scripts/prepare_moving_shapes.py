@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.scripts import friendly, run
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     with friendly():
         size = (options.width, options.height, options.frames)
         recipe = Recipe(*size, options.seed, options.split, options.variant)
-        path = prepare(options.out_dir, recipe, options.count, options.workers)
+        path = prepare_samples(options.out_dir, recipe, options.count, options.workers)
         print(f"{options.count} samples; captions and facts in {path}")
 
 

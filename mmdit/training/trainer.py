@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit.adapters import adapters
-from mmdit.adapters.strength import alphas, load_alphas, adapter_parameters
+from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint

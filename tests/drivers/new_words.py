@@ -17,10 +17,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from mmdit.data.moving_shapes.captions import prompts
 from mmdit.data.moving_shapes.facts import COLORS
-from mmdit.data.moving_shapes.oracle import oracle, score
-from mmdit.data.moving_shapes.prepare import Recipe, prepare
+from mmdit.data.moving_shapes.oracle import oracle, score_samples
+from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
+from mmdit.data.moving_shapes.sentences import prompts
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import cache_vtp_images, inspect_adapter, train_t2v
 from mmdit.training.pipeline import SampleSettings
@@ -52,7 +52,7 @@ def colours(run: Path, device: str) -> dict[str, float]:
         SampleSettings.of(config.train),
         batch_size=64,
     )
-    correct = score(oracle(pixels), [prompt.facts for prompt in listed])["color"].tolist()
+    correct = score_samples(oracle(pixels), [prompt.facts for prompt in listed])["color"].tolist()
     for prompt, good in zip(listed, correct, strict=True):
         right["new" if prompt.facts.objects[0].color in NEW else "old"].append(good)
     return {which: round(sum(own) / len(own), 4) for which, own in right.items()} | {
@@ -87,7 +87,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder, config = Path(name), "configs/quickstart.yaml"
-        listed = prepare(folder / "data", Recipe(64, 64), args.count).read_text().splitlines()
+        listed = (
+            prepare_samples(folder / "data", Recipe(64, 64), args.count).read_text().splitlines()
+        )
         known = [
             line
             for line in listed

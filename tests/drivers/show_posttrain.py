@@ -21,8 +21,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mmdit.data.moving_shapes.captions import prompts
 from mmdit.data.moving_shapes.oracle import accuracy, oracle
+from mmdit.data.moving_shapes.sentences import prompts
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import cache_moving_shapes, plot_run, train_t2v
 from mmdit.training.media import contact_sheet, save_image

@@ -33,7 +33,7 @@ from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.jpegs import import_torchvision
 from mmdit.data.dataset.problems import Skip, Unusable, by_problem
 from mmdit.data.dataset.records import Media, Record
-from mmdit.data.dataset.stamps import compare
+from mmdit.data.dataset.stamps import compare_stamp
 from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec, Tokenizer
 from mmdit.pixels import to_unit
@@ -152,7 +152,7 @@ def _pending(
         source = writer.entries.get(ids[0], {}).get("source", {})
         wanted = [id for crop, id in enumerate(ids) if crop in source.get("crops", [0])]
         items = [writer.entries.get(id) for id in wanted]
-        state, stamp = compare(record.path, source.get("stamp"), fps)
+        state, stamp = compare_stamp(record.path, source.get("stamp"), fps)
         of_one = all(
             item and item.get("source", {}).get("stamp") == source.get("stamp") for item in items
         )

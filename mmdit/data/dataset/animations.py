@@ -25,7 +25,7 @@ def is_picture(path: str | Path) -> bool:
     return head.startswith(STARTS) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
 
 
-def times_of(path: str | Path) -> tuple[tuple[int, int], list[int]]:
+def animation_times(path: str | Path) -> tuple[tuple[int, int], list[int]]:
     """Return the size as stored, and the milliseconds from the start at which each frame appears.
     Every frame is decoded for it: damage is found."""
     times, now = [], 0
@@ -39,7 +39,7 @@ def times_of(path: str | Path) -> tuple[tuple[int, int], list[int]]:
         return image.size, times
 
 
-def frames_of(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
+def animation_frames(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
     """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
     gives them."""
     with open_picture(path) as image:

@@ -112,7 +112,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 
 # ── primaries and curves ──────────────────────────────────────────────────────────────────────────
-def decoded(pixels: np.ndarray, coding: Coding) -> np.ndarray:
+def stored_to_srgb(pixels: np.ndarray, coding: Coding) -> np.ndarray:
     """Turn uint8 or uint16 `(H, W, 3)` of this coding into sRGB, uint8."""
     shown = np.empty(pixels.shape, np.uint8)
     light_of = _light(coding.curve, np.iinfo(pixels.dtype).max + 1)

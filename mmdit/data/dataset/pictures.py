@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, decoded, to_srgb
+from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, stored_to_srgb, to_srgb
 from mmdit.data.dataset.problems import Unusable
 from mmdit.files import open_regular
 
@@ -220,7 +220,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     image, note = to_srgb(image, info.get("icc_profile"))
     coding = info.get("coding")
     if coding:
-        image = Image.fromarray(decoded(np.asarray(image), coding))
+        image = Image.fromarray(stored_to_srgb(np.asarray(image), coding))
         note = "hdr" if coding.hdr else "profile"
     if alpha is not None:
         ground = Image.new("RGB", image.size, BACKGROUND)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mmdit.data.dataset.frames import list_frames
 from mmdit.data.dataset.pictures import SUFFIXES
 from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id
-from mmdit.data.dataset.stamps import compare, stamp_of
+from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import open_regular, remove, replace_folder, write_atomically
 
@@ -248,7 +248,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
     note = folder.with_name(f".{folder.name}.json")
     if folder.is_dir():
         made_from = _note(note)  # of an older version: nothing
-        state, stamp = compare(record.path, made_from.get("stamp"), fps)
+        state, stamp = compare_stamp(record.path, made_from.get("stamp"), fps)
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
             if state in ("renewed", "changed"):

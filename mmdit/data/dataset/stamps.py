@@ -91,7 +91,7 @@ def stamp_of(path: str, fps: float = 0.0) -> dict:
     }
 
 
-def compare(
+def compare_stamp(
     path: str, stored: dict | int | str | None, fps: float = 0.0
 ) -> tuple[State, dict | None]:
     """Whether the source at `path` is the one that was `stored`, and its new stamp, if it needs

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmdit.data.dataset.animations import frames_of, is_picture, times_of
-from mmdit.data.dataset.colours import BT2020, Coding, coding_of, decoded
+from mmdit.data.dataset.animations import animation_frames, animation_times, is_picture
+from mmdit.data.dataset.colours import BT2020, Coding, coding_of, stored_to_srgb
 from mmdit.data.dataset.pictures import BACKGROUND
 from mmdit.data.dataset.problems import Unusable
 from mmdit.files import open_regular
@@ -118,7 +118,7 @@ def probe(path: str | Path) -> Probe:
     """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
     frame, or the file ends before its stated length."""
     if is_picture(path):
-        (width, height), times = times_of(path)
+        (width, height), times = animation_times(path)
         _check_size(width, height)
         return Probe(width, height, tuple(times), 0.001, 0.0)
     with _opened(path) as (container, stream):
@@ -164,7 +164,7 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
     found = probe(path)
     numbers = found.plan(fps)
     if is_picture(path):
-        yield from frames_of(path, numbers)
+        yield from animation_frames(path, numbers)
         return
     wanted = [found.stamps[number] for number in numbers]
     place, matrix = 0, None
@@ -222,7 +222,7 @@ def _rgb(frame, coding: Coding | None) -> np.ndarray:
         if coding is not None and coding.gamut == BT2020:
             equations = "BT2020"
     if coding is not None:
-        return decoded(_converted(frame, "rgb48le", equations), coding)
+        return stored_to_srgb(_converted(frame, "rgb48le", equations), coding)
     if not any(part.is_alpha for part in frame.format.components):
         return _converted(frame, "rgb24", equations)
     layers = Image.fromarray(_converted(frame, "rgba", equations))

@@ -5,10 +5,17 @@ arithmetic.
 often that was asked for.
 """
 
-from mmdit.data.moving_shapes.captions import Prompt, caption, named_attributes, prompts
 from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object, draw, draw_facts
-from mmdit.data.moving_shapes.oracle import Predictions, accuracy, oracle, rate, score, wilson
+from mmdit.data.moving_shapes.oracle import (
+    Predictions,
+    accuracy,
+    oracle,
+    rate,
+    score_samples,
+    wilson,
+)
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import Prompt, caption, named_attributes, prompts
 
 __all__ = [
     "ATTRIBUTES",
@@ -26,6 +33,6 @@ __all__ = [
     "prompts",
     "rate",
     "render",
-    "score",
+    "score_samples",
     "wilson",
 ]

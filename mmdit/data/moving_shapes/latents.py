@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from mmdit.data.cache.latent_cache import CacheWriter, told_how_to_go_on
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import draw
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import caption, named_attributes
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
@@ -33,7 +33,7 @@ def cache_moving_shapes(
     device: torch.device | str = "cpu",
     prune: bool = False,
 ) -> int:
-    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare`
+    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare_samples`
     gives them; returns how many were made (items that are there are kept). `prune`: take other
     items out. ValueError: the folder is a cache made with other settings, or of another recipe."""
     with CacheWriter(out_dir, manifest, forgiving=True) as writer, ThreadPoolExecutor(1) as saver:

@@ -321,7 +321,7 @@ VOCABULARY = {
 }
 
 
-def score(
+def score_samples(
     predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
 ) -> dict[str, Tensor]:
     """Per attribute, bool `(B,)`: right for every object of the sample; `all`: every attribute in
@@ -373,7 +373,7 @@ def accuracy(
 ) -> dict:
     """`{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over the
     samples that name it."""
-    right = score(predictions, facts, named)
+    right = score_samples(predictions, facts, named)
     wanted = [frozenset(item.attributes) for item in facts] if named is None else named
     attributes = {}
     for name in ATTRIBUTES:

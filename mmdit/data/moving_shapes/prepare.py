@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mmdit.data.moving_shapes.captions import caption, named_attributes
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS, VERSION, check_canvas, draw
 from mmdit.data.moving_shapes.render import render
+from mmdit.data.moving_shapes.sentences import caption, named_attributes
 from mmdit.files import clean, open_atomically, replace_folder, write_atomically
 
 DESCRIPTION = "moving_shapes.json"
@@ -55,7 +55,7 @@ class Recipe:
         return self.split != "train"
 
 
-def prepare(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
+def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
     """Writes samples 0 … count − 1 and returns the path of the metadata, which is written last and
     whole.
 

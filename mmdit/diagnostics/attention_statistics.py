@@ -119,7 +119,7 @@ def observed(model: nn.Module):
             handle.remove()
 
 
-def summary(found: dict[str, Statistics]) -> dict[str, dict[str, float]]:
+def mean_over_heads(found: dict[str, Statistics]) -> dict[str, dict[str, float]]:
     """By layer, over its heads: the largest logits, the mean of all else."""
     rows = {name: statistics.result() for name, statistics in found.items()}
     return {

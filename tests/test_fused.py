@@ -28,9 +28,8 @@ def interpreted(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "case", [1, 5]
-)  # the others: tests/drivers/fused_kernels.py, also for GPUs
+# The other cases: tests/drivers/fused_kernels.py, also for GPUs.
+@pytest.mark.parametrize("case", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_whole_models_agree_with_the_plain_path(case):
     script = Path(__file__).parent / "drivers" / "fused_kernels.py"
     assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5

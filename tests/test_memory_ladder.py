@@ -437,6 +437,7 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
     assert found.total - tables == pytest.approx(meter.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Learner, "compile_model", lambda learner, backend: None
@@ -593,6 +594,7 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_less(monkeypatch):
     def woken():
         raise AssertionError("a plan must not touch the GPU")

@@ -259,6 +259,7 @@ class AnyMotion(Motion):
     limits = (0.0, 1e3)  # the toy's pixels have no bounds
 
 
+@pytest.mark.slow
 def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
     """Show 3: clips of the real network, two of four stochastic steps trained in an epoch."""
     frames, values = 5, 5 * 4 * 4 * 3
@@ -415,7 +416,9 @@ def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     "settings, drift",
     [
         (EARLY, 0.3),
-        ({"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08),
+        pytest.param(
+            {"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08, marks=pytest.mark.slow
+        ),
         pytest.param(NFT, 0.05, marks=pytest.mark.slow),
         pytest.param(AWM, 0.05, marks=pytest.mark.slow),
     ],
@@ -428,6 +431,7 @@ def test_a_reward_of_noise_moves_nothing_much(tmp_path, settings, drift):
         assert abs(last["seen_bright"] + 0.589) < 0.12 and last["drift"] < drift
 
 
+@pytest.mark.slow
 def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
     """What the configs of GRPO rest on."""
     settings = GRPO | {"epochs": 60, "rollout": {"sde_steps": (0, 1, 2, 3), "shared_noise": True}}

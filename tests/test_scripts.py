@@ -496,6 +496,7 @@ def test_evaluate_writes_its_report_and_sheet(shop, tmp_path, capsys):
 
 
 # ── several processes ─────────────────────────────────────────────────────────────────────────────
+@pytest.mark.slow
 def test_two_processes_train_the_weights_of_one(shop):
     """torchrun with --device cpu (so gloo), pictures, previews on rank 0 while the other waits; the
     same global batch."""

@@ -35,6 +35,7 @@ MOVES = {
     "sharded": [(2, FSDP), (4, FSDP), (1,)],
     "mixed": [(4, FSDP), (2,), (2, FSDP)],
 }
+QUICK = {"sharded": [(2, FSDP), (2,), (1,)]}
 
 
 def run(folder: Path, name: str, world: int, *words: str) -> None:
@@ -53,13 +54,14 @@ def difference(folder: Path, name: str, other: str) -> float:
     return largest
 
 
-def worlds(folder: Path) -> dict:
+def worlds(folder: Path, sizes: tuple[int, ...], moves: dict[str, list[tuple]]) -> dict:
+    """Return the largest difference of each run from that of one process, and that of any loss."""
     run(folder, "one", 1)
     run(folder, "one_batch", 1, "train.batch_size=8", "train.grad_accum_steps=1")
-    for world in (2, 4):
+    for world in sizes:
         run(folder, f"world{world}", world)
         run(folder, f"sharded{world}", world, FSDP)
-    for name, stages in MOVES.items():
+    for name, stages in moves.items():
         for number, (world, *words) in enumerate(stages, 1):
             run(
                 folder,
@@ -69,7 +71,7 @@ def worlds(folder: Path) -> dict:
                 *words,
                 *["--resume"] * (number > 1),
             )
-    others = ("world2", "world4", "sharded2", "sharded4", *MOVES)
+    others = [f"{name}{world}" for world in sizes for name in ("world", "sharded")] + [*moves]
     told = {
         name: [
             json.loads(line)
@@ -140,12 +142,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="1 and 2 processes, and one move")
+    args = parser.parse_args()
+    sizes, moves = ((2,), QUICK) if args.quick else ((2, 4), MOVES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "work"
         make(folder)
         result = {
-            "worlds": worlds(folder),
+            "worlds": worlds(folder, sizes, moves),
             "preempted": preempted(folder),
             "hangs": lost(folder, "hangs", signal.SIGSTOP, 0.06),
             "dies": lost(folder, "dies", signal.SIGKILL, 0.06),

@@ -17,6 +17,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import yaml
 
 from mmdit.shipped import find
 
-FilePath = typing.NewType(
-    "FilePath", str
-)  # of a file or folder (or a name); `~` is the home folder
+if typing.TYPE_CHECKING:
+    FilePath = str
+else:  # the name of a file or folder, in which `~` is the home folder
+    FilePath = typing.NewType("FilePath", str)
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 100_000, 32, 4000
 
 
@@ -97,7 +99,8 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
         raise ConfigError(
             "", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text"
         )
-    loader, lines, count = None, {}, 0
+    lines: dict[str, int] = {}
+    loader, count = None, 0
 
     def build(node: yaml.Node, path: str, depth: int) -> Any:
         nonlocal count
@@ -200,7 +203,7 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
     return result
 
 
-def load(cls: type, path: str | Path, overrides: list[str] = ()) -> Any:
+def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Decode the YAML file `path`, a person's or one that ships, into `cls`.
 
     ConfigError messages begin with `file:line`."""
@@ -226,7 +229,7 @@ def load(cls: type, path: str | Path, overrides: list[str] = ()) -> Any:
 def decode(kind: Any, value: Any, path: str = "") -> Any:
     """`value` (plain YAML data) as `kind`. Nothing is guessed: only int → float is converted."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, path)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, value, path)

@@ -24,7 +24,7 @@ from typing import IO, BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows: no locks, and nothing else depends on them
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 ASIDE = ".writing-*.tmp"
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process

@@ -336,4 +336,4 @@ def tensor_pieces(
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor as bytes; a tensor of a CPU is not copied."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -63,6 +63,7 @@ class ExpertsConfig(Section):
         return ("high", "low") if self.train == "both" else (self.train,)
 
     def plan(self, objective: Objective, seed: int) -> ExpertPlan:
+        assert self.boundary is not None, "a learner is built from a resolved configuration"
         stages = Stages(("high", "low"), (self.boundary,), objective.time_scale)
         return ExpertPlan(stages, objective, self.trained, seed, self.routing, self.switch_every)
 

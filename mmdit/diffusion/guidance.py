@@ -36,6 +36,7 @@ def guided(
     both = objective.denoiser(model, TextTokens.cat([text, text.null()]))
 
     def denoise(x: Tensor, t: Time) -> Tensor:
+        strength: Tensor | float
         if isinstance(t, Tensor) and t.dim():
             inside = ((low <= t) & (t <= high)).reshape(-1, *[1] * (x.dim() - 1))
             strength, t = torch.where(inside, scale, 1.0).to(x.device), torch.cat([t, t])

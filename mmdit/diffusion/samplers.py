@@ -175,6 +175,7 @@ def _ddim(denoise: Denoise, path: Path, eta: float, draws: Draws | None) -> Step
         noise = path.to_noise("x0", clean, x, t)
         x = alpha_s * clean + math.sqrt(sigma_s**2 - fresh**2) * noise
         if fresh:
+            assert draws is not None, "sample() asks for them where eta is above 0"
             x = x + fresh * draws.normal(f"sampler {index}", *x.shape[1:]).to(x)
         return x, clean
 

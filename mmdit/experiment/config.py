@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class ExperimentConfig:
         return Path(self.output_dir) / self.experiment_name
 
 
-def load_experiment_config(path: str | Path, overrides: list[str] = ()) -> ExperimentConfig:
+def load_experiment_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML config with `section.key=value` overrides. ConfigError says file, line and dotted
     path."""
     return config_io.load(ExperimentConfig, path, overrides)

@@ -3,6 +3,7 @@ Wan."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def load_pipeline(
     device: str = "auto",
     use_ema: bool = True,
     lora: bool | None = True,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
     offload: Offload = "none",
 ) -> tuple[Pipeline, ExperimentConfig]:
     """A trained model with its tokenizer, ready to sample: `path` is a run folder, a checkpoint

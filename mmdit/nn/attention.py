@@ -6,7 +6,7 @@ d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 
 import torch
@@ -35,8 +35,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tens
         observer(q, k, valid)
     for axis in (0, 1):
         if q.shape[axis] > GRID_LIMIT:
-            shared = valid is None or valid.shape[axis] == 1
-            masks = repeat(valid) if shared else valid.split(GRID_LIMIT, axis)
+            masks: Iterable[Tensor | None] = repeat(valid)
+            if valid is not None and valid.shape[axis] > 1:
+                masks = valid.split(GRID_LIMIT, axis)
             parts = zip(*(z.split(GRID_LIMIT, axis) for z in (q, k, v)), masks, strict=False)
             return torch.cat([attend(*part) for part in parts], axis)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
@@ -162,9 +163,8 @@ class CrossAttention(Attention):
                 )
             ).view_as(x)
         queries = self._normed(self.q_norm, queries, values.dtype)
-        parts = (
+        q, k, v = (
             rearrange(z, "b l (h d) -> b h l d", h=self.num_heads) for z in (queries, keys, values)
         )
-        return self.output(
-            rearrange(attend(*parts, valid[:, None, None]), "b h l d -> b l (h d)")
-        ).view_as(x)
+        read = attend(q, k, v, valid[:, None, None])
+        return self.output(rearrange(read, "b h l d -> b l (h d)")).view_as(x)

@@ -12,8 +12,18 @@ from mmdit.interfaces import TextTokens
 from mmdit.nn.norm import RMSNorm, upcast
 
 
-def perceptron(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+class Perceptron(nn.Sequential):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of what it takes."""
+        first = self[0]
+        assert isinstance(first, nn.Linear)
+        return first.weight.dtype
 
 
 class TimeEmbedding(nn.Module):
@@ -24,16 +34,14 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.mlp = perceptron(2 * self.frequencies, dim)
+        self.mlp = Perceptron(2 * self.frequencies, dim)
 
     def forward(self, t: Tensor) -> Tensor:
         ladder = (
             torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
         )
         angles = upcast(t)[:, None] * torch.exp(-math.log(10_000) * ladder)
-        return self.mlp(
-            torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype)
-        )
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp.dtype))
 
 
 class CropEmbedding(nn.Module):
@@ -46,10 +54,12 @@ class CropEmbedding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.mlp = perceptron(8 * self.frequencies, dim)
+        self.mlp = Perceptron(8 * self.frequencies, dim)
 
     def init_weights(self) -> None:
-        nn.init.zeros_(self.mlp[2].weight)
+        last = self.mlp[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
 
     def forward(self, crop: Tensor) -> Tensor:
         turns = (
@@ -57,9 +67,7 @@ class CropEmbedding(nn.Module):
             * 2.0 ** torch.arange(self.frequencies, device=crop.device)
             * math.pi
         )
-        return self.mlp(
-            torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp[0].weight.dtype)
-        )
+        return self.mlp(torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp.dtype))
 
 
 class TextContext(nn.Module):
@@ -89,7 +97,7 @@ class PooledText(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.mlp = perceptron(dim, dim)
+        self.mlp = Perceptron(dim, dim)
         self.null = nn.Parameter(torch.empty(dim))
 
     def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def kept(make: Callable) -> Callable:
+def kept(make: Callable) -> Any:
     """Keep the last MOST results of `make`, by its arguments. What a CUDA graph was made with
     stays for
     good: the graph reads that memory whenever it is replayed, and knows nothing of who holds it."""
@@ -42,6 +43,7 @@ def kept(make: Callable) -> Callable:
         recent.clear()
         pinned.clear()
 
-    get.cache_clear = clear
-    get.cache_size = lambda: len(recent) + len(pinned)
-    return get
+    result: Any = get
+    result.cache_clear = clear
+    result.cache_size = lambda: len(recent) + len(pinned)
+    return result

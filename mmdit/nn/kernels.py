@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ _able = importlib.util.find_spec("triton") is not None and (
     INTERPRETED or torch.cuda.is_available()
 )
 _codes = INTERPRETED
-attention = importlib.import_module("mmdit.nn.fused.attention") if _able else None
-residual = importlib.import_module("mmdit.nn.fused.residual") if _able else None
-swiglu = importlib.import_module("mmdit.nn.fused.swiglu") if _able else None
-rounding = importlib.import_module("mmdit.nn.fused.rounding") if _able else None
+attention: Any = importlib.import_module("mmdit.nn.fused.attention") if _able else None
+residual: Any = importlib.import_module("mmdit.nn.fused.residual") if _able else None
+swiglu: Any = importlib.import_module("mmdit.nn.fused.swiglu") if _able else None
+rounding: Any = importlib.import_module("mmdit.nn.fused.rounding") if _able else None
 
 
 def serve(x: Tensor) -> bool:

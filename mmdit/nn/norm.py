@@ -59,7 +59,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
     """`x + gate · change` in the type of the residual stream `x`; `x` without a change."""
-    return x if change is None else x + (gate * change).to(x.dtype)
+    if change is None:
+        return x
+    assert gate is not None, "a change comes with its gate"
+    return x + (gate * change).to(x.dtype)
 
 
 def add_norm(
@@ -67,7 +70,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """`add_gated`, and what the sublayer modulated by `then` sees of the sum. `x`, `change (b, f,
     n, k, d)`."""
-    if change is not None and kernels.serve(x):
+    if change is not None and gate is not None and kernels.serve(x):
         vectors = (vector.flatten(1) for vector in (gate, then.shift, then.scale))
         return tuple(kernels.residual.add_norm(x, change, *vectors, working_dtype(x)))
     x = add_gated(x, change, gate)

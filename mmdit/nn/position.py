@@ -45,7 +45,8 @@ def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: tor
         tables = rotary_tables(
             torch.arange(frames)[:, None, None, None, None], head_dim, TEMPORAL_BASE
         )
-        return tuple(table.to(device, dtype) for table in tables)
+        cosine, sine = (table.to(device, dtype) for table in tables)
+        return cosine, sine
 
 
 class FourierPosition(nn.Module):

@@ -79,7 +79,7 @@ def _many_rows(x: Tensor) -> bool:
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 class Float8Linear(nn.Linear):
@@ -106,5 +106,5 @@ def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:
     products of their own."""
     x, weights = x.to(working_dtype(x)), [layer.weight for layer in layers]
     coded = isinstance(layers[0], Float8Linear) and layers[0].serves(x)
-    weights = weights if apart else [torch.cat(weights)]
+    weights = weights if apart else [torch.cat(list(weights))]
     return _Product.apply(x, coded, *weights) if coded or apart else F.linear(x, *weights)

@@ -84,7 +84,8 @@ class StoredWeight(Tensor):
             else encode_rows(value.detach().expand(self.shape))
         )
         for part, new in zip((self.codes, self.scale), parts, strict=False):
-            part.copy_(new)
+            if part is not None:
+                part.copy_(new)
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
         """Of changed parts; fetched ones stay at home."""
@@ -103,7 +104,7 @@ class StoredWeight(Tensor):
     def __tensor_unflatten__(parts, dtype, size, stride):
         return StoredWeight(parts["codes"], parts.get("scale"), dtype)
 
-    def __repr__(self, **_):
+    def __repr__(self, **_):  # type: ignore[override]
         return (
             f"StoredWeight({tuple(self.shape)}, {self.dtype}, kept as {self.codes.dtype} on"
             f" {self.codes.device})"
@@ -116,7 +117,7 @@ class StoredWeight(Tensor):
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         own = args[0] if args and isinstance(args[0], StoredWeight) else None
         if own is not None and func is torch.ops.aten.clone.default and own.fetch:
@@ -178,13 +179,13 @@ class PartOfCopy(Tensor):
         )
 
     def __init__(self, values: Tensor):
-        self.values = values
+        self.copied = values
 
-    def __repr__(self, **_):
-        return f"PartOfCopy({self.values!r})"
+    def __repr__(self, **_):  # type: ignore[override]
+        return f"PartOfCopy({self.copied!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
             writes = argument.alias_info is not None and argument.alias_info.is_write
@@ -193,7 +194,7 @@ class PartOfCopy(Tensor):
                     "a part of a weight that is kept as float8, or elsewhere, is a copy: what is"
                     " written into it would be lost; write the whole weight, or replace it"
                 )
-        plain = lambda value: value.values if isinstance(value, PartOfCopy) else value  # noqa: E731
+        plain = lambda value: value.copied if isinstance(value, PartOfCopy) else value  # noqa: E731
         result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         if any(
             answer.alias_info is not None and not answer.alias_info.is_write

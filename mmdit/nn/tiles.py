@@ -18,7 +18,7 @@ NARROWEST, WIDEST = 16, 128  # rows of a tile
 class Tiles(NamedTuple):
     """See `fused.group_attention`."""
 
-    index: Tensor  # (g, l) int32, -1 where a row has no token
+    index: Tensor  # type: ignore[assignment]  # (g, l) int32, -1 where a row has no token
     names: Tensor  # (g, l) int32: tokens of one name attend to each other
     turns: list[Tensor]  # cosines and sines, each (l, d / 2); or none
 

@@ -98,23 +98,28 @@ class Places(NamedTuple):
         if self.padded is not None:
             return self.padded.keep(keep)
         windows, places = self.cells.shape
-        cells, moved = self.cells[:, keep], (self.rows_moved, self.columns_moved)
         members = keep
         if self.pattern == "frame":
             members = (torch.arange(windows, device=keep.device)[:, None] * places + keep).flatten()
-        rotary = tuple(table[members] for table in self.rotary)
-        names = self.names[:, members]
-        same = None if self.same is None else self.same[:, members][:, :, members]
-        moved = (None if table is None else table[keep] for table in moved)
-        kept = Places(self.pattern, self.counts, rotary, same, *moved, cells, names, None)
+        cosine, sine = (table[members] for table in self.rotary)
+        kept = self._replace(
+            rotary=(cosine, sine),
+            same=None if self.same is None else self.same[:, members][:, :, members],
+            rows_moved=None if self.rows_moved is None else self.rows_moved[keep],
+            columns_moved=None if self.columns_moved is None else self.columns_moved[keep],
+            cells=self.cells[:, keep],
+            names=self.names[:, members],
+            real=None,
+        )
         return kept._replace(tiles=kept.lay())
 
     def without_padding(self) -> Places:
         """Return the tables of whole frames that leave padding out: kernels without a mask are
         faster."""
         real = (self.names[0] >= 0).nonzero()[:, 0]
-        rotary, names = tuple(table[real] for table in self.rotary), self.names[:, real]
-        return self._replace(rotary=rotary, names=names, same=None, real=real, padded=self)
+        cosine, sine = (table[real] for table in self.rotary)
+        names = self.names[:, real]
+        return self._replace(rotary=(cosine, sine), names=names, same=None, real=real, padded=self)
 
     def lay(self) -> Tiles | None:
         """Return the tiles of these groups for the fused kernel, or None where they are too
@@ -179,13 +184,13 @@ def place_tables(
             )
             corners = torch.stack([down.flatten(), across.flatten()], dim=-1) * extent  # (n, 2)
             positions = (corners[:, None] + residues).flatten(0, 1)
-        rotary = tuple(
+        cosine, sine = (
             table[:, None].to(device, dtype)
             for table in rotary_tables(positions, head_dim, SPATIAL_BASE)
         )
-        moved = [
+        rows_moved, columns_moved = (
             (residues[:, i : i + 1] < offset[i]).to(device) if offset[i] else None for i in (0, 1)
-        ]
+        )
         cells = torch.arange(grid.counts[0] * grid.counts[1], device=device)[
             None, None, :, None, None
         ]
@@ -193,9 +198,10 @@ def place_tables(
         result = Places(
             pattern,
             grid.counts,
-            rotary,
+            (cosine, sine),
             None,
-            *moved,
+            rows_moved,
+            columns_moved,
             cells[0, 0, ..., 0],
             cells[0, 0, ..., 0],
             None,

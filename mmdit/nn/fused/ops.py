@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch.library import custom_op, triton_op, wrap_triton
 
 from mmdit.nn import INTERPRETED
 
 
-def operator(function: Callable) -> Callable:
+def operator(function: Callable) -> Any:
     """`function`, which launches kernels through `launch`, as the operator `mmdit::<its name>`. A
     compiled block launches them itself: to call an operator written in Python takes torch 0.1 ms of
     the CPU."""
@@ -18,7 +19,7 @@ def operator(function: Callable) -> Callable:
     )
 
 
-def launch(kernel: Callable) -> Callable:
+def launch(kernel: Callable) -> Any:
     """To be launched by `[grid](…)` within an operator. For Inductor's sake no argument of the
     kernel may be called `stream`, and numbers that are not whole must be `tl.constexpr`: it would
     pass them as float64."""

@@ -4,6 +4,7 @@ apart, fixed draws, curves."""
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -159,6 +160,7 @@ def test_validation_is_fixed_and_touches_no_training(shop):
 
 
 def test_curves_are_drawn_where_their_values_are(shop, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     run = shop.train("drawn", "train.val_every_steps=2", "train.val_share=0.3")
     assert (
         plot_run.main(
@@ -169,14 +171,16 @@ def test_curves_are_drawn_where_their_values_are(shop, tmp_path, capsys):
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width == 920 and picture.height > 1000
     rising = draw_curves({"a": [{"step": i, "loss_ema_100": float(i)} for i in range(11)]})
-    places = ((x, y) for x in range(62, rising.width) for y in range(40, rising.height))
-    blue = [place for place in places if rising.getpixel(place) == (31, 98, 180)]
-    (left, low), (right, high) = min(blue), max(blue)
-    assert low - high > 150 and right - left > 350
-    assert math.isclose((low + high) / 2, sum(y for _, y in blue) / len(blue), abs_tol=4)
+    below_legend = np.asarray(rising)[40:].astype(int)
+    rows, columns = np.nonzero(np.abs(below_legend - (31, 119, 180)).max(-1) < 3)
+    left, right = columns.argmin(), columns.argmax()
+    assert rows[left] - rows[right] > 100 and columns[right] - columns[left] > 250
+    assert math.isclose((rows[left] + rows[right]) / 2, rows.mean(), abs_tol=4)
     (tmp_path / "bad.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     refused(
         capsys, plot_run.main, ["--runs", tmp_path / "bad.jsonl"], "bad.jsonl:2", "not a record"
     )
+    (tmp_path / "empty.jsonl").write_text('{"step": 1, "val_loss": null}\n')
+    refused(capsys, plot_run.main, ["--runs", tmp_path / "empty.jsonl"], "no figure yet")
     refused(capsys, plot_run.main, ["--runs", tmp_path / "none"], "no metrics at", "run folder")
     refused(capsys, plot_run.main, ["--runs", run, "--out", "x.jpg"], "--out", ".png")

@@ -865,6 +865,7 @@ def test_two_processes_are_one(shop, words, request):
 @pytest.mark.slow
 def test_the_show_runs_small(tmp_path, monkeypatch):
     """The command of the figures in the README, from the cache to the curves."""
+    pytest.importorskip("matplotlib")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))))
     monkeypatch.chdir(ROOT)
     model = [

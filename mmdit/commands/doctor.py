@@ -30,6 +30,7 @@ OPTIONAL = {
     "timm": ("hf", "feature encoders for metrics and rewards"),
     "pyarrow": ("hf", "parquet files"),
     "tensorboard": ("track", "curves in TensorBoard"),
+    "matplotlib": ("track", "curves of runs as a PNG, by plot-run"),
 }
 SHIPPED = (
     "assets/moving_shapes_64.safetensors",

@@ -286,7 +286,7 @@ def test_postscript_among_pictures_starts_no_program(tmp_path, monkeypatch):
     (tmp_path / "frames").mkdir()
     for path in (tmp_path / "cat.png", tmp_path / "frames/0.png"):
         path.write_bytes(POSTSCRIPT)
-    from mmdit.vtp_training.evaluate import folder_pictures
+    from mmdit.data.dataset.picture_folder import folder_pictures
 
     for read in (
         load_image,
@@ -301,7 +301,9 @@ def test_postscript_among_pictures_starts_no_program(tmp_path, monkeypatch):
         "it is PostScript" in looked(tmp_path / "cat.png")["reason"]
         and "frame 0.png" in looked(tmp_path / "frames", "video")["reason"]
     )
-    assert not list(folder_pictures(tmp_path)) and not (tmp_path / "started").exists()
+    with pytest.raises(ValueError, match="no picture could be read"):
+        list(folder_pictures(tmp_path, 8, 8))
+    assert not (tmp_path / "started").exists()
 
 
 def test_pictures_and_videos_are_opened_in_one_place():

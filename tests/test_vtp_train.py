@@ -1,6 +1,8 @@
 """Pre-training a tokenizer: pictures, losses, exact resume, export and evaluation."""
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,22 +24,23 @@ from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
 from mmdit.vtp_training import textures
-from mmdit.vtp_training.evaluate import psnr
 from mmdit.vtp_training.glyphs import letters
 from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
 from mmdit.vtp_training.pretrain_config import PretrainConfig
-from mmdit.vtp_training.pretrain_learner import Learner, noisy_latents
-from mmdit.vtp_training.pretrain_loop import Trainer, train, windows_after
+from mmdit.vtp_training.pretrain_learner import TokenizerLearner, noisy_latents
+from mmdit.vtp_training.pretrain_loop import pretrain
 from mmdit.vtp_training.pretrain_losses import (
     contrast_loss,
     discriminator_loss,
     reconstruction_loss,
 )
+from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer, windows_after
 from mmdit.vtp_training.self_supervision import (
     SelfSupervision,
     SelfSupervisionConfig,
     balanced_assignments,
 )
+from mmdit.vtp_training.tokenizer_scores import psnr
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -203,21 +206,21 @@ def test_pixels_round_trip_and_psnr_of_a_known_error():
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
 def test_loss_falls():
-    trainer = Trainer(configured("unused", max_steps=60), CPU)
+    trainer = TokenizerTrainer(configured("unused", max_steps=60), CPU)
     errors = [float(trainer.advance()["squared_error"]) for _ in range(60)]
     assert sum(errors[-10:]) < 0.65 * sum(errors[:10])
 
 
 def test_resume_is_exact_with_every_loss(tmp_path):
     config = configured(tmp_path / "run", semantic=True)
-    whole = Trainer(config, CPU)
+    whole = TokenizerTrainer(config, CPU)
     for _ in range(6):  # the adversarial stage begins at step 4
         whole.advance()
-    first = Trainer(config, CPU)
+    first = TokenizerTrainer(config, CPU)
     for _ in range(5):
         first.advance()
     first.save()
-    second = Trainer(config, CPU)
+    second = TokenizerTrainer(config, CPU)
     second.restore()
     assert second.step == 5
     second.advance()
@@ -226,47 +229,67 @@ def test_resume_is_exact_with_every_loss(tmp_path):
     assert all(
         torch.equal(value, second.ema.shadow[name]) for name, value in whole.ema.shadow.items()
     )
-    other = Trainer(replace(config, latent_noise=0.0), CPU)
+    other = TokenizerTrainer(replace(config, latent_noise=0.0), CPU)
     with pytest.raises(ValueError, match="latent_noise: 0.2 → 0.0"):
         other.restore()
 
 
 def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.CALIBRATION", {2: 4, 6: 8})
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_trainer.CALIBRATION", {2: 4, 6: 8})
     monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.EXPORT_SECONDS", 0)
     config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
     monkeypatch.setattr(
-        "mmdit.vtp_training.pretrain_loop.export",
+        "mmdit.vtp_training.pretrain_loop.export_tokenizer",
         lambda model, source, config, folder, run: steps.append(run["steps"]),
     )
     steps = []
-    train(config, CPU)
+    pretrain(config, CPU)
     assert 4 < steps[0] < 2000
 
 
 def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):
     """Killed inside the first measurement: the resumed run measures again, and what was spent
     before counts."""
-    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.CALIBRATION", {2: 6, 10: 14})
+    monkeypatch.setattr("mmdit.vtp_training.pretrain_trainer.CALIBRATION", {2: 6, 10: 14})
     monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.EXPORT_SECONDS", 0)
     steps = []
     monkeypatch.setattr(
-        "mmdit.vtp_training.pretrain_loop.export",
+        "mmdit.vtp_training.pretrain_loop.export_tokenizer",
         lambda model, source, config, folder, run: steps.append(run["steps"]),
     )
     config = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
-    killed = Trainer(config, CPU)
+    killed = TokenizerTrainer(config, CPU)
     killed.started -= 1.0  # a second was spent
     for _ in range(4):
         killed.advance()
     killed.save()
-    resumed = Trainer(config, CPU)
+    resumed = TokenizerTrainer(config, CPU)
     resumed.restore()
     assert resumed.windows == {6: 10, 10: 14} and resumed.started < killed.started + 1e6
     assert time.perf_counter() - resumed.started >= 1.0
-    train(config, CPU, resume=True)
+    pretrain(config, CPU, resume=True)
     assert 10 < steps[0] < 2000
     assert windows_after(20, anew=False) == {} and windows_after(20, anew=True) == {22: 26}
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, capsys):
+    configs = [configured(tmp_path / name, max_steps=4) for name in ("straight", "stopped")]
+    straight = pretrain(configs[0], CPU)
+    advance = TokenizerTrainer.advance
+
+    def asked_in_the_second(trainer):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "advance", asked_in_the_second)
+        assert pretrain(configs[1], CPU) is None
+    assert "stopped on request at step 2; continue with --resume" in capsys.readouterr().out
+    assert not (tmp_path / "stopped/export").exists()
+    resumed = pretrain(configs[1], CPU, resume=True)
+    same, other = (folder / "model.safetensors" for folder in (straight, resumed))
+    assert same.read_bytes() == other.read_bytes()
 
 
 def poisoned(trainer, *steps):
@@ -284,7 +307,7 @@ def poisoned(trainer, *steps):
 
 def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
     """In both stages: nothing that is trained, averaged or teaches takes a number that is none."""
-    trainer = Trainer(configured(tmp_path, semantic=True, max_steps=10), CPU)
+    trainer = TokenizerTrainer(configured(tmp_path, semantic=True, max_steps=10), CPU)
     poisoned(trainer, 1, 7)
     skipped = [float(trainer.advance()["skipped"]) for _ in range(10)]
     assert skipped == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
@@ -299,22 +322,24 @@ def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("bad, ends", [((2, 3, 4, 5), True), ((2, 3, 5, 6), False), ((5,), False)])
 def test_too_many_bad_steps_in_a_row_end_the_run_and_one_does_not(tmp_path, monkeypatch, bad, ends):
     config = configured(tmp_path / "run", max_steps=8, log_every_steps=3, max_skipped_steps=3)
-    made = Trainer.__init__
+    made = TokenizerTrainer.__init__
 
     def init(self, *arguments):
         made(self, *arguments)
         poisoned(self, *bad)
 
-    monkeypatch.setattr(Trainer, "__init__", init)
-    monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.export", lambda *arguments: None)
+    monkeypatch.setattr(TokenizerTrainer, "__init__", init)
+    monkeypatch.setattr(
+        "mmdit.vtp_training.pretrain_loop.export_tokenizer", lambda *arguments: None
+    )
     if ends:
         with pytest.raises(
             RunError,
             match="training stopped: 4 steps in a row up to step 6 .*max_skipped_steps = 3",
         ):
-            train(config, CPU)
+            pretrain(config, CPU)
     else:
-        train(config, CPU)
+        pretrain(config, CPU)
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -327,7 +352,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_one_does_not(tmp_path, monk
 def test_the_critic_tells_real_from_made_and_the_decoder_is_praised_for_what_passes(tmp_path):
     assert discriminator_loss(torch.full((2,), 2.0), torch.full((2,), -2.0)) == 0
     assert discriminator_loss(torch.full((2,), -2.0), torch.full((2,), 2.0)) == 3
-    learner = Learner(configured(tmp_path, semantic=True))
+    learner = TokenizerLearner(configured(tmp_path, semantic=True))
     batch = PictureSource(learner.config.images, 0, CPU, ByteTokenizer(77)).batch(0)
     losses = learner.losses(batch, 0, adversarial=True)
     score = learner.discriminator(losses.predicted).mean()
@@ -386,15 +411,17 @@ def test_a_view_is_taught_by_the_other_one_and_hidden_patches_by_what_the_teache
 
 def test_a_hidden_patch_is_not_seen_and_the_teacher_slows_down():
     torch.manual_seed(0)
-    learner = Learner(configured("unused", semantic=True))
+    learner = TokenizerLearner(configured("unused", semantic=True))
     trunk, taught = learner.model.trunk, learner.self_supervision
     views, masks = torch.randn(2, 3, 32, 32), torch.zeros(2, 4, dtype=torch.bool)
     masks[:, 1] = True  # the upper right one
     other = views.clone()
     other[:, :, :16, 16:] += 1
-    see = lambda pixels: trunk(pixels, is_training=True, use_bottleneck=False, masks=masks)[
-        "x_norm_patchtokens"
-    ]  # noqa: E731
+
+    def see(pixels):
+        seen = trunk(pixels, is_training=True, use_bottleneck=False, masks=masks)
+        return seen["x_norm_patchtokens"]
+
     torch.testing.assert_close(see(other), see(views))
     with torch.no_grad():
         for parameter in taught.teacher_head.parameters():
@@ -412,7 +439,7 @@ def test_a_hidden_patch_is_not_seen_and_the_teacher_slows_down():
 
 
 def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
-    trainer = Trainer(configured(tmp_path, semantic=True, max_steps=4), CPU)
+    trainer = TokenizerTrainer(configured(tmp_path, semantic=True, max_steps=4), CPU)
     while trainer.step < 3:
         trainer.advance()
     before = {name: value.clone() for name, value in trainer.learner.state_dict().items()}
@@ -425,8 +452,8 @@ def test_adversarial_stage_trains_the_decoder_alone(tmp_path):
 
 def test_a_frozen_encoder_keeps_latents_and_statistics_and_so_caches_and_models(tmp_path):
     config = configured(tmp_path / "first", max_steps=2)
-    first = train(config, CPU)
-    second = train(
+    first = pretrain(config, CPU)
+    second = pretrain(
         replace(
             config,
             output_dir=str(tmp_path / "second"),
@@ -448,14 +475,14 @@ def test_a_frozen_encoder_keeps_latents_and_statistics_and_so_caches_and_models(
 
 
 def test_unused_losses_are_not_built():
-    learner = Learner(configured("unused"))
+    learner = TokenizerLearner(configured("unused"))
     assert learner.self_supervision is None and learner.discriminator is None
     assert {name.split(".")[0] for name in learner.model.state_dict()} == {"trunk", "pixel_decoder"}
 
 
 def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
     config = configured(tmp_path / "tiny", semantic=True, max_steps=3, log_every_steps=1)
-    folder = train(config, CPU)
+    folder = pretrain(config, CPU)
     names = {
         "config.json",
         "model.safetensors",
@@ -503,7 +530,7 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
         and f"{after['images']['psnr']:.2f} dB" in (folder / "README.md").read_text()
     )
     with pytest.raises(ValueError, match="--resume, or choose another output_dir"):
-        train(config, CPU)
+        pretrain(config, CPU)
 
 
 # ── configuration ─────────────────────────────────────────────────────────────────────────────────

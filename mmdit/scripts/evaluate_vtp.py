@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     from vtp.models import VTPModel
 
     from mmdit.training.distributed import choose_device
-    from mmdit.vtp_training.evaluate import evaluate
     from mmdit.vtp_training.model_card import SCORES_FILE, write_card, write_json
+    from mmdit.vtp_training.tokenizer_scores import tokenizer_scores
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.count < 2:
             raise ValueError(f"--count is {args.count}, must be at least 2")
         model = VTPModel.from_pretrained(args.checkpoint).to(choose_device(args.device))
-        report = evaluate(model, args.count, args.images)
+        report = tokenizer_scores(model, args.count, args.images)
         write_json(args.out or args.checkpoint / SCORES_FILE, report)
         if args.out is None:
             write_card(args.checkpoint)

@@ -10,7 +10,7 @@ from mmdit.config import load
 from mmdit.scripts import friendly, run
 from mmdit.training.distributed import choose_device
 from mmdit.vtp_training.pretrain_config import PretrainConfig
-from mmdit.vtp_training.pretrain_loop import train
+from mmdit.vtp_training.pretrain_loop import pretrain
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load(PretrainConfig, args.config, args.overrides)
-        train(config, choose_device(args.device), args.resume)
+        pretrain(config, choose_device(args.device), args.resume)
     return 0
 
 

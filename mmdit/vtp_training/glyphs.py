@@ -24,7 +24,7 @@ LETTERS = string.ascii_letters + string.digits + "&@#%?!+=*()<>"
 
 @functools.lru_cache(maxsize=4)
 def atlas(device: torch.device) -> Tensor:
-    """`(letters, CELL, CELL)` coverage in [0, 1]."""
+    """Return every letter as `(letters, CELL, CELL)` coverage in [0, 1]."""
     font = ImageFont.load_default(CELL * 0.8)
     cells = []
     for letter in LETTERS:
@@ -35,23 +35,20 @@ def atlas(device: torch.device) -> Tensor:
 
 
 def letters(draws: Draws, background: Tensor) -> Tensor:
-    """`background (N, 3, H, W)` under a page of letters, each picture with its own size, angle,
-    shear and colours."""
+    """Return `background (N, 3, H, W)` under a page of letters, each picture with its own size,
+    angle, shear and colours."""
     count, (height, width) = len(background), background.shape[-2:]
     if not count:
         return background
     cells = atlas(background.device)
     chosen = (draws.uniform("letter/which", PAGE, PAGE) * len(cells)).long()
-    present = draws.uniform("letter/present", PAGE, PAGE) < 0.3 + 0.7 * draws.uniform(
-        "letter/density", 1, 1
-    )
+    density = 0.3 + 0.7 * draws.uniform("letter/density", 1, 1)
+    present = draws.uniform("letter/present", PAGE, PAGE) < density
     page = rearrange(cells[chosen] * present[..., None, None], "n r c h w -> n 1 (r h) (c w)")
 
     short = min(height, width)
-    low, high = (
-        math.log(9 / short),
-        math.log(0.7),
-    )  # a letter's cell: from 9 pixels to most of the picture
+    # a letter's cell has from 9 pixels to most of the picture
+    low, high = math.log(9 / short), math.log(0.7)
     size = torch.exp(low + (high - low) * draws.uniform("letter/size", 1, 1))
     angle = draws.normal("letter/angle", 1, 1) * 0.3
     x, y = pixel_grid(height, width, background.device)
@@ -62,17 +59,11 @@ def letters(draws: Draws, background: Tensor) -> Tensor:
     where = torch.stack([u + shear * v + shift[:, 0], v + shift[:, 1]], dim=-1) * (2 / PAGE)
     magnified = size[..., None] * short / CELL  # picture pixels for an atlas pixel
     fine = F.grid_sample(page, where, align_corners=False)
-    coarse = F.grid_sample(
-        F.avg_pool2d(page, 3), where, align_corners=False
-    )  # small letters would alias
-    steepness = torch.where(
-        magnified > 1, magnified, torch.ones_like(magnified)
-    )  # large ones would blur
-    alpha = torch.where(magnified < 0.5, coarse, ((fine - 0.5) * steepness + 0.5).clamp(0, 1))
-    colours = palette(draws, "letter", 2)[..., None, None]
-    fill = torch.lerp(
-        colours[:, 0],
-        colours[:, 1],
-        (x + 0.5).clamp(0, 1) * (draws.uniform("letter/blend", 1, 1, 1) < 0.3),
-    )
+    coarse = F.grid_sample(F.avg_pool2d(page, 3), where, align_corners=False)
+    steepness = magnified.clamp(min=1)  # large letters would blur
+    sharp = ((fine - 0.5) * steepness + 0.5).clamp(0, 1)
+    alpha = torch.where(magnified < 0.5, coarse, sharp)  # small letters would alias
+    first, second = palette(draws, "letter", 2)[..., None, None].unbind(1)
+    blended = draws.uniform("letter/blend", 1, 1, 1) < 0.3
+    fill = torch.lerp(first, second, (x + 0.5).clamp(0, 1) * blended)
     return torch.lerp(background, fill, alpha)

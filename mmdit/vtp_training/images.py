@@ -4,13 +4,13 @@ is no data file."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.data import moving_shapes
 from mmdit.pixels import to_uint8, to_unit
 from mmdit.vtp_training import textures
@@ -41,23 +41,21 @@ class MixConfig:
     glyphs: float = 0.12
 
     def __post_init__(self):
-        weights = [getattr(self, f.name) for f in fields(self)]
+        weights = list(vars(self).values())
         if min(weights) < 0 or sum(weights) <= 0:
             raise ConfigError(
                 "", f"has weights {weights}; must be non-negative with a positive sum"
             )
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self))
-
-    def counts(self, total: int) -> dict[str, int]:
-        """Whole numbers that add up to `total`: cumulative rounding."""
-        weights = {f.name: getattr(self, f.name) for f in fields(self)}
-        scale, sum_so_far, placed, result = total / self.total, 0.0, 0, {}
+    def counts(self, total: int, made: bool = False) -> dict[str, int]:
+        """Return whole numbers that add up to `total`, by cumulative rounding; with `made` no
+        moving shapes."""
+        weights = vars(self) | ({"shapes": 0.0} if made else {})
+        scale = total / sum(weights.values())
+        covered, placed, result = 0.0, 0, {}
         for name, weight in weights.items():
-            sum_so_far += weight * scale
-            result[name] = round(sum_so_far) - placed
+            covered += weight * scale
+            result[name] = round(covered) - placed
             placed += result[name]
         return result
 
@@ -95,25 +93,21 @@ class ImagesConfig:
             raise ConfigError("sizes", "is empty; must list [width, height, weight]")
         for width, height, weight in self.sizes:
             if width % 16 or height % 16 or min(width, height) < 32 or weight <= 0:
-                message = (
+                raise ConfigError(
+                    "sizes",
                     f"has [{width}, {height}, {weight}]; sides must be multiples of 16 from 32 on,"
-                    " the weight positive"
+                    " the weight positive",
                 )
-                raise ConfigError("sizes", message)
-        for name in ("patches_per_step", "objects", "shape_pool", "texture_pool", "refresh_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
+        least(self, 1, "patches_per_step", "objects", "shape_pool", "texture_pool")
+        least(self, 1, "refresh_every")
 
     def size_at(self, seed: int, step: int) -> tuple[int, int]:
-        """`(width, height)` of the step's batch."""
-        point = (
-            (rng.key(seed, "size", step) & 0xFFFF_FFFF)
-            / 2**32
-            * sum(weight for *_, weight in self.sizes)
-        )
+        """Return `(width, height)` of the step's batch."""
+        place = (rng.key(seed, "size", step) & 0xFFFF_FFFF) / 2**32
+        left = place * sum(weight for *_, weight in self.sizes)
         for width, height, weight in self.sizes:
-            point -= weight
-            if point < 0:
+            left -= weight
+            if left < 0:
                 return width, height
         return self.sizes[-1][:2]
 
@@ -122,20 +116,10 @@ class ImagesConfig:
 
 
 @dataclass
-class Shapes:
-    """Moving shapes as `pixels (N, 3, H, W)` uint8; `tokens (N, T)` of a caption each, when
-    captions are wanted; `facts (N,)`: equal numbers, equal colours, shapes, sizes and
-    background."""
-
-    pixels: Tensor
-    tokens: Tensor | None
-    facts: Tensor
-
-
-@dataclass
 class Pictures:
-    """`pixels (B, 3, H, W)` in [0, 1]. The first `len(facts)` are moving shapes, described by
-    `tokens` and `facts`."""
+    """`pixels (N, 3, H, W)`: uint8 in a pool, in [0, 1] in a batch. The first `len(facts)` are
+    moving shapes: `tokens (N, T)` of a caption each, when captions are wanted; `facts (N,)`: equal
+    numbers, equal colours, shapes, sizes and background."""
 
     pixels: Tensor
     tokens: Tensor | None
@@ -143,9 +127,9 @@ class Pictures:
 
 
 def _named(facts: moving_shapes.Facts) -> tuple:
-    return facts.background, tuple(
-        sorted((item.color, item.shape, item.size) for item in facts.objects)
-    )
+    """Return what a caption may name of a still, for comparison."""
+    objects = sorted((item.color, item.shape, item.size) for item in facts.objects)
+    return facts.background, tuple(objects)
 
 
 def moving_shapes_of(
@@ -155,37 +139,36 @@ def moving_shapes_of(
     height: int,
     device: torch.device,
     tokenize: Tokenize | None = None,
-) -> Shapes:
-    """`count` frames: about half from the ends and the middle of clips, a tenth with several
+) -> Pictures:
+    """Render `count` frames: about half from the ends and the middle of clips, a tenth with several
     objects, the rest stills."""
     size = {"width": width, "height": height}
-    clips = moving_shapes.draw(
-        rng.key(seed, "clips"), range(count // (2 * CLIP_FRAMES)), video=True, **size
-    )
-    many = moving_shapes.draw(
-        rng.key(seed, "many"), range(count // 10), video=False, variant="many", **size
-    )
-    rest = count - CLIP_FRAMES * len(clips) - len(many)
-    stills = moving_shapes.draw(rng.key(seed, "stills"), range(rest), video=False, **size)
+
+    def draw(name: str, count: int, **options) -> list[moving_shapes.Facts]:
+        return moving_shapes.draw(rng.key(seed, name), range(count), **options, **size)
+
+    clips = draw("clips", count // (2 * CLIP_FRAMES), video=True)
+    many = draw("many", count // 10, video=False, variant="many")
+    stills = many + draw("stills", count - CLIP_FRAMES * len(clips) - len(many), video=False)
     frames = moving_shapes.render(clips, frames=CLIP_FRAMES, device=device, **size).flatten(0, 1)
-    pixels = torch.cat([frames, moving_shapes.render(many + stills, device=device, **size)[:, 0]])
-    # A frame of a clip shows no motion, so its caption must not name one.
-    shown = [
-        replace(f, objects=tuple(replace(o, motion=None) for o in f.objects))
-        for f in clips
-        for _ in range(CLIP_FRAMES)
-    ]
-    shown += many + stills
-    numbers: dict[tuple, int] = {}
-    facts = torch.tensor(
-        [numbers.setdefault(_named(f), len(numbers)) for f in shown], device=device
-    )
+    pixels = torch.cat([frames, moving_shapes.render(stills, device=device, **size)[:, 0]])
+    shown = []
+    for clip in clips:  # a frame of a clip shows no motion, so its caption must not name one
+        objects = tuple(replace(item, motion=None) for item in clip.objects)
+        shown += [replace(clip, objects=objects)] * CLIP_FRAMES
+    shown += stills
+    names = [_named(facts) for facts in shown]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     tokens = None
     if tokenize is not None:
-        tokens = tokenize(
-            [moving_shapes.caption(f, seed, i, complete=False) for i, f in enumerate(shown)]
-        ).to(device)
-    return Shapes(pixels, tokens, facts)
+        captions = [moving_shapes.caption(f, seed, i, complete=False) for i, f in enumerate(shown)]
+        tokens = tokenize(captions).to(device)
+    return Pictures(pixels, tokens, torch.tensor([numbers[n] for n in names], device=device))
+
+
+def pool_size(most: int, width: int, height: int) -> int:
+    """Return how many pictures of a size are kept in memory."""
+    return max(1, min(most, POOL_PIXELS // (width * height)))
 
 
 class PictureSource:
@@ -199,52 +182,43 @@ class PictureSource:
         tokenize: Tokenize | None = None,
     ):
         self.config, self.seed, self.device, self.tokenize = config, seed, device, tokenize
-        self._pools: dict[tuple[int, int], Shapes] = {}
+        self._pools: dict[tuple[int, int], Pictures] = {}
         self._textures: dict[tuple[int, int], tuple[int, Tensor]] = {}  # size → (epoch, pictures)
 
-    def pool(self, width: int, height: int) -> Shapes:
-        """All moving shapes of one size, rendered when first wanted."""
+    def pool(self, width: int, height: int) -> Pictures:
+        """Return all moving shapes of one size, rendered when first wanted."""
         if (width, height) not in self._pools:
-            count = max(1, min(self.config.shape_pool, POOL_PIXELS // (width * height)))
-            seed = rng.key(self.seed, "shapes", width, height)
             self._pools[width, height] = moving_shapes_of(
-                seed, count, width, height, self.device, self.tokenize
+                rng.key(self.seed, "shapes", width, height),
+                pool_size(self.config.shape_pool, width, height),
+                width,
+                height,
+                self.device,
+                self.tokenize,
             )
         return self._pools[width, height]
 
     def textures(self, width: int, height: int, step: int) -> Tensor:
-        """The other pictures `(N, 3, H, W)` uint8 that step draws from: a function of the size and
-        `step // refresh_every`."""
+        """Return the other pictures `(N, 3, H, W)` uint8 that a step draws from: a function of the
+        size and `step // refresh_every`."""
         epoch = step // self.config.refresh_every
-        if self._textures.get((width, height), (None,))[0] != epoch:
-            count = max(1, min(self.config.texture_pool, POOL_PIXELS // (width * height)))
+        made_in, pictures = self._textures.get((width, height), (None, None))
+        if made_in != epoch:
+            seed = rng.key(self.seed, "textures", width, height)
+            count = pool_size(self.config.texture_pool, width, height)
+            draws = rng.Draws.of(seed, epoch, count, self.device)
             chunk = max(1, TEXTURE_CHUNK_PIXELS // (width * height))
-            draws = rng.Draws.of(
-                rng.key(self.seed, "textures", width, height), epoch, count, self.device
-            )
-            counts = (
-                replace(self.config.mix, shapes=0.0).counts
-                if self.config.mix.shapes < self.config.mix.total
-                else None
-            )
-            parts = (
-                [
-                    self._made(draws[i : i + chunk], counts, width, height)
-                    for i in range(0, count, chunk)
-                ]
-                if counts
-                else []
-            )
-            pictures = (
-                torch.cat(parts)
-                if parts
-                else torch.empty(0, 3, height, width, dtype=torch.uint8, device=self.device)
-            )
+            mix, parts = self.config.mix, []
+            if any(weight for name, weight in vars(mix).items() if name != "shapes"):
+                starts = range(0, count, chunk)
+                parts = [self._make(draws[i : i + chunk], width, height) for i in starts]
+            none = torch.empty(0, 3, height, width, dtype=torch.uint8, device=self.device)
+            pictures = torch.cat([none, *parts])
             self._textures[width, height] = (epoch, pictures)
-        return self._textures[width, height][1]
+        return pictures
 
     def batch(self, step: int, size: tuple[int, int] | None = None) -> Pictures:
-        """The pictures of a step, moving shapes first; `size` replaces the drawn one."""
+        """Return the pictures of a step, moving shapes first; `size` replaces the drawn one."""
         width, height = size or self.config.size_at(self.seed, step)
         total = self.config.batch_size(width, height)
         shapes = self.config.mix.counts(total)["shapes"]
@@ -254,34 +228,34 @@ class PictureSource:
         chosen = (where[:shapes] * len(pool.pixels)).long()
         made = _turned(draws[shapes:], others[(where[shapes:] * len(others)).long()])
         pixels = to_unit(torch.cat([pool.pixels[chosen], made]))
-        return Pictures(
-            pixels, None if pool.tokens is None else pool.tokens[chosen], pool.facts[chosen]
-        )
+        tokens = None if pool.tokens is None else pool.tokens[chosen]
+        return Pictures(pixels, tokens, pool.facts[chosen])
 
-    def _made(
-        self, draws: rng.Draws, mix: Callable[[int], dict[str, int]], width: int, height: int
-    ) -> Tensor:
-        makers = {
-            "gradients": textures.gradients,
-            "clouds": textures.clouds,
-            "patterns": textures.patterns,
-            "piles": lambda d, h, w: textures.piles(d, _ground(d, h, w), self.config.objects),
-            "glyphs": lambda d, h, w: letters(d, _ground(d, h, w)),
-        }
-        counts, parts, start = mix(len(draws.indices)), [], 0
-        for name, make in makers.items():
-            parts.append(make(draws[start : start + counts[name]], height, width))
-            start += counts[name]
-        made = torch.cat(parts)
-        made = torch.where(
-            draws.uniform("jitter/none", 1, 1, 1) < 0.4, made, textures.jitter(draws, made)
+    def _make(self, draws: rng.Draws, width: int, height: int) -> Tensor:
+        """Make one picture a draw, in the shares of `mix`, as uint8."""
+        config, size = self.config, (height, width)
+        counts, start = config.mix.counts(len(draws.indices), made=True), 0
+        parts: dict[str, rng.Draws] = {}
+        for name, count in counts.items():
+            parts[name] = draws[start : start + count]
+            start += count
+        piles, glyphs = parts["piles"], parts["glyphs"]
+        made = torch.cat(
+            [
+                textures.gradients(parts["gradients"], *size),
+                textures.clouds(parts["clouds"], *size),
+                textures.patterns(parts["patterns"], *size),
+                textures.piles(piles, _ground(piles, *size), config.objects),
+                letters(glyphs, _ground(glyphs, *size)),
+            ]
         )
-        return to_uint8(made)
+        plain = draws.uniform("jitter/none", 1, 1, 1) < 0.4
+        return to_uint8(torch.where(plain, made, textures.jitter(draws, made)))
 
 
 def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:
-    """Each picture mirrored along each axis or not, its colour channels in any order: a pool seen
-    24 times as large."""
+    """Mirror each picture along each axis or not, and put its colour channels in any order: a pool
+    seen 24 times as large."""
     for axis, name in ((-1, "mirror/x"), (-2, "mirror/y")):
         pictures = torch.where(draws.uniform(name, 1, 1, 1) < 0.5, pictures.flip(axis), pictures)
     order = draws.uniform("channels", 3).argsort(1)
@@ -289,11 +263,7 @@ def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:
 
 
 def _ground(draws: rng.Draws, height: int, width: int) -> Tensor:
-    """What lies under objects and letters: two thirds blends, one third clouds."""
-    cloudy = len(draws.indices) // 3
-    return torch.cat(
-        [
-            textures.clouds(draws[:cloudy], height, width),
-            textures.gradients(draws[cloudy:], height, width),
-        ]
-    )
+    """Return what lies under objects and letters: two thirds blends, one third clouds."""
+    third = len(draws.indices) // 3
+    clouds = textures.clouds(draws[:third], height, width)
+    return torch.cat([clouds, textures.gradients(draws[third:], height, width)])

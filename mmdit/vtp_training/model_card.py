@@ -6,32 +6,36 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vtp.models.pretrained import replace_file
+from mmdit.files import write_atomically
+from mmdit.foreign import read_json
 
 TRAINING_FILE, SCORES_FILE = "training.json", "scores.json"
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Whole or not at all."""
-    replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def write_card(folder: Path) -> None:
     """Write README.md; a folder without training.json (a checkpoint from elsewhere) is left
     alone."""
     if (folder / TRAINING_FILE).is_file():
-        training, scores = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in (TRAINING_FILE, SCORES_FILE)
-        )
+        training = read_json(folder / TRAINING_FILE, "record of a training")
+        scores = read_json(folder / SCORES_FILE, "scores of a tokenizer")
         size = (folder / "model.safetensors").stat().st_size
-        replace_file(
-            folder / "README.md", card(folder.resolve().name, training, scores, size).encode()
-        )
+        text = card(folder.resolve().name, training, scores, size)
+        write_atomically(folder / "README.md", text)
+
+
+def stage_of(training: dict) -> dict:
+    """Return what a later stage keeps of the record of a training."""
+    kept = {key: training[key] for key in ("steps", "minutes", "device")}
+    return {"config": Path(training["config"]["output_dir"]).name, **kept}
 
 
 def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
-    """Markdown; `file_bytes` is the size of model.safetensors."""
+    """Return the page as Markdown; `file_bytes` is the size of model.safetensors."""
     config = training["config"]
     parts = ("reconstruction", "adversarial", "contrast", "self_supervision")
     losses = ", ".join(f"{part.replace('_', '-')} {config[part]['weight']:g}" for part in parts)
@@ -39,8 +43,8 @@ def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
     measured = [
         (f"PSNR of held-out moving shapes, {size}", f"{value:.2f} dB") for size, value in shapes
     ]
-    for kind, value in scores["oracle_after_round_trip"].items():
-        what = f"oracle: all attributes right after the round trip, {kind.replace('_', ', ')} px"
+    for sort, value in scores["oracle_after_round_trip"].items():
+        what = f"oracle: all attributes right after the round trip, {sort.replace('_', ', ')} px"
         measured.append((what, f"{value['prompt_accuracy']['value']:.3f}"))
     if "images" in scores:
         real = scores["images"]
@@ -49,10 +53,7 @@ def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
             (what, f"{real['psnr']:.2f} dB ({real['lowest']:.2f}, {real['highest']:.2f})")
         )
     channels = config["model"]["vision_feature_bottleneck"]
-    last = {"config": Path(config["output_dir"]).name} | {
-        key: training[key] for key in ("steps", "minutes", "device")
-    }
-    stages = [*training.get("earlier_stages", []), last]
+    stages = [*training.get("earlier_stages", []), stage_of(training)]
     trained = ", then ".join(
         f"{s['steps']:,} steps in {s['minutes']} minutes on one {s['device']}" for s in stages
     )
@@ -63,7 +64,8 @@ def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
     return f"""# {title}
 
 A small VTP tokenizer: 16x downsampling, {channels} channels, {scores["parameters"]:,} parameters
-stored as {training["stored_as"]} ({file_bytes / 1e6:.1f} MB; that storage costs {training["cost_of_storage_db"]:.4f} dB).
+stored as {training["stored_as"]} ({file_bytes / 1e6:.1f} MB; that \
+storage costs {training["cost_of_storage_db"]:.4f} dB).
 
 Trained for {trained}, from the root of the repository:
 
@@ -76,11 +78,14 @@ Loss weights: {losses}. Noise on the latents in training: up to
 |---|---|
 {chr(10).join(f"| {what} | {value} |" for what, value in measured)}
 
-**Data.** Only pictures that the training code generates: moving shapes, gradients, noise, patterns, piles of flat objects, and
-letters of Pillow's built-in font. No photograph, no downloaded picture and no other model's weights took part: photographs lose
+**Data.** Only pictures that the training code generates: moving shapes, gradients, noise, \
+patterns, piles of flat objects, and
+letters of Pillow's built-in font. No photograph, no downloaded picture and no other model's \
+weights took part: photographs lose
 detail.
 
 **Licence.** MIT.
 
-`latent_stats.json` holds the mean and the standard deviation of every latent channel, and says how they were measured.
+`latent_stats.json` holds the mean and the standard deviation of every latent channel, and says \
+how they were measured.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vtp.models import VTPConfig
 from vtp.tokenizers import ByteTokenizer
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.training.ema import EMAConfig
 from mmdit.vtp_training.images import ImagesConfig
 from mmdit.vtp_training.pretrain_losses import (
@@ -54,30 +54,23 @@ class NetworkConfig:
     text_context_length: int = 128
 
     def __post_init__(self):
-        for name in (
-            "vision_depth",
-            "decoder_depth",
-            "text_depth",
-            "vision_feature_bottleneck",
-            "text_context_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
-        for name in ("vision_embed_dim", "decoder_embed_dim", "text_embed_dim", "vision_mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(name, f"is {getattr(self, name)}, must be positive")
+        least(self, 1, "vision_depth", "decoder_depth", "text_depth", "vision_feature_bottleneck")
+        least(self, 1, "text_context_length", "text_embed_dim", "text_num_heads")
+        least(self, 1, "vision_num_heads", "decoder_num_heads")
+        least(self, 0, "vision_embed_dim", "decoder_embed_dim", "vision_mlp_ratio", above=True)
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
-            if heads < 1 or width % (4 * heads):
-                message = (
+            if width % (4 * heads):
+                raise ConfigError(
+                    f"{part}_embed_dim",
                     f"is {width} with {part}_num_heads {heads}; must be a multiple of 4 x heads,"
-                    " for rotary positions"
+                    " for rotary positions",
                 )
-                raise ConfigError(f"{part}_embed_dim", message)
-        width, heads = self.text_embed_dim, self.text_num_heads
-        if heads < 1 or width % heads:
+        if self.text_embed_dim % self.text_num_heads:
             raise ConfigError(
-                "text_embed_dim", f"is {width}, must be a multiple of text_num_heads {heads}"
+                "text_embed_dim",
+                f"is {self.text_embed_dim}, must be a multiple of text_num_heads"
+                f" {self.text_num_heads}",
             )
 
 
@@ -117,34 +110,21 @@ class OptimizationConfig:
     evaluation_samples: int = 512
 
     def __post_init__(self):
-        for name in (
-            "max_steps",
-            "log_every_steps",
-            "eval_every_steps",
-            "save_every_steps",
-            "evaluation_samples",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.warmup_steps < self.max_steps:
+        least(self, 1, "max_steps", "log_every_steps", "eval_every_steps", "save_every_steps")
+        least(self, 1, "evaluation_samples")
+        least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "max_skipped_steps")
+        least(self, 0, "final_lr", "beta2")
+        least(self, 0, "max_minutes", "lr", above=True)
+        if self.warmup_steps >= self.max_steps:
             raise ConfigError(
                 "warmup_steps", f"is {self.warmup_steps}, must be below max_steps {self.max_steps}"
             )
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ConfigError(
-                "max_minutes", f"is {self.max_minutes}, must be positive (or null for no limit)"
-            )
-        if not 0 < self.lr < 1:
-            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 1.5e-3")
-        for name in ("weight_decay", "clip_norm", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
-        if not 0 <= self.final_lr <= 1:
+        if self.lr >= 1:
+            raise ConfigError("lr", f"is {self.lr}, must be below 1, for example 1.5e-3")
+        if self.final_lr > 1:
             raise ConfigError("final_lr", f"is {self.final_lr}, must be a share of lr, from 0 to 1")
-        if not 0 <= self.beta2 < 1:
-            raise ConfigError(
-                "beta2", f"is {self.beta2}, must be at least 0 and below 1, for example 0.98"
-            )
+        if self.beta2 >= 1:
+            raise ConfigError("beta2", f"is {self.beta2}, must be below 1, for example 0.98")
 
 
 @dataclass(frozen=True)
@@ -181,11 +161,7 @@ class PretrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
 
     def __post_init__(self):
-        if self.latent_noise < 0:
-            raise ConfigError(
-                "latent_noise",
-                f"is {self.latent_noise}, must be 0 (off) or positive, for example 0.2",
-            )
+        least(self, 0, "latent_noise")
         if self.freeze_encoder:
             if not self.init_from:
                 raise ConfigError(
@@ -206,19 +182,18 @@ class PretrainConfig:
                 "is false, but the average is what is exported: set ema.decay to 0 for none",
             )
         if self.contrast.weight and self.images.mix.shapes <= 0:
-            message = (
+            raise ConfigError(
+                "contrast.weight",
                 f"is {self.contrast.weight} with images.mix.shapes 0: only moving shapes have"
-                " captions; raise mix.shapes"
+                " captions; raise mix.shapes",
             )
-            raise ConfigError("contrast.weight", message)
 
     def network(self) -> VTPConfig:
-        """The checkpoint's config.json. The text tower exists only when it is trained."""
-        keys = {name: getattr(self.model, name) for name in self.model.__dataclass_fields__}
+        """Return the checkpoint's config.json. The text tower exists only when it is trained."""
         return VTPConfig(
             image_size=256,
             train_clip=self.contrast.weight > 0,
             text_vocab_size=ByteTokenizer.vocab_size,
             decoder_norm_layer="rmsnorm",
-            **keys,
+            **vars(self.model),
         )

@@ -4,80 +4,77 @@ where they come from: training.json, scores.json, README.md."""
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from vtp.models import VTPConfig, VTPModel
 from vtp.models.pretrained import write_checkpoint
 from vtp.pixels import normalize
 
 from mmdit.config import encode
-from mmdit.files import clean, refuse_link
+from mmdit.files import clean, write_atomically
+from mmdit.foreign import read_json
 from mmdit.pixels import to_unit
-from mmdit.vtp_training.evaluate import evaluate, shapes_psnr
 from mmdit.vtp_training.images import PictureSource
-from mmdit.vtp_training.model_card import SCORES_FILE, TRAINING_FILE, write_card, write_json
+from mmdit.vtp_training.model_card import (
+    SCORES_FILE,
+    TRAINING_FILE,
+    stage_of,
+    write_card,
+    write_json,
+)
 from mmdit.vtp_training.pretrain_config import PretrainConfig
+from mmdit.vtp_training.tokenizer_scores import shapes_psnr, tokenizer_scores
 
 STATISTICS_FILE = "latent_stats.json"
 HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
 
 
-def export(
+def export_tokenizer(
     model: VTPModel, source: PictureSource, config: PretrainConfig, folder: Path, run: dict
 ) -> None:
-    """Write the folder. `run` tells steps, minutes and device, for the README."""
+    """Write the folder. `run` holds steps, minutes and device, for the README."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    model = model if config.contrast.keep_text_tower else without_text_tower(model)
-    stored, dtype, cost = _stored(model, config)
+    if not config.contrast.keep_text_tower:
+        model = without_text_tower(model)
+    stored, storage = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     if config.freeze_encoder:
-        shutil.copyfile(
-            Path(config.init_from) / STATISTICS_FILE, refuse_link(folder / STATISTICS_FILE)
-        )
+        same = (Path(config.init_from) / STATISTICS_FILE).read_bytes()
+        write_atomically(folder / STATISTICS_FILE, same)
     else:
         write_json(folder / STATISTICS_FILE, latent_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)
-    write_json(folder / SCORES_FILE, evaluate(loaded, config.train.evaluation_samples))
-    storage = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
-    write_json(
-        folder / TRAINING_FILE,
-        {**run, **_earlier_stages(config), **storage, "config": encode(config)},
-    )
+    write_json(folder / SCORES_FILE, tokenizer_scores(loaded, config.train.evaluation_samples))
+    record = {**run, **_earlier_stages(config), **storage, "config": encode(config)}
+    write_json(folder / TRAINING_FILE, record)
     write_card(folder)
 
 
 def _earlier_stages(config: PretrainConfig) -> dict:
-    """What `init_from` recorded of its own training, for the README."""
+    """Return what `init_from` recorded of its own training, for the README."""
     record = Path(config.init_from or "") / TRAINING_FILE
     if not (config.init_from and record.is_file()):
         return {}
-    before = json.loads(record.read_text(encoding="utf-8"))
-    stage = {
-        "config": Path(before["config"]["output_dir"]).name,
-        **{key: before[key] for key in ("steps", "minutes", "device")},
-    }
-    return {"earlier_stages": [*before.get("earlier_stages", []), stage]}
+    before = read_json(record, "record of a training")
+    return {"earlier_stages": [*before.get("earlier_stages", []), stage_of(before)]}
 
 
 def without_text_tower(model: VTPModel) -> VTPModel:
-    """The same tokenizer with `train_clip` false; a model without a text tower comes back equal."""
-    slim = (
-        VTPModel(VTPConfig.from_dict({**model.config.to_dict(), "train_clip": False}))
-        .to(model.device)
-        .eval()
-    )
+    """Return the same tokenizer with `train_clip` false; a model without a text tower comes back
+    equal."""
+    config = VTPConfig.from_dict({**model.config.to_dict(), "train_clip": False})
+    slim = VTPModel(config).to(model.device).eval()
     weights = model.state_dict()
     slim.load_state_dict({name: weights[name] for name in slim.state_dict()})
     return slim
 
 
-def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], str, float]:
-    """Tensors to store: float16 unless that changes the PSNR by more than HALF_TOLERANCE; and the
-    change in dB."""
+def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors to store, float16 unless that costs more than HALF_TOLERANCE of PSNR, and
+    what is recorded of it."""
     sizes = tuple((width, height) for width, height, _ in config.images.sizes[:2])
     weights = model.state_dict()
     half = {name: t.half() if t.dtype == torch.float32 else t for name, t in weights.items()}
@@ -86,13 +83,14 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, torch.Te
     before, after = (shapes_psnr(m, 128, sizes) for m in (model, rounded))
     cost = max(before[name] - after[name] for name in before)
     kept, dtype = (half, "float16") if cost <= HALF_TOLERANCE else (weights, "float32")
-    return {name: t.cpu() for name, t in kept.items()}, dtype, cost
+    record = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
+    return {name: t.cpu() for name, t in kept.items()}, record
 
 
 @torch.no_grad()
 def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 4096) -> dict:
-    """Per-channel mean and standard deviation of the latents of training moving shapes, half at
-    each of the first two sizes."""
+    """Return per-channel mean and standard deviation of the latents of training moving shapes, half
+    at each of the first two sizes."""
     sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]
     total, squares, count = 0.0, 0.0, 0
     for width, height in sizes:
@@ -100,19 +98,14 @@ def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 40
         pixels = pixels[:: max(1, len(pixels) * len(sizes) // pictures)]
         for part in pixels.split(256):
             latents = model.get_reconstruction_latents(normalize(to_unit(part))).double()
-            total, squares = (
-                total + latents.sum((0, 2, 3)),
-                squares + latents.square().sum((0, 2, 3)),
-            )
+            total = total + latents.sum((0, 2, 3))
+            squares = squares + latents.square().sum((0, 2, 3))
             count += latents[:, 0].numel()
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
-    measured = (
-        f"{count} latent cells of training moving shapes (stills and frames of clips), sizes"
-        f" {sizes}"
-    )
     return {
         "mean": [round(v, 6) for v in mean.tolist()],
         "std": [round(v, 6) for v in std.tolist()],
-        "measured": measured,
+        "measured": f"{count} latent cells of training moving shapes (stills and frames of clips),"
+        f" sizes {sizes}",
     }

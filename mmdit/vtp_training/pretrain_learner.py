@@ -25,7 +25,7 @@ from mmdit.vtp_training.self_supervision import SelfSupervision
 
 
 def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Gaussian noise of `u · std_c` on `latents (b, c, h, w)`: u uniform in [0, amount] per
+    """Add Gaussian noise of `u · std_c` on `latents (b, c, h, w)`: u uniform in [0, amount] per
     picture, std_c the batch's.
 
     A generator's latents are never exact: a decoder that has seen noise ignores errors of that
@@ -50,7 +50,7 @@ class StepLosses:
     target: Tensor
 
 
-class Learner(nn.Module):
+class TokenizerLearner(nn.Module):
     """The tokenizer and whatever else its losses train. Parts whose weight is 0 do not exist."""
 
     def __init__(self, config: PretrainConfig):
@@ -84,19 +84,17 @@ class Learner(nn.Module):
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
     def losses(self, batch: Pictures, step: int, adversarial: bool) -> StepLosses:
-        """All losses of a step. `adversarial`: the last stage, with a frozen encoder and the
+        """Return all losses of a step. `adversarial`: the last stage, with a frozen encoder and the
         discriminator's opinion."""
         config, target = self.config, normalize(batch.pixels)
         draws = Draws.of(config.seed, step, len(target), target.device)
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and not (adversarial or config.freeze_encoder)
-        ):
+        trains_encoder = not (adversarial or config.freeze_encoder)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
             features = self.model.trunk(target, is_training=True, use_bottleneck=False)
             latents = self.model.trunk.bottleneck(features["x_norm_patchtokens"])
             latents = rearrange(latents, "b (h w) c -> b c h w", h=target.shape[-2] // 16)
-        predicted = self.model.get_latents_decoded_images(
-            noisy_latents(latents, draws, config.latent_noise)
-        ).float()
+        noisy = noisy_latents(latents, draws, config.latent_noise)
+        predicted = self.model.get_latents_decoded_images(noisy).float()
         terms = config.reconstruction
         pixel_loss, squared = self.pixel_loss(
             predicted, target, terms.l1, terms.l2, terms.gradient, terms.levels
@@ -111,15 +109,16 @@ class Learner(nn.Module):
                 parts["contrast"] = self._contrast(features["x_norm_clstoken"], batch)
                 total = total + config.contrast.weight * parts["contrast"]
             if self.self_supervision is not None:
-                total = total + config.self_supervision.weight * self._self_supervised(
-                    target, draws, parts
+                stride = max(
+                    1, round(1 / config.self_supervision.fraction)
+                )  # every sort of picture
+                parts["dino"], parts["ibot"] = self.self_supervision.loss(
+                    self.model.trunk, target[::stride], draws[::stride]
                 )
-        return StepLosses(
-            total,
-            {name: value.detach() for name, value in parts.items()},
-            predicted.detach(),
-            target,
-        )
+                loss = parts["dino"] + parts["ibot"]
+                total = total + config.self_supervision.weight * loss
+        parts = {name: value.detach() for name, value in parts.items()}
+        return StepLosses(total, parts, predicted.detach(), target)
 
     def _contrast(self, class_tokens: Tensor, batch: Pictures) -> Tensor:
         count = min(self.config.contrast.pairs, len(batch.facts))
@@ -128,16 +127,6 @@ class Learner(nn.Module):
         scale = self.model.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
         return contrast_loss(image, text, scale, batch.facts[:count])
 
-    def _self_supervised(self, target: Tensor, draws: Draws, parts: dict[str, Tensor]) -> Tensor:
-        every = max(
-            1, round(1 / self.config.self_supervision.fraction)
-        )  # a stride meets every kind of picture
-        class_loss, patch_loss = self.self_supervision.loss(
-            self.model.trunk, target[::every], draws[::every]
-        )
-        parts |= {"dino": class_loss, "ibot": patch_loss}
-        return class_loss + patch_loss
-
     def _frozen_opinion(self, predicted: Tensor) -> Tensor:
         self.discriminator.requires_grad_(False)
         scores = self.discriminator(predicted)
@@ -145,7 +134,6 @@ class Learner(nn.Module):
         return scores
 
     def discriminator_loss(self, losses: StepLosses) -> Tensor:
-        """On the step's own pictures, after the decoder's update."""
-        return discriminator_loss(
-            self.discriminator(losses.target), self.discriminator(losses.predicted)
-        )
+        """Return the discriminator's loss on the step's pictures, after the decoder's update."""
+        real, fake = self.discriminator(losses.target), self.discriminator(losses.predicted)
+        return discriminator_loss(real, fake)

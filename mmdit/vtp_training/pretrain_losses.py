@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mmdit.config import ConfigError
-
-
-def _weights_are_valid(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ConfigError(name, f"is {getattr(config, name)}, must be 0 (off) or positive")
+from mmdit.config import ConfigError, least
 
 
 @dataclass(frozen=True)
@@ -34,20 +28,21 @@ class ReconstructionConfig:
     levels: int = 3
 
     def __post_init__(self):
-        _weights_are_valid(self, "l1", "l2", "gradient")
+        least(self, 0, "l1", "l2", "gradient")
+        least(self, 1, "levels")
         if self.weight <= 0 or self.l1 + self.l2 + self.gradient <= 0:
             raise ConfigError(
                 "weight",
                 f"is {self.weight}; it and the sum of l1, l2 and gradient must be positive",
             )
-        if not 1 <= self.levels <= 5:
+        if self.levels > 5:
             raise ConfigError("levels", f"is {self.levels}, must be 1 to 5")
 
 
 def reconstruction_loss(
     predicted: Tensor, target: Tensor, l1: float, l2: float, gradient: float, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """`(loss, squared error per picture (B,))` of float32 `(B, 3, H, W)`.
+    """Return `(loss, squared error per picture (B,))` of float32 `(B, 3, H, W)`.
 
     L1 is robust, L2 is PSNR itself and punishes the few wrong pixels of an edge, and the structural
     term compares horizontal and vertical differences on a pyramid of `levels` halvings: it asks for
@@ -78,17 +73,14 @@ class ContrastConfig:
     keep_text_tower: bool = False
 
     def __post_init__(self):
-        _weights_are_valid(self, "weight")
-        if self.pairs < 2:
-            raise ConfigError(
-                "pairs", f"is {self.pairs}, must be at least 2: a contrast needs another pair"
-            )
+        least(self, 0, "weight")
+        least(self, 2, "pairs")
 
 
 def contrast_loss(image: Tensor, text: Tensor, scale: Tensor, facts: Tensor) -> Tensor:
-    """Symmetric cross entropy of `scale · image · textᵀ` for unit rows `(N, T)`. Moving shapes have
-    few hundred combinations of facts, so a batch holds many equal ones: every pair with the same
-    `facts (N,)` is a positive.
+    """Return the symmetric cross entropy of `scale · image · textᵀ` for unit rows `(N, T)`. Moving
+    shapes have few hundred combinations of facts, so a batch holds many equal ones: every pair with
+    the same `facts (N,)` is a positive.
     """
     logits = scale * image @ text.T
     same = (facts[:, None] == facts[None, :]).float()
@@ -109,13 +101,10 @@ class AdversarialConfig:
     lr: float = 4e-4
 
     def __post_init__(self):
-        _weights_are_valid(self, "weight")
-        if not 0 < self.start < 1:
-            raise ConfigError(
-                "start", f"is {self.start}, must be between 0 and 1: a fraction of the run"
-            )
-        if not 0 < self.lr < 1:
-            raise ConfigError("lr", f"is {self.lr}, must be between 0 and 1, for example 4e-4")
+        least(self, 0, "weight")
+        for name in ("start", "lr"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be between 0 and 1")
 
 
 class PatchDiscriminator(nn.Module):
@@ -125,20 +114,16 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
-        self.layers = nn.Sequential(
-            *(
-                nn.Sequential(
-                    spectral_norm(nn.Conv2d(before, after, 4, stride, 1)), nn.LeakyReLU(0.2)
-                )
-                for before, after, stride in zip(widths, widths[1:], (2, 2, 1), strict=False)
-            ),
-            spectral_norm(nn.Conv2d(widths[-1], 1, 1)),
-        )
+        self.layers = nn.Sequential()
+        for before, after, stride in zip(widths[:-1], widths[1:], (2, 2, 1), strict=True):
+            layer = spectral_norm(nn.Conv2d(before, after, 4, stride, 1))
+            self.layers.append(nn.Sequential(layer, nn.LeakyReLU(0.2)))
+        self.layers.append(spectral_norm(nn.Conv2d(widths[-1], 1, 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.layers(pixels)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the scores (Lim and Ye 2017)."""
+    """Return the hinge loss of the scores (Lim and Ye 2017)."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2

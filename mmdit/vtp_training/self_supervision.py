@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vtp.models import DINOHead
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, least
 from mmdit.rng import Draws
 
 
@@ -45,36 +45,23 @@ class SelfSupervisionConfig:
     crop_scale: float = 0.5
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise ConfigError("weight", f"is {self.weight}, must be 0 (off) or positive")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError("fraction", f"is {self.fraction}, must be above 0 and at most 1")
-        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
-            raise ConfigError(
-                "mask_ratio", f"is {list(self.mask_ratio)}, must be [low, high] between 0 and 1"
-            )
-        if not 0 <= self.momentum <= 1:
-            raise ConfigError(
-                "momentum", f"is {self.momentum}, must be from 0 to 1, for example 0.996"
-            )
-        for name in ("student_temperature", "teacher_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(
-                    name, f"is {getattr(self, name)}, must be positive, for example 0.1"
-                )
-        if self.prototypes < 2 or self.local_crops < 0 or not 0 < self.crop_scale <= 1:
-            crops = (
-                f"local_crops {self.local_crops} (0 or more), crop_scale {self.crop_scale} (above"
-                " 0, at most 1)"
-            )
-            raise ConfigError("prototypes", f"is {self.prototypes} (must be 2 or more), {crops}")
+        least(self, 0, "weight", "momentum", "local_crops")
+        least(self, 2, "prototypes")
+        least(self, 0, "fraction", "crop_scale", above=True)
+        least(self, 0, "student_temperature", "teacher_temperature", above=True)
+        for name in ("fraction", "momentum", "crop_scale"):
+            if getattr(self, name) > 1:
+                raise ConfigError(name, f"is {getattr(self, name)}, must be at most 1")
+        low, high = self.mask_ratio
+        if not 0 < low <= high < 1:
+            raise ConfigError("mask_ratio", f"is [{low}, {high}], must be [low, high] in 0 … 1")
 
 
 def random_crops(
     images: Tensor, draws: Draws, purpose: str, low: float, high: float, size: tuple[int, int]
 ) -> Tensor:
-    """Crops `(B, 3, *size)`, sides `low … high` of the picture's, half of them mirrored, with other
-    contrast and tint."""
+    """Return crops `(B, 3, *size)`, sides `low … high` of the picture's, half of them mirrored,
+    with other contrast and tint."""
     side = low + (high - low) * draws.uniform(f"{purpose}/side", 1)
     centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
     mirror = torch.where(draws.uniform(f"{purpose}/mirror", 1) < 0.5, -1.0, 1.0)
@@ -91,7 +78,8 @@ def random_crops(
 
 @torch.no_grad()
 def balanced_assignments(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
-    """Sinkhorn-Knopp: `logits (N, K)` to rows that sum to 1 while all columns get the same mass."""
+    """Map `logits (N, K)`, by Sinkhorn-Knopp, to rows that sum to 1 while all columns get the same
+    mass."""
     scores = (logits.float() / temperature).T
     scores = torch.exp(scores - scores.max())
     for _ in range(rounds):
@@ -101,7 +89,7 @@ def balanced_assignments(logits: Tensor, temperature: float, rounds: int = 3) ->
 
 
 def cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Rows of `student` logits against rows of `target` probabilities."""
+    """Return the loss of rows of `student` logits against rows of `target` probabilities."""
     return -(target * F.log_softmax(student.float() / temperature, dim=-1)).sum(-1).mean()
 
 
@@ -117,54 +105,45 @@ class SelfSupervision(nn.Module):
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 
     def loss(self, trunk: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """`(class-token term, masked-patch term)` for normalised `images (B, 3, H, W)`."""
+        """Return `(class-token term, masked-patch term)` for normalised `images (B, 3, H, W)`."""
         config, (height, width) = self.config, images.shape[-2:]
-        pair = [
-            random_crops(images, draws, f"global{i}", config.crop_scale, 1.0, (height, width))
-            for i in range(2)
-        ]
-        views = torch.cat(pair)
+        size, scale = (height, width), config.crop_scale
+        views = torch.cat(
+            [random_crops(images, draws, f"global{i}", scale, 1.0, size) for i in range(2)]
+        )
         masks = self._masks(draws, height * width // trunk.patch_size**2)
         flat = masks.flatten().nonzero()[:, 0]
         with torch.no_grad():
             taught = self.teacher_trunk(views, is_training=True, use_bottleneck=False)
             class_logits = self.teacher_head(taught["x_norm_clstoken"])
             patch_logits = self.teacher_head(taught["x_norm_patchtokens"].flatten(0, 1)[flat])
-            class_target = torch.cat(
-                [
-                    balanced_assignments(part, config.teacher_temperature)
-                    for part in class_logits.chunk(2)
-                ]
+            first, second = (
+                balanced_assignments(logits, config.teacher_temperature)
+                for logits in class_logits.chunk(2)
             )
             patch_target = balanced_assignments(patch_logits, config.teacher_temperature)
+        temperature = config.student_temperature
         seen = trunk(views, is_training=True, use_bottleneck=False, masks=masks)
-        swapped = torch.cat(class_target.chunk(2)[::-1])
-        class_losses = [
-            cross_entropy(self.head(seen["x_norm_clstoken"]), swapped, config.student_temperature)
-        ]
+        classes = self.head(seen["x_norm_clstoken"])
+        class_losses = [cross_entropy(classes, torch.cat([second, first]), temperature)]
         patches = self.head(seen["x_norm_patchtokens"].flatten(0, 1)[flat])
-        patch_loss = cross_entropy(patches, patch_target, config.student_temperature)
-        mean_target = sum(class_target.chunk(2)) / 2  # a local crop answers for both global ones
+        patch_loss = cross_entropy(patches, patch_target, temperature)
         local = tuple(max(16, math.ceil(side / 32) * 16) for side in (height, width))
         for index in range(config.local_crops):
             crop = random_crops(images, draws, f"local{index}", 0.25, config.crop_scale, local)
-            logits = self.head(
-                trunk(crop, is_training=True, use_bottleneck=False)["x_norm_clstoken"]
-            )
-            class_losses.append(cross_entropy(logits, mean_target, config.student_temperature))
+            seen = trunk(crop, is_training=True, use_bottleneck=False)
+            logits = self.head(seen["x_norm_clstoken"])  # it answers for both large crops
+            class_losses.append(cross_entropy(logits, (first + second) / 2, temperature))
         return torch.stack(class_losses).mean(), patch_loss
 
     def _masks(self, draws: Draws, patches: int) -> Tensor:
-        """`(2B, N)` bool, True = hidden; every view has its own ratio, and at least one hidden
-        patch."""
+        """Return `(2B, N)` bool, True = hidden; every view has its own ratio, and at least one
+        hidden patch."""
         low, high = self.config.mask_ratio
-        order = (
-            torch.cat([draws.uniform(f"mask{i}", patches) for i in range(2)]).argsort(1).argsort(1)
-        )
-        ratio = (
-            torch.cat([draws.uniform(f"mask/ratio{i}", 1) for i in range(2)]) * (high - low) + low
-        )
-        return order < (ratio * patches).round().clamp(min=1)
+        keys = torch.cat([draws.uniform(f"mask{i}", patches) for i in range(2)])
+        ratio = torch.cat([draws.uniform(f"mask/ratio{i}", 1) for i in range(2)])
+        hidden = ((ratio * (high - low) + low) * patches).round().clamp(min=1)
+        return keys.argsort(1).argsort(1) < hidden
 
     @torch.no_grad()
     def update_teacher(self, trunk: nn.Module, progress: float) -> None:

@@ -7,7 +7,6 @@ shows. Accuracies are read from the decoded pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from vtp.models import VTPModel
 from vtp.pixels import denormalize, normalize
 
 from mmdit.data import moving_shapes
-from mmdit.data.dataset.frames import load_first_frame
-from mmdit.data.dataset.pictures import SUFFIXES
+from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.pixels import to_unit
 from mmdit.rng import key
 
@@ -28,13 +26,13 @@ CHUNK_PIXELS = 1 << 23
 
 
 def psnr(predicted: Tensor, target: Tensor) -> Tensor:
-    """dB `(B,)` of `(B, 3, H, W)` in [0, 1]; an exact copy counts as 100 dB."""
+    """Return dB `(B,)` of `(B, 3, H, W)` in [0, 1]; an exact copy counts as 100 dB."""
     return -10 * torch.log10((predicted - target).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
 @torch.no_grad()
 def reconstruct(model: VTPModel, pixels: Tensor) -> Tensor:
-    """`(B, 3, H, W)` in [0, 1] → latents → the same, in float32, a few pictures at a time."""
+    """Encode and decode `(B, 3, H, W)` in [0, 1], in float32, a few pictures at a time."""
     chunk = max(1, CHUNK_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
     parts = []
     for part in pixels.split(chunk):
@@ -46,7 +44,7 @@ def reconstruct(model: VTPModel, pixels: Tensor) -> Tensor:
 def held_out_shapes(
     count: int, width: int, height: int, video: bool = False
 ) -> list[moving_shapes.Facts]:
-    """Facts that no training run sees: half `train` pairs under another seed, half held-out
+    """Return facts that no training run sees: half `train` pairs under another seed, half held-out
     pairs."""
     seed, size = key("vtp evaluation"), {"width": width, "height": height, "video": video}
     seen = moving_shapes.draw(seed, range(count - count // 2), split="train", **size)
@@ -56,56 +54,40 @@ def held_out_shapes(
 def shapes_psnr(
     model: VTPModel, count: int, sizes: tuple[tuple[int, int], ...] = SIZES
 ) -> dict[str, float]:
-    """Mean PSNR of still moving shapes, by size."""
+    """Return the mean PSNR of still moving shapes, by size."""
     scores = {}
     for width, height in sizes:
         facts = held_out_shapes(count, width, height)
         pixels = to_unit(moving_shapes.render(facts, width, height, device=model.device)[:, 0])
-        scores[f"{width}x{height}"] = round(
-            float(psnr(reconstruct(model, pixels), pixels).mean()), 2
-        )
+        value = float(psnr(reconstruct(model, pixels), pixels).mean())
+        scores[f"{width}x{height}"] = round(value, 2)
     return scores
 
 
 def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
-    """What the oracle reads from decoded pictures and clips, by size: accuracies of the attributes
-    and of all together."""
+    """Return what the oracle reads from decoded pictures and clips, by size: accuracies of the
+    attributes and of all together."""
     scores = {}
     for side in ORACLE_SIZES:
-        for kind, frames in (("image", 1), ("video", CLIP_FRAMES)):
-            facts = held_out_shapes(count, side, side, video=kind == "video")
-            pixels = to_unit(
-                moving_shapes.render(facts, side, side, frames=frames, device=model.device)
-            )
-            decoded = rearrange(
-                reconstruct(model, pixels.flatten(0, 1)), "(b f) c h w -> b f c h w", f=frames
-            )
-            scores[f"{kind}_{side}"] = moving_shapes.accuracy(moving_shapes.oracle(decoded), facts)
+        for media, frames in (("image", 1), ("video", CLIP_FRAMES)):
+            facts = held_out_shapes(count, side, side, video=media == "video")
+            pixels = to_unit(moving_shapes.render(facts, side, side, frames, model.device))
+            decoded = reconstruct(model, pixels.flatten(0, 1))
+            decoded = rearrange(decoded, "(b f) c h w -> b f c h w", f=frames)
+            scores[f"{media}_{side}"] = moving_shapes.accuracy(moving_shapes.oracle(decoded), facts)
     return scores
 
 
-def folder_pictures(folder: Path, side: int = 256) -> Iterator[Tensor]:
-    """`(1, 3, side, side)` of every readable picture under `folder`: cut to a square from its
-    middle. An unreadable one is reported and skipped; ValueError when there is none at all."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
-    for file in files:
-        try:
-            yield load_first_frame(file, (side, side))[None]
-        except (OSError, ValueError) as error:
-            print(f"skipped: {error}", flush=True)
-
-
-def folder_psnr(model: VTPModel, folder: Path) -> dict:
-    """Mean, lowest and highest PSNR over a folder of pictures, centre-cropped to 256."""
-    values = [
-        float(psnr(reconstruct(model, pixels), pixels.to(model.device)))
-        for pixels in folder_pictures(folder)
-    ]
-    if not values:
-        raise ValueError(f"--images {folder}: no picture could be read")
+def folder_scores(model: VTPModel, folder: Path, side: int = 256) -> dict:
+    """Return the mean, lowest and highest PSNR over a folder of pictures, cut to squares from their
+    middle."""
+    values = []
+    for picture in folder_pictures(folder, side, side):
+        pixels = picture[None].to(model.device)
+        values.append(float(psnr(reconstruct(model, pixels), pixels)))
     return {
+        "folder": folder.name,
+        "size": side,
         "pictures": len(values),
         "psnr": round(sum(values) / len(values), 2),
         "lowest": round(min(values), 2),
@@ -113,8 +95,8 @@ def folder_psnr(model: VTPModel, folder: Path) -> dict:
     }
 
 
-def evaluate(model: VTPModel, count: int = 512, images: Path | None = None) -> dict:
-    """All scores as JSON-able data."""
+def tokenizer_scores(model: VTPModel, count: int = 512, images: Path | None = None) -> dict:
+    """Return all scores, ready for JSON."""
     report = {
         "moving_shapes_psnr": shapes_psnr(model, count),
         "oracle_after_round_trip": oracle_scores(model, count),
@@ -122,5 +104,5 @@ def evaluate(model: VTPModel, count: int = 512, images: Path | None = None) -> d
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if images is not None:
-        report["images"] = {"folder": images.name, "size": 256, **folder_psnr(model, images)}
+        report["images"] = folder_scores(model, images)
     return report

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
-from mmdit.data.cache.caching import CacheReport, cache_latents
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.cache.caching import Caching
+from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import decoded
-from mmdit.data.cache.latent_cache import CacheWriter, LatentCache, open_cache
+from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packing import pack_cache
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import Record
@@ -100,19 +103,18 @@ def caching_speed(
     preprocess = PreprocessConfig(jpeg_decoder=jpeg_decoder)
 
     def cache(part: list[Record], name: str, num_workers: int) -> CacheReport:
-        return cache_latents(
+        return Caching(
             part,
             "image",
             tokenizer,
             folder / jpeg_decoder / name,
             VIDEO,
-            None,
-            preprocess,
+            preprocess=preprocess,
             device=device,
             batch_size=batch_size,
             num_workers=num_workers,
             progress=False,
-        )
+        ).run()
 
     cache(records[: 2 * batch_size], "warm", 0)
     rates: dict[str, list[float]] = {"decode": [], "cache": []}

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.batches.latent_batches import BatchPlan
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig, budget_size, target_sizes
 from tests.test_cache import VIDEO, MeanPixels, run, write_meta
 

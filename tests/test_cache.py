@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,11 +19,14 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from mmdit.data.cache.caching import cache_latents
-from mmdit.data.cache.items import index_entry, item_bytes, load_item, read_entry, running_crcs
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.caching import Caching
+from mmdit.data.cache.items import Entry, load_item, make_item, read_entry, running_crcs
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.statistics import latent_statistics
+from mmdit.data.cache.verify import verify_cache
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
@@ -68,7 +72,8 @@ def images(tmp_path):
 
 def run(meta, out, tokenizer=None, kind="image", **options):
     options = {"video": VIDEO, "progress": False, **options}
-    return cache_latents(read_records(meta, kind), kind, tokenizer or MeanPixels(), out, **options)
+    records = read_records(meta, kind)
+    return Caching(records, kind, tokenizer or MeanPixels(), out, **options).run()
 
 
 def contents(folder):
@@ -364,27 +369,40 @@ def test_stopped_at_any_moment_the_finished_cache_is_byte_identical(images, tmp_
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7)])
-def test_an_item_is_what_torch_save_would_write(tmp_path, shape):
-    numbers = torch.randn(shape).half()
-    rest = {
-        "caption": "ein Käfer 🐞\n",
-        "facts": {"a": [1, 2.5, None, True]},
-        "source": {"size": [3, 4]},
-    }
-    data, offset, crc = item_bytes(numbers.numpy(), rest)
+def test_an_item_is_a_plain_file_of_torch_and_its_entry_finds_the_numbers(tmp_path, shape):
+    latents = torch.randn(2, *shape).half()[1]  # a part of a larger tensor
+    facts, source = {"a": [1, 2.5, None, True]}, {"size": [3, 4]}
+    rest = {"caption": "ein Käfer 🐞\n", "facts": facts, "source": source}
+    data, entry = make_item("a", "a.pt", latents, **rest)
     (tmp_path / "a.pt").write_bytes(data)
     for mapped in (False, True):
         item = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
-        assert torch.equal(item.pop("latents"), numbers) and item == rest
-    raw = numbers.numpy().tobytes()
-    assert data[offset : offset + len(raw)] == raw and zlib.crc32(raw) == crc and offset % 64 == 0
-    assert (
-        zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
-        and load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
-    )
-    torch.save(
-        {"latents": numbers, **rest}, tmp_path / "b.pt"
-    )  # one made elsewhere enters the index alike
-    assert read_entry("b", "b.pt", tmp_path, shape[-1]) | {"bytes": 0, "offset": 0} == index_entry(
-        "b", "b.pt", shape, rest, 0, 0, crc, running_crcs(numbers.numpy())[:-1]
-    )
+        assert torch.equal(item.pop("latents"), latents) and item == rest
+    raw = latents.numpy().tobytes()
+    assert data[entry.offset : entry.offset + len(raw)] == raw and zlib.crc32(raw) == entry.crc
+    assert [*entry.frame_crcs, entry.crc] == running_crcs(latents.numpy())
+    assert Entry.from_json(json.loads(json.dumps(entry.to_json()))) == entry
+    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
+    assert load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
+    assert read_entry("a", "a.pt", tmp_path, shape[-1]) == entry
+
+
+def test_caches_of_older_versions_are_read_and_go_on(tmp_path):
+    """`golden/cache` was written when items were packed by code of our own."""
+    shutil.copytree(Path(__file__).parent / "golden/cache", tmp_path / "caches")
+    manifest = CacheManifest.read(tmp_path / "caches/plain")
+    for form in ("plain", "packed"):
+        cache = open_cache(tmp_path / "caches" / form)
+        assert list(cache.ids) == ["a", "猫"] and list(cache.captions) == ["", "a clip"]
+        assert cache.facts[1] == {"captions": ["a clip", "zwei"]}
+        for item in range(2):
+            frames = len(cache.load(item))
+            numbers = torch.arange(frames * 12).view(frames, 2, 2, 3) / 8 + item
+            assert torch.equal(cache.load(item), numbers.half())
+            assert torch.equal(cache.load(item, 0, 1), numbers[:1].half())
+        assert verify_cache(tmp_path / "caches" / form)[1] == []
+    before = contents(tmp_path / "caches/plain")
+    with CacheWriter(tmp_path / "caches/plain", manifest) as writer:
+        assert writer.entries.keys() == {"a", "猫"}
+    assert contents(tmp_path / "caches/plain") == before
+    assert pack_cache(tmp_path / "caches/plain", tmp_path / "caches/packed")["written"] == 0

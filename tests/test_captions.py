@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.captions import (
     CaptionsConfig,

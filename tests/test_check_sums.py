@@ -2,16 +2,19 @@
 read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.items import running_crcs
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.packed import INDEX, index_of, read_shard, shards_of, write_index
 from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.verify import verify_cache
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from tests.test_packed import MANIFEST
 
@@ -32,7 +35,8 @@ def without_marks(folder):
     """The cache as an older version wrote it."""
     if (folder / INDEX).exists():
         shards = [
-            (path, [row | {"marks": []} for row in read_shard(path)]) for path in shards_of(folder)
+            [replace(entry, frame_crcs=[]) for entry in read_shard(path)]
+            for path in shards_of(folder)
         ]
         write_index(folder, index_of(shards))
         return
@@ -67,22 +71,22 @@ def test_damage_of_a_clip_read_from_disk_is_named(clips, form, older, damage):
         without_marks(folder)
     read_all(folder)
     cache = open_cache(folder)
-    file = folder / cache._columns.files[2]
-    _, offset, _ = cache._columns.places[2].tolist()
+    file = folder / cache.columns.files[2]
+    _, offset, _ = cache.columns.places[2].tolist()
     raw = bytearray(file.read_bytes())
     damage(raw, offset, FRAMES * 2 * 2 * 3 * 2)
     file.write_bytes(raw)
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         read_all(folder)
-    assert file.name in {row["file"].rpartition("/")[2] for row in verify_cache(folder)[1]}
+    assert file.name in {damage.file.rpartition("/")[2] for damage in verify_cache(folder)[1]}
 
 
 @pytest.mark.parametrize("form", ["cache", "packed"])
 def test_every_part_of_a_clip_is_checked_by_itself(clips, form):
     cache = open_cache(clips / form)
     whole = cache.load(1).clone()
-    file = clips / form / cache._columns.files[1]
-    _, offset, _ = cache._columns.places[1].tolist()
+    file = clips / form / cache.columns.files[1]
+    _, offset, _ = cache.columns.places[1].tolist()
     raw = bytearray(file.read_bytes())
     raw[offset + 3 * whole[0].nbytes] ^= 1  # frame 3
     file.write_bytes(raw)
@@ -96,7 +100,7 @@ def test_every_part_of_a_clip_is_checked_by_itself(clips, form):
 
 
 def test_a_file_whose_head_is_gone_is_told_though_its_numbers_are_whole(clips):
-    file = clips / "cache" / open_cache(clips / "cache")._columns.files[0]
+    file = clips / "cache" / open_cache(clips / "cache").columns.files[0]
     raw = file.read_bytes()
     file.write_bytes(bytes(64) + raw[64:])
     for frames in ((0, FRAMES), (2, 4)):
@@ -106,7 +110,7 @@ def test_a_file_whose_head_is_gone_is_told_though_its_numbers_are_whole(clips):
 
 def test_an_item_of_another_caption_than_the_index_says_is_told(clips):
     cache = open_cache(clips / "cache")
-    file = clips / "cache" / cache._columns.files[0]
+    file = clips / "cache" / cache.columns.files[0]
     torch.save({"latents": cache.load(1), "caption": "another"}, file)
     with pytest.raises(
         ValueError, match="a.pt has the caption 'another', the index says ''; delete"
@@ -118,7 +122,7 @@ def test_an_older_packed_cache_is_current_and_gives_the_same(clips):
     without_marks(clips / "cache")
     pack_cache(clips / "cache", clips / "older")
     columns_of_before = open_cache(clips / "older")
-    assert all(len(columns_of_before._columns.marks[i]) == 0 for i in range(4))
+    assert all(len(columns_of_before.columns.frame_crcs[i]) == 0 for i in range(4))
     assert pack_cache(clips / "cache", clips / "older")["written"] == 0
     assert torch.equal(columns_of_before.load(2, 1, 3), open_cache(clips / "packed").load(2, 1, 3))
 
@@ -132,19 +136,19 @@ def test_marks_continue_each_other():
 
 
 def test_lines_enter_the_index_when_their_items_are_on_the_disk(tmp_path, monkeypatch):
-    from mmdit.data.cache import latent_cache as module
+    from mmdit.data.cache import writer as module
 
     done = []
     monkeypatch.setattr(
         module, "flush_file_system", lambda folder: done.append(sorted(folder.rglob("*.pt")))
     )
-    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
     with CacheWriter(tmp_path, MANIFEST) as writer:
         for name in "ab":
             writer.add(name, torch.zeros(1, 2, 2, 3), "")
             lines = (tmp_path / "index.jsonl").read_text().split()
             assert len(lines) == len(done[-1]) == len(done)
-    monkeypatch.setattr(module, "SETTLE_SECONDS", 100.0)
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 100.0)
     with CacheWriter(tmp_path, MANIFEST) as writer:
         writer.add("c", torch.zeros(1, 2, 2, 3), "")
         assert '"c"' not in (tmp_path / "index.jsonl").read_text()

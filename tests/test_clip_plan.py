@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from mmdit.config import ConfigError
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError, decode
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.clips import frame_numbers, usable_frames
 from mmdit.rng import Draws

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.frames import crop_shares

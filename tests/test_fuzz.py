@@ -13,8 +13,9 @@ import torch
 
 from mmdit.config import ConfigError, apply_overrides, decode, encode, parse_yaml
 from mmdit.data.cache.items import load_item
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.records import check_id, read_records
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit.adapters import LoRAConfig, inject
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diagnostics.curves import draw_curves
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, build_objective

@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache import packing
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.items import Entry
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import INDEX, index_of, read_shard, shard_name, write_index
 from mmdit.data.cache.verify import verify_cache
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts.pack_cache import main
@@ -97,7 +100,7 @@ def test_a_shard_is_a_plain_safetensors_file_that_holds_everything(cache):
     for path in sorted((cache.parent / "packed").glob("shard-*")):
         tensors = load_file(path)
         lines = [json.loads(line) for line in tensors.pop(".texts").numpy().tobytes().splitlines()]
-        assert tensors.keys() == {row["id"] for row in read_shard(path)} and len(lines) == len(
+        assert tensors.keys() == {entry.id for entry in read_shard(path)} and len(lines) == len(
             tensors
         )
         found |= tensors
@@ -114,7 +117,9 @@ def test_packing_again_writes_only_what_changed(cache):
         and contents(out) == before
     )
     (out / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is missing.*pack_cache again"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors is damaged: it is missing.*pack_cache again"
+    ):
         open_cache(out)
     (out / INDEX).unlink()
     with pytest.raises(ValueError, match="packing was not finished"):
@@ -136,28 +141,28 @@ def test_a_damaged_shard_or_index_is_named(cache):
     pack(cache)
     out = cache.parent / "packed"
     shard, index = out / "shard-00001.safetensors", out / INDEX
-    row = read_shard(shard)[1]
+    entry = read_shard(shard)[1]
     good, columns = shard.read_bytes(), index.read_bytes()
     bad = bytearray(good)
-    bad[row["offset"] + 3] ^= 4
+    bad[entry.offset + 3] ^= 4
     shard.write_bytes(bad)
     opened = open_cache(out)
     with pytest.raises(
         ValueError,
-        match=f"shard-00001.safetensors is damaged: the check sum of item '{row['id']}' is wrong",
+        match=f"shard-00001.safetensors is damaged: the check sum of item '{entry.id}' is wrong",
     ):
-        opened.load(opened.ids.index(row["id"]))
+        opened.load(opened.ids.index(entry.id))
     (found,) = verify_cache(out)[1]
     assert (
-        found["file"] == shard.name
-        and f"item '{row['id']}': its check sum is wrong; delete it and run" in found["problem"]
+        found.file == shard.name
+        and f"item '{entry.id}': its check sum is wrong; delete it and run" in str(found)
     )
     shard.write_bytes(good[:-50])
     with pytest.raises(
         ValueError, match=r"shard-00001.safetensors is damaged: it has \d+ bytes, the index .* says"
     ):
         open_cache(out)
-    assert {row["file"] for row in verify_cache(out)[1]} == {shard.name}
+    assert {damage.file for damage in verify_cache(out)[1]} == {shard.name}
     shard.write_bytes(good)
     for bad in (columns[:1000], columns[:12] + b"\xff" + columns[13:], b""):
         index.write_bytes(bad)
@@ -167,7 +172,7 @@ def test_a_damaged_shard_or_index_is_named(cache):
     index.write_bytes(columns[:head] + bytes(byte ^ 64 for byte in columns[head:]))
     with pytest.raises(ValueError, match=f"{INDEX} is damaged"):
         open_cache(out)
-    assert [row["file"] for row in verify_cache(out)[1]] == [INDEX]
+    assert [damage.file for damage in verify_cache(out)[1]] == [INDEX]
 
 
 def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
@@ -228,10 +233,8 @@ def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tm
     """Ten shards of 100,000 items of 256x256 pictures (sparse files: 33 GB of zeros)."""
     manifest = CacheManifest("none", "none", LatentSpec(64), ((256, 256),), False)
     manifest.write(tmp_path)
-    size, texts = (
-        2 * 16 * 16 * 64,
-        {"facts": {}, "source": {"size": [1024, 768], "crop": [128, 0, 896, 768]}},
-    )
+    size = 2 * 16 * 16 * 64
+    source = {"size": [1024, 768], "crop": [128, 0, 896, 768]}
     crc = zlib.crc32(bytes(size))
 
     def shards():
@@ -239,20 +242,19 @@ def test_a_million_items_open_from_the_index_in_seconds_and_memory_stays_flat(tm
             path = tmp_path / shard_name(number)
             with path.open("wb") as file:
                 os.truncate(file.fileno(), 100_000 * size)
-            yield (
-                path,
-                [
-                    {
-                        "id": f"item{number}{i:06}",
-                        "shape": [1, 16, 16, 64],
-                        "offset": i * size,
-                        "crc": crc,
-                        "caption": f"a picture of thing {i} on a table",
-                        **texts,
-                    }
-                    for i in range(100_000)
-                ],
-            )
+            yield [
+                Entry(
+                    id=f"item{number}{i:06}",
+                    file=path.name,
+                    shape=[1, 16, 16, 64],
+                    caption=f"a picture of thing {i} on a table",
+                    bytes=100_000 * size,
+                    offset=i * size,
+                    crc=crc,
+                    source=source,
+                )
+                for i in range(100_000)
+            ]
 
     write_index(tmp_path, index_of(shards()))
     gc.collect()

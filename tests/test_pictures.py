@@ -298,8 +298,8 @@ def test_postscript_among_pictures_starts_no_program(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="it is PostScript"):
             read(tmp_path / "cat.png")
     assert (
-        "it is PostScript" in looked(tmp_path / "cat.png")["reason"]
-        and "frame 0.png" in looked(tmp_path / "frames", "video")["reason"]
+        "it is PostScript" in looked(tmp_path / "cat.png").reason
+        and "frame 0.png" in looked(tmp_path / "frames", "video").reason
     )
     with pytest.raises(ValueError, match="no picture could be read"):
         list(folder_pictures(tmp_path, 8, 8))
@@ -325,11 +325,11 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=refusal):
         read_captions(tmp_path / "pipe.txt", False)
     assert (
-        looked(tmp_path / "pipe.png")["reason"]
-        == looked(tmp_path / "pipe.mp4", "video")["reason"]
+        looked(tmp_path / "pipe.png").reason
+        == looked(tmp_path / "pipe.mp4", "video").reason
         == refusal
     )
-    assert looked(tmp_path / "frames", "video")["reason"] == f"{refusal} (frame 1.png)"
+    assert looked(tmp_path / "frames", "video").reason == f"{refusal} (frame 1.png)"
     rows = [
         {"id": "a", "image_path": "pipe.png", "caption": ""},
         {"id": "b", "image_path": "frames/0.png", "caption": ""},
@@ -432,7 +432,7 @@ def test_a_frame_that_cannot_be_used_is_named(tmp_path):
         run(write_meta(tmp_path, rows), tmp_path / "cache", kind="video")
     torn.unlink()
     torn.symlink_to(tmp_path / "gone.png")
-    assert looked(tmp_path / "clip", "video")["reason"] == "file not found (frame 4.png)"
+    assert looked(tmp_path / "clip", "video").reason == "file not found (frame 4.png)"
     with pytest.raises(ValueError, match=r"file not found \(frame 4.png\)"):
         run(tmp_path / "train_images.jsonl", tmp_path / "cache", kind="video")
     torn.unlink()
@@ -443,7 +443,7 @@ def test_a_frame_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.heic").touch()
     assert (
-        looked(tmp_path / "other", "video")["reason"]
+        looked(tmp_path / "other", "video").reason
         == "folder without pictures: it holds 1 .heic, which are not read"
     )
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mmdit.data import VideoConfig, open_cache, read_records
-from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
@@ -69,7 +69,7 @@ def test_refining_keeps_more_of_the_guess_the_less_noise_it_gets(pipeline):
 
 
 def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
-    """`cache_moving_shapes` is `prepare_samples` and `cache_latents` without the files in between."""
+    """`cache_moving_shapes` is `prepare_samples` and `Caching` without the files in between."""
     tokenizer = build_tokenizer(DummyTokenizerConfig(latent_d=12))
     video = VideoConfig(width=32, height=32, num_frames=3)
     manifest, recipe = CacheManifest.of(tokenizer, video), Recipe(32, 32, frames=3)
@@ -78,7 +78,7 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
         cache_moving_shapes(tokenizer, tmp_path / "direct", manifest, recipe, 7) == 3
     )  # goes on, and grows
     records = read_records(prepare_samples(tmp_path / "files", recipe, 7, workers=1), "video")
-    cache_latents(records, "video", tokenizer, tmp_path / "from_files", video, progress=False)
+    Caching(records, "video", tokenizer, tmp_path / "from_files", video, progress=False).run()
     direct, files = (
         open_cache(tmp_path / "direct", manifest),
         open_cache(tmp_path / "from_files", manifest),

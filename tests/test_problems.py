@@ -16,6 +16,7 @@ def test_an_error_of_a_source_crosses_processes_and_keeps_its_parts():
     assert damaged.damage.problem == "torn" and str(damaged) == (
         "cache file a.pt is damaged: torn; go"
     )
+    assert str(Damaged(str(damaged))) == str(damaged)  # as DataLoader hands it on
 
 
 def test_a_frame_is_named_and_counts_under_its_problem(tmp_path):

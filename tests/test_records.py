@@ -3,10 +3,10 @@ meet."""
 
 import json
 
-import numpy as np
 import pytest
+import torch
 
-from mmdit.data.cache.items import item_bytes, load_item
+from mmdit.data.cache.items import load_item, make_item
 from mmdit.data.dataset.records import check_id, read_records
 
 
@@ -94,9 +94,8 @@ def test_every_value_that_is_accepted_comes_back_from_an_item(tmp_path):
     }
     (record,) = read_records(write(tmp_path / "meta.jsonl", image("a", **facts)), "image")
     assert record.facts == facts
-    data, _, _ = item_bytes(
-        np.zeros((1, 2, 2, 3), np.float16), {"caption": record.caption, "facts": record.facts}
-    )
+    latents = torch.zeros(1, 2, 2, 3, dtype=torch.float16)
+    data, _ = make_item("a", "a.pt", latents, record.caption, record.facts, {})
     (tmp_path / "a.pt").write_bytes(data)
     assert load_item(tmp_path / "a.pt")["facts"] == facts
 

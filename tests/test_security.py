@@ -17,10 +17,10 @@ from torch import nn
 
 from mmdit.config import encode
 from mmdit.data import BucketingConfig, VideoConfig, open_cache, read_records
-from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.items import load_item
-from mmdit.data.cache.latent_cache import CacheWriter
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
@@ -246,9 +246,9 @@ def test_links_in_a_cache_folder_are_not_followed(tmp_path):
     )
     records = read_records(pictures(tmp_path, "a", "b"), "image")
     with pytest.raises(ValueError, match="no manifest.json"):
-        cache_latents(records, "image", tokenizer, cache, video, progress=False)
+        Caching(records, "image", tokenizer, cache, video, progress=False).run()
     (cache / "a.pt").unlink()
-    cache_latents(records, "image", tokenizer, cache, video, progress=False)
+    Caching(records, "image", tokenizer, cache, video, progress=False).run()
     assert {path.read_text() for path in outside.iterdir()} == {"precious"} and len(
         open_cache(cache)
     ) == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.records import Record, read_records

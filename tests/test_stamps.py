@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit.data.cache.latent_cache import CacheWriter, open_cache
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.verify import verify_cache
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from tests.test_cache import VIDEO, MeanPixels, contents, run, write_meta

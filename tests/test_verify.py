@@ -60,8 +60,8 @@ def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path
     )
     expected = damage_all(tmp_path / "cache")
     count, damage = verify_cache(tmp_path / "cache")
-    assert count == 10 and {row["file"] for row in damage} == set(expected)
-    assert all(expected[row["file"]] in row["problem"] and row["delete"] for row in damage)
+    assert count == 10 and {row.file for row in damage} == set(expected)
+    assert all(expected[row.file] in row.problem and row.delete for row in damage)
     assert verify_script.main(["--cache_dir", str(tmp_path / "cache"), "--delete", "--json"]) == 1
     assert len(json.loads(capsys.readouterr().out)["damage"]) == 8
     assert run(images, tmp_path / "cache").written == 7
@@ -80,8 +80,7 @@ def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path): 
         + '{"id": "torn'
     )
     told = {
-        (row["file"], row["problem"].partition(" (")[0], row["delete"])
-        for row in verify_cache(cache)[1]
+        (row.file, row.problem.partition(" (")[0], row.delete) for row in verify_cache(cache)[1]
     }
     assert told == {
         ("48x32/画0.pt", "its size is 32x32, its folder is for another", True),
@@ -99,7 +98,7 @@ def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path): 
 def test_crop_coordinates_are_stored_for_every_crop(images, tmp_path):  # noqa: F811
     run(images, tmp_path / "cache", preprocess=PreprocessConfig("shifted", num_crops=2))
     cache = open_cache(tmp_path / "cache")
-    for source, file in zip(cache.sources, cache._columns.files, strict=True):
+    for source, file in zip(cache.sources, cache.columns.files, strict=True):
         left, top, right, bottom = source["crop"]
         assert (
             (right - left, bottom - top) == (40, 40)

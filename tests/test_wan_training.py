@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.commands.inspect_adapter import changes
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.clips import cached_frames

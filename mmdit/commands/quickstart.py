@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import mmdit
-from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.caching import Caching
 from mmdit.data.dataset.records import read_records
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
@@ -222,7 +222,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     say("Turning the pictures into VTP latents (cached: a second run skips this).")
     tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
     records = read_records(metadata, "image")
-    report = cache_latents(
+    report = Caching(
         records,
         "image",
         tokenizer,
@@ -233,7 +233,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
         source=str(DATA),
         device=choose_device(device),
         batch_size=128,
-    )
+    ).run()
     print(report.text())
     say("Measuring the speed of this machine to choose the number of training steps.")
     steps = max(

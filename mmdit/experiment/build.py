@@ -15,7 +15,7 @@ from mmdit.adapters import (
 )
 from mmdit.adapters.strength import carry_over, same_strength
 from mmdit.config import ConfigError
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.diffusion import build_objective
 from mmdit.experiment.config import ExperimentConfig

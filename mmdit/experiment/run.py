@@ -13,7 +13,8 @@ from mmdit.adapters import (
     lora_state,
 )
 from mmdit.adapters.strength import alphas
-from mmdit.data.batches.latent_batches import BatchPlan, LatentBatches
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import target_sizes

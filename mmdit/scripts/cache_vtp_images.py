@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.data.cache.caching import cache_latents
+from mmdit.data.cache.caching import Caching
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run, verify_cache
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
         tokenizer = build_tokenizer(config.tokenizer, device)
         if rank == 0:
             print(f"{len(records)} records of {meta} → {out_dir} on {device}")
-        report = cache_latents(
+        report = Caching(
             records,
             media,
             tokenizer,
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
             progress=rank == 0,
             prune=args.prune,
             num_workers=config.num_workers if args.num_workers is None else args.num_workers,
-        )
+        ).run()
     print((f"process {rank}: " if world > 1 else "") + report.text())
     if report.skipped:
         print(

@@ -11,6 +11,7 @@ from typing import get_args
 
 from mmdit.data.cache.look import look_at, look_text, totals
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
@@ -49,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             records, args.kind, manifest.choose, config.preprocess, config.video, workers
         )
         sums = totals(rows)
-        print(
-            json.dumps({"totals": sums, "items": rows}, indent=1, ensure_ascii=False)
-            if args.json
-            else look_text(rows, sums)
-        )
+        if args.json:
+            items = [row.to_json() if isinstance(row, Skip) else row for row in rows]
+            print(json.dumps({"totals": sums, "items": items}, indent=1, ensure_ascii=False))
+        else:
+            print(look_text(rows, sums))
     return 0 if sums["usable"] else 2
 
 

@@ -28,14 +28,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         count, damage = verify_cache(args.cache_dir)
-        doomed = [row["file"] for row in damage if row["delete"]]
+        doomed = [finding.file for finding in damage if finding.delete]
         if args.delete:
             for file in doomed:
                 (args.cache_dir / file).unlink(missing_ok=True)
     if args.json:
-        print(json.dumps({"files": count, "damage": damage}, indent=1, ensure_ascii=False))
+        rows = [
+            {"file": finding.file, "problem": str(finding), "delete": finding.delete}
+            for finding in damage
+        ]
+        print(json.dumps({"files": count, "damage": rows}, indent=1, ensure_ascii=False))
     else:
-        lines = [f"{row['file']}: {row['problem']}" for row in damage]
+        lines = [f"{finding.file}: {finding}" for finding in damage]
         print("\n".join([*lines, f"{count} files read, {len(damage)} findings"]))
         if doomed:
             print(

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
 
 from mmdit import config as config_io
-from mmdit.data.batches.latent_batches import ORDER
+from mmdit.data.batches.batch_plan import ORDER
 from mmdit.files import write_atomically
 from mmdit.interfaces import LatentSpec
 from mmdit.nn.stored_weights import StoredWeight

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.data.cache.manifest import write_atomically
+from mmdit.files import write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,

@@ -37,8 +37,8 @@ from pathlib import Path
 import torch
 
 from mmdit.config import decode
-from mmdit.data.cache.latent_cache import CacheWriter
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.nn import kernels
 from mmdit.scripts import train_t2v

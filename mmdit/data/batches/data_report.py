@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from mmdit.data.batches.latent_batches import BatchPlan
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import all_captions, length_report
 from mmdit.data.dataset.clips import usable_frames
@@ -78,8 +78,7 @@ def _left_out(cache: LatentCache, plan: BatchPlan) -> dict:
         {"id": cache.ids[i], "frames": int(cache.shapes[i, 0])} for i in plan.excluded.tolist()
     ]
     clips.sort(key=lambda row: (row["frames"], row["id"]))
-    why = next((line for line in plan.report().splitlines() if line.startswith("left out")), "")
-    return {"items": len(clips), "why": why, "examples": clips[:EXAMPLES]}
+    return {"items": len(clips), "why": plan.left_out(), "examples": clips[:EXAMPLES]}
 
 
 def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
@@ -157,11 +156,9 @@ def compared_with(cache: LatentCache, records: list[Record], preprocess: Preproc
     expected: dict[str, list[str]] = {}
     missing = []
     for record in records:
-        wanted = all_captions(record.caption, record.facts)
-        expected |= {
-            preprocess.item_id(record.id, crop): wanted for crop in range(preprocess.num_crops)
-        }
-        missing += [record.id] if preprocess.item_id(record.id, 0) not in captions else []
+        ids = preprocess.item_ids(record.id)
+        expected |= dict.fromkeys(ids, all_captions(record.caption, record.facts))
+        missing += [record.id] if ids[0] not in captions else []
     strangers = [id for id in captions if id not in expected]
     others = [id for id in captions if id in expected and captions[id] != expected[id]]
     found = {"not_in_file": strangers, "not_cached": missing, "other_caption": others}

@@ -5,38 +5,54 @@ from __future__ import annotations
 import os
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.batches.batch_plan import Grid, by_shape
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import all_captions
 
-Grid = tuple[int, int]  # latent (rows, columns)
-Group = tuple[
-    int, ...
-]  # of items that may share a batch: its grid and, where clips differ in that, its number of frames
 Text = tuple[list[str], str, dict]  # all captions of an item, its id, its facts
 TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not memory
+MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
-def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
-    """Which of `items (n,)` have each distinct row of `shapes (N, …)`."""
-    unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
-    return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
+class Store(Protocol):
+    """Where the latents and texts of items come from."""
+
+    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
+        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
+        ...
+
+    def text(self, item: int) -> Text:
+        """Return the texts of one item."""
+        ...
+
+
+def open_store(
+    cache: LatentCache, in_memory: Literal["auto", True, False], progress: bool
+) -> Store:
+    """Return a store of a cache; "auto": in memory, if it takes at most a quarter of it."""
+    if in_memory == "auto":
+        # every process of this machine holds a copy
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        in_memory = cache.nbytes * processes <= MEMORY_SHARE * memory_bytes()
+    return InMemory(cache, progress) if in_memory else OnDisk(cache)
 
 
 def memory_bytes() -> int:
-    """Of the machine, or of the container if that is less."""
+    """Return the memory of the machine, or of the container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.exists() else ""
     return min(total, int(text)) if text.isdecimal() else total
 
 
-def text_of(cache: LatentCache, item: int) -> Text:
+def _text_of(cache: LatentCache, item: int) -> Text:
     facts = cache.facts[item]
     return all_captions(cache.captions[item], facts), cache.ids[item], facts
 
@@ -47,39 +63,26 @@ class InMemory:
 
     def __init__(self, cache: LatentCache, progress: bool):
         self.frames: dict[Grid, Tensor] = {}
-        self.first = torch.zeros(
-            len(cache), dtype=torch.int64
-        )  # place of an item's frame 0 in its grid's tensor
+        # where an item's frames begin in its grid's tensor
+        self.first = torch.zeros(len(cache), dtype=torch.int64)
+        self.text = lru_cache(TEXTS)(partial(_text_of, cache))
+        channels = cache.manifest.spec.channels
         for grid, items in by_shape(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
             counts = cache.shapes[items, 0]
             self.first[items] = counts.cumsum(0) - counts
-            self.frames[grid] = torch.empty(
-                int(counts.sum()), *grid, cache.manifest.spec.channels, dtype=torch.float16
-            )
-
-        firsts, self._text = self.first.tolist(), lru_cache(TEXTS)(partial(text_of, cache))
-        for item in tqdm(
-            range(len(cache)),
-            "loading latents",
-            unit="item",
-            disable=not progress or len(cache) < 5000,
-        ):
+            self.frames[grid] = torch.empty(int(counts.sum()), *grid, channels, dtype=torch.float16)
+        hidden = not progress or len(cache) < 5000
+        bar = tqdm(self.first.tolist(), "loading latents", unit="item", disable=hidden)
+        for item, first in enumerate(bar):
             latents = cache.load(item)
-            stored = self.frames[tuple(latents.shape[1:3])][
-                firsts[item] : firsts[item] + len(latents)
-            ]
-            np.copyto(
-                stored.numpy(), latents.numpy()
-            )  # torch would wake all its threads for each small copy
+            place = self.frames[tuple(latents.shape[1:3])][first : first + len(latents)]
+            # numpy copies: torch would wake all its threads for each small one
+            np.copyto(place.numpy(), latents.numpy())
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
+        """Return latents; see `Store`."""
         rows = self.first[items][:, None] + frames
         return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
-
-    def texts(self, numbers: list[int]) -> list[Text]:
-        """Of the items with these numbers."""
-        return list(map(self._text, numbers))
 
 
 class OnDisk:
@@ -90,17 +93,13 @@ class OnDisk:
         self.cache = cache
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """As `InMemory.gather`."""
-        bounds = zip(
-            items.tolist(), frames[:, 0].tolist(), frames[:, -1].tolist(), frames, strict=True
-        )
-        return torch.stack(
-            [
-                self.cache.load(item, first, last + 1)[chosen - first]
-                for item, first, last, chosen in bounds
-            ]
-        )
+        """Return latents; see `Store`."""
+        clips = []
+        for item, numbers in zip(items.tolist(), frames, strict=True):
+            first, last = int(numbers[0]), int(numbers[-1])
+            clips.append(self.cache.load(item, first, last + 1)[numbers - first])
+        return torch.stack(clips)
 
-    def texts(self, numbers: list[int]) -> list[Text]:
-        """As `InMemory.texts`."""
-        return [text_of(self.cache, number) for number in numbers]
+    def text(self, item: int) -> Text:
+        """Return the texts of one item."""
+        return _text_of(self.cache, item)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ IMAGES_AT_ONCE = 16  # that a worker takes; of clips one
 
 @dataclass
 class Meta:
-    """Hold what is stored beside one item's latents."""
+    """What is stored beside one item's latents."""
 
     id: str
     caption: str
@@ -65,6 +65,10 @@ class Decoded:
     skips: list[Skip] = field(default_factory=list)
     same_crops: int = 0  # that would repeat another crop of their picture
     coded: list[Coded] = field(default_factory=list)
+
+    def pin_memory(self) -> Decoded:
+        """Return the same with pixels in page-locked memory; DataLoader knows this name."""
+        return replace(self, groups=[(pixels.pin_memory(), metas) for pixels, metas in self.groups])
 
 
 def decoded(
@@ -156,13 +160,11 @@ class _Decode(Dataset):
 
     def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
         """Return what is stored with each crop of a record."""
-        ids = [
-            self.preprocess.item_id(record.id, crop) for crop in range(self.preprocess.num_crops)
-        ]
+        ids = self.preprocess.item_ids(record.id)
         repeated = [id for crop, id in enumerate(ids) if crop not in boxes]
         metas = []
         for crop, box in boxes.items():
-            source = origin | {"crop": [round(side, 3) for side in box]}
+            source = origin | {"crop": rounded(box)}
             metas.append(Meta(ids[crop], record.caption, record.facts, source, repeated))
         return metas
 
@@ -198,6 +200,11 @@ class _Decode(Dataset):
                 continue
             for pixels, meta in pairs:
                 result.groups.append((torch.as_tensor(pixels)[None], [meta]))
+
+
+def rounded(box: Box) -> list[float]:
+    """Return a box as it is stored, in thousandths of a pixel."""
+    return [round(side, 3) for side in box]
 
 
 def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Image.Image]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class CacheManifest:
         preprocess: PreprocessConfig | None = None,
         source: str = "",
     ) -> CacheManifest:
-        """The manifest that this config asks for: written when caching, wanted when training."""
+        """Return the manifest that a config asks for: written when caching, wanted when
+        training."""
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
         sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
@@ -70,19 +72,21 @@ class CacheManifest:
         )
 
     def choose(self, source: Size) -> Size:
-        """The one decision of what size an item of `source` pixels gets. ValueError: it cannot be
-        used."""
+        """Decide what size an item of `source` pixels gets; nothing else does. ValueError: it
+        cannot be used."""
         if self.max_pixels_per_frame:
             return budget_size(source, self.max_pixels_per_frame, self.spec.spatial)
         return choose_size(source, self.sizes)
 
+    def size_of(self, shape: Sequence[int]) -> Size:
+        """Return (width, height) in pixels of latents of a shape `(F, H, W, C)`."""
+        return shape[2] * self.spec.spatial, shape[1] * self.spec.spatial
+
     def allows(self, size: Size) -> bool:
-        """Whether items of this size belong into the cache."""
-        return (
-            0 < math.prod(size) <= self.max_pixels_per_frame
-            if self.max_pixels_per_frame
-            else size in self.sizes
-        )
+        """Return whether items of this size belong into the cache."""
+        if self.max_pixels_per_frame:
+            return 0 < math.prod(size) <= self.max_pixels_per_frame
+        return size in self.sizes
 
     def older(self, folder: str | Path) -> str:
         """Return what to say of a cache whose pictures were decoded otherwise than now; empty if
@@ -96,23 +100,19 @@ class CacheManifest:
         )
 
     def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / "manifest.json", text)
 
     @staticmethod
     def read(folder: str | Path) -> CacheManifest:
+        """Read `manifest.json`. ConfigError: there is none, or it is damaged."""
         path = Path(folder) / "manifest.json"
         try:
             with open_regular(path) as file:
                 row = json.loads(file.read().decode())
-            found = row["format"]
-            if found != FORMAT:
-                raise ConfigError(
-                    "",
-                    f"{path} has format {found}, this version reads {FORMAT}; cache into a new"
-                    " folder",
-                )
-            return decode(CacheManifest, row)
+            version = row["format"]
+            manifest = decode(CacheManifest, row) if version == FORMAT else None
         except FileNotFoundError:
             raise ConfigError(
                 "",
@@ -120,54 +120,52 @@ class CacheManifest:
                 " one with mmdit.scripts.cache_vtp_images or cache_vtp_latents",
             ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, ConfigError) and str(path) in str(error):
-                raise
-            told = error if isinstance(error, ConfigError) else repr(error)[:1000]
+            reason = error if isinstance(error, ConfigError) else repr(error)[:1000]
             raise ConfigError(
-                "", f"{path} is damaged ({told}); cache again into a new folder"
+                "", f"{path} is damaged ({reason}); cache again into a new folder"
             ) from None
+        if manifest is None:
+            raise ConfigError(
+                "",
+                f"{path} has format {version}, this version reads {FORMAT}; cache into a new"
+                " folder",
+            )
+        return manifest
 
     def differences(self, wanted: CacheManifest) -> list[str]:
-        """`what: here X, wanted Y` for everything that changes the latents."""
-        pairs = [
-            ("latent channels", self.spec.channels, wanted.spec.channels),
-            ("pixels per latent cell", self.spec.spatial, wanted.spec.spatial),
-            ("frames per latent frame", self.spec.temporal, wanted.spec.temporal),
-            ("bucketing.enabled", self.bucketed, wanted.bucketed),
-            ("sizes", sorted(self.sizes), sorted(wanted.sizes)),
-            (
-                "bucketing.max_pixels_per_frame",
-                self.max_pixels_per_frame,
-                wanted.max_pixels_per_frame,
-            ),
-        ]
+        """Return `what: here X, wanted Y` for everything that changes the latents."""
+        here, asked = self._deciding(), wanted._deciding()
         if (
-            self.tokenizer != wanted.tokenizer
+            self.tokenizer == wanted.tokenizer
         ):  # the name alone (a moved checkpoint) decides nothing
-            names = [
-                f"{manifest.tokenizer_name} {manifest.tokenizer}" for manifest in (self, wanted)
-            ]
-            pairs.insert(0, ("tokenizer", *names))
-        sections = (
-            ("preprocess", self.preprocess, wanted.preprocess),
-            ("video", self.clip_plan, wanted.clip_plan),
-        )
-        for section, here, asked in sections:
-            pairs += [
-                (f"{section}.{name}", here.get(name), asked.get(name))
-                for name in sorted({*here, *asked})
-            ]
+            del here["tokenizer"], asked["tokenizer"]
         return [
-            f"{what}: the cache has {here}, the config asks {asked}"
-            for what, here, asked in pairs
-            if here != asked
+            f"{name}: the cache has {here.get(name)}, the config asks {asked.get(name)}"
+            for name in here | asked
+            if here.get(name) != asked.get(name)
         ]
 
+    def _deciding(self) -> dict[str, object]:
+        """Return what decides the latents, by the names that a person knows."""
+        settings: dict[str, object] = {
+            "tokenizer": f"{self.tokenizer_name} {self.tokenizer}",
+            "latent channels": self.spec.channels,
+            "pixels per latent cell": self.spec.spatial,
+            "frames per latent frame": self.spec.temporal,
+            "bucketing.enabled": self.bucketed,
+            "sizes": sorted(self.sizes),
+            "bucketing.max_pixels_per_frame": self.max_pixels_per_frame,
+        }
+        for section, values in (("preprocess", self.preprocess), ("video", self.clip_plan)):
+            settings |= {f"{section}.{name}": values[name] for name in sorted(values)}
+        return settings
+
     def check(self, folder: str | Path, wanted: CacheManifest) -> None:
-        """ValueError with every difference and the remedy, unless the cache is what is wanted."""
-        if found := self.differences(wanted):
+        """Raise ValueError with every difference and the remedy, unless the cache is what is
+        wanted."""
+        if differences := self.differences(wanted):
             raise ValueError(
-                "\n  ".join([f"the cache {folder} was made with other settings:", *found])
+                "\n  ".join([f"the cache {folder} was made with other settings:", *differences])
                 + "\nUse the settings it was made with, or cache again into a new folder (it is not"
                 " touched)."
             )

@@ -9,34 +9,27 @@ from mmdit.data.cache.latent_cache import LatentCache
 
 
 def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
-    """Per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over all
-    channels together (the single factor of latent diffusion, Rombach et al. 2022). Merged item by
-    item in float64 (Chan et al. 1983), so exact.
+    """Return the per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over
+    all channels together (the single factor of latent diffusion, Rombach et al. 2022). Merged item
+    by item in float64 (Chan et al. 1983), so exact.
     """
     count = min(len(cache), max_items or len(cache))
     chosen = torch.linspace(0, len(cache) - 1, count, dtype=torch.float64).round().long().tolist()
-    values, mean, squares = (
-        0,
-        torch.zeros(()).double(),
-        torch.zeros(()).double(),
-    )  # squares: sum of squared deviations
+    values = 0
+    mean = squares = torch.zeros((), dtype=torch.float64)  # squares: of the deviations, their sum
     for index in tqdm(chosen, desc="reading latents", unit="item", disable=count < 1000):
         rows = cache.load(index).double().flatten(0, 2)
         delta = rows.mean(0) - mean
         total = values + len(rows)
-        squares = (
-            squares
-            + (rows - rows.mean(0)).square().sum(0)
-            + delta.square() * (values * len(rows) / total)
-        )
+        squares = squares + (rows - rows.mean(0)).square().sum(0)
+        squares = squares + delta.square() * (values * len(rows) / total)
         mean, values = mean + delta * (len(rows) / total), total
     variance = squares / values
     overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
-    std, scale = variance.sqrt(), 1 / float(overall)
     return {
         "items": count,
         "values": values,
         "mean": mean.tolist(),
-        "std": std.tolist(),
-        "scale": scale,
+        "std": variance.sqrt().tolist(),
+        "scale": 1 / float(overall),
     }

@@ -1,113 +1,173 @@
-"""Looks at every byte of a latent cache: damaged files, files and index lines that contradict each
-other, leftovers."""
+"""Look at every byte of a latent cache: damaged files, contradictions of files and index, leftovers
+of killed processes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.cache.items import load_item, running_crcs
-from mmdit.data.cache.latent_cache import THREADS
+from mmdit.data.cache.items import Entry, load_item, running_crcs
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.packed import is_packed
-from mmdit.data.cache.packing import verify_packed
+from mmdit.data.cache.packed import (
+    INDEX,
+    REMEDY,
+    index_of,
+    is_packed,
+    packed_columns,
+    read_index,
+    read_shard,
+    shards_of,
+)
+from mmdit.data.cache.plain import index_files, index_lines
+from mmdit.data.cache.writer import THREADS
+from mmdit.data.dataset.problems import Damage, Damaged
 from mmdit.files import abandoned_files
 
 
-def _index_lines(folder: Path) -> Iterator[tuple[str, dict | None]]:
-    """(index file and line number, entry or None if it cannot be read); empty lines are where a
-    killed process was resumed."""
-    for path in sorted(folder.glob("index*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                    whole = isinstance(entry, dict) and (
-                        "removed" in entry
-                        or {"id", "file", "shape", "caption", "crc", "bytes"} <= entry.keys()
-                    )
-                except (ValueError, RecursionError):
-                    whole = False
-                yield f"{path.name}:{number}", entry if whole else None
-
-
-def verify_cache(folder: str | Path) -> tuple[int, list[dict]]:
-    """(files or, of a packed cache, shards looked at; damage found): rows `{"file", "problem",
-    "delete"}`, the last true where deleting the file lets the caching command make it anew.
-    ValueError: no cache."""
+def verify_cache(folder: str | Path) -> tuple[int, list[Damage]]:
+    """Return how many files (of a packed cache, shards) were read, and the damage. ValueError: it
+    is no cache."""
     folder = Path(folder)
     manifest = CacheManifest.read(folder)
-    if is_packed(folder):
-        return verify_packed(folder)
-    files = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*.pt")
-        if not path.name.startswith(".")
-    )
-    damage: list[dict] = []
-    entries: dict[str, dict] = {}
+    verify = _verify_packed if is_packed(folder) else _verify_plain
+    count, damage = verify(folder, manifest)
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        for path in abandoned_files(place):
+            file = path.relative_to(folder).as_posix()
+            damage.append(Damage(file, "left by a killed process", delete=True))
+    return count, damage
 
-    def found(file: str, problem: str, delete: bool = False) -> None:
-        damage.append({"file": file, "problem": problem, "delete": delete})
 
-    for place, entry in _index_lines(folder):
-        if entry is None:
-            found(place, "the line cannot be read (it is rebuilt when caching goes on)")
-        elif "removed" in entry:
-            entries.pop(entry.get("file"), None)
-        else:
-            entries[entry["file"]] = entry  # a later line replaces an earlier one
+def _unfit(latents: Tensor, manifest: CacheManifest) -> str:
+    """Return why whole latents are still wrong in this cache, "" if they are not."""
+    size, channels = manifest.size_of(latents.shape), latents.shape[-1]
+    if not manifest.allows(size):
+        return f"its size {size[0]}x{size[1]} does not belong into this cache"
+    if channels != manifest.spec.channels:
+        return f"it has {channels} channels, the manifest says {manifest.spec.channels}"
+    return "" if latents.isfinite().all() else "its latents are not finite"
 
-    def look(file: str) -> str:
-        try:
-            item = load_item(folder / file, manifest.spec.channels)
-        except ValueError as error:
-            return str(error).partition("damaged: ")[2].partition("; delete")[0]
-        frames, rows, columns, _ = item["latents"].shape
-        size = (columns * manifest.spec.spatial, rows * manifest.spec.spatial)
-        if not manifest.allows(size):
-            return f"its size {size[0]}x{size[1]} does not belong into this cache"
-        if file != (f"{size[0]}x{size[1]}/" if manifest.bucketed else "") + file.rpartition("/")[2]:
-            return f"its size is {size[0]}x{size[1]}, its folder is for another"
-        if not torch.isfinite(item["latents"]).all():
-            return "its latents are not finite"
-        entry = entries.get(file)
-        if entry is None:
-            return ""
-        *marks, crc = running_crcs(item["latents"].contiguous().numpy())
-        actual = (list(item["latents"].shape), item["caption"], crc, marks)
-        told = (entry["shape"], entry["caption"], entry["crc"], entry.get("marks") or marks)
-        return "" if actual == told else "the index says otherwise of its contents"
+
+# ── the plain layout ──────────────────────────────────────────────────────────────────────────────
+def _verify_plain(folder: Path, manifest: CacheManifest) -> tuple[int, list[Damage]]:
+    damage: list[Damage] = []
+    by_id: dict[str, Entry] = {}  # a later line replaces an earlier one
+    for path in index_files(folder):
+        for number, id, entry in index_lines(path):
+            if entry is not None:
+                by_id[id] = entry
+            elif id:
+                by_id.pop(id, None)
+            else:
+                problem = "the line cannot be read (it is rebuilt when caching goes on)"
+                damage.append(Damage(f"{path.name}:{number}", problem))
+    entries = {entry.file: entry for entry in by_id.values()}
+    paths = sorted(path for path in folder.rglob("*.pt") if not path.name.startswith("."))
+    files = [path.relative_to(folder).as_posix() for path in paths]
+
+    def problem_of(file: str) -> str:
+        return _item_problem(folder, file, manifest, entries.get(file))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        bar = tqdm(
-            pool.map(look, files),
-            desc=f"verifying {folder}",
-            total=len(files),
-            unit="file",
-            delay=2,
-        )
+        problems = pool.map(problem_of, files)
+        bar = tqdm(problems, f"verifying {folder}", len(files), unit="file", delay=2)
         for file, problem in zip(files, bar, strict=True):
             if problem:
-                found(file, problem, delete=True)
-    places: dict[str, list[str]] = {}
+                damage.append(Damage(file, problem, delete=True))
+    return len(files), damage + _contradictions(files, entries)
+
+
+def _item_problem(folder: Path, file: str, manifest: CacheManifest, entry: Entry | None) -> str:
+    """Return what is wrong with a file, "" if nothing is."""
+    try:
+        item = load_item(folder / file, manifest.spec.channels)
+    except Damaged as error:
+        return error.damage.problem
+    latents = item["latents"]
+    if problem := _unfit(latents, manifest):
+        return problem
+    size = "{}x{}".format(*manifest.size_of(latents.shape))
+    place, _, name = file.rpartition("/")
+    if place != (size if manifest.bucketed else ""):
+        return f"its size is {size}, its folder is for another"
+    if entry is None:
+        return ""
+    *frame_crcs, crc = running_crcs(latents.contiguous().numpy())
+    actual = (list(latents.shape), item["caption"], crc, frame_crcs)
+    listed = (entry.shape, entry.caption, entry.crc, entry.frame_crcs or frame_crcs)
+    return "" if actual == listed else "the index says otherwise of its contents"
+
+
+def _contradictions(files: list[str], entries: Iterable[str]) -> list[Damage]:
+    """Return what the names of the files and the files in the index say against each other."""
+    damage = []
+    places: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        places.setdefault(file.rpartition("/")[2], []).append(file)
-    for several in places.values():
-        for file in several if len(several) > 1 else []:
-            found(file, f"its id is there {len(several)} times")
-    for file in sorted(entries.keys() - set(files)):
-        found(file, "listed in the index, but missing")
-    for file in sorted(set(files) - entries.keys()):
-        found(file, "not in the index (it is read anew at each start)")
-    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
-        for path in abandoned_files(place):
-            found(path.relative_to(folder).as_posix(), "left by a killed process", delete=True)
-    return len(files), damage
+        places[file.rpartition("/")[2]].append(file)
+    for same in places.values():
+        if len(same) > 1:
+            damage += [Damage(file, f"its id is there {len(same)} times") for file in same]
+    here, listed = set(files), set(entries)
+    damage += [Damage(file, "listed in the index, but missing") for file in sorted(listed - here)]
+    unlisted = "not in the index (it is read anew at each start)"
+    return damage + [Damage(file, unlisted) for file in sorted(here - listed)]
+
+
+# ── the packed layout ─────────────────────────────────────────────────────────────────────────────
+def _verify_packed(folder: Path, manifest: CacheManifest) -> tuple[int, list[Damage]]:
+    damage: list[Damage] = []
+    paths = shards_of(folder)
+
+    def readable_shards() -> Iterator[list[Entry]]:
+        for path in tqdm(paths, f"verifying {folder}", unit="shard", delay=2):
+            try:
+                entries = read_shard(path)
+            except Damaged as error:
+                damage.append(error.damage)
+                continue
+            with path.open("rb") as file:
+                for entry in entries:
+                    if problem := _packed_problem(file, entry, manifest):
+                        problem = f"item {entry.id!r}: {problem}"
+                        damage.append(Damage(path.name, problem, REMEDY))
+            yield entries
+
+    columns = index_of(readable_shards())
+    if not damage:  # else it has been said what is wrong
+        damage += _index_damage(folder, columns)
+    return len(paths), damage
+
+
+def _packed_problem(file: BinaryIO, entry: Entry, manifest: CacheManifest) -> str:
+    """Return what is wrong with an item of a shard, "" if nothing is."""
+    numbers = np.empty(entry.shape, np.float16)
+    file.seek(entry.offset)
+    file.readinto(numbers)
+    if zlib.crc32(numbers) != entry.crc:
+        return "its check sum is wrong"
+    if entry.frame_crcs and running_crcs(numbers)[:-1] != entry.frame_crcs:
+        return "the check sums of its frames are wrong"
+    return _unfit(torch.from_numpy(numbers), manifest)
+
+
+def _index_damage(folder: Path, columns: dict[str, Tensor]) -> list[Damage]:
+    """Return how the index contradicts the columns of the shards."""
+    try:
+        stored = read_index(folder)
+        packed_columns(folder)
+    except Damaged as error:
+        return [error.damage]
+    except ValueError as error:  # it is not there
+        return [Damage(INDEX, str(error))]
+    if any(not torch.equal(column, stored[name]) for name, column in columns.items()):
+        return [Damage(INDEX, "it says otherwise than the shards", REMEDY)]
+    return []

@@ -70,9 +70,11 @@ class PreprocessConfig(Section):
             stated["jpeg_decoder"] = self.jpeg_decoder
         return stated
 
-    def item_id(self, id: str, crop: int) -> str:
-        """The id of one crop: `<id>_c<k>` when there are several."""
-        return f"{id}_c{crop}" if self.num_crops > 1 else id
+    def item_ids(self, id: str) -> list[str]:
+        """Return the ids of all crops of a record: `<id>_c<k>` when there are several."""
+        if self.num_crops == 1:
+            return [id]
+        return [f"{id}_c{crop}" for crop in range(self.num_crops)]
 
 
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
@@ -100,7 +102,7 @@ def crop_box(
         slack = max(source[axis] - box[axis], 0.0)
         place = 0.5
         if preprocess.crop == "shifted":
-            first = (rng.key(preprocess.seed, "crop", id, axis) >> 11) * 2.0**-53 % 1.0
+            first = rng.uniform(preprocess.seed, "crop", id, axis)
             drawn = (
                 first + crop * 0.6180339887498949
             ) % 1.0  # golden ratio: several crops of an image lie apart

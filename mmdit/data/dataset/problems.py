@@ -103,9 +103,10 @@ class Damage:
 class Damaged(ValueError):
     """A file of a cache that cannot be used; `what` says in words which file it is."""
 
-    def __init__(self, what: str, damage: Damage):
+    def __init__(self, what: str, damage: Damage | None = None):
         super().__init__(what, damage)
         self.what, self.damage = what, damage
 
     def __str__(self) -> str:
-        return f"{self.what} is damaged: {self.damage}"
+        # DataLoader makes the error of a worker anew from its text alone
+        return f"{self.what} is damaged: {self.damage}" if self.damage else self.what

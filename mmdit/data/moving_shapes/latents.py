@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.cache.latent_cache import CacheWriter, told_how_to_go_on
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter, explain_disk_errors
 from mmdit.data.moving_shapes.facts import draw
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.data.moving_shapes.render import render
@@ -23,7 +23,7 @@ from mmdit.pixels import to_unit
 CHUNK_FRAMES = 4096  # rendered and encoded at once
 
 
-@told_how_to_go_on()
+@explain_disk_errors()
 def cache_moving_shapes(
     tokenizer: Tokenizer,
     out_dir: str | Path,
@@ -78,12 +78,12 @@ def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
     frames = writer.manifest.spec.frames(recipe.frames)
     for i, item in zip(looked, drawn, strict=True):
         entry = writer.entries[f"{i:06d}"]
-        facts = entry.get("facts", {}).get("facts", {})
+        facts = entry.facts.get("facts", {})
         known = {name: facts.get(name) for name in item.to_json()}
-        if known != item.to_json() or entry["shape"][0] != frames:
+        if known != item.to_json() or entry.shape[0] != frames:
             raise ValueError(
                 f"{writer.folder} holds moving shapes made otherwise (sample {i:06d} has"
-                f" {entry['shape'][0]} latent frames or other objects): choose another --out_dir,"
+                f" {entry.shape[0]} latent frames or other objects): choose another --out_dir,"
                 " or the --seed, --variant and --frames of it"
             )
 

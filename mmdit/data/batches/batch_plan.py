@@ -1,0 +1,337 @@
+"""Which items and frames a step sees. The plan is a pure function of (seed, step): resume needs no
+state, every rank knows every step, and the number of ranks changes nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdit.data.cache.latent_cache import LatentCache
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.clips import frame_numbers, jitter_limits, latent_video, usable_frames
+from mmdit.rng import Draws, key, uniform
+
+# version of the order of items: 1 filled the last batch of each group and epoch by repetition
+ORDER = 2
+Grid = tuple[int, int]  # latent (rows, columns)
+# what items have in common that may share a batch: the grid and, where clips differ in it, the
+# number of frames
+Group = tuple[int, ...]
+_CROP = re.compile(r"_c\d+$")
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One step's global batch: `items (B,)` numbers in the cache, `frames (B, F)` frame numbers
+    within each, ascending."""
+
+    grid: Grid
+    items: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The batches of one epoch, from position `first` in a stream: `groups[i]` and `items[i]`."""
+
+    first: int
+    groups: list[Group]
+    items: Tensor  # (batches, size)
+
+
+def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
+    """Return which of `items (n,)` have each distinct row of `shapes (N, …)`."""
+    unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
+    return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
+
+
+def permutation(count: int, seed: int, *purpose: object) -> Tensor:
+    """Return a keyed order of `count` things, the same on every platform and version."""
+    return torch.argsort(Draws.of(key(seed, *purpose), 0, count).bits("order"), stable=True)
+
+
+class _Stream:
+    """An endless sequence of batches over groups of equal shape, in which every item is seen
+    equally often.
+
+    A group is an endless row of orders of its items, cut into batches of `size`. Of n items an
+    epoch has n / size batches, on average: nothing is dropped, and a group smaller than a batch has
+    one in some epochs alone. The batches of an epoch are mixed.
+    """
+
+    def __init__(self, groups: dict[Group, Tensor], size: int, seed: int, purpose: str):
+        self.groups, self.size, self.seed, self.purpose = groups, size, seed, purpose
+        self.items = sum(map(len, groups.values()))
+        self._counts = torch.tensor([len(members) for members in groups.values()])
+        self._phases = torch.tensor([key(seed, purpose, "phase", group) % size for group in groups])
+        self._epoch = _Epoch(0, [], torch.empty(0))
+
+    @property
+    def epoch_steps(self) -> float:
+        """Return the steps in which as many samples are seen as there are items."""
+        return self.items / self.size
+
+    def batch(self, position: int) -> tuple[Group, Tensor]:
+        """Return the group and the items `(size,)` of the batch at a position."""
+        place = position - self._epoch.first
+        if not 0 <= place < len(self._epoch.groups):
+            self._epoch = self._make_epoch(self._epoch_at(position))
+            place = position - self._epoch.first
+        return self._epoch.groups[place], self._epoch.items[place]
+
+    def _batches_before(self, epoch: int) -> Tensor:
+        """Return how many batches each group has before an epoch."""
+        return (epoch * self._counts + self._phases) // self.size
+
+    def _epoch_at(self, position: int) -> int:
+        """Return the epoch of the batch at `position`: the last one before which there are at most
+        so many."""
+        low, high = 0, (position + len(self.groups) + 1) * self.size // self.items + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int(self._batches_before(middle).sum()) <= position:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
+        tables, groups = [], []
+        bounds = zip(before.tolist(), after.tolist(), strict=True)
+        for (group, members), (begin, end) in zip(self.groups.items(), bounds, strict=True):
+            if begin < end:
+                order = self._order(group, len(members), begin * self.size, end * self.size)
+                tables.append(members[order].view(-1, self.size))
+                groups += [group] * (end - begin)
+        mixed = permutation(len(groups), self.seed, self.purpose, epoch)
+        mixed_groups = [groups[place] for place in mixed.tolist()]
+        return _Epoch(int(before.sum()), mixed_groups, torch.cat(tables)[mixed])
+
+    def _order(self, group: Group, count: int, begin: int, end: int) -> Tensor:
+        """Return places `begin` to `end` of the endless row of orders of a group's `count`
+        items."""
+        first, last = begin // count, math.ceil(end / count)
+        numbers = torch.arange(first * count, last * count)
+        bits = Draws(key(self.seed, self.purpose, group), 0, numbers).bits("order")
+        orders = bits.view(-1, count).argsort(dim=1, stable=True).flatten()
+        return orders[begin - first * count : end - first * count]
+
+
+class BatchPlan:
+    """Every step's global batch. `report()` says what is used, repeated and left out; ValueError if
+    nothing is left.
+
+    A clip must have `1 + (num_frames - 1) * frame_stride` frames (or those of the smallest of
+    `frame_counts`), else it is left out (its single frames still serve the steps that
+    `image_fraction` gives to images). Those steps are spread evenly: step s is one if floor(s·f +
+    phase(seed)) grows. The share `held_out` of the items, by a hash of their ids, is in no batch.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        video: VideoConfig,
+        global_batch: int,
+        seed: int,
+        held_out: float = 0.0,
+    ):
+        if global_batch < 1:
+            raise ValueError(f"the global batch is {global_batch}; must be at least 1")
+        self._check_rates(cache, video)
+        spec = cache.manifest.spec
+        self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
+        # samples start where a window of the tokenizer did
+        self.aligned = self.video.num_frames if spec.temporal > 1 else 1
+        self._ids, self._counts, self._grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
+        self._frames = usable_frames(self._counts, self.video)  # of each item in a sample
+        long_enough = self._frames > 0
+        self.excluded = torch.nonzero(~long_enough).flatten()
+        self.held_out = _held_out(cache.ids, held_out, seed)
+        used = torch.ones(len(cache.ids), dtype=torch.bool).index_fill_(0, self.held_out, False)
+        if held_out and not 0 < len(self.held_out) < len(cache.ids):
+            purpose = "train on" if len(self.held_out) else "measure"
+            raise ValueError(
+                f"train.val_share {held_out:g} holds {len(self.held_out)} of the {len(cache.ids)}"
+                f" items of the cache {cache.folder} out: none is left to {purpose}; change it, or"
+                " set train.val_every_steps: 0"
+            )
+        fraction = self.video.image_fraction
+        if fraction < 1 and not (long_enough & used).any():
+            raise ValueError(
+                f"no item of the cache {cache.folder} is long enough.\n{self.left_out()}"
+                f"\n{self._remedy()}"
+            )
+        if len(self.held_out) and fraction < 1 and not long_enough[self.held_out].any():
+            raise ValueError(
+                f"train.val_share {held_out:g} holds {len(self.held_out)} items of the cache"
+                f" {cache.folder} out, and every one is too short for a clip: raise it, or set"
+                " train.val_every_steps: 0"
+            )
+        shapes = self._grids
+        if self.video.frame_counts:
+            shapes = torch.cat([shapes, self._frames[:, None]], 1)
+        self.clips = self.images = None
+        if fraction < 1:
+            groups = by_shape(shapes, _numbers(long_enough & used))
+            self.clips = _Stream(groups, global_batch, seed, "clips")
+        if fraction > 0:
+            groups = by_shape(self._grids, _numbers(used))
+            self.images = _Stream(groups, global_batch, seed, "images")
+        self._phase = (key(seed, "image_step") >> 40) % (1 << 24) / (1 << 24)
+
+    @staticmethod
+    def _check_rates(cache: LatentCache, video: VideoConfig) -> None:
+        """Check that video files were cached at the rate of the config."""
+        other_rates = cache.rates - {video.fps}
+        if other_rates:
+            raise ValueError(
+                f"the cache {cache.folder} holds clips of video files at {min(other_rates):g}"
+                f" frames a second, the config has video.fps: {video.fps:g}; set it to"
+                f" {min(other_rates):g}, or run the caching command again"
+            )
+
+    # ── the batches ───────────────────────────────────────────────────────────────────────────────
+    def _images_before(self, step: int) -> int:
+        return math.floor(step * self.video.image_fraction + self._phase)
+
+    def is_image_step(self, step: int) -> bool:
+        """Return whether a step sees single frames."""
+        return self._images_before(step + 1) > self._images_before(step)
+
+    def batch(self, step: int) -> PlannedBatch:
+        """Return the global batch of `step` (from 0)."""
+        before = self._images_before(step)
+        if self.is_image_step(step):
+            (group, items), frames = self.images.batch(before), 1
+        else:
+            group, items = self.clips.batch(step - before)
+            frames = int(self._frames[items[0]])
+        return self._planned(group, items, frames, Draws.of(self.seed, step, len(items)))
+
+    def held_out_batches(self, most: int) -> list[PlannedBatch]:
+        """Return the first `most` held-out items (clips, unless training sees pictures alone), one
+        batch a shape. What is drawn for an item depends on its id alone."""
+        items, frames = self.held_out, torch.ones_like(self._frames)
+        if self.clips is not None:
+            items, frames = items[self._frames[items] > 0], self._frames
+        shapes = torch.cat([self._grids, frames[:, None]], 1)
+        return [
+            self._planned(group, members, group[2], self.item_draws(members))
+            for group, members in by_shape(shapes, items[:most]).items()
+        ]
+
+    def item_draws(self, items: Tensor) -> Draws:
+        """Return draws that depend on the ids of `items (B,)` and nothing else."""
+        return Draws(self.seed, 0, torch.tensor([key(self._ids[i]) for i in items.tolist()]))
+
+    def _planned(self, group: Group, items: Tensor, frames: int, draws: Draws) -> PlannedBatch:
+        counts = self._counts[items]
+        numbers = frame_numbers(counts, frames, self.video, draws, self.aligned)
+        return PlannedBatch(group[:2], items, numbers)
+
+    # ── what a person should know before training ─────────────────────────────────────────────────
+    def left_out(self) -> str:
+        """Return how many items are too short, and why; "" if none are."""
+        if not len(self.excluded):
+            return ""
+        video, counts = self.video, self._counts[self.excluded]
+        examples = self.excluded[:5].tolist()
+        names = ", ".join(f"{self._ids[item]} ({int(self._counts[item])})" for item in examples)
+        needed = f"{video.span}"
+        if not video.shrink_video_to_frames:
+            needed += f" (1 + {video.num_frames - 1}·{video.frame_stride})"
+        return (
+            f"left out {len(counts)} items of {int(counts.min())} to {int(counts.max())} frames,"
+            f" for example {names}: num_frames {video.num_frames} with frame_stride"
+            f" {video.frame_stride} needs {needed}."
+        )
+
+    def _remedy(self) -> str:
+        """Return with which settings items that are too short are used."""
+        counts = self._counts[self.excluded]
+        shortest, longest = map(self._setting_for, (int(counts.min()), int(counts.max())))
+        remedy = f"{shortest} would keep all of them"
+        return f"{remedy}, {longest} the longest." if longest != shortest else f"{remedy}."
+
+    def _setting_for(self, frames: int) -> str:
+        """Return the setting with which clips of so many frames are used."""
+        if self.video.shrink_video_to_frames:
+            return f"video.num_frames: {frames}"
+        stride = (frames - 1) // (self.video.num_frames - 1)
+        if stride >= 1:
+            return f"video.frame_stride: {stride}"
+        return f"video.num_frames: {1 + (frames - 1) // self.video.frame_stride}"
+
+    def table(self) -> list[dict]:
+        """Return, for each group of clips and of images: its items, batches in an epoch (on
+        average), and how many places of a batch are filled by repetition, as it has more of them
+        than there are items."""
+        rows = []
+        for name, stream in (("clips", self.clips), ("images", self.images)):
+            for group, members in stream.groups.items() if stream else ():
+                rows.append(
+                    {
+                        "steps": name,
+                        "grid": list(group[:2]),
+                        "frames": 1 if name == "images" else int(self._frames[members[0]]),
+                        "items": len(members),
+                        "batches": round(len(members) / self.global_batch, 3),
+                        "repeats": max(0, self.global_batch - len(members)),
+                    }
+                )
+        return rows
+
+    def unmoved(self) -> int:
+        """Return how many clips have frames too close together for `temporal_jitter` to move
+        any."""
+        if not self.video.temporal_jitter:
+            return 0
+        clips = self._frames > 1
+        limits = jitter_limits(self._counts[clips], self._frames[clips], self.video)
+        return int((limits == 0).sum())
+
+    def report(self) -> str:
+        """Return, for people, what training will see."""
+        lines = []
+        for row in self.table():
+            rows, columns = row["grid"]
+            line = (
+                f"  {row['steps']} {columns}x{rows} cells, {row['frames']} frames: {row['items']}"
+                f" items, {row['batches']:g} batches of {self.global_batch} an epoch"
+            )
+            if row["repeats"]:
+                times = math.ceil(self.global_batch / row["items"])
+                line += f", each item up to {times} times in one"
+            lines.append(line)
+        if len(self.held_out):
+            lines.append(f"  {len(self.held_out)} items are held out for validation")
+        if unmoved := self.unmoved():
+            lines.append(
+                f"  temporal_jitter moves no frame of {unmoved} clips: their frames lie less than 3"
+                " apart"
+            )
+        if len(self.excluded):
+            lines += [self.left_out(), self._remedy()]
+        return "\n".join(lines)
+
+
+def _numbers(chosen: Tensor) -> Tensor:
+    """Return the numbers of the items that a mask `(N,)` chooses."""
+    return torch.nonzero(chosen).flatten()
+
+
+def _held_out(ids: Sequence[str], share: float, seed: int) -> Tensor:
+    """Return the numbers of the items whose hash is below `share`, lowest first; more items in a
+    cache change nothing for those it had. The crops of a picture (`id_c0`, `id_c1`) stay
+    together."""
+    if not share:
+        return torch.empty(0, dtype=torch.int64)
+    hashes = torch.tensor([uniform(seed, "held_out", _CROP.sub("", id)) for id in ids]).double()
+    order = hashes.argsort(stable=True)
+    return order[hashes[order] < share]

@@ -1,0 +1,117 @@
+"""The plain layout of a cache, in which it is made: a `.pt` file for each item, and an index.
+
+    <folder>/<id>.pt                   or, when bucketing is on, <folder>/<width>x<height>/<id>.pt
+    <folder>/index.jsonl               a line per item; where several processes write, each has an
+                                       index-<rank>.jsonl
+
+The files are the truth. The index saves opening them: where it is missing, torn, or contradicts
+itself, it is rebuilt from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmdit.data.cache.items import Entry, dump_json, read_entry
+from mmdit.data.dataset.problems import Damaged
+
+_SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
+
+
+def item_files(folder: Path) -> dict[str, str]:
+    """Return the file of each id, relative to `folder`, from names alone. ValueError: an id is
+    there in two sizes."""
+    files: dict[str, str] = {}
+    with os.scandir(folder) as top:
+        sizes = sorted(entry.name for entry in top if _SIZE_FOLDER.fullmatch(entry.name))
+    for prefix in ["", *(f"{size}/" for size in sizes)]:
+        for name in os.listdir(folder / prefix):
+            if name.startswith(".") or not name.endswith(".pt"):
+                continue
+            id, file = name.removesuffix(".pt"), prefix + name
+            other = files.setdefault(id, file)
+            if other != file:
+                raise ValueError(
+                    f"id {id!r} is in the cache {folder} twice: {other} and {file}; delete the one"
+                    " that the bucketing config does not give, or cache again into a new folder"
+                )
+    return files
+
+
+def index_files(folder: Path) -> list[Path]:
+    """Return the index files of a folder, in a fixed order."""
+    return sorted(folder.glob("index*.jsonl"))
+
+
+def entry_line(entry: Entry) -> str:
+    """Return the index line of an item that was written."""
+    return dump_json(entry.to_json()) + "\n"
+
+
+def removal_line(id: str, file: str) -> str:
+    """Return the index line of an item that was taken out."""
+    return dump_json({"id": id, "file": file, "removed": True}) + "\n"
+
+
+def index_lines(path: Path) -> Iterator[tuple[int, str, Entry | None]]:
+    """Yield (line number, id, entry) of an index file: no entry where the item was taken out, and
+    no id either where the line cannot be read. Empty lines are where a killed run was resumed."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                entry = None if row.get("removed") else Entry.from_json(row)
+                yield number, row["id"], entry
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                yield number, "", None
+
+
+@dataclass
+class Entries:
+    """What the files and indices of a cache folder say."""
+
+    by_id: dict[str, Entry] = field(default_factory=dict)  # of exactly the files that are there
+    rebuilt: list[Entry] = field(default_factory=list)  # those of them that no index held
+    lost: dict[str, str] = field(default_factory=dict)  # id → file in an index, but not there
+    damaged: dict[str, Damaged] = field(default_factory=dict)  # by id; in no index either
+
+
+def read_entries(folder: Path, channels: int, forgiving: bool = False) -> Entries:
+    """Read a cache folder. Raises Damaged for an item that no index holds, unless `forgiving`."""
+    files, removed = item_files(folder), set()
+    result = Entries()
+    disputed = set()
+    for path in index_files(folder):
+        entries: dict[str, Entry] = {}  # a later line of one writer replaces an earlier one
+        for _, id, entry in index_lines(path):
+            if entry is None:  # taken out, or torn by a kill: its item is read from its file
+                removed.add(id)
+                entries.pop(id, None)
+            elif id not in files:
+                result.lost[id] = entry.file
+            elif files[id] == entry.file:
+                entries[id] = entry
+        for id, entry in entries.items():
+            if result.by_id.setdefault(id, entry) != entry:
+                disputed.add(id)  # two writers disagree: the file decides
+    missing = [id for id in files if id not in result.by_id or id in disputed]
+    for id in tqdm(missing, desc=f"indexing {folder}", unit="file", disable=len(missing) < 1000):
+        try:
+            result.by_id[id] = read_entry(id, files[id], folder, channels)
+            result.rebuilt.append(result.by_id[id])
+        except Damaged as error:
+            if not forgiving:
+                raise
+            result.by_id.pop(id, None)
+            result.damaged[id] = error
+    result.lost = {id: file for id, file in sorted(result.lost.items()) if id not in removed}
+    return result

@@ -1,0 +1,223 @@
+"""Write a latent cache in its plain layout. A kill at any moment leaves whole items only."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from mmdit.data.cache.items import Entry, make_item, to_half
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.packed import is_packed
+from mmdit.data.cache.plain import (
+    entry_line,
+    index_files,
+    item_files,
+    read_entries,
+    removal_line,
+)
+from mmdit.data.dataset.buckets import Size
+from mmdit.data.dataset.records import check_id
+from mmdit.files import clean, flush_file_system, lock, refuse_link, write_atomically
+
+FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
+THREADS = 4  # that write files; making a file waits more than it computes
+
+
+@contextlib.contextmanager
+def explain_disk_errors() -> Iterator[None]:
+    """Say of a write that failed, on a full disk above all, what is lost (nothing) and what to do.
+    Also a decorator."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error}; what is written stays: free disk space, if that is it, and give the same"
+            " command again, it goes on from there"
+        ) from None
+
+
+class CacheWriter:
+    """Adds items to a cache folder, new or begun; used by the caching loop and by renderers that
+    make latents directly.
+
+        with CacheWriter(folder, CacheManifest.of(tokenizer, video)) as writer:
+            writer.add_many(ids, latents, captions, facts)      # latents (B, F, H, W, C), raw
+
+    A folder made with other settings is an error, as is a second process writing as the same
+    `rank`, and an item whose file is damaged; if `forgiving`, it counts as not there (`damaged`
+    says why). Lines enter the index when what they promise is on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: CacheManifest,
+        rank: int = 0,
+        world: int = 1,
+        forgiving: bool = False,
+    ):
+        self.folder, self.manifest, self.world = Path(folder), manifest, world
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_packed(self.folder):
+            raise ValueError(
+                f"{self.folder} is a packed cache; add items to the cache it was packed from, then"
+                " run mmdit.scripts.pack_cache again"
+            )
+        name = f"index-{rank}.jsonl" if world > 1 else "index.jsonl"
+        self._index = refuse_link(self.folder / name).open("ab")
+        lock(self._index)
+        self._threads = ThreadPoolExecutor(THREADS, "cache-files")
+        if (self.folder / "manifest.json").exists():
+            CacheManifest.read(self.folder).check(self.folder, manifest)
+        elif any(item_files(self.folder)):
+            raise ValueError(
+                f"{self.folder} holds .pt files but no manifest.json: what made them is unknown;"
+                " use a new folder"
+            )
+        else:
+            manifest.write(self.folder)
+        for size in manifest.sizes:
+            self._make_place(size)
+        clean(self.folder, *filter(Path.is_dir, self.folder.glob("[1-9]*x[1-9]*")))
+        if self._index.tell():
+            self._index.write(b"\n")  # ends a line torn by a kill
+        stored = read_entries(self.folder, manifest.spec.channels, forgiving)
+        self.entries, self.damaged = stored.by_id, stored.damaged
+        self._lines: list[str] = []  # of items that may not be on the disk yet
+        self._flushed = time.monotonic()
+        self._append(map(entry_line, stored.rebuilt))
+        self._append(removal_line(id, file) for id, file in stored.lost.items())
+
+    def _make_place(self, size: Size) -> str:
+        """Make the folder of a size; return it relative to the cache, "" or ending with a slash."""
+        if not self.manifest.bucketed:
+            return ""
+        place = "{}x{}/".format(*size)
+        refuse_link(self.folder / place).mkdir(exist_ok=True)
+        return place
+
+    def _append(self, lines: Iterable[str]) -> None:
+        self._lines += lines
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the index lines of what was written since the last flush, once that is on the disk
+        and not only in memory."""
+        if self._lines:
+            flush_file_system(self.folder)
+            self._index.write("".join(self._lines).encode())
+            self._index.flush()
+        self._lines, self._flushed = [], time.monotonic()
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take items out of the cache; return how many of `ids` were there."""
+        entries = [self.entries.pop(id) for id in ids if id in self.entries]
+        for entry in entries:
+            (self.folder / entry.file).unlink(missing_ok=True)
+        self._append(removal_line(entry.id, entry.file) for entry in entries)
+        return len(entries)
+
+    def add(
+        self,
+        id: str,
+        latents: Tensor,
+        caption: str,
+        facts: dict | None = None,
+        source: dict | None = None,
+    ) -> None:
+        """Add one item, `latents (F, H, W, C)`; see `add_many`."""
+        self.add_many([id], latents[None], [caption], [facts or {}], [source or {}])
+
+    def add_many(
+        self,
+        ids: list[str],
+        latents: Tensor,
+        captions: list[str],
+        facts: list[dict] | None = None,
+        sources: list[dict] | None = None,
+        leave_out: bool = False,
+    ) -> list[str]:
+        """Add items of one shape, `latents (B, F, H, W, C)` raw. `facts`: what is known of each,
+        plain JSON values. `sources`: where it was cut from. An id that is there is replaced.
+        ValueError: the size is not in the manifest, a text cannot be stored, or float16 cannot hold
+        the latents; with `leave_out` such items are left out, and their ids are returned.
+        """
+        self._check_shape(latents)
+        half, finite = to_half(latents)
+        bad = [id for id, good in zip(ids, finite.tolist(), strict=True) if not good]
+        if bad and not leave_out:
+            raise ValueError(
+                f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16;"
+                " look at the tokenizer (its weights and precision)"
+            )
+        place = self._make_place(self.manifest.size_of(latents.shape[1:]))
+        numbers = [number for number, good in enumerate(finite.tolist()) if good]
+
+        def write(thread: int) -> list[str]:
+            lines = []
+            for i in numbers[thread::THREADS]:
+                file = f"{place}{check_id(ids[i])}.pt"
+                known = facts[i] if facts else {}
+                source = sources[i] if sources else {}
+                data, entry = make_item(ids[i], file, half[i], captions[i], known, source)
+                lines.append(self._write(data, entry))
+            return lines
+
+        for lines in self._threads.map(write, range(min(THREADS, len(numbers)))):
+            self._append(lines)
+        return bad
+
+    def _check_shape(self, latents: Tensor) -> None:
+        """Check that latents belong into this cache."""
+        if latents.ndim != 5 or not latents.shape[1]:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns,"
+                " channels)"
+            )
+        size, channels = self.manifest.size_of(latents.shape[1:]), latents.shape[-1]
+        if channels != self.manifest.spec.channels or not self.manifest.allows(size):
+            sizes = ", ".join("{}x{}".format(*size) for size in self.manifest.sizes)
+            sizes = sizes or f"at most {self.manifest.max_pixels_per_frame} pixels"
+            raise ValueError(
+                f"latents of {channels} channels for {size[0]}x{size[1]} do not belong into"
+                f" {self.folder}, which is for {self.manifest.spec.channels} channels and {sizes}"
+            )
+
+    def _write(self, data: bytes, entry: Entry) -> str:
+        """Write one file; return its index line."""
+        old = self.entries.get(entry.id)
+        if old and old.file != entry.file:
+            (self.folder / old.file).unlink(missing_ok=True)  # its size changed
+        write_atomically(f"{self.folder}/{entry.file}", data)
+        self.entries[entry.id] = entry
+        return entry_line(entry)
+
+    def close(self) -> None:
+        """Finish the index. A lone writer leaves one, sorted by id: the same bytes whatever the
+        order of the work was."""
+        if self._index.closed:
+            return
+        self._threads.shutdown()
+        try:
+            self._flush()
+            if self.world == 1:
+                lines = (entry_line(self.entries[id]) for id in sorted(self.entries))
+                write_atomically(self.folder / "index.jsonl", "".join(lines), flush=True)
+                for path in index_files(self.folder):
+                    if path.name != "index.jsonl":
+                        path.unlink()
+        finally:
+            with contextlib.suppress(OSError):  # of a full disk, which was reported already
+                self._index.close()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

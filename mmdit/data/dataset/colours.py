@@ -55,7 +55,8 @@ class Coding:
 def coding_of(primaries: int, transfer: int) -> Coding | None:
     """Return the coding that code points of ITU-T H.273 name (of video, PNG's cICP, AVIF's nclx);
     None where it is sRGB's, or as near as players take it (BT.709, BT.601)."""
-    curve = {8: 1.0, 16: "pq", 18: "hlg"}.get(transfer, "srgb")
+    curves: dict[int, str | float] = {8: 1.0, 16: "pq", 18: "hlg"}
+    curve = curves.get(transfer, "srgb")
     unstated = BT2020 if curve in ("pq", "hlg") else SRGB
     gamut = {1: SRGB, 9: BT2020, 11: P3, 12: P3}.get(primaries, unstated)
     return None if (gamut, curve) == (SRGB, "srgb") else Coding(gamut, curve)
@@ -144,7 +145,7 @@ def _light(curve: str | float, levels: int) -> np.ndarray:
     elif curve == "pq":
         light = _pq_to_nits(value) / WHITE_NITS
     else:
-        light = value**curve
+        light = value ** float(curve)
     return light.astype(np.float32)
 
 

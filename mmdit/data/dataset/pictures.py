@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -124,12 +124,17 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def _tags(image: Image.Image) -> Any:
+    """Return the tags of a TIFF by number."""
+    return image.tag_v2  # type: ignore[attr-defined]
+
+
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         limit = f"{MAX_PIXELS / 1e6:.0f} million pixels"
         raise Unusable("too large", f"{width}x{height} are more than {limit}; scale it down")
-    is_raw = image.format == "TIFF" and 50706 in image.tag_v2  # DNGVersion
+    is_raw = image.format == "TIFF" and 50706 in _tags(image)  # DNGVersion
     if is_raw:  # the first picture in it is a preview
         raise Unusable(
             "no picture that can be read", "a camera's raw file; develop it to JPEG or PNG first"
@@ -141,13 +146,14 @@ def shown_size(path: str | Path) -> tuple[int, int]:
     with open_picture(path) as image:
         size = image.size
         if image.format == "TIFF":  # whose size some versions of Pillow turn when it is opened
-            size = image.tag_v2[256], image.tag_v2[257]
+            size = _tags(image)[256], _tags(image)[257]
         return size[::-1] if _orientation(image) >= 5 else size
 
 
 def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
     """Return a PNG file without the chunks of UNPACKED, and its chunks about colours."""
-    places, colours, place = [(0, 8, b"")], {}, 8
+    colours: dict[bytes, bytes] = {}
+    places, place = [(0, 8, b"")], 8
     while True:
         file.seek(place)
         head = file.read(8)
@@ -263,11 +269,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     value means transparent."""
     top, inverted, key = 65535, False, image.info.get("transparency")
     if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (16,))[0]
+        bits = _tags(image).get(258, (16,))[0]
         top = (1 << bits) - 1 if bits < 16 else top
-        inverted = image.mode != "I" and image.tag_v2.get(262) == 0  # white is zero
+        inverted = image.mode != "I" and _tags(image).get(262) == 0  # white is zero
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        low, high = image.getextrema()
+        low, high = cast(tuple[float, float], image.getextrema())
         if low < 0 or high > 65535:
             raise Unusable(
                 f"numbers from {low} to {high} have no stated range; save as 8 or 16 bits"

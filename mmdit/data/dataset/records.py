@@ -116,10 +116,11 @@ def check_storable(value: object, name: str, depth: int = 0) -> None:
                 f'"{name}" holds lists or objects more than {MAX_DEPTH} deep in each other; store'
                 " it as text"
             )
-        for key in value if isinstance(value, dict) else ():
-            check_storable(key, name or key, depth + 1)
-        for part in value.items() if isinstance(value, dict) else enumerate(value):
-            check_storable(part[1], name or part[0], depth + 1)
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            if isinstance(value, dict):
+                check_storable(key, name or str(key), depth + 1)
+            check_storable(part, name or str(key), depth + 1)
     elif value is not None:
         raise ValueError(f'"{name}" holds a {type(value).__name__}, which is no JSON value')
 
@@ -211,7 +212,9 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
     """All records of a JSONL file, in its order; `prefer`: the path key to use where a line has
     both. ValueError lists wrong lines as `file:line: what`."""
     path = Path(path)
-    records, errors, lines = [], [], {}
+    records: list[Record] = []
+    errors: list[str] = []
+    lines: dict[str, int] = {}  # id → the line that has it
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -219,7 +220,7 @@ def prepare_folder(
         except (OSError, ValueError) as error:
             report.problems.append(f"{file}: used without its caption, {error}")
         report.without_caption += not captions
-        row = {
+        row: dict[str, str | list[str]] = {
             "id": ids[file],
             "video_path" if is_video else "image_path": places[file],
             "caption": captions[0] if captions else "",
@@ -257,11 +258,8 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
                     json.dumps({"stamp": stamp or stamp_of(record.path, fps), "format": suffix}),
                 )
             return len(list_frames(folder))
-    number, options, stamp = (
-        0,
-        {"quality": 95} if suffix == "jpg" else {},
-        stamp_of(record.path, fps),
-    )
+    number, stamp = 0, stamp_of(record.path, fps)
+    options: dict[str, Any] = {"quality": 95} if suffix == "jpg" else {}
     with replace_folder(folder) as aside:
         for number, image in enumerate(read_video(record.path, fps), 1):
             image.save(aside / f"{number - 1:06d}.{suffix}", **options)

@@ -101,8 +101,8 @@ def compare_stamp(
     try:
         files = _files(path)
     except OSError:
-        known = isinstance(stored, dict)
-        return ("missing" if known and stored.get("place") != place_of(path) else "gone"), None
+        elsewhere = isinstance(stored, dict) and stored.get("place") != place_of(path)
+        return ("missing" if elsewhere else "gone"), None
     rate = _rate_of(files, fps)
     if not isinstance(stored, dict):
         return (

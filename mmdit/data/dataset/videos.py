@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -91,7 +92,7 @@ def _opened(path: str | Path):
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
         # titles that are no UTF-8 are no reason to leave a video out
-        reading = {"options": options, "metadata_errors": "replace"}
+        reading: dict[str, Any] = {"options": options, "metadata_errors": "replace"}
         with open_regular(path) as file, av.open(file, **reading) as container:
             if not container.streams.video:
                 raise Unusable("no video in the file")
@@ -104,7 +105,9 @@ def _opened(path: str | Path):
     except FileNotFoundError:
         raise
     except (av.error.FFmpegError, EOFError) as error:
-        raise Unusable("unreadable video", error.strerror or type(error).__name__) from None
+        raise Unusable(
+            "unreadable video", getattr(error, "strerror", None) or type(error).__name__
+        ) from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -231,7 +234,7 @@ def _rgb(frame, coding: Coding | None) -> np.ndarray:
     return np.asarray(ground)
 
 
-def _converted(frame, layout: str, equations: str | None) -> np.ndarray:
+def _converted(frame, layout: str, equations: Any) -> np.ndarray:
     """Return the frame's pixels in another layout. The converter has threads and must end here: a
     forked worker that finds one which its parent has left would wait for those without end."""
     from av.video.reformatter import VideoReformatter

@@ -187,7 +187,7 @@ def draw(
             chosen = {name: values[row, first[row]] for name, values in drawn.items()}
             result[pending[row]] = _facts(chosen, count[pending[row]], pairs, video)
         pending, attempt = pending[~fits.any(1)], attempt + 1
-    return result
+    return [facts for facts in result if facts is not None]
 
 
 def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
@@ -257,6 +257,10 @@ def _facts(chosen: dict, count: int, pairs: tuple, video: bool) -> Facts:
     for slot in range(count):
         color, shape = pairs[chosen["pair"][slot]]
         x, y = chosen["start"][slot]
+        red, green, blue = (
+            value + int(delta)
+            for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)
+        )
         objects.append(
             Object(
                 color=color,
@@ -266,10 +270,7 @@ def _facts(chosen: dict, count: int, pairs: tuple, video: bool) -> Facts:
                 x=round(float(x), 5),
                 y=round(float(y), 5),
                 radius=round(float(chosen["radius"][slot]), 5),
-                rgb=tuple(
-                    value + int(delta)
-                    for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)
-                ),
+                rgb=(red, green, blue),
             )
         )
     return Facts(list(BACKGROUNDS)[int(chosen["background"])], tuple(objects))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,22 +64,20 @@ class Predictions:
         return len(self.background)
 
     def __getitem__(self, index) -> Predictions:
-        return Predictions(
-            **{
-                f.name: None if (v := getattr(self, f.name)) is None else v[index]
-                for f in fields(self)
-            }
-        )
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows: dict[str, Any] = {
+            name: None if values is None else values[index] for name, values in columns.items()
+        }
+        return Predictions(**rows)
 
     @staticmethod
     def cat(parts: list[Predictions]) -> Predictions:
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
-        return Predictions(
-            **{
-                name: None if values[0] is None else torch.cat(values)
-                for name, values in columns.items()
-            }
-        )
+        joined: dict[str, Any] = {
+            name: None if values[0] is None else torch.cat(values)
+            for name, values in columns.items()
+        }
+        return Predictions(**joined)
 
 
 @torch.no_grad()

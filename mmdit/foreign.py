@@ -38,12 +38,12 @@ def read_json(path: str | Path, what: str, most_bytes: int = MOST_BYTES) -> dict
         size = path.stat().st_size
         if size > most_bytes:
             raise ValueError(f"{path} has {size} bytes, too many for {what}; at most {most_bytes}")
-        found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a {type(found).__name__}, must be {what}: an object of keys"
+            f"{path} holds a {type(content).__name__}, must be {what}: an object of keys"
         )
-    return found
+    return content
 
 
 def count_blocks(numbers: set[int], tensors: int, source: object) -> int:

@@ -22,6 +22,14 @@ SHOWN = 4  # names in a message
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+WAN_RELEASE = (  # what lies in one
+    "model_index.json",
+    "high_noise_model",
+    "low_noise_model",
+    "transformer",
+    "transformer_2",
+    "Wan2.*_VAE.pth",
+)
 SCALES = re.compile(  # what only quantised weights come with
     r"(\.scale_weight|\.weight_scale(_2)?|\.scale_input|\.input_scale|(^|\.)scaled_fp8|\.comfy_quant"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+|\.SCB|\.weight_format"
@@ -39,9 +47,9 @@ class Entry:
 
 
 class Checkpoint:
-    """`entries`: what is stored, from the headers alone. `tensors()` reads them file by file; at
-    most one tensor is held here. ValueError: a file is missing, damaged, of another kind, or would
-    run code; shards without an index, unless `parts`.
+    """The tensors of one checkpoint. `entries`: what is stored, from the headers alone. `tensors()`
+    reads them file by file; at most one tensor is held here. ValueError: a file is missing,
+    damaged, of another format, or would run code; shards without an index, unless `parts`.
     """
 
     def __init__(self, path: str | Path, parts: bool = False):
@@ -96,10 +104,11 @@ class Checkpoint:
                 yield name, tuple(entry["shape"]), entry["dtype"]
 
     def _check_index(self) -> None:
-        """Of a sharded checkpoint: every tensor that the index names must be there."""
-        for index in self.files[0].parent.glob(f"*{INDEX}") if self.path.is_dir() else ():
-            names = _shards(index)
-            if absent := sorted(set(names) - set(self.entries)):
+        """Raise ValueError if a sharded checkpoint lacks a tensor that its index names."""
+        if not self.path.is_dir():
+            return
+        for index in self.path.glob(f"*{INDEX}"):
+            if absent := sorted(set(_shards(index)) - set(self.entries)):
                 raise ValueError(
                     f"{index} names {len(absent)} tensors that its shards lack, first {absent[0]};"
                     " fetch them"
@@ -107,6 +116,7 @@ class Checkpoint:
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the files that a checkpoint consists of."""
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES):
             raise ValueError(
@@ -131,62 +141,52 @@ def _files(path: Path) -> list[Path]:
                 f"{path} lacks {len(absent)} of {len(names)} shards, first {absent[0]}; fetch them"
             )
         return [path / name for name in names]
-    single = sorted(path.glob("*.safetensors"))
-    if single and (shard := SHARD.search(single[0].name)) and int(shard[1]) > 1:
-        count = int(shard[1])
-        start = single[0].name.removesuffix(shard[0])
-        wanted = [
-            f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
-        ]
-        if [file.name for file in single] == wanted:
-            return single  # whole by their own headers
-        absent = [name for name in wanted if not (path / name).is_file()]
-        what = (
-            f"lacks {', '.join(absent[:SHOWN])}"
-            if absent
-            else "holds other files beside them: move those"
-        )
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no .safetensors file; name the file")
+    shard = SHARD.search(files[0].name)
+    if shard and int(shard[1]) > 1:
+        _check_shards(path, files, shard)
+    elif len(files) > 1:
         raise ValueError(
-            f"{path} holds {len(single)} of {count} shards without their index, *{INDEX}, and"
-            f" {what}"
+            f"{path} holds {len(files)} .safetensors files without an index ({files[0].name} …);"
+            " name the file"
         )
-    if len(single) != 1:
-        found = (
-            f"{len(single)} .safetensors files without an index ({single[0].name} …)"
-            if single
-            else "no .safetensors file"
-        )
-        raise ValueError(f"{path} holds {found}; name the file")
-    return single
+    return files
+
+
+def _check_shards(path: Path, files: list[Path], shard: re.Match) -> None:
+    """Raise ValueError unless shards without an index are all there by their own names."""
+    count, start = int(shard[1]), files[0].name.removesuffix(shard[0])
+    wanted = [f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if [file.name for file in files] == wanted:
+        return
+    problem = "holds other files beside them: move those"
+    if absent := [name for name in wanted if not (path / name).is_file()]:
+        problem = f"lacks {', '.join(absent[:SHOWN])}"
+    raise ValueError(
+        f"{path} holds {len(files)} of {count} shards without their index, *{INDEX}, and {problem}"
+    )
 
 
 def _shards(index: Path) -> dict[str, str]:
     """Return the file of every tensor that an index names."""
-    found = read_json(index, "index of shards").get("weight_map")
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(name, str) and name for name in found.values())
-    ):
+    files = read_json(index, "index of shards").get("weight_map")
+    named = isinstance(files, dict) and [isinstance(name, str) and name for name in files.values()]
+    if not named or not all(named):
         raise ValueError(
             f'{index} is no index of shards: "weight_map" must give the file of each tensor; fetch'
             " it again"
         )
-    return found
+    return files
 
 
 def is_wan_release(path: Path) -> bool:
     """Return whether `path` is the folder of a Wan release, official or of Diffusers, whole or
     not."""
-    marks = (
-        "model_index.json",
-        "high_noise_model",
-        "low_noise_model",
-        "transformer",
-        "transformer_2",
-    )
-    if any((path / mark).exists() for mark in marks) or any(path.glob("Wan2.*_VAE.pth")):
-        return True
+    for name in WAN_RELEASE:
+        if any(path.glob(name)):
+            return True
     try:
         return read_json(path / "config.json", "config").get("_class_name") == "WanModel"
     except ValueError:
@@ -194,19 +194,16 @@ def is_wan_release(path: Path) -> bool:
 
 
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
-    """A `.pth` as a flat dictionary of tensors, with torch's restricted unpickler. ValueError: it
-    holds anything else."""
+    """Return a `.pth` as a flat dictionary of tensors, with torch's restricted unpickler.
+    ValueError: it holds anything else."""
     try:
         content = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )  # else older than 2020
     except Exception as error:  # of a damaged file the unpickler raises a dozen kinds
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"it holds {code[1]}"
-            if code
-            else f"it is damaged ({type(error).__name__}), or holds more than tensors"
-        )
+        what = f"it is damaged ({type(error).__name__}), or holds more than tensors"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"it holds {code[1]}"
         raise ValueError(
             f"{file} is refused: {what}, which could run code; take a file of tensors alone"
         ) from None
@@ -233,17 +230,15 @@ def check_numbers(name: str, tensor: Tensor, source: object) -> None:
     """Raise ValueError unless the weight `name` of `source` holds finite real numbers: a
     network with others draws black."""
     if not tensor.is_floating_point():
-        kind = str(tensor.dtype).removeprefix("torch.")
+        dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{source}: the weight {name} holds {kind}, must hold real numbers (float32, "
-            "bfloat16, float16); "
-            "take a file of trained weights"
+            f"{source}: the weight {name} holds {dtype}, must hold real numbers (float32,"
+            " bfloat16, float16); take a file of trained weights"
         )
     if not is_finite(tensor):
         raise ValueError(
-            f"{source}: the weight {name} holds nan or infinity: the training that wrote it "
-            "diverged, or the file is "
-            "damaged; take an earlier checkpoint, or fetch the file again"
+            f"{source}: the weight {name} holds nan or infinity: the training that wrote it"
+            " diverged, or the file is damaged; take an earlier checkpoint, or fetch the file again"
         )
 
 
@@ -256,11 +251,11 @@ def fill(
     dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
     ignored: tuple[str, ...] = (),
 ) -> nn.Module:
-    """`model`, made without memory (on meta), with the tensors of `stored` under their names in it
-    (`names`: stored → own); one tensor is read at a time. It comes back in evaluation. ValueError,
-    in one sentence: some lack, are unknown or misshapen.
+    """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
+    evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
+    ValueError, in one sentence: some lack, are unknown or misshapen.
     """
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
     if scales := [name for name in stored.entries if SCALES.search(name)]:
         raise ValueError(
@@ -268,27 +263,28 @@ def fill(
             " or fp16 file"
         )
     problems = []
-    if missing := [name for name in own if name not in shapes]:
+    if missing := [name for name in wanted if name not in shapes]:
         problems.append(f"lacks {len(missing)} tensors, first {', '.join(missing[:SHOWN])}")
-    if unknown := [name for name in shapes if name not in own and name not in ignored]:
-        near = difflib.get_close_matches(unknown[0], own, 1)
-        first = ", ".join(unknown[:SHOWN]) + (f" (near {near[0]})" if near else "")
+    if unknown := [name for name in shapes if name not in wanted and name not in ignored]:
+        first = ", ".join(unknown[:SHOWN])
+        if near := difflib.get_close_matches(unknown[0], wanted, 1):
+            first += f" (near {near[0]})"
         problems.append(f"holds {len(unknown)} unknown tensors, first {first}")
-    if wrong := [name for name in own if name in shapes and shapes[name] != own[name]]:
-        first = f"{wrong[0]} {shapes[wrong[0]]} where {own[wrong[0]]} belongs"
+    if wrong := [name for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]:
+        first = f"{wrong[0]} {shapes[wrong[0]]} where {wanted[wrong[0]]} belongs"
         problems.append(f"holds {len(wrong)} tensors of another shape, first {first}")
     if problems:
         raise ValueError(f"{source} {' and '.join(problems)}")
-    for name, tensor in stored.tensors():
-        if (name := names.get(name, name)) in own:
-            module, _, leaf = name.rpartition(".")
-            check_numbers(name, tensor, source)
-            value = tensor.to(device=device, dtype=dtype(name), copy=True)
-            if value.dtype == torch.float16 and not is_finite(value):
-                raise ValueError(
-                    f"{source}: the weight {name} is too large for float16; use bfloat16"
-                )
-            setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+    for stored_name, tensor in stored.tensors():
+        name = names.get(stored_name, stored_name)
+        if name not in wanted:
+            continue
+        check_numbers(name, tensor, source)
+        value = tensor.to(device=device, dtype=dtype(name), copy=True)
+        if value.dtype == torch.float16 and not is_finite(value):
+            raise ValueError(f"{source}: the weight {name} is too large for float16; use bfloat16")
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value))
     return model.eval()
 
 
@@ -316,16 +312,15 @@ DTYPES = {
 def tensor_pieces(
     tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece, for `mmdit.files.write_atomically`. A tensor comes to the
-    CPU in its turn; tensors that share memory are stored apart."""
+    """Yield a safetensors file piece by piece, for `mmdit.files.write_atomically`. A tensor comes
+    to the CPU in its turn; tensors that share memory are stored apart."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name in order:
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        kind = DTYPES[tensors[name].dtype]
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text

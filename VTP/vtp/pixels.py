@@ -9,12 +9,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """`(…, 3, H, W)` in [0, 1] to the network's pixel space."""
+    """Return pixels `(…, 3, H, W)` in [0, 1] in the network's pixel space."""
     return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 
 def denormalize(pixels: Tensor) -> Tensor:
-    """Inverse of `normalize`, clamped to [0, 1]."""
+    """Undo `normalize`, and clamp to [0, 1]."""
     return (
         pixels * pixels.new_tensor(STD)[:, None, None] + pixels.new_tensor(MEAN)[:, None, None]
     ).clamp(0, 1)

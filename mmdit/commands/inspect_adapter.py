@@ -25,8 +25,8 @@ from mmdit.weights import Checkpoint
 
 
 def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
-    """Of the adapted layers: of a run with its own adapter or another, or of Wan weights.
-    ValueError: there is no adapter."""
+    """Return the change of each adapted layer: of a run with its own adapter or another, or of Wan
+    weights. ValueError: there is no adapter."""
     if adapter and not is_ours(base):
         return wan_changes(base, adapter, expert)
     pipeline, config = load_pipeline(base, "cpu", lora=None)
@@ -52,24 +52,16 @@ def _chosen(
 
 
 def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
-    """Of the adapted layers of Wan weights, one at a time: no model is built."""
+    """Return the change of each adapted layer of Wan weights, read one at a time: no model is
+    built."""
     stored = Checkpoint(locate(Path(base), expert))
     names, _, _ = official_names(list(stored.entries))
+    shapes = {names[name]: entry.shape for name, entry in stored.entries.items() if name in names}
     with torch.device("meta"):
-        model = WanDiT(
-            infer_config(
-                {
-                    names[name]: entry.shape
-                    for name, entry in stored.entries.items()
-                    if name in names
-                },
-                base,
-            )
-        )
+        model = WanDiT(infer_config(shapes, base))
     updates, changes = read_lora(model, adapter, expert).updates, []
-    for key, tensor in tqdm(
-        stored.tensors(), total=len(stored.entries), desc="layers", unit="tensor"
-    ):
+    count = len(stored.entries)
+    for key, tensor in tqdm(stored.tensors(), total=count, desc="layers", unit="tensor"):
         layer = names.get(key, "").removesuffix(".weight")
         if layer in updates and names[key].endswith(".weight"):
             linear = torch.nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
@@ -87,9 +79,9 @@ def compare(
     device: str = "auto",
     expert: str | None = None,
 ) -> dict:
-    """Samples and attention without and with the adapter, from the same noise; the samples go side
-    by side into `sheet`. Of a pair one expert has the adapter, and its attention is looked at; the
-    other has none."""
+    """Compare samples and attention without and with the adapter, from the same noise, and return
+    the report; the samples go side by side into `sheet`. Of a pair one expert has the adapter, and
+    its attention is looked at; the other has none."""
     report, pixels = {}, {}
     for which in ("before", "after"):
         pipeline, config = load_pipeline(base, device, lora=None)
@@ -103,7 +95,7 @@ def compare(
         }:
             remove(network)
         frames = frames or config.video.num_frames
-        with observed(model) as found:
+        with observed(model) as attention:
             pixels[which] = pipeline(
                 prompts,
                 config.video.width,
@@ -111,20 +103,16 @@ def compare(
                 frames,
                 SampleSettings.of(config.train),
             )
-        report[which] = mean_over_heads(found)
+        report[which] = mean_over_heads(attention)
     both = torch.stack([pixels["before"], pixels["after"]], 1).flatten(0, 1)
     captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
     save_image(contact_sheet(both, captions, 4 if frames == 1 else 1), sheet)
     moved = (pixels["after"] - pixels["before"]).abs().flatten(1).mean(1)
-    return report | {
-        "pixels_moved": {
-            prompt: value for prompt, value in zip(prompts, moved.tolist(), strict=True)
-        }
-    }
+    return report | {"pixels_moved": dict(zip(prompts, moved.tolist(), strict=True))}
 
 
 def is_ours(base: str) -> bool:
-    """A run, a checkpoint folder or an export, and not Wan weights."""
+    """Return whether `base` is a run, a checkpoint folder or an export, and not Wan weights."""
     path = Path(base)
     if path.is_dir():
         return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()

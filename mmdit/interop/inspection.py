@@ -14,33 +14,39 @@ from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_nam
 from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
 
-BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-}  # by the name in a header; others: 1
+# bytes of a number, by the name of its type in a header; others have 1
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+TITLES = {  # what a file is that holds a tensor of this name
+    "model.blocks.0.spatial.q.weight": "mmdit model",
+    "trunk.cls_token": "VTP tokenizer",
+    "decoder.conv1.weight": "Wan VAE",
+    "post_quant_conv.weight": "Wan VAE (Diffusers)",
+    "token_embedding.weight": "UMT5",
+    "visual.pos_embedding": "CLIP picture encoder",
+    "vision_model.embeddings.class_embedding": "CLIP picture encoder (transformers)",
+    "embeddings.class_embedding": "CLIP picture encoder (transformers)",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
+        "T5 or UMT5 (transformers)"
+    ),
+}
 
 
 def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
-    """Everything as JSON-able data: `kind`, `variant`, `layout`, `prefix`, `files`, `parameters`,
-    `bytes`, `dtypes`, `groups` (numbered blocks as one row), `quantised`. ValueError as
-    `Checkpoint` and `locate` give it.
+    """Return a report that JSON can hold: `kind`, `variant`, `layout`, `prefix`, `files`,
+    `parameters`, `bytes`, `dtypes`, `groups` (numbered blocks as one row), `quantised`. ValueError
+    as `Checkpoint` and `locate` raise it.
     """
     path = Path(path)
-    experts = [
-        name
-        for name, folders in EXPERT_FOLDERS.items()
-        if any((path / folder).is_dir() for folder in folders)
-    ]
+    experts = set()
+    for name, folders in EXPERT_FOLDERS.items():
+        for folder in folders:
+            if (path / folder).is_dir():
+                experts.add(name)
     if len(experts) == 2 and expert is None:
         return {
             "kind": "two experts",
             "path": str(path),
-            "experts": {name: inspect_weights(path, name) for name in experts},
+            "experts": {name: inspect_weights(path, name) for name in EXPERT_FOLDERS},
         }
     place = locate(path, expert)
     stored = Checkpoint(place, parts=True)
@@ -75,66 +81,55 @@ def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
 
 
 def _kind(entries: dict) -> dict:
-    """What the names and shapes make."""
+    """Return what the names and shapes make."""
     parts = {}  # of adapters, and of whole parameters beside them: layer and what of it
     for name in entries:
         if end := max((end for end in PARTS if name.endswith(end)), key=len, default=""):
             parts[name] = name.removesuffix(end), PARTS[end]
-    adapter = {name: own for name, own in parts.items() if is_adapter("." + own[1])}
+    of_adapters = {name: part for name, part in parts.items() if is_adapter("." + part[1])}
     base = {name: entry for name, entry in entries.items() if name not in parts}
-    if parts and not (base and not adapter):
-        found = _adapter_kind(entries, adapter or parts)
+    if parts and (of_adapters or not base):
+        adapter = _adapter_kind(entries, of_adapters or parts)
         if not base:
-            return found
-        below = _kind(base)
-        return {**found, **below, "kind": f"{below['kind']} with {found['kind']}"}
+            return adapter
+        model = _kind(base)
+        return {**adapter, **model, "kind": f"{model['kind']} with {adapter['kind']}"}
     names, layout, prefix = official_names(list(entries))
     try:
         config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
     except ValueError:
-        kinds = {
-            "model.blocks.0.spatial.q.weight": "mmdit model",
-            "trunk.cls_token": "VTP tokenizer",
-            "decoder.conv1.weight": "Wan VAE",
-            "post_quant_conv.weight": "Wan VAE (Diffusers)",
-            "token_embedding.weight": "UMT5",
-            "visual.pos_embedding": "CLIP picture encoder",
-            "vision_model.embeddings.class_embedding": "CLIP picture encoder (transformers)",
-            "embeddings.class_embedding": "CLIP picture encoder (transformers)",
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-                "T5 or UMT5 (transformers)"
-            ),
+        return {
+            "kind": next((title for name, title in TITLES.items() if name in entries), "unknown")
         }
-        return {"kind": next((kind for name, kind in kinds.items() if name in entries), "unknown")}
-    blocks = {
-        "layers": config.num_layers,
-        "width": config.dim,
-        "channels": [config.in_dim, config.out_dim],
-    }
     return {
         "kind": "Wan transformer",
         "variant": config.variant,
         "layout": layout,
         "prefix": prefix,
-        **blocks,
+        "layers": config.num_layers,
+        "width": config.dim,
+        "channels": [config.in_dim, config.out_dim],
     }
 
 
 def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
-    """The updates that the tensors of adapters make."""
-    kinds = {part for _, part in parts.values()}
-    kind = "DoRA" if "lora_magnitude" in kinds else "LoRA"
-    if any(part.startswith("lokr") for part in kinds):
-        kind = "LoKr"
-    if not any(is_adapter("." + part) for part in kinds):
-        kind = "whole differences"
+    """Return the updates that the tensors of adapters make."""
+    present = {part for _, part in parts.values()}
+    if any(part.startswith("lokr") for part in present):
+        title = "LoKr"
+    elif "lora_magnitude" in present:
+        title = "DoRA"
+    elif any(is_adapter("." + part) for part in present):
+        title = "LoRA"
+    else:
+        title = "whole differences"
     ranks = Counter(
         entries[name].shape[0]
         for name, (_, part) in parts.items()
         if part in ("lora_A", "lokr_w2_b")
     )
     return {
-        "kind": kind,
+        "kind": title,
         "prefix": common_prefix(parts),
         "layers": len({layer for layer, _ in parts.values()}),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
@@ -143,7 +138,7 @@ def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
 
 
 def format_inspection(report: dict) -> str:
-    """A report as text."""
+    """Return a report as text."""
     if "experts" in report:
         return "\n\n".join(
             f"{name}-noise expert\n{format_inspection(part)}"

@@ -10,7 +10,7 @@ from typing import Any
 from vtp.models.pretrained import CONFIG_FILE, checkpoint_folder, read_json, write_config
 
 MOST = {"depth": 1024, "image_size": 1 << 20}  # by the end of a key; other whole numbers: 2**24
-KINDS = {
+TYPES = {
     "int": "a positive whole number that is not absurdly large",
     "float": "a number",
     "bool": "true or false",
@@ -20,16 +20,23 @@ KINDS = {
 
 
 def fits(name: str, value: Any) -> bool:
-    """Return whether `value` is of the kind that the key `name` has; keys that are not known
-    may hold anything."""
-    kind = VTPConfig.__annotations__.get(name)
+    """Return whether `value` is of the type that the key `name` has; keys that are not known may
+    hold anything."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind == "int":
-        least = 0 if name.endswith(("pad_id", "depth")) else 1
-        most = next((most for end, most in MOST.items() if name.endswith(end)), 1 << 24)
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-    kinds = {"bool": isinstance(value, bool), "str": isinstance(value, str), "float": number}
-    return kinds.get(kind, number or value is None if kind == "float | None" else True)
+    match VTPConfig.__annotations__.get(name):
+        case "int":
+            least = 0 if name.endswith(("pad_id", "depth")) else 1
+            most = next((most for end, most in MOST.items() if name.endswith(end)), 1 << 24)
+            return number and isinstance(value, int) and least <= value <= most
+        case "float":
+            return number
+        case "float | None":
+            return number or value is None
+        case "bool":
+            return isinstance(value, bool)
+        case "str":
+            return isinstance(value, str)
+    return True
 
 
 class VTPConfig:
@@ -96,7 +103,7 @@ class VTPConfig:
         if wrong:
             name, value = next(iter(wrong.items()))
             raise ValueError(
-                f"{name} is {value!r}; must be {KINDS[VTPConfig.__annotations__[name]]}"
+                f"{name} is {value!r}; must be {TYPES[VTPConfig.__annotations__[name]]}"
             )
         defaults = {name: getattr(type(self), name) for name in VTPConfig.__annotations__}
         self.__dict__.update({**defaults, "architectures": ["VTPModel"], **values})
@@ -112,7 +119,7 @@ class VTPConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys, unknown ones included, as plain JSON values."""
+        """Return all keys, unknown ones included, as plain JSON values."""
         return dict(self.__dict__)
 
     @classmethod
@@ -126,8 +133,8 @@ class VTPConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike) -> VTPConfig:
-        """From a checkpoint folder or hub name. FileNotFoundError, ValueError: missing or damaged
-        config.json."""
+        """Read that of a checkpoint folder or hub name. FileNotFoundError, ValueError: missing or
+        damaged config.json."""
         return cls.from_dict(read_json(checkpoint_folder(name_or_path) / CONFIG_FILE))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -138,6 +145,5 @@ class VTPConfig:
         return isinstance(other, VTPConfig) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        return (
-            f"VTPConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
-        )
+        keys = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"VTPConfig({keys})"

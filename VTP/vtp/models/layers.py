@@ -22,9 +22,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.weight
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
 
 
 class LayerScale(nn.Module):
@@ -38,17 +37,17 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def make_norm(kind: str, dim: int) -> nn.Module:
-    """`kind` as in config.json: layernorm (eps 1e-6), layernormbf16 (eps 1e-5) or rmsnorm (eps
-    1e-5)."""
-    match kind:
+def make_norm(name: str, dim: int) -> nn.Module:
+    """Return the norm of this name in config.json: layernorm (eps 1e-6), layernormbf16 (eps 1e-5)
+    or rmsnorm (eps 1e-5)."""
+    match name:
         case "layernorm":
             return nn.LayerNorm(dim, eps=1e-6)
         case "layernormbf16":
             return nn.LayerNorm(dim, eps=1e-5)
         case "rmsnorm":
             return RMSNorm(dim)
-    raise ValueError(f"norm_layer is {kind!r}; must be layernorm, layernormbf16 or rmsnorm")
+    raise ValueError(f"norm_layer is {name!r}; must be layernorm, layernormbf16 or rmsnorm")
 
 
 class Mlp(nn.Module):
@@ -81,14 +80,14 @@ class SwiGLU(nn.Module):
 _MULTIPLES = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
-def make_ffn(kind: str, dim: int, ratio: float) -> nn.Module:
-    """`kind` as in config.json: mlp, swiglu, swiglu32, swiglu64 or swiglu128."""
+def make_ffn(name: str, dim: int, ratio: float) -> nn.Module:
+    """Return the MLP of this name in config.json: mlp, swiglu, swiglu32, swiglu64 or swiglu128."""
     hidden = int(dim * ratio)
-    if kind == "mlp":
+    if name == "mlp":
         return Mlp(dim, hidden)
-    if kind in _MULTIPLES:
-        return SwiGLU(dim, hidden, _MULTIPLES[kind])
-    raise ValueError(f"ffn_layer is {kind!r}; must be mlp, {', '.join(_MULTIPLES)}")
+    if name in _MULTIPLES:
+        return SwiGLU(dim, hidden, _MULTIPLES[name])
+    raise ValueError(f"ffn_layer is {name!r}; must be mlp, {', '.join(_MULTIPLES)}")
 
 
 class Attention(nn.Module):
@@ -110,9 +109,8 @@ class Attention(nn.Module):
         q, k = (
             rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k))
         )
-        return self.proj(
-            rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
-        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(h, "b heads n d -> b n (heads d)"))
 
 
 class Block(nn.Module):
@@ -137,15 +135,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def forward(self, x: Tensor, table: Table, drop_ratio: float = 0.0) -> Tensor:
-        """drop_ratio: stochastic depth, the share of samples that skip each branch (0 outside
-        training)."""
+        """Add both branches. drop_ratio: stochastic depth, the share of samples that skip each
+        branch (0 outside training)."""
         x = _add_branch(x, lambda kept: self.ls1(self.attn(self.norm1(kept), table)), drop_ratio)
         return _add_branch(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))), drop_ratio)
 
 
 def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
-    """`x + branch(x)`; with a drop ratio, for a random subset of the batch only, scaled up to keep
-    the mean (DINOv2)."""
+    """Return `x + branch(x)`; with a drop ratio, for a random subset of the batch only, scaled up
+    to keep the mean (DINOv2)."""
     if not drop_ratio:
         return x + branch(x)
     count = max(int(len(x) * (1 - drop_ratio)), 1)
@@ -153,28 +151,17 @@ def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
     return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / count)
 
 
-def make_blocks(
-    depth: int,
-    dim: int,
-    num_heads: int,
-    ratio: float,
-    ffn: str,
-    norm: str,
-    init_values: float | None,
-    qk_norm: bool,
-) -> nn.ModuleList:
-    """`depth` blocks; ValueError when the width cannot be shared among the heads."""
+def make_blocks(depth: int, dim: int, num_heads: int, *options) -> nn.ModuleList:
+    """Return `depth` blocks; ValueError when the width cannot be shared among the heads."""
     if dim % num_heads:
         raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
-    return nn.ModuleList(
-        Block(dim, num_heads, ratio, ffn, norm, init_values, qk_norm) for _ in range(depth)
-    )
+    return nn.ModuleList(Block(dim, num_heads, *options) for _ in range(depth))
 
 
 @torch.no_grad()
 def init_linear(module: nn.Module) -> None:
-    """For `Module.apply`: linear weights truncated normal 0.02, biases 0, as the release
-    initialises them."""
+    """Initialise a linear layer as the release does: weights truncated normal 0.02, biases 0. For
+    `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -24,7 +24,7 @@ _BUFFER = "rope_embed.periods"  # part of the model's arithmetic: bfloat16 in ev
 
 
 def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a checkpoint: a local path, or `owner/name` on the Hugging Face hub when
+    """Return the folder of a checkpoint: a local path, or `owner/name` on the Hugging Face hub when
     huggingface_hub is installed.
 
     FileNotFoundError when there is no such folder and the hub cannot give it.
@@ -55,7 +55,7 @@ def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON
+    """Return the object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON
     object."""
     if not path.is_file():
         raise FileNotFoundError(
@@ -73,18 +73,18 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in a fixed order. FileNotFoundError names what is
-    missing."""
+    """Return the safetensors files of a checkpoint, in a fixed order. FileNotFoundError names what
+    is missing."""
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; download the weights again"
         )
-    found = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+    files = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{folder / INDEX_FILE}: weight_map must give the file of each tensor")
-    names = sorted(set(found.values()))
+    names = sorted(set(files.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside or not names:
         raise ValueError(
@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint. ValueError for a damaged file."""
+    """Return all tensors of a checkpoint. ValueError for a damaged file."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
@@ -143,10 +143,10 @@ def assign_weights(
         raise ValueError(
             f"the weights in {source} do not fit its {CONFIG_FILE}: " + "; ".join(problems[:12])
         )
-    kinds = {name: torch.bfloat16 if name.endswith(_BUFFER) else dtype for name in weights}
-    model.load_state_dict(
-        {name: tensor.to(kinds[name], copy=True) for name, tensor in weights.items()}, assign=True
-    )
+    state = {}
+    for name, tensor in weights.items():
+        state[name] = tensor.to(torch.bfloat16 if name.endswith(_BUFFER) else dtype, copy=True)
+    model.load_state_dict(state, assign=True)
 
 
 def write_checkpoint(folder: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:
@@ -165,11 +165,11 @@ def write_config(folder: Path, config: dict) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write all of `data` to `path`, or nothing: under a name that no other writer takes, which is
     then renamed. A link at `path` is replaced."""
-    aside = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
     try:
-        with aside.open("xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

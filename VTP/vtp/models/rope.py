@@ -16,19 +16,19 @@ Table = tuple[Tensor, Tensor]  # sin, cos: each (h * w, head width), bfloat16
 
 
 def _round(x: Tensor) -> Tensor:
-    """To the nearest bfloat16, kept as float32 for the next operation."""
+    """Round to the nearest bfloat16, kept as float32 for the next operation."""
     return x.bfloat16().float()
 
 
 def _coordinates(length: int) -> Tensor:
-    """Patch centres along one axis, spread over (-1, 1) whatever the length."""
+    """Return patch centres along one axis, spread over (-1, 1) whatever the length."""
     centre = _round(torch.arange(length, dtype=torch.float32, device="cpu") + 0.5)
     return _round(_round(centre / length) * 2 - 1)
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Half-split rotation of the last h·w tokens of `x (…, n, d)`; tokens before them (the class
-    token) are not turned.
+    """Turn the last h·w tokens of `x (…, n, d)` by half-split rotation; tokens before them (the
+    class token) are not turned.
 
     All of x, the class token included, is rounded to bfloat16 on the way; the result has the dtype
     of x.
@@ -38,9 +38,8 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     low = x.to(torch.bfloat16)
     first, second = low[..., prefix:, :].chunk(2, dim=-1)
     turned = (first * cos[0] - second * sin[0], second * cos[1] + first * sin[1])
-    rotated = torch.cat(
-        [half.to(x.dtype) for half in turned], dim=-1
-    )  # float16 autocast refuses to join bfloat16
+    # float16 autocast refuses to join bfloat16
+    rotated = torch.cat([half.to(x.dtype) for half in turned], dim=-1)
     return torch.cat((low[..., :prefix, :].to(x.dtype), rotated), dim=-2) if prefix else rotated
 
 
@@ -65,20 +64,17 @@ class RotaryEmbedding(nn.Module):
         self._tables: dict[tuple, Table] = {}
 
     def forward(self, h: int, w: int) -> Table:
-        """(sin, cos) for a grid of h rows and w columns on the device of the module; remembered per
-        grid and device."""
-        return self._constant(
-            len(range(h)), len(range(w))
-        )  # under torch.compile a range makes a symbolic size an integer
+        """Return (sin, cos) for a grid of h rows and w columns on the device of the module; they
+        are remembered per grid and device."""
+        # under torch.compile a range makes a symbolic size an integer
+        return self._constant(len(range(h)), len(range(w)))
 
     @torch.compiler.assume_constant_result  # a compiler would fuse the roundings away
     def _constant(self, h: int, w: int) -> Table:
         where = (h, w, self.periods.device)
         if where not in self._tables:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # a table made while sampling is used in training too
+            # a table made while sampling is used in training too
+            with torch.inference_mode(False), torch.no_grad():
                 self._tables[where] = self._table(h, w)
         return self._tables[where]
 

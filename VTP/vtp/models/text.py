@@ -34,12 +34,8 @@ class TextAttention(nn.Module):
         q, k, v = rearrange(
             qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads
         )
-        return self.out_proj(
-            rearrange(
-                F.scaled_dot_product_attention(q, k, v, is_causal=causal),
-                "b heads n d -> b n (heads d)",
-            )
-        )
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(rearrange(h, "b heads n d -> b n (heads d)"))
 
 
 class TextMlp(nn.Module):
@@ -135,13 +131,10 @@ class TextTransformer(nn.Module):
         )
         self.ln_final = nn.LayerNorm(embed_dim)
         self.text_projection = None
-        if proj_type != "none":
-            matrix = (
-                nn.Linear(embed_dim, embed_dim)
-                if proj_bias
-                else nn.Parameter(torch.empty(embed_dim, embed_dim))
-            )
-            self.text_projection = matrix
+        if proj_type != "none" and proj_bias:
+            self.text_projection = nn.Linear(embed_dim, embed_dim)
+        elif proj_type != "none":
+            self.text_projection = nn.Parameter(torch.empty(embed_dim, embed_dim))
         self.apply(init_linear)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -153,8 +146,8 @@ class TextTransformer(nn.Module):
 
 
 def text_features(tower: nn.Module, ids: Tensor) -> Tensor:
-    """ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model that
-    holds its parts flat."""
+    """Run ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model
+    that holds its parts flat."""
     length = len(tower.positional_embedding)
     if ids.ndim != 2 or ids.shape[1] != length:
         raise ValueError(

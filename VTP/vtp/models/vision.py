@@ -61,7 +61,7 @@ class DinoVisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
-        """(…, D) → (…, C); the trunk without a bottleneck returns its input."""
+        """Map (…, D) to (…, C); the trunk without a bottleneck returns its input."""
         return tokens
 
     def forward(
@@ -72,7 +72,8 @@ class DinoVisionTransformer(nn.Module):
         masks: Tensor | None = None,
         drop_ratio: float | None = None,
     ) -> Tensor | dict[str, Tensor | None]:
-        """image (b, 3, H, W) → class token (b, C), or with is_training a dict of tokens.
+        """Return the class token (b, C) of image (b, 3, H, W), or with is_training a dict of
+        tokens.
 
         masks: (b, n) bool, True = patch replaced by `mask_token` after patch embedding (iBOT).
         drop_ratio: stochastic depth. use_bottleneck: pass the normed tokens of the dict through the
@@ -95,7 +96,7 @@ class DinoVisionTransformer(nn.Module):
         }
 
     def encode(self, image: Tensor) -> Tensor:
-        """image (b, 3, H, W) → latents (b, C, h, w)."""
+        """Return the latents (b, C, h, w) of image (b, 3, H, W)."""
         x, table, (h, w) = self._tokens(image)
         for block in self.blocks:
             x = block(x, table)
@@ -109,9 +110,9 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """Outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D), or (b,
-        D, h, w) with `reshape`; pairs (patches, class token) with `return_class_token`. Never
-        bottlenecked. ValueError: there is no such block.
+        """Return outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D),
+        or (b, D, h, w) with `reshape`; pairs (patches, class token) with `return_class_token`.
+        Never bottlenecked. ValueError: there is no such block.
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else n
@@ -126,16 +127,14 @@ class DinoVisionTransformer(nn.Module):
             x = block(x, table)
             if index in wanted:
                 tokens = self.norm(x) if norm else x
-                patches = (
-                    rearrange(tokens[:, 1:], "b (h w) c -> b c h w", h=h, w=w)
-                    if reshape
-                    else tokens[:, 1:]
-                )
+                patches = tokens[:, 1:]
+                if reshape:
+                    patches = rearrange(patches, "b (h w) c -> b c h w", h=h, w=w)
                 outputs[index] = (patches, tokens[:, 0]) if return_class_token else patches
         return tuple(outputs[index] for index in sorted(outputs))
 
     def _tokens(self, image: Tensor, masks: Tensor | None = None):
-        """Class token and patches (b, 1 + n, D), the rotary table, and the grid (h, w)."""
+        """Return class token and patches (b, 1 + n, D), the rotary table, and the grid (h, w)."""
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < self.patch_size:
             raise ValueError(
                 f"images are {tuple(image.shape)}; must be (batch, 3, height, width), at least"

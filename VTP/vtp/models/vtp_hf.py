@@ -42,8 +42,8 @@ class VTPPreTrainedModel(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32
     ) -> VTPPreTrainedModel:
-        """The model in a checkpoint folder (or hub name), in eval mode, its parameters as `dtype`
-        whatever the file holds.
+        """Return the model in a checkpoint folder (or hub name), in eval mode, its parameters as
+        `dtype` whatever the file holds.
 
         FileNotFoundError: no such folder or file. ValueError: damaged files, or weights that do not
         fit config.json.
@@ -53,9 +53,7 @@ class VTPPreTrainedModel(nn.Module):
         try:
             with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
                 model = cls(config)
-        except (
-            Exception
-        ) as error:  # widths and heads that do not go together, in whichever layer it shows
+        except Exception as error:  # widths and heads that do not go together, whichever layer's
             raise ValueError(
                 f"{folder / CONFIG_FILE} describes no network that can be built: {error}"
             ) from error
@@ -126,17 +124,12 @@ class VTPModel(VTPPreTrainedModel):
             quick_gelu=config.text_quick_gelu,
         )
         # the released weights name the parts without a common prefix
-        self.token_embedding, self.positional_embedding = (
-            tower.token_embedding,
-            tower.positional_embedding,
-        )
-        self.text_transformer, self.ln_final = tower.text_transformer, tower.ln_final
+        for name, part in [*tower.named_children(), *tower.named_parameters(recurse=False)]:
+            setattr(self, name, part)
         self.text_projection, self.text_pool_type = tower.text_projection, tower.text_pool_type
-        width = (
-            config.vision_embed_dim
-            if config.vision_bottleneck_ae_only
-            else config.vision_feature_bottleneck
-        )
+        width = config.vision_feature_bottleneck
+        if config.vision_bottleneck_ae_only:
+            width = config.vision_embed_dim
         self.visual_proj = nn.Linear(width, config.text_embed_dim, bias=False)
         init_linear(self.visual_proj)
         shape = [1] if config.nonscalar_logit_scale else []
@@ -149,12 +142,12 @@ class VTPModel(VTPPreTrainedModel):
 
     # ── reconstruction ────────────────────────────────────────────────────────────────────────────
     def get_reconstruction_latents(self, image: Tensor) -> Tensor:
-        """(b, 3, H, W) → latents (b, C, h, w)."""
+        """Return the latents (b, C, h, w) of (b, 3, H, W)."""
         return self.trunk.encode(image)
 
     def get_latents_decoded_images(self, latents: Tensor) -> Tensor:
-        """Latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w); RuntimeError without a
-        decoder."""
+        """Return the normalised pixels (b, 3, 16 h, 16 w) of latents (b, C, h, w); RuntimeError
+        without a decoder."""
         if self.pixel_decoder is None:
             raise RuntimeError(
                 "this checkpoint has no pixel decoder (train_reconstruction is false): it can"
@@ -166,8 +159,8 @@ class VTPModel(VTPPreTrainedModel):
     def get_last_layer_feature(
         self, image: Tensor, use_bottleneck: bool = False
     ) -> dict[str, Tensor]:
-        """After the final norm: {"cls_token": (b, D), "patch_tokens": (b, n, D)}; width C with the
-        bottleneck."""
+        """Return what comes out of the final norm: {"cls_token": (b, D), "patch_tokens": (b, n,
+        D)}; width C with the bottleneck."""
         tokens = self.trunk(image, is_training=True, use_bottleneck=use_bottleneck)
         return {
             "cls_token": tokens["x_norm_clstoken"],
@@ -187,31 +180,28 @@ class VTPModel(VTPPreTrainedModel):
 
     # ── contrast ──────────────────────────────────────────────────────────────────────────────────
     def get_clip_image_feature(self, image: Tensor, normalize: bool = True) -> Tensor:
-        """(b, 3, H, W) → (b, text_embed_dim); RuntimeError without a text tower."""
+        """Return features (b, text_embed_dim) of (b, 3, H, W); RuntimeError without a text
+        tower."""
         self._need_contrast()
-        tokens = self.get_last_layer_feature(
-            image, use_bottleneck=not self.config.vision_bottleneck_ae_only
-        )
-        pooled = self.config.vision_clip_feat == "pooled"
-        feature = self.visual_proj(
-            tokens["patch_tokens"].mean(dim=1) if pooled else tokens["cls_token"]
-        )
+        bottleneck = not self.config.vision_bottleneck_ae_only
+        tokens = self.get_last_layer_feature(image, use_bottleneck=bottleneck)
+        feature = tokens["cls_token"]
+        if self.config.vision_clip_feat == "pooled":
+            feature = tokens["patch_tokens"].mean(dim=1)
+        feature = self.visual_proj(feature)
         return F.normalize(feature, dim=-1) if normalize else feature
 
     def get_clip_text_feature(self, text: Tensor, normalize: bool = True) -> Tensor:
-        """Token ids (b, text_context_length) → (b, text_embed_dim); RuntimeError without a text
-        tower."""
+        """Return features (b, text_embed_dim) of token ids (b, text_context_length); RuntimeError
+        without a text tower."""
         self._need_contrast()
         feature = text_features(self, text)
         return F.normalize(feature, dim=-1) if normalize else feature
 
     def get_clip_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled similarities (images, texts), and their transpose."""
-        logits = (
-            self.logit_scale.exp()
-            * self.get_clip_image_feature(image)
-            @ self.get_clip_text_feature(text).T
-        )
+        """Return scaled similarities (images, texts), and their transpose."""
+        images, texts = self.get_clip_image_feature(image), self.get_clip_text_feature(text)
+        logits = self.logit_scale.exp() * images @ texts.T
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
         return logits, logits.T
@@ -237,11 +227,9 @@ class VTPModel(VTPPreTrainedModel):
                     "text_features": None if text is None else self.get_clip_text_feature(text),
                     "logit_scale": self.logit_scale.exp(),
                 }
-                return (
-                    outputs
-                    if self.logit_bias is None
-                    else {**outputs, "logit_bias": self.logit_bias}
-                )
+                if self.logit_bias is not None:
+                    outputs["logit_bias"] = self.logit_bias
+                return outputs
             case "rec":
                 latents = self.get_reconstruction_latents(image)
                 decoded = self.get_latents_decoded_images(latents)

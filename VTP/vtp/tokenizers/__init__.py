@@ -8,7 +8,7 @@ __all__ = ["ByteTokenizer", "SimpleTokenizer", "get_tokenizer"]
 
 
 def get_tokenizer(name: str = "ViT-B-32", context_length: int = 77, merges: str | None = None):
-    """ "byte": the tokenizer of our own pre-training. Any other name: open_clip's tokenizer of that
+    """Return a tokenizer. "byte": that of our own pre-training. Any other name: open_clip's of that
     name when open_clip is installed, else CLIP's own with the merges file `merges` (given, it is
     always used). FileNotFoundError without either.
     """

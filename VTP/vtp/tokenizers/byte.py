@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def pad(rows: list[list[int]], context_length: int) -> Tensor:
-    """Id lists → (b, context_length), zeros after the end; a row too long is cut and its last id
-    kept as the end."""
+    """Return id lists as (b, context_length), zeros after the end; a row too long is cut and its
+    last id kept as the end."""
     ids = torch.zeros(len(rows), context_length, dtype=torch.long)
     for i, row in enumerate(rows):
         cut = row if len(row) <= context_length else [*row[: context_length - 1], row[-1]]
@@ -31,7 +31,7 @@ class ByteTokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """(b, context_length) int64 ids."""
+        """Return (b, context_length) int64 ids."""
         texts = [texts] if isinstance(texts, str) else texts
         return pad(
             [[self.start, *text.encode(), self.end] for text in texts],

@@ -26,8 +26,8 @@ _WORD_END = "</w>"
 
 
 def _byte_letters() -> tuple[list[str], list[str]]:
-    """A printable letter for each byte (itself, or the next from 256): in the order of the ids, and
-    of the bytes."""
+    """Return a printable letter for each byte (itself, or the next from 256): in the order of the
+    ids, and of the bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {
@@ -38,7 +38,8 @@ def _byte_letters() -> tuple[list[str], list[str]]:
 
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern:
-    """Special words, English contractions, runs of letters, single digits, runs of the rest."""
+    """Return the pattern of a word: special words, English contractions, runs of letters, single
+    digits, runs of the rest."""
     # `re` has no \p{N}: its \d lacks the letter-like and other numbers (², Ⅷ, ½), which its \w
     # takes for letters
     numbers = "".join(
@@ -101,7 +102,7 @@ class SimpleTokenizer:
         self.start, self.end = self.encoder[START], self.encoder[END]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without start and end."""
+        """Return the ids of `text`, without start and end."""
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
         for word in _pattern().findall(text):
@@ -112,7 +113,7 @@ class SimpleTokenizer:
         return ids
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """(b, context_length) int64 ids, between start and end."""
+        """Return (b, context_length) int64 ids, between start and end."""
         texts = [texts] if isinstance(texts, str) else texts
         return pad(
             [[self.start, *self.encode(text), self.end] for text in texts],

@@ -38,7 +38,8 @@ from mmdit.training.distributed import World
 from mmdit.training.parallel import shard, wrap
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.step_report import Window, matmul_rate
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 
 # matrix products, about half a second: a GPU keeps its first clock for some milliseconds only
 LONG = 400

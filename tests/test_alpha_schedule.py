@@ -23,7 +23,7 @@ from mmdit.training.alpha.schedule import (
     ExitConfig,
     PhaseConfig,
 )
-from mmdit.training.alpha.trend import Course
+from mmdit.training.alpha.trend import LossHistory
 from mmdit.training.optim import Optimizer
 from tests.helpers.tiny import Workshop, forget_sums, refused
 from tests.test_metrics import facts
@@ -104,7 +104,7 @@ def test_preserve_changes_no_output_and_only_the_speed(kind):
     shadow = {p: p.detach().clone() for p in other.parameters()}
     before, start = model(x), deltas(model)
     plan = schedule(other, Optimizer(twin), shadow)
-    told = plan.look(10, {"": Course(steps=10)})
+    told = plan.look(10, {"": LossHistory(steps=10)})
     assert plan.alpha("") == 14 and told == [
         "step 10: alpha 8 → 14 (preserve), phase 'first' of 10 steps → 'second'"
     ]
@@ -170,7 +170,7 @@ def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_for
     model, x = adapted(**kind), torch.randn(64, 12)
     before, weights = model(x), {p: p.detach().clone() for p in adapter_parameters(model).values()}
     plan = schedule(model)
-    plan.look(10, {"": Course(steps=10)})
+    plan.look(10, {"": LossHistory(steps=10)})
     assert set(alphas(model).values()) == {14.0}
     assert ((model(x) - before).norm() / before.norm()).item() < 1e-6
     merged = copy.deepcopy(model)
@@ -184,11 +184,11 @@ def test_ramp_is_linear_and_jump_is_at_once():
     model, x = adapted(), torch.randn(4, 12)
     before = model(x)
     plan = schedule(model, on_change="jump")
-    plan.look(10, {"": Course(steps=10)})
+    plan.look(10, {"": LossHistory(steps=10)})
     assert plan.alpha("") == 14 and (model(x) - before).norm() > 1e-3 * before.norm()
     model = adapted()
     weight = next(iter(adapters(model).values())).lora_B.detach().clone()
-    plan, course, seen = schedule(model, on_change="ramp", ramp_steps=4), Course(steps=10), []
+    plan, course, seen = schedule(model, on_change="ramp", ramp_steps=4), LossHistory(steps=10), []
     for number in range(10, 16):
         assert plan.due(number) or number == 15
         plan.look(number, {"": course})
@@ -200,7 +200,7 @@ def test_ramp_is_linear_and_jump_is_at_once():
 
 
 def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
-    model, course = adapted(), Course(steps=10)
+    model, course = adapted(), LossHistory(steps=10)
     plan = schedule(model, on_change="ramp", ramp_steps=4)
     plan.look(10, {"": course})
     course.steps = 2
@@ -208,7 +208,7 @@ def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
     other = copy.deepcopy(model)
     stored, course_too = (
         json.loads(json.dumps(plan.state())),
-        Course(**json.loads(json.dumps(vars(course)))),
+        LossHistory(**json.loads(json.dumps(vars(course)))),
     )
     again = schedule(other, on_change="ramp", ramp_steps=4)
     load_alphas(other, alphas(model))
@@ -249,7 +249,7 @@ def accepted(mean, cv, runs=300, last=4000):
     expected = mean(np.arange(last))
     for _ in range(runs):
         values = (expected * (1 + cv * draw.standard_normal(last))).tolist()
-        count += rule.met(Course(steps=last, losses=values, levelled=values))
+        count += rule.met(LossHistory(steps=last, losses=values, levelled=values))
     return count / runs
 
 
@@ -267,18 +267,18 @@ def test_the_window_follows_the_noise_and_is_judged_once():
         losses = (1 + cv * draw.standard_normal(200)).tolist()
         assert least <= PRESETS["tested"].window(losses) <= most
     falling = PhaseConfig("fall", 8, min_steps=0, exit=ExitConfig(relative_slope=0.1, t=2.0))
-    plan, course = schedule(adapted(), phases=(falling, PhaseConfig("next", 9))), Course()
+    plan, course = schedule(adapted(), phases=(falling, PhaseConfig("next", 9))), LossHistory()
     judged = []
     for number in range(1, 1001):
         course.add(facts(math.exp(-number / 300)))
         if plan.due(number):
             plan.look(number, {"": course})
-            judged.append(plan.progress[""].judged)
+            judged.append(plan.progress[""].judged_at)
     assert plan.progress[""].phase == 0 and sorted(set(judged) - {0}) == [200, 400, 600, 800, 1000]
 
 
 def phase_after(phase, losses, agreeing=560.0, compared=1000.0):
-    plan, course = schedule(adapted(), phases=(phase, PhaseConfig("last", 9))), Course()
+    plan, course = schedule(adapted(), phases=(phase, PhaseConfig("last", 9))), LossHistory()
     for number, loss in enumerate(losses, 1):
         course.add(facts(loss, agreeing=agreeing, compared=compared))
         if plan.due(number):
@@ -295,7 +295,7 @@ def test_the_criteria_are_those_of_the_table():
     ), "the window begins anew"
     plan, course = (
         schedule(adapted(), phases=(tested, PhaseConfig("b", 9), PhaseConfig("c", 10))),
-        Course(),
+        LossHistory(),
     )
     for number, loss in enumerate(flat, 1):
         course.add(facts(loss, agreeing=560.0, compared=1000.0))
@@ -329,10 +329,10 @@ def test_the_criteria_are_those_of_the_table():
                 .phase
                 == expected
             )
-    assert not ExitConfig(cv=0.5, samples=20).met(Course(losses=[0.1, 2.0] * 20)) and ExitConfig(
+    assert not ExitConfig(cv=0.5, samples=20).met(LossHistory(losses=[0.1, 2.0] * 20)) and ExitConfig(
         cv=1, samples=20
-    ).met(Course(losses=[0.1, 2.0] * 20))
-    assert not ExitConfig(samples=20).met(Course(losses=[1.0] * 19))
+    ).met(LossHistory(losses=[0.1, 2.0] * 20))
+    assert not ExitConfig(samples=20).met(LossHistory(losses=[1.0] * 19))
 
 
 def test_sections_are_refused_with_a_remedy(shop, capsys):

@@ -35,7 +35,8 @@ from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import SampleSettings
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 from tests.helpers.tiny import Workshop, refused
 from tests.helpers.wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, random_dit
 from tests.test_metrics import DOCUMENTED, records
@@ -428,7 +429,7 @@ def test_the_resting_expert_is_left_alone_bit_for_bit(tmp_path, routing):
         for name in NAMES
     }
     assert counted == {name: {turns.count(name)} for name in NAMES}
-    assert {name: course.steps for name, course in state.monitor.courses.items()} == {
+    assert {name: course.steps for name, course in state.monitor.histories.items()} == {
         name: turns.count(name) for name in NAMES
     }
     assert all(
@@ -454,7 +455,7 @@ def test_every_resume_is_exact_before_and_after_a_switch(tmp_path):
     for at in (1, 2, 3, 5):  # until 2 the low expert has no state
         resumed = trained(tmp_path, resume_at=at)
         assert_same(whole, resumed)
-        assert resumed.monitor.courses == whole.monitor.courses
+        assert resumed.monitor.histories == whole.monitor.histories
         for name, tensor in whole.signs.tensors().items():
             assert torch.equal(tensor, resumed.signs.tensors()[name])
 

@@ -10,12 +10,7 @@ from torch import nn
 from mmdit.config import ConfigError, decode
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.training.memory import lean
-from mmdit.training.optim import (
-    build_optimizer,
-    clip_and_guard,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from mmdit.training.optim import build_optimizer, clip_and_guard
 from mmdit.training.train_config import TrainConfig
 from tests import test_trainer
 from tests.test_trainer import assert_same, learner, trained
@@ -141,7 +136,7 @@ def test_moments_that_wait_elsewhere_change_no_bit(tmp_path, monkeypatch, chunk)
     assert len(state.optimizer.parts) == (
         len(list(state.learner.parameters())) if chunk == 1 else 1
     )
-    homes = state.optimizer.parking.homes
+    homes = state.optimizer.parking.parked
     moments = [
         (id(p), name) for p, own in state.optimizer.state.items() for name in own if name != "step"
     ]
@@ -177,39 +172,9 @@ def test_chunks_keep_every_parameter_with_its_settings():
     assert sizes == [[(0.1, [5])], [(0.1, [3, 2])], [(0.0, [9])], [(0.0, [1, 1])]]
 
 
-def test_8_bit_moments_train_and_resume_exactly(tmp_path):
-    pytest.importorskip("torchao.optim")
-    options = {"optimizer": "adamw8bit", "save_every_steps": 2, "keep_last": 0}
-    import unittest.mock
-
-    wide = nn.Linear(64, 128, bias=False)  # torchao leaves what has under 4096 elements in float32
-    with unittest.mock.patch("torch.compile", lambda function, **_: function):
-        whole = trained(tmp_path, **options)
-        assert_same(whole, trained(tmp_path, resume_at=2, **options))
-        one = build_optimizer(nn.ModuleDict({"model": wide}), 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
-        wide.weight.grad = torch.randn(128, 64)
-        one.step()
-    module = nn.ModuleDict({"model": wide})
-    stored = optimizer_tensors(module, one)
-    assert {name.partition("::")[2] for name in stored} == {
-        "step",
-        "exp_avg.codes",
-        "exp_avg.scale",
-        "exp_avg_sq.codes",
-        "exp_avg_sq.scale",
-    }
-    other = build_optimizer(module, 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
-    load_optimizer_tensors(module, other, stored)
-    again = optimizer_tensors(module, other)
-    assert (
-        all(torch.equal(stored[name], again[name]) for name in stored)
-        and stored["model.weight::exp_avg.codes"].dtype == torch.uint8
-    )
-
-
-def test_without_torchao_the_remedy_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
-    with pytest.raises(ConfigError, match="pip install torchao"):
+def test_the_removed_8_bit_moments_are_refused_in_training_but_old_configs_are_read():
+    assert TrainConfig(optimizer="adamw8bit").optimizer == "adamw8bit"  # of a run to be sampled
+    with pytest.raises(ConfigError, match="no longer there.*offload_optimizer"):
         build_optimizer(learner(), 1e-3, 0.0, (0.9, 0.95), "adamw8bit")
 
 
@@ -217,7 +182,7 @@ def test_without_torchao_the_remedy_is_said(monkeypatch):
     "words,match",
     [
         ({"precision": "pure_bf16", "optimizer": "muon"}, "made for adamw"),
-        ({"offload_optimizer": True, "optimizer": "adamw8bit"}, "made for adamw"),
+        ({"offload_optimizer": True, "optimizer": "muon"}, "made for adamw"),
         ({"precision": "pure_bf16", "betas": (0.9, 0.999)}, "stand still"),
     ],
 )
@@ -228,7 +193,6 @@ def test_what_does_not_go_together_is_said(words, match):
 
 def test_sharding_needs_the_plain_optimizer():
     for words in (
-        {"optimizer": "adamw8bit"},
         {"offload_optimizer": True},
         {"offload_blocks": 1},
         {"optimizer": "muon"},

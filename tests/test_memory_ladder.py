@@ -33,7 +33,8 @@ from mmdit.training.learner import Learner
 from mmdit.training.memory import offload
 from mmdit.training.memory.offload import Streamer, settle, slot_bytes
 from mmdit.training.step_report import Window
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 from tests.helpers.tiny import CONFIG, Workshop, refused
 from tests.helpers.wan_release import (
     DIT,

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdit.training import checkpoint
 from mmdit.training.alpha.signs import Signs, pack, unpack
-from mmdit.training.alpha.trend import BINS, LONGEST, Course, StepFacts, Trend, ema
+from mmdit.training.alpha.trend import BINS, LONGEST, LossHistory, StepFacts, Trend, ema
 from mmdit.training.metrics import MetricsLog
 from tests.helpers.tiny import Workshop
 
@@ -111,7 +111,7 @@ def test_exponential_means():
 
 def test_levelling_takes_out_what_the_draw_of_t_does_and_leaves_the_trend():
     draw = random.Random(0)
-    course = Course()
+    course = LossHistory()
     for step in range(1200):
         t = draw.random()
         course.add(facts((1 - step / 2400) * (0.2 + 3 * t) * (1 + 0.05 * draw.gauss(0, 1)), t))
@@ -123,20 +123,20 @@ def test_levelling_takes_out_what_the_draw_of_t_does_and_leaves_the_trend():
 
 
 def test_the_level_of_a_noise_level_is_that_of_lately():
-    course = Course()
+    course = LossHistory()
     for loss in [1.0] * 1000 + [0.1] * 500:
         course.add(facts(loss, 0.3))
     assert course.means[int(0.3 * BINS)] == pytest.approx(0.1 + 0.9 * 0.99**500, rel=1e-6)
 
 
 def test_skipped_steps_and_other_experts_leave_no_trace():
-    course, plain = Course(), Course()
+    course, plain = LossHistory(), LossHistory()
     for step in range(60):
         course.add(facts(1 + step % 7, agreeing=5.0 + step % 3, compared=8.0))
         plain.add(facts(1 + step % 7, agreeing=5.0 + step % 3, compared=8.0))
         course.add(facts(1e9, bad=True, agreeing=8.0, compared=8.0))
         course.add(facts(0.0, samples=0))
-    assert course == plain and Course(**json.loads(json.dumps(vars(course)))) == course
+    assert course == plain and LossHistory(**json.loads(json.dumps(vars(course)))) == course
     assert course.values()["loss_samples"] == 60 and course.values()[
         "gradient_stability_se"
     ] == 0.5 / math.sqrt(8)
@@ -146,14 +146,14 @@ def test_skipped_steps_and_other_experts_leave_no_trace():
         and course.steps == 0
         and course.loss_emas == plain.loss_emas
     )
-    long = Course(losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST)
+    long = LossHistory(losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST)
     long.add(facts(2.0, agreeing=5.0, compared=8.0))
     assert {len(kept) for kept in (long.losses, long.levelled, long.stabilities)} == {
         LONGEST
     } and long.losses[-1] == 2
     assert (
-        Course().values().keys() == plain.values().keys()
-        and Course().values()["gradient_stability"] is None
+        LossHistory().values().keys() == plain.values().keys()
+        and LossHistory().values()["gradient_stability"] is None
     )
 
 

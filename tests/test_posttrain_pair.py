@@ -35,7 +35,7 @@ from mmdit.training import checkpoint
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 from tests.helpers.tiny import refused
 from tests.helpers.wan_release import DIT, make_release
 from tests.test_posttrain_wan import RECIPES, TINY, random_expert

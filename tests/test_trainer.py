@@ -29,7 +29,8 @@ from mmdit.training.optim import LearningRate
 from mmdit.training.parallel import shard
 from mmdit.training.previews import Previews
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))

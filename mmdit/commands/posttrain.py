@@ -36,7 +36,7 @@ from mmdit.training.memory.offload import settle
 from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.runs import hold
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 
 
 def _check(config: ExperimentConfig) -> None:

@@ -42,7 +42,8 @@ from mmdit.training.parallel import shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
 from mmdit.training.runs import hold
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 from mmdit.training.validation import Validation
 
 

@@ -18,7 +18,7 @@ from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.prompts import Prompts
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 
 Files = dict[str, dict[str, Tensor]]  # of a checkpoint: name without suffix → tensors
 

@@ -16,7 +16,7 @@ from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import local
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 from mmdit.weights import check_numbers
 
 

@@ -21,7 +21,7 @@ from mmdit.training.media import (
 )
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 
 
 @dataclass

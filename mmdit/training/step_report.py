@@ -1,4 +1,5 @@
-"""What a run tells: sums that stay on the device between reports, and the report made of them."""
+"""Reports of a run: sums that stay on the device between two reports, and the record made of
+them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mmdit.files import refuse_link
 from mmdit.training.alpha.schedule import AlphaSchedule
-from mmdit.training.alpha.trend import BINS, SPANS, Course, StepFacts
+from mmdit.training.alpha.trend import BINS, SPANS, LossHistory, StepFacts
 from mmdit.training.distributed import World
 from mmdit.training.errors import StepsSkipped
 from mmdit.training.metrics import MetricsLog, Timer, report_line
@@ -29,15 +30,12 @@ class Window:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.tables: list[
-            Tensor
-            # (3, BINS) by step: sums and counts of the finite losses by noise level, sums of times
-        ] = []
+        # By step (3, BINS): sums and counts of the finite losses by noise level, sums of times.
+        self.tables: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.skipped: list[Tensor] = []
-        self.signs: list[
-            Tensor
-        ] = []  # (2,): elements of the gradient that agree in sign with the last, elements compared
+        # (2,): elements of the gradient that agree in sign with the last, elements compared.
+        self.signs: list[Tensor] = []
         self.experts: list[str] = []
         self.ids: list[list[str]] = []  # of this rank, by step
         self.finite: list[Tensor] = []  # their losses
@@ -56,8 +54,8 @@ class Window:
         signs: Tensor | None = None,
         sound: Tensor | None = None,
     ) -> None:
-        """One step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound (n,)`:
-        their latents are finite."""
+        """Add one step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound
+        (n,)`: their latents are finite."""
         level = (t * BINS).long().clamp(0, BINS - 1)
         finite = torch.isfinite(losses)
         table = torch.zeros(3, BINS, device=self.device)
@@ -66,16 +64,16 @@ class Window:
         self.tables.append(table)
         self.norms.append(norm)
         self.skipped.append(skipped)
-        self.signs.append(
-            torch.zeros(2, device=self.device, dtype=torch.float64) if signs is None else signs
-        )
+        if signs is None:
+            signs = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self.signs.append(signs)
         self.experts.append(expert)
         self.ids.append(ids)
         self.finite.append(finite)
         self.sound.append(torch.ones_like(finite) if sound is None else sound)
 
     def read(self, world: World) -> list[StepFacts]:
-        """The steps since the last read, of all ranks (which must all ask); waits for the
+        """Return the steps since the last read, of all ranks (which must all ask). It waits for the
         device."""
         first = len(self.steps)
         if first == len(self.tables):
@@ -100,8 +98,8 @@ class Window:
 def matmul_rate(
     device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 16
 ) -> float | None:
-    """Operations a second of a large matrix product on a CUDA `device`, measured in a fraction of a
-    second; None elsewhere."""
+    """Measure the operations a second of a large matrix product on a CUDA `device`, in a fraction
+    of a second; return None elsewhere."""
     if device.type != "cuda":
         return None
     generator = torch.Generator(device).manual_seed(0)
@@ -117,16 +115,16 @@ def matmul_rate(
 
 
 class Monitor:
-    """What a run has been so far, by expert ("" where there are none): the state behind the metrics
-    and the alpha schedule, kept beside each checkpoint as JSON."""
+    """The state behind the metrics and the alpha schedule, by expert ("" where there are none),
+    kept beside each checkpoint as JSON."""
 
     def __init__(self, experts: tuple[str, ...] = ("",)):
-        self.courses = {name: Course() for name in experts}
+        self.histories = {name: LossHistory() for name in experts}
         self.run_id, self.images, self.wall = uuid.uuid4().hex[:12], 0, 0.0
 
     def add(self, facts: StepFacts) -> None:
         self.images += round(sum(facts.counts))
-        self.courses[facts.expert].add(facts)
+        self.histories[facts.expert].add(facts)
 
     def values(
         self,
@@ -134,11 +132,15 @@ class Monitor:
         schedule: AlphaSchedule | None,
         alphas: dict[str, float | None],
     ) -> dict:
-        """For a report of these steps. The documented names are of the expert of the last one; with
-        several experts, each name comes again with `_<expert>` behind it."""
-        told = {name: self._told(name, facts, schedule, alphas[name]) for name in self.courses}
+        """Return the values of a report of these steps. The documented names are those of the
+        expert of the last step; with several experts, each name comes again with `_<expert>` behind
+        it."""
+        by_expert = {
+            name: self._expert_values(name, facts, schedule, alphas[name])
+            for name in self.histories
+        }
         last = facts[-1].expert
-        losses = {"loss_" + name: own.pop("loss") for name, own in told.items()}
+        losses = {"loss_" + name: values.pop("loss") for name, values in by_expert.items()}
         count = sum(sum(f.counts) for f in facts)
         values = {
             "run_id": self.run_id,
@@ -149,49 +151,53 @@ class Monitor:
             "sigma_mean": sum(f.times for f in facts) / count if count else None,
             "alpha_enabled": schedule is not None,
             "conv_alpha": None,
-            **told[last],
+            **by_expert[last],
         }
-        if len(told) > 1:
-            values |= losses | {
-                f"{key}_{name}": value for name, own in told.items() for key, value in own.items()
-            }
+        if len(by_expert) > 1:
+            values |= losses
+            for name, more in by_expert.items():
+                values |= {f"{key}_{name}": value for key, value in more.items()}
         return values
 
-    def _told(
+    def _expert_values(
         self, name: str, facts: list[StepFacts], schedule: AlphaSchedule | None, alpha: float | None
     ) -> dict:
-        course = self.courses[name]
-        own = [f.loss for f in facts if f.expert == name and f.loss is not None]
-        phase = schedule and {
-            "phase": schedule.phase(name).name,
-            "phase_idx": schedule.progress[name].phase,
-        }
-        phase = phase or {"phase": None, "phase_idx": None}
+        history = self.histories[name]
+        losses = [f.loss for f in facts if f.expert == name and f.loss is not None]
         return {
-            "loss": sum(own) / len(own) if own else None,
-            **course.values(),
-            **phase,
-            "steps_in_phase": course.steps if schedule else None,
+            "loss": sum(losses) / len(losses) if losses else None,
+            **history.values(),
+            "phase": schedule.phase(name).name if schedule else None,
+            "phase_idx": schedule.progress[name].phase if schedule else None,
+            "steps_in_phase": history.steps if schedule else None,
             "linear_alpha": alpha,
         }
 
     def state(self) -> dict:
+        """Return what a checkpoint keeps, as JSON."""
         return {
             "run_id": self.run_id,
             "images": self.images,
             "wall": self.wall,
-            "courses": {name: asdict(course) for name, course in self.courses.items()},
+            "courses": {name: asdict(history) for name, history in self.histories.items()},
         }
 
     def restore(self, state: dict) -> None:
-        """ValueError if it is of other experts."""
-        if state["courses"].keys() != self.courses.keys():
+        """Take over what `state` gave. ValueError: it is of other experts."""
+        stored = state["courses"]
+        if stored.keys() != self.histories.keys():
             raise ValueError(
-                f"the stored metrics are of experts {list(state['courses'])}, the config has"
-                f" {list(self.courses)}"
+                f"the stored metrics are of experts {list(stored)}, the config has"
+                f" {list(self.histories)}"
             )
         self.run_id, self.images, self.wall = state["run_id"], state["images"], state["wall"]
-        self.courses = {name: Course(**course) for name, course in state["courses"].items()}
+        self.histories = {name: LossHistory(**values) for name, values in stored.items()}
+
+
+def _by_level(rows: list[list[float]]) -> list[float]:
+    """Return the sums over `rows (steps, BINS)` for each of the `LEVELS` levels of noise."""
+    table = torch.tensor(rows, dtype=torch.float64)
+    return table.sum(0).reshape(LEVELS, WIDE).sum(-1).tolist()
 
 
 class Reporter:
@@ -206,50 +212,38 @@ class Reporter:
         step: int,
         monitor: Monitor,
     ):
-        self.config, self.seed, self.world, self.run_dir, self.monitor = (
-            config,
-            seed,
-            world,
-            run_dir,
-            monitor,
-        )
+        self.config, self.seed, self.world = config, seed, world
+        self.run_dir, self.monitor = run_dir, monitor
         self.rate = config.learning_rate()
         self.metrics = MetricsLog(run_dir, step) if world.is_main else None
-        self.matmul_rate = matmul_rate(
-            world.device, torch.bfloat16 if config.autocast else torch.float32
-        )
+        dtype = torch.bfloat16 if config.autocast else torch.float32
+        self.matmul_rate = matmul_rate(world.device, dtype)
         self.timer = Timer()
         self.bad_in_a_row, self.seen = 0, 0
         self.damaged: list[str] = []  # items of skipped steps whose cached latents are not finite
 
     def observe(self, window: Window) -> None:
-        """Take in the steps of `window` that are not yet; waits for the device (no step does).
-        Every rank must ask."""
+        """Take in the steps of `window` that were not read yet. It waits for the device, which no
+        step does; every rank must call."""
         for facts in window.read(self.world):
             self.monitor.add(facts)
 
     def read(self, state, window: Window) -> dict:
-        """The record of the steps of `window`. Every rank must ask."""
+        """Return the record of the steps of `window`; every rank must call."""
         self.observe(window)
         facts, step = window.steps, state.step
         good = [f for f in facts if not f.bad]
-        levels = [
-            [
-                sum(getattr(f, part)[i * WIDE + j] for f in facts for j in range(WIDE))
-                for i in range(LEVELS)
-            ]
-            for part in ("sums", "counts")
-        ]
-        count = sum(levels[1])
+        sums = _by_level([f.sums for f in facts])
+        counts = _by_level([f.counts for f in facts])
+        count = sum(counts)
         seconds, waited = self.timer.lap()
         self.monitor.wall += seconds
-        values = {"step": step, "loss": sum(levels[0]) / count if count else None}
+        values = {"step": step, "loss": sum(sums) / count if count else None}
         values |= self.monitor.values(facts, state.schedule, state.alphas())
         short, long = (values[f"loss_ema_{span}"] for span in (SPANS[0], SPANS[-1]))
         values["loss_trend"] = None if short is None else (short - long) / max(abs(long), 1e-12)
-        values |= {
-            f"loss_level_{i}": part / n if n else None for i, (part, n) in enumerate(zip(*levels))
-        }
+        for level, (total, n) in enumerate(zip(sums, counts, strict=True)):
+            values[f"loss_level_{level}"] = total / n if n else None
         rates = [float(group["lr"]) for group in state.optimizer.param_groups[:2]]
         values |= {
             "lr": self.rate.at(step),
@@ -268,7 +262,7 @@ class Reporter:
         return values | {"eta_seconds": seconds / len(facts) * (self.config.max_steps - step)}
 
     def write(self, values: dict, window: Window) -> None:
-        """Write a record; RunError after too many steps without a finite loss or gradient."""
+        """Write a record. StepsSkipped: too many steps had no finite loss or gradient."""
         step, skipped = values["step"], values["skipped"]
         if self.metrics:
             self.metrics.write(values)
@@ -276,26 +270,24 @@ class Reporter:
         bad = [facts.bad for facts in window.steps]
         if skipped:
             self._record_skipped(step, window)
-        for b in bad:
-            self.bad_in_a_row = self.bad_in_a_row + 1 if b else 0
+        for is_bad in bad:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
         self.seen += len(bad)
+        too_many = max(skipped, self.bad_in_a_row) > self.config.max_skipped_steps
+        none_good_lately = skipped == len(bad) > 1
         none_good = step >= self.config.max_steps and self.bad_in_a_row == self.seen > 1
-        if (
-            max(skipped, self.bad_in_a_row) > self.config.max_skipped_steps
-            or skipped == len(bad) > 1
-            or none_good
-        ):
+        if too_many or none_good_lately or none_good:
             raise StepsSkipped(
                 f"{skipped} of the last {len(bad)} steps up to step {step} had a non-finite loss or"
                 " gradient and were skipped (limit train.max_skipped_steps ="
                 f" {self.config.max_skipped_steps}); their items are in"
                 f" {self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr"
                 f" (now {values['lr']:.2e}), use train.precision: fp32, or look at the latents of"
-                f" these items{self._told_damaged()}"
+                f" these items{self._damaged_items()}"
             )
 
-    def _told_damaged(self) -> str:
-        """Which of the items that this process met in skipped steps are to blame."""
+    def _damaged_items(self) -> str:
+        """Name the items of skipped steps that are to blame, of those that this rank met."""
         if not self.damaged:
             return ""
         more = " …" if len(self.damaged) > 5 else ""
@@ -305,36 +297,30 @@ class Reporter:
         )
 
     def _record_skipped(self, last_step: int, window: Window) -> None:
-        """A line per skipped step; each rank has its own items, and so its own file. No id in
-        `non_finite_loss` on any rank: the gradient alone overflowed. `step` counts the steps
+        """Write a line for each skipped step; each rank has other items, and so another file. If no
+        rank has an id in `non_finite_loss`, the gradient alone overflowed. `step` counts the steps
         finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         with refuse_link(self.run_dir / name).open("a", encoding="utf-8") as file:
-            bad = [facts.bad for facts in window.steps]
-            steps = enumerate(
-                zip(window.ids, window.finite, window.sound, bad), last_step - len(bad)
-            )
-            for step, (ids, finite, sound, b) in steps:
-                if b:
-                    named = [id for id, good in zip(ids, finite.tolist()) if not good]
-                    damaged = [id for id, good in zip(ids, sound.tolist()) if not good]
-                    self.damaged += [id for id in damaged if id not in self.damaged]
-                    row = {
-                        "step": step,
-                        "seed": self.seed,
-                        "config": str(self.run_dir / "config.yaml"),
-                    }
-                    file.write(
-                        json.dumps(
-                            row
-                            | {
-                                "ids": ids,
-                                "non_finite_loss": named,
-                                "non_finite_latents": damaged,
-                            }
-                        )
-                        + "\n"
-                    )
+            first = last_step - len(window.steps)
+            for number, facts in enumerate(window.steps):
+                if not facts.bad:
+                    continue
+                ids = window.ids[number]
+                finite, sound = window.finite[number].tolist(), window.sound[number].tolist()
+                damaged = [id for id, good in zip(ids, sound, strict=True) if not good]
+                self.damaged += [id for id in damaged if id not in self.damaged]
+                row = {
+                    "step": first + number,
+                    "seed": self.seed,
+                    "config": str(self.run_dir / "config.yaml"),
+                    "ids": ids,
+                    "non_finite_loss": [
+                        id for id, good in zip(ids, finite, strict=True) if not good
+                    ],
+                    "non_finite_latents": damaged,
+                }
+                file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         if self.metrics:

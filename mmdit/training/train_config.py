@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mmdit.config import ConfigError, FilePath, Section
 from mmdit.diffusion import Grid, SamplerConfig, Solver, build_objective, sampling_times
 from mmdit.interfaces import LatentSpec
-from mmdit.training.optim import LearningRate, OptimizerKind
+from mmdit.training.optim import LearningRate, OptimizerName
 
 SAMPLER_KEYS = {
     "solver": "sample_solver",
@@ -32,9 +32,9 @@ class TrainConfig(Section):
     batch_size: int = 32
     # Micro-steps whose gradients make one step.
     grad_accum_steps: int = 1
-    # `adamw`, `adamw8bit` (moments of 8 bits), or `muon` for the matrices of the blocks and adamw
-    # for the rest, at the same learning rate.
-    optimizer: OptimizerKind = "adamw"
+    # `adamw`, or `muon` for the matrices of the blocks and adamw for the rest, at the same learning
+    # rate (`adamw8bit`: only read, from configs of old runs).
+    optimizer: OptimizerName = "adamw"
     # Keep moments in the memory of the CPU: less on the GPU, a slower step.
     offload_optimizer: bool = False
     # Keep the frozen weights of so many first blocks in the memory of the CPU; they visit the GPU.

@@ -12,166 +12,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from mmdit.adapters import adapters
-from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
-from mmdit.training.alpha.schedule import AlphaSchedule, AlphaScheduleConfig, keep_strength
-from mmdit.training.alpha.signs import Signs
 from mmdit.training.distributed import World
-from mmdit.training.ema import EMA
 from mmdit.training.errors import RunError, StepsSkipped, record_failure
-from mmdit.training.learner import Learner
-from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import Timer
-from mmdit.training.optim import (
-    Optimizer,
-    build_optimizer,
-    clip_and_guard,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
-from mmdit.training.step_report import Monitor, Reporter, Window
+from mmdit.training.step_report import Reporter, Window
 from mmdit.training.train_config import TrainConfig
+from mmdit.training.train_state import TrainState
 from mmdit.training.watch import Watch
-
-
-@dataclass
-class TrainState:
-    """All that moves. `step` counts finished optimizer steps and is the only position: data order,
-    noise, dropout and the learning rate are functions of `(seed, step)`."""
-
-    learner: Learner
-    optimizer: Optimizer
-    ema: EMA | None
-    monitor: Monitor
-    signs: Signs | None = None
-    schedule: AlphaSchedule | None = None
-    step: int = 0
-
-    @staticmethod
-    def create(
-        learner: Learner,
-        config: TrainConfig,
-        ema_config,
-        alpha_schedule: AlphaScheduleConfig | None = None,
-    ) -> TrainState:
-        optimizer = build_optimizer(
-            learner,
-            config.lr,
-            config.weight_decay,
-            config.betas,
-            config.optimizer,
-            config.offload_optimizer,
-        )
-        ema, parts, signs, schedule = (
-            EMA(ema_config, learner) if ema_config.enabled else None,
-            learner.parts(),
-            None,
-            None,
-        )
-        if adapters(learner.model) and not isinstance(
-            learner.model, FSDPModule
-        ):  # a shard's signs would be one rank's own
-            own = {
-                name: [p for p in adapter_parameters(part).values() if p.requires_grad]
-                for name, part in parts.items()
-            }
-            signs = Signs(own) if all(own.values()) else None
-        if alpha_schedule and alpha_schedule.enabled:
-            shadow = {p: ema.shadow[name] for name, p in ema.parameters.items()} if ema else {}
-            schedule = AlphaSchedule(alpha_schedule, parts, optimizer, shadow)
-        return TrainState(learner, optimizer, ema, Monitor(tuple(parts)), signs, schedule)
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        files = {
-            "model": self.learner.stored_state(),
-            "optimizer": optimizer_tensors(self.learner, self.optimizer),
-        }
-        files |= {"ema": self.ema.shadow} if self.ema else {}
-        return files | ({"signs": self.signs.tensors()} if self.signs else {})
-
-    def notes(self) -> dict:
-        """What a checkpoint keeps beside its tensors."""
-        return {"monitor": self.monitor.state()} | (
-            {"alpha_schedule": self.schedule.state()} if self.schedule else {}
-        )
-
-    def alphas(self) -> dict[str, float | None]:
-        """By expert the alpha in force, of the first adapter."""
-        layers = {
-            name: next(iter(adapters(part).values()), None)
-            for name, part in self.learner.parts().items()
-        }
-        return {name: layer and float(layer.alpha) for name, layer in layers.items()}
-
-    def restore(self, folder: Path) -> list[str]:
-        """Take over the state of a checkpoint; returns what to tell."""
-        configured = alphas(self.learner.model)
-        foreign = lambda name: not self.learner.is_stored(name)  # noqa: E731
-        meta = checkpoint.Meta.read(folder)
-        checkpoint.assign(
-            self.learner.state_dict(),
-            Stored(folder / "model.safetensors"),
-            str(folder),
-            fresh=foreign,
-        )
-        load_alphas(self.learner.model, meta.alphas)
-        experts = tuple(f"model.{name}." for name in self.learner.parts() if name)
-        load_optimizer_tensors(
-            self.learner, self.optimizer, Stored(folder / "optimizer.safetensors"), experts
-        )
-        if self.ema:
-            if not any(folder.glob("ema*")):
-                raise ValueError(
-                    f"{folder} has no EMA weights but ema.enabled is true: set ema.enabled to false"
-                    " as it was"
-                )
-            checkpoint.assign(self.ema.shadow, Stored(folder / "ema.safetensors"), str(folder))
-        if self.signs and (folder / "signs.safetensors").is_file():
-            self.signs.restore(checkpoint.read_tensors(folder / "signs.safetensors"))
-        notes = checkpoint.read_notes(folder)
-        try:
-            if notes:
-                self.monitor.restore(notes["monitor"])
-            if self.schedule and notes and "alpha_schedule" in notes:
-                self.schedule.restore(notes["alpha_schedule"])
-            elif self.schedule:
-                first = self.schedule.config.phases[0].name
-                print(
-                    f"{folder} holds no alpha schedule: it starts with phase {first!r}", flush=True
-                )
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / 'monitor.json'} is not of this project: {error!r}"[:1000]
-            ) from None
-        self.step = meta.step
-        return [] if self.schedule else self._reach(configured)
-
-    def _reach(self, configured: dict[str, float]) -> list[str]:
-        """Have adapters the alphas of the config where a checkpoint had others, as
-        `alpha_schedule.on_change: preserve` would."""
-        layers = adapters(self.learner.model)
-        changed = {name: alpha for name, alpha in configured.items() if layers[name].alpha != alpha}
-        if not changed:
-            return []
-        shadow = (
-            {p: self.ema.shadow[name] for name, p in self.ema.parameters.items()}
-            if self.ema
-            else {}
-        )
-        moments, (first, alpha) = self.optimizer.state, next(iter(changed.items()))
-        told = (
-            f"alpha of {len(changed)} adapters {layers[first].alpha:g} → {alpha:g}: they compute"
-            " what they did and move at another pace"
-        )
-        for name, alpha in changed.items():
-            keep_strength(layers[name], alpha, moments, shadow)
-        return [f"{told}; alpha_schedule.on_change has other ways"]
 
 
 class StopRequest:
@@ -224,61 +77,48 @@ class Trainer:
     moving: bool = field(default=False, init=False)  # between the old state and the new one
 
     def run(self) -> bool:
-        """Train to `max_steps`; True when it got there, False when it was asked to stop. Saves at
-        the end either way."""
+        """Train to `max_steps`, and save at the end. Return True when it got there, False when it
+        was asked to stop."""
         config, state, world = self.config, self.state, self.world
-        learner = state.learner
         if config.compiles(world.device.type):
-            learner.compile_model(replays=config.replays)
-        wrapped = wrap(learner, world, self.parallel)
+            state.learner.compile_model(replays=config.replays)
+        wrapped = wrap(state.learner, world, self.parallel)
         reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
-        timer, window = reporter.timer, Window(world.device)
-        learner.train()
-        self.saved = state.step
+        window = Window(world.device)
         watch = Watch(world, config.timeout_minutes, self.run_dir)
+        state.learner.train()
+        self.saved = state.step
         with (
             StopRequest().listening() as stop,
             watch.running(),
             self._rescuing(lambda: reporter.observe(window)),
         ):
             watch.at(state.step + 1, "waiting for data")
-            for micro_batches in timer.waiting(self.batches(state.step, config.max_steps)):
+            for micro_batches in reporter.timer.waiting(self.batches(state.step, config.max_steps)):
                 watch.at(state.step + 1, "computing")
                 try:
-                    self.optimizer_step(
-                        wrapped, micro_batches, reporter.rate.at(state.step + 1), window
-                    )
+                    rate = reporter.rate.at(state.step + 1)
+                    self.optimizer_step(wrapped, micro_batches, rate, window)
                 except torch.OutOfMemoryError as error:
                     raise self._memory_full(micro_batches, error) from error
-                state.step += 1
-                if state.ema:
-                    state.ema.update(state.step, learner.resting(window.experts[-1]))
-                if state.schedule and state.schedule.due(state.step):
-                    reporter.observe(window)
-                    for line in state.schedule.look(state.step, state.monitor.courses):
-                        world.print(line)
-                self.moving = False
+                self._advance(reporter, window)
                 stopping = world.any(stop.asked)
-                done = stopping or state.step == config.max_steps
-                due = lambda every: every and (state.step % every == 0 or done)  # noqa: B023, E731
-                if (
-                    due(config.log_every_steps)
-                    or due(config.save_every_steps)
-                    or due(config.val_every_steps)
-                ):
+                last = stopping or state.step == config.max_steps
+                reports = (config.log_every_steps, config.save_every_steps, config.val_every_steps)
+                if any(self._is_due(every, last) for every in reports):
                     values = reporter.read(state, window)
-                    if due(config.val_every_steps):
+                    if self._is_due(config.val_every_steps, last):
                         watch.at(state.step, "validation")
-                        values |= self._aside(timer, self.validate)
+                        values |= self._untimed(reporter.timer, self.validate)
                     reporter.write(values, window)
                     window = Window(world.device)
-                if due(config.save_every_steps):
+                if self._is_due(config.save_every_steps, last):
                     watch.at(state.step, "saving")
                     self.saved = state.step
                     self.save(state)
-                if due(config.sample_every_steps):
+                if self._is_due(config.sample_every_steps, last):
                     watch.at(state.step, "previews")
-                    self._aside(timer, self.preview)  # on the main rank; the others wait
+                    self._untimed(reporter.timer, self.preview)  # on rank 0; the others wait
                 watch.at(state.step + 1, "waiting for data")
                 if stopping:
                     break
@@ -286,6 +126,22 @@ class Trainer:
         if state.step < config.max_steps:
             world.print(f"stopped on request at step {state.step}; continue with --resume")
         return state.step >= config.max_steps
+
+    def _advance(self, reporter: Reporter, window: Window) -> None:
+        """Count the step that was taken, and move what follows the weights: averages and alphas."""
+        state = self.state
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.step, state.learner.resting(window.experts[-1]))
+        if state.schedule and state.schedule.due(state.step):
+            reporter.observe(window)
+            for line in state.schedule.look(state.step, state.monitor.histories):
+                self.world.print(line)
+        self.moving = False
+
+    def _is_due(self, every: int, last: bool) -> bool:
+        """Return whether to do now what is done every so many steps (0: never)."""
+        return every > 0 and (last or self.state.step % every == 0)
 
     @contextlib.contextmanager
     def _rescuing(self, observe: Callable[[], None]):
@@ -302,14 +158,14 @@ class Trainer:
                 try:
                     observe()
                     self.save(self.state)
-                    told = f"saved at step {self.state.step} before it ends; continue with --resume"
+                    line = f"saved at step {self.state.step} before it ends; continue with --resume"
                 except Exception as second:
-                    told = f"the steps since {self.saved} could not be saved: {second}"
-                print(f"the training meets an error ({type(error).__name__}): {told}", flush=True)
+                    line = f"the steps since {self.saved} could not be saved: {second}"
+                print(f"the training meets an error ({type(error).__name__}): {line}", flush=True)
             raise
 
-    def _aside(self, timer: Timer, look: Callable[[TrainState], dict | None] | None) -> dict:
-        """What `look` makes of the state, in no time of the training."""
+    def _untimed(self, timer: Timer, look: Callable[[TrainState], dict | None] | None) -> dict:
+        """Return what `look` makes of the state; its time does not count as training."""
         begin = time.perf_counter()
         values = look(self.state) if look else None
         self.state.learner.train()
@@ -320,13 +176,12 @@ class Trainer:
     def optimizer_step(
         self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window
     ) -> None:
-        """One optimizer step over this rank's micro-batches. Gradients are means over the global
-        batch."""
+        """Take one optimizer step over this rank's micro-batches. Gradients are means over the
+        global batch."""
         config, state, device = self.config, self.state, self.world.device
         state.optimizer.set_lr(lr)
-        torch.manual_seed(
-            key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1)
-        )  # nn.Dropout's own generator
+        # nn.Dropout draws from torch's global generator.
+        torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))
         plan, frames = state.learner.experts, micro_batches[0].latents.shape[1]
         expert = plan.active(state.step, frames) if plan else None
         done: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -373,13 +228,12 @@ class Trainer:
         if batch > 1:
             smaller = "train.batch_size and raise train.grad_accum_steps (the step stays the same)"
         replays = self.state.learner.replays
-        kept = replays and any(replays.made.values())
+        graphs = ""
+        if replays and any(replays.made.values()):
+            graphs = " or train.replays: false (graphs of other micro-batches keep memory)"
         advice = checkpoint.how_to_go_on(self.run_dir)
-        if self.world.size == 1 and self.state.step:  # it is saved before this is told
+        if self.world.size == 1 and self.state.step:  # it is saved before this is printed
             advice = "Checkpoints are whole: continue with --resume"
-        graphs = (
-            " or train.replays: false (graphs of other micro-batches keep memory)" if kept else ""
-        )
         return RunError(
             f"the memory is full in step {self.state.step + 1} on rank {self.world.rank} with"
             f" micro-batches of {shape}{peak} ({str(error).splitlines()[0]}). Reduce {smaller}, set"

@@ -12,7 +12,7 @@ from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.diffusion.experts import FixedTimes
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 
 QUANTILES = 9
 

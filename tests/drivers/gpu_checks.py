@@ -68,7 +68,6 @@ LEAN = {
     "every_other_block": [{"checkpointing": True, "checkpoint_every": 2}],
     "pure_bf16": [{}, "train.precision=pure_bf16"],
     "offload_optimizer": [{}, "train.offload_optimizer=true"],
-    "adamw8bit": [{}, "train.optimizer=adamw8bit"],
 }
 
 

@@ -32,7 +32,8 @@ from mmdit.interfaces import Batch, LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.memory.offload import settle
 from mmdit.training.step_report import Window
-from mmdit.training.trainer import Trainer, TrainState
+from mmdit.training.train_state import TrainState
+from mmdit.training.trainer import Trainer
 
 LORA = {"enabled": True, "rank": 32, "alpha": 32}
 WAN_LORA = LORA | {

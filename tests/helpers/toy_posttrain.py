@@ -22,7 +22,7 @@ from mmdit.training.checkpoint import Meta, save
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
 from mmdit.training.train_config import TrainConfig
-from mmdit.training.trainer import TrainState
+from mmdit.training.train_state import TrainState
 
 PATTERNS = torch.randn(4, 1, 4, 4, 3, generator=torch.Generator().manual_seed(1)) * 0.5
 

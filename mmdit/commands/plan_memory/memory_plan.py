@@ -15,7 +15,6 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -212,7 +211,7 @@ def stored_bytes(parameter: Tensor) -> int:
 def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     """Of the state that lasts, and of what visits the device during a step
     (`train.offload_optimizer`). AdamW has two moments in float32, `SplitAdamW` three numbers of 16
-    bits, Muon one moment a matrix, `adamw8bit` two bytes and a scale per 256.
+    bits, Muon one moment a matrix.
     """
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     matrices = (
@@ -223,10 +222,7 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     halves = any(p.dtype == torch.bfloat16 for p in trained.values())
     size = 0
     for name, p in trained.items():
-        if train.optimizer == "adamw8bit" and p.numel() >= 4096:
-            size += 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
-        else:
-            size += p.numel() * (6 if halves else 4 if name in matrices else 8)
+        size += p.numel() * (6 if halves else 4 if name in matrices else 8)
     if train.offload_optimizer:
         return 0, min(size, max([8 * CHUNK, *(8 * p.numel() for p in trained.values())]))
     return size, 0

@@ -14,7 +14,7 @@ comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import outer, set_alpha
 from mmdit.config import ConfigError, Section, least
-from mmdit.training.alpha.trend import LONGEST, WINDOW, Course, Trend
+from mmdit.training.alpha.trend import LONGEST, WINDOW, LossHistory, Trend
 from mmdit.training.optim import Optimizer
 
 LOOK = 10  # steps between two looks at the criteria
@@ -61,42 +61,42 @@ class ExitConfig:
             )
 
     def window(self, losses: list[float]) -> int | None:
-        """Steps that a judgement needs; None where that cannot be told yet."""
+        """Return how many steps a judgement needs; None where that is not known yet."""
         if self.samples is not None:
             return self.samples
         recent = Trend.of(losses[-WINDOW:]) if len(losses) >= WINDOW else None
-        return (
-            min(LONGEST, max(WINDOW, math.ceil(CHANCE * recent.cv**2)))
-            if recent and recent.cv is not None
-            else None
-        )
+        if recent is None or recent.cv is None:
+            return None
+        return min(LONGEST, max(WINDOW, math.ceil(CHANCE * recent.cv**2)))
 
-    def met(self, course: Course) -> bool:
-        """Whether the last window of `course` meets all; False where a number that is asked for is
-        missing."""
-        tested = self.samples is None
-        window = self.window(course.levelled)
-        losses = course.levelled if tested else course.losses
+    def met(self, history: LossHistory) -> bool:
+        """Return whether the last window of `history` meets all criteria; False where a number that
+        one asks for is missing."""
+        window = self.window(history.levelled)
+        losses, looks_back = history.losses, WINDOW
+        if self.samples is None:
+            losses, looks_back = history.levelled, window
         if window is None or len(losses) < window:
             return False
-        trend = Trend.of(losses[-(window if tested else WINDOW) :])
+        trend = Trend.of(losses[-looks_back:])
         relative = None if trend.relative is None else abs(trend.relative)
-        chance = None if course.stability_error is None else (course.stability or 0) - 0.5
-        below = (
-            (relative, self.relative_slope),
-            (abs(trend.t), self.t),
-            (abs(trend.slope), self.slope),
-            (trend.cv, self.cv),
-        )
-        above = ((trend.r2, self.r2),)
-        least = (
-            (course.stability, self.stability),
-            (None if chance is None else chance / course.stability_error, self.stability_errors),
-        )
-        return (
-            all(limit is None or value is not None and value < limit for value, limit in below)
-            and all(limit is None or value is not None and value > limit for value, limit in above)
-            and all(limit is None or value is not None and value >= limit for value, limit in least)
+        errors = None
+        if history.stability_error is not None:
+            stability = history.stability or 0.0
+            errors = (stability - 0.5) / history.stability_error
+        limits = [
+            (self.relative_slope, relative, operator.lt),
+            (self.t, abs(trend.t), operator.lt),
+            (self.slope, abs(trend.slope), operator.lt),
+            (self.cv, trend.cv, operator.lt),
+            (self.r2, trend.r2, operator.gt),
+            (self.stability, history.stability, operator.ge),
+            (self.stability_errors, errors, operator.ge),
+        ]
+        return all(
+            value is not None and holds(value, limit)
+            for limit, value, holds in limits
+            if limit is not None
         )
 
 
@@ -139,8 +139,8 @@ class PhaseConfig:
             raise ConfigError("min_steps", f"is {self.min_steps}, must not be negative")
 
     def alpha_of(self, expert: str) -> float:
-        own = getattr(self, expert) if expert in ("high", "low") else None
-        return self.alpha if own is None else own
+        alpha = getattr(self, expert) if expert in ("high", "low") else None
+        return self.alpha if alpha is None else alpha
 
     @property
     def criteria(self) -> ExitConfig:
@@ -183,7 +183,7 @@ class AlphaScheduleConfig(Section):
             )
 
     def describe(self) -> str:
-        """What to tell before training."""
+        """Return a line to print before training."""
         shown = ", ".join(
             f"{phase.name} (alpha {phase.alpha:g}, {phase.min_steps} steps or more)"
             for phase in self.phases
@@ -193,78 +193,67 @@ class AlphaScheduleConfig(Section):
 
 @torch.no_grad()
 def keep_strength(
-    layer: nn.Module,
-    alpha: float,
-    state: Mapping[nn.Parameter, dict[str, Tensor]],
-    shadow: dict[nn.Parameter, Tensor],
+    layer: nn.Module, alpha: float, optimizer: Optimizer, averages: dict[nn.Parameter, Tensor]
 ) -> None:
-    """Change the alpha of an adapter that goes on computing what it did; what `state` (the
-    optimizer's) and `shadow` (averages) hold in units of the rescaled factor follows: gradients,
-    and so moments, by the inverse."""
+    """Change the alpha of an adapter that goes on computing what it did: one of its factors is
+    rescaled, and with it its average and what the optimizer keeps of it."""
     ratio, factor = set_alpha(layer, alpha, preserve=True), outer(layer)
-    if factor in shadow:
-        shadow[factor].mul_(ratio)
-    for name, moment in state.get(factor, {}).items():
-        power = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "rest": 1}.get(name, 0)
-        if power:  # moments of 8 bits have a scale by block
-            (moment.scale if hasattr(moment, "codes") else moment).mul_(ratio**power)
+    if factor in averages:
+        averages[factor].mul_(ratio)
+    optimizer.rescale(factor, ratio)
 
 
 @dataclass
 class Progress:
-    """Of one expert. `start`: alpha when the phase began; `judged`: steps of the phase at the last
-    refused judgement."""
+    """Where one expert is. `start`: alpha when a ramp began; `judged_at`: steps of the phase at the
+    last judgement, which did not end it."""
 
     phase: int = 0
     start: float | None = None
-    judged: int = 0
+    judged_at: int = 0
 
 
 class AlphaSchedule:
     """Moves the alpha of the adapters in `models` (by expert; "" where there are none) along the
-    phases. `optimizer` and `shadow` (averages by parameter) are kept in step with what is
-    rescaled."""
+    phases. `optimizer` and `averages` (by parameter) follow what is rescaled."""
 
     def __init__(
         self,
         config: AlphaScheduleConfig,
         models: dict[str, nn.Module],
         optimizer: Optimizer,
-        shadow: dict[nn.Parameter, Tensor],
+        averages: dict[nn.Parameter, Tensor],
     ):
-        self.config, self.optimizer, self.shadow = config, optimizer, shadow
+        self.config, self.optimizer, self.averages = config, optimizer, averages
         self.layers = {name: list(adapters(model).values()) for name, model in models.items()}
         self.progress = {name: Progress() for name in models}
         self.history: list[dict] = []
         for name in models:
-            self._set(
-                name, config.phases[0].alpha_of(name), preserve=True
-            )  # new adapters are zero, others stay as they are
+            # New adapters are zero; others go on computing what they did.
+            self._set(name, config.phases[0].alpha_of(name), preserve=True)
 
     def alpha(self, expert: str) -> float:
-        """In force."""
+        """Return the alpha in force."""
         return self.layers[expert][0].alpha
 
     def phase(self, expert: str) -> PhaseConfig:
         return self.config.phases[self.progress[expert].phase]
 
     def due(self, step: int) -> bool:
-        """Whether `look` must be called after this step: on a ramp after each."""
+        """Return whether `look` must be called after this step: on a ramp after each."""
         return step % LOOK == 0 or any(p.start is not None for p in self.progress.values())
 
-    def look(self, step: int, courses: dict[str, Course]) -> list[str]:
-        """Moves what is to move; returns what to tell."""
-        told = []
+    def look(self, step: int, histories: dict[str, LossHistory]) -> list[str]:
+        """Begin the phases that are due and move alphas; return a line for each new phase."""
+        lines = []
         for expert, progress in self.progress.items():
-            course = courses[expert]
-            if self._leaves(expert, course):
-                old, left, steps = self.alpha(expert), self.phase(expert), course.steps
+            history = histories[expert]
+            if self._leaves(expert, history):
+                old, left, steps = self.alpha(expert), self.phase(expert), history.steps
                 progress.phase += 1
-                progress.judged, progress.start = (
-                    0,
-                    old if self.config.on_change == "ramp" else None,
-                )
-                course.reset()
+                progress.judged_at = 0
+                progress.start = old if self.config.on_change == "ramp" else None
+                history.reset()
                 new = self.phase(expert)
                 self.history.append(
                     {
@@ -277,63 +266,65 @@ class AlphaSchedule:
                         "alpha_to": new.alpha_of(expert),
                     }
                 )
-                told.append(
-                    f"step {step}: {expert + ' ' if expert else ''}alpha {old:g} →"
-                    f" {new.alpha_of(expert):g} ({self.config.on_change}), phase {left.name!r} of"
-                    f" {steps} steps → {new.name!r}"
+                subject = f"{expert} alpha" if expert else "alpha"
+                lines.append(
+                    f"step {step}: {subject} {old:g} → {new.alpha_of(expert):g}"
+                    f" ({self.config.on_change}), phase {left.name!r} of {steps} steps →"
+                    f" {new.name!r}"
                 )
-            self._follow(expert, course.steps)
-        return told
+            self._follow(expert, history.steps)
+        return lines
 
-    def _leaves(self, expert: str, course: Course) -> bool:
+    def _leaves(self, expert: str, history: LossHistory) -> bool:
+        """Return whether the phase of an expert ends now."""
         progress, phase = self.progress[expert], self.phase(expert)
-        if (
-            progress.phase + 1 == len(self.config.phases)
-            or course.steps < phase.min_steps
-            or progress.start is not None
-        ):
+        is_last = progress.phase + 1 == len(self.config.phases)
+        is_on_ramp = progress.start is not None
+        if is_last or is_on_ramp or history.steps < phase.min_steps:
             return False
         if phase.exit == "steps":
             return True
         criteria = phase.criteria
         if criteria.samples is None:  # a window is judged once
-            window = criteria.window(course.levelled)
-            if window is None or course.steps - progress.judged < window:
+            window = criteria.window(history.levelled)
+            if window is None or history.steps - progress.judged_at < window:
                 return False
-            progress.judged = course.steps
-        return criteria.met(course)
+            progress.judged_at = history.steps
+        return criteria.met(history)
 
     def _follow(self, expert: str, steps: int) -> None:
-        """Alpha as it should be `steps` into the phase."""
-        progress, target = self.progress[expert], self.phase(expert).alpha_of(expert)
+        """Set alpha to what it is `steps` into the phase."""
+        progress, alpha = self.progress[expert], self.phase(expert).alpha_of(expert)
         if progress.start is not None:
             share = min(1.0, steps / self.config.ramp_steps)
-            target, start = progress.start + share * (target - progress.start), progress.start
-            progress.start = None if share == 1 else start
-        self._set(expert, target, self.config.on_change == "preserve")
+            alpha = progress.start + share * (alpha - progress.start)
+            if share == 1:
+                progress.start = None
+        self._set(expert, alpha, self.config.on_change == "preserve")
 
     @torch.no_grad()
     def _set(self, expert: str, alpha: float, preserve: bool) -> None:
-        """With `preserve` the adapters go on computing what they did."""
-        state = self.optimizer.state if preserve else {}
+        """Set the alpha of an expert's adapters; with `preserve` they go on computing what they
+        did."""
         for layer in self.layers[expert]:
             if layer.alpha == alpha:
                 continue
             if preserve:
-                keep_strength(layer, alpha, state, self.shadow)
+                keep_strength(layer, alpha, self.optimizer, self.averages)
             else:
                 set_alpha(layer, alpha)
 
-    # state
     def state(self) -> dict:
-        return {
-            "experts": {name: vars(progress) for name, progress in self.progress.items()},
-            "history": self.history,
+        """Return what a checkpoint keeps, as JSON."""
+        experts = {
+            name: {"phase": p.phase, "start": p.start, "judged": p.judged_at}
+            for name, p in self.progress.items()
         }
+        return {"experts": experts, "history": self.history}
 
     def restore(self, state: dict) -> None:
-        """What `state` gave (the alphas in force come with the weights); a changed alpha of the
-        config is then reached as `on_change` says. ValueError if it is of other experts or
+        """Take over what `state` gave (the alphas in force come with the weights); a changed alpha
+        of the config is then reached as `on_change` says. ValueError if it is of other experts or
         phases."""
         if state["experts"].keys() != self.progress.keys():
             raise ValueError(
@@ -341,7 +332,9 @@ class AlphaSchedule:
                 f" has {list(self.progress)}"
             )
         for name, stored in state["experts"].items():
-            self.progress[name] = Progress(**stored)
+            self.progress[name] = Progress(
+                stored["phase"], stored.get("start"), stored.get("judged", 0)
+            )
             if not 0 <= stored["phase"] < len(self.config.phases):
                 raise ValueError(
                     f"the stored alpha schedule is in phase {stored['phase']},"

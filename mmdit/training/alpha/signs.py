@@ -10,25 +10,24 @@ from torch import Tensor, nn
 
 
 def pack(flags: Tensor) -> Tensor:
-    """`(n,)` bool → `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a product moves
-    byte i to bit 56 + i of it."""
+    """Pack `(n,)` bool into `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a
+    product moves byte i to bit 56 + i of it."""
     eight = nn.functional.pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(torch.int64)
     return (eight * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
-    """Inverse of `pack`."""
+    """Undo `pack`; return `(count,)` bool."""
     table = (
         torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
     )
     return table.bool()[bits.int()].flatten()[:count]
 
 
-class _History:
-    """Of some parameters: the sign of the last gradient of each element that was not 0. A tensor
-    whose gradients have all been 0 (LoRA's A in the first step) has none yet; an element that was 0
-    is not counted, and keeps its bit.
-    """
+class _SignHistory:
+    """Remembers, for every element of `parameters`, the sign of its last gradient that was not 0. A
+    tensor whose gradients have all been 0 (LoRA's A in the first step) has none yet; an element
+    that was 0 is not counted, and keeps its bit."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -53,8 +52,8 @@ class _History:
         ).double()
         keep = skipped.bool()
         self.bits = torch.where(keep, self.bits, pack(torch.where(nonzero, positive, old)))
-        found = torch.stack(torch._foreach_norm(gradients, float("inf"))) > 0
-        self.seen = torch.where(keep, self.seen, self.seen | found.to(torch.uint8))
+        moved = torch.stack(torch._foreach_norm(gradients, float("inf"))) > 0
+        self.seen = torch.where(keep, self.seen, self.seen | moved.to(torch.uint8))
         return torch.where(keep, 0.0, result)
 
 
@@ -62,30 +61,29 @@ class Signs:
     """`groups`: expert → its parameters, one at least. Nothing waits for the device."""
 
     def __init__(self, groups: dict[str, list[nn.Parameter]]):
-        self.history = {name: _History(parameters) for name, parameters in groups.items()}
+        self.history = {name: _SignHistory(parameters) for name, parameters in groups.items()}
 
     @torch.no_grad()
     def compare(self, expert: str, skipped: Tensor) -> Tensor:
-        """After a backward pass: `(2,)` float64, elements that agree and elements compared; a
-        skipped step leaves no trace."""
+        """Compare the gradients of a backward pass; return `(2,)` float64: elements that agree and
+        elements compared. A skipped step leaves no trace."""
         return self.history[expert].compare(skipped)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}::{part}": getattr(own, part)
-            for name, own in self.history.items()
+            f"{name}::{part}": getattr(history, part)
+            for name, history in self.history.items()
             for part in ("bits", "seen")
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """ValueError if they are of other parameters."""
-        own = self.tensors()
-        if own.keys() != tensors.keys() or any(
-            own[name].shape != tensors[name].shape for name in own
-        ):
+        """Take over what `tensors` gave. ValueError: it is of other parameters."""
+        current = self.tensors()
+        shapes = {name: tensor.shape for name, tensor in current.items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise ValueError(
                 "the stored signs are of other adapters: resume with the run's lora: and experts:"
                 " sections"
             )
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            current[name].copy_(tensor)

@@ -31,12 +31,12 @@ class Trend:
 
     @property
     def relative(self) -> float | None:
-        """What changes over the window, as a share of the mean."""
+        """Return the change over the window as a share of the mean."""
         return self.slope * self.samples / self.mean if self.mean > 0 else None
 
     @staticmethod
     def of(values: Sequence[float]) -> Trend | None:
-        """None under `FEWEST` values."""
+        """Fit a line; return None under `FEWEST` values."""
         n = len(values)
         if n < FEWEST:
             return None
@@ -46,13 +46,15 @@ class Trend:
         slope = float(x @ (y - mean)) / spread
         total, rest = float(((y - mean) ** 2).sum()), float(((y - mean - slope * x) ** 2).sum())
         error = math.sqrt(rest / (n - 2) / spread)
-        t = slope / error if error else math.copysign(math.inf, slope) if slope else 0.0
+        t = 0.0
+        if slope:
+            t = slope / error if error else math.copysign(math.inf, slope)
         cv = math.sqrt(total / (n - 1)) / mean if mean > 0 else None
         return Trend(n, mean, slope, t, 1 - rest / total if total else None, cv)
 
 
 def ema(mean: float | None, value: float, span: int) -> float:
-    """m + 2 / (span + 1) (value - m), from the first value."""
+    """Move an exponential mean that looks `span` steps back; the first value begins it."""
     return value if mean is None else mean + 2 / (span + 1) * (value - mean)
 
 
@@ -76,11 +78,10 @@ class StepFacts:
 
 
 @dataclass
-class Course:
-    """What one expert's steps (or all, without experts) have been. Plain numbers: it is stored as
-    JSON. `losses` and `levelled` (without the part that t explains) and `stabilities` are of the
-    steps since `reset`, at most `LONGEST`; means go on.
-    """
+class LossHistory:
+    """The losses of one expert (of the one network, without experts) and how its gradients agree in
+    sign. These are plain numbers, stored as JSON. `losses` and `levelled` (without the part that t
+    explains) and `stabilities` are of the steps since `reset`, at most `LONGEST`; means go on."""
 
     steps: int = 0  # since reset
     losses: list[float] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Course:
     visits: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, facts: StepFacts) -> None:
-        """A step that was not skipped."""
+        """Take in a step, unless it was skipped."""
         loss = facts.loss
         if facts.bad or loss is None:
             return
@@ -108,47 +109,48 @@ class Course:
             self.grad_emas = [
                 ema(mean, stability, span) for mean, span in zip(self.grad_emas, SPANS)
             ]
-        for kept in (self.losses, self.levelled, self.stabilities):
-            del kept[:-LONGEST]
+        for values in (self.losses, self.levelled, self.stabilities):
+            del values[:-LONGEST]
 
     def _levelled(self, facts: StepFacts) -> float:
-        """Each sample's loss by the running mean of its noise level, times the mean of these means:
-        one common scale, on which a trend stays as it is and the draw of t does not shake the
-        loss."""
-        pairs = [
-            (i, total / n, n) for i, (total, n) in enumerate(zip(facts.sums, facts.counts)) if n
-        ]
-        for i, loss, _ in pairs:
-            self.means[i] = loss if self.means[i] is None else self.means[i]
-        weights = [self.visits[i] + sum(j == i for j, *_ in pairs) for i in range(BINS)]
-        overall = sum(w * mean for w, mean in zip(weights, self.means) if mean is not None) / sum(
-            weights
-        )
-        levelled = sum(
-            n * (loss / self.means[i] if self.means[i] else 1.0) for i, loss, n in pairs
-        ) / sum(n for *_, n in pairs)
-        for i, loss, _ in pairs:
+        """Return the loss of a step without the part that the draw of t has: each sample's loss is
+        divided by the running mean of its noise level, and their mean is multiplied by the mean of
+        these means. On that common scale a trend stays as it is."""
+        levels = [i for i, count in enumerate(facts.counts) if count]
+        losses = {i: facts.sums[i] / facts.counts[i] for i in levels}
+        weights = list(self.visits)
+        for i in levels:
+            weights[i] += 1
+            if self.means[i] is None:
+                self.means[i] = losses[i]
+        total = sum(w * mean for w, mean in zip(weights, self.means) if mean is not None)
+        overall = total / sum(weights)
+        ratios = {i: losses[i] / self.means[i] if self.means[i] else 1.0 for i in levels}
+        count = sum(facts.counts[i] for i in levels)
+        levelled = sum(facts.counts[i] * ratios[i] for i in levels) / count
+        for i in levels:
             self.visits[i] += 1
-            self.means[i] += (loss - self.means[i]) / min(self.visits[i], PATIENCE)
+            self.means[i] += (losses[i] - self.means[i]) / min(self.visits[i], PATIENCE)
         return levelled * overall
 
     def reset(self) -> None:
-        """A new phase: its trend is its own."""
+        """Begin a new phase, whose trend is not that of the last one."""
         self.steps, self.losses, self.levelled, self.stabilities = 0, [], [], []
 
     @property
     def stability(self) -> float | None:
-        """Mean agreement of signs over the window."""
+        """Return the mean agreement of signs over the window."""
         recent = self.stabilities[-WINDOW:]
         return sum(recent) / len(recent) if recent else None
 
     @property
     def stability_error(self) -> float | None:
-        """Of one step's agreement by chance: 0.5 / sqrt(elements)."""
+        """Return the standard error of one step's agreement by chance: 0.5 / sqrt(elements)."""
         return 0.5 / math.sqrt(self.compared) if self.compared else None
 
     def values(self) -> dict:
-        """The record of metrics.jsonl: names as documented, None where there is nothing yet."""
+        """Return what metrics.jsonl records, by its documented names; None where nothing is known
+        yet."""
         trend = Trend.of(self.losses[-WINDOW:])
         values = {
             "loss_slope": trend and trend.slope,
@@ -162,7 +164,6 @@ class Course:
             "gradient_stability_avg": self.stability,
             "gradient_stability_se": self.stability_error,
         }
-        means = (("loss_ema", self.loss_emas), ("grad_ema", self.grad_emas))
-        return values | {
-            f"{name}_{span}": mean for name, own in means for span, mean in zip(SPANS, own)
-        }
+        for name, means in (("loss_ema", self.loss_emas), ("grad_ema", self.grad_emas)):
+            values |= {f"{name}_{span}": mean for span, mean in zip(SPANS, means)}
+        return values

@@ -1,5 +1,5 @@
-"""Optimizers that need less memory: for weights in bfloat16, with moments in 8 bits, with moments
-in the memory of the CPU."""
+"""Optimizers that need less memory: for weights in bfloat16, and with moments in the memory of the
+CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.adapters import is_adapter
-from mmdit.config import ConfigError
 from mmdit.training.memory.shards import local
 
 CHUNK = 2**26  # parameters whose moments are on the GPU at a time
 
 
 def to_bfloat16(module: nn.Module) -> None:
-    """All weights but those of adapters, which are few and learn by small steps."""
+    """Cast all weights to bfloat16 but those of adapters, which are few and learn by small
+    steps."""
     for name, weight in module.named_parameters():
         weight.data = weight.data if is_adapter(name) else weight.data.bfloat16()
 
@@ -44,17 +44,17 @@ class SplitAdamW(torch.optim.Optimizer):
                         {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq", "rest")}
                     )
                 state["step"] += 1
-                step, (beta1, beta2) = state["step"].item(), group["betas"]
-                numbers = (
-                    group["lr"],
-                    group["lr"] * group["weight_decay"],
-                    1 - beta1**step,
-                    1 - beta2**step,
-                    group["eps"],
-                )
-                numbers = torch.tensor(numbers).to(
-                    p.device, non_blocking=True
-                )  # a tensor: they change, the graph does not
+                step = state["step"].item()
+                beta1, beta2 = group["betas"]
+                numbers = torch.tensor(  # a tensor: they change, the compiled graph does not
+                    (
+                        group["lr"],
+                        group["lr"] * group["weight_decay"],
+                        1 - beta1**step,
+                        1 - beta2**step,
+                        group["eps"],
+                    )
+                ).to(p.device, non_blocking=True)
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["rest"])
                 update = _compiled_update if p.is_cuda else _update
                 update(*(local(tensor).view(-1) for tensor in tensors), numbers, beta1, beta2)
@@ -72,13 +72,10 @@ def _update(
 ):
     lr, decay, correction1, correction2, eps = numbers.unbind()
     grad, value = grad.float(), p.float() + rest.float()
-    first, second = (
-        exp_avg.float().lerp(grad, 1 - beta1),
-        exp_avg_sq.float().lerp(grad.square(), 1 - beta2),
-    )
-    value = (
-        value - decay * value - lr * (first / correction1) / ((second / correction2).sqrt() + eps)
-    )
+    first = exp_avg.float().lerp(grad, 1 - beta1)
+    second = exp_avg_sq.float().lerp(grad.square(), 1 - beta2)
+    change = lr * (first / correction1) / ((second / correction2).sqrt() + eps)
+    value = value - decay * value - change
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
     p.copy_(value)
@@ -88,37 +85,9 @@ def _update(
 _compiled_update = torch.compile(_update, dynamic=True)
 
 
-def adamw_8bit(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """torchao's AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022,
-    2110.02861)."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            "train.optimizer",
-            f"is adamw8bit, which needs torchao ({error}): pip install torchao, or use adamw",
-        ) from None
-    return AdamW8bit(groups, betas=betas, eps=1e-8)
-
-
-def fresh_8bit(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The moments of a parameter that was never stepped, to restore stored ones into."""
-    return {
-        "exp_avg": optimizer._new_buffer(parameter, True),
-        "exp_avg_sq": optimizer._new_buffer(parameter, False),
-    }
-
-
-def inner_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """What a file holds of a tensor: itself, or the parts that a quantized one is made of (not its
-    constant table)."""
-    if not hasattr(value, "codes"):
-        return {name: value}
-    return {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
-
-
 def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
-    """Parameter groups cut so that each list has at most CHUNK elements (or one parameter)."""
+    """Yield parameter groups, cut so that each list has at most CHUNK elements (or one
+    parameter)."""
     chunk, size = [], 0
     for group in groups:
         for p in group["params"]:
@@ -137,7 +106,8 @@ class Parking:
     these are stepped."""
 
     def __init__(self):
-        self.homes: dict[tuple[int, str], Tensor] = {}
+        # By the id of a parameter and the name of a moment.
+        self.parked: dict[tuple[int, str], Tensor] = {}
 
     def fetch(self, optimizer: torch.optim.Optimizer) -> None:
         for p, state in optimizer.state.items():
@@ -148,9 +118,9 @@ class Parking:
         for p, state in optimizer.state.items():
             for name in state.keys() - {"step"}:
                 value = state[name]
-                home = self.homes.get((id(p), name))
-                if home is None:
-                    home = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-                    self.homes[id(p), name] = home
-                home.copy_(value, non_blocking=True)
-                state[name] = home
+                parked = self.parked.get((id(p), name))
+                if parked is None:
+                    parked = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                    self.parked[id(p), name] = parked
+                parked.copy_(value, non_blocking=True)
+                state[name] = parked

@@ -1,12 +1,12 @@
 """How fast this machine is, part by part, a JSON line a figure.
 
-    python -m mmdit.scripts.benchmark --parts cache encode loader  # on a GPU: add --compile
-    python -m mmdit.scripts.benchmark --parts train --compile --profile \\
+    mmdit benchmark --parts cache encode loader  # on a GPU: add --compile
+    mmdit benchmark --parts train --compile --profile \\
         --shapes 128x1x16x16 8x16x16x16
     torchrun --nproc_per_node=4 -m mmdit.scripts.benchmark --parts train --compile \\
         --parallel reduce=bfloat16
-    python -m mmdit.scripts.benchmark --parts wan --compile --wan 5B --wan_model checkpointing=true
-    python -m mmdit.scripts.benchmark --parts peers --compile --peers FOLDER  # clones
+    mmdit benchmark --parts wan --compile --wan 5B --wan_model checkpointing=true
+    mmdit benchmark --parts peers --compile --peers FOLDER  # clones
 
 `benchmarks/model.py` says what each part measures. Shapes are samples (of a process) x frames x
 rows x columns of latent cells; 16 pixels a cell.

@@ -7,6 +7,7 @@ A block that cannot be run says why in an HTML comment on the line before it:
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -34,7 +35,8 @@ from tests.helpers.wan_release import DIT, make_release, random_dit
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = ("*.md", "docs/*.md", "VTP/*.md", "VTP/checkpoints/*/*.md", "data/*.md", "assets/*.md")
 DOCUMENTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "VTP/configs").glob("*.yaml")])
+HEADS = [*sorted(ROOT.glob("configs/**/*.yaml")), *sorted(ROOT.glob("VTP/configs/*.yaml"))]
+HEADS += sorted(ROOT.glob("mmdit/scripts/*.py"))
 START = re.compile(r"(?:PYTHONPATH=\S+ )?(?:mmdit [a-z]|(?:python|torchrun) .*-m mmdit\.scripts\.)")
 PLACEHOLDERS = ("my.yaml", "my_")  # configs that a reader puts his own in place of
 FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples)"
@@ -97,12 +99,17 @@ def commands_of(text: str) -> list[str]:
     return [part.strip() for line in lines if line for part in line.split("&&")]
 
 
-def commands_of_head(config: Path) -> list[str]:
-    """Return the commands in the comment that opens a config."""
-    lines = config.read_text(encoding="utf-8").splitlines()
-    head = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
+def head_of(path: Path) -> str:
+    """Return the comment that opens a config, or the docstring that opens a module."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return ast.get_docstring(ast.parse(text)) or ""
+    return "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+
+
+def commands_of_head(head: str) -> list[str]:
     written = []
-    for line in re.sub(r"\s*\\\n", " ", head).splitlines():
+    for line in re.sub(r"\s*\\\n\s*", " ", head).splitlines():
         start = START.search(line)
         if start and " … " not in line:
             written.append(re.split(r"\s{2,}|\s# |; | && |\) |`", line[start.start() :])[0])
@@ -122,7 +129,8 @@ def our_commands() -> list[tuple[str, str]]:
         (block.where, line) for block in of_language("bash") for line in commands_of(block.text)
     ]
     written += codes()
-    written += [(name_of(path), line) for path in CONFIGS for line in commands_of_head(path)]
+    for path in HEADS:
+        written += [(name_of(path), line) for line in commands_of_head(head_of(path))]
     with_arguments = re.compile(r"(mmdit \S+|.*-m [\w.]+) \S")
     return [
         (where, line) for where, line in written if START.match(line) and with_arguments.match(line)

@@ -1,7 +1,7 @@
 """edges2shoes (Isola et al. 2017) from local parquet files to PNG images and JSONL, ready to be
 cached.
 
-    python -m mmdit.scripts.prepare_edges2shoes_t2i --source data/edges2shoes --max_samples 5000
+    mmdit prepare-edges2shoes-t2i --source data/edges2shoes --max_samples 5000
 
 Reads every `*.parquet` below `--source` (those named `<split>*`, if there are any). Columns:
 `imageB` (the photo; `imageA` holds the edges), or one `image` that is the photo alone or twice as

@@ -1,6 +1,6 @@
 """Measure how fast this machine is, part by part (from a clone of the repository: `benchmarks/`).
 
-python -m mmdit.scripts.benchmark --parts cache encode loader --compile
+mmdit benchmark --parts cache encode loader --compile
 """
 
 from mmdit.scripts import main_outside, run

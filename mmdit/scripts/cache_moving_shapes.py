@@ -1,6 +1,6 @@
 """Generated data straight into a latent cache, as many samples as wanted, in seconds on a GPU.
 
-    python -m mmdit.scripts.cache_moving_shapes --config configs/moving_shapes_t2v_128.yaml \\
+    mmdit cache-moving-shapes --config configs/moving_shapes_t2v_128.yaml \\
         --count 50000 --out_dir data/cache/shapes
 
 The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_latents), without the

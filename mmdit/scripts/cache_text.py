@@ -1,8 +1,7 @@
 """Encode the captions of a latent cache once, so that training with a large frozen text encoder
 need not load it.
 
-    python -m mmdit.scripts.cache_text --config wan.yaml \\
-        --cache_dir data/cache/mine text_encoder.cache_dir=data/text
+    mmdit cache-text --config configs/wan/t2v_1_3b_lora.yaml --cache_dir data/cache/mine
 
 Keep `text_encoder.cache_dir` in the training config. Captions that augmentation changes are encoded
 when they come up.

@@ -1,7 +1,7 @@
 """Encode images once: JSONL → latent cache. Resumable; under `torchrun` the processes share the
 work.
 
-    python -m mmdit.scripts.cache_vtp_images --config configs/t2i_vtp_256_smoke.yaml \\
+    mmdit cache-images --config configs/t2i_vtp_256_smoke.yaml \\
         --meta_jsonl data/train_images.jsonl \\
         --out_dir data/cache/my_images
 """

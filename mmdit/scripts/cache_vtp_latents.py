@@ -1,7 +1,7 @@
 """Encode clips once: JSONL of frame folders or video files → latent cache with every frame.
 Resumable; `torchrun` shares work.
 
-    python -m mmdit.scripts.cache_vtp_latents --config configs/t2v_vtp_256_smoke.yaml \\
+    mmdit cache-latents --config configs/t2v_vtp_256_smoke.yaml \\
         --meta_jsonl data/train_videos.jsonl \\
         --out_dir data/cache/my_clips
 

@@ -1,6 +1,6 @@
 """Say what this machine offers to mmdit: versions, GPUs, fast paths, memory and disk, a line each.
 
-python -m mmdit.scripts.doctor
+mmdit doctor
 """
 
 import argparse

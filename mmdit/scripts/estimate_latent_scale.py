@@ -1,8 +1,8 @@
 """Measure the latents of a cache and print the YAML that brings them to mean 0 and standard
 deviation 1.
 
-python -m mmdit.scripts.estimate_latent_scale --cache_dir data/cache [--max_items 2000] [--save
-latent_stats.json]
+    mmdit estimate-latent-scale --cache_dir data/cache/mine [--max_items 2000]
+    mmdit estimate-latent-scale --cache_dir data/cache/mine --save latent_stats.json
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """How good a model is: prompt accuracy on moving shapes, and the distance of features from real
 pictures.
 
-    python -m mmdit.scripts.evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
-    python -m mmdit.scripts.evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
+    mmdit evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
+    mmdit evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
         --features name=vit_small_patch14_dinov2,weights=dinov2.safetensors,reference=data/pictures
 
 Without --prompts the samples are of moving shapes, and what was asked for is checked in the pixels

@@ -1,6 +1,6 @@
 """Measure how good a tokenizer checkpoint is.
 
-    python -m mmdit.scripts.evaluate_vtp --checkpoint DIR [--images FOLDER]
+    mmdit evaluate-vtp --checkpoint DIR [--images FOLDER]
 
 Prints JSON, writes it to scores.json and renews the README of a checkpoint that this repository
 trained.

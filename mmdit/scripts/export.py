@@ -1,11 +1,11 @@
 """One safetensors file from a run, with its config inside: for sampling, sharing or
 train.init_from.
 
-    python -m mmdit.scripts.export --checkpoint runs/my_run \\
+    mmdit export --checkpoint runs/my_run \\
         --out my_model.safetensors [--dtype bf16] [--raw_weights]
-    python -m mmdit.scripts.export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
-    python -m mmdit.scripts.export --checkpoint runs/my_run --out merged.safetensors --merge
-    python -m mmdit.scripts.export --checkpoint runs/my_wan --out transformer --layout diffusers
+    mmdit export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
+    mmdit export --checkpoint runs/my_run --out merged.safetensors --merge
+    mmdit export --checkpoint runs/my_wan --out transformer --layout diffusers
 
 A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold
 them into the weights.

@@ -1,10 +1,10 @@
 """What an adapter does to its base: how far it moves the weights, what attention makes of it, and
 the same samples with and without.
 
-    python -m mmdit.scripts.inspect_adapter --base runs/my_run  # the adapter that the run holds
-    python -m mmdit.scripts.inspect_adapter --base Wan2.1-T2V-1.3B --adapter style.safetensors \\
+    mmdit inspect-adapter --base runs/my_run  # the adapter that the run holds
+    mmdit inspect-adapter --base Wan2.1-T2V-1.3B --adapter style.safetensors \\
         --max_ratio 0.3
-    python -m mmdit.scripts.inspect_adapter --base runs/base --adapter new.safetensors \\
+    mmdit inspect-adapter --base runs/base --adapter new.safetensors \\
         --prompts_file prompts.txt --out looked
 
 --base: Wan weights (any layout; read layer by layer), or a run, checkpoint or export of ours.

@@ -1,8 +1,7 @@
 """Look at a cache before training: sizes, counts, what is cropped, repeated and left out, captions;
 decoded samples as PNG.
 
-python -m mmdit.scripts.inspect_cache --config my.yaml --cache_dir data/cache/mine [--sheet
-sheet.png] [--json]
+    mmdit inspect-cache --config my.yaml --cache_dir data/cache/mine [--sheet sheet.png] [--json]
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Look at sources before anything is encoded: the size, crop and frames that each gets, or why it
 will be skipped; totals. Exit code 2: not one of them can be used.
 
-    python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_images.jsonl [--json]
-    python -m mmdit.scripts.inspect_data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
+    mmdit inspect-data --config my.yaml --meta_jsonl my_images.jsonl [--json]
+    mmdit inspect-data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a checkpoint or adapter is, from its headers alone: names, shapes, types, blocks, variant,
 experts, prefix, shards.
 
-    python -m mmdit.scripts.inspect_weights PATH [--expert high] [--json]
+    mmdit inspect-weights PATH [--expert high] [--json]
 
 PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; of a run
 its latest checkpoint. Nothing is loaded.

@@ -2,7 +2,7 @@
 Interrupt it whenever you like: the same command goes on; after the cache has grown it writes only
 what changed.
 
-    python -m mmdit.scripts.pack_cache --cache_dir data/cache/my_images \\
+    mmdit pack-cache --cache_dir data/cache/my_images \\
         --out_dir data/cache/my_images_packed
 """
 

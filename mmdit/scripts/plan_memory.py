@@ -1,7 +1,7 @@
 """The GPU memory that a training step will take, part by part, before it is run; nothing is loaded
 or allocated.
 
-    python -m mmdit.scripts.plan_memory \\
+    mmdit plan-memory \\
         --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B]
         [section.key=value …]
 

@@ -1,6 +1,6 @@
 """Draw the curves of one or several runs: losses, validation, gradient, speed, memory.
 
-python -m mmdit.scripts.plot_run --runs runs/a runs/b --out curves.png
+mmdit plot-run --runs runs/a runs/b --out curves.png
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """Improve a trained model with a reward: GRPO, GRPO-Guard, NFT, AWM, SRPO or DPO, as the config's
 section posttrain: says.
 
-python -m mmdit.scripts.posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume]
-[section.key=value …]
+    mmdit posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume] [train.lr=1e-4 …]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Turn parquet files of edges2shoes into images and JSONL (from a clone: `examples/edges2shoes/`).
 
-python -m mmdit.scripts.prepare_edges2shoes_t2i --source data/edges2shoes --max_samples 5000
+mmdit prepare-edges2shoes-t2i --source data/edges2shoes --max_samples 5000
 """
 
 from mmdit.scripts import main_outside, run

@@ -1,7 +1,7 @@
 """A folder of pictures and videos, with captions in text files of the same name, to JSONL ready to
 be cached.
 
-    python -m mmdit.scripts.prepare_folder --folder data/pets  # cat.jpg and cat.txt, walk.mp4 …
+    mmdit prepare-folder --folder data/pets  # cat.jpg and cat.txt, walk.mp4 …
 
 Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (trained as
 unconditional) and counted.

@@ -1,6 +1,6 @@
 """Video files to folders of frames at a chosen rate, with the JSONL that describes them.
 
-    python -m mmdit.scripts.prepare_frames --meta_jsonl data/pets/train_videos.jsonl \\
+    mmdit prepare-frames --meta_jsonl data/pets/train_videos.jsonl \\
         --out_dir data/pets_frames --fps 16
 
 Reads the lines' `video_path`, writes `frames_<fps>fps/<id>/000000.png …` and a JSONL of the same

@@ -1,8 +1,8 @@
 """Makes the moving-shapes data set: pictures (or frame folders) with captions, no download.
 
-    python -m mmdit.scripts.prepare_moving_shapes --out_dir data/moving_shapes --count 4096 \\
+    mmdit prepare-moving-shapes --out_dir data/moving_shapes --count 4096 \\
         --width 64 --height 64
-    python -m mmdit.scripts.prepare_moving_shapes --out_dir data/moving_shapes_video \\
+    mmdit prepare-moving-shapes --out_dir data/moving_shapes_video \\
         --count 512 --frames 16
 
 Run again with the same settings it goes on where it was interrupted, or adds samples up to a larger

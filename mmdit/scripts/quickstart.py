@@ -1,7 +1,7 @@
 """See the whole path work on this machine, with no argument and no download: samples first, then
 data → cache → train → score.
 
-    python -m mmdit.scripts.quickstart
+    mmdit quickstart
 
 Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores take about five
 minutes; a GPU trains further.

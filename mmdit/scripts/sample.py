@@ -1,8 +1,8 @@
 """Draw pictures or clips from prompts with a trained model.
 
-    python -m mmdit.scripts.sample --checkpoint runs/my_run \\
+    mmdit sample --checkpoint runs/my_run \\
         --prompts "a red circle on black" "a blue star" --out samples
-    python -m mmdit.scripts.sample --checkpoint assets/moving_shapes_64.safetensors --frames 16 \\
+    mmdit sample --checkpoint assets/moving_shapes_64.safetensors --frames 16 \\
         --prompts_file prompts.txt
 
 Writes one PNG or MP4 per prompt, batch by batch, samples.json with everything needed to draw them

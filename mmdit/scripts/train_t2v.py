@@ -1,8 +1,8 @@
 """Train text-to-image (one frame) or text-to-video from a latent cache.
 
-python -m mmdit.scripts.train_t2v --config configs/t2i_vtp_256_smoke.yaml --train_cache_dir
-data/cache torchrun --nproc_per_node=4 -m mmdit.scripts.train_t2v --config … --train_cache_dir …
-[--resume] [train.lr=2e-4 …]
+    mmdit train --config my.yaml --train_cache_dir data/cache/mine [--resume] [train.lr=2e-4 …]
+    torchrun --nproc_per_node=4 -m mmdit.scripts.train_t2v --config my.yaml \\
+        --train_cache_dir data/cache/mine [--resume]
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Pre-train a VTP tokenizer on generated pictures.
 
-python -m mmdit.scripts.train_vtp --config VTP/configs/vtp_tiny_f16d64_stage1.yaml
-python -m mmdit.scripts.train_vtp --config … [--device D] [--resume] [section.key=value …]
+mmdit train-vtp --config VTP/configs/vtp_tiny_f16d64_stage1.yaml [--resume] [section.key=value …]
 """
 
 import argparse

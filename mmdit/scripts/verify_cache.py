@@ -1,7 +1,7 @@
 """Read every file of a latent cache and list what is damaged. Exit code 0: all is well, 1: it is
 not.
 
-    python -m mmdit.scripts.verify_cache --cache_dir data/cache/my_images [--delete] [--json]
+    mmdit verify-cache --cache_dir data/cache/my_images [--delete] [--json]
 
 `--delete` removes the damaged files; the caching command then makes exactly those anew.
 """

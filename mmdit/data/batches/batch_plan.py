@@ -18,7 +18,7 @@ from mmdit.rng import Draws, key, uniform
 
 # version of the order of items: 1 filled the last batch of each group and epoch by repetition
 ORDER = 2
-Grid = tuple[int, int]  # latent (rows, columns)
+Grid = tuple[int, ...]  # latent (rows, columns)
 # what items have in common that may share a batch: the grid and, where clips differ in it, the
 # number of frames
 Group = tuple[int, ...]
@@ -208,8 +208,10 @@ class BatchPlan:
         """Return the global batch of `step` (from 0)."""
         before = self._images_before(step)
         if self.is_image_step(step):
+            assert self.images is not None
             (group, items), frames = self.images.batch(before), 1
         else:
+            assert self.clips is not None
             group, items = self.clips.batch(step - before)
             frames = int(self._frames[items[0]])
         return self._planned(group, items, frames, Draws.of(self.seed, step, len(items)))

@@ -148,7 +148,7 @@ class _Decode(Dataset):
             animated |= image.info["animated"]
             notes |= set(image.info["notes"])
         chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
-        origin = {"size": list(source), "crops": list(boxes), "stamp": stamp}
+        origin: dict[str, object] = {"size": list(source), "crops": list(boxes), "stamp": stamp}
         origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}

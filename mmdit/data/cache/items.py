@@ -45,7 +45,12 @@ class Entry:
 
     def to_json(self) -> dict:
         """Return the line of `index.jsonl`."""
-        row = {"id": self.id, "file": self.file, "shape": self.shape, "caption": self.caption}
+        row: dict[str, object] = {
+            "id": self.id,
+            "file": self.file,
+            "shape": self.shape,
+            "caption": self.caption,
+        }
         row |= self.sections()
         row |= {"bytes": self.bytes, "offset": self.offset, "crc": self.crc}
         return row | ({"marks": self.frame_crcs} if self.frame_crcs else {})

@@ -71,14 +71,15 @@ class LatentCache:
                 return None
             numbers = np.empty((stop - start) * frame, np.float16)
             file.seek(offset + start * frame * 2)
-            return numbers if file.readinto(numbers) == numbers.nbytes else None
+            count = file.readinto(numbers)  # type: ignore[attr-defined]
+            return numbers if count == numbers.nbytes else None
 
     def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int) -> bool:
         """Return whether the frames `start:stop` are as they were written; each part of an item is
         compared once."""
         frames, crc = int(self.shapes[index, 0]), int(self.columns.places[index, 2])
         if stop - start == frames:
-            return zlib.crc32(numbers) == crc
+            return zlib.crc32(numbers.data) == crc
         first, crcs = int(self._ends[index]) - frames, self.columns.frame_crcs[index]
         compared = self._compared[first + start : first + stop]
         if compared.all():
@@ -89,7 +90,7 @@ class LatentCache:
             return True
         before = int(crcs[start - 1]) if start else 0
         after = int(crcs[stop - 1]) if stop < frames else crc
-        compared[:] = zlib.crc32(numbers, before) == after
+        compared[:] = zlib.crc32(numbers.data, before) == after
         return bool(compared[0])
 
     def _load_whole(self, path: str, index: int) -> Tensor:

@@ -122,7 +122,7 @@ def _shard(
     for first in range(0, len(part), AT_ONCE):
         chunk = slice(first, first + AT_ONCE)
         for entry, latents in zip(entries[chunk], pool.map(cache.load, part[chunk]), strict=True):
-            numbers = memoryview(latents.contiguous().numpy()).cast("B")
+            numbers = latents.contiguous().numpy().data.cast("B")
             entry.crc = zlib.crc32(numbers)
             yield numbers
             bar.update()

@@ -151,8 +151,8 @@ def _packed_problem(file: BinaryIO, entry: Entry, manifest: CacheManifest) -> st
     """Return what is wrong with an item of a shard, "" if nothing is."""
     numbers = np.empty(entry.shape, np.float16)
     file.seek(entry.offset)
-    file.readinto(numbers)
-    if zlib.crc32(numbers) != entry.crc:
+    file.readinto(numbers)  # type: ignore[attr-defined]
+    if zlib.crc32(numbers.data) != entry.crc:
         return "its check sum is wrong"
     if entry.frame_crcs and running_crcs(numbers)[:-1] != entry.frame_crcs:
         return "the check sums of its frames are wrong"

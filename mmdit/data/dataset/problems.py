@@ -105,8 +105,8 @@ class Damaged(ValueError):
 
     def __init__(self, what: str, damage: Damage | None = None):
         super().__init__(what, damage)
-        self.what, self.damage = what, damage
+        # DataLoader makes the error of a worker anew from its text alone
+        self.what, self.damage = what, damage or Damage("", "")
 
     def __str__(self) -> str:
-        # DataLoader makes the error of a worker anew from its text alone
-        return f"{self.what} is damaged: {self.damage}" if self.damage else self.what
+        return f"{self.what} is damaged: {self.damage}" if self.damage.problem else self.what

@@ -31,6 +31,7 @@ from mmdit.experiment.config import ExperimentConfig, load_experiment_config
 from mmdit.posttrain import rewards
 from mmdit.rng import Draws
 from tests.helpers.wan_release import DIT, make_release, random_dit
+from tests.test_style import VAGUE
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = ("*.md", "docs/*.md", "VTP/*.md", "VTP/checkpoints/*/*.md", "data/*.md", "assets/*.md")
@@ -415,6 +416,17 @@ def test_the_site_builds_with_its_pictures_and_every_page(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("index.html", "wan/index.html", "search/search_index.json", "assets/clips_64.gif"):
         assert (tmp_path / name).is_file(), name
+
+
+def test_readme_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [path for path in ROOT.glob("docs/*.md") if f"]({name_of(path)})" not in readme]
+
+
+def test_every_vague_name_has_a_better_one_in_contributing():
+    words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("not used")[2]
+    listed = {name for row in words.splitlines() for name in row.split("|")[1:2]}
+    assert {name for cell in listed for name in re.findall(r"`(\w+)`", cell)} == VAGUE
 
 
 def test_readme_is_short_and_has_the_command_of_continuous_integration():

@@ -6,18 +6,17 @@ import torch
 
 from mmdit.config import ConfigError
 from mmdit.text_encoders.stored import StoredEmbeddings
-from tests.test_text_encoders import (
-    CAPTIONS,
-    count_calls,
-    hf,
-)  # noqa: F401 (checkpoint is a fixture)
+from tests import test_text_encoders
+from tests.test_text_encoders import CAPTIONS, count_calls, hf
+
+checkpoint = test_text_encoders.checkpoint  # a fixture
 
 
 def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_second_run_encodes_nothing_and_sees_the_same_bits(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_a_second_run_encodes_nothing_and_sees_the_same_bits(checkpoint, tmp_path, monkeypatch):
     folder, _ = checkpoint("t5")
     expected = hf(folder)(CAPTIONS)
     assert torch.equal(
@@ -38,7 +37,7 @@ def test_a_second_run_encodes_nothing_and_sees_the_same_bits(checkpoint, tmp_pat
     assert len(files(tmp_path)) == len({caption.strip() for caption in CAPTIONS if caption.strip()})
 
 
-def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path, monkeypatch):
     folder, _ = checkpoint("t5")
     options = {"cache_dir": str(tmp_path)}
     hf(folder, **options)(["red"])
@@ -62,7 +61,7 @@ def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path,
     assert len(calls) == 1 and len(files(tmp_path)) == len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):  # noqa: F811
+def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):
     folder, _ = checkpoint("t5")
     expected = hf(folder, cache_dir=str(tmp_path))(["red"]).embeddings
     (file,) = files(tmp_path)
@@ -88,6 +87,6 @@ def test_an_embedding_of_another_caption_or_with_a_flipped_bit_is_not_taken(tmp_
     assert store.load(list(rows)).keys() == {"half \ud800"}
 
 
-def test_a_trained_encoder_has_no_embeddings_to_keep(checkpoint):  # noqa: F811
+def test_a_trained_encoder_has_no_embeddings_to_keep(checkpoint):
     with pytest.raises(ConfigError, match="cache_dir"):
         hf(checkpoint("t5")[0], freeze=False, cache_dir="somewhere")

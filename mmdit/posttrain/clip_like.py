@@ -18,7 +18,7 @@ from mmdit.foreign import explain_errors
 from mmdit.interop.feature_encoder import square
 from mmdit.pixels import CLIP, Standard
 from mmdit.posttrain.rewards import Reward, Samples
-from mmdit.text_encoders.huggingface import check_folder
+from mmdit.text_encoders.transformers_loading import check_folder
 from mmdit.weights import Checkpoint, check_numbers
 
 

@@ -4,10 +4,7 @@ or a hub name."""
 from __future__ import annotations
 
 import logging
-import re
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,23 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath, Section
-from mmdit.foreign import read_json
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
+from mmdit.text_encoders.transformers_loading import load_encoder, most_tokens
 from mmdit.text_encoders.words import check_length
 
 logger = logging.getLogger(__name__)
 
-# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through
-# AutoModel.
-ENCODERS = {
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-    "t5gemma": "T5GemmaEncoderModel",
-    "clip": "CLIPTextModel",
-    "siglip": "SiglipTextModel",
-}
 GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of LENGTH_STEP) tokens
 
 
@@ -129,7 +116,18 @@ class HuggingFaceEncoder(nn.Module):
         self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
 
     def _open(self) -> tuple[Any, nn.Module]:
-        return _load(self.config)
+        config = self.config
+        tokenizer, encoder = load_encoder(
+            config.name_or_path, getattr(torch, config.dtype), config.local_files_only
+        )
+        most = most_tokens(tokenizer, encoder)
+        if most is not None and config.max_length > most:
+            raise ConfigError(
+                "max_length",
+                f"is {config.max_length}, but {config.name_or_path} reads at most {most}; set"
+                f" {most}",
+            )
+        return tokenizer, encoder
 
     def _settle(self) -> int:
         """The width of the tokens; freezes what does not reach them."""
@@ -303,197 +301,3 @@ class HuggingFaceEncoder(nn.Module):
         while self._kept_bytes > self.kept_limit:
             _, row = self._kept.popitem(last=False)
             self._kept_bytes -= row.nbytes
-
-
-# ── loading ───────────────────────────────────────────────────────────────────────────────────────
-def _load(config: HuggingFaceConfig) -> tuple[Any, nn.Module]:
-    """Tokenizer and encoder without any decoder; ConfigError (what, where, remedy) for whatever
-    prevents it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            "type",
-            f"is hf, which needs the transformers library ({error}); pip install transformers",
-        ) from None
-    source = (
-        str(Path(config.name_or_path).expanduser())
-        if config.name_or_path.startswith("~")
-        else config.name_or_path
-    )
-    if not Path(source).is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
-        raise ConfigError(
-            "name_or_path",
-            f"is {source}, which is no folder; give one with config.json, or a hub name",
-        )
-    options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
-    with _reported("config", source, config):
-        if Path(source).is_dir():
-            check_folder(Path(source))
-        kind = transformers.AutoConfig.from_pretrained(source, **options)
-        refuse_quantised(kind, source)
-    with _reported("tokenizer", source, config):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    with _reported("weights", source, config), _quiet(transformers):
-        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5
-        # what the file holds.
-        recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-        options["dtype" if recent else "torch_dtype"] = getattr(torch, config.dtype)
-        if kind.model_type == "t5gemma":
-            options["is_encoder_decoder"] = False
-        model_class = _encoder_class(transformers, kind)
-        options["attn_implementation"] = attention_of(model_class, kind)
-        encoder, report = model_class.from_pretrained(source, output_loading_info=True, **options)
-    _check(tokenizer, encoder, report, config)
-    return tokenizer, encoder
-
-
-CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
-OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
-LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError if the config.json in `folder` chooses code to be fetched or run, or
-    describes
-    a network that no memory holds. Weights are data, and their config is read by a library that
-    takes more from it than sizes."""
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter_config.json, which names another model to be "
-            "loaded; give the folder of a whole encoder"
-        )
-    whole = read_json(folder / "config.json", "config of an encoder")
-    refuse_quantised(whole, folder)
-    parts = [("", whole)]
-    while parts:
-        where, part = parts.pop()
-        for key, value in part.items():
-            name = f"{where}{key}"
-            if isinstance(value, dict):
-                parts.append((f"{name}.", value))
-            if CODE.fullmatch(key) and value not in OURS:
-                raise ValueError(
-                    f"{folder / 'config.json'}: {name} is {value!r}, which chooses code to "
-                    f"run; must be one of {OURS}, or left out"
-                )
-            most = LAYERS if "layers" in key else SIZE
-            size = isinstance(value, int) and re.search("layers|size|dim|heads|d_|positions", key)
-            if size and value > most:
-                raise ValueError(
-                    f"{folder / 'config.json'}: {name} is {value}; must be at most {most}"
-                )
-
-
-def refuse_quantised(found: object, source: object) -> None:
-    """Raise ValueError for weights that another library unpacks, chosen by their config."""
-    told = (
-        found.get("quantization_config")
-        if isinstance(found, dict)
-        else getattr(found, "quantization_config", None)
-    )
-    if told:
-        raise ValueError(f"{source} is quantised; give the float32, bfloat16 or float16 weights")
-
-
-def attention_of(model_class: Any, kind: Any) -> str:
-    """Return the attention to ask for by name, for else the weights' config is asked."""
-    mapped = getattr(model_class, "_model_mapping", {})
-    found = mapped[type(kind)] if type(kind) in mapped else model_class
-    return "sdpa" if getattr(found, "_supports_sdpa", False) else "eager"
-
-
-def _encoder_class(transformers: Any, kind: Any) -> Any:
-    name = ENCODERS.get(kind.model_type)
-    if name is None and getattr(kind, "is_encoder_decoder", False):
-        raise ValueError(
-            f"no encoder half is known for model_type {kind.model_type!r}; known:"
-            f" {', '.join(ENCODERS)}"
-        )
-    model_class = getattr(transformers, name or "AutoModel", None)
-    if model_class is None:
-        raise ValueError(
-            f"transformers {transformers.__version__} has no {name}; install a newer version"
-        )
-    return model_class
-
-
-def _check(tokenizer: Any, encoder: nn.Module, report: dict, config: HuggingFaceConfig) -> None:
-    missing = sorted(report["missing_keys"])
-    if missing:
-        absent = (
-            f"{len(missing)} tensors of {type(encoder).__name__} are absent, first {missing[0]!r}"
-        )
-        raise ConfigError(
-            "name_or_path",
-            f"is {config.name_or_path}: {absent}; it is incomplete or of another kind",
-        )
-    known = (
-        set(tokenizer.get_vocab())
-        - set(tokenizer.get_added_vocab())
-        - set(tokenizer.all_special_tokens)
-    )
-    if len(known) < 4:  # without its files transformers 5 makes an empty one and says nothing
-        absent = (
-            f"its {type(tokenizer).__name__} knows {len(known)} words: the tokenizer's files are"
-            " absent"
-        )
-        raise ConfigError(
-            "name_or_path",
-            f"is {config.name_or_path}: {absent}; add them, tokenizer.json for example",
-        )
-    rows = encoder.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        sizes = f"the tokenizer has {len(tokenizer)} entries, the embedding {rows}"
-        raise ConfigError(
-            "name_or_path", f"is {config.name_or_path}: {sizes}; they belong to different models"
-        )
-    places = getattr(
-        encoder.config, "max_position_embeddings", None
-    )  # none: positions are relative
-    if places is not None and config.max_length > min(places, tokenizer.model_max_length):
-        limit = min(places, tokenizer.model_max_length)
-        raise ConfigError(
-            "max_length",
-            f"is {config.max_length}, but {config.name_or_path} reads at most {limit}; set {limit}",
-        )
-
-
-@contextmanager
-def _reported(part: str, source: str, config: HuggingFaceConfig) -> Iterator[None]:
-    """Whatever the library raises while loading `part`, as one sentence."""
-    try:
-        yield
-    except (
-        Exception
-    ) as error:  # its own classes, those of safetensors, of the hub client and of sentencepiece
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if Path(source).is_dir():
-            remedy = (
-                "the folder must hold config.json, the tokenizer's files and model.safetensors"
-                " (save_pretrained)"
-            )
-        elif config.local_files_only:
-            remedy = (
-                "local_files_only is true: download it first, give a folder, or set it to false"
-                " while online"
-            )
-        else:
-            remedy = (
-                "check the spelling and the connection, or give the folder of a downloaded copy"
-            )
-        raise ConfigError(
-            "name_or_path", f"is {source}: cannot load its {part}: {reason}; {remedy}"
-        ) from error
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """A decoder left out is what we want, not a reason for pages of warnings."""
-    logging_module = transformers.utils.logging
-    level = logging_module.get_verbosity()
-    logging_module.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging_module.set_verbosity(level)

@@ -27,9 +27,9 @@ from mmdit.text_encoders.huggingface import (
     LENGTH_STEP,
     HuggingFaceConfig,
     HuggingFaceEncoder,
-    _reported,
 )
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
+from mmdit.text_encoders.transformers_loading import explained
 from mmdit.weights import Checkpoint, fill, is_wan_release
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class UMT5Encoder(HuggingFaceEncoder):
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
         path = _locate(Path(config.name_or_path).expanduser())
-        with _reported("weights", config.name_or_path, config):
+        with explained("weights", config.name_or_path, config.local_files_only):
             stored = Checkpoint(path)
             encoder = (
                 nn.Identity()

@@ -1,0 +1,205 @@
+"""Encoders and tokenizers of the transformers library, opened so that neither their config nor
+their weights can run code, and that whatever is wrong with them is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmdit.config import ConfigError
+from mmdit.foreign import read_json
+
+# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through
+# AutoModel.
+ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "t5gemma": "T5GemmaEncoderModel",
+    "clip": "CLIPTextModel",
+    "siglip": "SiglipTextModel",
+}
+
+
+def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[Any, nn.Module]:
+    """Return a tokenizer, and an encoder without any decoder; ConfigError (what, where, remedy) for
+    whatever prevents it. `local`: nothing is fetched from a hub."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "type",
+            f"is hf, which needs the transformers library ({error}); pip install transformers",
+        ) from None
+    source = name_or_path
+    if source.startswith("~"):
+        source = str(Path(source).expanduser())
+    folder = Path(source)
+    if not folder.is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
+        raise ConfigError(
+            "name_or_path",
+            f"is {source}, which is no folder; give one with config.json, or a hub name",
+        )
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    with explained("config", source, local):
+        if folder.is_dir():
+            check_folder(folder)
+        network_config = transformers.AutoConfig.from_pretrained(source, **options)
+        _refuse_quantised(getattr(network_config, "quantization_config", None), source)
+    with explained("tokenizer", source, local):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    with explained("weights", source, local), _quiet(transformers):
+        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5
+        # what the file holds.
+        recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+        options["dtype" if recent else "torch_dtype"] = dtype
+        if network_config.model_type == "t5gemma":
+            options["is_encoder_decoder"] = False
+        model_class = _encoder_class(transformers, network_config)
+        options["attn_implementation"] = _attention_of(model_class, network_config)
+        encoder, report = model_class.from_pretrained(source, output_loading_info=True, **options)
+    _check(tokenizer, encoder, report, name_or_path)
+    return tokenizer, encoder
+
+
+CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
+OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
+LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if the config.json in `folder` chooses code to be fetched or run, or
+    describes a network that no memory holds. Weights are data, and their config is read by a
+    library that takes more from it than sizes."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter_config.json, which names another model to be "
+            "loaded; give the folder of a whole encoder"
+        )
+    whole = read_json(folder / "config.json", "config of an encoder")
+    _refuse_quantised(whole.get("quantization_config"), folder)
+    parts = [("", whole)]
+    while parts:
+        where, part = parts.pop()
+        for key, value in part.items():
+            name = f"{where}{key}"
+            if isinstance(value, dict):
+                parts.append((f"{name}.", value))
+            if CODE.fullmatch(key) and value not in OURS:
+                raise ValueError(
+                    f"{folder / 'config.json'}: {name} is {value!r}, which chooses code to "
+                    f"run; must be one of {OURS}, or left out"
+                )
+            most = LAYERS if "layers" in key else SIZE
+            size = isinstance(value, int) and re.search("layers|size|dim|heads|d_|positions", key)
+            if size and value > most:
+                raise ValueError(
+                    f"{folder / 'config.json'}: {name} is {value}; must be at most {most}"
+                )
+
+
+def _refuse_quantised(settings: object, source: object) -> None:
+    """Raise ValueError for weights that another library unpacks, chosen by their config."""
+    if settings:
+        raise ValueError(f"{source} is quantised; give the float32, bfloat16 or float16 weights")
+
+
+def _attention_of(model_class: Any, network_config: Any) -> str:
+    """Return the attention to ask for by name, for else the weights' config is asked."""
+    mapping = getattr(model_class, "_model_mapping", {})
+    with contextlib.suppress(KeyError):  # AutoModel opens another class
+        model_class = mapping[type(network_config)]
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def _encoder_class(transformers: Any, network_config: Any) -> Any:
+    """Return the class of the encoder half, or of the whole network where it has no halves."""
+    model_type = network_config.model_type
+    name = ENCODERS.get(model_type)
+    if name is None and getattr(network_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"no encoder half is known for model_type {model_type!r}; known: {', '.join(ENCODERS)}"
+        )
+    model_class = getattr(transformers, name or "AutoModel", None)
+    if model_class is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {name}; install a newer version"
+        )
+    return model_class
+
+
+def _check(tokenizer: Any, encoder: nn.Module, report: dict, source: str) -> None:
+    """Raise ConfigError if files were absent, or tokenizer and encoder do not belong together."""
+
+    def refuse(problem: str) -> ConfigError:
+        return ConfigError("name_or_path", f"is {source}: {problem}")
+
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise refuse(
+            f"{len(missing)} tensors of {type(encoder).__name__} are absent, first {missing[0]!r};"
+            " it is incomplete or of another kind"
+        )
+    words = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+    words -= set(tokenizer.all_special_tokens)
+    if len(words) < 4:  # without its files transformers 5 makes an empty one and says nothing
+        raise refuse(
+            f"its {type(tokenizer).__name__} knows {len(words)} words: the tokenizer's files are"
+            " absent; add them, tokenizer.json for example"
+        )
+    rows = encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise refuse(
+            f"the tokenizer has {len(tokenizer)} entries, the embedding {rows}; they belong to"
+            " different models"
+        )
+
+
+def most_tokens(tokenizer: Any, encoder: nn.Module) -> int | None:
+    """Return how many tokens the encoder has places for; None: positions are relative."""
+    places = getattr(encoder.config, "max_position_embeddings", None)
+    return None if places is None else min(places, tokenizer.model_max_length)
+
+
+@contextmanager
+def explained(part: str, source: str, local: bool) -> Iterator[None]:
+    """Raise ConfigError, in one sentence, for whatever the library raises while loading `part`: its
+    own errors, those of safetensors, of the hub client and of sentencepiece."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        remedy = "check the spelling and the connection, or give the folder of a downloaded copy"
+        if Path(source).is_dir():
+            remedy = (
+                "the folder must hold config.json, the tokenizer's files and model.safetensors"
+                " (save_pretrained)"
+            )
+        elif local:
+            remedy = (
+                "local_files_only is true: download it first, give a folder, or set it to false"
+                " while online"
+            )
+        raise ConfigError(
+            "name_or_path", f"is {source}: cannot load its {part}: {reason}; {remedy}"
+        ) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the library: a decoder left out is what we want, not a reason for pages of
+    warnings."""
+    logging_module = transformers.utils.logging
+    level = logging_module.get_verbosity()
+    logging_module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging_module.set_verbosity(level)

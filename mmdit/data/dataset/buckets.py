@@ -171,7 +171,7 @@ class BucketingConfig(Section):
 
 
 def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -> tuple[Size, ...]:
-    """Every size that items may get; under a pixel budget that of previews. Raises ConfigError for
+    """Return every size that items may get; under a pixel budget that of previews. ConfigError: for
     one that the tokenizer's downsampling `spatial` does not divide."""
     named = {f"bucketing.buckets[{i}]": size for i, size in enumerate(bucketing.buckets)}
     if 0 < bucketing.budget < spatial**2:
@@ -194,7 +194,7 @@ def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -
 
 
 def choose_size(source: Size, sizes: tuple[Size, ...]) -> Size:
-    """The size nearest in aspect ratio (in the logarithm, so that 2:1 and 1:2 are alike). Of equal
+    """Return the size nearest in aspect ratio (its logarithm: 2:1 and 1:2 are alike). Of equal
     ones: the largest that the source fills without upscaling, else the smallest."""
     distance = {
         size: abs(math.log(source[0] / source[1]) - math.log(size[0] / size[1])) for size in sizes
@@ -212,10 +212,12 @@ UNUSED_WEIGHT = (
 
 @lru_cache(maxsize=4096)
 def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
-    """Of all sizes that are multiples of `spatial`, hold at most `max_pixels` and nowhere exceed
-    the source: among those whose aspect ratio is within 5 % of the source's (else the nearest) the
-    one that loses least, counting what is cropped and half of what the budget or the source has
-    left. ValueError: the source is smaller than one cell."""
+    """Return the size that loses least of a source under a pixel budget.
+
+    Sizes are multiples of `spatial`, hold at most `max_pixels` and nowhere exceed the source. Those
+    whose aspect ratio is within 5 % of the source's come first, else the nearest ones. Lost is what
+    is cropped, and half of what the budget or the source has left. ValueError: the source is
+    smaller than one cell."""
     width, height = source
     if min(source) < spatial:
         raise Unusable(

@@ -8,17 +8,18 @@ caching. Dropping the whole caption for guidance is not done here but by `train.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
+
+import numpy as np
 
 from mmdit.config import ConfigError, Section
 from mmdit.rng import Draws
 
 PLACES = ("[trigger]", "[name]")  # where a caption wants the trigger word
 BINS = (0, 4, 8, 16, 32, 64, 128, 256)  # words; upper ends of the length report
-_SENTENCE = re.compile(
-    r"(?<=[.!?])\s+(?=[^a-z0-9])"
-)  # not after "m.p.h." in the middle of a sentence
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[^a-z0-9])")  # not after "m.p.h." within a sentence
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,26 @@ class CaptionsConfig(Section):
 
     @property
     def plain(self) -> bool:
-        """Whether a caption is used as it was written."""
+        """Return whether a caption is used as it was written."""
         return not (self.trigger or self.trim_keywords or self.token_dropout or self.shuffle)
 
 
 def all_captions(caption: str, facts: dict) -> list[str]:
-    """Those of an item, as `records` stores them: one, or several among its facts."""
+    """Return the captions of an item as `records` stores them: one, or several among its facts."""
     several = facts.get("captions")
-    foreign = not isinstance(several, list) or not all(
-        isinstance(text, str) for text in several
-    )  # a file not made by us
-    return [caption] if foreign or not several else several
+    if not isinstance(several, list) or not all(isinstance(text, str) for text in several):
+        return [caption]  # the second: a file not made by us
+    return several or [caption]
 
 
 def has_word(text: str, word: str) -> bool:
-    """`word` (or words) stands in `text` on its own, whatever the case: "art" is not in "heart"."""
+    """Return whether `word` (or words) stands in `text` by itself, whatever the case: "art" is not
+    in "heart"."""
     return re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, config: CaptionsConfig) -> str:
-    """The caption with the trigger word; prompts for sampling take the same way."""
+    """Return the caption with the trigger word; prompts for sampling get it in the same way."""
     if not config.trigger:
         return caption
     for place in PLACES:
@@ -100,21 +101,22 @@ def with_trigger(caption: str, config: CaptionsConfig) -> str:
 
 
 def trim(caption: str, config: CaptionsConfig) -> str:
-    """Without the tokens that hold a keyword; a sentence that loses all of them goes."""
+    """Return the caption without the tokens that hold a keyword. A sentence that loses all of its
+    tokens goes; a caption that would lose all of its sentences stays."""
     kept = []
     for sentence in _SENTENCE.split(caption):
         body = sentence.rstrip(".!?")
         tokens = _tokens(body, config)
-        left = [
-            token
-            for token in tokens
-            if not any(has_word(token, keyword) for keyword in config.trim_keywords)
-        ]
+        left = [token for token in tokens if not _has_keyword(token, config)]
         if len(left) == len(tokens):
             kept.append(sentence)
         elif left:
             kept.append(_joined(left, config) + sentence[len(body) :])
     return " ".join(kept) or caption
+
+
+def _has_keyword(token: str, config: CaptionsConfig) -> bool:
+    return any(has_word(token, keyword) for keyword in config.trim_keywords)
 
 
 def _tokens(caption: str, config: CaptionsConfig) -> list[str]:
@@ -126,59 +128,67 @@ def _joined(tokens: list[str], config: CaptionsConfig) -> str:
 
 
 def _rearranged(
-    tokens: list[str], config: CaptionsConfig, chance: list[float], order: list[float]
-) -> list[str]:
-    kept = [
-        i for i in range(len(tokens)) if i < config.keep_first or chance[i] >= config.token_dropout
-    ] or [0]
+    caption: str, config: CaptionsConfig, chances: list[float], orders: list[float]
+) -> str:
+    """Return the caption with tokens left out and shuffled. Token `i` is left out if `chances[i]` is
+    below the dropout, and `orders[i]` decides its place."""
+    tokens = _tokens(caption, config)
+    if len(tokens) < 2:
+        return caption
+    first = list(range(min(config.keep_first, len(tokens))))
+    others = range(len(first), len(tokens))
+    rest = [i for i in others if chances[i] >= config.token_dropout]
     if config.shuffle:
-        kept.sort(key=lambda i: (i >= config.keep_first, order[i] if i >= config.keep_first else i))
-    return [tokens[i] for i in kept]
+        rest.sort(key=lambda i: orders[i])
+    chosen = first + rest or [0]
+    return _joined([tokens[i] for i in chosen], config)
 
 
 def drawn_captions(several: list[list[str]], config: CaptionsConfig, draws: Draws) -> list[str]:
-    """The caption of every sample for this step. `several`: per sample all its captions, one of
-    which is drawn."""
-    captions = [own[0] for own in several]
-    if any(len(own) > 1 for own in several):
+    """Return the caption of every sample for this step. `several`: all captions of each sample, of
+    which one is drawn."""
+    captions = [captions[0] for captions in several]
+    if any(len(captions) > 1 for captions in several):
         choice = draws.uniform("caption_choice").tolist()
-        captions = [own[int(part * len(own))] for own, part in zip(several, choice, strict=True)]
+        pairs = zip(several, choice, strict=True)
+        captions = [captions[int(share * len(captions))] for captions, share in pairs]
     if config.plain:
         return captions
     if config.trim_keywords:
         chance = draws.uniform("caption_trim").tolist()
         captions = [
-            trim(c, config) if part < config.trim_prob else c
-            for c, part in zip(captions, chance, strict=True)
+            trim(caption, config) if share < config.trim_prob else caption
+            for caption, share in zip(captions, chance, strict=True)
         ]
     if config.shuffle or config.token_dropout:
-        tokens = [_tokens(caption, config) for caption in captions]
-        longest = max(map(len, tokens))
-        chances = draws.uniform(
-            "caption_tokens", longest
-        ).tolist()  # a token's draw does not depend on the longest
+        # a token's draw does not depend on how long the longest caption is
+        longest = max(len(_tokens(caption, config)) for caption in captions)
+        chances = draws.uniform("caption_tokens", longest).tolist()
         orders = draws.uniform("caption_order", longest).tolist()
         captions = [
-            _joined(_rearranged(own, config, chance, order), config) if len(own) > 1 else caption
-            for caption, own, chance, order in zip(captions, tokens, chances, orders, strict=True)
+            _rearranged(caption, config, chance, order)
+            for caption, chance, order in zip(captions, chances, orders, strict=True)
         ]
     return [with_trigger(caption, config) for caption in captions]
 
 
 def length_report(several: list[list[str]]) -> dict:
-    """How long the captions of a collection are, in words: what a text encoder of limited length
-    will cut shows here."""
-    lengths = sorted(len(caption.split()) for own in several for caption in own)
-    bins: dict[str, int] = {}
-    for low, high in zip((-1, *BINS), (*BINS, 1 << 62), strict=True):
-        name = "0" if high == 0 else f"{low + 1}-{high}" if high < 1 << 62 else f"over {low}"
-        bins[name] = sum(low < length <= high for length in lengths)
-    at = lambda share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] if lengths else 0  # noqa: E731
+    """Return how long the captions of a collection are, in words: what a text encoder of limited
+    length will cut shows here."""
+    lengths = np.sort([len(caption.split()) for captions in several for caption in captions])
+    ends = np.searchsorted(lengths, BINS, side="right")
+    counts = np.diff(ends, prepend=0, append=len(lengths)).tolist()
+    ranges = [f"{low + 1}-{high}" for low, high in itertools.pairwise(BINS)]
+    by_words = dict(zip(("0", *ranges, f"over {BINS[-1]}"), counts, strict=True))
+
+    def words_at(share: float) -> int:
+        return int(lengths[min(int(share * len(lengths)), len(lengths) - 1)]) if len(lengths) else 0
+
     return {
         "items": len(several),
         "captions": len(lengths),
-        "items_with_several": sum(len(own) > 1 for own in several),
-        "empty": bins["0"],
-        "words": {"median": at(0.5), "p95": at(0.95), "longest": at(1)},
-        "captions_by_words": {name: count for name, count in bins.items() if count},
+        "items_with_several": sum(len(captions) > 1 for captions in several),
+        "empty": by_words["0"],
+        "words": {"median": words_at(0.5), "p95": words_at(0.95), "longest": words_at(1)},
+        "captions_by_words": {name: count for name, count in by_words.items() if count},
     }

@@ -42,8 +42,8 @@ class PreprocessConfig(Section):
     num_crops: int = 1
     # Keys the offsets of shifted crops.
     seed: int = 0
-    # of plain JPEG files, while caching: torchvision's works on the GPU, with pixels that differ by
-    # rounding
+    # Who decodes plain JPEG files while caching. `torchvision` works on the GPU, faster, with
+    # pixels that differ from Pillow's by rounding.
     jpeg_decoder: Literal["pillow", "torchvision"] = "pillow"
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class PreprocessConfig(Section):
             )
 
     def describe(self) -> dict:
-        """What decides the pixels, for the cache's manifest."""
+        """Return what decides the pixels, for the cache's manifest."""
         stated = asdict(self) if self.crop == "shifted" else {"crop": "center"}
         stated.pop("jpeg_decoder", None)  # manifests of caches made by Pillow never named it
         if self.jpeg_decoder != "pillow":
@@ -78,24 +78,22 @@ class PreprocessConfig(Section):
 
 
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
-    """A picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1]. ValueError
-    names a file that cannot be used."""
+    """Return a picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1].
+    ValueError names a file that cannot be used."""
     try:
         image = load_image(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return to_unit(
-        torch.tensor(cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size))
-    )
+    box = crop_box(image.size, size, PreprocessConfig(), "")
+    return to_unit(torch.tensor(cut(image, box, size)))
 
 
 def crop_box(
     source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0
 ) -> Box:
-    """The part of the source that becomes the picture: the largest of the target's aspect ratio, so
-    that no resized overhang is ever made (a 30000x10 panorama costs as little as its crop).
-    Deterministic in (seed, id, crop).
-    """
+    """Return the part of the source that becomes the picture, a function of (seed, id, crop): the
+    largest of the target's aspect ratio. So no resized overhang is ever made, and a panorama of
+    30000x10 costs as little as its crop."""
     scale = max(target[0] / source[0], target[1] / source[1])
     box, offsets = [target[0] / scale, target[1] / scale], []
     for axis in (0, 1):
@@ -130,8 +128,8 @@ def check_same_size(name: str, size: Size, first: Size) -> None:
 
 
 def crop_shares(source: dict) -> Box:
-    """What part of its picture an item shows: left, top, right, bottom as shares of it. `source` as
-    an item stores it; all of the picture where no crop was stored (generated items)."""
+    """Return what part of its picture an item shows: left, top, right, bottom as shares of it.
+    `source`: as an item stores it; generated items store no crop and show all of the picture."""
     if "crop" not in source:
         return 0.0, 0.0, 1.0, 1.0
     (width, height), (left, top, right, bottom) = source["size"], source["crop"]
@@ -139,7 +137,7 @@ def crop_shares(source: dict) -> Box:
 
 
 def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
-    """`box` of the image at size `target`: uint8 `(3, H, W)`, antialiased bicubic."""
+    """Return `box` of the image at size `target`: uint8 `(3, H, W)`, antialiased bicubic."""
     part = image.resize(target, Image.Resampling.BICUBIC, box=box)
     return np.asarray(part).transpose(2, 0, 1)
 
@@ -178,8 +176,8 @@ def frames_in(folder: str | Path) -> list[Path]:
 
 
 def list_frames(folder: str | Path) -> list[Path]:
-    """The pictures of a folder in natural order (`2.png` before `10.png`). OSError if it is no
-    folder."""
+    """Return the pictures of a folder in natural order (`2.png` before `10.png`). OSError if it is
+    no folder."""
     files = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
     frames = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sorted(

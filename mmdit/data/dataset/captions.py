@@ -130,8 +130,8 @@ def _joined(tokens: list[str], config: CaptionsConfig) -> str:
 def _rearranged(
     caption: str, config: CaptionsConfig, chances: list[float], orders: list[float]
 ) -> str:
-    """Return the caption with tokens left out and shuffled. Token `i` is left out if `chances[i]` is
-    below the dropout, and `orders[i]` decides its place."""
+    """Return the caption with tokens left out and shuffled. Token `i` is left out if `chances[i]`
+    is below the dropout, and `orders[i]` decides its place."""
     tokens = _tokens(caption, config)
     if len(tokens) < 2:
         return caption

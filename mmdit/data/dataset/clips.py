@@ -29,8 +29,8 @@ def usable_frames(counts: Tensor, video: VideoConfig) -> Tensor:
 
 
 def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> Tensor:
-    """Return how far a frame of each clip may move without meeting its neighbour: `min(N, ⌊(gap - 1)
-    / 2⌋)`, where `gap` is the distance of two frames and N is `temporal_jitter`."""
+    """Return how far a frame of each clip may move without meeting its neighbour: at most
+    `⌊(gap - 1) / 2⌋`, where `gap` is the distance of two frames, and at most `temporal_jitter`."""
     if video.shrink_video_to_frames:
         gaps = (counts - 1) // (frames - 1)
     else:
@@ -70,16 +70,16 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
     if spec.temporal == 1:
         return {}
     video.check_frames(spec)
+    values = {name: getattr(video, name) for name in PLAN}
     return {
-        name: list(value) if isinstance(value := getattr(video, name), tuple) else value
-        for name in PLAN
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }
 
 
 def cached_frames(count: int, video: VideoConfig) -> list[int]:
-    """Numbers of the frames that a tokenizer joining frames is given of a clip of `count`: as many
-    samples, one behind the other, as there are from its middle; or all of it stretched to one.
-    ValueError: too few."""
+    """Return which frames of a clip of `count` a tokenizer is given that joins frames: those of as
+    many samples, one behind the other, as there are around its middle; or of one sample that the
+    whole clip is stretched to. ValueError: too few."""
     frames = int(usable_frames(torch.tensor([count]), video)[0])
     if not frames:
         least = video.needed(min((video.num_frames, *video.frame_counts)))
@@ -97,8 +97,8 @@ def cached_frames(count: int, video: VideoConfig) -> list[int]:
 
 
 def latent_video(video: VideoConfig, spec: LatentSpec) -> VideoConfig:
-    """`video` counted in latent frames, as a cache made by `clip_plan` holds them: an item is used
-    as it is."""
+    """Return `video` counted in latent frames, as a cache made by `clip_plan` holds them: an item
+    is used as it is."""
     if spec.temporal == 1:
         return video
     counts = tuple(spec.frames(count) for count in video.frame_counts)

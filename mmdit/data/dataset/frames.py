@@ -25,6 +25,7 @@ from mmdit.data.dataset.problems import Unusable
 from mmdit.pixels import to_unit
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
+GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, lie apart: several crops do
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,18 @@ def crop_box(
     largest of the target's aspect ratio. So no resized overhang is ever made, and a panorama of
     30000x10 costs as little as its crop."""
     scale = max(target[0] / source[0], target[1] / source[1])
-    box, offsets = [target[0] / scale, target[1] / scale], []
+    begins, ends = [], []
     for axis in (0, 1):
-        slack = max(source[axis] - box[axis], 0.0)
+        side = target[axis] / scale
         place = 0.5
         if preprocess.crop == "shifted":
             first = rng.uniform(preprocess.seed, "crop", id, axis)
-            drawn = (
-                first + crop * 0.6180339887498949
-            ) % 1.0  # golden ratio: several crops of an image lie apart
+            drawn = (first + crop * GOLDEN_RATIO) % 1.0
             place += preprocess.shift_fraction * (drawn - 0.5)
-        offsets.append(slack * place)
-    left, top = offsets
-    return left, top, min(left + box[0], source[0]), min(top + box[1], source[1])
+        begin = max(source[axis] - side, 0.0) * place
+        begins.append(begin)
+        ends.append(min(begin + side, source[axis]))
+    return begins[0], begins[1], ends[0], ends[1]
 
 
 def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:

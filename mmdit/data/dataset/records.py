@@ -46,42 +46,32 @@ class Record:
 
 
 def check_id(id: object) -> str:
-    """The id, fit to be a file name as it is, so that different ids never meet in one file; else
-    ValueError with the reason. Any script is fine (`猫`); separators, `..` and control characters
-    are not."""
+    """Return the id, fit to be a file name as it is, so that different ids never meet in one file.
+    Any script is fine (`猫`); separators, `..` and control characters are not. ValueError says what
+    is wrong."""
     if not isinstance(id, str):
         raise ValueError(f'id is {id!r}; must be text (write "{id}")')
-    problem = (
-        "is empty"
-        if not id.strip()
-        else (
-            "contains a path separator"
-            if "/" in id or "\\" in id
-            else (
-                "starts with a dot (such file names are reserved)"
-                if id.startswith(".")
-                else (
-                    "contains a control character"
-                    if any(ord(letter) < 32 or ord(letter) == 127 for letter in id)
-                    else (
-                        "contains half a surrogate pair"
-                        if any(0xD800 <= ord(letter) < 0xE000 for letter in id)
-                        else (
-                            f"is longer than {MAX_ID_BYTES} bytes"
-                            if len(id.encode()) > MAX_ID_BYTES
-                            else ""
-                        )
-                    )
-                )
+    codes = [ord(letter) for letter in id]
+    problems = {
+        "is empty": not id.strip(),
+        "contains a path separator": "/" in id or "\\" in id,
+        "starts with a dot (such file names are reserved)": id.startswith("."),
+        "contains a control character": any(code < 32 or code == 127 for code in codes),
+        "contains half a surrogate pair": holds_half_a_pair(id),
+        f"is longer than {MAX_ID_BYTES} bytes": len(id.encode(errors="replace")) > MAX_ID_BYTES,
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise ValueError(
+                f"id {id[:80]!r} {problem}; ids become file names: use letters of any script,"
+                " digits, '_' or '-'"
             )
-        )
-    )
-    if problem:
-        raise ValueError(
-            f"id {id[:80]!r} {problem}; ids become file names: use letters of any script, digits,"
-            " '_' or '-'"
-        )
     return id
+
+
+def holds_half_a_pair(text: str) -> bool:
+    """Return whether a text holds half a surrogate pair, which is no character."""
+    return not text.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def _no_constant(word: str) -> float:
@@ -92,10 +82,10 @@ JSON = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def check_storable(value: object, name: str, depth: int = 0) -> None:
-    """ValueError unless `value`, decoded JSON, can be stored beside latents, in a file that is read
-    back as plain data, and be written as UTF-8 JSON again. `name`: the key that holds it."""
+    """Refuse decoded JSON that cannot be stored beside latents, in a file read back as plain
+    data, and be written as UTF-8 JSON again. `name`: the key that holds it."""
     if isinstance(value, str):
-        if not value.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        if holds_half_a_pair(value):
             raise ValueError(
                 f"{json.dumps(name)[:80]} holds half a surrogate pair ({ascii(value[-40:])}), which"
                 " is no character: the text was cut within one; remove it"
@@ -118,15 +108,14 @@ def check_storable(value: object, name: str, depth: int = 0) -> None:
             )
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
-            if isinstance(value, dict):
-                check_storable(key, name or str(key), depth + 1)
+            check_storable(key, name or str(key), depth + 1)
             check_storable(part, name or str(key), depth + 1)
     elif value is not None:
         raise ValueError(f'"{name}" holds a {type(value).__name__}, which is no JSON value')
 
 
 def _decoded(line: bytes) -> dict:
-    """The object of one line."""
+    """Return the object of one line."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(
             f"has {len(line)} bytes; at most {MAX_LINE_BYTES} are read (put large values into files"
@@ -155,36 +144,29 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
     row = _decoded(line)
     preferred = (prefer, *PATH_KEYS[media]) if prefer else PATH_KEYS[media]
     wanted = next((name for name in preferred if name in row), PATH_KEYS[media][0])
-    other = next(
-        (name for name in PATH_KEYS["video" if media == "image" else "image"] if name in row), ""
-    )
     for name in ("id", wanted, "caption"):
-        if name not in row and not (name == "caption" and "captions" in row):
-            hint = (
-                f' (it has "{other}": cache it with the other script)'
-                if name == wanted and other
-                else ""
-            )
-            raise ValueError(
-                f'has no "{name}"{hint}; keys here: {", ".join(map(str, row)) or "none"}'
-            )
+        if name in row or (name == "caption" and "captions" in row):
+            continue
+        hint = ""
+        others = [other for other in WHAT if other not in PATH_KEYS[media] and other in row]
+        if name == wanted and others:
+            hint = f' (it has "{others[0]}": cache it with the other script)'
+        raise ValueError(f'has no "{name}"{hint}; keys here: {", ".join(row) or "none"}')
     check_id(row["id"])
     captions = _captions(row)
     if not isinstance(row[wanted], str):
         raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be text in quotes')
     if not row[wanted] or "\0" in row[wanted]:
         raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be the path of {WHAT[wanted]}')
-    facts = {
-        name: value
-        for name, value in row.items()
-        if name not in ("id", wanted, "caption", "captions")
-    }
+    used = ("id", wanted, "caption", "captions")
+    facts = {name: value for name, value in row.items() if name not in used}
     facts |= {"captions": captions} if len(captions) > 1 else {}
     return Record(row["id"], str(folder / os.path.expanduser(row[wanted])), captions[0], facts)
 
 
 def _captions(row: dict) -> list[str]:
-    """All different captions of a line, that of `caption` first; at least one, perhaps empty."""
+    """Return all different captions of a line, that of `caption` first; at least one, perhaps
+    empty."""
     if not isinstance(row.get("caption", ""), str):
         raise ValueError(
             f'"caption" is {row["caption"]!r}; must be text in quotes (several: "captions": ["…",'
@@ -193,12 +175,12 @@ def _captions(row: dict) -> list[str]:
     several = row.get("captions", [])
     if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
         raise ValueError(f'"captions" is {several!r}; must be a list of texts')
-    own = [row["caption"]] if "caption" in row else []
-    return list(dict.fromkeys(caption.strip() for caption in own + several)) or [""]
+    captions = [row["caption"], *several] if "caption" in row else several
+    return list(dict.fromkeys(caption.strip() for caption in captions)) or [""]
 
 
 def _check_beginning(line: bytes, where: str) -> None:
-    """ValueError for the first line of a file that holds records in another form."""
+    """Refuse the first line of a file that holds records in another form."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{where}: the file is UTF-16 text; save it as UTF-8")
     if line.strip(BLANK).startswith(b"["):
@@ -209,8 +191,8 @@ def _check_beginning(line: bytes, where: str) -> None:
 
 
 def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Record]:
-    """All records of a JSONL file, in its order; `prefer`: the path key to use where a line has
-    both. ValueError lists wrong lines as `file:line: what`."""
+    """Return all records of a JSONL file, in its order. `prefer`: the path key to use where a line
+    has both. ValueError lists wrong lines as `file:line: what`."""
     path = Path(path)
     records: list[Record] = []
     errors: list[str] = []
@@ -249,8 +231,8 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
 
 
 def media_of(path: str | Path) -> Media:
-    """Whether the lines of a JSONL file are about images or clips, by the first one; "image" if it
-    does not say."""
+    """Return whether the lines of a JSONL file are about images or clips, by the first one; "image"
+    if it does not say."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
         row = _decoded(next((line for line in file if line.strip(BLANK)), b""))
         if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):

@@ -23,109 +23,98 @@ State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
 PIECE = 1 << 20  # bytes read at once
 
 
-def _hash(*texts: str | bytes) -> str:
-    parts = [
-        text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts
-    ]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _files(path: str) -> list[tuple[str, os.stat_result]]:
-    """(name, what the file system knows of it), of a file itself or of a folder's pictures.
-    OSError: it is gone."""
-    found = os.stat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        return [("", found)]
-    with os.scandir(path) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-    pictures = [entry for entry in shown if os.path.splitext(entry.name)[1].lower() in SUFFIXES]
-    return sorted((entry.name, _known(entry)) for entry in pictures)
-
-
-def _known(entry: os.DirEntry) -> os.stat_result:
-    """Of a file or what a link leads to; of the link itself, where that is nothing."""
-    try:
-        return entry.stat()
-    except FileNotFoundError:
-        return entry.stat(follow_symlinks=False)
-
-
-def place_of(path: str) -> str:
-    return _hash(os.path.abspath(path))
-
-
-def _stat_of(files: list[tuple[str, os.stat_result]], rate: str) -> str:
-    lines = [
-        f"{name}/{found.st_size}/{found.st_mtime_ns}/{found.st_ctime_ns}" for name, found in files
-    ]
-    return _hash(rate, *lines)
-
-
-def _content_of(path: str, files: list[tuple[str, os.stat_result]], rate: str) -> str:
-    """The names and bytes of regular files; nothing else is opened (a pipe would never end)."""
-    whole = hashlib.sha256(rate.encode())
-    for name, found in files:
-        if not stat.S_ISREG(found.st_mode):
-            continue
-        whole.update(_hash(name, str(found.st_size)).encode())
-        with open(os.path.join(path, name) if name else path, "rb", buffering=0) as file:
-            for piece in iter(lambda: file.read(PIECE), b""):  # noqa: B023 (used before the next file)
-                whole.update(piece)
-    return whole.hexdigest()[:16]
-
-
-def _rate_of(files: list[tuple[str, os.stat_result]], fps: float) -> str:
-    """Return what the frame rate makes of a video file; nothing for pictures."""
-    return f"{fps:g} fps" if fps and len(files) == 1 and not files[0][0] else ""
-
-
-def stamp_of(path: str, fps: float = 0.0) -> dict:
-    """The stamp of a picture, a folder of pictures or, with the `fps` asked for, a video file.
-    OSError: it cannot be read."""
-    files = _files(path)
-    rate = _rate_of(files, fps)
-    return {
-        "place": place_of(path),
-        "stat": _stat_of(files, rate),
-        "content": _content_of(path, files, rate),
-    }
+def stamp_of(path: str, fps: float = 0.0) -> dict[str, str]:
+    """Return the stamp of a picture, a folder of pictures or, with the `fps` asked for, a video
+    file. OSError: it cannot be read."""
+    return _Source(path, fps).stamp()
 
 
 def compare_stamp(
     path: str, stored: dict | int | str | None, fps: float = 0.0
-) -> tuple[State, dict | None]:
-    """Whether the source at `path` is the one that was `stored`, and its new stamp, if it needs
-    one: "same"; "renewed" (other place or times, the same bytes); "older" (the same as far as an
-    older stamp can tell); "changed"; "gone" (no file is there, but one was); "missing" (no file is
-    there, nor was)."""
+) -> tuple[State, dict[str, str] | None]:
+    """Return whether the source at `path` is the one that was `stored`, and its new stamp, if it
+    needs one.
+
+    "same"; "renewed": another place or other times, the same bytes; "older": the same as far as an
+    older stamp can tell; "changed"; "gone": no file is there, but one was; "missing": no file is
+    there, nor was."""
     try:
-        files = _files(path)
+        source = _Source(path, fps)
     except OSError:
-        elsewhere = isinstance(stored, dict) and stored.get("place") != place_of(path)
+        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(path)
         return ("missing" if elsewhere else "gone"), None
-    rate = _rate_of(files, fps)
     if not isinstance(stored, dict):
-        return (
-            ("older", stamp_of(path, fps))
-            if stored is not None and stored == _older(path, files, fps)
-            else ("changed", None)
-        )
-    quick = {"place": place_of(path), "stat": _stat_of(files, rate)}
-    if quick.items() <= stored.items():
+        same = stored is not None and stored == source.older_stamp()
+        return ("older", source.stamp()) if same else ("changed", None)
+    if source.quick_stamp().items() <= stored.items():
         return "same", None
     try:
-        content = _content_of(path, files, rate)
+        stamp = source.stamp()
     except OSError:
         return "changed", None  # whoever decodes it will say why
-    return (
-        ("renewed", quick | {"content": content})
-        if content == stored.get("content")
-        else ("changed", None)
-    )
+    return ("renewed", stamp) if stamp["content"] == stored.get("content") else ("changed", None)
 
 
-def _older(path: str, files: list[tuple[str, os.stat_result]], fps: float) -> int | str:
-    """The stamp that older versions stored."""
-    if os.path.isdir(path):
-        return len(files)
-    return f"{files[0][1].st_size} bytes at {fps:g} fps" if fps else files[0][1].st_size
+class _Source:
+    """A picture, a video file or a folder of pictures, as the file system knows it. OSError: it is
+    gone."""
+
+    def __init__(self, path: str, fps: float):
+        self.path, self.fps = path, fps
+        status = os.stat(path)
+        self.is_folder = stat.S_ISDIR(status.st_mode)
+        self.files = _pictures_in(path) if self.is_folder else [("", status)]
+        self.rate = f"{fps:g} fps" if fps and not self.is_folder else ""
+
+    def quick_stamp(self) -> dict[str, str]:
+        """Return what is known without opening a file."""
+        lines = [
+            f"{name}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}"
+            for name, status in self.files
+        ]
+        return {"place": _place(self.path), "stat": _hash(self.rate, *lines)}
+
+    def stamp(self) -> dict[str, str]:
+        """Return the whole stamp. Only regular files are opened (a pipe would never end)."""
+        digest = hashlib.sha256(self.rate.encode())
+        for name, status in self.files:
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            digest.update(_hash(name, str(status.st_size)).encode())
+            with open(os.path.join(self.path, name) if name else self.path, "rb") as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+        return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
+
+    def older_stamp(self) -> int | str:
+        """Return the stamp that older versions stored."""
+        if self.is_folder:
+            return len(self.files)
+        size = self.files[0][1].st_size
+        return f"{size} bytes at {self.fps:g} fps" if self.fps else size
+
+
+def _pictures_in(folder: str) -> list[tuple[str, os.stat_result]]:
+    """Return the pictures of a folder, by name: of what a link leads to, or of the link itself
+    where that is nothing."""
+    pictures = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or suffix not in SUFFIXES:
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                status = entry.stat(follow_symlinks=False)
+            pictures.append((entry.name, status))
+    return sorted(pictures)
+
+
+def _place(path: str) -> str:
+    return _hash(os.path.abspath(path))
+
+
+def _hash(*texts: str) -> str:
+    parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

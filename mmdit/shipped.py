@@ -1,7 +1,7 @@
 """Find what ships with the project: configurations, weights and lists of prompts.
 
-In a source tree they lie at the top level (`configs/`, `assets/`, `VTP/`); in an installed wheel they
-lie inside the package, under `mmdit/shipped_files/` with the same relative paths.
+In a source tree they lie at the top level (`configs/`, `assets/`, `VTP/`). In an installed wheel
+they lie inside the package, under `mmdit/shipped_files/`, with the same relative paths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shipped_path(name: str | Path) -> Path | None:
 def find(path: str | Path) -> Path:
     """Return `path` if it exists, else the shipped file of that name, else `path` as it is.
 
-    So `configs/quickstart.yaml` means the same from any folder, while a file of one's own comes first.
+    So `configs/quickstart.yaml` means the same from any folder; a file of one's own comes first.
     """
     given = Path(path).expanduser()
     if given.exists():

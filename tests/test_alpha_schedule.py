@@ -125,7 +125,7 @@ def test_preserved_moments_are_those_of_a_run_in_the_new_units():
     parts = [list(adapter_parameters(m).values()) for m in (model, other)]
     for layer in adapters(other).values():
         set_alpha(layer, 14.0, preserve=True)
-    make = lambda own: torch.optim.AdamW(own, lr=1e-12, weight_decay=0)  # noqa: E731
+    make = lambda own: torch.optim.AdamW(own, lr=1e-12, weight_decay=0)
     first, second = map(make, parts)
     for _ in range(4):
         step(model, first, x)

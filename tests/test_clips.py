@@ -65,7 +65,7 @@ def test_jitter_is_uniform_over_what_is_allowed_and_keyed():
     assert not torch.equal(chosen(video, counts), chosen(video, counts, step=1))
 
 
-def test_stretching_leaves_out_only_clips_with_too_few_frames_and_the_report_tells_what_jitter_cannot_move():
+def test_stretching_leaves_out_short_clips_alone_and_the_report_tells_what_jitter_cannot_move():
     video = VideoConfig(num_frames=4, shrink_video_to_frames=True, temporal_jitter=3)
     plan = BatchPlan(listing((3, 4, 2, 2), (4, 30, 2, 2), (1, 3, 2, 2)), video, 7, seed=1)
     assert plan.excluded.tolist() == [7]
@@ -113,7 +113,7 @@ def test_clips_of_several_lengths_train_at_the_most_frames_that_fit_in_batches_o
 
 
 @pytest.mark.parametrize("where", [True, False])
-def test_batches_hold_the_chosen_frames(cache, where):  # noqa: F811
+def test_batches_hold_the_chosen_frames(cache, where):
     video = VideoConfig(
         num_frames=4,
         shrink_video_to_frames=True,

@@ -379,8 +379,8 @@ def test_ab2_is_exact_where_the_velocity_is_linear_in_time_however_uneven_its_st
     """x' = a + b t: Adams-Bashforth of two steps makes no error but that of its first step, which
     is Euler's."""
     objective = flow()
-    velocity = lambda t: 0.7 - 1.9 * t  # noqa: E731
-    denoise = lambda x, t: x - t * velocity(t)  # the clean estimate that says this velocity  # noqa: E731
+    velocity = lambda t: 0.7 - 1.9 * t
+    denoise = lambda x, t: x - t * velocity(t)  # the clean estimate that says this velocity
     times = sampling_times(objective, 6, shift)
     start = torch.full((1, 3), 0.4, dtype=torch.float64)
     reached = sample(denoise, start, objective, SamplerConfig("ab2", 6, shift=shift))

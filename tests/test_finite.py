@@ -130,7 +130,7 @@ def test_whatever_makes_a_sample_not_finite_is_named(shop):
     weight at all."""
     pipeline, config = load_pipeline(shop.folder / "runs/base", "cpu")
     settings = SampleSettings.of(config.train)
-    draw = lambda settings=settings: pipeline(["a", "b"], 48, 32, 1, settings)  # noqa: E731
+    draw = lambda settings=settings: pipeline(["a", "b"], 48, 32, 1, settings)
     weights = pipeline.learner.model.named_parameters()
     name, weight = next(
         (name, value)

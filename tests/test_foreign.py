@@ -118,15 +118,19 @@ def test_whatever_a_library_raises_is_told_once(tmp_path):
         RecursionError("r"),
         ValueError("v"),
     ):
-        with pytest.raises(
-            ValueError, match=r"f.bin is no picture, or is damaged .*; fetch it again"
-        ) as told:
-            with explain_errors("f.bin", "picture"):
-                raise error
+        with (
+            pytest.raises(
+                ValueError, match=r"f.bin is no picture, or is damaged .*; fetch it again"
+            ) as told,
+            explain_errors("f.bin", "picture"),
+        ):
+            raise error
         assert type(error).__name__ in str(told.value)
-    with pytest.raises(ValueError, match="^f.bin has it all$"):
-        with explain_errors("f.bin", "picture"):
-            raise ValueError("f.bin has it all")
+    with (
+        pytest.raises(ValueError, match="^f.bin has it all$"),
+        explain_errors("f.bin", "picture"),
+    ):
+        raise ValueError("f.bin has it all")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

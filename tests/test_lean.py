@@ -32,7 +32,7 @@ def test_two_bfloat16_words_follow_float32_where_one_stands_still():
     generator = torch.Generator().manual_seed(0)
     weight = (1 + 0.5 * torch.rand(500, generator=generator)).bfloat16()
     gradients = torch.randn(300, 500, generator=generator) + 0.5
-    plain = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95))  # noqa: E731
+    plain = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95))
     expected, _ = stepped(weight.float(), gradients.bfloat16().float(), plain)
     moved = (expected - weight.float()).abs().mean()
     split, optimizer = stepped(

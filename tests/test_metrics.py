@@ -176,7 +176,7 @@ def one():
 def test_signs_of_gradients(one):
     parameter, signs = one
     generator = torch.Generator().manual_seed(2)
-    draw = lambda: torch.randn(100, 1000, generator=generator)  # noqa: E731
+    draw = lambda: torch.randn(100, 1000, generator=generator)
     first = draw()
     assert compare(signs, parameter, first) is None
     assert compare(signs, parameter, first) == 1.0 and compare(signs, parameter, -first) == 0.0

@@ -1,4 +1,4 @@
-"""What is installed: the lists of packages, the command `mmdit`, and a wheel far from its source."""
+"""What is installed: lists of packages, the command `mmdit`, and a wheel far from its source."""
 
 import ast
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-tomllib = pytest.importorskip("tomllib")
-
 from mmdit import __version__, shipped
 from mmdit.__main__ import commands, overview
+
+tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -20,6 +20,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Import names that differ from the names of their distributions.
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL"}
 DEVELOPMENT = {"dev", "docs"}
+# Used where they happen to be installed; without them one line says what to install.
+ADVISED = {"huggingface_hub", "open_clip", "torchao"}
 BESIDE = {"mmdit", "vtp", "benchmarks", "examples"}
 
 
@@ -56,10 +58,10 @@ def test_requirements_are_those_of_the_package():
 def test_what_is_listed_is_imported_and_what_is_imported_is_listed():
     listed = {IMPORTED_AS.get(name, name) for name in used_packages()}
     used = imports("mmdit", "VTP/vtp", "examples")
-    # Not on the lists: `triton` comes with torch; TensorBoard is written through torch; the tokenizer
-    # of some folders needs sentencepiece, which transformers imports.
+    # Not on the lists: `triton`, which comes with torch. Not imported: TensorBoard, which torch
+    # writes, and sentencepiece, which transformers imports for the tokenizers of some folders.
     assert listed - {"tensorboard", "sentencepiece"} <= used
-    assert used - {"triton", "huggingface_hub"} <= listed
+    assert used - {"triton"} - ADVISED <= listed
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -348,7 +348,7 @@ def test_the_guard_is_centred_and_the_plain_ratio_is_not():
     new = old + 0.05 * torch.randn(48)
     y = old + std * torch.randn(800, 48)
     guard, raw = dynamics.guard_log_ratio(y, old, new, std), dynamics.log_ratio(y, old, new, std)
-    error = lambda x: 3 * x.std() / math.sqrt(800)  # noqa: E731
+    error = lambda x: 3 * x.std() / math.sqrt(800)
     assert guard.mean().abs() < error(guard)
     expected = -(new - old)[0].square().mean() / (2 * std**2)
     assert (raw.mean() - expected).abs() < error(raw) and expected.abs() > error(raw) / 3
@@ -474,9 +474,9 @@ def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
 def test_the_relative_score_is_antisymmetric_and_bounded_scorers_are_required():
     scorer = lambda pixels, texts: (
         torch.tensor([0.1 * len(text) for text in texts]) * pixels.mean((1, 2, 3, 4))
-    )  # noqa: E731
+    )
     pixels = torch.rand(2, 1, 3, 4, 4)
-    score = lambda a, b, k: direct_align.relative_score(scorer, pixels, [a] * 2, [b] * 2, k)  # noqa: E731
+    score = lambda a, b, k: direct_align.relative_score(scorer, pixels, [a] * 2, [b] * 2, k)
     assert score("same", "same", 0).abs().max() < 1e-7
     torch.testing.assert_close(score("long", "no", 0), -score("no", "long", 0), atol=1e-7, rtol=0)
     assert not torch.allclose(score("long", "no", 0.5), score("long", "no", 0))

@@ -398,7 +398,7 @@ def test_nft_may_roll_out_its_slow_copy(tmp_path):
         session.policy.old = {name: value + 0.3 for name, value in session.policy.old.items()}
         drawn[policy] = session.rollouts.collect(0)[0].clean
     session = paired(tmp_path, "nft")
-    for name, weight in session.learner.model.named_parameters():
+    for _name, weight in session.learner.model.named_parameters():
         if weight.requires_grad:
             weight.data += 0.3
     assert not torch.equal(drawn["current"], drawn["old"]) and torch.equal(

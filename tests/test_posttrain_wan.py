@@ -297,7 +297,7 @@ def test_an_update_moves_the_adapters_of_one_expert_alone(algorithm, frames):
 def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(
     path,
     tmp_path,
-    clip_folder,  # noqa: F811
+    clip_folder,
     monkeypatch,
     capsys,
 ):

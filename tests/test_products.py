@@ -266,14 +266,18 @@ KERNEL = """
 import torch
 from mmdit.nn import kernels, products
 generator = torch.Generator().manual_seed(0)
-whole = torch.randint(-8, 9, (37, 96), generator=generator) * 2.0 ** torch.randint(-3, 5, (37, 96), generator=generator)
-whole[:, 0] = 448  # so codes are these numbers; what lies between them Triton's interpreter rounds in its own way
+def integers(low, high, *shape):
+    return torch.randint(low, high, shape, generator=generator)
+whole = integers(-8, 9, 37, 96) * 2.0 ** integers(-3, 5, 37, 96)
+# So codes are these numbers; what lies between them Triton's interpreter rounds in its own way.
+whole[:, 0] = 448
 whole[3] = 0
 x = whole * torch.logspace(-20, 20, 37, base=2).log2().round().exp2()[:, None]
 kernels.rounding.PROGRAMS = 5
-for columns in (None, 2.0 ** torch.randint(-2, 3, (96,), generator=generator)):
+for columns in (None, 2.0 ** integers(-2, 3, 96)):
     found, scale = products.codes(x if columns is None else (x / columns).bfloat16(), columns)
-    assert torch.equal(found.float(), whole) and torch.equal(scale[4:] * 448, x[4:, :1].abs()), (found.float() - whole).abs().max()
+    assert torch.equal(found.float(), whole), (found.float() - whole).abs().max()
+    assert torch.equal(scale[4:] * 448, x[4:, :1].abs())
     assert scale[3] > 0
 kernels.serve = lambda x: False
 found, scale = products.codes(x)

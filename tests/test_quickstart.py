@@ -28,7 +28,7 @@ RATES = {
 def test_report_and_files(name, finished):
     folder, report = finished
     part = report[name]
-    assert RATES <= part.keys() and all(0 <= part[key] <= 1 for key in RATES)
+    assert part.keys() >= RATES and all(0 <= part[key] <= 1 for key in RATES)
     low, high = part["prompt_accuracy_interval"]
     assert low <= part["prompt_accuracy"] <= high
     assert part["parameters"] > 1e5

@@ -243,7 +243,7 @@ def test_one_process_samples_exports_and_goes_on(shop):
     run = shop.folder / "runs/adapters"
     draw = lambda path: load_pipeline(path, "cpu")[0](
         ["a red ring"], 48, 32, 1, SampleSettings(seed=1)
-    )  # noqa: E731
+    )
     torch.testing.assert_close(
         draw(run), draw(shop.folder / "runs/adapters_alone"), rtol=0, atol=1e-5
     )

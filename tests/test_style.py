@@ -14,10 +14,10 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Names that say nothing: CONTRIBUTING.md has a glossary of what to write instead.
-VAGUE = set(
-    "own told found kind kinds marks course rungs twin aside settle climb judged homes lay serve"
-    " serves".split()
-)
+VAGUE = {
+    *("own", "told", "found", "kind", "kinds", "marks", "course", "rungs", "twin", "aside"),
+    *("settle", "climb", "judged", "homes", "lay", "serve", "serves"),
+}
 NO_VERB = re.compile(
     r"(Of|What|Whether|How|As|That|So|Where|When|The|A|An|One|All|Each|Every|From|For|In|Two|Its|No"
     r"|Which|Who|This|These|If|With|By|At|On|To|Without|Between|Such|Only|Also|Both|Other|Here)\b"
@@ -25,7 +25,7 @@ NO_VERB = re.compile(
 
 
 def names_bound(tree: ast.AST):
-    """Yield `(line, name)` of every name that is defined: functions, arguments, variables, fields."""
+    """Yield `(line, name)` of all that is defined: functions, arguments, variables, fields."""
     for node in ast.walk(tree):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield node.lineno, node.name

@@ -50,7 +50,7 @@ def damage_all(folder):
     }
 
 
-def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path, capsys):  # noqa: F811
+def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path, capsys):
     run(images, tmp_path / "cache")
     before = contents(tmp_path / "cache")
     assert verify_cache(tmp_path / "cache") == (10, [])
@@ -68,7 +68,7 @@ def test_a_whole_cache_has_no_findings_and_each_damage_is_named(images, tmp_path
     assert verify_cache(tmp_path / "cache") == (10, []) and contents(tmp_path / "cache") == before
 
 
-def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path):  # noqa: F811
+def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path):
     buckets = BucketingConfig(True, buckets=((32, 32), (48, 32)))
     run(images, tmp_path / "cache", bucketing=buckets)
     cache = tmp_path / "cache"
@@ -95,7 +95,7 @@ def test_files_and_index_that_contradict_each_other_are_told(images, tmp_path): 
         verify_cache(tmp_path)
 
 
-def test_crop_coordinates_are_stored_for_every_crop(images, tmp_path):  # noqa: F811
+def test_crop_coordinates_are_stored_for_every_crop(images, tmp_path):
     run(images, tmp_path / "cache", preprocess=PreprocessConfig("shifted", num_crops=2))
     cache = open_cache(tmp_path / "cache")
     for source, file in zip(cache.sources, cache.columns.files, strict=True):

@@ -30,7 +30,9 @@ def folder(tmp_path) -> Path:
 MEASURE = """
 import sys, threading, time, torch
 from mmdit.interop.wan import load_dit
-own_memory = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) * 1024
+def own_memory():
+    lines = open('/proc/self/status').read().splitlines()
+    return int(next(line for line in lines if line.startswith('RssAnon')).split()[1]) * 1024
 peak, before, done = 0, own_memory(), threading.Event()
 def watch():
     global peak

@@ -89,7 +89,7 @@ def test_unipc_is_that_of_diffusers(grid):
         torch.randn(2, 3, 4, 4, 8, dtype=torch.float64),
         torch.randn(8, 8, dtype=torch.float64) / 4,
     )
-    network = lambda x, t: torch.tanh(x @ weight) * (1 + t) + 0.1 * x  # noqa: E731, the velocity
+    network = lambda x, t: torch.tanh(x @ weight) * (1 + t) + 0.1 * x
     theirs = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )

@@ -520,7 +520,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(shop):
     pipeline, config = load_pipeline(shop.release, "cpu")
     draw = lambda **keys: pipeline.latents(
         ["a cat"], 64, 32, 1, SampleSettings(SamplerConfig("euler", 2), **keys)
-    )  # noqa: E731
+    )
     plain, negative = draw(cfg_scale=3.0), draw(cfg_scale=3.0, negative_prompt="a dog")
     assert not torch.allclose(plain, negative)
     torch.testing.assert_close(draw(cfg_scale=1.0), draw(cfg_scale=1.0, negative_prompt="a dog"))

@@ -37,8 +37,8 @@ def opened(folder: Path, version: str, layout: str = "official", **keys):
 def golden(version: str) -> dict:
     """In our layout: pixels [0, 1] (B, F, 3, H, W), latents (B, F, h, w, C)."""
     stored = load_file(GOLDEN / f"wan_vae{version}_tiny/io.safetensors")
-    pixels = lambda x: x.permute(0, 2, 1, 3, 4) / 2 + 0.5  # noqa: E731
-    latents = lambda x: x.permute(0, 2, 3, 4, 1)  # noqa: E731
+    pixels = lambda x: x.permute(0, 2, 1, 3, 4) / 2 + 0.5
+    latents = lambda x: x.permute(0, 2, 3, 4, 1)
     return {
         "video": pixels(stored["in.video"]),
         "mean": latents(stored["out.mu_raw"]),

@@ -103,7 +103,7 @@ def main() -> None:
             exact = run(case, device, False, False)
             apart = lambda a, b: max(
                 (a[key] - b[key]).norm().item() / (b[key].norm().item() + 1e-12) for key in b
-            )  # noqa: E731
+            )
             rows = {
                 "case": name,
                 "autocast": autocast,

@@ -1,25 +1,27 @@
-"""Measure on the GPUs of this machine what a CPU cannot show. Prints one JSON object, within
-`--minutes` (6).
+"""Measure on the GPUs of this machine what a CPU cannot show; print one JSON object.
 
-    python -m tests.drivers.gpu_checks [--only scaling,reduced,sharded,resume,memory,fast,replayed,lean,large] [--minutes 6]
-    python -m tests.drivers.gpu_checks --tiny        the same on a CPU with gloo, to see that the script works
+    python -m tests.drivers.gpu_checks [--only scaling,reduced,...] [--minutes 6]
+    python -m tests.drivers.gpu_checks --tiny   # the same on a CPU with gloo: does the script work?
 
-scaling DDP on 1, 2, 4 GPUs, the same global batch of 1024: samples/s, efficiency against 1, how far
-the loss curves lie
-          apart
-reduced the same on the most GPUs with gradients that travel as bfloat16, against float32 sharded
-the same model under FSDP on 2 GPUs: its curve against DDP's, then continued from its parts by 1 GPU
-resume one GPU: 2n steps equal n + stop + n, bit for bit with deterministic kernels, as usual
-(compiled) within 1e-6 memory a batch that does not fit: the message, the exit code, the file to
-repeat it fast one GPU, model S, 200 steps: the loss with compiled blocks and fused kernels against
-that of the plain path, and that of
-          the plain path with its batch in two halves
-replayed model S on two GPUs, if there are so many: steps replayed as CUDA graphs against steps that
-the CPU launches: the same
-          weights, samples/s of both
-lean one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory large 3 B
-parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s A check that fails or has
-no time left says so in its place; the others go on. Exit code 1 if any failed.
+The checks, each of which `--only` can name:
+
+- `scaling`: DDP on 1, 2 and 4 GPUs with the same global batch of 1024: samples a second, the
+  efficiency against one GPU, and how far the loss curves lie apart.
+- `reduced`: the same on the most GPUs, with gradients that travel as bfloat16, against float32.
+- `sharded`: the same model under FSDP on 2 GPUs: its curve against that of DDP, then continued from
+  its parts by one GPU.
+- `resume`: one GPU: 2n steps equal n steps, a stop, and n steps: bit for bit with deterministic
+  kernels, and within 1e-6 as usual (compiled).
+- `memory`: a batch that does not fit: the message, the exit code, and the file to repeat it.
+- `fast`: one GPU, model S, 200 steps: the loss with compiled blocks and fused kernels against that
+  of the plain path, and against the plain path with its batch in two halves.
+- `replayed`: model S on two GPUs, if there are so many: steps replayed as CUDA graphs against steps
+  that the CPU launches: the same weights, and the samples a second of both.
+- `lean`: one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory.
+- `large`: 3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s.
+
+A check that fails, or that has no time left, says so in its place, and the others go on. The exit
+code is 1 if any failed.
 """
 
 import argparse
@@ -181,7 +183,7 @@ class Checks:
 
     def speed(self, records: list[dict]) -> dict:
         steady = records[len(records) // 3 :]  # the first ones compile
-        middle = lambda name: round(statistics.median(record[name] for record in steady), 4)  # noqa: E731
+        middle = lambda name: round(statistics.median(record[name] for record in steady), 4)
         names = ("samples_per_second", "tflops", "tflops_share", "data_wait", "memory_gb")
         return {name: middle(name) for name in names if name in steady[-1]}
 

@@ -1,9 +1,12 @@
 """What a training step costs by model, clip and GPUs, and how it grows with the clip: a JSON line a
 case, then markdown tables.
 
-    python -m tests.drivers.gpu_costs --costs        4 GPUs, some 15 minutes: B, L, XL on 1, 2 and 4 GPUs
-    python -m tests.drivers.gpu_costs --growth       1 GPU, some 4 minutes: 16 … 80 frames, 256 … 720 px square
-    python -m tests.drivers.gpu_costs --tiny --costs --growth        on a CPU, to see that the script works
+    python -m tests.drivers.gpu_costs \\
+        --costs        4 GPUs, some 15 minutes: B, L, XL on 1, 2 and 4 GPUs
+    python -m tests.drivers.gpu_costs \\
+        --growth       1 GPU, some 4 minutes: 16 … 80 frames, 256 … 720 px square
+    python -m tests.drivers.gpu_costs --tiny --costs \\
+        --growth        on a CPU, to see that the script works
 
 Cases are `mmdit.scripts.benchmark --parts train --compile` in processes of their own, those on few
 GPUs beside each other; what was compiled stays in runs/compiled. Efficiency: the rate against so

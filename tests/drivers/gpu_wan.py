@@ -2,8 +2,8 @@
 float32, and what a LoRA step costs, beside diffusers with peft where they are installed. A JSON
 line for each result.
 
-    python -m tests.drivers.gpu_wan                          # all, what has no time left (--seconds 230) is said
-    python -m tests.drivers.gpu_wan --only 5b_kv             # 1.3b, 5b_kv, 5b_attention: one a call leaves none out
+    python -m tests.drivers.gpu_wan  # all, what has no time left (--seconds 230) is said
+    python -m tests.drivers.gpu_wan --only 5b_kv  # or 1.3b, or 5b_attention
     python -m tests.drivers.gpu_wan --tiny                   # on a CPU, to see that it runs
 
 Steps: batch 1, rank 16, bfloat16 base, autocast, fused AdamW on float32 adapters, 100 words of a
@@ -299,7 +299,7 @@ class Bench:
             parameter.data = parameter.data.float()
         x, t, text = inputs(config, grid, self.device, 512)
         x, text = x.bfloat16(), text.bfloat16()
-        forward = lambda: model(x, t, text, return_dict=False)[0]  # noqa: E731
+        forward = lambda: model(x, t, text, return_dict=False)[0]
         versions = f"{diffusers.__version__} + {peft.__version__}"
         return self.step(
             shape,

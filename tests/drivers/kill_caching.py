@@ -1,7 +1,8 @@
 """Kill the caching command at random moments and at random file operations, and give the same
 command again each time.
 
-    python -m tests.drivers.kill_caching --kills 30          (also: pytest -m slow tests/test_processes.py)
+    python -m tests.drivers.kill_caching \\
+        --kills 30          (also: pytest -m slow tests/test_processes.py)
 
 After every kill each item that bears its name equals the undisturbed run's, byte for byte; each
 cache that gets finished (30 pictures, some damaged, in two buckets with two crops, decoded by a

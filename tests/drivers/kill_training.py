@@ -1,7 +1,8 @@
 """Kill a training at random moments and at random file operations of its saving, and continue it
 each time.
 
-    python -m tests.drivers.kill_training --kills 50          (also: pytest -m slow tests/test_processes.py)
+    python -m tests.drivers.kill_training \\
+        --kills 50          (also: pytest -m slow tests/test_processes.py)
 
 After every kill: each checkpoint that bears its name equals the undisturbed run's of that step,
 byte for byte, and metrics.jsonl parses with strictly increasing steps. At the end: the final

@@ -1,7 +1,7 @@
 """Train three tiny models (pictures, clips, a LoRA) and print every loss to the last bit.
 
     python -m tests.drivers.loss_compare > before.json      # on one commit
-    python -m tests.drivers.loss_compare > after.json       # on another: `diff before.json after.json` says nothing
+    python -m tests.drivers.loss_compare > after.json  # on another; then `diff` the two
 
 A refactoring should change nothing: run this on both commits, on the same machine. It uses the
 commands alone, so it also runs on a commit whose modules were arranged differently. The `weights`
@@ -25,7 +25,9 @@ output_dir: {folder}/runs
 num_workers: 0
 video: {{width: 96, height: 64, fps: 8}}
 text_encoder: {{type: byte_level, dim: 32, depth: 1, num_heads: 2}}
-model: {{dim: 64, depth: 4, num_heads: 2, window_size: 2, spatial: [window, shifted, window, frame], dropout: 0.1}}
+model:
+  {{dim: 64, depth: 4, num_heads: 2, window_size: 2, dropout: 0.1,
+    spatial: [window, shifted, window, frame]}}
 flow_matching: {{time: logit_normal, shift: 1.5}}
 train:
   precision: fp32

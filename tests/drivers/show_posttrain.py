@@ -1,7 +1,8 @@
 """Reward post-training shown on moving shapes: a half-trained model, improved by GRPO, NFT, SRPO
 and DPO, with null runs beside.
 
-    python -m tests.drivers.show_posttrain --out runs/show_posttrain --seconds 515        (a GPU of 16 GB or more)
+    python -m tests.drivers.show_posttrain --out runs/show_posttrain \\
+        --seconds 515        (a GPU of 16 GB or more)
 
 Caches pictures, trains with a checkpoint every 50 steps, takes the one whose prompt accuracy is
 next to 0.5, and gives the rest of the time to the runs of configs/posttrain, three at a time.
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--overrides", nargs="*", default=[])
     args = parser.parse_args(argv)
     begun, out = time.monotonic(), args.out
-    left = lambda: args.seconds - ENDING - (time.monotonic() - begun)  # noqa: E731
+    left = lambda: args.seconds - ENDING - (time.monotonic() - begun)
     out.mkdir(parents=True)
     cache = [
         "--config",

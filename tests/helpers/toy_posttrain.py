@@ -99,7 +99,7 @@ class Keep(Reward):
 
     def call(self, samples: Samples) -> Tensor:
         own = PATTERNS[[int(c.split()[1]) for c in samples.captions]]
-        off = lambda x: x.flatten(1) - x.flatten(1).mean(1, keepdim=True)  # noqa: E731
+        off = lambda x: x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
         return nn.functional.cosine_similarity(off(Glass().encode(samples.pixels)), off(own), dim=1)
 
 

@@ -37,7 +37,7 @@ def random_dit(config: WanConfig, seed: int = 0) -> WanDiT:
     torch.manual_seed(seed)
     model = WanDiT(config)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for _name, weight in model.named_parameters():
             weight.normal_(std=0.1 if weight.ndim < 2 else 1 / math.sqrt(weight[0].numel()))
     return model.eval()
 

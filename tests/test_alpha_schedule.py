@@ -329,9 +329,9 @@ def test_the_criteria_are_those_of_the_table():
                 .phase
                 == expected
             )
-    assert not ExitConfig(cv=0.5, samples=20).met(LossHistory(losses=[0.1, 2.0] * 20)) and ExitConfig(
-        cv=1, samples=20
-    ).met(LossHistory(losses=[0.1, 2.0] * 20))
+    assert not ExitConfig(cv=0.5, samples=20).met(
+        LossHistory(losses=[0.1, 2.0] * 20)
+    ) and ExitConfig(cv=1, samples=20).met(LossHistory(losses=[0.1, 2.0] * 20))
     assert not ExitConfig(samples=20).met(LossHistory(losses=[1.0] * 19))
 
 

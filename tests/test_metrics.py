@@ -146,7 +146,9 @@ def test_skipped_steps_and_other_experts_leave_no_trace():
         and course.steps == 0
         and course.loss_emas == plain.loss_emas
     )
-    long = LossHistory(losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST)
+    long = LossHistory(
+        losses=[1.0] * LONGEST, levelled=[1.0] * LONGEST, stabilities=[0.5] * LONGEST
+    )
     long.add(facts(2.0, agreeing=5.0, compared=8.0))
     assert {len(kept) for kept in (long.losses, long.levelled, long.stabilities)} == {
         LONGEST

@@ -1,15 +1,15 @@
-"""Files and folders that are there whole or not at all: written aside, renamed, never through a
-link. And locks.
+"""Files and folders that are there whole or not at all, never written through a link; and locks.
 
-What is being written has a hidden name of its own, `.writing-<token>.tmp`, beside the final one.
-Its writer holds a lock on it, so that `clean` knows what a killed process has left from what
-another process is writing just now, on this machine or another.
+What is being written has a hidden name, `.writing-<token>.tmp`, beside the final one, and is
+renamed at the end. Its writer holds a lock on it. By that lock `clean` tells what a killed process
+has left from what another process is writing just now, on this machine or another.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import secrets
 import shutil
@@ -19,16 +19,16 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 try:
     import fcntl
 except ImportError:  # Windows: no locks, and nothing else depends on them
     fcntl = None  # type: ignore[assignment]
 
-ASIDE = ".writing-*.tmp"
+UNFINISHED = ".writing-*.tmp"
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
-KINDS = {
+FILE_TYPES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -39,7 +39,7 @@ Pieces = str | bytes | memoryview | Iterator[bytes | memoryview]
 
 
 def write_atomically(path: str | Path, data: Pieces, flush: bool = False) -> None:
-    """Write all of `data`, perhaps in pieces, to `path`, or nothing; text as UTF-8. See
+    """Write all of `data`, perhaps in pieces, to `path`, or nothing. Text is written as UTF-8. See
     `open_atomically`."""
     if isinstance(data, str):
         data = data.encode()
@@ -50,10 +50,10 @@ def write_atomically(path: str | Path, data: Pieces, flush: bool = False) -> Non
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
-    """Open a hidden neighbour of `path` for writing and rename it when the block ends; after an
-    error it is removed, and what stood at `path` stays. `flush`: it survives a power cut. A link at
-    `path` is replaced, what it leads to is not touched. ValueError: a device, a pipe or a folder is
-    there. An OSError of a write names `path`."""
+    """Open a hidden neighbour of `path` for writing, and rename it when the block ends. After an
+    error it is removed, and what stood at `path` stays. With `flush` the file survives a power cut.
+    A link at `path` is replaced; what it leads to is not touched. ValueError: a device, a pipe or a
+    folder is there. An OSError of a write names `path`."""
     if not may_replace(path):
         raise ValueError(
             f"{path} is no regular file, and is not replaced by one; choose another name"
@@ -65,15 +65,14 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
         file.flush()
         if flush:
             os.fsync(file.fileno())
-        os.close(os.dup(file.fileno()))  # a network file system tells of a full disk only now
+        os.close(os.dup(file.fileno()))  # a network file system reports a full disk only now
         os.replace(name, path)
         name = ""
     except OSError as error:
         ours = error.filename is None or ".writing-" in str(error.filename)
         if ours and error.errno is not None:
-            raise OSError(
-                error.errno, error.strerror, str(path)
-            ) from None  # the name that a person knows
+            # with the name that a person knows
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
         if name:
@@ -81,7 +80,7 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
                 os.unlink(name)
         if file is not None:
             _unlock(file)
-            with contextlib.suppress(OSError):  # of bytes that could not be written: told above
+            with contextlib.suppress(OSError):  # of bytes that could not be written: said above
                 file.close()
     if flush:
         flush_to_disk(os.path.dirname(path) or ".")
@@ -124,29 +123,29 @@ def may_replace(path: str | Path) -> bool:
 def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:
     while True:
         name = f"{folder}/.writing-{secrets.token_hex(8)}.tmp"
-        file = open(name, "xb")
+        file = io.BufferedWriter(io.FileIO(name, "x"))
         _wait_for_lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return name, file
-        # between making and locking it was taken for left behind and removed: once more
+        # it was taken for abandoned before it was locked, and removed: once more
         file.close()
 
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` to write into, and rename it when the block ends; after an
-    error it is removed. OSError if `path` is there then and is no empty folder."""
+    """Make a hidden folder beside `path` to write into, and rename it when the block ends. After an
+    error it is removed. OSError: by then `path` is something else than an empty folder."""
     path = Path(path)
-    aside = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
-    aside.mkdir(parents=True)
-    held = os.open(aside, os.O_RDONLY) if fcntl else None
+    unfinished = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
+    unfinished.mkdir(parents=True)
+    held = os.open(unfinished, os.O_RDONLY) if fcntl else None
     try:
         if held is not None:
             _wait_for_lock(held)
-        yield aside
-        os.replace(aside, path)
+        yield unfinished
+        os.replace(unfinished, path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     finally:
         if held is not None:
@@ -156,13 +155,12 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 def abandoned_files(folder: str | Path) -> Iterator[Path]:
     """Yield what killed processes left in `folder`, files and folders, each while nobody can write
     to it."""
-    for path in sorted(Path(folder).glob(ASIDE)):
+    for path in sorted(Path(folder).glob(UNFINISHED)):
         if path.is_symlink() or fcntl is None:
             yield path
             continue
-        mode = (
-            os.O_RDONLY if path.is_dir() else os.O_RDWR
-        )  # locks of network file systems want both
+        # locks of network file systems want a file that is open for writing, too
+        mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
         try:
             held = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -175,7 +173,7 @@ def abandoned_files(folder: str | Path) -> Iterator[Path]:
 
 
 def _is_left(held: int) -> bool:
-    """Lock an open file or folder; whether nobody else holds it."""
+    """Lock an open file or folder; return whether nobody else holds it."""
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,19 +235,16 @@ def refuse_link(path: Path) -> Path:
 
 
 def lock(file: IO, refusal: str = "") -> None:
-    """Hold `file` until it is closed; ValueError(`refusal`) if another process does. A forked
-    worker lets go of it: one that outlives its killed parent by seconds must not keep the next run
-    away."""
+    """Hold `file` until it is closed. ValueError(`refusal`): another process holds it. A forked
+    worker lets go of it, for one that outlives its killed parent by seconds must not keep the next
+    run away."""
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        told = (
-            refusal
-            or f"another process is writing to {file.name}; wait for it, or use another folder"
-        )
-        raise ValueError(told) from None
+        default = f"another process is writing to {file.name}; wait for it, or use another folder"
+        raise ValueError(refusal or default) from None
     except OSError:
         return  # a file system without locks
     known = weakref.ref(file)
@@ -271,22 +266,22 @@ def _wait_for_lock(file: IO | int) -> None:
 
 
 def _unlock(file: IO) -> None:
-    """Let go of a file for all that hold it: a process forked meanwhile has it open, too."""
+    """Let go of a file for every process that holds it: one forked meanwhile has it open, too."""
     if fcntl is not None:
         with contextlib.suppress(OSError, ValueError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 # ── reading what others wrote ─────────────────────────────────────────────────────────────────────
-def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file of others for reading. ValueError if something else is there, OSError if
-    it cannot be opened: a named pipe among pictures would be waited for without end, a device read
-    without end."""
+def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader | io.FileIO:
+    """Open a regular file for reading. ValueError: something else is there. A named pipe among
+    pictures would be waited for without end, a device read without end."""
     _check_regular(os.stat(path))  # before it is opened: opening a device may already do something
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check_regular(os.fstat(handle))  # it may have been exchanged meanwhile
-        return os.fdopen(handle, "rb", buffering)
+        file = io.FileIO(handle)
+        return io.BufferedReader(file) if buffered else file
     except BaseException:
         os.close(handle)
         raise
@@ -294,5 +289,5 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
 
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise ValueError(f"not a regular file: it is {kind}")
+        file_type = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ValueError(f"not a regular file: it is {file_type}")

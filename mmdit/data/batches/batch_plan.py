@@ -176,7 +176,8 @@ class BatchPlan:
         shapes = self._grids
         if self.video.frame_counts:
             shapes = torch.cat([shapes, self._frames[:, None]], 1)
-        self.clips = self.images = None
+        self.clips: _Stream | None = None
+        self.images: _Stream | None = None
         if fraction < 1:
             groups = by_shape(shapes, _numbers(long_enough & used))
             self.clips = _Stream(groups, global_batch, seed, "clips")
@@ -207,11 +208,11 @@ class BatchPlan:
     def batch(self, step: int) -> PlannedBatch:
         """Return the global batch of `step` (from 0)."""
         before = self._images_before(step)
-        if self.is_image_step(step):
-            assert self.images is not None
-            (group, items), frames = self.images.batch(before), 1
+        if self.images is not None and self.is_image_step(step):
+            group, items = self.images.batch(before)
+            frames = 1
         else:
-            assert self.clips is not None
+            assert self.clips is not None  # without it every step is one of images
             group, items = self.clips.batch(step - before)
             frames = int(self._frames[items[0]])
         return self._planned(group, items, frames, Draws.of(self.seed, step, len(items)))

@@ -148,15 +148,15 @@ class _Decode(Dataset):
             animated |= image.info["animated"]
             notes |= set(image.info["notes"])
         chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
-        origin: dict[str, object] = {"size": list(source), "crops": list(boxes), "stamp": stamp}
+        origin: dict = {"size": list(source), "crops": list(boxes), "stamp": stamp}
         origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}
         origin |= {"notes": sorted(notes)} if notes else {}
-        pixels = [
-            np.stack([frames[number][crop] for number in chosen]) for crop in range(len(boxes))
-        ]
-        return list(zip(pixels, self.metas(record, boxes, origin), strict=True))
+        crops = []
+        for place, meta in enumerate(self.metas(record, boxes, origin)):
+            crops.append((np.stack([frames[number][place] for number in chosen]), meta))
+        return crops
 
     def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
         """Return what is stored with each crop of a record."""

@@ -45,17 +45,12 @@ class Entry:
 
     def to_json(self) -> dict:
         """Return the line of `index.jsonl`."""
-        row: dict[str, object] = {
-            "id": self.id,
-            "file": self.file,
-            "shape": self.shape,
-            "caption": self.caption,
-        }
-        row |= self.sections()
-        row |= {"bytes": self.bytes, "offset": self.offset, "crc": self.crc}
-        return row | ({"marks": self.frame_crcs} if self.frame_crcs else {})
+        head = {"id": self.id, "file": self.file, "shape": self.shape, "caption": self.caption}
+        place = {"bytes": self.bytes, "offset": self.offset, "crc": self.crc}
+        crcs = {"marks": self.frame_crcs} if self.frame_crcs else {}
+        return {**head, **self.sections(), **place, **crcs}
 
-    def sections(self) -> dict:
+    def sections(self) -> dict[str, dict]:
         """Return the facts and the source, each if there is anything to say."""
         return {name: getattr(self, name) for name in ("facts", "source") if getattr(self, name)}
 
@@ -116,8 +111,9 @@ def make_item(
     """Return the bytes of an item's file and its entry, for `latents (F, H, W, C)` float16 on the
     CPU. ValueError: a text cannot be stored."""
     check_storable({"caption": caption, "facts": facts}, f"item {id}")
-    content: dict = {"latents": latents.clone(memory_format=torch.contiguous_format)}
-    content["caption"] = caption
+    # a copy, for of a part of a batch torch.save would store the whole
+    numbers = latents.clone(memory_format=torch.contiguous_format)
+    content = {"latents": numbers, "caption": caption}
     content |= {"facts": facts} if facts else {}
     content |= {"source": source} if source else {}
     stream = io.BytesIO()

@@ -64,15 +64,14 @@ class LatentCache:
         that the index knows."""
         size, offset, _ = self.columns.places[index].tolist()
         frame = int(self.shapes[index, 1:].prod())
-        with open_regular(path, buffering=0) as file:
+        with open_regular(path, buffered=False) as file:
             if os.fstat(file.fileno()).st_size != size or offset < 0:
                 return None
             if path.endswith(".pt") and file.read(len(SIGNATURE)) != SIGNATURE:
                 return None
-            numbers = np.empty((stop - start) * frame, np.float16)
             file.seek(offset + start * frame * 2)
-            count = file.readinto(numbers)  # type: ignore[attr-defined]
-            return numbers if count == numbers.nbytes else None
+            numbers = np.empty((stop - start) * frame, np.float16)
+            return numbers if file.readinto(numbers.data) == numbers.nbytes else None
 
     def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int) -> bool:
         """Return whether the frames `start:stop` are as they were written; each part of an item is

@@ -7,8 +7,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -147,11 +147,11 @@ def _verify_packed(folder: Path, manifest: CacheManifest) -> tuple[int, list[Dam
     return len(paths), damage
 
 
-def _packed_problem(file: BinaryIO, entry: Entry, manifest: CacheManifest) -> str:
+def _packed_problem(file: BufferedReader, entry: Entry, manifest: CacheManifest) -> str:
     """Return what is wrong with an item of a shard, "" if nothing is."""
     numbers = np.empty(entry.shape, np.float16)
     file.seek(entry.offset)
-    file.readinto(numbers)  # type: ignore[attr-defined]
+    file.readinto(numbers.data)
     if zlib.crc32(numbers.data) != entry.crc:
         return "its check sum is wrong"
     if entry.frame_crcs and running_crcs(numbers)[:-1] != entry.frame_crcs:

@@ -18,6 +18,7 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn.experts import Experts
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
+from mmdit.training.graphs import common
 from mmdit.training.graphs import sampling_graphs as calls
 from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
@@ -160,8 +161,8 @@ def test_each_expert_of_a_pair_has_its_own_keys():
 
 @pytest.fixture
 def tapes(monkeypatch):
-    monkeypatch.setattr(calls, "can_replay", lambda model, x: calls._able)
-    monkeypatch.setattr(calls, "_able", True)
+    monkeypatch.setattr(calls, "can_replay", lambda model, x: common._able)
+    monkeypatch.setattr(common, "_able", True)
     monkeypatch.setattr(calls, "first_call", lambda call, x, t: call(x, t))
     return pretended_graphs(monkeypatch, calls)
 

@@ -235,10 +235,10 @@ def test_a_second_call_before_the_backward_pass_is_not_replayed(tapes):
 def test_large_networks_many_kinds_and_full_memory_are_left_alone(tapes, monkeypatch):
     model = network()
     call = Replays(model)
-    for frames in range(1, replays.KINDS + 4):
+    for frames in range(1, replays.SIGNATURES + 4):
         for _ in range(2):
             gradients(model, call, [batch(2, frames)])
-    assert len(tapes) == 2 * replays.KINDS
+    assert len(tapes) == 2 * replays.SIGNATURES
     monkeypatch.setattr(replays, "memory", lambda device: 0)
     gradients(model, call := Replays(model), [batch(2)] * 2)
     monkeypatch.undo()

@@ -1,11 +1,11 @@
 """Training steps of small networks as CUDA graphs: forward and backward pass cost the CPU one
 launch each.
 
-A block asks the CPU for three milliseconds whatever its size; a GPU that needs less waits. What is
-replayed are the very kernels that ran before; that the numbers are the same, bit for bit, is looked
-at when a graph is made. See torch's notes on CUDA graphs, and `torch.cuda.make_graphed_callables`,
-which hands out gradients that the next micro-batch overwrites, and forbids what other threads do
-meanwhile."""
+Launching the kernels of a block takes the CPU about three milliseconds whatever the size of the
+block, so a GPU that needs less than that is idle. A replay runs the very kernels that ran before;
+that the numbers are the same, bit for bit, is checked when a graph is made. It is not
+`torch.cuda.make_graphed_callables`, which hands out gradients that the next micro-batch overwrites,
+and forbids what other threads do meanwhile."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ from torch.func import functional_call
 from mmdit.adapters import adapters
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT
-from mmdit.training.graphs.sampling_graphs import can_replay, free_pool, side_stream
+from mmdit.training.graphs.common import (
+    can_replay,
+    capture_options,
+    free_pool,
+    reason_of,
+    side_stream,
+)
 
-# operations of a block's forward and backward pass: more take an H200 about as long as the CPU, or
-# longer
+# Operations of a block's forward and backward pass. More take an H200 about as long as they take
+# the CPU to launch, or longer.
 SMALL = 1e12
-KINDS = 8  # of calls with graphs: buckets, pictures or clips, text lengths
-ROOM = 0.05  # of the GPU's memory for the gradients that each kind keeps
+SIGNATURES = 8  # calls with graphs, at most: buckets, pictures or clips, text lengths
+ROOM = 0.05  # share of the GPU's memory for the gradients that the graphs of each signature keep
 
 
 def suits(model: nn.Module) -> bool:
-    """Not where a step depends on more than its inputs and weights (dropout, an adapter's alpha),
-    nor where hooks belong to it (shards, checkpointing)."""
+    """Return whether steps of `model` can be replayed: not where they depend on more than inputs
+    and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards,
+    checkpointing)."""
     if not isinstance(model, VideoMMDiT) or isinstance(model, FSDPModule) or adapters(model):
         return False
     return not (model.config.checkpointing or model.config.dropout)
@@ -42,20 +49,20 @@ def suits(model: nn.Module) -> bool:
 def operations(
     model: VideoMMDiT, shape: torch.Size | tuple[int, ...], text_tokens: int, keep: Tensor | None
 ) -> float:
-    """Of a block, forward and backward, on latents of `shape (b, f, r, c, d)`."""
+    """Return the operations of a block, forward and backward, on latents `(b, f, r, c, d)`."""
     kept = None if keep is None else len(keep)
     return shape[0] * model.train_flops(tuple(shape[1:4]), text_tokens, kept) / len(model.blocks)
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of a GPU."""
+    """Return the bytes of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 class Recorded:
     """`call(weights, *inputs)` and its gradients with respect to the weights and those inputs that
     want one, as two graphs; for inputs shaped like the given ones. Nothing outside refers to the
-    graphs' memory, where any replay of any kind may write. `faithful`: whether they give the
+    graphs' memory, where any replay of any graph may write. `faithful`: whether they give the
     numbers of the call itself. RuntimeError where something cannot be captured.
     """
 
@@ -72,41 +79,36 @@ class Recorded:
         self.weights, device = list(weights.values()), inputs[0].device
         # The same memory, but not the same leaves: those belong to the stream of training, as DDP
         # keeps them.
-        own = {name: nn.Parameter(weight.detach()) for name, weight in weights.items()}
-        leaves = [leaf for leaf in (*self.inputs, *own.values()) if leaf.requires_grad]
+        shared = {name: nn.Parameter(weight.detach()) for name, weight in weights.items()}
+        leaves = [leaf for leaf in (*self.inputs, *shared.values()) if leaf.requires_grad]
 
         def gradients(output: Tensor) -> list[Tensor | None]:
-            with torch.autocast(
-                device.type, enabled=False
-            ):  # as in training, where it ends before the backward pass
-                found = torch.autograd.grad(output, leaves, self.gradient, allow_unused=True)
-            return [laid_like(leaf, gradient) for leaf, gradient in zip(leaves, found)]
+            # Autocast ends before the backward pass, as in training.
+            with torch.autocast(device.type, enabled=False):
+                grads = torch.autograd.grad(output, leaves, self.gradient, allow_unused=True)
+            return [laid_out_like(leaf, gradient) for leaf, gradient in zip(leaves, grads)]
 
         main, side = torch.cuda.current_stream(device), side_stream(device)
         side.wait_stream(main)
-        with torch.cuda.stream(
-            side
-        ):  # what is made once for a stream is made here, also by the thread of backward passes
-            output = call(own, *self.inputs)
+        # What is made once for a stream is made here, also by the thread of backward passes.
+        with torch.cuda.stream(side):
+            output = call(shared, *self.inputs)
             self.gradient = torch.ones_like(output)
             expected = [output.detach(), *gradients(output)]
             del output
         main.wait_stream(side)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: loaders and NCCL may use the device meanwhile; a failed capture leaves its
-        # stream current
-        options = {"pool": pool, "stream": side, "capture_error_mode": "thread_local"}
+        options = capture_options(pool, side)
         with torch.cuda.stream(main):
             with torch.cuda.graph(self.forward, **options):
-                output = call(own, *self.inputs)
+                output = call(shared, *self.inputs)
             with torch.cuda.graph(self.backward, **options):
                 self.gradients = gradients(output)
         self.output = output.detach()
         self.faithful = all(map(same, expected, [self.run(), *self.run_back()]))
         self.waiting = False  # for the backward pass
-        self.anchor = torch.zeros(
-            (), device=device, requires_grad=True
-        )  # so that there is one, whatever the inputs want
+        # An input that wants a gradient, also where no other does.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def run(self) -> Tensor:
         self.forward.replay()
@@ -114,41 +116,45 @@ class Recorded:
 
     def run_back(self) -> list[Tensor | None]:
         self.backward.replay()
-        copies = [None if own is None else torch.empty_like(own) for own in self.gradients]
-        there = [pair for pair in zip(copies, self.gradients) if pair[0] is not None]
-        torch._foreach_copy_(*map(list, zip(*there)))
+        copies = [None if grad is None else torch.empty_like(grad) for grad in self.gradients]
+        pairs = [pair for pair in zip(copies, self.gradients) if pair[0] is not None]
+        torch._foreach_copy_(*map(list, zip(*pairs)))
         return copies
 
     def __call__(self, direct: bool, *inputs: Tensor) -> Tensor:
-        """`direct`: the weights' gradients are put where they belong by this; else autograd does
-        it, for those who wait there."""
-        seen = [self.anchor] if direct else self.weights
-        return _Step.apply(
-            self, direct, inputs, *(leaf for leaf in inputs if leaf.requires_grad), *seen
-        )
+        """Replay a step. With `direct` this object adds the gradients of the weights to them; else
+        autograd does, for those whose hooks wait there."""
+        visible = [self.anchor] if direct else self.weights
+        wanted = [leaf for leaf in inputs if leaf.requires_grad]
+        return _Step.apply(self, direct, inputs, *wanted, *visible)
 
     def put(self, gradients: list[Tensor | None]) -> None:
-        """As autograd does, without its 8 µs a weight."""
-        there = [(weight, own) for weight, own in zip(self.weights, gradients) if own is not None]
-        before = [(weight.grad, own) for weight, own in there if weight.grad is not None]
-        for weight, own in there:
-            weight.grad = own if weight.grad is None else weight.grad
-        if before:
-            torch._foreach_add_(*map(list, zip(*before)))
+        """Add gradients to those of the weights as autograd does, without its 8 µs a weight."""
+        sums, terms = [], []
+        for weight, gradient in zip(self.weights, gradients):
+            if gradient is None:
+                continue
+            if weight.grad is None:
+                weight.grad = gradient
+            else:
+                sums.append(weight.grad)
+                terms.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, terms)
 
 
-def laid_like(leaf: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """What optimizers rely on: the elements in the same order."""
-    return (
-        gradient
-        if gradient is None or gradient.stride() == leaf.stride()
-        else torch.empty_like(leaf).copy_(gradient)
-    )
+def laid_out_like(leaf: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient with its elements in the order of `leaf`, on which optimizers rely."""
+    if gradient is None or gradient.stride() == leaf.stride():
+        return gradient
+    return torch.empty_like(leaf).copy_(gradient)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Bit for bit, but for the kind of what is no number."""
-    return a is b if a is None or b is None else torch.equal(a.nan_to_num(), b.nan_to_num())
+    """Return whether two tensors are equal bit for bit, whatever the payload of a nan."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 class _Step(torch.autograd.Function):
@@ -157,8 +163,8 @@ class _Step(torch.autograd.Function):
         ctx, recorded: Recorded, direct: bool, inputs: tuple[Tensor, ...], *leaves: Tensor
     ) -> Tensor:
         ctx.recorded, ctx.direct, recorded.waiting = recorded, direct, True
-        for own, given in zip(recorded.inputs, inputs, strict=True):
-            own.detach().copy_(given)
+        for recorded_input, given in zip(recorded.inputs, inputs, strict=True):
+            recorded_input.detach().copy_(given)
         return recorded.run()
 
     @staticmethod
@@ -176,20 +182,16 @@ class _Step(torch.autograd.Function):
 
 class Replays:
     """`replays(x, t, text, …)` is `model(x, t, text, …)`. On CUDA a small network's first call of a
-    kind is made as it is, those that follow are replayed, each with its backward pass before the
-    next."""
+    signature (shapes and types of the inputs) is made as it is; those that follow are replayed,
+    each with its backward pass before the next."""
 
     def __init__(self, model: VideoMMDiT):
-        self.model, self.weights = (
-            model,
-            {name: weight for name, weight in model.named_parameters() if weight.requires_grad},
-        )
+        self.model = model
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.made: dict[tuple, Recorded | None] = {}
         self.direct = True  # nobody else waits for the gradients, as DDP does
-        self.pool, self.able = (
-            None,
-            True,
-        )  # one pool: a step is over before the next, of whatever kind, begins
+        self.pool = None  # one for all graphs: a step is over before the next one begins
+        self.able = True
 
     def __call__(
         self,
@@ -211,57 +213,50 @@ class Replays:
             "crop": crop,
         }
         given = {name: value for name, value in named.items() if value is not None}
-        kind = (
-            *(
-                (name, value.shape, value.dtype, value.requires_grad)
-                for name, value in given.items()
-            ),
-            *(weight.data_ptr() for weight in self.weights.values()),
-        )
+        inputs = [(n, v.shape, v.dtype, v.requires_grad) for n, v in given.items()]
+        signature = (*inputs, *(weight.data_ptr() for weight in self.weights.values()))
         call = self._call(tuple(given))
         plain = partial(call, {}, *given.values())
-        if kind not in self.made:
+        if signature not in self.made:
             small = operations(self.model, x.shape, text.valid.shape[1], keep) <= SMALL
-            if small and len(self.made) < self._kinds(x.device):
-                self.made[kind] = None
+            if small and len(self.made) < self._signatures(x.device):
+                self.made[signature] = None
             return plain()
         if any(other is not None and other.waiting for other in self.made.values()):
             return plain()
-        if self.made[kind] is None:
-            self.made[kind] = self._recorded(call, list(given.values()))
-        recorded = self.made[kind]
+        if self.made[signature] is None:
+            self.made[signature] = self._record(call, list(given.values()))
+        recorded = self.made[signature]
+        if recorded is None:
+            return plain()
         hooked = any(
             weight._backward_hooks or weight._post_accumulate_grad_hooks
             for weight in self.weights.values()
         )
-        return (
-            plain() if recorded is None else recorded(self.direct and not hooked, *given.values())
-        )
+        return recorded(self.direct and not hooked, *given.values())
 
     def _call(self, names: tuple[str, ...]) -> Callable[..., Tensor]:
         def call(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
             rest = dict(zip(names, values, strict=True))
             text = TextTokens(rest.pop("embeddings"), rest.pop("valid"))
-            kind = values[
-                0
-            ].device.type  # a cast kept by autocast would belong to a graph, or be missing in it
+            device = values[0].device.type
+            # A cast that autocast keeps would belong to one graph, and be missing in another.
             with torch.autocast(
-                kind,
-                torch.get_autocast_dtype(kind),
-                torch.is_autocast_enabled(kind),
+                device,
+                torch.get_autocast_dtype(device),
+                torch.is_autocast_enabled(device),
                 cache_enabled=False,
             ):
-                return functional_call(
-                    self.model, weights, (rest.pop("x"), rest.pop("t"), text), rest
-                )
+                inputs = (rest.pop("x"), rest.pop("t"), text)
+                return functional_call(self.model, weights, inputs, rest)
 
         return call
 
-    def _kinds(self, device: torch.device) -> int:
+    def _signatures(self, device: torch.device) -> int:
         gradients = sum(weight.nbytes for weight in self.weights.values())
-        return min(KINDS, int(ROOM * memory(device) / max(gradients, 1)))
+        return min(SIGNATURES, int(ROOM * memory(device) / max(gradients, 1)))
 
-    def _recorded(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Recorded | None:
+    def _record(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Recorded | None:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             recorded = Recorded(call, inputs, self.weights, self.pool)
@@ -269,7 +264,7 @@ class Replays:
                 return recorded
             reason, failed = "replays give other numbers than the network itself", False
         except RuntimeError as error:
-            reason, failed = str(error.__context__ or error).partition("\n")[0], True
+            reason, failed = reason_of(error), True
         self.able = False
         self.made.clear()
         warnings.warn(

@@ -85,7 +85,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdit.nn.fused import attention as fused_attention
+    from mmdit.nn.fused import attention_kernels as fused_attention
     from mmdit.nn.fused import residual as fused_residual
     from mmdit.nn.fused import rounding as fused_rounding
     from mmdit.nn.fused import swiglu as fused_swiglu
@@ -116,7 +116,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
 
 TEXT = """
 import torch, torch.nn.functional as F
-from mmdit.nn.fused.attention import text_attention
+from mmdit.nn.fused.attention_kernels import text_attention
 for queries in (70, 300):  # of one program and of two
     valid = torch.arange(5) < torch.tensor([[3], [5]])
     def grads(attend):
@@ -148,7 +148,7 @@ def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.backends.compiler import GPUTarget
 
-    from mmdit.nn.fused.attention import group_attention, text_attention
+    from mmdit.nn.fused.attention_kernels import group_attention, text_attention
     from mmdit.nn.fused.residual import add_norm
     from mmdit.nn.fused.rounding import float8_rows
     from mmdit.nn.fused.swiglu import swiglu
@@ -226,8 +226,8 @@ def test_older_gpus_take_the_plain_path_and_are_told_once(monkeypatch, capabilit
     monkeypatch.setattr(kernels, "_able", True)
     monkeypatch.setattr(kernels, "residual", kernels)  # there
     with warnings.catch_warnings(record=True) as heard:
-        kernels.look_at(torch.device("cpu"))
-        kernels.look_at(torch.device("cuda", 0))
+        kernels.check_device(torch.device("cpu"))
+        kernels.check_device(torch.device("cuda", 0))
     assert (
         kernels._able is not told
         and [("(7, 5)" in str(line.message)) for line in heard] == [True] * told

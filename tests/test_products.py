@@ -25,7 +25,7 @@ SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
 def serving(monkeypatch):
     """As on a GPU with such products: on this CPU codes are multiplied as the numbers they stand
     for."""
-    monkeypatch.setattr(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "FEW", 0)
 
 
@@ -279,7 +279,7 @@ for columns in (None, 2.0 ** integers(-2, 3, 96)):
     assert torch.equal(found.float(), whole), (found.float() - whole).abs().max()
     assert torch.equal(scale[4:] * 448, x[4:, :1].abs())
     assert scale[3] > 0
-kernels.serve = lambda x: False
+kernels.can_run = lambda x: False
 found, scale = products.codes(x)
 assert torch.equal(found.float(), whole)
 """

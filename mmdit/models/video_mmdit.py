@@ -362,7 +362,7 @@ class VideoMMDiT(nn.Module):
         if (
             self.config.products == "float8"
             and self.training
-            and not kernels.codes_serve(x.new_empty(0, dtype=torch.bfloat16))
+            and not kernels.can_encode(x.new_empty(0, dtype=torch.bfloat16))
         ):
             warnings.warn(
                 f"model.products is float8, but no kernels of it serve on {x.device}: autocast's"

@@ -50,8 +50,8 @@ def gains_of(*norms: nn.Module) -> list[Tensor]:
 
 class Attention(nn.Module):
     """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and
-    keys per head (Dehghani et al. 2023), dropout on what is added to the stream. `kind`: of the
-    linears."""
+    keys per head (Dehghani et al. 2023), dropout on what is added to the stream. `linear`: the
+    class of the linears."""
 
     def __init__(
         self,
@@ -59,14 +59,14 @@ class Attention(nn.Module):
         num_heads: int,
         qk_norm: bool = True,
         dropout: float = 0.0,
-        kind: type[nn.Linear] = nn.Linear,
+        linear: type[nn.Linear] = nn.Linear,
     ):
         super().__init__()
         self.num_heads = num_heads
-        self.q = kind(dim, dim, bias=False)
-        self.k = kind(dim, dim, bias=False)
-        self.v = kind(dim, dim, bias=False)
-        self.proj = kind(dim, dim, bias=False)
+        self.q = linear(dim, dim, bias=False)
+        self.k = linear(dim, dim, bias=False)
+        self.v = linear(dim, dim, bias=False)
+        self.proj = linear(dim, dim, bias=False)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -74,8 +74,8 @@ class Attention(nn.Module):
     def heads(
         self, queries: Tensor, keys: Tensor, rotary: Rotary | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `(…, h, d)`; norms and rotation in at least float32, then
-        the values' type."""
+        """Return queries, keys and values, each `(…, h, d)`; norms and rotation in at least
+        float32, then the values' type."""
         q, k, v = self.q(queries), self.k(keys), self.v(keys)
         q, k, v = (rearrange(z, "... (h d) -> ... h d", h=self.num_heads) for z in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -84,16 +84,17 @@ class Attention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def fuses(self, x: Tensor) -> bool:
-        return kernels.serve(x) and x.shape[-1] // self.num_heads in (32, 64, 128) and not observers
+        return (
+            kernels.can_run(x) and x.shape[-1] // self.num_heads in (32, 64, 128) and not observers
+        )
 
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
-        """`x (…, t, h·d)` attending within the groups of `tiles`."""
+        """Return `x (…, t, h·d)` after attention within the groups of `tiles`."""
         layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        qkv = (
-            joined(x, *layers)
-            if joinable(x, *layers)
-            else torch.cat([layer(x) for layer in layers], -1)
-        )
+        if joinable(x, *layers):
+            qkv = joined(x, *layers)
+        else:
+            qkv = torch.cat([layer(x) for layer in layers], -1)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def output(self, x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class SpatialAttention(Attention):
         if places.same is None:
             q, k, v = (rearrange(z, "b f g m h d -> (b f g) h m d") for z in parts)
             x = rearrange(attend(q, k, v), "(b f g) h m d -> b f g m (h d)", b=b, f=f)
-        else:  # groups first, so that one mask per group serves every sample, frame and head
+        else:  # groups first, so that every sample, frame and head shares the mask of a group
             q, k, v = (rearrange(z, "b f g m h d -> g (b f h) m d") for z in parts)
             x = attend(q, k, v, places.same[:, None])
             x = rearrange(x, "g (b f h) m d -> b f g m (h d)", b=b, f=f)
@@ -122,7 +123,7 @@ class SpatialAttention(Attention):
 
 
 class TemporalAttention(Attention):
-    """Along time at each place, every frame to every frame."""
+    """Attend along time at each place, every frame to every frame."""
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
         """`x (b, f, n, k, h·d)` → the same shape. Without rotary tables the frames are a set."""
@@ -137,7 +138,7 @@ class TemporalAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """To the text tokens of the sample."""
+    """Attend to the text tokens of the sample."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the

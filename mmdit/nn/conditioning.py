@@ -1,4 +1,4 @@
-"""What a network is told besides its input: the time and the text."""
+"""What conditions a network besides its input: the time, the crop and the text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Perceptron(nn.Sequential):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of what it takes."""
+        """Return the type that the input must have."""
         first = self[0]
         assert isinstance(first, nn.Linear)
         return first.weight.dtype
@@ -37,10 +37,8 @@ class TimeEmbedding(nn.Module):
         self.mlp = Perceptron(2 * self.frequencies, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        ladder = (
-            torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
-        )
-        angles = upcast(t)[:, None] * torch.exp(-math.log(10_000) * ladder)
+        steps = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
+        angles = upcast(t)[:, None] * torch.exp(-math.log(10_000) * (steps / self.frequencies))
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp.dtype))
 
 
@@ -81,8 +79,8 @@ class TextContext(nn.Module):
         self.null = nn.Parameter(torch.empty(dim))
 
     def forward(self, text: TextTokens) -> tuple[Tensor, Tensor]:
-        """Tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings hold,
-        even NaN, has no effect."""
+        """Return tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings
+        hold, even NaN, has no effect."""
         embeddings = torch.where(
             text.valid[..., None], text.embeddings, torch.zeros_like(text.embeddings)
         )

@@ -14,13 +14,13 @@ class SwiGLU(nn.Module):
     same cost."""
 
     def __init__(
-        self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear
+        self, dim: int, ratio: float, dropout: float = 0.0, linear: type[nn.Linear] = nn.Linear
     ):
         super().__init__()
         hidden = self.hidden(dim, ratio)
-        self.gate = kind(dim, hidden, bias=False)
-        self.up = kind(dim, hidden, bias=False)
-        self.down = kind(hidden, dim, bias=False)
+        self.gate = linear(dim, hidden, bias=False)
+        self.up = linear(dim, hidden, bias=False)
+        self.down = linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     @staticmethod
@@ -29,10 +29,9 @@ class SwiGLU(nn.Module):
         return max(multiple, round(2 / 3 * ratio * dim / multiple) * multiple)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.serve(x) and joinable(x, self.gate, self.up):
-            return self.dropout(
-                self.down(kernels.swiglu.swiglu(joined(x, self.gate, self.up, apart=True)))
-            )
+        if kernels.can_run(x) and joinable(x, self.gate, self.up):
+            both = joined(x, self.gate, self.up, apart=True)
+            return self.dropout(self.down(kernels.swiglu.swiglu(both)))
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
@@ -40,12 +39,12 @@ class GELU(nn.Module):
     """`down(gelu(up(x)))` (Vaswani et al. 2017 with Hendrycks & Gimpel 2016, tanh form)."""
 
     def __init__(
-        self, dim: int, ratio: float, dropout: float = 0.0, kind: type[nn.Linear] = nn.Linear
+        self, dim: int, ratio: float, dropout: float = 0.0, linear: type[nn.Linear] = nn.Linear
     ):
         super().__init__()
         hidden = self.hidden(dim, ratio)
-        self.up = kind(dim, hidden, bias=False)
-        self.down = kind(hidden, dim, bias=False)
+        self.up = linear(dim, hidden, bias=False)
+        self.down = linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     @staticmethod

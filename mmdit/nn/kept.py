@@ -28,16 +28,16 @@ def kept(make: Callable) -> Any:
     def get(*key):
         if key in pinned:
             return pinned[key]
-        found = recent.pop(key, None)
-        if found is None:
-            found = make(*key)
+        value = recent.pop(key, None)
+        if value is None:
+            value = make(*key)
         if capturing():
-            pinned[key] = found
-            return found
-        recent[key] = found
+            pinned[key] = value
+            return value
+        recent[key] = value
         if len(recent) > MOST:
             recent.popitem(last=False)
-        return found
+        return value
 
     def clear() -> None:
         recent.clear()

@@ -1,4 +1,4 @@
-"""Whether the fused kernels (Triton) serve: on CUDA, or anywhere under TRITON_INTERPRET=1, which is
+"""Where the fused kernels (Triton) can run: on CUDA, or anywhere under TRITON_INTERPRET=1, which is
 for tests. Elsewhere the plain paths beside each call compute the same."""
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ _able = importlib.util.find_spec("triton") is not None and (
     INTERPRETED or torch.cuda.is_available()
 )
 _codes = INTERPRETED
-attention: Any = importlib.import_module("mmdit.nn.fused.attention") if _able else None
+attention: Any = importlib.import_module("mmdit.nn.fused.attention_kernels") if _able else None
 residual: Any = importlib.import_module("mmdit.nn.fused.residual") if _able else None
 swiglu: Any = importlib.import_module("mmdit.nn.fused.swiglu") if _able else None
 rounding: Any = importlib.import_module("mmdit.nn.fused.rounding") if _able else None
 
 
-def serve(x: Tensor) -> bool:
+def can_run(x: Tensor) -> bool:
+    """Return whether kernels can take `x`."""
     return _able and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
-def codes_serve(x: Tensor) -> bool:
-    """Whether 8-bit floats may take the place of `x` in a product."""
-    return _codes and serve(x) and x.dtype == torch.bfloat16
+def can_encode(x: Tensor) -> bool:
+    """Return whether 8-bit floats may take the place of `x` in a product."""
+    return _codes and can_run(x) and x.dtype == torch.bfloat16
 
 
-def look_at(device: torch.device) -> None:
-    """Where the kernels cannot serve on a GPU, say so once and leave them alone."""
+def check_device(device: torch.device) -> None:
+    """Leave the kernels alone on a GPU that cannot run them; a warning says so once."""
     global _able, _codes
     if device.type != "cuda":
         return
-    found = torch.cuda.get_device_capability(device)
-    _codes = found >= CODES
-    reason = (
-        "Triton is not installed"
-        if residual is None
-        else f"it has compute capability {found}, they need {CAPABILITY}"
-    )
-    if residual is None or found < CAPABILITY:
+    capability = torch.cuda.get_device_capability(device)
+    _codes = capability >= CODES
+    reason = ""
+    if residual is None:
+        reason = "Triton is not installed"
+    elif capability < CAPABILITY:
+        reason = f"it has compute capability {capability}, they need {CAPABILITY}"
+    if reason:
         _able = False
         warnings.warn(
             f"no fused kernels on {device}: {reason}; the plain path computes the same, slower",

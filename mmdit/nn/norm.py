@@ -15,14 +15,15 @@ from mmdit.nn import EPSILON, kernels
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is when it is wider."""
+    """Return `x` in float32, or as it is when it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What the next matrix product computes in: autocast's type when it is on, else that of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    """Return the type in which the next matrix product computes: autocast's when it is on, else
+    that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """Of one sublayer, each broadcastable to `(b, f, n, k, d)`."""
+    """The modulation of one sublayer, each part broadcastable to `(b, f, n, k, d)`."""
 
     shift: Tensor
     scale: Tensor
@@ -51,14 +52,14 @@ class Modulation(NamedTuple):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) · +
-    shift`, cast once to what the linears after it compute in (autocast would cast for each of q, k
-    and v)."""
+    """Apply AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) ·
+    + shift`, cast once to what the linears after it compute in (autocast would cast for each of q,
+    k and v)."""
     return (rms_norm(x) * (1 + scale) + shift).to(working_dtype(x))
 
 
 def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
-    """`x + gate · change` in the type of the residual stream `x`; `x` without a change."""
+    """Return `x + gate · change` in the type of the residual stream `x`; `x` without a change."""
     if change is None:
         return x
     assert gate is not None, "a change comes with its gate"
@@ -68,9 +69,9 @@ def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
 def add_norm(
     x: Tensor, change: Tensor | None, gate: Tensor | None, then: Modulation
 ) -> tuple[Tensor, Tensor]:
-    """`add_gated`, and what the sublayer modulated by `then` sees of the sum. `x`, `change (b, f,
-    n, k, d)`."""
-    if change is not None and gate is not None and kernels.serve(x):
+    """Return `add_gated`, and what the sublayer modulated by `then` gets of that sum. `x`, `change
+    (b, f, n, k, d)`."""
+    if change is not None and gate is not None and kernels.can_run(x):
         vectors = (vector.flatten(1) for vector in (gate, then.shift, then.scale))
         return tuple(kernels.residual.add_norm(x, change, *vectors, working_dtype(x)))
     x = add_gated(x, change, gate)

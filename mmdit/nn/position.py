@@ -18,10 +18,9 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotary:
-    """Cosines and sines, each `(…, head_dim / 2)` float64, for `positions (…, A)`: each of the A
-    axes turns an equal share of the pairs (RoFormer, Su et al. 2021, equation 15; axial as in Heo
-    et al. 2024). `head_dim` must be a multiple of 2 A.
-    """
+    """Return cosines and sines, each `(…, head_dim / 2)` float64, for `positions (…, A)`: each of
+    the A axes turns an equal share of the pairs (RoFormer, Su et al. 2021, equation 15; axial as in
+    Heo et al. 2024). `head_dim` must be a multiple of 2 A."""
     pairs = head_dim // (2 * positions.shape[-1])
     frequencies = base ** (
         -torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs
@@ -40,8 +39,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 @kept
 def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Rotary:
-    """Tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
-    with torch.inference_mode(False):  # a table first made while sampling must also serve training
+    """Return tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
+    with torch.inference_mode(False):  # a table first made while sampling is used in training, too
         tables = rotary_tables(
             torch.arange(frames)[:, None, None, None, None], head_dim, TEMPORAL_BASE
         )
@@ -62,15 +61,11 @@ class FourierPosition(nn.Module):
         self.embed = nn.Linear(4 * self.octaves, dim)
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        powers = (
-            math.pi
-            / 2
-            * 2.0 ** torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
-        )
+        octaves = torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
+        powers = math.pi / 2 * 2.0**octaves
         angles = (coordinates[..., None] * powers).flatten(-2)
-        return self.embed(
-            torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.embed.weight.dtype)
-        )
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.embed(features.to(self.embed.weight.dtype))
 
 
 class FramePosition(nn.Module):

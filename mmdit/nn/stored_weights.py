@@ -59,18 +59,18 @@ class StoredWeight(Tensor):
         return StoredWeight(*encode_rows(weight.detach()), weight.dtype)
 
     def unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rounded once: codes are exact in bfloat16, and the product with the float32 scale is
-        rounded to `dtype`."""
-        return (
-            codes.to(dtype) if self.scale is None else codes.to(dtype, copy=True).mul_(self.scale)
-        )
+        """Unpack `codes`. They are exact in bfloat16, and their product with the float32 scale is
+        rounded once, to `dtype`."""
+        if self.scale is None:
+            return codes.to(dtype)
+        return codes.to(dtype, copy=True).mul_(self.scale)
 
     def now(self, dtype: torch.dtype) -> Tensor:
-        """For one product: later fetches may overwrite it."""
+        """Unpack the weight for one product: later fetches may overwrite it."""
         return self.unpacked(self.fetch() if self.fetch else self.codes, dtype)
 
     def whole(self) -> Tensor:
-        """A plain copy in `dtype` on `device`."""
+        """Return a plain copy in `dtype` on `device`."""
         return self.unpacked(self.codes.to(self.device, copy=True), self.dtype)
 
     def pack(self, value: Tensor) -> None:
@@ -88,7 +88,7 @@ class StoredWeight(Tensor):
                 part.copy_(new)
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
-        """Of changed parts; fetched ones stay at home."""
+        """Return such a weight of changed parts; fetched codes stay where they are kept."""
         if self.fetch:
             return StoredWeight(
                 self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing
@@ -98,7 +98,8 @@ class StoredWeight(Tensor):
         )
 
     def __tensor_flatten__(self):
-        return ["codes"] + ["scale"] * (self.scale is not None), self.dtype
+        names = ["codes"] if self.scale is None else ["codes", "scale"]
+        return names, self.dtype
 
     @staticmethod
     def __tensor_unflatten__(parts, dtype, size, stride):
@@ -119,23 +120,21 @@ class StoredWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
-        own = args[0] if args and isinstance(args[0], StoredWeight) else None
-        if own is not None and func is torch.ops.aten.clone.default and own.fetch:
-            scale = (
-                None if own.scale is None else own.scale.clone()
-            )  # what is written into a clone is not for the home
-            return StoredWeight(own.codes.to(own.device, copy=True), scale, own.dtype)
-        if own is not None and func in _SAME:
-            return own.like(lambda part: func(part, *args[1:], **kwargs))
-        if (
-            own is not None
-            and func is torch.ops.aten._to_copy.default
-            and kwargs.get("dtype") in (None, own.dtype)
-        ):
-            return own.like(lambda part: part.to(kwargs.get("device")))
-        if own is not None and func is torch.ops.aten.copy_.default:
-            own.pack(args[1])
-            return own
+        weight = args[0] if args and isinstance(args[0], StoredWeight) else None
+        if weight is None:
+            return _on_copies(func, args, kwargs)
+        if func is torch.ops.aten.clone.default and weight.fetch:
+            # What is written into a clone must not reach the memory that is fetched from.
+            scale = None if weight.scale is None else weight.scale.clone()
+            return StoredWeight(weight.codes.to(weight.device, copy=True), scale, weight.dtype)
+        if func in _SAME:
+            return weight.like(lambda part: func(part, *args[1:], **kwargs))
+        keeps_dtype = kwargs.get("dtype") in (None, weight.dtype)
+        if func is torch.ops.aten._to_copy.default and keeps_dtype:
+            return weight.like(lambda part: part.to(kwargs.get("device")))
+        if func is torch.ops.aten.copy_.default:
+            weight.pack(args[1])
+            return weight
         return _on_copies(func, args, kwargs)
 
 
@@ -159,9 +158,9 @@ def _on_copies(func, args: tuple, kwargs: dict):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written |= {id(part) for part in tree_leaves(value) if isinstance(part, StoredWeight)}
     back = {}
-    for own, copy in (copies[key] for key in written):
-        own.pack(copy)
-        back[id(copy)] = own
+    for weight, copy in (copies[key] for key in written):
+        weight.pack(copy)
+        back[id(copy)] = weight
     if not written and any(answer.alias_info is not None for answer in func._schema.returns):
         return tree_map(
             lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result
@@ -216,10 +215,10 @@ def _named(func, kwargs: dict) -> list[tuple]:
 
 def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
     dtype = working_dtype(x)
-    return _Product.apply(x.to(dtype), None if bias is None else bias.to(dtype), weight)
+    return _UnpackedProduct.apply(x.to(dtype), None if bias is None else bias.to(dtype), weight)
 
 
-class _Product(torch.autograd.Function):
+class _UnpackedProduct(torch.autograd.Function):
     """`x Wᵀ + b`. Neither pass keeps W, and the gradient of x takes the same product as a plain
     layer's."""
 
@@ -235,7 +234,7 @@ class _Product(torch.autograd.Function):
 
 
 def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
-    """The linear layers of `blocks`, adapted or not, whose weight is frozen."""
+    """Return the linear layers of `blocks`, adapted or not, whose weight is frozen."""
     return [
         layer
         for layer in blocks.modules()

@@ -1,4 +1,4 @@
-"""Tables that lay groups of tokens into the tiles of the fused kernels (nn/fused.py).
+"""Tables that place groups of tokens in the tiles of the fused kernels (nn/fused/).
 
 Axes: g group · k token of a group · l row of a tile, the next power of two."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.nn.kept import kept
@@ -16,7 +17,7 @@ NARROWEST, WIDEST = 16, 128  # rows of a tile
 
 
 class Tiles(NamedTuple):
-    """See `fused.group_attention`."""
+    """See `group_attention` in nn/fused/attention_kernels.py."""
 
     index: Tensor  # type: ignore[assignment]  # (g, l) int32, -1 where a row has no token
     names: Tensor  # (g, l) int32: tokens of one name attend to each other
@@ -30,24 +31,24 @@ class Frames(NamedTuple):
     tiles: Tiles | None
 
 
-def lay(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
-    """`index`, `names (g, k)` and `turns (k, d / 2)`, padded to a tile; None for groups that are
+def tiles_of(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
+    """Pad `index`, `names (g, k)` and `turns (k, d / 2)` to a tile; return None for groups that are
     too large for one."""
     count = index.shape[1]
     rows = max(NARROWEST, 1 << (count - 1).bit_length())
     if rows > WIDEST:
         return None
-    pad = lambda table, value: torch.nn.functional.pad(table.int(), (0, rows - count), value=value)  # noqa: E731
-    turns = [torch.nn.functional.pad(table, (0, 0, 0, rows - count)) for table in turns]
-    return Tiles(pad(index, -1), pad(names, -1), turns)
+    extra = rows - count
+    index, names = (F.pad(table.int(), (0, extra), value=-1) for table in (index, names))
+    return Tiles(index, names, [F.pad(table, (0, 0, 0, extra)) for table in turns])
 
 
 @kept
 def frame_tables(
     frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool
 ) -> Frames:
-    """For clips of `frames` × `places` tokens; a tile holds the frames of one place, or of several
-    if they are few."""
+    """Return the tables for clips of `frames` × `places` tokens; a tile holds the frames of one
+    place, or of several if they are few."""
     rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None
     with torch.inference_mode(False):
         columns = max(1, NARROWEST // frames)  # places of a tile
@@ -58,4 +59,4 @@ def frame_tables(
             torch.arange(columns, device=device).repeat_interleave(frames).expand(len(index), -1)
         )
         turns = [table.flatten(0, -2).repeat(columns, 1) for table in rotary] if rotary else []
-        return Frames(rotary, lay(index, names, turns))
+        return Frames(rotary, tiles_of(index, names, turns))

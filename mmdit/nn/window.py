@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmdit.nn.kept import kept
 from mmdit.nn.position import SPATIAL_BASE, Rotary, rotary_tables
-from mmdit.nn.tiles import Tiles, lay
+from mmdit.nn.tiles import Tiles, tiles_of
 
 Pattern = Literal["window", "shifted", "frame"]
 
@@ -38,10 +38,9 @@ class WindowGrid:
 
     @staticmethod
     def fit(rows: int, columns: int, window_size: int) -> WindowGrid:
-        """As many windows along each axis as `window_size` asks for, none larger than it needs to
-        be: 28 rows with window 8 are four windows of 7 (no padding), 9 rows are two of 5 (one row
-        of padding rather than seven).
-        """
+        """Cut a grid into as many windows along each axis as `window_size` asks for, none larger
+        than it needs to be: 28 rows with window 8 are four windows of 7 (no padding), 9 rows are
+        two of 5 (one row of padding rather than seven)."""
         height = ceil(rows / ceil(rows / window_size))
         width = ceil(columns / ceil(columns / window_size))
         return WindowGrid(rows, columns, height, width)
@@ -52,13 +51,13 @@ class WindowGrid:
 
     @property
     def places(self) -> int:
-        """Tokens in a window."""
+        """Return the number of tokens in a window."""
         return self.height * self.width
 
     @property
     def shift(self) -> tuple[int, int]:
-        """Rows and columns by which odd blocks shift; 0 along an axis with a single window, which
-        sees everything."""
+        """Return the rows and columns by which odd blocks shift; 0 along an axis with a single
+        window, which sees everything."""
         down, across = self.counts
         return (self.height // 2 if down > 1 else 0), (self.width // 2 if across > 1 else 0)
 
@@ -111,7 +110,7 @@ class Places(NamedTuple):
             names=self.names[:, members],
             real=None,
         )
-        return kept._replace(tiles=kept.lay())
+        return kept._replace(tiles=kept.fused_tiles())
 
     def without_padding(self) -> Places:
         """Return the tables of whole frames that leave padding out: kernels without a mask are
@@ -121,14 +120,14 @@ class Places(NamedTuple):
         names = self.names[:, real]
         return self._replace(rotary=(cosine, sine), names=names, same=None, real=real, padded=self)
 
-    def lay(self) -> Tiles | None:
+    def fused_tiles(self) -> Tiles | None:
         """Return the tiles of these groups for the fused kernel, or None where they are too
         large."""
         windows, places = self.cells.shape
         index = self.cells * places + torch.arange(places, device=self.cells.device)
         if self.pattern == "frame":
             index = index.reshape(1, windows * places)
-        return lay(index, self.names, [table.flatten(0, -2) for table in self.rotary])
+        return tiles_of(index, self.names, [table.flatten(0, -2) for table in self.rotary])
 
 
 def whole_frames(x: Tensor, places: Places) -> Tensor:
@@ -165,9 +164,9 @@ def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
 def place_tables(
     grid: WindowGrid, pattern: Pattern, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Places:
-    """The tables of one pattern, made once per grid; kept, as those of time and place, for graphs
-    read them."""
-    with torch.inference_mode(False):  # tables first made while sampling must also serve training
+    """Return the tables of one pattern, made once per grid. They are kept, as those of time and
+    place are, because graphs read them."""
+    with torch.inference_mode(False):  # tables first made while sampling are used in training, too
         shifted = pattern == "shifted"
         offset = grid.shift if shifted else (0, 0)
         row, column = torch.meshgrid(
@@ -217,7 +216,7 @@ def place_tables(
         names = gather(grid.partition(names, padding=-1), result)[0, 0, ..., 0]  # (g, m)
         same = names[:, :, None] == names[:, None, :]
         result = result._replace(names=names)
-        result = result._replace(tiles=result.lay())
+        result = result._replace(tiles=result.fused_tiles())
         if same.all():
             return result
         result = result._replace(same=same)
@@ -226,8 +225,8 @@ def place_tables(
 
 @kept
 def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The centre of every token's cell, `(n, k, 2)` as (row, column), the frame spanning [-1, 1]
-    along each axis."""
+    """Return the centre of every token's cell, `(n, k, 2)` as (row, column); the frame spans
+    [-1, 1] along each axis."""
     with torch.inference_mode(False):
         axes = [
             (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1

@@ -99,7 +99,7 @@ def choose_device(name: str) -> torch.device:
             " --device cpu"
         )
     if "LOCAL_RANK" not in os.environ:  # under torchrun once this process has taken its own GPU
-        kernels.look_at(device)
+        kernels.check_device(device)
     return device
 
 
@@ -132,7 +132,7 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
             device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)),
         )
         torch.cuda.set_device(device)
-        kernels.look_at(device)
+        kernels.check_device(device)
         torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))
     if size == 1:
         yield World(0, 1, device)

@@ -63,7 +63,7 @@ def run(
     keep = model.draw_keep(rows, columns, 0, 1)
     for block in model.blocks if compile else ():
         block.compile(dynamic=False)
-    serve, kernels.serve = kernels.serve, lambda x: fuse
+    serve, kernels.can_run = kernels.can_run, lambda x: fuse
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             t = torch.tensor([100.0, 900.0], device=device)
@@ -73,7 +73,7 @@ def run(
             )
         (out.float() * torch.randn(out.shape).to(device)).sum().backward()
     finally:
-        kernels.serve = serve
+        kernels.can_run = serve
     gradients = {
         name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
     }
@@ -92,7 +92,7 @@ def main() -> None:
     if device.type == "cpu":
         assert kernels.INTERPRETED, "set TRITON_INTERPRET=1: Triton compiles for GPUs only"
     products.FEW = 0
-    kernels.look_at(device)
+    kernels.check_device(device)
     kernels.residual.PROGRAMS = 4  # so that a program has several tokens of these small clips
     for name, case in (list(CASES.items())[number] for number in args.cases):
         for autocast in (False, True)[: 1 + (device.type == "cuda")]:

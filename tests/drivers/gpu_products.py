@@ -26,7 +26,7 @@ PRODUCTS = {  # outputs, inputs; forward, and as the gradient of its input
 
 def main() -> None:
     device = torch.device("cuda")
-    kernels.look_at(device)
+    kernels.check_device(device)
     matmul_rate(device, torch.bfloat16, repeats=400)  # half a second: the clock of a long run
     for name, (outputs, inputs) in PRODUCTS.items():
         x, weight = (

@@ -185,10 +185,10 @@ def without_memory():
                 torch._functorch.config.patch(decompose_custom_triton_ops=False)
             )  # operators stay whole
             stack.enter_context(
-                mock.patch.object(kernels, "serve", lambda x: x.dtype != torch.float64)
+                mock.patch.object(kernels, "can_run", lambda x: x.dtype != torch.float64)
             )
             stack.enter_context(
-                mock.patch.object(kernels, "codes_serve", lambda x: x.dtype == torch.bfloat16)
+                mock.patch.object(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
             )
             for name in ("attention", "residual", "rounding", "swiglu"):
                 stack.enter_context(

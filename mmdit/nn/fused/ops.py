@@ -11,7 +11,7 @@ from mmdit.nn import INTERPRETED
 
 
 def operator(function: Callable) -> Any:
-    """`function`, which launches kernels through `launch`, as the operator `mmdit::<its name>`. A
+    """Make `function`, which launches kernels through `launch`, the operator `mmdit::<its name>`. A
     compiled block launches them itself: to call an operator written in Python takes torch 0.1 ms of
     the CPU."""
     return (custom_op if INTERPRETED else triton_op)(
@@ -20,7 +20,7 @@ def operator(function: Callable) -> Any:
 
 
 def launch(kernel: Callable) -> Any:
-    """To be launched by `[grid](…)` within an operator. For Inductor's sake no argument of the
-    kernel may be called `stream`, and numbers that are not whole must be `tl.constexpr`: it would
-    pass them as float64."""
+    """Return `kernel` as it is launched, by `[grid](…)`, within an operator. For Inductor's sake no
+    argument of the kernel may be called `stream`, and numbers that are not whole must be
+    `tl.constexpr`: it would pass them as float64."""
     return kernel if INTERPRETED else wrap_triton(kernel)

@@ -101,15 +101,15 @@ def _backward(
         tl.store(grad_x + row, total.to(passed.dtype), mask=inside)
         gate_sum += total * added.to(tl.float32)
         tl.store(grad_change + row, (total * gates).to(added.dtype), mask=inside)
-    own = sums + (sample * tl.num_programs(0) + part) * 3 * width + columns
-    tl.store(own, gate_sum, mask=inside)
-    tl.store(own + width, shift_sum, mask=inside)
-    tl.store(own + 2 * width, scale_sum, mask=inside)
+    target = sums + (sample * tl.num_programs(0) + part) * 3 * width + columns
+    tl.store(target, gate_sum, mask=inside)
+    tl.store(target + width, shift_sum, mask=inside)
+    tl.store(target + 2 * width, scale_sum, mask=inside)
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
-    """The grid of programs; tokens of a sample, of a program, and the width; options. Rows are
-    fetched some steps ahead: without that a program waits for each."""
+    """Return the grid of programs; the tokens of a sample and of a program, and the width; options.
+    Rows are fetched some steps ahead: without that a program waits for each."""
     samples, width = len(x), x.shape[-1]
     tokens = x.numel() // (samples * width)
     run = triton.cdiv(tokens * samples, PROGRAMS)
@@ -120,23 +120,23 @@ def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
 
 @operator
 def add_norm(
-    x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, kind: torch.dtype
+    x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """`x (b, …, d)` the stream, `change` like it; `gate`, `shift`, `scale (b, d)` with adjacent
-    columns → the new stream, and its modulated norm in the type `kind`."""
+    """Take the stream `x (b, …, d)`, `change` like it, `gate`, `shift`, `scale (b, d)` with
+    adjacent columns; return the new stream, and its modulated norm in the type `dtype`."""
     x, change = x.contiguous(), change.contiguous()
     grid, numbers, options = _layout(x)
-    stream, y = torch.empty_like(x), torch.empty_like(x, dtype=kind)
+    stream, y = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     steps = [vector.stride(0) for vector in (gate, shift, scale)]
     launch(_forward)[grid](x, change, gate, shift, scale, stream, y, *numbers, *steps, **options)
     return [stream, y]
 
 
 @add_norm.register_fake
-def _(x, change, gate, shift, scale, kind):
+def _(x, change, gate, shift, scale, dtype):
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format),
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
     ]
 
 
@@ -144,7 +144,7 @@ def _(x, change, gate, shift, scale, kind):
 def add_norm_backward(
     stream: Tensor, change: Tensor, gate: Tensor, scale: Tensor, grad_stream: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """Gradients of x and change, and `(b, 3, d)` those of gate, shift and scale."""
+    """Return the gradients of x and change, and `(b, 3, d)` those of gate, shift and scale."""
     change, grad_stream, grad_y = change.contiguous(), grad_stream.contiguous(), grad_y.contiguous()
     grid, numbers, options = _layout(stream)
     grad_x, grad_change = torch.empty_like(stream), torch.empty_like(change)

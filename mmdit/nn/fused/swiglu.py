@@ -19,28 +19,27 @@ BLOCK = 1024  # columns of a program, which takes them of one token
 def _swiglu(joined, grad, result, width, BACKWARD: tl.constexpr, D: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
     inside = columns < width
-    pair, own = row * 2 * width + columns, row * width + columns
+    pair, single = row * 2 * width + columns, row * width + columns
     gate = tl.load(joined + pair, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(joined + pair + width, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     if BACKWARD:
-        change = tl.load(grad + own, mask=inside, other=0.0).to(tl.float32)
+        change = tl.load(grad + single, mask=inside, other=0.0).to(tl.float32)
         gate_grad = change * up * share * (1 + gate * (1 - share))
         tl.store(result + pair, gate_grad.to(result.dtype.element_ty), mask=inside)
         tl.store(
             result + pair + width, (change * gate * share).to(result.dtype.element_ty), mask=inside
         )
     else:
-        tl.store(result + own, (gate * share * up).to(result.dtype.element_ty), mask=inside)
+        tl.store(result + single, (gate * share * up).to(result.dtype.element_ty), mask=inside)
 
 
 def _launch(joined: Tensor, grad: Tensor | None) -> Tensor:
     joined, width = joined.contiguous(), joined.shape[-1] // 2
-    result = (
-        torch.empty_like(joined)
-        if grad is not None
-        else joined.new_empty((*joined.shape[:-1], width))
-    )
+    if grad is None:
+        result = joined.new_empty((*joined.shape[:-1], width))
+    else:
+        result = torch.empty_like(joined)
     grid = joined.numel() // (2 * width), triton.cdiv(width, BLOCK)
     launch(_swiglu)[grid](
         joined,
@@ -55,7 +54,7 @@ def _launch(joined: Tensor, grad: Tensor | None) -> Tensor:
 
 @operator
 def swiglu(joined: Tensor) -> Tensor:
-    """`silu(gate) · up` of `joined (…, 2h)`, gate before up → `(…, h)`."""
+    """Return `silu(gate) · up` of `joined (…, 2h)`, gate before up → `(…, h)`."""
     return _launch(joined, None)
 
 

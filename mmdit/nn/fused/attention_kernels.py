@@ -4,7 +4,7 @@
 A window (64 places) or a few columns of frames fit into one tile of a kernel: it reads queries,
 keys and values where the linears left them, norms and rotates them in float32, attends, and writes
 where the next linear reads. Nothing is laid out anew, no mask is stored, and the backward pass
-computes all of it again from q, k, v. `nn/attention.py` decides where these serve.
+computes all of it again from q, k, v. `nn/attention.py` decides where they are used.
 
 Axes: t token · h head · d width of a head · g group · l row of a group's tile.
 """
@@ -43,8 +43,8 @@ def _prepare(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Halves of queries or keys, normed and rotated; and the reciprocal root mean square of each
-    row."""
+    """Return the halves of queries or keys, normed and rotated, and the reciprocal root mean square
+    of each row."""
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
     if NORM:
         low = low * inverse[:, None] * tl.load(gain + columns)[None, :]
@@ -69,8 +69,8 @@ def _unprepare(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """From the gradient of `_prepare`'s outputs those of its inputs `low`, `high` and of the gain's
-    halves."""
+    """Return, from the gradients of the outputs of `_prepare`, those of its inputs `low`, `high`
+    and of the gain's halves."""
     if ROTATE:
         grad_low, grad_high = (
             grad_low * cosine + grad_high * sine,
@@ -90,9 +90,9 @@ def _unprepare(
 
 @triton.jit
 def _store_halves(target, low, high, rows, columns, valid, HALF: tl.constexpr):
-    kind = target.dtype.element_ty
-    tl.store(target + rows[:, None] + columns[None, :], low.to(kind), mask=valid[:, None])
-    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(kind), mask=valid[:, None])
+    dtype = target.dtype.element_ty
+    tl.store(target + rows[:, None] + columns[None, :], low.to(dtype), mask=valid[:, None])
+    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(dtype), mask=valid[:, None])
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _group_kernel(
     if ROTATE:
         turn_cos = tl.load(cosine + rows[:, None] * HALF + columns[None, :])
         turn_sin = tl.load(sine + rows[:, None] * HALF + columns[None, :])
-    kind = qkv.dtype.element_ty
+    dtype = qkv.dtype.element_ty
     q_low, q_high = _load(qkv, inner, columns, valid), _load(qkv, inner + HALF, columns, valid)
     k_low, k_high = (
         _load(qkv + WIDTH, inner, columns, valid),
@@ -160,24 +160,24 @@ def _group_kernel(
     k1, k2, k_inverse = _prepare(
         k_low, k_high, k_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE
     )
-    q1, q2, k1, k2 = q1.to(kind), q2.to(kind), k1.to(kind), k2.to(kind)
+    q1, q2, k1, k2 = q1.to(dtype), q2.to(dtype), k1.to(dtype), k2.to(dtype)
     weights = _softmax(q1, q2, k1, k2, name[:, None] == name[None, :], scale)
     if not BACKWARD:
-        result = tl.dot(weights.to(kind), values, input_precision=EXACT)
-        tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=valid[:, None])
+        result = tl.dot(weights.to(dtype), values, input_precision=EXACT)
+        tl.store(out + offset[:, None] + wide[None, :], result.to(dtype), mask=valid[:, None])
     else:
         change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
-        value_grad = tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+        value_grad = tl.dot(tl.trans(weights.to(dtype)), change, input_precision=EXACT)
         tl.store(
             grad_qkv + 2 * WIDTH + inner[:, None] + wide[None, :],
-            value_grad.to(kind),
+            value_grad.to(dtype),
             mask=valid[:, None],
         )
         weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
         logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
-        logit_grad = logit_grad.to(kind)
+        logit_grad = logit_grad.to(dtype)
         back = tl.trans(logit_grad)
-        own = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
+        gain_target = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
         low, high, gain_low, gain_high = _unprepare(
             tl.dot(logit_grad, k1, input_precision=EXACT),
             tl.dot(logit_grad, k2, input_precision=EXACT),
@@ -194,8 +194,8 @@ def _group_kernel(
         )
         _store_halves(grad_qkv, low, high, inner, columns, valid, HALF)
         if NORM:
-            tl.store(own, gain_low)
-            tl.store(own + HALF, gain_high)
+            tl.store(gain_target, gain_low)
+            tl.store(gain_target + HALF, gain_high)
         low, high, gain_low, gain_high = _unprepare(
             tl.dot(back, q1, input_precision=EXACT),
             tl.dot(back, q2, input_precision=EXACT),
@@ -212,8 +212,8 @@ def _group_kernel(
         )
         _store_halves(grad_qkv + WIDTH, low, high, inner, columns, valid, HALF)
         if NORM:
-            tl.store(own + apart, gain_low)
-            tl.store(own + apart + HALF, gain_high)
+            tl.store(gain_target + apart, gain_low)
+            tl.store(gain_target + apart + HALF, gain_high)
 
 
 def _launch_groups(
@@ -259,7 +259,7 @@ def _launch_groups(
 def group_attention(
     qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int
 ) -> Tensor:
-    """Softmax attention of every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys
+    """Attend (softmax) from every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys
     and values side by side; `index (g, l)` int32: the tokens of each group's tile among the t, -1
     for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: of the norms
     of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the rotation
@@ -283,7 +283,7 @@ def group_attention_backward(
     turns: list[Tensor],
     heads: int,
 ) -> list[Tensor]:
-    """Gradients of qkv and, if there are any, of the gains, `(2, d)`."""
+    """Return the gradients of qkv and, if there are any, of the gains, `(2, d)`."""
     return _launch_groups(qkv, gains, index, names, turns, heads, grad)
 
 
@@ -304,14 +304,8 @@ def _groups_back(ctx, grad):
     grad_qkv, *gain_grads = group_attention_backward(
         grad, qkv, gains, index, names, turns, ctx.heads
     )
-    return (
-        grad_qkv,
-        [own for both in gain_grads for own in both.unbind()],
-        None,
-        None,
-        [None] * len(turns),
-        None,
-    )
+    of_gains = [gradient for both in gain_grads for gradient in both.unbind()]
+    return grad_qkv, of_gains, None, None, [None] * len(turns), None
 
 
 group_attention.register_autograd(_groups_back, setup_context=_keep_groups)
@@ -350,7 +344,7 @@ def _text_kernel(
         tl.arange(0, D),
         tl.arange(0, KEYS),
     )
-    kind = v.dtype.element_ty
+    dtype = v.dtype.element_ty
     there = places < keys
     text = (sample * keys + places) * (HEADS * D) + head * D
     k1 = tl.load(k + text[:, None] + columns[None, :], mask=there[:, None], other=0.0)
@@ -366,19 +360,19 @@ def _text_kernel(
         offset = (sample * length + first + rows) * (HEADS * D) + head * D
         q_low, q_high = _load(q, offset, columns, inside), _load(q, offset + HALF, columns, inside)
         q1, q2, inverse = _prepare(q_low, q_high, q_gain, columns, none, none, HALF, NORM, False)
-        q1, q2 = q1.to(kind), q2.to(kind)
+        q1, q2 = q1.to(dtype), q2.to(dtype)
         weights = _softmax(q1, q2, k1, k2, allowed[None, :], scale)
         if not BACKWARD:
-            result = tl.dot(weights.to(kind), values, input_precision=EXACT)
-            tl.store(out + offset[:, None] + wide[None, :], result.to(kind), mask=inside[:, None])
+            result = tl.dot(weights.to(dtype), values, input_precision=EXACT)
+            tl.store(out + offset[:, None] + wide[None, :], result.to(dtype), mask=inside[:, None])
         else:
             change = tl.load(
                 grad + offset[:, None] + wide[None, :], mask=inside[:, None], other=0.0
             )
-            v_grad += tl.dot(tl.trans(weights.to(kind)), change, input_precision=EXACT)
+            v_grad += tl.dot(tl.trans(weights.to(dtype)), change, input_precision=EXACT)
             weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
             logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
-            logit_grad = logit_grad.to(kind)
+            logit_grad = logit_grad.to(dtype)
             back = tl.trans(logit_grad)
             k1_grad += tl.dot(back, q1, input_precision=EXACT)
             k2_grad += tl.dot(back, q2, input_precision=EXACT)
@@ -401,15 +395,15 @@ def _text_kernel(
             gain_high_sum += gain_high
     if BACKWARD:
         samples = tl.num_programs(2)
-        own = (part * samples + sample) * keys * (HEADS * D)
-        text = own + places * (HEADS * D) + head * D
+        first = (part * samples + sample) * keys * (HEADS * D)
+        text = first + places * (HEADS * D) + head * D
         _store_halves(grad_kv, k1_grad, k2_grad, text, columns, there, HALF)
         target = grad_kv + apart + text[:, None] + wide[None, :]
         tl.store(target, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
         if NORM:
-            own = ((part * samples + sample) * HEADS + head) * D
-            tl.store(gain_grads + own + columns, gain_low_sum)
-            tl.store(gain_grads + own + HALF + columns, gain_high_sum)
+            gain_target = gain_grads + ((part * samples + sample) * HEADS + head) * D + columns
+            tl.store(gain_target, gain_low_sum)
+            tl.store(gain_target + HALF, gain_high_sum)
 
 
 def _launch_text(
@@ -476,7 +470,7 @@ def _launch_text(
 def text_attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int
 ) -> Tensor:
-    """Softmax attention of `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b,
+    """Attend (softmax) from `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b,
     t)` bool with a valid token in every row; `gains`: that of the norm of queries `(d,)` float32,
     or none (keys come normed). Returns the shape of `q`.
     """
@@ -492,7 +486,7 @@ def _(q, k, v, valid, gains, heads):
 def text_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int
 ) -> list[Tensor]:
-    """Gradients of q, of k and v, `(2, b, t, h·d)`, and of the gain, if there is one."""
+    """Return the gradients of q, of k and v, `(2, b, t, h·d)`, and of the gain, if there is one."""
     return _launch_text(q, k, v, valid, gains, heads, grad)
 
 

@@ -149,65 +149,55 @@ def test_the_normed_ratio_has_one_spread_for_every_size():
 
 
 # ── C2: storage ───────────────────────────────────────────────────────────────────────────────────
+def filled(storage: Storage, *shape: int) -> Trajectory:
+    """A trajectory in which the state at position p is p, and the mean of step i is i + 0.5."""
+    trajectory = Trajectory(storage)
+    for position in range(storage.steps + 1):
+        trajectory.put(position, torch.full(shape, float(position)))
+        if position < storage.steps:
+            trajectory.put_mean(position, torch.full(shape, position + 0.5))
+    return trajectory
+
+
 def test_the_least_positions_are_stored_and_their_bytes_are_counted():
     for trained, count in (((2, 5, 8), 6), ((0, 1, 2), 4), ((), 0)):
-        assert len([p for p in Storage.for_steps(trained, 20).positions if p < 20]) == count
-    storage = Storage.for_steps((2, 5), 20, ("mean",), torch.bfloat16)
-    assert storage.positions == (2, 3, 5, 6, 20)
-    trajectory = Trajectory(storage)
-    for position in range(21):
-        trajectory.put(position, torch.randn(3, 7))
-        if position < 20:
-            trajectory.put_value("mean", position, torch.randn(3, 7))
-    assert trajectory.bytes() == 3 * storage.bytes(7) == 3 * 7 * (5 * 2 + 2 * 4)
-    assert Storage.for_steps((0,), 40).bytes(16 * 21 * 60 * 104) == 3 * 4 * 16 * 21 * 60 * 104
+        assert len([p for p in Storage(20, trained).positions if p < 20]) == count
+    storage = Storage(20, (2, 5), torch.bfloat16)
+    assert storage.positions == {2, 3, 5, 6, 20}
+    trajectory = filled(storage, 3, 7)
+    kept = [*trajectory.states.values(), *trajectory.means.values()]
+    size = sum(x.numel() * x.element_size() for x in kept)
+    assert size == 3 * storage.bytes(7) == 3 * 7 * (5 * 2 + 2 * 4)
+    assert Storage(40, (0,)).bytes(16 * 21 * 60 * 104) == 4 * 4 * 16 * 21 * 60 * 104
 
 
 def test_reading_what_is_not_stored_is_an_error_that_names_what_is():
-    trajectory = Trajectory(Storage(4, (1, 2), {"mean": (1,)}))
-    for position in range(5):
-        trajectory.put(position, torch.full((1, 2), float(position)))
-    assert trajectory.get(2).mean() == 2
-    for missing in (0, 3, 4, -1):
-        with pytest.raises(ValueError, match=r"\[1, 2\]"):
+    trajectory = filled(Storage(4, (1,)), 1, 2)
+    assert trajectory.get(2).mean() == 2 and trajectory.clean.mean() == 4
+    for missing in (0, 3, -1):
+        with pytest.raises(ValueError, match=r"\[1, 2, 4\]"):
             trajectory.get(missing)
-    with pytest.raises(ValueError, match="mean"):
-        trajectory.value("mean", 2)
-    for wrong in (5, -1):
-        with pytest.raises(ValueError, match="0 … 4"):
-            Storage(4, (wrong,))
-    with pytest.raises(ValueError, match="0 … 3"):
-        Storage(4, (), {"mean": (4,)})
 
 
-def test_random_plans_give_back_what_was_put():
+def test_random_storages_give_back_what_was_put():
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         steps = int(torch.randint(1, 12, (), generator=generator))
-        trained = torch.randperm(steps, generator=generator)[
-            : int(torch.randint(0, steps + 1, (), generator=generator))
-        ].tolist()
-        storage = Storage.for_steps(trained, steps, ("mean",), everything=seed % 2 == 0)
-        trajectory = Trajectory(storage)
-        for position in range(steps + 1):
-            trajectory.put(position, torch.tensor([[float(position)]]))
-            if position < steps:
-                trajectory.put_value("mean", position, torch.tensor([[position + 0.5]]))
+        count = int(torch.randint(0, steps + 1, (), generator=generator))
+        trained = tuple(torch.randperm(steps, generator=generator)[:count].tolist())
+        storage = Storage(steps, trained, everything=seed % 2 == 0)
+        trajectory = filled(storage, 1, 1)
         for index in trained:
-            assert (
-                trajectory.get(index),
-                trajectory.get(index + 1),
-                trajectory.value("mean", index),
-            ) == (index, index + 1, index + 0.5)
-        assert trajectory.states.keys() == set(storage.positions) and {
-            i for _, i in trajectory.values
-        } == set(trained)
+            states = trajectory.get(index), trajectory.get(index + 1)
+            assert (*states, trajectory.means[index]) == (index, index + 1, index + 0.5)
+        assert trajectory.states.keys() == storage.positions
+        assert trajectory.means.keys() == set(trained)
 
 
 def test_offloading_copies_and_one_micro_batch_at_a_time_is_on_the_device():
     rollouts = []
     for _ in range(4):
-        trajectory = Trajectory(Storage.for_steps((), 1))
+        trajectory = Trajectory(Storage(1))
         trajectory.put(1, torch.randn(2, 3))
         places = torch.arange(2)
         rollouts.append(Rollout(trajectory, places, places, places, Future()))
@@ -472,11 +462,14 @@ def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
 
 
 def test_the_relative_score_is_antisymmetric_and_bounded_scorers_are_required():
-    scorer = lambda pixels, texts: (
-        torch.tensor([0.1 * len(text) for text in texts]) * pixels.mean((1, 2, 3, 4))
-    )
     pixels = torch.rand(2, 1, 3, 4, 4)
-    score = lambda a, b, k: direct_align.relative_score(scorer, pixels, [a] * 2, [b] * 2, k)
+
+    def scorer(pixels, texts):
+        return torch.tensor([0.1 * len(text) for text in texts]) * pixels.mean((1, 2, 3, 4))
+
+    def score(a: str, b: str, k: float):
+        return direct_align.relative_score(scorer, pixels, [a] * 2, [b] * 2, k)
+
     assert score("same", "same", 0).abs().max() < 1e-7
     torch.testing.assert_close(score("long", "no", 0), -score("no", "long", 0), atol=1e-7, rtol=0)
     assert not torch.allclose(score("long", "no", 0.5), score("long", "no", 0))

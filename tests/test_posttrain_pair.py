@@ -356,7 +356,7 @@ def test_nft_compares_with_its_slow_copy_and_the_copy_follows_slowly(tmp_path):
     for name, value in session.policy.old.items():
         torch.testing.assert_close(value, 0.1 * start[name] + 0.9 * policy[name])
     rollout = session.rollouts.collect(1)[0]
-    worth = torch.ones(len(rollout))
+    worth = torch.ones(len(rollout.prompts))
 
     def loss() -> float:
         return sum(term.item() for term, _ in sample_terms(session, rollout, worth))
@@ -374,7 +374,7 @@ def test_what_is_held_near_or_compared_with_is_the_copy_and_not_the_policy(tmp_p
     changes = {} if algorithm == "dpo" else {"kl": KLConfig(beta=1.0)}
     session = paired(tmp_path, algorithm, **changes, dpo=DPOConfig(source="online", beta=1.0))
     rollout = session.rollouts.collect(0)[0]
-    worth = torch.linspace(-1, 1, len(rollout))
+    worth = torch.linspace(-1, 1, len(rollout.prompts))
 
     def loss() -> float:
         return sum(term.item() for term, _ in terms(session, rollout, worth))
@@ -398,7 +398,7 @@ def test_nft_may_roll_out_its_slow_copy(tmp_path):
         session.policy.old = {name: value + 0.3 for name, value in session.policy.old.items()}
         drawn[policy] = session.rollouts.collect(0)[0].clean
     session = paired(tmp_path, "nft")
-    for _name, weight in session.learner.model.named_parameters():
+    for weight in session.learner.model.parameters():
         if weight.requires_grad:
             weight.data += 0.3
     assert not torch.equal(drawn["current"], drawn["old"]) and torch.equal(

@@ -221,6 +221,7 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
             return torch.zeros_like(x)
 
     levels: list[float] = []
+    asked: list[int] = []
     learner = Learner(
         random_expert(TINY, torch.float32, "cpu", False),
         Words(TINY),
@@ -262,17 +263,18 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
         )
         levels.clear()
         velocity = session.policy.velocity(session.text)
-        clean = session.rollouts.sample(velocity, Draws.of(0, 0, 2)).get(-1)
+        clean = session.rollouts.sample(velocity, Draws.of(0, 0, 2)).clean
         assert levels == pytest.approx(own)
         with pytest.raises(ValueError, match="both sides"):
             velocity(clean, torch.tensor([0.95, 0.2]))
-        asked: list[int] = []
-        whole = session.tokenizer.decode(clean)
-        decode = session.tokenizer.decode
-        session.tokenizer.decode = lambda latents: (
-            asked.append(latents.shape[1]),
-            decode(latents),
-        )[1]
+        whole, decode = session.tokenizer.decode(clean), session.tokenizer.decode
+        asked.clear()
+
+        def counted(latents, decode=decode):
+            asked.append(latents.shape[1])
+            return decode(latents)
+
+        session.tokenizer.decode = counted
         torch.testing.assert_close(session.rollouts.decode(clean), whole[:, [0, 4]])
         assert asked == [2], "of three latent frames no more than the second is needed"
 

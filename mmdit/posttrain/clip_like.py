@@ -5,6 +5,7 @@ without executing anything.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -48,7 +49,7 @@ class Similarity(nn.Module):
         if weights is not None:
             with explain_errors(weights, "HPS state dict of OpenCLIP"):
                 state = from_open_clip(read_state(weights), self.clip.state_dict())
-                self.clip.load_state_dict(state, strict=True)
+                self.clip.load_state_dict(state)
         for name, value in self.clip.named_parameters():
             check_numbers(name, value.detach(), weights or folder)
         self.requires_grad_(False).eval()
@@ -69,11 +70,8 @@ class Similarity(nn.Module):
         ).pooler_output
         said = clip.text_projection(said)
         said = said[[unique.index(text) for text in texts]]
-        both = (
-            F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1))
-            * F.normalize(said, dim=-1)[:, None]
-        )
-        return both.sum(-1).mean(1)
+        seen = F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1))
+        return (seen * F.normalize(said, dim=-1)[:, None]).sum(-1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -130,52 +128,42 @@ def read_state(path: str) -> dict[str, Tensor]:
     return dict(Checkpoint(path).tensors())
 
 
-def from_open_clip(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP names to those of transformers. ValueError lists what is left over."""
-    result, towers = {}, (("visual.", "vision_model."), ("", "text_model."))
-    whole = {
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "logit_scale": "logit_scale",
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    }
-    ends = {
-        "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm",
-        "ln_final": "text_model.final_layer_norm",
-    }
-    inner = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }
-    projections = {
-        "visual.proj": "visual_projection.weight",
-        "text_projection": "text_projection.weight",
-    }
+# parts of names in OpenCLIP, and what they are in transformers
+OPEN_CLIP = (
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"^(token|positional|transformer|ln_final)", r"text_model.\1"),
+    (r"conv1\.", "embeddings.patch_embedding."),
+    (r"(class|token)_embedding", r"embeddings.\1_embedding"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_pre", "pre_layrnorm"),
+    (r"ln_post", "post_layernorm"),
+    (r"ln_final", "final_layer_norm"),
+    (r"transformer\.resblocks", "encoder.layers"),
+    (r"ln_(\d)", r"layer_norm\1"),
+    (r"mlp\.c_fc", "mlp.fc1"),
+    (r"mlp\.c_proj", "mlp.fc2"),
+    (r"\.attn\.", ".self_attn."),
+)
+
+
+def from_open_clip(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return OpenCLIP weights under the names of transformers, which `expected` has. ValueError
+    names a tensor that no OpenCLIP model has."""
+    result = {name: value for name, value in expected.items() if name.endswith("position_ids")}
     for name, value in state.items():
-        stem, _, kind = name.rpartition(".")
-        if name in whole:
-            result[whole[name]] = value
-        elif name in projections:
-            result[projections[name]] = value.T
-        elif stem in ends:
-            result[f"{ends[stem]}.{kind}"] = value
-        elif "transformer.resblocks." in name:
-            old, new = next(pair for pair in towers if name.startswith(pair[0] + "transformer"))
-            number, _, rest = name.removeprefix(f"{old}transformer.resblocks.").partition(".")
-            layer = f"{new}encoder.layers.{number}."
-            if rest.startswith("attn.in_proj_"):
-                for letter, part in zip("qkv", value.chunk(3)):
-                    result[
-                        f"{layer}self_attn.{letter}_proj.{rest.removeprefix('attn.in_proj_')}"
-                    ] = part
-            else:
-                result[f"{layer}{inner[rest.rpartition('.')[0]]}.{kind}"] = value
-        elif name != "attn_mask":
-            raise ValueError(f"the HPS file holds {name!r}, which no OpenCLIP model has")
-    return result | {name: value for name, value in own.items() if name.endswith("position_ids")}
+        new = name
+        for pattern, replacement in OPEN_CLIP:
+            new = re.sub(pattern, replacement, new)
+        if "projection" in new:
+            value = value.T
+        parts = {new: value}
+        if "in_proj_" in new:  # one matrix of queries, keys and values
+            names = [new.replace("in_proj_", f"{letter}_proj.") for letter in "qkv"]
+            parts = dict(zip(names, value.chunk(3)))
+        if name != "attn_mask":
+            if not parts.keys() <= expected.keys():
+                raise ValueError(f"the HPS file holds {name!r}, which no OpenCLIP model has")
+            result |= parts
+    return result

@@ -17,15 +17,18 @@ from mmdit.posttrain.rewards import Reward, Samples
 
 @dataclass(frozen=True)
 class FeatureSimilarity(Reward):
-    """Cosine of a sample's features with those of the pictures in `reference`, the mean over its
-    frames: with their mean direction, or with the nearest one. `model`: an architecture of timm;
-    `weights`: its .safetensors file."""
+    """Cosine of a sample's features with those of a folder of pictures, as a mean over frames."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    # Chooses this reward.
     type: Literal["features"] = "features"
+    # The name of a timm model.
     model: str = ""
+    # The .safetensors file of its weights.
     weights: FilePath = FilePath("")
+    # A folder of pictures.
     reference: FilePath = FilePath("")
+    # Compare with the mean direction of the folder's features, or with the nearest picture.
     compare: Literal["mean", "nearest"] = "mean"
 
     def __post_init__(self):

@@ -98,14 +98,14 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
     text, (low, high) = session.text[rollout.prompts.to(session.device)], config.ratio.clip
     velocity, reference = policy.velocity(text), policy.velocity(text, policy.reference)
     ratio_of = dynamics.guard_log_ratio if config.algorithm == "guard" else dynamics.log_ratio
-    noisy = trajectory.storage.extras["mean"]
+    noisy = trajectory.storage.trained
     for index in noisy:
         t, x, y = session.times[index], trajectory.get(index), trajectory.get(index + 1)
         step = dynamics.step(
             config.rollout.dynamics, config.rollout.noise_level, session.times, index
         )
         v = velocity(x, t)
-        mean, old = step.mean(x, v), trajectory.value("mean", index)
+        mean, old = step.mean(x, v), trajectory.means[index]
         log_ratio = ratio_of(y, old, mean, step.std, config.ratio.norm)
         loss = losses.clipped(log_ratio, advantage, low, high).mean()
         off = log_ratio.detach().expm1()

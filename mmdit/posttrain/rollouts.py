@@ -53,7 +53,7 @@ class Rollouts:
         """Return what is kept of a rollout whose steps `noisy` are trained."""
         storage, steps = self.config.storage, self.config.rollout.steps
         dtype = torch.bfloat16 if storage.dtype == "bf16" else torch.float32
-        return Storage.for_steps(noisy, steps, ("mean",), dtype, storage.positions == "all")
+        return Storage(steps, noisy, dtype, everything=storage.positions == "all")
 
     @torch.no_grad()
     def sample(
@@ -68,13 +68,13 @@ class Rollouts:
         ODE. Each state is rounded as it is stored before anything is computed from it; means of
         noisy steps are kept as `mean`. `first` keys the noise at t = 1, if not `draws`."""
         rollout, times, shape = self.config.rollout, self.setup.times, self.setup.shape
-        trajectory = Trajectory(storage or Storage.for_steps((), rollout.steps))
+        trajectory = Trajectory(storage or Storage(rollout.steps))
         x = trajectory.put(0, (first or draws).normal("rollout", *shape))
         for index, t in enumerate(times[:-1]):
             method = rollout.dynamics if index in noisy else "ode"
             step = dynamics.step(method, rollout.noise_level, times, index)
             mean = step.mean(x, velocity(x, t))
-            trajectory.put_value("mean", index, mean)
+            trajectory.put_mean(index, mean)
             if index in noisy:
                 mean = mean + step.std * draws.normal(f"sde {index}", *shape)
             x = trajectory.put(index + 1, mean)
@@ -100,7 +100,7 @@ class Rollouts:
             trajectory = self.sample(velocity, draws, noisy, storage, first)
             asked = setup.prompts.at(places.tolist())
             groups = torch.tensor([group_id(caption) for caption in asked.captions])
-            clean = trajectory.get(-1)
+            clean = trajectory.clean
             samples = Samples(
                 captions=asked.captions,
                 latents=clean,

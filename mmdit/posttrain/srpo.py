@@ -95,7 +95,7 @@ def beginnings(
         raw = torch.stack([cache.load(i, 0, session.shape[0]) for i in rows.tolist()])
         return text, captions, session.learner.spec.normalize(raw.to(session.device))
     text = session.text[rows.to(session.device)]
-    clean = session.rollouts.sample(session.policy.velocity(text), draws).get(-1)
+    clean = session.rollouts.sample(session.policy.velocity(text), draws).clean
     return text, session.prompts.at(rows.tolist()).captions, clean
 
 

@@ -28,7 +28,7 @@ class StopRules:
         text = setup.text[torch.arange(min(PROBES, len(setup.prompts)), device=setup.device)]
         draws = Draws.of(setup.seed, -1, len(text), setup.device)
         velocity = self.policy.velocity(text, self.policy.reference)
-        clean = self.rollouts.sample(velocity, draws).get(-1)
+        clean = self.rollouts.sample(velocity, draws).clean
         noise = draws.normal("probe", *setup.shape)
         for t in PROBE_LEVELS:
             if not setup.pair or setup.pair.owns(t):

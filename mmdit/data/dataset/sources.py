@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.frames import list_frames
 from mmdit.data.dataset.pictures import SUFFIXES
-from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id
+from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id, holds_half_a_pair
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import open_regular, remove, replace_folder, write_atomically
@@ -32,17 +33,15 @@ OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 
 @dataclass
 class FolderReport:
-    """What a folder holds."""
+    """Hold what a folder of media was found to hold."""
 
     images: int = 0
     videos: int = 0
     without_caption: int = 0  # no text file, or an empty one
-    problems: list[str] = field(
-        default_factory=list
-    )  # "path: why it is not used, or used without its caption"
-    other_files: Counter = field(
-        default_factory=Counter
-    )  # suffix → how many are neither media nor captions
+    # "path: why it is not used, or used without its caption"
+    problems: list[str] = field(default_factory=list)
+    # suffix → how many are neither media nor captions
+    other_files: Counter = field(default_factory=Counter)
     orphans: list[str] = field(default_factory=list)  # text files of no picture or clip
     written: list[Path] = field(default_factory=list)
 
@@ -52,11 +51,9 @@ class FolderReport:
             " without a caption (trained as unconditional)"
         ]
         if self.other_files:
-            kinds = ", ".join(
-                f"{count} {suffix or 'without suffix'}"
-                for suffix, count in self.other_files.most_common(8)
-            )
-            lines.append(f"other files, not used: {kinds}")
+            counts = self.other_files.most_common(8)
+            names = [f"{count} {suffix or 'without suffix'}" for suffix, count in counts]
+            lines.append(f"other files, not used: {', '.join(names)}")
             foreign = sorted(OTHER_PICTURES & self.other_files.keys())
             if foreign:
                 formats = ", ".join(foreign)
@@ -74,13 +71,14 @@ class FolderReport:
                 f" {self.orphans[0]}"
             )
         lines += [f"  {problem}" for problem in self.problems[:20]]
-        lines += [f"  … and {len(self.problems) - 20} more"] if len(self.problems) > 20 else []
-        return "\n".join(lines + [f"wrote {path}" for path in self.written])
+        if len(self.problems) > 20:
+            lines.append(f"  … and {len(self.problems) - 20} more")
+        return "\n".join([*lines, *(f"wrote {path}" for path in self.written)])
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Every file below `folder`, relative, in a fixed order; hidden ones are left out, links are
-    followed but never twice into one folder (a link to a parent ends there)."""
+    """Yield every file below `folder`, relative, in a fixed order. Hidden ones are left out; links
+    are followed, but never twice into one folder (a link to a parent ends there)."""
     seen = {os.path.realpath(folder)}
 
     def walk(inner: str) -> Iterator[str]:
@@ -100,89 +98,73 @@ def files_below(folder: str | Path) -> Iterator[str]:
 
 
 def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """An id of its own for every relative path: `pets/cat.jpg` → `pets_cat`. `known`: ids that
-    files have got before; they keep them, whatever appears beside them. Where several new files
-    want one id, the first by name gets it, and the others, as those that would be no file name, get
-    a hash of their path: the order in which files are listed changes nothing.
-    """
-    files, ids = list(files), {}
-    taken = set()
+    """Return an id for every relative path, different from all others: `pets/cat.jpg` → `pets_cat`.
+
+    `known`: ids that files have got before; they keep them, whatever appears beside them. Where
+    several new files want one id, the first by name gets it; the others, and those whose id would
+    be no file name, get a hash of their path. The order of `files` changes nothing."""
+    files, file_of = list(files), {}
     for file in sorted(files):
-        id = (known or {}).get(file)
-        if id is not None and id not in taken:
-            ids[file] = id
-            taken.add(id)
-    for file in sorted(set(files) - ids.keys()):
+        if known and file in known:
+            file_of.setdefault(known[file], file)
+    for file in sorted(set(files) - set(file_of.values())):
         id = os.path.splitext(file)[0].replace(os.sep, "_")
         try:
             check_id(id)
         except ValueError:
             id = _hashed(id, file)
-        ids[file] = _hashed(id, file) if id in taken else id
-        taken.add(ids[file])
+        file_of[_hashed(id, file) if id in file_of else id] = file
+    ids = {file: id for id, file in file_of.items()}
     return {file: ids[file] for file in files}
 
 
 def _hashed(id: str, file: str) -> str:
-    clean = "".join(
-        "_" if ord(letter) < 32 or letter in "\x7f\\" else letter for letter in id
-    ).lstrip(".")
+    clean = re.sub(r"[\x00-\x1f\x7f\\]", "_", id).lstrip(".")
     short = clean.encode()[: MAX_ID_BYTES - 13].decode(errors="ignore")
     return f"{short}-{hashlib.sha256(file.encode()).hexdigest()[:12]}"
 
 
 def known_ids(paths: Iterable[Path]) -> dict[str, str]:
-    """Path → id, as the lines of these files have them, which an earlier run wrote; what cannot be
-    read is no line."""
+    """Return path → id, as the lines have them of files that an earlier run wrote. What cannot be
+    read is left out."""
+    keys = [key for keys in PATH_KEYS.values() for key in keys]
     known = {}
     for path in filter(Path.is_file, paths):
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-                source = next(row[key] for keys in PATH_KEYS.values() for key in keys if key in row)
+                source = next(row[key] for key in keys if key in row)
                 known[source] = check_id(row["id"])
             except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
                 continue
     return known
 
 
-@dataclass
-class _Texts:
-    """The text files of a folder, found for a picture or clip by its name: `cat.txt`, else
+def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
+    """Return picture or clip → its text file, by the name: of `cat.jpg` it is `cat.txt`, else
     `cat.TXT`, else `cat.jpg.txt`."""
-
-    files: dict[str, list[str]] = field(default_factory=dict)  # name without .txt → files
-    used: set[str] = field(default_factory=set)
-
-    def add(self, file: str) -> None:
-        self.files.setdefault(os.path.splitext(file)[0], []).append(file)
-
-    def of(self, media: str) -> str | None:
-        for name in (os.path.splitext(media)[0], media):
-            found = sorted(
-                self.files.get(name, ()), key=lambda file: (not file.endswith(".txt"), file)
-            )
-            if found:
-                self.used.add(found[0])
-                return found[0]
-        return None
-
-    def orphans(self) -> list[str]:
-        return sorted(
-            file for files in self.files.values() for file in files if file not in self.used
-        )
+    by_name: dict[str, str] = {}
+    for text in sorted(texts, key=lambda text: (not text.endswith(".txt"), text)):
+        by_name.setdefault(os.path.splitext(text)[0], text)
+    text_of = {}
+    for file in media:
+        text = by_name.get(os.path.splitext(file)[0]) or by_name.get(file)
+        if text:
+            text_of[file] = text
+    return text_of
 
 
 def read_captions(path: Path, per_line: bool) -> list[str]:
-    """The captions in a text file: all of it as one, or one a line. ValueError if it is not UTF-8;
-    FileNotFoundError."""
+    """Return the captions in a text file: all of it as one, or one a line. ValueError: it is not
+    UTF-8; FileNotFoundError."""
     try:
         with open_regular(path) as file:
             text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8 text") from None
-    captions = [" ".join(line.split()) for line in (text.splitlines() if per_line else [text])]
-    return list(dict.fromkeys(caption for caption in captions if caption))
+    lines = text.splitlines() if per_line else [text]
+    captions = dict.fromkeys(" ".join(line.split()) for line in lines)
+    return [caption for caption in captions if caption]
 
 
 def prepare_folder(
@@ -196,30 +178,33 @@ def prepare_folder(
     folder, out_dir = Path(folder), Path(out_dir or folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    report, media, texts = FolderReport(), {}, _Texts()
+    report, media, texts = FolderReport(), [], []
     for file in tqdm(files_below(folder), desc=f"looking through {folder}", unit="file", delay=2):
         suffix = os.path.splitext(file)[1].lower()
         if suffix == ".txt":
-            texts.add(file)
+            texts.append(file)
         elif suffix not in SUFFIXES | VIDEO_SUFFIXES:
-            report.other_files[suffix] += suffix != ".jsonl"
-        elif any(0xD800 <= ord(letter) < 0xE000 for letter in file):
+            if suffix != ".jsonl":
+                report.other_files[suffix] += 1
+        elif holds_half_a_pair(file):
             report.problems.append(f"{file!r}: not used, its name is not UTF-8; rename it")
         else:
-            media[file] = suffix in VIDEO_SUFFIXES
-    report.other_files = +report.other_files
+            media.append(file)
     lines: dict[str, list[str]] = {"images": [], "videos": []}
     places = {file: Path(os.path.relpath(folder / file, out_dir)).as_posix() for file in media}
     known = known_ids(out_dir / f"{split}_{name}.jsonl" for name in lines)
     ids = ids_for(media, {file: known[place] for file, place in places.items() if place in known})
-    for file, is_video in media.items():
+    text_of = _texts_of(media, texts)
+    for file in media:
+        is_video = os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES
         captions: list[str] = []
-        text = texts.of(file)
+        text = text_of.get(file)
         try:
             captions = read_captions(folder / text, per_line) if text else []
         except (OSError, ValueError) as error:
             report.problems.append(f"{file}: used without its caption, {error}")
-        report.without_caption += not captions
+        if not captions:
+            report.without_caption += 1
         row: dict[str, str | list[str]] = {
             "id": ids[file],
             "video_path" if is_video else "image_path": places[file],
@@ -227,7 +212,7 @@ def prepare_folder(
         }
         row |= {"captions": captions} if len(captions) > 1 else {}
         lines["videos" if is_video else "images"].append(json.dumps(row, ensure_ascii=False) + "\n")
-    report.orphans = texts.orphans()
+    report.orphans = sorted(set(texts) - set(text_of.values()))
     report.images, report.videos = len(lines["images"]), len(lines["videos"])
     if not media:
         looked = " ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
@@ -242,36 +227,39 @@ def prepare_folder(
 
 
 def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png") -> int:
-    """Frames of a video file as pictures in `folder`, `fps` a second; returns how many there are.
-    The folder appears when it is whole; one that is there is left as it is, perhaps cleaned by
+    """Write the frames of a video file as pictures into `folder`, `fps` a second; return how many
+    there are.
+
+    The folder appears when it is whole. One that is there is left as it is, perhaps cleaned by
     hand, unless the video or `suffix` is another than it was made from. ValueError or OSError: the
     file cannot be used."""
     note = folder.with_name(f".{folder.name}.json")
+
+    def write_note(stamp: dict[str, str]) -> None:
+        write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))
+
     if folder.is_dir():
-        made_from = _note(note)  # of an older version: nothing
+        made_from = _read_note(note)  # of an older version: nothing
         state, stamp = compare_stamp(record.path, made_from.get("stamp"), fps)
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
             if state in ("renewed", "changed"):
-                write_atomically(
-                    note,
-                    json.dumps({"stamp": stamp or stamp_of(record.path, fps), "format": suffix}),
-                )
+                write_note(stamp or stamp_of(record.path, fps))
             return len(list_frames(folder))
     number, stamp = 0, stamp_of(record.path, fps)
     options: dict[str, Any] = {"quality": 95} if suffix == "jpg" else {}
-    with replace_folder(folder) as aside:
+    with replace_folder(folder) as unfinished:
         for number, image in enumerate(read_video(record.path, fps), 1):
-            image.save(aside / f"{number - 1:06d}.{suffix}", **options)
+            image.save(unfinished / f"{number - 1:06d}.{suffix}", **options)
         remove(folder)  # frames of another video
-    write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))
+    write_note(stamp)
     return number
 
 
-def _note(path: Path) -> dict:
+def _read_note(path: Path) -> dict:
     """Return what a folder of frames was made from."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return note if isinstance(note, dict) else {}

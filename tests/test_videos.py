@@ -320,8 +320,6 @@ def test_animations_show_what_lies_under_them_as_white_and_a_still_is_one_frame(
     ]
     whole = (tmp_path / "a.webp").read_bytes()
     (tmp_path / "a.webp").write_bytes(whole[: len(whole) - 40])
-    assert looked(tmp_path / "a.webp", "video")["reason"].startswith(
-        ("damaged picture", "no picture")
-    )
+    assert looked(tmp_path / "a.webp", "video").reason.startswith(("damaged picture", "no picture"))
     os.remove(tmp_path / "a.webp")
-    assert looked(tmp_path / "a.webp", "video")["reason"] == "file not found"
+    assert looked(tmp_path / "a.webp", "video").reason == "file not found"

@@ -9,6 +9,7 @@ unpacked. Floating-point pictures are refused: they state no range."""
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -27,19 +28,8 @@ from mmdit.files import open_regular
 # the version of what is done here and in `videos`: raised when pixels change, noted in manifests
 DECODING = 2
 BACKGROUND = (255, 255, 255)  # under transparent pixels
-SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jp2",
-    ".avif",
-}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SUFFIXES |= {".jp2", ".avif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
 MAX_PIXELS = 1 << 27  # a phone's picture of 108 million is below it
 HEAD = 4096  # bytes that tell what a file is
@@ -100,20 +90,17 @@ def _open(file: BinaryIO, head: bytes) -> Image.Image:
     if image.format == "PNG":
         image.info.pop("icc_profile", None)
         key = image.info.get("transparency")
-        if (
-            image.mode == "RGB" and isinstance(key, tuple) and head[24] == 16
-        ):  # pixels keep their upper 8 bits
+        # pixels keep their upper 8 bits
+        if image.mode == "RGB" and isinstance(key, tuple) and head[24] == 16:
             image.info["transparency"] = tuple(value >> 8 for value in key)
-    if (
-        image.format == "AVIF"
-        and not image.info.get("icc_profile")
-        and (place := head.find(b"colrnclx")) > 0
-    ):
-        coding = coding_of(
-            *(int.from_bytes(head[place + i : place + i + 2], "big") for i in (8, 10))
-        )
-    image.info |= {"icc_profile": profile} if profile is not None else {}
-    image.info |= {"coding": coding} if coding else {}
+    place = head.find(b"colrnclx")
+    has_code_points = image.format == "AVIF" and 0 < place <= len(head) - 12
+    if has_code_points and not image.info.get("icc_profile"):
+        coding = coding_of(*struct.unpack_from(">HH", head, place + 8))
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    if coding:
+        image.info["coding"] = coding
     return image
 
 
@@ -191,9 +178,10 @@ def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | Non
         return None, None
     gamma = int.from_bytes(chunks[b"gAMA"], "big") / 100_000
     numbers = np.frombuffer(chunks.get(b"cHRM", b"")[:32], ">u4") / 100_000
-    white, *corners = numbers.reshape(-1, 2).tolist() if len(numbers) == 8 else [None]
-    sound = white is not None and min(y for _, y in (white, *corners)) > 0.01
-    coding = Coding(tuple(map(tuple, (*corners, white))), "srgb") if sound else Coding()
+    coding = Coding()
+    if len(numbers) == 8 and numbers[1::2].min() > 0.01:
+        white, *corners = map(tuple, numbers.reshape(-1, 2).tolist())
+        coding = Coding((*corners, white))
     if np.abs(np.subtract(coding.gamut, Coding().gamut)).max() < 0.005:
         coding = Coding()
     if 0.1 <= gamma <= 5 and abs(gamma * 2.2 - 1) > 0.05:  # else sRGB's own curve is meant
@@ -206,11 +194,9 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
     """Return the picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]`
     says so); `info["notes"]` are keys of `colours.NOTES`. Errors as of `open_picture`."""
     with open_picture(source) as image:
-        animated = image.format not in ("MPO", "TIFF") and getattr(
-            image, "is_animated", False
-        )  # those hold other pictures
         shown = as_shown(image)
-        shown.info["animated"] = animated
+        several = getattr(image, "is_animated", False)
+        shown.info["animated"] = several and image.format not in ("MPO", "TIFF")  # other pictures
         return shown
 
 
@@ -282,12 +268,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     width, height = image.size
     grey = np.empty((height, width, 2), np.uint8)
     rows = max(1, PART // width)
-    for first in range(
-        0, height, rows
-    ):  # in parts: wider numbers of all of it would take gigabytes
-        part = np.asarray(image.crop((0, first, width, min(first + rows, height)))).astype(
-            np.uint32
-        )
+    # in parts: wider numbers of all of it would take gigabytes
+    for first in range(0, height, rows):
+        part = image.crop((0, first, width, min(first + rows, height)))
+        part = np.asarray(part).astype(np.uint32)
         grey[first : first + rows, :, 0] = (part * 255 + top // 2) // top
         grey[first : first + rows, :, 1] = 255 if key is None else np.where(part == key, 0, 255)
     if inverted:
@@ -296,7 +280,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 # ── what a file is, if it is none of these ────────────────────────────────────────────────────────
-KINDS = (  # where in the file, what is there, what it is
+FILE_TYPES = (  # where in the file, what is there, what it is
     (4, (b"ftyphe", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
     (4, (b"ftypavif", b"ftypavis"), "an AVIF picture, damaged or too new for this Pillow (≥ 11.3)"),
     (4, (b"ftypcrx ",), "a camera's raw file"),
@@ -332,8 +316,8 @@ def what_it_is(head: bytes) -> str:
         return "it is a web page, which a failed download leaves; get the file again"
     if text.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS; get the file itself with git lfs pull"
-    for place, starts, kind in KINDS:
+    for place, starts, name in FILE_TYPES:
         if head[place:].startswith(starts):
-            remedy = "" if "(" in kind else "; convert it to JPEG or PNG"
-            return f"it is {kind}{remedy}"
+            remedy = "" if "(" in name else "; convert it to JPEG or PNG"
+            return f"it is {name}{remedy}"
     return f"cannot identify it, it begins with {head[:8]!r}; convert it to JPEG or PNG"

@@ -51,8 +51,8 @@ class Probe:
         return (len(self.stamps) - 1) / length if length else 0.0
 
     def plan(self, fps: float) -> list[int]:
-        """Numbers of the frames to take, for `fps` a second. ValueError where frames would have to
-        be repeated throughout."""
+        """Return the numbers of the frames to take for `fps` a second. ValueError: frames would
+        have to be repeated throughout."""
         times = (np.array(self.stamps, np.float64) - self.stamps[0]) * self.tick
         gaps = np.diff(times)
         if len(times) == 1:
@@ -125,28 +125,25 @@ def probe(path: str | Path) -> Probe:
         _check_size(width, height)
         return Probe(width, height, tuple(times), 0.001, 0.0)
     with _opened(path) as (container, stream):
-        packets = [
-            packet.pts
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
-        ]
-        packets = [stamp for stamp in packets if stamp is not None]
-        if not packets:
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        shown = {packet.pts for packet in packets if not packet.is_discard} - {None}
+        if not shown:
             raise Unusable("video without frames")
         tick = float(stream.time_base)
-        alone = (
-            (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
-        )  # else perhaps the sound's length
-        stated = float(stream.duration * stream.time_base) if stream.duration else alone
+        stated = 0.0
+        if stream.duration:
+            stated = float(stream.duration * stream.time_base)
+        elif container.duration and len(container.streams) == 1:  # else perhaps the sound's length
+            stated = container.duration / 1e6
         width, height = stream.codec_context.width, stream.codec_context.height
         width = _square(width, height, stream)
-    found = Probe(width, height, tuple(sorted(set(packets))), tick, stated)
-    length = (found.stamps[-1] - found.stamps[0]) * tick
+    stamps = tuple(sorted(shown))
+    length = (stamps[-1] - stamps[0]) * tick
     if stated > 1 and length < 0.8 * stated - 0.5:
         raise Unusable(
             "truncated", f"the video ends at {length:.2f} s, the file states {stated:.2f} s"
         )
-    return found
+    return Probe(width, height, stamps, tick, stated)
 
 
 def _square(width: int, height: int, stream) -> int:
@@ -164,12 +161,12 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
     """Yield RGB frames at `fps` a second, one at a time, as a player shows them: turned and
     mirrored as the file says, with square pixels; `info["notes"]` as of `load_image`. ValueError
     says what is wrong with the file; OSError if it is missing."""
-    found = probe(path)
-    numbers = found.plan(fps)
+    content = probe(path)
+    numbers = content.plan(fps)
     if is_picture(path):
         yield from animation_frames(path, numbers)
         return
-    wanted = [found.stamps[number] for number in numbers]
+    wanted = [content.stamps[number] for number in numbers]
     place, matrix = 0, None
     with _opened(path) as (container, stream):
         stream.codec_context.thread_count = 1  # the workers are the parallelism
@@ -179,7 +176,7 @@ def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
             if frame.pts is None or frame.pts < wanted[place]:
                 continue
             if frame.is_corrupt or frame.pts != wanted[place]:
-                seconds = (wanted[place] - wanted[0]) * found.tick
+                seconds = (wanted[place] - wanted[0]) * content.tick
                 raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
             matrix = matrix or _matrix(frame)
             image = _shown(frame, stream, matrix)

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ KILLED = "the process that read it was killed (out of memory?)"
 
 
 class WorkerDied(ValueError):
-    """A worker process was killed. `numbers`: of the keys that it may have been at."""
+    """Raised where a worker process was killed. `numbers`: of the keys that it may have been at."""
 
     def __init__(self, numbers: set[int]):
         super().__init__(
@@ -38,13 +39,13 @@ class WorkerDied(ValueError):
 
 @dataclasses.dataclass
 class _Parcel:
-    """A result that shared memory had no room for."""
+    """Hold a result that shared memory had no room for."""
 
     content: bytes
 
 
 class _Job(Dataset):
-    """`dataset` in a worker: notes in `doing` which process is at which key, and makes results
+    """Wrap a dataset in a worker: note in `doing` which process is at which key, and make results
     ready to be sent."""
 
     def __init__(self, dataset: Dataset, doing: Any):
@@ -74,12 +75,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-    elif dataclasses.is_dataclass(value):
-        yield from _tensors(list(vars(value).values()) if hasattr(value, "__dict__") else [])
+    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
 
 
 class _Numbered(Sampler):
-    """Keys with their numbers, perhaps without an end."""
+    """Yield keys with their numbers, perhaps without an end."""
 
     def __init__(self, keys: Iterable):
         self.keys = keys
@@ -93,16 +94,11 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _begin(_worker: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent stops the workers; they need not print about it
-    with (
-        contextlib.suppress(OSError),
-        open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file,
-    ):
-        file.write(
-            "500"
-        )  # where memory ends, a worker is killed, not the process that can tell of it
+    # the parent stops the workers; they need not print about it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # where memory ends, a worker is killed, not the process that can tell of it
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="utf-8")
 
 
 def results(
@@ -128,7 +124,7 @@ def results(
     )
     with _without_interruption():
         made = iter(loader)
-    told = False
+    reported = False
     while True:
         try:
             result = next(made)
@@ -137,7 +133,7 @@ def results(
         except (RuntimeError, OSError, EOFError) as error:
             raise _explained(error, doing) from None
         if isinstance(result, _Parcel):
-            if not told:
+            if not reported:
                 size = shutil.disk_usage("/dev/shm").total >> 20 if os.path.isdir("/dev/shm") else 0
                 tqdm.write(
                     f"shared memory (/dev/shm, {size} MB) is full: data goes through pipes, which"
@@ -145,7 +141,7 @@ def results(
                     " --num_workers",
                     file=sys.stderr,
                 )
-            told, result = True, pickle.loads(result.content)
+            reported, result = True, pickle.loads(result.content)
         yield result
 
 
@@ -167,9 +163,8 @@ def _explained(error: Exception, doing: Any) -> Exception:
             "too many files are open for so many processes: raise the limit (ulimit -n 4096), or"
             " take fewer num_workers"
         )
-    unsent = isinstance(
-        error, ConnectionError | EOFError | FileNotFoundError
-    )  # what is fetched from a process that is gone
+    # what is fetched from a process that is gone
+    unsent = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     if "in DataLoader worker process" in text or not (unsent or "DataLoader worker (pid" in text):
         return error  # of the work itself
     alive = {process.pid for process in multiprocessing.active_children()}

@@ -2,6 +2,9 @@
 2103.00020; weights of OpenCLIP with XLM-RoBERTa), from the official .pth or a Diffusers
 `image_encoder/`. Wan reads the states before its last block.
 
+The network is written down here, in 70 lines, though transformers has one: the parameters of that
+have other names in version 4 than in version 5, and the official file has others again.
+
 Axes: b picture · l place (the class token first) · h head · d width.
 """
 
@@ -22,10 +25,8 @@ from mmdit.nn.attention import attend
 from mmdit.pixels import CLIP, Standard
 from mmdit.weights import Checkpoint, Entry, fill
 
-PLACES = (
-    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-    "image_encoder",
-)  # in official and Diffusers releases
+# in official and Diffusers releases
+PLACES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder")
 HEAD_DIM = 80  # of ViT-H/14; a config.json may say otherwise
 NAMES = {  # transformers → ours (official but for q, k and v, which are one matrix there)
     "embeddings.class_embedding": "cls_embedding",
@@ -40,6 +41,10 @@ NAMES = {  # transformers → ours (official but for q, k and v, which are one m
     "_proj": "",
     "encoder.layers": "transformer",
 }
+
+
+# what a file holds besides: the text tower, and what follows the states that Wan reads
+BEYOND = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embeddings.")
 
 
 @dataclass(frozen=True)
@@ -95,15 +100,15 @@ class ClipVision(nn.Module):
         self.transformer = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """As the official code the picture is squeezed to a square, whatever its aspect, without
-        antialiasing."""
+        """Squeeze the picture to a square, whatever its aspect, without antialiasing, as the
+        official code does, and return its states."""
         side = round((self.sizes.places - 1) ** 0.5) * self.sizes.patch
         small = F.interpolate(pixels.float(), (side, side), mode="bicubic", align_corners=False)
         standard = Standard(CLIP, pixels.device).to_standard(small)
         return self.states(standard.to(self.pos_embedding.dtype))
 
     def states(self, x: Tensor) -> Tensor:
-        """Of normalised pictures `(b, 3, side, side)`."""
+        """Return the states of normalised pictures `(b, 3, side, side)`."""
         x = rearrange(self.patch_embedding(x), "b d row column -> b (row column) d")
         x = torch.cat([self.cls_embedding.expand(len(x), 1, -1), x], 1) + self.pos_embedding
         x = self.pre_norm(x)
@@ -121,31 +126,28 @@ class _Split:
         self.stored = stored
         self.entries: dict[str, Entry] = {}
         for name, entry in stored.entries.items():
-            for part in self._names(name):
-                rows, *rest = entry.shape or (1,)
-                self.entries[part] = replace(
-                    entry, shape=(rows // 3, *rest) if part != name else self._bare(entry.shape)
-                )
+            shape = list(entry.shape)
+            parts = self._names(name)
+            if len(parts) == 3 and shape:
+                shape[0] //= 3
+            while len(parts) == 1 and shape[:1] == [1]:
+                del shape[0]
+            self.entries |= {part: replace(entry, shape=tuple(shape)) for part in parts}
 
     @staticmethod
     def _names(name: str) -> list[str]:
         return [name.replace("to_qkv", part) for part in "qkv"] if ".to_qkv." in name else [name]
 
-    @staticmethod
-    def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[next((axis for axis, length in enumerate(shape) if length != 1), 0) :]
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.stored.tensors():
             parts = self._names(name)
-            for part, piece in zip(
-                parts, tensor.chunk(3) if len(parts) == 3 else [tensor], strict=True
-            ):
+            pieces = tensor.chunk(3) if len(parts) == 3 else [tensor]
+            for part, piece in zip(parts, pieces, strict=True):
                 yield part, piece.reshape(self.entries[part].shape)
 
 
 def our_name(name: str) -> str:
-    """Of a parameter in either layout."""
+    """Return our name of a parameter in either layout."""
     name = name.removeprefix("model.").removeprefix("visual.").removeprefix("vision_model.")
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
@@ -155,9 +157,9 @@ def our_name(name: str) -> str:
 def load_clip_vision(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> ClipVision:
-    """From a release's folder, an `image_encoder/`, or a weight file. The text tower and what
-    follows the states are left out. ValueError, in one sentence: it is not there, cannot be read,
-    or is no such encoder."""
+    """Load the encoder of a release's folder, an `image_encoder/`, or a weight file. The text tower
+    and what follows the states are left out. ValueError, in one sentence: it is not there, cannot
+    be read, or is no such encoder."""
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).exists()), path)
     stored = _Split(Checkpoint(place))
@@ -165,68 +167,42 @@ def load_clip_vision(
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
     try:
         places, dim = shapes["pos_embedding"]
-        found = {
-            int(match[1]) for name in shapes if (match := re.match(r"transformer\.(\d+)\.", name))
-        }
-        blocks = count_blocks(found, len(shapes), place)
+        matches = (re.match(r"transformer\.(\d+)\.", name) for name in shapes)
+        blocks = count_blocks({int(match[1]) for match in matches if match}, len(shapes), place)
         sizes = ClipVisionSizes(
             dim,
-            shapes["transformer.0.mlp.0.weight"][0],
-            blocks - 1,
-            max(1, dim // HEAD_DIM),
-            shapes["patch_embedding.weight"][-1],
-            places,
+            hidden=shapes["transformer.0.mlp.0.weight"][0],
+            blocks=blocks - 1,
+            heads=max(1, dim // HEAD_DIM),
+            patch=shapes["patch_embedding.weight"][-1],
+            places=places,
         )
     except (KeyError, ValueError) as error:
-        known = (
-            f", and it holds neither {' nor '.join(PLACES)}"
-            if place == path and path.is_dir()
-            else ""
-        )
-        reason = f"{error} is missing among its {len(shapes)} tensors{known}"
+        reason = f"{error} is missing among its {len(shapes)} tensors"
+        if place == path and path.is_dir():
+            reason += f", and it holds neither {' nor '.join(PLACES)}"
         raise ValueError(f"{place} is no CLIP picture encoder: {reason}") from None
     if place.is_dir() and (place / "config.json").is_file():
-        sizes = _told(place / "config.json", sizes)
+        sizes = _with_config(place / "config.json", sizes)
     with torch.device("meta"):
         model = ClipVision(sizes)
-    own = {name for name, _ in model.named_parameters()}
-    beyond = (
-        "textual.",
-        "log_scale",
-        "post_",
-        "head",
-        "visual_projection.",
-        "embeddings.",
-        f"transformer.{blocks - 1}.",
-    )
-    ignored = tuple(name for name in shapes if name not in own and name.startswith(beyond))
-    model = fill(
-        model,
-        stored,
-        names,
-        f"{place}, read as CLIP's picture encoder,",
-        device,
-        lambda _: dtype,
-        ignored,
-    )
+    wanted = {name for name, _ in model.named_parameters()}
+    beyond = (*BEYOND, f"transformer.{blocks - 1}.")
+    ignored = tuple(name for name in shapes if name not in wanted and name.startswith(beyond))
+    source = f"{place}, read as CLIP's picture encoder,"
+    model = fill(model, stored, names, source, device, lambda _: dtype, ignored)
     return model.requires_grad_(False)
 
 
-def _told(file: Path, sizes: ClipVisionSizes) -> ClipVisionSizes:
-    """`sizes` with what only a config.json of transformers knows. ValueError: it is of another
-    network."""
+def _with_config(file: Path, sizes: ClipVisionSizes) -> ClipVisionSizes:
+    """Return `sizes` with what only a config.json of transformers says. ValueError: it is of
+    another network."""
     config = read_json(file, "config of a CLIP picture encoder")
-    try:
-        heads, kind = (
-            config.get("num_attention_heads", sizes.heads),
-            config.get("hidden_act", "gelu"),
-        )
-        result = replace(sizes, heads=heads, eps=config.get("layer_norm_eps", sizes.eps))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no config of a CLIP picture encoder: {error!r}") from None
-    if kind != "gelu" or not isinstance(heads, int) or heads < 1 or sizes.dim % heads:
+    heads = config.get("num_attention_heads", sizes.heads)
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu" or not isinstance(heads, int) or heads < 1 or sizes.dim % heads:
         raise ValueError(
-            f"{file}: hidden_act is {kind!r} with {heads!r} heads; Wan's encoder has 'gelu', and"
-            f" its width of {sizes.dim} must split into the heads"
+            f"{file}: hidden_act is {activation!r} with {heads!r} heads; Wan's encoder has 'gelu',"
+            f" and its width of {sizes.dim} must split into the heads"
         )
-    return result
+    return replace(sizes, heads=heads, eps=config.get("layer_norm_eps", sizes.eps))

@@ -1,6 +1,6 @@
 """Embeddings of a frozen encoder in files, so that a caption is encoded once, not once a run.
 
-    <folder>/<key>/<hash of the caption>.safetensors        `embedding (T, dim)` in the encoder's precision
+    <folder>/<key>/<hash of the caption>.safetensors   `embedding (T, dim)`, the encoder's precision
 
 The file says whose caption it is, and its check sum; both are compared before it is used. The key
 is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder
@@ -23,7 +23,8 @@ from mmdit.weights import bytes_of, tensor_pieces
 
 
 def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
-    """Hexadecimal; reads every weight once."""
+    """Return a hexadecimal hash of all on which an embedding depends; every weight is read
+    once."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {settings}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = (
@@ -39,8 +40,8 @@ def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
 
 
 def files_key(files: list[Path], folder: Path, *settings: object) -> str:
-    """As `encoder_key`, from weight files that are not loaded. Hashing gigabytes takes seconds, so
-    `folder` remembers the hash of a file by its path, size and time."""
+    """Return a hash like `encoder_key`, of weight files that are not loaded. Hashing gigabytes
+    takes seconds, so `folder` remembers the hash of a file by its path, size and time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -74,33 +75,31 @@ class StoredEmbeddings:
         clean(self.folder, self.folder.parent)
 
     def _path(self, caption: str) -> Path:
-        return (
-            self.folder
-            / f"{hashlib.sha256(caption.encode(errors='surrogatepass')).hexdigest()}.safetensors"
-        )
+        name = hashlib.sha256(caption.encode(errors="surrogatepass")).hexdigest()
+        return self.folder / f"{name}.safetensors"
 
     def load(self, captions: list[str]) -> dict[str, Tensor]:
-        """Those of the captions that are there, whole; a damaged file, or one of another caption,
+        """Return the embeddings that are there, whole; a damaged file, or one of another caption,
         is as good as none and is written anew."""
-        found = {}
+        rows = {}
         for caption in captions:
             try:
                 with safe_open(self._path(caption), "pt") as file:
-                    told, row = file.metadata() or {}, file.get_tensor("embedding")
+                    metadata, row = file.metadata() or {}, file.get_tensor("embedding")
             except (OSError, SafetensorError, KeyError):
                 continue
             fits = row.ndim == 2 and row.shape[1] == self.dim
-            own = not told or told == _told(caption, row)  # earlier versions told nothing
-            if fits and own:
-                found[caption] = row
-        return found
+            # earlier versions wrote no metadata
+            if fits and metadata in ({}, _metadata(caption, row)):
+                rows[caption] = row
+        return rows
 
     def save(self, rows: dict[str, Tensor]) -> None:
         for caption, row in rows.items():
-            pieces = tensor_pieces({"embedding": row}, _told(caption, row))
+            pieces = tensor_pieces({"embedding": row}, _metadata(caption, row))
             write_atomically(self._path(caption), pieces)
 
 
-def _told(caption: str, row: Tensor) -> dict[str, str]:
+def _metadata(caption: str, row: Tensor) -> dict[str, str]:
     """Return what a file says of itself; the caption in letters that any JSON may hold."""
     return {"caption": json.dumps(caption), "crc32": str(zlib.crc32(bytes_of(row)))}

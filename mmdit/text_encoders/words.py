@@ -27,13 +27,12 @@ MEMORY = 1 << 16  # distinct words kept; a larger language costs time, not memor
 
 
 def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
-    """Text without spaces as (opening punctuation, words, closing punctuation): `("` · `red` · `,`.
-    Lower case; composed Unicode, so that é is one letter however it was typed. Punctuation inside a
-    word stays: `left-moving`, `don't`, `3.5`.
+    """Split text without spaces into (opening punctuation, words, closing punctuation): `("` ·
+    `red` · `,`. Lower case; composed Unicode, so that é is one letter however it was typed.
+    Punctuation inside a word stays: `left-moving`, `don't`, `3.5`.
     """
-    chunk = chunk.encode(
-        "utf-8", "replace"
-    ).decode()  # half of a surrogate pair, as broken JSON has, becomes "?"
+    # half of a surrogate pair, as broken JSON has, becomes "?"
+    chunk = chunk.encode("utf-8", "replace").decode()
     chunk = unicodedata.normalize("NFC", chunk.lower())
     first, last = 0, len(chunk)
     while first < last and unicodedata.category(chunk[first]).startswith("P"):
@@ -50,16 +49,15 @@ def check_length(max_length: int) -> None:
 
 
 def place_table(max_length: int, dim: int) -> Tensor:
-    """Sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest turning by
-    a radian in 100 words."""
-    return torch.cat(
-        rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE), dim=-1
-    ).float()
+    """Return sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest
+    turning by a radian in 100 words."""
+    tables = rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE)
+    return torch.cat(tables, dim=-1).float()
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A new tensor to `device` without waiting for the work queued there, which a copy from
-    pageable memory would do."""
+    """Copy a new tensor to `device` without waiting for the work queued there, as a copy from
+    pageable memory would."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -86,9 +84,9 @@ class WordRows:
         self.rows = self.describe([])
 
     def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """`rows (U, width)` of the distinct words in the order of the text, `index (B, T)` into
-        them, `valid (B, T)` bool, on `device`. T is the longest caption of the batch, at least 1;
-        `index` is 0 and U at least 1 where nothing is valid.
+        """Return `rows (U, width)` of the distinct words in the order of the text, `index (B, T)`
+        into them, `valid (B, T)` bool, on `device`. T is the longest caption of the batch, at least
+        1; `index` is 0 and U at least 1 where nothing is valid.
         """
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
@@ -100,26 +98,20 @@ class WordRows:
         lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
         flat = np.concatenate([*numbers, np.empty(0, np.int64)])
         first = np.full(len(self.numbers), -1)  # where each word stands first in this batch
-        first[flat[::-1]] = np.arange(len(flat))[
-            ::-1
-        ]  # of several numbers for one place the last is kept
+        # of several numbers for one place the last is kept
+        first[flat[::-1]] = np.arange(len(flat))[::-1]
         distinct = np.flatnonzero(first >= 0)
         distinct = distinct[first[distinct].argsort()]
         first[distinct] = np.arange(len(distinct))
         valid = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        index = np.zeros(
-            valid.shape, dtype=np.int64
-        )  # numpy: torch wakes all its threads for an indexed write
+        # numpy: torch wakes all its threads for an indexed write
+        index = np.zeros(valid.shape, dtype=np.int64)
         index[valid] = first[flat]
-        rows = (
-            self.rows[torch.from_numpy(distinct)]
-            if len(distinct)
-            else self.rows.new_zeros(1, self.rows.shape[1])
-        )
-        return tuple(
-            upload(part, device)
-            for part in (rows, torch.from_numpy(index), torch.from_numpy(valid))
-        )
+        rows = self.rows[torch.from_numpy(distinct)]
+        if not len(distinct):
+            rows = self.rows.new_zeros(1, self.rows.shape[1])
+        parts = (rows, torch.from_numpy(index), torch.from_numpy(valid))
+        return tuple(upload(part, device) for part in parts)
 
     def _read(self, captions: list[str]) -> None:
         pieces = [caption.split() for caption in captions]
@@ -130,10 +122,8 @@ class WordRows:
         ]
         if (longest := max(map(len, numbers))) > self.max_length:
             self._report(longest)
-        self.captions |= {
-            caption: np.array(own[: self.max_length], np.int64)
-            for caption, own in zip(captions, numbers)
-        }
+        for caption, words in zip(captions, numbers):
+            self.captions[caption] = np.array(words[: self.max_length], np.int64)
 
     def _learn(self, chunks: list[str]) -> None:
         known = len(self.numbers)

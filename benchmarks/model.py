@@ -29,10 +29,9 @@ from benchmarks.families import by_family
 from mmdit.commands.plan_memory.memory_plan import SIZES, random_denoiser
 from mmdit.config import decode
 from mmdit.diffusion import SamplerConfig
-from mmdit.experiment.build import build_learner
+from mmdit.experiment.build import build_learner, build_network
 from mmdit.experiment.config import ExperimentConfig
-from mmdit.interfaces import Batch, LatentSpec
-from mmdit.interop.wan import load_denoiser
+from mmdit.interfaces import Batch, Denoiser, LatentSpec
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
 from mmdit.training.parallel import shard, wrap
@@ -56,14 +55,14 @@ class Bench:
     """Holds a learner with random weights, its optimizer and one batch of noise, as a run does.
 
     `shape` is (samples, frames, rows, columns) of the latents of this process. `sections` replace
-    those of a Video MMDiT on 64 channels; `load` makes Wan's denoiser."""
+    those of a Video MMDiT on 64 channels; `network` makes the denoiser."""
 
     def __init__(
         self,
         shape: Shape,
         world: World,
         compile: bool,
-        load: Callable[..., nn.Module] = load_denoiser,
+        network: Callable[..., Denoiser] = build_network,
         **sections,
     ):
         samples, frames, rows, columns = shape
@@ -76,10 +75,8 @@ class Bench:
         }
         self.config, device = decode(ExperimentConfig, raw), world.device
         tokenizer = self.config.tokenizer
-        spec = LatentSpec(
-            tokenizer.latent_d, tokenizer.latent_f, temporal=getattr(tokenizer, "temporal", 1)
-        )
-        self.learner = build_learner(self.config, spec, load)
+        spec = LatentSpec(tokenizer.latent_d, tokenizer.latent_f, temporal=tokenizer.temporal)
+        self.learner = build_learner(self.config, spec, network)
         if self.config.parallel.type == "fsdp" and world.size > 1:
             shard(self.learner, world, self.config.parallel)
         self.learner.to(device)
@@ -220,9 +217,9 @@ def wan(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
         },
     }
     fresh_peak(world.device)
-    load = lambda model, *_: random_denoiser(SIZES[args.wan], model, world.device)  # noqa: E731
+    network = lambda run, *_: random_denoiser(SIZES[args.wan], run.model, world.device)  # noqa: E731
     yield from _steps(
-        "wan", Bench(shape, world, args.compile, load, **sections), shape, args, world
+        "wan", Bench(shape, world, args.compile, network, **sections), shape, args, world
     )
 
 

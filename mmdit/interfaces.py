@@ -5,15 +5,20 @@ a tokenizer."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.config import ConfigError, Section
+from mmdit.rng import Draws
+
+Picture = Literal["none", "first", "first_last"]  # which frames of a clip a model is given
 
 
 @dataclass(frozen=True)
@@ -181,14 +186,138 @@ class Batch:
         )
 
 
-@runtime_checkable
-class Denoiser(Protocol):
-    """A network from tensors to tensors; it knows nothing of schedules, losses or guidance."""
+@dataclass(frozen=True)
+class Boundary:
+    """The time between two experts, on the linear path their noise level. A time at the boundary is
+    the noisier expert's, as in Wan 2.2. `scale`: of the times that networks get."""
 
-    def __call__(self, x: Tensor, t: Tensor, text: TextTokens) -> Tensor:
-        """`x (B, F, H, W, C)`, `t (B,)` as the objective scales it; returns the prediction, shaped
-        like `x`."""
-        ...
+    time: float
+    scale: float = 1.0
+
+    @property
+    def threshold(self) -> float:
+        """Return the boundary as networks get their times: scaled, and rounded to float32."""
+        return torch.tensor(self.time * self.scale, dtype=torch.float64).float().item()
+
+    def is_high(self, t: Tensor, whole_times: bool = False) -> Tensor:
+        """Return for times `t (B,)`, as networks get them, which are the noisier expert's.
+        `whole_times`: they are cut to whole numbers before, as in the official code of Wan."""
+        return (t.floor() if whole_times else t) >= self.threshold
+
+
+class Network(nn.Module):
+    """What training and checkpoints ask of a denoiser and of a text encoder alike."""
+
+    lr_scale: float = 1.0  # its learning rate as a multiple of train.lr
+
+    def undecayed(self) -> set[str]:
+        """Return the names of the parameters, besides vectors, that weight decay leaves alone: they
+        are offsets, not maps."""
+        return set()
+
+    def matrices(self) -> set[str]:
+        """Return the names of the parameters that map hidden states to hidden states: those that an
+        optimizer of matrices (Muon) is for."""
+        return set()
+
+    def is_stored(self, name: str) -> bool:
+        """Return whether a checkpoint holds the entry `name` of this network's state. What is read
+        again from elsewhere (frozen foreign weights) need not be stored."""
+        return True
+
+
+class Denoiser(Network):
+    """A network from tensors to tensors, which knows nothing of schedules, losses or guidance.
+
+    This is all that training, sampling, planning, post-training and export ask of it. The defaults
+    are those of a network that takes latents, times and texts alone; a model overrides what differs
+    (tests/test_denoiser_contract.py runs over all of them).
+    """
+
+    blocks: Sequence[nn.Module]  # in the order in which they compute
+    patch: int = 1  # latent cells along each axis that it takes at a time
+    variant: str = "this model"  # what messages call it
+    picture: Picture = "none"  # which frames of a clip it is given in further channels
+    takes_first_frame: bool = False  # whether a clip may begin with a given, clean latent frame
+    first_frame: float = 0.0  # the share of training steps on clips that do
+    clip_weights: str = ""  # file or folder of the encoder whose states of pictures it is given
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "proj")  # adapters' default
+    lora_only_if_named: tuple[str, ...] = ()  # layers adapted only by a target that names them
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, **inputs: Any) -> Tensor:
+        """Return the prediction, shaped like `x (B, F, H, W, C)`, for `t (B,)` as the objective
+        scales it and `text`, TextTokens or what `prepare` made of them. `inputs`: those that the
+        methods below name."""
+        raise NotImplementedError
+
+    # ── one network, or several by noise level ────────────────────────────────────────────────────
+    def networks(self) -> dict[str, Denoiser]:
+        """Return the networks that it consists of by the name of the expert; one alone is ""."""
+        return {"": self}
+
+    def expert_at(self, t: Tensor | float, **sampling_inputs: Any) -> str:
+        """Return the name of the network that serves the times `t`, scaled as in `forward`, in
+        calls with these `sampling_inputs`. ValueError if they belong to several."""
+        return ""
+
+    # ── further inputs of a call ──────────────────────────────────────────────────────────────────
+    def prepare(self, text: TextTokens) -> Any:
+        """Return what `forward` takes for `text` in many calls with the same texts and weights."""
+        return text
+
+    def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
+        """Return the input `keep` of a training step on this grid: the places of tokens that are
+        not routed round blocks. None where nothing is routed."""
+        return None
+
+    def given_frames(self, frames: int, draws: Draws) -> int:
+        """Return the input `given` of the step of `draws` on clips of `frames`: how many first
+        latent frames are given clean. Training tosses a coin a step; what is measured outside it is
+        always the case that training has more often."""
+        if frames == 1 or not self.first_frame:
+            return 0
+        if not self.training:
+            return int(self.first_frame >= 0.5)
+        coin = Draws.of(draws.seed, draws.step, 1).uniform("first_frame").item()
+        return int(coin < self.first_frame)
+
+    def sampling_inputs(self, grid: str) -> dict[str, Any]:
+        """Return further inputs of each call of a sampler whose times lie on `grid`."""
+        return {}
+
+    # ── training ──────────────────────────────────────────────────────────────────────────────────
+    def check_trainable(self, run: Any) -> None:
+        """Raise ConfigError unless the loaded network can be trained as the configuration `run`
+        says. (What a section knows before anything is loaded stands in its `check`.)"""
+
+    def number_frames(self, seed: int) -> None:
+        """Prepare a network that has seen pictures alone for its first clips; in place."""
+
+    def matrices(self) -> set[str]:
+        return {
+            f"blocks.{name}.weight"
+            for name, part in self.blocks.named_modules()
+            if isinstance(part, nn.Linear)
+        }
+
+    def train_flops(
+        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
+    ) -> int:
+        """Return the floating-point operations of the matrix products of one sample's forward and
+        backward pass. `grid`: latent (frames, rows, columns); `kept`: how many places of a window
+        `draw_keep` kept. As Chowdhery et al. 2022 (2204.02311, appendix B): what the model asks
+        for, whatever an attention kernel or checkpointing computes twice."""
+        raise NotImplementedError
+
+    def can_be_captured(self, training: bool) -> bool:
+        """Return whether a CUDA graph of a call (or of a step of `training`) does what the call
+        does: it waits for nothing, and depends on its inputs and weights alone."""
+        return False
+
+    # ── files of other programs ───────────────────────────────────────────────────────────────────
+    def diffusers_names(self) -> dict[str, str]:
+        """Return the name in Diffusers of each module and parameter that has another one there."""
+        return {}
 
 
 class ModelSection(Section):
@@ -218,6 +347,40 @@ class ModelSection(Section):
         return "float32"
 
     @property
+    def crop(self) -> bool:
+        """Return whether the network is told which part of its picture each sample shows."""
+        return False
+
+    @property
+    def expert(self) -> str | None:
+        """Return which of a release's two experts this network is, "high" or "low"."""
+        return None
+
+    @property
+    def boundary(self) -> float | None:
+        """Return the time between two experts, None where the release or `experts:` says it."""
+        return None
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """Return the times that the network serves."""
+        return 0.0, 1.0
+
+    @property
+    def depth(self) -> int | None:
+        """Return the number of blocks, None where the release says it."""
+        return None
+
+    def lengths(self) -> dict[str, int]:
+        """Return sizes by key, each of which some tensor of the weights must have along an axis."""
+        return {}
+
+    def memory_options(self, frozen: bool) -> list[str]:
+        """Return overrides of this section, from the cheapest in time, that each save memory in
+        training; `frozen`: the weights themselves are not trained."""
+        return []
+
+    @property
     def products(self) -> str:
         """Return the type of the matrix products in training; `autocast` is `train.precision`'s."""
         return "autocast"
@@ -243,6 +406,39 @@ class ModelSection(Section):
             )
 
 
+class TextEncoderSection(Section):
+    """The base of the configs of text encoders: what the rest of the program asks of the section
+    `text_encoder:`, with the answers of an encoder whose weights are made from a seed."""
+
+    freeze: bool
+    max_length: int
+
+    @property
+    def dim(self) -> int | None:
+        """Return the width of the tokens, None where the release says it."""
+        return None
+
+    @property
+    def depth(self) -> int | None:
+        """Return the number of blocks, None where the release says it."""
+        return None
+
+    @property
+    def released(self) -> bool:
+        """Return whether the weights come from files of another program."""
+        return False
+
+    @property
+    def local_files_only(self) -> bool:
+        """Return whether nothing is fetched from a hub."""
+        return True
+
+    @property
+    def cache_dir(self) -> str:
+        """Return the folder in which embeddings are kept for the next run, "" for none."""
+        return ""
+
+
 class TokenizerSection(Section):
     """The base of the configs of tokenizers: what the rest of the program asks of the section
     `tokenizer:`, with the answers of a tokenizer of single frames."""
@@ -251,6 +447,11 @@ class TokenizerSection(Section):
     def temporal(self) -> int:
         """Return how many frames a latent frame covers."""
         return 1
+
+    @property
+    def repo_path(self) -> str | None:
+        """Return a folder whose Python code is run in place of our own."""
+        return None
 
     @property
     def picture(self) -> str:
@@ -265,23 +466,40 @@ class TokenizerSection(Section):
             )
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Pixels in `[0, 1]` `(B, F, 3, H, W)` ↔ raw latents `(B, F, H/spatial, W/spatial, C)`."""
 
     spec: LatentSpec
     fingerprint: str  # changes when the weights or the configuration change
 
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    @property
+    def name(self) -> str:
+        """Return what manifests and messages call it."""
+        return type(self).__name__
 
-    def decode(self, latents: Tensor) -> Tensor: ...
+    @property
+    def plain(self) -> Tokenizer:
+        """Return the tokenizer of the clips alone, where caches hold more (`WithPicture`)."""
+        return self
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the raw latents of `pixels`."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pixels of raw `latents`."""
 
 
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Captions to `TextTokens`; an empty caption has no valid token. An `nn.Module`; trainable ones
-    have parameters."""
+class TextEncoder(Network):
+    """Captions to `TextTokens`; an empty caption has no valid token, or a text of its own
+    (`TextTokens.empty`). Trainable ones have parameters that require a gradient."""
 
     dim: int
+    keeps_files: bool = False  # whether it finds embeddings again in files, without its weights
 
-    def __call__(self, captions: list[str]) -> TextTokens: ...
+    def forward(self, captions: list[str]) -> TextTokens:
+        raise NotImplementedError
+
+    def put_away(self) -> None:
+        """Give back the memory of weights that the encoder loads again when it needs them."""

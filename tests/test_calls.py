@@ -12,8 +12,7 @@ import torch
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.diagnostics.attention_statistics import observed
 from mmdit.diffusion import FlowMatchingConfig, SamplerConfig, build_objective
-from mmdit.diffusion.experts import Stages
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import Boundary, TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn.experts import Experts
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
@@ -74,7 +73,9 @@ def draw(
 
 def draw_plainly(model, **settings) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Calls, "__call__", lambda self, model, *inputs: model(*inputs))
+        patch.setattr(
+            Calls, "__call__", lambda self, model, *inputs, **more: model(*inputs, **more)
+        )
         return draw(model, **settings)
 
 
@@ -144,10 +145,7 @@ def test_a_run_makes_keys_and_values_once_for_each_kind_of_captions(settings, ca
 
 
 def pair():
-    return Experts(
-        {"high": network("lora"), "low": network("lokr")},
-        Stages(("high", "low"), (0.5,), 1000.0).route,
-    ).eval()
+    return Experts(network("lora"), network("lokr"), Boundary(0.5, 1000.0)).eval()
 
 
 def test_each_expert_of_a_pair_has_its_own_keys():

@@ -18,15 +18,15 @@ from mmdit.adapters import (
 from mmdit.commands.inspect_adapter import changes
 from mmdit.config import ConfigError
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
-from mmdit.diffusion.experts import ExpertPlan, FixedTimes, Stages, in_turn
+from mmdit.diffusion.expert_schedule import ExpertSchedule, FixedTimes
 from mmdit.experiment.load import load_pipeline
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import Boundary, TextTokens
 from mmdit.interop.lora_formats import load_lora
 from mmdit.interop.wan import load_dit
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
-from mmdit.nn.experts import Experts, twin
+from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import Draws
 from mmdit.scripts import export, sample, train_t2v
 from mmdit.training import checkpoint
@@ -63,33 +63,26 @@ LAWS = [
 ]
 
 
-def plan(objective=UNIFORM, boundaries=(0.875,), names=NAMES, trained=NAMES, seed=0, **options):
-    return ExpertPlan(
-        Stages(names, boundaries, objective.time_scale), objective, trained, seed, **options
+def plan(objective=UNIFORM, boundary=0.875, trained=NAMES, seed=0, **options):
+    return ExpertSchedule(
+        Boundary(boundary, objective.time_scale), objective, trained, seed, **options
     )
 
 
 # ── whose turn ────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("every", [1, 7, 100])
-@pytest.mark.parametrize("names", [NAMES, ("high", "middle", "low")])
-def test_the_turn_is_what_a_running_loop_would_count_from_any_resume(names, every):
-    for size in range(1, len(names) + 1):
-        for trained in itertools.combinations(names, size):
-            position, left, counted = 0, every, []  # a loop with a state
-            for _ in range(1000):
-                counted.append(trained[position])
-                left -= 1
-                if not left:
-                    position, left = (position + 1) % len(trained), every
-            assert [in_turn(step, trained, every) for step in range(1000)] == counted
-            boundaries = (0.875, 0.4)[: len(names) - 1]
-            for start in range(0, 1000, 37):  # a resume builds everything anew
-                again = plan(
-                    boundaries=boundaries, names=names, trained=trained, switch_every=every
-                )
-                assert [
-                    again.active(step) for step in range(start, min(start + 40, 1000))
-                ] == counted[start : start + 40]
+@pytest.mark.parametrize("trained", [("high",), ("low",), NAMES])
+def test_the_turn_is_what_a_running_loop_would_count_from_any_resume(trained, every):
+    position, left, counted = 0, every, []  # a loop with a state
+    for _ in range(1000):
+        counted.append(trained[position])
+        left -= 1
+        if not left:
+            position, left = (position + 1) % len(trained), every
+    for start in range(0, 1000, 37):  # a resume builds everything anew
+        again = plan(trained=trained, switch_every=every)
+        steps = range(start, min(start + 40, 1000))
+        assert [again.active(step) for step in steps] == counted[start : start + 40]
 
 
 def test_by_sigma_visits_are_those_of_the_law():
@@ -119,14 +112,14 @@ def test_by_sigma_visits_are_those_of_the_law():
 @pytest.mark.parametrize("objective, law", LAWS)
 @pytest.mark.parametrize("boundary", [0.9, 0.875, 0.3])
 def test_times_follow_the_law_truncated_to_the_range(objective, law, boundary):
-    own, draws = plan(objective, (boundary,)), Draws.of(1, 2, 100_000)
+    own, draws = plan(objective, boundary), Draws.of(1, 2, 100_000)
     for name, (low, high) in (
         ("high", (boundary, objective.t_range[1])),
         ("low", (objective.t_range[0], boundary)),
     ):
         drawn = objective.draw_time(own.draws(draws, name, 1))
         told = (drawn * objective.time_scale).float()
-        assert (own.stages.route(told) == NAMES.index(name)).all()
+        assert (own.boundary.is_high(told) == (name == "high")).all()
         assert (drawn.float() >= torch.tensor(low).float()).all() and (drawn <= high).all()
         ends = law(torch.tensor([low, high], dtype=torch.float64))
         values = ((law(drawn) - ends[0]) / (ends[1] - ends[0])).sort().values
@@ -144,7 +137,7 @@ def test_times_follow_the_law_truncated_to_the_range(objective, law, boundary):
 
 def test_levels_of_ddpm_are_shared_out_too():
     objective = build_objective("ddpm", diffusion=DiffusionConfig(num_timesteps=100))
-    own, draws = plan(objective, (0.5,)), Draws.of(0, 0, 20_000)
+    own, draws = plan(objective, 0.5), Draws.of(0, 0, 20_000)
     levels = [
         set((objective.draw_time(own.draws(draws, name, 1)) * 100).round().int().tolist())
         for name in NAMES
@@ -154,14 +147,11 @@ def test_levels_of_ddpm_are_shared_out_too():
 
 def test_the_boundary_is_noisy_and_belongs_to_high():
     for scale in (1.0, 1000.0):
-        stages = Stages(NAMES, (0.9,), scale)
         t = torch.tensor([0.9 * scale, 0.9 * scale * (1 + 1e-6), 0.9 * scale * (1 - 1e-6)])
-        assert stages.route(t).tolist() == [0, 0, 1]
-    three = Stages(("high", "middle", "low"), (0.9, 0.5))
-    assert three.route(torch.tensor([1.0, 0.9, 0.8, 0.5, 0.4])).tolist() == [0, 0, 1, 1, 2]
-    for boundaries in ((0.5, 0.9), (0.5,), (1.0, 0.5), (0.5, 0.0)):
-        with pytest.raises(ValueError, match="must be one fewer"):
-            Stages(("high", "middle", "low"), boundaries)
+        assert Boundary(0.9, scale).is_high(t).tolist() == [True, True, False]
+    whole = torch.tensor([900.0, 899.99])
+    assert Boundary(0.8995, 1000.0).is_high(whole).tolist() == [True, True]
+    assert Boundary(0.8995, 1000.0).is_high(whole, whole_times=True).tolist() == [True, False]
     with pytest.raises(ConfigError, match="no time to the expert 'high'"):
         plan(build_objective("flow_matching", flow_matching=FlowMatchingConfig(t_max=0.8)))
 
@@ -173,8 +163,8 @@ def paired(dropout=0.0, trained=NAMES, wake=False, **options) -> Learner:
         torch.nn.init.normal_(
             weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel())
         )
-    own = plan(boundaries=(0.6,), trained=trained, **options)
-    model = Experts({"high": base.model, "low": twin(base.model)}, own.stages.route)
+    own = plan(boundary=0.6, trained=trained, **options)
+    model = Experts(base.model, shared_copy(base.model), own.boundary)
     result = Learner(model, base.text_encoder.requires_grad_(False), base.objective, SPEC, 0.3, own)
     for number, part in enumerate(result.parts().values()):
         inject(part, LoRAConfig(enabled=True, rank=2, dropout=dropout), number)
@@ -269,7 +259,7 @@ def test_in_evaluation_each_sample_is_told_what_is_its_own(make):
     came one by one."""
     torch.manual_seed(0)
     networks, (x, text), inputs = make()
-    model = Experts(networks, Stages(NAMES, (0.5,), 1000.0).route).eval()
+    model = Experts(networks["high"], networks["low"], Boundary(0.5, 1000.0)).eval()
     t, whose = torch.tensor([900.0, 100.5, 500.0, 499.0]), ("high", "low", "high", "low")
     shared = {name: value[:1] if name in ("y", "clip") else value for name, value in inputs.items()}
     for told in (inputs, shared):
@@ -301,7 +291,7 @@ def test_a_pair_with_two_bases_fits_the_same_seam():
     networks = {name: WanDiT(config) for name in NAMES}
     for weight in itertools.chain(*(network.parameters() for network in networks.values())):
         torch.nn.init.normal_(weight, std=0.2)
-    model = Experts(networks, Stages(NAMES, (0.875,), 1000.0).route).eval()
+    model = Experts(networks["high"], networks["low"], Boundary(0.875, 1000.0)).eval()
     x, text = torch.randn(2, config.in_dim, 1, 4, 4), torch.randn(2, 5, 6)
     for t, name in ((875.0, "high"), (874.9, "low")):
         told = torch.full((2,), t)
@@ -337,13 +327,13 @@ def test_a_wan_pair_trains_in_one_run_and_is_sampled(tmp_path):
         for own in files.values()
     )
     pipeline = load_pipeline(run, "cpu")[0]
-    for name, model in (("high", pipeline.learner.model), ("low", pipeline.low)):
+    for name, model in pipeline.model.networks().items():
         one = load_dit(shop.release, expert=name)
         load_lora(one, folder / f"lora_{name}.safetensors")
         weights = merge(one).state_dict()
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
-    assert pipeline.boundary == 0.875
+    assert pipeline.model.boundary.time == 0.875
     assert torch.isfinite(
         pipeline(["a red star"], 32, 32, 5, SampleSettings(SamplerConfig(steps=3)))
     ).all()

@@ -25,6 +25,7 @@ from mmdit.adapters import (
     select,
 )
 from mmdit.config import ConfigError
+from mmdit.interfaces import Denoiser
 from mmdit.interop import lora_writing
 from mmdit.interop.lora_formats import save_lora
 
@@ -53,7 +54,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-class Model(nn.Module):
+class Model(Denoiser):
     def __init__(self, dim=12, depth=2):
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))

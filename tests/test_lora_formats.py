@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
-from mmdit.interop.wan import diffusers_module, load_dit
+from mmdit.interop.wan import load_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
-from mmdit.nn.experts import twin
+from mmdit.models.wan_names import diffusers_name
+from mmdit.nn.experts import shared_copy
 from mmdit.nn.stored_weights import StoredWeight, store_float8
 from tests.test_wan import GOLDEN, INPUTS, META, TINY, VARIANTS, error, random_model, refused
 
@@ -69,7 +70,7 @@ def dialects(folder: Path) -> dict[str, Path]:
     scaled = {name: {**p, "B": p["B"] * p["alpha"] / 4} for name, p in LAYERS.items()}
     files = {
         "2 peft": {
-            f"base_model.model.{diffusers_module(n)}.lora_{k}.weight": p[k]
+            f"base_model.model.{diffusers_name(n)}.lora_{k}.weight": p[k]
             for n, p in LAYERS.items()
             for k in "AB"
         },
@@ -80,7 +81,7 @@ def dialects(folder: Path) -> dict[str, Path]:
             f"{n}.lora_{k}.default.weight": p[k] for n, p in scaled.items() for k in "AB"
         },
         "6 fastvideo": {
-            f"{diffusers_module(n)}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"
+            f"{diffusers_name(n)}.lora_{k}": p[k] for n, p in scaled.items() for k in "AB"
         },
         "7 distilled": {
             f"diffusion_model.{n}.lora_{end}.weight": p[k]
@@ -353,7 +354,7 @@ A, B = torch.ones(2, 64), torch.ones(64, 2)
 def test_words_before_a_layer_s_name(model, tmp_path, prefix, underscores):
     for name in ("blocks.1.cross_attn.v", "head.head"):
         rows = model.get_submodule(name).out_features
-        for layer in {name, diffusers_module(name)}:
+        for layer in {name, diffusers_name(name)}:
             key = prefix + (layer.replace(".", "_") if underscores else layer)
             up = torch.ones(rows, 2)
             for down_end, up_end in (
@@ -542,7 +543,7 @@ def test_a_distilled_lora_is_handed_on_whole(model, tmp_path, format):
 
 def test_differences_reach_float8_and_leave_a_twin_alone(tmp_path):
     model = random_model(replace(TINY, num_layers=1))
-    other = twin(model)
+    other = shared_copy(model)
     file, name = tmp_path / "d.safetensors", "blocks.0.self_attn.q"
     save_file({f"diffusion_model.{name}.diff": torch.randn(64, 64)}, file)
     store_float8(model.blocks)

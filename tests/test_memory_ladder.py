@@ -15,7 +15,13 @@ from torch import nn
 
 from mmdit.adapters import LoRAConfig, inject, merge
 from mmdit.commands.plan_memory import memory_plan
-from mmdit.commands.plan_memory.ladder import clip_bytes, latent_shape, plan, rungs, variant_sizes
+from mmdit.commands.plan_memory.ladder import (
+    clip_bytes,
+    latent_shape,
+    memory_options,
+    plan_training,
+    variant_sizes,
+)
 from mmdit.commands.plan_memory.memory_plan import Meter, random_denoiser, stored_bytes
 from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment.build import build_learner
@@ -23,7 +29,6 @@ from mmdit.experiment.config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan import load_denoiser
-from mmdit.interop.wan_pictures import check_trainable
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.float8 import encode_rows
 from mmdit.nn.stored_weights import StoredWeight, store_float8
@@ -155,7 +160,7 @@ def test_a_release_is_loaded_as_float8_and_trains_adapters_alone(tmp_path):
         },
     )
     with pytest.raises(ConfigError, match="is float8, but these weights are trained"):
-        check_trainable(model, config)
+        model.check_trainable(config)
 
 
 # ── offloading ────────────────────────────────────────────────────────────────────────────────────
@@ -341,12 +346,14 @@ def case(name, tmp_path, *words):
             None,
         )
     shape = latent_shape(config)
-    spec = LatentSpec(shape[-1], 16, temporal=getattr(config.tokenizer, "temporal", 1))
-    return (
-        config,
-        lambda: build_learner(config, spec, lambda settings, *_: random_denoiser(sizes, settings)),
-        sizes,
-    )
+    spec = LatentSpec(shape[-1], 16, temporal=config.tokenizer.temporal)
+    if sizes is None:
+        return config, lambda: build_learner(config, spec), sizes
+
+    def network(run, *_):
+        return random_denoiser(sizes, run.model)
+
+    return config, lambda: build_learner(config, spec, network), sizes
 
 
 CASES = [
@@ -375,7 +382,7 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
         memory_plan.importlib.util, "find_spec", lambda name: None
     )  # plain operations, as a CPU has them
     config, build, sizes = case(words[0], tmp_path, *words[1:])
-    found = plan(config, sizes)
+    found = plan_training(config, sizes)
     assert "Fake" not in str(
         memory_plan.wan.rotary_tables(3, 2, 2, 12, torch.device("cpu"))
     )  # nothing fake is left behind
@@ -445,31 +452,31 @@ def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
     )  # what takes time, and adds nothing here
     config, _, sizes = case("mmdit", tmp_path, "train.compile=true")
     found, without = (
-        plan(config, sizes),
-        plan(replace(config, train=replace(config.train, replays=False)), sizes),
+        plan_training(config, sizes),
+        plan_training(replace(config, train=replace(config.train, replays=False)), sizes),
     )
     assert found.total - without.total == found.gradients > 0
     monkeypatch.setattr(memory_plan, "SMALL", 0)
-    assert plan(config, sizes) == without
+    assert plan_training(config, sizes) == without
 
 
 def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_path):
     words = ["video={width: 128, height: 128, num_frames: 9}"]
     config, _, sizes = case("wan", tmp_path, *words)
     sizes = replace(sizes, num_layers=4)
-    alone = plan(config, sizes)
-    less = plan(case("wan", tmp_path, *words, "model.checkpointing=true")[0], sizes)
+    alone = plan_training(config, sizes)
+    less = plan_training(case("wan", tmp_path, *words, "model.checkpointing=true")[0], sizes)
     assert (
         less.activations < alone.activations / 2
         and less.weights == alone.weights
         and less.total < alone.total
     )
-    eighth = plan(case("wan", tmp_path, *words, "model.dtype=float8")[0], sizes)
+    eighth = plan_training(case("wan", tmp_path, *words, "model.dtype=float8")[0], sizes)
     learner = case("wan", tmp_path)[1]().model.blocks[0]
     matrices = [layer.weight for layer in learner.modules() if isinstance(layer, nn.Linear)]
     saved = 4 * sum(weight.numel() - 4 * len(weight) for weight in matrices)
     assert alone.weights - eighth.weights == saved and eighth.activations == alone.activations
-    away = plan(case("wan", tmp_path, *words, "train.offload_blocks=4")[0], sizes)
+    away = plan_training(case("wan", tmp_path, *words, "train.offload_blocks=4")[0], sizes)
     block = slot_bytes([learner])[0]
     assert (
         away.host == 4 * block
@@ -481,7 +488,11 @@ def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_pat
 def test_pairs_count_both_bases_or_share_one(tmp_path):
     words = ("lora.enabled=true", "train.init_from=x")
     config, pair = tiny(*words), tiny(*words, "experts.enabled=true", "experts.train=both")
-    learner, alone, both = build_learner(pair, LatentSpec(8, 16)), plan(config), plan(pair)
+    learner, alone, both = (
+        build_learner(pair, LatentSpec(8, 16)),
+        plan_training(config),
+        plan_training(pair),
+    )
     assert (
         both.weights == sum(p.nbytes for p in learner.parameters())
         and both.weights - alone.weights == alone.gradients
@@ -603,21 +614,21 @@ def test_compiled_blocks_keep_less(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine that has one
     monkeypatch.setattr(torch.cuda, "_lazy_init", woken)
     words = ("video={width: 256, height: 256, num_frames: 3}", "train.precision=bf16")
-    alone, compiled = plan(tiny(*words)), plan(tiny(*words, "train.compile=true"))
+    alone, compiled = plan_training(tiny(*words)), plan_training(tiny(*words, "train.compile=true"))
     assert 0.5 < compiled.activations / alone.activations < 0.9 and compiled.total < alone.total
     assert (
-        compiled.weights == alone.weights and plan(tiny(*words)) == alone
+        compiled.weights == alone.weights and plan_training(tiny(*words)) == alone
     )  # nothing is left behind
 
 
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
-    once, twice = plan(tiny()), plan(tiny("train.grad_accum_steps=2"))
+    once, twice = plan_training(tiny()), plan_training(tiny("train.grad_accum_steps=2"))
     assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
 
 
 def test_rungs_leave_out_what_is_chosen_already():
     config = tiny("train.precision=pure_bf16", "model.checkpointing=true")
-    assert list(rungs(config, 2)) == [
+    assert list(memory_options(config, 2)) == [
         (),
         *[
             ("train.batch_size=1", "train.grad_accum_steps=4", *more)

@@ -13,6 +13,7 @@ from mmdit.config import ConfigError, decode, encode
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT, VideoMMDiTConfig, build_model
 from mmdit.nn.position import rotary_tables, rotate
+from mmdit.training.optim import build_optimizer
 from tests.helpers.dense_video_mmdit import dense_forward
 
 SMALL = VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=4)
@@ -309,16 +310,19 @@ def test_adapters_find_the_linears_by_name():
 
 
 def test_weight_decay_spares_offsets_and_norms():
-    model = awake()
-    spared = model.undecayed()
-    assert {
-        "blocks.0.table",
-        "text.null",
-        "pooled.null",
-        "modulation.bias",
-        "blocks.0.spatial.q_norm.weight",
-    } <= spared
-    assert not spared & {"blocks.0.spatial.q.weight", "modulation.weight", "input.weight"}
+    network = awake()
+    optimizer = build_optimizer(torch.nn.ModuleDict({"model": network}), 1e-3, 0.1, (0.9, 0.95))
+    names = {weight: name for name, weight in network.named_parameters()}
+    decay = {
+        names[weight]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
+    offsets = ("blocks.0.table", "text.null", "pooled.null", "modulation.bias")
+    for name in (*offsets, "blocks.0.spatial.q_norm.weight"):
+        assert decay[name] == 0
+    for name in ("blocks.0.spatial.q.weight", "modulation.weight", "input.weight"):
+        assert decay[name] == 0.1
 
 
 SIZES = [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 18)]

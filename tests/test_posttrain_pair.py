@@ -11,10 +11,10 @@ from torch import nn
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.commands import posttrain as align
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig, guided
-from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interfaces import Boundary, Denoiser, LatentSpec, TextEncoder, TextTokens
 from mmdit.interop.wan import load_dit
+from mmdit.nn.experts import Experts
 from mmdit.posttrain.advantages import advantages
-from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.loop import post_train as run
 from mmdit.posttrain.online import noised, online_epoch, sample_terms, terms
 from mmdit.posttrain.posttrain_config import (
@@ -29,6 +29,7 @@ from mmdit.posttrain.posttrain_config import (
 from mmdit.posttrain.prompts import Prompts
 from mmdit.posttrain.rewards import Brightness, LatentNorm
 from mmdit.posttrain.session import Session
+from mmdit.posttrain.trained_levels import TrainedLevels
 from mmdit.posttrain.updates import Updates
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
@@ -44,7 +45,7 @@ BOUNDARY = 0.7
 ALGORITHMS = ("grpo", "guard", "nft", "awm", "dpo", "srpo")
 
 
-class Ragged(nn.Module):
+class Ragged(TextEncoder):
     """Texts of one to five words, their padding zero, as a real encoder gives them."""
 
     dim = TINY.text_dim
@@ -70,6 +71,18 @@ class Squash:
         return latents[..., :3].sigmoid().movedim(-1, 2)
 
 
+def pair_of(model, sibling, trained: str, boundary: float) -> Experts:
+    high, low = (sibling, model) if trained == "low" else (model, sibling)
+    return Experts(high, low, Boundary(boundary, 1000.0))
+
+
+def frozen(session: Session) -> nn.Module:
+    """Return the expert that is not trained."""
+    parts = session.model.networks().values()
+    (other,) = (part for part in parts if part is not session.learner.model)
+    return other
+
+
 def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **changes) -> Session:
     """A session that trains one of two different experts, with adapters, captions of unequal length
     and an evaluation after each update."""
@@ -77,6 +90,7 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
     networks = {name: random_expert(TINY, torch.float32, "cpu", False) for name in ("high", "low")}
     model = networks.pop(trained)
     (sibling,) = networks.values()
+    sibling.requires_grad_(False).eval()
     inject(
         model,
         LoRAConfig(
@@ -142,7 +156,7 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
         frames=1,
         run_dir=folder,
         save=store,
-        pair=Pair(sibling.requires_grad_(False).eval(), between),
+        model=pair_of(model, sibling, trained, BOUNDARY),
     )
 
 
@@ -178,7 +192,7 @@ def test_a_resumed_run_is_the_run_although_it_has_not_evaluated_yet(tmp_path, al
 def test_evaluation_leaves_every_part_in_the_mode_it_had(tmp_path):
     for trained in ("high", "low"):
         session = paired(tmp_path, trained=trained)
-        parts = [*session.learner.modules(), *session.pair.sibling.modules()]
+        parts = [*session.learner.modules(), *frozen(session).modules()]
         session.learner.text_encoder.train()
         before = [part.training for part in parts]
         session.evaluator.evaluate()
@@ -244,7 +258,7 @@ def test_rollouts_scores_and_evaluation_ask_each_expert_at_its_own_levels(
     tmp_path, trained, monkeypatch
 ):
     session, asked = paired(tmp_path, trained=trained), {"trained": [], "sibling": []}
-    for name, network in (("trained", session.learner.model), ("sibling", session.pair.sibling)):
+    for name, network in (("trained", session.learner.model), ("sibling", frozen(session))):
         inner = network.forward
         monkeypatch.setattr(
             network,
@@ -269,13 +283,8 @@ def test_evaluation_draws_what_both_experts_draw_together(tmp_path, trained):
         if name.endswith("lora_B"):
             nn.init.normal_(weight, std=0.1)
     source = session.evaluator.pipeline()
-    assert {id(source.learner.model), id(source.low)} == {
-        id(session.learner.model),
-        id(session.pair.sibling),
-    }
-    assert (source.low is session.learner.model) == (
-        trained == "low"
-    ) and source.boundary == BOUNDARY
+    assert source.model is session.model and source.model.boundary.time == BOUNDARY
+    assert session.model.networks()[trained] is session.learner.model
     latents, pixels = session.evaluator.draw(session.prompts.captions[:2], 0)
     torch.testing.assert_close(
         session.tokenizer.decode(session.learner.spec.denormalize(latents)), pixels
@@ -298,7 +307,7 @@ def test_each_expert_has_its_own_guidance(tmp_path):
     ):
         session = paired(tmp_path, trained=trained, rollout={"guidance": 4.0, "guidance_low": 2.0})
         text, x = session.text[torch.tensor([0, 1])], torch.randn(2, *session.shape)
-        network = session.learner.model if own else session.pair.sibling
+        network = session.learner.model if own else frozen(session)
         scale = 4.0 if level > BOUNDARY else 2.0
         with torch.no_grad():
             clean = guided(session.learner.objective, network, text, scale)(x, level)
@@ -317,19 +326,20 @@ def test_a_level_is_the_expert_s_that_drew_it_however_it_is_rounded(boundary):
     stays with its expert."""
     exact = torch.tensor(boundary, dtype=torch.float64)
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    low, high = Pair(nn.Identity(), (0.0, boundary)), Pair(nn.Identity(), (boundary, 1.0))
+    pair = Experts(Denoiser(), Denoiser(), Boundary(boundary, 1000.0))
+    objective = FlowMatching(FlowMatchingConfig())
+    low, high = (TrainedLevels(pair, name, objective) for name in ("low", "high"))
     below, above = torch.nextafter(exact, zero), torch.nextafter(exact, one)
     drawn = low.inside(torch.stack([below, 0.5 * exact]).float())
     assert (
-        all(low.owns(level) and not high.owns(level) for level in drawn.tolist())
+        all(low.serves(level) and not high.serves(level) for level in drawn.tolist())
         and drawn[1] == (0.5 * exact).float()
     )
     drawn = high.inside(torch.stack([exact, above, one]).float())
-    assert all(high.owns(level) and not low.owns(level) for level in drawn.tolist())
-    asked = low.routed(lambda x, t: "own", lambda x, t: "sibling")
-    assert (
-        asked(None, low.inside(below.float()[None])) == "own" and asked(None, boundary) == "sibling"
-    )
+    assert all(high.serves(level) and not low.serves(level) for level in drawn.tolist())
+    assert low.serves(low.inside(below.float()[None])) and high.serves(boundary)
+    with pytest.raises(ValueError, match="both sides"):
+        low.serves(torch.tensor([0.1, 1.0]))
 
 
 def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
@@ -342,7 +352,7 @@ def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
             lambda draws, frames, end=end: torch.full((2,), end, dtype=torch.float64),
         )
         x, _, sigma = noised(session, torch.zeros(2, *session.shape), torch.arange(2), 0, 1)
-        assert all(session.pair.owns(level) for level in sigma.tolist())
+        assert all(session.levels.serves(level) for level in sigma.tolist())
         session.policy.velocity(session.text[:2])(x, sigma)
 
 
@@ -458,19 +468,16 @@ def test_the_command_trains_the_expert_that_is_named_and_freezes_the_other(
         == 0
     )
     (session,) = sessions
-    assert (
-        session.pair.trains_high == (expert == "high")
-        and session.config.rollout.guidance_low == 3.0
-    )
+    assert session.levels.expert == expert and session.config.rollout.guidance_low == 3.0
     networks = {
         expert: session.learner.model,
-        "low" if expert == "high" else "high": session.pair.sibling,
+        "low" if expert == "high" else "high": frozen(session),
     }
     for name, network in networks.items():
         released = load_dit(release, expert=name).state_dict()
         own = network.state_dict()
         assert all(torch.equal(own[key], value) for key, value in released.items())
-    assert not any(weight.requires_grad for weight in session.pair.sibling.parameters())
+    assert not any(weight.requires_grad for weight in frozen(session).parameters())
 
 
 def test_models_that_continue_pictures_are_refused_for_what_they_are(tmp_path, monkeypatch, capsys):

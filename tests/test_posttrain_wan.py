@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from mmdit.adapters import LoRAConfig, adapters, inject
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
 from mmdit.experiment.config import load_experiment_config
-from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interfaces import Boundary, LatentSpec, TextEncoder, TextTokens
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
-from mmdit.posttrain.experts import Pair
+from mmdit.nn.experts import Experts
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
 from mmdit.posttrain.prompts import Prompts
@@ -64,7 +64,7 @@ def random_expert(
     return model
 
 
-class Words(nn.Module):
+class Words(TextEncoder):
     """Stands for embeddings that were extracted before."""
 
     def __init__(self, config: WanConfig):
@@ -176,7 +176,7 @@ def updates(
             run_dir=Path(folder),
             save=lambda *_: None,
             world=World(device=torch.device(device)),
-            pair=Pair(high.requires_grad_(False).eval(), (0.0, BOUNDARY)),
+            model=Experts(high.requires_grad_(False).eval(), low, Boundary(BOUNDARY, 1000.0)),
         )
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -232,9 +232,9 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
         TrainConfig(precision="fp32", sample_num_steps=2, sample_cfg_scale=1.0),
         Prompts(["a cat", "a dog"]),
     )
-    for between, own in (
-        ((0.0, 0.9), [1000.0, 900.0]),
-        ((0.9, 1.0), [750.0, 500.0]),
+    for trained, of_other in (
+        ("low", [1000.0, 900.0]),
+        ("high", [750.0, 500.0]),
     ):  # a level at the boundary is the high expert's
         settings = PosttrainConfig(
             algorithm="nft",
@@ -246,6 +246,8 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
             rollout=RolloutConfig(steps=4, shift=3.0),
             reward_frames=(0, -5),
         )
+        model, other = learner.model, Seen(TINY)
+        high, low = (other, model) if trained == "low" else (model, other)
         session = Session(
             config=settings,
             train=train,
@@ -259,12 +261,12 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
             frames=9,
             run_dir=tmp_path,
             save=lambda *_: None,
-            pair=Pair(Seen(TINY), between),
+            model=Experts(high, low, Boundary(0.9, 1000.0)),
         )
         levels.clear()
         velocity = session.policy.velocity(session.text)
         clean = session.rollouts.sample(velocity, Draws.of(0, 0, 2)).clean
-        assert levels == pytest.approx(own)
+        assert levels == pytest.approx(of_other)
         with pytest.raises(ValueError, match="both sides"):
             velocity(clean, torch.tensor([0.95, 0.2]))
         whole, decode = session.tokenizer.decode(clean), session.tokenizer.decode

@@ -139,7 +139,9 @@ def test_sentencepiece_files_serve_as_well(tmp_path):
 
 def test_what_is_trained_and_stored(tmp_path):
     frozen = opened(tmp_path)
-    assert not any(p.requires_grad for p in frozen.parameters()) and frozen.stored_elsewhere is True
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.is_stored(
+        "anything"
+    )
     shutil.rmtree(tmp_path / "google")
     top = opened(tmp_path, freeze=False, train_blocks=1)
     trained = {name for name, p in top.named_parameters() if p.requires_grad}
@@ -148,10 +150,10 @@ def test_what_is_trained_and_stored(tmp_path):
     )
     top(["a red star"]).embeddings.square().sum().backward()
     assert all((p.grad is not None) == (name in trained) for name, p in top.named_parameters())
-    assert {name for name in top.state_dict() if not top.stored_elsewhere(name)} == trained
+    assert {name for name in top.state_dict() if top.is_stored(name)} == trained
     shutil.rmtree(tmp_path / "google")
     whole = opened(tmp_path, freeze=False)
-    assert all(p.requires_grad for p in whole.parameters()) and not whole.stored_elsewhere
+    assert all(p.requires_grad for p in whole.parameters()) and whole.is_stored("anything")
 
 
 @torch.no_grad()

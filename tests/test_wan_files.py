@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge
-from mmdit.interop.wan import diffusers_name, load_dit, official_names, save_dit
+from mmdit.interop.wan import load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.weights import Checkpoint
 from tests.test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused

@@ -131,7 +131,7 @@ def test_adapters_and_all_weights_learn_and_are_sampled(shop, tmp_path):
 def test_a_pair_is_trained_on_pictures(tmp_path):
     shop = continuing(Shop(tmp_path, I2V, pair=True), "first")
     run = shop.train("high", "model.expert=high", "model.boundary=0.9", LORA)
-    assert load_pipeline(run, "cpu")[0].boundary == 0.9
+    assert load_pipeline(run, "cpu")[0].model.boundary.time == 0.9
     both = "experts={enabled: true, boundary: 0.9}"
     run = shop.train(
         "both",

@@ -340,18 +340,18 @@ def test_each_expert_is_trained_in_its_times(pair):
         assert low <= t.min() < low + 0.05 and high - 0.05 < t.max() <= high
     run = pair.train("high", "model.expert=high")
     pipeline, _ = load_pipeline(run, "cpu")
-    assert pipeline.boundary == 0.875
+    assert pipeline.model.boundary.time == 0.875
     assert torch.equal(
-        pipeline.low.head.head.weight, load_dit(pair.release, expert="low").head.head.weight
+        pipeline.model.low.head.head.weight, load_dit(pair.release, expert="low").head.head.weight
     )
     assert not torch.equal(
-        pipeline.learner.model.head.head.weight,
+        pipeline.model.high.head.head.weight,
         load_dit(pair.release, expert="high").head.head.weight,
     )
     run = pair.train("low", "model.expert=low")
     pipeline, _ = load_pipeline(run, "cpu")
     assert torch.equal(
-        pipeline.learner.model.head.head.weight,
+        pipeline.model.high.head.head.weight,
         load_dit(pair.release, expert="high").head.head.weight,
     )
 
@@ -359,7 +359,7 @@ def test_each_expert_is_trained_in_its_times(pair):
 @pytest.mark.parametrize("share, given", [(0.0, 0), (0.4, 0), (0.5, 1), (1.0, 1)])
 def test_validation_measures_what_training_has_more_often(share, given):
     """Not what one coin says, tossed for the whole curve."""
-    model = SimpleNamespace(training=False, settings=SimpleNamespace(first_frame=share))
+    model = SimpleNamespace(training=False, first_frame=share)
     found = {WanDenoiser.given_frames(model, 3, Draws.of(seed, 0, 2)) for seed in range(8)}
     assert found == {given} and WanDenoiser.given_frames(model, 1, Draws.of(0, 0, 2)) == 0
 
@@ -503,7 +503,7 @@ def test_a_release_of_diffusers_draws_the_same(pair):
 def test_experts_guidance_and_whole_times_follow_the_official_rules(pair):
     pipeline, config = load_pipeline(pair.release, "cpu")
     seen = []
-    for name, model in (("high", pipeline.learner.model), ("low", pipeline.low)):
+    for name, model in pipeline.model.networks().items():
 
         def forward(x, t, text, inner=model.forward, name=name, **keys):
             seen.append((name, keys["whole_times"], len(x)))
@@ -920,7 +920,7 @@ def test_an_adapter_is_measured_and_drawn_on_its_own_expert(runs, tmp_path, caps
     inspect_adapter.main(words)
     moved = json.loads((tmp_path / "x/report.json").read_text())["pixels_moved"]["a red star"]
     pipeline, config = load_pipeline(runs["both"], "cpu", lora=None)
-    remove(pipeline.learner.model), merge(pipeline.low)
+    remove(pipeline.model.high), merge(pipeline.model.low)
     alone = pipeline(["a red star"], 64, 32, 1, SampleSettings.of(config.train))
     assert moved == pytest.approx((alone - pixels[0]).abs().mean().item(), rel=1e-4)
 
@@ -1081,7 +1081,7 @@ def test_an_expert_of_a_pair_s_run_goes_on_alone(pair, runs, capsys):
     ]
     folder = checkpoint.latest(runs["both"])
     whole = load_pipeline(runs["both"], "cpu", lora=None)[0]
-    for expert, trained in (("high", whole.learner.model), ("low", whole.low)):
+    for expert, trained in whole.model.networks().items():
         wanted = adapter_deltas(trained)
         for kind, source in (
             ("run", runs["both"]),
@@ -1091,7 +1091,7 @@ def test_an_expert_of_a_pair_s_run_goes_on_alone(pair, runs, capsys):
                 f"on_{expert}_{kind}", *lora, f"model.expert={expert}", f"train.init_from={source}"
             )
             loaded = load_pipeline(run, "cpu", lora=None)[0]
-            found = adapter_deltas(loaded.learner.model if expert == "high" else loaded.low)
+            found = adapter_deltas(loaded.model.networks()[expert])
             assert found.keys() == wanted.keys()
             for name, delta in found.items():  # as strong, though alpha is twice what it was
                 torch.testing.assert_close(delta, wanted[name], rtol=1e-4, atol=1e-7)

@@ -17,8 +17,7 @@ from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
 from mmdit.interop.wan import infer_config, locate, official_names
 from mmdit.models.wan import WanDiT
-from mmdit.nn.experts import Experts
-from mmdit.training.expert_choice import choose_expert, experts_of
+from mmdit.training.expert_choice import joint_choice
 from mmdit.training.media import contact_sheet, save_image
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.weights import Checkpoint
@@ -43,9 +42,7 @@ def _chosen(
 ) -> tuple[str | None, nn.Module]:
     """Return the expert that is looked at, by name, and say which; of our own pairs both, unless
     one is asked for."""
-    if isinstance(pipeline.learner.model, Experts) and not expert:
-        return None, pipeline.learner.model
-    choice = choose_expert(pipeline, config, expert, base)
+    choice = joint_choice(pipeline, config, expert, base)
     if choice.said:
         print(choice.said)
     return choice.name, choice.network
@@ -90,9 +87,7 @@ def compare(
             load_lora(remove(model), adapter, name)
         if which == "after":
             merge(model)
-        for network in {pipeline.learner.model, pipeline.low, *experts_of(pipeline).values()} - {
-            None
-        }:
+        for network in pipeline.model.networks().values():
             remove(network)
         frames = frames or config.video.num_frames
         with observed(model) as attention:

@@ -14,15 +14,11 @@ from mmdit.adapters import lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import target_sizes
-from mmdit.experiment.build import build_learner, start_from
+from mmdit.experiment.build import build_learner, start_from, with_sibling
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.experiment.run import find_start
 from mmdit.files import write_atomically
-from mmdit.interop.wan import load_denoiser
-from mmdit.interop.wan_pictures import check_trainable, picture_of
-from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.posttrain.dpo_offline import stored_pairs
-from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.setup import Files
@@ -58,7 +54,7 @@ def _check(config: ExperimentConfig) -> None:
             "is false, but posttrain.awm.ema_kl holds the policy near its average; enable it, or "
             "set that to 0",
         )
-    if getattr(config.tokenizer, "picture", "none") != "none":
+    if config.tokenizer.picture != "none":
         raise ConfigError(
             "tokenizer.picture",
             f"is {config.tokenizer.picture}, but post-training gives no pictures to continue; "
@@ -81,24 +77,18 @@ def posttrain(
         resumed = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
-        if isinstance(learner.model, WanDenoiser) and picture_of(learner.model) != "none":
+        if learner.model.picture != "none":
             raise ConfigError(
                 "model.name_or_path",
-                f"is {learner.model.config.variant}, which continues a picture; post-training gives"
+                f"is {learner.model.variant}, which continues a picture; post-training gives"
                 " none: post-train a T2V or TI2V model",
             )
-        lines, pair, expert = [], None, getattr(config.model, "expert", None)
-        if isinstance(config.model, WanModelConfig):
-            check_trainable(learner.model, config)
-            lines = [f"starting from {config.model.name_or_path}"]
-        if expert:
-            other = load_denoiser(
-                config.model,
-                tokenizer.spec,
-                learner.text_encoder.dim,
-                "low" if expert == "high" else "high",
-            )
-            pair = Pair(other.requires_grad_(False).eval().to(world.device), config.model.between)
+        learner.model.check_trainable(config)
+        lines = [f"starting from {config.model.name_or_path}"] if config.model.released else []
+        model = with_sibling(learner, config)
+        frozen = [part for part in model.networks().values() if part is not learner.model]
+        for network in frozen:
+            network.to(world.device)
         meta = checkpoint.Meta.read(resumed) if resumed else None
         start = config
         if train.init_from:
@@ -113,7 +103,7 @@ def posttrain(
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = settings.load_prompts(config.seed, frames > 1, width, height)
-        states = [learner.state_dict(), pair.sibling.state_dict() if pair else {}]
+        states = [part.state_dict() for part in (learner, *frozen)]
         origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
         if meta:
             check_origin(meta, origin, resumed)
@@ -150,7 +140,7 @@ def posttrain(
             run_dir=config.run_dir,
             save=save,
             world=world,
-            pair=pair,
+            model=model,
         )
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
@@ -219,13 +209,13 @@ def describe_session(session: Session) -> list[str]:
             f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a"
             f" process on {where}"
         )
-        drawn = session.pair.between[::-1] if session.pair else (1.0, 0.0)
-        touched = [(session.times[i], session.times[i + 1]) for i in noisy] or [drawn]
+        touched = [(session.times[i], session.times[i + 1]) for i in noisy]
+        touched = touched or [session.levels.between[::-1]]
         rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
-    if session.pair:
-        trained, frozen = ("high", "low") if session.pair.trains_high else ("low", "high")
+    if trained := session.levels.expert:
+        frozen = "low" if trained == "high" else "high"
         rows.append(
-            f"experts (boundary {session.pair.boundary}): {trained} is trained; {frozen} is frozen,"
+            f"experts (boundary {session.levels.boundary}): {trained} is trained; {frozen} is frozen,"
             " for its own levels"
         )
     return rows

@@ -15,7 +15,6 @@ from mmdit.experiment.config import ExperimentConfig
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan import expert_in_name
 from mmdit.interop.wan_pictures import size_of_aspect
-from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.samples import SampleFolder, weights_digest
@@ -26,9 +25,9 @@ def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None
     experts = experts_of(pipeline)
     if lora_low and not experts:
         raise ValueError("--lora_low is given, but this model is no pair of experts")
-    if lora and pipeline.low is None and not lora_low:  # of our own pairs a file may hold both
-        load_lora(pipeline.learner.model, lora)
-        merge(pipeline.learner.model)
+    if lora and not experts:
+        load_lora(pipeline.model, lora)
+        merge(pipeline.model)
         return
     files = {"high": lora, "low": lora_low}
     named = experts_in(experts["high"], lora) if lora and not lora_low else set()
@@ -67,13 +66,12 @@ def size_for(
 ) -> tuple[int, int]:
     """Return the size of clips that begin with `picture`: its aspect at the area of `size`, unless
     a side is `given`."""
-    if None not in given or not isinstance(pipeline.learner.model, WanDenoiser):
+    model = pipeline.model
+    if None not in given or (model.picture == "none" and not model.takes_first_frame):
         return size
-    config = pipeline.learner.model.config
-    multiple = 2 * pipeline.learner.spec.spatial  # patches are two latent cells wide
-    return size_of_aspect(
-        load_image(picture).size, size[0] * size[1], multiple, given, closest=config.out_dim == 48
-    )
+    multiple = model.patch * pipeline.learner.spec.spatial
+    area, aspect = size[0] * size[1], load_image(picture).size
+    return size_of_aspect(aspect, area, multiple, given, closest=model.takes_first_frame)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Paths between data and noise, training objectives, samplers and guidance. No networks here."""
 
-from mmdit.diffusion.guidance import guided
+from mmdit.diffusion.guidance import guided, guided_by_expert
 from mmdit.diffusion.objective import (
     DDPM,
     Denoise,
@@ -43,6 +43,7 @@ __all__ = [
     "build_objective",
     "ddpm_path",
     "guided",
+    "guided_by_expert",
     "sample",
     "sampling_times",
     "shift_time",

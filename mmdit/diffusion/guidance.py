@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,5 +50,27 @@ def guided(
             strength = scale
         with_text, without = both(torch.cat([x, x]), t).chunk(2)
         return without + strength * (with_text - without)
+
+    return denoise
+
+
+def guided_by_expert(
+    objective: Objective,
+    networks: Mapping[str, Callable[..., Tensor]],
+    expert_at: Callable[[Tensor], str],
+    text: TextTokens,
+    scales: Mapping[str, float],
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Denoise:
+    """Return a denoiser that asks the network of the noise level, with the guidance that `scales`
+    has for it. `expert_at`: from a time as networks get it to a name in `networks`; see
+    `interfaces.Denoiser`, which one network alone answers by ""."""
+    denoisers = {
+        name: guided(objective, network, text, scales[name], interval)
+        for name, network in networks.items()
+    }
+
+    def denoise(x: Tensor, t: Time) -> Tensor:
+        return denoisers[expert_at(objective.network_time(t))](x, t)
 
     return denoise

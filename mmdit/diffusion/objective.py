@@ -129,8 +129,13 @@ class Objective(ABC):
 
         return denoise
 
+    def network_time(self, t: Time) -> Tensor:
+        """Return the time `t` as networks get it, `()` or `(B,)`: scaled, in float32."""
+        exact = torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range)
+        return (exact * self.time_scale).float()
+
     def _network_time(self, t: Time, x: Tensor) -> Tensor:
-        t = (torch.as_tensor(t, dtype=torch.float64).clamp(*self.t_range) * self.time_scale).float()
+        t = self.network_time(t)
         if t.dim() == 0 and t.device.type == "cpu":
             # A kernel writes the number there: a copy would wait for the work that is queued.
             return torch.full((len(x),), t.item(), dtype=torch.float32, device=x.device)

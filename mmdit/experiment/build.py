@@ -3,33 +3,27 @@ weights to start from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from mmdit import config as config_io
-from mmdit.adapters import (
-    check_adapters,
-    inject,
-    is_adapter,
-)
+from mmdit.adapters import check_adapters, inject, is_adapter
 from mmdit.adapters.strength import carry_over, same_strength
 from mmdit.config import ConfigError
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.diffusion import build_objective
 from mmdit.experiment.config import ExperimentConfig
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import Boundary, Denoiser, LatentSpec
 from mmdit.interop.wan import load_denoiser
-from mmdit.models import WanModelConfig, build_model
-from mmdit.nn.experts import Experts, twin
+from mmdit.models import build_model
+from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import key
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training import checkpoint
-from mmdit.training.continuing import (
-    check_same_latents,
-    trained_before,
-)
+from mmdit.training.continuing import check_same_latents, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.starting import is_lora, one_expert, start_from_lora
@@ -45,33 +39,44 @@ SHAPES_WEIGHTS = (
 )  # sections, for `start_from`
 
 
-def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser) -> Learner:
-    """Denoiser, text encoder and objective; initial weights are a function of `config.seed` alone.
-    `load`: gives Wan's."""
+def build_network(
+    config: ExperimentConfig, spec: LatentSpec, text_dim: int, expert: str | None = None
+) -> Denoiser:
+    """Return the denoiser of `config.model` for latents of `spec` and text tokens of `text_dim`:
+    with the weights of its release (those of `expert`, if it has two), else with fresh ones from
+    torch's generator."""
+    if config.model.released:
+        return load_denoiser(config.model, spec, text_dim, expert)
+    return build_model(config.model, spec.channels, text_dim, config.tread)
+
+
+def build_learner(
+    config: ExperimentConfig, spec: LatentSpec, network: Callable[..., Denoiser] = build_network
+) -> Learner:
+    """Return denoiser, text encoder and objective. Fresh weights are a function of `config.seed`
+    alone. `network`: what gives the denoiser."""
     config = resolved(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
         text_encoder = build_text_encoder(config.text_encoder)
-        flow_matching, experts, wan = (
-            config.flow_matching,
-            config.experts,
-            isinstance(config.model, WanModelConfig),
-        )
-        if wan:
-            names = ("high", "low") if experts.enabled else (config.model.expert,)
-            networks = {name: load(config.model, spec, text_encoder.dim, name) for name in names}
-            model = networks[names[0]]
-            if config.model.expert:
-                flow_matching = replace(flow_matching, between=config.model.between)
-        else:
-            model = build_model(config.model, spec.channels, text_encoder.dim, config.tread)
+        flow_matching = config.flow_matching
+        if config.model.expert:
+            flow_matching = replace(flow_matching, between=config.model.between)
         objective = build_objective(config.train.objective, config.diffusion, flow_matching)
-        plan = experts.plan(objective, config.seed) if experts.enabled else None
-        if plan:
-            model = Experts(
-                networks if wan else {"high": model, "low": twin(model)}, plan.stages.route
-            ).requires_grad_(False)
-        learner = Learner(model, text_encoder, objective, spec, config.train.cfg_dropout_prob, plan)
+        if config.experts.enabled:
+            schedule = config.experts.schedule(objective, config.seed)
+            high = network(config, spec, text_encoder.dim, "high")
+            if config.model.released:
+                low = network(config, spec, text_encoder.dim, "low")
+            else:
+                low = shared_copy(high)
+            model: Denoiser = Experts(high, low, schedule.boundary).requires_grad_(False)
+        else:
+            schedule = None
+            model = network(config, spec, text_encoder.dim, config.model.expert)
+        learner = Learner(
+            model, text_encoder, objective, spec, config.train.cfg_dropout_prob, schedule
+        )
         for name, part in learner.parts().items():
             inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
@@ -81,8 +86,21 @@ def build_learner(config: ExperimentConfig, spec: LatentSpec, load=load_denoiser
     return learner
 
 
+def with_sibling(learner: Learner, config: ExperimentConfig) -> Denoiser:
+    """Return the network that draws: the learner's, or, where that is one of a release's two
+    experts, both of them, the other as released, frozen and in evaluation. `config` is
+    `resolved`."""
+    if config.model.expert is None:
+        return learner.model
+    other = "low" if config.model.expert == "high" else "high"
+    sibling = build_network(config, learner.spec, learner.text_encoder.dim, other)
+    networks = {config.model.expert: learner.model, other: sibling.requires_grad_(False).eval()}
+    boundary = Boundary(config.model.boundary, learner.objective.time_scale)
+    return Experts(networks["high"], networks["low"], boundary)
+
+
 def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1) -> BatchPlan:
-    """What each step of the training sees of `cache`."""
+    """Return what each step of the training sees of `cache`."""
     train = config.train
     size = train.batch_size * train.grad_accum_steps * processes
     return BatchPlan(
@@ -93,9 +111,9 @@ def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1)
 def start_from(
     learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
 ) -> list[str]:
-    """`train.init_from`: the (averaged) weights of another run under this config's names; new
-    adapters and a new `model.crop` stay as initialised. Returns what to tell: the source, and how
-    its model or objective was configured otherwise (it fits, but may not be meant).
+    """Start from `train.init_from`, the (averaged) weights of another run under this config's
+    names; new adapters and a new `model.crop` stay as initialised. Return lines to report: the
+    source, and how its model or objective was configured otherwise (it fits, but may not be meant).
     """
     if is_lora(config.train.init_from):
         return start_from_lora(learner, config)
@@ -124,7 +142,6 @@ def start_from(
         learner.state_dict(),
         tensors,
         str(weights.source),
-        # fmt: skip
         fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name),
     )
     carry_over(

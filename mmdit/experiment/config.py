@@ -14,7 +14,7 @@ from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.captions import CaptionsConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig
-from mmdit.diffusion.experts import ExpertsConfig
+from mmdit.diffusion.expert_schedule import ExpertsConfig
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig

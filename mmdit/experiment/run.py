@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 
 from mmdit import config as config_io
-from mmdit.adapters import (
-    coverage,
-    lora_state,
-)
+from mmdit.adapters import coverage, lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.latent_batches import LatentBatches
@@ -20,18 +19,12 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, build_plan, start_from
 from mmdit.experiment.config import ExperimentConfig
-from mmdit.interop.wan_pictures import Pictures, check_trainable, picture_of
-from mmdit.models import WanModelConfig
+from mmdit.interfaces import Tokenizer
+from mmdit.interop.wan_pictures import Pictures
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import (
-    check_same_latents,
-    check_weights,
-    facts,
-    go_on,
-    write_config,
-)
-from mmdit.training.distributed import process_group
+from mmdit.training.continuing import check_same_latents, check_weights, facts, go_on, write_config
+from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.learner import Learner, beyond_graphs
 from mmdit.training.memory.lean import to_bfloat16
@@ -47,167 +40,216 @@ from mmdit.training.trainer import Trainer
 from mmdit.training.validation import Validation
 
 
+def run_training(
+    config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False
+) -> bool:
+    """Train as configured. Return True when max_steps was reached, False when it was asked to stop
+    (continue with resume)."""
+    config = resolved(config)
+    train = config.train
+    with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
+        start = world.share(lambda: find_start(config, resume))
+        tokenizer = build_tokenizer(config.tokenizer, device=world.device)
+        batches = open_batches(config, tokenizer, cache_dir, world)
+        run = Run(config, world, tokenizer.plain, batches.plan, start)
+        run.continue_from_start()
+        check_weights(run.learner)
+        if world.is_main:
+            describe(config, run.learner, run.plan, config.run_dir)
+        return Trainer(
+            train,
+            config.seed,
+            run.state,
+            batches.iterate,
+            world,
+            config.run_dir,
+            run.save,
+            run.previews(),
+            Validation(train, batches, world) if train.val_every_steps else None,
+            config.parallel,
+        ).run()
+
+
 def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> Path | None:
     """Return the checkpoint to continue from, every byte of it looked at, or None for a new run. A
     folder that holds a run is never written over. `prunes`: remove what a kill left of older
     checkpoints."""
     run_dir, train = config.run_dir, config.train
-    found = checkpoint.latest(run_dir, None if resume else ())
-    if resume and found is None:
+    newest = checkpoint.latest(run_dir, None if resume else ())
+    if resume and newest is None:
         raise ValueError(
             f"--resume: no whole checkpoint in {run_dir / 'checkpoints'}; start without --resume"
         )
-    if found is not None and not resume:
+    if newest is not None and not resume:
         raise ValueError(
-            f"{run_dir} already holds a run (step {int(found.name[5:])}): continue it with"
+            f"{run_dir} already holds a run (step {int(newest.name[5:])}): continue it with"
             " --resume, choose another experiment_name, or remove the folder"
         )
-    if found is not None and prunes:
+    if newest is not None and prunes:
         checkpoint.prune(
-            run_dir, checkpoint.step_of(found), train.keep_last, train.keep_every_steps
+            run_dir, checkpoint.step_of(newest), train.keep_last, train.keep_every_steps
         )
-    return found
+    return newest
 
 
-def run_training(
-    config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False
-) -> bool:
-    """Train as configured; True when max_steps was reached (False: stopped on request, continue
-    with resume)."""
-    config = resolved(config)
-    run_dir = config.run_dir
-    with process_group(device, config.train.timeout_minutes) as world, hold(run_dir, world):
-        found = world.share(lambda: find_start(config, resume))
-        tokenizer = build_tokenizer(config.tokenizer, device=world.device)
-        wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
-        tokenizer = getattr(tokenizer, "plain", tokenizer)
-        spec = tokenizer.spec
-        cache = open_cache(cache_dir, wanted)
-        settings = config.train
-        plan = build_plan(config, cache, world.size)
-        batches = LatentBatches(
-            cache,
-            plan,
-            rank=world.rank,
-            world=world.size,
-            accum=settings.grad_accum_steps,
-            in_memory=config.data.in_memory,
-            num_workers=config.num_workers,
-            captions=config.captions,
-            crops=getattr(config.model, "crop", False),
+def open_batches(
+    config: ExperimentConfig, tokenizer: Tokenizer, cache_dir: str | Path, world: World
+) -> LatentBatches:
+    """Open the cache, which must be the one that the configuration asks for, and return the batches
+    of this process."""
+    wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
+    cache = open_cache(cache_dir, wanted)
+    return LatentBatches(
+        cache,
+        build_plan(config, cache, world.size),
+        rank=world.rank,
+        world=world.size,
+        accum=config.train.grad_accum_steps,
+        in_memory=config.data.in_memory,
+        num_workers=config.num_workers,
+        captions=config.captions,
+        crops=config.model.crop,
+    )
+
+
+@dataclass
+class Run:
+    """The learner and the state of a training run, and what is written of it. `start`: the
+    checkpoint that it continues from, None for a new run."""
+
+    config: ExperimentConfig
+    world: World
+    tokenizer: Tokenizer
+    plan: BatchPlan
+    start: Path | None
+    learner: Learner = field(init=False)
+    state: TrainState = field(init=False)
+    origin: dict[str, Any] = field(init=False)  # of what a resume reads again from elsewhere
+    facts: dict[str, Any] = field(init=False)  # of the batches; stored in each checkpoint
+
+    def __post_init__(self):
+        config = self.config
+        self.learner = build_learner(config, self.tokenizer.spec)
+        self._check_networks()
+        self._initialise()
+        # What no checkpoint holds is summed before it is moved, cut or rounded.
+        frozen = frozen_elsewhere(self.learner)
+        self.origin = {"crc32": sum_of([frozen])} if frozen else {}
+        if config.train.precision == "pure_bf16":
+            to_bfloat16(self.learner)
+        if config.parallel.type == "fsdp" and self.world.size > 1:
+            shard(self.learner, self.world, config.parallel)
+        settle(self.learner, config.train.offload_blocks, self.world.device)
+        self.state = TrainState.create(
+            self.learner, config.train, config.ema, config.alpha_schedule
         )
-        learner = build_learner(config, spec)
-        if isinstance(config.model, WanModelConfig):
-            for part in learner.parts().values():
-                check_trainable(part, config)
-                if picture_of(part) != "none":
-                    learner.conditions = Pictures(part, tokenizer).of_latents
-        if config.train.init_from and found is None:
-            for line in start_from(learner, config, spec, tokenizer.fingerprint):
-                world.print(line)
-        if config.video.num_frames > 1 and found is None:
-            learner.model.number_frames(config.seed)
-        frozen = frozen_elsewhere(learner)
-        origin = {"crc32": sum_of([frozen])} if frozen else {}
-        if settings.precision == "pure_bf16":
-            to_bfloat16(learner)
-        if config.parallel.type == "fsdp" and world.size > 1:
-            shard(learner, world, config.parallel)
-        settle(learner, settings.offload_blocks, world.device)
-        state = TrainState.create(learner, config.train, config.ema, config.alpha_schedule)
-        seen = facts(plan.global_batch, world.size)
-        if found is not None:
-            meta = checkpoint.Meta.read(found)
-            check_same_latents(meta, spec, tokenizer.fingerprint, found)
-            check_origin(meta, origin, found)
-            before = config_io.completed(ExperimentConfig, meta.config)
-            for line in go_on(state, found, before, config_io.encode(config), seen):
-                world.print(line)
-            if state.step >= settings.max_steps:
-                world.print(
-                    f"  nothing left to do: train.max_steps is {settings.max_steps}; raise it to"
-                    " train further"
-                )
-        check_weights(learner)
-        if world.is_main:
-            describe(config, learner, plan, run_dir)
+        self.facts = facts(self.plan.global_batch, self.world.size)
 
-        def save(state: TrainState) -> None:
-            meta = checkpoint.Meta(
-                state.step,
-                config_io.encode(config),
-                spec,
-                tokenizer.fingerprint,
-                alphas(learner.model),
-                origin,
-            )
-            files = state.files()
-            if config.lora.enabled:  # to hand on: all, and each expert alone
-                for name, part in ({"": learner.model} | learner.parts()).items():
-                    files["lora_" + name if name else "lora"] = {
-                        key: whole(tensor) for key, tensor in lora_state(part).items()
-                    }
-            checkpoint.save(
-                run_dir,
-                meta,
-                files,
-                settings.keep_last,
-                settings.keep_every_steps,
-                world,
-                state.notes() | seen,
+    def _check_networks(self) -> None:
+        """Refuse networks that cannot be trained so, and let those that continue pictures be given
+        them."""
+        for network in self.learner.parts().values():
+            network.check_trainable(self.config)
+            if network.picture != "none":
+                self.learner.conditions = Pictures(network, self.tokenizer).of_latents
+
+    def _initialise(self) -> None:
+        """Give the weights of a new run their values at step 0."""
+        config, spec = self.config, self.tokenizer.spec
+        if self.start is not None:
+            return
+        if config.train.init_from:
+            for line in start_from(self.learner, config, spec, self.tokenizer.fingerprint):
+                self.world.print(line)
+        if config.video.num_frames > 1:
+            self.learner.model.number_frames(config.seed)
+
+    def continue_from_start(self) -> None:
+        """Take over the state of the checkpoint `start`, if there is one."""
+        if self.start is None:
+            return
+        meta = checkpoint.Meta.read(self.start)
+        check_same_latents(meta, self.tokenizer.spec, self.tokenizer.fingerprint, self.start)
+        check_origin(meta, self.origin, self.start)
+        before = config_io.completed(ExperimentConfig, meta.config)
+        now = config_io.encode(self.config)
+        for line in go_on(self.state, self.start, before, now, self.facts):
+            self.world.print(line)
+        max_steps = self.config.train.max_steps
+        if self.state.step >= max_steps:
+            self.world.print(
+                f"  nothing left to do: train.max_steps is {max_steps}; raise it to train further"
             )
 
-        preview = None
-        sharded = isinstance(
-            learner.model, FSDPModule
-        )  # then every process draws, and the main one writes
-        if config.train.sample_every_steps and (world.is_main or sharded):
-            pipeline = Pipeline(learner, tokenizer, config.train.precision, config.captions)
-            width, height = target_sizes(config.video, config.bucketing, spec.spatial)[0]
-            preview = Previews(
-                pipeline,
-                config.train,
-                run_dir,
-                width,
-                height,
-                config.video.num_frames,
-                config.video.sample_fps,
-                config.ema.use_for_sampling,
-                writes=world.is_main,
-            )
-        if preview and found is not None:
-            missing = partial(
-                preview.is_missing, state.step
-            )  # where a kill came between the checkpoint and it
-            if world.share(missing) if sharded else missing():
-                preview(state)
-        validate = Validation(settings, batches, world) if settings.val_every_steps else None
-        return Trainer(
-            settings,
-            config.seed,
-            state,
-            batches.iterate,
-            world,
-            run_dir,
-            save,
-            preview,
-            validate,
-            config.parallel,
-        ).run()
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of `state`; of adapters also files to hand on, of all of them and of
+        each expert alone."""
+        config, model = self.config, self.learner.model
+        meta = checkpoint.Meta(
+            state.step,
+            config_io.encode(config),
+            self.tokenizer.spec,
+            self.tokenizer.fingerprint,
+            alphas(model),
+            self.origin,
+        )
+        files = state.files()
+        if config.lora.enabled:
+            for name, part in ({"": model} | self.learner.parts()).items():
+                files[f"lora_{name}" if name else "lora"] = {
+                    key: whole(tensor) for key, tensor in lora_state(part).items()
+                }
+        checkpoint.save(
+            config.run_dir,
+            meta,
+            files,
+            config.train.keep_last,
+            config.train.keep_every_steps,
+            self.world,
+            state.notes() | self.facts,
+        )
+
+    def previews(self) -> Previews | None:
+        """Return what draws pictures while training, after drawing those that a kill between a
+        checkpoint and its pictures left out. None in a process that has no part in it."""
+        config, learner, main = self.config, self.learner, self.world.is_main
+        # A sharded model is drawn with by every process, and the main one writes.
+        if not config.train.sample_every_steps or not (main or learner.sharded):
+            return None
+        pipeline = Pipeline(learner, self.tokenizer, config.train.precision, config.captions)
+        width, height = target_sizes(config.video, config.bucketing, learner.spec.spatial)[0]
+        previews = Previews(
+            pipeline,
+            config.train,
+            config.run_dir,
+            width,
+            height,
+            config.video.num_frames,
+            config.video.sample_fps,
+            config.ema.use_for_sampling,
+            writes=main,
+        )
+        if self.start is not None:
+            is_missing = partial(previews.is_missing, self.state.step)
+            if self.world.share(is_missing) if learner.sharded else is_missing():
+                previews(self.state)
+        return previews
 
 
 def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:
     """Write config.yaml and say what is about to happen."""
     write_config(run_dir, config_io.to_yaml(config))
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
     print(f"run folder {run_dir}")
     print(
-        f"model {count(learner.model) / 1e6:.1f} M parameters, text encoder"
-        f" {count(learner.text_encoder) / 1e6:.1f} M"
+        f"model {millions(learner.model)} parameters, text encoder {millions(learner.text_encoder)}"
     )
     if config.lora.enabled:
         print(coverage(learner.model))
-    if config.experts.enabled:
+    if learner.experts:
         print(learner.experts.describe())
     for line in expert_notes(config):
         print(line)

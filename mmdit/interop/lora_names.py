@@ -3,16 +3,12 @@ table, which `lora_reading` and `lora_writing` both walk. To add a format is to 
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from mmdit.interop.wan import diffusers_module, diffusers_name
-from mmdit.models.wan import WanDiT
+from mmdit.interfaces import Denoiser
 
 
 @dataclass(frozen=True)
@@ -138,24 +134,10 @@ class Key:
     expert: str | None = None
 
 
-def names_in_diffusers(model: nn.Module) -> dict[str, str]:
-    """Return the name in Diffusers of each module and parameter that has another one there."""
-    names: dict[str, str] = {}
-    if isinstance(model, WanDiT):
-        for ours, theirs in (
-            (dict(model.named_modules()), diffusers_module),
-            (dict(model.named_parameters()), diffusers_name),
-        ):
-            for name in ours:
-                with contextlib.suppress(KeyError):  # a container: no tensor bears its name
-                    names[name] = theirs(name)
-    return names
-
-
-def foreign_names(model: nn.Module) -> dict[str, str]:
+def foreign_names(model: Denoiser) -> dict[str, str]:
     """Return our name of a module, or of a parameter that is no layer's, by every name that it may
     have in a file. kohya's underscores are never taken apart: the table is made forward."""
-    theirs, table = names_in_diffusers(model), {}
+    theirs, table = model.diffusers_names(), {}
     parameters = (name for name, _ in model.named_parameters())
     alone = [name for name in parameters if not name.endswith((".weight", ".bias"))]
     modules = [name for name, _ in model.named_modules() if name]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear
 from mmdit.adapters.lora import adapters, differences
-from mmdit.interop.lora_names import DIFFERENCES, FORMATS, LoRAFormat, names_in_diffusers
+from mmdit.interop.lora_names import DIFFERENCES, FORMATS, LoRAFormat
 from mmdit.interop.lora_reading import OVER_BASE, read_lora, stretch_over_base
 from mmdit.interop.lora_settings import CONFIG, HEADER, config_of
 from mmdit.weights import is_finite
@@ -36,7 +36,7 @@ def save_lora(
     that is there, what the format cannot hold, numbers too large for `dtype`."""
     path, layers = Path(path), adapters(model)
     _check(model, path, format)
-    form, other_names = FORMATS[format], names_in_diffusers(model)
+    form, other_names = FORMATS[format], model.diffusers_names()
     named = {
         other_names.get(name, name) if form.diffusers_names else name: layer
         for name, layer in layers.items()

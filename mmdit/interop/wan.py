@@ -25,6 +25,7 @@ from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
+from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite
 
@@ -48,45 +49,6 @@ WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
 
-MODULES = {  # official → Diffusers, outside the blocks
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "head.head": "proj_out",
-}
-PARAMETERS = {
-    "head.modulation": "scale_shift_table",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-}
-ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
-BLOCK_MODULES = {  # inside a block
-    **{
-        f"{ours}.{part}": f"{theirs}.to_{part}"
-        for ours, theirs in ATTENTIONS.items()
-        for part in "qkv"
-    },
-    **{f"{ours}.o": f"{theirs}.to_out.0" for ours, theirs in ATTENTIONS.items()},
-    **{
-        f"{ours}.norm_{part}": f"{theirs}.norm_{part}"
-        for ours, theirs in ATTENTIONS.items()
-        for part in "qk"
-    },
-    "cross_attn.k_img": "attn2.add_k_proj",
-    "cross_attn.v_img": "attn2.add_v_proj",
-    "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "norm3": (
-        "norm2"
-    ),  # Diffusers counts norms as they run: its norm2 is the one before cross-attention
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
 MOST_WORDS = 65_536  # of a caption, as a config may ask for
 CONFIG_KEYS = {  # Diffusers' config.json → ours
     "ffn_dim": "ffn_dim",
@@ -100,24 +62,6 @@ CONFIG_KEYS = {  # Diffusers' config.json → ours
     "image_dim": "image_dim",
     "pos_embed_seq_len": "image_positions",
 }
-
-
-def diffusers_module(module: str) -> str:
-    """The Diffusers path of an official module path (`blocks.3.ffn.0` → `blocks.3.ffn.net.0.proj`).
-    KeyError: not Wan's."""
-    if match := re.fullmatch(r"(blocks\.\d+)\.(.+)", module):
-        return f"{match[1]}.{BLOCK_MODULES[match[2]]}"
-    return MODULES[module]
-
-
-def diffusers_name(name: str) -> str:
-    """The Diffusers name of an official parameter. KeyError: not Wan's."""
-    if name in PARAMETERS:
-        return PARAMETERS[name]
-    if match := re.fullmatch(r"(blocks\.\d+)\.modulation", name):
-        return f"{match[1]}.scale_shift_table"
-    module, _, kind = name.rpartition(".")
-    return f"{diffusers_module(module)}.{kind}"
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────

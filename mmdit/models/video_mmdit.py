@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdit import rng
 from mmdit.config import ConfigError
-from mmdit.interfaces import ModelSection, TextTokens
+from mmdit.interfaces import Denoiser, ModelSection, TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn import kernels
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
@@ -132,6 +132,13 @@ class VideoMMDiTConfig(ModelSection):
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def lengths(self) -> dict[str, int]:
+        hidden = MLPS[self.mlp].hidden(self.dim, self.mlp_ratio)
+        return {"dim": self.dim, "dim · mlp_ratio": hidden}
+
+    def memory_options(self, frozen: bool) -> list[str]:
+        return [] if self.checkpointing else ["model.checkpointing=true"]
+
     def pattern(self, block: int) -> Pattern:
         """Return what the attention in space of the block number `block` sees."""
         return self.spatial[block % len(self.spatial)]
@@ -155,12 +162,12 @@ class Block(nn.Module):
 
     def __init__(self, config: VideoMMDiTConfig):
         super().__init__()
-        kind = Float8Linear if config.products == "float8" else nn.Linear
-        attention = (config.dim, config.num_heads, config.qk_norm, config.dropout, kind)
+        linear = Float8Linear if config.products == "float8" else nn.Linear
+        attention = (config.dim, config.num_heads, config.qk_norm, config.dropout, linear)
         self.spatial = SpatialAttention(*attention)
         self.temporal = TemporalAttention(*attention)
         self.cross = CrossAttention(*attention)
-        self.mlp = MLPS[config.mlp](config.dim, config.mlp_ratio, config.dropout, kind)
+        self.mlp = MLPS[config.mlp](config.dim, config.mlp_ratio, config.dropout, linear)
         self.table = nn.Parameter(torch.zeros(3 * SUBLAYERS, config.dim))
 
     def forward(
@@ -195,7 +202,7 @@ class Block(nn.Module):
         return x, self.mlp(seen), mlp.gate
 
 
-class VideoMMDiT(nn.Module):
+class VideoMMDiT(Denoiser):
     """`model(x, t, text) → like x`; images are clips of one frame. The initial output is exactly
     zero, and a model trained on single frames only gives the same output for each frame of a clip:
     its temporal gates are still exactly zero.
@@ -243,9 +250,9 @@ class VideoMMDiT(nn.Module):
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
-        """Before the first training on clips: draw the frame numbers' weights, zero until then
-        (pictures have no use for them, and must leave every frame of a clip alike). From zero, or
-        from attention in time alone, training soon finds the axis of a motion, but its sign stays a
+        """Draw the weights of the frame numbers, zero until the first training on clips (pictures
+        have no use for them, and must leave every frame of a clip alike). From zero, or from
+        attention in time alone, training soon finds the axis of a motion, but its sign stays a
         coin flip for thousands of steps: it depends on text, frame and place only together
         (tests/test_motion.py)."""
         weight = self.frame.embed.weight
@@ -254,37 +261,23 @@ class VideoMMDiT(nn.Module):
             weight.copy_(FRAME_NUMBER_STD * drawn)
 
     def undecayed(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone: they are offsets and norms, not
-        maps."""
-        return {
-            name
-            for name, weight in self.named_parameters()
-            if weight.ndim < 2 or name.endswith(".table")
-        }
+        return {name for name, _ in self.named_parameters() if name.endswith(".table")}
 
-    def matrices(self) -> set[str]:
-        """Names of the parameters that map hidden states to hidden states: those that an optimizer
-        of matrices is for."""
-        return {
-            f"blocks.{name}.weight"
-            for name, part in self.blocks.named_modules()
-            if isinstance(part, nn.Linear)
-        }
+    def can_be_captured(self, training: bool) -> bool:
+        return not (training and (self.config.checkpointing or self.config.dropout))
 
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
 
     def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
-        """The kept places of a training step on this grid, for `forward`; None where nothing is
-        routed (TREAD off, or eval)."""
         if self.tread is None or not self.training:
             return None
         grid = self.windows(rows, columns)
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
     def prepare(self, text: TextTokens) -> PreparedText:
-        """For many calls with the same captions and weights, as in sampling, under the autocast of
-        those calls. Keys and values are `2 · depth · b · t · d` numbers."""
+        """Return what is made of `text` alone, under the autocast of the calls that use it. Keys and
+        values are `2 · depth · b · t · d` numbers."""
         read = self._read(text)
         context = [
             block.cross.keys_values(tokens)
@@ -415,11 +408,6 @@ class VideoMMDiT(nn.Module):
     def train_flops(
         self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
     ) -> int:
-        """Floating-point operations of the matrix products of one sample's forward and backward
-        pass. `grid`: latent (frames, rows, columns); `kept`: places of a window that the routed
-        span sees. As Chowdhery et al. 2022 (2204.02311, appendix B): what the model asks for,
-        whatever an attention kernel or checkpointing computes twice."""
-
         def weights(
             module: nn.Module, backward: bool = True
         ) -> int:  # products a token: forward, gradients of input, weights

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -27,10 +29,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from mmdit.interfaces import Denoiser, Picture
+from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.attention import attend
 from mmdit.nn.norm import upcast, working_dtype
 
 PATCH = (1, 2, 2)
+TI2V_CHANNELS = 48  # of the latents of the one model that takes a given first frame as it is
 Residual = Literal["float32", "autocast"]
 ROTARY_BASE = 10_000.0
 PRODUCTS = re.compile(
@@ -295,7 +300,7 @@ class ImageEmbedding(nn.Module):
         return self.proj(states)
 
 
-class WanDiT(nn.Module):
+class WanDiT(Denoiser):
     """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit`
     fills in the weights.
 
@@ -315,7 +320,7 @@ class WanDiT(nn.Module):
         "patch_embedding",
     )
 
-    patch = PATCH[1]  # latent cells a side
+    patch = PATCH[1]
     lora_targets = (
         "cross_attn.k",
         "cross_attn.v",
@@ -345,6 +350,49 @@ class WanDiT(nn.Module):
         self.img_emb = ImageEmbedding(config) if config.image_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    @property
+    def variant(self) -> str:
+        return self.config.variant
+
+    @property
+    def picture(self) -> Picture:
+        if self.config.in_dim == self.config.out_dim:
+            return "none"
+        return "first_last" if self.config.image_positions else "first"
+
+    @property
+    def takes_first_frame(self) -> bool:
+        return self.config.in_dim == self.config.out_dim == TI2V_CHANNELS
+
+    def undecayed(self) -> set[str]:
+        offsets = ("modulation", "emb_pos")
+        return {name for name, _ in self.named_parameters() if name.endswith(offsets)}
+
+    def diffusers_names(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for ours, _ in chain(self.named_modules(), self.named_parameters()):
+            with suppress(KeyError):  # a container: no tensor bears its name
+                names[ours] = diffusers_name(ours)
+        return names
+
+    def train_flops(
+        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
+    ) -> int:
+        frames, rows, columns = grid
+        tokens, keys = frames * rows * columns // math.prod(PATCH), text_tokens + 1
+
+        def weights(*parts: nn.Module) -> int:
+            two_d = [w for part in parts for w in part.parameters() if w.ndim == 2]
+            return sum(w.numel() * (2 + w.requires_grad) for w in two_d)
+
+        total = tokens * weights(self.head.head) + keys * weights(self.text_embedding)
+        for block in self.blocks:
+            cross = block.cross_attn
+            total += tokens * weights(block.self_attn, block.ffn, cross.q, cross.o)
+            total += keys * weights(cross.k, cross.v)
+            total += 6 * tokens * self.config.dim * (tokens + keys)
+        return 2 * total
 
     @classmethod
     def stored_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.wan import PATCH, Residual, WanDiT
-from mmdit.rng import Draws
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,21 @@ class WanModelConfig(ModelSection):
 
     @property
     def between(self) -> tuple[float, float]:
-        """The times of the expert, once its boundary is known (`experiment.resolved`)."""
-        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(
-            self.expert, (0.0, 1.0)
-        )
+        """Return the times of the expert, once its boundary is known (`expert_choice.resolved`)."""
+        if self.expert is None:
+            return 0.0, 1.0
+        assert self.boundary is not None
+        return (self.boundary, 1.0) if self.expert == "high" else (0.0, self.boundary)
+
+    def memory_options(self, frozen: bool) -> list[str]:
+        options = []
+        if frozen and self.dtype == "float32":
+            options.append("model.dtype=bfloat16")
+        if not self.checkpointing:
+            options.append("model.checkpointing=true")
+        if frozen and self.dtype != "float8":
+            options.append("model.dtype=float8")
+        return options
 
 
 class WanDenoiser(WanDiT):
@@ -130,7 +140,7 @@ class WanDenoiser(WanDiT):
         x: Tensor,
         t: Tensor,
         text: TextTokens,
-        keep: None = None,
+        keep: Tensor | None = None,
         given: int = 0,
         y: Tensor | None = None,
         clip: Tensor | None = None,
@@ -154,59 +164,50 @@ class WanDenoiser(WanDiT):
         velocity = super().forward(rearrange(x, "b f r c d -> b d f r c"), t, context, y, clip)
         return rearrange(velocity, "b d f r c -> b f r c d")
 
-    def given_frames(self, frames: int, draws: Draws) -> int:
-        """Return how many first frames are given clean in the step of `draws`, on clips of
-        `frames`. Training tosses a coin a step; what is measured outside it is always the case that
-        training has more often."""
-        if not self.training:
-            return int(frames > 1 and self.settings.first_frame >= 0.5)
-        coin = Draws.of(draws.seed, draws.step, 1).uniform("first_frame").item()
-        return int(frames > 1 and coin < self.settings.first_frame)
+    @property
+    def first_frame(self) -> float:
+        return self.settings.first_frame
 
-    def stored_elsewhere(self, name: str) -> bool:
-        """What is not trained stays in the release: a checkpoint need not hold it."""
-        return not self.get_parameter(name).requires_grad
+    @property
+    def clip_weights(self) -> str:
+        return (self.settings.clip or self.settings.name_or_path) if self.config.image_dim else ""
 
-    def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> None:
-        """No tokens are routed round blocks here."""
+    def sampling_inputs(self, grid: str) -> dict[str, Any]:
+        return {"whole_times": grid != "even"}
 
-    def number_frames(self, seed: int) -> None:
-        """Frames have positions from the start."""
+    def is_stored(self, name: str) -> bool:
+        """Return whether checkpoints hold this entry: what is not trained stays in the release."""
+        return self.get_parameter(name).requires_grad
 
-    def undecayed(self) -> set[str]:
-        return {
-            name
-            for name, weight in self.named_parameters()
-            if weight.ndim < 2 or name.endswith(("modulation", "emb_pos"))
-        }
-
-    def matrices(self) -> set[str]:
-        return {
-            f"blocks.{name}.weight"
-            for name, part in self.blocks.named_modules()
-            if isinstance(part, nn.Linear)
-        }
-
-    def train_flops(
-        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
-    ) -> int:
-        """As `VideoMMDiT.train_flops`."""
-        frames, rows, columns = grid
-        tokens, keys = frames * rows * columns // 4, text_tokens + 1
-
-        def weights(*parts: nn.Module) -> int:
-            return sum(
-                w.numel() * (2 + w.requires_grad)
-                for part in parts
-                for w in part.parameters()
-                if w.ndim == 2
+    def check_trainable(self, run: Any) -> None:
+        video, variant, settings = run.video, self.variant, self.settings
+        if run.tokenizer.picture != self.picture:
+            raise ConfigError(
+                "tokenizer.picture",
+                f"is {run.tokenizer.picture}, but {variant} is given {self.picture}: set it so and"
+                " cache again",
             )
-
-        total = tokens * weights(self.head.head) + keys * weights(self.text_embedding)
-        for block in self.blocks:
-            cross = block.cross_attn
-            total += tokens * weights(
-                block.self_attn, block.ffn, cross.q, cross.o
-            ) + keys * weights(cross.k, cross.v)
-            total += 6 * tokens * self.config.dim * (tokens + keys)
-        return 2 * total
+        if self.picture != "none" and (video.num_frames == 1 or video.image_fraction):
+            raise ConfigError(
+                "video.num_frames" if video.num_frames == 1 else "video.image_fraction",
+                f"asks for single pictures, which {variant} is given already; train it on clips"
+                " alone",
+            )
+        if self.picture != "none" and run.train.sample_every_steps:
+            raise ConfigError(
+                "train.sample_every_steps",
+                f"is {run.train.sample_every_steps}, but {variant} draws from pictures; set it to 0"
+                " and use mmdit.scripts.sample with --image",
+            )
+        if self.picture != "none" and settings.first_frame:
+            raise ConfigError(
+                "model.first_frame",
+                f"is {settings.first_frame}, but {variant} always has its picture: 0",
+            )
+        frozen = settings.freeze or (run.lora.enabled and run.lora.train_lora_only)
+        if settings.dtype != "float32" and not frozen:
+            raise ConfigError(
+                "model.dtype",
+                f"is {settings.dtype}, but these weights are trained, and small updates would"
+                " vanish in it; use float32, or lora.enabled with train_lora_only",
+            )

@@ -1,135 +1,151 @@
-"""Several networks as one: each sample goes to the one that its noise level belongs to."""
+"""Two networks as one: each sample goes to the one that its noise level belongs to."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mmdit.interfaces import Boundary, Denoiser
 
-def twin(network: nn.Module) -> nn.Module:
-    """A second structure over the same parameters and buffers: what is added to one (an adapter) is
-    not in the other."""
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def shared_copy(network: AnyModule) -> AnyModule:
+    """Return a second structure over the same parameters and buffers: what is added to one (an
+    adapter) is not in the other."""
     shared = chain(network.parameters(), network.buffers())
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
-def of_samples(inputs: dict, rows: Tensor) -> dict:
+def of_samples(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """Return the further inputs of a network for the samples where `rows (b,)` is true. A tensor
     has a row for each sample or one for all of them; `keep` alone holds places of tokens, which are
     those of every sample."""
 
-    def part(name: str, value: object) -> object:
-        each = (
-            isinstance(value, Tensor)
-            and name != "keep"
-            and value.ndim > 0
-            and len(value) == len(rows)
-        )
-        return value[rows] if each else value
+    def part(name: str, value: Any) -> Any:
+        for_each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(rows)
+        return value[rows] if for_each and name != "keep" else value
 
     return {name: part(name, value) for name, value in inputs.items()}
 
 
-class Experts(nn.Module):
-    """`networks` by name, in the order of the numbers that `route(t (B,)) → (B,)` gives; `model(x,
-    t, text)` like any of them. They may be twins on one base, or have nothing in common (Wan 2.2).
-    The state holds what is shared once, under the first.
-    """
+class Experts(Denoiser):
+    """The networks `high`, for the noisy side of `boundary`, and `low`, for the clean one. They may
+    be structures over one base, or have nothing in common (Wan 2.2). The state holds what is
+    shared once, under the first."""
 
-    def __init__(self, networks: dict[str, nn.Module], route: Callable[[Tensor], Tensor]):
+    names = ("high", "low")
+
+    def __init__(self, high: Denoiser, low: Denoiser, boundary: Boundary):
         super().__init__()
-        self.names, self.route = tuple(networks), route
-        for name, network in networks.items():
-            self.add_module(name, network)
-        self.register_state_dict_post_hook(_once)
+        self.high, self.low, self.boundary = high, low, boundary
+        self.patch, self.variant, self.first_frame = high.patch, high.variant, high.first_frame
+        self.picture, self.takes_first_frame = high.picture, high.takes_first_frame
+        self.register_state_dict_post_hook(_store_shared_once)
 
-    @property
-    def networks(self) -> list[nn.Module]:
-        return [self.get_submodule(name) for name in self.names]
+    def networks(self) -> dict[str, Denoiser]:
+        return {"high": self.high, "low": self.low}
 
-    def forward(self, x: Tensor, t: Tensor, text, expert: str | None = None, **inputs) -> Tensor:
-        """`expert`: known to be right (no waiting for the device), or None: looked up. Training
-        draws the times of a batch for one expert; ValueError if they straddle. In evaluation each
-        sample finds its own."""
-        if expert is None:
-            numbers = self.route(t)
-            own = sorted(set(numbers.tolist()))
-            if len(own) > 1 and self.training:
-                raise ValueError(
-                    f"the times {t.min():g} … {t.max():g} of a batch belong to the experts "
-                    f"{', '.join(self.names[i] for i in own)}: a training batch is for one"
-                )
-            if len(own) > 1:
-                result = torch.empty_like(x)
-                for number in own:
-                    rows = numbers == number
-                    some = of_samples(inputs, rows)
-                    result[rows] = self(
-                        x[rows], t[rows], text[rows], self.names[number], **some
-                    ).to(x.dtype)
-                return result
-            expert = self.names[own[0]]
-        return self.get_submodule(expert)(x, t, text, **inputs)
-
-    def spread(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """`tensors` of one network under the names of each expert that has them; names without
-        `prefix` as they are."""
-        own, result = self.state_dict().keys(), {}
-        for name, tensor in tensors.items():
-            rest = name.removeprefix(prefix)
-            places = (
-                [f"{expert}.{rest}" for expert in self.names if f"{expert}.{rest}" in own]
-                if rest != name
-                else []
+    def expert_at(self, t: Tensor | float, whole_times: bool = False) -> str:
+        high = self.boundary.is_high(torch.as_tensor(t).reshape(-1), whole_times)
+        if high.all():
+            return "high"
+        if high.any():
+            times = torch.as_tensor(t)
+            raise ValueError(
+                f"the times {times.min():g} … {times.max():g} of a batch belong to the experts"
+                f" high, low: they lie on both sides of the boundary {self.boundary.threshold:g}, and a"
+                " batch is for one"
             )
-            result |= {f"{prefix}{place}": tensor for place in places} or {name: tensor}
+        return "low"
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Any, expert: str | None = None, **inputs: Any
+    ) -> Tensor:
+        """Return the prediction of `expert`, which is known to be right (no waiting for the
+        device), or of the one that the times belong to. Training draws the times of a batch for one
+        expert: ValueError if they straddle. In evaluation each sample finds its own."""
+        if expert is not None:
+            return self.networks()[expert](x, t, text, **inputs)
+        high = self.boundary.is_high(t)
+        if self.training or high.all() or not high.any():
+            return self.networks()[self.expert_at(t)](x, t, text, **inputs)
+        result = torch.empty_like(x)
+        for rows, network in ((high, self.high), (~high, self.low)):
+            inputs_of_rows = of_samples(inputs, rows)
+            prediction = network(x[rows], t[rows], text[rows], **inputs_of_rows)
+            result[rows] = prediction.to(x.dtype)
         return result
 
-    def stored_elsewhere(self, name: str) -> bool:
-        """As the expert that has it says (`Learner.is_stored`)."""
-        expert, _, inner = name.partition(".")
-        return getattr(self.get_submodule(expert), "stored_elsewhere", lambda name: False)(inner)
+    def spread(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Return `tensors` of one network under the names of each expert that has them, and names
+        without `prefix` as they are."""
+        names, result = self.state_dict().keys(), {}
+        for name, tensor in tensors.items():
+            inner = name.removeprefix(prefix)
+            places = [f"{expert}.{inner}" for expert in self.names]
+            places = [place for place in places if name != inner and place in names]
+            for place in places:
+                result[prefix + place] = tensor
+            if not places:
+                result[name] = tensor
+        return result
 
-    # what the training asks of a denoiser
+    # ── the contract: answers of both networks together, or of the first where they agree ─────────
     @property
     def blocks(self) -> list[nn.Module]:
-        return [block for network in self.networks for block in network.blocks]
+        return [*self.high.blocks, *self.low.blocks]
 
-    def draw_keep(self, *arguments) -> Tensor | None:
-        return self.networks[0].draw_keep(*arguments)
-
-    def train_flops(self, *arguments) -> int:
-        return self.networks[0].train_flops(*arguments)
-
-    def number_frames(self, seed: int) -> None:
-        for network in self.networks:
-            network.number_frames(seed)
+    def is_stored(self, name: str) -> bool:
+        expert, _, inner = name.partition(".")
+        return self.networks()[expert].is_stored(inner)
 
     def undecayed(self) -> set[str]:
-        return {
-            f"{name}.{own}" for name in self.names for own in self.get_submodule(name).undecayed()
+        return {f"high.{name}" for name in self.high.undecayed()} | {
+            f"low.{name}" for name in self.low.undecayed()
         }
 
     def matrices(self) -> set[str]:
-        return {
-            f"{name}.{own}" for name in self.names for own in self.get_submodule(name).matrices()
+        return {f"high.{name}" for name in self.high.matrices()} | {
+            f"low.{name}" for name in self.low.matrices()
         }
 
+    def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
+        return self.high.draw_keep(rows, columns, seed, step)
 
-def _once(module: Experts, state: dict[str, Tensor], prefix: str, local_metadata) -> None:
-    """Parameters keep their identity on every device, so that twins are known by it; their buffers
-    are those of the first."""
-    first: dict[int, str] = {}
-    twins = False
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        expert = name.partition(".")[0]
-        if first.setdefault(id(parameter), expert) != expert:
-            twins = True
-            state.pop(prefix + name, None)
-    for name, _ in module.named_buffers(remove_duplicate=False) if twins else ():
-        if not name.startswith(module.names[0] + "."):
-            state.pop(prefix + name, None)
+    def sampling_inputs(self, grid: str) -> dict[str, Any]:
+        return self.high.sampling_inputs(grid)
+
+    def check_trainable(self, run: Any) -> None:
+        for network in self.networks().values():
+            network.check_trainable(run)
+
+    def number_frames(self, seed: int) -> None:
+        for network in self.networks().values():
+            network.number_frames(seed)
+
+    def train_flops(
+        self, grid: tuple[int, int, int], text_tokens: int, kept: int | None = None
+    ) -> int:
+        return self.high.train_flops(grid, text_tokens, kept)
+
+
+def _store_shared_once(
+    module: Experts, state: dict[str, Tensor], prefix: str, local_metadata: object
+) -> None:
+    """Drop from `state` what `low` shares with `high`. Parameters keep their identity on every
+    device, so that shared ones are known by it; then buffers are those of the first, too."""
+    of_high = {id(parameter) for parameter in module.high.parameters()}
+    shares = False
+    for name, parameter in module.low.named_parameters(remove_duplicate=False):
+        if id(parameter) in of_high:
+            shares = True
+            state.pop(f"{prefix}low.{name}", None)
+    if shares:
+        for name, _ in module.low.named_buffers(remove_duplicate=False):
+            state.pop(f"{prefix}low.{name}", None)

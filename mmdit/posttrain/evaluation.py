@@ -11,8 +11,6 @@ from mmdit.diffusion import guided
 from mmdit.posttrain.rewards import RewardPool, Samples
 from mmdit.posttrain.setup import Setup
 from mmdit.rng import Draws
-from mmdit.text_encoders import keeps_files
-from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 BATCH = 256  # samples that are drawn at a time
@@ -35,7 +33,7 @@ class Evaluator:
         for, so that it need not be loaded again."""
         encoder = self.setup.learner.text_encoder
         captions = [c for prompts in self.setup.evaluated.values() for c in prompts.captions]
-        if captions and keeps_files(encoder):
+        if captions and encoder.keeps_files:
             with torch.no_grad():
                 encoder([*captions, self.setup.train.sample_negative_prompt])
 
@@ -50,19 +48,9 @@ class Evaluator:
             ) from None
 
     def pipeline(self) -> Pipeline:
-        """Return the policy as it is, with its sibling if it has one, to sample with."""
-        learner, pair = self.setup.learner, self.setup.pair
-        result = Pipeline(learner, self.setup.tokenizer, self.setup.train.precision)
-        if pair:  # a pipeline has the noisier expert in its learner
-            result.boundary = pair.boundary
-            if pair.trains_high:
-                result.low = pair.sibling
-            else:
-                result.low = learner.model
-                result.learner = Learner(
-                    pair.sibling, learner.text_encoder, learner.objective, learner.spec
-                )
-        return result
+        """Return the policy as it is, of two experts with the frozen one, to sample with."""
+        setup = self.setup
+        return Pipeline(setup.learner, setup.tokenizer, setup.train.precision, whole=setup.model)
 
     @torch.no_grad()
     def draw(self, captions: list[str], first: int) -> tuple[Tensor, Tensor]:

@@ -132,8 +132,7 @@ def noised(
     """Return `(x, noise, sigma (B,))` of the `number`-th of `count` draws of this update."""
     draws = Draws(session.seed, session.state.step * count + number, indices.to(session.device))
     sigma = session.learner.objective.draw_time(draws, session.frames).float().clamp(1e-2, 1.0)
-    if session.pair:
-        sigma = session.pair.inside(sigma)
+    sigma = session.levels.inside(sigma)
     noise, level = draws.normal("noise", *session.shape), losses.wide(sigma, clean)
     return (1 - level) * clean + level * noise, noise, sigma
 

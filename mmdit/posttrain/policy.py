@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmdit.diffusion import guided
+from mmdit.diffusion import guided_by_expert
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain.losses import wide
 from mmdit.posttrain.setup import Setup
@@ -52,17 +52,17 @@ class Policy:
         """Return the velocity field of the policy, or of a copy of its trained `weights`, with the
         guidance that rollouts have."""
         setup = self.setup
-        objective, rollout, network = setup.learner.objective, setup.config.rollout, self.model
+        rollout, networks = setup.config.rollout, dict(setup.model.networks())
         if weights is not None:
-            network = partial(_call_with, self.model, weights)
-        if setup.pair:
-            low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
-            scales = (rollout.guidance, low)
-            trained, frozen = scales if setup.pair.trains_high else reversed(scales)
-            sibling = guided(objective, setup.pair.sibling, text, frozen)
-            denoise = setup.pair.routed(guided(objective, network, text, trained), sibling)
-        else:
-            denoise = guided(objective, network, text, rollout.guidance)
+            networks[setup.levels.expert] = partial(_call_with, self.model, weights)
+        low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
+        denoise = guided_by_expert(
+            setup.learner.objective,
+            networks,
+            setup.model.expert_at,
+            text,
+            {"": rollout.guidance, "high": rollout.guidance, "low": low},
+        )
 
         def field(x: Tensor, t: float | Tensor) -> Tensor:
             with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.train.autocast):

@@ -10,7 +10,6 @@ from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.setup import Files, Setup
 from mmdit.posttrain.stop_rules import StopRules
 from mmdit.posttrain.updates import Updates
-from mmdit.text_encoders import put_away
 from mmdit.training import checkpoint
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import MetricsLog
@@ -24,7 +23,7 @@ class Session(Setup):
     def __post_init__(self):
         super().__post_init__()
         self.evaluator = Evaluator(self)
-        put_away(self.learner.text_encoder)
+        self.learner.text_encoder.put_away()
         self.policy = Policy(self)
         self.rollouts = Rollouts(self, self.policy)
         self.updates = Updates(self)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import LinearPath, sampling_times
-from mmdit.interfaces import Tokenizer
+from mmdit.interfaces import Denoiser, Tokenizer
 from mmdit.posttrain.advantages import check_geometry
-from mmdit.posttrain.experts import Pair
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.trained_levels import TrainedLevels
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
@@ -26,8 +26,9 @@ Files = dict[str, dict[str, Tensor]]  # of a checkpoint: name without suffix →
 @dataclass(kw_only=True)
 class Setup:
     """Everything that a run is built from. The text encoder is frozen and the network stays in
-    evaluation mode, so that scoring a rollout again gives exactly what was sampled. With two
-    experts (`pair`) the learner holds the trained one, and rollouts use both.
+    evaluation mode, so that scoring a rollout again gives exactly what was sampled. Of two
+    experts the learner holds the trained one; rollouts use `model`, both of them (None: the
+    learner's).
 
     `save(files, best)` writes a checkpoint, with `best` the weights alone. `history` holds scalars
     that a resumed run must know: `best` (score and update of the best evaluation), and of SRPO
@@ -48,7 +49,7 @@ class Setup:
     run_dir: Path
     save: Callable[[Files, bool], None]
     world: World = World()
-    pair: Pair | None = None
+    model: Denoiser | None = None
     history: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -59,6 +60,10 @@ class Setup:
                 "is not flow matching on the linear path, which post-training is made for",
             )
         self.learner, self.device = self.state.learner.eval(), self.world.device
+        self.model = self.learner.model if self.model is None else self.model
+        networks = self.model.networks()
+        trained = next(name for name, part in networks.items() if part is self.learner.model)
+        self.levels = TrainedLevels(self.model, trained, objective)
         self._check_sizes()
         self._prepare_rewards()
         spec = self.learner.spec
@@ -66,9 +71,8 @@ class Setup:
         self.shape = (latent_frames, *spec.grid(self.width, self.height), spec.channels)
         shift = config.rollout.shift * objective.clip_shift(latent_frames)
         self.times = sampling_times(objective, config.rollout.steps, shift)
-        if self.pair:
-            self.pair.check(config, self.times)
-        elif config.rollout.guidance_low is not None:
+        self.levels.check(config, self.times)
+        if len(networks) == 1 and config.rollout.guidance_low is not None:
             raise ConfigError(
                 "posttrain.rollout.guidance_low",
                 f"is {config.rollout.guidance_low}, but this model is no pair of experts; leave it"

@@ -31,7 +31,7 @@ class StopRules:
         clean = self.rollouts.sample(velocity, draws).clean
         noise = draws.normal("probe", *setup.shape)
         for t in PROBE_LEVELS:
-            if not setup.pair or setup.pair.owns(t):
+            if setup.levels.serves(t):
                 x = (1 - t) * clean + t * noise
                 self._probes.append((t, x, velocity(x, t)))
         return text

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        if not getattr(config.text_encoder, "cache_dir", ""):
+        if not config.text_encoder.cache_dir:
             raise ConfigError(
                 "text_encoder.cache_dir",
                 "is empty or no key of this encoder; name a folder (type umt5 has it)",

@@ -21,11 +21,9 @@ from mmdit.adapters import is_adapter
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
-from mmdit.models.wan import WanDiT
-from mmdit.nn.experts import Experts
 from mmdit.scripts import friendly, run
 from mmdit.training.checkpoint import Weights, export, load_weights
-from mmdit.training.expert_choice import choose_expert
+from mmdit.training.expert_choice import joint_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
             pipeline, config = load_pipeline(
                 args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep
             )
-            model, said = pipeline.learner.model, "both experts, their names under high. and low."
-            if args.expert or not isinstance(model, Experts):
-                choice = choose_expert(pipeline, config, args.expert, args.checkpoint)
-                model, said = choice.network, choice.said
-            if args.layout and not isinstance(model, WanDiT):
+            choice = joint_choice(pipeline, config, args.expert, args.checkpoint)
+            model, said = choice.network, choice.said
+            if len(model.networks()) > 1:
+                said = "both experts, their names under high. and low."
+            if args.layout and not config.model.released:
                 raise ValueError(
                     f"--layout is for Wan transformers, {args.checkpoint} is a"
                     f" {type(model).__name__}; leave it out"

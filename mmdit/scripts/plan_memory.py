@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict
 
-from mmdit.commands.plan_memory.ladder import climb, fits, latent_shape, variant_sizes
+from mmdit.commands.plan_memory.ladder import fits, latent_shape, plans_until_fit, variant_sizes
 from mmdit.commands.plan_memory.memory_plan import SIZES
 from mmdit.experiment.config import load_experiment_config
 from mmdit.scripts import friendly, run
@@ -44,20 +44,21 @@ def main(argv: list[str] | None = None) -> int:
         if config.experts.enabled and not args.json:
             print("two experts of equal shape: the high-noise one computes, both are counted")
         sizes = variant_sizes(config, args.variant)
-        for words, found in climb(config, args.gpu_gb or math.inf, sizes, args.words):
+        for words, plan in plans_until_fit(config, args.gpu_gb or math.inf, sizes, args.words):
             if args.json:
-                print(json.dumps({"overrides": words} | asdict(found) | {"total": found.total}))
+                print(json.dumps({"overrides": words} | asdict(plan) | {"total": plan.total}))
             else:
                 print(
-                    f"{found.total / 1e9:8.3f} GB "
+                    f"{plan.total / 1e9:8.3f} GB "
                     f" {' '.join(words) or f'as configured, for latents {latent_shape(config)}'}"
                 )
             if not words and not args.json:
-                print(found.describe())
+                print(plan.describe())
         if args.gpu_gb and not args.json:
-            told = f"fits {' '.join(words) or 'as configured'}"
-            other = "does not fit: take fewer frames or a smaller size"
-            print(f"{args.gpu_gb:g} GB: {told if fits(found, args.gpu_gb) else other}")
+            verdict = "does not fit: take fewer frames or a smaller size"
+            if fits(plan, args.gpu_gb):
+                verdict = f"fits {' '.join(words) or 'as configured'}"
+            print(f"{args.gpu_gb:g} GB: {verdict}")
     return 0
 
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from mmdit.config import ConfigError
+from mmdit.interfaces import TextEncoder
 from mmdit.text_encoders.byte_level import ByteLevelConfig, ByteLevelEncoder
 from mmdit.text_encoders.hashing import HashConfig, HashEncoder
 from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder
@@ -14,7 +13,7 @@ from mmdit.text_encoders.umt5 import UMT5Config, UMT5Encoder
 TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Config
 
 
-def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """The encoder of `config`: a module with `dim` and `forward(captions) -> TextTokens`, on the
     CPU. New weights come from the global generator. A frozen encoder has no parameter that requires
     a gradient. ConfigError if it cannot be loaded.
@@ -34,18 +33,6 @@ def build_text_encoder(config: TextEncoderConfig) -> nn.Module:
     raise AssertionError(f"no text encoder for {type(config).__name__}")
 
 
-def keeps_files(encoder: nn.Module) -> bool:
-    """Whether the encoder finds embeddings again in files, and can do without its own weights
-    then."""
-    return isinstance(encoder, UMT5Encoder) and bool(encoder.config.cache_dir)
-
-
-def put_away(encoder: nn.Module) -> None:
-    """Give back the memory of weights that the encoder loads again when it needs them."""
-    if keeps_files(encoder):
-        encoder.put_away()
-
-
 __all__ = [
     "ByteLevelConfig",
     "HashConfig",
@@ -53,6 +40,4 @@ __all__ = [
     "TextEncoderConfig",
     "UMT5Config",
     "build_text_encoder",
-    "keeps_files",
-    "put_away",
 ]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, Section
-from mmdit.interfaces import TextTokens
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.nn.attention import Attention, attend
 from mmdit.nn.feedforward import GELU
 from mmdit.nn.norm import RMSNorm, rms_norm
@@ -26,7 +26,7 @@ NO_BYTE = 0
 
 
 @dataclass(frozen=True)
-class ByteLevelConfig(Section):
+class ByteLevelConfig(TextEncoderSection):
     """A small encoder that is trained with the model and reads any language."""
 
     # Chooses the byte-level encoder.
@@ -108,7 +108,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ByteLevelEncoder(nn.Module):
+class ByteLevelEncoder(TextEncoder):
     """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an
     MLP makes a token of it (once per distinct word of the batch), then attention reads the words in
     their order."""

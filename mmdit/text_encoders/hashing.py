@@ -7,16 +7,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError, Section
-from mmdit.interfaces import TextTokens
+from mmdit.config import ConfigError
+from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
 
 
 @dataclass(frozen=True)
-class HashConfig(Section):
+class HashConfig(TextEncoderSection):
     """Fixed random vectors for words: no download, nothing to train."""
 
     # Chooses hashed words.
@@ -40,7 +40,7 @@ class HashConfig(Section):
             )
 
 
-class HashEncoder(nn.Module):
+class HashEncoder(TextEncoder):
     """Each word is a standard normal vector drawn with the word as key, plus a sinusoid of its
     place. The same on every rank, machine and run, so nothing is saved. Case and surrounding
     punctuation do not count; word order is told only by the sinusoid."""

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, FilePath, Section
-from mmdit.interfaces import TextTokens
+from mmdit.config import ConfigError, FilePath
+from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
 from mmdit.text_encoders.transformers_loading import load_encoder, most_tokens
 from mmdit.text_encoders.words import check_length
@@ -25,7 +25,7 @@ GROUP, LENGTH_STEP = 8, 16  # a frozen encoder computes on (GROUP, a multiple of
 
 
 @dataclass(frozen=True)
-class HuggingFaceConfig(Section):
+class HuggingFaceConfig(TextEncoderSection):
     """An encoder of the transformers library: T5, CLIP and their like."""
 
     # Chooses an encoder of transformers.
@@ -49,6 +49,10 @@ class HuggingFaceConfig(Section):
     cache_mb: int = 1024
     # A folder that keeps embeddings in files for the next run (frozen encoders).
     cache_dir: FilePath = ""
+
+    @property
+    def released(self) -> bool:
+        return True
 
     def __post_init__(self):
         if not self.name_or_path:
@@ -86,7 +90,7 @@ class HuggingFaceConfig(Section):
             )
 
 
-class HuggingFaceEncoder(nn.Module):
+class HuggingFaceEncoder(TextEncoder):
     """The encoder's last hidden states, one token per tokenizer token, end markers included.
 
     Frozen: outside autocast and in batches of fixed shapes, so that an embedding is a function of
@@ -97,9 +101,7 @@ class HuggingFaceEncoder(nn.Module):
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
         self.config, self.lr_scale = config, config.lr_scale
-        self.frozen = self.stored_elsewhere = (
-            config.freeze
-        )  # a frozen encoder is not copied into checkpoints
+        self.frozen = config.freeze
         self.tokenizer, self.encoder = self._open()
         self.reported = False
         self.kept_limit = config.cache_mb * 2**20
@@ -114,6 +116,10 @@ class HuggingFaceEncoder(nn.Module):
                 " it out",
             )
         self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
+
+    def is_stored(self, name: str) -> bool:
+        """Return whether checkpoints hold this entry: a frozen encoder is not copied into them."""
+        return not self.frozen
 
     def _open(self) -> tuple[Any, nn.Module]:
         config = self.config

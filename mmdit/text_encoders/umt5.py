@@ -143,10 +143,16 @@ class UMT5Encoder(HuggingFaceEncoder):
             self.put_away()
         return known
 
+    @property
+    def keeps_files(self) -> bool:
+        return bool(self.config.cache_dir)
+
+    def is_stored(self, name: str) -> bool:
+        """Return whether checkpoints hold this entry: of `train_blocks` what the run may train."""
+        return name in self.train_names if self.config.train_blocks else super().is_stored(name)
+
     def put_away(self) -> None:
-        """Let go of weights that were loaded for captions which no file held (`cache_dir`): the
-        next miss loads them again."""
-        if not isinstance(self.encoder, nn.Identity):
+        if self.keeps_files and not isinstance(self.encoder, nn.Identity):
             logger.info(
                 "the text encoder is put away: its embeddings are in %s", self.config.cache_dir
             )
@@ -177,10 +183,7 @@ class UMT5Encoder(HuggingFaceEncoder):
                 self.encoder.encoder.final_layer_norm,
             ):
                 part.requires_grad_(True)
-            trained = {
-                name for name, parameter in self.named_parameters() if parameter.requires_grad
-            }
-            self.stored_elsewhere = lambda name: name not in trained
+            self.train_names = {name for name, p in self.named_parameters() if p.requires_grad}
         return self.encoder.config.d_model
 
     def clean(self, caption: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit.config import ConfigError, least
-from mmdit.interfaces import LatentSpec, TokenizerSection
+from mmdit.interfaces import LatentSpec, Tokenizer, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of
 
@@ -48,7 +48,7 @@ class DummyTokenizerConfig(TokenizerSection):
             )
 
 
-class DummyTokenizer:
+class DummyTokenizer(Tokenizer):
     """Pixels [0, 1] `(B, F, 3, H, W)` ↔ latents `(B, F, H/f, W/f, C)`, float32; linear up to the
     clamp of `decode`."""
 

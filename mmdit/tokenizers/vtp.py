@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath, least
 from mmdit.foreign import read_json
-from mmdit.interfaces import LatentSpec, TokenizerSection
+from mmdit.interfaces import LatentSpec, Tokenizer, TokenizerSection
 from mmdit.pixels import IMAGENET, Standard
 from mmdit.shipped import find
 from mmdit.tokenizers.checks import frames_of, latent_frames_of
@@ -63,7 +63,7 @@ class VTPTokenizerConfig(TokenizerSection):
         least(self, 0, "latent_f", "latent_d", "latent_scale", "chunk_size", above=True)
 
 
-class VTPTokenizer:
+class VTPTokenizer(Tokenizer):
     """Pixels [0, 1] `(B, F, 3, H, W)` ↔ raw latents `(B, F, H/16, W/16, C)`, both float32 on
     `device`.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath, least
 from mmdit.foreign import explain_errors, read_json
-from mmdit.interfaces import LatentSpec, TokenizerSection
+from mmdit.interfaces import LatentSpec, Tokenizer, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
 from mmdit.tokenizers.checks import frames_of, latent_frames_of
 from mmdit.tokenizers.wan_vae_network import GROUP, WanVAE, WanVAESizes
@@ -103,7 +103,7 @@ class WanVAETokenizerConfig(TokenizerSection):
             )
 
 
-class WanVAETokenizer:
+class WanVAETokenizer(Tokenizer):
     """Pixels [0, 1] `(B, 4n + 1, 3, H, W)` ↔ raw latents `(B, n + 1, H/f, W/f, C)` float32: means,
     which `spec` normalises.
 

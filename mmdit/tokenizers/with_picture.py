@@ -7,14 +7,12 @@ Axes: b clip · f frame · c channel.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmdit.interfaces import Tokenizer
+from mmdit.interfaces import Picture, Tokenizer
 
-Picture = Literal["none", "first", "first_last"]
 GREY = 0.5  # of the frames that are not given
 
 
@@ -28,19 +26,23 @@ def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
     return clip
 
 
-class WithPicture:
+class WithPicture(Tokenizer):
     """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
     and then those of its first (and last) frame with grey in between, as the model is given
     them."""
 
     def __init__(self, tokenizer: Tokenizer, picture: Picture):
         spec = tokenizer.spec
-        self.plain, self.picture = tokenizer, picture
+        self.of_clips, self.picture = tokenizer, picture
         self.spec = replace(spec, channels=2 * spec.channels, mean=2 * spec.mean, std=2 * spec.std)
 
     @property
+    def plain(self) -> Tokenizer:
+        return self.of_clips
+
+    @property
     def name(self) -> str:
-        return f"{type(self.plain).__name__} with the picture {self.picture}"
+        return f"{self.plain.name} with the picture {self.picture}"
 
     @property
     def fingerprint(self) -> str:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from torch.distributed.fsdp import FSDPModule
-
 from mmdit import config as config_io
 from mmdit.data.batches.batch_plan import ORDER
 from mmdit.files import write_atomically
@@ -81,11 +79,7 @@ def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> l
     told = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
     told += state.restore(folder)
     pictures = (old.get("video") or {}).get("num_frames") == 1
-    if (
-        new["video"]["num_frames"] > 1
-        and pictures
-        and not isinstance(state.learner.model, FSDPModule)
-    ):
+    if new["video"]["num_frames"] > 1 and pictures and not state.learner.sharded:
         number_frames(state, new["seed"])
     changed = config_io.differences(old, new)
     unheeded = [

@@ -6,35 +6,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from mmdit.config import ConfigError
+from mmdit.interfaces import Denoiser
 from mmdit.interop.wan_release import published_boundary
-from mmdit.models.wan_denoiser import WanModelConfig
-from mmdit.nn.experts import Experts
 from mmdit.training.pipeline import Pipeline
 
-OWN_BOUNDARY = 0.875  # between two experts of a model that no release gives one
+USUAL_BOUNDARY = 0.875  # between two experts of a model that no release gives one
 
 
 def resolved(config):
-    """`config` with a number for the boundary between two experts where it leaves that to the
-    release. ConfigError: the release cannot be read."""
-    model, experts, wan = config.model, config.experts, isinstance(config.model, WanModelConfig)
-    if not (experts.enabled or wan and model.expert):
+    """Return `config` with a number for the boundary between two experts where it leaves that to
+    the release. ConfigError: the release cannot be read."""
+    model, experts = config.model, config.experts
+    if not (experts.enabled or model.expert):
         return config
     boundary = experts.boundary if experts.enabled else None
-    if boundary is None and wan:
+    if boundary is None:
         boundary = model.boundary
     if boundary is None:
-        boundary = _published_boundary(config) if wan else OWN_BOUNDARY
-    if wan:
-        model = replace(model, boundary=boundary)
-    return replace(
-        config,
-        model=model,
-        experts=replace(experts, boundary=boundary) if experts.enabled else experts,
-    )
+        boundary = _published_boundary(config) if model.released else USUAL_BOUNDARY
+    if model.released:
+        config = replace(config, model=replace(model, boundary=boundary))
+    if experts.enabled:
+        config = replace(config, experts=replace(experts, boundary=boundary))
+    return config
 
 
 def _published_boundary(config) -> float:
@@ -45,19 +40,19 @@ def _published_boundary(config) -> float:
 
 
 def expert_notes(config) -> list[str]:
-    """What to tell of the experts before a run of a resolved `config`: who is trained, and a
-    boundary that is not the published one."""
-    if not isinstance(config.model, WanModelConfig) or not (
-        config.experts.enabled or config.model.expert
-    ):
+    """Return what is said of a release's experts before a run of a resolved `config`: who is
+    trained, and a boundary that is not the published one."""
+    model = config.model
+    if not model.released or not (config.experts.enabled or model.expert):
         return []
-    boundary, published = config.model.boundary, _published_boundary(config)
-    notes = []
-    if config.model.expert:
-        side = "t ≥" if config.model.expert == "high" else "t <"
-        notes.append(f"the {config.model.expert}-noise expert is trained, on {side} {boundary:g}")
-    if boundary != published:
-        notes.append(f"model.boundary is {boundary:g}; this model was published with {published:g}")
+    published, notes = _published_boundary(config), []
+    if model.expert:
+        side = "t ≥" if model.expert == "high" else "t <"
+        notes.append(f"the {model.expert}-noise expert is trained, on {side} {model.boundary:g}")
+    if model.boundary != published:
+        notes.append(
+            f"model.boundary is {model.boundary:g}; this model was published with {published:g}"
+        )
     return notes
 
 
@@ -67,7 +62,7 @@ class Choice:
     without a choice."""
 
     name: str | None
-    network: nn.Module
+    network: Denoiser
     said: str = ""
 
 
@@ -76,18 +71,12 @@ def trained_experts(config) -> tuple[str, ...]:
     one network."""
     if config.experts.enabled:
         return config.experts.trained
-    expert = getattr(config.model, "expert", None)
-    return (expert,) if expert else ()
+    return (config.model.expert,) if config.model.expert else ()
 
 
-def experts_of(pipeline: Pipeline) -> dict[str, nn.Module]:
+def experts_of(pipeline: Pipeline) -> dict[str, Denoiser]:
     """Return both experts of a pair by name; empty for a model that is none."""
-    model = pipeline.learner.model
-    if pipeline.low is not None:
-        return {"high": model, "low": pipeline.low}
-    if isinstance(model, Experts):
-        return {name: model.get_submodule(name) for name in model.names}
-    return {}
+    return {name: network for name, network in pipeline.model.networks().items() if name}
 
 
 def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object) -> Choice:
@@ -99,7 +88,7 @@ def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object)
             raise ValueError(
                 f"--expert is {asked}, but {source} is no pair of experts; leave it out"
             )
-        return Choice(None, pipeline.learner.model)
+        return Choice(None, pipeline.model)
     trained = trained_experts(config)
     name = asked or (trained[0] if trained else "high")
     other = "low" if name == "high" else "high"
@@ -110,6 +99,14 @@ def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object)
     else:
         reason = f"both were trained; --expert {other} takes the other"
     return Choice(name, experts[name], f"of two experts the {name}-noise one ({reason})")
+
+
+def joint_choice(pipeline: Pipeline, config, asked: str | None, source: object) -> Choice:
+    """Return what `choose_expert` does, but both experts of a pair on one base if none is `asked`
+    for: a release's experts have a file each, these share one."""
+    if asked or config.model.released:
+        return choose_expert(pipeline, config, asked, source)
+    return Choice(None, pipeline.model)
 
 
 def describe_pair(pipeline: Pipeline, config) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mmdit.diffusion.experts import ExpertPlan
-from mmdit.interfaces import LatentSpec
+from mmdit.diffusion import Objective
+from mmdit.diffusion.expert_schedule import ExpertSchedule
+from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder
 from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
 
@@ -22,55 +24,52 @@ GRAPHS = 64
 
 def beyond_graphs(table: list[dict], compiles: bool | str) -> str:
     """Return a line for a run that has more sizes (rows of `BatchPlan.table`) than its blocks are
-    compiled
-    for; empty if it has not. Each size takes a graph with plain and one with shifted windows."""
-    kinds = {(*row["grid"], row["steps"]) for row in table}
-    if compiles is False or 2 * len(kinds) <= GRAPHS:
+    compiled for; empty if it has not. Each size takes a graph with plain and one with shifted
+    windows."""
+    sizes = {(*row["grid"], row["steps"]) for row in table}
+    if compiles is False or 2 * len(sizes) <= GRAPHS:
         return ""
     return (
-        f"\n{len(kinds)} sizes: where blocks are compiled, those of the first {GRAPHS // 2} are, "
-        "the others "
-        "run as they are, more slowly; a list of bucketing.buckets has fewer"
+        f"\n{len(sizes)} sizes: where blocks are compiled, those of the first {GRAPHS // 2} are, "
+        "the others run as they are, more slowly; a list of bucketing.buckets has fewer"
     )
 
 
 class Learner(nn.Module):
-    """`forward` gives the per-sample losses of one micro-batch; everything random in it comes from
-    `draws`."""
+    """Denoiser and text encoder under one objective. `forward` gives the per-sample losses of one
+    micro-batch; everything random in it comes from `draws`."""
 
     def __init__(
         self,
-        model: nn.Module,
-        text_encoder: nn.Module,
-        objective,
+        model: Denoiser,
+        text_encoder: TextEncoder,
+        objective: Objective,
         spec: LatentSpec,
         caption_dropout: float = 0.0,
-        experts: ExpertPlan | None = None,
+        experts: ExpertSchedule | None = None,
     ):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
-        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = (
-            None  # cached latents → the clips', further inputs
-        )
-        self.compiled, self.replays = False, None
+        # cached latents → those of the clips, further inputs
+        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None
+        self.compiled = False
+        self.replays: Replays | None = None
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
 
     def compile_model(self, backend: str | Callable = "inductor", replays: bool = False) -> None:
-        """Compile the blocks (one graph serves all of a kind), for training: sampling asks for
+        """Compile the blocks (all of one structure share a graph), for training: sampling asks for
         eager, as its shapes vary. Without a working compiler torch warns once and the blocks run as
-        they are. `replays`: on CUDA, of steps of small networks.
+        they are. `replays`: on CUDA, replay the steps of small networks.
         """
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = (
             GRAPHS  # beyond it blocks would silently run as they are
         )
-        self.compiled, self.replays = (
-            True,
-            Replays(self.model) if replays and suits(self.model) else None,
-        )
+        self.compiled = True
+        self.replays = Replays(self.model) if replays and suits(self.model) else None
         for block in self.model.blocks:
             if isinstance(
                 block, FSDPModule
@@ -79,26 +78,31 @@ class Learner(nn.Module):
             else:
                 block.compile(dynamic=False, backend=backend)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """The experts that are trained, by name, or the one denoiser as ""."""
-        return (
-            {name: self.model.get_submodule(name) for name in self.experts.trained}
-            if self.experts
-            else {"": self.model}
-        )
+    @property
+    def sharded(self) -> bool:
+        """Return whether the denoiser is cut over processes, which then compute every call
+        together."""
+        return isinstance(self.model, FSDPModule)
+
+    def parts(self) -> dict[str, Denoiser]:
+        """Return the networks that are trained, by the name of the expert; one alone is ""."""
+        networks = self.model.networks()
+        return {name: networks[name] for name in self.experts.trained} if self.experts else networks
 
     def resting(self, expert: str) -> tuple[str, ...]:
-        """How the names of the parameters begin that a step of `expert` leaves alone."""
+        """Return prefixes of the parameter names that a training step of `expert` does not
+        change."""
         return tuple(f"model.{name}." for name in self.parts() if name != expert)
 
     def is_stored(self, name: str) -> bool:
-        """Whether a checkpoint holds this entry of the state: frozen foreign weights stay where
-        they were loaded from."""
+        """Return whether a checkpoint holds this entry of the state: frozen foreign weights stay
+        where they were loaded from."""
         part, _, inner = name.partition(".")
-        elsewhere = getattr(self.get_submodule(part), "stored_elsewhere", False)
-        return not (elsewhere(inner) if callable(elsewhere) else elsewhere)
+        network = self.model if part == "model" else self.text_encoder
+        return network.is_stored(inner)
 
     def stored_state(self) -> dict[str, Tensor]:
+        """Return the state that a checkpoint holds."""
         return {name: value for name, value in self.state_dict().items() if self.is_stored(name)}
 
     def forward(
@@ -110,33 +114,33 @@ class Learner(nn.Module):
         crops: Tensor | None = None,
         expert: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`latents (b, F, H, W, C)` raw, `keep` as `models.routing` draws it, `crops (b, 4)` for a
-        model with `model.crop`, `expert`: draw its times alone. Returns `(losses (b,), t (b,))`,
-        float32."""
+        """Return `(losses (b,), t (b,))`, float32, for raw `latents (b, F, H, W, C)`. `keep`: from
+        `Denoiser.draw_keep`; `crops (b, 4)`: for a model with `model.crop`; `expert`: draw its
+        times alone."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
-        given = (
-            self.model.given_frames(latents.shape[1], draws)
-            if hasattr(self.model, "given_frames")
-            else 0
-        )
-        inputs = {"keep": keep} if crops is None else {"keep": keep, "crop": crops}
+        given = self.model.given_frames(latents.shape[1], draws)
+        inputs: dict[str, Any] = {} if keep is None else {"keep": keep}
+        if crops is not None:
+            inputs["crop"] = crops
         if self.conditions:
             latents, more = self.conditions(latents)
             inputs |= more
-        if expert is not None:
-            draws, inputs["expert"] = self.experts.draws(draws, expert, latents.shape[1]), expert
-        model, clean = self.replays or self.model, self.spec.normalize(latents)
+        if self.experts and expert is not None:
+            draws = self.experts.draws(draws, expert, latents.shape[1])
+            inputs["expert"] = expert
+        clean = self.spec.normalize(latents)
+        model = self.replays or self.model
         parts = self.objective.loss(model, clean, text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:
-        """Of the denoiser, forward and backward, for one sample of `grid` (frames, rows, columns)
-        with captions as in the last batch; the recomputation of checkpointing is not counted."""
+        """Return the operations of the denoiser for one sample of `grid` (frames, rows, columns)
+        with captions as in the last batch; see `Denoiser.train_flops`."""
         shape = (grid, self.text_tokens, None if keep is None else len(keep))
         if shape not in self._flops:
             self._flops[shape] = self.model.train_flops(*shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmdit.config import ConfigError
+from mmdit.interfaces import Network
 from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
 from mmdit.training.memory.shards import local, place
 
@@ -166,7 +167,7 @@ def build_optimizer(
     are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what
     `matrices()` names, and its updates are as large as AdamW's (Liu et al. 2025, 2502.16982, eq.
     4), so that one learning rate is right for both. The rate of a group is the run's times the
-    attribute `lr_scale` of its submodule (else 1). Weights in bfloat16 get `SplitAdamW`.
+    `lr_scale` of its submodule. Weights in bfloat16 get `SplitAdamW`.
     ConfigError: there is nothing to train, or nothing for Muon.
     """
     if name == "adamw8bit":
@@ -180,18 +181,24 @@ def build_optimizer(
         raise ConfigError(
             "train", "no parameter is trainable (everything frozen, no adapter enabled?)"
         )
+    networks = {
+        prefix: part for prefix, part in module.named_children() if isinstance(part, Network)
+    }
     undecayed = {name for name, p in trainable.items() if p.ndim < 2}
-    undecayed |= _named_by(module, "undecayed")
+    for prefix, network in networks.items():
+        undecayed |= {f"{prefix}.{name}" for name in network.undecayed()}
     matrices: set[str] = set()
     if name == "muon":
-        matrices = _named_by(module, "matrices") & trainable.keys()
+        for prefix, network in networks.items():
+            matrices |= {f"{prefix}.{name}" for name in network.matrices()}
+        matrices &= trainable.keys()
         if not matrices:
             raise ConfigError(
                 "train.optimizer",
                 "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use"
                 " adamw",
             )
-    scales = {prefix: getattr(part, "lr_scale", 1.0) for prefix, part in module.named_children()}
+    scales = {prefix: network.lr_scale for prefix, network in networks.items()}
     muon_groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     adamw_groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in trainable.items():
@@ -207,15 +214,6 @@ def build_optimizer(
         rest = _settings(adamw_groups, lr)
         parts += [_adamw(part, betas) for part in (in_chunks(rest) if offload else [rest])]
     return Optimizer(*parts, offload=offload)
-
-
-def _named_by(module: nn.Module, method: str) -> set[str]:
-    """Return the names of parameters that the submodules give by `method`, if they have it."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, part in module.named_children()
-        for name in getattr(part, method, set)()
-    }
 
 
 def _settings(groups: dict[tuple[float, float], list[nn.Parameter]], lr: float) -> list[dict]:

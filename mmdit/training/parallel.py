@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section
@@ -92,7 +92,7 @@ def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfi
 
 def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> nn.Module:
     """What to call in training: gradients become means over all processes."""
-    if world.size == 1 or isinstance(learner.model, FSDPModule):
+    if world.size == 1 or learner.sharded:
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
     torch._dynamo.config.optimize_ddp = (

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import Denoise, SamplerConfig, guided, sample, sampling_times
-from mmdit.interfaces import TextTokens, Tokenizer
+from mmdit.diffusion import Denoise, SamplerConfig, guided_by_expert, sample, sampling_times
+from mmdit.interfaces import Denoiser, TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
-from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws
 from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
@@ -85,18 +84,22 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 @dataclass
 class Pipeline:
     """A learner in evaluation and a tokenizer. `execution_device`: where samples are computed, if
-    that is not where the learner is (`sampling_offload`). `captions`:
-    prompts get its trigger word, as the captions in training do. `low`: of a pair of experts that
-    for times below `boundary`; the learner has the other.
+    that is not where the learner is (`sampling_offload`). `captions`: prompts get its trigger word,
+    as the captions in training do. `whole`: the network to draw with where the learner has a part
+    of it, one of two experts.
     """
 
     learner: Learner
     tokenizer: Tokenizer
     precision: str = "fp32"
     captions: CaptionsConfig = CaptionsConfig()
-    low: nn.Module | None = None
-    boundary: float = 0.0
+    whole: Denoiser | None = None
     execution_device: torch.device | None = None
+
+    @property
+    def model(self) -> Denoiser:
+        """Return the network that draws."""
+        return self.learner.model if self.whole is None else self.whole
 
     @property
     def device(self) -> torch.device:
@@ -105,28 +108,26 @@ class Pipeline:
 
     @cached_property
     def pictures(self) -> Pictures:
-        return Pictures(self.learner.model, self.tokenizer, self.device)
+        first, *_ = self.model.networks().values()  # two experts are given the same
+        return Pictures(first, self.tokenizer, self.device)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network that takes part in a picture, by what messages call it."""
-        learner = self.learner
-        found = {
-            "model": learner.model,
-            "model (low noise)": self.low,
-            "text_encoder": learner.text_encoder,
-        }
-        inside = {
-            f"tokenizer.{name.lstrip('_')}": value for name, value in vars(self.tokenizer).items()
-        }
-        return {
-            name: value for name, value in (found | inside).items() if isinstance(value, nn.Module)
-        }
+        """Return every network that takes part in a picture, by what messages call it."""
+        titles = {"": "model", "high": "model", "low": "model (low noise)"}
+        result: dict[str, nn.Module] = {}
+        for name, network in self.model.networks().items():
+            result[titles[name]] = network
+        result["text_encoder"] = self.learner.text_encoder
+        for name, value in vars(self.tokenizer).items():
+            if isinstance(value, nn.Module):
+                result[f"tokenizer.{name.lstrip('_')}"] = value
+        return result
 
     def check(self, width: int, height: int, frames: int, settings: SampleSettings) -> None:
         """Raise ValueError for a size or a sampler that cannot be drawn with, before anything
         is."""
         spec, objective, sampler = self.learner.spec, self.learner.objective, settings.sampler
-        spec.grid(width, height, getattr(self.learner.model, "patch", 1))
+        spec.grid(width, height, self.model.patch)
         shift = sampler.shift * objective.clip_shift(spec.frames(frames))
         sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
 
@@ -176,15 +177,14 @@ class Pipeline:
         i`. `guess`: raw latents to start from, and the time they are noised to. `image (3, H, W)`:
         the first frame of every clip; `(2, 3, H, W)`: also the last."""
         learner, device = self.learner, self.device
-        rows, columns = learner.spec.grid(width, height, getattr(learner.model, "patch", 1))
+        rows, columns = learner.spec.grid(width, height, self.model.patch)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
         noise = draws.normal(
             "sample", learner.spec.frames(frames), rows, columns, learner.spec.channels
         )
-        modules = [learner] if self.low is None else [learner, self.low]
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
         eager = torch.compiler.set_stance("force_eager")
-        with evaluating(*modules), Calls() as calls, autocast, eager:
+        with evaluating(learner, self.model), Calls() as calls, autocast, eager:
             text = learner.text_encoder(
                 [with_trigger(caption, self.captions) for caption in captions]
             )
@@ -205,51 +205,31 @@ class Pipeline:
         frames: int,
         calls: Calls,
     ) -> Denoise:
-        """Guidance round the network, or round both experts, each in its times; with a given first
-        frame kept as it is."""
-        learner, first = self.learner, None
-        parts = [learner.model, *([self.low] if self.low is not None else [])]
-        scales = [
-            settings.cfg_scale,
-            settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low,
-        ]
-        if isinstance(learner.model, WanDenoiser):
-            pictures = (
-                None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
-            )
-            inputs, first = self.pictures.given(pictures, frames)
-            parts = [
-                partial(part, whole_times=settings.sampler.grid != "even", **inputs)
-                for part in parts
-            ]
-        elif image is not None:
-            raise ValueError(
-                "a picture is given, but this model takes text alone; leave --image out"
-            )
-        else:
-            if self.execution_device is None:  # else weights come and go, call by call
-                parts = [partial(calls, part) for part in parts]
-        denoisers = [
-            guided(learner.objective, part, text, scale, settings.cfg_interval)
-            for part, scale in zip(parts, scales)
-        ]
+        """Return the network with guidance (two experts, each in its times), which keeps a given
+        first frame as it is."""
+        pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
+        inputs, first = self.pictures.given(pictures, frames)
+        sampling = self.model.sampling_inputs(settings.sampler.grid)
+        networks = self.model.networks()
+        if self.execution_device is None:  # else weights come and go, call by call
+            networks = {name: partial(calls, network) for name, network in networks.items()}
+        low = settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low
+        ask = guided_by_expert(
+            self.learner.objective,
+            {name: partial(network, **inputs, **sampling) for name, network in networks.items()},
+            partial(self.model.expert_at, **sampling),
+            text,
+            {"": settings.cfg_scale, "high": settings.cfg_scale, "low": low},
+            settings.cfg_interval,
+        )
+        if first is None:
+            return ask
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            ask = denoisers[0]
-            if len(denoisers) > 1 and not self.is_high(float(t), settings.sampler.grid != "even"):
-                ask = denoisers[1]
-            if first is None:
-                return ask(x, t)
             given = first.to(x.dtype).expand(len(x), *first.shape[1:])
             return torch.cat([given, ask(torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
 
         return denoise
-
-    def is_high(self, t: float, whole_times: bool) -> bool:
-        """Whether time `t` is the high-noise expert's. Where the network is told whole timesteps,
-        these decide, as in the official code."""
-        told = math.floor(1000 * t) if whole_times else 1000 * t
-        return told >= 1000 * self.boundary
 
     @torch.no_grad()
     def __call__(

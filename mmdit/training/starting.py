@@ -10,11 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.adapters import adapters, is_adapter
+from mmdit.adapters import Adapter, adapters, is_adapter
 from mmdit.adapters.strength import set_alpha
 from mmdit.config import ConfigError
 from mmdit.interop.lora_reading import LoRAFile, read_lora
-from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
 
@@ -34,27 +33,27 @@ def is_lora(path: str | Path) -> bool:
     try:
         with safe_open(path, "pt") as handle:
             ours = "mmdit" in (handle.metadata() or {})
-            return not ours and any(KEYS.search(name) for name in handle.keys())
+            return not ours and any(KEYS.search(name) for name in handle.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
 
 
 def start_from_lora(learner: Learner, config) -> list[str]:
     """Give the adapters of `learner` the values of the LoRA that `train.init_from` names; layers
-    that it lacks stay new. Returns what to tell. ConfigError: it does not fit, or there is no base
-    to lay it over."""
+    that it lacks stay new. Return lines to report. ConfigError: it does not fit, or there is no
+    base to lay it over."""
     path = config.train.init_from
     if not config.lora.enabled:
         raise ConfigError(
             "train.init_from",
             f"is {path}, a LoRA, but lora.enabled is false; enable it to train on",
         )
-    if not isinstance(config.model, WanModelConfig):
+    if not config.model.released:
         raise ConfigError(
             "train.init_from",
             f"is {path}, a LoRA without its base; name the run or export that it belongs to",
         )
-    told = []
+    lines = []
     for name, part in learner.parts().items():
         expert = name or config.model.expert
         try:
@@ -62,19 +61,19 @@ def start_from_lora(learner: Learner, config) -> list[str]:
         except ValueError as error:
             raise ConfigError("train.init_from", str(error)) from None
         _copy(part, content, path)
-        whose = f" for the {expert}-noise expert" if expert else ""
+        of_expert = f" for the {expert}-noise expert" if expert else ""
         new = len(adapters(part)) - len(content.updates)
-        told.append(
-            f"starting from the LoRA {path}{whose}: {len(content.updates)} layers, {new} that it"
-            " lacks start new"
+        lines.append(
+            f"starting from the LoRA {path}{of_expert}: {len(content.updates)} layers, {new} that"
+            " it lacks start new"
         )
-    return told
+    return lines
 
 
 @torch.no_grad()
 def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
-    """Into the adapters of `part`, at the strength of the file under the alpha that they have
-    here."""
+    """Write a file's numbers into the adapters of `part`, at the strength of the file under the
+    alpha that they have here."""
     layers = adapters(part)
     if content.differences:
         raise ConfigError(
@@ -93,10 +92,7 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
     for name, update in content.updates.items():
         layer = layers[name]
         made = update.adapter(layer)
-        ours, theirs = (
-            {key: tuple(value.shape) for key, value in own.adapter_parameters().items()}
-            for own in (layer, made)
-        )
+        ours, theirs = _shapes(layer), _shapes(made)
         if ours != theirs:
             raise ConfigError(
                 "lora",
@@ -110,11 +106,15 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
         set_alpha(layer, wanted, preserve=True)
 
 
+def _shapes(layer: Adapter) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in layer.adapter_parameters().items()}
+
+
 def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return tensors and alphas of a pair's run under the names of one network: the adapters of the
     expert that `config` trains, and the base, which twins store once. ConfigError: it names no
     expert."""
-    expert, alphas = getattr(config.model, "expert", None), weights.meta.alphas
+    expert, prefix = config.model.expert, f"{config.model.expert}."
     if expert is None:
         raise ConfigError(
             "train.init_from",
@@ -130,9 +130,9 @@ def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, f
             result[f"model.{match[2]}"] = tensor
         elif not is_adapter(name):
             result.setdefault(f"model.{match[2]}", tensor)
-    own = {
-        name.removeprefix(f"{expert}."): alpha
-        for name, alpha in alphas.items()
-        if name.startswith(f"{expert}.")
+    alphas = {
+        name.removeprefix(prefix): alpha
+        for name, alpha in weights.meta.alphas.items()
+        if name.startswith(prefix)
     }
-    return result, own
+    return result, alphas

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from mmdit.adapters import adapters
 from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas
@@ -163,7 +162,7 @@ class TrainState:
 def _signs(learner: Learner) -> Signs | None:
     """Return the memory of the adapters' signs; None where an expert trains no adapter, and under
     FSDP, whose shards would give each rank signs of its part alone."""
-    if not adapters(learner.model) or isinstance(learner.model, FSDPModule):
+    if not adapters(learner.model) or learner.sharded:
         return None
     trained: dict[str, list[nn.Parameter]] = {}
     for name, part in learner.parts().items():

@@ -9,15 +9,13 @@ from pathlib import Path
 
 from mmdit import config as config_io
 from mmdit.config import ConfigError
-from mmdit.models import VideoMMDiTConfig
-from mmdit.models.video_mmdit import MLPS
 from mmdit.training import checkpoint
 
 
 def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
     """Weights are data. A config that comes with them may not choose whose Python is run: only
     the command line may."""
-    repository = getattr(config.tokenizer, "repo_path", None)
+    repository = config.tokenizer.repo_path
     asked = config_io.apply_overrides({}, overrides).get("tokenizer")
     if repository is not None and not (
         isinstance(asked, dict) and asked.get("repo_path") == repository
@@ -38,7 +36,7 @@ def stay_offline(config, overrides: list[str]):
         config_io.apply_overrides({}, overrides).get("text_encoder"),
     )
     named = isinstance(asked, dict) and asked.keys() & {"name_or_path", "local_files_only"}
-    if named or not hasattr(encoder, "local_files_only"):
+    if named or encoder.local_files_only:
         return config
     return replace(config, text_encoder=replace(encoder, local_files_only=True))
 
@@ -53,15 +51,13 @@ def check_sizes(config, weights: checkpoint.Weights) -> None:
         ("lora.rank", lora.rank),
         *(("lora.per_module", entry.rank) for entry in lora.per_module),
     ]
-    asked = [
-        (f"{section}.{name}", getattr(part, name, 0) or 0, limit)
-        for section, part in (("model", model), ("text_encoder", text))
-        for name, limit in (("dim", longest), ("depth", len(shapes)))
+    asked = [(f"model.{name}", length, longest) for name, length in model.lengths().items()]
+    asked += [
+        ("model.depth", model.depth or 0, len(shapes)),
+        ("text_encoder.dim", text.dim or 0, longest),
+        ("text_encoder.depth", text.depth or 0, len(shapes)),
     ]
     asked += [(name, rank, longest) for name, rank in ranks if lora.enabled and lora.type != "lokr"]
-    if isinstance(model, VideoMMDiTConfig):
-        hidden = MLPS[model.mlp].hidden(model.dim, model.mlp_ratio)
-        asked.append(("the width that model.mlp_ratio makes", hidden, longest))
     for name, value, limit in asked:
         if value > limit:
             what = (

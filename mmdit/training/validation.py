@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mmdit.data.batches.latent_batches import LatentBatches
-from mmdit.diffusion.experts import FixedTimes
+from mmdit.diffusion.expert_schedule import FixedTimes
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState

@@ -4,7 +4,7 @@ a JSON line a case, some 3 minutes.
     python -m tests.drivers.gpu_memory_plan [--only 5B] [--compiled] [--tiny]
 
 Each case is two optimizer steps by the trainer's own step code: Wan 1.3B (32,760 tokens) and 5B
-(27,280 tokens) with LoRA, batch 1, with and without checkpointing, the rungs of the ladder for 5B,
+(27,280 tokens) with LoRA, batch 1, with and without checkpointing, the options for 5B,
 and the Video MMDiT in full and with LoRA. Without checkpointing 5B does not fit: it is cut to some
 of its blocks there. `step_s`: the second step. Plans are made meanwhile, by further processes. Exit
 code 1 if a ratio of planned to measured is off by more than a tenth. --compiled: three cases with
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.commands.plan_memory.ladder import latent_shape, plan
+from mmdit.commands.plan_memory.ladder import latent_shape, plan_training
 from mmdit.commands.plan_memory.memory_plan import SIZES, random_denoiser
 from mmdit.config import decode
 from mmdit.experiment.build import build_learner
@@ -117,7 +117,7 @@ def parts(case: tuple[dict, dict]):
 
 def planned(case: tuple[dict, dict]) -> dict:
     torch.set_num_threads(1)
-    found = plan(*parts(case))
+    found = plan_training(*parts(case))
     assert not torch.cuda.is_initialized(), "a plan must not touch the GPU"
     return asdict(found) | {"total": found.total}
 
@@ -125,12 +125,8 @@ def planned(case: tuple[dict, dict]) -> dict:
 def measured(case: tuple[dict, dict]) -> dict:
     (config, sizes), device = parts(case), torch.device("cuda", 0)
     shape = latent_shape(config)
-    spec = LatentSpec(
-        shape[-1], config.tokenizer.latent_f, temporal=getattr(config.tokenizer, "temporal", 1)
-    )
-    learner = build_learner(
-        config, spec, lambda settings, *_: random_denoiser(sizes, settings, device)
-    )
+    spec = LatentSpec(shape[-1], config.tokenizer.latent_f, temporal=config.tokenizer.temporal)
+    learner = build_learner(config, spec, lambda run, *_: random_denoiser(sizes, run.model, device))
     settle(learner, config.train.offload_blocks, device)
     learner.train()
     state = TrainState.create(learner, config.train, config.ema)

@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.model import CAPTION, Bench, fresh_peak, row, timed
 from mmdit.diffusion import SamplerConfig
-from mmdit.diffusion.experts import Stages
-from mmdit.nn.experts import Experts, twin
+from mmdit.interfaces import Boundary
+from mmdit.nn.experts import Experts, shared_copy
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import World
 from mmdit.training.graphs import sampling_graphs as calls
@@ -109,11 +109,11 @@ def same(
     case, drawn = Case(device, shape, model, precision), {}
     network = case.learner.model
     if kind == "pair":  # that differ in one layer
-        pair = {"high": network, "low": twin(network)}
-        pair["low"].blocks[0].cross.k.weight = torch.nn.Parameter(
+        low = shared_copy(network)
+        low.blocks[0].cross.k.weight = torch.nn.Parameter(
             -network.blocks[0].cross.k.weight.detach()
         )
-        case.learner.model = Experts(pair, Stages(("high", "low"), (0.5,), 1000.0).route)
+        case.learner.model = Experts(network, low, Boundary(0.5, 1000.0))
     if kind == "waits":  # cannot be captured: told once, and drawn all the same
         network.time.forward = lambda t, embed=network.time.forward: (
             embed(t) * (1 + 0 * t[0].item())

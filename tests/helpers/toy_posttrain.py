@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
-from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder, TextTokens
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RolloutConfig
 from mmdit.posttrain.prompts import Prompts
@@ -27,7 +27,7 @@ from mmdit.training.train_state import TrainState
 PATTERNS = torch.randn(4, 1, 4, 4, 3, generator=torch.Generator().manual_seed(1)) * 0.5
 
 
-class Words(nn.Module):
+class Words(TextEncoder):
     """`class k …` to one token, one-hot."""
 
     dim = 4
@@ -40,7 +40,7 @@ class Words(nn.Module):
         )
 
 
-class Net(nn.Module):
+class Net(Denoiser):
     def __init__(self, width: int = 192):
         super().__init__()
         self.layers = nn.Sequential(

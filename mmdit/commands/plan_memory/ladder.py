@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit import config as config_io
 from mmdit.commands.plan_memory.memory_plan import SIZES, MemoryPlan, plan_memory, random_denoiser
@@ -28,17 +28,15 @@ from mmdit.text_encoders.huggingface import HuggingFaceConfig
 from mmdit.training.learner import Learner
 from mmdit.weights import Checkpoint
 
-CLIP_STATES, CLIP_BLOCKS = (
-    257,
-    31,
-)  # of CLIP's ViT-H/14: places of a picture, and the blocks that are run
+# Of CLIP's ViT-H/14: the places of a picture, and the blocks that are run.
+CLIP_STATES, CLIP_BLOCKS = 257, 31
 
 
 def released_sizes(
     config: WanModelConfig, expert: Literal["high", "low"] | None = None
 ) -> WanConfig:
-    """Of the release that `config` names, or of one of its experts, from the headers of its files.
-    ConfigError: it cannot be read."""
+    """Return the sizes of the release that `config` names, or of one of its experts, from the
+    headers of its files. ConfigError: it cannot be read."""
     try:
         place = locate(config.name_or_path, expert or config.expert)
         stored = Checkpoint(place)
@@ -56,29 +54,28 @@ def variant_sizes(config: ExperimentConfig, variant: str | None) -> WanConfig | 
     """Return the sizes of a public `variant`; None where there is none. 14B is what `config` makes
     of it: with a picture (`tokenizer.picture`) an I2V model, of Wan 2.2 if an expert is named, and
     FLF2V with two."""
-    picture = getattr(config.tokenizer, "picture", "none")
-    if variant == "14B" and picture != "none":
-        expert = config.experts.enabled or getattr(config.model, "expert", None)
-        variant = "FLF2V-14B" if picture == "first_last" else "I2V-A14B" if expert else "I2V-14B"
+    picture = config.tokenizer.picture
+    if variant == "14B" and picture == "first_last":
+        return SIZES["FLF2V-14B"]
+    if variant == "14B" and picture == "first":
+        pair = config.experts.enabled or config.model.expert
+        return SIZES["I2V-A14B" if pair else "I2V-14B"]
     return SIZES.get(variant)
 
 
 def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
-    """`learner` with random pictures for a model that continues them: what training tells it
-    (`interop.wan_pictures`)."""
+    """Give the model of `learner` empty pictures, if it continues them, in place of those that
+    training has (`interop.wan_pictures`); in place."""
     further = sizes.in_dim - sizes.out_dim
     if not further:
         return learner
 
     def conditions(latents: Tensor) -> tuple[Tensor, dict]:
-        inputs = {"y": torch.zeros(*latents.shape[:-1], further, device=latents.device)}
+        inputs = {"y": latents.new_zeros(*latents.shape[:-1], further, dtype=torch.float32)}
         if sizes.image_dim:
-            inputs["clip"] = torch.zeros(
-                len(latents),
-                sizes.image_positions or CLIP_STATES,
-                sizes.image_dim,
-                device=latents.device,
-            )
+            states = sizes.image_positions or CLIP_STATES
+            shape = (len(latents), states, sizes.image_dim)
+            inputs["clip"] = latents.new_zeros(shape, dtype=torch.float32)
         return latents, inputs
 
     learner.conditions = conditions
@@ -86,176 +83,172 @@ def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
 
 
 def clip_bytes(sizes: WanConfig) -> int:
-    """Of the picture encoder that an I2V or FLF2V model of Wan 2.1 has beside it, in half precision
-    as on a GPU."""
-    if not sizes.image_dim:
+    """Return the bytes of the picture encoder that an I2V or FLF2V model of Wan 2.1 has beside it,
+    in half precision as on a GPU."""
+    width = sizes.image_dim
+    if not width:
         return 0
     with torch.device("meta"):
         encoder = ClipVision(
-            ClipVisionSizes(
-                sizes.image_dim,
-                4 * sizes.image_dim,
-                CLIP_BLOCKS,
-                max(1, sizes.image_dim // 80),
-                14,
-                CLIP_STATES,
-            )
+            ClipVisionSizes(width, 4 * width, CLIP_BLOCKS, max(1, width // 80), 14, CLIP_STATES)
         )
     return 2 * sum(p.numel() for p in encoder.parameters())
 
 
-def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
-    """`(b, f, r, c, d)` of the largest micro-batch, its size being the bucket with the most
-    cells."""
+def latent_spec(config: ExperimentConfig, channels: int | None = None) -> LatentSpec:
+    """Return the latents of the tokenizer as its config says, or with other `channels`."""
     tokenizer = config.tokenizer
-    spec = LatentSpec(
-        channels or tokenizer.latent_d,
-        tokenizer.latent_f,
-        temporal=getattr(tokenizer, "temporal", 1),
-    )
-    grids = [
-        spec.grid(*size)
-        for size in target_sizes(config.video, config.bucketing, tokenizer.latent_f)
-    ]
-    return (
-        config.train.batch_size,
-        spec.frames(config.video.num_frames),
-        *max(grids, key=math.prod),
-        spec.channels,
+    return LatentSpec(
+        channels or tokenizer.latent_d, tokenizer.latent_f, temporal=tokenizer.temporal
     )
 
 
-def plan(
+def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
+    """Return `(b, f, r, c, d)` of the largest micro-batch, its size being the bucket with the most
+    cells."""
+    spec = latent_spec(config, channels)
+    sizes = target_sizes(config.video, config.bucketing, spec.spatial)
+    grid = max((spec.grid(*size) for size in sizes), key=math.prod)
+    frames = spec.frames(config.video.num_frames)
+    return config.train.batch_size, frames, *grid, spec.channels
+
+
+def plan_training(
     config: ExperimentConfig, sizes: WanConfig | None = None, words: int | None = None
 ) -> MemoryPlan:
-    """Of training as `config` says, in one process; `sizes`: of the Wan transformer (None: of its
-    release), `words`: of each caption (None: as many as are read). Frozen encoders count with what
-    their files hold, or nothing where embeddings are cached. ConfigError: files that are needed
-    cannot be read, or the encoder is a foreign one that is trained.
+    """Return the plan of training as `config` says, in one process. `sizes`: of the Wan transformer
+    (None: of its release); `words`: of each caption (None: as many as are read). Frozen encoders
+    count with what their files hold, or nothing where embeddings are cached. ConfigError: files
+    that are needed cannot be read, or the encoder is a foreign one that is trained.
     """
-    wan, text = isinstance(config.model, WanModelConfig), config.text_encoder
-    pair, further = config.experts.enabled, 0
-    if pair:  # one of them computes at a time
-        off = {
-            name: replace(getattr(config, name), enabled=False)
-            for name in ("experts", "alpha_schedule")
-        }
-        config = replace(
-            config, **off, model=replace(config.model, expert="high") if wan else config.model
-        )
-    if wan:
+    pair, beside = config.experts.enabled, 0
+    if pair:
+        config = _one_expert(config)
+    if config.model.released:
         sizes = sizes or released_sizes(config.model)
-        further += clip_bytes(sizes)
-        config = replace(
-            config, model=replace(config.model, boundary=config.model.boundary or 0.875)
-        )  # of no account here
-    if isinstance(text, HuggingFaceConfig):
-        if not text.freeze:
-            raise ConfigError(
-                "text_encoder.freeze",
-                "is false: the plan knows frozen encoders of other programs only",
-            )
-        width = sizes.text_dim if wan else text.dim
-        if width is None:
-            raise ConfigError(
-                "text_encoder.dim", "is not given; to plan, write the width of the encoder's tokens"
-            )
-        if not text.cache_dir:
-            further += encoder_bytes(text)
-        config = replace(config, text_encoder=HashConfig(dim=width, max_length=text.max_length))
-    shape = latent_shape(config, sizes.out_dim if wan else None)
-    spec = LatentSpec(
-        shape[-1], config.tokenizer.latent_f, temporal=getattr(config.tokenizer, "temporal", 1)
-    )
-    captions = [" ".join(f"w{i}" for i in range(words or config.text_encoder.max_length))] * shape[
-        0
-    ]
-
-    def load(settings: WanModelConfig, *_) -> nn.Module:
-        return random_denoiser(sizes, settings)
+        beside += clip_bytes(sizes)
+        if config.model.boundary is None:  # of no account here
+            config = replace(config, model=replace(config.model, boundary=0.875))
+    if config.text_encoder.released:
+        if not config.text_encoder.cache_dir:
+            beside += encoder_bytes(config.text_encoder)
+        config = _stand_in_encoder(config, sizes)
+    spec = latent_spec(config, sizes.out_dim if sizes else None)
+    shape = latent_shape(config, spec.channels)
+    caption = " ".join(f"w{i}" for i in range(words or config.text_encoder.max_length))
 
     def build() -> Learner:
-        learner = build_learner(config, spec, load)
-        return with_pictures(learner, sizes) if wan else learner
+        if sizes is None:
+            return build_learner(config, spec)
+        network = lambda run, *_: random_denoiser(sizes, run.model)  # noqa: E731
+        return with_pictures(build_learner(config, spec, network), sizes)
 
-    result = plan_memory(build, config.train, config.ema, shape, captions)
+    result = plan_memory(build, config.train, config.ema, shape, [caption] * shape[0])
     if pair:
-        adapters = result.gradients * (config.lora.enabled and len(config.experts.trained) - 1)
-        base, count = result.weights - result.gradients if wan else 0, 2 if adapters else 1
-        result = replace(
-            result,
-            weights=result.weights + base + adapters,
-            host=2 * result.host,
-            optimizer=count * result.optimizer,
-            ema=count * result.ema,
+        result = _both_experts(result, config)
+    return replace(result, weights=result.weights + beside)
+
+
+def _one_expert(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config of one network of a pair: one of them computes at a time."""
+    model = config.model
+    return replace(
+        config,
+        experts=replace(config.experts, enabled=False),
+        alpha_schedule=replace(config.alpha_schedule, enabled=False),
+        model=replace(model, expert="high") if model.released else model,
+    )
+
+
+def _both_experts(plan: MemoryPlan, config: ExperimentConfig) -> MemoryPlan:
+    """Return the plan of a pair, given that of one of its networks: two bases of a release, one
+    that is shared of other models, and the adapters of each expert that is trained."""
+    both = config.lora.enabled and len(config.experts.trained) == 2
+    further = plan.gradients if both else 0
+    if config.model.released:
+        further += plan.weights - plan.gradients
+    count = 2 if both else 1
+    return replace(
+        plan,
+        weights=plan.weights + further,
+        host=2 * plan.host,
+        optimizer=count * plan.optimizer,
+        ema=count * plan.ema,
+    )
+
+
+def _stand_in_encoder(config: ExperimentConfig, sizes: WanConfig | None) -> ExperimentConfig:
+    """Return the config with an encoder without weights that gives tokens as wide."""
+    text = config.text_encoder
+    if not text.freeze:
+        raise ConfigError(
+            "text_encoder.freeze",
+            "is false: the plan knows frozen encoders of other programs only",
         )
-    return replace(result, weights=result.weights + further)
+    width = sizes.text_dim if sizes else text.dim
+    if width is None:
+        raise ConfigError(
+            "text_encoder.dim", "is not given; to plan, write the width of the encoder's tokens"
+        )
+    return replace(config, text_encoder=HashConfig(dim=width, max_length=text.max_length))
 
 
 def encoder_bytes(config: HuggingFaceConfig) -> int:
-    """Of a frozen encoder, from the headers of its weight file, or of those in its folder.
-    ConfigError: they cannot be read."""
+    """Return the bytes of a frozen encoder, from the headers of its weight file, or of those in its
+    folder. ConfigError: they cannot be read."""
     path = Path(config.name_or_path).expanduser()
-    found = (
-        [path]
-        if path.is_file()
-        else [*sorted(path.glob("*t5*enc*.pth")), *sorted(path.glob("text_encoder")), path]
-    )
+    files = [*sorted(path.glob("*t5*enc*.pth")), *sorted(path.glob("text_encoder")), path]
+    place = path if path.is_file() else files[0]
     try:
-        count = sum(math.prod(entry.shape) for entry in Checkpoint(found[0]).entries.values())
+        count = sum(math.prod(entry.shape) for entry in Checkpoint(place).entries.values())
     except ValueError as error:
         message = f"{error}. With cache_dir set the encoder is not loaded, nor counted"
         raise ConfigError("text_encoder.name_or_path", message) from None
     return count * getattr(torch, config.dtype).itemsize
 
 
-def rungs(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
-    """Overrides of `config`, each list saving more memory, and costing more time, than the one
-    before; first none."""
+def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
+    """Yield overrides of `config`, each list saving more memory, and costing more time, than the
+    one before; the first is empty."""
     train, steps = config.train, []
-    frozen = config.lora.enabled and config.lora.train_lora_only or config.model.freeze
-    stored = getattr(config.model, "dtype", None) if frozen else None
+    frozen = config.model.freeze or (config.lora.enabled and config.lora.train_lora_only)
     if train.batch_size > 1:
-        steps.append(
-            (
-                "train.batch_size=1",
-                f"train.grad_accum_steps={train.batch_size * train.grad_accum_steps}",
-            )
-        )
-    steps += [("model.dtype=bfloat16",)] * (stored == "float32")
-    steps += [("model.checkpointing=true",)] * (not config.model.checkpointing)
-    steps += [("model.dtype=float8",)] * (stored in ("float32", "bfloat16"))
-    if frozen:
-        steps += [(f"train.offload_blocks={blocks}",)] * (train.offload_blocks < blocks)
-    else:
-        steps += [("train.precision=pure_bf16",)] * (train.precision != "pure_bf16")
-        steps += [("train.offload_optimizer=true",)] * (not train.offload_optimizer)
-    for count in range(len(steps) + 1):
-        chosen: dict[str, str] = {
-            word.partition("=")[0]: word for step in steps[:count] for word in step
-        }
+        accumulated = train.batch_size * train.grad_accum_steps
+        steps.append(("train.batch_size=1", f"train.grad_accum_steps={accumulated}"))
+    steps += [(option,) for option in config.model.memory_options(frozen)]
+    if frozen and train.offload_blocks < blocks:
+        steps.append((f"train.offload_blocks={blocks}",))
+    if not frozen and train.precision != "pure_bf16":
+        steps.append(("train.precision=pure_bf16",))
+    if not frozen and not train.offload_optimizer:
+        steps.append(("train.offload_optimizer=true",))
+    chosen: dict[str, str] = {}  # by key: a later step may set the same one
+    yield ()
+    for step in steps:
+        for word in step:
+            chosen[word.partition("=")[0]] = word
         yield tuple(chosen.values())
 
 
-def climb(
+def plans_until_fit(
     config: ExperimentConfig,
     gpu_gb: float = math.inf,
     sizes: WanConfig | None = None,
     words: int | None = None,
 ) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
-    """Rungs and their plans, up to the first that `fits`; of `sizes` and `words` as `plan` takes
-    them."""
-    wan = isinstance(config.model, WanModelConfig)
-    if wan and sizes is None:
+    """Yield the overrides of `memory_options` with their plans, up to the first that `fits`;
+    `sizes` and `words` as `plan_training` takes them."""
+    if config.model.released and sizes is None:
         sizes = released_sizes(config.model, "high" if config.experts.enabled else None)
-    for changes in rungs(config, sizes.num_layers if wan else config.model.depth):
+    blocks = sizes.num_layers if sizes else config.model.depth
+    for changes in memory_options(config, blocks):
         raw = config_io.apply_overrides(config_io.encode(config), list(changes))
-        found = plan(config_io.decode(ExperimentConfig, raw), sizes, words)
-        yield changes, found
-        if fits(found, gpu_gb):
+        plan = plan_training(config_io.decode(ExperimentConfig, raw), sizes, words)
+        yield changes, plan
+        if fits(plan, gpu_gb):
             return
 
 
-def fits(found: MemoryPlan, gpu_gb: float) -> bool:
-    """Whether it leaves a twentieth of `gpu_gb` (1e9 bytes) for what a plan does not see."""
-    return found.total < 0.95e9 * gpu_gb
+def fits(plan: MemoryPlan, gpu_gb: float) -> bool:
+    """Return whether it leaves a twentieth of `gpu_gb` (1e9 bytes) for what a plan does not see."""
+    return plan.total < 0.95e9 * gpu_gb

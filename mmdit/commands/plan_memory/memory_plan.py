@@ -265,9 +265,8 @@ def _plan(
         learner.objective.draw_time = lambda draws, frames=1: torch.rand(
             len(draws.indices), dtype=torch.float64
         )
-        if hasattr(learner.model, "given_frames"):
-            given = int(latents[1] > 1 and learner.model.settings.first_frame > 0)
-            learner.model.given_frames = lambda frames, draws: given
+        given = int(latents[1] > 1 and learner.model.first_frame > 0)
+        learner.model.given_frames = lambda frames, draws: given
         trained = [p for p in learner.parameters() if p.requires_grad]
         weights = sum(map(stored_bytes, learner.parameters()))
         averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0

@@ -57,10 +57,9 @@ class CacheManifest:
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
         sizes, plan = () if bucketing.budget else sizes, clip_plan(video, tokenizer.spec)
-        name = getattr(tokenizer, "name", type(tokenizer).__name__)
         return CacheManifest(
             tokenizer.fingerprint,
-            name,
+            tokenizer.name,
             tokenizer.spec,
             sizes,
             bucketing.enabled,

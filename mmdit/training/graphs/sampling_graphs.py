@@ -6,14 +6,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mmdit.interfaces import TextTokens
-from mmdit.models import VideoMMDiT
-from mmdit.nn.experts import Experts
+from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.training.graphs.common import (
     can_replay,
     capture_options,
@@ -75,7 +74,7 @@ def captured(call: Call, x: Tensor, t: Tensor) -> Call:
 
 
 class Calls:
-    """`calls(model, x, t, text)` is `model(x, t, text)`. Of a Video MMDiT, alone or in a pair, what
+    """`calls(model, x, t, text)` is `model(x, t, text)`. Of a network that can be captured, what
     depends on the text alone is computed in the first call with this very `text`; on CUDA the
     second call is captured, and it and those that follow are replayed: bit for bit the same.
     Leaving the context, which belongs outside autocast's, frees all that. Any other network is
@@ -92,11 +91,12 @@ class Calls:
         if graphs:
             torch.cuda.empty_cache()
 
-    def __call__(self, model: nn.Module, x: Tensor, t: Tensor, text: TextTokens) -> Tensor:
-        if isinstance(model, Experts) and not isinstance(model, FSDPModule):
-            model = model.networks[int(model.route(t[:1]))]
-        if not isinstance(model, VideoMMDiT) or isinstance(model, FSDPModule):
-            return model(x, t, text)  # shards are gathered by whole calls alone
+    def __call__(
+        self, model: Denoiser, x: Tensor, t: Tensor, text: TextTokens, **inputs: Any
+    ) -> Tensor:
+        # shards are gathered by whole calls alone
+        if inputs or isinstance(model, FSDPModule) or not model.can_be_captured(training=False):
+            return model(x, t, text, **inputs)
         signature = (id(model), id(text), x.shape, x.dtype)
         if signature not in self.made:
             call = partial(model, text=model.prepare(text))

@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from mmdit.adapters import adapters
-from mmdit.interfaces import TextTokens
-from mmdit.models import VideoMMDiT
+from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.training.graphs.common import (
     can_replay,
     capture_options,
@@ -37,17 +36,17 @@ SIGNATURES = 8  # calls with graphs, at most: buckets, pictures or clips, text l
 ROOM = 0.05  # share of the GPU's memory for the gradients that the graphs of each signature keep
 
 
-def suits(model: nn.Module) -> bool:
+def suits(model: Denoiser) -> bool:
     """Return whether steps of `model` can be replayed: not where they depend on more than inputs
     and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards,
     checkpointing)."""
-    if not isinstance(model, VideoMMDiT) or isinstance(model, FSDPModule) or adapters(model):
+    if isinstance(model, FSDPModule) or adapters(model):
         return False
-    return not (model.config.checkpointing or model.config.dropout)
+    return model.can_be_captured(training=True)
 
 
 def operations(
-    model: VideoMMDiT, shape: torch.Size | tuple[int, ...], text_tokens: int, keep: Tensor | None
+    model: Denoiser, shape: torch.Size | tuple[int, ...], text_tokens: int, keep: Tensor | None
 ) -> float:
     """Return the operations of a block, forward and backward, on latents `(b, f, r, c, d)`."""
     kept = None if keep is None else len(keep)
@@ -185,7 +184,7 @@ class Replays:
     signature (shapes and types of the inputs) is made as it is; those that follow are replayed,
     each with its backward pass before the next."""
 
-    def __init__(self, model: VideoMMDiT):
+    def __init__(self, model: Denoiser):
         self.model = model
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.made: dict[tuple, Recorded | None] = {}

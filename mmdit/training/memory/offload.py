@@ -136,11 +136,7 @@ def settle(learner: Learner, offload_blocks: int, device: torch.device) -> None:
             stacklevel=2,
         )
     elif offload_blocks:
-        networks = [
-            part
-            for part in learner.model.modules()
-            if isinstance(getattr(part, "blocks", None), nn.ModuleList)
-        ]
+        networks = list(learner.model.networks().values())
         if sum(1 for network in networks for _ in network.parameters()) > len(
             list(learner.model.parameters())
         ):

@@ -1,0 +1,72 @@
+"""The noise levels that the trained network serves: all of them, or those of one of two experts, of
+which the frozen one serves the others of a rollout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdit.config import ConfigError
+from mmdit.diffusion import Objective
+from mmdit.interfaces import Denoiser
+from mmdit.posttrain.direct_align import window_check
+from mmdit.posttrain.posttrain_config import PosttrainConfig
+
+
+@dataclass(frozen=True)
+class TrainedLevels:
+    """`model`: the network of rollouts; `expert`: the name of the one that is trained in
+    `model.networks()`, "" for the only one."""
+
+    model: Denoiser
+    expert: str
+    objective: Objective
+
+    @property
+    def boundary(self) -> float | None:
+        """Return the noise level between two experts, None for one network."""
+        return self.model.boundary.time if self.expert else None
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """Return the range of the trained noise levels: the clean end, the noisy end."""
+        if self.boundary is None:
+            return 0.0, 1.0
+        return (self.boundary, 1.0) if self.expert == "high" else (0.0, self.boundary)
+
+    def serves(self, level: float | Tensor) -> bool:
+        """Return whether the trained network serves a noise level, as sampling decides it."""
+        return self.model.expert_at(self.objective.network_time(level)) == self.expert
+
+    def inside(self, levels: Tensor) -> Tensor:
+        """Return float32 `levels` that were drawn for the trained network, with those put back that
+        rounding took over the boundary."""
+        if self.boundary is None:
+            return levels
+        high = self.expert == "high"
+        edge = torch.tensor(self.boundary, dtype=torch.float64).float()
+        while not self.serves(edge):
+            edge = torch.nextafter(edge, torch.tensor(1.0 if high else 0.0))
+        return levels.clamp(min=edge.item()) if high else levels.clamp(max=edge.item())
+
+    def check(self, config: PosttrainConfig, times: list[float]) -> None:
+        """Raise ConfigError unless the noise levels that are trained are the trained network's.
+        `times` are those of a rollout."""
+        if self.boundary is None:
+            return
+        key, levels = "rollout.sde_steps", []
+        if config.trains_steps:
+            levels = [times[i] for i in config.rollout.candidates]
+        if config.algorithm == "srpo":
+            key, levels = "srpo.sigma_window", list(config.srpo.sigma_window)
+            window_check(config.srpo.sigma_window, config.srpo.step, self.boundary)
+        if not all(map(self.serves, levels)):
+            clean, noisy = self.between
+            raise ConfigError(
+                f"posttrain.{key}",
+                f"trains the noise levels {[round(level, 3) for level in levels]}, but the trained"
+                f" expert serves {clean} … {noisy} (a rollout's: {[round(t, 3) for t in times]});"
+                " choose others, or the other model.expert",
+            )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmdit.adapters import LoRAConfig, inject
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
@@ -275,7 +275,7 @@ def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replay
     assert not suits(network(dropout=0.1)) and not suits(network(checkpointing=True))
     adapted = network()
     inject(adapted, LoRAConfig(enabled=True, rank=2, alpha=3.0, target_modules=("q",)), seed=0)
-    assert not suits(adapted) and not suits(torch.nn.Linear(2, 2))
+    assert not suits(adapted) and not suits(Denoiser())
 
 
 if __name__ == "__main__":  # one rank of `run_ranks`

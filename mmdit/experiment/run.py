@@ -249,7 +249,7 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     )
     if config.lora.enabled:
         print(coverage(learner.model))
-    if learner.experts:
+    if config.experts.enabled:
         print(learner.experts.describe())
     for line in expert_notes(config):
         print(line)

@@ -21,7 +21,7 @@ class Moments:
     """Count, mean and covariance of features, summed up in float64 as they come."""
 
     def __init__(self):
-        self.count, self.total, self.products = 0, 0.0, 0.0
+        self.count, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, features: Tensor) -> None:
         """Take in `features (N, D)`."""

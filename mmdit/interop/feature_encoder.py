@@ -49,7 +49,8 @@ class FeatureEncoder(nn.Module):
         if Path(weights).suffix != ".safetensors":
             raise ValueError(f"{weights} must be the .safetensors file of the timm model {name}")
         self.network = timm.create_model(name, pretrained=False, num_classes=0)
-        _load(self.network, Checkpoint(weights), weights)
+        classifier = self.network.pretrained_cfg.get("classifier") or ()
+        _load(self.network, classifier, Checkpoint(weights), weights)
         self.requires_grad_(False).eval()
         settings = resolve_model_data_config(self.network)
         self.size, self.statistics = settings["input_size"][-1], (settings["mean"], settings["std"])
@@ -60,12 +61,12 @@ class FeatureEncoder(nn.Module):
         return self.network(standard.to_standard(images)).float()
 
 
-def _load(network: nn.Module, stored: Checkpoint, source: str | Path) -> None:
+def _load(
+    network: nn.Module, classifier: str | tuple[str, ...], stored: Checkpoint, source: str | Path
+) -> None:
     """Load weights strictly, but for a classifier in the file; running means are buffers."""
-    classifiers = network.pretrained_cfg.get("classifier") or ()
-    if isinstance(classifiers, str):
-        classifiers = (classifiers,)
-    prefixes = tuple(f"{name}." for name in classifiers)
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    prefixes = tuple(f"{name}." for name in names)
     buffers = {n: b for n, b in network.named_buffers() if n in network.state_dict()}
     if missing := [name for name in buffers if name not in stored.entries]:
         raise ValueError(f"{source} lacks {len(missing)} tensors, first {missing[0]}")

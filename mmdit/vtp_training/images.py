@@ -202,8 +202,7 @@ class PictureSource:
         """Return the other pictures `(N, 3, H, W)` uint8 that a step draws from: a function of the
         size and `step // refresh_every`."""
         epoch = step // self.config.refresh_every
-        made_in, pictures = self._textures.get((width, height), (None, None))
-        if made_in != epoch:
+        if self._textures.get((width, height), (-1,))[0] != epoch:
             seed = rng.key(self.seed, "textures", width, height)
             count = pool_size(self.config.texture_pool, width, height)
             draws = rng.Draws.of(seed, epoch, count, self.device)
@@ -213,9 +212,8 @@ class PictureSource:
                 starts = range(0, count, chunk)
                 parts = [self._make(draws[i : i + chunk], width, height) for i in starts]
             none = torch.empty(0, 3, height, width, dtype=torch.uint8, device=self.device)
-            pictures = torch.cat([none, *parts])
-            self._textures[width, height] = (epoch, pictures)
-        return pictures
+            self._textures[width, height] = (epoch, torch.cat([none, *parts]))
+        return self._textures[width, height][1]
 
     def batch(self, step: int, size: tuple[int, int] | None = None) -> Pictures:
         """Return the pictures of a step, moving shapes first; `size` replaces the drawn one."""

@@ -92,7 +92,7 @@ def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 40
     """Return per-channel mean and standard deviation of the latents of training moving shapes, half
     at each of the first two sizes."""
     sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]
-    total, squares, count = 0.0, 0.0, 0
+    total, squares, count = torch.zeros(()), torch.zeros(()), 0
     for width, height in sizes:
         pixels = source.pool(width, height).pixels
         pixels = pixels[:: max(1, len(pixels) * len(sizes) // pictures)]

@@ -29,8 +29,7 @@ def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False)
         while trainer.step < trainer.planned:
             scalars = trainer.advance()
             report.skipped.append(scalars["skipped"])
-            if settings.max_minutes is not None:
-                began = calibrate(trainer, began)
+            began = calibrate(trainer, began)
             ends = stop.asked or trainer.step == trainer.planned
             if ends or trainer.step % settings.log_every_steps == 0:
                 report.progress(scalars)
@@ -86,16 +85,17 @@ def _export(trainer: TokenizerTrainer) -> Path:
 def calibrate(trainer: TokenizerTrainer, began: float | None) -> float | None:
     """Measure the speed between early steps, and set the planned number of steps to what fits into
     max_minutes. Return when the measurement in progress began; None: there is none."""
+    limit = trainer.config.train.max_minutes
     begins, ends = trainer.step in trainer.windows, trainer.step in trainer.windows.values()
-    if not begins and not (ends and began is not None):
+    if limit is None or not (begins or ends):
         return began
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     now = time.perf_counter()
-    if begins:
-        return now
+    if begins or began is None:
+        return now if begins else None
     first = next(start for start, end in trainer.windows.items() if end == trainer.step)
-    seconds, limit = (now - began) / (trainer.step - first), trainer.config.train.max_minutes
+    seconds = (now - began) / (trainer.step - first)
     left = limit * 60 - (now - trainer.started) - EXPORT_SECONDS
     fitting = trainer.step + max(1, int(left / seconds * 0.97))
     trainer.planned = min(trainer.config.train.max_steps, fitting)

@@ -22,6 +22,13 @@ from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
 
+def rounded(value: float) -> float | None:
+    """Return a number as metrics have it, with five digits; None for one that is not finite."""
+    if not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
 class PretrainReport:
     """Losses are read from the device once per report."""
 
@@ -49,19 +56,14 @@ class PretrainReport:
         squared = values.pop("squared_error") * (sum(STD) / 3) ** 2
         values["train_psnr"] = -10 * math.log10(max(squared, 1e-10))
         memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
-        record = {
+        record: dict[str, float] = {
             "step": trainer.step,
             "steps_per_second": speed,
             "memory_gib": memory,
             "lr": trainer.learning_rate(),
             **values,
         }
-        for name, value in record.items():
-            if not math.isfinite(value):
-                record[name] = None
-            elif not isinstance(value, int):
-                record[name] = float(f"{value:.5g}")
-        self._write(record)
+        self._write({name: rounded(value) for name, value in record.items()})
         words = [f"{name} {value:.4g}" for name, value in values.items() if name != "skipped"]
         minutes = (trainer.planned - trainer.step) / max(speed, 1e-9) / 60
         print(

@@ -19,10 +19,21 @@ _able = importlib.util.find_spec("triton") is not None and (
     INTERPRETED or torch.cuda.is_available()
 )
 _codes = INTERPRETED
-attention: Any = importlib.import_module("mmdit.nn.fused.attention_kernels") if _able else None
-residual: Any = importlib.import_module("mmdit.nn.fused.residual") if _able else None
-swiglu: Any = importlib.import_module("mmdit.nn.fused.swiglu") if _able else None
-rounding: Any = importlib.import_module("mmdit.nn.fused.rounding") if _able else None
+# The modules of kernels by the names that they have here.
+MODULES = {
+    "attention": "mmdit.nn.fused.attention_kernels",
+    "residual": "mmdit.nn.fused.residual",
+    "swiglu": "mmdit.nn.fused.swiglu",
+    "rounding": "mmdit.nn.fused.rounding",
+}
+
+
+def _imported(name: str) -> Any:
+    return importlib.import_module(MODULES[name]) if _able else None
+
+
+attention, residual = _imported("attention"), _imported("residual")
+swiglu, rounding = _imported("swiglu"), _imported("rounding")
 
 
 def can_run(x: Tensor) -> bool:

@@ -190,11 +190,9 @@ def without_memory():
             stack.enter_context(
                 mock.patch.object(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
             )
-            for name in ("attention", "residual", "rounding", "swiglu"):
+            for name, module in kernels.MODULES.items():
                 stack.enter_context(
-                    mock.patch.object(
-                        kernels, name, importlib.import_module(f"mmdit.nn.fused.{name}")
-                    )
+                    mock.patch.object(kernels, name, importlib.import_module(module))
                 )
         stack.enter_context(mock.patch.object(torch, "unique", unique))
         stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))

@@ -21,7 +21,7 @@ EXAMPLES = 5
 
 
 def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
-    """JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not
+    """Return the report, JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not
     repetitions within one. Sizes are (width, height) in pixels; shares are from 0 to 1; every list
     of examples is of the worst first.
     """
@@ -56,19 +56,18 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
 
 
 def _epochs(plan: BatchPlan, max_steps: int) -> dict:
-    image_steps = (
-        sum(plan.is_image_step(step) for step in range(max_steps))
-        if plan.video.image_fraction
-        else 0
+    image_steps = sum(plan.is_image_step(step) for step in range(max_steps)) if plan.images else 0
+    streams = (
+        ("clips", plan.clips, max_steps - image_steps),
+        ("images", plan.images, image_steps),
     )
-    steps = {"clips": max_steps - image_steps, "images": image_steps}
     return {
         name: {
             "steps_an_epoch": round(stream.epoch_steps, 3),
-            "steps": steps[name],
-            "epochs": round(steps[name] / stream.epoch_steps, 3),
+            "steps": steps,
+            "epochs": round(steps / stream.epoch_steps, 3),
         }
-        for name, stream in (("clips", plan.clips), ("images", plan.images))
+        for name, stream, steps in streams
         if stream
     }
 
@@ -95,36 +94,29 @@ def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
 
 
 def _cropped(cache: LatentCache) -> dict:
-    """From the crop stored with each item; items that were rendered straight into the cache have
-    none."""
-    spatial = cache.manifest.spec.spatial
-    known, enlarged = [], 0
-    for id, source, (_, rows, columns, _) in zip(
-        cache.ids, cache.sources, cache.shapes.tolist(), strict=True
-    ):
+    """Return what was cropped, from the crop stored with each item; items that were rendered
+    straight into the cache have none."""
+    rows, enlarged = [], 0
+    for id, source, shape in zip(cache.ids, cache.sources, cache.shapes.tolist(), strict=True):
         if "crop" not in source:
             continue
         left, top, right, bottom = source["crop"]
-        known.append(
-            (
-                round((right - left) * (bottom - top) / math.prod(source["size"]), 4),
-                id,
-                source["size"],
-            )
-        )
-        enlarged += columns * spatial > right - left + 0.5 or rows * spatial > bottom - top + 0.5
-    if not known:
+        width, height = cache.manifest.size_of(shape)
+        kept = round((right - left) * (bottom - top) / math.prod(source["size"]), 4)
+        rows.append({"id": id, "size": source["size"], "kept": kept})
+        if width > right - left + 0.5 or height > bottom - top + 0.5:
+            enlarged += 1
+    if not rows:
         return {"items": 0}
-    known.sort()
-    kept = [share for share, _, _ in known]
-    worst = [{"id": id, "size": size, "kept": share} for share, id, size in known[:EXAMPLES]]
+    rows.sort(key=lambda row: (row["kept"], row["id"]))
+    shares = [row["kept"] for row in rows]
     return {
-        "items": len(kept),
-        "mean_kept": round(sum(kept) / len(kept), 4),
-        "least_kept": kept[0],
-        "items_below_80_percent": sum(share < 0.8 for share in kept),
+        "items": len(rows),
+        "mean_kept": round(sum(shares) / len(shares), 4),
+        "least_kept": shares[0],
+        "items_below_80_percent": sum(share < 0.8 for share in shares),
         "enlarged": enlarged,
-        "examples": worst,
+        "examples": rows[:EXAMPLES],
     }
 
 
@@ -150,19 +142,23 @@ def _skipped(folder: Path) -> dict:
 
 
 def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:
-    """Counts how the items of a cache and the lines of a metadata file go together, with examples
-    of what does not."""
+    """Count how the items of a cache and the lines of a metadata file go together, with examples of
+    what does not."""
     captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
     expected: dict[str, list[str]] = {}
     missing = []
     for record in records:
         ids = preprocess.item_ids(record.id)
         expected |= dict.fromkeys(ids, all_captions(record.caption, record.facts))
-        missing += [record.id] if ids[0] not in captions else []
-    strangers = [id for id in captions if id not in expected]
-    others = [id for id in captions if id in expected and captions[id] != expected[id]]
-    found = {"not_in_file": strangers, "not_cached": missing, "other_caption": others}
-    return {name: {"items": len(ids), "examples": ids[:EXAMPLES]} for name, ids in found.items()}
+        if ids[0] not in captions:
+            missing.append(record.id)
+    common = [id for id in captions if id in expected]
+    lists = {
+        "not_in_file": [id for id in captions if id not in expected],
+        "not_cached": missing,
+        "other_caption": [id for id in common if captions[id] != expected[id]],
+    }
+    return {name: {"items": len(ids), "examples": ids[:EXAMPLES]} for name, ids in lists.items()}
 
 
 MEANINGS = {
@@ -181,9 +177,10 @@ MEANINGS = {
 
 
 def report_text(report: dict) -> str:
-    """For people: what `cache_report` found."""
+    """Return, for people, what `cache_report` returns."""
     lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
-    lines += [f"made from {report['made_from']}"] if report["made_from"] else []
+    if report["made_from"]:
+        lines.append(f"made from {report['made_from']}")
     for row in report["groups"]:
         size = "{}x{}".format(*row["size"])
         lines.append(
@@ -197,39 +194,36 @@ def report_text(report: dict) -> str:
             f" {row['steps_an_epoch']:g} steps"
         )
     frames, crops, captions = report["frames"], report["cropped"], report["captions"]
-    lines.append(f"frames: {frames['shortest']} to {frames['longest']}, median {frames['median']}")
-    still = frames["not_moved_by_jitter"]
-    lines += (
-        [f"temporal_jitter moves no frame of {still} clips: their frames lie less than 3 apart"]
-        if still
-        else []
-    )
+    lines.append("frames: {shortest} to {longest}, median {median}".format(**frames))
+    if still := frames["not_moved_by_jitter"]:
+        lines.append(
+            f"temporal_jitter moves no frame of {still} clips: their frames lie less than 3 apart"
+        )
     if crops["items"]:
         lines.append(
             f"pixels kept: {crops['mean_kept']:.1%} on average, {crops['least_kept']:.1%} at least;"
             f" below 80 %: {crops['items_below_80_percent']}; enlarged: {crops['enlarged']}"
         )
-        lines += [
-            f"  {row['id']} {row['size'][0]}x{row['size'][1]}: {row['kept']:.1%} kept"
-            for row in crops["examples"]
-        ]
-    words = captions["words"]
+        for row in crops["examples"]:
+            size = "{}x{}".format(*row["size"])
+            lines.append(f"  {row['id']} {size}: {row['kept']:.1%} kept")
     lines.append(
-        f"captions: {captions['captions']}, {captions['empty']} of them empty,"
-        f" {captions['items_with_several']} items have several; words: median {words['median']}, 95"
-        f" % at most {words['p95']}, longest {words['longest']}"
+        "captions: {captions}, {empty} of them empty, {items_with_several} items have several;"
+        " words: median {words[median]}, 95 % at most {words[p95]}, longest"
+        " {words[longest]}".format(**captions)
     )
-    lines += [report["left_out"]["why"]] if report["left_out"]["items"] else []
-    notes = {note: count for note, count in report["notes"].items() if note in NOTES}
-    lines += [f"{count} items {NOTES[note]}" for note, count in notes.items()]
-    lines += [report["older"]] if report["older"] else []
-    skipped = report["skipped_when_cached"]
-    lines += [
-        f"skipped when cached: {count} {reason}" for reason, count in skipped["reasons"].items()
-    ]
+    if report["left_out"]["items"]:
+        lines.append(report["left_out"]["why"])
+    for note, count in report["notes"].items():
+        if note in NOTES:
+            lines.append(f"{count} items {NOTES[note]}")
+    if report["older"]:
+        lines.append(report["older"])
+    for reason, count in report["skipped_when_cached"]["reasons"].items():
+        lines.append(f"skipped when cached: {count} {reason}")
     for name, row in report.get("metadata", {}).items():
-        lines += (
-            [f"{row['items']} {MEANINGS[name].format(row['examples'][0])}"] if row["items"] else []
-        )
-    lines += [f"contact sheet: {report['sheet']}"] if "sheet" in report else []
+        if row["items"]:
+            lines.append(f"{row['items']} {MEANINGS[name].format(row['examples'][0])}")
+    if "sheet" in report:
+        lines.append(f"contact sheet: {report['sheet']}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.data import VTP_SIZES
 from benchmarks.model import PARTS, WAN
-from mmdit.scripts import friendly
+from mmdit.scripts import command_parser, friendly
 from mmdit.scripts.arguments import number
 from mmdit.training.distributed import process_group
 
@@ -37,9 +37,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cache", "encode", "loader"])
     parser.add_argument("--device", default="auto")
     parser.add_argument(

@@ -9,17 +9,14 @@ wide as high (edges left, photo right); bytes, or a struct with `bytes` as the H
 stores images. A `caption`, `text` or `prompt` column is used if there is one.
 """
 
-import argparse
 from pathlib import Path
 
 from examples.edges2shoes.unpack import unpack
-from mmdit.scripts import friendly
+from mmdit.scripts import command_parser, friendly
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--source", type=Path, default=Path("data/edges2shoes"), help="folder of parquet files"
     )

@@ -1,6 +1,7 @@
 """Commands. Each turns arguments into a call; what a person can mend is told in one line, without a
 stack trace."""
 
+import argparse
 import contextlib
 import errno
 import importlib
@@ -17,6 +18,21 @@ def run(main: Callable[[], int | None]) -> None:
     terminal.install()
     sys.argv[1:] = map(with_home, sys.argv[1:])
     raise SystemExit(main())
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with the docstring of a command, as it is."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def config_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a command that takes the configuration of a training."""
+    parser = command_parser(doc)
+    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    return parser
 
 
 def main_outside(module: str) -> Callable[[list[str] | None], int]:
@@ -77,9 +93,8 @@ def _reported(*errors: type[Exception]):
 
 def _message(error: Exception) -> str:
     text = str(error)
-    if (
-        "Original Traceback" in text
-    ):  # from a data loader's process: what was raised there, without its trace
+    # from a data loader's process: what was raised there, without its trace
+    if "Original Traceback" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     if (
         type(error).__name__ == "OutOfMemoryError"

@@ -7,25 +7,18 @@ The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_lat
 files in between.
 """
 
-import argparse
-
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", required=True, help="the YAML that training will use: size, tokenizer, frames"
-    )
+    parser = config_parser(__doc__)
     parser.add_argument(
         "--out_dir", required=True, help="cache folder; run again to go on or to add samples"
     )
@@ -37,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", default="one", help="one, or many: two or three objects")
     parser.add_argument("--prune", action="store_true", help="remove items beyond --count")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)

@@ -7,8 +7,6 @@ Keep `text_encoder.cache_dir` in the training config. Captions that augmentation
 when they come up.
 """
 
-import argparse
-
 from tqdm import tqdm
 
 from mmdit.config import ConfigError
@@ -16,7 +14,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.data.dataset.captions import all_captions, with_trigger
 from mmdit.experiment.config import ExperimentConfig, load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import config_parser, friendly, run
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training.distributed import choose_device
 
@@ -44,14 +42,10 @@ def asked_texts(config: ExperimentConfig, cache_dir: str | None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser = config_parser(__doc__)
     parser.add_argument("--cache_dir", help="the latent cache; a config with posttrain: needs none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)

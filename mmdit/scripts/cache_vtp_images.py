@@ -15,7 +15,7 @@ import torch
 from mmdit.data.cache.caching import Caching
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run, verify_cache
+from mmdit.scripts import config_parser, friendly, run, verify_cache
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -24,10 +24,7 @@ NAMES = {"image": "images", "video": "videos"}
 
 def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Namespace:
     names = NAMES[media]
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser = config_parser(doc)
     parser.add_argument(
         "--split", default="train", help="names the defaults of the next two [train]"
     )
@@ -64,16 +61,13 @@ def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Nam
             default="frames_dir",
             help="if a line has both [frames_dir]",
         )
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, media: Media = "image", doc: str | None = __doc__) -> int:
     args = parse(argv, media, doc)
-    rank, world = (
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )  # no process group: no communication
+    # no process group: there is no communication
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         meta = Path(args.meta_jsonl)
@@ -107,11 +101,10 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
             prune=args.prune,
             num_workers=config.num_workers if args.num_workers is None else args.num_workers,
         ).run()
-    print((f"process {rank}: " if world > 1 else "") + report.text())
+    who, suffix = (f"process {rank}: ", f"-{rank}") if world > 1 else ("", "")
+    print(who + report.text())
     if report.skipped:
-        print(
-            f"skipped ones, with reasons: {out_dir}/skipped{f'-{rank}' if world > 1 else ''}.jsonl"
-        )
+        print(f"skipped ones, with reasons: {out_dir}/skipped{suffix}.jsonl")
     if report.interrupted:
         print("interrupted: what is written stays; the same command goes on from there")
         return 130

@@ -3,15 +3,11 @@
 mmdit doctor
 """
 
-import argparse
-
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_intermixed_args(argv)
     with friendly():

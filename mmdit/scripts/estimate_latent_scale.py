@@ -5,19 +5,16 @@ deviation 1.
     mmdit estimate-latent-scale --cache_dir data/cache/mine --save latent_stats.json
 """
 
-import argparse
 import json
 
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.statistics import latent_statistics
 from mmdit.files import write_atomically
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cache_dir", required=True)
     parser.add_argument(
         "--max_items", type=int, default=2000, help="items read, evenly spread over the cache"

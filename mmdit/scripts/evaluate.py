@@ -11,7 +11,6 @@ shuffled-caption control beside it. With --features the Frechet distance is meas
 samples and a folder of pictures, in the features of a timm model whose weights are a local file.
 """
 
-import argparse
 import json
 import time
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_rep
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
 from mmdit.posttrain.prompts import read_prompts
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import contact_sheet, save_image
@@ -37,9 +36,7 @@ from mmdit.training.samples import check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--count",

@@ -6,11 +6,10 @@ Prints JSON, writes it to scores.json and renews the README of a checkpoint that
 trained.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmdit.vtp_training.model_card import SCORES_FILE, write_card, write_json
     from mmdit.vtp_training.tokenizer_scores import tokenizer_scores
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         required=True,

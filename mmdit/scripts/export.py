@@ -11,7 +11,6 @@ A run's own file holds its adapters beside the base, as checkpoints do; --merge 
 them into the weights.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mmdit.adapters import is_adapter
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan import save_dit
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.checkpoint import Weights, export, load_weights
 from mmdit.training.expert_choice import joint_choice
 
@@ -58,9 +57,7 @@ def merged(weights: Weights, use_ema: bool) -> Weights:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint folder")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument(

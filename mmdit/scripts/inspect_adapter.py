@@ -13,7 +13,6 @@ it samples with the same noise before and after and measures the attention while
 before_after.png and report.json into --out. Exit code 1 beyond a limit.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mmdit.diagnostics.adapter_norms import format_budget, summarise
 from mmdit.diagnostics.attention_statistics import format_attention
 from mmdit.files import write_atomically
 from mmdit.interop.wan_release import release_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.prompts import read_lines
 from mmdit.training.samples import check_writable
@@ -36,9 +35,7 @@ LIMITS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter")
     parser.add_argument(
@@ -83,25 +80,21 @@ def main(argv: list[str] | None = None) -> int:
                 args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False)
             )
         total = report["budget"]["total"]
-        found = {
+        logits = [row["max_abs_logit"] for row in report.get("after", {}).values()]
+        if args.max_logit is not None and not logits:
+            raise ValueError("--max_logit needs --prompts_file: logits are measured while drawing")
+        figures = {
             "max_ratio": total["ratio"],
             "max_layer_ratio": total["max_ratio"],
             "max_spectral_ratio": total["max_spectral_ratio"],
-            "max_logit": max(
-                (row["max_abs_logit"] for row in report.get("after", {}).values()), default=None
-            ),
+            "max_logit": max(logits, default=None),
         }
-        beyond = [
-            f"{name} is {found[name]:.4g}, the limit {limit}"
-            for name in LIMITS
-            if (limit := getattr(args, name)) is not None
-            and found[name] is not None
-            and not found[name] <= limit
-        ]
-        if args.max_logit is not None and found["max_logit"] is None:
-            raise ValueError("--max_logit needs --prompts_file: logits are measured while drawing")
-        for line in beyond:
-            print(f"beyond the limit: {line}")
+        beyond = False
+        for name, figure in figures.items():
+            limit = getattr(args, name)
+            if limit is not None and figure is not None and not figure <= limit:
+                beyond = True
+                print(f"beyond the limit: {name} is {figure:.4g}, the limit {limit}")
     return 1 if beyond else 0
 
 

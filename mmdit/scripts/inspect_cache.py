@@ -4,7 +4,6 @@ decoded samples as PNG.
     mmdit inspect-cache --config my.yaml --cache_dir data/cache/mine [--sheet sheet.png] [--json]
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,17 +16,14 @@ from mmdit.data.dataset.records import media_of, read_records
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment.build import build_plan
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import save_image
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser = config_parser(__doc__)
     parser.add_argument("--cache_dir", type=Path, required=True, help="packed or not")
     parser.add_argument(
         "--meta_jsonl",
@@ -45,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="that decodes: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.processes < 1:

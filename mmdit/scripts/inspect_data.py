@@ -5,7 +5,6 @@ will be skipped; totals. Exit code 2: not one of them can be used.
     mmdit inspect-data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
 """
 
-import argparse
 import json
 from typing import get_args
 
@@ -14,15 +13,12 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser = config_parser(__doc__)
     parser.add_argument("--meta_jsonl", required=True)
     parser.add_argument(
         "--kind", choices=get_args(Media), default="image", help="what the lines describe [image]"
@@ -37,7 +33,6 @@ def main(argv: list[str] | None = None) -> int:
         "--num_workers", type=int, help="processes that look [the config's num_workers]"
     )
     parser.add_argument("--json", action="store_true", help='print {"totals", "items"} as JSON')
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)

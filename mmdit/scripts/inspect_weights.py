@@ -7,12 +7,11 @@ PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA,
 its latest checkpoint. Nothing is loaded.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from mmdit.interop.inspection import format_inspection, inspect_weights
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.checkpoint import Meta, latest
 
 
@@ -21,9 +20,10 @@ def inspect_checkpoint(path: str) -> dict | None:
     ValueError: no checkpoint is whole."""
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
-        if (found := latest(folder)) is None:
+        checkpoint = latest(folder)
+        if checkpoint is None:
             raise ValueError(f"{folder} is a run without a whole checkpoint")
-        folder = found
+        folder = checkpoint
     if not (folder / "checkpoint.json").is_file():
         return None
     step = Meta.read(folder).step
@@ -32,9 +32,7 @@ def inspect_checkpoint(path: str) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("path")
     parser.add_argument(
         "--expert", choices=("high", "low"), help="of a pair of experts only this one"

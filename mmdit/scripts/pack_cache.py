@@ -6,16 +6,12 @@ what changed.
         --out_dir data/cache/my_images_packed
 """
 
-import argparse
-
 from mmdit.data.cache.packing import pack_cache
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cache_dir", required=True, help="the cache; it stays as it is")
     parser.add_argument("--out_dir", required=True, help="folder for the shards, new or begun")
     parser.add_argument("--shard_megabytes", type=int, default=1024, help="size of a shard [1024]")

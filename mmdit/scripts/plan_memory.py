@@ -10,7 +10,6 @@ One process, with blocks compiled where train.compile says so on a GPU.
 tests/drivers/gpu_memory_plan.py compares plans with what is measured.
 """
 
-import argparse
 import json
 import math
 from dataclasses import asdict
@@ -18,14 +17,12 @@ from dataclasses import asdict
 from mmdit.commands.plan_memory.ladder import fits, latent_shape, plans_until_fit, variant_sizes
 from mmdit.commands.plan_memory.memory_plan import SIZES
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument(
         "--gpu_gb", type=number, help="memory of the GPU in 1e9 bytes: what makes it fit?"

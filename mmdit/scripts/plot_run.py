@@ -3,18 +3,15 @@
 mmdit plot-run --runs runs/a runs/b --out curves.png
 """
 
-import argparse
 from pathlib import Path
 
 from mmdit.diagnostics.curves import draw_curves, read_metrics
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.media import save_image
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--runs", nargs="+", required=True, help="run folders or metrics.jsonl files, a colour each"
     )

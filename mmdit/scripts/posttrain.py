@@ -4,17 +4,13 @@ section posttrain: says.
     mmdit posttrain --config configs/posttrain/grpo.yaml [--dry-run] [--resume] [train.lr=1e-4 …]
 """
 
-import argparse
-
 from mmdit.commands.posttrain import posttrain
 from mmdit.experiment.config import load_experiment_config
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--config",
         required=True,

@@ -7,16 +7,12 @@ Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (tr
 unconditional) and counted.
 """
 
-import argparse
-
 from mmdit.data.dataset.sources import prepare_folder
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--folder", required=True)
     parser.add_argument("--out_dir", help="where the JSONL goes [the folder itself]")
     parser.add_argument(

@@ -8,7 +8,6 @@ name. Run again, it goes on. Not needed for training: the caching command reads 
 It helps to look at frames, or to clean them by hand.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,14 +16,12 @@ from tqdm import tqdm
 from mmdit.data.dataset.records import read_records
 from mmdit.data.dataset.sources import extract_frames
 from mmdit.files import clean, write_atomically
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--meta_jsonl", type=Path, required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
     parser.add_argument(

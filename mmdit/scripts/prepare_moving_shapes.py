@@ -11,17 +11,13 @@ Run again with the same settings it goes on where it was interrupted, or adds sa
 
 from __future__ import annotations
 
-import argparse
-
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--out_dir", default="data/moving_shapes")
     parser.add_argument("--count", type=int, default=4096, help="samples (default: 4096)")
     parser.add_argument(

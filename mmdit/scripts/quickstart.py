@@ -7,10 +7,9 @@ Writes runs/quickstart/{samples/*.png, video.mp4, report.json}. Two CPU cores ta
 minutes; a GPU trains further.
 """
 
-import argparse
 import os
 
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 NEXT = """
 Next:
@@ -36,9 +35,7 @@ def line(name: str, row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_intermixed_args(argv)
     os.environ.setdefault(

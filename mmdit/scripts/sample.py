@@ -9,14 +9,13 @@ Writes one PNG or MP4 per prompt, batch by batch, samples.json with everything n
 again, and grid.png (captioned). The same command again goes on where it was stopped.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from mmdit.commands.sample import Drawing, first_frames, lay_over, size_for
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.wan_release import published_shift
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import (
     add_sampling_arguments,
     number,
@@ -30,9 +29,7 @@ from mmdit.training.samples import SampleFolder, check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_sampling_arguments(parser)
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument("--prompts_file", help="text file, one prompt a line")

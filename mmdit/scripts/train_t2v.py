@@ -5,17 +5,13 @@
         --train_cache_dir data/cache/mine [--resume]
 """
 
-import argparse
-
 from mmdit.experiment.config import load_experiment_config
 from mmdit.experiment.run import run_training
-from mmdit.scripts import cache_text, friendly, run
+from mmdit.scripts import cache_text, command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument(
         "--train_cache_dir",

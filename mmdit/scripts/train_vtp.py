@@ -3,19 +3,15 @@
 mmdit train-vtp --config VTP/configs/vtp_tiny_f16d64_stage1.yaml [--resume] [section.key=value …]
 """
 
-import argparse
-
 from mmdit.config import load
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.distributed import choose_device
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_loop import pretrain
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--config", required=True, help="a YAML file, for example VTP/configs/vtp_tiny_f16d64.yaml"
     )

@@ -6,18 +6,15 @@ not.
 `--delete` removes the damaged files; the caching command then makes exactly those anew.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from mmdit.data.cache.verify import verify_cache
-from mmdit.scripts import friendly, run
+from mmdit.scripts import command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cache_dir", type=Path, required=True)
     parser.add_argument(
         "--delete",

@@ -21,9 +21,9 @@ EXAMPLES = 5
 
 
 def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
-    """Return the report, JSON-able; `report_text` says it in words. `fill`: places of a group's batches that are not
-    repetitions within one. Sizes are (width, height) in pixels; shares are from 0 to 1; every list
-    of examples is of the worst first.
+    """Return the report, JSON-able; `report_text` says it in words. `fill`: the share of a group's
+    batches that is no repetition within one. Sizes are (width, height) in pixels; shares are from 0
+    to 1; every list of examples is of the worst first.
     """
     spatial = cache.manifest.spec.spatial
     groups = []

@@ -661,23 +661,23 @@ def test_hf_frozen_encodes_a_caption_once_with_the_same_bits_as_without_memory(
     ):  # another company, another order: a resumed run starts with an empty memory
         one = kept([captions[i]])
         assert torch.equal(one.embeddings[0], whole.embeddings[i, : one.embeddings.shape[1]])
-    assert "" not in kept._kept and not none._kept
+    assert "" not in kept._recent.rows and not none._recent.rows
 
 
 def test_hf_memory_is_bounded_and_drops_the_oldest(checkpoint, monkeypatch):
     encoder = hf(checkpoint("t5")[0], cache_mb=1)
-    assert encoder.kept_limit == 1 << 20
+    assert encoder._recent.limit == 1 << 20
     row = 2 * 16 * 4  # "red </s>" in bytes
-    encoder.kept_limit = 5 * row + row // 2
+    encoder._recent.limit = 5 * row + row // 2
     calls = count_calls(encoder, monkeypatch)
     for word in VOCABULARY[3:8]:
         encoder([word])
     encoder([VOCABULARY[3]])  # used again: now the newest
-    assert len(calls) == 5 and encoder._kept_bytes == 5 * row
+    assert len(calls) == 5 and encoder._recent.bytes == 5 * row
     encoder(["gray"])
     assert (
-        list(encoder._kept) == [*VOCABULARY[5:8], VOCABULARY[3], "gray"]
-        and encoder._kept_bytes == 5 * row
+        list(encoder._recent.rows) == [*VOCABULARY[5:8], VOCABULARY[3], "gray"]
+        and encoder._recent.bytes == 5 * row
     )
 
 

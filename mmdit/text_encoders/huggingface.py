@@ -4,7 +4,6 @@ or a hub name."""
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
-from mmdit.text_encoders.stored import StoredEmbeddings, encoder_key
+from mmdit.text_encoders.stored import RecentEmbeddings, StoredEmbeddings, encoder_key
 from mmdit.text_encoders.transformers_loading import load_encoder, most_tokens
 from mmdit.text_encoders.words import check_length
 
@@ -104,11 +103,10 @@ class HuggingFaceEncoder(TextEncoder):
         self.frozen = config.freeze
         self.tokenizer, self.encoder = self._open()
         self.reported = False
-        self.kept_limit = config.cache_mb * 2**20
         self.forget()
         self.requires_grad_(not self.frozen)
         self.train()
-        self.dim = self._settle()
+        self.dim = self._prepare()
         if config.dim not in (None, self.dim):
             raise ConfigError(
                 "dim",
@@ -135,13 +133,12 @@ class HuggingFaceEncoder(TextEncoder):
             )
         return tokenizer, encoder
 
-    def _settle(self) -> int:
-        """The width of the tokens; freezes what does not reach them."""
+    def _prepare(self) -> int:
+        """Freeze what does not reach the tokens, and return their width."""
         with torch.set_grad_enabled(not self.frozen):
             example = self._hidden(*self._pad(self._tokenize(["a"])))
-        if (
-            not self.frozen
-        ):  # poolers and the like do not reach the tokens, and DDP would wait for their gradients
+        # poolers and the like do not reach the tokens, and DDP would wait for their gradients
+        if not self.frozen:
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -161,19 +158,15 @@ class HuggingFaceEncoder(TextEncoder):
         return self
 
     def forget(self) -> None:
-        """Empties the memory of embeddings. Moving the module and loading a state do so by
+        """Empty the memory of embeddings. Moving the module and loading a state do so by
         themselves."""
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        self._recent = RecentEmbeddings(self.config.cache_mb * 2**20)
         self._stored: StoredEmbeddings | None = None
 
     def _files(self) -> StoredEmbeddings | None:
         if self._stored is None and self.config.cache_dir:
-            settings = (
-                self.config.max_length,
-                GROUP,
-                LENGTH_STEP,
-            )  # a batch's shape decides its rounding
+            # a batch's shape decides its rounding
+            settings = (self.config.max_length, GROUP, LENGTH_STEP)
             key = encoder_key(self.encoder, self.tokenizer, *settings)
             self._stored = StoredEmbeddings(Path(self.config.cache_dir).expanduser(), key, self.dim)
         return self._stored
@@ -187,7 +180,7 @@ class HuggingFaceEncoder(TextEncoder):
         super()._load_from_state_dict(*arguments)
 
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T tokens in
+        """Return the tokens `(B, T, dim)` of the captions, float32 on this module's device; T of
         the longest, at least 1."""
         device = self.device
         captions = [self.clean(caption) for caption in captions]
@@ -210,39 +203,39 @@ class HuggingFaceEncoder(TextEncoder):
 
     # ── one batch ─────────────────────────────────────────────────────────────────────────────────
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
-        """Token numbers of each caption; none for one without words, though the tokenizer would add
-        its markers."""
+        """Return the token numbers of each caption; none for one without words, though the
+        tokenizer would add its markers."""
         filled = [caption for caption in captions if caption]
+        if not filled:
+            return [[] for _ in captions]
         limit = self.config.max_length
-        tokens = (
-            self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"] if filled else []
-        )
-        if not self.reported:
-            for caption, ids in zip(filled, tokens, strict=True):
-                if (
-                    len(ids) == limit
-                    and (length := len(self.tokenizer(caption, verbose=False)["input_ids"])) > limit
-                ):
-                    message = (
-                        "a caption has %d tokens, text_encoder.max_length is %d: the rest is not"
-                        " read (said once): %.80s"
-                    )
-                    logger.warning(message, length, limit, caption)
-                    self.reported = True
-                    break
+        tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"]
+        for caption, ids in zip(filled, tokens, strict=True):
+            if len(ids) == limit and not self.reported:
+                self._report_length(caption)
         remaining = iter(tokens)
         return [next(remaining) if caption else [] for caption in captions]
 
+    def _report_length(self, caption: str) -> None:
+        length = len(self.tokenizer(caption, verbose=False)["input_ids"])
+        if length > self.config.max_length:
+            logger.warning(
+                "a caption has %d tokens, text_encoder.max_length is %d: the rest is not read"
+                " (said once): %.80s",
+                length,
+                self.config.max_length,
+                caption,
+            )
+            self.reported = True
+
     def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
-        """Numbers and attention mask `(B, T)` int64, T at least `length`. A row without tokens
-        attends to its first padding, as a softmax over nothing is no number."""
+        """Return numbers and attention mask `(B, T)` int64, T at least `length`. A row without
+        tokens attends to its first padding, as a softmax over nothing is no number."""
         length = max([length, *map(len, tokens)])
         filler = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
-        mask = torch.tensor(
-            [[1] * max(1, len(row)) + [0] * (length - max(1, len(row))) for row in tokens]
-        )
-        return ids, mask
+        lengths = torch.tensor([max(1, len(row)) for row in tokens])
+        return ids, (torch.arange(length) < lengths[:, None]).long()
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         device = self.device
@@ -253,11 +246,9 @@ class HuggingFaceEncoder(TextEncoder):
     # ── frozen: every caption once ────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
-        """Each distinct caption's own tokens `(length, dim)` on the CPU, in the encoder's
+        """Return the tokens `(length, dim)` of each distinct caption on the CPU, in the encoder's
         precision."""
-        known = self.silent | {
-            caption: self._kept[caption] for caption in captions if caption in self._kept
-        }
+        known = self.silent | self._recent.load(captions)
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         files = self._files() if new else None
         if files:
@@ -273,37 +264,26 @@ class HuggingFaceEncoder(TextEncoder):
                 known |= encoded
                 if files:
                     files.save(encoded)
-        self._keep(known)
+        self._recent.save(
+            {caption: known[caption] for caption in known if caption not in self.silent}
+        )
         return known
 
     def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
+        """Encode captions of about one length, filled up to a whole group. ValueError: not
+        finite."""
         tokens = [ids for _, ids in items]
+        tokens += tokens[:1] * (GROUP - len(tokens))
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden(
-                *self._pad(tokens + tokens[:1] * (GROUP - len(tokens)), length)
-            ).cpu()
-        result = {caption: row[: len(ids)].clone() for (caption, ids), row in zip(items, hidden)}
-        for caption, row in result.items():
+            hidden = self._hidden(*self._pad(tokens, length)).cpu()
+        rows = {caption: row[: len(ids)].clone() for (caption, ids), row in zip(items, hidden)}
+        for caption, row in rows.items():
             if not row.isfinite().all():
-                remedy = (
-                    "set text_encoder.dtype: bfloat16 or float32"
-                    if self.config.dtype == "float16"
-                    else "damaged weights?"
-                )
+                remedy = "damaged weights?"
+                if self.config.dtype == "float16":
+                    remedy = "set text_encoder.dtype: bfloat16 or float32"
                 raise ValueError(
                     f"{self.config.name_or_path} gives infinite or NaN embeddings for {caption!r};"
                     f" {remedy}"
                 )
-        return result
-
-    def _keep(self, known: dict[str, Tensor]) -> None:
-        for caption, row in known.items():
-            if caption in self.silent:
-                continue
-            if caption not in self._kept:
-                self._kept[caption] = row
-                self._kept_bytes += row.nbytes
-            self._kept.move_to_end(caption)
-        while self._kept_bytes > self.kept_limit:
-            _, row = self._kept.popitem(last=False)
-            self._kept_bytes -= row.nbytes
+        return rows

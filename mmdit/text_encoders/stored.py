@@ -1,4 +1,5 @@
-"""Embeddings of a frozen encoder in files, so that a caption is encoded once, not once a run.
+"""Embeddings of a frozen encoder, in memory for this run, and in files, so that a caption is
+encoded once, not once a run.
 
     <folder>/<key>/<hash of the caption>.safetensors   `embedding (T, dim)`, the encoder's precision
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -64,6 +66,28 @@ def _digest(stream) -> str:
     while data := stream.read(2**24):
         digest.update(data)
     return digest.hexdigest()
+
+
+class RecentEmbeddings:
+    """Embeddings in memory, at most `limit` bytes: those that were asked for longest ago go."""
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes = limit, 0
+        self.rows: OrderedDict[str, Tensor] = OrderedDict()
+
+    def load(self, captions: list[str]) -> dict[str, Tensor]:
+        """Return the embeddings that are there."""
+        return {caption: self.rows[caption] for caption in captions if caption in self.rows}
+
+    def save(self, rows: dict[str, Tensor]) -> None:
+        for caption, row in rows.items():
+            if caption not in self.rows:
+                self.rows[caption] = row
+                self.bytes += row.nbytes
+            self.rows.move_to_end(caption)
+        while self.bytes > self.limit:
+            _, row = self.rows.popitem(last=False)
+            self.bytes -= row.nbytes
 
 
 class StoredEmbeddings:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,12 @@ from mmdit.weights import Checkpoint, fill, is_wan_release
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER_FOLDERS = (
-    "google/umt5-xxl",
-    "tokenizer",
-    ".",
-)  # beside the weights, in official and Diffusers releases
+# beside the weights, in official and Diffusers releases
+TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")
 IDLE = 32  # calls that found every caption in files, after which the loaded weights are put away
-END, UNTRAINED_LAYOUT = (
-    1,
-    ("encoder.embed_tokens.weight", "spiece_model"),
-)  # a tied copy, the tokenizer in ComfyUI's files
+END = 1  # the token behind every caption
+# a tied copy, the tokenizer in ComfyUI's files
+UNTRAINED_LAYOUT = ("encoder.embed_tokens.weight", "spiece_model")
 NAMES = {  # official → transformers, inside a block
     "norm1": "layer.0.layer_norm",
     "norm2": "layer.1.layer_norm",
@@ -167,7 +163,7 @@ class UMT5Encoder(HuggingFaceEncoder):
             self._stored = StoredEmbeddings(folder, files_key(files, folder, *settings), self.dim)
         return self._stored
 
-    def _settle(self) -> int:
+    def _prepare(self) -> int:
         if self.config.cache_dir:
             return self.width
         blocks = self.encoder.encoder.block
@@ -187,8 +183,8 @@ class UMT5Encoder(HuggingFaceEncoder):
         return self.encoder.config.d_model
 
     def clean(self, caption: str) -> str:
-        """The official cleaning: broken Unicode mended, HTML entities read twice, white space
-        collapsed."""
+        """Clean a caption as the official code does: broken Unicode mended, HTML entities read
+        twice, white space collapsed."""
         if not caption.isascii():  # of plain text there is nothing to mend
             try:
                 import ftfy
@@ -224,7 +220,7 @@ def _locate(path: Path) -> Path:
 
 
 def transformers_name(name: str) -> str:
-    """The name in `UMT5EncoderModel` of an official parameter; what is none of its names stays."""
+    """Return the name in `UMT5EncoderModel` of an official parameter; any other name stays."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name):
         return f"encoder.block.{match[1]}.{NAMES.get(match[2], match[2])}.weight"
     return OUTSIDE.get(name, name)
@@ -239,14 +235,12 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
     try:
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
         vocabulary, width = shapes["shared.weight"]
-        feedforward, inner = (
-            shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-            shapes[f"{attention}.q.weight"][0],
-        )
-        if "encoder.block.1.layer.0.layer_norm.weight" in shapes:
-            shapes[
-                "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-            ]  # T5 shares that of block 0
+        feedforward = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]
+        inner = shapes[f"{attention}.q.weight"][0]
+        second = "encoder.block.1.layer.0."
+        bias = f"{second}SelfAttention.relative_attention_bias.weight"
+        if f"{second}layer_norm.weight" in shapes and bias not in shapes:
+            raise KeyError(bias)  # T5 shares that of block 0
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{place} is no UMT5 encoder: {error} is missing among its {len(shapes)} tensors"
@@ -280,56 +274,55 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
 def _tokenizer(
     folder: Path | None, place: Path, stored: Checkpoint
 ) -> tuple[Callable[[list[str]], list[list[int]]], str]:
-    """Captions → token numbers without markers, and a hash of the vocabulary. ValueError: none
-    there, or of another vocabulary."""
+    """Return the function from captions to token numbers without markers, and a hash of the
+    vocabulary. ValueError: none there, or of another vocabulary."""
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
-    found = [
-        file
-        for name in ("tokenizer.json", "spiece.model")
-        for f in folders
-        if (file := f / name).is_file()
-    ]
-    inside = stored.tensors() if "spiece_model" in stored.entries else ()
-    embedded = [tensor for name, tensor in inside if name == "spiece_model"]
-    if found and found[0].suffix == ".json":
-        import tokenizers
-
-        reader: Any = tokenizers.Tokenizer.from_file(str(found[0]))
-        reader.no_truncation(), reader.no_padding()
-        size = reader.get_vocab_size()
-        encode = lambda captions: [
-            row.ids for row in reader.encode_batch(captions, add_special_tokens=False)
-        ]  # noqa: E731
-    elif found or embedded:
-        try:
-            import sentencepiece
-        except ImportError:
-            raise ValueError(
-                "its tokenizer is a spiece.model, which needs sentencepiece: pip install"
-                " sentencepiece"
-            ) from None
-        source = (
-            {"model_file": str(found[0])}
-            if found
-            else {"model_proto": embedded[0].numpy().tobytes()}
-        )
-        reader = sentencepiece.SentencePieceProcessor(**source)
-        size, encode = reader.get_piece_size(), reader.encode
+    files = [folder / name for name in ("tokenizer.json", "spiece.model") for folder in folders]
+    file = next((file for file in files if file.is_file()), None)
+    if file is not None:
+        vocabulary = file.read_bytes()
+    elif "spiece_model" in stored.entries:  # ComfyUI's files hold it as a tensor
+        tensor = next(tensor for name, tensor in stored.tensors() if name == "spiece_model")
+        vocabulary = tensor.numpy().tobytes()
     else:
         raise ValueError(
             f"no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; set"
             " text_encoder.tokenizer_path to the folder of google/umt5-xxl's tokenizer"
         )
-    rows = max(
-        entry.shape[0]
-        for name, entry in stored.entries.items()
-        if name in ("shared.weight", "token_embedding.weight")
-    )
+    if file is not None and file.suffix == ".json":
+        encode, size = _from_json(file)
+    else:
+        encode, size = _from_sentencepiece(vocabulary)
+    names = ("shared.weight", "token_embedding.weight")
+    rows = max(stored.entries[name].shape[0] for name in names if name in stored.entries)
     if size > rows:
         raise ValueError(
             f"the tokenizer has {size} entries, the embedding {rows}; they belong to different"
             " models"
         )
-    vocabulary = found[0].read_bytes() if found else embedded[0].numpy().tobytes()
     return encode, hashlib.sha256(vocabulary).hexdigest()
+
+
+def _from_json(file: Path) -> tuple[Callable[[list[str]], list[list[int]]], int]:
+    import tokenizers
+
+    reader = tokenizers.Tokenizer.from_file(str(file))
+    reader.no_truncation()
+    reader.no_padding()
+
+    def encode(captions: list[str]) -> list[list[int]]:
+        return [row.ids for row in reader.encode_batch(captions, add_special_tokens=False)]
+
+    return encode, reader.get_vocab_size()
+
+
+def _from_sentencepiece(vocabulary: bytes) -> tuple[Callable[[list[str]], list[list[int]]], int]:
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError(
+            "its tokenizer is a spiece.model, which needs sentencepiece: pip install sentencepiece"
+        ) from None
+    reader = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    return reader.encode, reader.get_piece_size()

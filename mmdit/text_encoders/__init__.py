@@ -14,8 +14,8 @@ TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Confi
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Return the encoder of `config`, on the CPU. New weights come from the global generator. A frozen encoder has no parameter that requires
-    a gradient. ConfigError if it cannot be loaded.
+    """Return the encoder of `config`, on the CPU. New weights come from the global generator. A
+    frozen encoder has no parameter that requires a gradient. ConfigError if it cannot be loaded.
     """
     try:
         match config:

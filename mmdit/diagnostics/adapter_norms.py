@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ EXACT = 1024  # up to this width a spectral norm comes from an eigenvalue
 
 @dataclass(frozen=True)
 class Change:
-    """Of one layer: norms of its weight and of the update."""
+    """Hold the norms of one layer's weight and of its update."""
 
     layer: str
     weight: float
@@ -38,8 +37,8 @@ class Change:
 
 
 def spectral_norm(matrix: Tensor, rounds: int = 40, block: int = 8) -> float:
-    """The largest singular value; of large matrices by power iteration on a block of vectors (Halko
-    et al. 2011, algorithm 4.4), from below and to about 1e-3."""
+    """Return the largest singular value; of large matrices by power iteration on a block of vectors
+    (Halko et al. 2011, algorithm 4.4), from below and to about 1e-3."""
     if min(matrix.shape) <= EXACT:
         matrix = matrix.double()
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
@@ -55,10 +54,9 @@ def spectral_norm(matrix: Tensor, rounds: int = 40, block: int = 8) -> float:
 
 @torch.no_grad()
 def update_norms(layer: Adapter) -> tuple[float, float]:
-    """Frobenius and spectral norm of the update. LoRA: from its thin factors (B = Q R, A = (Q'
-    R')ᵀ: the r x r matrix R R'ᵀ has the singular values of B A). LoKr: products of those of the
-    factors. Neither is formed whole; DoRA's is.
-    """
+    """Return the Frobenius and the spectral norm of the update. Those of LoRA come from its thin
+    factors (B = Q R, A = (Q' R')ᵀ: the r x r matrix R R'ᵀ has the singular values of B A), those of
+    LoKr are products of those of the factors. Neither is formed whole; DoRA's is."""
     if isinstance(layer, LoKrLinear):
         first, second = layer.factors(torch.float64)
         scale = abs(layer.scale)
@@ -77,76 +75,56 @@ def update_norms(layer: Adapter) -> tuple[float, float]:
 
 @torch.no_grad()
 def delta_budget(layers: Iterable[tuple[str, Adapter]]) -> list[Change]:
-    """Measure one layer at a time, so that weights may be read one at a time. ValueError: one
-    holds nan or infinity, with which
-    no limit can be compared."""
+    """Measure one layer at a time, so that weights may be read one at a time. ValueError: one holds
+    nan or infinity, with which no limit can be compared."""
     changes = []
     for name, layer in layers:
         for part, value in layer.named_parameters():
             check_numbers(f"{name}.{part}", value.detach(), "the base or its adapter")
         delta, spectral = update_norms(layer)
-        changes.append(
-            Change(
-                name,
-                layer.weight.double().norm().item(),
-                delta,
-                spectral_norm(layer.weight),
-                spectral,
-            )
-        )
+        weight = layer.weight.double().norm().item()
+        changes.append(Change(name, weight, delta, spectral_norm(layer.weight), spectral))
     return changes
 
 
 def summarise(changes: list[Change]) -> dict:
-    """Ready for JSON: `total`, and `layers`, `kinds` (numbered blocks as one), `blocks`, each with
-    `ratio` (of the norms of all that it covers), `max_ratio` and `max_spectral_ratio`."""
-    groups: dict[str, dict[str, list[Change]]] = {
-        "total": {"": changes},
-        "layers": {},
-        "kinds": {},
-        "blocks": {},
-    }
+    """Return, ready for JSON, `total` and the groups `layers`, `kinds` (numbered blocks as one) and
+    `blocks`. Each row has `count`, `ratio` (of the norms of all that it covers), `max_ratio` and
+    `max_spectral_ratio`."""
+    groups: dict[str, dict[str, list[Change]]] = {"layers": {}, "kinds": {}, "blocks": {}}
     for change in changes:
         number = re.search(r"(?:^|\.)blocks\.(\d+)\.", change.layer)
-        kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", change.layer)
-        for group, key in (
-            ("layers", change.layer),
-            ("kinds", kind),
-            ("blocks", number[1] if number else "outside"),
-        ):
-            groups[group].setdefault(key, []).append(change)
-
-    def row(own: list[Change]) -> dict:
-        whole = math.hypot(*(c.delta for c in own)) / max(
-            math.hypot(*(c.weight for c in own)), 1e-30
-        )
-        return {
-            "count": len(own),
-            "ratio": whole,
-            "max_ratio": max(c.ratio for c in own),
-            "max_spectral_ratio": max(c.spectral_ratio for c in own),
+        names = {
+            "layers": change.layer,
+            "kinds": re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", change.layer),
+            "blocks": number[1] if number else "outside",
         }
+        for group, name in names.items():
+            groups[group].setdefault(name, []).append(change)
+    table: dict = {"total": _row(changes)}
+    for group, members in groups.items():
+        table[group] = {name: _row(part) for name, part in members.items()}
+    return table
 
-    table: dict = {
-        group: {key: row(own) for key, own in members.items()} for group, members in groups.items()
+
+def _row(changes: list[Change]) -> dict:
+    delta = math.hypot(*(change.delta for change in changes))
+    weight = math.hypot(*(change.weight for change in changes))
+    return {
+        "count": len(changes),
+        "ratio": delta / max(weight, 1e-30),
+        "max_ratio": max(change.ratio for change in changes),
+        "max_spectral_ratio": max(change.spectral_ratio for change in changes),
     }
-    return table | {"total": table["total"][""]}
 
 
 def format_budget(summary: dict) -> str:
+    """Return a table for people of what `summarise` gave."""
+    blocks = {f"block {name}": row for name, row in summary["blocks"].items()}
     lines = [f"{'':28}  layers  ‖ΔW‖/‖W‖   largest  spectral"]
-    rows = defaultdict(
-        dict,
-        {
-            "kinds": summary["kinds"],
-            "blocks": {f"block {key}": row for key, row in summary["blocks"].items()},
-            "all": {"all": summary["total"]},
-        },
-    )
-    for group in ("kinds", "blocks", "all"):
-        for key, row in rows[group].items():
-            lines.append(
-                f"{key:28}  {row['count']:>6}  {row['ratio']:>9.4f} {row['max_ratio']:>9.4f}"
-                f" {row['max_spectral_ratio']:>9.4f}"
-            )
+    for name, row in (*summary["kinds"].items(), *blocks.items(), ("all", summary["total"])):
+        lines.append(
+            f"{name:28}  {row['count']:>6}  {row['ratio']:>9.4f} {row['max_ratio']:>9.4f}"
+            f" {row['max_spectral_ratio']:>9.4f}"
+        )
     return "\n".join(lines)

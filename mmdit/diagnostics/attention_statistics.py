@@ -8,7 +8,9 @@ and not by ‖ΔW‖.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -24,63 +26,51 @@ class Statistics:
 
     def __init__(self, heads: int):
         self.heads, self.count, self.rows = heads, 0, 0
-        self.sums = torch.zeros(
-            4, heads, dtype=torch.float64
-        )  # logits, their squares, entropies, padding
+        # of logits, their squares, entropies, padding
+        self.sums = torch.zeros(4, heads, dtype=torch.float64)
         self.largest = torch.full((2, heads), -math.inf)  # logit, absolute
 
     @torch.no_grad()
     def add(self, q: Tensor, k: Tensor, valid: Tensor | None) -> None:
-        """As `nn.attention.attend` is called; axes folded into its heads are unfolded."""
-        full = (
-            None
-            if valid is None
-            else valid.expand(*q.shape[:3], k.shape[2])
-            if valid.ndim == 4
-            else valid
-        )
-        parts = [z for z in (q, k, full) if z is not None]
-        q, k, *mask = (rearrange(z, "b (p h) l d -> (b p) h l d", h=self.heads) for z in parts)
+        """Add a call of `nn.attention.attend`; axes folded into its heads are unfolded."""
+        if valid is not None and valid.ndim == 4:
+            valid = valid.expand(*q.shape[:3], k.shape[2])
+        q, k = self._by_head(q), self._by_head(k)
         step, skip = math.ceil(len(q) / SAMPLES), math.ceil(q.shape[2] / QUERIES)
-        logits = (
-            q[::step, :, ::skip].float()
-            @ k[::step].float().transpose(-1, -2)
-            / math.sqrt(q.shape[-1])
-        )
-        seen, bias = torch.ones_like(logits, dtype=torch.bool), torch.zeros_like(logits)
-        if mask:
-            picked = mask[0][::step, :, ::skip]
-            biased = picked.is_floating_point()
-            bias = picked.float() if biased else bias.masked_fill(~picked, -math.inf)
-            seen = bias > -math.inf
+        q, k = q[::step, :, ::skip].float(), k[::step].float()
+        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        bias, biased = torch.zeros_like(logits), False
+        if valid is not None:
+            mask = self._by_head(valid)[::step, :, ::skip]
+            biased = mask.is_floating_point()
+            bias = mask.float() if biased else bias.masked_fill(~mask, -math.inf)
+        seen = bias > -math.inf
         weights = torch.softmax(logits + bias, -1)
-        padding = (
-            weights[..., -1] if mask and biased else torch.zeros_like(weights[..., -1])
-        )  # Wan: the last key is all padding
+        padding = weights[..., -1]  # Wan: the last key is all padding
+        if not biased:
+            padding = torch.zeros_like(padding)
         entropy = torch.special.entr(weights).sum(-1)
         clean = logits.masked_fill(~seen, 0).double()
-        over = lambda z: z.double().transpose(0, 1).flatten(1).sum(1).cpu()  # noqa: E731
-        self.sums += torch.stack([over(clean), over(clean.square()), over(entropy), over(padding)])
+        values = (clean, clean.square(), entropy.double(), padding.double())
+        self.sums += torch.stack([_heads_first(value).sum(1).cpu() for value in values])
         self.count += int(seen[:, 0].sum())
         self.rows += entropy[:, 0].numel()
-        for row, values in zip(self.largest, (logits, logits.abs()), strict=True):
-            torch.maximum(
-                row,
-                values.masked_fill(~seen, -math.inf).transpose(0, 1).flatten(1).amax(1).cpu(),
-                out=row,
-            )
+        largest = [
+            _heads_first(value.masked_fill(~seen, -math.inf)).amax(1).cpu()
+            for value in (logits, logits.abs())
+        ]
+        self.largest = self.largest.maximum(torch.stack(largest))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b (p h) l d -> (b p) h l d", h=self.heads)
 
     def result(self) -> dict[str, list[float]]:
-        """`logit_std`, `max_logit`, `max_abs_logit`, `mean_entropy` and `padding_mass`, each by
-        head."""
+        """Return `logit_std`, `max_logit`, `max_abs_logit`, `mean_entropy` and `padding_mass`, each
+        by head."""
         total, squares, entropy, padding = self.sums
-        mean = total / self.count
-        std = (
-            (squares / self.count - mean.square()).clamp(min=0)
-            * (self.count / max(self.count - 1, 1))
-        ).sqrt()
+        variance = (squares / self.count - (total / self.count).square()).clamp(min=0)
         values = {
-            "logit_std": std,
+            "logit_std": (variance * (self.count / max(self.count - 1, 1))).sqrt(),
             "max_logit": self.largest[0],
             "max_abs_logit": self.largest[1],
             "mean_entropy": entropy / self.rows,
@@ -89,50 +79,56 @@ class Statistics:
         return {name: value.tolist() for name, value in values.items()}
 
 
+def _heads_first(x: Tensor) -> Tensor:
+    """Return `(heads, everything else)` of `(b, heads, …)`."""
+    return x.transpose(0, 1).flatten(1)
+
+
 @contextmanager
-def observed(model: nn.Module):
-    """Yields a dictionary that fills with `Statistics` by the names of the attention layers of
+def observed(model: nn.Module) -> Iterator[dict[str, Statistics]]:
+    """Yield a dictionary that fills with `Statistics` by the names of the attention layers of
     `model` that run inside."""
-    found: dict[str, Statistics] = {}
-    inside: list[tuple[str, nn.Module]] = []
+    statistics: dict[str, Statistics] = {}
+    running: list[tuple[str, nn.Module]] = []
 
     def observe(q: Tensor, k: Tensor, valid: Tensor | None) -> None:
-        if inside:
-            name, module = inside[-1]
-            found.setdefault(name, Statistics(module.num_heads)).add(q, k, valid)
+        if running:
+            name, module = running[-1]
+            statistics.setdefault(name, Statistics(module.num_heads)).add(q, k, valid)
+
+    def enter(name: str, module: nn.Module, _) -> None:
+        running.append((name, module))
+
+    def leave(*_) -> None:
+        running.pop()
 
     handles = []
     for name, module in model.named_modules():
         if hasattr(module, "num_heads") and hasattr(module, "k"):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda module, _, name=name: inside.append((name, module))
-                )
-            )
-            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+            handles.append(module.register_forward_pre_hook(partial(enter, name)))
+            handles.append(module.register_forward_hook(leave))
     attention.observers.append(observe)
     try:
-        yield found
+        yield statistics
     finally:
         attention.observers.remove(observe)
         for handle in handles:
             handle.remove()
 
 
-def mean_over_heads(found: dict[str, Statistics]) -> dict[str, dict[str, float]]:
-    """By layer, over its heads: the largest logits, the mean of all else."""
-    rows = {name: statistics.result() for name, statistics in found.items()}
-    return {
-        name: {
-            key: max(values) if key.startswith("max") else sum(values) / len(values)
-            for key, values in row.items()
+def mean_over_heads(statistics: dict[str, Statistics]) -> dict[str, dict[str, float]]:
+    """Return by layer, over its heads, the largest logits and the mean of all else."""
+    table: dict[str, dict[str, float]] = {}
+    for layer, row in statistics.items():
+        table[layer] = {
+            name: max(values) if name.startswith("max") else sum(values) / len(values)
+            for name, values in row.result().items()
         }
-        for name, row in rows.items()
-    }
+    return table
 
 
 def format_attention(before: dict, after: dict) -> str:
-    """A table for people of two summaries of the same layers."""
+    """Return a table for people of two summaries of the same layers."""
     columns = {
         "logit_std": "logit std",
         "max_logit": "largest logit",
@@ -141,7 +137,6 @@ def format_attention(before: dict, after: dict) -> str:
     }
     lines = [f"{'before, after':32}" + "".join(f"  {title:>17}" for title in columns.values())]
     for name, row in after.items():
-        lines.append(
-            f"{name:32}" + "".join(f"  {before[name][key]:8.3f} {row[key]:8.3f}" for key in columns)
-        )
+        cells = [f"  {before[name][key]:8.3f} {row[key]:8.3f}" for key in columns]
+        lines.append(f"{name:32}" + "".join(cells))
     return "\n".join(lines)

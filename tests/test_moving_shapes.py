@@ -18,7 +18,6 @@ from mmdit.data.moving_shapes import (
     accuracy,
     caption,
     draw,
-    draw_facts,
     named_attributes,
     oracle,
     prompts,
@@ -45,14 +44,14 @@ def test_a_sample_depends_on_version_seed_and_index_alone(variant):
     every = some(12, video=True, variant=variant)
     again = draw(0, [7, 3, 11], video=True, width=64, height=64, variant=variant)
     assert again == [every[7], every[3], every[11]]
-    assert draw_facts(0, 5, video=True, width=64, height=64, variant=variant) == every[5]
+    assert draw(0, [5], video=True, width=64, height=64, variant=variant) == [every[5]]
     assert some(12, seed=1, video=True, variant=variant) != every
     assert all(Facts.from_json(json.loads(json.dumps(item.to_json()))) == item for item in every)
 
 
 def test_version_1_is_what_it_was():
     """Sample 0 of seed 0, and the first prompts: a change here is a new version."""
-    item = draw_facts(0, 0, video=False, width=64, height=64)
+    (item,) = draw(0, [0], video=False, width=64, height=64)
     expected = Object("cyan", "triangle", "large", None, 0.32495, 0.70758, 0.25343, (52, 194, 213))
     assert item == Facts("navy", (expected,))
     assert prompts("seen", False)[0].caption == "a brown backdrop with a large purple triangle"

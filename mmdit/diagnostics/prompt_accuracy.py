@@ -9,6 +9,7 @@ what a model that ignores its prompt would reach).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ def prompt_accuracy_report(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """The score of a model, ready for JSON; every rate is `{value, low, high, correct, count}` with
-    its 95 % Wilson interval.
+    """Return the score of a model, ready for JSON; every rate is `{value, low, high, correct, count}`
+    with its 95 % Wilson interval.
 
     `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at
     most `batch` prompts at a time; `offset` is the place of the first caption among all 512
@@ -72,7 +73,7 @@ def prompt_accuracy_report(
                 raise ValueError(
                     f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}"
                 )
-            parts.append(_to_cpu(oracle(pixels)))
+            parts.append(oracle(pixels).map(Tensor.cpu))
         return Predictions.cat(parts)
 
     predictions = predict(seen, 0)
@@ -104,19 +105,19 @@ def tokenizer_ceiling(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """The score of the true pictures after `tokenizer`'s round trip: a rate with the `attributes`
-    in it."""
+    """Return the score of the true pictures after `tokenizer`'s round trip: a rate with the
+    `attributes` in it."""
     parts = []
     for start in range(0, len(facts), batch):
         pixels = to_unit(render(facts[start : start + batch], width, height, frames, device))
-        parts.append(_to_cpu(oracle(tokenizer.decode(tokenizer.encode(pixels)))))
+        parts.append(oracle(tokenizer.decode(tokenizer.encode(pixels))).map(Tensor.cpu))
     result = accuracy(Predictions.cat(parts), facts)
     return result["prompt_accuracy"] | {"attributes": result["attributes"]}
 
 
 def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
-    """The same predictions against the prompts of other samples: each against up to 8 others, so
-    that a rate near 1 % is known. `chance`: how often two different prompts agree."""
+    """Score the same predictions against the prompts of other samples: each against up to 8 others,
+    so that a rate near 1 % is known. `chance`: how often two different prompts agree."""
     count, others = len(facts), min(8, len(facts) - 1)
     shifts = [round(count * k / (others + 1)) for k in range(1, others + 1)]
     result = accuracy(
@@ -124,11 +125,11 @@ def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
         [item for s in shifts for item in facts[s:] + facts[:s]],
     )
 
+    def value_of(item: Facts, name: str) -> str | None:
+        return item.background if name == "background" else getattr(item.objects[0], name)
+
     def chance(*names: str) -> float:
-        values = [
-            tuple(f.background if n == "background" else getattr(f.objects[0], n) for n in names)
-            for f in facts
-        ]
+        values = [tuple(map(partial(value_of, item), names)) for item in facts]
         agree = sum(values.count(value) - 1 for value in values)
         return agree / (len(values) * (len(values) - 1))
 
@@ -139,10 +140,9 @@ def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
 
 
 def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
-    """`motion_moving`: motion over the prompts that move. `left_right`: over the prompts left and
-    right, motion right, and in `opposite` how often the other of the two was shown. A model without
-    a position in time cannot tell them apart.
-    """
+    """Return `motion_moving`: motion over the prompts that move; and `left_right`: over the prompts
+    left and right, motion right, and in `opposite` how often the other of the two was shown. A
+    model without a position in time cannot tell them apart."""
     asked = [item.objects[0].motion for item in facts]
     right = score_samples(predictions, facts)["motion"]
     shown = [VOCABULARY["motion"][k] if k >= 0 else None for k in predictions.motion[:, 0].tolist()]
@@ -158,7 +158,7 @@ def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
 
 
 def format_report(report: dict) -> str:
-    """A table for people: one row a prompt list or control, one column an attribute."""
+    """Return a table for people: one row a prompt list or control, one column an attribute."""
     names = list(report["attributes"])
 
     def row(title: str, whole: dict | None, attributes: dict) -> str:
@@ -187,12 +187,3 @@ def format_report(report: dict) -> str:
         )
     head = f"{'':18} {'all, 95 % interval':22}" + "".join(f"{name:>10}" for name in names)
     return "\n".join([head, *rows])
-
-
-def _to_cpu(predictions: Predictions) -> Predictions:
-    return Predictions(
-        **{
-            name: value if value is None else value.cpu()
-            for name, value in vars(predictions).items()
-        }
-    )

@@ -5,7 +5,7 @@ arithmetic.
 often that was asked for.
 """
 
-from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object, draw, draw_facts
+from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object, draw
 from mmdit.data.moving_shapes.oracle import (
     Predictions,
     accuracy,
@@ -27,7 +27,6 @@ __all__ = [
     "accuracy",
     "caption",
     "draw",
-    "draw_facts",
     "named_attributes",
     "oracle",
     "prompts",

@@ -36,12 +36,8 @@ BACKGROUNDS = {
     "brown": (95, 60, 35),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SQUARE, INNER_STAR, RING, CROSS = (
-    0.86,
-    0.42,
-    0.56,
-    0.33,
-)  # half side, inner radius, ring width, arm half-width, over the radius
+# over the radius: half side, inner radius, width of the ring, half width of an arm
+SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33
 SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ATTRIBUTES = ("color", "shape", "size", "background", "motion")
@@ -49,10 +45,8 @@ ATTRIBUTES = ("color", "shape", "size", "background", "motion")
 TRAVEL = 0.38  # path of a moving object / S
 MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
 GAP = 0.05  # between the circles that hold two objects / S
-REACH = {
-    "square": math.hypot(SQUARE, SQUARE),
-    "cross": math.hypot(1, CROSS),
-}  # the farthest corner / radius, where not 1
+# the farthest corner / radius, where not 1
+REACH = {"square": math.hypot(SQUARE, SQUARE), "cross": math.hypot(1, CROSS)}
 JITTER = 6  # of an object's colour, per channel, of 255
 
 # One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in
@@ -67,8 +61,8 @@ VARIANTS = ("one", "many")
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in the
-    first frame."""
+    """Hold one shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in
+    the first frame."""
 
     color: str
     shape: str
@@ -80,14 +74,14 @@ class Object:
     rgb: tuple[int, int, int]
 
     def velocity(self) -> tuple[float, float]:
-        """Displacement from the first frame to the last, in units of S."""
+        """Return the displacement from the first frame to the last, in units of S."""
         dx, dy = MOTIONS[self.motion or "still"]
         return dx * TRAVEL, dy * TRAVEL
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One sample: one object, or two or three of different colours that never touch (variant
+    """Hold one sample: one object, or two or three of different colours that never touch (variant
     `many`)."""
 
     background: str
@@ -95,7 +89,7 @@ class Facts:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """The names that a complete caption of this sample states."""
+        """Return the names that a complete caption of this sample states."""
         return ATTRIBUTES if self.objects[0].motion is not None else ATTRIBUTES[:-1]
 
     def to_json(self) -> dict:
@@ -108,17 +102,17 @@ class Facts:
     @staticmethod
     def from_json(record: dict) -> Facts:
         if record.get("version") != VERSION:
-            found = record.get("version")
+            version = record.get("version")
             raise ValueError(
-                f"facts are of moving shapes version {found!r}, this code knows {VERSION}: make the"
-                " data again"
+                f"facts are of moving shapes version {version!r}, this code knows {VERSION}: make"
+                " the data again"
             )
         objects = tuple(Object(**{**item, "rgb": tuple(item["rgb"])}) for item in record["objects"])
         return Facts(record["background"], objects)
 
 
 def check_canvas(width: int, height: int) -> None:
-    """ValueError unless the canvas is one that the data set is defined on."""
+    """Refuse a canvas that the data set is not defined on."""
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
@@ -127,20 +121,10 @@ def check_canvas(width: int, height: int) -> None:
             )
 
 
-def draw_facts(
-    seed: int,
-    index: int,
-    *,
-    video: bool,
-    width: int,
-    height: int,
-    split: str = "train",
-    variant: str = "one",
-) -> Facts:
-    """Sample `index`; the same as `draw(seed, [index], …)[0]`."""
-    return draw(
-        seed, [index], video=video, width=width, height=height, split=split, variant=variant
-    )[0]
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
 
 
 def draw(
@@ -153,16 +137,14 @@ def draw(
     split: str = "train",
     variant: str = "one",
 ) -> list[Facts]:
-    """The facts of the samples `indices`. `split`: `train` never shows a held-out (colour, shape)
-    pair, `held_out` only those.
+    """Return the facts of the samples `indices`. `split`: `train` never shows a held-out (colour,
+    shape) pair, `held_out` only those.
 
     For one object the named attributes do not depend on the canvas; `width / height` only scales
-    the range of positions.
-    """
+    the range of positions."""
     check_canvas(width, height)
-    for name, value, known in (("split", split, SPLITS), ("variant", variant, VARIANTS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
+    check_choice("split", split, SPLITS)
+    check_choice("variant", variant, VARIANTS)
     indices = torch.as_tensor(list(indices), dtype=torch.int64)
     pairs = SPLITS[split]
     stream = key("moving_shapes", VERSION, seed)
@@ -173,11 +155,8 @@ def draw(
 
     result: list[Facts | None] = [None] * len(indices)
     pending, attempt = np.arange(len(indices)), 0
-    while len(
-        pending
-        # arrangements in which objects touch are drawn again, from the next attempt's key, more at
-        # a time
-    ):
+    # arrangements in which objects touch are drawn again, from the next attempt's key, more at once
+    while len(pending):
         draws = Draws(stream, attempt, indices[torch.from_numpy(pending)])
         shape = (1, 1) if variant == "one" else (min(8 * 4**attempt, 1024), 3)
         drawn = _candidates(draws, pairs, video, canvas, shape)
@@ -197,24 +176,21 @@ def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
 def _candidates(
     draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, float], shape: tuple[int, int]
 ) -> dict:
-    """Numbers for every candidate arrangement and object slot: arrays `(N, candidates, slots,
-    …)`."""
-    pair, size = (
-        _below(draws, "pair", len(pairs), *shape),
-        _below(draws, "size", len(SIZES), *shape),
-    )
+    """Return the numbers of every candidate arrangement and object slot: arrays `(N, candidates,
+    slots, …)`."""
+    pair = _below(draws, "pair", len(pairs), *shape)
+    size = _below(draws, "size", len(SIZES), *shape)
     size[..., 1:] = 0  # of several objects one may be large: two would seldom fit
     motion = _below(draws, "motion", len(MOTIONS), *shape) if video else np.zeros_like(pair)
-    low, high = (np.array([bounds[i] for bounds in SIZES.values()])[size] for i in (0, 1))
+    low, high = np.moveaxis(np.array(list(SIZES.values()))[size], -1, 0)
     radius = low + (high - low) * draws.uniform("radius", *shape).double().numpy()
     velocity = TRAVEL * np.array(list(MOTIONS.values()), float)[motion]
     near = radius[..., None] + MARGIN + np.maximum(0, -velocity)
     far = np.array(canvas) - radius[..., None] - MARGIN - np.maximum(0, velocity)
     start = near + (far - near) * draws.uniform("position", *shape, 2).double().numpy()
     jitter = _below(draws, "jitter", 2 * JITTER + 1, *shape, 3) - JITTER
-    background = np.broadcast_to(
-        _below(draws, "background", len(BACKGROUNDS))[:, None], pair.shape[:2]
-    )
+    background = _below(draws, "background", len(BACKGROUNDS))
+    background = np.broadcast_to(background[:, None], pair.shape[:2])
     return {
         "pair": pair,
         "size": size,
@@ -228,8 +204,8 @@ def _candidates(
 
 
 def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
-    """`(N, candidates)`: whether the first `count` objects differ in colour and never come nearer
-    than GAP."""
+    """Return `(N, candidates)`: whether the first `count` objects differ in colour and never come
+    nearer than GAP."""
     fits = np.ones(drawn["pair"].shape[:2], bool)
     color = np.array([list(COLORS).index(name) for name, _ in pairs])[drawn["pair"]]
     reach = np.array([REACH.get(name, 1.0) for _, name in pairs])[drawn["pair"]] * drawn["radius"]
@@ -238,17 +214,13 @@ def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
         for b in range(a + 1, slots):
             offset = drawn["start"][..., a, :] - drawn["start"][..., b, :]
             drift = drawn["velocity"][..., a, :] - drawn["velocity"][..., b, :]
-            square = np.maximum(
-                (drift**2).sum(-1), 1e-12
-            )  # objects that move alike keep their distance
-            closest = np.clip(
-                -(offset * drift).sum(-1) / square, 0, 1
-            )  # the time of closest approach
+            # objects that move alike keep their distance
+            square = np.maximum((drift**2).sum(-1), 1e-12)
+            closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of it
             distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
-            ok = (distance >= reach[..., a] + reach[..., b] + GAP) & (
-                color[..., a] != color[..., b]
-            )
-            fits &= ok | (count <= b)[:, None]
+            far = distance >= reach[..., a] + reach[..., b] + GAP
+            differ = color[..., a] != color[..., b]
+            fits &= (far & differ) | (count <= b)[:, None]
     return fits
 
 

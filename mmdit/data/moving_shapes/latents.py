@@ -13,10 +13,7 @@ from tqdm import tqdm
 
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter, explain_disk_errors
-from mmdit.data.moving_shapes.facts import draw
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
-from mmdit.data.moving_shapes.render import render
-from mmdit.data.moving_shapes.sentences import caption, named_attributes
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
@@ -33,9 +30,9 @@ def cache_moving_shapes(
     device: torch.device | str = "cpu",
     prune: bool = False,
 ) -> int:
-    """Samples 0 … count - 1 of `recipe` as cache items with the ids and captions that `prepare_samples`
-    gives them; returns how many were made (items that are there are kept). `prune`: take other
-    items out. ValueError: the folder is a cache made with other settings, or of another recipe."""
+    """Cache samples 0 … count - 1 of `recipe` with the ids and captions of `prepare_samples`;
+    return how many were made (items that are there are kept). `prune`: take other items out.
+    ValueError: the folder is a cache made with other settings, or of another recipe."""
     with CacheWriter(out_dir, manifest, forgiving=True) as writer, ThreadPoolExecutor(1) as saver:
         if not (Path(out_dir) / DESCRIPTION).exists():
             _check_samples(writer, recipe, count)
@@ -61,22 +58,13 @@ def cache_moving_shapes(
 
 
 def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
-    """ValueError if samples that are there are of another recipe, which an older cache has not
+    """Refuse samples that are there if they are of another recipe, which an older cache has not
     written down: a few are looked at, for nearly every sample of another seed or variant
     differs."""
     there = [i for i in range(count) if f"{i:06d}" in writer.entries]
     looked = sorted({*there[:8], *there[-8:]})
-    size = {"width": recipe.width, "height": recipe.height}
-    drawn = draw(
-        recipe.seed,
-        looked,
-        video=recipe.frames > 1,
-        split=recipe.split,
-        variant=recipe.variant,
-        **size,
-    )
     frames = writer.manifest.spec.frames(recipe.frames)
-    for i, item in zip(looked, drawn, strict=True):
+    for i, item in zip(looked, recipe.draw(looked), strict=True):
         entry = writer.entries[f"{i:06d}"]
         facts = entry.facts.get("facts", {})
         known = {name: facts.get(name) for name in item.to_json()}
@@ -90,26 +78,18 @@ def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
 
 def _encoded(
     tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str
-) -> Iterator[tuple]:
-    size = {"width": recipe.width, "height": recipe.height}
+) -> Iterator[tuple[list[int], Tensor, list[str], list[dict]]]:
+    """Yield indices, latents, captions and facts of the missing samples, some at a time."""
     step = max(1, CHUNK_FRAMES * 64 * 64 // (recipe.width * recipe.height) // recipe.frames)
     for start in range(0, len(missing), step):
         indices = missing[start : start + step]
-        facts = draw(
-            recipe.seed,
-            indices,
-            video=recipe.frames > 1,
-            split=recipe.split,
-            variant=recipe.variant,
-            **size,
-        )
+        facts = recipe.draw(indices)
         with torch.inference_mode():
-            pixels: Tensor = to_unit(render(facts, frames=recipe.frames, device=device, **size))
-            latents = tokenizer.encode(pixels)
-        words = [(recipe.seed, i, recipe.complete) for i in indices]
-        captions = [caption(item, *word) for item, word in zip(facts, words, strict=True)]
-        known = [
-            {"facts": item.to_json() | {"named": sorted(named_attributes(item, *word))}}
-            for item, word in zip(facts, words, strict=True)
-        ]
-        yield indices, latents, captions, known
+            latents = tokenizer.encode(to_unit(recipe.render(facts, device)))
+        words = [recipe.words(index, item) for index, item in zip(indices, facts, strict=True)]
+        yield (
+            indices,
+            latents,
+            [text for text, _ in words],
+            [{"facts": known} for _, known in words],
+        )

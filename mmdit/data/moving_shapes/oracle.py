@@ -9,7 +9,8 @@ so that objects are told apart by colour.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,21 +27,20 @@ from mmdit.data.moving_shapes.facts import (
     SHAPES,
     SIZES,
     SQUARE,
+    VARIANTS,
     Facts,
     Object,
+    check_choice,
 )
 from mmdit.data.moving_shapes.render import render
 from mmdit.pixels import to_uint8, to_unit
 
-CONTRAST = (
-    0.16  # distance in RGB (of [0, 1]) from the background that makes a pixel part of an object
-)
+CONTRAST = 0.16  # distance in RGB ([0, 1]) from the background that makes a pixel part of an object
 FULL = 0.9  # a mask that covers more of the canvas than this is no object
 OVERLAP = 0.6  # below it a mask is none of the shapes
 STILL = 0.10  # of S: a shorter displacement from the first frame to the last is none
-SIDE_LIMIT = (
-    SIZES["small"][1] + SQUARE * SIZES["large"][0]
-)  # of S: half way from the widest small shape to the narrowest large
+# of S: half way from the widest small shape to the narrowest large
+SIDE_LIMIT = SIZES["small"][1] + SQUARE * SIZES["large"][0]
 PATCH = 40  # masks and templates are compared at PATCH x PATCH
 SMALLEST = 0.002  # of S²: a component below it is a speck
 CHUNK_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
@@ -49,7 +49,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Predictions:
-    """Indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1) where nothing was
+    """Hold indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1) where nothing was
     recognised."""
 
     background: Tensor  # (B,)
@@ -64,27 +64,29 @@ class Predictions:
         return len(self.background)
 
     def __getitem__(self, index) -> Predictions:
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows: dict[str, Any] = {
-            name: None if values is None else values[index] for name, values in columns.items()
+        return self.map(lambda column: column[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Predictions:
+        """Return what the function makes of every column that is there."""
+        columns: dict[str, Any] = {
+            name: None if column is None else function(column)
+            for name, column in vars(self).items()
         }
-        return Predictions(**rows)
+        return Predictions(**columns)
 
     @staticmethod
     def cat(parts: list[Predictions]) -> Predictions:
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
-        joined: dict[str, Any] = {
-            name: None if values[0] is None else torch.cat(values)
-            for name, values in columns.items()
-        }
-        return Predictions(**joined)
+        columns: dict[str, Any] = {}
+        for name, first in vars(parts[0]).items():
+            values = [getattr(part, name) for part in parts]
+            columns[name] = None if first is None else torch.cat(values)
+        return Predictions(**columns)
 
 
 @torch.no_grad()
 def oracle(pixels: Tensor, variant: str = "one") -> Predictions:
-    """`pixels (B, F, 3, H, W)` in [0, 1] or uint8. Motion is reported for clips (F > 1)."""
-    if variant not in ("one", "many"):
-        raise ValueError(f"variant is {variant!r}; must be 'one' or 'many'")
+    """Return what `pixels (B, F, 3, H, W)` in [0, 1] or uint8 show; motion for clips (F > 1)."""
+    check_choice("variant", variant, VARIANTS)
     if pixels.ndim != 5 or pixels.shape[2] != 3:
         raise ValueError(
             f"pixels have shape {tuple(pixels.shape)}; must be (samples, frames, 3, height, width)"
@@ -110,9 +112,8 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     mask &= neighbours > 0.4  # single pixels of noise go, corners of shapes stay
     masks = mask[:, None] if variant == "one" else _by_color(images, mask)
     slots = masks.shape[1]
-    image, slot = (
-        masks.flatten(2).any(-1).nonzero(as_tuple=True)
-    )  # only the slots that hold something are looked at
+    # only the slots that hold something are looked at
+    image, slot = masks.flatten(2).any(-1).nonzero(as_tuple=True)
     measured = _measure(images[image], backdrop[image], masks[image, slot], side)
 
     def per_clip(x: Tensor) -> Tensor:
@@ -120,21 +121,19 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
         every[image, slot] = x
         return rearrange(every, "(b f) s ... -> b f s ...", f=frames)
 
-    found, color, overlap, side_length, centre = map(per_clip, measured)
-    present = found.all(1)
+    holds, color, overlap, side_length, centre = map(per_clip, measured)
+    present = holds.all(1)
     overlap = overlap.mean(1)
-    named = (
-        torch.arange(slots, device=color.device)[None]
-        if variant == "many"
-        else _nearest(color.median(1).values, COLORS)
-    )
+    if variant == "many":
+        named = torch.arange(slots, device=color.device)[None]
+    else:
+        named = _nearest(color.median(1).values, COLORS)
+    backdrop = rearrange(backdrop, "(b f) c -> b f c", f=frames)
     size = (side_length.median(1).values > SIDE_LIMIT).long()
     return Predictions(
-        background=_nearest(
-            rearrange(backdrop, "(b f) c -> b f c", f=frames).median(1).values, BACKGROUNDS
-        ),
+        background=_nearest(backdrop.median(1).values, BACKGROUNDS),
         present=present,
-        stray=(found.any(1) & ~present).any(1),
+        stray=(holds.any(1) & ~present).any(1),
         color=named.where(present, UNKNOWN),
         shape=overlap.argmax(-1).where(present & (overlap.amax(-1) >= OVERLAP), UNKNOWN),
         size=size.where(present, UNKNOWN),
@@ -143,8 +142,8 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
 
 
 def _measure(images: Tensor, backdrop: Tensor, masks: Tensor, side: int) -> tuple[Tensor, ...]:
-    """Under each mask `(n, h, w)`: whether it is an object, colour, overlap with the shapes, longer
-    side and centre in S."""
+    """Return what is under each mask `(n, h, w)`: whether it is an object, its colour, overlap with
+    the shapes, longer side and centre in S."""
     # The object's colour is in its interior; the edge of its mask lies half way between that colour
     # and the background's.
     color = _masked_median(images, _eroded(masks))
@@ -169,14 +168,14 @@ def _nearest(color: Tensor, names: dict[str, tuple[int, int, int]]) -> Tensor:
 
 
 def _eroded(mask: Tensor) -> Tensor:
-    """The mask without its outermost pixels, or the mask itself where nothing would be left."""
+    """Return the mask without its outermost pixels, or itself where nothing would be left."""
     inner = -F.max_pool2d(-mask[:, None].float(), 3, 1, 1)[:, 0] > 0.5
     return torch.where(inner.flatten(1).any(1)[:, None, None], inner, mask)
 
 
 def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
-    """`(n, 3)`: the median over the mask, per channel, from counts in 256 bins; 0 where the mask is
-    empty."""
+    """Return the median over the mask, per channel, `(n, 3)`, from counts in 256 bins; 0 where the
+    mask is empty."""
     stride = max(1, min(mask.shape[1:]) // 64)  # some thousands of pixels are enough
     images, mask = images[..., ::stride, ::stride], mask[..., ::stride, ::stride]
     bins = to_uint8(images).long() + 256 * torch.arange(3, device=images.device)[:, None, None]
@@ -188,13 +187,12 @@ def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def _by_color(images: Tensor, mask: Tensor) -> Tensor:
-    """Connected components, gathered by the named colour nearest to their mean: masks `(n, colours,
-    h, w)`."""
+    """Return the connected components, gathered by the named colour nearest to their mean, as masks
+    `(n, colours, h, w)`."""
     index = _components(mask)
     flat, count = index.flatten(1), int(index.max()) + 1
-    inner = torch.where(_eroded(mask), 1.0, 1e-3).flatten(
-        1
-    )  # the interior decides, where a component has one
+    # the interior decides, where a component has one
+    inner = torch.where(_eroded(mask), 1.0, 1e-3).flatten(1)
     values = torch.cat(
         [images.flatten(2) * inner[:, None], inner[:, None], torch.ones_like(inner)[:, None]], dim=1
     )
@@ -211,8 +209,8 @@ def _by_color(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """`(n, h, w)` int64: pixels joined through their four neighbours share a number from 1 on; 0
-    outside the mask.
+    """Return `(n, h, w)` int64: pixels joined through their four neighbours share a number from 1
+    on; 0 outside the mask.
 
     The largest number in a run of pixels spreads over the run, by rows and by columns in turn,
     until nothing changes.
@@ -226,12 +224,13 @@ def _components(mask: Tensor) -> Tensor:
         label = _spread(_spread(label, rows).mT, columns).mT
         if torch.equal(label, before):
             break
-    own = (label == numbers) & mask  # the one pixel of each component whose number won
-    return F.pad(own.flatten(1).cumsum(1), (1, 0)).gather(1, label.flatten(1)).reshape(mask.shape)
+    winners = (label == numbers) & mask  # the one pixel of each component whose number won
+    ranks = F.pad(winners.flatten(1).cumsum(1), (1, 0))
+    return ranks.gather(1, label.flatten(1)).reshape(mask.shape)
 
 
 def _runs(mask: Tensor) -> Tensor:
-    """`(n, h, w)`: the number of the horizontal run that a pixel belongs to; 0 outside the mask."""
+    """Return the number of the horizontal run that a pixel belongs to; 0 outside the mask."""
     starts = mask & ~F.pad(mask, (1, 0))[..., :-1]
     return starts.flatten(1).cumsum(1).reshape(mask.shape) * mask
 
@@ -243,7 +242,8 @@ def _spread(label: Tensor, runs: Tensor) -> Tensor:
 
 
 def _box(mask: Tensor) -> Tensor:
-    """`(n, 4)`: left, right, top, bottom of the mask, in pixels; right and bottom are exclusive."""
+    """Return left, right, top, bottom of the mask, `(n, 4)` in pixels; right and bottom are
+    exclusive."""
     sides = []
     for line in (mask.any(1), mask.any(2)):  # columns, then rows
         length = line.shape[-1]
@@ -254,7 +254,7 @@ def _box(mask: Tensor) -> Tensor:
 
 
 def _cut(mask: Tensor, box: Tensor) -> Tensor:
-    """The mask within its box, scaled to `(n, PATCH, PATCH)`; soft at the edge."""
+    """Return the mask within its box, scaled to `(n, PATCH, PATCH)`; soft at the edge."""
     height, width = mask.shape[-2:]
     steps = (torch.arange(PATCH, device=mask.device) + 0.5) / PATCH
     x = (box[:, :1] + steps * (box[:, 1:2] - box[:, :1])) * 2 / width - 1
@@ -266,7 +266,8 @@ def _cut(mask: Tensor, box: Tensor) -> Tensor:
 
 
 def _overlap(mask: Tensor, box: Tensor) -> Tensor:
-    """`(n, shapes)`: the intersection over union of the cut mask and each shape's best template."""
+    """Return the intersection over union of the cut mask and each shape's best template, `(n,
+    shapes)`."""
     patch = (_cut(mask, box) > 0.5).float().flatten(1)
     known = _templates(mask.device)
     both = torch.einsum("np,skp->nsk", patch, known)
@@ -275,23 +276,22 @@ def _overlap(mask: Tensor, box: Tensor) -> Tensor:
 
 @lru_cache
 def _templates(device: torch.device) -> Tensor:
-    """`(shapes, renderings, PATCH²)`: each shape as drawn at several sizes, for a few pixels change
-    what a box cuts out."""
+    """Return `(shapes, renderings, PATCH²)`: each shape as drawn at several sizes, for a few pixels
+    change what a box cuts out."""
     rows = []
     for shape in SHAPES:
         views = []
         for radius, offset in ((0.16, 0.5), (0.17, 0.503), (0.25, 0.5), (0.27, 0.503), (0.45, 0.5)):
             item = Object("white", shape, "small", None, offset, offset, radius, (255, 255, 255))
-            mask = (
-                render([Facts("black", (item,))], 64, 64)[:, 0, 0] > 133
-            )  # half way up from the background
+            picture = render([Facts("black", (item,))], 64, 64)
+            mask = picture[:, 0, 0] > 133  # half way up from the background
             views.append((_cut(mask, _box(mask)) > 0.5).float().flatten())
         rows.append(torch.stack(views))
     return torch.stack(rows).to(device)
 
 
 def _centroid(mask: Tensor) -> Tensor:
-    """`(n, 2)`: (x, y) in pixels."""
+    """Return the centre of the mask, `(n, 2)`: (x, y) in pixels."""
     weight = mask.float()
     total = weight.sum((1, 2)).clamp(min=1)
     x = (weight.sum(1) * torch.arange(mask.shape[2], device=mask.device)).sum(-1) / total
@@ -300,18 +300,17 @@ def _centroid(mask: Tensor) -> Tensor:
 
 
 def _motion(path: Tensor) -> Tensor:
-    """`path (b, f, s, 2)` of centroids, in units of S. Least-squares displacement from the first
-    frame to the last `(b, s)`."""
+    """Return the motion `(b, s)` of centroids `path (b, f, s, 2)`, in units of S, by the
+    least-squares displacement from the first frame to the last."""
     time = torch.linspace(-0.5, 0.5, path.shape[1], device=path.device)
     shift = torch.einsum("f,bfsd->bsd", time, path) / (time**2).sum()
-    scores = [
-        torch.full_like(shift[..., 0], STILL)
-    ]  # in the order of MOTIONS: still, then along each direction
-    scores += [shift[..., 0] * dx + shift[..., 1] * dy for dx, dy in list(MOTIONS.values())[1:]]
-    return torch.stack(scores, dim=-1).argmax(-1)
+    x, y = shift.unbind(-1)
+    still = torch.full_like(x, STILL)
+    return torch.stack([still, -x, x, -y, y], dim=-1).argmax(-1)  # in the order of MOTIONS
 
 
 # ── scoring ───────────────────────────────────────────────────────────────────────────────────────
+BACKGROUND = tuple(BACKGROUNDS)
 VOCABULARY = {
     "color": tuple(COLORS),
     "shape": SHAPES,
@@ -323,10 +322,9 @@ VOCABULARY = {
 def score_samples(
     predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
 ) -> dict[str, Tensor]:
-    """Per attribute, bool `(B,)`: right for every object of the sample; `all`: every attribute in
-    `named` is right (default: every attribute of the sample). A canvas with something besides the
-    objects is wrong in `all`.
-    """
+    """Return bool `(B,)` per attribute: right for every object of the sample; and `all`: every
+    attribute in `named` is right (default: every attribute of the sample). A canvas with something
+    besides the objects is wrong in `all`."""
     if len(predictions) != len(facts):
         raise ValueError(
             f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
@@ -337,29 +335,20 @@ def score_samples(
             "the facts are of clips but the predictions of single frames; give the oracle all"
             " frames"
         )
-    background = list(BACKGROUNDS)
-    guess = {
-        name: getattr(predictions, name).tolist()
-        for name in VOCABULARY
-        if getattr(predictions, name) is not None
-    }
-    seen, present, stray = (
-        predictions.background.tolist(),
-        predictions.present.tolist(),
-        predictions.stray.tolist(),
-    )
+    guesses = {name: None if x is None else x.tolist() for name, x in vars(predictions).items()}
     right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
     for i, item in enumerate(facts):
-        many = len(present[i]) > 1
-        slots = [list(COLORS).index(o.color) if many else 0 for o in item.objects]
-        verdict = {"background": background[seen[i]] == item.background}
+        present, stray = guesses["present"][i], guesses["stray"][i]
+        many = len(present) > 1
+        slots = [list(COLORS).index(shape.color) if many else 0 for shape in item.objects]
+        verdict = {"background": guesses["background"][i] == BACKGROUND.index(item.background)}
         for name, words in VOCABULARY.items():
-            asked = [getattr(o, name) for o in item.objects]
-            verdict[name] = name in guess and all(
-                a is None or (g := guess[name][i][s]) != UNKNOWN and words[g] == a
-                for a, s in zip(asked, slots)
+            asked = [getattr(shape, name) for shape in item.objects]
+            verdict[name] = guesses[name] is not None and all(
+                value is None or guesses[name][i][slot] == words.index(value)
+                for value, slot in zip(asked, slots, strict=True)
             )
-        exact = sum(present[i]) == len(item.objects) and not stray[i]
+        exact = sum(present) == len(item.objects) and not stray
         wanted = item.attributes if named is None else named[i]
         for name in ATTRIBUTES:
             right[name].append(verdict[name])
@@ -370,8 +359,8 @@ def score_samples(
 def accuracy(
     predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
 ) -> dict:
-    """`{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over the
-    samples that name it."""
+    """Return `{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over
+    the samples that name it."""
     right = score_samples(predictions, facts, named)
     wanted = [frozenset(item.attributes) for item in facts] if named is None else named
     attributes = {}
@@ -383,7 +372,7 @@ def accuracy(
 
 
 def rate(right: Tensor) -> dict:
-    """A share with its 95 % Wilson interval, ready for JSON."""
+    """Return a share with its 95 % Wilson interval, ready for JSON."""
     correct, count = int(right.sum()), right.numel()
     low, high = wilson(correct, count)
     return {
@@ -396,8 +385,8 @@ def rate(right: Tensor) -> dict:
 
 
 def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where nothing was
-    counted."""
+    """Return the interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where nothing
+    was counted."""
     if count == 0:
         return 0.0, 1.0
     share, scale = correct / count, 1 + z * z / count

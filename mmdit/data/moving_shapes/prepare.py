@@ -5,28 +5,39 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS, VERSION, check_canvas, draw
+from mmdit.data.moving_shapes.facts import (
+    SPLITS,
+    VARIANTS,
+    VERSION,
+    Facts,
+    check_canvas,
+    check_choice,
+    draw,
+)
 from mmdit.data.moving_shapes.render import render
 from mmdit.data.moving_shapes.sentences import caption, named_attributes
 from mmdit.files import clean, open_atomically, replace_folder, write_atomically
 
 DESCRIPTION = "moving_shapes.json"
+METADATA = ("train_images.jsonl", "train_videos.jsonl")
 CHUNK_FRAMES = 512  # a worker's portion
 FRAMES_PER_WORKER = 8192  # below it a second process costs more than it saves
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What sample `i` on disk depends on. A folder holds one recipe; `count` is not part of it, so
-    a folder can grow."""
+    """Hold what sample `i` on disk depends on. A folder holds one recipe; the number of samples is
+    not part of it, so a folder can grow."""
 
     width: int
     height: int
@@ -42,21 +53,38 @@ class Recipe:
             raise ValueError(
                 f"frames is {self.frames}; must be at least 1 (1: images, more: frame folders)"
             )
-        for name, value, known in (
-            ("split", self.split, SPLITS),
-            ("variant", self.variant, VARIANTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
+        check_choice("split", self.split, SPLITS)
+        check_choice("variant", self.variant, VARIANTS)
 
     @property
     def complete(self) -> bool:
-        """Training captions drop facts now and then; the others state everything."""
+        """Return whether captions state everything; those for training drop facts now and then."""
         return self.split != "train"
+
+    def draw(self, indices: Iterable[int]) -> list[Facts]:
+        """Return the facts of these samples."""
+        return draw(
+            self.seed,
+            indices,
+            video=self.frames > 1,
+            width=self.width,
+            height=self.height,
+            split=self.split,
+            variant=self.variant,
+        )
+
+    def render(self, facts: list[Facts], device: torch.device | str = "cpu") -> Tensor:
+        """Return the pixels of samples, uint8 `(B, frames, 3, height, width)`."""
+        return render(facts, self.width, self.height, self.frames, device)
+
+    def words(self, index: int, facts: Facts) -> tuple[str, dict]:
+        """Return the caption of sample `index`, and its facts as a metadata line holds them."""
+        given = (facts, self.seed, index, self.complete)
+        return caption(*given), facts.to_json() | {"named": sorted(named_attributes(*given))}
 
 
 def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
-    """Writes samples 0 … count − 1 and returns the path of the metadata, which is written last and
+    """Write samples 0 … count − 1; return the path of the metadata, which is written last and
     whole.
 
     `frames == 1`: `images/<id>.png` and `train_images.jsonl`; more: `frames/<id>/0000.png …` and
@@ -84,10 +112,10 @@ def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: in
         for part in map(work, chunks) if workers == 1 else _in_processes(work, chunks, workers):
             records += part
             bar.update(len(part))
-    path = out_dir / ("train_images.jsonl" if recipe.frames == 1 else "train_videos.jsonl")
-    write_atomically(
-        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    )
+    images, videos = METADATA
+    path = out_dir / (images if recipe.frames == 1 else videos)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_atomically(path, "".join(lines))
     return path
 
 
@@ -106,20 +134,19 @@ def claim(out_dir: Path, recipe: Recipe) -> None:
     wanted = asdict(recipe)
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            found = {}
-        if found != wanted:
-            names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-            what = ", ".join(
-                f"{name} {found.get(name)!r} there and {wanted.get(name)!r} now" for name in names
+            stored = {}
+        names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
+        if names:
+            differences = ", ".join(
+                f"{name} {stored.get(name)!r} there and {wanted.get(name)!r} now" for name in names
             )
-            remedy = "choose another --out_dir or the same settings"
-            raise ValueError(f"{out_dir} holds moving shapes made otherwise: {what}; {remedy}")
-    elif any(
-        (out_dir / name).exists()
-        for name in ("images", "frames", "train_images.jsonl", "train_videos.jsonl")
-    ):
+            raise ValueError(
+                f"{out_dir} holds moving shapes made otherwise: {differences}; choose another"
+                " --out_dir or the same settings"
+            )
+    elif any((out_dir / name).exists() for name in ("images", "frames", *METADATA)):
         raise ValueError(
             f"{out_dir} holds samples but no {DESCRIPTION} that says how they were made; choose"
             " another --out_dir"
@@ -130,41 +157,27 @@ def claim(out_dir: Path, recipe: Recipe) -> None:
 
 
 def _write_samples(out_dir: Path, recipe: Recipe, indices: range) -> list[dict]:
-    """Writes the missing pictures or clips of `indices`; returns the metadata of all of them."""
+    """Write the missing pictures or clips of `indices`; return the metadata of all of them."""
     from PIL import Image
 
     video = recipe.frames > 1
-    facts = draw(
-        recipe.seed,
-        indices,
-        video=video,
-        width=recipe.width,
-        height=recipe.height,
-        split=recipe.split,
-        variant=recipe.variant,
-    )
+    facts = recipe.draw(indices)
     names = [f"frames/{i:06d}" if video else f"images/{i:06d}.png" for i in indices]
     missing = [k for k, name in enumerate(names) if not (out_dir / name).exists()]
-    pixels = render([facts[k] for k in missing], recipe.width, recipe.height, recipe.frames)
+    pixels = recipe.render([facts[k] for k in missing])
     for k, clip in zip(missing, pixels.permute(0, 1, 3, 4, 2).numpy(), strict=True):
         target = out_dir / names[k]
         target.parent.mkdir(exist_ok=True)
         if video:
-            with replace_folder(target) as aside:
+            with replace_folder(target) as unfinished:
                 for f, frame in enumerate(clip):
-                    Image.fromarray(frame).save(aside / f"{f:04d}.png", compress_level=1)
+                    Image.fromarray(frame).save(unfinished / f"{f:04d}.png", compress_level=1)
         else:
             with open_atomically(target) as file:
                 Image.fromarray(clip[0]).save(file, format="PNG", compress_level=1)
-    return [
-        {
-            "id": f"{i:06d}",
-            "frames_dir" if video else "image_path": name,
-            "caption": caption(item, recipe.seed, i, recipe.complete),
-            "facts": (
-                item.to_json()
-                | {"named": sorted(named_attributes(item, recipe.seed, i, recipe.complete))}
-            ),
-        }
-        for i, name, item in zip(indices, names, facts, strict=True)
-    ]
+    rows = []
+    path_key = "frames_dir" if video else "image_path"
+    for index, name, item in zip(indices, names, facts, strict=True):
+        text, known = recipe.words(index, item)
+        rows.append({"id": f"{index:06d}", path_key: name, "caption": text, "facts": known})
+    return rows

@@ -22,10 +22,8 @@ from mmdit.data.moving_shapes.facts import (
     check_canvas,
 )
 
-CHUNK_PIXELS = {
-    "cpu": 1 << 19,
-    "cuda": 1 << 25,
-}  # a shape's fields that stay in the cache, or in a small part of the memory
+# a shape's fields that stay in the cache, or in a small part of the memory
+CHUNK_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 def render(
@@ -36,8 +34,8 @@ def render(
     device: torch.device | str = "cpu",
     fraction: float = 0.5,
 ) -> Tensor:
-    """uint8 `(B, F, 3, height, width)`. Frame f of F stands at `f / (F - 1)` of the motion; a
-    single frame at `fraction`."""
+    """Return uint8 `(B, F, 3, height, width)`. Frame f of F stands at `f / (F - 1)` of the motion;
+    a single frame at `fraction`."""
     check_canvas(width, height)
     if frames < 1:
         raise ValueError(f"frames is {frames}; must be at least 1")
@@ -51,24 +49,20 @@ def render(
     chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 19) // (frames * width * height))
     # Samples with the same shapes are drawn together, so that each chunk evaluates one field per
     # object and nothing is wasted.
-    order = sorted(range(len(facts)), key=lambda i: [item.shape for item in facts[i].objects])
-    groups: list[list[int]] = []
-    for i in order:
-        same = groups and [o.shape for o in facts[i].objects] == [
-            o.shape for o in facts[groups[-1][0]].objects
-        ]
-        if same and len(groups[-1]) < chunk:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    for group in groups:
-        pixels = _render_alike([facts[i] for i in group], width, height, times)
-        out[torch.tensor(group, device=device)] = pixels
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for i, item in enumerate(facts):
+        alike.setdefault(tuple(shape.shape for shape in item.objects), []).append(i)
+    for members in alike.values():
+        for first in range(0, len(members), chunk):
+            group = members[first : first + chunk]
+            pixels = _render_alike([facts[i] for i in group], width, height, times)
+            out[torch.tensor(group, device=device)] = pixels
     return out
 
 
 def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) -> Tensor:
-    """Samples whose objects have the same shapes in the same order: uint8 `(n, f, 3, h, w)`."""
+    """Render samples whose objects have the same shapes in the same order: uint8 `(n, f, 3, h,
+    w)`."""
     side, device = min(width, height), times.device
     image = torch.tensor(
         [BACKGROUNDS[item.background] for item in facts], dtype=torch.float32, device=device
@@ -85,15 +79,10 @@ def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) ->
         progress = times[None, :, None, None]
         columns = torch.arange(width, device=device) + 0.5  # centres of pixels
         rows = torch.arange(height, device=device)[:, None] + 0.5
-        coverage = (
-            0.5
-            - DISTANCE[first.shape](
-                columns - (x + dx * progress), rows - (y + dy * progress), radius
-            )
-        ).clamp_(0, 1)
-        color = torch.tensor([o.rgb for o in objects], dtype=torch.float32, device=device)[
-            :, None, :, None, None
-        ]
+        across, down = columns - (x + dx * progress), rows - (y + dy * progress)
+        coverage = (0.5 - DISTANCE[first.shape](across, down, radius)).clamp_(0, 1)
+        color = torch.tensor([o.rgb for o in objects], dtype=torch.float32, device=device)
+        color = color[:, None, :, None, None]
         image = image + coverage[:, :, None] * (color - image)
     return image.add_(0.5).to(torch.uint8)
 
@@ -130,14 +119,10 @@ def _star(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     x, y = _fold(x, y, 72)
     x = x.abs()
     x, y = _fold(x, y, 36)
-    inner_x, inner_y = (
-        INNER_STAR * math.sin(math.radians(36)),
-        INNER_STAR * math.cos(math.radians(36)),
-    )
-    normal_x, normal_y = (
-        1 - inner_y,
-        inner_x,
-    )  # of the edge from (0, 1), a point of the star, to the inner corner
+    inner_x = INNER_STAR * math.sin(math.radians(36))
+    inner_y = INNER_STAR * math.cos(math.radians(36))
+    # of the edge from (0, 1), a point of the star, to the inner corner
+    normal_x, normal_y = 1 - inner_y, inner_x
     length = math.hypot(normal_x, normal_y)
     return x * (normal_x / length) + (y - radius) * (normal_y / length)
 

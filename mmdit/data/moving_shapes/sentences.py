@@ -78,7 +78,7 @@ MANY = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption that names every attribute, and the facts it names."""
+    """Hold a caption that names every attribute, and the facts it names."""
 
     caption: str
     facts: Facts
@@ -92,33 +92,30 @@ class _Words:
 
     def below(self, count: int) -> int:
         self.drawn += 1
-        return (
-            (key("moving_shapes caption", VERSION, *self.parts, self.drawn) >> 20) & 0xFFFF_FFFF
-        ) * count >> 32
+        number = key("moving_shapes caption", VERSION, *self.parts, self.drawn)
+        return ((number >> 20) & 0xFFFF_FFFF) * count >> 32
 
     def pick(self, options: tuple):
         return options[self.below(len(options))]
 
 
 def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> frozenset[str]:
-    """The attributes that `caption` with the same arguments states. Colours stay when there are
-    several objects: they tell which object is meant."""
+    """Return the attributes that `caption` with the same arguments states. Colours stay when there
+    are several objects: they tell which object is meant."""
     if complete:
         return frozenset(facts.attributes)
     words = _Words(seed, index, "named")
     kept = [name for name in facts.attributes if words.below(10_000) >= DROP * 10_000]
-    return frozenset(kept) | (frozenset(["color"]) if len(facts.objects) > 1 else frozenset())
+    return frozenset([*kept, "color"] if len(facts.objects) > 1 else kept)
 
 
 def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
-    """Words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each is
-    dropped with probability 0.15 (training). A function of its arguments alone."""
+    """Return words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each
+    is dropped with probability 0.15 (training). A function of its arguments alone."""
     named, words = named_attributes(facts, seed, index, complete), _Words(seed, index, "words")
-    fields = (
-        {"background": words.pick(BACKGROUND_WORDS[facts.background])}
-        if "background" in named
-        else {}
-    )
+    fields = {}
+    if "background" in named:
+        fields["background"] = words.pick(BACKGROUND_WORDS[facts.background])
     if len(facts.objects) == 1:
         item = facts.objects[0]
         template = words.pick(IMAGE if item.motion is None else VIDEO)
@@ -145,7 +142,7 @@ def _placeholders(clause: str) -> set[str]:
 
 
 def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[str, str]:
-    """The placeholders that one object fills. `noun` and `thing` are always there."""
+    """Return the placeholders that one object fills. `noun` and `thing` are always there."""
     fields = {"noun": words.pick(SHAPE_WORDS[item.shape if "shape" in named else None])}
     if "color" in named:
         fields["color"] = item.color
@@ -153,18 +150,18 @@ def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[s
         fields["size"] = words.pick(SIZE_WORDS[item.size])
     fields["thing"] = " ".join(fields[name] for name in ("size", "color", "noun") if name in fields)
     if item.motion is not None and "motion" in named:
-        kind = "still" if item.motion == "still" else "moving"
-        towards = words.pick(TOWARDS[item.motion]) if kind == "moving" else ""
-        fields["verb"] = words.pick(VERBS[kind]).format(towards)
-        fields["participle"] = words.pick(PARTICIPLES[kind]).format(towards)
+        state = "still" if item.motion == "still" else "moving"
+        towards = words.pick(TOWARDS[item.motion]) if state == "moving" else ""
+        fields["verb"] = words.pick(VERBS[state]).format(towards)
+        fields["participle"] = words.pick(PARTICIPLES[state]).format(towards)
     return fields
 
 
 @lru_cache
 def prompts(split: str, video: bool, width: int = 64, height: int = 64) -> tuple[Prompt, ...]:
-    """The 256 prompts of `seen` or `held_out`, fixed by the version. The captions do not depend on
-    the canvas; it only scales the drawn positions, which matter where the facts are rendered (the
-    tokenizer's ceiling)."""
+    """Return the 256 prompts of `seen` or `held_out`, fixed by the version. The captions do not
+    depend on the canvas; it only scales the drawn positions, which matter where the facts are
+    rendered (the tokenizer's ceiling)."""
     if split not in ("seen", "held_out"):
         raise ValueError(f"prompts are of the split 'seen' or 'held_out', not {split!r}")
     seed = key("moving_shapes prompts", split)

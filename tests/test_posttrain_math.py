@@ -443,7 +443,7 @@ def test_a_shift_favours_noise():
 )
 def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
     clean, noise = torch.randn(2, 4, 1, 8, 8, 4)
-    x = direct_align.inject(clean, noise, entered)
+    x = direct_align.add_noise(clean, noise, entered)
     v = (noise - clean).requires_grad_()
     found = direct_align.recover(x, v, noise, entered, landed)
     assert (found - clean).abs().max() < 5e-5
@@ -451,12 +451,12 @@ def test_direct_align_recovers_what_went_in_with_a_known_gain(entered, landed):
     torch.testing.assert_close(
         gain, torch.full_like(gain, (landed - entered) / (1 - landed)), rtol=1e-5, atol=0
     )
-    for part in ("inject", "recover"):
+    for part in ("add_noise", "recover"):
         with pytest.raises(AssertionError, match="float32"):
             half = [z.detach().bfloat16() for z in (x, v, noise)]
             (
-                direct_align.inject(*half[:2], entered)
-                if part == "inject"
+                direct_align.add_noise(*half[:2], entered)
+                if part == "add_noise"
                 else direct_align.recover(*half, entered, landed)
             )
 

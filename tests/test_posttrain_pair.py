@@ -26,7 +26,7 @@ from mmdit.posttrain.posttrain_config import (
     RolloutConfig,
     SRPOConfig,
 )
-from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import Brightness, LatentNorm
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.trained_levels import TrainedLevels
@@ -332,14 +332,14 @@ def test_a_level_is_the_expert_s_that_drew_it_however_it_is_rounded(boundary):
     below, above = torch.nextafter(exact, zero), torch.nextafter(exact, one)
     drawn = low.inside(torch.stack([below, 0.5 * exact]).float())
     assert (
-        all(low.serves(level) and not high.serves(level) for level in drawn.tolist())
+        all(low.contains(level) and not high.contains(level) for level in drawn.tolist())
         and drawn[1] == (0.5 * exact).float()
     )
     drawn = high.inside(torch.stack([exact, above, one]).float())
-    assert all(high.serves(level) and not low.serves(level) for level in drawn.tolist())
-    assert low.serves(low.inside(below.float()[None])) and high.serves(boundary)
+    assert all(high.contains(level) and not low.contains(level) for level in drawn.tolist())
+    assert low.contains(low.inside(below.float()[None])) and high.contains(boundary)
     with pytest.raises(ValueError, match="both sides"):
-        low.serves(torch.tensor([0.1, 1.0]))
+        low.contains(torch.tensor([0.1, 1.0]))
 
 
 def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):
             lambda draws, frames, end=end: torch.full((2,), end, dtype=torch.float64),
         )
         x, _, sigma = noised(session, torch.zeros(2, *session.shape), torch.arange(2), 0, 1)
-        assert all(session.levels.serves(level) for level in sigma.tolist())
+        assert all(session.levels.contains(level) for level in sigma.tolist())
         session.policy.velocity(session.text[:2])(x, sigma)
 
 

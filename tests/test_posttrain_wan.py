@@ -28,7 +28,7 @@ from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.nn.experts import Experts
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
-from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.session import Session
 from mmdit.rng import Draws

@@ -16,7 +16,7 @@ from mmdit.config import ConfigError
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
-def inject(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Return the state at noise level `sigma` of the linear path from `clean` to `noise`."""
     assert clean.dtype == noise.dtype == torch.float32, (
         f"Direct-Align in {clean.dtype}: it needs float32"

@@ -13,7 +13,7 @@ from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Dynamics, Norm
 from mmdit.posttrain.feature_reward import FeatureSimilarity
 from mmdit.posttrain.losses import Weighting
-from mmdit.posttrain.prompts import Prompts, written_prompts
+from mmdit.posttrain.prompt_lists import Prompts, written_prompts
 from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,

@@ -14,7 +14,7 @@ from mmdit.diffusion import LinearPath, sampling_times
 from mmdit.interfaces import Denoiser, Tokenizer
 from mmdit.posttrain.advantages import check_geometry
 from mmdit.posttrain.posttrain_config import PosttrainConfig
-from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.trained_levels import TrainedLevels
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdit.data import moving_shapes
 from mmdit.data.moving_shapes.facts import COLORS
 from mmdit.data.moving_shapes.sentences import PROMPTS
-from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.rng import key
 

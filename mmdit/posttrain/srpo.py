@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit.config import ConfigError
 from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.interfaces import TextTokens
-from mmdit.posttrain.direct_align import discount, inject, recover, relative_score
+from mmdit.posttrain.direct_align import add_noise, discount, recover, relative_score
 from mmdit.posttrain.session import Session
 from mmdit.rng import Draws, generator
 
@@ -48,7 +48,7 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
             for branch in settings.branches:
                 denoises = branch == "denoise"
                 entered = landed + settings.step if denoises else landed - settings.step
-                x = inject(clean, noise, entered)
+                x = add_noise(clean, noise, entered)
                 velocity = session.policy.velocity(text)(x, entered)
                 recovered = recover(x, velocity, noise, entered, landed)
                 first, second = words if denoises else reversed(words)

@@ -31,7 +31,7 @@ class StopRules:
         clean = self.rollouts.sample(velocity, draws).clean
         noise = draws.normal("probe", *setup.shape)
         for t in PROBE_LEVELS:
-            if setup.levels.serves(t):
+            if setup.levels.contains(t):
                 x = (1 - t) * clean + t * noise
                 self._probes.append((t, x, velocity(x, t)))
         return text

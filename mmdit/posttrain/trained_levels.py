@@ -1,5 +1,5 @@
-"""The noise levels that the trained network serves: all of them, or those of one of two experts, of
-which the frozen one serves the others of a rollout."""
+"""The noise levels of the trained network: all of them, or those of one of two experts. In a
+rollout the frozen expert is asked at the others."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class TrainedLevels:
             return 0.0, 1.0
         return (self.boundary, 1.0) if self.expert == "high" else (0.0, self.boundary)
 
-    def serves(self, level: float | Tensor) -> bool:
-        """Return whether the trained network serves a noise level, as sampling decides it."""
+    def contains(self, level: float | Tensor) -> bool:
+        """Return whether the trained network is asked at a noise level, as sampling decides it."""
         return self.model.expert_at(self.objective.network_time(level)) == self.expert
 
     def inside(self, levels: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class TrainedLevels:
             return levels
         high = self.expert == "high"
         edge = torch.tensor(self.boundary, dtype=torch.float64).float()
-        while not self.serves(edge):
+        while not self.contains(edge):
             edge = torch.nextafter(edge, torch.tensor(1.0 if high else 0.0))
         return levels.clamp(min=edge.item()) if high else levels.clamp(max=edge.item())
 
@@ -62,7 +62,7 @@ class TrainedLevels:
         if config.algorithm == "srpo":
             key, levels = "srpo.sigma_window", list(config.srpo.sigma_window)
             window_check(config.srpo.sigma_window, config.srpo.step, self.boundary)
-        if not all(map(self.serves, levels)):
+        if not all(map(self.contains, levels)):
             clean, noisy = self.between
             raise ConfigError(
                 f"posttrain.{key}",

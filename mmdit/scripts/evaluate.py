@@ -26,7 +26,7 @@ from mmdit.diagnostics.feature_distance import (
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
-from mmdit.posttrain.prompts import read_prompts
+from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
         start = time.perf_counter()
         if args.prompts:
-            report, prompts = {}, read_prompts(args.prompts)
+            report, prompts = {}, read_prompt_list(args.prompts)
             count = FEWEST if args.count is None else args.count
             sample_in_turn(sample, prompts, count, args.batch_size)
         else:

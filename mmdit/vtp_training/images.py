@@ -116,7 +116,7 @@ class ImagesConfig:
 
 
 @dataclass
-class Pictures:
+class PictureBatch:
     """`pixels (N, 3, H, W)`: uint8 in a pool, in [0, 1] in a batch. The first `len(facts)` are
     moving shapes: `tokens (N, T)` of a caption each, when captions are wanted; `facts (N,)`: equal
     numbers, equal colours, shapes, sizes and background."""
@@ -139,7 +139,7 @@ def moving_shapes_of(
     height: int,
     device: torch.device,
     tokenize: Tokenize | None = None,
-) -> Pictures:
+) -> PictureBatch:
     """Render `count` frames: about half from the ends and the middle of clips, a tenth with several
     objects, the rest stills."""
     size = {"width": width, "height": height}
@@ -163,7 +163,7 @@ def moving_shapes_of(
     if tokenize is not None:
         captions = [moving_shapes.caption(f, seed, i, complete=False) for i, f in enumerate(shown)]
         tokens = tokenize(captions).to(device)
-    return Pictures(pixels, tokens, torch.tensor([numbers[n] for n in names], device=device))
+    return PictureBatch(pixels, tokens, torch.tensor([numbers[n] for n in names], device=device))
 
 
 def pool_size(most: int, width: int, height: int) -> int:
@@ -182,10 +182,10 @@ class PictureSource:
         tokenize: Tokenize | None = None,
     ):
         self.config, self.seed, self.device, self.tokenize = config, seed, device, tokenize
-        self._pools: dict[tuple[int, int], Pictures] = {}
+        self._pools: dict[tuple[int, int], PictureBatch] = {}
         self._textures: dict[tuple[int, int], tuple[int, Tensor]] = {}  # size → (epoch, pictures)
 
-    def pool(self, width: int, height: int) -> Pictures:
+    def pool(self, width: int, height: int) -> PictureBatch:
         """Return all moving shapes of one size, rendered when first wanted."""
         if (width, height) not in self._pools:
             self._pools[width, height] = moving_shapes_of(
@@ -215,7 +215,7 @@ class PictureSource:
             self._textures[width, height] = (epoch, torch.cat([none, *parts]))
         return self._textures[width, height][1]
 
-    def batch(self, step: int, size: tuple[int, int] | None = None) -> Pictures:
+    def batch(self, step: int, size: tuple[int, int] | None = None) -> PictureBatch:
         """Return the pictures of a step, moving shapes first; `size` replaces the drawn one."""
         width, height = size or self.config.size_at(self.seed, step)
         total = self.config.batch_size(width, height)
@@ -227,7 +227,7 @@ class PictureSource:
         made = _turned(draws[shapes:], others[(where[shapes:] * len(others)).long()])
         pixels = to_unit(torch.cat([pool.pixels[chosen], made]))
         tokens = None if pool.tokens is None else pool.tokens[chosen]
-        return Pictures(pixels, tokens, pool.facts[chosen])
+        return PictureBatch(pixels, tokens, pool.facts[chosen])
 
     def _make(self, draws: rng.Draws, width: int, height: int) -> Tensor:
         """Make one picture a draw, in the shares of `mix`, as uint8."""

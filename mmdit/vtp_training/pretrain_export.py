@@ -45,7 +45,7 @@ def export_tokenizer(
         same = (Path(config.init_from) / STATISTICS_FILE).read_bytes()
         write_atomically(folder / STATISTICS_FILE, same)
     else:
-        write_json(folder / STATISTICS_FILE, latent_statistics(model, source))
+        write_json(folder / STATISTICS_FILE, channel_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)
     write_json(folder / SCORES_FILE, tokenizer_scores(loaded, config.train.evaluation_samples))
     record = {**run, **_earlier_stages(config), **storage, "config": encode(config)}
@@ -88,7 +88,7 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor],
 
 
 @torch.no_grad()
-def latent_statistics(model: VTPModel, source: PictureSource, pictures: int = 4096) -> dict:
+def channel_statistics(model: VTPModel, source: PictureSource, pictures: int = 4096) -> dict:
     """Return per-channel mean and standard deviation of the latents of training moving shapes, half
     at each of the first two sizes."""
     sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]

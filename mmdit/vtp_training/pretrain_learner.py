@@ -13,7 +13,7 @@ from vtp.models import VTPModel
 from vtp.pixels import normalize
 
 from mmdit.rng import Draws
-from mmdit.vtp_training.images import Pictures
+from mmdit.vtp_training.images import PictureBatch
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_losses import (
     PatchDiscriminator,
@@ -83,7 +83,7 @@ class TokenizerLearner(nn.Module):
         parts = {"model": self.model, "self_supervision": self.self_supervision}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
-    def losses(self, batch: Pictures, step: int, adversarial: bool) -> StepLosses:
+    def losses(self, batch: PictureBatch, step: int, adversarial: bool) -> StepLosses:
         """Return all losses of a step. `adversarial`: the last stage, with a frozen encoder and the
         discriminator's opinion."""
         config, target = self.config, normalize(batch.pixels)
@@ -120,7 +120,7 @@ class TokenizerLearner(nn.Module):
         parts = {name: value.detach() for name, value in parts.items()}
         return StepLosses(total, parts, predicted.detach(), target)
 
-    def _contrast(self, class_tokens: Tensor, batch: Pictures) -> Tensor:
+    def _contrast(self, class_tokens: Tensor, batch: PictureBatch) -> Tensor:
         count = min(self.config.contrast.pairs, len(batch.facts))
         image = F.normalize(self.model.visual_proj(class_tokens[:count]).float(), dim=-1)
         text = self.model.get_clip_text_feature(batch.tokens[:count]).float()

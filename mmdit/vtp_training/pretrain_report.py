@@ -22,7 +22,7 @@ from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
 
-def rounded(value: float) -> float | None:
+def five_digits(value: float) -> float | None:
     """Return a number as metrics have it, with five digits; None for one that is not finite."""
     if not math.isfinite(value):
         return None
@@ -63,7 +63,7 @@ class PretrainReport:
             "lr": trainer.learning_rate(),
             **values,
         }
-        self._write({name: rounded(value) for name, value in record.items()})
+        self._write({name: five_digits(value) for name, value in record.items()})
         words = [f"{name} {value:.4g}" for name, value in values.items() if name != "skipped"]
         minutes = (trainer.planned - trainer.step) / max(speed, 1e-9) / 60
         print(

@@ -14,7 +14,7 @@ from mmdit.diffusion import FlowMatching, FlowMatchingConfig
 from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder, TextTokens
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RolloutConfig
-from mmdit.posttrain.prompts import Prompts
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import Reward, Samples
 from mmdit.posttrain.session import Session
 from mmdit.rng import Draws

@@ -30,7 +30,7 @@ class Prompts:
 def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]:
     """Return the prompts of a file to train on, and by name to evaluate on: `seen` and `held_out`,
     at most `held` of each. Of 16 prompts or more every eighth is held out."""
-    captions = read_prompts(path)
+    captions = read_prompt_list(path)
     if not held:
         return Prompts(captions), {}
     if len(captions) < 16:
@@ -40,7 +40,7 @@ def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]
     return Prompts(trained), {"seen": Prompts(trained[:held]), "held_out": Prompts(held_out)}
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompt_list(path: Path) -> list[str]:
     """Read YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`."""
     try:
         with explain_errors(path, "list of prompts"):

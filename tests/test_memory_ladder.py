@@ -36,7 +36,7 @@ from mmdit.scripts import plan_memory
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory import offload
-from mmdit.training.memory.offload import Streamer, settle, slot_bytes
+from mmdit.training.memory.offload import Streamer, move_to_device, slot_bytes
 from mmdit.training.step_report import Window
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -204,11 +204,11 @@ def test_offloaded_blocks_compute_the_same_bits(blocks, float8, autocast, checkp
     streamer = Streamer(list(moved.blocks[:blocks]), torch.device("cpu"))
     for a, b in zip(passes(plain, autocast), passes(moved, autocast), strict=True):
         assert torch.equal(a, b)
-    assert len(streamer.homes) == blocks
+    assert len(streamer.pinned) == blocks
     home, slots = slot_bytes(moved.blocks[:blocks])
-    assert home == sum(map(len, streamer.homes)) and slots == sum(
+    assert home == sum(map(len, streamer.pinned)) and slots == sum(
         map(len, streamer.slots)
-    ) <= 2 * max(map(len, streamer.homes))
+    ) <= 2 * max(map(len, streamer.pinned))
 
 
 def test_the_next_block_is_fetched_before_it_is_asked_for_there_and_back():
@@ -242,10 +242,10 @@ def test_on_a_cpu_a_warning_says_that_nothing_is_offloaded():
     config = tiny("lora.enabled=true", "train.init_from=x")
     learner = build_learner(config, LatentSpec(8, 16))
     with pytest.warns(UserWarning, match="offload_blocks is 2, but training runs on the cpu"):
-        settle(learner, 2, torch.device("cpu"))
+        move_to_device(learner, 2, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        settle(learner, 0, torch.device("cpu"))
+        move_to_device(learner, 0, torch.device("cpu"))
     assert not any(isinstance(weight, StoredWeight) for weight in learner.parameters())
 
 
@@ -255,7 +255,7 @@ def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path,
     words = ["lora.enabled=true", f"train.init_from={base}", "model.depth=2"]
     shop.train("plain", *words)
     monkeypatch.setattr(
-        "mmdit.experiment.run.settle",
+        "mmdit.experiment.run.move_to_device",
         lambda learner, _, device: Streamer(list(learner.model.blocks), device),
     )
     shop.train("moved", *words, "train.max_steps=2")
@@ -299,14 +299,14 @@ def test_what_cannot_be_offloaded_is_said(monkeypatch):
     )
     learner = build_learner(tiny("lora.enabled=true", "train.init_from=x"), LatentSpec(8, 16))
     with pytest.raises(ConfigError, match="is 3, but the model has 2 blocks"):
-        settle(learner, 3, cuda)
+        move_to_device(learner, 3, cuda)
     with pytest.raises(ConfigError, match="but block 0 has no frozen linear layer"):
-        settle(build_learner(tiny(), LatentSpec(8, 16)), 1, cuda)
+        move_to_device(build_learner(tiny(), LatentSpec(8, 16)), 1, cuda)
     twins = build_learner(
         tiny("lora.enabled=true", "train.init_from=x", "experts.enabled=true"), LatentSpec(8, 16)
     )
     with pytest.raises(ConfigError, match="two experts share these blocks"):
-        settle(twins, 1, cuda)
+        move_to_device(twins, 1, cuda)
     with pytest.raises(ConfigError, match="compile: true"):
         tiny("train.offload_blocks=1", "train.compile=true")
     auto = "train.compile=auto"

@@ -63,9 +63,7 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_one_just_saved(tmp_path, k
         assert checkpoint.step_of(checkpoint.latest(tmp_path)) == step
     whole = [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)]
     assert whole == list(range(7 - keep_last, 7)), "the last ones are all there"
-    assert (
-        len([name for name in names(tmp_path) if name.startswith(".abandoned_files-")]) == keep_last
-    )
+    assert len([name for name in names(tmp_path) if name.startswith(".abandoned-")]) == keep_last
 
 
 def test_damaged_earlier_checkpoints_are_not_counted(tmp_path):

@@ -28,7 +28,7 @@ from mmdit.training import checkpoint
 from mmdit.training.continuing import check_same_latents
 from mmdit.training.distributed import process_group
 from mmdit.training.expert_choice import expert_notes, resolved
-from mmdit.training.memory.offload import settle
+from mmdit.training.memory.offload import move_to_device
 from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.runs import hold
@@ -99,7 +99,7 @@ def posttrain(
             start = replace(config, train=replace(train, init_from=str(source or train.init_from)))
             lines = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
-        settle(learner, config.train.offload_blocks, world.device)
+        move_to_device(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = settings.load_prompts(config.seed, frames > 1, width, height)

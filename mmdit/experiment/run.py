@@ -28,7 +28,7 @@ from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.learner import Learner, beyond_graphs
 from mmdit.training.memory.lean import to_bfloat16
-from mmdit.training.memory.offload import settle
+from mmdit.training.memory.offload import move_to_device
 from mmdit.training.memory.shards import whole
 from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import shard
@@ -139,7 +139,7 @@ class Run:
             to_bfloat16(self.learner)
         if config.parallel.type == "fsdp" and self.world.size > 1:
             shard(self.learner, self.world, config.parallel)
-        settle(self.learner, config.train.offload_blocks, self.world.device)
+        move_to_device(self.learner, config.train.offload_blocks, self.world.device)
         self.state = TrainState.create(
             self.learner, config.train, config.ema, config.alpha_schedule
         )

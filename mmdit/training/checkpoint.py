@@ -1,20 +1,19 @@
-"""Checkpoints: folders of safetensors files and one JSON, written aside and renamed, so that the
-latest one is always whole.
+"""Checkpoints: folders of safetensors files and one JSON, written under another name and renamed,
+so that the latest one is always whole.
 
     checkpoints/step_00001000/
         model.safetensors       everything in the learner (denoiser, trained text encoder, adapters)
         ema.safetensors         the averaged trainable parameters, when ema.enabled
         optimizer.safetensors   moments, named after their parameters
         lora.safetensors        the adapters alone, when lora.enabled
-        lora_<expert>.safetensors   those of one expert, under the names of a single model, when experts.enabled
+        lora_<expert>.safetensors   those of one expert, under the names of a single model
         signs.safetensors       of the adapters' last gradients, one bit a parameter
         monitor.json            windows and means behind the metrics, phases of the alpha schedule
-        checkpoint.json         step, config, latent spec, alphas in force, versions; size and CRC-32 of every file
+        checkpoint.json         step, config, latents, alphas, versions; size and CRC-32 of each
 
-Under FSDP the first three are folders of parts instead (`training.stored`); any number of processes
-reads either. An export (`mmdit.scripts.export`) is one safetensors file of the weights used for
-sampling, with the JSON in its metadata.
-"""
+Under FSDP the first three are folders of parts instead (`mmdit/training/memory/shards.py`); any
+number of processes reads either. An export (`mmdit.scripts.export`) is one safetensors file of the
+weights used for sampling, with the JSON in its metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,7 +51,7 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """The contents of `checkpoint.json`."""
 
     step: int
     config: dict
@@ -61,7 +60,7 @@ class Meta:
     alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
     origin: dict = field(
         default_factory=dict
-    )  # `source` and `crc32` of what it reads elsewhere, see `training.origin`
+    )  # `source` and `crc32` of what it reads elsewhere (training/origin.py)
 
     def to_json(self, files: dict[str, list[int]] | None = None) -> str:
         """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of
@@ -95,7 +94,7 @@ class Meta:
 
     @staticmethod
     def read(folder: Path) -> Meta:
-        """Of a checkpoint folder."""
+        """Read `checkpoint.json` from a checkpoint folder."""
         path = folder / "checkpoint.json"
         try:
             text = path.read_text(encoding="utf-8")
@@ -133,30 +132,30 @@ def save(
     """
     final = folder_of(run_dir, meta.step)
     token = world.share(lambda: secrets.token_hex(4))
-    aside = final.with_name(f".writing-{final.name}-{token}")
+    unfinished = final.with_name(f".writing-{final.name}-{token}")
     try:
         if world.is_main:
             refuse_link(final.parent).mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
+            unfinished.mkdir()
         world.barrier()
         sums: dict[str, list[int]] = {}
         for name, tensors in files.items():
-            sums |= write(aside, name, tensors, world.is_main)
+            sums |= write(unfinished, name, tensors, world.is_main)
         world.barrier()
-        sums |= _part_sums(aside, world)
+        sums |= _part_sums(unfinished, world)
         if world.is_main:
             if notes is not None:
                 text = json.dumps({"step": meta.step, **notes})
-                (aside / NOTES).write_text(text, encoding="utf-8")
-                sums[NOTES] = Sum.of_file(aside / NOTES).as_json()
-            for path in aside.rglob("*"):
+                (unfinished / NOTES).write_text(text, encoding="utf-8")
+                sums[NOTES] = Sum.of_file(unfinished / NOTES).as_json()
+            for path in unfinished.rglob("*"):
                 flush_to_disk(path)
-            (aside / META).write_text(meta.to_json(sums), encoding="utf-8")
-            flush_to_disk(aside / META)
-            flush_to_disk(aside)
-            _put(aside, final, token)
+            (unfinished / META).write_text(meta.to_json(sums), encoding="utf-8")
+            flush_to_disk(unfinished / META)
+            flush_to_disk(unfinished)
+            _put(unfinished, final, token)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise RunError(
             f"could not save the checkpoint {final}: {error}; earlier checkpoints are untouched."
             f" Free disk space. {how_to_go_on(run_dir)}"
@@ -177,31 +176,33 @@ def how_to_go_on(run_dir: Path) -> str:
 def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
     """Sum up the files that a sharded save wrote, every process some of them."""
     parts = sorted(path for path in folder.glob("*/*") if path.is_file())
-    own = {
+    sums = {
         path.relative_to(folder).as_posix(): Sum.of_file(path).as_json()
         for path in parts[world.rank :: world.size]
     }
     if not parts:
-        return own
-    return {name: told for row in world.gather(own) for name, told in row.items()}
+        return {}
+    for other in world.gather(sums):
+        sums |= other
+    return sums
 
 
-def _put(aside: Path, final: Path, token: str) -> None:
-    """Give a whole checkpoint its name. What stood there was damaged and passed over, and so is of
-    an abandoned_files course what is of later steps: it is set aside, for by its name it would be taken
-    for the newest."""
+def _put(unfinished: Path, final: Path, token: str) -> None:
+    """Give a finished checkpoint its name. What stood there was damaged and passed over, and so
+    checkpoints of later steps are of an abandoned attempt. They get another name, for by the one
+    they have they would be taken for the newest."""
     old = final.with_name(f".removing-{final.name}-{token}")
     if final.exists():
         final.rename(old)
     for later in complete(final.parent.parent):
         if step_of(later) > step_of(final):
-            apart = later.with_name(f".abandoned_files-{later.name}-{token}")
+            apart = later.with_name(f".abandoned-{later.name}-{token}")
             later.rename(apart)
             print(
                 f"{later} was passed over: it is now {apart.name}, remove it if it is of no use",
                 flush=True,
             )
-    aside.rename(final)
+    unfinished.rename(final)
     flush_to_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -225,7 +226,7 @@ def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def tidy(run_dir: Path) -> None:
+def remove_partial(run_dir: Path) -> None:
     """Remove what killed processes left among the checkpoints; only for who holds the lock of the
     run."""
     for left in (run_dir / "checkpoints").glob(".*ing-step_*"):
@@ -233,13 +234,13 @@ def tidy(run_dir: Path) -> None:
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. A half-written one never has such a name."""
-    found = [
-        p
-        for p in (run_dir / "checkpoints").glob("step_*")
-        if _NAME.fullmatch(p.name) and (p / META).is_file()
-    ]
-    return sorted(found)
+    """Return the finished checkpoints of a run, oldest first. One that is being written never has
+    such a name."""
+    return sorted(
+        folder
+        for folder in (run_dir / "checkpoints").glob("step_*")
+        if _NAME.fullmatch(folder.name) and (folder / META).is_file()
+    )
 
 
 def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
@@ -276,17 +277,17 @@ def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
 def _file_problem(path: Path, size: int, crc: int | None) -> str:
     if not path.is_file():
         return f"{path} is missing"
-    found = path.stat().st_size
-    if found != size:
-        return f"{path} cannot be read as it was written: it has {found} bytes of {size}"
+    length = path.stat().st_size
+    if length != size:
+        return f"{path} cannot be read as it was written: it has {length} bytes of {size}"
     if crc is not None and Sum.of_file(path).crc != crc:
         return f"the check sum of {path} is wrong: it was damaged, or changed ({UNSUMMED})"
     return ""
 
 
 def read_notes(folder: Path) -> dict | None:
-    """monitor.json; None if there is none. ValueError if it is damaged or of another step than the
-    checkpoint."""
+    """Read monitor.json; return None if there is none. ValueError if it is damaged or of another
+    step than the checkpoint."""
     path = folder / "monitor.json"
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
@@ -304,7 +305,7 @@ def read_notes(folder: Path) -> dict | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All of a `Stored`."""
+    """Read all tensors of a `Stored`."""
     return dict(Stored(path))
 
 
@@ -335,15 +336,16 @@ def newest(path: Path) -> Path | None:
 
 
 def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
-    """From a run folder (its latest checkpoint), a checkpoint folder, or an exported file. With
+    """Load weights from a run folder (its latest checkpoint), a checkpoint folder, or an exported
+    file. With
     `use_ema` the averaged parameters replace the raw ones where the checkpoint has them and
     `ema.start_step` is past."""
     path = find(path)
     if path.is_file():
         try:
             with safe_open(path, "pt") as handle:
-                told = handle.metadata() or {}
-                text = told.get("mmdit")
+                metadata = handle.metadata() or {}
+                text = metadata.get("mmdit")
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint"
@@ -355,7 +357,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                 " mmdit.scripts.export"
             )
         stored = read_tensors(path)
-        if "crc32" in told and int(told["crc32"]) != _export_crc(text, stored):
+        if "crc32" in metadata and int(metadata["crc32"]) != _export_crc(text, stored):
             raise ValueError(
                 f"the check sum of {path} is wrong: it was damaged, or changed after it was written"
             )
@@ -376,9 +378,8 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     tensors = read_tensors(folder / "model.safetensors")
     section = meta.config.get("ema")
     start = section.get("start_step") if isinstance(section, dict) else None
-    averaged = (
-        not isinstance(start, int) or meta.step > start
-    )  # an older version kept the initial weights until then
+    # An older version kept the initial weights as the average until then.
+    averaged = not isinstance(start, int) or meta.step > start
     if use_ema and averaged and any(folder.glob("ema*")):
         tensors |= read_tensors(folder / "ema.safetensors")
     return Weights(meta, tensors, folder)
@@ -400,11 +401,11 @@ def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
                 "bf16 or fp32"
             )
     text = weights.meta.to_json()
-    told = {"mmdit": text, "crc32": str(_export_crc(text, tensors))}
+    metadata = {"mmdit": text, "crc32": str(_export_crc(text, tensors))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent)
-        write_atomically(path, tensor_pieces(tensors, told), flush=True)
+        write_atomically(path, tensor_pieces(tensors, metadata), flush=True)
     except OSError as error:
         raise RunError(
             f"could not write {path}: {error}; free disk space or choose another place"
@@ -421,22 +422,25 @@ def _export_crc(text: str, tensors: dict[str, Tensor]) -> int:
 
 
 def assign(
-    own: dict[str, Tensor], tensors: Mapping[str, Tensor], source: str, fresh=lambda name: False
+    current: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    fresh: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Copy `tensors` into `own` (a `state_dict()`, sharded or not), strictly: names and shapes must
-    agree, except those for which `fresh(name)` holds (adapters that start new). ValueError lists
-    what differs, or names a weight that is no finite number."""
+    """Copy `tensors` into `current` (a `state_dict()`, sharded or not), strictly: names and shapes
+    must agree, except those for which `fresh(name)` holds (adapters that start new). ValueError
+    lists what differs, or names a weight that is no finite number."""
     stored = (
         tensors.shapes
         if isinstance(tensors, Stored)
         else {name: tensor.shape for name, tensor in tensors.items()}
     )
-    missing = [name for name in own if name not in tensors and not fresh(name)]
-    unexpected = [name for name in tensors if name not in own]
+    missing = [name for name in current if name not in tensors and not fresh(name)]
+    unexpected = [name for name in tensors if name not in current]
     shapes = [
-        f"{n}: file {tuple(shape)}, model {tuple(own[n].shape)}"
+        f"{n}: file {tuple(shape)}, model {tuple(current[n].shape)}"
         for n, shape in stored.items()
-        if n in own and shape != own[n].shape
+        if n in current and shape != current[n].shape
     ]
     if missing or unexpected or shapes:
         problems = []
@@ -446,14 +450,14 @@ def assign(
             ("unknown to the model", unexpected),
         ):
             if names:
-                problems.append(
-                    f"{len(names)} {label} ({'; '.join(names[:3])}{' …' if len(names) > 3 else ''})"
-                )
+                more = " …" if len(names) > 3 else ""
+                problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{more})")
         odd = [*missing, *unexpected, *(text.partition(":")[0] for text in shapes)]
-        sections = (
-            "lora: section" if all(map(is_adapter, odd)) else "model: and text_encoder: sections"
-        )
-        if any(map(is_adapter, odd)) and not all(map(is_adapter, odd)):
+        adapted = [is_adapter(name) for name in odd]
+        sections = "model: and text_encoder: sections"
+        if all(adapted):
+            sections = "lora: section"
+        elif any(adapted):
             sections = "model:, text_encoder: and lora: sections"
         raise ValueError(
             f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
@@ -461,6 +465,6 @@ def assign(
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if own[name].is_floating_point():
+            if current[name].is_floating_point():
                 check_numbers(name, tensor, source)
-            own[name].copy_(place(tensor, own[name]))
+            current[name].copy_(place(tensor, current[name]))

@@ -33,20 +33,20 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
             f"lora.rslora is {root}, the run was trained with {scaled}: its adapters would count "
             "by another scale; set it as it was, or start a new run with train.init_from"
         )
-    told = []
+    lines = []
     if stored.get("order") != ORDER:
-        told.append(
+        lines.append(
             "written by an older version: from here on items come in another order, each equally"
             " often"
         )
     before = stored.get("global_batch")
     if before not in (None, now["global_batch"]):
-        told.append(
+        lines.append(
             f"a step now sees {_product(new, now)}, before {_product(old, stored)}: the same"
             " learning rate means another thing, and the order of items is another one; keep the"
             " product to keep the result"
         )
-    return told + trained_before(old, new)
+    return lines + trained_before(old, new)
 
 
 def _product(config: dict, seen: dict) -> str:
@@ -74,22 +74,19 @@ def trained_before(old: dict, new: dict) -> list[str]:
 
 
 def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> list[str]:
-    """Take over the state of the checkpoint `folder`, whose config is `old`; returns what to
-    tell."""
-    told = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
-    told += state.restore(folder)
+    """Take over the state of the checkpoint `folder`, whose config is `old`; return what to
+    tell a person."""
+    lines = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
+    lines += state.restore(folder)
     pictures = (old.get("video") or {}).get("num_frames") == 1
     if new["video"]["num_frames"] > 1 and pictures and not state.learner.sharded:
         number_frames(state, new["seed"])
     changed = config_io.differences(old, new)
-    unheeded = [
-        " (only a new run heeds it)" if line.startswith("train.init_from:") else ""
-        for line in changed
-    ]
-    changed = [
-        f"config changed: {line}{note}" for line, note in zip(changed, unheeded, strict=True)
-    ]
-    return [f"resuming {folder} at step {state.step}", *(f"  {line}" for line in changed + told)]
+    result = [f"resuming {folder} at step {state.step}"]
+    for line in changed:
+        note = " (only a new run heeds it)" if line.startswith("train.init_from:") else ""
+        result.append(f"  config changed: {line}{note}")
+    return result + [f"  {line}" for line in lines]
 
 
 def number_frames(state: TrainState, seed: int) -> None:
@@ -113,7 +110,7 @@ def check_weights(learner: Learner) -> None:
 def check_same_latents(
     meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object
 ) -> None:
-    """Weights and tokenizer must speak of the same latents."""
+    """Raise ValueError where weights and tokenizer are of different latents."""
     if meta.tokenizer != fingerprint:
         raise ValueError(
             f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config"

@@ -44,22 +44,22 @@ class World:
             dist.barrier()
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return what `make` gives on the main rank; where it raises there, every rank raises,
-        too."""
+        """Return on every rank what `make` gives on the main rank; where it raises there, every
+        rank raises."""
         if self.size == 1:
             return make()
-        told: list = [None, ""]
+        message: list = [None, ""]  # the value, or what went wrong
         try:
             if self.is_main:
-                told[0] = make()
+                message[0] = make()
         except Exception as error:
-            told[1] = str(error) or type(error).__name__
+            message[1] = str(error) or type(error).__name__
             raise
         finally:
-            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        if told[1]:
-            raise ValueError(told[1])
-        return told[0]
+            dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+        if message[1]:
+            raise ValueError(message[1])
+        return message[0]
 
     def gather(self, value: T) -> list[T]:
         """Return the value of every rank, on every rank."""
@@ -70,8 +70,8 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for its
-        GPU, which has work queued."""
+        """Return True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for
+        its GPU, which has work queued."""
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)])

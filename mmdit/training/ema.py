@@ -52,20 +52,20 @@ class EMA:
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     def updates(self, step: int) -> int:
-        """How often the average has been moved when optimizer step `step` (counted from 1) is
+        """Return how often the average has moved when optimizer step `step` (counted from 1) is
         done."""
         every = self.config.update_every
         return max(0, step // every - self.config.start_step // every)
 
     def decay_at(self, step: int) -> float:
-        """The decay used for the update after optimizer step `step`."""
+        """Return the decay of the update after optimizer step `step`."""
         updates = self.updates(step)
         return min(self.config.decay, (1 + updates) / (10 + updates)) if updates else 0.0
 
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
-        """After optimizer step `step`; parameters whose names begin with a `resting` prefix had no
-        part in it."""
+        """Move the average after optimizer step `step`; parameters whose names begin with a
+        `resting` prefix had no part in it."""
         if self.updates(step) and step % self.config.update_every:
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
@@ -80,8 +80,7 @@ class EMA:
 
     @contextmanager
     def applied(self):
-        """The module's parameters hold the average inside the `with` block and their own values
-        after it."""
+        """Have the parameters of the module hold the average inside the `with` block."""
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._write(self.shadow)

@@ -20,15 +20,14 @@ class StepsSkipped(RunError):
 
 
 def record_failure(
-    run_dir: Path, kind: str, step: int, rank: int, error: BaseException, **facts
+    run_dir: Path, what: str, step: int, rank: int, error: BaseException, **facts
 ) -> Path:
-    """`failures/<kind>_<step>_<rank>.json`: what is needed to repeat a step, which is a function of
-    (config, seed, step), from the nearest checkpoint before it. `step` counts finished steps, as in
-    checkpoints. Never raises: the disk may have failed.
-    """
-    path = run_dir / "failures" / f"{kind}_{step:08d}_{rank}.json"
+    """Write `failures/<what>_<step>_<rank>.json`: what is needed to repeat a step, which is a
+    function of (config, seed, step), from the nearest checkpoint before it. `step` counts finished
+    steps, as in checkpoints. Never raises: the disk may have failed."""
+    path = run_dir / "failures" / f"{what}_{step:08d}_{rank}.json"
     row = {
-        "kind": kind,
+        "kind": what,
         "step": step,
         "rank": rank,
         "config": str(run_dir / "config.yaml"),

@@ -18,7 +18,7 @@ SHEET_SAMPLES, SHEET_PIXELS = 256, 100_000_000  # of a sheet, at most
 
 
 def _image(frame: Tensor) -> Image.Image:
-    """`(3, H, W)` uint8 to a picture."""
+    """Make a picture of `(3, H, W)` uint8."""
     return Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -91,7 +91,7 @@ def contact_sheet(
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG aside and rename it."""
+    """Write a PNG, which appears when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
         image.save(file, format="PNG")
@@ -99,10 +99,9 @@ def save_image(image: Image.Image, path: Path) -> Path:
 
 
 def save_video(clip: Tensor, path: Path, fps: int) -> Path:
-    """`clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is missing, or
-    a side is odd, an animated PNG stands beside that name instead. Returns the path that was
-    written. OSError names what could not be written.
-    """
+    """Write `clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is
+    missing, or a side is odd, an animated PNG stands beside that name instead. Returns the path
+    that was written. OSError names what could not be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_shown(clip)
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
@@ -120,19 +119,18 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
         return path
     import av
 
-    with open_atomically(path) as file:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
-            stream.options = {"crf": "12"}
-            colours = stream.codec_context  # BT.709, and said: else players guess by the size
-            colours.colorspace = colours.color_primaries = colours.color_trc = 1
-            for frame in frames:
-                array = frame.permute(1, 2, 0).contiguous().numpy()
-                picture = av.VideoFrame.from_ndarray(array, format="rgb24")
-                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
+    with open_atomically(path) as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
+        stream.options = {"crf": "12"}
+        colours = stream.codec_context  # BT.709, and said: else players guess by the size
+        colours.colorspace = colours.color_primaries = colours.color_trc = 1
+        for frame in frames:
+            array = frame.permute(1, 2, 0).contiguous().numpy()
+            picture = av.VideoFrame.from_ndarray(array, format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
     return path
 
 
@@ -168,7 +166,7 @@ def h264() -> bool:
 
 
 def grid_video(pixels: Tensor, columns: int) -> Tensor:
-    """`(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
+    """Lay `(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
     count, frames, _, height, width = pixels.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)

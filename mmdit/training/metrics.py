@@ -11,7 +11,7 @@ from mmdit.training.errors import RunError
 
 
 def clock(seconds: float) -> str:
-    """75 → '1:15', 7300 → '2:01:40'."""
+    """Format seconds: 75 → '1:15', 7300 → '2:01:40'."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -26,11 +26,10 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept, self.last = [], {}  # `last`: the newest record
-        for line in (
-            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if self.path.exists()
-            else []
-        ):
+        text = ""
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
                 if self.last.get("step", -1) < record["step"] <= from_step:
@@ -76,7 +75,7 @@ class Timer:
         self.waited = 0.0
 
     def waiting(self, iterator):
-        """The same items; the time spent getting each one is counted as waiting."""
+        """Yield the same items; the time spent getting each one counts as waiting."""
         iterator = iter(iterator)
         while True:
             begin = time.perf_counter()
@@ -88,7 +87,7 @@ class Timer:
             yield item
 
     def lap(self) -> tuple[float, float]:
-        """`(seconds, share spent waiting)` since the last lap."""
+        """Return `(seconds, share spent waiting)` since the last lap."""
         now = time.perf_counter()
         seconds, waited = now - self.last, self.waited
         self.last, self.waited = now, 0.0
@@ -96,15 +95,16 @@ class Timer:
 
 
 def report_line(values: dict, max_steps: int) -> str:
-    """`step 100/2000  loss 0.81  …  ETA 3:20`, from one metrics record."""
+    """Format a record of metrics as `step 100/2000  loss 0.81  …  ETA 3:20`."""
     width, speed = len(str(max_steps)), values["samples_per_second"]
     loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    decimals = 0 if speed >= 10 else 2
     parts = [
         f"step {values['step']:>{width}}/{max_steps}",
         f"loss {loss}",
         f"lr {values['lr']:.2e}",
         f"grad {values['grad_norm']:.2f}",
-        f"{speed:.{0 if speed >= 10 else 2}f} samples/s",
+        f"{speed:.{decimals}f} samples/s",
         f"data wait {values['data_wait']:.0%}",
     ]
     if "tflops_share" in values:

@@ -1,5 +1,5 @@
-"""What a resume reads again outside its run: frozen weights, the model that post-training began
-from, prompts. A sum of them stands in each checkpoint, and another one is refused."""
+"""Sums of what a resume reads again outside its run: frozen weights, the model that post-training
+began from, prompts. One stands in each checkpoint, and another one is refused."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def frozen_elsewhere(learner: Learner) -> dict[str, Tensor]:
 
 
 def check_origin(meta: Meta, origin: dict, folder: Path) -> None:
-    """ValueError if a run would go on with other foreign weights than it began with. Checkpoints of
-    earlier versions say nothing of them."""
+    """Raise ValueError if a run would go on with other foreign weights than it began with.
+    Checkpoints of earlier versions say nothing of them."""
     before, now = meta.origin.get("crc32"), origin.get("crc32")
     if before is None or before == now:
         return

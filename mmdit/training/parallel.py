@@ -91,23 +91,20 @@ def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfi
 
 
 def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> nn.Module:
-    """What to call in training: gradients become means over all processes."""
+    """Return what to call in training: gradients become means over all processes."""
     if world.size == 1 or learner.sharded:
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
-    torch._dynamo.config.optimize_ddp = (
-        False  # which would cut compiled blocks where a bucket is full
-    )
+    # It would cut compiled blocks where a bucket is full.
+    torch._dynamo.config.optimize_ddp = False
     if learner.replays:
         learner.replays.direct = False  # gradients are exchanged as autograd brings them
-    resting = (
-        learner.experts is not None
-    )  # an expert that does not train has no gradients to wait for
     copied = DistributedDataParallel(
         learner,
         device_ids=ids,
         gradient_as_bucket_view=True,
-        find_unused_parameters=resting,
+        # An expert that does not train has no gradients to wait for.
+        find_unused_parameters=learner.experts is not None,
         bucket_cap_mb=FEW_LARGE if exchange_rate(world) > FAST else MANY_SMALL,
     )
     if (
@@ -118,8 +115,8 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
 
 
 def exchange_rate(world: World) -> float:
-    """GB/s at which 64 MB of all processes add up, of the slowest one's best try; 0 between
-    CPUs."""
+    """Measure the GB/s at which 64 MB of all processes add up, in the best try of the slowest one;
+    0 between CPUs."""
     if world.device.type != "cuda":
         return 0.0
     probe = torch.zeros(2**24, device=world.device)
@@ -137,10 +134,8 @@ def exchange_rate(world: World) -> float:
 
 
 def accumulating(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """For one of several micro-batches: copies reduce gradients with the `last` alone; shards
-    always, or each process would hold gradients for all."""
-    return (
-        contextlib.nullcontext()
-        if last or not isinstance(wrapped, DistributedDataParallel)
-        else wrapped.no_sync()
-    )
+    """Return the context of one of several micro-batches. Copies reduce gradients with the `last`
+    alone; shards with each, or every process would hold gradients for all."""
+    if last or not isinstance(wrapped, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()

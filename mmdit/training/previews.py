@@ -70,12 +70,10 @@ class Previews:
                 torch.cuda.empty_cache()
 
     def is_missing(self, step: int) -> bool:
-        """Whether a preview was due at this step and is not there."""
+        """Return whether a preview was due at this step and is not there."""
         config = self.config
-        folder, failed = (
-            self._folder(step),
-            self.run_dir / "failures" / f"preview_{step:08d}_0.json",
-        )
+        folder = self._folder(step)
+        failed = self.run_dir / "failures" / f"preview_{step:08d}_0.json"
         due = step > 0 and (step % config.sample_every_steps == 0 or step == config.max_steps)
         there = (folder / "grid.png").exists() and (self.frames == 1 or any(folder.glob("video.*")))
         return due and not failed.exists() and not there
@@ -102,7 +100,7 @@ class Previews:
         self._page()
 
     def _page(self) -> None:
-        """samples/index.html: newest step first."""
+        """Write samples/index.html, the newest step first."""
         rows = []
         for folder in sorted((self.run_dir / "samples").glob("step_*"), reverse=True):
             video = folder / "video.mp4"

@@ -65,8 +65,8 @@ def _let_go(run_dir: Path, file: IO) -> None:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """ValueError for a link in a run folder: what is written there would get elsewhere, where a
-    folder that came from others may have pointed it."""
+    """Raise ValueError for a link in a run folder: what is written there would get elsewhere, where
+    a folder that came from others may have pointed it."""
     for folder, folders, files in os.walk(run_dir):
         for name in (*folders, *files):
             refuse_link(Path(folder) / name)
@@ -74,8 +74,8 @@ def refuse_links(run_dir: Path) -> None:
 
 def tidy(run_dir: Path) -> None:
     """Remove what killed processes left in a run folder; only for who holds its lock."""
-    checkpoint.tidy(run_dir)
-    checkpoint.tidy(run_dir / "best")
+    checkpoint.remove_partial(run_dir)
+    checkpoint.remove_partial(run_dir / "best")
     samples = run_dir / "samples"
     clean(run_dir, run_dir / "failures", samples, *samples.glob("step_*"))
 

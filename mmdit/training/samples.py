@@ -98,13 +98,10 @@ class SampleFolder:
         rows = old.pop("samples", [])
         changed = differences(old, self.story) if old else []
         if rows and not changed:
-            self.files = {
-                i: name
-                for i, name in enumerate(
-                    map(self._kept, range(len(self.prompts)), self._padded(rows))
-                )
-                if name
-            }
+            for number, row in enumerate(self._padded(rows)):
+                name = self._kept(number, row)
+                if name:
+                    self.files[number] = name
         self._report(rows, changed)
         for row in rows:
             name = row.get("file", "")
@@ -129,15 +126,12 @@ class SampleFolder:
         return (numbered.get(i) for i in range(len(self.prompts)))
 
     def _kept(self, number: int, row: dict | None) -> str | None:
-        """The file of a sample that is there and was drawn from the same prompt."""
+        """Return the file of a sample if it is there and was drawn from the same prompt."""
         if row is None or row.get("prompt") != self.prompts[number]:
             return None
         path = self.folder / row["file"]
-        return (
-            row["file"]
-            if path.is_file() and not path.is_symlink() and path.stat().st_size
-            else None
-        )
+        whole = path.is_file() and not path.is_symlink() and path.stat().st_size
+        return row["file"] if whole else None
 
     def _report(self, rows: list, changed: list[str]) -> None:
         kept, gone = len(self.files), len(rows) - len(self.files)

@@ -216,16 +216,16 @@ class TrainConfig(Section):
             raise ConfigError("train.sample_num_steps", error.message) from None
 
     def sampler(self) -> SamplerConfig:
-        """The sampler of previews, which post-training's evaluation draws with, too."""
+        """Return the sampler of previews, with which the evaluation of post-training draws, too."""
         return SamplerConfig(**{name: getattr(self, key) for name, key in SAMPLER_KEYS.items()})
 
     @property
     def autocast(self) -> bool:
-        """Whether products are taken in bfloat16."""
+        """Return whether products are taken in bfloat16."""
         return self.precision != "fp32"
 
     def compiles(self, device: str) -> bool:
-        """Whether blocks are compiled on a device of this type."""
+        """Return whether blocks are compiled on a device of this type."""
         return self.compile is True or (
             self.compile == "auto" and device == "cuda" and not self.offload_blocks
         )

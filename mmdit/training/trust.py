@@ -1,6 +1,5 @@
-"""What a config that comes with weights may not do: choose code, fetch anything, or ask for all
-memory. `config` is an
-ExperimentConfig, which this layer does not know."""
+"""Limits of a config that comes with weights: it may not choose code, fetch anything, or ask for
+all memory. `config` is an ExperimentConfig, which this layer does not know."""
 
 from __future__ import annotations
 
@@ -29,8 +28,9 @@ def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
 
 
 def stay_offline(config, overrides: list[str]):
-    """A config that comes with weights may name a text encoder of the hub, but has none fetched:
-    only the command line, by its name or `local_files_only`, asks for that."""
+    """Return the config with a text encoder that is not fetched. One that comes with weights may
+    name an encoder of the hub; only the command line, by its name or `local_files_only`, has it
+    fetched."""
     encoder, asked = (
         config.text_encoder,
         config_io.apply_overrides({}, overrides).get("text_encoder"),
@@ -60,11 +60,9 @@ def check_sizes(config, weights: checkpoint.Weights) -> None:
     asked += [(name, rank, longest) for name, rank in ranks if lora.enabled and lora.type != "lokr"]
     for name, value, limit in asked:
         if value > limit:
-            what = (
-                "tensors"
-                if limit == len(shapes) and name.endswith("depth")
-                else "elements along an axis"
-            )
+            what = "elements along an axis"
+            if limit == len(shapes) and name.endswith("depth"):
+                what = "tensors"
             raise ValueError(
                 f"{weights.source} does not fit its own config: {name} is {value}, its weights "
                 f"have at most {limit} "

@@ -29,12 +29,11 @@ class Validation:
     world: World
 
     def __call__(self, state: TrainState) -> dict[str, float | None]:
-        """`val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest), and
+        """Return `val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest), and
         `val_loss_ema` of the averaged weights; None where a loss is not finite."""
         losses = self._measure(state)
-        values = {"val_loss": sum(losses) / QUANTILES} | {
-            f"val_loss_q{i}": loss for i, loss in enumerate(losses, 1)
-        }
+        values = {"val_loss": sum(losses) / QUANTILES}
+        values |= {f"val_loss_q{i}": loss for i, loss in enumerate(losses, 1)}
         if state.ema:
             with state.ema.applied():
                 values["val_loss_ema"] = sum(self._measure(state)) / QUANTILES
@@ -49,13 +48,10 @@ class Validation:
         with autocast, torch.compiler.set_stance("force_eager"):
             for items in self.batches.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
-                rounds = math.ceil(
-                    samples / (size * self.world.size)
-                )  # every rank takes part in each, with repeats if need be
-                mine = torch.arange(rounds * size * self.world.size)[
-                    self.world.rank :: self.world.size
-                ]
-                for numbers in mine.split(size):
+                # Every rank takes part in each round, with repeats if need be.
+                rounds = math.ceil(samples / (size * self.world.size))
+                everything = torch.arange(rounds * size * self.world.size)
+                for numbers in everything[self.world.rank :: self.world.size].split(size):
                     rows, quantile = (numbers % samples) // QUANTILES, numbers % samples % QUANTILES
                     times = ((quantile + 0.5) / QUANTILES).to(device)
                     draws = FixedTimes(

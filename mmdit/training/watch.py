@@ -44,7 +44,8 @@ class Watch:
 
     @contextlib.contextmanager
     def running(self):
-        """RunError instead of the RuntimeError by which a collective reports a lost peer."""
+        """Watch inside the `with` block, and raise RunError instead of the RuntimeError by which a
+        collective reports a lost peer."""
         thread = threading.Thread(target=self._look, name="watch", daemon=True)
         thread.start()
         try:
@@ -97,7 +98,7 @@ class Watch:
                 self._store.set(f"watch/{self.world.rank}", json.dumps([step, phase, time.time()]))
 
     def table(self) -> str:
-        """Where every rank is, the silent and the hindmost first."""
+        """Return a line a rank of where it is, the silent and the hindmost first."""
         if not self._store:
             return "It is the only process."
         rows = []
@@ -107,8 +108,8 @@ class Watch:
                     step, phase, when = json.loads(self._store.get(f"watch/{rank}"))
                     silent = time.time() - when
                     alive = silent < 1.5 + self.seconds / 10
-                    told = "alive" if alive else f"last heard of {silent:.0f} s ago"
-                    rows.append((alive, step, f"  rank {rank}: {told} in step {step} ({phase})"))
+                    sign = "alive" if alive else f"last heard of {silent:.0f} s ago"
+                    rows.append((alive, step, f"  rank {rank}: {sign} in step {step} ({phase})"))
                 else:
                     rows.append((False, 0, f"  rank {rank}: never heard of"))
             except RuntimeError:

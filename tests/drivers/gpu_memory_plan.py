@@ -30,7 +30,7 @@ from mmdit.experiment.build import build_learner
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.training.distributed import World
-from mmdit.training.memory.offload import settle
+from mmdit.training.memory.offload import move_to_device
 from mmdit.training.step_report import Window
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -127,7 +127,7 @@ def measured(case: tuple[dict, dict]) -> dict:
     shape = latent_shape(config)
     spec = LatentSpec(shape[-1], config.tokenizer.latent_f, temporal=config.tokenizer.temporal)
     learner = build_learner(config, spec, lambda run, *_: random_denoiser(sizes, run.model, device))
-    settle(learner, config.train.offload_blocks, device)
+    move_to_device(learner, config.train.offload_blocks, device)
     learner.train()
     state = TrainState.create(learner, config.train, config.ema)
     trainer = Trainer(config.train, 0, state, None, World(device=device), Path("none"), None)

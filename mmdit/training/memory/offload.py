@@ -20,20 +20,19 @@ ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 
 
 class Streamer:
-    """Of `blocks`, in the order in which they compute, the frozen matrices of linear layers. They
-    leave the modules for page-locked memory (of sizes rounded up to powers of two by torch), and
-    two blocks' worth of memory on `device` takes turns: while one block computes, a second stream
-    fills the other with the next one in the direction of travel, which turns round at the ends:
-    forward, backward and recomputing all find theirs there. ValueError: nothing is frozen there.
-    """
+    """Streams the frozen weights of linear layers of `blocks`, which are listed in the order in
+    which they compute, from CPU to GPU memory. They leave the modules for page-locked memory (of
+    sizes rounded up to powers of two by torch), and two blocks' worth of memory on `device` takes
+    turns: while one block computes, a second stream fills the other with the next one in the
+    direction of travel, which turns round at the ends: forward, backward and recomputing all find
+    theirs there. ValueError: nothing is frozen there."""
 
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         self.device = device
-        self.homes = [self._move(number, block) for number, block in enumerate(blocks)]
-        self.slots = [
-            torch.empty(max(map(len, self.homes)), dtype=torch.uint8, device=device)
-            for _ in range(2)
-        ]
+        # The pinned CPU memory of each block, and the two pieces of GPU memory that take turns.
+        self.pinned = [self._move(number, block) for number, block in enumerate(blocks)]
+        largest = max(map(len, self.pinned))
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]
         self.last, self.direction = -1, 1
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -46,15 +45,15 @@ class Streamer:
                 f"block {number} has no frozen linear layer: all its weights are trained"
             )
         kept, offsets = _layout(layers)
-        home = torch.empty(
+        pinned = torch.empty(
             offsets[-1], dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda"
         )
         for layer, codes, offset in zip(layers, kept, offsets, strict=False):
             view = partial(_view, offset, codes.nbytes, codes.dtype, codes.shape)
-            view(home).copy_(codes)
+            view(pinned).copy_(codes)
             scale = getattr(layer.weight, "scale", None)
             stored = StoredWeight(
-                view(home),
+                view(pinned),
                 None if scale is None else scale.to(self.device),
                 layer.weight.dtype,
                 self.device,
@@ -62,14 +61,14 @@ class Streamer:
                 self.forget,
             )
             layer.weight = nn.Parameter(stored, requires_grad=False)
-        return home
+        return pinned
 
     def _fetch(self, number: int, view) -> Tensor:
         if number != self.last:
             if self.last >= 0:
                 self.direction = 1 if number > self.last else -1
             self.last = number
-            count = len(self.homes)
+            count = len(self.pinned)
             ahead = next(
                 (n for n in (number + self.direction, number - self.direction) if 0 <= n < count),
                 number,
@@ -84,27 +83,26 @@ class Streamer:
         return view(self.slots[self.holds.index(number)])
 
     def forget(self) -> None:
-        """A home is about to be written to: what the slots hold of it is no longer right."""
+        """Forget what the slots hold, because pinned memory is about to be written to."""
         if self.side:
             self.side.synchronize()
         self.holds, self.last = [None, None], -1
 
     def _copy(self, number: int, slot: int) -> None:
-        home = self.homes[number]
+        pinned = self.pinned[number]
         self.holds[slot] = number
         if self.side is None:
-            self.slots[slot][: len(home)].copy_(home)
+            self.slots[slot][: len(pinned)].copy_(pinned)
             return
-        self.side.wait_stream(
-            torch.cuda.current_stream(self.device)
-        )  # what computes with the block there now
+        # Wait for what computes with the block that is there now.
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            self.slots[slot][: len(home)].copy_(home, non_blocking=True)
+            self.slots[slot][: len(pinned)].copy_(pinned, non_blocking=True)
             self.arrived[slot].record(self.side)
 
 
 def _layout(layers: list[nn.Linear]) -> tuple[list[Tensor], list[int]]:
-    """What is kept of each layer, and the byte where it begins; then the end of all."""
+    """Return what is kept of each layer, and the byte where each begins, with the end of all."""
     kept = [
         layer.weight.codes if isinstance(layer.weight, StoredWeight) else layer.weight.detach()
         for layer in layers
@@ -114,48 +112,54 @@ def _layout(layers: list[nn.Linear]) -> tuple[list[Tensor], list[int]]:
 
 
 def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int]:
-    """What a `Streamer` of these blocks would have on the CPU, and on the device."""
-    homes = [_layout(linear_layers(block))[1][-1] for block in blocks]
-    return sum(homes), 2 * max(homes)
+    """Return the bytes that a `Streamer` of these blocks would take on the CPU and on the
+    device."""
+    sizes = [_layout(linear_layers(block))[1][-1] for block in blocks]
+    return sum(sizes), 2 * max(sizes)
 
 
 def _view(offset: int, size: int, dtype: torch.dtype, shape: torch.Size, memory: Tensor) -> Tensor:
     return memory[offset : offset + size].view(dtype).view(shape)
 
 
-def settle(learner: Learner, offload_blocks: int, device: torch.device) -> None:
+def move_to_device(learner: Learner, offload_blocks: int, device: torch.device) -> None:
     """Move `learner` to `device`, but the frozen matrices of its first `offload_blocks` blocks (of
     each expert) to page-locked memory; on a CPU there is nothing to gain, which a warning says.
     ConfigError: there are fewer blocks, or trained ones.
     """
-    told = f"is {offload_blocks}, but"
-    if offload_blocks and device.type != "cuda":
+    if offload_blocks and device.type == "cuda":
+        _offload(learner, offload_blocks, device)
+    elif offload_blocks:
         warnings.warn(
-            f"train.offload_blocks {told} training runs on the {device.type}: weights stay as"
-            " they are",
+            f"train.offload_blocks is {offload_blocks}, but training runs on the {device.type}:"
+            " weights stay as they are",
             stacklevel=2,
         )
-    elif offload_blocks:
-        networks = list(learner.model.networks().values())
-        if sum(1 for network in networks for _ in network.parameters()) > len(
-            list(learner.model.parameters())
-        ):
-            raise ConfigError(
-                "train.offload_blocks", f"{told} two experts share these blocks; set it to 0"
-            )
-        for network in networks:
-            if offload_blocks > len(network.blocks):
-                raise ConfigError(
-                    "train.offload_blocks", f"{told} the model has {len(network.blocks)} blocks"
-                )
-            try:
-                Streamer(list(network.blocks[:offload_blocks]), device)
-            except ValueError as error:
-                raise ConfigError("train.offload_blocks", f"{told} {error}") from None
     learner.to(device)
+    # All processes read the same stored weights: DDP must not send them round.
     stored = [
         name for name, weight in learner.named_parameters() if isinstance(weight, StoredWeight)
     ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        learner, stored
-    )  # all processes read the same ones
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, stored)
+
+
+def _offload(learner: Learner, count: int, device: torch.device) -> None:
+    networks = [
+        part
+        for part in learner.model.modules()
+        if isinstance(getattr(part, "blocks", None), nn.ModuleList)
+    ]
+    parameters = sum(len(list(network.parameters())) for network in networks)
+    problem = ""
+    if parameters > len(list(learner.model.parameters())):
+        problem = "two experts share these blocks; set it to 0"
+    for network in networks:
+        if count > len(network.blocks):
+            problem = problem or f"the model has {len(network.blocks)} blocks"
+        if not problem:
+            try:
+                Streamer(list(network.blocks[:count]), device)
+            except ValueError as error:
+                problem = str(error)
+    if problem:
+        raise ConfigError("train.offload_blocks", f"is {count}, but {problem}")

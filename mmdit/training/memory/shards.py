@@ -19,9 +19,7 @@ from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.weights import tensor_pieces
 
-SHAPES = (  # beside the parts: the whole shapes, or a part that is absent would not be missed
-    "shapes.json"
-)
+SHAPES = "shapes.json"  # beside the parts, the whole shapes: else an absent part goes unnoticed
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
 
 
@@ -87,8 +85,8 @@ class Stored(Mapping[str, Tensor]):
 
     def _open(self, path: Path) -> None:
         file = safe_open(path, "pt")
-        told = (file.metadata() or {}).get(SHARDING)
-        where = json.loads(told) if told else None
+        sharding = (file.metadata() or {}).get(SHARDING)
+        where = json.loads(sharding) if sharding else None
         for name in file.keys():  # noqa: SIM118  (no dictionary)
             shape = file.get_slice(name).get_shape()
             offsets = where[name][OFFSETS] if where else [0] * len(shape)
@@ -112,9 +110,9 @@ def write(
     folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = True
 ) -> dict[str, list[int]]:
     """Write one file by the main process, or, where a tensor is sharded (then every process must
-    call), the folder `name/` by torch.distributed.checkpoint as safetensors: its own format would
-    be pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by who reads them. OSError
-    or SafetensorError."""
+    call), the folder `name/` by torch.distributed.checkpoint as safetensors: the format it has by
+    default is pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by who reads them.
+    OSError or SafetensorError."""
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         flat = {
             key: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
@@ -144,8 +142,8 @@ def write(
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device and in the type of `like`; of one that is sharded, this
-    process's part."""
+    """Return a whole tensor on the device and in the type of `like`; where that is sharded, the
+    part of this process."""
     value = value.to(like.device, like.dtype)
     if not isinstance(like, DTensor):
         return value
@@ -156,7 +154,7 @@ def place(value: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every process must ask), one that is kept otherwise unpacked; any
+    """Return a sharded tensor gathered (every process must ask), a `StoredWeight` unpacked, and any
     other as it is."""
     if isinstance(tensor, StoredWeight):
         return tensor.whole()
@@ -164,5 +162,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing memory: what works on each element alone needs no more."""
+    """Return the part of this process, in the same memory: what works on each element alone needs
+    no more."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

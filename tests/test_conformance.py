@@ -1,6 +1,6 @@
 """Facts that hold for every member of every union: tokenizers, text encoders, objectives, solvers,
 rewards, scorers and adapters. The unions decide what is tested: a new member fails here until it
-has a tiny example below. (Models: tests/test_denoisers.py.)"""
+has a tiny example below. (Models: tests/test_denoiser_contract.py.)"""
 
 import typing
 from dataclasses import replace

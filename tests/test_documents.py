@@ -42,7 +42,7 @@ START = re.compile(r"(?:PYTHONPATH=\S+ )?(?:mmdit [a-z]|(?:python|torchrun) .*-m
 PLACEHOLDERS = ("my.yaml", "my_")  # configs that a reader puts his own in place of
 FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples)"
 PARTS = r"(?:nn|diffusion|training|adapters|posttrain|interop|tokenizers|text_encoders|experiment)"
-EXAMPLE = ("x.py", "test_x.py", "test_denoiser_contract.py")  # files that a reader adds
+EXAMPLE = ("x.py", "test_x.py")  # files that a reader adds
 ENDINGS = ("py", "json", "jsonl", "yaml", "md", "png", "mp4", "pt", "safetensors", "html", "txt")
 
 

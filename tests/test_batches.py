@@ -37,7 +37,7 @@ def listing(*groups):
 def cache(tmp_path_factory):
     """30 items of two grids; channel 0 holds the item's number, channel 1 the frame's."""
     folder = tmp_path_factory.mktemp("cache")
-    tokenizer = SimpleNamespace(spec=LatentSpec(channels=3), fingerprint="none")
+    tokenizer = SimpleNamespace(spec=LatentSpec(channels=3), fingerprint="none", name="none")
     manifest = CacheManifest(
         tokenizer.fingerprint, "none", tokenizer.spec, ((32, 32), (48, 16)), True
     )

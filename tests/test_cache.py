@@ -30,12 +30,12 @@ from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import LatentSpec, Tokenizer
 
 VIDEO = VideoConfig(32, 32)
 
 
-class MeanPixels:
+class MeanPixels(Tokenizer):
     """A tokenizer whose latents are the mean colours of 16x16 squares: what was cropped can be read
     off them."""
 
@@ -52,6 +52,9 @@ class MeanPixels:
             .movedim(1, -1)
             .unflatten(0, pixels.shape[:2])
         )
+
+    def decode(self, latents):
+        raise NotImplementedError
 
 
 def write_meta(folder, rows, name="train_images.jsonl"):

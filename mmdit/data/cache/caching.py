@@ -12,9 +12,7 @@ different times.
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import Decoded, Meta, decoded
 from mmdit.data.cache.items import dump_json, load_item
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.writer import CacheWriter, explain_disk_errors
+from mmdit.data.cache.writer import CacheWriter, SavingThread, explain_disk_errors
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import latent_video, usable_frames
 from mmdit.data.dataset.frames import PreprocessConfig
@@ -39,7 +37,6 @@ from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
 HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
-WAITING = 4  # batches that may wait to be saved
 
 
 @dataclass
@@ -86,14 +83,14 @@ class Caching:
         )
         # pixels that wait until they are a batch, by shape
         self.buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = defaultdict(list)
-        self.saver = _Saver()
+        self.saver = SavingThread()
         try:
             self._cache(mine)
             self._find_strangers()
         except KeyboardInterrupt:
             self.report.interrupted = True
         finally:
-            self.saver.pool.shutdown(wait=True)
+            self.saver.close()
             self.writer.close()
             self._list_skipped()
         if self.world == 1:
@@ -292,23 +289,3 @@ class Caching:
             f" tried):\n{examples}\nPaths in the metadata are relative to the metadata file's own"
             " folder."
         )
-
-
-class _Saver:
-    """The thread that writes, at most a few batches behind."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, "cache-writer")
-        self.waiting: deque[Future] = deque()
-
-    def submit(self, work: Callable, *arguments) -> None:
-        """Have work done; waits while too much of it is waiting, which bounds the memory. Raises
-        what earlier work raised (a full disk)."""
-        self.waiting.append(self.pool.submit(work, *arguments))
-        while len(self.waiting) > WAITING:
-            self.waiting.popleft().result()
-
-    def wait(self) -> None:
-        """Wait until everything is written."""
-        while self.waiting:
-            self.waiting.popleft().result()

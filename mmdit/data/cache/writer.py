@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from mmdit.data.dataset.records import check_id
 from mmdit.files import clean, flush_file_system, lock, refuse_link, write_atomically
 
 FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
+WAITING = 4  # batches that may wait to be saved
 THREADS = 4  # that write files; making a file waits more than it computes
 
 
@@ -221,3 +223,27 @@ class CacheWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class SavingThread:
+    """A thread that saves, at most a few batches behind the one that makes them."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "cache-writer")
+        self.waiting: deque[Future] = deque()
+
+    def submit(self, work: Callable, *arguments: object) -> None:
+        """Have work done. Waits while too much of it is waiting, which bounds the memory; raises
+        what earlier work raised (a full disk)."""
+        self.waiting.append(self._pool.submit(work, *arguments))
+        while len(self.waiting) > WAITING:
+            self.waiting.popleft().result()
+
+    def wait(self) -> None:
+        """Wait until everything is saved."""
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was given."""
+        self._pool.shutdown()

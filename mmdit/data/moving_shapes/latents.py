@@ -3,8 +3,8 @@ tokenizer."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.writer import CacheWriter, explain_disk_errors
+from mmdit.data.cache.writer import CacheWriter, SavingThread, explain_disk_errors
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
@@ -33,27 +33,24 @@ def cache_moving_shapes(
     """Cache samples 0 … count - 1 of `recipe` with the ids and captions of `prepare_samples`;
     return how many were made (items that are there are kept). `prune`: take other items out.
     ValueError: the folder is a cache made with other settings, or of another recipe."""
-    with CacheWriter(out_dir, manifest, forgiving=True) as writer, ThreadPoolExecutor(1) as saver:
+    with (
+        CacheWriter(out_dir, manifest, forgiving=True) as writer,
+        contextlib.closing(SavingThread()) as saver,
+    ):
         if not (Path(out_dir) / DESCRIPTION).exists():
             _check_samples(writer, recipe, count)
         claim(Path(out_dir), recipe)
         if prune:
             writer.remove(sorted(writer.entries.keys() - {f"{i:06d}" for i in range(count)}))
         missing = [i for i in range(count) if f"{i:06d}" not in writer.entries]
-        saving: list[Future] = []
         with tqdm(
             total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample"
         ) as bar:
             for indices, latents, captions, facts in _encoded(tokenizer, recipe, missing, device):
                 names = [f"{i:06d}" for i in indices]
-                while len(saving) > 2:
-                    saving.pop(0).result()
-                saving.append(
-                    saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts)
-                )
+                saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts)
                 bar.update(len(indices))
-            for future in saving:
-                future.result()
+            saver.wait()
     return len(missing)
 
 

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,9 @@ SCALES = re.compile(  # what only quantised weights come with
 )
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One stored tensor."""
@@ -44,6 +48,14 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as the file names it: F32, BF16, F8_E4M3 …
+
+
+class Stored(Protocol):
+    """What `fill` asks of a checkpoint."""
+
+    entries: dict[str, Entry]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class Checkpoint:
@@ -172,8 +184,10 @@ def _check_shards(path: Path, files: list[Path], shard: re.Match) -> None:
 def _shards(index: Path) -> dict[str, str]:
     """Return the file of every tensor that an index names."""
     files = read_json(index, "index of shards").get("weight_map")
-    named = isinstance(files, dict) and [isinstance(name, str) and name for name in files.values()]
-    if not named or not all(named):
+    named = isinstance(files, dict) and all(
+        isinstance(name, str) and name for name in files.values()
+    )
+    if not files or not named:
         raise ValueError(
             f'{index} is no index of shards: "weight_map" must give the file of each tensor; fetch'
             " it again"
@@ -243,14 +257,14 @@ def check_numbers(name: str, tensor: Tensor, source: object) -> None:
 
 
 def fill(
-    model: nn.Module,
-    stored: Checkpoint,
+    model: Network,
+    stored: Stored,
     names: dict[str, str],
     source: object,
     device: torch.device | str = "cpu",
     dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
     ignored: tuple[str, ...] = (),
-) -> nn.Module:
+) -> Network:
     """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
     evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
     ValueError, in one sentence: some lack, are unknown or misshapen.

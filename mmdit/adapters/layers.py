@@ -60,6 +60,11 @@ class Adapter(nn.Linear):
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
+    def rank(self) -> int:
+        """Return what alpha is divided by."""
+        raise NotImplementedError
+
+    @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
@@ -222,11 +227,9 @@ class DoRALinear(LoRALinear):
 def factorise(size: int, factor: int) -> tuple[int, int]:
     """Return a and b of `size = a · b`, the smaller first: `factor` if it divides, else the largest
     divisor up to it; -1: as square as can be."""
-    if factor > 0 and size % factor == 0:
-        return tuple(sorted((factor, size // factor)))
     limit = math.isqrt(size) if factor < 0 else min(factor, size)
     a = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
-    return tuple(sorted((a, size // a)))
+    return min(a, size // a), max(a, size // a)
 
 
 class LoKrLinear(Adapter):
@@ -320,14 +323,15 @@ def adapter_type(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
     rows, columns = 1, 1
     for factor in ("lokr_w1", "lokr_w2"):
         whole, a, b = (shapes.get(factor + end) for end in ("", "_a", "_b"))
-        product = (a[0], b[1]) if a and b and a[1] == b[0] else None
-        if (whole is None) == (product is None) or (whole and (a or b)):
+        sizes = whole
+        if a and b and a[1] == b[0] and not whole:
+            sizes = a[0], b[1]
+        if sizes is None or (whole and (a or b)):
             raise ValueError(
                 f"it lacks or repeats {factor}, of the tensors {', '.join(sorted(names))}: the file"
                 " is incomplete"
             )
-        height, width = whole or product
-        rows, columns = rows * height, columns * width
+        rows, columns = rows * sizes[0], columns * sizes[1]
     if names - known:
         raise ValueError(
             f"its tensors are {', '.join(sorted(names))}, which is no LoRA, DoRA or LoKr"

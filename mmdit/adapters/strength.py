@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from mmdit.adapters.layers import is_adapter
+from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.adapters.lora import adapters
 
 # the factor that starts at zero; the update is proportional to it
@@ -20,13 +20,13 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
-def outer(layer: nn.Module) -> nn.Parameter:
+def outer(layer: Adapter) -> nn.Parameter:
     """Return the parameter of an adapter that holds its strength while alpha changes."""
     return next(getattr(layer, name) for name in OUTER if hasattr(layer, name))
 
 
 @torch.no_grad()
-def set_alpha(layer: nn.Module, alpha: float, preserve: bool = False) -> float:
+def set_alpha(layer: Adapter, alpha: float, preserve: bool = False) -> float:
     """Change alpha; with `preserve` the factor is rescaled so that the layer computes what it did.
     Return by how much it was, or would have to be, multiplied (1 where alpha has no say: LoKr with
     both factors whole). ValueError if not positive.

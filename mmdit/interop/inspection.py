@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmdit.adapters import is_adapter
 from mmdit.interop.lora_names import PARTS, common_prefix
-from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.interop.wan import EXPERT_FOLDERS, Expert, infer_config, locate, official_names
 from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
 
@@ -31,7 +31,7 @@ TITLES = {  # what a file is that holds a tensor of this name
 }
 
 
-def inspect_weights(path: str | Path, expert: str | None = None) -> dict:
+def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
     """Return a report that JSON can hold: `kind`, `variant`, `layout`, `prefix`, `files`,
     `parameters`, `bytes`, `dtypes`, `groups` (numbered blocks as one row), `quantised`. ValueError
     as `Checkpoint` and `locate` raise it.

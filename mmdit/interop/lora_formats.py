@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Generator, nn
 
-from mmdit.adapters.lora import adapters, add_differences, differences, insert
-from mmdit.interop.lora_reading import experts_in, read_lora
+from mmdit.adapters.layers import Adapter
+from mmdit.adapters.lora import Make, adapters, add_differences, differences, insert
+from mmdit.interfaces import Denoiser
+from mmdit.interop.lora_reading import Update, experts_in, read_lora
 from mmdit.interop.lora_writing import save_lora
 
 __all__ = ["experts_in", "load_lora", "read_lora", "save_lora"]
@@ -23,7 +25,7 @@ __all__ = ["experts_in", "load_lora", "read_lora", "save_lora"]
 
 @torch.no_grad()
 def load_lora(
-    model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None
+    model: Denoiser, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> list[str]:
     """Adapt `model` in place with the LoRA at `path`; returns the names of the adapted layers.
     Whole differences (of distilled models) are added to the parameters, until `remove` takes them
@@ -31,10 +33,13 @@ def load_lora(
     if adapters(model) or differences(model):
         raise ValueError("the model has adapters already: merge or remove them first")
     content = read_lora(model, path, expert)
-    makers = {
-        name: lambda base, _, update=update: update.adapter(base)
-        for name, update in content.updates.items()
-    }
-    insert(model, makers)
+    insert(model, {name: _maker(update) for name, update in content.updates.items()})
     add_differences(model, content.differences)
     return list(content.updates)
+
+
+def _maker(update: Update) -> Make:
+    def make(base: nn.Linear, _generator: Generator) -> Adapter:
+        return update.adapter(base)
+
+    return make

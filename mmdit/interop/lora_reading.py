@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, adapter_type
 from mmdit.adapters.lora import near
+from mmdit.interfaces import Denoiser
 from mmdit.interop.lora_names import FORMATS, Key, foreign_names, parse, unread_type
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
 from mmdit.weights import Checkpoint, check_numbers
@@ -80,7 +81,7 @@ class LoRAFile:
 
 
 def read_lora(
-    model: nn.Module, path: str | Path, expert: Literal["high", "low"] | None = None
+    model: Denoiser, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> LoRAFile:
     """Read the file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V
     model, with a warning. ValueError: keys that name no layer of it (with near names), half an
@@ -121,12 +122,13 @@ def read_lora(
     return content
 
 
-def experts_in(model: nn.Module, path: str | Path) -> set[str]:
+def experts_in(model: Denoiser, path: str | Path) -> set[str]:
     """Return the experts of a pair, "high" and "low", that the keys of a LoRA file name; none in
     the file of one network. `model`: one of the two."""
     names = foreign_names(model)
     entries = Checkpoint(weights_of(Path(path))).entries
-    named = {parse(name, names).expert for name in entries} - {None}
+    experts = (parse(name, names).expert for name in entries)
+    named = {expert for expert in experts if expert}
     if named and any(name.startswith("transformer.") for name in entries):
         named.add("high")  # as `_chosen` reads it
     return named
@@ -166,12 +168,14 @@ def _chosen(
 
 def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Path) -> LoRAFile:
     """Read the tensors of `keys`."""
-    content, sources, over_base = LoRAFile(), {}, _marked(stored.files[0])
+    content, over_base = LoRAFile(), _marked(stored.files[0])
+    sources: dict[str, str] = {}
     parameters = dict(model.named_parameters())
     for name, tensor in stored.tensors():
         if name not in keys:
             continue
         module, part = keys[name].module, keys[name].part
+        assert module is not None, "`_chosen` refuses other keys"
         ours = module if part in WHOLE and module in parameters else f"{module}.{part}"
         if ours in sources:
             raise ValueError(
@@ -273,8 +277,7 @@ def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor
         here = parameters[name].shape if name in parameters else None
         if here == tensor.shape:
             continue
-        patches = here is not None and tensor.ndim == len(here) > 2
-        if patches and tensor.shape[1] < here[1] and tensor[:, 0].shape == (here[0], *here[2:]):
+        if here is not None and _of_fewer_channels(tensor.shape, here):
             warnings.warn(
                 f"{path}: the difference of {name} is for {tensor.shape[1]} input channels, this"
                 f" model has {here[1]}: it was made for a T2V model; this one is left out, all"
@@ -287,3 +290,10 @@ def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor
         raise ValueError(
             f"{path}: a difference {tuple(tensor.shape)} for {name}, which is {what} in this model"
         )
+
+
+def _of_fewer_channels(shape: torch.Size, here: torch.Size) -> bool:
+    """Return whether patches of `shape` are like those `here`, but for fewer input channels."""
+    if len(shape) != len(here) or len(here) < 3:
+        return False
+    return shape[1] < here[1] and (shape[0], *shape[2:]) == (here[0], *here[2:])

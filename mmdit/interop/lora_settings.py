@@ -89,7 +89,9 @@ class Settings:
                 f"{self.source} gives {layer} the rank {stated:g}, its tensors have {rank}: they"
                 " do not belong together"
             )
-        divisor = stated if whole else rank
+        divisor: float = rank
+        if whole and stated is not None:
+            divisor = stated
         if self.values.get("use_rslora") and not lokr:
             divisor = math.sqrt(divisor)
         return alpha / divisor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear
 from mmdit.adapters.lora import adapters, differences
+from mmdit.interfaces import Denoiser
 from mmdit.interop.lora_names import DIFFERENCES, FORMATS, LoRAFormat
 from mmdit.interop.lora_reading import OVER_BASE, read_lora, stretch_over_base
 from mmdit.interop.lora_settings import CONFIG, HEADER, config_of
@@ -24,7 +25,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def save_lora(
-    model: nn.Module, path: str | Path, format: str, dtype: torch.dtype = torch.float32
+    model: Denoiser, path: str | Path, format: str, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the adapters of `model`, and the whole differences that came with them: `diffusers`,
     `kohya` or `comfy` as one file, `peft` as a folder. Then it is read back and compared, layer by
@@ -143,7 +144,7 @@ def _differences(model: nn.Module, form: LoRAFormat) -> dict[str, Tensor]:
     return result
 
 
-def _compare(model: nn.Module, written: Path, tolerance: float) -> None:
+def _compare(model: Denoiser, written: Path, tolerance: float) -> None:
     """Raise ValueError unless what was written is read back as it is."""
     back = read_lora(model, written)
 
@@ -159,6 +160,7 @@ def _compare(model: nn.Module, written: Path, tolerance: float) -> None:
         again = back.updates[name].adapter(layer)
         check(name, layer.delta(), again.delta())
         if isinstance(layer, DoRALinear):
+            assert isinstance(again, DoRALinear)
             check(name, layer.lora_magnitude, again.lora_magnitude)
     for name, change in differences(model).items():
         check(f"the difference of {name}", change, back.differences.get(name))

@@ -124,6 +124,7 @@ class ByteLevelEncoder(TextEncoder):
         self.word_mlp = GELU(dim, ratio=2)
         self.layers = nn.ModuleList(Layer(dim, config.num_heads) for _ in range(config.depth))
         self.norm = RMSNorm(dim)
+        self.positions: Tensor
         self.register_buffer("positions", place_table(config.max_length, dim), persistent=False)
         self.requires_grad_(not config.freeze)
 

@@ -49,6 +49,7 @@ class HashEncoder(TextEncoder):
         super().__init__()
         self.dim = config.dim
         self.words = WordRows(lambda chunk: split_words(chunk)[1], self._draw, config.max_length)
+        self.positions: Tensor
         self.register_buffer(
             "positions", place_table(config.max_length, config.dim), persistent=False
         )

@@ -97,6 +97,8 @@ class HuggingFaceEncoder(TextEncoder):
     longest caption. Dropout is off in both cases, as a resumed run must repeat itself.
     """
 
+    encoder: Any  # of the transformers library
+
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
         self.config, self.lr_scale = config, config.lr_scale

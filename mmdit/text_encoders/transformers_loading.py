@@ -135,7 +135,7 @@ def _encoder_class(transformers: Any, network_config: Any) -> Any:
     return model_class
 
 
-def _check(tokenizer: Any, encoder: nn.Module, report: dict, source: str) -> None:
+def _check(tokenizer: Any, encoder: Any, report: dict, source: str) -> None:
     """Raise ConfigError if files were absent, or tokenizer and encoder do not belong together."""
 
     def refuse(problem: str) -> ConfigError:
@@ -162,7 +162,7 @@ def _check(tokenizer: Any, encoder: nn.Module, report: dict, source: str) -> Non
         )
 
 
-def most_tokens(tokenizer: Any, encoder: nn.Module) -> int | None:
+def most_tokens(tokenizer: Any, encoder: Any) -> int | None:
     """Return how many tokens the encoder has places for; None: positions are relative."""
     places = getattr(encoder.config, "max_position_embeddings", None)
     return None if places is None else min(places, tokenizer.model_max_length)

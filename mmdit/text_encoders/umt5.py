@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class UMT5Config(HuggingFaceConfig):
 class UMT5Encoder(HuggingFaceEncoder):
     """As `HuggingFaceEncoder`, with an empty caption a text of one token, which is what a dropped
     caption becomes."""
+
+    config: UMT5Config
+    place: Tensor
+    encoder: Any  # UMT5EncoderModel, or nn.Identity while it is not loaded
 
     def __init__(self, config: UMT5Config):
         super().__init__(config)

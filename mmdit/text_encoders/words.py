@@ -6,6 +6,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -110,8 +111,8 @@ class WordRows:
         rows = self.rows[torch.from_numpy(distinct)]
         if not len(distinct):
             rows = self.rows.new_zeros(1, self.rows.shape[1])
-        parts = (rows, torch.from_numpy(index), torch.from_numpy(valid))
-        return tuple(upload(part, device) for part in parts)
+        place = partial(upload, device=device)
+        return place(rows), place(torch.from_numpy(index)), place(torch.from_numpy(valid))
 
     def _read(self, captions: list[str]) -> None:
         pieces = [caption.split() for caption in captions]

@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -81,7 +81,7 @@ class VTPTokenizer(Tokenizer):
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self._folder = _checkpoint(config.name_or_path)
-        self._model = _load(config, self._folder).requires_grad_(False).to(self.device)
+        self._model: Any = _load(config, self._folder).requires_grad_(False).to(self.device)
         self._chunk_size = config.chunk_size
         if config.compile and self.device.type == "cuda":
             for block in self._model.trunk.blocks:

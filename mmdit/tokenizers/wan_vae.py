@@ -172,7 +172,7 @@ class WanVAETokenizer(Tokenizer):
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=narrow):
             if not self.tile or max(rows, columns) <= self.tile:
                 return function(x).float()
-            result = total = None
+            result = total = torch.zeros(0)
             overlap = self.tile // 4 * outputs
             for (top, height), (left, width) in product(
                 _tiles(rows, self.tile), _tiles(columns, self.tile)
@@ -180,7 +180,7 @@ class WanVAETokenizer(Tokenizer):
                 down = slice(top * inputs, (top + height) * inputs)
                 across = slice(left * inputs, (left + width) * inputs)
                 part = function(x[..., down, across]).float()
-                if result is None:
+                if not len(result):
                     result = part.new_zeros(*part.shape[:3], rows * outputs, columns * outputs)
                     total = torch.zeros_like(result[0, 0, 0])
                 fade = _fade(height * outputs, overlap)[:, None] * _fade(width * outputs, overlap)

@@ -269,12 +269,12 @@ class Encoder(Coder):
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
             last = i == len(DOWN_TIME)
             time = not last and DOWN_TIME[i]
-            down = None if last else Down(outputs, time)
             if sizes.residual:
+                down = None if last else Down(outputs, time)
                 stages.append(DownStage(inputs, outputs, down, time))
             else:
                 stages += residuals(BLOCKS, inputs, outputs)
-                stages += [] if last else [down]
+                stages += [] if last else [Down(outputs, time)]
         self.downsamples = Chain(stages)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:

@@ -29,7 +29,7 @@ from mmdit.interfaces import TextEncoder, Tokenizer
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.pixels import to_unit
 from mmdit.posttrain.posttrain_config import RewardConfig, ScorerConfig
-from mmdit.posttrain.rewards import RewardPool, Samples, rows_of
+from mmdit.posttrain.rewards import RewardPool, Samples
 from mmdit.rng import Draws
 from mmdit.text_encoders import (
     ByteLevelConfig,
@@ -47,6 +47,7 @@ from mmdit.tokenizers import (
     build_tokenizer,
 )
 from mmdit.training.train_config import TrainConfig
+from tests import test_features as tiny_timm
 from tests import test_posttrain_rewards as tiny_clip
 from tests import test_text_encoders as tiny_t5
 from tests import test_umt5 as tiny_umt5
@@ -307,7 +308,17 @@ def hps(folder: Path) -> dict[str, str]:
     return keys | {"weights": str(weights)}
 
 
-NEEDS_WEIGHTS = {"clip": clip, "pickscore": clip, "hps": hps}
+def features(folder: Path) -> dict[str, str]:
+    place = folder / "features"
+    if not place.exists():
+        place.mkdir()
+        tiny_timm.make_weights(place, "test_vit")
+        tiny_timm.pictures(place / "reference", 2)
+    weights = str(place / "test_vit.safetensors")
+    return {"model": "test_vit", "weights": weights, "reference": str(place / "reference")}
+
+
+NEEDS_WEIGHTS = {"clip": clip, "pickscore": clip, "hps": hps, "features": features}
 
 
 def judge(member, folder: Path):
@@ -347,7 +358,7 @@ def test_a_reward_keeps_its_contract(member, folder):
     assert torch.equal(pool.score(samples)[reward.label], value)
     assert value.std() > 0 or member.type == "prompt_accuracy"
     rows = torch.tensor([0, 1, 2] if reward.groupwise else [1])
-    alone = pool.score(rows_of(samples, rows))[reward.label]
+    alone = pool.score(samples.rows(rows))[reward.label]
     torch.testing.assert_close(alone, value[rows], rtol=1e-5, atol=1e-5)
 
 

@@ -22,13 +22,10 @@ from tests.test_posttrain_rewards import samples
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights as timm would publish them, with a classifier: of a ViT, and of a network with
-    running means."""
+def make_weights(folder, *names: str):
+    """Random weights as timm would publish them, with a classifier."""
     timm = pytest.importorskip("timm")
-    folder = tmp_path_factory.mktemp("timm")
-    for name in ("test_vit", "test_resnet"):
+    for name in names:
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=False)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -36,6 +33,12 @@ def weights(tmp_path_factory):
             state["bn1.running_mean"] = 0.1 * torch.randn_like(state["bn1.running_mean"])
         save_file(state, folder / f"{name}.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a ViT, and of a network with running means."""
+    return make_weights(tmp_path_factory.mktemp("timm"), "test_vit", "test_resnet")
 
 
 def pictures(folder, count: int, value=None):

@@ -17,7 +17,6 @@ from mmdit.posttrain.rewards import (
     Noise,
     RewardPool,
     Samples,
-    rows_of,
 )
 from mmdit.posttrain.shapes import PromptAccuracy
 from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory, group_id
@@ -293,7 +292,7 @@ def test_rewards_are_the_same_in_a_thread_and_whole_groups_keep_their_order():
         "noise",
     }
     order = torch.randperm(8)
-    shuffled = pools[0].score(rows_of(given, order))
+    shuffled = pools[0].score(given.rows(order))
     assert all(torch.equal(shuffled[name], at_once[name][order]) for name in shuffled)
     assert sorted(at_once["brightness_rank"][:4].tolist()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
 

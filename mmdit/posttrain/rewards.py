@@ -6,6 +6,7 @@ by `type`. To add one: a class, and its name in the union of `posttrain_config`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -40,16 +41,25 @@ class Samples:
             return None
         return to_shown(self.pixels).movedim(2, -1)
 
+    def each(self, change: Callable[[Any], Any]) -> Samples:
+        """Return a copy in which every tensor and every list is what `change` makes of it."""
+        draws = replace(self.draws, indices=change(self.draws.indices))
+        values = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor | list)}
+        return replace(self, draws=draws, **values)
+
     def to(self, device: torch.device | str) -> Samples:
         """Return a copy on `device`; this one stays where it is."""
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(
-            self, draws=replace(self.draws, indices=self.draws.indices.to(device)), **moved
-        )
+        return self.each(lambda v: v.to(device) if isinstance(v, Tensor) else v)
+
+    def rows(self, places: Tensor) -> Samples:
+        """Return some of the samples."""
+
+        def take(values):
+            if isinstance(values, list):
+                return [values[i] for i in places.tolist()]
+            return values[places.to(values.device)]
+
+        return self.each(take)
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,7 @@ class RewardPool:
             parts = torch.arange(count).split(reward.batch or count)
         values = torch.empty(count)
         for rows in parts:
-            part = samples if len(rows) == count else rows_of(samples, rows)
+            part = samples if len(rows) == count else samples.rows(rows)
             value = reward.call(part.to(reward.device) if reward.device else part).float().cpu()
             if tuple(value.shape) != (len(rows),):
                 raise ValueError(
@@ -255,17 +265,3 @@ class RewardPool:
                 f" {samples.captions[first]!r}; must be finite and within {low} … {high}"
             )
         return values
-
-
-def rows_of(samples: Samples, rows: Tensor) -> Samples:
-    """Return some of the samples."""
-
-    def take(values):
-        if isinstance(values, list):
-            return [values[i] for i in rows.tolist()]
-        return None if values is None else values[rows.to(values.device)]
-
-    parts = ("captions", "latents", "groups", "pixels", "facts")
-    taken = {name: take(getattr(samples, name)) for name in parts}
-    draws = replace(samples.draws, indices=take(samples.draws.indices))
-    return replace(samples, draws=draws, **taken)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mmdit.data.batches.batch_plan import BatchPlan
@@ -170,3 +171,10 @@ def test_large_pictures_are_cached_with_little_shared_memory(tmp_path):
     run(meta, tmp_path / "whole", MeanPixels(), video=VideoConfig(1024, 1024))
     assert contents(tmp_path / "small") == contents(tmp_path / "whole")
     print(f"{time.monotonic() - begin:.0f} s")
+
+
+def test_decoded_pixels_are_page_locked_on_their_way_to_a_gpu(monkeypatch):
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self) or self)
+    result = decoding.Decoded(1, [(torch.zeros(2), [])])
+    assert pin_memory(result).groups == result.groups and locked == [result.groups[0][0]]

@@ -128,7 +128,7 @@ class TextTokens:
         return TextTokens(rows, torch.where(dropped[:, None], valid, text.valid), self.empty)
 
     def null(self) -> TextTokens:
-        """The unconditional tokens of as many captions."""
+        """Return the unconditional tokens of as many captions."""
         return self.drop(torch.ones(len(self), dtype=torch.bool, device=self.valid.device))
 
     def pad(self, length: int) -> TextTokens:
@@ -177,8 +177,8 @@ class Batch:
     )
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a GPU fetches it while it computes. DataLoader
-        knows this name."""
+        """Return the same in page-locked memory, from where a GPU fetches it while it computes.
+        DataLoader knows this name."""
         tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
         return replace(
             self,

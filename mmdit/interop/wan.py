@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from mmdit.config import ConfigError
 from mmdit.files import replace_folder
 from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
-from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store_float8
@@ -65,41 +65,47 @@ CONFIG_KEYS = {  # Diffusers' config.json → ours
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
-def locate(path: str | Path, expert: Expert | None = None) -> Path:
-    """The file or folder with the weights asked for: `path` itself, or the expert's folder in it.
+def locate(path: str | Path, expert: str | None = None) -> Path:
+    """Return the place of the weights asked for: `path` itself, or the expert's folder in it.
     ValueError: an expert must be named and is not, or is named and not there."""
     path = Path(path)
     if expert not in (None, "high", "low"):
         raise ValueError(
             f"expert is {expert!r}; must be 'high', 'low', or None for a model without experts"
         )
-    found = {
+    inside = {
         name: path / folder
         for name, folders in EXPERT_FOLDERS.items()
         for folder in folders
         if (path / folder).is_dir()
     }
-    if len(found) == 2 and expert is None:
+    if len(inside) == 2 and expert is None:
         raise ValueError(
-            f"{path} holds two experts, {found['high'].name} and {found['low'].name}: say"
+            f"{path} holds two experts, {inside['high'].name} and {inside['low'].name}: say"
             " expert='high' or 'low' (--expert, or model.expert in a config)"
         )
     if expert is None:
-        return next(iter(found.values()), path)
-    clear = {
+        return next(iter(inside.values()), path)
+    # A folder `transformer` alone is that of a model without experts.
+    experts = {
         name: folder
-        for name, folder in found.items()
-        if len(found) == 2 or folder.name != "transformer"
-    }  # alone: dense
-    if expert in clear:
-        return clear[expert]
-    words = {name: (f"{name}_noise", *folders) for name, folders in EXPERT_FOLDERS.items()}
-    told = {path.name, path.parent.name if path.is_file() else path.name}
-    named = [name for name, own in words.items() if told & {*own} or own[0] in path.name.lower()]
+        for name, folder in inside.items()
+        if len(inside) == 2 or folder.name != "transformer"
+    }
+    if expert in experts:
+        return experts[expert]
+    folder = path.parent if path.is_file() else path
+    names_of_path = {path.name, folder.name}
+    named = [
+        name
+        for name, folders in EXPERT_FOLDERS.items()
+        if names_of_path & {f"{name}_noise", *folders} or f"{name}_noise" in path.name.lower()
+    ]
     if named == [expert]:
         return path
     what = f"is the {named[0]}-noise expert" if named else "is a model without experts"
-    what = f"holds the {next(iter(clear))}-noise expert alone" if clear else what
+    if experts:
+        what = f"holds the {next(iter(experts))}-noise expert alone"
     raise ValueError(f"the {expert}-noise expert is asked for, but {path} {what}")
 
 
@@ -113,12 +119,13 @@ def expert_in_name(path: str | Path) -> Expert | None:
 
 
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
-    """Stored name → official name of every tensor, the layout, and the prefix that was taken
-    off."""
-    prefix = next(
-        (p for p in PREFIXES if all(name.startswith(p) or SCALES.search(name) for name in names)),
-        "",
-    )
+    """Return the official name of every tensor by its stored name, the layout, and the prefix that
+    was taken off."""
+
+    def begins(prefix: str) -> bool:
+        return all(name.startswith(prefix) or SCALES.search(name) for name in names)
+
+    prefix = next(filter(begins, PREFIXES), "")
     bare = {name: name.removeprefix(prefix) for name in names}
     if not any(
         ".attn1." in name or name.startswith("condition_embedder.") for name in bare.values()
@@ -133,15 +140,15 @@ def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
     whole |= {f"{b}.scale_shift_table": f"{b}.modulation" for b in blocks}
 
     def official(name: str) -> str:
-        module, _, kind = name.rpartition(".")
-        return whole.get(name) or (f"{modules[module]}.{kind}" if module in modules else name)
+        module, _, leaf = name.rpartition(".")
+        return whole.get(name) or (f"{modules[module]}.{leaf}" if module in modules else name)
 
     return {stored: official(name) for stored, name in bare.items()}, "diffusers", prefix
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
-    """From official names and shapes alone; heads are 128 wide, as in every released Wan; 0 heads:
-    they cannot be. ValueError: no Wan transformer."""
+    """Return the sizes that official names and shapes tell. Heads are 128 wide, as in every
+    released Wan; 0 heads: they cannot be. ValueError: no Wan transformer."""
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
@@ -161,6 +168,12 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
         raise ValueError(_no_transformer(shapes, source, error)) from None
     count_blocks(blocks, len(shapes), source)
     return config
+
+
+def stored_sizes(stored: Checkpoint, source: object) -> WanConfig:
+    """Return what `infer_config` reads from the headers of a file."""
+    names = official_names(list(stored.entries))[0]
+    return infer_config({names[n]: entry.shape for n, entry in stored.entries.items()}, source)
 
 
 def _no_transformer(names: Iterable[str], source: object, error: Exception) -> str:
@@ -202,9 +215,9 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
             CONFIG_KEYS.get(key, key) if foreign else key: value or 0
             for key, value in stored.items()
         }
-        told = {key: value for key, value in renamed.items() if key in known}
+        written = {key: value for key, value in renamed.items() if key in known}
         if foreign:
-            told["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
+            written["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is no config of a Wan transformer: {error!r}") from None
     for key, least, most in (
@@ -212,34 +225,29 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
         ("eps", 0, 1),
         ("text_len", 1, MOST_WORDS),
     ):
-        value, kinds = told.get(key, least), (int, float) if key == "eps" else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        value, number = written.get(key, least), (int, float) if key == "eps" else int
+        if isinstance(value, bool) or not isinstance(value, number) or not least <= value <= most:
             raise ValueError(f"{file}: {key} is {value!r}, must be a number from {least} to {most}")
-    for key, value in told.items():
-        if key not in ("num_heads", "eps", "text_len") and value != getattr(inferred, key):
-            found = getattr(inferred, key)
+    shapes = asdict(inferred)
+    for key, value in written.items():
+        if key not in ("num_heads", "eps", "text_len") and value != shapes[key]:
             raise ValueError(
-                f"{file}: {key} is {value}, the weights beside it have {found}; they do not belong"
-                " together"
+                f"{file}: {key} is {value}, the weights beside it have {shapes[key]}; they do not"
+                " belong together"
             )
-    return WanConfig(
-        **{
-            field.name: told.get(field.name, getattr(inferred, field.name))
-            for field in fields(WanConfig)
-        }
-    )
+    return replace(inferred, **written)
 
 
 def load_dit(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    expert: Expert | None = None,
-    kind: type[WanDiT] = WanDiT,
+    expert: str | None = None,
+    model_class: type[WanDiT] = WanDiT,
 ) -> WanDiT:
-    """A Wan transformer from an official or Diffusers folder, or a single file. Norms, modulation,
-    time and patch embeddings and the head stay float32 when `dtype` is less. Tensors are read one
-    by one into a model that has no memory before.
+    """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
+    modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors are
+    read one by one into a model that has no memory before.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
@@ -270,7 +278,7 @@ def load_dit(
             " width"
         )
     with torch.device("meta"):
-        model = kind(config)
+        model = model_class(config)
     ignored = tuple(
         name for name in names.values() if name.endswith("norm_added_q.weight")
     )  # as Diffusers does
@@ -286,9 +294,9 @@ def load_dit(
 
 
 def load_denoiser(
-    settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: Expert | None = None
+    settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: str | None = None
 ) -> WanDenoiser:
-    """What the section `model:` of type wan names (of a pair its expert, or `expert`), to be
+    """Load what the section `model:` of type wan names (of a pair its expert, or `expert`), to be
     trained on latents of `spec` with text `text_dim` wide. ConfigError, in one sentence: it cannot
     be read, or they do not belong together.
     """
@@ -297,7 +305,7 @@ def load_denoiser(
             torch.float32 if settings.dtype == "float32" else torch.bfloat16,
             expert or settings.expert,
         )
-        model = load_dit(settings.name_or_path, dtype, expert=expert, kind=WanDenoiser)
+        model = load_dit(settings.name_or_path, dtype, expert=expert, model_class=WanDenoiser)
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
     config = model.config
@@ -326,7 +334,7 @@ def load_denoiser(
 
 
 def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
-    """A loaded network as `settings` ask for it; in place."""
+    """Return a loaded network as `settings` ask for it; in place."""
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
     if settings.dtype == "float8":
@@ -337,10 +345,9 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 def config_json(config: WanConfig, layout: Layout) -> dict:
     if layout == "official":
-        kind = (
-            "i2v" if config.in_dim != config.out_dim else "ti2v" if config.in_dim == 48 else "t2v"
-        )
-        kind = "flf2v" if config.image_positions else kind
+        model_type = "ti2v" if config.in_dim == TI2V_CHANNELS else "t2v"
+        if config.in_dim != config.out_dim:
+            model_type = "flf2v" if config.image_positions else "i2v"
         keys = (
             "dim",
             "eps",
@@ -352,7 +359,7 @@ def config_json(config: WanConfig, layout: Layout) -> dict:
             "out_dim",
             "text_len",
         )
-        return {"_class_name": "WanModel", "model_type": kind} | {
+        return {"_class_name": "WanModel", "model_type": model_type} | {
             key: getattr(config, key) for key in keys
         }
     ours = {theirs: getattr(config, key) for theirs, key in CONFIG_KEYS.items()}
@@ -395,18 +402,18 @@ def save_dit(
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
-        own = parameter.numel() * _written_dtype(name, parameter, dtype).itemsize
-        if shards[-1] and size + own > shard_bytes:
+        written = parameter.numel() * _written_dtype(name, parameter, dtype).itemsize
+        if shards[-1] and size + written > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, total = size + own, total + own
+        size, total = size + written, total + written
     files = [
         f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
     ]
     if len(shards) == 1:
         files = [f"{WEIGHTS}.safetensors"]
-    with replace_folder(folder) as aside:
+    with replace_folder(folder) as unfinished:
         if len(shards) > 1:
             places = {
                 rename(name): file
@@ -414,12 +421,14 @@ def save_dit(
                 for name in names
             }
             index = {"metadata": {"total_size": total}, "weight_map": places}
-            (aside / f"{WEIGHTS}{INDEX}").write_text(json.dumps(index, indent=1), encoding="utf-8")
+            (unfinished / f"{WEIGHTS}{INDEX}").write_text(
+                json.dumps(index, indent=1), encoding="utf-8"
+            )
         for file, names in zip(files, shards, strict=True):
             tensors = {rename(name): _written(model, name, dtype) for name in names}
-            save_file(tensors, aside / file, {"format": "pt"})
+            save_file(tensors, unfinished / file, {"format": "pt"})
         config = json.dumps(config_json(model.config, layout), indent=1)
-        (aside / "config.json").write_text(config, encoding="utf-8")
+        (unfinished / "config.json").write_text(config, encoding="utf-8")
 
 
 def _written_dtype(name: str, parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -439,8 +448,8 @@ def _written(model: WanDiT, name: str, dtype: torch.dtype | None) -> Tensor:
         value = value.whole()
     result = value.to(device="cpu", dtype=_written_dtype(name, parameter, dtype)).contiguous()
     if not is_finite(result):
-        kind = str(result.dtype).removeprefix("torch.")
         raise ValueError(
-            f"the weight {name} holds numbers that are not finite in {kind}: nothing is written"
+            f"the weight {name} holds numbers that are not finite in"
+            f" {str(result.dtype).removeprefix('torch.')}: nothing is written"
         )
     return result

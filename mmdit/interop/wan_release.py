@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmdit.foreign import read_json
-from mmdit.interop.wan import EXPERT_FOLDERS, infer_config, locate, official_names
+from mmdit.interop.wan import EXPERT_FOLDERS, locate, stored_sizes
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.weights import Checkpoint, is_wan_release
@@ -38,11 +38,7 @@ def published_boundary(settings: WanModelConfig, pair: bool) -> float:
     """Return the boundary between the experts of the release that `settings` name, from the headers
     of one of its files. ValueError: they cannot be read."""
     stored = Checkpoint(locate(settings.name_or_path, "high" if pair else settings.expert))
-    names, _, _ = official_names(list(stored.entries))
-    config = infer_config(
-        {names[name]: entry.shape for name, entry in stored.entries.items() if name in names},
-        settings.name_or_path,
-    )
+    config = stored_sizes(stored, settings.name_or_path)
     return PUBLISHED["I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"][3]
 
 
@@ -66,8 +62,8 @@ def _has_boundary(index: Path) -> bool:
 
 
 def release_config(path: str | Path) -> dict | None:
-    """The config of a release in `path`, None if it is none. ValueError: it is one, and cannot be
-    read."""
+    """Return the config of a release in `path`, None if it is none. ValueError: it is one, and
+    cannot be read."""
     path = Path(path)
     release = _release(path)
     if release is None:
@@ -138,11 +134,7 @@ def _release(path: Path) -> tuple[str, WanConfig, bool] | None:
             f"{path} holds one expert of two, {experts[0]}; fetch the other: the times are shared"
             " between them"
         )
-    stored = Checkpoint(locate(path, "high" if pair else None))
-    names, _, _ = official_names(list(stored.entries))
-    config = infer_config(
-        {names[name]: entry.shape for name, entry in stored.entries.items()}, path
-    )
+    config = stored_sizes(Checkpoint(locate(path, "high" if pair else None)), path)
     name = config.variant.split(" ")[0]
     if pair:
         name = "I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"

@@ -23,7 +23,7 @@ __all__ = [
 def build_model(
     config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None
 ) -> VideoMMDiT:
-    """The network for latents of `latent_channels` and text tokens of `text_dim`, with fresh
+    """Return the network for latents of `latent_channels` and text tokens of `text_dim`, with fresh
     weights from torch's generator. (Wan has stored ones: `interop.wan.load_denoiser`.)"""
     match config:
         case VideoMMDiTConfig():

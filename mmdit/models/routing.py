@@ -61,8 +61,8 @@ class TreadConfig(Section):
 
 
 def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int) -> Tensor:
-    """The kept places `(K,)` of a window of `(height, width)`, ascending int64; a function of
-    `(seed, step)` alone, so that all ranks agree. K is the rounded part `1 - selection_rate`, at
+    """Return the kept places `(K,)` of a window of `(height, width)`, ascending int64: a function
+    of `(seed, step)` alone, so that all ranks agree. K is the rounded part `1 - selection_rate`, at
     least one."""
     height, width = window
     generator = rng.generator(seed, "tread", step)
@@ -79,8 +79,8 @@ def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int
 def route(
     x: Tensor, keep: Tensor, span: Callable[[Tensor], Tensor], rescale: bool = False
 ) -> Tensor:
-    """`span` on the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others pass by.
-    `span` maps `(b, f, n, K, d)` to itself."""
+    """Apply `span` to the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others pass
+    by. `span` maps `(b, f, n, K, d)` to itself."""
     kept = x.index_select(3, keep)
     result = span(kept)
     if rescale:

@@ -181,9 +181,9 @@ class Block(nn.Module):
         places: Places,
         frames: Frames,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream is `x + gate · change`, `x` and `change (b, f, n, k, d)`, or `x` alone: the
-        sum is left to whoever takes its norm. `modulation (b, 12, d)`, `text (b, t, d)` or its keys
-        and values, `valid (b, t)` → the stream after this block, likewise in three."""
+        """Return the stream after this block, in three parts as it comes: `x + gate · change`, `x`
+        and `change (b, f, n, k, d)`, or `x` alone. The sum is left to whoever takes its norm.
+        `modulation (b, 12, d)`; `text (b, t, d)` or its keys and values; `valid (b, t)`."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (
             Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)
@@ -276,8 +276,8 @@ class VideoMMDiT(Denoiser):
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
     def prepare(self, text: TextTokens) -> PreparedText:
-        """Return what is made of `text` alone, under the autocast of the calls that use it. Keys and
-        values are `2 · depth · b · t · d` numbers."""
+        """Return what is made of `text` alone, under the autocast of the calls that use it. Keys
+        and values are `2 · depth · b · t · d` numbers."""
         read = self._read(text)
         context = [
             block.cross.keys_values(tokens)
@@ -351,7 +351,7 @@ class VideoMMDiT(Denoiser):
         modulation: Tensor,
         text: PreparedText,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream as `Block.forward` returns it."""
+        """Return the stream as `Block.forward` does."""
         if (
             self.config.products == "float8"
             and self.training

@@ -64,8 +64,8 @@ class WanConfig:
 
     @property
     def variant(self) -> str:
-        """The public name of this architecture; experts of A14B have one, and so has T2V-14B of
-        2.1, which has its shapes."""
+        """Return the public name of this architecture. Both experts of A14B have one, and so has
+        T2V-14B of 2.1, which has its shapes."""
         if self.image_dim:
             return "FLF2V-14B" if self.image_positions else "I2V-14B"
         known = {
@@ -74,10 +74,8 @@ class WanConfig:
             (5120, 16): "T2V-14B or a T2V-A14B expert",
             (5120, 36): "I2V-A14B expert",
         }
-        return known.get(
-            (self.dim, self.in_dim),
-            f"{'I2V' if self.in_dim != self.out_dim else 'T2V'} of width {self.dim}",
-        )
+        task = "I2V" if self.in_dim != self.out_dim else "T2V"
+        return known.get((self.dim, self.in_dim), f"{task} of width {self.dim}")
 
 
 class RMSNorm(nn.Module):
@@ -199,8 +197,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, *arguments) -> Tensor:
-        """As `compute`. Compiled for training it keeps what matrix products and attention gave and
-        computes the rest anew: a third less memory than what torch would keep."""
+        """Compute the block. Compiled for training it keeps what matrix products and attention gave
+        and computes the rest anew: a third less memory than what torch would keep."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             return checkpoint(
                 self.compute, *arguments, use_reentrant=False, context_fn=keep_products
@@ -232,7 +230,7 @@ class Block(nn.Module):
 
 
 def keep_products():
-    """What `checkpoint` asks for: torch's own list of costly operators (of
+    """Return what `checkpoint` asks for: torch's own list of costly operators (of
     `aggressive_recomputation`) lacks cuDNN's attention."""
 
     def policy(context, operator, *arguments, **more) -> CheckpointPolicy:
@@ -396,8 +394,8 @@ class WanDiT(Denoiser):
 
     @classmethod
     def stored_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
-        """What a parameter is kept in when the model is asked for in `dtype`: the float32 islands
-        of the official code stay."""
+        """Return what a parameter is kept in when the model is asked for in `dtype`: the float32
+        islands of the official code stay."""
         exact = any(part in name for part in cls.exact_parts)
         return torch.promote_types(dtype, torch.float32) if exact else dtype
 
@@ -452,9 +450,9 @@ class WanDiT(Denoiser):
         ).to(x.dtype)
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their logits:
-        each prompt's rows, and one zero row that stands for all its padding up to `text_len`.
-        Without collapsing: padded to `text_len`, no bias.
+        """Return the rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their
+        logits: each prompt's rows, and one zero row that stands for all its padding up to
+        `text_len`. Without collapsing: padded to `text_len`, no bias.
         """
         length = self.config.text_len
         if not self.collapse_padding:
@@ -497,7 +495,9 @@ class WanDiT(Denoiser):
                 " those two even: patches are 2 by 2"
             )
         if inputs.shape[1] != config.in_dim:
-            given = f"{x.shape[1]} channels" + ("" if y is None else f" and y of {y.shape[1]}")
+            given = f"{x.shape[1]} channels"
+            if y is not None:
+                given += f" and y of {y.shape[1]}"
             raise ValueError(
                 f"latents have {given}, this model ({config.variant}) takes {config.in_dim}: an I2V"
                 " model needs y (4 mask channels, 16 of the picture), a T2V model none; latents"

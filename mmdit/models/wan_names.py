@@ -1,5 +1,5 @@
-"""What Diffusers calls the modules and parameters of a Wan transformer, whose official names are ours.
-One to one."""
+"""What Diffusers calls the modules and parameters of a Wan transformer, one to one. Our names
+are the official ones."""
 
 from __future__ import annotations
 

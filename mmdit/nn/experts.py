@@ -59,8 +59,8 @@ class Experts(Denoiser):
             times = torch.as_tensor(t)
             raise ValueError(
                 f"the times {times.min():g} … {times.max():g} of a batch belong to the experts"
-                f" high, low: they lie on both sides of the boundary {self.boundary.threshold:g}, and a"
-                " batch is for one"
+                f" high, low: they lie on both sides of the boundary {self.boundary.threshold:g},"
+                " and a batch is for one"
             )
         return "low"
 

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
             else:
                 save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
-            print(f"wrote {args.out}" + (f": {said}" if said else ""))
+            print(": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}")
             return 0
         if args.expert:
             raise ValueError(

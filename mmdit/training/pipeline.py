@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
-from mmdit.diffusion import Denoise, SamplerConfig, guided_by_expert, sample, sampling_times
+from mmdit.diffusion import (
+    Denoise,
+    SamplerConfig,
+    Time,
+    guided_by_expert,
+    sample,
+    sampling_times,
+)
 from mmdit.interfaces import Denoiser, TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.rng import Draws
@@ -56,7 +63,7 @@ class SampleSettings:
 
     @staticmethod
     def of(train) -> SampleSettings:
-        """The `train.sample_*` keys."""
+        """Return the settings of the `train.sample_*` keys."""
         return SampleSettings(
             train.sampler(),
             train.sample_cfg_scale,
@@ -153,7 +160,7 @@ class Pipeline:
         )
 
     def _not_finite(self) -> str | None:
-        """The first weight that is no finite number, of this process's parts if they are
+        """Return the first weight that is no finite number, of this process's parts if they are
         sharded."""
         for part, network in self.networks().items():
             for name, value in network.state_dict().items():
@@ -225,7 +232,7 @@ class Pipeline:
         if first is None:
             return ask
 
-        def denoise(x: Tensor, t: float) -> Tensor:
+        def denoise(x: Tensor, t: Time) -> Tensor:
             given = first.to(x.dtype).expand(len(x), *first.shape[1:])
             return torch.cat([given, ask(torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
 

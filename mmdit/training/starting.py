@@ -23,8 +23,8 @@ KEYS = re.compile(
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether `path` is a LoRA, in a file or a folder of PEFT, and no run, checkpoint or export of
-    ours."""
+    """Return whether `path` is a LoRA, in a file or a folder of PEFT, and no run, checkpoint or
+    export of ours."""
     path = Path(path)
     if path.is_dir():
         return (path / "adapter_config.json").is_file()

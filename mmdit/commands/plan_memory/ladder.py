@@ -19,7 +19,7 @@ from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.interfaces import LatentSpec
-from mmdit.interop.wan import infer_config, locate, official_names, read_config
+from mmdit.interop.wan import locate, read_config, stored_sizes
 from mmdit.models import WanModelConfig
 from mmdit.models.wan import WanConfig
 from mmdit.text_encoders import HashConfig
@@ -39,11 +39,7 @@ def released_sizes(
     headers of its files. ConfigError: it cannot be read."""
     try:
         place = locate(config.name_or_path, expert or config.expert)
-        stored = Checkpoint(place)
-        names = official_names(list(stored.entries))[0]
-        sizes = infer_config(
-            {names[name]: entry.shape for name, entry in stored.entries.items()}, place
-        )
+        sizes = stored_sizes(Checkpoint(place), place)
         return read_config(place, sizes) if place.is_dir() else sizes
     except ValueError as error:
         remedy = f"Before it is there, --variant {' or '.join(SIZES)} plans for it"

@@ -80,7 +80,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The peak on the device, as `torch.cuda.max_memory_allocated` tells it."""
+        """Return the peak on the device, as `torch.cuda.max_memory_allocated` tells it."""
         return sum(value for name, value in asdict(self).items() if name != "host")
 
     def describe(self) -> str:
@@ -112,13 +112,11 @@ class Meter(TorchDispatchMode):
         if func.__name__.startswith("_scaled_dot_product") and func.__name__.endswith(
             "backward.default"
         ):
-            b, h, l, d = args[
-                1
-                # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a
-                # row
-            ].shape
+            # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a row.
+            b, h, tokens, d = args[1].shape
             self.peak = max(
-                self.peak, self.live + 4 * b * h * (-(-l // 128) * 128) * (-(-d // 32) * 32 + 1)
+                self.peak,
+                self.live + 4 * b * h * (-(-tokens // 128) * 128) * (-(-d // 32) * 32 + 1),
             )
         return result
 
@@ -207,7 +205,7 @@ def stored_bytes(parameter: Tensor) -> int:
 
 
 def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
-    """Of the state that lasts, and of what visits the device during a step
+    """Return the bytes of the state that lasts, and of what visits the device during a step
     (`train.offload_optimizer`). AdamW has two moments in float32, `SplitAdamW` three numbers of 16
     bits, Muon one moment a matrix.
     """
@@ -233,15 +231,15 @@ def plan_memory(
     latents: tuple[int, ...],
     captions: list[str],
 ) -> MemoryPlan:
-    """Of training steps of the learner that `build` makes, on micro-batches of raw `latents (b, f,
-    r, c, d)` and `captions`, in one process. Of compiled blocks the smaller of the plans with and
-    without compiling: neither knows fused operations.
+    """Return the plan of training steps of the learner that `build` makes, on micro-batches of raw
+    `latents (b, f, r, c, d)` and `captions`, in one process. Of compiled blocks it is the smaller
+    of the plans with and without compiling: neither knows fused operations.
     """
-    kinds = (False, True) if train.compiles("cuda") else (False,)
-    return min(
-        (_plan(build, train, ema, latents, captions, kind) for kind in kinds),
-        key=lambda found: found.total,
-    )
+    plan = _plan(build, train, ema, latents, captions, compiled=False)
+    if not train.compiles("cuda"):
+        return plan
+    compiled = _plan(build, train, ema, latents, captions, compiled=True)
+    return min(plan, compiled, key=lambda plan: plan.total)
 
 
 def _plan(
@@ -327,7 +325,7 @@ def _plan(
 def random_denoiser(
     sizes: WanConfig, settings: WanModelConfig, device: torch.device | str = "cpu"
 ) -> WanDenoiser:
-    """A Wan transformer with random weights, as `settings` would load it."""
+    """Return a Wan transformer with random weights, as `settings` would load it."""
     with torch.device(device):
         model = WanDenoiser(sizes)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16

@@ -3,6 +3,8 @@ model will be shown."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,23 +19,21 @@ FRAMES = 8  # of a clip, at most
 
 
 def spread_items(cache: LatentCache, count: int) -> list[int]:
-    """Numbers of `count` items (all, if there are fewer): every size in turn, evenly over the items
-    of each."""
+    """Return the numbers of `count` items (all, if there are fewer): every size in turn, evenly
+    over the items of each."""
     sizes, inverse = torch.unique(cache.shapes[:, 1:3], dim=0, return_inverse=True)
     groups = [torch.nonzero(inverse == number).flatten() for number in range(len(sizes))]
     chosen: list[int] = []
-    for place, group in enumerate(
-        sorted(groups, key=len)
-    ):  # what small groups leave goes to larger ones
-        wanted = min(len(group), -(-(count - len(chosen)) // (len(groups) - place)))
-        chosen += group[
-            torch.linspace(0, len(group) - 1, wanted, dtype=torch.float64).round().long()
-        ].tolist()
+    # what small groups leave goes to larger ones
+    for place, group in enumerate(sorted(groups, key=len)):
+        share = math.ceil((count - len(chosen)) / (len(groups) - place))
+        places = torch.linspace(0, len(group) - 1, min(len(group), share), dtype=torch.float64)
+        chosen += group[places.round().long()].tolist()
     return chosen
 
 
 def _fitted(pixels: Tensor) -> Tensor:
-    """`(F, 3, H, W)` scaled to fit into a white square of `CELL` pixels."""
+    """Return `(F, 3, H, W)` scaled to fit into a white square of `CELL` pixels."""
     scale = CELL / max(pixels.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
     small = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
@@ -41,8 +41,8 @@ def _fitted(pixels: Tensor) -> Tensor:
 
 
 def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.Image:
-    """`count` items with id, size and caption; clips as strips of up to 8 frames, evenly over their
-    length. Each frame is decoded alone, as tokenizers here encode it. ValueError: a damaged
+    """Draw `count` items with id, size and caption; clips as strips of up to 8 frames, evenly over
+    their length. Each frame is decoded alone, as tokenizers here encode it. ValueError: a damaged
     item."""
     items = spread_items(cache, count)
     shown = min(FRAMES, int(cache.shapes[items, 0].max()))

@@ -42,8 +42,8 @@ def prompt_accuracy_report(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """Return the score of a model, ready for JSON; every rate is `{value, low, high, correct, count}`
-    with its 95 % Wilson interval.
+    """Return the score of a model, ready for JSON; every rate is `{value, low, high, correct,
+    count}` with its 95 % Wilson interval.
 
     `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at
     most `batch` prompts at a time; `offset` is the place of the first caption among all 512

@@ -180,7 +180,7 @@ def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | Non
     numbers = np.frombuffer(chunks.get(b"cHRM", b"")[:32], ">u4") / 100_000
     coding = Coding()
     if len(numbers) == 8 and numbers[1::2].min() > 0.01:
-        white, *corners = map(tuple, numbers.reshape(-1, 2).tolist())
+        white, *corners = [(x, y) for x, y in numbers.reshape(-1, 2).tolist()]
         coding = Coding((*corners, white))
     if np.abs(np.subtract(coding.gamut, Coding().gamut)).max() < 0.005:
         coding = Coding()
@@ -270,8 +270,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     rows = max(1, PART // width)
     # in parts: wider numbers of all of it would take gigabytes
     for first in range(0, height, rows):
-        part = image.crop((0, first, width, min(first + rows, height)))
-        part = np.asarray(part).astype(np.uint32)
+        strip = image.crop((0, first, width, min(first + rows, height)))
+        part = np.asarray(strip).astype(np.uint32)
         grey[first : first + rows, :, 0] = (part * 255 + top // 2) // top
         grey[first : first + rows, :, 1] = 255 if key is None else np.where(part == key, 0, 255)
     if inverted:

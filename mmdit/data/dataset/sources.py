@@ -103,7 +103,8 @@ def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dic
     `known`: ids that files have got before; they keep them, whatever appears beside them. Where
     several new files want one id, the first by name gets it; the others, and those whose id would
     be no file name, get a hash of their path. The order of `files` changes nothing."""
-    files, file_of = list(files), {}
+    files = list(files)
+    file_of: dict[str, str] = {}  # by id
     for file in sorted(files):
         if known and file in known:
             file_of.setdefault(known[file], file)
@@ -148,9 +149,9 @@ def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
         by_name.setdefault(os.path.splitext(text)[0], text)
     text_of = {}
     for file in media:
-        text = by_name.get(os.path.splitext(file)[0]) or by_name.get(file)
-        if text:
-            text_of[file] = text
+        for name in (file, os.path.splitext(file)[0]):  # the latter is preferred
+            if name in by_name:
+                text_of[file] = by_name[name]
     return text_of
 
 

@@ -335,7 +335,8 @@ def score_samples(
             "the facts are of clips but the predictions of single frames; give the oracle all"
             " frames"
         )
-    guesses = {name: None if x is None else x.tolist() for name, x in vars(predictions).items()}
+    columns = vars(predictions).items()
+    guesses = {name: column.tolist() for name, column in columns if column is not None}
     right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
     for i, item in enumerate(facts):
         present, stray = guesses["present"][i], guesses["stray"][i]
@@ -344,7 +345,7 @@ def score_samples(
         verdict = {"background": guesses["background"][i] == BACKGROUND.index(item.background)}
         for name, words in VOCABULARY.items():
             asked = [getattr(shape, name) for shape in item.objects]
-            verdict[name] = guesses[name] is not None and all(
+            verdict[name] = name in guesses and all(
                 value is None or guesses[name][i][slot] == words.index(value)
                 for value, slot in zip(asked, slots, strict=True)
             )

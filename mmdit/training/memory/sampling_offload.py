@@ -10,12 +10,13 @@ sequential   of the denoisers, besides, one block visits at a time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
+from mmdit.interfaces import Tokenizer
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.pipeline import Pipeline
 
@@ -103,12 +104,16 @@ class Visits:
         return result
 
 
-class VisitingTokenizer:
+class VisitingTokenizer(Tokenizer):
     """`tokenizer`, whose networks are on the GPU while it encodes or decodes."""
 
-    def __init__(self, tokenizer: Any, networks: list[nn.Module], visits: Visits):
+    def __init__(self, tokenizer: Tokenizer, networks: list[nn.Module], visits: Visits):
         self.tokenizer, self.networks, self.visits = tokenizer, networks, visits
         self.spec, self.fingerprint = tokenizer.spec, tokenizer.fingerprint
+
+    @property
+    def name(self) -> str:
+        return self.tokenizer.name
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.visits.call(self.networks, self.tokenizer.encode, pixels)

@@ -67,7 +67,7 @@ def test_only_a_jpeg_that_any_viewer_shows_as_it_is_stored_is_left_to_the_device
 
 def test_the_same_items_come_from_either_decoder(pictures, tmp_path):
     reports = {}
-    for name, preprocess in (("pillow", None), ("torchvision", TORCHVISION)):
+    for name, preprocess in (("pillow", PreprocessConfig()), ("torchvision", TORCHVISION)):
         reports[name] = run(pictures, tmp_path / name, preprocess=preprocess, batch_size=4)
     assert reports["torchvision"].skipped == reports["pillow"].skipped != []
     before, after = open_cache(tmp_path / "pillow"), open_cache(tmp_path / "torchvision")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -234,7 +233,7 @@ class Denoiser(Network):
     (tests/test_denoiser_contract.py runs over all of them).
     """
 
-    blocks: Sequence[nn.Module]  # in the order in which they compute
+    blocks: Any  # a ModuleList or a list of modules, in the order in which they compute
     patch: int = 1  # latent cells along each axis that it takes at a time
     variant: str = "this model"  # what messages call it
     picture: Picture = "none"  # which frames of a clip it is given in further channels

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from mmdit.diffusion.objective import Denoise, Objective
+from mmdit.diffusion.objective import Call, Denoise, Objective
 from mmdit.diffusion.path import Time
-from mmdit.interfaces import Denoiser, TextTokens
+from mmdit.interfaces import TextTokens
 
 
 def guided(
     objective: Objective,
-    model: Denoiser,
+    model: Call,
     text: TextTokens,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),

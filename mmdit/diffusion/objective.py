@@ -28,10 +28,13 @@ from mmdit.diffusion.path import (
     ddpm_path,
     shift_time,
 )
-from mmdit.interfaces import Denoiser, TextTokens
+from mmdit.interfaces import TextTokens
 from mmdit.rng import Draws
 
 # (x_t, t) -> estimate of the clean latents, both (B, ...)
+# (x_t, times as networks get them, text, further inputs) -> prediction: an interfaces.Denoiser, or
+# anything that is called like one
+Call = Callable[..., Tensor]
 Denoise = Callable[[Tensor, Time], Tensor]
 
 # The network's time embedding sees the same range whatever num_timesteps is.
@@ -86,7 +89,7 @@ class Objective(ABC):
 
     def loss(
         self,
-        model: Denoiser,
+        model: Call,
         clean: Tensor,
         text: TextTokens,
         draws: Draws,
@@ -114,7 +117,7 @@ class Objective(ABC):
         losses = self.measure(error[:, given:], clean[:, given:], noise[:, given:], t)
         return LossParts(losses, t.float())
 
-    def denoiser(self, model: Denoiser, text: TextTokens, **network_inputs) -> Denoise:
+    def denoiser(self, model: Call, text: TextTokens, **network_inputs) -> Denoise:
         """Return `denoise(x (B, ...), t float | () | (B,)) -> clean estimate (B, ...)`, at least
         float32.
 

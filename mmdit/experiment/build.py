@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +19,7 @@ from mmdit.diffusion import build_objective
 from mmdit.experiment.config import ExperimentConfig
 from mmdit.interfaces import Boundary, Denoiser, LatentSpec
 from mmdit.interop.wan import load_denoiser
-from mmdit.models import build_model
+from mmdit.models import WanModelConfig, build_model
 from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import key
 from mmdit.text_encoders import build_text_encoder
@@ -40,13 +41,13 @@ SHAPES_WEIGHTS = (
 
 
 def build_network(
-    config: ExperimentConfig, spec: LatentSpec, text_dim: int, expert: str | None = None
+    config: ExperimentConfig, spec: LatentSpec, text_dim: int, expert: Any = None
 ) -> Denoiser:
     """Return the denoiser of `config.model` for latents of `spec` and text tokens of `text_dim`:
     with the weights of its release (those of `expert`, if it has two), else with fresh ones from
     torch's generator."""
     if config.model.released:
-        return load_denoiser(config.model, spec, text_dim, expert)
+        return load_denoiser(cast(WanModelConfig, config.model), spec, text_dim, expert)
     return build_model(config.model, spec.channels, text_dim, config.tread)
 
 
@@ -95,6 +96,7 @@ def with_sibling(learner: Learner, config: ExperimentConfig) -> Denoiser:
     other = "low" if config.model.expert == "high" else "high"
     sibling = build_network(config, learner.spec, learner.text_encoder.dim, other)
     networks = {config.model.expert: learner.model, other: sibling.requires_grad_(False).eval()}
+    assert config.model.boundary is not None, "the config is resolved"
     boundary = Boundary(config.model.boundary, learner.objective.time_scale)
     return Experts(networks["high"], networks["low"], boundary)
 
@@ -115,10 +117,12 @@ def start_from(
     names; new adapters and a new `model.crop` stay as initialised. Return lines to report: the
     source, and how its model or objective was configured otherwise (it fits, but may not be meant).
     """
-    if is_lora(config.train.init_from):
+    source = config.train.init_from
+    assert source is not None, "the caller looks whether there is one"
+    if is_lora(source):
         return start_from_lora(learner, config)
     try:
-        weights = checkpoint.load_weights(config.train.init_from)
+        weights = checkpoint.load_weights(source)
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
@@ -133,6 +137,7 @@ def start_from(
     if pair and not config.experts.enabled:
         tensors, stored = one_expert(weights, config)
     elif config.experts.enabled and not pair:  # of one model: both experts start from it
+        assert isinstance(learner.model, Experts)
         tensors = learner.model.spread(tensors, "model.")
         stored = {
             f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()

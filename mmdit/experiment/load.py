@@ -43,7 +43,9 @@ def load_pipeline(
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)
-    raw = config_io.apply_overrides(weights.meta.config if weights else release, list(overrides))
+    stored = weights.meta.config if weights else release
+    assert stored is not None, "what has no weights of ours is a release"
+    raw = config_io.apply_overrides(stored, list(overrides))
     if release and where.type == "cpu":
         raw["model"]["dtype"] = raw["text_encoder"]["dtype"] = "float32"
     try:

@@ -250,6 +250,7 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
     if config.lora.enabled:
         print(coverage(learner.model))
     if config.experts.enabled:
+        assert learner.experts is not None
         print(learner.experts.describe())
     for line in expert_notes(config):
         print(line)

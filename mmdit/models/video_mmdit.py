@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from einops import rearrange
@@ -36,7 +36,12 @@ SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 18),
 }  # dim, depth, heads of width 64
-MLPS = {"swiglu": SwiGLU, "gelu": GELU}
+MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
+if TYPE_CHECKING:
+    Chosen = int
+else:
+    Chosen = int | None  # null in YAML; a config that is made knows the number
+UNSET: Any = None
 SUBLAYERS = 4
 # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
 FRAME_NUMBER_STD = 0.5
@@ -52,11 +57,11 @@ class VideoMMDiTConfig(ModelSection):
     # 1152, 28, 18.
     size: Literal["S", "B", "L", "XL"] | None = None
     # Width, where no `size` is named; null is that of S.
-    dim: int | None = None
+    dim: Chosen = UNSET
     # Number of blocks, likewise.
-    depth: int | None = None
+    depth: Chosen = UNSET
     # Heads of attention, likewise; must divide `dim`.
-    num_heads: int | None = None
+    num_heads: Chosen = UNSET
     # The largest side of a window of attention, in latent cells.
     window_size: int = 8
     # What attention in space sees, block by block and then again from the first: `window`,
@@ -186,7 +191,7 @@ class Block(nn.Module):
         `modulation (b, 12, d)`; `text (b, t, d)` or its keys and values; `valid (b, t)`."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (
-            Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)
+            Modulation(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)
         )
         x, seen = add_norm(x, change, gate, space)
         seen = self.spatial(seen, places)
@@ -338,7 +343,8 @@ class VideoMMDiT(Denoiser):
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
         _, seen = add_norm(
-            *self._run_blocks(h, grid, exact, keep, modulation, read), Modulation(*last, last[1])
+            *self._run_blocks(h, grid, exact, keep, modulation, read),
+            Modulation(last[0], last[1], last[1]),
         )
         return grid.merge(self.output(seen)).to(x.dtype)
 
@@ -392,7 +398,7 @@ class VideoMMDiT(Denoiser):
 
         if keep is None:
             return run(x, 0, len(self.blocks), layouts)
-        if self.tread is None:
+        if self.tread is None or self.span is None:
             raise ValueError(
                 "keep is given, but the model was built without routing; set tread.enabled: true"
             )
@@ -412,7 +418,8 @@ class VideoMMDiT(Denoiser):
             module: nn.Module, backward: bool = True
         ) -> int:  # products a token: forward, gradients of input, weights
             two_d = [weight for weight in module.parameters() if weight.ndim == 2]
-            return sum(weight.numel() * (1 + backward + weight.requires_grad) for weight in two_d)
+            passes = 2 if backward else 1
+            return sum(weight.numel() * (passes + weight.requires_grad) for weight in two_d)
 
         frames, dim, text = grid[0], self.config.dim, 1 + text_tokens
         layout = self.windows(*grid[1:])
@@ -424,8 +431,9 @@ class VideoMMDiT(Denoiser):
         once = (self.time, self.modulation, self.final_modulation, self.pooled, self.crop)
         total += sum(weights(part) for part in once if part is not None)
         for index, block in enumerate(self.blocks):
-            routed = kept is not None and self.span[0] <= index < self.span[1]
-            inside = kept if routed else places
+            inside = places
+            if kept is not None and self.span is not None and index in range(*self.span):
+                inside = kept
             seen = frames * windows * inside
             total += seen * sum(
                 weights(part)

@@ -124,6 +124,12 @@ def rotary_tables(
         return turned.cos().float().to(device), turned.sin().float().to(device)
 
 
+def input_dtype(layers: nn.Sequential) -> torch.dtype:
+    """Return the type of the weights that the input of `layers` meets first."""
+    first = next(layer for layer in layers if isinstance(layer, nn.Linear))
+    return first.weight.dtype
+
+
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """`t (u,)` on 0 … 1000 → `(u, width)` float32, cosines before sines, computed in float64."""
     ladder = 10_000.0 ** (
@@ -292,7 +298,7 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, states: Tensor) -> Tensor:
-        states = states.to(self.proj[1].weight.dtype)
+        states = states.to(input_dtype(self.proj))
         if self.emb_pos is not None:
             states = states + self.emb_pos
         return self.proj(states)
@@ -422,12 +428,12 @@ class WanDiT(Denoiser):
             tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d"))
             values, where = (t, None) if t.ndim == 1 else torch.unique(t, return_inverse=True)
             embedded = self.time_embedding(
-                sinusoid(values, config.freq_dim).to(self.time_embedding[0].weight.dtype)
+                sinusoid(values, config.freq_dim).to(input_dtype(self.time_embedding))
             )
             time = self.time_projection(embedded).unflatten(-1, (6, config.dim))
-            image = None if clip is None else self.img_emb(clip)
+            image = None if clip is None or self.img_emb is None else self.img_emb(clip)
         text, bias = self.text_keys(text)
-        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        text = self.text_embedding(text.to(input_dtype(self.text_embedding)))
         image = None if image is None else image.to(text.dtype)
         rotary = rotary_tables(*grid, config.dim // config.num_heads, x.device)
         tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens

@@ -105,7 +105,7 @@ class StoredWeight(Tensor):
     def __tensor_unflatten__(parts, dtype, size, stride):
         return StoredWeight(parts["codes"], parts.get("scale"), dtype)
 
-    def __repr__(self, **_):  # type: ignore[override]
+    def __repr__(self, **_):
         return (
             f"StoredWeight({tuple(self.shape)}, {self.dtype}, kept as {self.codes.dtype} on"
             f" {self.codes.device})"
@@ -118,7 +118,7 @@ class StoredWeight(Tensor):
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], StoredWeight) else None
         if weight is None:
@@ -180,11 +180,11 @@ class PartOfCopy(Tensor):
     def __init__(self, values: Tensor):
         self.copied = values
 
-    def __repr__(self, **_):  # type: ignore[override]
+    def __repr__(self, **_):
         return f"PartOfCopy({self.copied!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
             writes = argument.alias_info is not None and argument.alias_info.is_write

@@ -64,7 +64,8 @@ def trained_before(old: dict, new: dict) -> list[str]:
     (before, share), (after, other) = (
         (train.get("val_every_steps"), train.get("val_share")) for train in trains
     )
-    if not after or (before and old.get("seed") == new["seed"] and other <= (share or 0)):
+    same = before and old.get("seed") == new["seed"]
+    if not after or (same and (other or 0) <= (share or 0)):
         return []
     return [
         "the held-out items are others than before (seed, train.val_share, train.val_every_steps):"

@@ -71,10 +71,10 @@ class Learner(nn.Module):
         self.compiled = True
         self.replays = Replays(self.model) if replays and suits(self.model) else None
         for block in self.model.blocks:
-            if isinstance(
-                block, FSDPModule
-            ):  # its hooks gather and free weights around what is compiled
-                block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+            if isinstance(block, FSDPModule):
+                # its hooks gather and free weights around what is compiled
+                whole: Any = block
+                whole.forward = torch.compile(whole.forward, dynamic=False, backend=backend)
             else:
                 block.compile(dynamic=False, backend=backend)
 
@@ -134,7 +134,7 @@ class Learner(nn.Module):
             draws = self.experts.draws(draws, expert, latents.shape[1])
             inputs["expert"] = expert
         clean = self.spec.normalize(latents)
-        model = self.replays or self.model
+        model: Callable[..., Tensor] = self.replays or self.model
         parts = self.objective.loss(model, clean, text, draws, given=given, **inputs)
         return parts.per_sample, parts.t
 

@@ -23,7 +23,8 @@ def _image(frame: Tensor) -> Image.Image:
 
 
 def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
         if line and draw.textlength(longer, font=font) > width:
@@ -63,7 +64,7 @@ def contact_sheet(
     held = sheet_holds(pixels.shape[-1], pixels.shape[-2], pixels.shape[1])
     captions, clips = captions[:held], torch.stack([sheet_strip(clip) for clip in pixels[:held]])
     shown = range(clips.shape[1])
-    scale = enlargement(*clips.shape[-2:], cell)
+    scale = enlargement(clips.shape[-2], clips.shape[-1], cell)
     height, width = clips.shape[-2] * scale, clips.shape[-1] * scale
     font = ImageFont.load_default(size=12)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -83,7 +84,8 @@ def contact_sheet(
         )
         for j, frame in enumerate(clip):
             sheet.paste(
-                _image(frame).resize((width, height), Image.NEAREST), (left + j * (width + 2), top)
+                _image(frame).resize((width, height), Image.Resampling.NEAREST),
+                (left + j * (width + 2), top),
             )
         for j, line in enumerate(lines):
             draw.text((left, top + height + 3 + 15 * j), line, fill="black", font=font)

@@ -25,7 +25,8 @@ class MetricsLog:
     def __init__(self, run_dir: Path, from_step: int):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        kept, self.last = [], {}  # `last`: the newest record
+        kept: list[str] = []
+        self.last: dict = {}  # the newest record
         text = ""
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -42,7 +43,9 @@ class MetricsLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=from_step + 1)
+            self.board: SummaryWriter | None = SummaryWriter(
+                run_dir / "tensorboard", purge_step=from_step + 1
+            )
         except (ImportError, RuntimeError, OSError):
             self.board = None
 

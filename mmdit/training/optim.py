@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Optimizer:
         self.scale: Tensor | None = None
 
     @property
-    def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+    def state(self) -> dict[Any, dict[str, Tensor]]:
         if self.parking and torch.cuda.is_available():
             torch.cuda.synchronize()  # moments may still be on their way
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
@@ -70,8 +70,9 @@ class Optimizer:
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
                 # Fused: it looks at found_inf and divides on the device, in its one pass.
-                part.found_inf = self.found_inf
-                part.grad_scale = None if self.scale is None else 1 / self.scale
+                fused: Any = part
+                fused.found_inf = self.found_inf
+                fused.grad_scale = None if self.scale is None else 1 / self.scale
             elif self.found_inf is not None and self.found_inf.item():
                 continue
             elif self.scale is not None:

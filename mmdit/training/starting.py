@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ def start_from_lora(learner: Learner, config) -> list[str]:
         )
     lines = []
     for name, part in learner.parts().items():
-        expert = name or config.model.expert
+        expert: Any = name or config.model.expert
         try:
             content = read_lora(part, path, expert)
         except ValueError as error:

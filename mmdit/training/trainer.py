@@ -71,7 +71,7 @@ class Trainer:
     run_dir: Path
     save: Callable[[TrainState], None]
     preview: Callable[[TrainState], None] | None = None
-    validate: Callable[[TrainState], dict[str, float]] | None = None
+    validate: Callable[[TrainState], dict[str, float | None]] | None = None
     parallel: ParallelConfig = ParallelConfig()
     saved: int = field(default=0, init=False)  # the step of the newest checkpoint
     moving: bool = field(default=False, init=False)  # between the old state and the new one
@@ -190,14 +190,14 @@ class Trainer:
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
                 crops = None if batch.crops is None else batch.crops.to(device, non_blocking=True)
-                keep = state.learner.model.draw_keep(*latents.shape[2:4], self.seed, state.step)
+                frames, rows, columns = latents.shape[1:4]
+                keep = state.learner.model.draw_keep(rows, columns, self.seed, state.step)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
                     losses, t = wrapped(latents, batch.captions, draws, keep, crops, expert)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach(), latents.isfinite().flatten(1).all(1)))
-            window.flops += len(latents) * state.learner.train_flops(
-                tuple(latents.shape[1:4]), keep
-            )
+            flops = state.learner.train_flops((frames, rows, columns), keep)
+            window.flops += len(latents) * flops
         self.moving = True
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
         signs = state.signs.compare(expert or "", skipped) if state.signs else None

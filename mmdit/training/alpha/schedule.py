@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,12 +74,14 @@ class ExitConfig:
         """Return whether the last window of `history` meets all criteria; False where a number that
         one asks for is missing."""
         window = self.window(history.levelled)
+        if window is None:
+            return False
         losses, looks_back = history.losses, WINDOW
         if self.samples is None:
             losses, looks_back = history.levelled, window
-        if window is None or len(losses) < window:
-            return False
         trend = Trend.of(losses[-looks_back:])
+        if trend is None or len(losses) < window:
+            return False
         relative = None if trend.relative is None else abs(trend.relative)
         errors = None
         if history.stability_error is not None:
@@ -220,7 +223,7 @@ class AlphaSchedule:
     def __init__(
         self,
         config: AlphaScheduleConfig,
-        models: dict[str, nn.Module],
+        models: Mapping[str, nn.Module],
         optimizer: Optimizer,
         averages: dict[nn.Parameter, Tensor],
     ):

@@ -119,18 +119,19 @@ class LossHistory:
         levels = [i for i, count in enumerate(facts.counts) if count]
         losses = {i: facts.sums[i] / facts.counts[i] for i in levels}
         weights = list(self.visits)
+        means: dict[int, float] = {}  # of the levels that this step has
         for i in levels:
             weights[i] += 1
-            if self.means[i] is None:
-                self.means[i] = losses[i]
+            before = self.means[i]
+            means[i] = self.means[i] = losses[i] if before is None else before
         total = sum(w * mean for w, mean in zip(weights, self.means) if mean is not None)
         overall = total / sum(weights)
-        ratios = {i: losses[i] / self.means[i] if self.means[i] else 1.0 for i in levels}
+        ratios = {i: losses[i] / means[i] if means[i] else 1.0 for i in levels}
         count = sum(facts.counts[i] for i in levels)
         levelled = sum(facts.counts[i] * ratios[i] for i in levels) / count
         for i in levels:
             self.visits[i] += 1
-            self.means[i] += (losses[i] - self.means[i]) / min(self.visits[i], PATIENCE)
+            self.means[i] = means[i] + (losses[i] - means[i]) / min(self.visits[i], PATIENCE)
         return levelled * overall
 
     def reset(self) -> None:

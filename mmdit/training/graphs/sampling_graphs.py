@@ -99,7 +99,7 @@ class Calls:
             return model(x, t, text, **inputs)
         signature = (id(model), id(text), x.shape, x.dtype)
         if signature not in self.made:
-            call = partial(model, text=model.prepare(text))
+            call: Callable[[Tensor, Tensor], Tensor] = partial(model, text=model.prepare(text))
             self.made[signature] = text, call
             return first_call(call, x, t) if can_replay(model, x) else call(x, t)
         call = self.made[signature][1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,10 @@ def operations(
 ) -> float:
     """Return the operations of a block, forward and backward, on latents `(b, f, r, c, d)`."""
     kept = None if keep is None else len(keep)
-    return shape[0] * model.train_flops(tuple(shape[1:4]), text_tokens, kept) / len(model.blocks)
+    samples, *grid = shape[:4]
+    frames, rows, columns = grid
+    flops = model.train_flops((frames, rows, columns), text_tokens, kept)
+    return samples * flops / len(model.blocks)
 
 
 def memory(device: torch.device) -> int:
@@ -116,8 +120,9 @@ class Recorded:
     def run_back(self) -> list[Tensor | None]:
         self.backward.replay()
         copies = [None if grad is None else torch.empty_like(grad) for grad in self.gradients]
-        pairs = [pair for pair in zip(copies, self.gradients) if pair[0] is not None]
-        torch._foreach_copy_(*map(list, zip(*pairs)))
+        there = [copy for copy in copies if copy is not None]
+        gradients = [grad for grad in self.gradients if grad is not None]
+        torch._foreach_copy_(there, gradients)
         return copies
 
     def __call__(self, direct: bool, *inputs: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class Replays:
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.made: dict[tuple, Recorded | None] = {}
         self.direct = True  # nobody else waits for the gradients, as DDP does
-        self.pool = None  # one for all graphs: a step is over before the next one begins
+        self.pool: Any = None  # one for all graphs: a step is over before the next one begins
         self.able = True
 
     def __call__(

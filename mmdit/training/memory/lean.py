@@ -3,7 +3,7 @@ CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,9 @@ class SplitAdamW(torch.optim.Optimizer):
                     )
                 ).to(p.device, non_blocking=True)
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["rest"])
-                update = _compiled_update if p.is_cuda else _update
-                update(*(local(tensor).view(-1) for tensor in tensors), numbers, beta1, beta2)
+                flat = [local(tensor).view(-1) for tensor in tensors]
+                update: Callable[..., None] = _compiled_update if p.is_cuda else _update
+                update(*flat, numbers, beta1, beta2)
 
 
 def _update(
@@ -69,7 +70,7 @@ def _update(
     numbers: Tensor,
     beta1: float,
     beta2: float,
-):
+) -> None:
     lr, decay, correction1, correction2, eps = numbers.unbind()
     grad, value = grad.float(), p.float() + rest.float()
     first = exp_avg.float().lerp(grad, 1 - beta1)
@@ -88,7 +89,8 @@ _compiled_update = torch.compile(_update, dynamic=True)
 def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
     """Yield parameter groups, cut so that each list has at most CHUNK elements (or one
     parameter)."""
-    chunk, size = [], 0
+    chunk: list[dict] = []
+    size = 0
     for group in groups:
         for p in group["params"]:
             if chunk and size + p.numel() > CHUNK:

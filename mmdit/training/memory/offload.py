@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def move_to_device(learner: Learner, offload_blocks: int, device: torch.device) 
 
 
 def _offload(learner: Learner, count: int, device: torch.device) -> None:
-    networks = [
+    networks: list[Any] = [
         part
         for part in learner.model.modules()
         if isinstance(getattr(part, "blocks", None), nn.ModuleList)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +218,7 @@ class Pipeline:
         pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
         inputs, first = self.pictures.given(pictures, frames)
         sampling = self.model.sampling_inputs(settings.sampler.grid)
-        networks = self.model.networks()
+        networks: dict[str, Any] = {**self.model.networks()}
         if self.execution_device is None:  # else weights come and go, call by call
             networks = {name: partial(calls, network) for name, network in networks.items()}
         low = settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low

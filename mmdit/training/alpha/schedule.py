@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.adapters import adapters
+from mmdit.adapters import Adapter, adapters
 from mmdit.adapters.strength import outer, set_alpha
 from mmdit.config import ConfigError, Section, least
 from mmdit.training.alpha.trend import LONGEST, WINDOW, LossHistory, Trend
@@ -196,7 +196,7 @@ class AlphaScheduleConfig(Section):
 
 @torch.no_grad()
 def keep_strength(
-    layer: nn.Module, alpha: float, optimizer: Optimizer, averages: dict[nn.Parameter, Tensor]
+    layer: Adapter, alpha: float, optimizer: Optimizer, averages: dict[nn.Parameter, Tensor]
 ) -> None:
     """Change the alpha of an adapter that goes on computing what it did: one of its factors is
     rescaled, and with it its average and what the optimizer keeps of it."""

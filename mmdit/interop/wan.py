@@ -246,8 +246,8 @@ def load_dit(
     model_class: type[WanDiT] = WanDiT,
 ) -> WanDiT:
     """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
-    modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors are
-    read one by one into a model that has no memory before.
+    modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
+    are read one by one into a model that has no memory before.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,

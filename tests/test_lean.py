@@ -9,6 +9,7 @@ from torch import nn
 
 from mmdit.config import ConfigError, decode
 from mmdit.experiment.config import ExperimentConfig
+from mmdit.interfaces import Network
 from mmdit.training.memory import lean
 from mmdit.training.optim import build_optimizer, clip_and_guard
 from mmdit.training.train_config import TrainConfig
@@ -83,14 +84,23 @@ def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypa
     )
 
 
+class Inner(Network):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6, dtype=dtype))
+        self.bias = nn.Parameter(torch.randn(6, dtype=dtype))
+
+    def matrices(self) -> set[str]:
+        return {"weight"}
+
+
 class Two(nn.Module):
     """Two matrices, which Muon gets, and a vector; all moments away from zero after the first
     steps."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.inner = nn.Linear(6, 6, dtype=dtype)
-        self.inner.matrices = lambda: {"weight"}
+        self.inner = Inner(dtype)
 
 
 @pytest.mark.parametrize(

@@ -71,14 +71,13 @@ def least(section: object, bound: float, *names: str, above: bool = False) -> No
     for name in names:
         value = getattr(section, name)
         if value is not None and (value < bound or (above and value == bound)):
-            raise ConfigError(
-                name, f"is {value}; must be {'above' if above else 'at least'} {bound:g}"
-            )
+            limit = "above" if above else "at least"
+            raise ConfigError(name, f"is {value}; must be {limit} {bound:g}")
 
 
 def shortened(text: str, most: int) -> str:
-    """A value of megabytes in a message: its beginning, and the end of the message, where the
-    remedy is."""
+    """Return a short text as it is, and of a long one the beginning and the end, where the remedy
+    is."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
@@ -93,8 +92,8 @@ _NUMBER = re.compile(
 
 
 def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
-    """The mapping in `text` and the line of every dotted path. Safe: no tags are constructed, size
-    and aliases are bounded."""
+    """Return the mapping in `text` and the line of every dotted path. Safe: no tags are
+    constructed, size and aliases are bounded."""
     if len(text.encode()) > MAX_BYTES:
         raise ConfigError(
             "", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text"
@@ -113,8 +112,8 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
                 " them out",
             )
         lines.setdefault(path, line)
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind not in ("map", "seq", "str", "int", "float", "bool", "null"):
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        if tag not in ("map", "seq", "str", "int", "float", "bool", "null"):
             raise ConfigError(
                 path,
                 f"{name}:{line}: the tag {node.tag!r} is not allowed; write plain values (quote"
@@ -138,17 +137,17 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
             return result
         if isinstance(node, yaml.SequenceNode):
             return [build(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value)]
-        if kind == "str":
+        if tag == "str":
             plain = node.style is None
             return float(node.value) if plain and _NUMBER.fullmatch(node.value) else node.value
-        if kind in ("int", "float") and (":" in node.value or len(node.value) > MAX_DIGITS):
+        if tag in ("int", "float") and (":" in node.value or len(node.value) > MAX_DIGITS):
             raise ConfigError(
                 path,
                 f"{name}:{line}: {shortened(node.value, 40)!r} is read as a number to the base of "
                 "60, or has too "
                 "many digits; write a plain number, or quote a text",
             )
-        return getattr(loader, f"construct_yaml_{kind}")(node)
+        return getattr(loader, f"construct_yaml_{tag}")(node)
 
     try:
         loader = yaml.SafeLoader(text)
@@ -226,18 +225,19 @@ def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
-def decode(kind: Any, value: Any, path: str = "") -> Any:
-    """`value` (plain YAML data) as `kind`. Nothing is guessed: only int → float is converted."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, path)
+def decode(hint: Any, value: Any, path: str = "") -> Any:
+    """Return `value` (plain YAML data) as the type `hint`. Nothing is guessed: only int → float is
+    converted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, value, path)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, value, path)
     if origin is typing.Literal:
         if value not in arguments or isinstance(value, bool) != any(
             isinstance(a, bool) and a == value for a in arguments
         ):
-            hint = (
+            note = (
                 " (YAML reads on/off/yes/no as true/false: quote the word)"
                 if isinstance(value, bool)
                 else ""
@@ -245,7 +245,7 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
             raise ConfigError(
                 path,
                 f"is {value!r}, must be one of"
-                f" {', '.join(map(repr, arguments))}{_near(value, arguments)}{hint}",
+                f" {', '.join(map(repr, arguments))}{_near(value, arguments)}{note}",
             )
         return value
     if origin is tuple:
@@ -256,23 +256,23 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
         if len(value) != len(arguments):
             raise ConfigError(path, f"has {len(value)} values, must have {len(arguments)}")
         return tuple(
-            decode(kind_i, item, f"{path}[{i}]")
-            for i, (kind_i, item) in enumerate(zip(arguments, value, strict=True))
+            decode(part, item, f"{path}[{i}]")
+            for i, (part, item) in enumerate(zip(arguments, value, strict=True))
         )
-    if kind is FilePath:
+    if hint is FilePath:
         return os.path.expanduser(decode(str, value, path))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
             raise ConfigError(path, "is too large for a floating-point number") from None
-    if kind is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e5 steps
-    if kind is type(None):
-        kind_ok = value is None
+    if hint is type(None):
+        fits = value is None
     else:
-        kind_ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not kind_ok:
+        fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not fits:
         words = {
             int: "a whole number",
             float: "a number",
@@ -281,17 +281,17 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
             type(None): "null",
             dict: "a section of keys",
         }
-        raise ConfigError(path, f"is {value!r} ({_yaml_type(value)}), must be {words[kind]}")
-    if kind is float and not math.isfinite(value):
+        raise ConfigError(path, f"is {value!r} ({_yaml_type(value)}), must be {words[hint]}")
+    if hint is float and not math.isfinite(value):
         raise ConfigError(path, "is infinite" if value == value else "is not a number (nan)")
     return value
 
 
-def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
+def _decode_dataclass(hint: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(path, f"is {value!r}, must be a section of keys")
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(hint) if f.init}
+    hints = typing.get_type_hints(hint)
     for name in value:
         if name not in fields:
             known = ", ".join(fields)
@@ -303,10 +303,10 @@ def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
             spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         )
         if required and name not in value:
-            raise ConfigError(_join(path, name), f"is missing; it has no default ({kind.__name__})")
+            raise ConfigError(_join(path, name), f"is missing; it has no default ({hint.__name__})")
     decoded = {name: decode(hints[name], item, _join(path, name)) for name, item in value.items()}
     try:
-        return kind(**decoded)
+        return hint(**decoded)
     except ConfigError as error:
         raise error.under(path) from None
 
@@ -367,8 +367,8 @@ def encode(value: Any) -> Any:
 
 
 def completed(cls: type, mapping: dict) -> dict:
-    """A stored config with the defaults of keys that it lacks, as an older version wrote it; as it
-    is if it no longer fits."""
+    """Return a stored config with the defaults of keys that it lacks, as an older version wrote it;
+    as it is if it no longer fits."""
     try:
         return encode(decode(cls, mapping))
     except ConfigError:

@@ -30,7 +30,7 @@ from mmdit.commands.plan_memory.memory_plan import SIZES, random_denoiser
 from mmdit.config import decode
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment.build import build_learner, build_network
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Batch, Denoiser, LatentSpec
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
@@ -404,7 +404,7 @@ def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
             yield figures | {
                 "shape": list(shape),
                 "tokenizer": name,
-                "parameters": tokenizer.parameters,
+                "parameters": tokenizer.num_parameters,
                 "compile": compile,
             }
 

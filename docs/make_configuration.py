@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from mmdit.config import FilePath, encode
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 
 PAGE = Path(__file__).with_name("configuration.md")

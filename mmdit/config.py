@@ -50,10 +50,10 @@ class Section:
     def check(self, run: Any) -> None:
         """Raise ConfigError where this section does not go with another section of `run`.
 
-        `run` is the whole configuration, an `experiment.config.ExperimentConfig`: its attributes
-        are the sections, named as in the YAML file. (Its type stands above the sections, which
-        therefore cannot import it.) Paths are dotted from the root. The root asks every section
-        when all of them are decoded.
+        `run` is the whole configuration, an `experiment.experiment_config.ExperimentConfig`: its
+        attributes are the sections, named as in the YAML file. (Its type stands above the sections,
+        which therefore cannot import it.) Paths are dotted from the root. The root asks every
+        section when all of them are decoded.
         """
 
 

@@ -123,7 +123,7 @@ def may_replace(path: str | Path) -> bool:
 def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:
     while True:
         name = f"{folder}/.writing-{secrets.token_hex(8)}.tmp"
-        file = io.BufferedWriter(io.FileIO(name, "x"))
+        file = open(name, "xb")  # noqa: SIM115
         _wait_for_lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return name, file

@@ -53,9 +53,9 @@ class LatentSpec:
                     f"latent {name} holds {min(values)}; every value must be above 0 and finite"
                 )
 
-    @lru_cache(
-        maxsize=8
-    )  # made anew it would hold up every step: a copy to a GPU waits for the work queued there
+    # Made anew it would hold up every step: a copy to a GPU waits for the work queued there. The
+    # cache keeps eight specs alive, which are small.
+    @lru_cache(maxsize=8)  # noqa: B019
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # first made while sampling, it must also serve training
             mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=device)

@@ -20,7 +20,7 @@ from mmdit.config import (
     parse_yaml,
     to_yaml,
 )
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import with_home
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 

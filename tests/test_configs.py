@@ -12,7 +12,7 @@ import torch
 
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.experiment.build import build_learner, start_from
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images, train_t2v

@@ -27,7 +27,7 @@ import torch
 from mmdit.__main__ import commands as subcommands
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.config import apply_overrides, decode, encode, parse_yaml
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.posttrain import rewards
 from mmdit.rng import Draws
 from tests.helpers.wan_release import DIT, make_release, random_dit
@@ -273,7 +273,7 @@ def wan(folder: Path) -> dict:
 
 def check_wan(folder: Path, names: dict) -> None:
     """The folder that the example writes is the base with the LoRA in it."""
-    from mmdit.interop.wan import load_dit
+    from mmdit.interop.wan_weights import load_dit
 
     base = load_dit(folder / "Wan2.2-T2V-A14B", torch.bfloat16, expert="high")
     written = load_dit(folder / "out", torch.bfloat16)

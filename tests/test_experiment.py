@@ -17,7 +17,7 @@ from mmdit import config as config_io
 from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import describe
 from mmdit.interop.lora_formats import load_lora

@@ -22,7 +22,7 @@ from mmdit.diffusion.expert_schedule import ExpertSchedule, FixedTimes
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Boundary, TextTokens
 from mmdit.interop.lora_formats import load_lora
-from mmdit.interop.wan import load_dit
+from mmdit.interop.wan_weights import load_dit
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser

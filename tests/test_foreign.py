@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError, encode, parse_yaml
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.inspection import inspect_weights
-from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_release import release_config
+from mmdit.interop.wan_weights import load_dit
 from mmdit.posttrain.clip_like import read_state
 from mmdit.scripts import export, sample, train_t2v
 from mmdit.text_encoders.clip_vision import load_clip_vision

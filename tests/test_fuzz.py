@@ -19,7 +19,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.records import check_id, read_records
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state
 from mmdit.interfaces import LatentSpec
-from mmdit.interop.wan import save_dit
+from mmdit.interop.wan_weights import save_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig
 from mmdit.scripts import inspect_weights

@@ -123,7 +123,6 @@ def named_modules() -> dict[str, list[str]]:
     return modules
 
 
-@pytest.mark.xfail(reason="config and wan are there twice", strict=False)
 def test_no_two_modules_have_one_name():
     assert not [paths for paths in named_modules().values() if len(paths) > 1]
 

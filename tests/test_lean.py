@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmdit.config import ConfigError, decode
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Network
 from mmdit.training.memory import lean
 from mmdit.training.optim import build_optimizer, clip_and_guard

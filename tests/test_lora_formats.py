@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
-from mmdit.interop.wan import load_dit
+from mmdit.interop.wan_weights import load_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
 from mmdit.models.wan_names import diffusers_name
@@ -291,7 +291,7 @@ def test_diffusers_and_peft_read_our_files_the_same(tmp_path):
     peft = pytest.importorskip("peft")
     diffusers = pytest.importorskip("diffusers")
     model = random_model(replace(TINY, text_len=512))
-    from mmdit.interop.wan import save_dit
+    from mmdit.interop.wan_weights import save_dit
 
     save_dit(model, tmp_path / "base", "diffusers")
     inject(

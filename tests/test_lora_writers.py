@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
-from mmdit.interop.wan import save_dit
+from mmdit.interop.wan_weights import save_dit
 from tests.helpers import lora_writers
 from tests.helpers.lora_writers import CASES, LAYERS, RECORDED, base, place, seen
 from tests.test_wan import refused

@@ -25,10 +25,10 @@ from mmdit.commands.plan_memory.ladder import (
 from mmdit.commands.plan_memory.memory_plan import Meter, random_denoiser, stored_bytes
 from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
-from mmdit.interop.wan import load_denoiser
+from mmdit.interop.wan_weights import load_denoiser
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.float8 import encode_rows
 from mmdit.nn.stored_weights import StoredWeight, store_float8

@@ -12,7 +12,7 @@ from mmdit.adapters import LoRAConfig, inject
 from mmdit.commands import posttrain as align
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig, guided
 from mmdit.interfaces import Boundary, Denoiser, LatentSpec, TextEncoder, TextTokens
-from mmdit.interop.wan import load_dit
+from mmdit.interop.wan_weights import load_dit
 from mmdit.nn.experts import Experts
 from mmdit.posttrain.advantages import advantages
 from mmdit.posttrain.loop import post_train as run

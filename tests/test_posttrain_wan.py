@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.interfaces import Boundary, LatentSpec, TextEncoder, TextTokens
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdit.config import ConfigError
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn import kernels, products

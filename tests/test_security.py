@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from mmdit.config import encode
 from mmdit.data import BucketingConfig, VideoConfig, open_cache, read_records
@@ -21,10 +20,11 @@ from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.items import load_item
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.lora_formats import load_lora
+from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.tokenizers import DummyTokenizerConfig, VTPTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
 from tests.helpers.tiny import forget_sums
@@ -128,17 +128,21 @@ def test_a_cache_item(evil, tmp_path):
         CacheWriter(tmp_path / "cache", manifest())
 
 
+def network():
+    return build_model(VideoMMDiTConfig(dim=16, depth=1, num_heads=2), 8, 16)
+
+
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.pt", "adapter_model.bin"])
 def test_an_adapter(evil, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} (cannot be read|is refused)"):
-        load_lora(nn.Sequential(nn.Linear(4, 4)), evil(tmp_path / name))
+        load_lora(network(), evil(tmp_path / name))
 
 
 def test_a_folder_of_peft(evil, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter_model.bin is refused"):
         evil(tmp_path / "adapter_model.bin")
-        load_lora(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+        load_lora(network(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

@@ -11,7 +11,7 @@ from vtp.models.vtp_hf import VTPModel
 
 from mmdit.config import decode, encode, load
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.interfaces import LatentSpec
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from tests.helpers.wan_release import DIT, make_release

@@ -86,10 +86,7 @@ def test_names_in_files_of_others_command_no_terminal(tmp_path, capsys):
 
 def test_every_command_begins_in_the_one_place_that_makes_its_output_plain():
     assert len(SCRIPTS) > 20
-    for path in SCRIPTS + [
-        ROOT / "mmdit/vtp_training/tokenizer_scores.py",
-        ROOT / "mmdit/vtp_training/__main__.py",
-    ]:
+    for path in SCRIPTS:
         assert path.read_text().rstrip().endswith('if __name__ == "__main__":\n    run(main)'), path
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdit.interop.wan import load_dit, save_dit
+from mmdit.interop.wan_weights import load_dit, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 
 GOLDEN = Path(__file__).parent / "golden" / "wan_t2v_tiny"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge
-from mmdit.interop.wan import load_dit, official_names, save_dit
+from mmdit.interop.wan_weights import load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store_float8
@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
 
 MEASURE = """
 import sys, threading, time, torch
-from mmdit.interop.wan import load_dit
+from mmdit.interop.wan_weights import load_dit
 def own_memory():
     lines = open('/proc/self/status').read().splitlines()
     return int(next(line for line in lines if line.startswith('RssAnon')).split()[1]) * 1024

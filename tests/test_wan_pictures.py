@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment.load import load_pipeline
-from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.interop.wan_release import release_config
+from mmdit.interop.wan_weights import load_dit
 from mmdit.scripts import sample, train_t2v
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import refused

@@ -21,14 +21,14 @@ from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.clips import cached_frames
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop import wan_release
 from mmdit.interop.lora_formats import save_lora
-from mmdit.interop.wan import load_dit
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, release_config
+from mmdit.interop.wan_weights import load_dit
 from mmdit.models.wan import WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.rng import Draws

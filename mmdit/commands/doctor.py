@@ -40,7 +40,7 @@ SHIPPED = (
 
 
 def report(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Yield `(subject, what is known of it)` for everything that decides what runs here, and how fast."""
+    """Yield `(subject, what is known of it)` for all that decides what runs here, and how fast."""
     yield "mmdit", f"{mmdit.__version__} in {Path(mmdit.__file__).parent}"
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"

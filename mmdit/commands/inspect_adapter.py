@@ -12,10 +12,10 @@ from tqdm import tqdm
 from mmdit.adapters import adapters, merge, remove
 from mmdit.diagnostics.adapter_norms import Change, delta_budget
 from mmdit.diagnostics.attention_statistics import mean_over_heads, observed
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
-from mmdit.interop.wan import infer_config, locate, official_names
+from mmdit.interop.wan_weights import infer_config, locate, official_names
 from mmdit.models.wan import WanDiT
 from mmdit.training.expert_choice import joint_choice
 from mmdit.training.media import contact_sheet, save_image

@@ -15,7 +15,7 @@ from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, start_from, with_sibling
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.run import find_start
 from mmdit.files import write_atomically
 from mmdit.posttrain.dpo_offline import stored_pairs
@@ -215,7 +215,7 @@ def describe_session(session: Session) -> list[str]:
     if trained := session.levels.expert:
         frozen = "low" if trained == "high" else "high"
         rows.append(
-            f"experts (boundary {session.levels.boundary}): {trained} is trained; {frozen} is frozen,"
-            " for its own levels"
+            f"experts (boundary {session.levels.boundary}): {trained} is trained; {frozen} is"
+            " frozen, for its own levels"
         )
     return rows

@@ -18,7 +18,7 @@ from mmdit.data.dataset.records import read_records
 from mmdit.data.moving_shapes import prompts
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import run_training
 from mmdit.files import write_atomically

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from mmdit.adapters import merge
 from mmdit.data.dataset.frames import PreprocessConfig, crop_box, load_first_frame, load_image
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interop.lora_formats import experts_in, load_lora
-from mmdit.interop.wan import expert_in_name
 from mmdit.interop.wan_pictures import size_of_aspect
+from mmdit.interop.wan_weights import expert_in_name
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.samples import SampleFolder, weights_digest

@@ -16,9 +16,9 @@ from mmdit.config import ConfigError
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.diffusion import build_objective
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Boundary, Denoiser, LatentSpec
-from mmdit.interop.wan import load_denoiser
+from mmdit.interop.wan_weights import load_denoiser
 from mmdit.models import WanModelConfig, build_model
 from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import key

@@ -14,7 +14,7 @@ from mmdit.adapters import merge, remove
 from mmdit.adapters.strength import load_alphas
 from mmdit.config import ConfigError
 from mmdit.experiment.build import build_learner, with_sibling
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interop.wan_release import release_config
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint

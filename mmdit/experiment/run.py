@@ -18,7 +18,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, build_plan, start_from
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.tokenizers import build_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmdit.adapters import is_adapter
 from mmdit.interop.lora_names import PARTS, common_prefix
-from mmdit.interop.wan import EXPERT_FOLDERS, Expert, infer_config, locate, official_names
+from mmdit.interop.wan_weights import EXPERT_FOLDERS, Expert, infer_config, locate, official_names
 from mmdit.terminal import shown
 from mmdit.weights import SCALES, Checkpoint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmdit.foreign import read_json
-from mmdit.interop.wan import EXPERT_FOLDERS, locate, stored_sizes
+from mmdit.interop.wan_weights import EXPERT_FOLDERS, locate, stored_sizes
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.weights import Checkpoint, is_wan_release

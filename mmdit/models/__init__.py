@@ -24,7 +24,7 @@ def build_model(
     config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None
 ) -> VideoMMDiT:
     """Return the network for latents of `latent_channels` and text tokens of `text_dim`, with fresh
-    weights from torch's generator. (Wan has stored ones: `interop.wan.load_denoiser`.)"""
+    weights from torch's generator. (Wan has stored ones: `interop.wan_weights.load_denoiser`.)"""
     match config:
         case VideoMMDiTConfig():
             return VideoMMDiT(config, latent_channels, text_dim, tread)

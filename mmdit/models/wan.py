@@ -305,8 +305,8 @@ class ImageEmbedding(nn.Module):
 
 
 class WanDiT(Denoiser):
-    """`model(x, t, text, y=None, clip=None)` → velocity (noise - data). `interop.wan.load_dit`
-    fills in the weights.
+    """`model(x, t, text, y=None, clip=None)` → velocity (noise - data).
+    `interop.wan_weights.load_dit` fills in the weights.
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
     text padding (exact). `checkpointing`: recompute blocks in the backward pass, every

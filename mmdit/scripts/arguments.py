@@ -7,7 +7,7 @@ from typing import get_args
 
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diffusion import Solver
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
 

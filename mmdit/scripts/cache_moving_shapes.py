@@ -11,7 +11,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device

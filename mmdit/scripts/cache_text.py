@@ -13,7 +13,7 @@ from mmdit.config import ConfigError
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.data.dataset.captions import all_captions, with_trigger
-from mmdit.experiment.config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training.distributed import choose_device

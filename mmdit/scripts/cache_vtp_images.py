@@ -14,7 +14,7 @@ import torch
 
 from mmdit.data.cache.caching import Caching
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run, verify_cache
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device

@@ -19,7 +19,7 @@ import torch
 from mmdit.adapters import is_adapter
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
-from mmdit.interop.wan import save_dit
+from mmdit.interop.wan_weights import save_dit
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.checkpoint import Weights, export, load_weights
 from mmdit.training.expert_choice import joint_choice

@@ -15,7 +15,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.records import media_of, read_records
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment.build import build_plan
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device

@@ -12,7 +12,7 @@ from mmdit.data.cache.look import look_at, look_text, totals
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.tokenizers import build_tokenizer
 

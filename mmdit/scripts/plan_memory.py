@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 from mmdit.commands.plan_memory.ladder import fits, latent_shape, plans_until_fit, variant_sizes
 from mmdit.commands.plan_memory.memory_plan import SIZES
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 

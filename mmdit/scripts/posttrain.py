@@ -5,7 +5,7 @@ section posttrain: says.
 """
 
 from mmdit.commands.posttrain import posttrain
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
 
 

@@ -5,7 +5,7 @@
         --train_cache_dir data/cache/mine [--resume]
 """
 
-from mmdit.experiment.config import load_experiment_config
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import run_training
 from mmdit.scripts import cache_text, command_parser, friendly, run
 

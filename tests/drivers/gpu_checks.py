@@ -41,7 +41,7 @@ import torch
 from mmdit.config import decode
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.nn import kernels
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer

@@ -27,7 +27,7 @@ from mmdit.commands.plan_memory.ladder import latent_shape, plan_training
 from mmdit.commands.plan_memory.memory_plan import SIZES, random_denoiser
 from mmdit.config import decode
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.training.distributed import World
 from mmdit.training.memory.offload import move_to_device

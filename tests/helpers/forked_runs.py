@@ -20,7 +20,7 @@ import torch._dynamo  # else every child would import it with its optimizer
 from mmdit.config import decode
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
 

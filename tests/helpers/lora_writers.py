@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmdit.interop.wan import save_dit
+from mmdit.interop.wan_weights import save_dit
 from tests.helpers.wan_release import DIT, random_dit
 
 RECORDED = Path(__file__).parents[1] / "golden" / "lora_writers"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmdit.interop.wan import save_dit
+from mmdit.interop.wan_weights import save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.text_encoders.umt5 import transformers_name
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes

@@ -17,9 +17,9 @@ from mmdit.commands.plan_memory.memory_plan import SIZES, MemoryPlan, plan_memor
 from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner
-from mmdit.experiment.config import ExperimentConfig
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import LatentSpec
-from mmdit.interop.wan import locate, read_config, stored_sizes
+from mmdit.interop.wan_weights import locate, read_config, stored_sizes
 from mmdit.models import WanModelConfig
 from mmdit.models.wan import WanConfig
 from mmdit.text_encoders import HashConfig

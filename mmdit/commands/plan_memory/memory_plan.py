@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from mmdit.adapters import is_adapter
-from mmdit.interop.wan import prepare
+from mmdit.interop.wan_weights import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig

@@ -30,7 +30,6 @@ from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import Brightness, LatentNorm
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.trained_levels import TrainedLevels
-from mmdit.posttrain.updates import Updates
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMAConfig
@@ -205,14 +204,14 @@ def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(
 ):
     often = {"eval_every_epochs": 2}
     assert run(paired(tmp_path / "straight", algorithm, **often))
-    session, apply = paired(tmp_path / "asked", algorithm, **often), Updates.apply
+    session, apply = paired(tmp_path / "asked", algorithm, **often), Session.update
 
     def asked_in_the_third(updates):
         if session.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return apply(updates)
 
-    monkeypatch.setattr(Updates, "apply", asked_in_the_third)
+    monkeypatch.setattr(Session, "update", asked_in_the_third)
     assert not run(session) and session.state.step == 3
     assert_equal(stored(tmp_path / "straight", 3), stored(tmp_path / "asked", 3))
     again = paired(tmp_path / "asked", algorithm, **often)

@@ -18,19 +18,18 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the group of every sample, `(N,)` float64. ValueError
     for a group of one."""
     _, group, count = torch.unique(groups, return_inverse=True, return_counts=True)
+
+    def mean_of(values: Tensor) -> Tensor:
+        sums = torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, values)
+        return (sums / count)[group]
+
     if (count < 2).any():
         raise ValueError(
             "a group has a single sample, so its advantage is always 0; take posttrain.group_size"
             " of 2 or more"
         )
-    mean = (
-        torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, values.double()) / count
-    )
-    off = values.double() - mean[group]
-    variance = (
-        torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, off.square()) / count
-    )
-    return mean[group], variance.sqrt()[group]
+    mean = mean_of(values.double())
+    return mean, mean_of((values.double() - mean).square()).sqrt()
 
 
 def advantages(

@@ -48,8 +48,8 @@ class Similarity(nn.Module):
             )
         if weights is not None:
             with explain_errors(weights, "HPS state dict of OpenCLIP"):
-                state = from_open_clip(read_state(weights), self.clip.state_dict())
-                self.clip.load_state_dict(state)
+                stored = dict(Checkpoint(weights).tensors())
+                self.clip.load_state_dict(from_open_clip(stored, self.clip.state_dict()))
         for name, value in self.clip.named_parameters():
             check_numbers(name, value.detach(), weights or folder)
         self.requires_grad_(False).eval()
@@ -65,10 +65,8 @@ class Similarity(nn.Module):
             unique, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
         tokens = tokens.to(images.device)
-        said = clip.text_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        ).pooler_output
-        said = clip.text_projection(said)
+        read = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        said = clip.text_projection(read.pooler_output)
         said = said[[unique.index(text) for text in texts]]
         seen = F.normalize(seen, dim=-1).unflatten(0, (len(pixels), -1))
         return (seen * F.normalize(said, dim=-1)[:, None]).sum(-1).mean(1)
@@ -121,11 +119,6 @@ class HPS(ClipReward):
                 "is empty; must name the HPS v2 file; path is the folder of the CLIP ViT-H it is "
                 "made of",
             )
-
-
-def read_state(path: str) -> dict[str, Tensor]:
-    """Read the tensors of a weight file, whatever they lie in; nothing is unpickled but tensors."""
-    return dict(Checkpoint(path).tensors())
 
 
 # parts of names in OpenCLIP, and what they are in transformers

@@ -48,7 +48,7 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
             loss.backward()
             for name, value in more.items():
                 numbers[name].append(value.detach())
-        report = session.updates.apply()
+        report = session.update()
         return report | {name: torch.stack(some).mean().item() for name, some in numbers.items()}
 
     return update

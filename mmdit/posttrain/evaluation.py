@@ -25,23 +25,20 @@ class Evaluator:
         self.pool = RewardPool(setup.config.evaluation_rewards, workers=0)
         self.settings = SampleSettings.of(setup.train)
         if setup.evaluated:
-            self._encode_prompts()
-            self._check()
+            self._prepare()
 
-    def _encode_prompts(self) -> None:
-        """Let an encoder that keeps embeddings in files see every text that evaluation will ask
-        for, so that it need not be loaded again."""
-        encoder = self.setup.learner.text_encoder
-        captions = [c for prompts in self.setup.evaluated.values() for c in prompts.captions]
-        if captions and encoder.keeps_files:
-            with torch.no_grad():
-                encoder([*captions, self.setup.train.sample_negative_prompt])
-
-    def _check(self) -> None:
-        setup, objective = self.setup, self.setup.learner.objective
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Check the sampling keys. Let an encoder that keeps embeddings in files see every text
+        that evaluation will ask for, so that it need not be loaded again."""
+        setup, learner = self.setup, self.setup.learner
+        if learner.text_encoder.keeps_files:
+            captions = [c for prompts in setup.evaluated.values() for c in prompts.captions]
+            learner.text_encoder([*captions, setup.train.sample_negative_prompt])
         try:
             self.pipeline().check(setup.width, setup.height, setup.frames, self.settings)
-            guided(objective, setup.learner.model, setup.text, 1.0, self.settings.cfg_interval)
+            interval = self.settings.cfg_interval
+            guided(learner.objective, learner.model, setup.text, 1.0, interval)
         except ValueError as error:
             raise ConfigError(
                 "train", f"has sample_ keys that evaluation cannot draw with: {error}"

@@ -49,7 +49,7 @@ def online_epoch(session: Session) -> dict[str, float]:
                     numbers[name].append(value.detach().float())
         if update == 0:
             report["replay"] = check_replay(session, numbers.get("ratio_off", []))
-        report |= session.updates.apply()
+        report |= session.update()
     session.policy.renew_old(share_of_old(session))
     means = {name: torch.stack(some).mean().item() for name, some in numbers.items()}
     return report | means
@@ -116,8 +116,7 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
             "policy_loss": loss.detach(),
         }
         if config.kl.beta:
-            with torch.no_grad():
-                v_reference = reference(x, t)
+            v_reference = reference(x, t)
             gap = v - v_reference if config.kl.space == "v" else mean - step.mean(x, v_reference)
             kl = dynamics.mean_d(gap.square()).mean()
             if config.kl.space == "exact":
@@ -144,15 +143,12 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
     for number in range(count):
         x, noise, sigma = noised(session, clean, rollout.indices, number, count)
         v = policy.velocity(text)(x, sigma)
-        with torch.no_grad():
-            v_old = policy.velocity(text, policy.old)(x, sigma)
+        v_old = policy.velocity(text, policy.old)(x, sigma)
         numbers: dict[str, Tensor] = {}
         if config.algorithm == "nft":
-            most = config.advantage.clip
+            nft, most = config.nft, config.advantage.clip
             share = losses.positive_share(advantage, most)
-            each = losses.nft(
-                v, v_old, x, clean, sigma, share, config.nft.beta, config.nft.weighted
-            )
+            each = losses.nft(v, v_old, x, clean, sigma, share, nft.beta, nft.weighted)
             loss = most * each.mean()
         else:
             error, old = losses.matching(v, clean, noise), losses.matching(v_old, clean, noise)
@@ -160,13 +156,11 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
             loss = losses.clipped(log_ratio, advantage, *config.ratio.clip).mean()
             numbers["log_ratio_std"] = log_ratio.detach().std(correction=0)
             if config.awm.ema_kl:
-                with torch.no_grad():
-                    v_averaged = policy.velocity(text, policy.averaged())(x, sigma)
+                v_averaged = policy.velocity(text, policy.averaged())(x, sigma)
                 numbers["ema_kl"] = gap = dynamics.mean_d((v - v_averaged).square()).mean()
                 loss = loss + config.awm.ema_kl * gap
         if config.kl.beta:
-            with torch.no_grad():
-                v_reference = policy.velocity(text, policy.reference)(x, sigma)
+            v_reference = policy.velocity(text, policy.reference)(x, sigma)
             numbers["kl"] = gap = dynamics.mean_d((v - v_reference).square()).mean()
             loss = loss + config.kl.beta * gap
         yield loss / count, numbers
@@ -196,8 +190,7 @@ def pair_terms(
         drawn = [noised(session, latents, indices, number, count) for latents in (win, lose)]
         x, noise, sigma = (torch.cat(parts) for parts in zip(*drawn))
         v = policy.velocity(both)(x, sigma)
-        with torch.no_grad():
-            v_reference = policy.velocity(both, policy.reference)(x, sigma)
+        v_reference = policy.velocity(both, policy.reference)(x, sigma)
         error, base = (losses.matching(field, clean, noise).chunk(2) for field in (v, v_reference))
         margin = losses.dpo_margin(error[0], base[0], error[1], base[1], config.dpo.beta)
         loss = losses.dpo(margin).mean().float()

@@ -49,8 +49,8 @@ class Policy:
             self.old[name].lerp_(value, 1 - share)
 
     def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Velocity:
-        """Return the velocity field of the policy, or of a copy of its trained `weights`, with the
-        guidance that rollouts have."""
+        """Return the velocity field of the policy, or of a copy of its trained `weights`, which is
+        not differentiated, with the guidance that rollouts have."""
         setup = self.setup
         rollout, networks = setup.config.rollout, dict(setup.model.networks())
         if weights is not None:
@@ -65,7 +65,11 @@ class Policy:
         )
 
         def field(x: Tensor, t: float | Tensor) -> Tensor:
-            with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.train.autocast):
+            learns = torch.is_grad_enabled() and weights is None
+            with (
+                torch.set_grad_enabled(learns),
+                torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.train.autocast),
+            ):
                 clean = denoise(x, t).float()
             return (x - clean) / (wide(t, x) if isinstance(t, Tensor) else t)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from mmdit.posttrain.evaluation import Evaluator
 from mmdit.posttrain.policy import Policy
 from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.setup import Files, Setup
 from mmdit.posttrain.stop_rules import StopRules
-from mmdit.posttrain.updates import Updates
 from mmdit.training import checkpoint
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import MetricsLog
+from mmdit.training.optim import clip_and_guard
 
 HISTORY_FILE = "marks"
 
@@ -26,9 +28,27 @@ class Session(Setup):
         self.learner.text_encoder.put_away()
         self.policy = Policy(self)
         self.rollouts = Rollouts(self, self.policy)
-        self.updates = Updates(self)
         self.stop_rules = StopRules(self, self.policy, self.rollouts)
         self.log: MetricsLog | None = None
+
+    def update(self) -> dict[str, float]:
+        """Take an optimizer step with the gradients that micro-batches have summed up, their mean
+        over ranks, and return what to report of it."""
+        state, train, world = self.state, self.train, self.world
+        optimizer = state.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        world.sum_(*gradients)
+        if world.size > 1:
+            torch._foreach_div_(gradients, world.size)
+        optimizer.set_lr(train.learning_rate().at(state.step + 1))
+        norm, skipped = clip_and_guard(optimizer, train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.step)
+        return {"grad_norm": norm.item(), "skipped": skipped.item()}
 
     def files(self) -> Files:
         """Return what a checkpoint holds, for an exact resume."""

@@ -91,6 +91,9 @@ class Setup:
             config.micro_batch,
             config.updates_per_epoch,
         )
+        compares_groups = any(reward.groupwise for reward in config.rewards) or (
+            config.algorithm == "dpo" and not config.dpo.given
+        )
         if self.train.max_steps % config.updates_per_epoch:
             raise ConfigError(
                 "train.max_steps",
@@ -102,9 +105,6 @@ class Setup:
                 "posttrain.prompts_per_epoch",
                 f"is {config.prompts_per_epoch}, must be at most the {len(self.prompts)} prompts",
             )
-        compares_groups = any(reward.groupwise for reward in config.rewards)
-        if config.algorithm == "dpo" and not config.dpo.given:
-            compares_groups = True
         if compares_groups and config.micro_batch % config.group_size:
             raise ConfigError(
                 "posttrain.micro_batch",

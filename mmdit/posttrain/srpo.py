@@ -78,7 +78,7 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
         report = dict(zip(numbers, (means / world.size).tolist()))
         history["latent_std"] = torch.tensor(report["latent_std"])
         history.setdefault("std", history["latent_std"].clone())
-        return report | session.updates.apply()
+        return report | session.update()
 
     return update
 

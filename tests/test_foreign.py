@@ -19,6 +19,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.interop.inspection import inspect_weights
 from mmdit.interop.wan_release import release_config
 from mmdit.interop.wan_weights import load_dit
+from mmdit.scripts import export, sample, train_t2v
 from mmdit.text_encoders.clip_vision import load_clip_vision
 from mmdit.tokenizers.wan_vae import WanVAETokenizer, WanVAETokenizerConfig
 from mmdit.training import checkpoint

@@ -35,10 +35,13 @@ FILE_TYPES = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-Pieces = str | bytes | memoryview | Iterator[bytes | memoryview]
 
 
-def write_atomically(path: str | Path, data: Pieces, flush: bool = False) -> None:
+def write_atomically(
+    path: str | Path,
+    data: str | bytes | memoryview | Iterator[bytes | memoryview],
+    flush: bool = False,
+) -> None:
     """Write all of `data`, perhaps in pieces, to `path`, or nothing. Text is written as UTF-8. See
     `open_atomically`."""
     if isinstance(data, str):
@@ -54,7 +57,7 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
     error it is removed, and what stood at `path` stays. With `flush` the file survives a power cut.
     A link at `path` is replaced; what it leads to is not touched. ValueError: a device, a pipe or a
     folder is there. An OSError of a write names `path`."""
-    if not may_replace(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(
             f"{path} is no regular file, and is not replaced by one; choose another name"
         )
@@ -110,14 +113,6 @@ class Sum:
             while piece := file.read(1 << 22):
                 result.add(piece)
         return result
-
-
-def may_replace(path: str | Path) -> bool:
-    """Return whether nothing or a regular file is at `path`, perhaps by a link."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return True
 
 
 def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:

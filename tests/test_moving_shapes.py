@@ -345,9 +345,6 @@ def test_each_attribute_is_judged_by_itself(name, wrong):
     predictions = oracle(render([drawn], 64, 64, 4))
     right = score_samples(predictions, [asked])
     assert {key for key, value in right.items() if not value.all()} == {name, "all"}
-    assert score_samples(predictions, [asked], [frozenset(asked.attributes) - {name}])["all"].all()
-    rates = accuracy(predictions, [asked], [frozenset(asked.attributes) - {name}])
-    assert name not in rates["attributes"] and rates["prompt_accuracy"]["value"] == 1
 
 
 def test_a_clip_that_loses_its_object_is_wrong_and_short_drift_is_still():

@@ -36,7 +36,7 @@ class Change:
         return self.spectral_delta / max(self.spectral_weight, 1e-30)
 
 
-def spectral_norm(matrix: Tensor, rounds: int = 40, block: int = 8) -> float:
+def spectral_norm(matrix: Tensor) -> float:
     """Return the largest singular value; of large matrices by power iteration on a block of vectors
     (Halko et al. 2011, algorithm 4.4), from below and to about 1e-3."""
     if min(matrix.shape) <= EXACT:
@@ -44,10 +44,9 @@ def spectral_norm(matrix: Tensor, rounds: int = 40, block: int = 8) -> float:
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         return math.sqrt(max(torch.linalg.eigvalsh(gram)[-1].item(), 0.0))
     matrix = matrix.float()
-    vectors = torch.randn(matrix.shape[1], block, generator=torch.Generator().manual_seed(0)).to(
-        matrix.device
-    )
-    for _ in range(rounds):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(matrix.shape[1], 8, generator=generator).to(matrix.device)
+    for _ in range(40):
         vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
     return torch.linalg.matrix_norm(matrix @ vectors, 2).item()
 
@@ -60,10 +59,8 @@ def update_norms(layer: Adapter) -> tuple[float, float]:
     if isinstance(layer, LoKrLinear):
         first, second = layer.factors(torch.float64)
         scale = abs(layer.scale)
-        return (
-            scale * (first.norm() * second.norm()).item(),
-            scale * spectral_norm(first) * spectral_norm(second),
-        )
+        norm = (first.norm() * second.norm()).item()
+        return scale * norm, scale * spectral_norm(first) * spectral_norm(second)
     if isinstance(layer, DoRALinear):
         delta = (layer.merged_weight() - layer.weight).double()
         return delta.norm().item(), spectral_norm(delta)

@@ -52,11 +52,13 @@ class Statistics:
         entropy = torch.special.entr(weights).sum(-1)
         clean = logits.masked_fill(~seen, 0).double()
         values = (clean, clean.square(), entropy.double(), padding.double())
-        self.sums += torch.stack([_heads_first(value).sum(1).cpu() for value in values])
+        self.sums += torch.stack(
+            [value.transpose(0, 1).flatten(1).sum(1).cpu() for value in values]
+        )
         self.count += int(seen[:, 0].sum())
         self.rows += entropy[:, 0].numel()
         largest = [
-            _heads_first(value.masked_fill(~seen, -math.inf)).amax(1).cpu()
+            value.masked_fill(~seen, -math.inf).amax((0, 2, 3)).cpu()
             for value in (logits, logits.abs())
         ]
         self.largest = self.largest.maximum(torch.stack(largest))
@@ -77,11 +79,6 @@ class Statistics:
             "padding_mass": padding / self.rows,
         }
         return {name: value.tolist() for name, value in values.items()}
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """Return `(heads, everything else)` of `(b, heads, …)`."""
-    return x.transpose(0, 1).flatten(1)
 
 
 @contextmanager

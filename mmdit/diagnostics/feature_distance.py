@@ -4,6 +4,7 @@ real pictures, as two Gaussians in the space of a feature encoder."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -78,14 +79,9 @@ class FeatureDistance:
         self.name, self.reference, self.device = values["name"], values["reference"], device
         self.encoder = FeatureEncoder(self.name, Path(values["weights"]).expanduser()).to(device)
         self.real, self.drawn = Moments(), Moments()
-        waiting: list[Tensor] = []
-        for picture in folder_pictures(Path(self.reference).expanduser(), width, height):
-            waiting.append(picture)
-            if len(waiting) == BATCH:
-                self.real.add(self._features(torch.stack(waiting)))
-                waiting.clear()
-        if waiting:
-            self.real.add(self._features(torch.stack(waiting)))
+        pictures = folder_pictures(Path(self.reference).expanduser(), width, height)
+        while batch := list(islice(pictures, BATCH)):
+            self.real.add(self._features(torch.stack(batch)))
 
     @torch.no_grad()
     def _features(self, pictures: Tensor) -> Tensor:

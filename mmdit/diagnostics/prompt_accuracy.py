@@ -9,7 +9,7 @@ what a model that ignores its prompt would reach).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -77,10 +77,8 @@ def prompt_accuracy_report(
         return Predictions.cat(parts)
 
     predictions = predict(seen, 0)
-    on_seen, on_held_out = (
-        accuracy(predictions, facts),
-        accuracy(predict(held_out, PROMPTS), [p.facts for p in held_out]),
-    )
+    on_seen = accuracy(predictions, facts)
+    on_held_out = accuracy(predict(held_out, PROMPTS), [prompt.facts for prompt in held_out])
     report = {
         "prompt_accuracy": on_seen["prompt_accuracy"],
         "attributes": on_seen["attributes"],
@@ -102,8 +100,8 @@ def tokenizer_ceiling(
     width: int,
     height: int,
     frames: int,
-    batch: int = 64,
-    device: torch.device | str = "cpu",
+    batch: int,
+    device: torch.device | str,
 ) -> dict:
     """Return the score of the true pictures after `tokenizer`'s round trip: a rate with the
     `attributes` in it."""
@@ -125,11 +123,10 @@ def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
         [item for s in shifts for item in facts[s:] + facts[:s]],
     )
 
-    def value_of(item: Facts, name: str) -> str | None:
-        return item.background if name == "background" else getattr(item.objects[0], name)
+    stated = [vars(item) | vars(item.objects[0]) for item in facts]
 
     def chance(*names: str) -> float:
-        values = [tuple(map(partial(value_of, item), names)) for item in facts]
+        values = list(map(itemgetter(*names), stated))
         agree = sum(values.count(value) - 1 for value in values)
         return agree / (len(values) * (len(values) - 1))
 

@@ -50,11 +50,6 @@ def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
     return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
 
 
-def permutation(count: int, seed: int, *purpose: object) -> Tensor:
-    """Return a keyed order of `count` things, the same on every platform and version."""
-    return torch.argsort(Draws.of(key(seed, *purpose), 0, count).bits("order"), stable=True)
-
-
 class _Stream:
     """An endless sequence of batches over groups of equal shape, in which every item is seen
     equally often.
@@ -109,7 +104,8 @@ class _Stream:
                 order = self._order(group, len(members), begin * self.size, end * self.size)
                 tables.append(members[order].view(-1, self.size))
                 groups += [group] * (end - begin)
-        mixed = permutation(len(groups), self.seed, self.purpose, epoch)
+        draws = Draws.of(key(self.seed, self.purpose, epoch), 0, len(groups))
+        mixed = draws.bits("order").argsort(stable=True)
         mixed_groups = [groups[place] for place in mixed.tolist()]
         return _Epoch(int(before.sum()), mixed_groups, torch.cat(tables)[mixed])
 
@@ -143,7 +139,14 @@ class BatchPlan:
     ):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
-        self._check_rates(cache, video)
+        other_rates = cache.rates - {video.fps}  # of video files
+        if other_rates:
+            rate = f"{min(other_rates):g}"
+            raise ValueError(
+                f"the cache {cache.folder} holds clips of video files at {rate} frames a second,"
+                f" the config has video.fps: {video.fps:g}; set it to {rate}, or run the caching"
+                " command again"
+            )
         spec = cache.manifest.spec
         self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
         # samples start where a window of the tokenizer did
@@ -179,23 +182,12 @@ class BatchPlan:
         self.clips: _Stream | None = None
         self.images: _Stream | None = None
         if fraction < 1:
-            groups = by_shape(shapes, _numbers(long_enough & used))
+            groups = by_shape(shapes, torch.nonzero(long_enough & used).flatten())
             self.clips = _Stream(groups, global_batch, seed, "clips")
         if fraction > 0:
-            groups = by_shape(self._grids, _numbers(used))
+            groups = by_shape(self._grids, torch.nonzero(used).flatten())
             self.images = _Stream(groups, global_batch, seed, "images")
         self._phase = (key(seed, "image_step") >> 40) % (1 << 24) / (1 << 24)
-
-    @staticmethod
-    def _check_rates(cache: LatentCache, video: VideoConfig) -> None:
-        """Check that video files were cached at the rate of the config."""
-        other_rates = cache.rates - {video.fps}
-        if other_rates:
-            raise ValueError(
-                f"the cache {cache.folder} holds clips of video files at {min(other_rates):g}"
-                f" frames a second, the config has video.fps: {video.fps:g}; set it to"
-                f" {min(other_rates):g}, or run the caching command again"
-            )
 
     # ── the batches ───────────────────────────────────────────────────────────────────────────────
     def _images_before(self, step: int) -> int:
@@ -322,11 +314,6 @@ class BatchPlan:
         if len(self.excluded):
             lines += [self.left_out(), self._remedy()]
         return "\n".join(lines)
-
-
-def _numbers(chosen: Tensor) -> Tensor:
-    """Return the numbers of the items that a mask `(N,)` chooses."""
-    return torch.nonzero(chosen).flatten()
 
 
 def _held_out(ids: Sequence[str], share: float, seed: int) -> Tensor:

@@ -32,6 +32,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         fill = 1 - row["repeats"] / plan.global_batch
         groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
     places = sum(row["items"] for row in groups)  # of an epoch
+    crops = _cropped(cache)  # of pictures; what was rendered has none
     repeats = sum(row["items"] * row["repeats"] / plan.global_batch for row in groups)
     return {
         "cache": str(cache.folder),
@@ -45,9 +46,9 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "left_out": _left_out(cache, plan),
         "held_out": len(plan.held_out),
         "frames": _frames(cache, plan),
-        "cropped": _cropped(cache),
-        "notes": _notes(cache),
-        "older": _older(cache),
+        "cropped": crops,
+        "notes": Counter(note for source in cache.sources for note in source.get("notes", ())),
+        "older": cache.manifest.older(cache.folder) if crops["items"] else "",
         "skipped_when_cached": _skipped(Path(cache.folder)),
         "captions": length_report(
             [all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]
@@ -56,7 +57,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
 
 
 def _epochs(plan: BatchPlan, max_steps: int) -> dict:
-    image_steps = sum(plan.is_image_step(step) for step in range(max_steps)) if plan.images else 0
+    image_steps = sum(map(plan.is_image_step, range(max_steps)))
     streams = (
         ("clips", plan.clips, max_steps - image_steps),
         ("images", plan.images, image_steps),
@@ -120,25 +121,16 @@ def _cropped(cache: LatentCache) -> dict:
     }
 
 
-def _notes(cache: LatentCache) -> dict[str, int]:
-    """Return how many items there are of each key of `colours.NOTES`."""
-    return dict(Counter(note for source in cache.sources for note in source.get("notes", ())))
-
-
-def _older(cache: LatentCache) -> str:
-    """Return what to say of pictures that were decoded otherwise; nothing of what was rendered."""
-    from_pictures = any("crop" in source for source in cache.sources)
-    return cache.manifest.older(cache.folder) if from_pictures else ""
-
-
 def _skipped(folder: Path) -> dict:
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()
         skips += [Skip.from_json(json.loads(line)) for line in lines if line.strip()]
-    reasons = {problem: len(group) for problem, group in by_problem(skips).items()}
-    examples = [skip.to_json() for skip in skips[:EXAMPLES]]
-    return {"items": len(skips), "reasons": reasons, "examples": examples}
+    return {
+        "items": len(skips),
+        "reasons": {problem: len(group) for problem, group in by_problem(skips).items()},
+        "examples": [skip.to_json() for skip in skips[:EXAMPLES]],
+    }
 
 
 def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:

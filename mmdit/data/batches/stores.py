@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,21 +21,9 @@ TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not me
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
-class Store(Protocol):
-    """Where the latents and texts of items come from."""
-
-    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
-        ...
-
-    def text(self, item: int) -> Text:
-        """Return the texts of one item."""
-        ...
-
-
 def open_store(
     cache: LatentCache, in_memory: Literal["auto", True, False], progress: bool
-) -> Store:
+) -> InMemory | OnDisk:
     """Return a store of a cache; "auto": in memory, if it takes at most a quarter of it."""
     if in_memory == "auto":
         # every process of this machine holds a copy
@@ -80,7 +68,7 @@ class InMemory:
             np.copyto(place.numpy(), latents.numpy())
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Return latents; see `Store`."""
+        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
         rows = self.first[items][:, None] + frames
         return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
 
@@ -93,7 +81,7 @@ class OnDisk:
         self.cache = cache
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Return latents; see `Store`."""
+        """Return latents; see `InMemory.gather`."""
         clips = []
         for item, numbers in zip(items.tolist(), frames, strict=True):
             first, last = int(numbers[0]), int(numbers[-1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -97,12 +98,20 @@ class Caching:
             self._describe_cache()
         self.report.seconds = time.monotonic() - begin
         if mine and not self.writer.entries and not self.report.interrupted:
-            raise ValueError(self._nothing_usable())
+            skips = self.report.skipped
+            examples = "\n".join(f"  {skip.path or skip.id}: {skip.reason}" for skip in skips[:5])
+            raise ValueError(
+                f"none of the {len(mine)} records could be used ({len(skips)} were"
+                f" tried):\n{examples}\nPaths in the metadata are relative to the metadata file's"
+                " own folder."
+            )
         return self.report
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────
     def _cache(self, records: list[Record]) -> None:
-        pending = self._pending(records)
+        looking = "looking for finished items"
+        listed = tqdm(records, desc=looking, disable=len(records) < 20_000)
+        pending = [record for record in listed if not self._is_finished(record)]
         bar = tqdm(
             total=len(records),
             initial=self.report.already,
@@ -123,7 +132,8 @@ class Caching:
                 self._take(part)
                 bar.update(part.records)
                 bar.set_postfix(skipped=len(self.report.skipped), refresh=False)
-                if self._hopeless():
+                begun = self.report.written or self.report.already or self.saver.waiting
+                if len(self.report.skipped) >= HOPELESS and not (begun or self.buffers):
                     break
             for shape in list(self.buffers):
                 self._encode(shape)
@@ -172,8 +182,7 @@ class Caching:
             if meta.id not in bad:
                 self._remove(meta.repeated)
                 self.report.written += 1
-                if "animated" in meta.source:
-                    self.report.animated += 1
+                self.report.animated += "animated" in meta.source
                 self.report.notes.update(meta.source.get("notes", ()))
 
     def _remove(self, ids: list[str]) -> None:
@@ -188,19 +197,11 @@ class Caching:
         if any(id in self.writer.entries for id in ids):
             self.saver.submit(self._remove, ids)
 
-    def _hopeless(self) -> bool:
-        begun = self.report.written or self.report.already or self.saver.waiting or self.buffers
-        return len(self.report.skipped) >= HOPELESS and not begun
-
     # ── what is already there ─────────────────────────────────────────────────────────────────────
-    def _pending(self, records: list[Record]) -> list[Record]:
-        """Return the records still to do. A finished one whose source was exchanged is done anew; a
-        changed caption is only rewritten, as is the stamp of a source that was moved."""
-        bar = tqdm(records, desc="looking for finished items", disable=len(records) < 20_000)
-        return [record for record in bar if not self._is_finished(record)]
-
     def _is_finished(self, record: Record) -> bool:
-        """Return whether nothing of a record has to be decoded; bring what is there up to date."""
+        """Return whether nothing of a record has to be decoded; bring what is there up to date. A
+        record whose source was exchanged is done anew; a changed caption is only rewritten, as is
+        the stamp of a source that was moved."""
         ids = self.preprocess.item_ids(record.id)
         first = self.writer.entries.get(ids[0])
         source = first.source if first else {}
@@ -216,9 +217,8 @@ class Caching:
         # there after a kill between two crops
         self._remove([id for id in ids if id not in wanted])
         if state == "missing":
-            absent = Unusable(
-                "file not found", "the cache keeps what this id had before, as it was"
-            )
+            kept = "the cache keeps what this id had before, as it was"
+            absent = Unusable("file not found", kept)
             self.report.skipped.append(Skip.of(record.id, record.path, absent))
             return True
         if state == "gone":
@@ -234,12 +234,9 @@ class Caching:
             source = entry.source | ({"stamp": stamp} if stamp else {})
             self.writer.add(entry.id, item["latents"], *known, source)
         self.report.already += 1
-        if stale:
-            self.report.recaptioned += 1
-        if state == "renewed":
-            self.report.renewed += 1
-        elif state == "older":
-            self.report.old_stamps += 1
+        self.report.recaptioned += bool(stale)
+        self.report.renewed += state == "renewed"
+        self.report.old_stamps += state == "older"
         return True
 
     # ── the report ────────────────────────────────────────────────────────────────────────────────
@@ -247,9 +244,8 @@ class Caching:
         """Find the items that belong to none of the records, and take them out if asked to."""
         if self.rank:
             return
-        expected: set[str] = set()
-        for record in self.records:
-            expected.update(self.preprocess.item_ids(record.id))
+        ids = (self.preprocess.item_ids(record.id) for record in self.records)
+        expected = set(chain.from_iterable(ids))
         self.report.strangers = sorted(self.writer.entries.keys() - expected)
         if self.prune:
             self.report.pruned = self.writer.remove(self.report.strangers)
@@ -280,12 +276,3 @@ class Caching:
                 f" {needed} frames, for example {short[0]} ({frames[short[0]]} frames): no step on"
                 " clips will use them"
             )
-
-    def _nothing_usable(self) -> str:
-        skips = self.report.skipped
-        examples = "\n".join(f"  {skip.path or skip.id}: {skip.reason}" for skip in skips[:5])
-        return (
-            f"none of the {self.report.records} records could be used ({len(skips)} were"
-            f" tried):\n{examples}\nPaths in the metadata are relative to the metadata file's own"
-            " folder."
-        )

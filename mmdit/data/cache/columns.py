@@ -54,10 +54,7 @@ class Columns:
     def of(entries: Iterable[Entry]) -> Columns:
         """Return the columns of some entries."""
         ordered = sorted(entries, key=lambda entry: entry.id)
-        shapes = torch.tensor([entry.shape for entry in ordered], dtype=torch.int64)
-        places = torch.tensor(
-            [(entry.bytes, entry.offset, entry.crc) for entry in ordered], dtype=torch.int64
-        )
+        places = [(entry.bytes, entry.offset, entry.crc) for entry in ordered]
         ends = np.cumsum([0, *(len(entry.frame_crcs) for entry in ordered)])
         crcs = chain.from_iterable(entry.frame_crcs for entry in ordered)
         values = np.fromiter(crcs, np.uint32, int(ends[-1]))
@@ -67,8 +64,8 @@ class Columns:
             facts=[entry.facts for entry in ordered],
             sources=[entry.source for entry in ordered],
             files=[entry.file for entry in ordered],
-            shapes=shapes,
-            places=places,
+            shapes=torch.tensor([entry.shape for entry in ordered], dtype=torch.int64),
+            places=torch.tensor(places, dtype=torch.int64),
             rates={entry.source["fps"] for entry in ordered if "fps" in entry.source},
             frame_crcs=Lazy(len(ordered), partial(cut_part, values, ends)),
         )

@@ -59,9 +59,9 @@ class Entry:
         """Read a line of `index.jsonl`. ValueError, KeyError, TypeError or AttributeError: its
         values are of other types, or an item does not fit into its file."""
         names = ("id", "file", "shape", "caption", "bytes", "offset", "crc")
-        entry = cls(*(row[name] for name in names))
+        optional = {name: row[name] for name in ("facts", "source") if name in row}
+        entry = cls(*(row[name] for name in names), **optional)
         entry.frame_crcs = row.get("marks", [])
-        entry.facts, entry.source = row.get("facts", {}), row.get("source", {})
         texts = (entry.id, entry.file, entry.caption)
         numbers = (*entry.shape, entry.bytes, entry.offset, entry.crc, *entry.frame_crcs)
         if not (
@@ -130,11 +130,9 @@ def _entry(id: str, file: str, data: bytes, item: dict) -> Entry:
     offset = data.find(numbers[:64])  # most often right, and faster than a search for all of them
     if not data.startswith(numbers, offset):
         offset = data.find(numbers)
-    facts, source = item.get("facts") or {}, item.get("source") or {}
-    shape = list(latents.shape)
-    return Entry(
-        id, file, shape, item["caption"], len(data), offset, crc, frame_crcs, facts, source
-    )
+    place = (len(data), offset, crc, frame_crcs)
+    sections = (item.get("facts") or {}, item.get("source") or {})
+    return Entry(id, file, list(latents.shape), item["caption"], *place, *sections)
 
 
 def load_item(path: str | Path, channels: int | None = None) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,11 +60,8 @@ def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 
 def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
     parts = [range(*pair) for pair in pairwise(_cuts(cache, shard_bytes))]
     paths = [out / shard_name(number) for number in range(len(parts))]
-    stale = {
-        path: part
-        for path, part in zip(paths, parts, strict=True)
-        if not _is_current(path, _entries(cache, part))
-    }
+    pairs = zip(paths, parts, strict=True)
+    stale = {path: part for path, part in pairs if not _is_current(path, _entries(cache, part))}
     extra = set(shards_of(out)) - set(paths)
     if extra or stale:
         (out / INDEX).unlink(missing_ok=True)  # it would contradict the shards from here on
@@ -78,12 +74,11 @@ def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
         path.unlink()
     if not (out / INDEX).exists():
         write_index(out, index_of(map(read_shard, paths)))
-    gigabytes = round(cache.nbytes / 1e9, 3)
     return {
         "items": len(cache),
         "shards": len(parts),
         "written": len(stale),
-        "gigabytes": gigabytes,
+        "gigabytes": round(cache.nbytes / 1e9, 3),
     }
 
 
@@ -109,12 +104,9 @@ def _is_current(path: Path, entries: list[Entry]) -> bool:
         stored = read_shard(path)
     except Damaged:  # or not there
         return False
-    return list(map(_content, stored)) == list(map(_content, entries))
-
-
-def _content(entry: Entry) -> Entry:
-    """Return an entry without where it lies."""
-    return replace(entry, file="", bytes=0, offset=0)
+    for entry in (*stored, *entries):
+        entry.file, entry.bytes, entry.offset = "", 0, 0  # where an item lies decides nothing
+    return stored == entries
 
 
 def _shard(

@@ -3,7 +3,9 @@ the frames as displayed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 from PIL import Image
@@ -43,16 +45,13 @@ def animation_frames(path: str | Path, wanted: list[int]) -> Iterator[Image.Imag
     """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
     gives them."""
     with open_picture(path) as image:
-        shown, shown_number = None, -1
-        first = _frames(image).start
-        for number in wanted:
-            # one after the other: each is drawn over the one before
-            for passed in range(shown_number + 1, number + 1):
-                image.seek(first + passed)
-                image.load()
-            if shown is None or number != shown_number:
-                shown, shown_number = as_shown(image), number
-            yield shown
+        times = Counter(wanted)
+        # one after the other: each is drawn over the one before
+        for number, place in enumerate(_frames(image)[: wanted[-1] + 1]):
+            image.seek(place)
+            image.load()
+            if number in times:
+                yield from repeat(as_shown(image), times[number])
 
 
 def _frames(image: Image.Image) -> range:

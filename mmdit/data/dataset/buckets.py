@@ -230,7 +230,7 @@ def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
     off = np.abs(np.log(widths / heights) - math.log(width / height))
     unused = np.log(min(max_pixels, width * height) / pixels)
     loss = 1 - np.exp(-off) + UNUSED_WEIGHT * unused
-    loss[off > math.log(1 + WORST_ASPECT)] += 100 * (1 + off[off > math.log(1 + WORST_ASPECT)])
+    loss += np.where(off > math.log(1 + WORST_ASPECT), 100 * (1 + off), 0)
     loss[pixels > max_pixels] = np.inf
     row, column = np.unravel_index(loss.argmin(), loss.shape)
     return int(widths[row, 0]), int(heights[0, column])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmdit.config import ConfigError, Section
+from mmdit.config import ConfigError, Section, least
 from mmdit.rng import Draws
 
 PLACES = ("[trigger]", "[name]")  # where a caption wants the trigger word
@@ -57,8 +57,7 @@ class CaptionsConfig(Section):
                 f"is {self.token_dropout}; must be at least 0 and below 1 (to drop whole "
                 "captions for guidance, set train.cfg_dropout_prob)",
             )
-        if self.keep_first < 0:
-            raise ConfigError("keep_first", f"is {self.keep_first}; must be at least 0")
+        least(self, 0, "keep_first")
         if self.keep_first and not (self.shuffle or self.token_dropout):
             raise ConfigError(
                 "keep_first",
@@ -83,10 +82,11 @@ def all_captions(caption: str, facts: dict) -> list[str]:
     return several or [caption]
 
 
-def has_word(text: str, word: str) -> bool:
-    """Return whether `word` (or words) stands in `text` by itself, whatever the case: "art" is not
-    in "heart"."""
-    return re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE) is not None
+def has_word(text: str, *words: str) -> bool:
+    """Return whether one of `words` stands in `text` by itself, whatever the case: "art" is not in
+    "heart"."""
+    some = "|".join(re.escape(word.strip()) for word in words)
+    return re.search(rf"(?<!\w)({some})(?!\w)", text, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, config: CaptionsConfig) -> str:
@@ -107,16 +107,12 @@ def trim(caption: str, config: CaptionsConfig) -> str:
     for sentence in _SENTENCE.split(caption):
         body = sentence.rstrip(".!?")
         tokens = _tokens(body, config)
-        left = [token for token in tokens if not _has_keyword(token, config)]
+        left = [token for token in tokens if not has_word(token, *config.trim_keywords)]
         if len(left) == len(tokens):
             kept.append(sentence)
         elif left:
             kept.append(_joined(left, config) + sentence[len(body) :])
     return " ".join(kept) or caption
-
-
-def _has_keyword(token: str, config: CaptionsConfig) -> bool:
-    return any(has_word(token, keyword) for keyword in config.trim_keywords)
 
 
 def _tokens(caption: str, config: CaptionsConfig) -> list[str]:

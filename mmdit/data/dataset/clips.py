@@ -71,9 +71,7 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
         return {}
     video.check_frames(spec)
     values = {name: getattr(video, name) for name in PLAN}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-    }
+    return values | {"frame_counts": list(video.frame_counts)}
 
 
 def cached_frames(count: int, video: VideoConfig) -> list[int]:
@@ -101,11 +99,10 @@ def latent_video(video: VideoConfig, spec: LatentSpec) -> VideoConfig:
     is used as it is."""
     if spec.temporal == 1:
         return video
-    counts = tuple(spec.frames(count) for count in video.frame_counts)
     return replace(
         video,
         num_frames=spec.frames(video.num_frames),
-        frame_counts=counts,
+        frame_counts=tuple(map(spec.frames, video.frame_counts)),
         frame_stride=1,
         shrink_video_to_frames=False,
     )

@@ -190,15 +190,16 @@ def _nits_to_pq(nits: np.ndarray | float) -> np.ndarray:
 def _between(gamut: Gamut) -> np.ndarray:
     """Return `(3, 3)`: linear `rgb @ matrix` is the same colour in sRGB's primaries, its white
     shown as white (Bradford)."""
-    here, there = (BRADFORD @ _xyz(np.array(corner)) for corner in ((gamut[3]), (SRGB[3])))
+    here, there = (BRADFORD @ _xyz(white) for white in (gamut[3], SRGB[3]))
     adapted = np.linalg.inv(BRADFORD) @ np.diag(there / here) @ BRADFORD
     return (np.linalg.inv(_to_xyz(SRGB)) @ adapted @ _to_xyz(gamut)).T.astype(np.float32)
 
 
-def _xyz(xy: np.ndarray) -> np.ndarray:
-    return np.array([xy[0] / xy[1], 1.0, (1 - xy[0] - xy[1]) / xy[1]])
+def _xyz(corner: tuple[float, float]) -> np.ndarray:
+    x, y = corner
+    return np.array([x / y, 1.0, (1 - x - y) / y])
 
 
 def _to_xyz(gamut: Gamut) -> np.ndarray:
-    columns = np.stack([_xyz(np.array(corner)) for corner in gamut[:3]], 1)
-    return columns * np.linalg.solve(columns, _xyz(np.array(gamut[3])))
+    columns = np.stack([_xyz(corner) for corner in gamut[:3]], 1)
+    return columns * np.linalg.solve(columns, _xyz(gamut[3]))

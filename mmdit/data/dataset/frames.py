@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError, Section
+from mmdit.config import ConfigError, Section, least
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.pictures import SUFFIXES, load_image
 from mmdit.data.dataset.problems import Unusable
@@ -53,8 +53,7 @@ class PreprocessConfig(Section):
                 "shift_fraction",
                 f"is {self.shift_fraction}; must be from 0 (centre) to 1 (anywhere)",
             )
-        if self.num_crops < 1:
-            raise ConfigError("num_crops", f"is {self.num_crops}; must be at least 1")
+        least(self, 1, "num_crops")
         if self.num_crops > 1 and (self.crop == "center" or self.shift_fraction == 0):
             raise ConfigError(
                 "num_crops",

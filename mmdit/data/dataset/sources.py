@@ -54,9 +54,8 @@ class FolderReport:
             counts = self.other_files.most_common(8)
             names = [f"{count} {suffix or 'without suffix'}" for suffix, count in counts]
             lines.append(f"other files, not used: {', '.join(names)}")
-            foreign = sorted(OTHER_PICTURES & self.other_files.keys())
-            if foreign:
-                formats = ", ".join(foreign)
+            formats = ", ".join(sorted(OTHER_PICTURES & self.other_files.keys()))
+            if formats:
                 lines.append(
                     f"  {formats}: pictures that are not read; convert them to JPEG or PNG"
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from mmdit.data.dataset.records import Record
@@ -79,16 +79,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(value))
 
 
-class _Numbered(Sampler):
-    """Yield keys with their numbers, perhaps without an end."""
-
-    def __init__(self, keys: Iterable):
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return iter(enumerate(self.keys))
-
-
 def _as_it_is(result: Any) -> Any:
     return result
 
@@ -116,7 +106,7 @@ def results(
     loader = DataLoader(
         _Job(dataset, doing),
         batch_size=None,
-        sampler=_Numbered(keys),
+        sampler=enumerate(keys),  # perhaps without an end
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,

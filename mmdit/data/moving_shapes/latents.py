@@ -83,10 +83,5 @@ def _encoded(
         facts = recipe.draw(indices)
         with torch.inference_mode():
             latents = tokenizer.encode(to_unit(recipe.render(facts, device)))
-        words = [recipe.words(index, item) for index, item in zip(indices, facts, strict=True)]
-        yield (
-            indices,
-            latents,
-            [text for text, _ in words],
-            [{"facts": known} for _, known in words],
-        )
+        texts, known = zip(*map(recipe.words, indices, facts), strict=True)
+        yield indices, latents, list(texts), [{"facts": row} for row in known]

@@ -319,12 +319,10 @@ VOCABULARY = {
 }
 
 
-def score_samples(
-    predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
-) -> dict[str, Tensor]:
+def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Tensor]:
     """Return bool `(B,)` per attribute: right for every object of the sample; and `all`: every
-    attribute in `named` is right (default: every attribute of the sample). A canvas with something
-    besides the objects is wrong in `all`."""
+    attribute of the sample is right. A canvas with something besides the objects is wrong in
+    `all`."""
     if len(predictions) != len(facts):
         raise ValueError(
             f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
@@ -350,23 +348,19 @@ def score_samples(
                 for value, slot in zip(asked, slots, strict=True)
             )
         exact = sum(present) == len(item.objects) and not stray
-        wanted = item.attributes if named is None else named[i]
         for name in ATTRIBUTES:
             right[name].append(verdict[name])
-        right["all"].append(exact and all(verdict[name] for name in wanted))
+        right["all"].append(exact and all(verdict[name] for name in item.attributes))
     return {name: torch.tensor(values, dtype=torch.bool) for name, values in right.items()}
 
 
-def accuracy(
-    predictions: Predictions, facts: list[Facts], named: list[frozenset[str]] | None = None
-) -> dict:
+def accuracy(predictions: Predictions, facts: list[Facts]) -> dict:
     """Return `{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over
-    the samples that name it."""
-    right = score_samples(predictions, facts, named)
-    wanted = [frozenset(item.attributes) for item in facts] if named is None else named
+    the samples that have it."""
+    right = score_samples(predictions, facts)
     attributes = {}
     for name in ATTRIBUTES:
-        asked = torch.tensor([name in names for names in wanted], dtype=torch.bool)
+        asked = torch.tensor([name in item.attributes for item in facts], dtype=torch.bool)
         if asked.any():
             attributes[name] = rate(right[name][asked])
     return {"prompt_accuracy": rate(right["all"]), "attributes": attributes}
@@ -385,11 +379,12 @@ def rate(right: Tensor) -> dict:
     }
 
 
-def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where nothing
-    was counted."""
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where
+    nothing was counted."""
     if count == 0:
         return 0.0, 1.0
+    z = 1.96
     share, scale = correct / count, 1 + z * z / count
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmdit.config import ConfigError, Section
+from mmdit.config import ConfigError, Section, least
 from mmdit.diffusion.objective import Objective
 from mmdit.interfaces import Boundary
 from mmdit.rng import Draws, generator
@@ -42,10 +42,7 @@ class ExpertsConfig(Section):
                 "boundary",
                 f"is {self.boundary}; must be between 0 (clean) and 1 (noise), for example 0.875",
             )
-        if self.switch_every < 1:
-            raise ConfigError(
-                "switch_every", f"is {self.switch_every}; must be at least 1 optimizer step"
-            )
+        least(self, 1, "switch_every")
 
     def check(self, run: Any) -> None:
         if self.enabled and not run.lora.train_lora_only:

@@ -106,14 +106,12 @@ class Experts(Denoiser):
         return self.networks()[expert].is_stored(inner)
 
     def undecayed(self) -> set[str]:
-        return {f"high.{name}" for name in self.high.undecayed()} | {
-            f"low.{name}" for name in self.low.undecayed()
-        }
+        networks = self.networks().items()
+        return {f"{expert}.{name}" for expert, network in networks for name in network.undecayed()}
 
     def matrices(self) -> set[str]:
-        return {f"high.{name}" for name in self.high.matrices()} | {
-            f"low.{name}" for name in self.low.matrices()
-        }
+        networks = self.networks().items()
+        return {f"{expert}.{name}" for expert, network in networks for name in network.matrices()}
 
     def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
         return self.high.draw_keep(rows, columns, seed, step)

@@ -10,11 +10,12 @@ own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mmdit.nn.float8 import encode_rows
 from mmdit.nn.norm import working_dtype
@@ -36,8 +37,7 @@ class StoredWeight(Tensor):
         scale: Tensor | None,
         dtype: torch.dtype,
         device: torch.device | None = None,
-        fetch: Callable[[], Tensor] | None = None,
-        changing: Callable[[], None] | None = None,
+        *_,
     ):
         return Tensor._make_wrapper_subclass(
             cls, codes.shape, dtype=dtype, device=device or codes.device
@@ -153,18 +153,13 @@ def _on_copies(func, args: tuple, kwargs: dict):
         return copies[id(value)][1]
 
     result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
-    written = set()
-    for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written |= {id(part) for part in tree_leaves(value) if isinstance(part, StoredWeight)}
+    written = {id(part) for part in _written(func, args, kwargs) if isinstance(part, StoredWeight)}
     back = {}
     for weight, copy in (copies[key] for key in written):
         weight.pack(copy)
         back[id(copy)] = weight
     if not written and any(answer.alias_info is not None for answer in func._schema.returns):
-        return tree_map(
-            lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result
-        )
+        return tree_map_only(Tensor, PartOfCopy, result)
     return tree_map(lambda value: back.get(id(value), value), result)
 
 
@@ -186,31 +181,26 @@ class PartOfCopy(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]:
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and any(isinstance(part, PartOfCopy) for part in tree_leaves(value)):
-                raise RuntimeError(
-                    "a part of a weight that is kept as float8, or elsewhere, is a copy: what is"
-                    " written into it would be lost; write the whole weight, or replace it"
-                )
-        plain = lambda value: value.copied if isinstance(value, PartOfCopy) else value  # noqa: E731
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        if any(
-            answer.alias_info is not None and not answer.alias_info.is_write
-            for answer in func._schema.returns
-        ):
-            return tree_map(
-                lambda value: PartOfCopy(value) if isinstance(value, Tensor) else value, result
+        if any(isinstance(part, PartOfCopy) for part in _written(func, args, kwargs)):
+            raise RuntimeError(
+                "a part of a weight that is kept as float8, or elsewhere, is a copy: what is"
+                " written into it would be lost; write the whole weight, or replace it"
             )
+        plain = partial(tree_map_only, PartOfCopy, lambda part: part.copied)
+        result = func(*plain(args), **plain(kwargs))
+        if any(
+            answer.alias_info is not None and not answer.is_write for answer in func._schema.returns
+        ):
+            return tree_map_only(Tensor, PartOfCopy, result)
         return result
 
 
-def _named(func, kwargs: dict) -> list[tuple]:
-    return [
-        (argument, kwargs[argument.name])
-        for argument in func._schema.arguments
-        if argument.name in kwargs
-    ]
+def _written(func, args: tuple, kwargs: dict) -> list:
+    """Return the leaves of the arguments that `func` writes into."""
+    arguments = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
+    names = [argument.name for argument in arguments if argument.is_write]
+    return tree_leaves([given.get(name) for name in names])
 
 
 def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:

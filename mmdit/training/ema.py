@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, Section
+from mmdit.config import ConfigError, Section, least
 from mmdit.training.memory.shards import local
 
 
@@ -31,13 +31,8 @@ class EMAConfig(Section):
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ConfigError("decay", f"is {self.decay}, must be in [0, 1), for example 0.999")
-        if self.update_every < 1:
-            raise ConfigError("update_every", f"is {self.update_every}, must be at least 1")
-        if self.start_step < 0:
-            raise ConfigError(
-                "start_step",
-                f"is {self.start_step}, must not be negative; 0 averages from the first step",
-            )
+        least(self, 1, "update_every")
+        least(self, 0, "start_step")
 
 
 class EMA:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
@@ -128,8 +129,7 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
         colours = stream.codec_context  # BT.709, and said: else players guess by the size
         colours.colorspace = colours.color_primaries = colours.color_trc = 1
         for frame in frames:
-            array = frame.permute(1, 2, 0).contiguous().numpy()
-            picture = av.VideoFrame.from_ndarray(array, format="rgb24")
+            picture = av.VideoFrame.from_image(_image(frame))
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -169,9 +169,7 @@ def h264() -> bool:
 
 def grid_video(pixels: Tensor, columns: int) -> Tensor:
     """Lay `(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
-    count, frames, _, height, width = pixels.shape
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    padded = torch.cat([pixels, pixels.new_ones(rows * columns - count, *pixels.shape[1:])])
-    tiled = padded.reshape(rows, columns, frames, 3, height, width).permute(2, 3, 0, 4, 1, 5)
-    return tiled.reshape(frames, 3, rows * height, columns * width)
+    columns = max(1, min(columns, len(pixels)))
+    white = pixels.new_ones(-len(pixels) % columns, *pixels.shape[1:])
+    padded = torch.cat([pixels, white])
+    return rearrange(padded, "(r c) f d h w -> f d (r h) (c w)", c=columns)

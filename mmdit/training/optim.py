@@ -4,7 +4,7 @@ step."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,12 @@ class Optimizer:
     def __init__(self, *parts: torch.optim.Optimizer, offload: bool = False):
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
+        self.part_of = {
+            parameter: part
+            for part in parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
         self.parking = Parking() if offload else None
         self.found_inf: Tensor | None = None
         self.scale: Tensor | None = None
@@ -106,7 +112,7 @@ class Optimizer:
     def restore(self, parameter: nn.Parameter, stored: dict[str, Tensor]) -> None:
         """Take over the state of a parameter, by the names of `optimizer_tensors`. ValueError: it
         is of another optimizer, precision or shape."""
-        part = self._part_of(parameter)
+        part = self.part_of[parameter]
         shapes = _state_shapes(part, parameter)
         if stored.keys() != shapes.keys():
             raise ValueError(
@@ -116,8 +122,7 @@ class Optimizer:
         state = {}
         for name, value in stored.items():
             is_step = name == "step"
-            same = value.numel() == 1 if is_step else value.shape == shapes[name]
-            if not same:
+            if value.shape != shapes[name] and not (is_step and value.numel() == 1):
                 raise ValueError(
                     f"holds {name} of the shape {tuple(value.shape)}, where it is"
                     f" {tuple(shapes[name])}"
@@ -130,13 +135,6 @@ class Optimizer:
         part.state[parameter] = state
         if self.parking:
             self.parking.put_back(part)
-
-    def _part_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
-        for part in self.parts:
-            for group in part.param_groups:
-                if any(parameter is other for other in group["params"]):
-                    return part
-        raise AssertionError("the parameter is not optimized")
 
 
 def _gradients(groups: list[dict]) -> list[Tensor]:
@@ -263,10 +261,6 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     }
 
 
-def _any_starts_with(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
 def load_optimizer_tensors(
     module: nn.Module,
     optimizer: Optimizer,
@@ -282,7 +276,8 @@ def load_optimizer_tensors(
     for key in tensors:
         name, _, part = key.rpartition("::")
         stored.setdefault(name, []).append(part)
-    new = tuple(prefix for prefix in groups if not _any_starts_with(stored, prefix))
+    begun = {prefix for prefix in groups for name in stored if name.startswith(prefix)}
+    new = tuple(set(groups) - begun)
     odd = sorted(name for name in stored.keys() ^ parameters.keys() if not name.startswith(new))
     if stored and odd:
         raise ValueError(

@@ -122,9 +122,9 @@ class Pipeline:
     def networks(self) -> dict[str, nn.Module]:
         """Return every network that takes part in a picture, by what messages call it."""
         titles = {"": "model", "high": "model", "low": "model (low noise)"}
-        result: dict[str, nn.Module] = {}
-        for name, network in self.model.networks().items():
-            result[titles[name]] = network
+        result: dict[str, nn.Module] = {
+            titles[name]: network for name, network in self.model.networks().items()
+        }
         result["text_encoder"] = self.learner.text_encoder
         for name, value in vars(self.tokenizer).items():
             if isinstance(value, nn.Module):
@@ -239,6 +239,10 @@ class Pipeline:
 
         return denoise
 
+    def _pixels(self, latents: Tensor, first: int, settings: SampleSettings) -> Tensor:
+        """Return the pixels of raw latents on the CPU; ValueError if one is not finite."""
+        return self.finite(self.tokenizer.decode(latents).float().cpu(), first, settings)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -260,9 +264,7 @@ class Pipeline:
             latents = self.latents(
                 some, width, height, frames, settings, first + start, image=image
             )
-            parts.append(
-                self.finite(self.tokenizer.decode(latents).float().cpu(), first + start, settings)
-            )
+            parts.append(self._pixels(latents, first + start, settings))
             if done:
                 done(len(some))
         return torch.cat(parts)
@@ -277,7 +279,6 @@ class Pipeline:
         strength: float,
         settings: SampleSettings = SampleSettings(),
         first: int = 0,
-        done: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t =
         `strength`, and denoised by this model, one clip at a time. What the small clip says stays;
@@ -292,9 +293,5 @@ class Pipeline:
             latents = self.latents(
                 [caption], width, height, len(clip), settings, first + i, guess=(guess, strength)
             )
-            parts.append(
-                self.finite(self.tokenizer.decode(latents).float().cpu(), first + i, settings)
-            )
-            if done:
-                done(1)
+            parts.append(self._pixels(latents, first + i, settings))
         return torch.cat(parts)

@@ -34,7 +34,10 @@ def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
         yield
     finally:
         for file in held:
-            _let_go(run_dir, file)
+            with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
+                os.unlink(run_dir / LOCK)
+                run_dir.rmdir()  # only if nothing else is in it
+            file.close()
 
 
 def _take(run_dir: Path) -> IO:
@@ -55,13 +58,6 @@ def _take(run_dir: Path) -> IO:
             file.close()
             raise
         file.close()  # the training that held it has just removed it
-
-
-def _let_go(run_dir: Path, file: IO) -> None:
-    with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
-        os.unlink(run_dir / LOCK)
-        run_dir.rmdir()  # only if nothing else is in it
-    file.close()
 
 
 def refuse_links(run_dir: Path) -> None:

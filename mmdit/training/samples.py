@@ -97,16 +97,15 @@ class SampleFolder:
         old = self._old()
         rows = old.pop("samples", [])
         changed = differences(old, self.story) if old else []
-        if rows and not changed:
-            for number, row in enumerate(self._padded(rows)):
-                name = self._kept(number, row)
-                if name:
-                    self.files[number] = name
+        ours = [row for row in rows if NAME.fullmatch(row["file"])]
+        for row in ours:
+            number = int(Path(row["file"]).stem)
+            if not changed and self._is_current(number, row):
+                self.files[number] = row["file"]
         self._report(rows, changed)
-        for row in rows:
-            name = row.get("file", "")
-            if NAME.fullmatch(name) and name not in self.files.values():
-                (self.folder / name).unlink(missing_ok=True)
+        for row in ours:
+            if row["file"] not in self.files.values():
+                (self.folder / row["file"]).unlink(missing_ok=True)
         self._write()
 
     def _old(self) -> dict:
@@ -121,17 +120,12 @@ class SampleFolder:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
-    def _padded(self, rows: list[dict]) -> Iterator[dict | None]:
-        numbered = {int(Path(row["file"]).stem): row for row in rows if NAME.fullmatch(row["file"])}
-        return (numbered.get(i) for i in range(len(self.prompts)))
-
-    def _kept(self, number: int, row: dict | None) -> str | None:
-        """Return the file of a sample if it is there and was drawn from the same prompt."""
-        if row is None or row.get("prompt") != self.prompts[number]:
-            return None
+    def _is_current(self, number: int, row: dict) -> bool:
+        """Return whether the file of a sample is there and was drawn from the same prompt."""
+        if number >= len(self.prompts) or row.get("prompt") != self.prompts[number]:
+            return False
         path = self.folder / row["file"]
-        whole = path.is_file() and not path.is_symlink() and path.stat().st_size
-        return row["file"] if whole else None
+        return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
     def _report(self, rows: list, changed: list[str]) -> None:
         kept, gone = len(self.files), len(rows) - len(self.files)

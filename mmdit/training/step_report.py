@@ -8,6 +8,7 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,22 +25,28 @@ LEVELS = 4  # noise levels of the reported loss
 WIDE = BINS // LEVELS
 
 
+class TakenStep(NamedTuple):
+    """One step of this rank, on its device: `norm` and `skipped ()`."""
+
+    # (3, BINS): sums and counts of the finite losses by noise level, sums of times.
+    table: Tensor
+    norm: Tensor
+    skipped: Tensor
+    expert: str
+    # (2,): elements of the gradient that agree in sign with the last, elements compared.
+    signs: Tensor | None
+    ids: list[str]
+    finite: Tensor  # their losses are
+    sound: Tensor  # their cached latents are finite
+
+
 class Window:
     """What happened since the last report: sums on the device, so that no step waits for them.
     `flops`: of this rank."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        # By step (3, BINS): sums and counts of the finite losses by noise level, sums of times.
-        self.tables: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.skipped: list[Tensor] = []
-        # (2,): elements of the gradient that agree in sign with the last, elements compared.
-        self.signs: list[Tensor] = []
-        self.experts: list[str] = []
-        self.ids: list[list[str]] = []  # of this rank, by step
-        self.finite: list[Tensor] = []  # their losses
-        self.sound: list[Tensor] = []  # their cached latents are finite
+        self.taken: list[TakenStep] = []
         self.flops = 0
         self.steps: list[StepFacts] = []  # once they were read
 
@@ -50,9 +57,9 @@ class Window:
         ids: list[str],
         norm: Tensor,
         skipped: Tensor,
-        expert: str = "",
-        signs: Tensor | None = None,
-        sound: Tensor | None = None,
+        expert: str,
+        signs: Tensor | None,
+        sound: Tensor,
     ) -> None:
         """Add one step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound
         (n,)`: their latents are finite."""
@@ -61,48 +68,31 @@ class Window:
         table = torch.zeros(3, BINS, device=self.device)
         for row, values in enumerate((losses, torch.ones_like(losses), t)):
             table[row].index_add_(0, level, torch.where(finite, values, 0.0).float())
-        self.tables.append(table)
-        self.norms.append(norm)
-        self.skipped.append(skipped)
-        if signs is None:
-            signs = torch.zeros(2, device=self.device, dtype=torch.float64)
-        self.signs.append(signs)
-        self.experts.append(expert)
-        self.ids.append(ids)
-        self.finite.append(finite)
-        self.sound.append(torch.ones_like(finite) if sound is None else sound)
+        self.taken.append(TakenStep(table, norm, skipped, expert, signs, ids, finite, sound))
 
     def read(self, world: World) -> list[StepFacts]:
         """Return the steps since the last read, of all ranks (which must all ask). It waits for the
         device."""
-        first = len(self.steps)
-        if first == len(self.tables):
+        taken = self.taken[len(self.steps) :]
+        if not taken:
             return []
-        table = torch.stack(self.tables[first:])
-        world.sum_(table)
-        numbers = zip(
-            table.tolist(),
-            torch.stack(self.norms[first:]).tolist(),
-            torch.stack(self.skipped[first:]).tolist(),
-            torch.stack(self.signs[first:]).tolist(),
-            self.experts[first:],
-        )
-        new = [
-            StepFacts(sums, counts, sum(times), norm, bool(bad), expert, *signs)
-            for (sums, counts, times), norm, bad, signs, expert in numbers
-        ]
+        tables = torch.stack([step.table for step in taken])
+        world.sum_(tables)
+        new = []
+        for step, (sums, counts, times) in zip(taken, tables.tolist(), strict=True):
+            norm, bad = step.norm.item(), bool(step.skipped)
+            signs = (0.0, 0.0) if step.signs is None else step.signs.tolist()
+            new.append(StepFacts(sums, counts, sum(times), norm, bad, step.expert, *signs))
         self.steps += new
         return new
 
 
-def matmul_rate(
-    device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 16
-) -> float | None:
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 16) -> float | None:
     """Measure the operations a second of a large matrix product on a CUDA `device`, in a fraction
     of a second; return None elsewhere."""
     if device.type != "cuda":
         return None
-    generator = torch.Generator(device).manual_seed(0)
+    size, generator = 8192, torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(2 * repeats):
@@ -303,11 +293,10 @@ class Reporter:
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         with refuse_link(self.run_dir / name).open("a", encoding="utf-8") as file:
             first = last_step - len(window.steps)
-            for number, facts in enumerate(window.steps):
-                if not facts.bad:
+            for number, step in enumerate(window.taken):
+                if not step.skipped:
                     continue
-                ids = window.ids[number]
-                finite, sound = window.finite[number].tolist(), window.sound[number].tolist()
+                ids, finite, sound = step.ids, step.finite.tolist(), step.sound.tolist()
                 damaged = [id for id, good in zip(ids, sound, strict=True) if not good]
                 self.damaged += [id for id in damaged if id not in self.damaged]
                 row = {

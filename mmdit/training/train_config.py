@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmdit.config import ConfigError, FilePath, Section
+from mmdit.config import ConfigError, FilePath, Section, least
 from mmdit.diffusion import Grid, SamplerConfig, Solver, build_objective, sampling_times
 from mmdit.interfaces import LatentSpec
 from mmdit.training.optim import LearningRate, OptimizerName
@@ -112,31 +112,12 @@ class TrainConfig(Section):
     sample_prompts: tuple[str, ...] = field(default=())
 
     def __post_init__(self):
-        for name in (
-            "batch_size",
-            "grad_accum_steps",
-            "max_steps",
-            "log_every_steps",
-            "save_every_steps",
-            "val_samples",
-            "sample_num_images",
-            "sample_num_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
-        for name in (
-            "warmup_steps",
-            "max_skipped_steps",
-            "keep_last",
-            "keep_every_steps",
-            "sample_every_steps",
-            "val_every_steps",
-            "offload_blocks",
-            "grad_clip",
-            "weight_decay",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, f"is {getattr(self, name)}, must not be negative")
+        least(self, 1, "batch_size", "grad_accum_steps", "max_steps", "val_samples")
+        least(self, 1, "log_every_steps", "save_every_steps")
+        least(self, 1, "sample_num_images", "sample_num_steps")
+        least(self, 0, "warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps")
+        least(self, 0, "sample_every_steps", "val_every_steps", "offload_blocks")
+        least(self, 0, "grad_clip", "weight_decay")
         if not 0 < self.timeout_minutes < 1e6:
             raise ConfigError(
                 "timeout_minutes",

@@ -132,7 +132,7 @@ class Trainer:
         state = self.state
         state.step += 1
         if state.ema:
-            state.ema.update(state.step, state.learner.resting(window.experts[-1]))
+            state.ema.update(state.step, state.learner.resting(window.taken[-1].expert))
         if state.schedule and state.schedule.due(state.step):
             reporter.observe(window)
             for line in state.schedule.look(state.step, state.monitor.histories):

@@ -51,20 +51,18 @@ def check_sizes(config, weights: checkpoint.Weights) -> None:
         ("lora.rank", lora.rank),
         *(("lora.per_module", entry.rank) for entry in lora.per_module),
     ]
-    asked = [(f"model.{name}", length, longest) for name, length in model.lengths().items()]
-    asked += [
-        ("model.depth", model.depth or 0, len(shapes)),
-        ("text_encoder.dim", text.dim or 0, longest),
-        ("text_encoder.depth", text.depth or 0, len(shapes)),
-    ]
-    asked += [(name, rank, longest) for name, rank in ranks if lora.enabled and lora.type != "lokr"]
-    for name, value, limit in asked:
-        if value > limit:
-            what = "elements along an axis"
-            if limit == len(shapes) and name.endswith("depth"):
-                what = "tensors"
-            raise ValueError(
-                f"{weights.source} does not fit its own config: {name} is {value}, its weights "
-                f"have at most {limit} "
-                f"{what}; it is damaged, or its config was changed"
-            )
+    lengths = [(f"model.{name}", length) for name, length in model.lengths().items()]
+    lengths.append(("text_encoder.dim", text.dim))
+    if lora.enabled and lora.type != "lokr":
+        lengths += ranks
+    depths = [("model.depth", model.depth), ("text_encoder.depth", text.depth)]
+    for asked, limit, what in (
+        (lengths, longest, "elements along an axis"),
+        (depths, len(shapes), "tensors"),
+    ):
+        for name, value in asked:
+            if value is not None and value > limit:
+                raise ValueError(
+                    f"{weights.source} does not fit its own config: {name} is {value}, its weights"
+                    f" have at most {limit} {what}; it is damaged, or its config was changed"
+                )

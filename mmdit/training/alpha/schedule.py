@@ -138,8 +138,7 @@ class PhaseConfig:
                     f"is {getattr(self, name)}; must be positive; the update is scaled by"
                     " alpha/rank",
                 )
-        if self.min_steps < 0:
-            raise ConfigError("min_steps", f"is {self.min_steps}, must not be negative")
+        least(self, 0, "min_steps")
 
     def alpha_of(self, expert: str) -> float:
         alpha = getattr(self, expert) if expert in ("high", "low") else None
@@ -175,8 +174,7 @@ class AlphaScheduleConfig(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError("phases", f"are named {names}; each needs a name of its own")
-        if self.ramp_steps < 1:
-            raise ConfigError("ramp_steps", f"is {self.ramp_steps}, must be at least 1")
+        least(self, 1, "ramp_steps")
 
     def check(self, run: Any) -> None:
         if self.enabled and self.on_change == "ramp" and run.train.compile is not False:

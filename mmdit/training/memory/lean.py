@@ -28,8 +28,8 @@ class SplitAdamW(torch.optim.Optimizer):
     is float32. 10 bytes a parameter with its gradient; float32 takes 16.
     """
 
-    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float = 1e-8):
-        super().__init__(groups, {"betas": betas, "eps": eps})
+    def __init__(self, groups: list[dict], betas: tuple[float, float]):
+        super().__init__(groups, {"betas": betas, "eps": 1e-8})
 
     @torch.no_grad()
     def step(self) -> None:

@@ -49,13 +49,13 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
     cells, texts = [], []
     for item in items:
         latents = cache.load(item)
-        chosen = torch.linspace(0, len(latents) - 1, shown).round().long()
+        if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
+            decoded = latents[:shown]
+        else:
+            decoded = latents[torch.linspace(0, len(latents) - 1, shown).round().long()]
         with torch.inference_mode():
-            if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
-                pixels = tokenizer.decode(latents[None, :shown].float())[0].float().cpu()
-                pixels = pixels[torch.linspace(0, len(pixels) - 1, shown).round().long()]
-            else:
-                pixels = tokenizer.decode(latents[chosen][None].float())[0].float().cpu()
+            pixels = tokenizer.decode(decoded[None].float())[0].float().cpu()
+        pixels = pixels[torch.linspace(0, len(pixels) - 1, shown).round().long()]
         cells.append(_fitted(pixels))
         frames = f", {len(latents)} frames" if len(latents) > 1 else ""
         texts.append(

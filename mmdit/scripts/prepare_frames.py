@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.fps <= 0:
             raise ValueError(f"--fps is {args.fps}, must be greater than 0")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
-        clean(args.out_dir / f"frames_{args.fps:g}fps")
+        top = args.out_dir / f"frames_{args.fps:g}fps"
+        clean(top)
         for record in tqdm(records, desc=f"writing {args.out_dir}", unit="clip"):
-            folder = args.out_dir / f"frames_{args.fps:g}fps" / record.id
+            folder = top / record.id
             try:
                 frames = extract_frames(record, folder, args.fps, args.format)
             except (OSError, ValueError) as error:
@@ -61,17 +62,8 @@ def main(argv: list[str] | None = None) -> int:
                 "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
             )
         write_atomically(args.out_dir / args.meta_jsonl.name, "".join(lines))
-    print(
-        "\n".join(
-            [
-                (
-                    f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}, {len(skipped)}"
-                    " skipped"
-                ),
-                *skipped,
-            ]
-        )
-    )
+    summary = f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}"
+    print("\n".join([f"{summary}, {len(skipped)} skipped", *skipped]))
     return 0
 
 

@@ -134,9 +134,8 @@ class CacheManifest:
     def differences(self, wanted: CacheManifest) -> list[str]:
         """Return `what: here X, wanted Y` for everything that changes the latents."""
         here, asked = self._deciding(), wanted._deciding()
-        if (
-            self.tokenizer == wanted.tokenizer
-        ):  # the name alone (a moved checkpoint) decides nothing
+        # the name alone (a moved checkpoint) decides nothing
+        if self.tokenizer == wanted.tokenizer:
             del here["tokenizer"], asked["tokenizer"]
         return [
             f"{name}: the cache has {here.get(name)}, the config asks {asked.get(name)}"

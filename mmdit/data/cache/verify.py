@@ -7,6 +7,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 
@@ -74,11 +75,9 @@ def _verify_plain(folder: Path, manifest: CacheManifest) -> tuple[int, list[Dama
     paths = sorted(path for path in folder.rglob("*.pt") if not path.name.startswith("."))
     files = [path.relative_to(folder).as_posix() for path in paths]
 
-    def problem_of(file: str) -> str:
-        return _item_problem(folder, file, manifest, entries.get(file))
-
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = pool.map(problem_of, files)
+        look = partial(_item_problem, folder, manifest)
+        problems = pool.map(look, files, map(entries.get, files))
         bar = tqdm(problems, f"verifying {folder}", len(files), unit="file", delay=2)
         for file, problem in zip(files, bar, strict=True):
             if problem:
@@ -86,7 +85,7 @@ def _verify_plain(folder: Path, manifest: CacheManifest) -> tuple[int, list[Dama
     return len(files), damage + _contradictions(files, entries)
 
 
-def _item_problem(folder: Path, file: str, manifest: CacheManifest, entry: Entry | None) -> str:
+def _item_problem(folder: Path, manifest: CacheManifest, file: str, entry: Entry | None) -> str:
     """Return what is wrong with a file, "" if nothing is."""
     try:
         item = load_item(folder / file, manifest.spec.channels)

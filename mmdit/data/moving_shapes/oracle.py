@@ -63,9 +63,6 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.background)
 
-    def __getitem__(self, index) -> Predictions:
-        return self.map(lambda column: column[index])
-
     def map(self, function: Callable[[Tensor], Tensor]) -> Predictions:
         """Return what the function makes of every column that is there."""
         columns: dict[str, Any] = {

@@ -170,25 +170,23 @@ def describe_session(session: Session) -> list[str]:
         f" {session.state.step} … {session.train.max_steps}"
     ]
     levels = [round(t, 3) for t in session.times]
-    rows.append(f"noise levels of a rollout: {levels}")
-    rows.append(
+    rows += [
+        f"noise levels of a rollout: {levels}",
         f"a sample: {session.width} × {session.height}, {session.frames} frames (rewards see "
-        f"{list(config.reward_frames) or 'all'}), latents {list(session.shape)}"
-    )
+        f"{list(config.reward_frames) or 'all'}), latents {list(session.shape)}",
+    ]
     dimensions = torch.Size(session.shape).numel()
     if config.algorithm == "srpo":
         noisy, clean = config.srpo.sigma_window
         source = (
             f"of {len(real_latents(session))} real samples" if config.srpo.latents else "prompts"
         )
-        rows.append(
+        rows += [
             f"an update: {config.prompts_per_epoch} {source}; stored: {4 * dimensions:,} bytes a"
-            " sample, its clean end"
-        )
-        rows.append(
+            " sample, its clean end",
             f"trained noise levels: sigma_window {noisy} … {clean}, entered {config.srpo.step}"
-            " beside them"
-        )
+            " beside them",
+        ]
     else:
         noisy = session.rollouts.noisy_steps(0)
         stored = session.rollouts.storage(noisy).bytes(dimensions)
@@ -209,8 +207,7 @@ def describe_session(session: Session) -> list[str]:
             f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a"
             f" process on {where}"
         )
-        touched = [(session.times[i], session.times[i + 1]) for i in noisy]
-        touched = touched or [session.levels.between[::-1]]
+        touched = [session.times[i : i + 2] for i in noisy] or [session.levels.between[::-1]]
         rows.append("trained noise levels: " + ", ".join(f"{a:.3f} → {b:.3f}" for a, b in touched))
     if trained := session.levels.expert:
         frozen = "low" if trained == "high" else "high"

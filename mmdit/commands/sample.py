@@ -85,24 +85,17 @@ class Drawing:
     image: Tensor | None = None
     strength: float = 0.5
     refiner: Pipeline | None = field(default=None, init=False)
-    large: ExperimentConfig | None = field(default=None, init=False)
+    redrawn: SampleSettings | None = field(default=None, init=False)
 
     def __post_init__(self):
+        self.written_size = self.size
         self.pipeline.check(*self.size, self.settings)
 
     def refine_with(self, refiner: Pipeline, config: ExperimentConfig) -> None:
         """Draw the samples again with a second model, at the size of its config."""
-        refiner.check(config.video.width, config.video.height, self.size[2], self.redrawn(config))
-        self.refiner, self.large = refiner, config
-
-    @staticmethod
-    def redrawn(config: ExperimentConfig) -> SampleSettings:
-        return SampleSettings.of(config.train)
-
-    @property
-    def written_size(self) -> tuple[int, int, int]:
-        video = self.large.video if self.large else None
-        return (video.width, video.height, self.size[2]) if video else self.size
+        self.written_size = (config.video.width, config.video.height, self.size[2])
+        self.refiner, self.redrawn = refiner, SampleSettings.of(config.train)
+        refiner.check(*self.written_size, self.redrawn)
 
     def story(self) -> dict:
         """Return what decides the samples, besides prompts and numbers."""
@@ -113,7 +106,7 @@ class Drawing:
             more = {
                 "strength": self.strength,
                 "drawn_size": list(self.size),
-                "refine_settings": asdict(self.redrawn(self.large)),
+                "refine_settings": asdict(self.redrawn),
             }
         return more | {
             "size": list(self.written_size),
@@ -134,9 +127,8 @@ class Drawing:
                 )
                 if self.refiner:
                     width, height, _ = self.written_size
-                    settings = self.redrawn(self.large)
                     pixels = self.refiner.refine(
-                        pixels, prompts, width, height, self.strength, settings, first
+                        pixels, prompts, width, height, self.strength, self.redrawn, first
                     )
                 folder.add(first, pixels)
                 bar.update(len(prompts))

@@ -3,6 +3,7 @@ groups, collected once."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -67,13 +68,9 @@ def stored_pairs(session: Session) -> dict[str, Tensor] | None:
         pairs = read_pairs(path, session)
         _check_batch(session, len(pairs["prompts"]))
         return pairs
-    _check_batch(session, _epochs(session) * session.config.prompts_per_epoch)
+    epoch = session.config.prompts_per_epoch
+    _check_batch(session, math.ceil(session.config.dpo.collect / epoch) * epoch)
     return None
-
-
-def _epochs(session: Session) -> int:
-    """Return how many epochs of rollouts pairs are collected from."""
-    return -(-session.config.dpo.collect // session.config.prompts_per_epoch)
 
 
 def _check_batch(session: Session, count: int) -> None:
@@ -91,7 +88,7 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
     groups with equal rewards give none."""
     config, rollouts = session.config, session.rollouts
     parts: dict[str, list[Tensor]] = defaultdict(list)
-    for epoch in range(_epochs(session)):
+    for epoch in range(math.ceil(config.dpo.collect / config.prompts_per_epoch)):
         for rollout in rollouts.collect(epoch, session.policy.reference):
             best, worst = extremes(rollouts.pool.total(rollout.rewards.result()), rollout.groups)
             parts["win"].append(rollout.clean[best].cpu())
@@ -99,9 +96,8 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
             parts["prompts"].append(rollout.prompts[best])
             first = epoch * config.prompts_per_epoch * config.group_size
             parts["place"].append(first + rollout.indices[best])
-    pairs = {}
-    for name, some in parts.items():
-        pairs[name] = torch.cat(session.world.gather(torch.cat(some)))
+    gather = session.world.gather
+    pairs = {name: torch.cat(gather(torch.cat(some))) for name, some in parts.items()}
     order = pairs.pop("place").argsort()  # as one process would have made them
     if not len(order):
         raise ValueError(

@@ -27,11 +27,23 @@ def command_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def config_parser(doc: str | None) -> argparse.ArgumentParser:
+def config_parser(
+    doc: str | None, config_help: str = "the YAML that training will use"
+) -> argparse.ArgumentParser:
     """Return a parser for a command that takes the configuration of a training."""
     parser = command_parser(doc)
-    parser.add_argument("--config", required=True, help="the YAML that training will use")
+    parser.add_argument("--config", required=True, help=config_help)
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
+    return parser
+
+
+def training_parser(doc: str | None, config_help: str) -> argparse.ArgumentParser:
+    """Return a parser for a command that trains, and continues a run that was stopped."""
+    parser = config_parser(doc, config_help)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
+    )
     return parser
 
 

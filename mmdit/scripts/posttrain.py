@@ -6,34 +6,20 @@ section posttrain: says.
 
 from mmdit.commands.posttrain import posttrain
 from mmdit.experiment.experiment_config import load_experiment_config
-from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts import friendly, run, training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="YAML file with a posttrain: section, see configs/posttrain/",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
-    )
+    parser = training_parser(__doc__, "YAML file with a posttrain: section, see configs/posttrain/")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="say what would happen: geometry, memory, noise levels",
     )
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        posttrain(
-            load_experiment_config(args.config, args.overrides),
-            args.device,
-            args.resume,
-            args.dry_run,
-        )
+        config = load_experiment_config(args.config, args.overrides)
+        posttrain(config, args.device, args.resume, args.dry_run)
     return 0
 
 

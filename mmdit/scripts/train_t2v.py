@@ -7,38 +7,25 @@
 
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import run_training
-from mmdit.scripts import cache_text, command_parser, friendly, run
+from mmdit.scripts import cache_text, friendly, run, training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser = training_parser(__doc__, "YAML file, see configs/")
     parser.add_argument(
         "--train_cache_dir",
         required=True,
         help="folder written by cache_vtp_images or cache_vtp_latents",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
     )
     parser.add_argument(
         "--cache_only",
         action="store_true",
         help="encode the captions, as cache_text does, and train nothing",
     )
-    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     if args.cache_only:
-        given = [
-            "--config",
-            args.config,
-            "--cache_dir",
-            args.train_cache_dir,
-            "--device",
-            args.device,
-        ]
-        return cache_text.main([*given, *args.overrides])
+        where = ["--cache_dir", args.train_cache_dir, "--device", args.device]
+        return cache_text.main(["--config", args.config, *where, *args.overrides])
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         run_training(config, args.train_cache_dir, args.device, args.resume)

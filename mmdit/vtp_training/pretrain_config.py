@@ -54,10 +54,9 @@ class NetworkConfig:
     text_context_length: int = 128
 
     def __post_init__(self):
-        least(self, 1, "vision_depth", "decoder_depth", "text_depth", "vision_feature_bottleneck")
-        least(self, 1, "text_context_length", "text_embed_dim", "text_num_heads")
-        least(self, 1, "vision_num_heads", "decoder_num_heads")
-        least(self, 0, "vision_embed_dim", "decoder_embed_dim", "vision_mlp_ratio", above=True)
+        whole = [name for name, value in vars(self).items() if type(value) is int]
+        least(self, 1, *whole)
+        least(self, 0, "vision_mlp_ratio", above=True)
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % (4 * heads):
@@ -119,12 +118,12 @@ class OptimizationConfig:
             raise ConfigError(
                 "warmup_steps", f"is {self.warmup_steps}, must be below max_steps {self.max_steps}"
             )
-        if self.lr >= 1:
-            raise ConfigError("lr", f"is {self.lr}, must be below 1, for example 1.5e-3")
+        for name, example in (("lr", 1.5e-3), ("beta2", 0.98)):
+            value = getattr(self, name)
+            if value >= 1:
+                raise ConfigError(name, f"is {value}, must be below 1, for example {example}")
         if self.final_lr > 1:
             raise ConfigError("final_lr", f"is {self.final_lr}, must be a share of lr, from 0 to 1")
-        if self.beta2 >= 1:
-            raise ConfigError("beta2", f"is {self.beta2}, must be below 1, for example 0.98")
 
 
 @dataclass(frozen=True)

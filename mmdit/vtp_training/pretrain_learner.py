@@ -109,14 +109,12 @@ class TokenizerLearner(nn.Module):
                 parts["contrast"] = self._contrast(features["x_norm_clstoken"], batch)
                 total = total + config.contrast.weight * parts["contrast"]
             if self.self_supervision is not None:
-                stride = max(
-                    1, round(1 / config.self_supervision.fraction)
-                )  # every sort of picture
+                settings = config.self_supervision
+                stride = max(1, round(1 / settings.fraction))  # every sort of picture
                 parts["dino"], parts["ibot"] = self.self_supervision.loss(
                     self.model.trunk, target[::stride], draws[::stride]
                 )
-                loss = parts["dino"] + parts["ibot"]
-                total = total + config.self_supervision.weight * loss
+                total = total + settings.weight * (parts["dino"] + parts["ibot"])
         parts = {name: value.detach() for name, value in parts.items()}
         return StepLosses(total, parts, predicted.detach(), target)
 

@@ -66,11 +66,9 @@ def random_crops(
     centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
     mirror = torch.where(draws.uniform(f"{purpose}/mirror", 1) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(side)
-    rows = [
-        torch.cat([side * mirror, zero, centre[:, :1]], 1),
-        torch.cat([zero, side, centre[:, 1:]], 1),
-    ]
-    where = F.affine_grid(torch.stack(rows, 1), [len(images), 3, *size], align_corners=False)
+    parts = [side * mirror, zero, centre[:, :1], zero, side, centre[:, 1:]]
+    matrices = torch.cat(parts, 1).unflatten(1, (2, 3))
+    where = F.affine_grid(matrices, [len(images), 3, *size], align_corners=False)
     crops = F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
     contrast = 0.8 + 0.4 * draws.uniform(f"{purpose}/contrast", 1, 1, 1)
     return crops * contrast + 0.15 * draws.normal(f"{purpose}/tint", 3, 1, 1)

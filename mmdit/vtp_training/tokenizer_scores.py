@@ -81,10 +81,8 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
 def folder_scores(model: VTPModel, folder: Path, side: int = 256) -> dict:
     """Return the mean, lowest and highest PSNR over a folder of pictures, cut to squares from their
     middle."""
-    values = []
-    for picture in folder_pictures(folder, side, side):
-        pixels = picture[None].to(model.device)
-        values.append(float(psnr(reconstruct(model, pixels), pixels)))
+    pictures = (picture[None].to(model.device) for picture in folder_pictures(folder, side, side))
+    values = [float(psnr(reconstruct(model, pixels), pixels)) for pixels in pictures]
     return {
         "folder": folder.name,
         "size": side,

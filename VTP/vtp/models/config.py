@@ -92,20 +92,13 @@ class VTPConfig:
     nonscalar_logit_scale: bool = False
 
     def __init__(self, /, **values: Any):
-        methods = [
-            name
-            for name in values
-            if hasattr(VTPConfig, name) and name not in VTPConfig.__annotations__
-        ]
-        if methods:
-            raise ValueError(f"{methods[0]!r} is a name of this class, and cannot be a key")
-        wrong = {name: value for name, value in values.items() if not fits(name, value)}
-        if wrong:
-            name, value = next(iter(wrong.items()))
-            raise ValueError(
-                f"{name} is {value!r}; must be {TYPES[VTPConfig.__annotations__[name]]}"
-            )
-        defaults = {name: getattr(type(self), name) for name in VTPConfig.__annotations__}
+        types = VTPConfig.__annotations__
+        for name, value in values.items():
+            if hasattr(VTPConfig, name) and name not in types:
+                raise ValueError(f"{name!r} is a name of this class, and cannot be a key")
+            if not fits(name, value):
+                raise ValueError(f"{name} is {value!r}; must be {TYPES[types[name]]}")
+        defaults = {name: getattr(VTPConfig, name) for name in types}
         self.__dict__.update({**defaults, "architectures": ["VTPModel"], **values})
         if self.vision_clip_feat not in ("cls", "pooled"):
             raise ValueError(

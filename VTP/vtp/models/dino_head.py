@@ -11,8 +11,8 @@ from vtp.models.layers import init_linear
 
 
 class DINOHead(nn.Module):
-    """MLP in_dim → hidden → … → bottleneck, L2 normalisation, then cosine similarity to `out_dim`
-    prototypes times a gain.
+    """MLP in_dim → hidden → hidden → bottleneck, L2 normalisation, then cosine similarity to
+    `out_dim` prototypes times a gain.
 
     (…, in_dim) → logits (…, out_dim). The gains start at 1 and are trainable.
     """
@@ -21,16 +21,17 @@ class DINOHead(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
     ):
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
-        layers = [nn.Linear(widths[0], widths[1])]
-        for a, b in zip(widths[1:-1], widths[2:], strict=True):
-            layers += [nn.GELU(), nn.Linear(a, b)]
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
         self.apply(init_linear)
         self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
         self.gain = nn.Parameter(torch.ones(out_dim, 1))

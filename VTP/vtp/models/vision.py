@@ -97,10 +97,9 @@ class DinoVisionTransformer(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """Return the latents (b, C, h, w) of image (b, 3, H, W)."""
-        x, table, (h, w) = self._tokens(image)
-        for block in self.blocks:
-            x = block(x, table)
-        return rearrange(self.bottleneck(self.norm(x)[:, 1:]), "b (h w) c -> b c h w", h=h, w=w)
+        tokens = self(image, is_training=True, use_bottleneck=False)["x_norm_patchtokens"]
+        h = image.shape[-2] // self.patch_size
+        return rearrange(self.bottleneck(tokens), "b (h w) c -> b c h w", h=h)
 
     def get_intermediate_layers(
         self,

@@ -7,9 +7,11 @@ same in train() and eval().
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +34,6 @@ from vtp.models.vision import DinoVisionTransformerWithBottleneck
 class VTPPreTrainedModel(nn.Module):
     """Loading and saving of a model that is built from a `VTPConfig` alone."""
 
-    config_class = VTPConfig
-
     def __init__(self, config: VTPConfig):
         super().__init__()
         self.config = config
@@ -49,7 +49,7 @@ class VTPPreTrainedModel(nn.Module):
         fit config.json.
         """
         folder = checkpoint_folder(name_or_path)
-        config = cls.config_class.from_pretrained(folder)
+        config = VTPConfig.from_pretrained(folder)
         try:
             with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
                 model = cls(config)
@@ -73,63 +73,41 @@ class VTPPreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
 
+def _sizes(config: VTPConfig, part: str) -> dict[str, Any]:
+    """Return what the encoder ("vision") and the decoder both take from keys of their own."""
+    names = ("embed_dim", "depth", "num_heads", "ffn_layer", "norm_layer", "init_values")
+    values = {name: getattr(config, f"{part}_{name}") for name in names}
+    return {**values, "qk_norm": getattr(config, f"{part}_use_qk_norm")}
+
+
 class VTPModel(VTPPreTrainedModel):
     """Freshly initialised; `VTPModel.from_pretrained(folder)` loads a checkpoint. ValueError for a
     config it cannot build."""
 
     def __init__(self, config: VTPConfig):
         super().__init__(config)
+        channels, vision = config.vision_feature_bottleneck, _sizes(config, "vision")
         self.trunk = DinoVisionTransformerWithBottleneck(
-            vit_feature_bottleneck=config.vision_feature_bottleneck,
+            channels,
             patch_size=config.vision_patch_size,
-            embed_dim=config.vision_embed_dim,
-            depth=config.vision_depth,
-            num_heads=config.vision_num_heads,
             mlp_ratio=config.vision_mlp_ratio,
-            ffn_layer=config.vision_ffn_layer,
-            norm_layer=config.vision_norm_layer,
-            init_values=config.vision_init_values,
-            qk_norm=config.vision_use_qk_norm,
+            **vision,
         )
-        self.pixel_decoder = self._build_decoder(config) if config.train_reconstruction else None
+        self.pixel_decoder = None
+        if config.train_reconstruction:
+            self.pixel_decoder = DinoV3PixelDecoder(channels, **_sizes(config, "decoder"))
         if config.train_clip:
             self._build_contrast(config)
 
-    @staticmethod
-    def _build_decoder(config: VTPConfig) -> DinoV3PixelDecoder:
-        return DinoV3PixelDecoder(
-            in_dim=config.vision_feature_bottleneck,
-            embed_dim=config.decoder_embed_dim,
-            depth=config.decoder_depth,
-            num_heads=config.decoder_num_heads,
-            ffn_layer=config.decoder_ffn_layer,
-            norm_layer=config.decoder_norm_layer,
-            init_values=config.decoder_init_values,
-            qk_norm=config.decoder_use_qk_norm,
-        )
-
     def _build_contrast(self, config: VTPConfig) -> None:
-        tower = TextTransformer(
-            context_length=config.text_context_length,
-            vocab_size=config.text_vocab_size,
-            embed_dim=config.text_embed_dim,
-            num_heads=config.text_num_heads,
-            depth=config.text_depth,
-            mlp_ratio=config.text_mlp_ratio,
-            ls_init_value=config.text_ls_init_value,
-            no_causal_mask=config.text_no_causal_mask,
-            pool_type=config.text_pool_type,
-            proj_type=config.text_proj_type,
-            proj_bias=config.text_proj_bias,
-            quick_gelu=config.text_quick_gelu,
-        )
+        names = inspect.signature(TextTransformer).parameters
+        tower = TextTransformer(**{name: getattr(config, f"text_{name}") for name in names})
         # the released weights name the parts without a common prefix
         for name, part in [*tower.named_children(), *tower.named_parameters(recurse=False)]:
             setattr(self, name, part)
         self.text_projection, self.text_pool_type = tower.text_projection, tower.text_pool_type
-        width = config.vision_feature_bottleneck
-        if config.vision_bottleneck_ae_only:
-            width = config.vision_embed_dim
+        full = config.vision_bottleneck_ae_only
+        width = config.vision_embed_dim if full else config.vision_feature_bottleneck
         self.visual_proj = nn.Linear(width, config.text_embed_dim, bias=False)
         init_linear(self.visual_proj)
         shape = [1] if config.nonscalar_logit_scale else []

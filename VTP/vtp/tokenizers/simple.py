@@ -30,9 +30,8 @@ def _byte_letters() -> tuple[list[str], list[str]]:
     ids, and of the bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [letters[byte] for byte in printable + others], [letters[byte] for byte in range(256)]
 
 

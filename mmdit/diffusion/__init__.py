@@ -2,21 +2,17 @@
 
 from mmdit.diffusion.guidance import guided, guided_by_expert
 from mmdit.diffusion.objective import (
-    DDPM,
     Denoise,
     DiffusionConfig,
     FlowMatching,
     FlowMatchingConfig,
-    LossParts,
     Objective,
     build_objective,
 )
 from mmdit.diffusion.path import (
     CosinePath,
-    DiscretePath,
     LinearPath,
     Path,
-    Prediction,
     Time,
     ddpm_path,
     shift_time,
@@ -24,19 +20,15 @@ from mmdit.diffusion.path import (
 from mmdit.diffusion.samplers import Grid, SamplerConfig, Solver, sample, sampling_times
 
 __all__ = [
-    "DDPM",
     "CosinePath",
     "Denoise",
     "DiffusionConfig",
-    "DiscretePath",
     "FlowMatching",
     "FlowMatchingConfig",
     "Grid",
     "LinearPath",
-    "LossParts",
     "Objective",
     "Path",
-    "Prediction",
     "SamplerConfig",
     "Solver",
     "Time",

@@ -209,11 +209,8 @@ def _on_circle(angle: Tensor) -> Coefficients:
 
 
 def _weighted(coefficients: Coefficients, first: Tensor, second: Tensor) -> Tensor:
-    a, b = (_as_wide(coefficient, first) for coefficient in coefficients)
+    a, b = coefficients
+    if a.dim():
+        shape = (-1, *[1] * (first.dim() - 1))
+        a, b = a.reshape(shape).to(first), b.reshape(shape).to(first)
     return a * first + b * second
-
-
-def _as_wide(coefficient: Tensor, like: Tensor) -> Tensor:
-    if coefficient.dim() == 0:
-        return coefficient
-    return coefficient.reshape(-1, *[1] * (like.dim() - 1)).to(like)

@@ -139,19 +139,12 @@ def sample(
 def _solver(
     config: SamplerConfig, denoise: Denoise, path: Path, times: list[float], draws: Draws | None
 ) -> Step:
-    match config.solver:
-        case "ddim":
-            return _ddim(denoise, path, config.eta, draws)
-        case "euler":
-            return _euler(denoise, path)
-        case "heun":
-            return _heun(denoise, path)
-        case "ab2":
-            return _ab2(denoise, path)
-        case "dpmpp_2m":
-            return _dpmpp_2m(denoise, path)
-        case "unipc":
-            return _unipc(denoise, path, times)
+    if config.solver == "ddim":
+        return _ddim(denoise, path, config.eta, draws)
+    if config.solver == "unipc":
+        return _unipc(denoise, path, times)
+    solvers = {"euler": _euler, "heun": _heun, "ab2": _ab2, "dpmpp_2m": _dpmpp_2m}
+    return solvers[config.solver](denoise, path)
 
 
 def _floats(path: Path, t: float) -> tuple[float, float]:

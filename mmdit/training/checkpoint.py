@@ -23,7 +23,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -79,14 +79,8 @@ class Meta:
             raw = json.loads(text)
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
-            return decode(
-                Meta,
-                {
-                    name: raw[name]
-                    for name in ("step", "config", "spec", "tokenizer", "alphas", "origin")
-                    if name in raw
-                },
-            )
+            known = {entry.name: raw[entry.name] for entry in fields(Meta) if entry.name in raw}
+            return decode(Meta, known)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{where} is not a checkpoint of this project: {str(error)[:1000]}"
@@ -430,11 +424,10 @@ def assign(
     """Copy `tensors` into `current` (a `state_dict()`, sharded or not), strictly: names and shapes
     must agree, except those for which `fresh(name)` holds (adapters that start new). ValueError
     lists what differs, or names a weight that is no finite number."""
-    stored = (
-        tensors.shapes
-        if isinstance(tensors, Stored)
-        else {name: tensor.shape for name, tensor in tensors.items()}
-    )
+    if isinstance(tensors, Stored):
+        stored = tensors.shapes
+    else:
+        stored = {name: tensor.shape for name, tensor in tensors.items()}
     missing = [name for name in current if name not in tensors and not fresh(name)]
     unexpected = [name for name in tensors if name not in current]
     shapes = [

@@ -127,15 +127,13 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if device.type == "cuda":
-        device = torch.device(
-            "cuda",
-            device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)),
-        )
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         kernels.check_device(device)
         torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))
     if size == 1:
-        yield World(0, 1, device)
+        yield World(device=device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=1.5 * timeout_minutes)

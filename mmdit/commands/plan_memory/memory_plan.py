@@ -170,30 +170,24 @@ def without_memory():
         return _FusedNorm.apply(x, weight)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(
-            _triton.has_triton.cache_clear
-        )  # asked while compiling, with the answer of no GPU
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
+
+        def patch(place: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(place, name, value))
+
+        # It is asked while compiling, with the answer of no GPU.
+        stack.callback(_triton.has_triton.cache_clear)
+        patch(torch.cuda, "is_available", lambda: False)
         for module, name in TABLES:
-            stack.enter_context(mock.patch.object(module, name, real(getattr(module, name))))
-        if importlib.util.find_spec(
-            "triton"
-        ):  # as on a GPU: the fused kernels say what they make and keep
-            stack.enter_context(
-                torch._functorch.config.patch(decompose_custom_triton_ops=False)
-            )  # operators stay whole
-            stack.enter_context(
-                mock.patch.object(kernels, "can_run", lambda x: x.dtype != torch.float64)
-            )
-            stack.enter_context(
-                mock.patch.object(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
-            )
-            for name, module in kernels.MODULES.items():
-                stack.enter_context(
-                    mock.patch.object(kernels, name, importlib.import_module(module))
-                )
-        stack.enter_context(mock.patch.object(torch, "unique", unique))
-        stack.enter_context(mock.patch.object(nn.functional, "rms_norm", rms_norm))
+            patch(module, name, real(getattr(module, name)))
+        # As on a GPU: the fused kernels say what they make and keep, and operators stay whole.
+        if importlib.util.find_spec("triton"):
+            stack.enter_context(torch._functorch.config.patch(decompose_custom_triton_ops=False))
+            patch(kernels, "can_run", lambda x: x.dtype != torch.float64)
+            patch(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
+            for name, path in kernels.MODULES.items():
+                patch(kernels, name, importlib.import_module(path))
+        patch(torch, "unique", unique)
+        patch(nn.functional, "rms_norm", rms_norm)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Meter())
 
@@ -210,17 +204,13 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     bits, Muon one moment a matrix.
     """
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    matrices = (
-        {f"model.{name}" for name in learner.model.matrices()}
-        if train.optimizer == "muon"
-        else set()
-    )
     halves = any(p.dtype == torch.bfloat16 for p in trained.values())
-    size = 0
-    for name, p in trained.items():
-        size += p.numel() * (6 if halves else 4 if name in matrices else 8)
+    size = (6 if halves else 8) * sum(p.numel() for p in trained.values())
+    if train.optimizer == "muon" and not halves:
+        matrices = (trained.get(f"model.{name}") for name in learner.model.matrices())
+        size -= 4 * sum(p.numel() for p in matrices if p is not None)
     if train.offload_optimizer:
-        return 0, min(size, max([8 * CHUNK, *(8 * p.numel() for p in trained.values())]))
+        return 0, min(size, 8 * max([CHUNK, *(p.numel() for p in trained.values())]))
     return size, 0
 
 
@@ -235,11 +225,9 @@ def plan_memory(
     `latents (b, f, r, c, d)` and `captions`, in one process. Of compiled blocks it is the smaller
     of the plans with and without compiling: neither knows fused operations.
     """
-    plan = _plan(build, train, ema, latents, captions, compiled=False)
-    if not train.compiles("cuda"):
-        return plan
-    compiled = _plan(build, train, ema, latents, captions, compiled=True)
-    return min(plan, compiled, key=lambda plan: plan.total)
+    ways = (False, True) if train.compiles("cuda") else (False,)
+    plans = [_plan(build, train, ema, latents, captions, compiled) for compiled in ways]
+    return min(plans, key=lambda plan: plan.total)
 
 
 def _plan(
@@ -296,9 +284,9 @@ def _plan(
         if any(is_adapter(name) for name, _ in learner.named_parameters())
         else 0
     )
-    home, slots = (
-        slot_bytes(learner.model.blocks[: train.offload_blocks]) if train.offload_blocks else (0, 0)
-    )
+    home, slots = 0, 0
+    if train.offload_blocks:
+        home, slots = slot_bytes(learner.model.blocks[: train.offload_blocks])
     narrow = [p.numel() for p in trained if p.dtype != torch.float32]
     changed = (
         4 * max(narrow, default=0) if ema.enabled else 0

@@ -396,7 +396,7 @@ def state_of(run, at):
     return tensors, checkpoint.read_notes(folder)
 
 
-@pytest.mark.parametrize("change", ["preserve", "ramp"])
+@pytest.mark.parametrize("change", ["preserve", pytest.param("ramp", marks=pytest.mark.slow)])
 def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
     words = [
         f"train.init_from={shop.base}",

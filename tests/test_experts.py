@@ -450,6 +450,7 @@ def test_every_resume_is_exact_before_and_after_a_switch(tmp_path):
             assert torch.equal(tensor, resumed.signs.tensors()[name])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_weights_although_one_expert_rests(tmp_path):
     single = trained(tmp_path / "1", model=paired(switch_every=2))
     run_ranks(tmp_path / "2", 2, __file__)

@@ -500,6 +500,7 @@ def test_pairs_count_both_bases_or_share_one(tmp_path):
     assert both.optimizer == 2 * alone.optimizer and both.activations == alone.activations
 
 
+@pytest.mark.slow
 def test_what_continues_pictures_is_planned_with_them(tmp_path, capsys, monkeypatch):
     """I2V, FLF2V and pairs, from their releases and before these are there; CLIP's encoder
     counts."""

@@ -382,6 +382,7 @@ def test_a_colour_is_learnt_and_a_small_beta_of_nft_trades_pictures_for_it(tmp_p
     )
 
 
+@pytest.mark.slow
 def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
     held = [
         run(
@@ -420,7 +421,7 @@ def test_kl_holds_the_policy_and_a_wider_clip_lets_it_go(tmp_path):
 @pytest.mark.parametrize(
     "settings, drift",
     [
-        (EARLY, 0.3),
+        pytest.param(EARLY, 0.3, marks=pytest.mark.slow),
         pytest.param(
             {"algorithm": "dpo", "dpo": DPOConfig(source="online")}, 0.08, marks=pytest.mark.slow
         ),

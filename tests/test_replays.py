@@ -106,6 +106,7 @@ def test_replayed_training_gives_the_same_bits(tapes, tmp_path, monkeypatch, wor
     )
 
 
+@pytest.mark.slow
 def test_two_processes_that_replay_train_as_two_that_do_not(tmp_path):
     run_ranks(tmp_path, 2, __file__)
 

@@ -147,8 +147,8 @@ def test_large_pictures_are_cached_with_little_shared_memory(tmp_path):
         tmp_path, [{"id": str(i), "image_path": f"{i}.jpg", "caption": ""} for i in range(48)]
     )
     script = (
-        "import sys; from tests.test_cache import MeanPixels, run; from mmdit.data.dataset.buckets import"
-        " VideoConfig\nreport = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024));"
+        "import sys; from tests.test_cache import MeanPixels, run\n"
+        "from mmdit.data.dataset.buckets import VideoConfig\nreport = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024));"
         " print(report.written)"
     )
     shell = (

@@ -148,8 +148,9 @@ def test_large_pictures_are_cached_with_little_shared_memory(tmp_path):
     )
     script = (
         "import sys; from tests.test_cache import MeanPixels, run\n"
-        "from mmdit.data.dataset.buckets import VideoConfig\nreport = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024));"
-        " print(report.written)"
+        "from mmdit.data.dataset.buckets import VideoConfig\n"
+        "report = run(*sys.argv[1:3], num_workers=2, video=VideoConfig(1024, 1024))\n"
+        "print(report.written)"
     )
     shell = (
         f"mount -t tmpfs -o size=64m tmpfs /dev/shm && exec {sys.executable} -c '{script}' {meta}"

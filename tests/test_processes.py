@@ -28,14 +28,14 @@ def drive(script: str, *words: str, seconds: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
     assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_cache_killed_again_and_again_is_byte_identical_to_an_undisturbed_one(kills):
     result = drive("kill_caching", "--kills", str(kills), "--seed", str(kills), seconds=600)
     assert result["kills"] == kills and result["finished"] >= 1 and result["distinct_moments"] > 1

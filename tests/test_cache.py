@@ -1,6 +1,7 @@
 """The cache: whole items or none, whatever the moment of the kill; a foreign or damaged one is
 refused by name."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -20,13 +21,14 @@ from PIL import Image
 from torch.nn import functional
 
 from mmdit.data.cache.caching import Caching
+from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import Entry, load_item, make_item, read_entry, running_crcs
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.statistics import latent_statistics
 from mmdit.data.cache.verify import verify_cache
-from mmdit.data.cache.writer import CacheWriter
+from mmdit.data.cache.writer import CacheWriter, SavingThreads
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
@@ -376,7 +378,10 @@ def test_an_item_is_a_plain_file_of_torch_and_its_entry_finds_the_numbers(tmp_pa
     latents = torch.randn(2, *shape).half()[1]  # a part of a larger tensor
     facts, source = {"a": [1, 2.5, None, True]}, {"size": [3, 4]}
     rest = {"caption": "ein Käfer 🐞\n", "facts": facts, "source": source}
-    data, entry = make_item("a", "a.pt", latents, **rest)
+    pieces, entry = make_item("a", "a.pt", latents, **rest)
+    data, whole = b"".join(pieces), io.BytesIO()
+    torch.save({"latents": latents.clone(), **rest}, whole)
+    assert data == whole.getvalue(), "what torch.save writes by itself"
     (tmp_path / "a.pt").write_bytes(data)
     for mapped in (False, True):
         item = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
@@ -388,6 +393,50 @@ def test_an_item_is_a_plain_file_of_torch_and_its_entry_finds_the_numbers(tmp_pa
     assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
     assert load_item(tmp_path / "a.pt", shape[-1])["caption"] == rest["caption"]
     assert read_entry("a", "a.pt", tmp_path, shape[-1]) == entry
+
+
+def test_the_numbers_of_an_item_are_not_copied_and_pieces_of_their_size_are_no_confusion(tmp_path):
+    latents = torch.randn(2, 4, 4, 8).half()
+    pieces, entry = make_item("a", "a.pt", latents, "", {}, {})
+    (numbers,) = (piece for piece in pieces if isinstance(piece, memoryview))
+    assert np.frombuffer(numbers, np.float16).__array_interface__["data"][0] == latents.data_ptr()
+    for size in range(1, 70):  # as long as other things that torch.save writes
+        latents = torch.full((1, 1, 1, size), 7.0).half()
+        pieces, entry = make_item("a", "a.pt", latents, "", {}, {})
+        data = b"".join(pieces)
+        assert data[entry.offset : entry.offset + 2 * size] == latents.numpy().tobytes()
+
+
+def test_several_threads_write_what_one_does(tmp_path, monkeypatch):
+    """Batch by batch from threads, with flushes between; the same files as from one call."""
+    manifest = CacheManifest.of(MeanPixels(), VIDEO)
+    latents, ids = torch.rand(60, 2, 2, 2, 3), [f"{i:03d}" for i in range(60)]
+    with CacheWriter(tmp_path / "serial", manifest) as writer:
+        writer.add_many(ids, latents, ids)
+    monkeypatch.setattr("mmdit.data.cache.writer.FLUSH_SECONDS", 0.0)
+    with CacheWriter(tmp_path / "threads", manifest) as writer:
+        with contextlib.closing(SavingThreads()) as saver:
+            for i in range(0, 60, 3):
+                part = slice(i, i + 3)
+                saver.submit(writer.add_many, ids[part], HalfLatents(latents[part]), ids[part])
+            saver.wait()
+        assert writer.entries.keys() == set(ids)
+    assert contents(tmp_path / "threads") == contents(tmp_path / "serial")
+
+
+def test_a_failure_of_a_saving_thread_or_of_a_flush_stops_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with contextlib.closing(SavingThreads()) as saver, pytest.raises(OSError, match="No space"):
+        for _ in range(9):
+            saver.submit(full)
+    monkeypatch.setattr("mmdit.data.cache.writer.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("mmdit.data.cache.writer.flush_file_system", full)
+    manifest = CacheManifest.of(MeanPixels(), VIDEO)
+    with pytest.raises(OSError, match="No space"), CacheWriter(tmp_path, manifest) as writer:
+        writer.add("a", torch.zeros(1, 2, 2, 3), "")
+    assert (tmp_path / "a.pt").exists() and not (tmp_path / "index.jsonl").read_bytes()
 
 
 def test_caches_of_older_versions_are_read_and_go_on(tmp_path):

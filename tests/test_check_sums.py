@@ -2,6 +2,7 @@
 read."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -138,16 +139,23 @@ def test_marks_continue_each_other():
 def test_lines_enter_the_index_when_their_items_are_on_the_disk(tmp_path, monkeypatch):
     from mmdit.data.cache import writer as module
 
-    done = []
-    monkeypatch.setattr(
-        module, "flush_file_system", lambda folder: done.append(sorted(folder.rglob("*.pt")))
-    )
+    may_flush, flushed = threading.Event(), threading.Event()
+
+    def flush(folder):
+        assert may_flush.wait(10)
+        flushed.set()
+
+    monkeypatch.setattr(module, "flush_file_system", flush)
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
     with CacheWriter(tmp_path, MANIFEST) as writer:
-        for name in "ab":
+        for name in "ab":  # written while the flush for the first goes on
             writer.add(name, torch.zeros(1, 2, 2, 3), "")
-            lines = (tmp_path / "index.jsonl").read_text().split()
-            assert len(lines) == len(done[-1]) == len(done)
+        assert len(list(tmp_path.rglob("*.pt"))) == 2
+        assert not (tmp_path / "index.jsonl").read_text()
+        may_flush.set()
+        assert flushed.wait(10)
+        writer.close()
+        assert len((tmp_path / "index.jsonl").read_text().split()) == 2
     monkeypatch.setattr(module, "FLUSH_SECONDS", 100.0)
     with CacheWriter(tmp_path, MANIFEST) as writer:
         writer.add("c", torch.zeros(1, 2, 2, 3), "")

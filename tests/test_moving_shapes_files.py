@@ -9,12 +9,33 @@ import pytest
 import torch
 from PIL import Image
 
+from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig, crop_shares
 from mmdit.data.moving_shapes import Facts, caption, draw, named_attributes, render
+from mmdit.data.moving_shapes import latents as module
+from mmdit.data.moving_shapes.canvases import Canvases
+from mmdit.data.moving_shapes.latents import cache_moving_shapes as make_cache
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
+from mmdit.pixels import to_unit
 from mmdit.scripts import cache_moving_shapes
 from mmdit.scripts.prepare_moving_shapes import main
+from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from tests.helpers.tiny import Workshop, refused
+
+VIDEO = VideoConfig(32, 32)
+BUCKETS = BucketingConfig(True, buckets=((64, 48), (48, 64), (64, 64)))
+SHIFTED = PreprocessConfig("shifted", num_crops=2, seed=1)
+TOKENIZER = build_tokenizer(DummyTokenizerConfig(latent_d=12))
+
+
+def bucketed(preprocess=None, buckets=BUCKETS, recipe=None):
+    """Return a manifest of buckets, and the canvases of its samples."""
+    recipe, preprocess = recipe or Recipe(32, 32, seed=2), preprocess or PreprocessConfig()
+    manifest = CacheManifest.of(TOKENIZER, VIDEO, buckets, preprocess)
+    return manifest, Canvases.of(manifest, preprocess, recipe)
 
 
 def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
@@ -119,3 +140,85 @@ def test_a_cache_of_another_recipe_is_refused_and_items_beyond_the_count_are_tol
         and "3 items of the cache are not among these 3 samples" in capsys.readouterr().out
     )
     assert cache("--prune", count=3).captions == before[:3]
+
+
+def test_the_bucket_of_a_sample_is_a_function_of_seed_and_number():
+    """Whatever the order of the buckets in a config; each is as likely."""
+    _, canvases = bucketed()
+    sizes = [canvases.size(i) for i in range(3000)]
+    assert all(900 < sizes.count(size) < 1100 for size in BUCKETS.buckets)
+    turned = BucketingConfig(True, buckets=BUCKETS.buckets[::-1])
+    assert [bucketed(buckets=turned)[1].size(i) for i in range(99)] == sizes[:99]
+    other = bucketed(recipe=Recipe(32, 32, seed=3))[1]
+    assert [other.size(i) for i in range(99)] != sizes[:99]
+    budget = BucketingConfig(True, "pixel_budget", max_pixels_per_frame=4096)
+    with pytest.raises(ValueError, match="pixel_budget.*set strategy: closest_ar"):
+        bucketed(buckets=budget)
+
+
+def test_a_bucketed_cache_of_generated_pictures_goes_on_and_is_the_same_in_any_portions(
+    tmp_path, monkeypatch
+):
+    manifest, canvases = bucketed()
+    recipe = Recipe(32, 32, seed=2)
+    for count, made in ((5, 5), (12, 7), (12, 0)):
+        out = tmp_path / "grown"
+        assert make_cache(TOKENIZER, out, manifest, recipe, count, canvases=canvases) == made
+    monkeypatch.setattr(module, "CHUNK_PIXELS", {"cpu": 1})  # a sample at a time
+    make_cache(TOKENIZER, tmp_path / "whole", manifest, recipe, 12, canvases=canvases)
+    files = sorted(path.relative_to(tmp_path / "whole") for path in tmp_path.glob("whole/**/*.*"))
+    assert len(files) == 12 + 3
+    for file in files:
+        assert (tmp_path / "grown" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    cache = open_cache(tmp_path / "whole", manifest)
+    for i in range(12):
+        width, height = canvases.size(i)
+        assert cache.ids[i] == f"{i:06d}" and manifest.size_of(cache.shapes[i]) == (width, height)
+        (item,) = draw(2, [i], video=False, width=width, height=height)
+        assert cache.captions[i] == caption(item, 2, i, False)
+        alone = TOKENIZER.encode(to_unit(render([item], width, height)))[0].half()
+        assert torch.equal(cache.load(i), alone)
+    plan = BatchPlan(cache, VIDEO, 2, seed=0)
+    grids = {plan.batch(step).grid for step in range(24)}
+    assert grids == {(3, 4), (4, 3), (4, 4)}
+
+
+def test_shifted_crops_of_generated_pictures_lie_within_a_longer_canvas(tmp_path):
+    manifest, canvases = bucketed(SHIFTED)
+    recipe = Recipe(32, 32, seed=2)
+    make_cache(TOKENIZER, tmp_path, manifest, recipe, 10, canvases=canvases)
+    cache = open_cache(tmp_path, manifest)
+    expected = [id for i in range(10) for id in canvases.item_ids(i)]
+    assert cache.ids == sorted(expected) and {f"{i:06d}_c0" for i in range(10)} < set(cache.ids)
+    longer = set()
+    for i in range(10):
+        (width, height), size = canvases.canvas(i), canvases.size(i)
+        assert (width - size[0], height - size[1]) in ((16, 0), (0, 16))
+        longer.add(width > size[0])
+        picture = render(draw(2, [i], video=False, width=width, height=height), width, height)
+        for id in canvases.item_ids(i):
+            item = cache.ids.index(id)
+            left, top, right, bottom = cache.sources[item]["crop"]
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert crop_shares(cache.sources[item])[0] == left / width
+            shown = picture[..., top:bottom, left:right]
+            assert torch.equal(cache.load(item), TOKENIZER.encode(to_unit(shown))[0].half())
+    assert longer == {True, False} and len(cache) > 15, "second crops that are no repetition"
+    # half of a sample's crops were lost
+    lost = canvases.item_ids(0)[-1]
+    next(tmp_path.rglob(f"{lost}.pt")).unlink()
+    assert make_cache(TOKENIZER, tmp_path, manifest, recipe, 10, canvases=canvases) == 1
+    # of crops that older versions have cached from canvases without overhang nothing is known
+    path = tmp_path / "moving_shapes.json"
+    path.write_text(path.read_text().replace('"overhang"', '"other"'))
+    with pytest.raises(ValueError, match="overhang None there and 0.125 now"):
+        make_cache(TOKENIZER, tmp_path, manifest, recipe, 10, canvases=canvases)
+
+
+def test_the_command_caches_clips_in_buckets_and_says_how_many_each_got(tmp_path, capsys):
+    words = ["bucketing={enabled: true, buckets: [[64, 32], [32, 64]]}", "video.num_frames=3"]
+    cache = open_cache(Workshop(tmp_path).cache("clips", *words, count=6))
+    sizes = {tuple(shape) for shape in cache.shapes.tolist()}
+    assert sizes == {(3, 2, 4, 8), (3, 4, 2, 8)}
+    wide = int((cache.shapes[:, 1] == 2).sum())
+    assert f"32x64: {6 - wide} items\n  64x32: {wide} items" in capsys.readouterr().out

@@ -95,7 +95,8 @@ def test_every_value_that_is_accepted_comes_back_from_an_item(tmp_path):
     (record,) = read_records(write(tmp_path / "meta.jsonl", image("a", **facts)), "image")
     assert record.facts == facts
     latents = torch.zeros(1, 2, 2, 3, dtype=torch.float16)
-    data, _ = make_item("a", "a.pt", latents, record.caption, record.facts, {})
+    pieces, _ = make_item("a", "a.pt", latents, record.caption, record.facts, {})
+    data = b"".join(pieces)
     (tmp_path / "a.pt").write_bytes(data)
     assert load_item(tmp_path / "a.pt")["facts"] == facts
 

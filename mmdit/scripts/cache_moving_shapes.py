@@ -4,11 +4,15 @@
         --count 50000 --out_dir data/cache/shapes
 
 The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_latents), without the
-files in between.
+files in between. With bucketing each sample has one of the listed sizes; with shifted crops it is
+drawn on a slightly longer canvas, of which each crop is an item.
 """
+
+from collections import Counter
 
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.moving_shapes.canvases import Canvases
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.experiment.experiment_config import load_experiment_config
@@ -35,11 +39,6 @@ def main(argv: list[str] | None = None) -> int:
         config = load_experiment_config(args.config, args.overrides)
         device = choose_device(args.device)
         tokenizer = build_tokenizer(config.tokenizer, device)
-        if config.bucketing.enabled:
-            raise ValueError(
-                "bucketing.enabled is true, generated samples have one size; use"
-                " prepare_moving_shapes and cache_vtp_images"
-            )
         manifest = CacheManifest.of(
             tokenizer, config.video, config.bucketing, config.preprocess, source="moving shapes"
         )
@@ -52,14 +51,28 @@ def main(argv: list[str] | None = None) -> int:
         recipe = Recipe(
             config.video.width, config.video.height, frames, args.seed, variant=args.variant
         )
+        canvases = Canvases.of(manifest, config.preprocess, recipe)
         made = cache_moving_shapes(
-            tokenizer, args.out_dir, manifest, recipe, args.count, device, args.prune
+            tokenizer,
+            args.out_dir,
+            manifest,
+            recipe,
+            args.count,
+            device,
+            args.prune,
+            canvases,
         )
-        beyond = len(open_cache(args.out_dir)) - args.count
+        cache = open_cache(args.out_dir)
+        beyond = len(cache) - sum(len(canvases.item_ids(i)) for i in range(args.count))
         if beyond > 0:
             print(
                 f"{beyond} items of the cache are not among these {args.count} samples: they are"
                 " trained, too; --prune removes them"
+            )
+        if manifest.bucketed:
+            sizes = Counter(map(manifest.size_of, cache.shapes.tolist()))
+            print(
+                "\n".join("  {}x{}: {} items".format(*size, n) for size, n in sorted(sizes.items()))
             )
         print(
             f"{made} samples made, {args.count - made} were there; next: python -m"

@@ -11,6 +11,7 @@ different times.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from tqdm import tqdm
 
 from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import Decoded, Meta, decoded
+from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import dump_json, load_item
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.writer import CacheWriter, SavingThread, explain_disk_errors
+from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_errors
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import latent_video, usable_frames
 from mmdit.data.dataset.frames import PreprocessConfig
@@ -84,7 +86,8 @@ class Caching:
         )
         # pixels that wait until they are a batch, by shape
         self.buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = defaultdict(list)
-        self.saver = SavingThread()
+        self.saver = SavingThreads()
+        self.counting = threading.Lock()  # of the report
         try:
             self._cache(mine)
             self._find_strangers()
@@ -163,10 +166,10 @@ class Caching:
                 if self.manifest.clip_plan:
                     windows = windows[0].split(self.video.num_frames, 1)
                 latents = torch.cat([self.tokenizer.encode(window) for window in windows], 1)
-            self.saver.submit(self._save, latents, metas[chunk])
+            self.saver.submit(self._save, HalfLatents(latents), metas[chunk])
 
-    def _save(self, latents: Tensor, metas: list[Meta]) -> None:
-        """Write the items of one batch; runs in the saver's thread."""
+    def _save(self, latents: HalfLatents, metas: list[Meta]) -> None:
+        """Write the items of one batch; runs in the saver's threads."""
         bad = self.writer.add_many(
             [meta.id for meta in metas],
             latents,
@@ -176,17 +179,19 @@ class Caching:
             leave_out=True,
         )
         reason = "latents are not finite in float16"
-        self.report.skipped += [Skip.of(id, "", reason) for id in bad]
-        self._remove(bad)
-        for meta in metas:
-            if meta.id not in bad:
-                self._remove(meta.repeated)
-                self.report.written += 1
-                self.report.animated += "animated" in meta.source
-                self.report.notes.update(meta.source.get("notes", ()))
+        self._remove([*bad, *chain.from_iterable(m.repeated for m in metas if m.id not in bad)])
+        with self.counting:
+            self.report.skipped += [Skip.of(id, "", reason) for id in bad]
+            for meta in metas:
+                if meta.id not in bad:
+                    self.report.written += 1
+                    self.report.animated += "animated" in meta.source
+                    self.report.notes.update(meta.source.get("notes", ()))
 
     def _remove(self, ids: list[str]) -> None:
-        self.report.removed += self.writer.remove(ids)
+        removed = self.writer.remove(ids)
+        with self.counting:
+            self.report.removed += removed
 
     def _skip(self, skips: list[Skip]) -> None:
         """Note records that are left out. What is unusable now was another source when it was

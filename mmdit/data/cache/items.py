@@ -6,13 +6,13 @@ the index.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -81,15 +81,6 @@ class Entry:
         return entry
 
 
-def to_half(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents as float16 on the CPU, and which items `(B,)` are finite in it (NaN and
-    what exceeds float16 are not)."""
-    low, high = latents.detach().float().flatten(1).aminmax(dim=1)
-    # what rounds to float16's largest number, 65504; False for NaN
-    finite = (low > -65520) & (high < 65520)
-    return latents.detach().to(torch.float16).cpu(), finite.cpu()
-
-
 def running_crcs(numbers: np.ndarray) -> list[int]:
     """Return the CRC-32 of the first frame, of the first two, … of all frames `(F, H, W, C)`. Two
     of them check the frames between."""
@@ -107,32 +98,55 @@ def dump_json(value: dict) -> str:
 
 def make_item(
     id: str, file: str, latents: Tensor, caption: str, facts: dict, source: dict
-) -> tuple[bytes, Entry]:
-    """Return the bytes of an item's file and its entry, for `latents (F, H, W, C)` float16 on the
-    CPU. ValueError: a text cannot be stored."""
+) -> tuple[list[bytes | memoryview], Entry]:
+    """Return an item's file, as pieces one behind the other, and its entry, for `latents (F, H, W,
+    C)` float16 on the CPU. ValueError: a text cannot be stored."""
     check_storable({"caption": caption, "facts": facts}, f"item {id}")
-    # a copy, for of a part of a batch torch.save would store the whole
-    numbers = latents.clone(memory_format=torch.contiguous_format)
+    # by way of numpy, for of a part of a batch torch.save would store the whole
+    numbers = torch.from_numpy(latents.contiguous().numpy())
     content = {"latents": numbers, "caption": caption}
     content |= {"facts": facts} if facts else {}
     content |= {"source": source} if source else {}
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    data = stream.getvalue()
-    return data, _entry(id, file, data, content)
+    pieces = _Pieces(numbers)
+    torch.save(content, cast(IO[bytes], pieces))
+    place = (pieces.size, pieces.offset)
+    return pieces.pieces, _entry(id, file, place, content)
 
 
-def _entry(id: str, file: str, data: bytes, item: dict) -> Entry:
-    """Return the entry of an item whose file holds `data`."""
+class _Pieces:
+    """A file for torch.save that keeps what it is given, and the numbers as the memory where they
+    lie: nothing large is copied, so that threads which make items do not hold each other up."""
+
+    def __init__(self, numbers: Tensor):
+        self._address, self._numbers = numbers.data_ptr(), numbers.numpy().data.cast("B")
+        self.pieces: list[bytes | memoryview] = []
+        self.size, self.offset = 0, -1
+
+    def write(self, data: bytes | memoryview) -> int:
+        piece = memoryview(data)
+        if piece.nbytes == self._numbers.nbytes and _address(piece) == self._address:
+            self.offset = self.size
+            self.pieces.append(self._numbers)
+        else:
+            self.pieces.append(bytes(piece))  # it is valid during this call alone
+        self.size += piece.nbytes
+        return piece.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: it is all kept. torch.save calls it."""
+
+
+def _address(piece: memoryview) -> int:
+    return np.frombuffer(piece, np.uint8).__array_interface__["data"][0]
+
+
+def _entry(id: str, file: str, place: tuple[int, int], item: dict) -> Entry:
+    """Return the entry of an item. `place`: the size of its file, and where the numbers are."""
     latents = item["latents"].contiguous().numpy()
     *frame_crcs, crc = running_crcs(latents)
-    numbers = latents.tobytes()
-    offset = data.find(numbers[:64])  # most often right, and faster than a search for all of them
-    if not data.startswith(numbers, offset):
-        offset = data.find(numbers)
-    place = (len(data), offset, crc, frame_crcs)
     sections = (item.get("facts") or {}, item.get("source") or {})
-    return Entry(id, file, list(latents.shape), item["caption"], *place, *sections)
+    shape = list(latents.shape)
+    return Entry(id, file, shape, item["caption"], *place, crc, frame_crcs, *sections)
 
 
 def load_item(path: str | Path, channels: int | None = None) -> dict:
@@ -181,7 +195,8 @@ def read_entry(id: str, file: str, folder: Path, channels: int) -> Entry:
     """Return the entry of a file that no index lists, perhaps made elsewhere by torch.save.
     Damaged: it cannot be used."""
     item, data = load_item(folder / file, channels), (folder / file).read_bytes()
-    entry = _entry(id, file, data, item)
+    numbers = item["latents"].contiguous().numpy().tobytes()
+    entry = _entry(id, file, (len(data), data.find(numbers)), item)
     try:
         check_storable({"caption": entry.caption} | entry.sections(), "")
     except ValueError as error:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
-from mmdit.data.cache.items import Entry, make_item, to_half
+from mmdit.data.cache.half_latents import HalfLatents
+from mmdit.data.cache.items import Entry, make_item
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import is_packed
 from mmdit.data.cache.plain import (
@@ -27,6 +29,7 @@ from mmdit.files import clean, flush_file_system, lock, refuse_link, write_atomi
 
 FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
 WAITING = 4  # batches that may wait to be saved
+SAVERS = 2  # batches saved at a time: the files of a small one keep few threads busy
 THREADS = 4  # that write files; making a file waits more than it computes
 
 
@@ -90,7 +93,11 @@ class CacheWriter:
             self._index.write(b"\n")  # ends a line torn by a kill
         stored = read_entries(self.folder, manifest.spec.channels, forgiving)
         self.entries, self.damaged = stored.by_id, stored.damaged
+        self._lock = threading.Lock()  # of the lines
         self._lines: list[str] = []  # of items that may not be on the disk yet
+        self._flusher = ThreadPoolExecutor(1, "cache-index")
+        self._flushing: Future = Future()
+        self._flushing.set_result(None)
         self._flushed = time.monotonic()
         self._append(map(entry_line, stored.rebuilt))
         self._append(removal_line(id, file) for id, file in stored.lost.items())
@@ -104,18 +111,27 @@ class CacheWriter:
         return place
 
     def _append(self, lines: Iterable[str]) -> None:
-        self._lines += lines
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
+        with self._lock:
+            self._lines += lines
+            due = time.monotonic() - self._flushed > FLUSH_SECONDS
+            if due and self._flushing.done():
+                self._begin_flush()
 
-    def _flush(self) -> None:
-        """Write the index lines of what was written since the last flush, once that is on the disk
-        and not only in memory."""
-        if self._lines:
+    def _begin_flush(self) -> None:
+        """Have the lines that are there written, while files go on being written. Raises what the
+        flush before raised (a full disk)."""
+        self._flushing.result()
+        lines, self._lines = self._lines, []
+        self._flushed = time.monotonic()
+        self._flushing = self._flusher.submit(self._flush, lines)
+
+    def _flush(self, lines: list[str]) -> None:
+        """Write these index lines, once the files that they promise are on the disk and not only in
+        memory."""
+        if lines:
             flush_file_system(self.folder)
-            self._index.write("".join(self._lines).encode())
+            self._index.write("".join(lines).encode())
             self._index.flush()
-        self._lines, self._flushed = [], time.monotonic()
 
     def remove(self, ids: Iterable[str]) -> int:
         """Take items out of the cache; return how many of `ids` were there."""
@@ -139,26 +155,29 @@ class CacheWriter:
     def add_many(
         self,
         ids: list[str],
-        latents: Tensor,
+        latents: Tensor | HalfLatents,
         captions: list[str],
         facts: list[dict] | None = None,
         sources: list[dict] | None = None,
         leave_out: bool = False,
     ) -> list[str]:
-        """Add items of one shape, `latents (B, F, H, W, C)` raw. `facts`: what is known of each,
-        plain JSON values. `sources`: where it was cut from. An id that is there is replaced.
+        """Add items of one shape, `latents (B, F, H, W, C)` raw, perhaps still on their way here.
+        `facts`: what is known of each, plain JSON values. `sources`: where it was cut from. An id
+        that is there is replaced.
         ValueError: the size is not in the manifest, a text cannot be stored, or float16 cannot hold
         the latents; with `leave_out` such items are left out, and their ids are returned.
         """
-        self._check_shape(latents)
-        half, finite = to_half(latents)
+        self._check_shape(latents.shape)
+        if isinstance(latents, Tensor):
+            latents = HalfLatents(latents)
+        half, finite = latents.wait()
         bad = [id for id, good in zip(ids, finite.tolist(), strict=True) if not good]
         if bad and not leave_out:
             raise ValueError(
                 f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16;"
                 " look at the tokenizer (its weights and precision)"
             )
-        place = self._make_place(self.manifest.size_of(latents.shape[1:]))
+        place = self._make_place(self.manifest.size_of(half.shape[1:]))
         numbers = [number for number, good in enumerate(finite.tolist()) if good]
 
         def write(thread: int) -> list[str]:
@@ -167,22 +186,22 @@ class CacheWriter:
                 file = f"{place}{check_id(ids[i])}.pt"
                 known = facts[i] if facts else {}
                 source = sources[i] if sources else {}
-                data, entry = make_item(ids[i], file, half[i], captions[i], known, source)
-                lines.append(self._write(data, entry))
+                pieces, entry = make_item(ids[i], file, half[i], captions[i], known, source)
+                lines.append(self._write(pieces, entry))
             return lines
 
         for lines in self._threads.map(write, range(min(THREADS, len(numbers)))):
             self._append(lines)
         return bad
 
-    def _check_shape(self, latents: Tensor) -> None:
-        """Check that latents belong into this cache."""
-        if latents.ndim != 5 or not latents.shape[1]:
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        """Check that latents of this shape belong into this cache."""
+        if len(shape) != 5 or not shape[1]:
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; must be (items, frames, rows, columns,"
+                f"latents have shape {tuple(shape)}; must be (items, frames, rows, columns,"
                 " channels)"
             )
-        size, channels = self.manifest.size_of(latents.shape[1:]), latents.shape[-1]
+        size, channels = self.manifest.size_of(shape[1:]), shape[-1]
         if channels != self.manifest.spec.channels or not self.manifest.allows(size):
             sizes = ", ".join("{}x{}".format(*size) for size in self.manifest.sizes)
             sizes = sizes or f"at most {self.manifest.max_pixels_per_frame} pixels"
@@ -191,12 +210,12 @@ class CacheWriter:
                 f" {self.folder}, which is for {self.manifest.spec.channels} channels and {sizes}"
             )
 
-    def _write(self, data: bytes, entry: Entry) -> str:
+    def _write(self, pieces: list[bytes | memoryview], entry: Entry) -> str:
         """Write one file; return its index line."""
         old = self.entries.get(entry.id)
         if old and old.file != entry.file:
             (self.folder / old.file).unlink(missing_ok=True)  # its size changed
-        write_atomically(f"{self.folder}/{entry.file}", data)
+        write_atomically(f"{self.folder}/{entry.file}", iter(pieces))
         self.entries[entry.id] = entry
         return entry_line(entry)
 
@@ -207,7 +226,8 @@ class CacheWriter:
             return
         self._threads.shutdown()
         try:
-            self._flush()
+            self._begin_flush()
+            self._flushing.result()
             if self.world == 1:
                 lines = (entry_line(self.entries[id]) for id in sorted(self.entries))
                 write_atomically(self.folder / "index.jsonl", "".join(lines), flush=True)
@@ -215,6 +235,7 @@ class CacheWriter:
                     if path.name != "index.jsonl":
                         path.unlink()
         finally:
+            self._flusher.shutdown()
             with contextlib.suppress(OSError):  # of a full disk, which was reported already
                 self._index.close()
 
@@ -225,16 +246,16 @@ class CacheWriter:
         self.close()
 
 
-class SavingThread:
-    """A thread that saves, at most a few batches behind the one that makes them."""
+class SavingThreads:
+    """Threads that save, at most a few batches behind the one that makes them."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "cache-writer")
+        self._pool = ThreadPoolExecutor(SAVERS, "cache-writer")
         self.waiting: deque[Future] = deque()
 
     def submit(self, work: Callable, *arguments: object) -> None:
-        """Have work done. Waits while too much of it is waiting, which bounds the memory; raises
-        what earlier work raised (a full disk)."""
+        """Have work done, perhaps beside the work given before. Waits while too much of it is
+        waiting, which bounds the memory; raises what earlier work raised (a full disk)."""
         self.waiting.append(self._pool.submit(work, *arguments))
         while len(self.waiting) > WAITING:
             self.waiting.popleft().result()
@@ -245,5 +266,5 @@ class SavingThread:
             self.waiting.popleft().result()
 
     def close(self) -> None:
-        """End the thread, once it has done what it was given."""
+        """End the threads, once they have done what they were given."""
         self._pool.shutdown()

@@ -1,23 +1,49 @@
 """Moving shapes straight into a latent cache: no pictures on disk between the renderer and the
-tokenizer."""
+tokenizer.
+
+    facts ─► render ─► encode ─► [copy beside the next] ─► [threads: CacheWriter]
+
+A GPU is asked for the next samples while the last are copied and written: nothing here waits for
+it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.writer import CacheWriter, SavingThread, explain_disk_errors
+from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_errors
+from mmdit.data.dataset.buckets import Size
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.moving_shapes.canvases import Canvases
+from mmdit.data.moving_shapes.facts import Facts
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
-CHUNK_FRAMES = 4096  # rendered and encoded at once
+# rendered and encoded at once: enough to keep a GPU busy, and the writing threads
+CHUNK_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 26}
+
+
+@dataclass
+class Encoded:
+    """Some samples of one size: the latents of their items, and all that is stored with them."""
+
+    samples: int
+    latents: Tensor
+    ids: list[str]
+    captions: list[str]
+    facts: list[dict]
+    sources: list[dict]
 
 
 @explain_disk_errors()
@@ -29,40 +55,51 @@ def cache_moving_shapes(
     count: int,
     device: torch.device | str = "cpu",
     prune: bool = False,
+    canvases: Canvases | None = None,
 ) -> int:
     """Cache samples 0 … count - 1 of `recipe` with the ids and captions of `prepare_samples`;
-    return how many were made (items that are there are kept). `prune`: take other items out.
-    ValueError: the folder is a cache made with other settings, or of another recipe."""
+    return how many were made (samples that are there are kept). `canvases`: their sizes and crops,
+    in place of the recipe's size. `prune`: take other items out. ValueError: the folder is a cache
+    made with other settings, or of another recipe."""
+    canvases = canvases or Canvases.of(manifest, PreprocessConfig(), recipe)
+    recipe = _drawn_on(recipe, canvases.sizes[0])
     with (
         CacheWriter(out_dir, manifest, forgiving=True) as writer,
-        contextlib.closing(SavingThread()) as saver,
+        contextlib.closing(SavingThreads()) as saver,
     ):
         if not (Path(out_dir) / DESCRIPTION).exists():
-            _check_samples(writer, recipe, count)
-        claim(Path(out_dir), recipe)
+            _check_samples(writer, recipe, canvases, count)
+        claim(Path(out_dir), recipe, canvases.describe())
+        wanted = {i: canvases.item_ids(i) for i in range(count)}
         if prune:
-            writer.remove(sorted(writer.entries.keys() - {f"{i:06d}" for i in range(count)}))
-        missing = [i for i in range(count) if f"{i:06d}" not in writer.entries]
+            kept = {id for ids in wanted.values() for id in ids}
+            writer.remove(sorted(writer.entries.keys() - kept))
+        missing = [i for i, ids in wanted.items() if not writer.entries.keys() >= set(ids)]
         with tqdm(
             total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample"
         ) as bar:
-            for indices, latents, captions, facts in _encoded(tokenizer, recipe, missing, device):
-                names = [f"{i:06d}" for i in indices]
-                saver.submit(writer.add_many, names, latents.half().cpu(), captions, facts)
-                bar.update(len(indices))
+            for made in _encoded(tokenizer, recipe, canvases, missing, device):
+                latents = HalfLatents(made.latents)
+                texts = (made.captions, made.facts, made.sources)
+                saver.submit(writer.add_many, made.ids, latents, *texts)
+                bar.update(made.samples)
             saver.wait()
     return len(missing)
 
 
-def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
+def _drawn_on(recipe: Recipe, canvas: Size) -> Recipe:
+    return replace(recipe, width=canvas[0], height=canvas[1])
+
+
+def _check_samples(writer: CacheWriter, recipe: Recipe, canvases: Canvases, count: int) -> None:
     """Refuse samples that are there if they are of another recipe, which an older cache has not
     written down: a few are looked at, for nearly every sample of another seed or variant
     differs."""
-    there = [i for i in range(count) if f"{i:06d}" in writer.entries]
-    looked = sorted({*there[:8], *there[-8:]})
+    there = [i for i in range(count) if canvases.item_ids(i)[0] in writer.entries]
     frames = writer.manifest.spec.frames(recipe.frames)
-    for i, item in zip(looked, recipe.draw(looked), strict=True):
-        entry = writer.entries[f"{i:06d}"]
+    for i in sorted({*there[:8], *there[-8:]}):
+        (item,) = _drawn_on(recipe, canvases.canvas(i)).draw([i])
+        entry = writer.entries[canvases.item_ids(i)[0]]
         facts = entry.facts.get("facts", {})
         known = {name: facts.get(name) for name in item.to_json()}
         if known != item.to_json() or entry.shape[0] != frames:
@@ -74,14 +111,53 @@ def _check_samples(writer: CacheWriter, recipe: Recipe, count: int) -> None:
 
 
 def _encoded(
-    tokenizer: Tokenizer, recipe: Recipe, missing: list[int], device: torch.device | str
-) -> Iterator[tuple[list[int], Tensor, list[str], list[dict]]]:
-    """Yield indices, latents, captions and facts of the missing samples, some at a time."""
-    step = max(1, CHUNK_FRAMES * 64 * 64 // (recipe.width * recipe.height) // recipe.frames)
-    for start in range(0, len(missing), step):
-        indices = missing[start : start + step]
-        facts = recipe.draw(indices)
-        with torch.inference_mode():
-            latents = tokenizer.encode(to_unit(recipe.render(facts, device)))
-        texts, known = zip(*map(recipe.words, indices, facts), strict=True)
-        yield indices, latents, list(texts), [{"facts": row} for row in known]
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    canvases: Canvases,
+    missing: list[int],
+    device: torch.device | str,
+) -> Iterator[Encoded]:
+    """Yield the missing samples, some at a time that are drawn at one size and cut to one."""
+    alike: dict[tuple[Size, Size], list[int]] = defaultdict(list)
+    for i in missing:
+        alike[canvases.canvas(i), canvases.size(i)].append(i)
+    pixels = CHUNK_PIXELS.get(torch.device(device).type, CHUNK_PIXELS["cpu"])
+    for (canvas, size), members in alike.items():
+        step = max(1, pixels // (canvas[0] * canvas[1] * recipe.frames))
+        of_size = _drawn_on(recipe, canvas)
+        for start in range(0, len(members), step):
+            indices = members[start : start + step]
+            facts = of_size.draw(indices)
+            with torch.inference_mode():
+                whole = of_size.render(facts, device)
+                latents = tokenizer.encode(to_unit(_cut(whole, size, canvases, indices)))
+            yield _described(recipe, canvases, indices, facts, latents)
+
+
+def _cut(whole: Tensor, size: Size, canvases: Canvases, indices: list[int]) -> Tensor:
+    """Return the crops of the samples `whole (B, F, 3, H, W)`, one behind the other."""
+    width, height = size
+    if whole.shape[3:] == (height, width):
+        return whole
+    crops = []
+    for sample, i in zip(whole, indices, strict=True):
+        for left, top in canvases.corners(i).values():
+            crops.append(sample[..., top : top + height, left : left + width])
+    return torch.stack(crops)
+
+
+def _described(
+    recipe: Recipe,
+    canvases: Canvases,
+    indices: list[int],
+    facts: list[Facts],
+    latents: Tensor,
+) -> Encoded:
+    made = Encoded(len(indices), latents, [], [], [], [])
+    for i, item in zip(indices, facts, strict=True):
+        ids, (text, known) = canvases.item_ids(i), recipe.words(i, item)
+        made.ids += ids
+        made.sources += canvases.sources(i)
+        made.captions += [text] * len(ids)
+        made.facts += [{"facts": known}] * len(ids)
+    return made

@@ -127,11 +127,11 @@ def _in_processes(work, chunks: list[range], workers: int):
         yield from pool.map(work, chunks)
 
 
-def claim(out_dir: Path, recipe: Recipe) -> None:
-    """Record the recipe in a new folder; ValueError where the folder holds samples of another
-    one."""
+def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
+    """Record the recipe, and what `further` decides the samples, in a new folder; ValueError where
+    the folder holds samples of another one."""
     path = out_dir / DESCRIPTION
-    wanted = asdict(recipe)
+    wanted = asdict(recipe) | (further or {})
     if path.exists():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

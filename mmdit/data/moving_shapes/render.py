@@ -19,6 +19,7 @@ from mmdit.data.moving_shapes.facts import (
     RING,
     SQUARE,
     Facts,
+    Object,
     check_canvas,
 )
 
@@ -44,7 +45,7 @@ def render(
     times = (
         torch.linspace(0, 1, frames, device=device)
         if frames > 1
-        else torch.tensor([fraction], device=device)
+        else torch.full((1,), fraction, device=device)
     )
     chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 19) // (frames * width * height))
     # Samples with the same shapes are drawn together, so that each chunk evaluates one field per
@@ -56,35 +57,44 @@ def render(
         for first in range(0, len(members), chunk):
             group = members[first : first + chunk]
             pixels = _render_alike([facts[i] for i in group], width, height, times)
-            out[torch.tensor(group, device=device)] = pixels
+            out.index_copy_(0, _on_device(torch.tensor(group), device), pixels)
     return out
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return values of the CPU on a device, without a wait for what a GPU was asked to do before:
+    it would stand still while it is asked for the next."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) -> Tensor:
     """Render samples whose objects have the same shapes in the same order: uint8 `(n, f, 3, h,
     w)`."""
     side, device = min(width, height), times.device
-    image = torch.tensor(
-        [BACKGROUNDS[item.background] for item in facts], dtype=torch.float32, device=device
-    )
+    values = [BACKGROUNDS[item.background] + _numbers(item.objects) for item in facts]
+    table = _on_device(torch.tensor(values, dtype=torch.float32), device)
+    image, *parts = table.split([3, *(5, 3) * len(facts[0].objects)], dim=1)
     image = image[:, None, :, None, None]
-    for slot, first in enumerate(facts[0].objects):
-        objects = [item.objects[slot] for item in facts]
-        numbers = torch.tensor(
-            [(o.x, o.y, *o.velocity(), o.radius) for o in objects],
-            dtype=torch.float32,
-            device=device,
-        )
+    for first, numbers, color in zip(facts[0].objects, parts[::2], parts[1::2], strict=True):
         x, y, dx, dy, radius = (numbers * side).T[..., None, None, None]  # each (n, 1, 1, 1)
         progress = times[None, :, None, None]
         columns = torch.arange(width, device=device) + 0.5  # centres of pixels
         rows = torch.arange(height, device=device)[:, None] + 0.5
         across, down = columns - (x + dx * progress), rows - (y + dy * progress)
         coverage = (0.5 - DISTANCE[first.shape](across, down, radius)).clamp_(0, 1)
-        color = torch.tensor([o.rgb for o in objects], dtype=torch.float32, device=device)
         color = color[:, None, :, None, None]
         image = image + coverage[:, :, None] * (color - image)
     return image.add_(0.5).to(torch.uint8)
+
+
+def _numbers(objects: tuple[Object, ...]) -> tuple[float, ...]:
+    """Return place, path and radius in units of S, and the colour, of one object after another."""
+    numbers: tuple[float, ...] = ()
+    for item in objects:
+        numbers += (item.x, item.y, *item.velocity(), item.radius, *item.rgb)
+    return numbers
 
 
 # ── signed distances: x (n, f, 1, w) and y (n, f, h, 1) from the centre, radius (n, 1, 1, 1) → (n,

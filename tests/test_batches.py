@@ -1,6 +1,7 @@
 """The plan: nothing is dropped, every rank agrees, any step can be computed alone; batches are what
 it says."""
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import torch
 
 from mmdit.data.batches.batch_plan import BatchPlan, _Stream
 from mmdit.data.batches.latent_batches import LatentBatches
-from mmdit.data.batches.stores import InMemory
+from mmdit.data.batches.stores import InMemory, OnDisk
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.interfaces import LatentSpec
@@ -277,3 +279,40 @@ def test_held_out_items_that_are_all_too_short_are_told_before_the_training():
     assert len(told) >= 3 and any(
         "every one is too short for a clip" in message for message in told
     )
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("read_over", [0, 1 << 16])
+def test_from_disk_only_the_frames_of_a_sample_are_read(tmp_path, monkeypatch, form, read_over):
+    """16 of 80 frames are a fifth of the bytes; frames so small that a gap is cheaper to read than
+    to skip are read along. The latents are those from memory, in either case."""
+    video = VideoConfig(32, 32, num_frames=16, frame_stride=5, temporal_jitter=1)
+    manifest = CacheManifest("none", "none", LatentSpec(channels=3), ((32, 32),), False)
+    with CacheWriter(tmp_path / "plain", manifest) as writer:
+        writer.add_many(["a", "b", "c"], torch.randn(3, 80, 2, 2, 3), [""] * 3)
+    pack_cache(tmp_path / "plain", tmp_path / "packed")
+    sizes = []
+
+    def opened(path, buffered):
+        class Counting(io.FileIO):
+            def readinto(self, buffer):
+                sizes.append(super().readinto(buffer))
+                return sizes[-1]
+
+        return Counting(path)
+
+    cache = open_cache(tmp_path / form)
+    monkeypatch.setattr("mmdit.data.batches.stores.LARGE", 0)  # loaded by several threads
+    held = InMemory(cache, progress=False)
+    monkeypatch.setattr("mmdit.data.cache.latent_cache.open_regular", opened)
+    monkeypatch.setattr("mmdit.data.cache.latent_cache.READ_OVER", read_over)
+    plan, read, spans = BatchPlan(cache, video, 2, seed=0), 0, 0
+    for step in range(20):
+        planned = plan.batch(step)
+        there = held.gather(planned.grid, planned.items, planned.frames)
+        assert torch.equal(OnDisk(cache).gather(planned.grid, planned.items, planned.frames), there)
+        read += planned.frames.numel()
+        spans += int((planned.frames[:, -1] - planned.frames[:, 0] + 1).sum())
+    frame_bytes = 2 * 2 * 2 * 3
+    assert sum(sizes) == (spans if read_over else read) * frame_bytes
+    assert read < 0.22 * spans

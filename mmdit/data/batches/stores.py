@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +18,8 @@ from mmdit.data.dataset.captions import all_captions
 
 Text = tuple[list[str], str, dict]  # all captions of an item, its id, its facts
 TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not memory
+LOADERS = 8  # threads that load a cache into memory
+LARGE = 1 << 18  # bytes an item
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
@@ -53,40 +55,54 @@ class InMemory:
         self.frames: dict[Grid, Tensor] = {}
         # where an item's frames begin in its grid's tensor
         self.first = torch.zeros(len(cache), dtype=torch.int64)
+        self._pinned = torch.cuda.is_available()
         self.text = lru_cache(TEXTS)(partial(_text_of, cache))
         channels = cache.manifest.spec.channels
         for grid, items in by_shape(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
             counts = cache.shapes[items, 0]
             self.first[items] = counts.cumsum(0) - counts
             self.frames[grid] = torch.empty(int(counts.sum()), *grid, channels, dtype=torch.float16)
-        hidden = not progress or len(cache) < 5000
-        bar = tqdm(self.first.tolist(), "loading latents", unit="item", disable=hidden)
-        for item, first in enumerate(bar):
-            latents = cache.load(item)
-            place = self.frames[tuple(latents.shape[1:3])][first : first + len(latents)]
-            # numpy copies: torch would wake all its threads for each small one
-            np.copyto(place.numpy(), latents.numpy())
+        firsts = self.first.tolist()
+        ends = (self.first + cache.shapes[:, 0]).tolist()
+        grids = cache.shapes[:, 1:3].tolist()
+
+        def take(item: int) -> None:
+            place = self.frames[tuple(grids[item])][firsts[item] : ends[item]]
+            cache.load(item, out=place)
+
+        # threads help where items are large: reads and check sums run beside each other
+        large = cache.nbytes > LARGE * len(cache)
+        with ThreadPoolExecutor(LOADERS, "loading") as pool:
+            loaded = (pool.map if large else map)(take, range(len(cache)))
+            hidden = not progress
+            bar = tqdm(loaded, "loading latents", len(cache), unit="item", disable=hidden, delay=2)
+            for _ in bar:
+                pass
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`."""
-        rows = self.first[items][:, None] + frames
-        return self.frames[grid].index_select(0, rows.flatten()).view(*frames.shape, *grid, -1)
+        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`; for a
+        GPU in page-locked memory, from where it fetches them while it computes."""
+        source, rows = self.frames[grid], self.first[items][:, None] + frames
+        batch = torch.empty(
+            rows.numel(), *source.shape[1:], dtype=source.dtype, pin_memory=self._pinned
+        )
+        torch.index_select(source, 0, rows.flatten(), out=batch)
+        return batch.view(*frames.shape, *source.shape[1:])
 
 
 class OnDisk:
-    """Latents read when they are needed, of each clip only the part from its first to its last
-    frame."""
+    """Latents read when they are needed, of each clip the frames of the sample alone."""
 
     def __init__(self, cache: LatentCache):
         self.cache = cache
 
     def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
         """Return latents; see `InMemory.gather`."""
-        clips = []
-        for item, numbers in zip(items.tolist(), frames, strict=True):
-            first, last = int(numbers[0]), int(numbers[-1])
-            clips.append(self.cache.load(item, first, last + 1)[numbers - first])
-        return torch.stack(clips)
+        channels = self.cache.manifest.spec.channels
+        clips = torch.empty(*frames.shape, *grid, channels, dtype=torch.float16)
+        for item, numbers, clip in zip(items.tolist(), frames, clips, strict=True):
+            self.cache.load_frames(item, numbers, clip)
+        return clips
 
     def text(self, item: int) -> Text:
         """Return the texts of one item."""

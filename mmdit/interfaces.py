@@ -18,6 +18,7 @@ from mmdit.config import ConfigError, Section
 from mmdit.rng import Draws
 
 Picture = Literal["none", "first", "first_last"]  # which frames of a clip a model is given
+Conditioning = Literal["none", "low_resolution"]  # what a model is given of a whole clip
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,14 @@ class Batch:
         # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
         None
     )
+    places: Tensor | None = (
+        None  # (B, 5): where tiles lie, see `diffusion.tiling`; if they were cut
+    )
 
     def pin_memory(self) -> Batch:
         """Return the same in page-locked memory, from where a GPU fetches it while it computes.
         DataLoader knows this name."""
-        tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops")}
+        tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops", "places")}
         return replace(
             self,
             **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None},
@@ -237,6 +241,7 @@ class Denoiser(Network):
     patch: int = 1  # latent cells along each axis that it takes at a time
     variant: str = "this model"  # what messages call it
     picture: Picture = "none"  # which frames of a clip it is given in further channels
+    conditioning: Conditioning = "none"  # whether it redraws a small clip that it is given
     takes_first_frame: bool = False  # whether a clip may begin with a given, clean latent frame
     first_frame: float = 0.0  # the share of training steps on clips that do
     clip_weights: str = ""  # file or folder of the encoder whose states of pictures it is given
@@ -351,6 +356,21 @@ class ModelSection(Section):
         return False
 
     @property
+    def conditioning(self) -> Conditioning:
+        """Return what the network is given of a whole clip, besides latents, time and text."""
+        return "none"
+
+    @property
+    def augmentation(self) -> float:
+        """Return the largest noise level at which training gives the network its condition."""
+        return 0.0
+
+    @property
+    def takes_place(self) -> bool:
+        """Return whether the network can be told where in its clip a tile lies."""
+        return False
+
+    @property
     def expert(self) -> str | None:
         """Return which of a release's two experts this network is, "high" or "low"."""
         return None
@@ -385,6 +405,18 @@ class ModelSection(Section):
         return "autocast"
 
     def check(self, run: Any) -> None:
+        if self.conditioning == "low_resolution" and run.tokenizer.low_resolution is None:
+            raise ConfigError(
+                "model.conditioning",
+                "is low_resolution, but tokenizer.low_resolution is null: name the size of the"
+                " small clips, for example [448, 256], and cache again",
+            )
+        if self.conditioning != "none" and run.train.sample_every_steps:
+            raise ConfigError(
+                "train.sample_every_steps",
+                f"is {run.train.sample_every_steps}, but this model redraws small clips, which"
+                " previews have none of; set it to 0 and use mmdit sample with --refine",
+            )
         if self.freeze and run.lora.enabled:
             raise ConfigError(
                 "model.freeze",
@@ -442,6 +474,8 @@ class TokenizerSection(Section):
     """The base of the configs of tokenizers: what the rest of the program asks of the section
     `tokenizer:`, with the answers of a tokenizer of single frames."""
 
+    latent_f: int
+
     @property
     def temporal(self) -> int:
         """Return how many frames a latent frame covers."""
@@ -457,7 +491,18 @@ class TokenizerSection(Section):
         """Return which pictures are cached beside each clip: none, first or first_last."""
         return "none"
 
+    @property
+    def low_resolution(self) -> tuple[int, int] | None:
+        """Return the width and height of the small clips that are cached beside the clips."""
+        return None
+
     def check(self, run: Any) -> None:
+        small, cell = self.low_resolution, self.latent_f * run.model.patch
+        if small is not None and (min(small) < cell or small[0] % cell or small[1] % cell):
+            raise ConfigError(
+                "tokenizer.low_resolution",
+                f"is {list(small)}; both must be multiples of {cell}, as the sizes of clips are",
+            )
         if self.picture != "none" and not run.model.takes_picture:
             raise ConfigError(
                 "tokenizer.picture",

@@ -9,6 +9,7 @@ standard  mean 0, deviation 1          networks trained on pictures: VTP (ImageN
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.weights import is_finite
@@ -53,6 +54,14 @@ def to_signed(pixels: Tensor) -> Tensor:
 def from_signed(pixels: Tensor) -> Tensor:
     """Return the unit pixels, clamped, of `to_signed`."""
     return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def resized(pixels: Tensor, width: int, height: int) -> Tensor:
+    """Return unit pixels of clips `(b, f, 3, H, W)` at another size, antialiased bicubic."""
+    frames = F.interpolate(
+        pixels.flatten(0, 1), (height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return frames.clamp_(0, 1).unflatten(0, pixels.shape[:2])
 
 
 class Standard:

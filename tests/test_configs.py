@@ -78,7 +78,11 @@ def test_a_config_has_the_model_and_tokenizer_of_the_run_that_it_starts_from(pat
             runs.get(config.train.init_from)
             or load_pipeline(ROOT / config.train.init_from, "cpu")[1]
         )
-        assert replace(base.model, checkpointing=config.model.checkpointing) == config.model
+        ours = {
+            name: getattr(config.model, name)
+            for name in ("checkpointing", "conditioning", "augmentation")
+        }
+        assert replace(base.model, **ours) == config.model
         assert base.text_encoder == config.text_encoder
         assert (base.tokenizer.type, base.tokenizer.name_or_path) == (
             config.tokenizer.type,
@@ -103,6 +107,8 @@ def shrunk(path: Path, folder: Path) -> list[str]:
         "train.sample_num_images=2",
     ]
     words += [] if config.bucketing.enabled else ["video.width=48", "video.height=32"]
+    words += ["tokenizer.low_resolution=[32,16]"] if config.tokenizer.low_resolution else []
+    words += ["video.tile=[32,32]"] if config.video.tile else []
     return words + (["train.sample_every_steps=2"] if config.train.sample_prompts else [])
 
 
@@ -178,7 +184,11 @@ def test_a_config_trains_and_draws(path, tmp_path, capsys):
         assert (samples / "step_00000002" / "grid.png").is_file()
     pipeline, stored = load_pipeline(config.run_dir, "cpu")
     assert stored == config
-    pixels = pipeline(["a red star"], 48, 32, config.video.num_frames)
+    if config.model.conditioning == "none":
+        pixels = pipeline(["a red star"], 48, 32, config.video.num_frames)
+    else:
+        small = torch.rand(1, config.video.num_frames, 3, 16, 32)
+        pixels = pipeline.refine(small, ["a red star"], 48, 32, 0.1)
     assert (
         pixels.shape == (1, config.video.num_frames, 3, 32, 48)
         and pixels.isfinite().all()

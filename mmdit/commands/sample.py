@@ -19,6 +19,9 @@ from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.samples import SampleFolder, weights_digest
 
+# noise levels at which refining is given the small samples, where --strength is left out
+REDRAWN, TOLD = 0.5, 0.1
+
 
 def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None:
     """Merge LoRA files into the network, or into the experts of a pair."""
@@ -76,14 +79,15 @@ def size_for(
 
 @dataclass
 class Drawing:
-    """`size`: width, height and frames. `strength`: the noise level that refining starts from.
-    ValueError: the size or the settings cannot be drawn with."""
+    """`size`: width, height and frames. `strength`: the noise level at which refining is given
+    the small samples; None is the model's own. ValueError: the size or the settings cannot be
+    drawn with."""
 
     pipeline: Pipeline
     size: tuple[int, int, int]
     settings: SampleSettings
     image: Tensor | None = None
-    strength: float = 0.5
+    strength: float | None = None
     refiner: Pipeline | None = field(default=None, init=False)
     redrawn: SampleSettings | None = field(default=None, init=False)
 
@@ -92,10 +96,25 @@ class Drawing:
         self.pipeline.check(*self.size, self.settings)
 
     def refine_with(self, refiner: Pipeline, config: ExperimentConfig) -> None:
-        """Draw the samples again with a second model, at the size of its config."""
+        """Draw the samples again with a second model, at the size of its config. ValueError: not
+        with this `strength`, or not of samples of this size."""
         self.written_size = (config.video.width, config.video.height, self.size[2])
         self.refiner, self.redrawn = refiner, SampleSettings.of(config.train)
-        refiner.check(*self.written_size, self.redrawn)
+        refiner.check(*self.written_size, self.redrawn, refines=True)
+        conditioned = config.model.conditioning == "low_resolution"
+        if self.strength is None:
+            self.strength = TOLD if conditioned else REDRAWN
+        if conditioned and self.strength > config.model.augmentation:
+            raise ValueError(
+                f"--strength is {self.strength}, but the refiner was given small clips noised to at"
+                f" most {config.model.augmentation} (model.augmentation); lower it"
+            )
+        small = config.tokenizer.low_resolution
+        if conditioned and small not in (None, self.size[:2]):
+            raise ValueError(
+                "the samples are {}x{}, but the refiner was trained to redraw clips of {}x{}; set"
+                " --width and --height".format(*self.size[:2], *small)
+            )
 
     def story(self) -> dict:
         """Return what decides the samples, besides prompts and numbers."""

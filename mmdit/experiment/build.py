@@ -27,6 +27,7 @@ from mmdit.training import checkpoint
 from mmdit.training.continuing import check_same_latents, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
+from mmdit.training.low_resolution import SmallClips
 from mmdit.training.starting import is_lora, one_expert, start_from_lora
 
 SHAPES_WEIGHTS = (
@@ -78,6 +79,10 @@ def build_learner(
         learner = Learner(
             model, text_encoder, objective, spec, config.train.cfg_dropout_prob, schedule
         )
+        if config.tokenizer.low_resolution is not None:
+            conditioned = config.model.conditioning == "low_resolution"
+            small = SmallClips(spec, config.model.augmentation if conditioned else None)
+            learner.conditions = small.of_latents
         for name, part in learner.parts().items():
             inject(part, config.lora, key(config.seed, name) if name else config.seed)
         if config.lora.enabled and config.lora.train_lora_only:
@@ -114,8 +119,9 @@ def start_from(
     learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
 ) -> list[str]:
     """Start from `train.init_from`, the (averaged) weights of another run under this config's
-    names; new adapters and a new `model.crop` stay as initialised. Return lines to report: the
-    source, and how its model or objective was configured otherwise (it fits, but may not be meant).
+    names; new adapters, a new `model.crop` and a new `model.conditioning` stay as initialised.
+    Return lines to report: the source, and how its model or objective was configured otherwise (it
+    fits, but may not be meant).
     """
     source = config.train.init_from
     assert source is not None, "the caller looks whether there is one"
@@ -147,7 +153,12 @@ def start_from(
         learner.state_dict(),
         tensors,
         str(weights.source),
-        fresh=lambda name: is_adapter(name) or ".crop." in name or not learner.is_stored(name),
+        fresh=lambda name: (
+            is_adapter(name)
+            or ".crop." in name
+            or ".low_resolution." in name
+            or not learner.is_stored(name)
+        ),
     )
     carry_over(
         learner.model,

@@ -76,6 +76,7 @@ def load_pipeline(
     precision = config.train.precision if where.type == "cuda" else "fp32"
     home = where if offload == "none" else torch.device("cpu")
     pipeline = Pipeline(learner.to(home).eval(), tokenizer, precision, config.captions)
+    pipeline.tile = config.video.latent_tile(tokenizer.spec)
     if offload != "none":
         pipeline.execution_device = where
     return pipeline, config

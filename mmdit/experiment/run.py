@@ -109,6 +109,7 @@ def open_batches(
         num_workers=config.num_workers,
         captions=config.captions,
         crops=config.model.crop,
+        tile=None if config.video.tile is None else tokenizer.spec.grid(*config.video.tile),
     )
 
 

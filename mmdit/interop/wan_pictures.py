@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import Denoiser, Tokenizer
+from mmdit.rng import Draws
 from mmdit.text_encoders.clip_vision import ClipVision, load_clip_vision
 from mmdit.tokenizers.with_picture import with_grey
 
@@ -94,7 +95,7 @@ class Pictures:
         return self._inputs(spec.normalize(self.tokenizer.encode(clip)), pictures[None]), None
 
     @torch.no_grad()
-    def of_latents(self, latents: Tensor) -> tuple[Tensor, dict]:
+    def of_latents(self, latents: Tensor, draws: Draws | None = None) -> tuple[Tensor, dict]:
         """Return, for training, the latents of the clips and the further inputs of the network
         from raw `latents (b, f, r, c, 2 d)`. What CLIP sees is decoded from the latents: of the
         first frame alone, or of grey between the first and the last.

@@ -18,17 +18,30 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdit import rng
 from mmdit.config import ConfigError
-from mmdit.interfaces import Denoiser, ModelSection, TextTokens
+from mmdit.interfaces import Conditioning, Denoiser, ModelSection, TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn import kernels
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
-from mmdit.nn.conditioning import CropEmbedding, PooledText, TextContext, TimeEmbedding
+from mmdit.nn.conditioning import (
+    CropEmbedding,
+    LowResolution,
+    PooledText,
+    TextContext,
+    TimeEmbedding,
+)
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
-from mmdit.nn.window import Pattern, Places, WindowGrid, coordinates, place_tables
+from mmdit.nn.window import (
+    Pattern,
+    Places,
+    WindowGrid,
+    coordinates,
+    coordinates_of_tiles,
+    place_tables,
+)
 
 SIZES = {
     "S": (384, 12, 6),
@@ -83,6 +96,12 @@ class VideoMMDiTConfig(ModelSection):
     pooled_text: bool = True
     # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
     crop: bool = False
+    # What the model is given of a whole clip: nothing, or the clip in `low_resolution`, which it
+    # redraws (`mmdit sample --refine`). Caches must hold it: `tokenizer.low_resolution`.
+    conditioning: Conditioning = "none"
+    # The largest noise level at which training gives the small clip. The model is told the level,
+    # and learns to mend what a small model drew wrong up to it.
+    augmentation: float = 0.5
     # The type of the stream between blocks: float32, or that of autocast, which is half the
     # traffic.
     residual: Literal["float32", "autocast"] = "float32"
@@ -123,6 +142,10 @@ class VideoMMDiTConfig(ModelSection):
             )
         if not self.mlp_ratio > 0:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
+        if not 0 <= self.augmentation < 1:
+            raise ConfigError(
+                "augmentation", f"is {self.augmentation}; must be from 0 (none) to below 1"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"is {self.dropout}; must be from 0 to below 1")
         hidden = MLPS[self.mlp].hidden(self.dim, self.mlp_ratio)
@@ -132,6 +155,10 @@ class VideoMMDiTConfig(ModelSection):
                 f"is float8, for which widths must be multiples of 16, but dim is {self.dim} and"
                 f" the MLP {hidden} wide; change dim or mlp_ratio, or leave it out",
             )
+
+    @property
+    def takes_place(self) -> bool:
+        return True
 
     @property
     def head_dim(self) -> int:
@@ -157,6 +184,11 @@ class PreparedText:
     context: list[Tensor | tuple[Tensor, Tensor]]
     valid: Tensor
     pooled: Tensor | int
+
+
+def in_turn(rows: Tensor, x: Tensor) -> Tensor:
+    """Return `rows (n, …)` repeated for the samples of `x (b, …)`, of which guidance asks twice."""
+    return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
 
 
 class Block(nn.Module):
@@ -232,6 +264,10 @@ class VideoMMDiT(Denoiser):
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
         self.crop = CropEmbedding(dim) if config.crop else None
+        self.conditioning = config.conditioning
+        self.low_resolution = None
+        if config.conditioning == "low_resolution":
+            self.low_resolution = LowResolution(latent_channels, dim)
         self.modulation = nn.Linear(dim, 3 * SUBLAYERS * dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
@@ -252,6 +288,8 @@ class VideoMMDiT(Denoiser):
             nn.init.zeros_(module.weight)
         if self.crop is not None:
             self.crop.init_weights()
+        if self.low_resolution is not None:
+            self.low_resolution.init_weights()
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
@@ -308,12 +346,19 @@ class VideoMMDiT(Denoiser):
         text: TextTokens | PreparedText,
         keep: Tensor | None = None,
         crop: Tensor | None = None,
+        small: Tensor | None = None,
+        small_t: Tensor | None = None,
+        place: Tensor | None = None,
     ) -> Tensor:
         """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions, `prepare`d or not →
         the prediction, shaped like `x`. `keep`: from `draw_keep`. `crop (b, 4)`: for `model.crop`,
-        see `CropEmbedding`; None is a whole picture. ValueError if shapes do not belong
-        together."""
+        see `CropEmbedding`; None is a whole picture. `small`, shaped like `x`, and `small_t (b,)`
+        in 0…1000: for `model.conditioning`, the small clip's latents, enlarged and noised to that
+        time. `place (b, 5)`: where in its clip each sample lies, see `diffusion.tiling`; None is a
+        whole clip. Of these three, fewer rows are for the samples in turn. ValueError if shapes do
+        not belong together."""
         self._check(x, t, len(text.valid))
+        self._check_condition(x, small, small_t)
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(
@@ -327,10 +372,9 @@ class VideoMMDiT(Denoiser):
                 raise ValueError(
                     "crop is given, but the model was built without; set model.crop: true"
                 )
-            when = self.frame(x.shape[1] if self.config.temporal_position else 1)  # (f or 1, d)
-            where = (
-                self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
-            )  # (f or 1, n, k, d)
+            if self.low_resolution is not None and small_t is not None:
+                time = time + in_turn(self.low_resolution.level(small_t), x)
+            where = self._where(x, grid, place, exact)
         read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
             condition = nn.functional.silu(time + read.pooled)
@@ -341,12 +385,28 @@ class VideoMMDiT(Denoiser):
                 upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2
             )
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
+        if self.low_resolution is not None and small is not None:
+            clip = self.low_resolution.clip(grid.partition(small.to(self.input.weight.dtype)))
+            h = h + in_turn(clip, x)
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
         _, seen = add_norm(
             *self._run_blocks(h, grid, exact, keep, modulation, read),
             Modulation(last[0], last[1], last[1]),
         )
         return grid.merge(self.output(seen)).to(x.dtype)
+
+    def _where(
+        self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
+    ) -> Tensor:
+        """Return what tells the tokens of `x (b, f, r, c, …)` their places: `(f or 1, n, k, d)`, or
+        `(b, f or 1, n, k, d)` for samples at `place`."""
+        frames = x.shape[1] if self.config.temporal_position else 1
+        if place is None:
+            when = self.frame(frames)
+            return self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
+        when = self.frame(frames, place[:, 0] if self.config.temporal_position else None)
+        where = self.position(coordinates_of_tiles(grid, place, exact))[:, None]
+        return in_turn(where + when[..., None, None, :], x)
 
     def _run_blocks(
         self,
@@ -428,7 +488,10 @@ class VideoMMDiT(Denoiser):
         total = tokens * (weights(self.input, False) + weights(self.output)) + text * weights(
             self.text, False
         )
-        once = (self.time, self.modulation, self.final_modulation, self.pooled, self.crop)
+        once = [self.time, self.modulation, self.final_modulation, self.pooled, self.crop]
+        if self.low_resolution is not None:
+            total += tokens * weights(self.low_resolution.clip, False)
+            once.append(self.low_resolution.level)
         total += sum(weights(part) for part in once if part is not None)
         for index, block in enumerate(self.blocks):
             inside = places
@@ -445,6 +508,24 @@ class VideoMMDiT(Denoiser):
             if frames > 1:
                 total += seen * (weights(block.temporal) + 6 * dim * frames)
         return 2 * total
+
+    def _check_condition(self, x: Tensor, small: Tensor | None, small_t: Tensor | None) -> None:
+        if self.low_resolution is None:
+            if small is not None or small_t is not None:
+                raise ValueError(
+                    "a small clip is given, but the model was built without; set"
+                    " model.conditioning: low_resolution"
+                )
+        elif small is None or small_t is None:
+            raise ValueError(
+                "this model redraws small clips (model.conditioning: low_resolution), but is given"
+                " none: name it with --refine, beside a --checkpoint that draws them"
+            )
+        elif small.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"the small clip's latents are {tuple(small.shape)} for latents {tuple(x.shape)};"
+                " enlarge it to the same size"
+            )
 
     def _check(self, x: Tensor, t: Tensor, captions: int) -> None:
         if x.ndim != 5 or x.shape[-1] != self.latent_channels:

@@ -1,4 +1,5 @@
-"""What conditions a network besides its input: the time, the crop and the text."""
+"""What conditions a network besides its input: the time, the crop, a small clip
+and the text."""
 
 from __future__ import annotations
 
@@ -66,6 +67,25 @@ class CropEmbedding(nn.Module):
             * math.pi
         )
         return self.mlp(torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1).to(self.mlp.dtype))
+
+
+class LowResolution(nn.Module):
+    """What a network is told of a small clip that it redraws: the clip's latents, enlarged and
+    noised, and the level of that noise (conditioning augmentation, Ho et al. 2021, Cascaded
+    Diffusion Models, section 4). Both are zero before training, so that a model starts as it was
+    without them.
+    """
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.clip = nn.Linear(channels, dim)
+        self.level = TimeEmbedding(dim)
+
+    def init_weights(self) -> None:
+        last = self.level.mlp[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.clip.weight)
 
 
 class TextContext(nn.Module):

@@ -70,7 +70,8 @@ class FourierPosition(nn.Module):
 
 class FramePosition(nn.Module):
     """Which frame of its clip a token belongs to: `frames` → `(frames, dim)`, zero for the first,
-    so pictures know nothing of it. Rotary attention sees differences only, and at high noise, where
+    so pictures know nothing of it; `(b, frames, dim)` for parts of clips that begin with the frames
+    `first (b,)`. Rotary attention sees differences only, and at high noise, where
     motion is decided, all frames look alike: an average over equal values cannot tell the first
     from the last."""
 
@@ -80,8 +81,11 @@ class FramePosition(nn.Module):
         super().__init__()
         self.embed = nn.Linear(2 * self.pairs, dim, bias=False)
 
-    def forward(self, frames: int) -> Tensor:
+    def forward(self, frames: int, first: Tensor | None = None) -> Tensor:
         weight = self.embed.weight
         ladder = torch.arange(self.pairs, dtype=torch.float64, device=weight.device) / self.pairs
-        angles = torch.arange(frames, device=weight.device)[:, None] * TEMPORAL_BASE**-ladder
+        numbers = torch.arange(frames, device=weight.device)
+        if first is not None:
+            numbers = first[:, None] + numbers
+        angles = numbers[..., None] * TEMPORAL_BASE**-ladder
         return self.embed(torch.cat([angles.sin(), 1 - angles.cos()], dim=-1).to(weight.dtype))

@@ -234,3 +234,16 @@ def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> T
         ]
         centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return grid.partition(centres[None, None])[0, 0].to(device, dtype)
+
+
+def coordinates_of_tiles(grid: WindowGrid, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `coordinates` gives the same cells in the whole frame, `(b, n, k, 2)`, for tiles
+    at `places (b, 5)`, which `mmdit.diffusion.tiling` describes."""
+    corner, whole = places.double()[:, None, None, 1:].chunk(2, -1)  # (b, 1, 1, 2)
+    lines = [
+        torch.arange(size, dtype=torch.float64, device=places.device)
+        for size in (grid.rows, grid.columns)
+    ]
+    cells = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1)
+    centres = (2 * (corner + cells) + 1) / whole - 1
+    return grid.partition(centres[:, None])[:, 0].to(dtype)

@@ -55,14 +55,19 @@ def main(argv: list[str] | None = None) -> int:
         ),
     )
     parser.add_argument(
-        "--strength", type=number, default=0.5, help="noise level t that --refine starts from [0.5]"
+        "--strength",
+        type=number,
+        help=(
+            "noise level at which --refine is given the enlarged samples [0.5 where it starts from"
+            " them, 0.1 where the model is conditioned on them]"
+        ),
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         prompts = read_prompts(args)
         check_writable(args.out, folder=True)
         raw = args.raw_weights
-        if args.refine and not 0 < args.strength <= 1:
+        if args.refine and args.strength is not None and not 0 < args.strength <= 1:
             raise ValueError(
                 f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
                 "and at most 1 (everything is)"

@@ -10,6 +10,7 @@ from mmdit.interfaces import Tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer, DummyTokenizerConfig
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.tokenizers.wan_vae import WanVAETokenizer, WanVAETokenizerConfig
+from mmdit.tokenizers.with_low_resolution import WithLowResolution
 from mmdit.tokenizers.with_picture import WithPicture
 
 TokenizerConfig = VTPTokenizerConfig | DummyTokenizerConfig | WanVAETokenizerConfig
@@ -35,10 +36,14 @@ def build_tokenizer(
     """
     match config:
         case VTPTokenizerConfig():
-            return VTPTokenizer(config, device, dtype)
+            return _for_caches(VTPTokenizer(config, device, dtype), config.low_resolution)
         case DummyTokenizerConfig():
-            return DummyTokenizer(config, device)
+            return _for_caches(DummyTokenizer(config, device), config.low_resolution)
         case WanVAETokenizerConfig():
             tokenizer = WanVAETokenizer(config, device, dtype)
             return tokenizer if config.picture == "none" else WithPicture(tokenizer, config.picture)
     raise TypeError(f"{type(config).__name__} is not a tokenizer config")
+
+
+def _for_caches(tokenizer: Tokenizer, small: tuple[int, int] | None) -> Tokenizer:
+    return tokenizer if small is None else WithLowResolution(tokenizer, small)

@@ -35,6 +35,9 @@ class DummyTokenizerConfig(TokenizerSection):
     latent_d: int = 64
     # Multiplies latents, as with `vtp`.
     latent_scale: float = 1.0
+    # Cache beside each clip what a model of this width and height in pixels could have drawn of it,
+    # for super-resolution; null caches the clip alone.
+    low_resolution: tuple[int, int] | None = None
 
     def __post_init__(self):
         least(self, 0, "latent_f", "latent_d", "latent_scale", above=True)

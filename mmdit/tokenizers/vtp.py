@@ -58,6 +58,9 @@ class VTPTokenizerConfig(TokenizerSection):
     chunk_size: int = 64
     # Compile the encoder's blocks on a GPU: faster after half a minute of preparation.
     compile: bool = False
+    # Cache beside each clip what a model of this width and height in pixels could have drawn of it,
+    # for super-resolution; null caches the clip alone.
+    low_resolution: tuple[int, int] | None = None
 
     def __post_init__(self):
         least(self, 0, "latent_f", "latent_d", "latent_scale", "chunk_size", above=True)

@@ -53,7 +53,7 @@ class Learner(nn.Module):
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
         # cached latents → those of the clips, further inputs
-        self.conditions: Callable[[Tensor], tuple[Tensor, dict]] | None = None
+        self.conditions: Callable[[Tensor, Draws], tuple[Tensor, dict]] | None = None
         self.compiled = False
         self.replays: Replays | None = None
         self.text_tokens = 0  # of the longest caption of the last batch
@@ -112,11 +112,12 @@ class Learner(nn.Module):
         draws: Draws,
         keep: Tensor | None = None,
         crops: Tensor | None = None,
+        places: Tensor | None = None,
         expert: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return `(losses (b,), t (b,))`, float32, for raw `latents (b, F, H, W, C)`. `keep`: from
-        `Denoiser.draw_keep`; `crops (b, 4)`: for a model with `model.crop`; `expert`: draw its
-        times alone."""
+        `Denoiser.draw_keep`; `crops (b, 4)`: for a model with `model.crop`; `places (b, 5)`:
+        where tiles lie; `expert`: draw its times alone."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled:  # few lengths, few graphs; padding changes nothing
@@ -127,8 +128,10 @@ class Learner(nn.Module):
         inputs: dict[str, Any] = {} if keep is None else {"keep": keep}
         if crops is not None:
             inputs["crop"] = crops
+        if places is not None:
+            inputs["place"] = places
         if self.conditions:
-            latents, more = self.conditions(latents)
+            latents, more = self.conditions(latents, draws)
             inputs |= more
         if self.experts and expert is not None:
             draws = self.experts.draws(draws, expert, latents.shape[1])

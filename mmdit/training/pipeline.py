@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError
@@ -24,13 +23,18 @@ from mmdit.diffusion import (
     sample,
     sampling_times,
 )
+from mmdit.diffusion.tiling import Shape, Tiling, tiled
 from mmdit.interfaces import Denoiser, TextTokens, Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.rng import Draws
+from mmdit.tokenizers.with_low_resolution import enlarged_latents
 from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
+from mmdit.training.low_resolution import noised
 from mmdit.training.memory.shards import local
 from mmdit.weights import is_finite
+
+TILE_TOKENS = 1 << 17  # of the tiles that are denoised together
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Pipeline:
     """A learner in evaluation and a tokenizer. `execution_device`: where samples are computed, if
     that is not where the learner is (`sampling_offload`). `captions`: prompts get its trigger word,
     as the captions in training do. `whole`: the network to draw with where the learner has a part
-    of it, one of two experts.
+    of it, one of two experts. `tile`: latent frames, rows and columns, of which larger samples are
+    drawn in overlapping tiles.
     """
 
     learner: Learner
@@ -103,6 +108,7 @@ class Pipeline:
     captions: CaptionsConfig = CaptionsConfig()
     whole: Denoiser | None = None
     execution_device: torch.device | None = None
+    tile: Shape | None = None
 
     @property
     def model(self) -> Denoiser:
@@ -131,10 +137,22 @@ class Pipeline:
                 result[f"tokenizer.{name.lstrip('_')}"] = value
         return result
 
-    def check(self, width: int, height: int, frames: int, settings: SampleSettings) -> None:
-        """Raise ValueError for a size or a sampler that cannot be drawn with, before anything
-        is."""
+    def check(
+        self,
+        width: int,
+        height: int,
+        frames: int,
+        settings: SampleSettings,
+        refines: bool = False,
+    ) -> None:
+        """Raise ValueError for a size or a sampler that cannot be drawn with, before anything is.
+        `refines`: small clips are redrawn."""
         spec, objective, sampler = self.learner.spec, self.learner.objective, settings.sampler
+        if self.model.conditioning != "none" and not refines:
+            raise ValueError(
+                "this model redraws small clips (model.conditioning: low_resolution) and draws none"
+                " itself: name it with --refine, beside a --checkpoint that does"
+            )
         spec.grid(width, height, self.model.patch)
         shift = sampler.shift * objective.clip_shift(spec.frames(frames))
         sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
@@ -180,10 +198,13 @@ class Pipeline:
         first: int = 0,
         guess: tuple[Tensor, float] | None = None,
         image: Tensor | None = None,
+        small: tuple[Tensor, float] | None = None,
     ) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first +
         i`. `guess`: raw latents to start from, and the time they are noised to. `image (3, H, W)`:
-        the first frame of every clip; `(2, 3, H, W)`: also the last."""
+        the first frame of every clip; `(2, 3, H, W)`: also the last. `small`: for a model with a
+        condition, the raw latents of the small clips, enlarged, and the level they are noised
+        to."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height, self.model.patch)
         draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
@@ -199,7 +220,15 @@ class Pipeline:
             if settings.negative_prompt:
                 negative = learner.text_encoder([settings.negative_prompt])
                 text = replace(text, empty=negative.embeddings[0, negative.valid[0]])
-            denoise = self._denoiser(text, settings, image, frames, calls)
+            inputs: dict[str, Any] = {}
+            if small is not None:
+                level = torch.full((len(captions),), small[1], device=device)
+                inputs = noised(learner.spec.normalize(small[0].to(device)), level, draws)
+            denoise = self._denoiser(text, settings, image, frames, calls, inputs)
+            if self.tile is not None:
+                tiling = Tiling.fit((noise.shape[1], rows, columns), self.tile)
+                if len(tiling.corners) > 1:
+                    denoise = self._in_tiles(tiling, text, settings, calls, inputs)
             start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
             clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
         self.finite(clean, first, settings)
@@ -212,11 +241,13 @@ class Pipeline:
         image: Tensor | None,
         frames: int,
         calls: Calls,
+        further: dict[str, Any],
     ) -> Denoise:
-        """Return the network with guidance (two experts, each in its times), which keeps a given
-        first frame as it is."""
+        """Return the network with `further` inputs and guidance (two experts, each in its times),
+        which keeps a given first frame as it is."""
         pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
         inputs, first = self.pictures.given(pictures, frames)
+        inputs |= further
         sampling = self.model.sampling_inputs(settings.sampler.grid)
         networks: dict[str, Any] = {**self.model.networks()}
         if self.execution_device is None:  # else weights come and go, call by call
@@ -238,6 +269,33 @@ class Pipeline:
             return torch.cat([given, ask(torch.cat([given, x[:, 1:]], 1), t)[:, 1:]], 1)
 
         return denoise
+
+    def _in_tiles(
+        self,
+        tiling: Tiling,
+        text: TextTokens,
+        settings: SampleSettings,
+        calls: Calls,
+        inputs: dict[str, Any],
+    ) -> Denoise:
+        """Return the network asked tile by tile, each told its place, as many at a time as have
+        TILE_TOKENS tokens."""
+        count, samples = len(tiling.corners), len(text)
+        rows = torch.arange(samples, device=self.device).repeat_interleave(count)
+        places = tiling.places(self.device).repeat(samples, 1)
+        groups = []
+        for numbers in torch.arange(samples * count, device=self.device).split(
+            max(1, TILE_TOKENS // math.prod(tiling.tile))
+        ):
+            some: dict[str, Any] = {"place": places[numbers]}
+            if inputs:
+                some["small"] = tiling.cut(inputs["small"])[numbers]
+                some["small_t"] = inputs["small_t"][rows[numbers]]
+            of_tiles = text[rows[numbers]]
+            groups.append(
+                (numbers, self._denoiser(of_tiles, settings, None, tiling.tile[0], calls, some))
+            )
+        return tiled(tiling, groups)
 
     def _pixels(self, latents: Tensor, first: int, settings: SampleSettings) -> Tensor:
         """Return the pixels of raw latents on the CPU; ValueError if one is not finite."""
@@ -280,18 +338,16 @@ class Pipeline:
         settings: SampleSettings = SampleSettings(),
         first: int = 0,
     ) -> Tensor:
-        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height`, noised to t =
-        `strength`, and denoised by this model, one clip at a time. What the small clip says stays;
-        detail below that noise level is drawn anew.
+        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height` and noised to
+        `strength`, one clip at a time. A model with a condition is given that and draws from noise;
+        another denoises it (SDEdit). What the small clip says stays; detail below that noise level
+        is drawn anew.
         """
         parts = []
+        given = "small" if self.model.conditioning == "low_resolution" else "guess"
         for i, (clip, caption) in enumerate(zip(pixels, captions)):
-            large = F.interpolate(
-                clip, (height, width), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
-            guess = self.tokenizer.encode(large[None].to(self.device))
-            latents = self.latents(
-                [caption], width, height, len(clip), settings, first + i, guess=(guess, strength)
-            )
+            enlarged = enlarged_latents(self.tokenizer, clip[None].to(self.device), width, height)
+            how: dict[str, Any] = {given: (enlarged, strength)}
+            latents = self.latents([caption], width, height, len(clip), settings, first + i, **how)
             parts.append(self._pixels(latents, first + i, settings))
         return torch.cat(parts)

@@ -189,11 +189,14 @@ class Trainer:
             with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
                 draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
-                crops = None if batch.crops is None else batch.crops.to(device, non_blocking=True)
+                crops, places = (
+                    None if values is None else values.to(device, non_blocking=True)
+                    for values in (batch.crops, batch.places)
+                )
                 frames, rows, columns = latents.shape[1:4]
                 keep = state.learner.model.draw_keep(rows, columns, self.seed, state.step)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                    losses, t = wrapped(latents, batch.captions, draws, keep, crops, expert)
+                    losses, t = wrapped(latents, batch.captions, draws, keep, crops, places, expert)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach(), latents.isfinite().flatten(1).all(1)))
             flops = state.learner.train_flops((frames, rows, columns), keep)

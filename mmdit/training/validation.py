@@ -58,9 +58,12 @@ class Validation:
                         self.batches.plan.seed, 0, items.indices[rows].to(device), times
                     )
                     captions = [items.captions[i] for i in rows.tolist()]
-                    crops = None if items.crops is None else items.crops[rows].to(device)
+                    crops, places = (
+                        None if values is None else values[rows].to(device)
+                        for values in (items.crops, items.places)
+                    )
                     losses, _ = state.learner(
-                        items.latents[rows].to(device), captions, draws, crops=crops
+                        items.latents[rows].to(device), captions, draws, crops=crops, places=places
                     )
                     counted = (numbers < samples).to(device)
                     values = torch.stack(

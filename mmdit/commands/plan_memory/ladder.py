@@ -22,6 +22,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan_weights import locate, read_config, stored_sizes
 from mmdit.models import WanModelConfig
 from mmdit.models.wan import WanConfig
+from mmdit.rng import Draws
 from mmdit.text_encoders import HashConfig
 from mmdit.text_encoders.clip_vision import ClipVision, ClipVisionSizes
 from mmdit.text_encoders.huggingface import HuggingFaceConfig
@@ -66,7 +67,7 @@ def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
     if not further:
         return learner
 
-    def conditions(latents: Tensor) -> tuple[Tensor, dict]:
+    def conditions(latents: Tensor, draws: Draws) -> tuple[Tensor, dict]:
         inputs = {"y": latents.new_zeros(*latents.shape[:-1], further, dtype=torch.float32)}
         if sizes.image_dim:
             states = sizes.image_positions or CLIP_STATES
@@ -100,13 +101,17 @@ def latent_spec(config: ExperimentConfig, channels: int | None = None) -> Latent
 
 
 def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
-    """Return `(b, f, r, c, d)` of the largest micro-batch, its size being the bucket with the most
-    cells."""
+    """Return `(b, f, r, c, d)` of the largest micro-batch as it is cached, its size being the
+    bucket with the most cells, or a tile."""
     spec = latent_spec(config, channels)
     sizes = target_sizes(config.video, config.bucketing, spec.spatial)
     grid = max((spec.grid(*size) for size in sizes), key=math.prod)
+    if config.video.tile is not None:
+        rows, columns = spec.grid(*config.video.tile)
+        grid = min(rows, grid[0]), min(columns, grid[1])
     frames = spec.frames(config.video.num_frames)
-    return config.train.batch_size, frames, *grid, spec.channels
+    cached = 1 if config.tokenizer.low_resolution is None else 2  # the small clip beside the clip
+    return config.train.batch_size, frames, *grid, cached * spec.channels
 
 
 def plan_training(

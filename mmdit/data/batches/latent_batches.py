@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mmdit.config import Section
 from mmdit.data.batches.batch_plan import BatchPlan, Grid
-from mmdit.data.batches.stores import InMemory, open_store
+from mmdit.data.batches.stores import InMemory, Part, open_store
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import CaptionsConfig, drawn_captions
 from mmdit.data.dataset.frames import crop_shares
@@ -35,6 +35,7 @@ class DataConfig(Section):
 class LatentBatches(Dataset):
     """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are
     exactly the plan's global batch. `crops`: batches say which part of its picture each item shows.
+    `tile`: only so many rows and columns of cells of each item, at drawn places, which batches say.
 
     Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works ahead. ValueError if
     the global batch cannot be split evenly.
@@ -52,6 +53,7 @@ class LatentBatches(Dataset):
         num_workers: int = 4,
         captions: CaptionsConfig | None = None,
         crops: bool = False,
+        tile: Grid | None = None,
     ):
         if plan.global_batch % (world * accum):
             raise ValueError(
@@ -60,7 +62,7 @@ class LatentBatches(Dataset):
             )
         self.plan, self.rank, self.world, self.accum = plan, rank, world, accum
         self.num_workers, self.captions = num_workers, captions or CaptionsConfig()
-        self._sources = cache.sources if crops else None
+        self._sources, self.tile = cache.sources if crops else None, tile
         self._store = open_store(cache, in_memory, progress=rank == 0)
 
     def step(self, step: int) -> list[Batch]:
@@ -88,14 +90,35 @@ class LatentBatches(Dataset):
         crops = None
         if self._sources is not None:
             crops = torch.tensor([crop_shares(self._sources[number]) for number in numbers])
+        tiles, places = None, None
+        if self.tile is not None:
+            tiles, places = self._draw_tiles(grid, frames, draws)
         return Batch(
-            latents=self._store.gather(grid, items, frames),
+            latents=self._store.gather(grid, items, frames, tiles),
             captions=drawn_captions(captions, self.captions, draws),
             ids=ids,
             indices=draws.indices,
             facts=facts,
             crops=crops,
+            places=places,
         )
+
+    def _draw_tiles(self, grid: Grid, frames: Tensor, draws: Draws) -> tuple[list[Part], Tensor]:
+        """Return for each item a tile of its grid, and its place `(B, 5)`, see
+        `diffusion.tiling`."""
+        assert self.tile is not None
+        whole = torch.tensor(grid)
+        size = torch.minimum(whole, torch.tensor(self.tile))
+        corners = (draws.uniform("tile", 2).double() * (whole - size + 1)).long()
+        first = frames[:, :1] // self.plan.video.frame_stride
+        if frames.shape[1] == 1:
+            first = torch.zeros_like(first)  # a picture knows nothing of time
+        ends = (corners + size).tolist()
+        tiles = [
+            (slice(None), slice(top, bottom), slice(left, right))
+            for (top, left), (bottom, right) in zip(corners.tolist(), ends, strict=True)
+        ]
+        return tiles, torch.cat([first, corners, whole.expand(len(frames), 2)], 1)
 
     __getitem__ = step  # as a map-style data set, for DataLoader's workers
 

@@ -16,6 +16,7 @@ from mmdit.data.batches.batch_plan import Grid, by_shape
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import all_captions
 
+Part = tuple[slice, slice, slice]  # frames (all), rows and columns
 Text = tuple[list[str], str, dict]  # all captions of an item, its id, its facts
 TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not memory
 LOADERS = 8  # threads that load a cache into memory
@@ -79,15 +80,21 @@ class InMemory:
             for _ in bar:
                 pass
 
-    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
-        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`; for a
-        GPU in page-locked memory, from where it fetches them while it computes."""
+    def gather(
+        self, grid: Grid, items: Tensor, frames: Tensor, tiles: list[Part] | None = None
+    ) -> Tensor:
+        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`; of each
+        item one of the `tiles`, all of one size, if they are given. For a GPU they lie in
+        page-locked memory, from where it fetches them while it computes."""
         source, rows = self.frames[grid], self.first[items][:, None] + frames
-        batch = torch.empty(
-            rows.numel(), *source.shape[1:], dtype=source.dtype, pin_memory=self._pinned
-        )
-        torch.index_select(source, 0, rows.flatten(), out=batch)
-        return batch.view(*frames.shape, *source.shape[1:])
+        shape = source.shape if tiles is None else source[tiles[0]].shape
+        batch = torch.empty(*frames.shape, *shape[1:], dtype=source.dtype, pin_memory=self._pinned)
+        if tiles is None:
+            torch.index_select(source, 0, rows.flatten(), out=batch.flatten(0, 1))
+            return batch
+        for clip, numbers, tile in zip(batch, rows, tiles, strict=True):
+            torch.index_select(source[tile], 0, numbers, out=clip)
+        return batch
 
 
 class OnDisk:
@@ -96,13 +103,17 @@ class OnDisk:
     def __init__(self, cache: LatentCache):
         self.cache = cache
 
-    def gather(self, grid: Grid, items: Tensor, frames: Tensor) -> Tensor:
+    def gather(
+        self, grid: Grid, items: Tensor, frames: Tensor, tiles: list[Part] | None = None
+    ) -> Tensor:
         """Return latents; see `InMemory.gather`."""
         channels = self.cache.manifest.spec.channels
         clips = torch.empty(*frames.shape, *grid, channels, dtype=torch.float16)
         for item, numbers, clip in zip(items.tolist(), frames, clips, strict=True):
             self.cache.load_frames(item, numbers, clip)
-        return clips
+        if tiles is None:
+            return clips
+        return torch.stack([clip[tile] for clip, tile in zip(clips, tiles, strict=True)])
 
     def text(self, item: int) -> Text:
         """Return the texts of one item."""

@@ -30,6 +30,9 @@ class VideoConfig(Section):
     fps: float = 16.0
     # Frames of a training sample; 1 trains on pictures.
     num_frames: int = 1
+    # Train on tiles of this width and height in pixels, cut at drawn places, and draw what is
+    # larger or longer in overlapping tiles; null: whole frames, and clips of any length at once.
+    tile: Size | None = None
     # Take every n-th frame of the source.
     frame_stride: int = 1
     # Smaller numbers of frames, for clips too short for `num_frames`; the largest that fits is
@@ -79,6 +82,30 @@ class VideoConfig(Section):
         """Refuse sizes and numbers of frames that do not suit the tokenizer and the model."""
         target_sizes(self, run.bucketing, run.tokenizer.latent_f * run.model.patch)
         self.check_frames(LatentSpec(1, temporal=run.tokenizer.temporal))
+        self._check_tile(run)
+
+    def _check_tile(self, run: Any) -> None:
+        if self.tile is None:
+            return
+        cell = run.tokenizer.latent_f * run.model.patch
+        if min(self.tile) < cell or self.tile[0] % cell or self.tile[1] % cell:
+            raise ConfigError(
+                "video.tile",
+                f"is {list(self.tile)}; both must be multiples of {cell}, as the sizes of clips"
+                " are; null trains on whole frames",
+            )
+        if not run.model.takes_place:
+            raise ConfigError(
+                "video.tile",
+                f"is {list(self.tile)}, but a model of type {run.model.type} cannot be told where a"
+                " tile lies; set it to null",
+            )
+
+    def latent_tile(self, spec: LatentSpec) -> tuple[int, int, int] | None:
+        """Return the latent frames, rows and columns of a tile; None without tiles."""
+        if self.tile is None:
+            return None
+        return spec.frames(self.num_frames), *spec.grid(*self.tile)
 
     def check_frames(self, spec: LatentSpec) -> None:
         """Raise ConfigError for what a tokenizer that joins `spec.temporal` frames cannot take:

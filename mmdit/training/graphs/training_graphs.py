@@ -203,10 +203,10 @@ class Replays:
         t: Tensor,
         text: TextTokens,
         keep: Tensor | None = None,
-        crop: Tensor | None = None,
+        **further: Tensor,
     ) -> Tensor:
         if not (self.able and torch.is_grad_enabled() and can_replay(self.model, x)):
-            return self.model(x, t, text, keep, crop)
+            return self.model(x, t, text, keep, **further)
         keep = None if keep is None else keep.to(x.device, non_blocking=True)
         named = {
             "x": x,
@@ -214,8 +214,7 @@ class Replays:
             "embeddings": text.embeddings,
             "valid": text.valid,
             "keep": keep,
-            "crop": crop,
-        }
+        } | further
         given = {name: value for name, value in named.items() if value is not None}
         inputs = [(n, v.shape, v.dtype, v.requires_grad) for n, v in given.items()]
         signature = (*inputs, *(weight.data_ptr() for weight in self.weights.values()))

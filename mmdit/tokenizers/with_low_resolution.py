@@ -1,0 +1,55 @@
+"""What models of super-resolution are trained on: beside the latents of each clip those of the same
+clip as a small model would have drawn it, enlarged, cached as further channels.
+
+Axes: b clip · f frame · c channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmdit.interfaces import Tokenizer
+from mmdit.pixels import resized
+
+
+def enlarged_latents(tokenizer: Tokenizer, pixels: Tensor, width: int, height: int) -> Tensor:
+    """Return the raw latents `(b, f, r, c, d)` of small clips `pixels (b, f, 3, H, W)` that were
+    enlarged to `width` by `height`. Enlarged in latent space they would say less: a latent cell of
+    the small clip covers several of the large one and cannot be cut between them linearly."""
+    return tokenizer.encode(resized(pixels, width, height))
+
+
+class WithLowResolution(Tokenizer):
+    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
+    and then those of the clip after a round trip through `tokenizer` at the size `small` (width,
+    height), which is the most that a small model can draw."""
+
+    def __init__(self, tokenizer: Tokenizer, small: tuple[int, int]):
+        spec = tokenizer.spec
+        self.of_clips, self.small = tokenizer, small
+        self.spec = replace(spec, channels=2 * spec.channels, mean=2 * spec.mean, std=2 * spec.std)
+
+    @property
+    def plain(self) -> Tokenizer:
+        return self.of_clips
+
+    @property
+    def name(self) -> str:
+        return "{} with low resolution {}x{}".format(self.plain.name, *self.small)
+
+    @property
+    def fingerprint(self) -> str:
+        return "{} low resolution {}x{}".format(self.plain.fingerprint, *self.small)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        drawn = self.plain.decode(self.plain.encode(resized(pixels, *self.small)))
+        height, width = pixels.shape[-2:]
+        enlarged = enlarged_latents(self.plain, drawn, width, height)
+        return torch.cat([self.plain.encode(pixels), enlarged], -1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the clip, without its small twin."""
+        return self.plain.decode(latents[..., : self.plain.spec.channels])

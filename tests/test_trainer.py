@@ -321,7 +321,7 @@ def test_a_failing_preview_is_written_down_and_changes_nothing(tmp_path):
 def test_full_memory_names_the_batch_the_remedies_and_the_items(tmp_path, monkeypatch, graphs):
     forward = Learner.forward
 
-    def full(self, latents, captions, draws, keep, crops, expert):
+    def full(self, latents, captions, draws, keep, *further):
         if draws.step == 2:
             self.replays = SimpleNamespace(made={"seen once": None, **graphs})
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")

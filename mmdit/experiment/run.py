@@ -257,4 +257,6 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_di
         print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())
+    if config.video.tile is not None:
+        print("training on tiles of {}x{} pixels at drawn places".format(*config.video.tile))
     print(plan.report() + beyond_graphs(plan.table(), config.train.compile), flush=True)

@@ -97,7 +97,7 @@ class VideoMMDiTConfig(ModelSection):
     # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
     crop: bool = False
     # What the model is given of a whole clip: nothing, or the clip in `low_resolution`, which it
-    # redraws (`mmdit sample --refine`). Caches must hold it: `tokenizer.low_resolution`.
+    # redraws (`--refine` of `mmdit sample`). Caches must hold it: `tokenizer.low_resolution`.
     conditioning: Conditioning = "none"
     # The largest noise level at which training gives the small clip. The model is told the level,
     # and learns to mend what a small model drew wrong up to it.

@@ -39,7 +39,7 @@ FILE_TYPES = {
 
 def write_atomically(
     path: str | Path,
-    data: str | bytes | memoryview | Iterator[bytes | memoryview],
+    data: str | bytes | memoryview | Iterator[bytes | bytearray | memoryview],
     flush: bool = False,
 ) -> None:
     """Write all of `data`, perhaps in pieces, to `path`, or nothing. Text is written as UTF-8. See

@@ -14,6 +14,7 @@ from PIL import Image
 
 import mmdit.training.checkpoint as checkpoint
 import mmdit.training.memory.shards as stored
+from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import (
     cache_moving_shapes,
     cache_vtp_images,
@@ -468,6 +469,50 @@ def test_an_export_draws_the_same_and_starts_other_runs(shop, tmp_path, capsys):
     assert made[0].startswith("0000.") and made[1:] == ["grid.png", "samples.json"]
     assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
     shop.train("from_export", f"train.init_from={file}", "train.max_steps=1")
+
+
+@pytest.mark.parametrize("dtype, most", [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_an_export_of_half_size_draws_the_same_within_its_precision(
+    shop, tmp_path, monkeypatch, dtype, most
+):
+    """Of two bytes a weight; it needs neither the run nor its folder, and every weight is as near
+    as its type allows."""
+    base, file = shop.folder / "runs/base", tmp_path / "model.safetensors"
+    export.main(["--checkpoint", str(base), "--out", str(file), "--dtype", dtype])
+    whole, half = checkpoint.load_weights(base), checkpoint.load_weights(file)
+    weights = sum(tensor.numel() for tensor in whole.tensors.values())
+    assert 2 * weights < file.stat().st_size < 2 * weights + 60_000, "and names and the config"
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(half.tensors[name], tensor, rtol=most, atol=2**-24)
+    pictures = {}
+    monkeypatch.chdir(tmp_path)
+    for source in (base, file):
+        pipeline, _ = load_pipeline(source, "cpu")
+        pictures[source] = pipeline(["a red star", "a blue ring"], 48, 32, 2)
+    difference = (pictures[file] - pictures[base]).abs().mean().item()
+    assert 0 < difference < most / 16
+    words = ["--checkpoint", str(file), "--device", "cpu", "--count", "2", "--out", "report.json"]
+    assert evaluate.main(words) == 0 and (tmp_path / "report.json").exists()
+
+
+def test_evaluate_scores_at_the_size_asked_for_and_by_default_at_the_first_bucket(
+    shop, tmp_path, monkeypatch
+):
+    words = ["bucketing={enabled: true, buckets: [[48, 32], [32, 48]]}", "train.max_steps=1"]
+    run = shop.train("buckets", *words, cache=shop.cache("buckets", words[0]))
+    scored, real = [], evaluate.prompt_accuracy_report
+
+    def spy(sample, tokenizer, **sizes):
+        scored.append((sizes["width"], sizes["height"], sizes["frames"]))
+        return real(sample, tokenizer, **sizes)
+
+    monkeypatch.setattr(evaluate, "prompt_accuracy_report", spy)
+    evaluated = ["--checkpoint", str(run), "--device", "cpu", "--count", "2"]
+    for size in ([], ["--width", "64", "--height", "96"], ["--height", "80"]):
+        assert evaluate.main([*evaluated, *size]) == 0
+    assert scored == [(48, 32, 1), (64, 96, 1), (48, 80, 1)]
+    with pytest.raises(SystemExit):
+        evaluate.main([*evaluated, "--width", "50"])
 
 
 def test_evaluate_writes_its_report_and_sheet(shop, tmp_path, capsys):

@@ -7,6 +7,9 @@ train.init_from.
     mmdit export --checkpoint runs/my_run --out merged.safetensors --merge
     mmdit export --checkpoint runs/my_wan --out transformer --layout diffusers
 
+Two bytes a weight are enough: bf16 reaches as far as fp32, and fp16 keeps eight times the digits of
+bf16 (a weight that it cannot hold is an error), so fp16 draws nearer to what the run drew.
+
 A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold
 them into the weights.
 """

@@ -98,7 +98,7 @@ def dump_json(value: dict) -> str:
 
 def make_item(
     id: str, file: str, latents: Tensor, caption: str, facts: dict, source: dict
-) -> tuple[list[bytes | memoryview], Entry]:
+) -> tuple[list[bytearray | memoryview], Entry]:
     """Return an item's file, as pieces one behind the other, and its entry, for `latents (F, H, W,
     C)` float16 on the CPU. ValueError: a text cannot be stored."""
     check_storable({"caption": caption, "facts": facts}, f"item {id}")
@@ -119,7 +119,7 @@ class _Pieces:
 
     def __init__(self, numbers: Tensor):
         self._address, self._numbers = numbers.data_ptr(), numbers.numpy().data.cast("B")
-        self.pieces: list[bytes | memoryview] = []
+        self.pieces: list[bytearray | memoryview] = []
         self.size, self.offset = 0, -1
 
     def write(self, data: bytes | memoryview) -> int:
@@ -127,8 +127,12 @@ class _Pieces:
         if piece.nbytes == self._numbers.nbytes and _address(piece) == self._address:
             self.offset = self.size
             self.pieces.append(self._numbers)
-        else:
-            self.pieces.append(bytes(piece))  # it is valid during this call alone
+        else:  # copied, for it is valid during this call alone
+            last = self.pieces[-1] if self.pieces else None
+            if not isinstance(last, bytearray):
+                last = bytearray()
+                self.pieces.append(last)
+            last += piece
         self.size += piece.nbytes
         return piece.nbytes
 

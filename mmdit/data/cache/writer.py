@@ -210,7 +210,7 @@ class CacheWriter:
                 f" {self.folder}, which is for {self.manifest.spec.channels} channels and {sizes}"
             )
 
-    def _write(self, pieces: list[bytes | memoryview], entry: Entry) -> str:
+    def _write(self, pieces: list[bytearray | memoryview], entry: Entry) -> str:
         """Write one file; return its index line."""
         old = self.entries.get(entry.id)
         if old and old.file != entry.file:

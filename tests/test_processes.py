@@ -36,8 +36,10 @@ def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_cache_killed_again_and_again_is_byte_identical_to_an_undisturbed_one(kills):
-    result = drive("kill_caching", "--kills", str(kills), "--seed", str(kills), seconds=600)
+@pytest.mark.parametrize("words", [[], pytest.param(["--generated"], marks=pytest.mark.slow)])
+def test_a_cache_killed_again_and_again_is_byte_identical_to_an_undisturbed_one(kills, words):
+    counts = ["--kills", str(kills), "--seed", str(kills)]
+    result = drive("kill_caching", *counts, *words, seconds=600)
     assert result["kills"] == kills and result["finished"] >= 1 and result["distinct_moments"] > 1
 
 

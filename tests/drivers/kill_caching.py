@@ -6,8 +6,8 @@ command again each time.
 
 After every kill each item that bears its name equals the undisturbed run's, byte for byte; each
 cache that gets finished (30 pictures, some damaged, in two buckets with two crops, decoded by a
-worker process) is the undisturbed one, file for file. At least one goes through a third of the
-kills. Prints one JSON object.
+worker process; with --generated 30 moving shapes, likewise) is the undisturbed one, file for file.
+At least one goes through a third of the kills. Prints one JSON object.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmdit.scripts import cache_vtp_images
+from mmdit.scripts import cache_moving_shapes, cache_vtp_images
 from tests.helpers.forked_runs import die_at, fork, must, wait
 
 CONFIG = {
@@ -52,24 +52,19 @@ def make(folder: Path) -> None:
     (folder / "train_images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def start(folder: Path, out: Path, operation: int | None = None) -> int:
-    words = [
-        "--config",
-        str(folder / "config.yaml"),
-        "--meta_jsonl",
-        str(folder),
-        "--out_dir",
-        str(out),
-        "--device",
-        "cpu",
-        "--batch_size",
-        "2",
-    ]
+def start(folder: Path, out: Path, generated: bool, operation: int | None = None) -> int:
+    """Start the caching command in a process of its own; return its id."""
+    words = ["--config", str(folder / "config.yaml"), "--out_dir", str(out), "--device", "cpu"]
+    if generated:
+        command, words = cache_moving_shapes.main, [*words, "--count", str(PICTURES)]
+    else:
+        command = cache_vtp_images.main
+        words += ["--meta_jsonl", str(folder), "--batch_size", "2"]
 
     def work() -> int:
         if operation is not None:
             die_at(operation, out.name)
-        return cache_vtp_images.main(words)
+        return command(words)
 
     return fork(work, folder / "log.txt")
 
@@ -82,10 +77,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def kills(folder: Path, count: int, chance: random.Random) -> dict:
+def kills(folder: Path, count: int, chance: random.Random, generated: bool) -> dict:
     make(folder)
     begin = time.monotonic()
-    must([wait(start(folder, folder / "whole"))], folder)
+    must([wait(start(folder, folder / "whole", generated))], folder)
     seconds, whole = time.monotonic() - begin, contents(folder / "whole")
     items = {name for name in whole if name.endswith(".pt")}
     hows, moments, finished, attempts, caches, out = Counter(), set(), 0, 0, 0, folder / "killed0"
@@ -97,7 +92,8 @@ def kills(folder: Path, count: int, chance: random.Random) -> dict:
             else "nothing"
         )
         attempts += 1
-        pid = start(folder, out, chance.randrange(60) if how == "operation" else None)
+        operation = chance.randrange(60) if how == "operation" else None
+        pid = start(folder, out, generated, operation)
         if how == "moment":
             time.sleep(chance.uniform(0, 0.8 * seconds))
             os.kill(pid, signal.SIGKILL)  # if it has ended it waits for us as a zombie
@@ -135,10 +131,11 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--generated", action="store_true", help="cache moving shapes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         begin = time.monotonic()
-        result = kills(Path(name) / "work", args.kills, random.Random(args.seed))
+        result = kills(Path(name) / "work", args.kills, random.Random(args.seed), args.generated)
         print(json.dumps(result | {"seconds": round(time.monotonic() - begin, 1)}))
     return 0
 

@@ -1,12 +1,14 @@
 """How fast clips are cached, part by part, and how fast training reads them again: one JSON object.
 
-    python -m tests.drivers.cache_speed          on a GPU, some 30 seconds and 3 GB of disk
-    python -m tests.drivers.cache_speed --device cpu --frames 4 --clips 4 video.width=64
+    python -m tests.drivers.cache_speed          on a GPU, some 30 seconds and 4 GB of disk
+    python -m tests.drivers.cache_speed --device cpu --frames 4 --clips 4 \\
+        video.width=64 video.height=64 video.num_frames=4 video.frame_stride=1
 
-facts, render, encode, copy: milliseconds a clip, each alone; of what runs on a GPU by its own
-clock, and beside it `asked`, in which the CPU has asked for it. write: of a portion of clips, with
-the threads that caching has; plain_write: the same bytes in files of one piece; flush: until they
-are on the disk. overall: `cache_moving_shapes` from the first draw to the last flush. load: the
+facts, render, encode, copy: milliseconds a clip, each part alone, until the device has done it;
+`asked`: until the CPU has asked it for all, after which it is free for the next. write: of a
+portion of clips, with the threads that caching has; plain_write: the same bytes in files of one
+piece; flush: until they are on the disk. overall: `cache_moving_shapes` from the first draw to the
+last flush; error: of what it cached, against the same made clip by clip and waited for. load: the
 cache into memory; batch_memory, batch_disk: milliseconds for a batch of 64 of the config's samples,
 in this process alone.
 """
@@ -138,6 +140,21 @@ def measure_reading(folder: Path, config) -> dict:
     return figures
 
 
+def largest_error(folder: Path, tokenizer, recipe: Recipe, device: torch.device) -> float:
+    """Compare clips of the cache with the same made alone and waited for; return the largest mean
+    difference over the mean size, which is the rounding of other portions. SystemExit: it is
+    more."""
+    cache, errors = open_cache(folder), []
+    for i in range(0, len(cache), max(1, len(cache) // 8)):
+        with torch.inference_mode():
+            pixels = recipe.render(recipe.draw([i]), device)
+            alone = tokenizer.encode(to_unit(pixels))[0].cpu()
+        errors.append(((cache.load(i) - alone).abs().mean() / alone.abs().mean()).item())
+    if max(errors) > 0.02:
+        raise SystemExit(f"what is cached is not what was drawn: {errors}")
+    return max(errors)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,6 +183,7 @@ def main() -> int:
         cache_moving_shapes(tokenizer, folder / "cache", manifest, recipe, args.clips, device)
         seconds = time.perf_counter() - begin
         overall = {"s": round(seconds, 2), "clips/s": round(args.clips / seconds, 1)}
+        overall["error"] = largest_error(folder / "cache", tokenizer, recipe, device)
         figures |= {"overall": overall} | measure_reading(folder / "cache", config)
     shape = f"{recipe.width}x{recipe.height}x{recipe.frames}"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

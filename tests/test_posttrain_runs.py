@@ -64,3 +64,10 @@ def test_a_start_anew_reports_the_first_step_once_and_two_at_once_are_refused(sh
     posttrain.main(command(shop, "anew"))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_a_model_that_redraws_small_clips_has_none_here(shop, capsys):
+    words = ["model.conditioning=low_resolution", "tokenizer.low_resolution=[32, 16]"]
+    refused(
+        capsys, posttrain.main, command(shop, "never", *words), "model.conditioning", "draws them"
+    )

@@ -60,6 +60,12 @@ def _check(config: ExperimentConfig) -> None:
             f"is {config.tokenizer.picture}, but post-training gives no pictures to continue; "
             "post-train a T2V or TI2V model",
         )
+    if config.model.conditioning != "none":
+        raise ConfigError(
+            "model.conditioning",
+            f"is {config.model.conditioning}, but post-training gives no small clips to redraw; "
+            "post-train the model that draws them",
+        )
 
 
 def posttrain(

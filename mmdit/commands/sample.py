@@ -144,10 +144,20 @@ class Drawing:
                 pixels = self.pipeline(
                     prompts, *self.size, self.settings, first, batch_size, image=self.image
                 )
-                if self.refiner:
-                    width, height, _ = self.written_size
-                    pixels = self.refiner.refine(
-                        pixels, prompts, width, height, self.strength, self.redrawn, first
-                    )
-                folder.add(first, pixels)
-                bar.update(len(prompts))
+                if self.refiner is None:
+                    folder.add(first, pixels)
+                    bar.update(len(prompts))
+                    continue
+                for number, (clip, prompt) in enumerate(zip(pixels, prompts, strict=True), first):
+                    folder.add(number, self._refined(clip[None], prompt, number))
+                    bar.update()
+
+    def _refined(self, clip: Tensor, prompt: str, number: int) -> Tensor:
+        """Return the sample `clip (1, f, 3, h, w)` drawn again: one at a time, for at 720p a clip
+        of 80 frames takes 0.9 GB."""
+        assert self.refiner is not None and self.redrawn is not None, "refine_with was called"
+        assert self.strength is not None
+        width, height, _ = self.written_size
+        return self.refiner.refine(
+            clip, [prompt], width, height, self.strength, self.redrawn, number
+        )

@@ -282,19 +282,17 @@ class Pipeline:
         TILE_TOKENS tokens."""
         count, samples = len(tiling.corners), len(text)
         rows = torch.arange(samples, device=self.device).repeat_interleave(count)
-        places = tiling.places(self.device).repeat(samples, 1)
+        of_tiles = {"place": tiling.places(self.device).repeat(samples, 1)}
+        if inputs:
+            of_tiles["small"] = tiling.cut(inputs["small"])
+            of_tiles["small_t"] = inputs["small_t"][rows]
+        together = max(1, TILE_TOKENS // math.prod(tiling.tile))
         groups = []
-        for numbers in torch.arange(samples * count, device=self.device).split(
-            max(1, TILE_TOKENS // math.prod(tiling.tile))
-        ):
-            some: dict[str, Any] = {"place": places[numbers]}
-            if inputs:
-                some["small"] = tiling.cut(inputs["small"])[numbers]
-                some["small_t"] = inputs["small_t"][rows[numbers]]
-            of_tiles = text[rows[numbers]]
-            groups.append(
-                (numbers, self._denoiser(of_tiles, settings, None, tiling.tile[0], calls, some))
-            )
+        for numbers in torch.arange(len(rows), device=self.device).split(together):
+            some = {name: value[numbers] for name, value in of_tiles.items()}
+            captions = text[rows[numbers]]
+            ask = self._denoiser(captions, settings, None, tiling.tile[0], calls, some)
+            groups.append((numbers, ask))
         return tiled(tiling, groups)
 
     def _pixels(self, latents: Tensor, first: int, settings: SampleSettings) -> Tensor:

@@ -103,8 +103,8 @@ def test_tables_of_many_sizes_take_bounded_memory_but_graphs_keep_theirs(tables,
         arguments = {
             place_tables: (grid, "window", 8, cpu, torch.float32),
             coordinates: (grid, cpu, torch.float32),
-            frame_tables: (size, 4, 8, cpu, torch.float32, True),
-            temporal_rotary: (size, 8, cpu, torch.float32),
+            frame_tables: (size, 4, 1.0, 8, cpu, torch.float32),
+            temporal_rotary: (size, 1.0, 8, cpu, torch.float32),
         }
         return tables(*arguments[tables])
 

@@ -7,6 +7,7 @@ token.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ from mmdit.nn.conditioning import (
     TimeEmbedding,
 )
 from mmdit.nn.feedforward import GELU, SwiGLU
-from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
+from mmdit.nn.norm import Modulation, add_gated, add_norm, rms_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
@@ -92,6 +93,12 @@ class VideoMMDiTConfig(ModelSection):
     # Number the frames. False makes them a set: the control that cannot tell left from right
     # motion.
     temporal_position: bool = True
+    # The distance of two frames in time. Stages that show the same seconds ever more finely keep
+    # one clock with it: 1 where every fifth frame is drawn is 0.2 where all are.
+    frame_step: float = 1.0
+    # Multiply the numbers of frames by a vector made of the caption, so that what moves where, a
+    # product of text, frame and place, takes one product less to learn. Needs `pooled_text`.
+    text_times_frame: bool = False
     # Let the mean of the caption's tokens enter the modulation, too.
     pooled_text: bool = True
     # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
@@ -139,6 +146,10 @@ class VideoMMDiTConfig(ModelSection):
         if not self.spatial:
             raise ConfigError(
                 "spatial", "is empty; name what attention in space sees: window, shifted or frame"
+            )
+        if not 0 < self.frame_step < math.inf:
+            raise ConfigError(
+                "frame_step", f"is {self.frame_step}; must be above 0 and finite; 1 is usual"
             )
         if not self.mlp_ratio > 0:
             raise ConfigError("mlp_ratio", f"is {self.mlp_ratio}; must be above 0")
@@ -260,6 +271,7 @@ class VideoMMDiT(Denoiser):
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
         self.frame = FramePosition(dim)
+        self.frame_text = nn.Linear(dim, dim) if config.text_times_frame else None
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
@@ -374,9 +386,9 @@ class VideoMMDiT(Denoiser):
                 )
             if self.low_resolution is not None and small_t is not None:
                 time = time + in_turn(self.low_resolution.level(small_t), x)
-            where = self._where(x, grid, place, exact)
         read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
+            where = self._where(x, grid, place, read.pooled, exact)
             condition = nn.functional.silu(time + read.pooled)
             modulation = rearrange(
                 upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS
@@ -396,17 +408,28 @@ class VideoMMDiT(Denoiser):
         return grid.merge(self.output(seen)).to(x.dtype)
 
     def _where(
-        self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
+        self,
+        x: Tensor,
+        grid: WindowGrid,
+        place: Tensor | None,
+        pooled: Tensor | int,
+        exact: torch.dtype,
     ) -> Tensor:
-        """Return what tells the tokens of `x (b, f, r, c, …)` their places: `(f or 1, n, k, d)`, or
-        `(b, f or 1, n, k, d)` for samples at `place`."""
-        frames = x.shape[1] if self.config.temporal_position else 1
+        """Return what tells the tokens of `x (b, f, r, c, …)` their places in space and time:
+        `(f or 1, n, k, d)`, or `(b, f or 1, n, k, d)` for samples at `place` and where the text
+        multiplies the numbers of frames."""
+        frames, first = (x.shape[1] if self.config.temporal_position else 1), None
         if place is None:
-            when = self.frame(frames)
-            return self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
-        when = self.frame(frames, place[:, 0] if self.config.temporal_position else None)
-        where = self.position(coordinates_of_tiles(grid, place, exact))[:, None]
-        return in_turn(where + when[..., None, None, :], x)
+            cells = coordinates(grid, x.device, exact)
+        else:
+            place = in_turn(place, x)
+            cells = coordinates_of_tiles(grid, place, exact)[:, None]
+            first = place[:, 0] if self.config.temporal_position else None
+        when = self.frame(frames, self.config.frame_step, first)
+        if self.frame_text is not None:
+            assert isinstance(pooled, Tensor)
+            when = when * (1 + self.frame_text(rms_norm(pooled)))[:, None]
+        return self.position(cells) + when[..., None, None, :]
 
     def _run_blocks(
         self,
@@ -432,9 +455,8 @@ class VideoMMDiT(Denoiser):
         layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
-            frames = frame_tables(
-                x.shape[1], x.shape[2] * x.shape[3], *table, self.config.temporal_position
-            )
+            step = self.config.frame_step if self.config.temporal_position else None
+            frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], step, *table)
             change = gate = None
             for index in range(first, end):
                 block = self.blocks[index]

@@ -38,12 +38,14 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 @kept
-def temporal_rotary(frames: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Rotary:
-    """Return tables for frame numbers, broadcastable to `(b, f, n, k, heads, head_dim / 2)`."""
+def temporal_rotary(
+    frames: int, step: float, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Rotary:
+    """Return tables for frames at the positions 0, `step`, 2 · `step` …, broadcastable to
+    `(b, f, n, k, heads, head_dim / 2)`."""
     with torch.inference_mode(False):  # a table first made while sampling is used in training, too
-        tables = rotary_tables(
-            torch.arange(frames)[:, None, None, None, None], head_dim, TEMPORAL_BASE
-        )
+        positions = step * torch.arange(frames, dtype=torch.float64)
+        tables = rotary_tables(positions[:, None, None, None, None], head_dim, TEMPORAL_BASE)
         cosine, sine = (table.to(device, dtype) for table in tables)
         return cosine, sine
 
@@ -69,9 +71,10 @@ class FourierPosition(nn.Module):
 
 
 class FramePosition(nn.Module):
-    """Which frame of its clip a token belongs to: `frames` → `(frames, dim)`, zero for the first,
-    so pictures know nothing of it; `(b, frames, dim)` for parts of clips that begin with the frames
-    `first (b,)`. Rotary attention sees differences only, and at high noise, where
+    """Which frame of its clip a token belongs to: `frames` at the positions 0, `step`, 2 · `step` …
+    → `(frames, dim)`, zero for the first, so pictures know nothing of it; `(b, frames, dim)` for
+    parts of clips that begin with the frames `first (b,)`. Rotary attention sees differences only,
+    and at high noise, where
     motion is decided, all frames look alike: an average over equal values cannot tell the first
     from the last."""
 
@@ -81,11 +84,11 @@ class FramePosition(nn.Module):
         super().__init__()
         self.embed = nn.Linear(2 * self.pairs, dim, bias=False)
 
-    def forward(self, frames: int, first: Tensor | None = None) -> Tensor:
+    def forward(self, frames: int, step: float, first: Tensor | None = None) -> Tensor:
         weight = self.embed.weight
         ladder = torch.arange(self.pairs, dtype=torch.float64, device=weight.device) / self.pairs
-        numbers = torch.arange(frames, device=weight.device)
+        numbers = torch.arange(frames, dtype=torch.float64, device=weight.device)
         if first is not None:
             numbers = first[:, None] + numbers
-        angles = numbers[..., None] * TEMPORAL_BASE**-ladder
+        angles = step * numbers[..., None] * TEMPORAL_BASE**-ladder
         return self.embed(torch.cat([angles.sin(), 1 - angles.cos()], dim=-1).to(weight.dtype))

@@ -45,11 +45,16 @@ def tiles_of(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:
 
 @kept
 def frame_tables(
-    frames: int, places: int, head_dim: int, device: torch.device, dtype: torch.dtype, turned: bool
+    frames: int,
+    places: int,
+    step: float | None,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Frames:
-    """Return the tables for clips of `frames` × `places` tokens; a tile holds the frames of one
-    place, or of several if they are few."""
-    rotary = temporal_rotary(frames, head_dim, device, dtype) if turned else None
+    """Return the tables for clips of `frames` × `places` tokens, `step` apart in time (None: the
+    frames are a set); a tile holds the frames of one place, or of several if they are few."""
+    rotary = None if step is None else temporal_rotary(frames, step, head_dim, device, dtype)
     with torch.inference_mode(False):
         columns = max(1, NARROWEST // frames)  # places of a tile
         place = torch.arange(-(-places // columns) * columns, device=device).view(-1, columns, 1)

@@ -62,6 +62,7 @@ def test_the_model_equals_a_dense_second_implementation(rows, columns, frames):
         {"mlp": "gelu"},
         {"qk_norm": False},
         {"temporal_position": False},
+        {"frame_step": 0.4},
         {"pooled_text": False},
         {"spatial": ("frame", "shifted")},
     ],

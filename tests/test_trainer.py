@@ -424,6 +424,16 @@ def test_the_average_is_the_weights_until_it_begins_and_then_of_every_nth_step(
     assert torch.equal(state.ema.shadow[name], stored) and stored.any()
 
 
+def test_a_checkpoint_from_before_whole_frames_attends_to_windows_alone(tmp_path):
+    old, new, wan = {}, {"spatial": ["frame"]}, {"type": "wan"}
+    for step, (stored, read) in enumerate(
+        [(old, {"spatial": ["window", "shifted"]}), (new, new), (wan, wan)]
+    ):
+        meta = checkpoint.Meta(step, {"model": dict(stored)}, SPEC, "test")
+        folder = checkpoint.save(tmp_path, meta, {"model": {"model.w": torch.ones(2)}}, keep_last=0)
+        assert checkpoint.Meta.read(folder).config["model"] == read
+
+
 def test_a_checkpoint_that_kept_initial_weights_as_its_average_gives_what_was_trained(tmp_path):
     """As an older version wrote them before `start_step`."""
     files = {"model": {"model.w": torch.ones(2)}, "ema": {"model.w": torch.zeros(2)}}

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.nn import kept
 from mmdit.nn.attention import SpatialAttention, attend
-from mmdit.nn.position import temporal_rotary
+from mmdit.nn.position import FramePosition, temporal_rotary
 from mmdit.nn.tiles import frame_tables
 from mmdit.nn.window import Pattern, WindowGrid, coordinates, gather, place_tables
 from tests.helpers.dense_video_mmdit import attention, visible
@@ -89,6 +89,18 @@ def test_tables_first_made_while_sampling_serve_training():
         place_tables(grid, "shifted", 8, torch.device("cpu"), torch.float32)
     tables = place_tables(grid, "shifted", 8, torch.device("cpu"), torch.float32)
     layer(grid.partition(torch.randn(1, 1, 6, 6, 16)), tables).sum().backward()
+
+
+def test_frames_of_one_moment_have_one_position_whatever_the_stride_of_the_stage():
+    number = FramePosition(8)
+    sparse, dense = (
+        (*temporal_rotary(count, step, 8, torch.device("cpu"), torch.float32), number(count, step))
+        for count, step in ((16, 1.0), (80, 0.2))
+    )
+    for few, many in zip(sparse, dense, strict=True):
+        axis = few.shape.index(16)
+        torch.testing.assert_close(many.narrow(axis, 0, 76).unfold(axis, 1, 5)[..., 0], few)
+        assert not torch.equal(many.narrow(axis, 0, 16), few)
 
 
 @pytest.mark.parametrize("tables", [place_tables, coordinates, frame_tables, temporal_rotary])

@@ -31,7 +31,7 @@ from mmdit.nn.conditioning import (
     TimeEmbedding,
 )
 from mmdit.nn.feedforward import GELU, SwiGLU
-from mmdit.nn.norm import Modulation, add_gated, add_norm, rms_norm, upcast, working_dtype
+from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
@@ -81,7 +81,7 @@ class VideoMMDiTConfig(ModelSection):
     # What attention in space sees, block by block and then again from the first: `window`,
     # `shifted` (windows moved by half) or the whole `frame`. See docs/speed.md for grids of several
     # windows.
-    spatial: tuple[Pattern, ...] = ("window", "shifted")
+    spatial: tuple[Pattern, ...] = ("window", "shifted", "window", "frame")
     # Width of the MLP as a multiple of `dim`.
     mlp_ratio: float = 4.0
     # The probability of leaving out an output of attention or MLP.
@@ -96,9 +96,6 @@ class VideoMMDiTConfig(ModelSection):
     # The distance of two frames in time. Stages that show the same seconds ever more finely keep
     # one clock with it: 1 where every fifth frame is drawn is 0.2 where all are.
     frame_step: float = 1.0
-    # Multiply the numbers of frames by a vector made of the caption, so that what moves where, a
-    # product of text, frame and place, takes one product less to learn. Needs `pooled_text`.
-    text_times_frame: bool = False
     # Let the mean of the caption's tokens enter the modulation, too.
     pooled_text: bool = True
     # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
@@ -271,7 +268,6 @@ class VideoMMDiT(Denoiser):
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
         self.frame = FramePosition(dim)
-        self.frame_text = nn.Linear(dim, dim) if config.text_times_frame else None
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
@@ -386,9 +382,9 @@ class VideoMMDiT(Denoiser):
                 )
             if self.low_resolution is not None and small_t is not None:
                 time = time + in_turn(self.low_resolution.level(small_t), x)
+            where = self._where(x, grid, place, exact)
         read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
-            where = self._where(x, grid, place, read.pooled, exact)
             condition = nn.functional.silu(time + read.pooled)
             modulation = rearrange(
                 upcast(self.modulation(condition)), "b (m d) -> b m d", m=3 * SUBLAYERS
@@ -408,28 +404,17 @@ class VideoMMDiT(Denoiser):
         return grid.merge(self.output(seen)).to(x.dtype)
 
     def _where(
-        self,
-        x: Tensor,
-        grid: WindowGrid,
-        place: Tensor | None,
-        pooled: Tensor | int,
-        exact: torch.dtype,
+        self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
     ) -> Tensor:
-        """Return what tells the tokens of `x (b, f, r, c, …)` their places in space and time:
-        `(f or 1, n, k, d)`, or `(b, f or 1, n, k, d)` for samples at `place` and where the text
-        multiplies the numbers of frames."""
-        frames, first = (x.shape[1] if self.config.temporal_position else 1), None
+        """Return what tells the tokens of `x (b, f, r, c, …)` their places: `(f or 1, n, k, d)`, or
+        `(b, f or 1, n, k, d)` for samples at `place`."""
+        frames, step = (x.shape[1] if self.config.temporal_position else 1), self.config.frame_step
         if place is None:
-            cells = coordinates(grid, x.device, exact)
-        else:
-            place = in_turn(place, x)
-            cells = coordinates_of_tiles(grid, place, exact)[:, None]
-            first = place[:, 0] if self.config.temporal_position else None
-        when = self.frame(frames, self.config.frame_step, first)
-        if self.frame_text is not None:
-            assert isinstance(pooled, Tensor)
-            when = when * (1 + self.frame_text(rms_norm(pooled)))[:, None]
-        return self.position(cells) + when[..., None, None, :]
+            when = self.frame(frames, step)
+            return self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
+        when = self.frame(frames, step, place[:, 0] if self.config.temporal_position else None)
+        where = self.position(coordinates_of_tiles(grid, place, exact))[:, None]
+        return in_turn(where + when[..., None, None, :], x)
 
     def _run_blocks(
         self,

@@ -47,6 +47,8 @@ META, NOTES = "checkpoint.json", "monitor.json"
 WEIGHTS = ("model", "ema")  # names of the files that sampling reads
 UNSUMMED = f'if a person did that, remove "files" from {META}'
 ALONE = World()
+# What a stored config without the key `model.spatial` meant, before whole frames were the default.
+SPATIAL_BEFORE = ["window", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Meta:
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
             known = {entry.name: raw[entry.name] for entry in fields(Meta) if entry.name in raw}
+            model = known["config"].get("model", {})
+            if model.get("type", "video_mmdit") == "video_mmdit":
+                model.setdefault("spatial", SPATIAL_BEFORE)
             return decode(Meta, known)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(

@@ -60,8 +60,9 @@ def attention(layer, queries, keys, allowed, positions=(), base=1.0):
     return layer.proj(rearrange(scores.softmax(dim=-1) @ v, "... h s d -> ... s (h d)"))
 
 
-def block(layer, x, modulation, text, valid, grid, window, pattern, timed, subset):
-    """`subset`: the tokens of a frame that are present, as indices into row-major order."""
+def block(layer, x, modulation, text, valid, grid, window, pattern, moments, subset):
+    """`moments`: the positions of the frames in time; none for a set. `subset`: the tokens of a
+    frame that are present, as indices into row-major order."""
     rows, columns = grid
     parts = [p[:, None, None] for p in (modulation + layer.table).unbind(dim=1)]
 
@@ -74,7 +75,7 @@ def block(layer, x, modulation, text, valid, grid, window, pattern, timed, subse
     x = x + parts[2] * attention(layer.spatial, h, h, allowed, places, 100.0)
     if x.shape[1] > 1:
         h = entered(1).transpose(1, 2)
-        positions = [range(x.shape[1])] if timed else []
+        positions = [moments] if moments else []
         x = x + parts[5] * attention(
             layer.temporal, h, h, torch.tensor(True), positions, 1000.0
         ).transpose(1, 2)
@@ -116,8 +117,10 @@ def dense_forward(model, x, t, text, keep=None):
         dtype=x.dtype,
     )
     h = model.input(rearrange(x, "b f r c d -> b f (r c) d")) + model.position(where)
+    moments = []
     if config.temporal_position:
-        turned = [[f * 1000.0 ** (-i / 16) for i in range(16)] for f in range(x.shape[1])]
+        moments = [config.frame_step * f for f in range(x.shape[1])]
+        turned = [[f * 1000.0 ** (-i / 16) for i in range(16)] for f in moments]
         features = [[math.sin(a) for a in row] + [1 - math.cos(a) for a in row] for row in turned]
         h = h + (torch.tensor(features, dtype=x.dtype) @ model.frame.embed.weight.T)[:, None]
     everything = torch.arange(rows * columns)
@@ -143,7 +146,7 @@ def dense_forward(model, x, t, text, keep=None):
             (rows, columns),
             config.window_size,
             config.pattern(index),
-            config.temporal_position,
+            moments,
             present,
         )
         h = h.index_copy(2, present, out)

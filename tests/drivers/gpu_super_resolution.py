@@ -39,6 +39,7 @@ from mmdit.training.media import contact_sheet, save_image, sheet_strip
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 LOOKED_AT = 3  # frames of a clip whose edges are measured
+ON_SHEET = 2  # clips
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Row:
         """Read a clip `(1, f, 3, h, w)`."""
         self.predictions.append(oracle(pixels).map(Tensor.cpu))
         self.widths += widths(pixels)
-        self.strips.append(sheet_strip(pixels[0].cpu()))
+        if len(self.strips) < ON_SHEET:
+            self.strips.append(sheet_strip(pixels[0].cpu()))
 
 
 def widths(pixels: Tensor) -> list[float]:
@@ -80,7 +82,7 @@ class Comparison:
         if self.on_gpu:
             total = torch.cuda.get_device_properties(self.device).total_memory
             share = min(1.0, args.memory_gb * 1e9 / total)
-            torch.cuda.set_per_process_memory_fraction(share, self.device)
+            torch.cuda.set_per_process_memory_fraction(share)
         paths = {"conditioned": args.conditioned, "redraw": args.redraw}
         self.stages = {
             name: load_pipeline(path, args.device) for name, path in paths.items() if path
@@ -162,7 +164,7 @@ class Comparison:
     def draw_sheet(self, path: Path) -> None:
         """Write the first clips of all rows, one below the other."""
         strips, titles = [], []
-        for number in range(min(2, self.args.count)):
+        for number in range(min(ON_SHEET, self.args.count)):
             for name, row in self.rows.items():
                 strips.append(row.strips[number])
                 titles.append(f"{name}: {self.captions[number]}")

@@ -22,7 +22,7 @@ from tests.helpers.tiny import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STAGES = ["t2v_vtp_256_smoke", "t2v_vtp_256_32f", "t2v_vtp_256_80f"]
+STAGES = ["t2v_vtp_256_16f", "t2v_vtp_256_32f", "t2v_vtp_256_80f"]
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -37,6 +37,7 @@ def head(path: Path) -> str:
 def test_the_promised_configs_are_there():
     promised = {
         "t2i_vtp_256_smoke",
+        "t2v_vtp_256_smoke",
         "t2i_vtp_256_flow_matching",
         "t2i_vtp_256_flow_matching_anime_buckets",
         "quickstart",
@@ -80,7 +81,7 @@ def test_a_config_has_the_model_and_tokenizer_of_the_run_that_it_starts_from(pat
         )
         ours = {
             name: getattr(config.model, name)
-            for name in ("checkpointing", "conditioning", "augmentation")
+            for name in ("checkpointing", "conditioning", "augmentation", "frame_step")
         }
         assert replace(base.model, **ours) == config.model
         assert base.text_encoder == config.text_encoder

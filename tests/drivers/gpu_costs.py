@@ -154,8 +154,11 @@ class Costs:
 
 
 def cost_jobs(tiny: bool, gpus: list[int]) -> list[Job]:
-    jobs = {size: Job(size, [f"size={size}"], shapes) for size, shapes in COSTS.items()}
-    jobs["long"] = Job("XL, checkpointing", ["size=XL", "checkpointing=true"], ["1x80x45x80"])
+    windows = "spatial=[window,shifted]"  # as when the published table was made
+    jobs = {size: Job(size, [f"size={size}", windows], shapes) for size, shapes in COSTS.items()}
+    jobs["long"] = Job(
+        "XL, checkpointing", ["size=XL", "checkpointing=true", windows], ["1x80x45x80"]
+    )
     if tiny:
         jobs = {"B": Job("B", TINY, ["2x1x4x4", "1x2x4x4"]), "long": Job("long", TINY, ["1x3x4x5"])}
     order = {

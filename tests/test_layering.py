@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["__main__"],
     ["scripts"],
+    ["ui"],
     ["commands"],
     ["experiment"],
     ["posttrain", "diagnostics", "vtp_training"],
@@ -140,6 +141,7 @@ PACKAGES = [
     "text_encoders",
     "tokenizers",
     "training",
+    "ui",
 ]
 
 

@@ -1,0 +1,103 @@
+"""Which files the server reads, and which it lets commands read and write: those inside the folders
+that its user named, wherever links lead."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmdit.config import FilePath, parse_yaml
+from mmdit.experiment.config_keys import options, sections
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.shipped import shipped_path
+
+
+class AllowedFolders:
+    """Folders, and what ships with the package."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders = [folder.expanduser().resolve() for folder in folders]
+
+    def check(self, text: str, what: str = "the path") -> Path:
+        """Return the path that a person wrote; it need not exist. ValueError: it lies outside."""
+        if "\0" in text or not text:
+            raise ValueError(f"{what} is {text!r}, must be the name of a file or folder")
+        path = Path(os.path.expanduser(text))
+        real = path.resolve()
+        if any(real.is_relative_to(folder) for folder in self.folders):
+            return path
+        if not path.exists() and ".." not in path.parts and shipped_path(path):
+            return path
+        allowed = ", ".join(map(str, self.folders))
+        raise ValueError(
+            f"{what} is {text}, which lies outside of the folders of this server ({allowed}): start"
+            " `mmdit ui` with --allow FOLDER to let it in"
+        )
+
+    def check_config(self, config: Any) -> None:
+        """Look at every path in a decoded configuration. ValueError names the key."""
+        for key, text in paths_in(config):
+            self.check(text, key)
+
+    def check_override(self, word: str) -> None:
+        """Look at a word `section.key=value` over a stored config. ValueError: it names a path
+        outside, or is no override."""
+        key, equals, text = word.partition("=")
+        if not equals or not all(part.isidentifier() for part in key.split(".")):
+            raise ValueError(f"{word!r} is not of the form section.key=value")
+        value = parse_yaml(f"value: {text}")[0]["value"] if text else None
+        for name, held in named_texts(key.rpartition(".")[2], value):
+            is_word = os.sep not in held and not held.startswith("~") and not os.path.exists(held)
+            if name in PATH_KEYS and held and not is_word:
+                self.check(held, key)
+
+
+def paths_in(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted key and the text of every path in a configuration."""
+    if isinstance(config, tuple):
+        for number, item in enumerate(config):
+            yield from paths_in(item, f"{path}[{number}]")
+    if not dataclasses.is_dataclass(config):
+        return
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{path}.{field.name}".lstrip(".")
+        if isinstance(value, str):
+            if value and FilePath in options(hints[field.name]):
+                yield key, value
+        else:
+            yield from paths_in(value, key)
+
+
+def path_keys(cls: type, known: set[type] | None = None) -> set[str]:
+    """Return the names of the keys that hold paths, in a section and all that it may hold."""
+    known = set() if known is None else known
+    if cls in known:
+        return set()
+    known.add(cls)
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(cls).items():
+        if FilePath in options(hint):
+            names.add(name)
+        for part in sections(hint):
+            names |= path_keys(part, known)
+    return names
+
+
+def named_texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield every text in plain YAML data, with the name of its key."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from named_texts(name, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from named_texts(key, item)
+
+
+PATH_KEYS = path_keys(ExperimentConfig)

@@ -1,0 +1,109 @@
+"""Curves of runs: metrics.jsonl is read once, then only what was appended; what is sent to a
+browser has a bounded number of points."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mmdit.diagnostics.curves import PANELS
+from mmdit.files import open_regular
+
+POINTS = 400  # of a curve, at most
+NO_CURVES = {"step", "timestamp", "images_seen", "wall_s", "eta_seconds"}
+
+
+@dataclass
+class Series:
+    """What has been read of one file: by name the steps and the values."""
+
+    inode: int = 0
+    offset: int = 0  # bytes of whole lines that were read
+    columns: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    last: dict = field(default_factory=dict)  # the newest record
+
+    def add(self, line: bytes) -> None:
+        """Take in a record; a line that is none is left out, as in a run that was killed."""
+        try:
+            record = json.loads(line)
+            step = float(record["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        self.last = record
+        for name, value in record.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if name not in NO_CURVES and math.isfinite(value):
+                steps, values = self.columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+
+
+class MetricStore:
+    """The series of every run that was asked for; safe to ask from several threads."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.series: dict[Path, Series] = {}
+
+    def read(self, run: Path) -> Series:
+        """Return the series of a run folder, with what was appended since the last call. A file
+        that was written anew, as a resume does, is read anew."""
+        path = run / "metrics.jsonl"
+        with self.lock:
+            series = self.series.setdefault(path, Series())
+            try:
+                with open_regular(path) as file:
+                    status = os.fstat(file.fileno())
+                    if status.st_ino != series.inode or status.st_size < series.offset:
+                        series = self.series[path] = Series(inode=status.st_ino)
+                    file.seek(series.offset)
+                    for line in file:
+                        if not line.endswith(b"\n"):
+                            break  # it is being written
+                        series.add(line)
+                        series.offset += len(line)
+            except (OSError, ValueError):
+                return Series()
+            return series
+
+
+def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """Return at most POINTS points of a curve: the least and the greatest of each stretch, so that
+    no peak is lost, and the last."""
+    if len(steps) <= POINTS:
+        return steps, values
+    array = np.asarray(values)
+    edges = np.linspace(0, len(array) - 1, POINTS // 2).astype(int)
+    chosen = {len(array) - 1}
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        part = array[first:end]
+        chosen |= {first + int(part.argmin()), first + int(part.argmax())}
+    places = sorted(chosen)
+    return [steps[i] for i in places], [values[i] for i in places]
+
+
+def curves(series: list[Series]) -> list[dict]:
+    """Return the panels that have values: a title, whether it is a main one, and the curves, each
+    with the number of its run, its name, `x` and `y`."""
+    panels = {title: (names, True) for title, names in PANELS.items()}
+    shown = {name for names in PANELS.values() for name in names}
+    for one in series:
+        panels |= {name: ((name,), False) for name in sorted(one.columns.keys() - shown)}
+    result = []
+    for title, (names, main) in panels.items():
+        drawn = []
+        for number, one in enumerate(series):
+            for name in names:
+                if name in one.columns:
+                    steps, values = thinned(*one.columns[name])
+                    drawn.append({"run": number, "name": name, "x": steps, "y": values})
+        if drawn:
+            result.append({"title": title, "main": main, "curves": drawn})
+    return result

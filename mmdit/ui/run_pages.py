@@ -1,0 +1,164 @@
+"""The pages about runs: the list, one run, several over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from mmdit.ui.metric_series import MetricStore, curves
+from mmdit.ui.run_folders import (
+    RunFolder,
+    RunState,
+    config_difference,
+    find_runs,
+    held_locks,
+)
+from mmdit.ui.templating import Templates
+
+SHOWN_FILES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif"}
+MOST_RUNS = 8  # over each other
+FIGURES = {  # of the list: a heading and the name in metrics.jsonl
+    "loss": "loss_ema_100",
+    "validation": "val_loss",
+    "samples/s": "samples_per_second",
+    "memory, GB": "memory_gb",
+}
+
+
+def send_picture(path: Path) -> Response | None:
+    """Return a picture or video; None for any other file, which a browser might run."""
+    media_type = SHOWN_FILES.get(path.suffix.lower())
+    if media_type is None or not path.is_file():
+        return None
+    return FileResponse(path, media_type=media_type)
+
+
+class RunPages:
+    """`job_of` returns what a job of this server says of the run in a folder, if there is one."""
+
+    def __init__(
+        self,
+        runs: Path,
+        templates: Templates,
+        job_of: Callable[[Path], tuple[str, RunState] | None],
+    ):
+        self.runs, self.templates, self.job_of = runs, templates, job_of
+        self.store = MetricStore()
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the addresses of these pages."""
+        return [
+            Route("/", self.overview),
+            Route("/compare", self.compare),
+            Route("/api/curves", self.curves),
+            Route("/api/runs", self.states),
+            Route("/run/{name:path}", self.run),
+            Route("/files/{name:path}", self.file),
+        ]
+
+    def _row(self, run: RunFolder, held: set[int] | None) -> dict:
+        last = self.store.read(run.folder).last
+        step = last.get("step")
+        job = self.job_of(run.folder)
+        state = run.state(step, held)
+        # its job knows how a process ended; of a run that goes on its own files know more
+        if job and state.word != "running" and job[1].word in ("failed", "running", "queued"):
+            state = job[1]
+        return {
+            "name": run.name,
+            "state": state.word,
+            "reason": state.reason,
+            "step": step,
+            "max_steps": run.max_steps(),
+            "figures": {title: last.get(name) for title, name in FIGURES.items()},
+            "job": job[0] if job else None,
+        }
+
+    def overview(self, request: Request) -> Response:
+        """Show every run with its state."""
+        held = held_locks()
+        rows = [self._row(run, held) for run in find_runs(self.runs)]
+        return self.templates.page(
+            request, "runs.html", rows=rows, folder=str(self.runs), titles=list(FIGURES)
+        )
+
+    def run(self, request: Request) -> Response:
+        """Show one run: state, curves, previews, configuration."""
+        try:
+            run = RunFolder(self.runs, request.path_params["name"])
+            other = request.query_params.get("against")
+            difference = config_difference(RunFolder(self.runs, other), run) if other else []
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        others = [one.name for one in find_runs(self.runs) if one.name != run.name]
+        return self.templates.page(
+            request,
+            "run.html",
+            row=self._row(run, held_locks()),
+            previews=run.previews(),
+            prompts=run.prompts(),
+            config=run.config_text(),
+            config_path=str(self.runs / run.name / "config.yaml"),
+            checkpoint_path=str(self.runs / run.name),
+            others=others,
+            against=other,
+            difference=difference,
+            skipped=run.skipped(),
+        )
+
+    def compare(self, request: Request) -> Response:
+        """Show several runs over each other, and how their configurations differ."""
+        try:
+            runs = self._chosen(request)
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        first, *others = runs
+        differences = {run.name: config_difference(first, run) for run in others}
+        previews = {run.name: run.previews() for run in runs}
+        return self.templates.page(
+            request,
+            "compare.html",
+            names=[run.name for run in runs],
+            differences=differences,
+            previews=previews,
+        )
+
+    def _chosen(self, request: Request) -> list[RunFolder]:
+        names = request.query_params.getlist("run")
+        if not 1 <= len(names) <= MOST_RUNS:
+            raise ValueError(f"choose 1 to {MOST_RUNS} runs, not {len(names)}")
+        return [RunFolder(self.runs, name) for name in dict.fromkeys(names)]
+
+    def curves(self, request: Request) -> Response:
+        """Return the curves of the chosen runs as JSON."""
+        try:
+            runs = self._chosen(request)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        series = [self.store.read(run.folder) for run in runs]
+        return JSONResponse({"runs": [run.name for run in runs], "panels": curves(series)})
+
+    def states(self, request: Request) -> Response:
+        """Return the state of the chosen runs as JSON, and their newest previews."""
+        try:
+            runs = self._chosen(request)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        held = held_locks()
+        rows = [self._row(run, held) | {"previews": run.previews()} for run in runs]
+        return JSONResponse(rows)
+
+    def file(self, request: Request) -> Response:
+        """Return a preview of a run: `/files/<run>/samples/step_…/grid.png`."""
+        name, _, rest = request.path_params["name"].partition("/samples/")
+        try:
+            run = RunFolder(self.runs, name)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        path = (run.folder / "samples" / rest).resolve()
+        answer = send_picture(path) if path.is_relative_to(run.folder / "samples") else None
+        return answer or JSONResponse({"error": "there is no such picture"}, 404)

@@ -1,0 +1,176 @@
+"""What the pages about runs show: states, curves, previews, differences; and how fast."""
+
+import fcntl
+import json
+import time
+
+import pytest
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+from mmdit.ui.access import guard_for
+from mmdit.ui.metric_series import POINTS, MetricStore, curves, thinned
+from mmdit.ui.run_folders import RunFolder, find_runs, held_locks
+from mmdit.ui.server import Settings, build_app
+
+
+def make_run(runs, name, steps=(1, 2, 3), max_steps=10, **more):
+    folder = runs / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"experiment_name: {name}\ntrain: {{max_steps: {max_steps}, lr: {more.get('lr', 0.1)}}}\n"
+    )
+    lines = [json.dumps({"step": step, "loss_ema_100": 1 / step}) for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def client(runs):
+    app = build_app(Settings(runs, guard_for("", ())))
+    return TestClient(app, base_url="http://127.0.0.1")
+
+
+def fail(folder, step, what="memory"):
+    (folder / "failures").mkdir()
+    row = {"kind": what, "step": step, "error": "the memory is full\nmore"}
+    (folder / "failures" / f"{what}_{step:08d}_0.json").write_text(json.dumps(row))
+
+
+def state(runs, name, last=3):
+    return RunFolder(runs, name).state(last, held_locks())
+
+
+def test_a_state_is_told_from_files(tmp_path):
+    for name in ("stopped", "failed", "killed", "went_on", "preview"):
+        make_run(tmp_path, name)
+    make_run(tmp_path, "finished", max_steps=3)
+    fail(tmp_path / "failed", 3)
+    fail(tmp_path / "went_on", 1)
+    fail(tmp_path / "preview", 3, "preview")
+    (tmp_path / "killed" / ".lock").touch()
+    words = {run.name: state(tmp_path, run.name).word for run in find_runs(tmp_path)}
+    assert words == {
+        "stopped": "stopped",
+        "went_on": "stopped",
+        "preview": "stopped",
+        "failed": "failed",
+        "killed": "failed",
+        "finished": "finished",
+    }
+    assert "the memory is full" in state(tmp_path, "failed").reason
+    assert "killed" in state(tmp_path, "killed").reason
+
+
+def test_a_run_whose_lock_is_held_is_running_and_the_lock_is_not_touched(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, "one")
+    with (folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", None)  # looking must not even try
+        if held_locks() is not None:
+            assert state(tmp_path, "one").word == "running"
+        assert RunFolder(tmp_path, "one").state(3, None).word == "running"
+
+
+def test_metrics_are_read_once_then_what_was_appended(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, "one")
+    store = MetricStore()
+    assert store.read(folder).columns["loss_ema_100"][0] == [1, 2, 3]
+    read = []
+    original = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(text) or original(text))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss_ema_100": 0.25}\n{"step": 5, "loss')
+    assert store.read(folder).columns["loss_ema_100"][0] == [1, 2, 3, 4]
+    assert len(read) == 1  # neither what was known nor the torn line
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('_ema_100": 0.2}\nno record\n')
+    assert store.read(folder).columns["loss_ema_100"][1][-1] == 0.2
+
+
+def test_a_file_that_a_resume_wrote_anew_is_read_anew(tmp_path):
+    folder = make_run(tmp_path, "one")
+    store = MetricStore()
+    store.read(folder)
+    (folder / "other").write_text('{"step": 1, "loss_ema_100": 9, "note": "x", "nan": NaN}\n')
+    (folder / "other").rename(folder / "metrics.jsonl")
+    series = store.read(folder)
+    assert series.columns == {"loss_ema_100": ([1.0], [9.0])}
+    assert series.last["step"] == 1
+
+
+def test_thinning_keeps_ends_and_peaks():
+    steps = list(range(100_000))
+    values = [0.0] * len(steps)
+    values[54_321], values[77_777] = 9.0, -9.0
+    x, y = thinned(steps, values)
+    assert len(x) <= POINTS and x == sorted(set(x))
+    assert x[0] == 0 and x[-1] == steps[-1] and max(y) == 9 and min(y) == -9
+    assert thinned([1, 2], [3, 4]) == ([1, 2], [3, 4])
+
+
+def test_every_value_is_in_a_panel(tmp_path):
+    folder = make_run(tmp_path, "one")
+    record = {"step": 4, "loss_level_0": 1.0, "loss_high": 2.0, "memory_gb": 3.0, "timestamp": 1e9}
+    record |= {"reward_noise": 0.5, "phase": "up", "alpha_enabled": True}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    panels = curves([MetricStore().read(folder)])
+    drawn = {curve["name"] for panel in panels for curve in panel["curves"]}
+    assert drawn == {"loss_ema_100", "loss_level_0", "loss_high", "memory_gb", "reward_noise"}
+    assert [panel["title"] for panel in panels if not panel["main"]] == ["loss_high"]
+
+
+def test_two_runs_lie_over_each_other_and_their_difference_is_told(tmp_path):
+    make_run(tmp_path, "one", lr=0.1)
+    make_run(tmp_path, "deep/two", lr=0.2)
+    browser = client(tmp_path)
+    panels = browser.get("/api/curves?run=one&run=deep/two").json()["panels"]
+    assert [curve["run"] for curve in panels[0]["curves"]] == [0, 1]
+    assert "train.lr: 0.1 → 0.2" in browser.get("/compare?run=one&run=deep/two").text
+    assert "train.lr: 0.2 → 0.1" in browser.get("/run/one?against=deep/two").text
+    assert browser.get("/compare?" + "&".join(["run=one"] * 9)).status_code == 404
+
+
+def test_the_pages_name_states_and_previews(tmp_path):
+    folder = make_run(tmp_path, "one")
+    for step in (5, 10):
+        sample = folder / "samples" / f"step_{step:08d}"
+        sample.mkdir(parents=True)
+        (sample / "grid.png").write_bytes(b"\x89PNG picture")
+    (sample / "video.mp4").write_bytes(bytes(1000))
+    browser = client(tmp_path)
+    assert "stopped" in browser.get("/").text
+    row = browser.get("/api/runs?run=one").json()[0]
+    assert row["previews"] == [
+        {"step": 5, "folder": "step_00000005", "video": None},
+        {"step": 10, "folder": "step_00000010", "video": "video.mp4"},
+    ]
+    assert browser.get("/files/one/samples/step_00000005/grid.png").content == b"\x89PNG picture"
+    part = browser.get(
+        "/files/one/samples/step_00000010/video.mp4", headers={"range": "bytes=10-19"}
+    )
+    assert part.status_code == 206 and len(part.content) == 10
+
+
+def test_a_folder_without_runs_says_so(tmp_path):
+    assert "There is no run yet" in client(tmp_path / "absent").get("/").text
+
+
+def test_a_long_run_opens_in_two_seconds(tmp_path):
+    folder = make_run(tmp_path, "one", steps=())
+    names = [f"value_{i}" for i in range(40)]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 10_001):
+            record = {name: step * 0.1234567 for name in names}
+            file.write(json.dumps({"step": step, "loss_ema_100": 1 / step} | record) + "\n")
+    for step in range(500):
+        sample = folder / "samples" / f"step_{step:08d}"
+        sample.mkdir(parents=True)
+        (sample / "grid.png").touch()
+    browser = client(tmp_path)
+    begin = time.perf_counter()
+    page, panels = browser.get("/run/one"), browser.get("/api/curves?run=one")
+    assert time.perf_counter() - begin < 2
+    assert page.status_code == 200 and len(panels.json()["panels"]) == 41
+    assert len(panels.content) < 1_000_000

@@ -19,7 +19,7 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -265,6 +265,20 @@ def _unlock(file: IO) -> None:
     if fcntl is not None:
         with contextlib.suppress(OSError, ValueError):
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def with_tilde(value: Any) -> Any:
+    """Return a path, or lists of paths and options, with `~` for the home folder: what is handed on
+    need not tell who wrote it. Other values stay as they are."""
+    if isinstance(value, list | tuple):
+        return [with_tilde(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    option, equals, path = value.rpartition("=")
+    home = os.path.expanduser("~")
+    if home in ("~", "/") or not (path == home or path.startswith(f"{home}/")):
+        return value
+    return f"{option}{equals}~{path[len(home) :]}"
 
 
 # ── reading what others wrote ─────────────────────────────────────────────────────────────────────

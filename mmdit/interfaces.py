@@ -282,6 +282,7 @@ class Denoiser(Network):
             return 0
         if not self.training:
             return int(self.first_frame >= 0.5)
+        assert isinstance(draws.seed, int), "training has one seed"
         coin = Draws.of(draws.seed, draws.step, 1).uniform("first_frame").item()
         return int(coin < self.first_frame)
 

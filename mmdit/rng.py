@@ -56,9 +56,10 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """Keyed draws for the samples `indices (B,)` of one step's global batch."""
+    """Keyed draws for the samples `indices (B,)` of one step's global batch. `seed`: one for all,
+    or one for each of them."""
 
-    seed: int
+    seed: int | tuple[int, ...]
     step: int
     indices: Tensor
 
@@ -68,7 +69,13 @@ class Draws:
 
     def bits(self, purpose: str, *shape: int) -> Tensor:
         """Return int64 `(B, *shape)`, uniform over all 64-bit patterns."""
-        rows = _mix(_mix(self.indices.long() * _GOLDEN + key(self.seed, purpose, self.step)))
+        keys: int | Tensor
+        if isinstance(self.seed, int):
+            keys = key(self.seed, purpose, self.step)
+        else:
+            each = [key(seed, purpose, self.step) for seed in self.seed]
+            keys = torch.tensor(each, dtype=torch.int64, device=self.indices.device)
+        rows = _mix(_mix(self.indices.long() * _GOLDEN + keys))
         count = math.prod(shape)
         columns = torch.arange(1, count + 1, device=rows.device) * _GOLDEN
         return _mix(rows[:, None] + columns).reshape(len(rows), *shape)
@@ -86,4 +93,5 @@ class Draws:
         return (radius * torch.cos(angle)).float()
 
     def __getitem__(self, index) -> Draws:
+        assert isinstance(self.seed, int), "training has one seed"
         return Draws(self.seed, self.step, self.indices[index])

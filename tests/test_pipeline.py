@@ -19,6 +19,7 @@ from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training.learner import Learner
 from mmdit.training.media import contact_sheet, grid_video, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.requests import Request
 from mmdit.training.samples import SampleFolder
 
 SETTINGS = SampleSettings(SamplerConfig("ab2", 4), cfg_scale=2.0, seed=3)
@@ -94,8 +95,9 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
 
 def test_files_show_what_was_drawn(tmp_path):
     pixels = torch.rand(3, 1, 3, 32, 48)
-    folder = SampleFolder(tmp_path, {}, CAPTIONS[:3], (48, 32, 1), fps=8)
-    folder.add(0, pixels)
+    requests = dict(enumerate(map(Request, CAPTIONS[:3])))
+    folder = SampleFolder(tmp_path, {}, requests, (48, 32, 1), fps=8)
+    folder.add([0, 1, 2], pixels, [{}] * 3)
     assert folder.finish() == ["0000.png", "0001.png", "0002.png"]
     stored = torch.frombuffer(
         bytearray(Image.open(tmp_path / "0001.png").tobytes()), dtype=torch.uint8

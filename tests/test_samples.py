@@ -1,6 +1,7 @@
-"""Many samples: written as they come, kept when drawing goes on, replaced when drawn otherwise;
+"""Many samples: written as they come, kept when drawing goes on, replaced only when asked;
 memory and grid stay bounded."""
 
+import io
 import json
 import weakref
 
@@ -32,8 +33,8 @@ def draw(shop, tmp_path, monkeypatch):
     decode, calls = Pipeline.latents, []
 
     def counted(self, captions, width, height, frames, settings, first=0, **more):
-        calls.extend(range(first, first + len(captions)))
-        if stop_at[0] is not None and first >= stop_at[0]:
+        calls.extend(first)
+        if stop_at[0] is not None and first[0] >= stop_at[0]:
             raise KeyboardInterrupt
         return decode(self, captions, width, height, frames, settings, first, **more)
 
@@ -56,7 +57,7 @@ def draw(shop, tmp_path, monkeypatch):
         try:
             assert sample.main([str(word) for word in arguments]) == 0
         except SystemExit:
-            assert stop is not None
+            assert stop is not None, "it was refused"
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     stop_at = [None]
@@ -81,14 +82,18 @@ def test_stopped_drawing_goes_on_and_ends_with_the_same_files(draw, words):
     assert draw.calls == []
 
 
-def test_a_sample_that_is_gone_or_of_another_prompt_is_drawn_anew(draw, tmp_path, capsys):
+def test_a_sample_that_is_gone_is_drawn_anew_one_of_another_prompt_if_asked(draw, tmp_path, capsys):
     whole = draw("out")
     (tmp_path / "out/0001.png").unlink()
     assert draw("out") == whole and draw.calls == [0, 1]
     prompts = [*PROMPTS[:3], "a black ring", PROMPTS[4], "a sixth"]
-    draw("out", prompts=prompts)
+    with pytest.raises(AssertionError):  # refused
+        draw("out", prompts=prompts)
+    assert "1 samples in" in capsys.readouterr().err and draw.calls == []
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    draw("out", "--replace", prompts=prompts)
     assert draw.calls == [2, 3, 4, 5] and "4 of 6 samples are in" in capsys.readouterr().out
-    assert draw("out", prompts=PROMPTS[:2]).keys() == {
+    assert draw("out", "--replace", prompts=PROMPTS[:2]).keys() == {
         "0000.png",
         "0001.png",
         "grid.png",
@@ -101,7 +106,12 @@ def test_samples_of_other_settings_or_weights_are_replaced_and_it_is_told(
     shop, draw, capsys, tmp_path
 ):
     first = draw("out")
-    other = draw("out", "--seed", 3, prompts=PROMPTS[:3])
+    with pytest.raises(AssertionError):
+        draw("out", "--seed", 3)
+    said = capsys.readouterr().err
+    assert "5 samples in" in said and "settings.seed: 0 → 3" in said and "give --replace" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    other = draw("out", "--seed", 3, "--replace", prompts=PROMPTS[:3])
     said = capsys.readouterr().out
     assert "5 samples in" in said and "settings.seed: 0 → 3" in said and "replaced" in said
     assert draw.calls == [0, 1, 2] and set(other) == {
@@ -113,10 +123,13 @@ def test_samples_of_other_settings_or_weights_are_replaced_and_it_is_told(
     }
     assert other["0000.png"] != first["0000.png"]
     shop.train("base", "--resume", "train.max_steps=5")  # the same name, other weights
-    draw("out", "--seed", 3, prompts=PROMPTS[:3])
+    draw("out", "--seed", 3, "--replace", prompts=PROMPTS[:3])
     assert draw.calls == [0, 1, 2] and "weights: " in capsys.readouterr().out
     (tmp_path / "out/samples.json").write_text('{"samples": [{"file": "../../base.txt"}, 3]}')
-    draw("out")
+    with pytest.raises(AssertionError):
+        draw("out")
+    assert "no samples.json that says how" in capsys.readouterr().err
+    draw("out", "--replace")
     assert draw.calls == [0, 1, 2, 3, 4]
 
 
@@ -128,7 +141,7 @@ def test_a_story_of_others_removes_no_file_elsewhere(draw, tmp_path):
     story["settings"]["seed"] = 9
     story["samples"] += [{"file": name, "prompt": "x"} for name in ("../0009.png", "mine.txt")]
     (tmp_path / "out/samples.json").write_text(json.dumps(story))
-    draw("out")
+    draw("out", "--replace")
     assert (
         (tmp_path / "0009.png").read_text() == (tmp_path / "out/mine.txt").read_text() == "precious"
     )
@@ -209,3 +222,115 @@ def test_what_was_written_is_read_back(tmp_path, frames, monkeypatch):
             32,
             16,
         )
+
+
+# ── requests ──────────────────────────────────────────────────────────────────────────────────────
+def pixels_of(path):
+    return read_back(path).float()
+
+
+def command(run, out, *words):
+    words = ["--checkpoint", run, "--device", "cpu", "--out", out, *words]
+    return sample.main([str(word) for word in words])
+
+
+def test_lines_have_settings_of_their_own_and_batches_change_nothing(shop, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "a red star"},
+        {"prompt": "a red star", "seed": 7},
+        {"prompt": "a blue star", "width": 32, "height": 48},
+        {"prompt": "a green star", "seed": 8},
+        {"prompt": "a white star", "negative": "grey", "guidance": 2},
+        {"prompt": "a wide star", "width": 32, "height": 48, "seed": 7},
+    ]
+    jsonl, text = tmp_path / "prompts.jsonl", tmp_path / "prompts.yaml"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text.write_text("prompts:\n- a red star\n" + "".join(f"- {json.dumps(r)}\n" for r in rows[1:]))
+    run, sizes = shop.folder / "runs/base", []
+    latents = Pipeline.latents
+
+    def counted(self, captions, *rest, **more):
+        sizes.append(len(captions))
+        return latents(self, captions, *rest, **more)
+
+    monkeypatch.setattr(Pipeline, "latents", counted)
+    command(run, tmp_path / "all", "--prompts_file", jsonl)
+    assert sizes == [3, 2, 1], "equal settings are drawn together"
+    command(run, tmp_path / "one", "--prompts_file", text, "--batch_size", 1)
+    drawn = [pixels_of(tmp_path / f"all/000{i}.png") for i in range(6)]
+    for i, picture in enumerate(drawn):
+        assert (pixels_of(tmp_path / f"one/000{i}.png") - picture).abs().max() <= 1
+    assert drawn[2].shape == (1, 3, 48, 32) and drawn[0].shape == (1, 3, 32, 48)
+    # a seed is the same noise wherever it stands: as the first prompt of a command
+    command(run, tmp_path / "alone", "--prompts", "a green star", "--seed", 8)
+    assert (pixels_of(tmp_path / "alone/0000.png") - drawn[3]).abs().max() <= 1
+    assert (drawn[0] - drawn[1]).abs().max() > 2
+    command(run, tmp_path / "plain", "--prompts", *["a white star"] * 5)
+    assert (pixels_of(tmp_path / "plain/0004.png") - drawn[4]).abs().max() > 2
+    stored = json.loads((tmp_path / "all/samples.json").read_text())["samples"]
+    assert [{**row, "file": None} for row in stored] == [{"file": None, **row} for row in rows]
+    sizes.clear()
+    command(run, tmp_path / "all", "--prompts_file", text)
+    assert not sizes, "finished samples are kept"
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "sed": 1}',
+            "p.jsonl:2: sed: unknown key (did",
+        ),
+        ("p.jsonl", '\n{"prompt": "a"', "p.jsonl:2: not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "frames": 0}', "p.jsonl:1: frames: is 0; must be at least 1"),
+        ("p.yaml", "prompts:\n- a\n- {seed: 1}", "p.yaml:3: prompt: is missing"),
+        ("p.yaml", "prompts: []\nseed: 1", "holds prompts, seed, must hold one list"),
+        ("p.yaml", "prompts:\n- 3", "p.yaml:2: is 3"),
+        ("p.jsonl", '{"prompt": "a", "width": 40}', "prompt 0 ({'width': 40}): "),
+    ],
+)
+def test_a_bad_line_of_a_prompts_file_is_named(shop, tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text)
+    words = ["--checkpoint", shop.folder / "runs/base", "--device", "cpu"]
+    words += ["--prompts_file", tmp_path / name, "--out", tmp_path / "out"]
+    refused(capsys, sample.main, words, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_file_says_how_it_was_drawn(shop, tmp_path, capsys, frames, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setenv("HOME", str(shop.folder))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ein \\"roter\\" Stern ★", "seed": 5}\n')
+    run = shop.folder / "runs/base"
+    command(run, tmp_path / "out", "--frames", frames, "--prompts_file", tmp_path / "p.jsonl")
+    capsys.readouterr()
+    path = next((tmp_path / "out").glob("0000.*"))
+    assert sample.main(["--read", str(path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["prompt"] == 'ein "roter" Stern ★' and facts["checkpoint"] == "~/runs/base"
+    assert facts["seed"] == facts["settings"]["seed"] == 5 and facts["number"] == 0
+    assert facts["size"] == [48, 32, frames] and facts["settings"]["sampler"]["steps"] == 2
+    assert facts["command"].startswith("mmdit sample --checkpoint '~/runs/base' --device cpu")
+    assert str(shop.folder) not in json.dumps(facts["command"]) and "--out" not in facts["command"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    refused(capsys, sample.main, ["--read", tmp_path / "other.png"], "does not say how it was made")
+    refused(capsys, sample.main, ["--read", tmp_path / "p.jsonl"], "cannot be read as a sample")
+
+
+def test_prompts_are_read_while_the_model_stays_loaded(shop, tmp_path, capsys, monkeypatch):
+    def type_in(*lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        command(shop.folder / "runs/base", tmp_path / "out", "--interactive")
+        return capsys.readouterr().out
+
+    said = type_in("a red star", "", '{"prompt": "a blue star", "seed": 3}', '{"sed": 1}', "{", "x")
+    assert said.count("\nready: ") + said.startswith("ready: ") == 1
+    assert "0000.png" in said and said.count("error: this line") == 2
+    assert "wrote 3 samples" in said
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("0*")}
+    assert "0003.png" in type_in("a fourth") and len(list((tmp_path / "out").glob("0*"))) == 4
+    assert all((tmp_path / "out" / name).read_bytes() == data for name, data in first.items())
+    words = ["--checkpoint", "x", "--interactive", "--prompts", "a"]
+    refused(capsys, sample.main, words, "leave out --prompts")

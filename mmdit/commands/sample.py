@@ -3,24 +3,61 @@ see `mmdit.scripts.sample`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import argparse
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import mmdit
 from mmdit.adapters import merge
 from mmdit.data.dataset.frames import PreprocessConfig, crop_box, load_first_frame, load_image
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.files import with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
+from mmdit.interop.wan_release import published_shift
 from mmdit.interop.wan_weights import expert_in_name
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.training.samples import SampleFolder, weights_digest
+from mmdit.training.requests import Request, read_request
+from mmdit.training.samples import SampleFolder, check_writable, weights_digest
 
 # noise levels at which refining is given the small samples, where --strength is left out
 REDRAWN, TOLD = 0.5, 0.1
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together, before anything is loaded."""
+    if not args.checkpoint:
+        raise ValueError("no model: give --checkpoint, a run, a checkpoint, an export or a release")
+    if args.interactive and (args.prompts or args.prompts_file):
+        raise ValueError(
+            "--interactive reads prompts from the keyboard; leave out --prompts and --prompts_file"
+        )
+    check_writable(args.out, folder=True)
+    if args.refine and args.strength is not None and not 0 < args.strength <= 1:
+        raise ValueError(
+            f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
+            "and at most 1 (everything is)"
+        )
+
+
+def command_line(words: list[str]) -> str:
+    """Return the command as it can be typed again, without `--out`: a sample is the same file
+    wherever it is written."""
+    kept, words = ["mmdit", "sample"], list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--out":
+            words = words[1:]
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(with_tilde(kept))
 
 
 def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None:
@@ -80,14 +117,15 @@ def size_for(
 @dataclass
 class Drawing:
     """`size`: width, height and frames. `strength`: the noise level at which refining is given
-    the small samples; None is the model's own. ValueError: the size or the settings cannot be
-    drawn with."""
+    the small samples; None is the model's own. `command`: what files say they were drawn by.
+    ValueError: the size or the settings cannot be drawn with."""
 
     pipeline: Pipeline
     size: tuple[int, int, int]
     settings: SampleSettings
     image: Tensor | None = None
     strength: float | None = None
+    command: str = ""
     refiner: Pipeline | None = field(default=None, init=False)
     redrawn: SampleSettings | None = field(default=None, init=False)
 
@@ -135,29 +173,120 @@ class Drawing:
             "weights": weights_digest(networks, self.image),
         }
 
+    def check(self, requests: Mapping[int, Request]) -> None:
+        """Raise ValueError for requests of sizes or settings that cannot be drawn, before anything
+        is."""
+        for number, request in requests.items():
+            fixed = "--image" if self.image is not None else "--refine" if self.refiner else None
+            if fixed and (request.width or request.height):
+                raise ValueError(
+                    f"prompt {number} has a size of its own, which {fixed} decides for all; leave "
+                    "out its width and height"
+                )
+            try:
+                settings = request.settings(self.settings)
+                self.pipeline.check(*request.size(self.size), settings)
+            except ValueError as error:
+                if not request.overrides:
+                    raise
+                raise ValueError(f"prompt {number} ({request.overrides}): {error}") from None
+
+    def facts(self, number: int, request: Request, story: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the file of a sample says of itself: what was asked for, and all that
+        decides it. `number` and `seed` key its noise."""
+        seeded = request.seed is not None
+        settings = asdict(request.settings(self.settings))
+        settings["seed"] = request.seed if seeded else settings["seed"]
+        size = request.size(self.size)
+        written = size if self.refiner is None else (*self.written_size[:2], size[2])
+        rest = {name: with_tilde(value) for name, value in story.items()}
+        return {
+            **rest,
+            "prompt": request.prompt,
+            "seed": settings["seed"],
+            "number": 0 if seeded else number,
+            "size": list(written),
+            "settings": settings,
+            "mmdit": mmdit.__version__,
+            "command": self.command,
+        }
+
     def fill(self, folder: SampleFolder, batch_size: int) -> None:
         """Draw what `folder` lacks, and write each batch as it comes."""
         left = list(folder.missing(batch_size))
-        total = sum(len(prompts) for _, prompts in left)
+        total = sum(len(numbers) for numbers in left)
         with tqdm(total=total, desc="sampling", unit="sample") as bar:
-            for first, prompts in left:
-                pixels = self.pipeline(
-                    prompts, *self.size, self.settings, first, batch_size, image=self.image
-                )
-                if self.refiner is None:
-                    folder.add(first, pixels)
-                    bar.update(len(prompts))
-                    continue
-                for number, (clip, prompt) in enumerate(zip(pixels, prompts, strict=True), first):
-                    folder.add(number, self._refined(clip[None], prompt, number))
-                    bar.update()
+            for numbers in left:
+                for done in self.draw(folder, numbers):
+                    bar.update(done)
 
-    def _refined(self, clip: Tensor, prompt: str, number: int) -> Tensor:
+    def draw(self, folder: SampleFolder, numbers: list[int]) -> Iterator[int]:
+        """Draw and write requests of one batch key together; yield how many are written, each
+        time that some are."""
+        requests = [folder.requests[number] for number in numbers]
+        facts = [self.facts(*pair, folder.story) for pair in zip(numbers, requests, strict=True)]
+        prompts = [request.prompt for request in requests]
+        seeds = [request.seed for request in requests]
+        pixels = self.pipeline(
+            prompts,
+            *requests[0].size(self.size),
+            requests[0].settings(self.settings),
+            numbers,
+            len(numbers),
+            image=self.image,
+            seeds=seeds,
+        )
+        if self.refiner is None:
+            folder.add(numbers, pixels, facts)
+            yield len(numbers)
+            return
+        for i, (number, request) in enumerate(zip(numbers, requests, strict=True)):
+            folder.add([number], self._refined(pixels[i : i + 1], request, number), [facts[i]])
+            yield 1
+
+    def _refined(self, clip: Tensor, request: Request, number: int) -> Tensor:
         """Return the sample `clip (1, f, 3, h, w)` drawn again: one at a time, for at 720p a clip
         of 80 frames takes 0.9 GB."""
         assert self.refiner is not None and self.redrawn is not None, "refine_with was called"
         assert self.strength is not None
         width, height, _ = self.written_size
+        seeds = [request.seed]
         return self.refiner.refine(
-            clip, [prompt], width, height, self.strength, self.redrawn, number
+            clip, [request.prompt], width, height, self.strength, self.redrawn, number, seeds
         )
+
+    def converse(self, folder: SampleFolder, lines: Iterable[str]) -> None:
+        """Draw a sample for each of `lines`, a prompt or a JSON object. A line that cannot be drawn
+        is told and passed over."""
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                request = read_request(line.strip(), "this line")
+                self.check({max(folder.requests, default=-1) + 1: request})
+                number = folder.ask(request)
+                for _ in self.draw(folder, [number]):
+                    print(folder.folder / folder.files[number], flush=True)
+            except ValueError as error:
+                print(f"error: {error}", flush=True)
+
+
+def with_published_shift(
+    settings: SampleSettings, args: argparse.Namespace, width: int, height: int
+) -> SampleSettings:
+    """Return `settings` with the time shift of a release that has another one at each size, unless
+    the words of the command set one."""
+    shift = published_shift(args.checkpoint, width, height)
+    if not shift or any("sample_shift" in word for word in args.overrides):
+        return settings
+    return replace(settings, sampler=replace(settings.sampler, shift=shift))
+
+
+def whole_story(args: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
+    """Return what decides the samples of a command, besides prompts and numbers."""
+    story = {"checkpoint": args.checkpoint}
+    for name in ("image", "lora", "lora_low", "refine"):
+        if getattr(args, name):
+            story[name] = getattr(args, name)
+    rest = {"raw_weights": args.raw_weights, "overrides": args.overrides}
+    return story | drawing.story() | rest

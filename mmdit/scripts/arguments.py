@@ -21,9 +21,11 @@ def number(text: str) -> float:
     return value
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, needs_checkpoint: bool = True) -> None:
     parser.add_argument(
-        "--checkpoint", required=True, help="run folder, checkpoint folder or exported .safetensors"
+        "--checkpoint",
+        required=needs_checkpoint,
+        help="run folder, checkpoint folder or exported .safetensors",
     )
     parser.add_argument("--width", type=int, help="pixels; default: the config's")
     parser.add_argument("--height", type=int)
@@ -68,6 +70,58 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         help="section.key=value over the stored config (for example tokenizer.name_or_path=…)",
+    )
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command `sample` alone takes: prompts, files, pictures, a second model."""
+    parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
+    parser.add_argument(
+        "--prompts_file",
+        help=(
+            "one prompt a line; or JSON objects (.jsonl) or a YAML list `prompts:` with prompt and,"
+            " where they differ, seed, width, height, frames, negative, guidance"
+        ),
+    )
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="read prompts from the keyboard, or a pipe, while the model stays loaded",
+    )
+    parser.add_argument("--read", metavar="FILE", help="print how a sample was drawn, and end")
+    parser.add_argument("--out", default="samples", help="folder to write into")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace samples in --out that were drawn otherwise; those drawn so are kept",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        help="picture that a clip begins with (Wan); a second one ends it (FLF2V)",
+    )
+    parser.add_argument(
+        "--lora",
+        help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)",
+    )
+    parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
+    parser.add_argument(
+        "--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]"
+    )
+    parser.add_argument(
+        "--refine",
+        help=(
+            "super-resolution: a second checkpoint that redraws the enlarged samples at its own"
+            " size"
+        ),
+    )
+    parser.add_argument(
+        "--strength",
+        type=number,
+        help=(
+            "noise level at which --refine is given the enlarged samples [0.5 where it starts from"
+            " them, 0.1 where the model is conditioned on them]"
+        ),
     )
 
 

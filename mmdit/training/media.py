@@ -3,18 +3,22 @@ otherwise."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
 from torch import Tensor
 
-from mmdit.files import open_atomically
+from mmdit.files import open_atomically, open_regular
 from mmdit.pixels import to_shown
 
 SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
+FACTS = "mmdit"  # the name under which a PNG keeps how it was made
 SHEET_SAMPLES, SHEET_PIXELS = 256, 100_000_000  # of a sheet, at most
 
 
@@ -93,18 +97,54 @@ def contact_sheet(
     return sheet
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG, which appears when it is whole."""
+def _png_text(facts: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    """Return `facts` as the text that is written into a PNG, or no text."""
+    text = PngImagePlugin.PngInfo()
+    if facts:
+        text.add_itxt(FACTS, json.dumps(facts, ensure_ascii=False))
+    return text
+
+
+def save_image(image: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> Path:
+    """Write a PNG, which appears when it is whole; `facts` say inside it how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=_png_text(facts))
     return path
 
 
-def save_video(clip: Tensor, path: Path, fps: int) -> Path:
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """Return what a PNG or MP4 that `save_sample` wrote says of how it was made. ValueError: it is
+    none, or says nothing."""
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".mp4":
+            import av
+
+            with av.open(str(path)) as container:
+                text = container.metadata.get("comment")
+        else:
+            with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+                image.load()  # text may stand behind the pixels
+                text = getattr(image, "text", {}).get(FACTS)
+        facts = json.loads(text) if text else None
+    except ImportError:
+        raise ValueError(f"{path}: reading a video needs PyAV: pip install av") from None
+    except (OSError, ValueError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as a sample: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(
+            f"{path} does not say how it was made: it was written by another program, or by an"
+            " older version of this one; samples.json beside it may know"
+        )
+    return facts
+
+
+def save_video(clip: Tensor, path: Path, fps: int, facts: Mapping[str, Any] | None = None) -> Path:
     """Write `clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is
-    missing, or a side is odd, an animated PNG stands beside that name instead. Returns the path
-    that was written. OSError names what could not be written."""
+    missing, or a side is odd, an animated PNG stands beside that name instead. `facts` say inside
+    it how it was made. Returns the path that was written. OSError names what could not be
+    written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_shown(clip)
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
@@ -118,11 +158,14 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
                 append_images=rest,
                 duration=round(1000 / fps),
                 loop=0,
+                pnginfo=_png_text(facts),
             )
         return path
     import av
 
     with open_atomically(path) as file, av.open(file, "w", format="mp4") as container:
+        if facts:
+            container.metadata["comment"] = json.dumps(facts, ensure_ascii=False)
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
         stream.options = {"crf": "12"}
@@ -136,12 +179,12 @@ def save_video(clip: Tensor, path: Path, fps: int) -> Path:
     return path
 
 
-def save_sample(clip: Tensor, stem: Path, fps: int) -> Path:
+def save_sample(clip: Tensor, stem: Path, fps: int, facts: Mapping[str, Any] | None = None) -> Path:
     """Write `clip (F, 3, H, W)` as `stem`.png, or `.mp4` if it has several frames; return the
-    path."""
+    path. `facts`: see `read_facts`."""
     if len(clip) == 1:
-        return save_image(_image(to_shown(clip[0])), stem.with_name(f"{stem.name}.png"))
-    return save_video(clip, stem.with_name(f"{stem.name}.mp4"), fps)
+        return save_image(_image(to_shown(clip[0])), stem.with_name(f"{stem.name}.png"), facts)
+    return save_video(clip, stem.with_name(f"{stem.name}.mp4"), fps, facts)
 
 
 def read_back(path: Path) -> Tensor:

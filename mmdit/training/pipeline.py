@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -77,6 +77,28 @@ class SampleSettings:
             train.sample_cfg_scale_low,
             train.sample_negative_prompt,
         )
+
+
+def numbered(first: int | Sequence[int], count: int) -> Sequence[int]:
+    """Return the numbers of `count` samples: from `first` on, or as it lists them."""
+    return range(first, first + count) if isinstance(first, int) else first
+
+
+def noise_of(
+    numbers: Sequence[int],
+    seeds: Sequence[int | None] | None,
+    common: int,
+    device: torch.device | str,
+) -> Draws:
+    """Return the draws of the samples `numbers` under the seed `common`; those that have a seed of
+    their own draw as number 0 under that, so that one seed is one noise wherever it is asked
+    for."""
+    places = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    if not seeds or all(seed is None for seed in seeds):
+        return Draws(common, 0, places)
+    shared = torch.tensor([seed is None for seed in seeds], device=device)
+    each = tuple(common if seed is None else seed for seed in seeds)
+    return Draws(each, 0, places * shared)
 
 
 @contextlib.contextmanager
@@ -157,12 +179,12 @@ class Pipeline:
         shift = sampler.shift * objective.clip_shift(spec.frames(frames))
         sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
 
-    def finite(self, values: Tensor, first: int, settings: SampleSettings) -> Tensor:
-        """Return `values (B, …)` of the samples `first` …; ValueError if one is not finite, for
+    def finite(self, values: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
+        """Return `values (B, …)` of the samples `numbers`; ValueError if one is not finite, for
         its picture would be black."""
         if is_finite(values):
             return values
-        wrong = [first + i for i, sample in enumerate(values) if not is_finite(sample)]
+        wrong = [number for number, sample in zip(numbers, values) if not is_finite(sample)]
         named = ", ".join(map(str, wrong[:8])) + (" …" if len(wrong) > 8 else "")
         culprit = self._not_finite()
         if culprit:
@@ -195,19 +217,22 @@ class Pipeline:
         height: int,
         frames: int,
         settings: SampleSettings,
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         guess: tuple[Tensor, float] | None = None,
         image: Tensor | None = None,
         small: tuple[Tensor, float] | None = None,
+        seeds: Sequence[int | None] | None = None,
     ) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first +
-        i`. `guess`: raw latents to start from, and the time they are noised to. `image (3, H, W)`:
-        the first frame of every clip; `(2, 3, H, W)`: also the last. `small`: for a model with a
-        condition, the raw latents of the small clips, enlarged, and the level they are noised
-        to."""
+        i`, or of the number that `first` lists for it. `guess`: raw latents to start from, and the
+        time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`:
+        also the last. `small`: for a model with a condition, the raw latents of the small clips,
+        enlarged, and the level they are noised to. `seeds`: samples that have a seed of their own
+        draw its first picture's noise."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height, self.model.patch)
-        draws = Draws(settings.seed, 0, torch.arange(first, first + len(captions), device=device))
+        numbers = numbered(first, len(captions))
+        draws = noise_of(numbers, seeds, settings.seed, device)
         noise = draws.normal(
             "sample", learner.spec.frames(frames), rows, columns, learner.spec.channels
         )
@@ -231,7 +256,7 @@ class Pipeline:
                     denoise = self._in_tiles(tiling, text, settings, calls, inputs)
             start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
             clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
-        self.finite(clean, first, settings)
+        self.finite(clean, numbers, settings)
         return learner.spec.denormalize(clean)
 
     def _denoiser(
@@ -295,9 +320,9 @@ class Pipeline:
             groups.append((numbers, ask))
         return tiled(tiling, groups)
 
-    def _pixels(self, latents: Tensor, first: int, settings: SampleSettings) -> Tensor:
+    def _pixels(self, latents: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
         """Return the pixels of raw latents on the CPU; ValueError if one is not finite."""
-        return self.finite(self.tokenizer.decode(latents).float().cpu(), first, settings)
+        return self.finite(self.tokenizer.decode(latents).float().cpu(), numbers, settings)
 
     @torch.no_grad()
     def __call__(
@@ -307,20 +332,29 @@ class Pipeline:
         height: int,
         frames: int = 1,
         settings: SampleSettings = SampleSettings(),
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         batch_size: int = 64,
         done: Callable[[int], object] | None = None,
         image: Tensor | None = None,
+        seeds: Sequence[int | None] | None = None,
     ) -> Tensor:
         """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time;
-        `done(captions)` follows each batch."""
-        parts = []
+        `done(captions)` follows each batch. `first` and `seeds`: see `latents`."""
+        parts, numbers = [], numbered(first, len(captions))
         for start in range(0, len(captions), batch_size):
-            some = captions[start : start + batch_size]
+            batch = slice(start, start + batch_size)
+            some = captions[batch]
             latents = self.latents(
-                some, width, height, frames, settings, first + start, image=image
+                some,
+                width,
+                height,
+                frames,
+                settings,
+                numbers[batch],
+                image=image,
+                seeds=seeds and seeds[batch],
             )
-            parts.append(self._pixels(latents, first + start, settings))
+            parts.append(self._pixels(latents, numbers[batch], settings))
             if done:
                 done(len(some))
         return torch.cat(parts)
@@ -335,6 +369,7 @@ class Pipeline:
         strength: float,
         settings: SampleSettings = SampleSettings(),
         first: int = 0,
+        seeds: Sequence[int | None] | None = None,
     ) -> Tensor:
         """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height` and noised to
         `strength`, one clip at a time. A model with a condition is given that and draws from noise;
@@ -346,6 +381,8 @@ class Pipeline:
         for i, (clip, caption) in enumerate(zip(pixels, captions)):
             enlarged = enlarged_latents(self.tokenizer, clip[None].to(self.device), width, height)
             how: dict[str, Any] = {given: (enlarged, strength)}
+            if seeds:
+                how["seeds"] = [seeds[i]]
             latents = self.latents([caption], width, height, len(clip), settings, first + i, **how)
-            parts.append(self._pixels(latents, first + i, settings))
+            parts.append(self._pixels(latents, [first + i], settings))
         return torch.cat(parts)

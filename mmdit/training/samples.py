@@ -1,5 +1,5 @@
-"""The folder that `sample` fills: each batch is written as it comes, and what is there already
-is kept when drawing goes on."""
+"""The folder that `sample` fills: each batch is written as it comes, what is there already is kept
+when drawing goes on, and nothing is replaced unasked."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import differences
@@ -24,8 +26,9 @@ from mmdit.training.media import (
     sheet_holds,
     sheet_strip,
 )
+from mmdit.training.requests import Request, batches
 
-STORY = "samples.json"
+STORY, GRID = "samples.json", "grid.png"
 NAME = re.compile(r"\d{4,}\.(png|mp4)")  # what this module writes, and therefore may remove
 ELEMENTS = 4096  # of each weight, for `weights_digest`
 
@@ -74,18 +77,20 @@ def weights_digest(networks: dict[str, nn.Module], *more: Tensor | None) -> str:
 
 @dataclass
 class SampleFolder:
-    """`folder` with a PNG or MP4 for each of `prompts`, grid.png, and samples.json: `story`
-    (whatever decides a sample but its
-    prompt and number), and the `samples` that are there. Samples of another story are drawn
-    anew."""
+    """`folder` with a PNG or MP4 for each of `requests`, grid.png, and samples.json: `story`
+    (whatever decides a sample but its request and number), and the `samples` that are there.
+    `size`: width, height and frames where a request has none of its own. `replace`: samples of
+    another story are drawn anew. ValueError: there are such samples, or files of others by the
+    names to be written, and they may not be replaced."""
 
     folder: Path
     story: dict
-    prompts: list[str]
-    size: tuple[int, int, int]  # width, height and frames of what is written
+    requests: dict[int, Request]  # by number
+    size: tuple[int, int, int]
     fps: int
     columns: int | None = None
-    files: dict[int, str] = field(default_factory=dict, init=False)  # by number of the prompt
+    replace: bool = False
+    files: dict[int, str] = field(default_factory=dict, init=False)  # by number
     said: list[str] = field(default_factory=list, init=False)  # what to tell before drawing
     grid_note: str = field(default="", init=False)
     strips: dict[int, Tensor] = field(
@@ -94,88 +99,144 @@ class SampleFolder:
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        old = self._old()
+        old = _stored_story(self.folder)
         rows = old.pop("samples", [])
+        if not old:
+            self._refuse_files_of_others()
         changed = differences(old, self.story) if old else []
         ours = [row for row in rows if NAME.fullmatch(row["file"])]
         for row in ours:
             number = int(Path(row["file"]).stem)
             if not changed and self._is_current(number, row):
                 self.files[number] = row["file"]
-        self._report(rows, changed)
-        for row in ours:
-            if row["file"] not in self.files.values():
-                (self.folder / row["file"]).unlink(missing_ok=True)
+        lost = [row["file"] for row in ours if row["file"] not in self.files.values()]
+        lost = [name for name in lost if (self.folder / name).is_file()]
+        self._report(lost, changed)
+        for name in lost:
+            (self.folder / name).unlink(missing_ok=True)
         self._write()
 
-    def _old(self) -> dict:
-        """Return what samples.json says; nothing if it is none of ours."""
-        try:
-            old = json.loads((self.folder / STORY).read_text(encoding="utf-8"))
-            rows = old["samples"]
-            good = isinstance(rows, list) and all(
-                isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows
+    def _refuse_files_of_others(self) -> None:
+        """Raise ValueError where files would be replaced that no samples.json here speaks of."""
+        names = sorted(path.name for path in self.folder.iterdir())
+        taken = [name for name in names if NAME.fullmatch(name) or name in (GRID, STORY)]
+        if taken and not self.replace:
+            raise ValueError(
+                f"{self.folder} holds {len(taken)} files by the names of samples ({taken[0]} …), "
+                f"and no {STORY} that says how they were drawn; choose another --out, or give "
+                "--replace"
             )
-            return old if good else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return {}
 
     def _is_current(self, number: int, row: dict) -> bool:
-        """Return whether the file of a sample is there and was drawn from the same prompt."""
-        if number >= len(self.prompts) or row.get("prompt") != self.prompts[number]:
+        """Return whether the file of a sample is there and was asked for in the same words."""
+        request = self.requests.get(number)
+        if request is None or _row(row["file"], request) != row:
             return False
         path = self.folder / row["file"]
         return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
-    def _report(self, rows: list, changed: list[str]) -> None:
-        kept, gone = len(self.files), len(rows) - len(self.files)
-        if kept:
+    def _report(self, lost: list[str], changed: list[str]) -> None:
+        """Say what is kept and what is replaced. ValueError: that was not asked for."""
+        if self.files:
             self.said.append(
-                f"{kept} of {len(self.prompts)} samples are in {self.folder} already, drawn with "
-                "the same settings"
+                f"{len(self.files)} of {len(self.requests)} samples are in {self.folder} already, "
+                "drawn with the same settings"
             )
+        if not lost:
+            return
+        why = "are of other prompts"
         if changed:
-            lines = "; ".join(changed[:4])[:600]
-            self.said.append(
-                f"{gone} samples in {self.folder} were drawn otherwise ({lines}): they are replaced"
-            )
-        elif gone:
-            self.said.append(
-                f"{gone} samples in {self.folder} are of other prompts, or their files are gone: "
-                "they are replaced"
-            )
+            why = f"were drawn otherwise ({'; '.join(changed[:4])[:600]})"
+        what = f"{len(lost)} samples in {self.folder} {why}"
+        if not self.replace:
+            raise ValueError(f"{what}: choose another --out, or give --replace to draw them anew")
+        self.said.append(f"{what}: they are replaced")
 
-    def missing(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
-        """Yield the number of the first prompt and the prompts of every batch that lacks a sample.
-        Batches lie where they lie
-        without an interruption, for the size of a batch decides how its samples are rounded."""
-        for first in range(0, len(self.prompts), batch_size):
-            some = self.prompts[first : first + batch_size]
-            if not all(first + i in self.files for i in range(len(some))):
-                yield first, some
+    def missing(self, batch_size: int) -> Iterator[list[int]]:
+        """Yield the numbers of every batch that lacks a sample. Batches are what they are without
+        an interruption, for the size of a batch decides how its samples are rounded."""
+        for numbers in batches(self.requests, batch_size):
+            if any(number not in self.files for number in numbers):
+                yield numbers
 
-    def add(self, first: int, pixels: Tensor) -> None:
-        """Write the samples `first` … of `pixels (B, F, 3, H, W)`, and then that they are there."""
-        for number, clip in enumerate(pixels, first):
-            self.files[number] = save_sample(clip, self.folder / f"{number:04d}", self.fps).name
-            if number < sheet_holds(*self.size):
+    def ask(self, request: Request) -> int:
+        """Return the number of a further request, which is above all others."""
+        number = max(self.requests, default=-1) + 1
+        self.requests[number] = request
+        return number
+
+    def add(self, numbers: Sequence[int], pixels: Tensor, facts: Sequence[Mapping[str, Any]]):
+        """Write the samples `numbers` of `pixels (B, F, 3, H, W)` with their `facts` inside, and
+        then that they are there."""
+        for number, clip, known in zip(numbers, pixels, facts, strict=True):
+            path = save_sample(clip, self.folder / f"{number:04d}", self.fps, known)
+            self.files[number] = path.name
+            if number < self._held():
                 self.strips[number] = sheet_strip(clip)
         self._write()
 
+    def _held(self) -> int:
+        """Return how many samples a sheet holds, of which the largest decides."""
+        sizes = [self.size, *(request.size(self.size) for request in self.requests.values())]
+        return sheet_holds(*map(max, zip(*sizes)))
+
     def _write(self) -> None:
-        rows = [{"file": self.files[i], "prompt": self.prompts[i]} for i in sorted(self.files)]
+        rows = [_row(self.files[i], self.requests[i]) for i in sorted(self.files)]
         text = json.dumps(self.story | {"samples": rows}, indent=1, ensure_ascii=False)
         write_atomically(self.folder / STORY, text.encode())
 
     def finish(self) -> list[str]:
         """Write grid.png, of as many samples as a sheet holds; return the names of all files."""
-        shown = min(len(self.files), sheet_holds(*self.size))
-        for number in range(shown):
+        shown = sorted(self.files)[: self._held()]
+        for number in shown:
             if number not in self.strips:
                 self.strips[number] = sheet_strip(read_back(self.folder / self.files[number]))
-        strips = torch.stack([self.strips[number] for number in range(shown)])
-        columns = self.columns or (4 if self.size[2] == 1 else 1)
-        save_image(contact_sheet(strips, self.prompts[:shown], columns), self.folder / "grid.png")
-        if shown < len(self.files):
-            self.grid_note = f", which shows the first {shown}"
+        strips = _framed([self.strips[number] for number in shown])
+        columns = self.columns or (4 if strips.shape[1] == 1 else 1)
+        captions = [self.requests[number].prompt for number in shown]
+        save_image(contact_sheet(strips, captions, columns), self.folder / GRID)
+        if len(shown) < len(self.files):
+            self.grid_note = f", which shows the first {len(shown)}"
         return [self.files[i] for i in sorted(self.files)]
+
+
+def _row(file: str, request: Request) -> dict[str, Any]:
+    """Return what samples.json says of a sample."""
+    return {"file": file, "prompt": request.prompt, **request.overrides}
+
+
+def _stored_story(folder: Path) -> dict:
+    """Return what samples.json says; nothing if it is none of ours."""
+    try:
+        old = json.loads((folder / STORY).read_text(encoding="utf-8"))
+        rows = old["samples"]
+        good = isinstance(rows, list) and all(
+            isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows
+        )
+        return old if good else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def stored_requests(folder: Path) -> dict[int, Request]:
+    """Return the requests of the samples that are in `folder`, by number."""
+    requests = {}
+    for row in _stored_story(folder).get("samples", []):
+        if NAME.fullmatch(row["file"]):
+            asked = {name: value for name, value in row.items() if name != "file"}
+            requests[int(Path(row["file"]).stem)] = Request.read(asked, f"{folder / STORY}")
+    return requests
+
+
+def _framed(strips: list[Tensor]) -> Tensor:
+    """Return strips `(f, 3, h, w)` of any sizes as one tensor, the smaller ones on white."""
+    frames, _, height, width = map(max, zip(*(strip.shape for strip in strips)))
+    padded = []
+    for strip in strips:
+        right, below, after = (
+            width - strip.shape[3],
+            height - strip.shape[2],
+            frames - strip.shape[0],
+        )
+        padded.append(F.pad(strip, (0, right, 0, below, 0, 0, 0, after), value=255))
+    return torch.stack(padded)

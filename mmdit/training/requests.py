@@ -1,0 +1,88 @@
+"""What a person asks to be drawn: a prompt, and what of the settings is its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mmdit.config import ConfigError, decode, least
+from mmdit.training.pipeline import SampleSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that is asked for. What is None is the command's."""
+
+    prompt: str
+    seed: int | None = None  # its noise is then that of this seed's first sample
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    negative: str | None = None
+    guidance: float | None = None  # of a pair of experts: of both
+
+    def __post_init__(self):
+        least(self, 1, "width", "height", "frames")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ConfigError("guidance", f"is {self.guidance}, must be a finite number")
+
+    @staticmethod
+    def read(value: str | Mapping[str, Any], where: str) -> Request:
+        """Return a prompt, or a mapping of the names above, as a request. ValueError names `where`
+        it stands, the key and what is wrong."""
+        if isinstance(value, str):
+            return Request(value)
+        try:
+            return decode(Request, value)
+        except ConfigError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Return what of the settings is its own."""
+        rest = {name: value for name, value in asdict(self).items() if value is not None}
+        del rest["prompt"]
+        return rest
+
+    @property
+    def batch_key(self) -> tuple:
+        """Return what samples must share to be drawn in one batch: all but prompt and seed."""
+        return self.width, self.height, self.frames, self.negative, self.guidance
+
+    def size(self, common: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return width, height and frames, of which `common` are the command's."""
+        width, height, frames = common
+        return self.width or width, self.height or height, self.frames or frames
+
+    def settings(self, common: SampleSettings) -> SampleSettings:
+        """Return the settings it is drawn with, its seed aside; `common` are the command's."""
+        if self.negative is not None:
+            common = replace(common, negative_prompt=self.negative)
+        if self.guidance is not None:
+            common = replace(common, cfg_scale=self.guidance, cfg_scale_low=None)
+        return common
+
+
+def batches(requests: Mapping[int, Request], batch_size: int) -> Iterable[list[int]]:
+    """Yield the numbers of the requests that are drawn together, at most `batch_size` of equal
+    `batch_key`, groups in the order of their first request."""
+    groups: dict[tuple, list[int]] = {}
+    for number, request in requests.items():
+        groups.setdefault(request.batch_key, []).append(number)
+    for numbers in groups.values():
+        for start in range(0, len(numbers), batch_size):
+            yield numbers[start : start + batch_size]
+
+
+def read_request(line: str, where: str) -> Request:
+    """Return a line as a request: a JSON object, or a prompt. ValueError names `where`."""
+    if not line.startswith("{"):
+        return Request(line)
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    return Request.read(value, where)

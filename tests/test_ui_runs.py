@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
+from mmdit.diagnostics.curves import POINTS, thinned
 from mmdit.ui.access import guard_for
-from mmdit.ui.metric_series import POINTS, MetricStore, curves, thinned
+from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import RunFolder, find_runs, held_locks
 from mmdit.ui.server import Settings, build_app
 

@@ -31,6 +31,7 @@ from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.memory.offload import move_to_device
 from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
+from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
 from mmdit.training.train_state import TrainState
 
@@ -157,11 +158,13 @@ def posttrain(
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
                 *(f"  config changed: {line}" for line in changed),
             ]
-        world.print("\n".join([*lines, *expert_notes(config), *describe_session(session)]))
+        about = describe_session(session)
+        world.print("\n".join([*lines, *expert_notes(config), *about]))
         if dry_run:
             return True
         if world.is_main:
             write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
+            record_start(config.run_dir, world, state.step, "\n".join(about))
         return post_train(session)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+POINTS = 400  # of a curve that is sent somewhere, at most
 PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "loss": ("loss_ema_100", "loss_ema_10"),
     "loss by noise level, clear to noisy": tuple(f"loss_level_{i}" for i in range(4)),
@@ -70,6 +73,21 @@ def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
     return steps, values
 
 
+def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """Return at most POINTS points of a curve: the least and the greatest of each stretch, so that
+    no peak is lost, and the last."""
+    if len(steps) <= POINTS:
+        return steps, values
+    array = np.asarray(values)
+    edges = np.linspace(0, len(array) - 1, POINTS // 2).astype(int)
+    chosen = {len(array) - 1}
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        part = array[first:end]
+        chosen |= {first + int(part.argmin()), first + int(part.argmax())}
+    places = sorted(chosen)
+    return [steps[i] for i in places], [values[i] for i in places]
+
+
 def _have_values(runs: dict[str, list[dict]], names: tuple[str, ...]) -> bool:
     """Return whether any of these names has a finite value in any run."""
     return any(points(records, name)[0] for records in runs.values() for name in names)
@@ -78,6 +96,27 @@ def _have_values(runs: dict[str, list[dict]], names: tuple[str, ...]) -> bool:
 def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
     """Draw the records of every run, given by its name. Panels without any data are left out.
     ValueError: matplotlib is missing."""
+    canvas = _figure(runs, {}).canvas
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def curves_svg(name: str, records: list[dict]) -> str:
+    """Return the curves of one run as an SVG element, which says in each panel what is drawn.
+    ValueError: matplotlib is missing, or there is nothing to draw."""
+    figure, text = _figure({name: records}, {"linewidth": 1}), io.StringIO()
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmdit"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _figure(runs: dict[str, list[dict]], line: dict[str, Any]) -> Any:
+    """Return a matplotlib figure of the records of every run. With properties of a `line`, curves
+    are thinned and named."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -91,7 +130,7 @@ def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
     rows = math.ceil(len(panels) / columns)
     size = (4.6 * columns, 2.5 * rows + 0.2 * len(runs))  # inches of 100 pixels
     figure = Figure(size, dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (title, names) in zip(axes, panels.items(), strict=False):
         panel.set_title(title, fontsize=9)
@@ -100,13 +139,18 @@ def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
         for number, records in enumerate(runs.values()):
             for shade, name in enumerate(names):
                 steps, values = points(records, name)
+                if line:
+                    steps, values = thinned(steps, values)
                 marker = "." if len(steps) == 1 else ""
                 opacity = 1 - 0.75 * shade / max(1, len(names) - 1)
-                panel.plot(steps, values, color=f"C{number}", alpha=opacity, marker=marker)
+                look = {"color": f"C{number}", "alpha": opacity, "marker": marker}
+                panel.plot(steps, values, label=name, **look, **line)
+        if line:
+            panel.legend(fontsize=6, frameon=False)
     for panel in axes[len(panels) :]:
         panel.remove()
-    labels = [f"{name}, step {records[-1]['step']}" for name, records in runs.items()]
+    plain = {name: name.replace("$", r"\$") for name in runs}  # `$` begins a formula
+    labels = [f"{plain[name]}, step {records[-1]['step']}" for name, records in runs.items()]
     colours = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
     figure.legend(colours, labels, loc="outside upper left", fontsize=8)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure

@@ -34,6 +34,7 @@ from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
+from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -56,6 +57,7 @@ def run_training(
         check_weights(run.learner)
         if world.is_main:
             describe(config, run.learner, run.plan, config.run_dir)
+            record_start(config.run_dir, world, run.state.step, run.plan.report())
         return Trainer(
             train,
             config.seed,

@@ -12,7 +12,7 @@ from mmdit.posttrain.dpo_offline import offline_updates
 from mmdit.posttrain.online import online_epoch
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.srpo import srpo_updates
-from mmdit.training.errors import RunError
+from mmdit.training.errors import RunError, record_failure
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.trainer import StopRequest
 
@@ -61,10 +61,12 @@ def post_train(session: Session) -> bool:
             if reason:
                 world.print(f"stopped at update {state.step}: {reason}")
             if broken:
-                raise RunError(
+                error = RunError(
                     f"stopped at update {state.step}: {reason}; what was saved before is whole."
                     " Look at the rewards and at train.lr, and start again from there"
                 )
+                record_failure(session.run_dir, "training", state.step, world.rank, error)
+                raise error
             if asked and not ended:
                 world.print(f"stopped on request at update {state.step}; continue with --resume")
                 return False

@@ -151,9 +151,11 @@ class Trainer:
         far."""
         try:
             yield
-        except StepsSkipped:
+        except StepsSkipped as error:
+            self._record_end(error)
             raise
         except Exception as error:
+            self._record_end(error)
             if self.world.size == 1 and not self.moving and self.state.step > self.saved:
                 try:
                     observe()
@@ -163,6 +165,12 @@ class Trainer:
                     line = f"the steps since {self.saved} could not be saved: {second}"
                 print(f"the training meets an error ({type(error).__name__}): {line}", flush=True)
             raise
+
+    def _record_end(self, error: Exception) -> None:
+        """Note why the training ends, for those who look at its folder; a full memory is noted with
+        the items of its step."""
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            record_failure(self.run_dir, "training", self.state.step, self.world.rank, error)
 
     def _untimed(self, timer: Timer, look: Callable[[TrainState], dict | None] | None) -> dict:
         """Return what `look` makes of the state; its time does not count as training."""

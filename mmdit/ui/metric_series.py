@@ -10,12 +10,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from mmdit.diagnostics.curves import PANELS
+from mmdit.diagnostics.curves import PANELS, thinned
 from mmdit.files import open_regular
 
-POINTS = 400  # of a curve, at most
 NO_CURVES = {"step", "timestamp", "images_seen", "wall_s", "eta_seconds"}
 
 
@@ -72,21 +69,6 @@ class MetricStore:
             except (OSError, ValueError):
                 return Series()
             return series
-
-
-def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Return at most POINTS points of a curve: the least and the greatest of each stretch, so that
-    no peak is lost, and the last."""
-    if len(steps) <= POINTS:
-        return steps, values
-    array = np.asarray(values)
-    edges = np.linspace(0, len(array) - 1, POINTS // 2).astype(int)
-    chosen = {len(array) - 1}
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
-        part = array[first:end]
-        chosen |= {first + int(part.argmin()), first + int(part.argmax())}
-    places = sorted(chosen)
-    return [steps[i] for i in places], [values[i] for i in places]
 
 
 def curves(series: list[Series]) -> list[dict]:

@@ -1,0 +1,75 @@
+"""What a run folder keeps of every start of its training: versions, commit, device, data."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmdit
+from mmdit.files import refuse_link
+from mmdit.training.distributed import World
+
+STARTS = "starts.jsonl"
+
+
+def record_start(run_dir: Path, world: World, step: int, data: str) -> None:
+    """Add a line to starts.jsonl: when and at which step the training starts, and with what.
+    `data`: what it will see, in words."""
+    cuda = world.device.type == "cuda"
+    row = {
+        "time": time.time(),
+        "step": step,
+        "mmdit": mmdit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+        "processes": world.size,
+        "data": data,
+    }
+    with refuse_link(run_dir / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run, in order; none for one of an older version."""
+    rows = []
+    try:
+        lines = (run_dir / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # torn by a kill
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+@lru_cache
+def commit() -> str | None:
+    """Return the git commit of the clone that this package lies in, with `+` behind it where files
+    differ from it; None if it lies in none."""
+    root = Path(mmdit.__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed into a folder of another project
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

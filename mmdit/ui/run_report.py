@@ -1,0 +1,260 @@
+"""One HTML file about a run, to be sent to others: pictures and curves lie inside it, it has no
+script, and it asks for nothing from a network."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import html
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from mmdit.config import ConfigError, decode, differences, encode, shortened
+from mmdit.diagnostics.curves import curves_svg, read_metrics
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.training.checkpoint import complete
+from mmdit.training.metrics import clock
+from mmdit.training.run_start import read_starts
+from mmdit.ui.run_folders import RunFolder, held_locks
+
+MEDIA_BYTES = 5_500_000  # of all pictures and clips; as base64 a third more, and 10 MB in all
+PREVIEWS, SHEET_SIDE = 8, 1400  # steps that are shown; pixels of the longer side of a sheet
+CLIP_SIDE, CLIP_FRAMES = 640, 24
+LONGEST_TEXT = 60_000
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
+h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
+img,svg{max-width:100%;height:auto}td{padding:.15rem .9rem .15rem 0;vertical-align:top}
+pre{background:#f6f6f6;padding:.8rem;overflow:auto;font-size:13px;white-space:pre-wrap}
+img{display:block}.failed{color:#a00}figure{margin:1.2rem 0}figcaption{color:#666}
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+FACTS = {  # name in metrics.jsonl: how it is shown
+    "loss": "loss {:.4g}",
+    "loss_ema_100": "loss, mean of the last 100 steps {:.4g}",
+    "val_loss_ema": "validation loss, averaged weights {:.4g}",
+    "val_loss": "validation loss {:.4g}",
+    "held_out_prompt_accuracy": "held-out prompt accuracy {:.3f}",
+    "samples_per_second": "{:.1f} samples a second",
+    "tflops_share": "{:.0%} of the matmul rate",
+    "memory_gb": "{:.1f} GB at most",
+}
+
+
+@dataclass
+class RunReport:
+    """The page about the run in `folder`, as it is now: still going on, at its end, stopped or
+    failed."""
+
+    folder: Path
+    left: int = field(init=False)  # bytes that pictures may still take
+
+    def __post_init__(self):
+        folder = self.folder.resolve()
+        self.run = RunFolder(folder.parent, folder.name)
+        self.left = MEDIA_BYTES
+        self.records: list[dict] = []
+        self.missing = ""  # why there are no figures
+        try:
+            self.records = read_metrics(folder)
+        except ValueError as error:
+            self.missing = str(error).replace(f"{folder}", folder.name)
+
+    def page(self) -> str:
+        """Return the whole page."""
+        parts = {
+            "Curves": self._curves(),
+            "Samples": self._samples(),
+            "Configuration, where it differs from the defaults": self._difference(),
+            "Data": self._data(),
+            "Starts": self._starts(),
+            "Skipped steps": _block("\n".join(self.run.skipped())),
+            "Configuration": _block(self.run.config_text()),
+        }
+        body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items() if part)
+        name = html.escape(self.run.name)
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+            f"<title>{name}</title><style>{STYLE}</style></head><body>\n"
+            f"<h1>{name}</h1>\n{self._head()}\n{body}\n</body></html>\n"
+        )
+
+    def _head(self) -> str:
+        """Return what has become of the run, and its last figures."""
+        last = self.records[-1] if self.records else {}
+        step, most = last.get("step"), self.run.max_steps()
+        state = self.run.state(step, held_locks())
+        reason = f": {html.escape(state.reason)}" if state.reason else ""
+        lines = [f'<p class="{state.word}"><strong>{state.word}</strong>{reason}</p>']
+        facts = []
+        if step is not None:
+            facts.append(f"step {step:g} of {most or '?'}")
+        for name, text in FACTS.items():
+            if isinstance(last.get(name), int | float):
+                facts.append(text.format(last[name]))
+        if isinstance(last.get("wall_s"), int | float):
+            facts.append(f"{clock(last['wall_s'])} of training")
+        now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+        lines.append(f"<p>{' · '.join([*facts, f'reported {now}'])}</p>")
+        return "\n".join(lines)
+
+    def _curves(self) -> str:
+        if not self.records:
+            return _block(self.missing)
+        try:
+            return curves_svg(self.run.name, self.records)
+        except ValueError as error:
+            return _block(str(error))
+
+    def _samples(self) -> str:
+        """Return the previews of some steps, evenly chosen, the newest first."""
+        listed = self.run.previews()
+        if not listed:
+            return ""
+        places = np.linspace(0, len(listed) - 1, min(PREVIEWS, len(listed))).round().astype(int)
+        chosen = [listed[place] for place in reversed(places)]
+        shown = [_block("\n".join(self.run.prompts()))]
+        for number, preview in enumerate(chosen):
+            folder = self.run.folder / "samples" / preview["folder"]
+            pictures = [self._picture(folder / "grid.png", len(chosen) - number)]
+            if preview["video"]:
+                pictures.append(self._clip(folder / preview["video"], len(chosen) - number))
+            step = f"<figcaption>step {preview['step']}</figcaption>"
+            shown.append(f"<figure>{step}{''.join(pictures)}</figure>")
+        skipped = len(listed) - len(chosen)
+        if skipped:
+            shown.append(f"<p>{skipped} previews between these are left out.</p>")
+        return "\n".join(shown)
+
+    def _picture(self, path: Path, shares: int) -> str:
+        """Return a sheet as an element, within its share of the bytes that are left."""
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                frames = [image.convert("RGB")]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return _block(f"{path.name} cannot be read: {error}")
+        return self._embedded(frames, SHEET_SIDE, shares, "samples")
+
+    def _clip(self, path: Path, shares: int) -> str:
+        """Return a video as an animated picture."""
+        try:
+            frames, seconds = _frames(path)
+        except (OSError, ValueError, ImportError, SyntaxError) as error:
+            return _block(f"{path.name} cannot be read: {error}")
+        duration = round(1000 * seconds / len(frames))
+        return self._embedded(frames, CLIP_SIDE, shares, "clips", duration)
+
+    def _embedded(
+        self, frames: list[Image.Image], side: int, shares: int, title: str, duration: int = 0
+    ) -> str:
+        """Return frames as a WebP inside an element, made smaller until it fits into one of
+        `shares` parts of the bytes that are left."""
+        allowed = self.left // (2 * shares)  # a sheet and a clip
+        while side >= 64:
+            data = _webp(frames, side, duration)
+            if len(data) <= allowed:
+                self.left -= len(data)
+                text = base64.b64encode(data).decode()
+                return f'<img alt="{title}" src="data:image/webp;base64,{text}">'
+            side = side * 3 // 4
+        return _block(f"{title}: too large for a report")
+
+    def _difference(self) -> str:
+        stored = self.run.config()
+        return _block("\n".join(differences(defaults(stored), stored))) if stored else ""
+
+    def _data(self) -> str:
+        starts = read_starts(self.run.folder)
+        return _block(str(starts[-1].get("data", ""))) if starts else ""
+
+    def _starts(self) -> str:
+        """Return versions, commit and device of every start."""
+        rows = [{"step": "step"} | {name: name for name in STARTED}]
+        for start in read_starts(self.run.folder):
+            when = start.get("time")
+            if isinstance(when, int | float):
+                start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
+            rows.append(start)
+        if len(rows) == 1:
+            return self._versions()
+        names = ("step", *STARTED)
+        lines = []
+        for row in rows:
+            cells = [f"<td>{html.escape(str(row.get(name)))}</td>" for name in names]
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        return f"<table>{''.join(lines)}</table>"
+
+    def _versions(self) -> str:
+        """Return what the newest checkpoint says, of a run of an older version."""
+        for folder in reversed(complete(self.run.folder)):
+            try:
+                row = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+                return _block(f"checkpoint of step {row['step']}: {row['versions']}")
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
+                continue
+        return ""
+
+
+STARTED = ("time", "device", "processes", "mmdit", "torch", "python", "commit")
+
+
+def defaults(stored: dict) -> dict:
+    """Return the config that has the defaults of the types that `stored` chooses, as plain data; of
+    all types' defaults where these do not go together without other keys."""
+    name = str(stored.get("experiment_name", "x"))
+    chosen = {
+        section: {"type": value["type"]} if isinstance(value.get("type"), str) else {}
+        for section, value in stored.items()
+        if isinstance(value, dict)
+    }
+    for sections in (chosen, {}):
+        try:
+            return encode(decode(ExperimentConfig, {"experiment_name": name, **sections}))
+        except ConfigError:
+            continue
+    return encode(ExperimentConfig("x"))
+
+
+def _block(text: str) -> str:
+    """Return text as it is, escaped; nothing of an empty one."""
+    text = shortened(text.strip(), LONGEST_TEXT)
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
+
+
+def _frames(path: Path) -> tuple[list[Image.Image], float]:
+    """Return up to CLIP_FRAMES frames of a video or an animated PNG, and how long it plays."""
+    if path.suffix == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 8)
+            frames = [frame.to_image() for frame in container.decode(stream)]
+            seconds = len(frames) / rate
+    else:
+        with Image.open(path, formats=["PNG"]) as image:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+            seconds = len(frames) * image.info.get("duration", 125) / 1000
+    if not frames:
+        raise ValueError("it holds no frame")
+    places = np.linspace(0, len(frames) - 1, min(CLIP_FRAMES, len(frames))).round().astype(int)
+    return [frames[place] for place in places], seconds
+
+
+def _webp(frames: list[Image.Image], side: int, duration: int) -> bytes:
+    """Return frames as WebP, their longer side at most `side`; several as an animation whose frames
+    last `duration` milliseconds."""
+    scale = min(1.0, side / max(frames[0].size))
+    size = tuple(max(1, round(length * scale)) for length in frames[0].size)
+    small = [frame if scale == 1 else frame.resize(size) for frame in frames]
+    data, animation = io.BytesIO(), {}
+    if len(small) > 1:
+        animation = {"save_all": True, "append_images": small[1:], "duration": duration, "loop": 0}
+    small[0].save(data, format="WEBP", quality=80, method=2, **animation)
+    return data.getvalue()

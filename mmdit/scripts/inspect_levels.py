@@ -1,0 +1,56 @@
+"""Show at which noise levels a model needs its captions, beside the levels that its training and
+its sampler visit.
+
+    mmdit inspect-levels --checkpoint runs/mine --train_cache_dir data/cache/mine
+
+Where captions say much, training must come often and the sampler must step finely: set
+`flow_matching.shift`, `logit_std` and `train.sample_shift` so. Latents with more cells, more frames
+or more channels need more noise.
+"""
+
+import torch
+
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.diagnostics.caption_levels import caption_levels, format_levels
+from mmdit.experiment.load import load_pipeline
+from mmdit.scripts import command_parser, friendly, run
+from mmdit.training.pipeline import SampleSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run, checkpoint or export")
+    parser.add_argument("--train_cache_dir", required=True, help="the cache whose items are read")
+    parser.add_argument("--count", type=int, default=64, help="samples that are measured [64]")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the stored config")
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        pipeline, config = load_pipeline(args.checkpoint, args.device, overrides=args.overrides)
+        learner, device = pipeline.learner, pipeline.device
+        if learner.experts or learner.model.conditioning != "none":
+            raise ValueError(
+                f"{args.checkpoint} holds two experts or redraws small clips; only one network that"
+                " draws from captions alone can be measured"
+            )
+        cache = open_cache(args.train_cache_dir)
+        plan = BatchPlan(cache, config.video, args.count, config.seed)
+        (batch,) = LatentBatches(cache, plan, in_memory=False, captions=config.captions).step(0)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=pipeline.precision != "fp32")
+        with autocast:
+            levels = caption_levels(
+                learner,
+                batch.latents.to(device).float(),
+                batch.captions,
+                batch_size=args.batch_size,
+            )
+        sampler = SampleSettings.of(config.train).sampler
+        print(format_levels(learner.objective, levels, batch.latents.shape[1], sampler))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

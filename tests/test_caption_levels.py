@@ -1,0 +1,116 @@
+"""The information that captions hold, measured by errors, against closed forms."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmdit.diagnostics.caption_levels import (
+    Level,
+    caption_levels,
+    format_levels,
+    log_snr_at,
+    peak,
+    shares,
+    time_of,
+)
+from mmdit.diffusion import FlowMatchingConfig, SamplerConfig, build_objective
+from mmdit.diffusion.objective import DDPM, DiffusionConfig
+from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.scripts import cache_moving_shapes, inspect_levels
+
+FLOW = build_objective(
+    "flow_matching",
+    flow_matching=FlowMatchingConfig(time="logit_normal", shift=4.0, logit_std=1.5),
+)
+
+
+def encode(captions: list[str]) -> TextTokens:
+    signs = torch.tensor([1.0 if caption == "plus" else -1.0 for caption in captions])
+    return TextTokens(signs[:, None, None], torch.ones(len(captions), 1, dtype=torch.bool))
+
+
+def two_points(mean: torch.Tensor):
+    """The perfect velocity for samples that are `mean` or `-mean`, as the caption says."""
+
+    def velocity(x, t, text):
+        t = (t / 1000).view(-1, 1, 1, 1, 1)
+        likely = torch.tanh((x * mean).flatten(1).sum(1).view_as(t) * (1 - t) / t**2)
+        stated = text.embeddings[:, 0, 0].view_as(t)
+        sign = torch.where(text.valid.any(1).view_as(t), stated, likely)
+        return (x - sign * mean) / t
+
+    return velocity
+
+
+@pytest.mark.parametrize("size", [4.0, 40.0])
+def test_a_caption_that_tells_two_samples_apart_says_ln_2_where_noise_begins_to_hide_them(size):
+    mean = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    mean *= size / mean.norm()
+    captions = ["plus", "minus"] * 500
+    signs = encode(captions).embeddings.view(-1, 1, 1, 1, 1)
+    learner = SimpleNamespace(
+        model=two_points(mean), text_encoder=encode, objective=FLOW, spec=LatentSpec(4)
+    )
+    levels = caption_levels(learner, signs * mean, captions, batch_size=500)
+    assert sum(level.nats for level in levels) == pytest.approx(math.log(2), rel=0.05)
+    most = peak(levels)
+    assert most.log_snr == pytest.approx(-2 * math.log(size) + 1, abs=1.5)
+    assert all(level.error < 1e-6 * size**2 for level in levels)
+
+
+def test_times_and_log_snrs_are_inverse_and_levels_that_no_training_draws_are_left_out():
+    assert log_snr_at(FLOW, time_of(FLOW, -6.0)) == pytest.approx(-6.0)
+    ddpm = DDPM(DiffusionConfig())
+    t = time_of(ddpm, -6.0)
+    assert t == ddpm.path.snap(t) and log_snr_at(ddpm, t) == pytest.approx(-6.0, abs=0.1)
+    assert log_snr_at(FLOW, 0.0) == math.inf and log_snr_at(FLOW, 1.0) == -math.inf
+    low = build_objective("flow_matching", flow_matching=FlowMatchingConfig(t_max=0.5))
+    learner = SimpleNamespace(
+        model=two_points(torch.ones(1)), text_encoder=encode, objective=low, spec=LatentSpec(1)
+    )
+    levels = caption_levels(learner, torch.ones(2, 1, 1, 1, 1), ["plus"] * 2)
+    assert [level.log_snr for level in levels] == [0.0, 1.0, 2.0]
+
+
+def test_shares_of_training_follow_its_law_and_every_step_of_the_sampler_is_counted():
+    levels = [Level(float(k), 0.5, 0.0, 0.0, 0.0) for k in range(-16, 3)]
+    found = shares(FLOW, levels, 1, SamplerConfig(steps=20, shift=4.0))
+    trained, steps = zip(*found, strict=True)
+    assert sum(trained) == pytest.approx(1) and sum(steps) == 20
+    # log SNR is -2 logit(t): a normal of mean -2 ln 4 and deviation 3
+    normal = torch.distributions.Normal(-2 * math.log(4.0), 2 * 1.5)
+    share = normal.cdf(torch.tensor(-5.5)) - normal.cdf(torch.tensor(-6.5))
+    assert trained[10] == pytest.approx(share.item(), abs=0.01)
+
+
+def test_the_report_names_the_peak_and_what_training_and_sampling_spend_there():
+    nats = [0.0, 0.05, 0.02, 1.0, 3.0, 1.0, 9.0]
+    levels = [
+        Level(float(k), time_of(FLOW, float(k)), 0.1, 0.2, n) for k, n in zip(range(-9, -2), nats)
+    ]
+    assert peak(levels).log_snr == -5.0, "chance at -8, and growth at low noise, are no peaks"
+    text = format_levels(FLOW, levels, 1, SamplerConfig(steps=10, shift=4.0))
+    assert "captions decide most at t = 0.9241" in text and "of its 10 steps" in text
+    silent = [Level(float(k), 0.5, 0.1, 0.1, 0.0) for k in range(3)]
+    assert peak(silent) is None
+    assert "decide nothing" in format_levels(FLOW, silent, 1, SamplerConfig(steps=10))
+
+
+def test_the_command_reads_a_run_and_its_cache(tmp_path, capsys):
+    config = ["--config", "configs/moving_shapes_64_t2i.yaml", "--device", "cpu"]
+    cache_moving_shapes.main([*config, "--count", "8", "--out_dir", str(tmp_path / "cache")])
+    words = [
+        "--checkpoint=assets/moving_shapes_64.safetensors",
+        f"--train_cache_dir={tmp_path / 'cache'}",
+        "--device=cpu",
+        "--count=8",
+        "video.num_frames=1",
+        "video.image_fraction=0",
+    ]
+    assert inspect_levels.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "log SNR" in lines[-21] and "captions decide" in lines[-1]
+    nats = {float(line.split()[0]): float(line.split()[4]) for line in lines[-20:-1]}
+    assert nats[-4.0] > 0.5 > 0.1 > nats[-9.0], "an object of a few cells"

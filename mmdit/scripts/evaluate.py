@@ -24,6 +24,7 @@ from mmdit.diagnostics.feature_distance import (
     sample_in_turn,
 )
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
+from mmdit.diagnostics.results_file import machine, peak_memory
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
 from mmdit.posttrain.prompt_lists import read_prompt_list
@@ -107,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         report |= {
             "settings": asdict(settings),
             "checkpoint": str(args.checkpoint),
+            "parameters": sum(weight.numel() for weight in pipeline.learner.parameters()),
+            "machine": machine(pipeline.device),
+            "memory_gb": peak_memory(pipeline.device),
             "seconds": time.perf_counter() - start,
         }
         if args.out:

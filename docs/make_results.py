@@ -1,0 +1,82 @@
+"""Write the tables between `<!-- results: NAME … -->` and `<!-- end of results -->` in README and
+in docs/ from `results/NAME.json`: `python docs/make_results.py`. A test compares."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from mmdit.diagnostics.results_file import shown_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "results"
+PLACE = re.compile(
+    r"(?P<head><!-- results: (?P<names>[\w ]+) -->\n).*?(?P<end><!-- end of results -->)",
+    re.DOTALL,
+)
+HEAD = """\
+| score | config | training | seen | held-out pairs | left or right | ceiling | control |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def rows(results: dict) -> list[str]:
+    """Return a row of the table for each score."""
+    lines = []
+    for stage, row in results["stages"].items():
+        for name, rates in row["scores"].items():
+            cells = [f"{stage}, {name}", f"`{row['config']}`", training(row)]
+            cells += [shown_rate(rates.get(key)) for key in ("seen", "held_out", "left_right")]
+            cells += [f"{rates[key]['value']:.3f}" for key in ("ceiling", "control")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def training(row: dict) -> str:
+    """Return what the training of a stage cost."""
+    facts, seconds = row["training"], row["seconds"]
+    if not facts:
+        return ""
+    parts = [f"{facts['steps']:,.0f} steps", f"{seconds['training']:.0f} s"]
+    if "memory_gb" in facts:
+        parts.append(f"{facts['memory_gb']:.1f} GB")
+    if "tflops_share" in facts:
+        parts.append(f"{facts['tflops_share']:.0%} of the matmul rate")
+    return ", ".join(parts)
+
+
+def origin(results: dict) -> str:
+    """Return the sentences that say what a table stands on."""
+    machine, seeds = results["machine"], results["seeds"]
+    where = f"{machine['device']}, torch {machine['torch']}" if isinstance(machine, dict) else ""
+    commit = results["commit"] if isinstance(results["commit"], str) else ""
+    words = [f"`{results['command']}`", where or "several machines"]
+    words.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+    words.append(f"{results['seconds']:.0f} s a seed in all")
+    if commit:
+        words.append(f"commit {commit[:10]}")
+    return "; ".join(words)
+
+
+def table(names: list[str], folder: Path = RESULTS) -> str:
+    """Return the table of these results files, and a line for each that says how it was made."""
+    files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    lines = [line for results in files for line in rows(results)]
+    said = "\n".join(f"- {origin(results)}" for results in files)
+    return f"\n{HEAD}" + "\n".join(lines) + f"\n\n{said}\n\n"
+
+
+def renewed(text: str, folder: Path = RESULTS) -> str:
+    """Return a page with its tables made anew."""
+
+    def place(match: re.Match) -> str:
+        return match["head"] + table(match["names"].split(), folder) + match["end"]
+
+    return PLACE.sub(place, text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")

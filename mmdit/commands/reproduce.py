@@ -1,0 +1,289 @@
+"""Run the stages of a recipe, seed by seed, and keep what each command took and reached.
+
+    OUT/cache/<stage>/        latents, shared by the seeds; <stage>.json says how they were made
+    OUT/seed_<k>/<stage>/     runs; OUT/seed_<k>/<stage>-<score>.json the reports of evaluate
+    OUT/seed_<k>.json         the record: what is done, written after every command
+    OUT/results.json          all seeds pooled
+
+Every command is a process of its own, so that none keeps memory for the next. What the record calls
+done is not run again; a training that was stopped goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mmdit
+from mmdit.diagnostics.recipe import Recipe, Stage, cache_identity, short_hash, stage_hash
+from mmdit.diagnostics.results_file import RATES, results, training_facts
+from mmdit.experiment.experiment_config import load_experiment_config
+from mmdit.files import lock, write_atomically
+from mmdit.training import checkpoint
+from mmdit.training.errors import RunError
+
+ROOT = Path(mmdit.__file__).resolve().parents[1]
+
+
+def run_command(words: list[str]) -> None:
+    """Run `mmdit WORDS` and wait. RunError: it failed. A signal that asks this process to stop is
+    passed on, and the command ends as it does alone: a training saves first."""
+    process = subprocess.Popen([sys.executable, "-m", "mmdit", *words])
+
+    def stop(signum, frame):
+        if signum != signal.SIGINT:  # the terminal has sent that one to the command, too
+            process.send_signal(signum)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status:
+        raise RunError(f"`mmdit {shlex.join(words)}` ended with status {status}; see above")
+
+
+def code_hash() -> str:
+    """Return a hash of the source of the package and of the tokenizer's network."""
+    total = hashlib.sha256()
+    files = [path for folder in ("mmdit", "VTP/vtp") for path in (ROOT / folder).rglob("*.py")]
+    for path in sorted(files):
+        total.update(f"{path.relative_to(ROOT)}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """Return the commit of this clone; None where there is no git, or the code has changes."""
+
+    def git(*words: str) -> str | None:
+        try:
+            command = ["git", "-C", str(ROOT), *words]
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", "mmdit", "VTP/vtp", "configs")
+    return git("rev-parse", "HEAD") if changes == "" else None
+
+
+@contextmanager
+def held(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock file. Where another process holds it: wait, or ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process works on {path.with_suffix('')}: wait for it, or choose --out"
+    said = False
+    with path.open("ab") as file:
+        while True:
+            try:
+                lock(file, refusal)
+                break
+            except ValueError:
+                if not wait:
+                    raise
+            if not said:
+                print(f"waiting: another process makes {path.with_suffix('')}", flush=True)
+                said = True
+            time.sleep(1)
+        yield
+
+
+def read_json(path: Path) -> dict | None:
+    """Return the content of a JSON file, None where there is none. ValueError: it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, and its part is made anew"
+        ) from None
+
+
+@dataclass
+class Chain:
+    """The stages of one seed. `execute`: runs the words of one command."""
+
+    recipe: Recipe
+    seed: int
+    out: Path
+    device: str = "auto"
+    execute: Callable[[list[str]], None] = run_command
+    record: dict = field(init=False)
+
+    def __post_init__(self):
+        self.record = read_json(self.path) or {
+            "seed": self.seed,
+            "commit": commit(),
+            "code": code_hash(),
+            "machine": None,
+            "stages": {},
+        }
+
+    @property
+    def path(self) -> Path:
+        return self.out / f"seed_{self.seed}.json"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"seed_{self.seed}"
+
+    def run(self) -> dict:
+        """Run what is not done, and return the record."""
+        with held(self.out / f"seed_{self.seed}.lock", wait=False):
+            for number, stage in enumerate(self.recipe.stages, start=1):
+                self._check(stage)
+                place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}"
+                self._stage(stage, f"{place}: {stage.name}]")
+        return self.record
+
+    def _check(self, stage: Stage) -> None:
+        """Refuse what was done by another recipe or config, or is to be done by other code."""
+        made_by = stage_hash(self.recipe, stage)
+        row = self.record["stages"].setdefault(
+            stage.name, {"made_by": made_by, "seconds": {}, "attempts": 0, "scores": {}}
+        )
+        if row["made_by"] != made_by:
+            raise ValueError(
+                f"{self.path}: {stage.name} was made by {row['made_by']}, and recipe and config are"
+                f" now {made_by}: choose another --out, or remove {self.out}"
+            )
+        if not self._is_done(stage) and self.record["code"] != code_hash():
+            raise ValueError(
+                f"{self.path}: was begun by the code {self.record['code']}, which is now"
+                f" {code_hash()}: choose another --out, or remove {self.out}"
+            )
+
+    def _is_done(self, stage: Stage) -> bool:
+        row = self.record["stages"][stage.name]
+        trained = bool(stage.checkpoint) or "training" in row
+        return trained and all(score.name in row["scores"] for score in stage.scores)
+
+    def _stage(self, stage: Stage, place: str) -> None:
+        row = self.record["stages"][stage.name]
+        if self._is_done(stage):
+            print(f"{place} done", flush=True)
+            return
+        if stage.config and "training" not in row:
+            row["seconds"] |= self._cache(stage, place)
+            self._train(stage, row, place)
+        for score in stage.scores:
+            if score.name in row["scores"]:
+                continue
+            report_path = self.folder / f"{stage.name}-{score.name}.json"
+            words = ["evaluate", "--checkpoint", self._checkpoint(stage)]
+            words += ["--out", str(report_path), "--device", self.device]
+            words += ["--seed", str(self.seed), *shlex.split(score.evaluate)]
+            seconds = self._timed(words, f"{place} scoring {score.name}")
+            report = read_json(report_path)
+            assert report is not None
+            row["seconds"][f"scoring {score.name}"] = seconds
+            rates = {key: report[name] for key, name in RATES.items() if name in report}
+            row["scores"][score.name] = {key: without_details(rates[key]) for key in rates}
+            row["parameters"] = report["parameters"]
+            row["scoring_memory_gb"] = report["memory_gb"]
+            self.record["machine"] = report["machine"]
+            self._write()
+
+    def _checkpoint(self, stage: Stage) -> str:
+        return stage.checkpoint or str(self.folder / stage.name)
+
+    def _cache(self, stage: Stage, place: str) -> dict:
+        """Make the cache unless it is there; return its seconds, which count for the stage that
+        makes it, whichever seed did."""
+        maker = self.recipe.cached_by(stage)
+        folder = self.out / "cache" / maker.name
+        facts_path = folder.with_name(f"{maker.name}.json")
+        made_by = short_hash(cache_identity(maker))
+        with held(folder.with_name(f"{maker.name}.lock"), wait=True):
+            facts = read_json(facts_path)
+            if facts and facts["made_by"] != made_by:
+                raise ValueError(
+                    f"{folder} was made otherwise than {maker.name} asks: choose another --out, or"
+                    f" remove {folder} and {facts_path}"
+                )
+            if not facts:
+                words = [*shlex.split(maker.cache), "--config", maker.config]
+                words += ["--out_dir", str(folder), "--device", self.device]
+                words += [word for word in maker.overrides if not word.startswith("train.")]
+                seconds = self._timed(words, f"{place} caching")
+                facts = {"made_by": made_by, "seconds": seconds}
+                write_atomically(facts_path, json.dumps(facts, indent=1))
+        return {"caching": facts["seconds"]} if stage.cache else {}
+
+    def _train(self, stage: Stage, row: dict, place: str) -> None:
+        cache = self.out / "cache" / self.recipe.cached_by(stage).name
+        overrides = [*stage.overrides, f"experiment_name={stage.name}", f"seed={self.seed}"]
+        overrides += [f"output_dir={self.folder}"]
+        if stage.init_from:
+            overrides += [f"train.init_from={self.folder / stage.init_from}"]
+        config = load_experiment_config(stage.config, overrides)
+        if str(config.train.init_from or "").startswith("runs/"):
+            raise ValueError(
+                f"{stage.name}: {stage.config} starts from {config.train.init_from}; name the stage"
+                " that makes it, as init_from of this stage"
+            )
+        newest = checkpoint.latest(config.run_dir)
+        words = ["train", "--config", stage.config, "--train_cache_dir", str(cache)]
+        words += ["--device", self.device, *(["--resume"] if newest else []), *overrides]
+        row["attempts"] += 1
+        self._write()
+        begin = time.perf_counter()
+        try:
+            if newest is None or checkpoint.step_of(newest) < config.train.max_steps:
+                self._timed(words, f"{place} training")
+        finally:
+            spent = round(time.perf_counter() - begin, 2)
+            row["seconds"]["training"] = row["seconds"].get("training", 0.0) + spent
+            self._write()
+        newest = checkpoint.latest(config.run_dir)
+        step = checkpoint.step_of(newest) if newest else 0
+        if step < config.train.max_steps:
+            raise RunError(
+                f"{stage.name} stopped at step {step} of {config.train.max_steps}; run the same"
+                " command again to go on"
+            )
+        row["training"] = training_facts(config.run_dir)
+        self._write()
+
+    def _timed(self, words: list[str], title: str) -> float:
+        """Run a command; return its seconds."""
+        print(f"\n{title}: mmdit {shlex.join(words)}", flush=True)
+        begin = time.perf_counter()
+        self.execute(words)
+        return round(time.perf_counter() - begin, 2)
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.record, indent=1))
+
+
+def without_details(rate: dict) -> dict:
+    """Return a rate without the attributes in it."""
+    return {key: value for key, value in rate.items() if key not in ("attributes", "chance")}
+
+
+def finished_results(name: str, recipe: Recipe, records: list[dict]) -> dict:
+    """Return the content of a results file. A record that was made where there is no git gets the
+    commit of this clone, if the code is the same to the byte."""
+    now = {"code": code_hash(), "commit": commit()}
+    for record in records:
+        if record["commit"] is None and record["code"] == now["code"]:
+            record["commit"] = now["commit"]
+    return results(name, recipe, records)

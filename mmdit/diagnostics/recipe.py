@@ -1,0 +1,191 @@
+"""A recipe: the stages by which a published figure is made, read from `results/NAME.yaml`.
+
+    title: what is made
+    seeds: [0, 1, 2]
+    stages:
+      - name: pictures
+        config: configs/moving_shapes_t2i_128.yaml
+        cache: cache-moving-shapes --count 30000
+        scores:
+          - {name: pictures 128 px, evaluate: --count 256, at_least: {seen: 0.95}}
+
+A stage makes its cache, trains from it and is scored. A later one may take the cache (`cache_of`)
+and the weights (`init_from`) of an earlier one. A stage with `checkpoint` is only scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mmdit.config import ConfigError, FilePath, apply_overrides, load, parse_yaml
+from mmdit.shipped import find
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Rates that a score must reach; None asks for nothing."""
+
+    seen: float | None = None
+    held_out: float | None = None
+    left_right: float | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            floor = getattr(self, field.name)
+            if floor is not None and not 0 <= floor <= 1:
+                raise ConfigError(field.name, f"is {floor}, must be a rate from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One call of `mmdit evaluate` on the checkpoint of a stage."""
+
+    name: str
+    # Further words of the command, overrides of the stored config last.
+    evaluate: str = ""
+    at_least: Floors = Floors()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training with its cache and its scores, or a `checkpoint` that is only scored."""
+
+    # The name of its run folder.
+    name: str
+    config: FilePath = ""
+    checkpoint: FilePath = ""
+    # The caching command and its words, without --config, --out_dir and --device.
+    cache: str = ""
+    # The earlier stage whose cache this one trains from.
+    cache_of: str = ""
+    # The earlier stage whose weights this one starts from; without, the config says it.
+    init_from: str = ""
+    overrides: tuple[str, ...] = ()
+    scores: tuple[Score, ...] = ()
+
+    def __post_init__(self):
+        if bool(self.config) == bool(self.checkpoint):
+            raise ConfigError("config", "is needed, or a checkpoint in place of it")
+        if self.config and bool(self.cache) == bool(self.cache_of):
+            raise ConfigError("cache", "is needed, or cache_of with an earlier stage")
+        if self.cache and not self.cache.startswith("cache-"):
+            raise ConfigError("cache", f"is {self.cache!r}, must begin with a caching command")
+        if self.checkpoint and (self.cache or self.cache_of or self.init_from or self.overrides):
+            raise ConfigError("checkpoint", "is only scored: remove cache, init_from, overrides")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a figure anew, from nothing."""
+
+    title: str
+    stages: tuple[Stage, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self):
+        check_names("stages", (stage.name for stage in self.stages))
+        if not self.stages:
+            raise ConfigError("stages", "is empty; list at least one")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("seeds", f"is {list(self.seeds)}, must list seeds, each once")
+        trained: list[str] = []
+        for i, stage in enumerate(self.stages):
+            check_names(f"stages[{i}].scores", (score.name for score in stage.scores))
+            for key in ("cache_of", "init_from"):
+                name = getattr(stage, key)
+                if name and name not in trained:
+                    raise ConfigError(
+                        f"stages[{i}].{key}",
+                        f"is {name!r}, must be an earlier stage that trains, of {trained}",
+                    )
+            if stage.config:
+                trained.append(stage.name)
+
+    def cached_by(self, stage: Stage) -> Stage:
+        """Return the stage that makes the cache of `stage`."""
+        while stage.cache_of:
+            stage = next(other for other in self.stages if other.name == stage.cache_of)
+        return stage
+
+
+def check_names(path: str, names: Iterable[str]) -> None:
+    """Raise ConfigError unless the names are different, and names of files."""
+    seen: set[str] = set()
+    for name in names:
+        if not name or Path(name).name != name or name.startswith(".") or name in seen:
+            raise ConfigError(path, f"has the name {name!r} twice, or it is no name of a file")
+        seen.add(name)
+
+
+def read_recipe(folder: str | Path, name: str) -> Recipe:
+    """Read `folder/NAME.yaml`. ValueError: there is none, or it is wrong."""
+    path = Path(folder) / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(recipe_names(folder)) or "none"
+        raise ValueError(f"there is no recipe {path}; in {folder} there are: {known}")
+    return load(Recipe, path)
+
+
+def recipe_names(folder: str | Path) -> list[str]:
+    """Return the names of the recipes in a folder."""
+    return sorted(path.stem for path in Path(folder).glob("*.yaml"))
+
+
+def short_hash(value: object) -> str:
+    """Return a hash of plain data."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def config_hash(stage: Stage) -> str:
+    """Return a hash of what the config of a stage says, its comments and defaults apart, together
+    with the stage; of a checkpoint that is only scored, of its bytes."""
+    if stage.checkpoint:
+        path = find(stage.checkpoint)
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+        return short_hash([content])
+    path = find(stage.config)
+    mapping, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return short_hash([apply_overrides(mapping, list(stage.overrides)), stage.init_from])
+
+
+def stage_hash(recipe: Recipe, stage: Stage) -> str:
+    """Return a hash of all that a stage is made by: its config, its cache, its scores, and the
+    stages before it. What a score must reach does not count."""
+    names = [stage.cache_of, stage.init_from]
+    before = [stage_hash(recipe, other) for other in recipe.stages if other.name in names]
+    scores = [[score.name, score.evaluate] for score in stage.scores]
+    cached = [] if stage.checkpoint else cache_identity(recipe.cached_by(stage))
+    return short_hash([config_hash(stage), cached, scores, before])
+
+
+def cache_identity(stage: Stage) -> list:
+    """Return what the cache that `stage` makes depends on: the command and the sections read."""
+    path = find(stage.config)
+    mapping, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    mapping = apply_overrides(mapping, list(stage.overrides))
+    read = {key: mapping.get(key) for key in ("video", "tokenizer", "bucketing", "preprocess")}
+    return [stage.cache, read]
+
+
+def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
+    """Return the commands of a stage as a person types them, with runs in `runs/`."""
+    lines, checkpoint = [], stage.checkpoint
+    if stage.config:
+        cached, checkpoint = recipe.cached_by(stage), f"runs/{stage.name}"
+        cache = f"data/cache/{cached.name}"
+        if stage.cache:
+            lines.append(f"mmdit {stage.cache} --config {stage.config} --out_dir {cache}")
+        words = [*stage.overrides, f"experiment_name={stage.name}"]
+        if stage.init_from:
+            words.append(f"train.init_from=runs/{stage.init_from}")
+        train = f"mmdit train --config {stage.config} --train_cache_dir {cache}"
+        lines.append(f"{train} {shlex.join(words)}")
+    for score in stage.scores:
+        lines.append(f"mmdit evaluate --checkpoint {checkpoint} {score.evaluate}".strip())
+    return lines

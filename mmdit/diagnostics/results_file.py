@@ -1,0 +1,221 @@
+"""Results files: what the seeds of a recipe reached, pooled, with all that is needed to believe it.
+
+A score has five rates: `seen`, `held_out`, `left_right` (clips), `ceiling` and `control`. Each has
+`{value, low, high, correct, count}` over the prompts of all seeds with its 95 % Wilson interval,
+the value of every seed, and `accept`: from the least to the greatest end of the seeds' intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+import mmdit
+from mmdit.data.moving_shapes import wilson
+from mmdit.diagnostics.recipe import Recipe, Score, config_hash, documented_commands
+
+RATES = {  # the name here: the name in a report of `mmdit evaluate`
+    "seen": "prompt_accuracy",
+    "held_out": "held_out_accuracy",
+    "left_right": "left_right",
+    "ceiling": "tokenizer_ceiling",
+    "control": "control",
+}
+COMPARED = ("seen", "held_out", "left_right")
+
+
+def machine(device: torch.device) -> dict:
+    """Return what a measurement on `device` stands on: the card, and versions."""
+    cuda = device.type == "cuda"
+    cores = f"CPU, threads: {torch.get_num_threads()}"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else cores,
+        "torch": torch.__version__,
+        "mmdit": mmdit.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most memory of a GPU that tensors of this process took, in GB; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+
+
+def pooled(rates: list[dict]) -> dict:
+    """Return one rate over the prompts of all seeds."""
+    correct = sum(rate["correct"] for rate in rates)
+    count = sum(rate["count"] for rate in rates)
+    low, high = wilson(correct, count)
+    values = [rate["value"] for rate in rates if rate["count"]]
+    if not values:
+        return {"value": None, "low": low, "high": high, "correct": 0, "count": 0}
+    result = {
+        "value": correct / count,
+        "low": low,
+        "high": high,
+        "correct": correct,
+        "count": count,
+        "per_seed": values,
+        "spread": max(values) - min(values),
+        "accept": [min(rate["low"] for rate in rates), max(rate["high"] for rate in rates)],
+    }
+    if "opposite" in rates[0]:
+        result["opposite"] = pooled([rate["opposite"] for rate in rates])["value"]
+    return result
+
+
+def pooled_score(reports: list[dict]) -> dict:
+    """Return the rates of a score over the prompts of all seeds, by name."""
+    rates = {}
+    for key in RATES:
+        if key in reports[0]:
+            rates[key] = pooled([report[key] for report in reports])
+    return rates
+
+
+def mean_of(rows: list[dict]) -> dict:
+    """Return the means of the numbers in `rows` by key; a number that a row lacks is left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    means = {}
+    for name in names:
+        values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        if values:
+            means[name] = round(statistics.fmean(values), 4)
+    return means
+
+
+def training_facts(run_dir: Path) -> dict:
+    """Read from the metrics of a run what its training cost. `first_steps_extra_seconds`: what the
+    first report took beyond the pace of the later ones, which is compiling and the like; None where
+    there are fewer than three reports."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    last, later = rows[-1], rows[1:] or rows
+    facts = {
+        "steps": last["step"],
+        "samples": last["images_seen"],
+        "loop_seconds": round(last["wall_s"], 2),
+        "loss": last["loss"],
+    }
+    if len(rows) > 2:
+        paces = [
+            (row["wall_s"] - before["wall_s"]) / (row["step"] - before["step"])
+            for before, row in zip(rows, later)
+        ]
+        pace = statistics.median(paces)
+        facts["first_steps_extra_seconds"] = round(rows[0]["wall_s"] - rows[0]["step"] * pace, 2)
+        facts["step_seconds"] = round(pace, 5)
+    for name in ("samples_per_second", "tflops", "tflops_share", "data_wait"):
+        values = [row[name] for row in later if row.get(name) is not None]
+        if values:
+            facts[name] = round(statistics.median(values), 4)
+    peaks = [row["memory_gb"] for row in rows if "memory_gb" in row]
+    return facts | ({"memory_gb": round(max(peaks), 2)} if peaks else {})
+
+
+def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
+    """Return what a results file holds, from the finished records of the seeds."""
+    stages = {}
+    for stage in recipe.stages:
+        rows = [record["stages"][stage.name] for record in records]
+        scores = {}
+        for score in stage.scores:
+            scores[score.name] = pooled_score([row["scores"][score.name] for row in rows])
+        stages[stage.name] = {
+            "config": stage.config or stage.checkpoint,
+            "config_hash": config_hash(stage),
+            "commands": documented_commands(recipe, stage),
+            "parameters": one_of(row.get("parameters") for row in rows),
+            "scoring_memory_gb": one_of(row.get("scoring_memory_gb") for row in rows),
+            "attempts": [row["attempts"] for row in rows],
+            "seconds": mean_of([row["seconds"] for row in rows]),
+            "training": mean_of([row["training"] for row in rows if "training" in row]),
+            "scores": scores,
+        }
+    return {
+        "name": name,
+        "title": recipe.title,
+        "command": f"mmdit reproduce {name}",
+        "seeds": [record["seed"] for record in records],
+        "seconds": round(statistics.fmean(seconds_of(record) for record in records), 1),
+        "machine": one_of(record["machine"] for record in records),
+        "commit": one_of(record["commit"] for record in records),
+        "code": one_of(record["code"] for record in records),
+        "stages": stages,
+    }
+
+
+def one_of(values) -> object:
+    """Return the value that all seeds share, or the list of all different ones."""
+    different: list = []
+    for value in values:
+        if value not in different:
+            different.append(value)
+    return different[0] if len(different) == 1 else different
+
+
+def seconds_of(record: dict) -> float:
+    """Return the seconds of all commands of a seed, with the caches that it trained from."""
+    return sum(sum(stage["seconds"].values()) for stage in record["stages"].values())
+
+
+def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[str], bool]:
+    """Return a line for each rate of `new`, and whether all hold: they reach their floors, and lie
+    inside the interval that `published` accepts, or their own interval overlaps it."""
+    lines, holds = [], True
+    for stage in recipe.stages:
+        for score in stage.scores:
+            rates = new["stages"][stage.name]["scores"][score.name]
+            known = _published_rates(published, stage.name, score)
+            for key in COMPARED:
+                if key not in rates or rates[key]["value"] is None:
+                    continue
+                verdicts = [_beside_floor(rates[key]["value"], getattr(score.at_least, key))]
+                verdicts.append(_beside_published(rates[key], known.get(key)))
+                said = ", ".join(text for text, _ in verdicts if text)
+                holds = holds and all(good for _, good in verdicts)
+                title = f"{stage.name} · {score.name} · {key}"
+                lines.append(f"{title:48} {shown_rate(rates[key])}  {said}".rstrip())
+    return lines, holds
+
+
+def _published_rates(published: dict | None, stage: str, score: Score) -> dict:
+    stages = published["stages"] if published else {}
+    return stages.get(stage, {}).get("scores", {}).get(score.name, {})
+
+
+def _beside_floor(value: float, floor: float | None) -> tuple[str, bool]:
+    if floor is None:
+        return "", True
+    if value >= floor:
+        return f"reaches {floor:.3f}", True
+    return f"IS BELOW {floor:.3f}", False
+
+
+def _beside_published(rate: dict, known: dict | None) -> tuple[str, bool]:
+    if known is None or known.get("accept") is None:
+        return "nothing published to compare with", True
+    low, high = known["accept"]
+    where = f"[{low:.3f}, {high:.3f}] of the published {known['value']:.3f}"
+    if low <= rate["value"] <= high:
+        return f"inside {where}", True
+    if rate["low"] <= high and rate["high"] >= low:
+        return f"its interval overlaps {where}", True
+    return f"OUTSIDE {where}", False
+
+
+def shown_rate(rate: dict | None) -> str:
+    """Return a rate with its interval, and of several seeds the least and the greatest."""
+    if rate is None or rate["value"] is None:
+        return ""
+    text = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+    seeds = rate.get("per_seed", [])
+    if len(seeds) > 1:
+        text += f", seeds {min(seeds):.3f} … {max(seeds):.3f}"
+    return text

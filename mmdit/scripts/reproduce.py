@@ -1,0 +1,77 @@
+"""Make a published figure anew, from nothing, and say whether it lies inside its interval.
+
+    mmdit reproduce --list
+    mmdit reproduce moving_shapes_t2i_128 [--seeds 0 1 2] [--device cuda:1]
+    mmdit reproduce road --record
+
+The recipe is results/NAME.yaml: it names the stages, their configs, seeds and scores. What was done
+is kept in --out and not done again, so that a stopped command goes on when it is given once more.
+Seeds may run side by side, each in a command of its own with the same --out; the last command, with
+all seeds, only pools. --record writes results/NAME.json, from which the tables of the documents are
+made (docs/reproducing.md). The exit status is 1 if a score is outside its interval.
+"""
+
+import json
+from pathlib import Path
+
+from mmdit.diagnostics.recipe import config_hash, read_recipe, recipe_names
+from mmdit.diagnostics.results_file import comparison
+from mmdit.files import write_atomically
+from mmdit.scripts import command_parser, friendly, run
+from mmdit.training.metrics import clock
+
+
+def overview(folder: Path) -> str:
+    """Return a line for each recipe: its title, and the seconds that it took."""
+    rows = []
+    for name in recipe_names(folder):
+        recipe, path = read_recipe(folder, name), folder / f"{name}.json"
+        text = "not measured yet"
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            device = known["machine"]["device"] if isinstance(known["machine"], dict) else "several"
+            text = f"{clock(known['seconds'])} a seed on {device}"
+            hashes = {stage: row["config_hash"] for stage, row in known["stages"].items()}
+            if hashes != {stage.name: config_hash(stage) for stage in recipe.stages}:
+                text += "; the recipe or a config has changed since"
+        sizes = f"stages: {len(recipe.stages)}, seeds: {len(recipe.seeds)}"
+        rows.append(f"{name:24} {recipe.title} ({sizes}; {text})")
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument("name", nargs="?", help="of a recipe: results/NAME.yaml")
+    parser.add_argument(
+        "--list", action="store_true", help="say what there is, and the time needed"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the recipe")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
+    parser.add_argument("--record", action="store_true", help="write results/NAME.json")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder of recipes and results"
+    )
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        if args.list or not args.name:
+            print(overview(args.results))
+            return 0
+        from mmdit.commands.reproduce import Chain, finished_results, read_json
+
+        recipe = read_recipe(args.results, args.name)
+        out = args.out or Path("runs/reproduce") / args.name
+        seeds = args.seeds or recipe.seeds
+        records = [Chain(recipe, seed, out, args.device).run() for seed in seeds]
+        new = finished_results(args.name, recipe, records)
+        path = args.results / f"{args.name}.json"
+        lines, holds = comparison(new, read_json(path), recipe)
+        for place in (out / "results.json", *([path] if args.record else [])):
+            write_atomically(place, json.dumps(new, indent=1) + "\n")
+            print(f"written: {place}")
+        print("\n".join(lines))
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,300 @@
+"""Recipes run stage by stage and are not run twice; results files pool their seeds; the tables of
+the documents are what the files say."""
+
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmdit.__main__ import commands
+from mmdit.commands.reproduce import Chain, code_hash, finished_results
+from mmdit.config import ConfigError, decode
+from mmdit.data.moving_shapes import wilson
+from mmdit.diagnostics.recipe import Recipe, read_recipe, recipe_names, stage_hash
+from mmdit.diagnostics.results_file import comparison, pooled, training_facts
+from mmdit.experiment.experiment_config import load_experiment_config
+from mmdit.scripts import evaluate, reproduce
+from mmdit.training.errors import RunError
+from tests.helpers.tiny import CONFIG, refused
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = recipe_names(ROOT / "results")
+
+
+def rate(correct: int, count: int) -> dict:
+    low, high = wilson(correct, count)
+    return {
+        "value": correct / count,
+        "low": low,
+        "high": high,
+        "correct": correct,
+        "count": count,
+    }
+
+
+# ── recipes ──
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_names_configs_stages_and_words_that_exist(name):
+    recipe = read_recipe(ROOT / "results", name)
+    for stage in recipe.stages:
+        for score in stage.scores:
+            with pytest.raises(SystemExit) as end:
+                evaluate.main([*shlex.split(score.evaluate), "--checkpoint", "none", "--help"])
+            assert end.value.code == 0
+        if stage.checkpoint:
+            assert (ROOT / stage.checkpoint).is_file()
+            continue
+        config = load_experiment_config(ROOT / stage.config, stage.overrides)
+        if str(config.train.init_from).startswith("runs/"):
+            before = next(other for other in recipe.stages if other.name == stage.init_from)
+            start = load_experiment_config(ROOT / before.config, before.overrides)
+            assert str(start.run_dir) == config.train.init_from
+        assert recipe.cached_by(stage).cache.split()[0] in commands()
+
+
+def recipe_of(*stages: dict) -> Recipe:
+    return decode(Recipe, {"title": "t", "stages": list(stages), "seeds": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([{"name": "a", "config": "x", "cache": "rm -r"}], "must begin with a caching command"),
+        ([{"name": "a", "config": "x"}], "cache"),
+        ([{"name": "a"}], "config"),
+        ([{"name": "../a", "checkpoint": "x"}], "no name of a file"),
+        ([{"name": "a", "checkpoint": "x"}] * 2, "twice"),
+        ([{"name": "a", "config": "x", "cache_of": "b"}], "must be an earlier stage that trains"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused(stages, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(*stages)
+
+
+# ── a chain ──
+class Commands:
+    """Runs the commands in this process, and keeps their words; `limits` stop a training early."""
+
+    def __init__(self, limits: dict[str, int] | None = None):
+        self.calls, self.limits = [], limits or {}
+
+    def __call__(self, words):
+        name, *rest = words
+        self.calls.append(words)
+        for stage, step in self.limits.items():
+            if name == "train" and f"experiment_name={stage}" in rest:
+                rest.append(f"train.max_steps={step}")
+        assert importlib.import_module(f"mmdit.scripts.{commands()[name]}").main(rest) == 0
+
+    @property
+    def names(self) -> list[str]:
+        return [words[0] for words in self.calls]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A recipe of two stages, run with two seeds; a training of the first was stopped once."""
+    folder = tmp_path_factory.mktemp("chain")
+    config = folder / "tiny.yaml"
+    config.write_text(CONFIG.format(folder=folder))
+    score = {"name": "s", "evaluate": "--count 2 --steps 1"}
+    first = {"name": "a", "config": str(config), "cache": "cache-moving-shapes --count 8"}
+    second = {"name": "b", "config": str(config), "cache_of": "a", "init_from": "a"}
+    recipe = recipe_of(
+        first | {"scores": [score], "overrides": ["train.batch_size=2"]},
+        second | {"scores": [score]},
+    )
+    out, stopped = folder / "out", Commands({"b": 2})
+    with pytest.raises(RunError, match="b stopped at step 2 of 3"):
+        Chain(recipe, 0, out, "cpu", stopped).run()
+    resumed = Commands()
+    records = [Chain(recipe, seed, out, "cpu", resumed).run() for seed in (0, 1)]
+    return recipe, out, stopped, resumed, records
+
+
+def test_stages_that_are_done_are_not_run_again_and_a_stopped_training_goes_on(chain):
+    recipe, out, stopped, resumed, records = chain
+    assert stopped.names == ["cache-moving-shapes", "train", "evaluate", "train"]
+    assert resumed.names == ["train", "evaluate", "train", "evaluate", "train", "evaluate"]
+    assert "--resume" in resumed.calls[0] and "--resume" not in resumed.calls[2]
+    assert records[0]["stages"]["b"]["attempts"] == 2
+    nothing = Commands()
+    assert Chain(recipe, 0, out, "cpu", nothing).run() == records[0] and not nothing.calls
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before_and_of_the_same_seed(chain, capsys):
+    _, out, _, resumed, records = chain
+    words = resumed.calls[4]
+    assert f"train.init_from={out}/seed_1/a" in words and "seed=1" in words
+    assert records[0]["stages"]["a"]["training"] != records[1]["stages"]["a"]["training"]
+    assert "caching" in records[1]["stages"]["a"]["seconds"], "whichever seed made the cache"
+    assert "caching" not in records[1]["stages"]["b"]["seconds"]
+
+
+def test_results_hold_what_is_needed_to_believe_them(chain):
+    recipe, _, _, _, records = chain
+    made = finished_results("tiny", recipe, records)
+    assert made["seeds"] == [0, 1] and made["code"] == code_hash()
+    assert {"device", "torch"} <= made["machine"].keys() and made["seconds"] > 0
+    row = made["stages"]["b"]
+    assert row["training"]["steps"] == 3 and row["seconds"].keys() == {"training", "scoring s"}
+    assert row["scores"]["s"].keys() == {"seen", "held_out", "ceiling", "control"}
+    assert row["scores"]["s"]["seen"]["count"] == 4 and row["config_hash"]
+    assert json.loads(json.dumps(made)) == made
+
+
+def test_another_recipe_config_or_code_does_not_continue_what_was_begun(chain, monkeypatch):
+    recipe, out, _, _, _ = chain
+    changed = decode(Recipe, json.loads(json.dumps(plain(recipe)).replace("size=2", "size=1")))
+    with pytest.raises(ValueError, match="a was made by .* choose another --out"):
+        Chain(changed, 0, out, "cpu", Commands()).run()
+    record = json.loads((out / "seed_0.json").read_text())
+    del record["stages"]["b"]["scores"]["s"]
+    (out / "seed_2.json").write_text(json.dumps(record | {"code": "other"}))
+    with pytest.raises(ValueError, match="was begun by the code other"):
+        Chain(recipe, 2, out, "cpu", Commands()).run()
+
+
+def plain(recipe: Recipe) -> dict:
+    from mmdit.config import encode
+
+    return encode(recipe)
+
+
+def test_a_hash_follows_settings_and_not_comments(tmp_path):
+    path = tmp_path / "c.yaml"
+    recipe = recipe_of({"name": "a", "config": str(path), "cache": "cache-moving-shapes"})
+    hashes = []
+    for text in ("# x\nseed: 1\n", "# y\nseed: 1 # z\n", "seed: 2\n"):
+        path.write_text(text)
+        hashes.append(stage_hash(recipe, recipe.stages[0]))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+# ── results ──
+def test_seeds_are_pooled_over_their_prompts():
+    made = pooled([rate(90, 100), rate(50, 100)])
+    low, high = wilson(140, 200)
+    assert (made["value"], made["low"], made["high"]) == (0.7, low, high)
+    assert made["per_seed"] == [0.9, 0.5] and made["spread"] == pytest.approx(0.4)
+    assert made["accept"] == [wilson(50, 100)[0], wilson(90, 100)[1]]
+
+
+@pytest.mark.parametrize(
+    "correct, floor, said, holds",
+    [
+        (93, None, "inside", True),
+        (83, None, "its interval overlaps", True),
+        (60, None, "OUTSIDE", False),
+        (93, 0.95, "IS BELOW 0.950", False),
+        (97, 0.95, "reaches 0.950", True),
+    ],
+)
+def test_a_new_score_is_compared_with_the_published_one(correct, floor, said, holds):
+    score = {"name": "s", "at_least": {"seen": floor}}
+    recipe = recipe_of({"name": "a", "checkpoint": "x", "scores": [score]})
+
+    def file(number: int) -> dict:
+        return {"stages": {"a": {"scores": {"s": {"seen": pooled([rate(number, 100)])}}}}}
+
+    lines, holding = comparison(file(correct), file(94), recipe)
+    assert said in lines[0] and holding == holds
+    assert comparison(file(97), None, recipe)[1]
+
+
+def test_what_compiling_took_is_what_the_first_steps_took_beyond_the_pace(tmp_path):
+    rows = [(10, 30.0), (20, 32.0), (25, 33.0), (35, 35.0)]
+    lines = []
+    for step, wall in rows:
+        row = {"step": step, "wall_s": wall, "images_seen": 8 * step, "loss": 1.0}
+        lines.append(json.dumps(row | {"samples_per_second": 40.0, "memory_gb": step}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    facts = training_facts(tmp_path)
+    assert facts["first_steps_extra_seconds"] == 28.0 and facts["step_seconds"] == 0.2
+    assert facts["memory_gb"] == 35 and facts["loop_seconds"] == 35
+
+
+# ── documents ──
+@pytest.fixture(scope="module")
+def make():
+    path = ROOT / "docs/make_results.py"
+    spec = importlib.util.spec_from_file_location("make_results", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_what_the_results_files_say(make):
+    text = "".join(page.read_text(encoding="utf-8") for page in make.PAGES)
+    assert make.renewed(text) == text, "run python docs/make_results.py"
+
+
+def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
+    recipe, _, _, _, records = chain
+    made = finished_results("tiny", recipe, records)
+    made["stages"]["a"]["scores"]["s"]["seen"] = pooled([rate(9, 10), rate(8, 10)])
+    (tmp_path / "tiny.json").write_text(json.dumps(made))
+    page = "x\n<!-- results: tiny -->\nold\n<!-- end of results -->\ny\n"
+    new = make.renewed(page, tmp_path)
+    assert "old" not in new and new.endswith("<!-- end of results -->\ny\n")
+    low, high = wilson(17, 20)
+    assert f"| 0.850 [{low:.3f}, {high:.3f}], seeds 0.800 … 0.900 |" in new
+    assert "`mmdit reproduce tiny`" in new and "2 seeds" in new
+    assert make.renewed(new, tmp_path) == new
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_a_results_file_has_its_recipe_and_is_complete(path):
+    made, recipe = json.loads(path.read_text()), read_recipe(path.parent, path.stem)
+    assert set(made["stages"]) <= {stage.name for stage in recipe.stages}
+    assert made["commit"] and made["code"] and made["seeds"] and made["machine"]
+
+
+# ── the command ──
+def test_the_list_says_what_there_is_and_an_unknown_name_is_refused(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert reproduce.main(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in NAMES) and {"smoke", "road"} <= set(NAMES)
+    refused(capsys, reproduce.main, ["none"], "there is no recipe", "road")
+
+
+def start(out: Path, *words: str) -> subprocess.Popen:
+    path = f"{ROOT / 'VTP'}{os.pathsep}{ROOT}"
+    command = [sys.executable, "-m", "mmdit", "reproduce", "smoke", "--device", "cpu"]
+    return subprocess.Popen(
+        [*command, "--out", str(out), *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_runs_whole_and_is_stopped_and_continued(tmp_path):
+    first = start(tmp_path)
+    while not (tmp_path / "seed_0" / "smoke_pictures" / "metrics.jsonl").exists():
+        time.sleep(0.2)
+        assert first.poll() is None, first.stdout.read()
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 130
+    second = start(tmp_path)
+    said = second.communicate()[0]
+    assert second.returncode in (0, 1), said
+    made = json.loads((tmp_path / "results.json").read_text())
+    assert list(made["stages"]) == ["smoke_pictures", "smoke_clips"]
+    assert "left_right" in made["stages"]["smoke_clips"]["scores"]["clips"]
+    third = start(tmp_path)
+    assert third.communicate()[0].count(" done") == 2
+    assert "stage 1/2: smoke_pictures] caching" not in said

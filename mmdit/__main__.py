@@ -11,7 +11,12 @@ from pathlib import Path
 from mmdit.scripts import run
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
-HELPERS = ("__init__", "arguments", "prompts")  # modules of the folder that are no commands
+HELPERS = (
+    "__init__",
+    "arguments",
+    "parsers",
+    "prompts",
+)  # modules of the folder that are no commands
 SHORT = {
     "train_t2v": "train",
     "cache_vtp_images": "cache-images",

@@ -6,10 +6,9 @@ import re
 import pytest
 
 pytest.importorskip("starlette")
-from starlette.testclient import TestClient
-
 from mmdit.ui.access import COOKIE, Guard, check_token, guard_for
-from mmdit.ui.server import Settings, build_app
+from tests.helpers.browser import browser as client
+from tests.helpers.browser import secret_of
 
 TOKEN = "a token of many letters"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
@@ -31,11 +30,6 @@ def runs(tmp_path):
     (tmp_path / "runs" / HOSTILE.replace("/", "") / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "secret.png").write_bytes(b"secret")
     return tmp_path / "runs"
-
-
-def client(runs, token="", names=(), base="http://127.0.0.1:7861"):
-    app = build_app(Settings(runs, guard_for(token, names)))
-    return TestClient(app, base_url=base, follow_redirects=False)
 
 
 def signed_in(runs):
@@ -98,7 +92,7 @@ def test_the_right_token_gives_a_cookie_that_holds_it_from_nobody(runs):
 
 def test_signing_out_forgets_the_cookie(runs):
     browser = signed_in(runs)
-    secret = re.search(r'name="form_secret" value="([^"]+)"', browser.get("/").text)[1]
+    secret = secret_of(browser.get("/").text)
     browser.post("/sign-out", data={"form_secret": secret})
     assert browser.get("/").status_code == 303
 
@@ -136,7 +130,7 @@ def test_with_a_token_digits_and_given_names_are_known():
 @pytest.mark.parametrize("path", ["/sign-in", "/sign-out"])
 def test_a_form_of_another_site_is_refused(runs, headers, path):
     browser = signed_in(runs)
-    secret = re.search(r'name="form_secret" value="([^"]+)"', browser.get("/").text)[1]
+    secret = secret_of(browser.get("/").text)
     fields = {"token": TOKEN, "form_secret": secret}
     assert browser.post(path, data=fields, headers=headers).status_code == 403
     assert browser.post(path, data=fields, headers={"origin": "http://127.0.0.1:7861"}).is_redirect

@@ -7,13 +7,10 @@ import time
 import pytest
 
 pytest.importorskip("starlette")
-from starlette.testclient import TestClient
-
 from mmdit.diagnostics.curves import POINTS, thinned
-from mmdit.ui.access import guard_for
 from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import RunFolder, find_runs, held_locks
-from mmdit.ui.server import Settings, build_app
+from tests.helpers.browser import browser as client
 
 
 def make_run(runs, name, steps=(1, 2, 3), max_steps=10, **more):
@@ -25,11 +22,6 @@ def make_run(runs, name, steps=(1, 2, 3), max_steps=10, **more):
     lines = [json.dumps({"step": step, "loss_ema_100": 1 / step}) for step in steps]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     return folder
-
-
-def client(runs):
-    app = build_app(Settings(runs, guard_for("", ())))
-    return TestClient(app, base_url="http://127.0.0.1")
 
 
 def fail(folder, step, what="memory"):

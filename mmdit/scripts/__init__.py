@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from mmdit import terminal
+from mmdit.scripts.parsers import CommandParser
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -22,9 +23,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help begins with the docstring of a command, as it is."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return CommandParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def config_parser(

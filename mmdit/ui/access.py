@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "mmdit_ui"
 SIGN_IN = "/sign-in"
+DATA = ("/api/", "/files/", "/job-files/")  # what is no page
 FORM_TYPE = "application/x-www-form-urlencoded"
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 1 << 20, 5000
 LEAST_TOKEN = 16
@@ -170,7 +171,7 @@ class Access:
         if path == SIGN_IN:
             return await self._read_form(request) if changes else None
         if not path.startswith("/static/") and not guard.is_signed_in(request):
-            if changes or path.startswith(("/api/", "/files/")):
+            if changes or path.startswith(DATA):
                 return PlainTextResponse("Sign in first: the token is missing or wrong.\n", 401)
             return RedirectResponse(SIGN_IN, 303)
         if not changes:

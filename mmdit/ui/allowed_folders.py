@@ -13,7 +13,7 @@ from typing import Any
 from mmdit.config import FilePath, parse_yaml
 from mmdit.experiment.config_keys import options, sections
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.shipped import shipped_path
+from mmdit.shipped import find, shipped_path
 
 
 class AllowedFolders:
@@ -30,7 +30,8 @@ class AllowedFolders:
         real = path.resolve()
         if any(real.is_relative_to(folder) for folder in self.folders):
             return path
-        if not path.exists() and ".." not in path.parts and shipped_path(path):
+        shipped = shipped_path(path)
+        if shipped and ".." not in path.parts and find(path).resolve() == shipped.resolve():
             return path
         allowed = ", ".join(map(str, self.folders))
         raise ValueError(

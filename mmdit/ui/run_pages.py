@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mmdit.ui.job_files import JobState
 from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import (
     RunFolder,
@@ -38,15 +39,15 @@ def send_picture(path: Path) -> Response | None:
 
 
 class RunPages:
-    """`job_of` returns what a job of this server says of the run in a folder, if there is one."""
+    """`jobs` returns the newest job of each run folder, and what has become of it."""
 
     def __init__(
         self,
         runs: Path,
         templates: Templates,
-        job_of: Callable[[Path], tuple[str, RunState] | None],
+        jobs: Callable[[], dict[Path, tuple[str, JobState]]],
     ):
-        self.runs, self.templates, self.job_of = runs, templates, job_of
+        self.runs, self.templates, self.jobs = runs, templates, jobs
         self.store = MetricStore()
 
     def routes(self) -> list[BaseRoute]:
@@ -60,13 +61,20 @@ class RunPages:
             Route("/files/{name:path}", self.file),
         ]
 
-    def _row(self, run: RunFolder, held: set[int] | None) -> dict:
+    def _rows(self, runs: list[RunFolder]) -> list[dict]:
+        held, jobs = held_locks(), self.jobs()
+        return [self._row(run, held, jobs.get(run.folder)) for run in runs]
+
+    def _row(self, run: RunFolder, held: set[int] | None, job: tuple[str, JobState] | None) -> dict:
         last = self.store.read(run.folder).last
         step = last.get("step")
-        job = self.job_of(run.folder)
-        state = run.state(step, held)
+        state: RunState | JobState = run.state(step, held)
         # its job knows how a process ended; of a run that goes on its own files know more
-        if job and state.word != "running" and job[1].word in ("failed", "running", "queued"):
+        if (
+            job
+            and state.word != "running"
+            and job[1].word in ("failed", "running", "queued", "stopping")
+        ):
             state = job[1]
         return {
             "name": run.name,
@@ -80,8 +88,7 @@ class RunPages:
 
     def overview(self, request: Request) -> Response:
         """Show every run with its state."""
-        held = held_locks()
-        rows = [self._row(run, held) for run in find_runs(self.runs)]
+        rows = self._rows(find_runs(self.runs))
         return self.templates.page(
             request, "runs.html", rows=rows, folder=str(self.runs), titles=list(FIGURES)
         )
@@ -98,7 +105,7 @@ class RunPages:
         return self.templates.page(
             request,
             "run.html",
-            row=self._row(run, held_locks()),
+            row=self._rows([run])[0],
             previews=run.previews(),
             prompts=run.prompts(),
             config=run.config_text(),
@@ -148,8 +155,9 @@ class RunPages:
             runs = self._chosen(request)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404)
-        held = held_locks()
-        rows = [self._row(run, held) | {"previews": run.previews()} for run in runs]
+        rows = self._rows(runs)
+        for row, run in zip(rows, runs, strict=True):
+            row["previews"] = run.previews()
         return JSONResponse(rows)
 
     def file(self, request: Request) -> Response:

@@ -15,6 +15,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mmdit.ui.access import COOKIE, SIGN_IN, Access, Guard, sign_in
+from mmdit.ui.job_pages import JobPages
+from mmdit.ui.job_requests import Workplace
+from mmdit.ui.playground import Playground
 from mmdit.ui.run_pages import RunPages
 from mmdit.ui.templating import Templates
 
@@ -23,17 +26,25 @@ STATIC = Path(__file__).parent / "static"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server was started with. `runs`: the folder of the runs."""
+    """What a server was started with. `runs`: the folder of the runs; `reports`: the commands that
+    are offered on the page about data."""
 
     runs: Path
     guard: Guard
+    place: Workplace
+    reports: tuple[str, ...] = ()
 
 
 def build_app(settings: Settings) -> ASGIApp:
     """Return the application of a server."""
     guard = settings.guard
     templates = Templates(guard)
-    run_pages = RunPages(settings.runs, templates, lambda folder: None)
+    place, runs = settings.place, settings.runs
+    rooms = (
+        RunPages(runs, templates, place.store.by_run),
+        JobPages(place, templates, runs, settings.reports),
+        Playground(place, templates, runs),
+    )
 
     async def show_sign_in(request: Request) -> Response:
         if request.method == "POST":
@@ -55,7 +66,7 @@ def build_app(settings: Settings) -> ASGIApp:
         routes=[
             Route(SIGN_IN, show_sign_in, methods=["GET", "POST"]),
             Route("/sign-out", sign_out, methods=["POST"]),
-            *run_pages.routes(),
+            *(route for room in rooms for route in room.routes()),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         exception_handlers={404: missing},

@@ -6,7 +6,7 @@
   const runs = JSON.parse(host.dataset.runs);
   const colours = ["#2457a6", "#c2410c", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#a16207", "#4b5563"];
   const SVG = "http://www.w3.org/2000/svg";
-  const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [460, 230, 58, 10, 10, 22];
+  const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [460, 230, 58, 26, 10, 22];
   const panels = new Map();
 
   function element(name, attributes, parent, text) {

@@ -1,0 +1,32 @@
+"""Parsers of command lines that can be looked at: forms are made from them."""
+
+import argparse
+from collections.abc import Callable
+
+
+class ParserShown(Exception):
+    """Carries the parser of a command to who asked for it."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        super().__init__()
+        self.parser = parser
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that can be looked at: see `parser_of`."""
+
+    SHOW: list[str] = []  # this very list, given as arguments, asks for the parser
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        if args is self.SHOW:
+            raise ParserShown(self)
+        return super().parse_intermixed_args(args, namespace)
+
+
+def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParser:
+    """Return the parser of a command's `main`, which does nothing else."""
+    try:
+        main(CommandParser.SHOW)
+    except ParserShown as shown:
+        return shown.parser
+    raise AssertionError(f"{main.__module__} parsed nothing")

@@ -1,0 +1,216 @@
+"""Jobs as files beside the runs: `<runs>/.jobs/<number>/` holds what was asked for
+(job.json, written once), what has become of it (status.json, written by its runner) and log.txt.
+
+A runner is a process of its own session for each job (job_runner.py): jobs and their queue outlive
+the server, and a server that starts finds all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmdit.files import write_atomically
+from mmdit.ui.processes import is_alive, terminate
+
+FOLDER = ".jobs"
+NAME = re.compile(r"\d{5,}")
+STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of who was asked to stop
+RUNNER = (sys.executable, "-m", "mmdit.ui.job_runner")
+START_SECONDS = 30  # in which a runner must have said that it is there
+LOG_BYTES = 1 << 16
+# What a job must not inherit: the token is for people.
+SECRETS = ("MMDIT_UI_TOKEN",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`words`: the command line behind `mmdit`. `device`: jobs of one device wait for each other,
+    those of none for nothing. `run` and `out`: the folders that it fills, if any."""
+
+    id: str
+    words: list[str]
+    device: str | None
+    created: float
+    run: str | None = None
+    out: str | None = None
+
+    @property
+    def command(self) -> str:
+        """Return the subcommand."""
+        return self.words[0]
+
+    @property
+    def line(self) -> str:
+        """Return the command as a person would type it."""
+        return command_line(self.words)
+
+    @property
+    def argv(self) -> list[str]:
+        """Return the arguments of the process: no shell reads them."""
+        return [sys.executable, "-m", "mmdit", *self.words]
+
+
+def command_line(words: list[str]) -> str:
+    """Return the words of a command as one line for a shell."""
+    return shlex.join(["mmdit", *words])
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`word`: queued, running, stopping, finished, stopped, failed or lost."""
+
+    word: str
+    reason: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether nothing more will come."""
+        return self.word in ("finished", "stopped", "failed", "lost")
+
+
+class JobStore:
+    """The jobs beside the runs of one folder."""
+
+    def __init__(self, runs: Path):
+        self.folder = runs / FOLDER
+
+    def path(self, job: str) -> Path:
+        """Return the folder of a job. ValueError: there is none of that name."""
+        path = self.folder / job
+        if not NAME.fullmatch(job) or not (path / "job.json").is_file():
+            raise ValueError(f"there is no job {job!r}")
+        return path
+
+    def names(self) -> list[str]:
+        """Return the names of all jobs, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(filter(NAME.fullmatch, os.listdir(self.folder)), key=int)
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs, the oldest first."""
+        read = []
+        for name in self.names():
+            with contextlib.suppress(ValueError):
+                read.append(self.read(name))
+        return read
+
+    def read(self, job: str) -> Job:
+        """Return a job. ValueError: there is none of that name."""
+        row = json.loads((self.path(job) / "job.json").read_text(encoding="utf-8"))
+        return Job(**row)
+
+    def reserve(self) -> Path:
+        """Make the folder of a new job, into which its files may be written before it is added."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = max(map(int, self.names()), default=0)
+        while True:
+            number += 1
+            path = self.folder / f"{number:05d}"
+            with contextlib.suppress(FileExistsError):  # somebody took it at the same time
+                path.mkdir()
+                return path
+
+    def add(
+        self,
+        path: Path,
+        words: list[str],
+        device: str | None,
+        run: str | None = None,
+        out: str | None = None,
+    ) -> Job:
+        """Start the job that goes into the reserved folder `path`; it waits for earlier jobs of its
+        device."""
+        job = Job(path.name, words, device, time.time(), run, out)
+        write_atomically(path / "job.json", json.dumps(asdict(job), ensure_ascii=False, indent=1))
+        environment = {name: os.environ[name] for name in os.environ if name not in SECRETS}
+        with (path / "log.txt").open("ab") as log:
+            subprocess.Popen(
+                [*RUNNER, str(path.resolve())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        return job
+
+    def status(self, job: str) -> dict:
+        """Return what the runner of a job has written."""
+        return read_status(self.folder / job)
+
+    def state(self, job: Job) -> JobState:
+        """Return what has become of a job."""
+        status = self.status(job.id)
+        if not status:
+            if time.time() - job.created < START_SECONDS:
+                return JobState("queued", "is being started")
+            return JobState("lost", "its process never came to be; the log may say why")
+        code, asked = status.get("exit"), status.get("stop_asked")
+        if status.get("ended"):
+            return self._ended(job, code, bool(asked))
+        if is_alive(status.get("child")):
+            return JobState("stopping" if asked else "running")
+        if is_alive(status.get("runner")):
+            reason = f"waits for earlier jobs on {job.device}" if job.device else ""
+            return JobState("queued", reason)
+        return JobState("lost", "its process is gone and did not say how: killed, or a restart")
+
+    def _ended(self, job: Job, code: int | None, asked: bool) -> JobState:
+        if code is None:
+            return JobState("stopped", "before it was started")
+        if asked and code in STOPPED:
+            return JobState("stopped", "on request; it can be continued")
+        if code == 0:
+            return JobState("finished")
+        if code < 0:
+            return JobState("failed", f"ended by signal {-code}: {self.last_error(job.id)}")
+        return JobState("failed", self.last_error(job.id) or f"exit code {code}")
+
+    def log(self, job: str) -> str:
+        """Return the end of what a job printed; of a progress bar its last state."""
+        try:
+            with (self.path(job) / "log.txt").open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+    def last_error(self, job: str) -> str:
+        """Return the line of the log that says what went wrong."""
+        lines = [line.strip() for line in self.log(job).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or [""])[-1].removeprefix("error: ")
+
+    def stop(self, job: str) -> None:
+        """Ask a job to stop: SIGTERM, upon which a training saves and ends."""
+        status = self.status(job)
+        runner, child = status.get("runner"), status.get("child")
+        if is_alive(runner):
+            terminate(runner)
+        elif child:
+            terminate(child)
+
+    def by_run(self) -> dict[Path, tuple[str, JobState]]:
+        """Return the newest job that trains into each run folder, with what has become of it."""
+        newest = {Path(job.run): job for job in self.jobs() if job.run}
+        return {run: (job.id, self.state(job)) for run, job in newest.items()}
+
+
+def read_status(folder: Path) -> dict:
+    """Return status.json of a job folder, or nothing."""
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,220 @@
+"""The pages about jobs: the list, a form for each command, one job with its log and its files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from mmdit.shipped import ROOTS
+from mmdit.ui.config_forms import current_fields
+from mmdit.ui.job_files import Job, command_line
+from mmdit.ui.job_requests import JobRequest, Workplace, again
+from mmdit.ui.run_folders import find_runs, read_text
+from mmdit.ui.run_pages import SHOWN_FILES, send_picture
+from mmdit.ui.templating import Templates
+
+MOST_PICTURES, MOST_SKIPPED, MOST_CONFIGS = 64, 200, 500
+
+
+class JobPages:
+    """`reports`: the commands that belong to the page about data, memory and adapters."""
+
+    def __init__(
+        self, place: Workplace, templates: Templates, runs: Path, reports: tuple[str, ...] = ()
+    ):
+        self.place, self.templates, self.runs, self.reports = place, templates, runs, reports
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the addresses of these pages."""
+        return [
+            Route("/jobs", self.overview),
+            Route("/data", self.data),
+            Route("/new/{command}", self.new, methods=["GET", "POST"]),
+            Route("/job/{job}", self.job),
+            Route("/job/{job}/stop", self.stop, methods=["POST"]),
+            Route("/job/{job}/again", self.again, methods=["POST"]),
+            Route("/api/job/{job}", self.facts),
+            Route("/job-files/{job}/{rest:path}", self.file),
+        ]
+
+    # ── lists ──
+    def _rows(self, jobs: list[Job]) -> list[dict]:
+        return [{"job": job, "state": self.place.store.state(job)} for job in reversed(jobs)]
+
+    def overview(self, request: Request) -> Response:
+        """Show every job and the commands that may be started."""
+        return self.templates.page(
+            request,
+            "jobs.html",
+            rows=self._rows(self.place.store.jobs()),
+            commands=[name for name in self.place.parsers if name not in self.reports],
+        )
+
+    def data(self, request: Request) -> Response:
+        """Show the reports about data, memory and adapters."""
+        jobs = [job for job in self.place.store.jobs() if job.command in self.reports]
+        abouts = {
+            name: (self.place.parser(name).description or "").strip().partition("\n\n")[0]
+            for name in self.reports
+            if name in self.place.parsers
+        }
+        return self.templates.page(request, "data.html", rows=self._rows(jobs), abouts=abouts)
+
+    # ── forms ──
+    def new(self, request: Request) -> Response:
+        """Show the form of a command, check it, or start its job."""
+        fields = dict(request.query_params)
+        if request.method == "POST":
+            form = request.scope["form"]
+            fields = {name: values[-1] for name, values in form.items()}
+        try:
+            asked = JobRequest(self.place, request.path_params["command"], fields)
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        if asked.has_config and not asked.config_path:
+            return self.templates.page(
+                request,
+                "choose_config.html",
+                command=asked.command,
+                fields=fields,
+                configs=self._configs(),
+            )
+        problem, line, form = "", "", None
+        try:
+            if asked.has_config:
+                form = asked.form()
+            if request.method == "POST":
+                if fields.get("do") == "start":
+                    return RedirectResponse(f"/job/{asked.start().id}", 303)
+                line = command_line(asked.preview())
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        return self.templates.page(
+            request,
+            "new_job.html",
+            400 if problem and request.method == "POST" else 200,
+            command=asked.command,
+            about=(asked.parser.description or "").strip(),
+            options=[option for option in asked.options() if option.name != "prompts_file"],
+            fields=current_fields(fields),
+            config_path=asked.config_path,
+            has_overrides=asked.has_overrides,
+            form=form,
+            problem=problem,
+            line=line,
+            automatic=self.place.automatic,
+        )
+
+    def _configs(self) -> list[str]:
+        """Return YAML files to begin with: those that ship, of the allowed folders, of runs."""
+        names: list[str] = []
+        for root in ROOTS:
+            files = sorted((root / "configs").rglob("*.yaml"))
+            names += [path.relative_to(root).as_posix() for path in files]
+        for folder in self.place.allowed.folders:
+            files = sorted([*folder.glob("*.yaml"), *folder.glob("configs/*.yaml")])
+            names += [str(path) for path in files]
+        names += [str(run.folder / "config.yaml") for run in find_runs(self.runs)]
+        return list(dict.fromkeys(names))[:MOST_CONFIGS]
+
+    # ── one job ──
+    def job(self, request: Request) -> Response:
+        """Show one job."""
+        try:
+            job = self.place.store.read(request.path_params["job"])
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        return self.templates.page(
+            request,
+            "job.html",
+            job=job,
+            state=self.place.store.state(job),
+            log=self.place.store.log(job.id),
+            pictures=pictures_of(job),
+            skipped=skipped_of(job),
+            run=self._run_name(job),
+            created=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created)),
+        )
+
+    def _run_name(self, job: Job) -> str | None:
+        """Return the name of the run that the job fills, if this server shows it."""
+        root = self.runs.resolve()
+        if job.run and Path(job.run).is_relative_to(root) and Path(job.run).is_dir():
+            return Path(job.run).relative_to(root).as_posix()
+        return None
+
+    def facts(self, request: Request) -> Response:
+        """Return the state, log and pictures of a job as JSON."""
+        try:
+            job = self.place.store.read(request.path_params["job"])
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        state = self.place.store.state(job)
+        return JSONResponse(
+            {
+                "state": state.word,
+                "reason": state.reason,
+                "over": state.is_over,
+                "log": self.place.store.log(job.id),
+                "pictures": pictures_of(job),
+                "run": self._run_name(job),
+            }
+        )
+
+    def stop(self, request: Request) -> Response:
+        """Ask a job to stop."""
+        try:
+            job = self.place.store.read(request.path_params["job"])
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        self.place.store.stop(job.id)
+        return RedirectResponse(f"/job/{job.id}", 303)
+
+    def again(self, request: Request) -> Response:
+        """Start a job once more, which goes on where it was stopped."""
+        try:
+            old = self.place.store.read(request.path_params["job"])
+            new = again(self.place, old)
+        except ValueError as error:
+            return self.templates.problem(request, str(error), 404)
+        return RedirectResponse(f"/job/{new.id}", 303)
+
+    def file(self, request: Request) -> Response:
+        """Return a picture that a job has written."""
+        answer = None
+        with contextlib.suppress(ValueError):
+            job = self.place.store.read(request.path_params["job"])
+            if job.out:
+                folder = Path(job.out).resolve()
+                path = (folder / request.path_params["rest"]).resolve()
+                answer = send_picture(path) if path.is_relative_to(folder) else None
+        return answer or JSONResponse({"error": "there is no such picture"}, 404)
+
+
+def pictures_of(job: Job) -> list[str]:
+    """Return the names of the pictures and videos in the folder that a job fills, sheets first."""
+    if not job.out or not Path(job.out).is_dir():
+        return []
+    names = [path.name for path in Path(job.out).iterdir() if path.suffix.lower() in SHOWN_FILES]
+    names.sort(key=lambda name: (name[:1].isdigit(), name))
+    return names[:MOST_PICTURES]
+
+
+def skipped_of(job: Job) -> list[dict]:
+    """Return the items that a caching job left out, each with `id` and `reason`."""
+    if not job.out:
+        return []
+    rows = []
+    for path in sorted(Path(job.out).glob("skipped*.jsonl")):
+        for line in read_text(path).splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append({"id": row.get("id"), "reason": row.get("reason")})
+    return rows[:MOST_SKIPPED]

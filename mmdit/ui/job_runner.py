@@ -1,0 +1,89 @@
+"""One job from its queue to its end: `python -m mmdit.ui.job_runner FOLDER`.
+
+The runner waits for earlier jobs of its device, starts the command, passes SIGTERM on, and writes
+what became of it to status.json. It needs no server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mmdit.files import write_atomically
+from mmdit.ui.job_files import JobStore
+from mmdit.ui.processes import identity
+
+LOOK_SECONDS = 0.25
+
+
+class Runner:
+    """The process of one job."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.store = JobStore(folder.parents[1])
+        self.job = self.store.read(folder.name)
+        self.status: dict = {"runner": identity(os.getpid()), "queued": time.time()}
+        self.asked = False
+        self.child: subprocess.Popen | None = None
+
+    def note(self, **values) -> None:
+        """Write what is new beside the job."""
+        self.status |= values
+        write_atomically(self.folder / "status.json", json.dumps(self.status))
+
+    def stop(self, number: int, frame: object) -> None:
+        """Pass a signal on to the command, or leave the queue."""
+        self.asked = True
+        if self.child is not None:
+            self.child.send_signal(signal.SIGTERM)
+
+    def waits(self) -> bool:
+        """Return whether an earlier job of the same device is not over."""
+        if self.job.device is None:
+            return False
+        earlier = [job for job in self.store.jobs() if int(job.id) < int(self.job.id)]
+        return any(
+            job.device == self.job.device and not self.store.state(job).is_over for job in earlier
+        )
+
+    def run(self) -> None:
+        """Take the job to its end."""
+        signal.signal(signal.SIGTERM, self.stop)
+        self.note()
+        while not self.asked and self.waits():
+            time.sleep(LOOK_SECONDS)
+        if self.asked:
+            self.note(stop_asked=time.time(), ended=time.time(), exit=None)
+            return
+        print(f"$ {self.job.line}", flush=True)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        # a handler that comes between must know the child
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self.child = subprocess.Popen(
+            self.job.argv, stdin=subprocess.DEVNULL, env=environment, preexec_fn=unblock
+        )
+        self.note(child=identity(self.child.pid), started=time.time())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        said = False
+        while self.child.poll() is None:
+            if self.asked and not said:
+                said = True
+                self.note(stop_asked=time.time())
+            time.sleep(LOOK_SECONDS)
+        stopped = {"stop_asked": time.time()} if self.asked and not said else {}
+        self.note(ended=time.time(), exit=self.child.returncode, **stopped)
+
+
+def unblock() -> None:
+    """Let a new process receive SIGTERM again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    Runner(Path(sys.argv[1])).run()

@@ -144,7 +144,7 @@ def test_every_option_is_in_the_form_of_its_command(command):
     parser = ui.parsers()[command]()
     listed = {option.flag for option in options_of(parser)}
     known = {word for action in parser._actions for word in action.option_strings}
-    assert known - listed <= {"-h", "--help", "--config", "--json"}
+    assert known - listed <= {"-h", "--help", "--config", "--json", "--interactive"}
 
 
 def test_what_is_listed_as_no_path_names_no_file():

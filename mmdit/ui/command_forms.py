@@ -17,8 +17,8 @@ NO_PATHS = {
     *("device", "negative", "prefer", "split", "source", "variant", "sizes"),
     *("kind", "offload", "prompts", "solver", "expert"),
 }
-# Options that the page of a job takes over: the configuration has a form of its own.
-LEFT_OUT = {"help", "config", "overrides", "json"}
+# The configuration has a form of its own, and nobody sits before a job to answer it.
+LEFT_OUT = {"help", "config", "overrides", "json", "interactive"}
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,9 @@ class MetricStore:
 def curves(series: list[Series]) -> list[dict]:
     """Return the panels that have values: a title, whether it is a main one, and the curves, each
     with the number of its run, its name, `x` and `y`."""
-    panels = {title: (names, True) for title, names in PANELS.items()}
-    shown = {name for names in PANELS.values() for name in names}
+    panels = {"loss of each report": (("loss",), True)}
+    panels |= {title: (names, True) for title, names in PANELS.items()}
+    shown = {name for names, _ in panels.values() for name in names}
     for one in series:
         panels |= {name: ((name,), False) for name in sorted(one.columns.keys() - shown)}
     result = []

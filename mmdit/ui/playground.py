@@ -44,6 +44,8 @@ class Playground:
         if request.method == "POST":
             fields = {name: values[-1] for name, values in request.scope["form"].items()}
             try:
+                if not fields.get("checkpoint", "").strip():
+                    raise ValueError("--checkpoint is missing: choose what to draw with")
                 requests = [JobRequest(self.place, COMMAND, one) for one in models_of(fields)]
                 lines = [command_line(one.preview()) for one in requests]
                 if fields.get("do") == "start":

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mmdit.__main__ import commands
-from mmdit.commands.reproduce import Chain, code_hash, finished_results
-from mmdit.config import ConfigError, decode
+from mmdit.commands.reproduce import Chain, code_hash, finished_results, held
+from mmdit.config import ConfigError, decode, encode
 from mmdit.data.moving_shapes import wilson
 from mmdit.diagnostics.recipe import Recipe, read_recipe, recipe_names, stage_hash
 from mmdit.diagnostics.results_file import comparison, pooled, training_facts
@@ -154,7 +155,7 @@ def test_results_hold_what_is_needed_to_believe_them(chain):
 
 def test_another_recipe_config_or_code_does_not_continue_what_was_begun(chain, monkeypatch):
     recipe, out, _, _, _ = chain
-    changed = decode(Recipe, json.loads(json.dumps(plain(recipe)).replace("size=2", "size=1")))
+    changed = decode(Recipe, json.loads(json.dumps(encode(recipe)).replace("size=2", "size=1")))
     with pytest.raises(ValueError, match="a was made by .* choose another --out"):
         Chain(changed, 0, out, "cpu", Commands()).run()
     record = json.loads((out / "seed_0.json").read_text())
@@ -164,10 +165,27 @@ def test_another_recipe_config_or_code_does_not_continue_what_was_begun(chain, m
         Chain(recipe, 2, out, "cpu", Commands()).run()
 
 
-def plain(recipe: Recipe) -> dict:
-    from mmdit.config import encode
+def test_what_was_made_without_git_gets_the_commit_of_the_same_code(chain, monkeypatch):
+    recipe, _, _, _, records = chain
+    monkeypatch.setattr("mmdit.commands.reproduce.commit", lambda: "c0ffee")
 
-    return encode(recipe)
+    def committed(code: str) -> str | None:
+        rows = [record | {"commit": None, "code": code} for record in records]
+        return finished_results("tiny", recipe, rows)["commit"]
+
+    assert committed(code_hash()) == "c0ffee" and committed("other") is None
+
+
+def test_a_seed_waits_for_the_cache_that_another_makes_and_refuses_its_folder(tmp_path):
+    path, first = tmp_path / "cache.lock", ExitStack()
+    first.enter_context(held(path, wait=False))
+    with pytest.raises(ValueError, match="another process works on"), held(path, wait=False):
+        pass
+    waits = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), first.close()))
+        with held(path, wait=True):
+            assert waits == [1]
 
 
 def test_a_hash_follows_settings_and_not_comments(tmp_path):
@@ -235,6 +253,7 @@ def make():
 
 def test_the_tables_are_what_the_results_files_say(make):
     text = "".join(page.read_text(encoding="utf-8") for page in make.PAGES)
+    assert make.PLACE.search(text)
     assert make.renewed(text) == text, "run python docs/make_results.py"
 
 

@@ -5,8 +5,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -179,19 +177,23 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
     """SIGKILL while the shard number `at` is being written, then the same command again."""
     pack(cache)
     expected = contents(cache.parent / "packed")
-    script = (
-        "import os, signal, sys; from mmdit.data.cache import packing; first = packing._shard\ndef"
-        " shard(cache, part, *rest):\n for n, piece in enumerate(first(cache, part, *rest)):\n "
-        " yield piece\n  if part.start >= int(sys.argv[3]) and n == 2: os.kill(os.getpid(),"
-        " signal.SIGKILL)\npacking._shard = shard; packing.pack_cache(sys.argv[1], sys.argv[2],"
-        " 1500)"
-    )
+    whole_shard = packing._shard
+
+    def killed_shard(cache, part, *rest):
+        for number, piece in enumerate(whole_shard(cache, part, *rest)):
+            yield piece
+            if part.start >= at and number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     for at in (0, 5, 15):
         out = cache.parent / f"killed{at}"
-        killed = subprocess.run(
-            [sys.executable, "-c", script, cache, out, str(at)], cwd=Path(__file__).parents[1]
-        )
-        assert killed.returncode == -signal.SIGKILL and list(out.glob(".writing-*"))
+        child = os.fork()
+        if not child:
+            packing._shard = killed_shard
+            packing.pack_cache(cache, out, 1500)
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert killed == -signal.SIGKILL and list(out.glob(".writing-*"))
         with pytest.raises(
             ValueError, match="packing was not finished|is no latent cache|holds no item"
         ):

@@ -62,6 +62,7 @@ def one_rank(folder: Path, part: str) -> None:
     if part == "loop":
         compiled = torch.compile
         with process_group("cpu", timeout_minutes=1) as world:
+            trained(folder / "copied", world=world)
             gradients(folder, world)
             graphs(folder, world)
             torch.compile = lambda function, **options: compiled(
@@ -164,6 +165,16 @@ def distance(found, expected) -> float:
 
 def newest(run):
     return checkpoint.latest(run)
+
+
+def test_two_processes_of_torchrun_give_the_same_weights(shop, tmp_path):
+    """2 and 4, and from 2 to 4 to 1: test_processes.py."""
+    single = trained(tmp_path / "1")
+    stored = checkpoint.read_tensors(
+        checkpoint.folder_of(shop.folder / "copied", 6) / "model.safetensors"
+    )
+    for name, value in single.learner.state_dict().items():
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-6)
 
 
 def test_a_bad_step_is_skipped_by_every_shard_and_compiled_blocks_change_nothing(shop):

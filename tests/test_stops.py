@@ -10,7 +10,7 @@ import torch
 
 from mmdit.scripts import train_t2v
 from mmdit.terminal import PlainStream
-from mmdit.training import checkpoint
+from mmdit.training import checkpoint, watch
 from mmdit.training.distributed import World, _end_with_parent
 from mmdit.training.errors import RunError
 from mmdit.training.metrics import MetricsLog
@@ -160,10 +160,33 @@ def test_a_rank_stops_when_its_torchrun_is_gone():
     os.close(reads)
 
 
+def test_the_watch_is_over_before_the_program_is(monkeypatch):
+    """A thread inside a call of torch would abort the interpreter that ends around it."""
+
+    class SlowStore:
+        def clone(self):
+            return self
+
+        def set_timeout(self, timeout):
+            pass
+
+        def set(self, key, value):
+            told.append(key)
+            time.sleep(0.3)
+            told.append("done")
+
+    told = []
+    monkeypatch.setattr(watch, "STORE_SECONDS", 0.05)
+    with Watch(World(store=SlowStore()), 0.02).running():
+        while not told:
+            time.sleep(0.002)
+    assert told[-1] == "done"
+
+
 def test_a_process_put_to_sleep_stood_still_in_nothing():
     def work():
-        with Watch(World(), 0.01).running() as watch:
-            watch.at(1, "computing")
+        with Watch(World(), 0.01).running() as running:
+            running.at(1, "computing")
             for _ in range(4):
                 time.sleep(0.1)
 

@@ -20,7 +20,7 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.rng import Draws
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.training import checkpoint
-from mmdit.training.distributed import World, process_group
+from mmdit.training.distributed import World
 from mmdit.training.ema import EMAConfig
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
@@ -482,16 +482,8 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
         checkpoint.load_weights(bad)
 
 
-def test_two_processes_of_torchrun_give_the_same_weights(tmp_path):
-    """2 and 4, and from 2 to 4 to 1: test_processes.py."""
-    single = trained(tmp_path / "1")
-    run_ranks(tmp_path / "2", 2)
-    stored = checkpoint.read_tensors(checkpoint.folder_of(tmp_path / "2", 6) / "model.safetensors")
-    for name, value in single.learner.state_dict().items():
-        torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-6)
-
-
-def run_ranks(folder: Path, size: int, script=__file__, *words: str):
+def run_ranks(folder: Path, size: int, script: str, *words: str):
+    """Run `script FOLDER WORDS` on `size` processes of torchrun."""
     command = [
         sys.executable,
         "-m",
@@ -514,11 +506,6 @@ def run_ranks(folder: Path, size: int, script=__file__, *words: str):
     }
     done = subprocess.run(command, env=env, cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
-if __name__ == "__main__":  # one rank of `run_ranks`
-    with process_group("cpu") as world:
-        trained(Path(sys.argv[1]), world=world)
 
 
 def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs():

@@ -63,7 +63,10 @@ class Watch:
             raise
         finally:
             self._done.set()
-            thread.join(STORE_SECONDS)
+            # However long its last word to the store takes: a thread that is inside a call of torch
+            # when the interpreter ends takes the process down with it ("terminate called without
+            # an active exception").
+            thread.join()
 
     def _look(self) -> None:
         pause, woke = min(1.0, self.seconds / 10), time.monotonic()

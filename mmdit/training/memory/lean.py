@@ -4,6 +4,7 @@ CPU."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 ).to(p.device, non_blocking=True)
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["rest"])
                 flat = [local(tensor).view(-1) for tensor in tensors]
-                update: Callable[..., None] = _compiled_update if p.is_cuda else _update
+                update: Callable[..., None] = _compiled_update() if p.is_cuda else _update
                 update(*flat, numbers, beta1, beta2)
 
 
@@ -83,7 +84,11 @@ def _update(
     rest.copy_(value - value.to(p.dtype).float())
 
 
-_compiled_update = torch.compile(_update, dynamic=True)
+@cache
+def _compiled_update() -> Callable[..., None]:
+    """Return `_update` for a GPU. It is compiled when it is first asked for: already the call of
+    torch.compile imports the compiler, which takes as long as everything else of a command."""
+    return torch.compile(_update, dynamic=True)
 
 
 def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:

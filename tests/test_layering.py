@@ -100,6 +100,8 @@ def test_optional_packages_are_not_imported_at_package_import():
         "accelerate",
         "pyarrow",
         "tensorboard",
+        "wandb",
+        "trackio",
         "flash_attn",
         "peft",
     }

@@ -30,7 +30,9 @@ OPTIONAL = {
     "timm": ("hf", "feature encoders for metrics and rewards"),
     "pyarrow": ("hf", "parquet files"),
     "tensorboard": ("track", "curves in TensorBoard"),
-    "matplotlib": ("track", "curves of runs as a PNG, by plot-run"),
+    "wandb": ("track", "runs in Weights & Biases, by track.type: wandb"),
+    "trackio": ("track", "runs in Trackio, by track.type: trackio"),
+    "matplotlib": ("track", "curves of runs, by plot-run and report"),
 }
 SHIPPED = (
     "assets/moving_shapes_64.safetensors",

@@ -33,6 +33,7 @@ from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
+from mmdit.training.trackers import tracking
 from mmdit.training.train_state import TrainState
 
 
@@ -165,6 +166,15 @@ def posttrain(
         if world.is_main:
             write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
             record_start(config.run_dir, world, state.step, "\n".join(about))
+        session.tracker = stack.enter_context(
+            tracking(
+                config.track,
+                config.run_dir,
+                state.step or -1,
+                config_io.encode(config),
+                world.is_main,
+            )
+        )
         return post_train(session)
 
 

@@ -22,6 +22,7 @@ from mmdit.tokenizers import TokenizerConfig, VTPTokenizerConfig
 from mmdit.training.alpha.schedule import AlphaScheduleConfig
 from mmdit.training.ema import EMAConfig
 from mmdit.training.parallel import ParallelConfig
+from mmdit.training.trackers import TrackConfig
 from mmdit.training.train_config import TrainConfig
 
 
@@ -52,6 +53,8 @@ class ExperimentConfig:
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     # Optimization, reports, checkpoints and previews.
     train: TrainConfig = field(default_factory=TrainConfig)
+    # A tracker that figures and previews go to as well.
+    track: TrackConfig = field(default_factory=TrackConfig)
     # How a model lies on several GPUs.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # The moving average of the weights, with which pictures are drawn.

@@ -36,6 +36,7 @@ from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
+from mmdit.training.trackers import Tracker, tracking
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 from mmdit.training.validation import Validation
@@ -58,18 +59,22 @@ def run_training(
         if world.is_main:
             describe(config, run.learner, run.plan, config.run_dir)
             record_start(config.run_dir, world, run.state.step, run.plan.report())
-        return Trainer(
-            train,
-            config.seed,
-            run.state,
-            batches.iterate,
-            world,
-            config.run_dir,
-            run.save,
-            run.previews(),
-            Validation(train, batches, world) if train.val_every_steps else None,
-            config.parallel,
-        ).run()
+        with tracking(
+            config.track, config.run_dir, run.state.step, config_io.encode(config), world.is_main
+        ) as tracker:
+            return Trainer(
+                train,
+                config.seed,
+                run.state,
+                batches.iterate,
+                world,
+                config.run_dir,
+                run.save,
+                run.previews(tracker),
+                Validation(train, batches, world) if train.val_every_steps else None,
+                config.parallel,
+                tracker,
+            ).run()
 
 
 def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> Path | None:
@@ -212,7 +217,7 @@ class Run:
             state.notes() | self.facts,
         )
 
-    def previews(self) -> Previews | None:
+    def previews(self, tracker: Tracker | None = None) -> Previews | None:
         """Return what draws pictures while training, after drawing those that a kill between a
         checkpoint and its pictures left out. None in a process that has no part in it."""
         config, learner, main = self.config, self.learner, self.world.is_main
@@ -231,6 +236,7 @@ class Run:
             config.video.sample_fps,
             config.ema.use_for_sampling,
             writes=main,
+            tracker=tracker,
         )
         if self.start is not None:
             is_missing = partial(previews.is_missing, self.state.step)

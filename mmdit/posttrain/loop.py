@@ -34,7 +34,7 @@ def post_train(session: Session) -> bool:
     config, train, state, world = session.config, session.train, session.state, session.world
     epoch, updates = epochs_of(session)
     if world.is_main:
-        session.log = MetricsLog(session.run_dir, state.step or -1)
+        session.log = MetricsLog(session.run_dir, state.step or -1, session.tracker)
     if state.step == 0:
         session.report({"step": 0, "drift": 0.0, **session.evaluate()})
     ended = has_ended(session)

@@ -17,6 +17,7 @@ from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.trained_levels import TrainedLevels
 from mmdit.training.distributed import World
+from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 
@@ -50,6 +51,7 @@ class Setup:
     save: Callable[[Files, bool], None]
     world: World = World()
     model: Denoiser | None = None
+    tracker: Tracker | None = None
     history: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self):

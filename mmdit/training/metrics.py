@@ -1,4 +1,4 @@
-"""metrics.jsonl (always), TensorBoard (when installed), and one readable line per report."""
+"""metrics.jsonl, which a tracker is told of as well, and one readable line per report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmdit.files import write_atomically
 from mmdit.training.errors import RunError
+from mmdit.training.trackers import Tracker
 
 
 def clock(seconds: float) -> str:
@@ -22,7 +23,7 @@ class MetricsLog:
     run that was killed after its last checkpoint) and a torn last line are dropped when the file is
     opened."""
 
-    def __init__(self, run_dir: Path, from_step: int):
+    def __init__(self, run_dir: Path, from_step: int, tracker: Tracker | None = None):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         kept: list[str] = []
@@ -40,14 +41,7 @@ class MetricsLog:
                 continue
         write_atomically(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board: SummaryWriter | None = SummaryWriter(
-                run_dir / "tensorboard", purge_step=from_step + 1
-            )
-        except (ImportError, RuntimeError, OSError):
-            self.board = None
+        self.tracker = tracker
 
     def write(self, values: dict) -> None:
         self.last = values
@@ -59,15 +53,11 @@ class MetricsLog:
                 f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space"
                 " and start the run again, with --resume if it has a checkpoint"
             ) from error
-        if self.board:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, values["step"])
+        if self.tracker:
+            self.tracker.figures(values)
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
 
 
 class Timer:

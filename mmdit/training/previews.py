@@ -20,6 +20,7 @@ from mmdit.training.media import (
     sheet_holds,
 )
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 
@@ -38,6 +39,7 @@ class Previews:
     fps: int
     use_ema: bool
     writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
+    tracker: Tracker | None = None
 
     def __post_init__(self):
         self.settings = SampleSettings.of(self.config)
@@ -94,10 +96,13 @@ class Previews:
             return
         folder = self._folder(step)
         columns = 1 if self.frames > 1 else 8
-        save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")
+        sheet = save_image(contact_sheet(pixels, captions, columns), folder / "grid.png")
+        clip = None
         if self.frames > 1:
-            save_video(grid_video(pixels, 4), folder / "video.mp4", self.fps)
+            clip = save_video(grid_video(pixels, 4), folder / "video.mp4", self.fps)
         self._page()
+        if self.tracker:
+            self.tracker.preview(step, sheet, clip)
 
     def _page(self) -> None:
         """Write samples/index.html, the newest step first."""

@@ -19,6 +19,7 @@ from mmdit.training.alpha.trend import BINS, SPANS, LossHistory, StepFacts
 from mmdit.training.distributed import World
 from mmdit.training.errors import StepsSkipped
 from mmdit.training.metrics import MetricsLog, Timer, report_line
+from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 
 LEVELS = 4  # noise levels of the reported loss
@@ -201,11 +202,12 @@ class Reporter:
         run_dir: Path,
         step: int,
         monitor: Monitor,
+        tracker: Tracker | None = None,
     ):
         self.config, self.seed, self.world = config, seed, world
         self.run_dir, self.monitor = run_dir, monitor
         self.rate = config.learning_rate()
-        self.metrics = MetricsLog(run_dir, step) if world.is_main else None
+        self.metrics = MetricsLog(run_dir, step, tracker) if world.is_main else None
         dtype = torch.bfloat16 if config.autocast else torch.float32
         self.matmul_rate = matmul_rate(world.device, dtype)
         self.timer = Timer()

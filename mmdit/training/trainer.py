@@ -22,6 +22,7 @@ from mmdit.training.metrics import Timer
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
 from mmdit.training.step_report import Reporter, Window
+from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.watch import Watch
@@ -73,6 +74,7 @@ class Trainer:
     preview: Callable[[TrainState], None] | None = None
     validate: Callable[[TrainState], dict[str, float | None]] | None = None
     parallel: ParallelConfig = ParallelConfig()
+    tracker: Tracker | None = None
     saved: int = field(default=0, init=False)  # the step of the newest checkpoint
     moving: bool = field(default=False, init=False)  # between the old state and the new one
 
@@ -83,7 +85,9 @@ class Trainer:
         if config.compiles(world.device.type):
             state.learner.compile_model(replays=config.replays)
         wrapped = wrap(state.learner, world, self.parallel)
-        reporter = Reporter(config, self.seed, world, self.run_dir, state.step, state.monitor)
+        reporter = Reporter(
+            config, self.seed, world, self.run_dir, state.step, state.monitor, self.tracker
+        )
         window = Window(world.device)
         watch = Watch(world, config.timeout_minutes, self.run_dir)
         state.learner.train()

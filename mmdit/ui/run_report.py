@@ -8,8 +8,9 @@ import datetime
 import html
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -17,6 +18,7 @@ from PIL import Image, ImageSequence
 from mmdit.config import ConfigError, decode, differences, encode, shortened
 from mmdit.diagnostics.curves import curves_svg, read_metrics
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.training.checkpoint import complete
 from mmdit.training.metrics import clock
 from mmdit.training.run_start import read_starts
@@ -208,17 +210,19 @@ def defaults(stored: dict) -> dict:
     """Return the config that has the defaults of the types that `stored` chooses, as plain data; of
     all types' defaults where these do not go together without other keys."""
     name = str(stored.get("experiment_name", "x"))
-    chosen = {
-        section: {"type": value["type"]} if isinstance(value.get("type"), str) else {}
-        for section, value in stored.items()
-        if isinstance(value, dict)
-    }
-    for sections in (chosen, {}):
-        try:
-            return encode(decode(ExperimentConfig, {"experiment_name": name, **sections}))
-        except ConfigError:
-            continue
-    return encode(ExperimentConfig("x"))
+    chosen: dict = {}
+    for section, hint in get_type_hints(ExperimentConfig).items():
+        value = stored.get(section)
+        several = len([option for option in get_args(hint) if is_dataclass(option)]) > 1
+        if several and isinstance(value, dict) and "type" in value:
+            chosen[section] = {"type": value["type"]}
+    try:
+        usual = encode(decode(ExperimentConfig, {"experiment_name": name, **chosen}))
+    except ConfigError:
+        usual = encode(ExperimentConfig("x"))
+    if stored.get("posttrain"):
+        usual["posttrain"] = encode(PosttrainConfig())
+    return usual
 
 
 def _block(text: str) -> str:

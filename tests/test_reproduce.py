@@ -103,7 +103,7 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A recipe of two stages, run with two seeds; a training of the first was stopped once."""
+    """Run a recipe of two stages with two seeds; a training of the first is stopped once."""
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "tiny.yaml"
     config.write_text(CONFIG.format(folder=folder))
@@ -153,16 +153,20 @@ def test_results_hold_what_is_needed_to_believe_them(chain):
     assert json.loads(json.dumps(made)) == made
 
 
-def test_another_recipe_config_or_code_does_not_continue_what_was_begun(chain, monkeypatch):
+def test_another_recipe_does_not_continue_what_was_begun_and_other_code_is_named(chain):
     recipe, out, _, _, _ = chain
     changed = decode(Recipe, json.loads(json.dumps(encode(recipe)).replace("size=2", "size=1")))
     with pytest.raises(ValueError, match="a was made by .* choose another --out"):
         Chain(changed, 0, out, "cpu", Commands()).run()
-    record = json.loads((out / "seed_0.json").read_text())
+    before = (out / "seed_0.json").read_text()
+    record = json.loads(before)
     del record["stages"]["b"]["scores"]["s"]
-    (out / "seed_2.json").write_text(json.dumps(record | {"code": "other"}))
-    with pytest.raises(ValueError, match="was begun by the code other"):
-        Chain(recipe, 2, out, "cpu", Commands()).run()
+    record["versions"][0] = {"code": "other", "commit": "c0ffee"}
+    mixed = Chain(recipe, 0, out, "cpu", Commands())
+    mixed.record = record
+    made = finished_results("tiny", recipe, [mixed.run()])
+    (out / "seed_0.json").write_text(before)
+    assert made["code"] == ["other", code_hash()] and made["commit"][0] == "c0ffee"
 
 
 def test_what_was_made_without_git_gets_the_commit_of_the_same_code(chain, monkeypatch):
@@ -170,7 +174,8 @@ def test_what_was_made_without_git_gets_the_commit_of_the_same_code(chain, monke
     monkeypatch.setattr("mmdit.commands.reproduce.commit", lambda: "c0ffee")
 
     def committed(code: str) -> str | None:
-        rows = [record | {"commit": None, "code": code} for record in records]
+        versions = [{"commit": None, "code": code}]
+        rows = [record | {"versions": versions} for record in records]
         return finished_results("tiny", recipe, rows)["commit"]
 
     assert committed(code_hash()) == "c0ffee" and committed("other") is None
@@ -276,6 +281,7 @@ def test_a_results_file_has_its_recipe_and_is_complete(path):
     made, recipe = json.loads(path.read_text()), read_recipe(path.parent, path.stem)
     assert set(made["stages"]) <= {stage.name for stage in recipe.stages}
     assert made["commit"] and made["code"] and made["seeds"] and made["machine"]
+    assert None not in [made["commit"], *made["commit"]]
 
 
 # ── the command ──

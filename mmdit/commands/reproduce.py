@@ -130,8 +130,7 @@ class Chain:
     def __post_init__(self):
         self.record = read_json(self.path) or {
             "seed": self.seed,
-            "commit": commit(),
-            "code": code_hash(),
+            "versions": [],
             "machine": None,
             "stages": {},
         }
@@ -154,7 +153,8 @@ class Chain:
         return self.record
 
     def _check(self, stage: Stage) -> None:
-        """Refuse what was done by another recipe or config, or is to be done by other code."""
+        """Refuse what was done by another recipe or config, and note by which code a stage is
+        done."""
         made_by = stage_hash(self.recipe, stage)
         row = self.record["stages"].setdefault(
             stage.name, {"made_by": made_by, "seconds": {}, "attempts": 0, "scores": {}}
@@ -164,11 +164,11 @@ class Chain:
                 f"{self.path}: {stage.name} was made by {row['made_by']}, and recipe and config are"
                 f" now {made_by}: choose another --out, or remove {self.out}"
             )
-        if not self._is_done(stage) and self.record["code"] != code_hash():
-            raise ValueError(
-                f"{self.path}: was begun by the code {self.record['code']}, which is now"
-                f" {code_hash()}: choose another --out, or remove {self.out}"
-            )
+        versions, now = self.record["versions"], {"code": code_hash(), "commit": commit()}
+        if not self._is_done(stage) and now not in versions:
+            if versions:
+                print("the code has changed since this was begun; the results will name both")
+            versions.append(now)
 
     def _is_done(self, stage: Stage) -> bool:
         row = self.record["stages"][stage.name]
@@ -284,6 +284,7 @@ def finished_results(name: str, recipe: Recipe, records: list[dict]) -> dict:
     commit of this clone, if the code is the same to the byte."""
     now = {"code": code_hash(), "commit": commit()}
     for record in records:
-        if record["commit"] is None and record["code"] == now["code"]:
-            record["commit"] = now["commit"]
+        for version in record["versions"]:
+            if version["commit"] is None and version["code"] == now["code"]:
+                version["commit"] = now["commit"]
     return results(name, recipe, records)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -121,6 +122,7 @@ def training_facts(run_dir: Path) -> dict:
 
 def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
     """Return what a results file holds, from the finished records of the seeds."""
+    versions = list(chain.from_iterable(record["versions"] for record in records))
     stages = {}
     for stage in recipe.stages:
         rows = [record["stages"][stage.name] for record in records]
@@ -145,8 +147,8 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         "seeds": [record["seed"] for record in records],
         "seconds": round(statistics.fmean(seconds_of(record) for record in records), 1),
         "machine": one_of(record["machine"] for record in records),
-        "commit": one_of(record["commit"] for record in records),
-        "code": one_of(record["code"] for record in records),
+        "commit": one_of(version["commit"] for version in versions),
+        "code": one_of(version["code"] for version in versions),
         "stages": stages,
     }
 

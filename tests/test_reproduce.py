@@ -24,7 +24,7 @@ from mmdit.diagnostics.results_file import comparison, pooled, training_facts
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import evaluate, reproduce
 from mmdit.training.errors import RunError
-from tests.helpers.tiny import CONFIG, refused
+from tests.helpers.tiny import CONFIG, TINY_MODEL, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = recipe_names(ROOT / "results")
@@ -201,6 +201,24 @@ def test_a_hash_follows_settings_and_not_comments(tmp_path):
         path.write_text(text)
         hashes.append(stage_hash(recipe, recipe.stages[0]))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.slow
+def test_the_road_goes_through_with_tiny_networks(tmp_path):
+    """Every command of the recipe, in its order, on 48x32 clips."""
+    plain = encode(read_recipe(ROOT / "results", "road"))
+    steps = ["batch_size=2", "max_steps=2", "sample_every_steps=0"]
+    tiny = [*TINY_MODEL, "num_workers=0", *(f"train.{word}" for word in steps)]
+    for stage in plain["stages"]:
+        sizes = ["video.width=48", "video.height=32", "bucketing.buckets=[[48,32],[32,32]]"]
+        stage["overrides"] = [*stage["overrides"], *tiny, *sizes]
+        if stage["cache"]:
+            stage["cache"] += " --count 4"
+        for score in stage["scores"]:
+            score["evaluate"] = score["evaluate"].replace("256", "32") + " --count 2 --steps 1"
+    record = Chain(decode(Recipe, plain), 0, tmp_path, "cpu", Commands()).run()
+    assert all(row["scores"] for row in record["stages"].values())
+    assert "left_right" in record["stages"]["t2v_vtp_256_80f"]["scores"]["A3"]
 
 
 # ── results ──

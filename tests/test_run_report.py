@@ -80,8 +80,8 @@ def previews(folder, count, size, clip=0):
 
 
 def test_everything_is_inside_and_words_stay_words(run):
-    folder = run(range(1, 5_001), name="<b>$x_1$")
-    previews(folder, 20, 300, clip=5)
+    folder = run(range(1, 1_501), name="<b>$x_1$")
+    previews(folder, 20, 120, clip=3)
     page = page_of(folder)
     assert HOSTILE in page.text and "<b>$x_1$" in page.text
     tags = [tag for tag, _ in page.tags]

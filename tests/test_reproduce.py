@@ -205,7 +205,7 @@ def test_a_hash_follows_settings_and_not_comments(tmp_path):
 
 @pytest.mark.slow
 def test_the_road_goes_through_with_tiny_networks(tmp_path):
-    """Every command of the recipe, in its order, on 48x32 clips."""
+    """Run every command of the recipe, in its order, on 48x32 clips."""
     plain = encode(read_recipe(ROOT / "results", "road"))
     steps = ["batch_size=2", "max_steps=2", "sample_every_steps=0"]
     tiny = [*TINY_MODEL, "num_workers=0", *(f"train.{word}" for word in steps)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmdit.adapters import LoRAConfig, adapters, inject, lora_state, merge
-from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas, outer, set_alpha
+from mmdit.adapters.strength import adapter_parameters, alphas, load_alphas, set_alpha
 from mmdit.config import ConfigError, decode, encode
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import train_t2v
@@ -46,7 +46,7 @@ def adapted(alpha=8.0, **kind):
         ),
     )
     for layer in adapters(model).values():
-        nn.init.normal_(outer(layer), std=0.1)
+        nn.init.normal_(layer.outer, std=0.1)
     return model
 
 
@@ -143,7 +143,7 @@ def test_what_rounding_left_of_a_rescaled_factor_is_rescaled_too():
     """`rest` of weights in bfloat16 is in their units, moments in the inverse ones; averages in
     those of the weights."""
     model = adapted()
-    factor = outer(next(iter(adapters(model).values())))
+    factor = next(iter(adapters(model).values())).outer
     optimizer, shadow = (
         Optimizer(torch.optim.AdamW(adapter_parameters(model).values())),
         {factor: torch.ones_like(factor)},
@@ -177,7 +177,7 @@ def test_any_kind_of_adapter_keeps_its_function_and_merges_with_the_alpha_in_for
     assert ((merge(merged)(x) - before).norm() / before.norm()).item() < 1e-6
     moved = {p for p in weights if not torch.equal(p, weights[p])}
     whole = kind.get("full_second")  # nothing divides by a rank there, and alpha has no say
-    assert moved == (set() if whole else {outer(layer) for layer in adapters(model).values()})
+    assert moved == (set() if whole else {layer.outer for layer in adapters(model).values()})
 
 
 def test_ramp_is_linear_and_jump_is_at_once():

@@ -65,6 +65,12 @@ class Adapter(nn.Linear):
         raise NotImplementedError
 
     @property
+    def outer(self) -> nn.Parameter:
+        """Return the factor that starts at zero, to which the update is proportional: it holds the
+        strength while alpha changes."""
+        raise NotImplementedError
+
+    @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
@@ -173,6 +179,10 @@ class LoRALinear(Adapter):
         return len(self.lora_A)
 
     @property
+    def outer(self) -> nn.Parameter:
+        return self.lora_B
+
+    @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -275,6 +285,11 @@ class LoKrLinear(Adapter):
             ),
             1,
         )
+
+    @property
+    def outer(self) -> nn.Parameter:
+        parameters = self.adapter_parameters()
+        return parameters["lokr_w2"] if "lokr_w2" in parameters else parameters["lokr_w2_a"]
 
     @property
     def scale(self) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 from mmdit import rng
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter
 from mmdit.config import ConfigError, Section, least
+from mmdit.interfaces import Denoiser
 from mmdit.nn.stored_weights import StoredWeight
 
 Make = Callable[[nn.Linear, torch.Generator], Adapter]
@@ -152,7 +153,8 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     # a subclass may not call forward
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]
-    reserved = getattr(model, "lora_only_if_named", ())
+    contract = model if isinstance(model, Denoiser) else Denoiser
+    reserved = contract.lora_only_if_named
 
     def matching(key: str, word: str) -> list[str]:
         names = [name for name in linears if _matches(name, word)]
@@ -163,7 +165,7 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
         return names
 
     chosen: set[str] = set()
-    for word in config.target_modules or getattr(model, "lora_targets", DEFAULT_TARGETS):
+    for word in config.target_modules or contract.lora_targets:
         unnamed = [part for part in reserved if part not in word]
         for name in matching("target_modules", word):
             if not any(part in name for part in unnamed):
@@ -201,9 +203,6 @@ def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str])
             f" {present[-1]}"
         )
     return {name for name in chosen if _block(name) in numbers}
-
-
-DEFAULT_TARGETS = ("q", "k", "v", "proj")
 
 
 def _range(word: str) -> range:
@@ -410,7 +409,7 @@ def coverage(model: nn.Module) -> str:
             f"{title:{width}}  {shapes.get(title, ''):{shape_width}}  {number:>5}  {base:>13,} "
             f" {added:>11,}"
         )
-    for part in getattr(model, "lora_only_if_named", ()):
+    for part in model.lora_only_if_named if isinstance(model, Denoiser) else ():
         if any(part in title for title in rows):
             lines.append(
                 f"warning: {part} is adapted, which moves every picture, whatever its caption;"

@@ -8,21 +8,13 @@ import math
 import torch
 from torch import nn
 
-from mmdit.adapters.layers import Adapter, is_adapter
+from mmdit.adapters.layers import Adapter, LoRALinear, is_adapter
 from mmdit.adapters.lora import adapters
-
-# the factor that starts at zero; the update is proportional to it
-OUTER = ("lora_B", "lokr_w2", "lokr_w2_a")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that adapters have beside the base layer's, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
-
-
-def outer(layer: Adapter) -> nn.Parameter:
-    """Return the parameter of an adapter that holds its strength while alpha changes."""
-    return next(getattr(layer, name) for name in OUTER if hasattr(layer, name))
 
 
 @torch.no_grad()
@@ -37,7 +29,7 @@ def set_alpha(layer: Adapter, alpha: float, preserve: bool = False) -> float:
     layer.alpha = float(alpha)
     ratio = before / layer.scale
     if preserve:
-        outer(layer).mul_(ratio)
+        layer.outer.mul_(ratio)
     return ratio
 
 
@@ -61,8 +53,7 @@ def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> d
     rank, as those that give the same scale by the rule that the layers have here."""
     result = dict(stored)
     for name, layer in adapters(model).items():
-        here = getattr(layer, "rslora", None)
-        if name in stored and here is not None and here != rslora:
+        if name in stored and isinstance(layer, LoRALinear) and layer.rslora != rslora:
             root = math.sqrt(layer.rank)
             result[name] = stored[name] * root if rslora else stored[name] / root
     return result

@@ -83,7 +83,8 @@ class Meta:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
             known = {entry.name: raw[entry.name] for entry in fields(Meta) if entry.name in raw}
             model = known["config"].get("model", {})
-            if model.get("type", "video_mmdit") == "video_mmdit":
+            of_tokenizer = "images" in known["config"]  # a vtp_training.PretrainConfig
+            if model.get("type", "video_mmdit") == "video_mmdit" and not of_tokenizer:
                 model.setdefault("spatial", SPATIAL_BEFORE)
             return decode(Meta, known)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vtp.models import VTPConfig
 from vtp.tokenizers import ByteTokenizer
 
-from mmdit.config import ConfigError, least
+from mmdit.config import ConfigError, check_sections, least
 from mmdit.training.ema import EMAConfig
 from mmdit.vtp_training.images import ImagesConfig
 from mmdit.vtp_training.pretrain_losses import (
@@ -180,12 +180,7 @@ class PretrainConfig:
                 "ema.enabled",
                 "is false, but the average is what is exported: set ema.decay to 0 for none",
             )
-        if self.contrast.weight and self.images.mix.shapes <= 0:
-            raise ConfigError(
-                "contrast.weight",
-                f"is {self.contrast.weight} with images.mix.shapes 0: only moving shapes have"
-                " captions; raise mix.shapes",
-            )
+        check_sections(self)
 
     def network(self) -> VTPConfig:
         """Return the checkpoint's config.json. The text tower exists only when it is trained."""

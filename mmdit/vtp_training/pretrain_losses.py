@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mmdit.config import ConfigError, least
+from mmdit.config import ConfigError, Section, least
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def reconstruction_loss(
 
 
 @dataclass(frozen=True)
-class ContrastConfig:
+class ContrastConfig(Section):
     """The section `contrast:`: image-text contrast on the class token before the bottleneck (CLIP,
     Radford et al. 2021)."""
 
@@ -75,6 +76,15 @@ class ContrastConfig:
     def __post_init__(self):
         least(self, 0, "weight")
         least(self, 2, "pairs")
+
+    def check(self, run: Any) -> None:
+        """Refuse pairs where no picture has a caption."""
+        if self.weight and run.images.mix.shapes <= 0:
+            raise ConfigError(
+                "contrast.weight",
+                f"is {self.weight} with images.mix.shapes 0: only moving shapes have captions;"
+                " raise mix.shapes",
+            )
 
 
 def contrast_loss(image: Tensor, text: Tensor, scale: Tensor, facts: Tensor) -> Tensor:

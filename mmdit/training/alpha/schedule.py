@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.adapters import Adapter, adapters
-from mmdit.adapters.strength import outer, set_alpha
+from mmdit.adapters.strength import set_alpha
 from mmdit.config import ConfigError, Section, least
 from mmdit.training.alpha.trend import LONGEST, WINDOW, LossHistory, Trend
 from mmdit.training.optim import Optimizer
@@ -198,7 +198,7 @@ def keep_strength(
 ) -> None:
     """Change the alpha of an adapter that goes on computing what it did: one of its factors is
     rescaled, and with it its average and what the optimizer keeps of it."""
-    ratio, factor = set_alpha(layer, alpha, preserve=True), outer(layer)
+    ratio, factor = set_alpha(layer, alpha, preserve=True), layer.outer
     if factor in averages:
         averages[factor].mul_(ratio)
     optimizer.rescale(factor, ratio)

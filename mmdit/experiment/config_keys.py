@@ -24,8 +24,10 @@ def comments(cls: type) -> dict[str, str]:
     """Return the comment above every field that the body of `cls` itself defines."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines, above_fields = source.split("\n"), {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno - 1
             while lines[first - 1].strip().startswith("#"):
                 first -= 1
@@ -59,9 +61,9 @@ def options(hint: object) -> list:
 
 def sections(hint: object) -> list[type]:
     """Return the dataclasses that a value of this type may be, or hold as items of a list."""
-    parts = []
+    parts: list[type] = []
     for option in options(hint):
-        if dataclasses.is_dataclass(option):
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
             parts.append(option)
         elif typing.get_origin(option) is tuple:
             parts += sections(typing.get_args(option)[0])

@@ -82,11 +82,13 @@ class Meta:
             if raw["format"] != FORMAT:
                 raise KeyError(f"format {raw['format']!r}, this version reads {FORMAT!r}")
             known = {entry.name: raw[entry.name] for entry in fields(Meta) if entry.name in raw}
-            model = known["config"].get("model", {})
-            of_tokenizer = "images" in known["config"]  # a vtp_training.PretrainConfig
-            if model.get("type", "video_mmdit") == "video_mmdit" and not of_tokenizer:
-                model.setdefault("spatial", SPATIAL_BEFORE)
-            return decode(Meta, known)
+            meta = decode(Meta, known)
+            model = meta.config.get("model", {})
+            of_tokenizer = "images" in meta.config  # a vtp_training.PretrainConfig
+            if isinstance(model, dict) and not of_tokenizer:
+                if model.get("type", "video_mmdit") == "video_mmdit":
+                    model.setdefault("spatial", SPATIAL_BEFORE)
+            return meta
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{where} is not a checkpoint of this project: {str(error)[:1000]}"

@@ -84,10 +84,9 @@ class Meta:
             known = {entry.name: raw[entry.name] for entry in fields(Meta) if entry.name in raw}
             meta = decode(Meta, known)
             model = meta.config.get("model", {})
-            of_tokenizer = "images" in meta.config  # a vtp_training.PretrainConfig
-            if isinstance(model, dict) and not of_tokenizer:
-                if model.get("type", "video_mmdit") == "video_mmdit":
-                    model.setdefault("spatial", SPATIAL_BEFORE)
+            ours = isinstance(model, dict) and model.get("type", "video_mmdit") == "video_mmdit"
+            if ours and "images" not in meta.config:  # those are of vtp_training.PretrainConfig
+                model.setdefault("spatial", SPATIAL_BEFORE)
             return meta
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(

@@ -251,9 +251,9 @@ def test_iterating_from_any_step_goes_on_as_if_never_stopped(cache, where, worke
 
 
 def test_auto_reads_from_disk_what_does_not_fit(cache, monkeypatch):
-    assert isinstance(make(cache, VideoConfig())._store, InMemory)
+    assert isinstance(make(cache, VideoConfig()).store, InMemory)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))
-    assert not isinstance(make(cache, VideoConfig())._store, InMemory)
+    assert not isinstance(make(cache, VideoConfig()).store, InMemory)
 
 
 def test_a_global_batch_that_cannot_be_split_is_refused(cache):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.commands.inspect_adapter import changes
 from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.data_config import SourceConfig
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.clips import cached_frames
@@ -1049,7 +1050,7 @@ def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
         f"text_encoder.cache_dir={tmp_path}/text",
     ]
     config = load_experiment_config(shop.config, words)
-    texts = cache_text.asked_texts(config, str(shop.cache()))
+    texts = cache_text.asked_texts(config, [SourceConfig(str(shop.cache()))])
     assert {"", "ugly blurry", "zork, a star", "a cat 0", "a cat 16"} <= {*texts}
     assert "zork, ugly blurry" not in texts and "zork" not in texts and "zork, a cat 0" not in texts
     assert any(text.startswith("zork, ") for text in texts)

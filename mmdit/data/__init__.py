@@ -1,7 +1,8 @@
 """From metadata to batches: records → pictures → latent cache → the batches of every step."""
 
 from mmdit.data.batches.batch_plan import BatchPlan
-from mmdit.data.batches.latent_batches import DataConfig, LatentBatches
+from mmdit.data.batches.data_config import DataConfig, SourceConfig
+from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
@@ -15,6 +16,7 @@ __all__ = [
     "CacheManifest",
     "CacheWriter",
     "DataConfig",
+    "SourceConfig",
     "LatentBatches",
     "LatentCache",
     "PreprocessConfig",

@@ -106,13 +106,14 @@ def with_sibling(learner: Learner, config: ExperimentConfig) -> Denoiser:
     return Experts(networks["high"], networks["low"], boundary)
 
 
-def build_plan(config: ExperimentConfig, cache: LatentCache, processes: int = 1) -> BatchPlan:
-    """Return what each step of the training sees of `cache`."""
+def build_plan(
+    config: ExperimentConfig, cache: LatentCache, processes: int = 1, name: str = ""
+) -> BatchPlan:
+    """Return what each step of the training sees of `cache`. `name`: of a source beside others."""
     train = config.train
     size = train.batch_size * train.grad_accum_steps * processes
-    return BatchPlan(
-        cache, config.video, size, config.seed, train.val_share if train.val_every_steps else 0.0
-    )
+    held_out = train.val_share if train.val_every_steps else 0.0
+    return BatchPlan(cache, config.video, size, config.seed, held_out, name)
 
 
 def start_from(

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig
 from mmdit.config import ConfigError, FilePath, check_sections
-from mmdit.data.batches.latent_batches import DataConfig
+from mmdit.data.batches.data_config import DataConfig
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.captions import CaptionsConfig
 from mmdit.data.dataset.frames import PreprocessConfig
@@ -65,7 +65,7 @@ class ExperimentConfig:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     # How captions are varied from step to step.
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
-    # How the cache is read.
+    # What is trained on, and how it is read.
     data: DataConfig = field(default_factory=DataConfig)
     # Token routing, which makes training steps cheaper.
     tread: TreadConfig = field(default_factory=TreadConfig)

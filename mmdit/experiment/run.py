@@ -13,11 +13,10 @@ from mmdit import config as config_io
 from mmdit.adapters import coverage, lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.data.batches.batch_plan import BatchPlan
-from mmdit.data.batches.latent_batches import LatentBatches
-from mmdit.data.cache.latent_cache import open_cache
-from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
-from mmdit.experiment.build import build_learner, build_plan, start_from
+from mmdit.experiment.build import build_learner, start_from
+from mmdit.experiment.data_sources import open_batches, sources_of
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.wan_pictures import Pictures
@@ -43,16 +42,19 @@ from mmdit.training.validation import Validation
 
 
 def run_training(
-    config: ExperimentConfig, cache_dir: str | Path, device: str = "auto", resume: bool = False
+    config: ExperimentConfig,
+    cache_dir: str | Path | None,
+    device: str = "auto",
+    resume: bool = False,
 ) -> bool:
     """Train as configured. Return True when max_steps was reached, False when it was asked to stop
-    (continue with resume)."""
-    config = resolved(config)
+    (continue with resume). `cache_dir`: what is trained on where `data.sources` is empty."""
+    config, sources = resolved(config), sources_of(config, cache_dir)
     train = config.train
     with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
         start = world.share(lambda: find_start(config, resume))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
-        batches = open_batches(config, tokenizer, cache_dir, world)
+        batches = open_batches(config, tokenizer, sources, world)
         run = Run(config, world, tokenizer.plain, batches.plan, start)
         run.continue_from_start()
         check_weights(run.learner)
@@ -99,27 +101,6 @@ def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> P
     return newest
 
 
-def open_batches(
-    config: ExperimentConfig, tokenizer: Tokenizer, cache_dir: str | Path, world: World
-) -> LatentBatches:
-    """Open the cache, which must be the one that the configuration asks for, and return the batches
-    of this process."""
-    wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
-    cache = open_cache(cache_dir, wanted)
-    return LatentBatches(
-        cache,
-        build_plan(config, cache, world.size),
-        rank=world.rank,
-        world=world.size,
-        accum=config.train.grad_accum_steps,
-        in_memory=config.data.in_memory,
-        num_workers=config.num_workers,
-        captions=config.captions,
-        crops=config.model.crop,
-        tile=None if config.video.tile is None else tokenizer.spec.grid(*config.video.tile),
-    )
-
-
 @dataclass
 class Run:
     """The learner and the state of a training run, and what is written of it. `start`: the
@@ -128,7 +109,7 @@ class Run:
     config: ExperimentConfig
     world: World
     tokenizer: Tokenizer
-    plan: BatchPlan
+    plan: BatchPlan | MixedPlan
     start: Path | None
     learner: Learner = field(init=False)
     state: TrainState = field(init=False)
@@ -245,7 +226,9 @@ class Run:
         return previews
 
 
-def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan, run_dir: Path) -> None:
+def describe(
+    config: ExperimentConfig, learner: Learner, plan: BatchPlan | MixedPlan, run_dir: Path
+) -> None:
     """Write config.yaml and say what is about to happen."""
     write_config(run_dir, config_io.to_yaml(config))
 

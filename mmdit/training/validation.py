@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.batches.latent_batches import LatentBatches, StepBatches
 from mmdit.diffusion.expert_schedule import FixedTimes
 from mmdit.training.distributed import World
 from mmdit.training.train_config import TrainConfig
@@ -21,32 +22,39 @@ QUANTILES = 9
 class Validation:
     """Callable on a `TrainState`, by all ranks together. Every held-out item is measured at the
     middles of `QUANTILES` equal parts of the distribution of times, each item with noise of its
-    own; step and number of processes do not enter.
+    own; step and number of processes do not enter. Of several sources each is measured.
     """
 
     config: TrainConfig
-    batches: LatentBatches
+    batches: StepBatches
     world: World
 
     def __call__(self, state: TrainState) -> dict[str, float | None]:
-        """Return `val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest), and
-        `val_loss_ema` of the averaged weights; None where a loss is not finite."""
-        losses = self._measure(state)
+        """Return `val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest),
+        `val_loss_ema` of the averaged weights, and of several sources `val_loss/<name>` of each;
+        None where a loss is not finite."""
+        tables = [self._measure(state, source) for source in self.batches.sources]
+        losses = _means(sum(tables[1:], tables[0]))
         values = {"val_loss": sum(losses) / QUANTILES}
         values |= {f"val_loss_q{i}": loss for i, loss in enumerate(losses, 1)}
         if state.ema:
             with state.ema.applied():
-                values["val_loss_ema"] = sum(self._measure(state)) / QUANTILES
+                averaged = [self._measure(state, source) for source in self.batches.sources]
+            values["val_loss_ema"] = sum(_means(sum(averaged[1:], averaged[0]))) / QUANTILES
+        if len(tables) > 1:
+            for source, table in zip(self.batches.sources, tables, strict=True):
+                values[f"val_loss/{source.plan.name}"] = sum(_means(table)) / QUANTILES
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     @torch.no_grad()
-    def _measure(self, state: TrainState) -> list[float]:
+    def _measure(self, state: TrainState, source: LatentBatches) -> Tensor:
+        """Return the sums and counts `(2, QUANTILES)` of the losses of a source's items."""
         device, size = self.world.device, self.config.batch_size
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast)
         with autocast, torch.compiler.set_stance("force_eager"):
-            for items in self.batches.held_out(self.config.val_samples):
+            for items in source.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
                 # Every rank takes part in each round, with repeats if need be.
                 rounds = math.ceil(samples / (size * self.world.size))
@@ -54,9 +62,7 @@ class Validation:
                 for numbers in everything[self.world.rank :: self.world.size].split(size):
                     rows, quantile = (numbers % samples) // QUANTILES, numbers % samples % QUANTILES
                     times = ((quantile + 0.5) / QUANTILES).to(device)
-                    draws = FixedTimes(
-                        self.batches.plan.seed, 0, items.indices[rows].to(device), times
-                    )
+                    draws = FixedTimes(source.plan.seed, 0, items.indices[rows].to(device), times)
                     captions = [items.captions[i] for i in rows.tolist()]
                     crops, places = (
                         None if values is None else values[rows].to(device)
@@ -71,4 +77,9 @@ class Validation:
                     )
                     table.index_add_(1, quantile.to(device), values)
         self.world.sum_(table)
-        return (table[0] / table[1]).tolist()
+        return table
+
+
+def _means(table: Tensor) -> list[float]:
+    """Return the mean losses of a table of sums and counts."""
+    return (table[0] / table[1]).tolist()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,6 +127,9 @@ class BatchPlan:
     `frame_counts`), else it is left out (its single frames still serve the steps that
     `image_fraction` gives to images). Those steps are spread evenly: step s is one if floor(s·f +
     phase(seed)) grows. The share `held_out` of the items, by a hash of their ids, is in no batch.
+
+    `name`: of a source beside others (see `mixture`). Its order is then its own, and where it holds
+    single pictures alone, all of its steps are image steps, whatever `num_frames` is.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class BatchPlan:
         global_batch: int,
         seed: int,
         held_out: float = 0.0,
+        name: str = "",
     ):
         if global_batch < 1:
             raise ValueError(f"the global batch is {global_batch}; must be at least 1")
@@ -149,12 +153,18 @@ class BatchPlan:
             )
         spec = cache.manifest.spec
         self.video, self.global_batch, self.seed = latent_video(video, spec), global_batch, seed
+        self.name = name
+        pictures = bool(name) and not (cache.shapes[:, 0] > 1).any()
+        if pictures and self.video.num_frames > 1:
+            self.video = replace(self.video, image_fraction=1.0)
         # samples start where a window of the tokenizer did
         self.aligned = self.video.num_frames if spec.temporal > 1 else 1
         self._ids, self._counts, self._grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
         self._frames = usable_frames(self._counts, self.video)  # of each item in a sample
         long_enough = self._frames > 0
         self.excluded = torch.nonzero(~long_enough).flatten()
+        if pictures:
+            self.excluded = self.excluded[:0]
         self.held_out = _held_out(cache.ids, held_out, seed)
         used = torch.ones(len(cache.ids), dtype=torch.bool).index_fill_(0, self.held_out, False)
         if held_out and not 0 < len(self.held_out) < len(cache.ids):
@@ -183,29 +193,46 @@ class BatchPlan:
         self.images: _Stream | None = None
         if fraction < 1:
             groups = by_shape(shapes, torch.nonzero(long_enough & used).flatten())
-            self.clips = _Stream(groups, global_batch, seed, "clips")
+            self.clips = _Stream(groups, global_batch, seed, f"clips {name}".strip())
         if fraction > 0:
             groups = by_shape(self._grids, torch.nonzero(used).flatten())
-            self.images = _Stream(groups, global_batch, seed, "images")
-        self._phase = (key(seed, "image_step") >> 40) % (1 << 24) / (1 << 24)
+            self.images = _Stream(groups, global_batch, seed, f"images {name}".strip())
+        phase_key = key(seed, "image_step", name) if name else key(seed, "image_step")
+        self._phase = (phase_key >> 40) % (1 << 24) / (1 << 24)
 
     # ── the batches ───────────────────────────────────────────────────────────────────────────────
     def _images_before(self, step: int) -> int:
         return math.floor(step * self.video.image_fraction + self._phase)
 
+    @property
+    def items(self) -> int:
+        """Return how many items an epoch has: the clips, or the pictures where there are none."""
+        stream = self.clips or self.images
+        assert stream is not None  # one of them is used
+        return stream.items
+
+    @property
+    def epoch_steps(self) -> float:
+        """Return in how many steps as many clips (pictures, where there are none) are seen as there
+        are."""
+        fraction = self.video.image_fraction
+        return self.items / self.global_batch / (1 - fraction if self.clips else fraction)
+
     def is_image_step(self, step: int) -> bool:
         """Return whether a step sees single frames."""
         return self._images_before(step + 1) > self._images_before(step)
 
-    def batch(self, step: int) -> PlannedBatch:
-        """Return the global batch of `step` (from 0)."""
-        before = self._images_before(step)
-        if self.images is not None and self.is_image_step(step):
+    def batch(self, position: int, step: int | None = None) -> PlannedBatch:
+        """Return the global batch at `position` (from 0) of this plan. `step`: of the training,
+        which keys the frames that are drawn; another number where other plans have steps, too."""
+        step = position if step is None else step
+        before = self._images_before(position)
+        if self.images is not None and self.is_image_step(position):
             group, items = self.images.batch(before)
             frames = 1
         else:
             assert self.clips is not None  # without it every step is one of images
-            group, items = self.clips.batch(step - before)
+            group, items = self.clips.batch(position - before)
             frames = int(self._frames[items[0]])
         return self._planned(group, items, frames, Draws.of(self.seed, step, len(items)))
 
@@ -304,6 +331,8 @@ class BatchPlan:
                 times = math.ceil(self.global_batch / row["items"])
                 line += f", each item up to {times} times in one"
             lines.append(line)
+        what = "clips" if self.clips is not None and self.video.num_frames > 1 else "pictures"
+        lines.append(f"  an epoch: {self.epoch_steps:.4g} steps, for {self.items} {what}")
         if len(self.held_out):
             lines.append(f"  {len(self.held_out)} items are held out for validation")
         if unmoved := self.unmoved():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmdit.config import Section
 from mmdit.data.batches.batch_plan import BatchPlan, Grid
-from mmdit.data.batches.stores import InMemory, Part, open_store
+from mmdit.data.batches.mixture import MixedPlan
+from mmdit.data.batches.on_the_fly import Encoding, UnencodedItems
+from mmdit.data.batches.stores import InMemory, OnDisk, Part, open_store
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import CaptionsConfig, drawn_captions
 from mmdit.data.dataset.frames import crop_shares
@@ -24,21 +25,59 @@ from mmdit.interfaces import Batch
 from mmdit.rng import Draws
 
 
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """The section `data:`."""
+class StepBatches(Dataset, ABC):
+    """This rank's micro-batches of every step, pure functions of the step, and made ahead of time.
+    `sources`: the batches of each source, one or several."""
 
-    # Hold the whole cache in memory; `auto`: if it takes at most a quarter of it.
-    in_memory: Literal["auto", True, False] = "auto"
+    plan: BatchPlan | MixedPlan
+    num_workers: int
+    sources: list[LatentBatches]
+
+    @abstractmethod
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro-batches of `step`. `Batch.indices` are positions in the global batch."""
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.step(step)  # as a map-style data set, for DataLoader's workers
+
+    def iterate(self, start_step: int = 0, stop_step: int = 1 << 62) -> Iterator[list[Batch]]:
+        """Yield steps in order, made ahead of time by one thread (from memory) or by `num_workers`
+        processes (from disk: reading many small files is bound by the interpreter). 0 workers, or
+        items that are encoded here: nothing ahead."""
+        steps, stores = range(start_step, stop_step), [source.store for source in self.sources]
+        if any(isinstance(store, Encoding) for store in stores):
+            yield from map(self.step, steps)
+        elif self.num_workers and all(isinstance(store, InMemory) for store in stores):
+            yield from self._ahead(iter(steps))
+        else:
+            yield from results(self, steps, self.num_workers, torch.cuda.is_available())
+
+    def _ahead(self, steps: Iterator[int]) -> Iterator[list[Batch]]:
+        def make(step: int) -> list[Batch]:
+            batches = self.step(step)
+            if torch.cuda.is_available():
+                return [batch.pin_memory() for batch in batches]
+            return batches
+
+        with ThreadPoolExecutor(1, "batches") as pool:
+            waiting = deque(pool.submit(make, step) for step in islice(steps, 2))
+            try:
+                while waiting:
+                    ready = waiting.popleft().result()
+                    waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
+                    yield ready
+            finally:
+                for future in waiting:
+                    future.cancel()
 
 
-class LatentBatches(Dataset):
+class LatentBatches(StepBatches):
     """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are
     exactly the plan's global batch. `crops`: batches say which part of its picture each item shows.
     `tile`: only so many rows and columns of cells of each item, at drawn places, which batches say.
 
-    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works ahead. ValueError if
-    the global batch cannot be split evenly.
+    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works ahead. `prefix`:
+    stands in front of every caption. ValueError if the global batch cannot be split evenly.
     """
 
     def __init__(
@@ -54,20 +93,32 @@ class LatentBatches(Dataset):
         captions: CaptionsConfig | None = None,
         crops: bool = False,
         tile: Grid | None = None,
+        prefix: str = "",
     ):
         if plan.global_batch % (world * accum):
             raise ValueError(
                 f"the global batch of {plan.global_batch} cannot be split over {world} processes"
                 f" and {accum} accumulation steps; make it a multiple of {world * accum}"
             )
-        self.plan, self.rank, self.world, self.accum = plan, rank, world, accum
+        self.plan: BatchPlan = plan
+        self.rank, self.world, self.accum = rank, world, accum
         self.num_workers, self.captions = num_workers, captions or CaptionsConfig()
-        self._sources, self.tile = cache.sources if crops else None, tile
-        self._store = open_store(cache, in_memory, progress=rank == 0)
+        self._origins, self.tile, self.prefix = cache.sources if crops else None, tile, prefix
+        self.store: InMemory | OnDisk | Encoding
+        if isinstance(cache, UnencodedItems):
+            self.store = Encoding(cache, num_workers)
+        else:
+            self.store = open_store(cache, in_memory, progress=rank == 0)
+        self.sources = [self]
 
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of `step`. `Batch.indices` are positions in the global batch."""
-        planned = self.plan.batch(step)
+        return self.at(step, step)
+
+    def at(self, position: int, step: int) -> list[Batch]:
+        """Return the micro-batches at `position` of the plan, with the draws of `step` of the
+        training."""
+        planned = self.plan.batch(position, step)
         positions = torch.arange(self.rank, self.plan.global_batch, self.world)
         batches = []
         for part in positions.chunk(self.accum):
@@ -86,16 +137,18 @@ class LatentBatches(Dataset):
 
     def _batch(self, grid: Grid, items: Tensor, frames: Tensor, draws: Draws) -> Batch:
         numbers = items.tolist()
-        captions, ids, facts = map(list, zip(*map(self._store.text, numbers), strict=True))
+        captions, ids, facts = map(list, zip(*map(self.store.text, numbers), strict=True))
         crops = None
-        if self._sources is not None:
-            crops = torch.tensor([crop_shares(self._sources[number]) for number in numbers])
+        if self._origins is not None:
+            crops = torch.tensor([crop_shares(self._origins[number]) for number in numbers])
         tiles, places = None, None
         if self.tile is not None:
             tiles, places = self._draw_tiles(grid, frames, draws)
         return Batch(
-            latents=self._store.gather(grid, items, frames, tiles),
-            captions=drawn_captions(captions, self.captions, draws),
+            latents=self.store.gather(grid, items, frames, tiles),
+            captions=[
+                self.prefix + text for text in drawn_captions(captions, self.captions, draws)
+            ],
             ids=ids,
             indices=draws.indices,
             facts=facts,
@@ -120,32 +173,17 @@ class LatentBatches(Dataset):
         ]
         return tiles, torch.cat([first, corners, whole.expand(len(frames), 2)], 1)
 
-    __getitem__ = step  # as a map-style data set, for DataLoader's workers
 
-    def iterate(self, start_step: int = 0, stop_step: int = 1 << 62) -> Iterator[list[Batch]]:
-        """Yield steps in order, made ahead of time by one thread (from memory) or by `num_workers`
-        processes (from disk: reading many small files is bound by the interpreter). 0 workers:
-        nothing ahead."""
-        steps = range(start_step, stop_step)
-        if self.num_workers and isinstance(self._store, InMemory):
-            yield from self._ahead(iter(steps))
-        else:
-            yield from results(self, steps, self.num_workers, torch.cuda.is_available())
+class MixedBatches(StepBatches):
+    """This rank's part of every step where a step's items come from one of several sources, as
+    `plan` says. `sources`: the batches of each, of the plans that `plan` mixes."""
 
-    def _ahead(self, steps: Iterator[int]) -> Iterator[list[Batch]]:
-        def make(step: int) -> list[Batch]:
-            batches = self.step(step)
-            if torch.cuda.is_available():
-                return [batch.pin_memory() for batch in batches]
-            return batches
+    def __init__(self, sources: list[LatentBatches], plan: MixedPlan):
+        self.plan: MixedPlan = plan
+        self.sources = sources
+        self.num_workers = sources[0].num_workers
 
-        with ThreadPoolExecutor(1, "batches") as pool:
-            waiting = deque(pool.submit(make, step) for step in islice(steps, 2))
-            try:
-                while waiting:
-                    ready = waiting.popleft().result()
-                    waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
-                    yield ready
-            finally:
-                for future in waiting:
-                    future.cancel()
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro-batches of `step`. `Batch.indices` are positions in the global batch."""
+        source, position = self.plan.mixture.at(step)
+        return self.sources[source].at(position, step)

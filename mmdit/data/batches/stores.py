@@ -29,10 +29,15 @@ def open_store(
 ) -> InMemory | OnDisk:
     """Return a store of a cache; "auto": in memory, if it takes at most a quarter of it."""
     if in_memory == "auto":
-        # every process of this machine holds a copy
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        in_memory = cache.nbytes * processes <= MEMORY_SHARE * memory_bytes()
+        in_memory = fits_in_memory(cache.nbytes)
     return InMemory(cache, progress) if in_memory else OnDisk(cache)
+
+
+def fits_in_memory(size: int) -> bool:
+    """Return whether `size` bytes take at most a quarter of the memory, with a copy in every
+    process of this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return size * processes <= MEMORY_SHARE * memory_bytes()
 
 
 def memory_bytes() -> int:
@@ -43,7 +48,8 @@ def memory_bytes() -> int:
     return min(total, int(text)) if text.isdecimal() else total
 
 
-def _text_of(cache: LatentCache, item: int) -> Text:
+def text_of(cache: LatentCache, item: int) -> Text:
+    """Return all captions of an item, its id and its facts."""
     facts = cache.facts[item]
     return all_captions(cache.captions[item], facts), cache.ids[item], facts
 
@@ -57,7 +63,7 @@ class InMemory:
         # where an item's frames begin in its grid's tensor
         self.first = torch.zeros(len(cache), dtype=torch.int64)
         self._pinned = torch.cuda.is_available()
-        self.text = lru_cache(TEXTS)(partial(_text_of, cache))
+        self.text = lru_cache(TEXTS)(partial(text_of, cache))
         channels = cache.manifest.spec.channels
         for grid, items in by_shape(cache.shapes[:, 1:3], torch.arange(len(cache))).items():
             counts = cache.shapes[items, 0]
@@ -117,4 +123,4 @@ class OnDisk:
 
     def text(self, item: int) -> Text:
         """Return the texts of one item."""
-        return _text_of(self.cache, item)
+        return text_of(self.cache, item)

@@ -84,7 +84,7 @@ def decoded(
     worker was killed come at the end."""
     chunk = IMAGES_AT_ONCE if media == "image" else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
-    decode = _Decode(media, manifest, preprocess, video)
+    decode = Decode(media, manifest, preprocess, video)
     pin_memory = torch.device(device).type == "cuda"
     for part, result in each(decode, parts, num_workers, pin_memory):
         if result is None:
@@ -95,7 +95,7 @@ def decoded(
         yield result
 
 
-class _Decode(Dataset):
+class Decode(Dataset):
     """Maps a few records to their crops, grouped by size. The records come through the sampler, so
     that a million of them are neither pickled to nor copied by every worker."""
 

@@ -143,13 +143,21 @@ class CacheManifest:
             if here.get(name) != asked.get(name)
         ]
 
-    def _deciding(self) -> dict[str, object]:
-        """Return what decides the latents, by the names that a person knows."""
-        settings: dict[str, object] = {
-            "tokenizer": f"{self.tokenizer_name} {self.tokenizer}",
+    def latents(self) -> dict[str, object]:
+        """Return what latents must share that are trained on together, by the names that a person
+        knows. (The name of the tokenizer is not among them: a checkpoint may have moved.)"""
+        return {
+            "tokenizer": self.tokenizer,
             "latent channels": self.spec.channels,
             "pixels per latent cell": self.spec.spatial,
             "frames per latent frame": self.spec.temporal,
+        }
+
+    def _deciding(self) -> dict[str, object]:
+        """Return what decides the latents, by the names that a person knows."""
+        settings: dict[str, object] = {
+            **self.latents(),
+            "tokenizer": f"{self.tokenizer_name} {self.tokenizer}",
             "bucketing.enabled": self.bucketed,
             "sizes": sorted(self.sizes),
             "bucketing.max_pixels_per_frame": self.max_pixels_per_frame,

@@ -1,0 +1,138 @@
+"""Open what a configuration trains on: one source or several, caches or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mmdit.config import ConfigError
+from mmdit.data.batches.data_config import SourceConfig, check_together, shares_of
+from mmdit.data.batches.latent_batches import LatentBatches, MixedBatches, StepBatches
+from mmdit.data.batches.mixture import MixedPlan
+from mmdit.data.batches.on_the_fly import UnencodedItems
+from mmdit.data.batches.stores import fits_in_memory
+from mmdit.data.cache.latent_cache import LatentCache, open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.experiment.build import build_plan
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.interfaces import Tokenizer
+from mmdit.training.distributed import World
+
+NOTHING = (
+    "no data is named: give --train_cache_dir, a folder that cache-images or cache-latents wrote,"
+    " or data.sources in the config (--train_jsonl trains without a cache)"
+)
+
+
+def with_given(
+    config: ExperimentConfig, caches: Sequence[str], files: Sequence[str]
+) -> ExperimentConfig:
+    """Return `config` with the sources that a command line names: caches, and JSONL files to encode
+    while training. One cache is no section: the config stays as it is."""
+    if not caches and not files:
+        return config
+    if config.data.sources:
+        raise ConfigError(
+            "data.sources",
+            f"names {len(config.data.sources)} sources, and the command line"
+            f" {len(caches) + len(files)}; give them in one of the two places",
+        )
+    if len(caches) == 1 and not files:
+        return config
+    sources = tuple(SourceConfig(path) for path in (*caches, *files))
+    on_the_fly = config.data.on_the_fly or bool(files)
+    try:
+        return replace(config, data=replace(config.data, sources=sources, on_the_fly=on_the_fly))
+    except ConfigError as error:
+        raise ConfigError(f"data.{error.path}", error.message) from None
+
+
+def sources_of(config: ExperimentConfig, cache_dir: str | Path | None) -> tuple[SourceConfig, ...]:
+    """Return the sources of a training. ValueError: there are none."""
+    if config.data.sources:
+        return config.data.sources
+    if cache_dir is None:
+        raise ValueError(NOTHING)
+    return (SourceConfig(str(cache_dir)),)
+
+
+def open_batches(
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    sources: Sequence[SourceConfig],
+    world: World,
+) -> StepBatches:
+    """Open the sources, which must be what the configuration asks for, and return the batches of
+    this process. One source alone must have the sizes of the config, too."""
+    wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
+    alone = len(sources) == 1
+    caches = [
+        _open(config, source, tokenizer, wanted if alone else None, world) for source in sources
+    ]
+    if not alone:
+        for line in check_together(caches, wanted, config.model.patch):
+            world.print(line)
+    stored = sum(cache.nbytes for cache in caches if not isinstance(cache, UnencodedItems))
+    in_memory = config.data.in_memory
+    if in_memory == "auto":
+        in_memory = fits_in_memory(stored)
+    parts = [
+        LatentBatches(
+            cache,
+            build_plan(config, cache, world.size, "" if alone else source.label),
+            rank=world.rank,
+            world=world.size,
+            accum=config.train.grad_accum_steps,
+            in_memory=in_memory,
+            num_workers=config.num_workers,
+            captions=config.captions,
+            crops=config.model.crop,
+            tile=None if config.video.tile is None else tokenizer.spec.grid(*config.video.tile),
+            prefix=source.caption_prefix,
+        )
+        for source, cache in zip(sources, caches, strict=True)
+    ]
+    if alone:
+        return parts[0]
+    plans = [part.plan for part in parts]
+    return MixedBatches(parts, MixedPlan(plans, shares_of(sources, plans), config.train.max_steps))
+
+
+def _open(
+    config: ExperimentConfig,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    wanted: CacheManifest | None,
+    world: World,
+) -> LatentCache:
+    """Open a cache, or look at the records of a file that will be encoded while training."""
+    path = Path(source.path)
+    if not path.is_file():
+        return open_cache(path, wanted)
+    if not config.data.on_the_fly:
+        raise ConfigError(
+            "data.on_the_fly",
+            f"is false, and {path} is a file, not the folder of a cache; make a cache of it with"
+            " cache-images or cache-latents, or set it to true (slow)",
+        )
+    items = UnencodedItems(
+        path,
+        tokenizer,
+        config.video,
+        config.bucketing,
+        config.preprocess,
+        device=world.device,
+        num_workers=config.num_workers,
+    )
+    world.print(
+        f"{path}: {len(items)} items are decoded and encoded anew for each batch"
+        " (data.on_the_fly): slow, `data wait` of the log says how much; a cache is made once"
+    )
+    if items.skips:
+        first = items.skips[0]
+        world.print(
+            f"  left out {len(items.skips)} records, for example {first.path or first.id}:"
+            f" {first.reason}"
+        )
+    return items

@@ -1,0 +1,127 @@
+"""Without a cache a training sees what it would see through one: the same order and texts, and the
+same latents up to float16."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.batches.on_the_fly import UnencodedItems
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.scripts import train_t2v
+from tests.helpers.tiny import Workshop, refused
+from tests.test_cache import MeanPixels, run, write_meta
+from tests.test_clip_plan import Joining
+
+PLAIN = SimpleNamespace(bucketing=BucketingConfig(), preprocess=PreprocessConfig())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Pictures of several shapes and colours, one of them damaged."""
+    folder, rows = tmp_path_factory.mktemp("pictures"), []
+    noise = np.random.default_rng(0)
+    for number in range(9):
+        shape = (40, 56 + 24 * (number % 3), 3)
+        Image.fromarray(noise.integers(0, 256, shape, np.uint8)).save(folder / f"{number}.png")
+        rows.append({"id": f"{number}", "image_path": f"{number}.png", "caption": f"no. {number}"})
+    rows[4]["captions"] = ["one", "another"]
+    (folder / "7.png").write_bytes(b"no picture")
+    return write_meta(folder, rows)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips of 5, 17 and 30 frames of random pixels."""
+    folder, rows = tmp_path_factory.mktemp("clips"), []
+    noise = np.random.default_rng(1)
+    for count in (5, 17, 30):
+        (folder / f"{count}").mkdir()
+        for number in range(count):
+            pixels = noise.integers(0, 256, (32, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{count}" / f"{number:02}.png")
+        rows.append({"id": f"clip{count}", "frames_dir": f"{count}", "caption": f"{count} frames"})
+    return write_meta(folder, rows, "train_videos.jsonl")
+
+
+def compare(meta, out, tokenizer, video, size=4, **settings):
+    """Compare every batch of a few steps, and what is held out, with those through a cache."""
+    kind = "video" if "video" in meta.name else "image"
+    report = run(meta, out, tokenizer, kind=kind, video=video, **settings)
+    cache = open_cache(out)
+    chosen = {**vars(PLAIN), **settings}
+    items = UnencodedItems(meta, tokenizer, video, chosen["bucketing"], chosen["preprocess"])
+    assert [skip.id for skip in items.skips] == [skip.id for skip in report.skipped]
+    assert list(items.ids) == list(cache.ids) and torch.equal(items.shapes, cache.shapes)
+    ready, made = (
+        LatentBatches(part, BatchPlan(part, video, size, 3, 0.3), crops=True, num_workers=0)
+        for part in (cache, items)
+    )
+    pairs = [*zip(ready.held_out(9), made.held_out(9), strict=True)]
+    steps = zip(ready.iterate(0, 8), made.iterate(0, 8), strict=True)
+    pairs += [(a, b) for one, other in steps for a, b in zip(one, other, strict=True)]
+    for a, b in pairs:
+        assert a.ids == b.ids and a.captions == b.captions and a.facts == b.facts
+        assert torch.equal(a.crops, b.crops) and b.latents.dtype == torch.float16
+        torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=1e-3)
+    assert len({batch.latents.shape for batch, _ in pairs}) > 1 or size == 2
+    return items
+
+
+def test_pictures_in_buckets_with_two_crops(pictures, tmp_path):
+    items = compare(
+        pictures,
+        tmp_path / "cache",
+        MeanPixels(),
+        VideoConfig(32, 32),
+        bucketing=BucketingConfig(True, buckets=((32, 32), (64, 32))),
+        preprocess=PreprocessConfig("shifted", 1.0, 2, 0),
+    )
+    assert items.skips[0].id == "7" and len(items) > len(items._records) / 2
+
+
+def test_clips_with_single_frames_between_them(clips, tmp_path):
+    video = VideoConfig(32, 32, num_frames=3, frame_stride=2, image_fraction=0.4, temporal_jitter=1)
+    compare(clips, tmp_path / "cache", MeanPixels(), video)
+
+
+def test_clips_of_a_tokenizer_that_joins_frames(clips, tmp_path):
+    """Take clips of which the long ones hold several samples, one behind the other."""
+    video = VideoConfig(32, 32, num_frames=9, frame_counts=(5,), image_fraction=0.3)
+    compare(clips, tmp_path / "cache", Joining(), video, size=2)
+
+
+def test_a_source_that_goes_while_training_is_named(clips, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    rows = [{"id": "x", "image_path": "frames/0.png", "caption": ""}]
+    meta, video = write_meta(tmp_path, rows), VideoConfig(32, 32)
+    items = UnencodedItems(meta, MeanPixels(), video, *vars(PLAIN).values())
+    (folder / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"frames/0\.png: .*make a cache"):
+        LatentBatches(items, BatchPlan(items, video, 1, 0), num_workers=0).step(0)
+    with pytest.raises(ValueError, match="none of the 1 records of .* can be used"):
+        UnencodedItems(meta, MeanPixels(), video, *vars(PLAIN).values())
+
+
+def test_a_run_without_a_cache_says_that_it_is_slow(pictures, tmp_path, capsys):
+    shop = Workshop(tmp_path)
+    words = ["--config", str(shop.config), "--device", "cpu", "train.max_steps=1"]
+    assert train_t2v.main([*words, "--train_jsonl", str(pictures)]) == 0
+    log = capsys.readouterr().out
+    assert "8 items are decoded and encoded anew for each batch" in log and "data wait" in log
+    assert "left out 1 records" in log
+    config = (tmp_path / "runs/base/config.yaml").read_text()
+    assert "on_the_fly: true" in config and str(pictures) in config
+    other = [*words, f"data.sources=[{{path: {pictures}}}]", "experiment_name=other"]
+    refused(capsys, train_t2v.main, other, "data.on_the_fly", "is false", "cache-images")
+    first = json.loads((tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] > 0

@@ -111,6 +111,7 @@ class RunPages:
             config=run.config_text(),
             config_path=str(self.runs / run.name / "config.yaml"),
             checkpoint_path=str(self.runs / run.name),
+            command="posttrain" if run.config().get("posttrain") else "train",
             others=others,
             against=other,
             difference=difference,

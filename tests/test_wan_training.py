@@ -47,6 +47,7 @@ from mmdit.text_encoders.umt5 import IDLE
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.expert_choice import expert_notes, resolved
+from mmdit.training.media import read_back
 from mmdit.training.pipeline import SampleSettings
 from mmdit.weights import Checkpoint
 from tests.helpers.tiny import refused
@@ -266,6 +267,7 @@ def test_adapters_are_exported_and_laid_over_a_release(shop, capsys):
                 2,
                 "--negative",
                 "bad",
+                "--replace",
                 "--out",
                 out,
                 "--prompts",
@@ -991,7 +993,8 @@ def test_a_file_with_both_experts_is_laid_over_both(pair, runs, tmp_path, capsys
 
     def drawn(name, *words):
         sample.main([*draw, *words, "--out", str(tmp_path / name), *PROMPT])
-        return (tmp_path / name / "0000.png").read_bytes(), capsys.readouterr().out
+        pixels = read_back(tmp_path / name / "0000.png").tolist()  # files hold their command, too
+        return pixels, capsys.readouterr().out
 
     expected, _ = drawn("apart", "--lora", str(parts["high"]), "--lora_low", str(parts["low"]))
     found, told = drawn("together", "--lora", str(both))

@@ -189,15 +189,28 @@ def save_sample(clip: Tensor, stem: Path, fps: int, facts: Mapping[str, Any] | N
 
 def read_back(path: Path) -> Tensor:
     """Read `(F, 3, H, W)` uint8 from what `save_sample` wrote; of a video as H.264 kept it."""
+    frames = [np.array(frame) for frame in read_frames(path)[0]]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def read_frames(path: Path) -> tuple[list[Image.Image], float]:
+    """Return the frames of a picture, a sheet or a clip that this module wrote, and the seconds that
+    they play. OSError, SyntaxError or ImportError: it cannot be read here; ValueError: it is
+    empty."""
     if path.suffix == ".mp4":
         import av
 
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            rate = float(container.streams.video[0].average_rate or 8)
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+            seconds = len(frames) / rate
     else:
         with Image.open(path, formats=["PNG"]) as image:
-            frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+            seconds = len(frames) * image.info.get("duration", 125) / 1000
+    if not frames:
+        raise ValueError("it holds no frame")
+    return frames, seconds
 
 
 def h264() -> bool:

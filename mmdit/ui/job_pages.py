@@ -15,7 +15,7 @@ from mmdit.shipped import ROOTS
 from mmdit.ui.config_forms import current_fields
 from mmdit.ui.job_files import Job, command_line
 from mmdit.ui.job_requests import JobRequest, Workplace, again
-from mmdit.ui.run_folders import find_runs, read_text
+from mmdit.ui.run_folders import find_runs, text_of
 from mmdit.ui.run_pages import SHOWN_FILES, send_picture
 from mmdit.ui.templating import Templates
 
@@ -212,7 +212,7 @@ def skipped_of(job: Job) -> list[dict]:
         return []
     rows = []
     for path in sorted(Path(job.out).glob("skipped*.jsonl")):
-        for line in read_text(path).splitlines():
+        for line in text_of(path).splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):

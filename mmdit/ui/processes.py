@@ -14,7 +14,7 @@ def start_of(pid: int) -> str | None:
     ended and nobody has asked how."""
     try:
         # the name, in parentheses, may hold blanks and parentheses
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except OSError:
         if os.path.isdir("/proc/self"):

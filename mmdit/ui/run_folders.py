@@ -48,7 +48,7 @@ class RunFolder:
 
     def config_text(self) -> str:
         """Return config.yaml as it is, or nothing."""
-        return read_text(self.folder / "config.yaml")
+        return text_of(self.folder / "config.yaml")
 
     def config(self) -> dict:
         """Return config.yaml as plain data, or nothing where there is none that can be read."""
@@ -119,7 +119,7 @@ class RunFolder:
         if newest is None or newest.name.startswith("preview_"):
             return ""
         try:
-            row = json.loads(read_text(newest))
+            row = json.loads(text_of(newest))
             step, error = row["step"], str(row["error"])
         except (ValueError, KeyError, TypeError, RecursionError):
             return ""
@@ -130,7 +130,7 @@ class RunFolder:
 
     def skipped(self) -> list[str]:
         """Return the last lines of what steps were skipped, newest first."""
-        return read_text(self.folder / "skipped.jsonl").splitlines()[:-21:-1]
+        return text_of(self.folder / "skipped.jsonl").splitlines()[:-21:-1]
 
 
 def is_run(folder: Path) -> bool:
@@ -162,7 +162,7 @@ def held_locks() -> set[int] | None:
     """Return the inodes of files that processes hold by a lock, without touching a lock: a training
     that starts just now must get its own. None where the system does not say."""
     try:
-        lines = LOCKS.read_text().splitlines()
+        lines = LOCKS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     rows = [line.split() for line in lines]
@@ -177,7 +177,7 @@ def modified(path: Path) -> float:
         return 0.0
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """Return a text file, or nothing if there is none; of a large one the end."""
     try:
         with open_regular(path) as file:
@@ -192,6 +192,6 @@ def read_text(path: Path) -> str:
 def _parsed(path: str, written: int) -> dict:
     """Return a YAML file as plain data; `written` keys the memory of it."""
     try:
-        return parse_yaml(read_text(Path(path)), path)[0]
+        return parse_yaml(text_of(Path(path)), path)[0]
     except ConfigError:
         return {}

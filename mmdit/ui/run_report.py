@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from mmdit.config import ConfigError, decode, differences, encode, shortened
 from mmdit.diagnostics.curves import curves_svg, read_metrics
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.training.checkpoint import complete
+from mmdit.training.media import read_frames
 from mmdit.training.metrics import clock
 from mmdit.training.run_start import read_starts
 from mmdit.ui.run_folders import RunFolder, held_locks
@@ -137,8 +138,7 @@ class RunReport:
     def _picture(self, path: Path, shares: int) -> str:
         """Return a sheet as an element, within its share of the bytes that are left."""
         try:
-            with Image.open(path, formats=["PNG"]) as image:
-                frames = [image.convert("RGB")]
+            frames, _ = read_frames(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return _block(f"{path.name} cannot be read: {error}")
         return self._embedded(frames, SHEET_SIDE, shares, "samples")
@@ -232,21 +232,8 @@ def _block(text: str) -> str:
 
 
 def _frames(path: Path) -> tuple[list[Image.Image], float]:
-    """Return up to CLIP_FRAMES frames of a video or an animated PNG, and how long it plays."""
-    if path.suffix == ".mp4":
-        import av
-
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or 8)
-            frames = [frame.to_image() for frame in container.decode(stream)]
-            seconds = len(frames) / rate
-    else:
-        with Image.open(path, formats=["PNG"]) as image:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-            seconds = len(frames) * image.info.get("duration", 125) / 1000
-    if not frames:
-        raise ValueError("it holds no frame")
+    """Return up to CLIP_FRAMES frames of a sample, and how long it plays."""
+    frames, seconds = read_frames(path)
     places = np.linspace(0, len(frames) - 1, min(CLIP_FRAMES, len(frames))).round().astype(int)
     return [frames[place] for place in places], seconds
 

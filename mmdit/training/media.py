@@ -194,9 +194,9 @@ def read_back(path: Path) -> Tensor:
 
 
 def read_frames(path: Path) -> tuple[list[Image.Image], float]:
-    """Return the frames of a picture, a sheet or a clip that this module wrote, and the seconds that
-    they play. OSError, SyntaxError or ImportError: it cannot be read here; ValueError: it is
-    empty."""
+    """Return the frames of a picture, a sheet or a clip that this module wrote, and the seconds
+    that they play. OSError, SyntaxError or ImportError: it cannot be read here; ValueError: it
+    is empty."""
     if path.suffix == ".mp4":
         import av
 

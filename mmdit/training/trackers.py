@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-from PIL import Image
-
 from mmdit.config import ConfigError, Section
 from mmdit.files import write_atomically
+from mmdit.training.media import read_back
 
 IDENTITY = "track.json"  # beside the run: under which id and name a tracker knows it
 # With these Trackio would send a run to a server, although nobody asked for that here.
@@ -117,9 +115,8 @@ class TensorBoard:
 
     def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
         """Show the sheet alone, which has strips of clips."""
-        with Image.open(sheet, formats=["PNG"]) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self.board.add_image("samples", pixels, step, dataformats="HWC")
+        (pixels,) = read_back(sheet)
+        self.board.add_image("samples", pixels, step)
 
     def close(self, failed: bool) -> None:
         self.board.close()

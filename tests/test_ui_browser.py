@@ -256,7 +256,7 @@ def test_jobs_of_a_device_queue(page, cache):
     page.fill("[name='set:experiment_name']", "second")
     submit(page, "start")
     state(page, "queued")
-    assert "waits for earlier jobs on cpu" in page.text_content("#state")
+    page.locator("#state", has_text="waits for earlier jobs on cpu").wait_for()
     second = page.url
     page.goto(f"/job/{first}")
     page.click("#stop button")

@@ -25,7 +25,7 @@ from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_
 from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest
 from mmdit.ui.processes import identity, is_alive, terminate
-from mmdit.ui.run_folders import read_text
+from mmdit.ui.run_folders import text_of
 from tests.helpers.browser import browser, send, workplace
 
 CONFIG = "configs/quickstart.yaml"
@@ -357,7 +357,7 @@ def test_a_prompt_of_any_letters_is_a_line_of_a_file_and_text_in_a_page(store, t
     fields = {"checkpoint": str(tmp_path), "prompts": f"{SHELL}\n{HOSTILE}", "device": "cpu"}
     answer = send(client, "/new/sample", **fields, do="start")
     job = store.read(answer.headers["location"].rpartition("/")[2])
-    prompts = read_text(store.path(job.id) / "prompts.txt").splitlines()
+    prompts = text_of(store.path(job.id) / "prompts.txt").splitlines()
     assert prompts == [*SHELL.split("\n"), HOSTILE]
     assert not any("touch" in word or "--out=/etc" in word for word in job.words)
     assert shlex.split(job.line) == ["mmdit", *job.words] and isinstance(job.argv, list)

@@ -3,8 +3,11 @@ what a step really takes."""
 
 import gc
 import json
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -636,3 +639,17 @@ def test_rungs_leave_out_what_is_chosen_already():
             for more in ((), ("train.offload_optimizer=true",))
         ],
     ]
+
+
+@pytest.mark.slow
+def test_a_process_that_has_compiled_nothing_plans():
+    """Parts of torch are there only once something imports them."""
+    command = [sys.executable, "-m", "mmdit.scripts.plan_memory", "--config"]
+    planned = subprocess.run(
+        [*command, "configs/quickstart.yaml"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert planned.returncode == 0 and "total" in planned.stdout, planned.stderr

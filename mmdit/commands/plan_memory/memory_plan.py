@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _triton

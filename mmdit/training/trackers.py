@@ -122,7 +122,23 @@ class TensorBoard:
         self.board.close()
 
 
-class Wandb:
+class LibraryRun:
+    """Log to the run of a library that has Wandb's calls."""
+
+    library: Any
+    run: Any
+
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
+        shown = {"samples": self.library.Image(str(sheet))}
+        if clip is not None and clip.suffix == ".mp4":
+            shown["clips"] = self.library.Video(str(clip), format="mp4")
+        self.run.log(shown, step=step)
+
+
+class Wandb(LibraryRun):
     """A run of Weights & Biases, which a resume continues under the same id."""
 
     def __init__(self, library: Any, track: TrackConfig, run_dir: Path, identity: Identity):
@@ -143,20 +159,11 @@ class Wandb:
         if not online:
             print(f"wandb writes to {place / 'wandb'}; `wandb sync` sends it", flush=True)
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
-        shown = {"samples": self.library.Image(str(sheet))}
-        if clip is not None and clip.suffix == ".mp4":
-            shown["clips"] = self.library.Video(str(clip), format="mp4")
-        self.run.log(shown, step=step)
-
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
-class Trackio:
+class Trackio(LibraryRun):
     """A run in Trackio's own folder on this machine (`TRACKIO_DIR`), which a resume continues."""
 
     def __init__(self, library: Any, track: TrackConfig, identity: Identity):
@@ -171,15 +178,6 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
-        shown = {"samples": self.library.Image(str(sheet))}
-        if clip is not None and clip.suffix == ".mp4":
-            shown["clips"] = self.library.Video(str(clip), format="mp4")
-        self.run.log(shown, step=step)
 
     def close(self, failed: bool) -> None:
         self.run.finish()

@@ -1,0 +1,94 @@
+"""Weights of a run as a file or a folder to hand on: see `mmdit.scripts.export`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mmdit.adapters import is_adapter
+from mmdit.experiment.load import load_pipeline
+from mmdit.interop.lora_formats import save_lora
+from mmdit.interop.wan_weights import save_dit
+from mmdit.training.checkpoint import Weights, export, load_weights
+from mmdit.training.expert_choice import joint_choice
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_export(args: argparse.Namespace) -> str:
+    """Write what the arguments of `mmdit export` ask for, and return what to say of it. ValueError:
+    they do not go together, or the model cannot be written so."""
+    if args.lora or args.layout:
+        return _write_network(args)
+    return _write_file(args)
+
+
+def _write_file(args: argparse.Namespace) -> str:
+    """Write the one file of our own, and return what to say of it."""
+    if args.expert:
+        raise ValueError(
+            f"--expert is {args.expert}, but the whole model is written: add --lora or --layout"
+        )
+    weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
+    if args.merge:
+        weights = merged(weights, not args.raw_weights)
+    out = Path(args.out)
+    export(weights, out, DTYPES[args.dtype or "bf16"])
+    megabytes = out.stat().st_size / 1e6
+    return f"wrote {out} ({megabytes:.1f} MB, step {weights.meta.step})"
+
+
+def _write_network(args: argparse.Namespace) -> str:
+    """Write the adapters alone, or a network in the layout of others, and return what to say."""
+    if args.merge or (args.lora and args.layout):
+        raise ValueError("--merge, --lora and --layout each make another file: choose one")
+    keep = None  # kept apart: what writes a whole model merges them, rounding once
+    pipeline, config = load_pipeline(
+        args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep
+    )
+    choice = joint_choice(pipeline, config, args.expert, args.checkpoint)
+    model, said = choice.network, choice.said
+    if len(model.networks()) > 1:
+        said = "both experts, their names under high. and low."
+    if args.layout and not config.model.released:
+        raise ValueError(
+            f"--layout is for Wan transformers, {args.checkpoint} is a"
+            f" {type(model).__name__}; leave it out"
+        )
+    if args.layout:
+        save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
+    else:
+        save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
+    return ": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"
+
+
+def merged(weights: Weights, use_ema: bool) -> Weights:
+    """Return the weights of a run with its adapters folded in, and a config without `lora:`.
+    ValueError: it has no adapters, is a pair of experts, or its base is elsewhere (Wan)."""
+    source, config = weights.source, weights.meta.config
+    if not config.get("lora", {}).get("enabled"):
+        raise ValueError(
+            f"--merge folds adapters into the weights, and {source} has none; leave it out"
+        )
+    if config.get("model", {}).get("type") == "wan":
+        raise ValueError(
+            "--merge is for models of our own; a whole Wan is written by --layout official (or"
+            " diffusers)"
+        )
+    if config.get("experts", {}).get("enabled"):
+        raise ValueError(
+            f"--merge is for one model; the experts of {source} share a base that their adapters"
+            " change differently"
+        )
+    pipeline, _ = load_pipeline(source, "cpu", use_ema=use_ema, lora=True)
+    names = [name for name in weights.tensors if not is_adapter(name)]
+    state = pipeline.learner.state_dict()
+    plain = {**config, "lora": {"enabled": False}, "alpha_schedule": {"enabled": False}}
+    return Weights(
+        replace(weights.meta, config=plain, alphas={}),
+        {name: state[name] for name in names},
+        source,
+    )

@@ -18,6 +18,7 @@ from mmdit.config import ConfigError, FilePath
 from mmdit.experiment import config_keys
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.scripts import ui
+from mmdit.training.run_folder import text_of
 from mmdit.ui import job_files
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
 from mmdit.ui.command_forms import NO_PATHS, options_of, words_of
@@ -25,7 +26,6 @@ from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_
 from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest
 from mmdit.ui.processes import identity, is_alive, terminate
-from mmdit.ui.run_folders import text_of
 from tests.helpers.browser import browser, send, workplace
 
 CONFIG = "configs/quickstart.yaml"

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("starlette")
 from mmdit.diagnostics.curves import POINTS, thinned
+from mmdit.training.run_folder import RunFolder
 from mmdit.ui.metric_series import MetricStore, curves
-from mmdit.ui.run_folders import RunFolder, find_runs, held_locks
+from mmdit.ui.run_folders import find_runs, held_locks
 from tests.helpers.browser import browser as client
 
 

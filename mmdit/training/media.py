@@ -3,6 +3,7 @@ otherwise."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,6 +212,27 @@ def read_frames(path: Path) -> tuple[list[Image.Image], float]:
     if not frames:
         raise ValueError("it holds no frame")
     return frames, seconds
+
+
+def some_frames(path: Path, most: int) -> tuple[list[Image.Image], float]:
+    """Return up to `most` frames of a sample, evenly chosen, and the seconds that it plays; errors
+    as in `read_frames`."""
+    frames, seconds = read_frames(path)
+    places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+    return [frames[place] for place in places], seconds
+
+
+def as_webp(frames: list[Image.Image], side: int, duration: int) -> bytes:
+    """Return frames as WebP, their longer side at most `side`; several as an animation whose frames
+    last `duration` milliseconds."""
+    scale = min(1.0, side / max(frames[0].size))
+    size = tuple(max(1, round(length * scale)) for length in frames[0].size)
+    small = [frame if scale == 1 else frame.resize(size) for frame in frames]
+    data, animation = io.BytesIO(), {}
+    if len(small) > 1:
+        animation = {"save_all": True, "append_images": small[1:], "duration": duration, "loop": 0}
+    small[0].save(data, format="WEBP", quality=80, method=2, **animation)
+    return data.getvalue()
 
 
 def h264() -> bool:

@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mmdit.shipped import ROOTS
+from mmdit.training.run_folder import text_of
 from mmdit.ui.config_forms import current_fields
 from mmdit.ui.job_files import Job, command_line
 from mmdit.ui.job_requests import JobRequest, Workplace, again
-from mmdit.ui.run_folders import find_runs, text_of
+from mmdit.ui.run_folders import find_runs
 from mmdit.ui.run_pages import SHOWN_FILES, send_picture
 from mmdit.ui.templating import Templates
 

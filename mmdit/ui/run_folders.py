@@ -1,141 +1,13 @@
-"""What a run folder shows of its training: configuration, state and previews, from files alone."""
+"""The runs in a folder, how two of them differ, and which files processes hold."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import time
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-from mmdit.config import ConfigError, differences, parse_yaml
-from mmdit.files import open_regular
-from mmdit.training.runs import LOCK
+from mmdit.config import differences
+from mmdit.training.run_folder import RunFolder, is_run, modified
 
-PREVIEW = re.compile(r"step_(\d{8,})")
-VIDEOS = ("video.mp4", "video.png")
-QUIET_SECONDS = 120  # a run of which nothing can be known is taken for running so long
-LARGEST_TEXT = 1 << 20
 LOCKS = Path("/proc/locks")
-
-
-@dataclass(frozen=True)
-class RunState:
-    """`word`: running, finished, stopped or failed; `reason`: in a sentence, where there is one."""
-
-    word: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A folder of `runs` by its path below it, as addresses name it."""
-
-    runs: Path
-    name: str
-    folder: Path = field(init=False)
-
-    def __post_init__(self):
-        root, parts = self.runs.resolve(), Path(self.name).parts
-        folder = (root / self.name).resolve()
-        hidden = any(part.startswith(".") for part in parts)
-        inside = folder != root and folder.is_relative_to(root) and "\0" not in self.name
-        if hidden or not inside or not is_run(folder):
-            raise ValueError(f"there is no run {self.name!r} in {self.runs}")
-        object.__setattr__(self, "folder", folder)
-
-    def config_text(self) -> str:
-        """Return config.yaml as it is, or nothing."""
-        return text_of(self.folder / "config.yaml")
-
-    def config(self) -> dict:
-        """Return config.yaml as plain data, or nothing where there is none that can be read."""
-        path = self.folder / "config.yaml"
-        try:
-            return _parsed(str(path), path.stat().st_mtime_ns)
-        except OSError:
-            return {}
-
-    def max_steps(self) -> int | None:
-        """Return how many steps were configured, where the config says."""
-        train = self.config().get("train")
-        steps = train.get("max_steps") if isinstance(train, dict) else None
-        return steps if isinstance(steps, int) else None
-
-    def prompts(self) -> list[str]:
-        """Return the prompts of the previews."""
-        train = self.config().get("train")
-        prompts = train.get("sample_prompts") if isinstance(train, dict) else None
-        return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
-
-    def previews(self) -> list[dict]:
-        """Return the steps that have a preview, in order, with the names of the files."""
-        shown = []
-        try:
-            entries = sorted(os.scandir(self.folder / "samples"), key=lambda entry: entry.name)
-        except OSError:
-            return []
-        for entry in entries:
-            match = PREVIEW.fullmatch(entry.name)
-            if not match or not entry.is_dir():
-                continue
-            files = set(os.listdir(entry.path))
-            video = next((name for name in VIDEOS if name in files), None)
-            if "grid.png" in files:
-                shown.append({"step": int(match[1]), "folder": entry.name, "video": video})
-        return shown
-
-    def state(self, last_step: float | None, held: set[int] | None) -> RunState:
-        """Return what has become of the training. `held`: the inodes of files that are locked, None
-        where the system does not say."""
-        if self._is_held(held):
-            return RunState("running")
-        failure = self._failure(last_step)
-        if failure:
-            return RunState("failed", failure)
-        wanted = self.max_steps()
-        if last_step is not None and wanted is not None and last_step >= wanted:
-            return RunState("finished")
-        if (self.folder / LOCK).exists():
-            return RunState("failed", "the process was killed; it goes on with --resume")
-        return RunState("stopped", "it goes on with --resume")
-
-    def _is_held(self, held: set[int] | None) -> bool:
-        lock = self.folder / LOCK
-        try:
-            inode = lock.stat().st_ino
-        except OSError:
-            return False
-        if held is not None:
-            return inode in held
-        newest = max(modified(self.folder / "metrics.jsonl"), modified(lock))
-        return time.time() - newest < QUIET_SECONDS
-
-    def _failure(self, last_step: float | None) -> str:
-        """Return the error that ended the training, if one was recorded at its last step."""
-        newest = max((self.folder / "failures").glob("*.json"), key=modified, default=None)
-        if newest is None or newest.name.startswith("preview_"):
-            return ""
-        try:
-            row = json.loads(text_of(newest))
-            step, error = row["step"], str(row["error"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return ""
-        if last_step is not None and isinstance(step, int) and step < last_step:
-            return ""  # the run went on after it
-        first_line = error.partition("\n")[0]
-        return f"{row.get('kind')}, step {step}: {first_line}"
-
-    def skipped(self) -> list[str]:
-        """Return the last lines of what steps were skipped, newest first."""
-        return text_of(self.folder / "skipped.jsonl").splitlines()[:-21:-1]
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a training."""
-    return (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file()
 
 
 def find_runs(runs: Path) -> list[RunFolder]:
@@ -167,31 +39,3 @@ def held_locks() -> set[int] | None:
         return None
     rows = [line.split() for line in lines]
     return {int(row[5].rpartition(":")[2]) for row in rows if len(row) > 5 and row[1] == "FLOCK"}
-
-
-def modified(path: Path) -> float:
-    """Return when a file was last written, in seconds; 0 if it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def text_of(path: Path) -> str:
-    """Return a text file, or nothing if there is none; of a large one the end."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - LARGEST_TEXT))
-            return file.read().decode("utf-8", "replace")
-    except (OSError, ValueError):
-        return ""
-
-
-@lru_cache(maxsize=512)
-def _parsed(path: str, written: int) -> dict:
-    """Return a YAML file as plain data; `written` keys the memory of it."""
-    try:
-        return parse_yaml(text_of(Path(path)), path)[0]
-    except ConfigError:
-        return {}

@@ -9,15 +9,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mmdit.training.run_folder import RunFolder, RunState
 from mmdit.ui.job_files import JobState
 from mmdit.ui.metric_series import MetricStore, curves
-from mmdit.ui.run_folders import (
-    RunFolder,
-    RunState,
-    config_difference,
-    find_runs,
-    held_locks,
-)
+from mmdit.ui.run_folders import config_difference, find_runs, held_locks
 from mmdit.ui.templating import Templates
 
 SHOWN_FILES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif"}

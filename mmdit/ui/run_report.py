@@ -6,8 +6,6 @@ from __future__ import annotations
 import base64
 import datetime
 import html
-import io
-import json
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -17,13 +15,13 @@ from PIL import Image
 
 from mmdit.config import ConfigError, decode, differences, encode, shortened
 from mmdit.diagnostics.curves import curves_svg, read_metrics
+from mmdit.diagnostics.run_facts import figures, start_rows, stored_versions
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.posttrain.posttrain_config import PosttrainConfig
-from mmdit.training.checkpoint import complete
-from mmdit.training.media import read_frames
-from mmdit.training.metrics import clock
+from mmdit.training.media import as_webp, read_frames, some_frames
+from mmdit.training.run_folder import RunFolder
 from mmdit.training.run_start import read_starts
-from mmdit.ui.run_folders import RunFolder, held_locks
+from mmdit.ui.run_folders import held_locks
 
 MEDIA_BYTES = 5_500_000  # of all pictures and clips; as base64 a third more, and 10 MB in all
 PREVIEWS, SHEET_SIDE = 8, 1400  # steps that are shown; pixels of the longer side of a sheet
@@ -37,16 +35,6 @@ pre{background:#f6f6f6;padding:.8rem;overflow:auto;font-size:13px;white-space:pr
 img{display:block}.failed{color:#a00}figure{margin:1.2rem 0}figcaption{color:#666}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-FACTS = {  # name in metrics.jsonl: how it is shown
-    "loss": "loss {:.4g}",
-    "loss_ema_100": "loss, mean of the last 100 steps {:.4g}",
-    "val_loss_ema": "validation loss, averaged weights {:.4g}",
-    "val_loss": "validation loss {:.4g}",
-    "held_out_prompt_accuracy": "held-out prompt accuracy {:.3f}",
-    "samples_per_second": "{:.1f} samples a second",
-    "tflops_share": "{:.0%} of the matmul rate",
-    "memory_gb": "{:.1f} GB at most",
-}
 
 
 @dataclass
@@ -95,16 +83,8 @@ class RunReport:
         state = self.run.state(step, held_locks())
         reason = f": {html.escape(state.reason)}" if state.reason else ""
         lines = [f'<p class="{state.word}"><strong>{state.word}</strong>{reason}</p>']
-        facts = []
-        if step is not None:
-            facts.append(f"step {step:g} of {most or '?'}")
-        for name, text in FACTS.items():
-            if isinstance(last.get(name), int | float):
-                facts.append(text.format(last[name]))
-        if isinstance(last.get("wall_s"), int | float):
-            facts.append(f"{clock(last['wall_s'])} of training")
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-        lines.append(f"<p>{' · '.join([*facts, f'reported {now}'])}</p>")
+        lines.append(f"<p>{' · '.join([*figures(last, most), f'reported {now}'])}</p>")
         return "\n".join(lines)
 
     def _curves(self) -> str:
@@ -146,7 +126,7 @@ class RunReport:
     def _clip(self, path: Path, shares: int) -> str:
         """Return a video as an animated picture."""
         try:
-            frames, seconds = _frames(path)
+            frames, seconds = some_frames(path, CLIP_FRAMES)
         except (OSError, ValueError, ImportError, SyntaxError) as error:
             return _block(f"{path.name} cannot be read: {error}")
         duration = round(1000 * seconds / len(frames))
@@ -159,7 +139,7 @@ class RunReport:
         `shares` parts of the bytes that are left."""
         allowed = self.left // (2 * shares)  # a sheet and a clip
         while side >= 64:
-            data = _webp(frames, side, duration)
+            data = as_webp(frames, side, duration)
             if len(data) <= allowed:
                 self.left -= len(data)
                 text = base64.b64encode(data).decode()
@@ -177,33 +157,14 @@ class RunReport:
 
     def _starts(self) -> str:
         """Return versions, commit and device of every start."""
-        rows = [{"step": "step"} | {name: name for name in STARTED}]
-        for start in read_starts(self.run.folder):
-            when = start.get("time")
-            if isinstance(when, int | float):
-                start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
-            rows.append(start)
+        rows = start_rows(self.run.folder)
         if len(rows) == 1:
-            return self._versions()
-        names = ("step", *STARTED)
+            return _block(stored_versions(self.run.folder))
         lines = []
         for row in rows:
-            cells = [f"<td>{html.escape(str(row.get(name)))}</td>" for name in names]
+            cells = [f"<td>{html.escape(cell)}</td>" for cell in row]
             lines.append(f"<tr>{''.join(cells)}</tr>")
         return f"<table>{''.join(lines)}</table>"
-
-    def _versions(self) -> str:
-        """Return what the newest checkpoint says, of a run of an older version."""
-        for folder in reversed(complete(self.run.folder)):
-            try:
-                row = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-                return _block(f"checkpoint of step {row['step']}: {row['versions']}")
-            except (OSError, ValueError, LookupError, TypeError, RecursionError):
-                continue
-        return ""
-
-
-STARTED = ("time", "device", "processes", "mmdit", "torch", "python", "commit")
 
 
 def defaults(stored: dict) -> dict:
@@ -229,23 +190,3 @@ def _block(text: str) -> str:
     """Return text as it is, escaped; nothing of an empty one."""
     text = shortened(text.strip(), LONGEST_TEXT)
     return f"<pre>{html.escape(text)}</pre>" if text else ""
-
-
-def _frames(path: Path) -> tuple[list[Image.Image], float]:
-    """Return up to CLIP_FRAMES frames of a sample, and how long it plays."""
-    frames, seconds = read_frames(path)
-    places = np.linspace(0, len(frames) - 1, min(CLIP_FRAMES, len(frames))).round().astype(int)
-    return [frames[place] for place in places], seconds
-
-
-def _webp(frames: list[Image.Image], side: int, duration: int) -> bytes:
-    """Return frames as WebP, their longer side at most `side`; several as an animation whose frames
-    last `duration` milliseconds."""
-    scale = min(1.0, side / max(frames[0].size))
-    size = tuple(max(1, round(length * scale)) for length in frames[0].size)
-    small = [frame if scale == 1 else frame.resize(size) for frame in frames]
-    data, animation = io.BytesIO(), {}
-    if len(small) > 1:
-        animation = {"save_all": True, "append_images": small[1:], "duration": duration, "loop": 0}
-    small[0].save(data, format="WEBP", quality=80, method=2, **animation)
-    return data.getvalue()

@@ -1,0 +1,62 @@
+"""What a run came to, in words for a report or a card: its last figures, and its starts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+from mmdit.training.checkpoint import complete
+from mmdit.training.metrics import clock
+from mmdit.training.run_start import read_starts
+
+FIGURES = {  # name in metrics.jsonl: how it is shown
+    "loss": "loss {:.4g}",
+    "loss_ema_100": "loss, mean of the last 100 steps {:.4g}",
+    "val_loss_ema": "validation loss, averaged weights {:.4g}",
+    "val_loss": "validation loss {:.4g}",
+    "held_out_prompt_accuracy": "held-out prompt accuracy {:.3f}",
+    "samples_per_second": "{:.1f} samples a second",
+    "tflops_share": "{:.0%} of the matmul rate",
+    "memory_gb": "{:.1f} GB at most",
+}
+STARTED = ("time", "device", "processes", "mmdit", "torch", "python", "commit")
+
+
+def figures(record: dict, most: int | None) -> list[str]:
+    """Return the figures of one record of metrics.jsonl, each in words; `most`: the steps that were
+    configured."""
+    said = []
+    if isinstance(record.get("step"), int | float):
+        said.append(f"step {record['step']:g} of {most or '?'}")
+    for name, text in FIGURES.items():
+        if isinstance(record.get(name), int | float):
+            said.append(text.format(record[name]))
+    if isinstance(record.get("wall_s"), int | float):
+        said.append(f"{clock(record['wall_s'])} of training")
+    return said
+
+
+def start_rows(run: Path) -> list[list[str]]:
+    """Return a table of the starts of a run, with versions, commit and device: the heads of its
+    columns, and a row a start. Only the heads: a run of an older version recorded none."""
+    names = ("step", *STARTED)
+    rows = [list(names)]
+    for start in read_starts(run):
+        when = start.get("time")
+        if isinstance(when, int | float):
+            start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
+        rows.append([str(start.get(name)) for name in names])
+    return rows
+
+
+def stored_versions(run: Path) -> str:
+    """Return what the newest checkpoint of a run says of versions; nothing if there is none that
+    can be read."""
+    for folder in reversed(complete(run)):
+        try:
+            row = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+            return f"checkpoint of step {row['step']}: {row['versions']}"
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return ""

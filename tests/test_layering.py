@@ -18,7 +18,8 @@ LAYERS = [
     ["interop"],
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
     ["diffusion", "nn"],
-    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels", "shipped"],
+    ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels", "shipped"]
+    + ["privacy"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))

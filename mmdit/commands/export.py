@@ -9,12 +9,22 @@ from pathlib import Path
 import torch
 
 from mmdit.adapters import is_adapter
+from mmdit.config import apply_overrides, decode
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
-from mmdit.training.checkpoint import Weights, export, load_weights
+from mmdit.privacy import last_part, local_values, portable_config
+from mmdit.training.checkpoint import Meta, Weights, export, load_weights
 from mmdit.training.expert_choice import joint_choice
 
+PLACES = (
+    "tokenizer.name_or_path",
+    "text_encoder.name_or_path",
+    "text_encoder.tokenizer_path",
+    "model.name_or_path",
+    "model.clip",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,10 +45,17 @@ def _write_file(args: argparse.Namespace) -> str:
     weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
     if args.merge:
         weights = merged(weights, not args.raw_weights)
+    weights.meta = shareable(weights.meta, args.overrides)
     out = Path(args.out)
     export(weights, out, DTYPES[args.dtype or "bf16"])
     megabytes = out.stat().st_size / 1e6
-    return f"wrote {out} ({megabytes:.1f} MB, step {weights.meta.step})"
+    said = [f"wrote {out} ({megabytes:.1f} MB, step {weights.meta.step})"]
+    for key, path in local_values(weights.meta.config):
+        said.append(
+            f"  {key} in it is {path}, which others do not have: before you push it, export it with"
+            f" {key}=PLACE"
+        )
+    return "\n".join(said)
 
 
 def _write_network(args: argparse.Namespace) -> str:
@@ -47,7 +64,11 @@ def _write_network(args: argparse.Namespace) -> str:
         raise ValueError("--merge, --lora and --layout each make another file: choose one")
     keep = None  # kept apart: what writes a whole model merges them, rounding once
     pipeline, config = load_pipeline(
-        args.checkpoint, "cpu", use_ema=not args.raw_weights, lora=keep
+        args.checkpoint,
+        "cpu",
+        use_ema=not args.raw_weights,
+        lora=keep,
+        overrides=args.overrides,
     )
     choice = joint_choice(pipeline, config, args.expert, args.checkpoint)
     model, said = choice.network, choice.said
@@ -63,6 +84,25 @@ def _write_network(args: argparse.Namespace) -> str:
     else:
         save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
     return ": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"
+
+
+def shareable(meta: Meta, overrides: list[str]) -> Meta:
+    """Return what a file says of itself: the config with `overrides`, and without the places of
+    this machine. ValueError: an override is of what the weights decide."""
+    for word in overrides:
+        key = word.partition("=")[0]
+        if not key.startswith("card.") and key not in PLACES:
+            raise ValueError(
+                f"{word}: an export takes card.… and the places {', '.join(PLACES)}; the rest is as"
+                " it was trained"
+            )
+    config = apply_overrides(meta.config, overrides)
+    if overrides:
+        decode(ExperimentConfig, config)
+    origin = dict(meta.origin)
+    if isinstance(origin.get("source"), str):
+        origin["source"] = last_part(origin["source"])
+    return replace(meta, config=portable_config(config), origin=origin)
 
 
 def merged(weights: Weights, use_ema: bool) -> Weights:

@@ -71,10 +71,14 @@ def _check(config: ExperimentConfig) -> None:
 
 
 def posttrain(
-    config: ExperimentConfig, device: str = "auto", resume: bool = False, dry_run: bool = False
+    config: ExperimentConfig,
+    device: str = "auto",
+    resume: bool = False,
+    dry_run: bool = False,
+    command: str = "",
 ) -> bool:
     """Post-train as configured. Return True when it ended, False when it was asked to stop
-    (continue with `resume`)."""
+    (continue with `resume`). `command`: what was typed, for the record."""
     config = resolved(config)
     _check(config)
     settings, train = config.posttrain, config.train
@@ -165,7 +169,7 @@ def posttrain(
             return True
         if world.is_main:
             write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
-            record_start(config.run_dir, world, state.step, "\n".join(about))
+            record_start(config.run_dir, world, state.step, "\n".join(about), command)
         session.tracker = stack.enter_context(
             tracking(
                 config.track,

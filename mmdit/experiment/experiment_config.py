@@ -15,6 +15,7 @@ from mmdit.data.dataset.captions import CaptionsConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig
 from mmdit.diffusion.expert_schedule import ExpertsConfig
+from mmdit.experiment.card_config import CardConfig
 from mmdit.models import ModelConfig, TreadConfig, VideoMMDiTConfig
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.text_encoders import ByteLevelConfig, TextEncoderConfig
@@ -75,6 +76,8 @@ class ExperimentConfig:
     alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
     # Two sets of adapters, one for high and one for low noise.
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    # What the model card beside an export says of licence and data.
+    card: CardConfig = field(default_factory=CardConfig)
     # Training with a reward; only `mmdit posttrain` reads it.
     posttrain: PosttrainConfig | None = None
 

@@ -77,6 +77,8 @@ def load_pipeline(
     home = where if offload == "none" else torch.device("cpu")
     pipeline = Pipeline(learner.to(home).eval(), tokenizer, precision, config.captions)
     pipeline.tile = config.video.latent_tile(tokenizer.spec)
+    if weights:
+        pipeline.checkpoint, pipeline.step = weights.source, weights.meta.step
     if offload != "none":
         pipeline.execution_device = where
     return pipeline, config

@@ -46,9 +46,11 @@ def run_training(
     cache_dir: str | Path | None,
     device: str = "auto",
     resume: bool = False,
+    command: str = "",
 ) -> bool:
     """Train as configured. Return True when max_steps was reached, False when it was asked to stop
-    (continue with resume). `cache_dir`: what is trained on where `data.sources` is empty."""
+    (continue with resume). `cache_dir`: what is trained on where `data.sources` is empty;
+    `command`: what was typed, for the record."""
     config, sources = resolved(config), sources_of(config, cache_dir)
     train = config.train
     with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
@@ -60,7 +62,7 @@ def run_training(
         check_weights(run.learner)
         if world.is_main:
             describe(config, run.learner, run.plan, config.run_dir)
-            record_start(config.run_dir, world, run.state.step, run.plan.report())
+            record_start(config.run_dir, world, run.state.step, run.plan.report(), command)
         with tracking(
             config.track, config.run_dir, run.state.step, config_io.encode(config), world.is_main
         ) as tracker:

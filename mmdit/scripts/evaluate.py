@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         report |= {
             "settings": asdict(settings),
             "checkpoint": str(args.checkpoint),
+            "step": pipeline.step,
+            "raw_weights": args.raw_weights,
             "parameters": sum(weight.numel() for weight in pipeline.learner.parameters()),
             "machine": machine(pipeline.device),
             "memory_gb": peak_memory(pipeline.device),

@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         choices=["high", "low"],
         help="of a pair, for --lora and --layout [the trained one, or high]",
     )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="card.license=mit and other card.… keys; tokenizer.name_or_path=… and the like",
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         print(write_export(args))

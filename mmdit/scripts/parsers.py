@@ -1,6 +1,8 @@
 """Parsers of command lines that can be looked at: forms are made from them."""
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable
 
 
@@ -30,3 +32,8 @@ def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParse
     except ParserShown as shown:
         return shown.parser
     raise AssertionError(f"{main.__module__} parsed nothing")
+
+
+def typed(name: str, argv: list[str] | None) -> str:
+    """Return the command `mmdit NAME …` as it can be typed again; `argv` as `main` was given it."""
+    return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])

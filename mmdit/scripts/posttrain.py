@@ -7,6 +7,7 @@ section posttrain: says.
 from mmdit.commands.posttrain import posttrain
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import friendly, run, training_parser
+from mmdit.scripts.parsers import typed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        posttrain(config, args.device, args.resume, args.dry_run)
+        posttrain(config, args.device, args.resume, args.dry_run, typed("posttrain", argv))
     return 0
 
 

@@ -12,6 +12,7 @@ from mmdit.experiment.data_sources import sources_of, with_given
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import run_training
 from mmdit.scripts import cache_text, friendly, run, training_parser
+from mmdit.scripts.parsers import typed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.cache_only:
             cache_text.encode_captions(config, sources_of(config, cache), args.device)
         else:
-            run_training(config, cache, args.device, args.resume)
+            run_training(config, cache, args.device, args.resume, typed("train", argv))
     return 0
 
 

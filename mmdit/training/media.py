@@ -226,8 +226,8 @@ def as_webp(frames: list[Image.Image], side: int, duration: int) -> bytes:
     """Return frames as WebP, their longer side at most `side`; several as an animation whose frames
     last `duration` milliseconds."""
     scale = min(1.0, side / max(frames[0].size))
-    size = tuple(max(1, round(length * scale)) for length in frames[0].size)
-    small = [frame if scale == 1 else frame.resize(size) for frame in frames]
+    width, height = (max(1, round(length * scale)) for length in frames[0].size)
+    small = [frame if scale == 1 else frame.resize((width, height)) for frame in frames]
     data, animation = io.BytesIO(), {}
     if len(small) > 1:
         animation = {"save_all": True, "append_images": small[1:], "duration": duration, "loop": 0}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ class Pipeline:
     that is not where the learner is (`sampling_offload`). `captions`: prompts get its trigger word,
     as the captions in training do. `whole`: the network to draw with where the learner has a part
     of it, one of two experts. `tile`: latent frames, rows and columns, of which larger samples are
-    drawn in overlapping tiles.
+    drawn in overlapping tiles. `checkpoint`: the folder or file that the weights came from, and
+    their `step`; None for a release.
     """
 
     learner: Learner
@@ -131,6 +133,8 @@ class Pipeline:
     whole: Denoiser | None = None
     execution_device: torch.device | None = None
     tile: Shape | None = None
+    checkpoint: Path | None = None
+    step: int | None = None
 
     @property
     def model(self) -> Denoiser:

@@ -19,9 +19,9 @@ from mmdit.training.distributed import World
 STARTS = "starts.jsonl"
 
 
-def record_start(run_dir: Path, world: World, step: int, data: str) -> None:
+def record_start(run_dir: Path, world: World, step: int, data: str, command: str = "") -> None:
     """Add a line to starts.jsonl: when and at which step the training starts, and with what.
-    `data`: what it will see, in words."""
+    `data`: what it will see, in words; `command`: what was typed."""
     cuda = world.device.type == "cuda"
     row = {
         "time": time.time(),
@@ -33,6 +33,7 @@ def record_start(run_dir: Path, world: World, step: int, data: str) -> None:
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
         "processes": world.size,
         "data": data,
+        "command": command,
     }
     with refuse_link(run_dir / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,140 @@
+"""What a file that is handed on must not say: where things lie on this machine, and secrets.
+
+`portable_config` and `without_paths` take such places out of what is written; `private_parts` finds
+what is left, before something is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+# Paths in these sections are needed to load a model again: they stay, the home folder as `~`.
+NEEDED = ("tokenizer", "text_encoder", "model")
+ABSOLUTE = re.compile(r"/(?!/)|~|[A-Za-z]:[\\/]|\\\\|file:/")
+_PART = r"[^\s/\\\"'`<>|:;,()\[\]{}*?$&]"
+_POSIX = rf"(?:/{_PART}+)+/?"
+_WINDOWS = rf"[A-Za-z]:(?:[\\/]+{_PART}+)+[\\/]*"
+# Inside a text: not the end of an address, a date, a fraction or a word with a slash.
+PATH = re.compile(rf"(?<![\w/.:<~*)&;\\-])(?:(?:file://|~)?{_POSIX}|{_WINDOWS})")
+ROOTS = re.compile(  # folders at the top of common machines
+    "home|root|Users|Volumes|private|mnt|media|data|scratch|lustre|gpfs|nfs|tmp|var|opt|srv|usr|etc"
+    "|work|workspaces?|projects?|content|kaggle|storage"
+)
+HOMES = ("/home", "/Users", "C:\\Users")
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_\w{30,}"
+    r"|github_pat_\w{30,}|xox[abprs]-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|wandb_v1_\w{20,})"
+    r"|\b[a-z]+://[^\s/:@]+:[^\s/@]+@"
+)
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY")
+SHORTEST_SECRET = 12  # shorter values of such variables are words
+
+
+def is_local(text: str) -> bool:
+    """Return whether a whole text is an absolute path of some machine, or begins at a home
+    folder."""
+    return ABSOLUTE.match(text) is not None
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path of any system, but of a home folder no name."""
+    windows = re.match(r"[A-Za-z]:|\\\\", path)
+    place = PureWindowsPath(path) if windows else PurePosixPath(path)
+    return "folder" if str(place.parent) in HOMES else place.name or "folder"
+
+
+def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted key and the text of every value in plain data that `is_local`."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from local_values(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(config, list | tuple):
+        for number, value in enumerate(config):
+            yield from local_values(value, f"{path}[{number}]")
+    elif isinstance(config, str) and is_local(config):
+        yield path, config
+
+
+def portable_config(config: dict) -> dict:
+    """Return a config as plain data that does not say where things lie on this machine: of a path
+    the last part stays. One that is needed to load the model stays whole, with `~` for the home
+    folder, as `local_values` then tells."""
+    result = {}
+    for key, value in config.items():
+        result[key] = _portable(value, needed=key in NEEDED)
+    return result
+
+
+def _portable(value: Any, needed: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _portable(item, needed) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item, needed) for item in value]
+    if not isinstance(value, str) or not is_local(value):
+        return value
+    return from_home(value) if needed else last_part(value)
+
+
+def from_home(text: str) -> str:
+    """Return a text in which the home folder is `~`."""
+    home = os.path.expanduser("~")
+    if home in ("~", "/"):
+        return text
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+
+
+def without_paths(text: str) -> str:
+    """Return a text of words in which only the last part of every absolute path is left."""
+    return PATH.sub(lambda match: last_part(match[0]), from_home(text))
+
+
+def portable_command(command: str) -> str:
+    """Return a command as it can be typed, with the last part alone of every absolute path."""
+    return shlex.join(_portable_word(word) for word in shlex.split(command))
+
+
+def _portable_word(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    if is_local(value):
+        return f"{option}{equals}{last_part(value)}"
+    return without_paths(word)
+
+
+def secrets() -> list[str]:
+    """Return the values of environment variables whose names say that they are secret."""
+    return [
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name.upper()) and len(value) >= SHORTEST_SECRET and value[0] != "/"
+    ]
+
+
+def private_parts(text: str, known_secrets: list[str]) -> list[str]:
+    """Return what a text says that is nobody else's business, each in words: paths of this
+    machine, tokens (which are not repeated), and any of `known_secrets`."""
+    said = []
+    if TOKEN.search(text):
+        said.append("what looks like a token or a password")
+    if any(secret in text for secret in known_secrets):
+        said.append("the value of a secret environment variable, or the token you logged in with")
+    home = os.path.expanduser("~")
+    if home not in ("~", "/") and re.search(rf"{re.escape(home)}(?![\w-])", text):
+        said.append("your home folder")
+    for match in PATH.finditer(text):
+        path = match[0].removeprefix("file://")
+        if path.startswith("~") or (path.startswith("/") and not _is_here(path)):
+            continue
+        said.append(f"the path {path[:200]}")
+        break
+    return said
+
+
+def _is_here(path: str) -> bool:
+    """Return whether an absolute path may be of this machine, or of one like it."""
+    first, *rest = path.strip("/").split("/")
+    return bool(rest) and bool(ROOTS.fullmatch(first) or Path(f"/{first}").is_dir())

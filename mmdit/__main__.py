@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).resolve().parent / "scripts"
 HELPERS = (
     "__init__",
     "arguments",
+    "data_arguments",
     "parsers",
     "prompts",
 )  # modules of the folder that are no commands

@@ -1,9 +1,11 @@
-"""Encode images once: JSONL → latent cache. Resumable; under `torchrun` the processes share the
-work.
+"""Encode images once: JSONL, WebDataset tars or parquet → latent cache. Resumable; under `torchrun`
+the processes share the work.
 
     mmdit cache-images --config configs/t2i_vtp_256_smoke.yaml \\
         --meta_jsonl data/train_images.jsonl \\
         --out_dir data/cache/my_images
+    mmdit cache-images --config my.yaml --data 'shards-{000000..000127}.tar' --out_dir data/cache/x
+    mmdit cache-images --config my.yaml --data hub/data --caption_key text --out_dir data/cache/y
 """
 
 import argparse
@@ -13,26 +15,19 @@ from pathlib import Path
 import torch
 
 from mmdit.data.cache.caching import Caching
-from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
+from mmdit.data.dataset.inputs import NAMES
+from mmdit.data.dataset.records import PATH_KEYS, Media
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run, verify_cache
+from mmdit.scripts.data_arguments import add_input_arguments, input_records
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
-
-NAMES = {"image": "images", "video": "videos"}
 
 
 def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Namespace:
     names = NAMES[media]
     parser = config_parser(doc)
-    parser.add_argument(
-        "--split", default="train", help="names the defaults of the next two [train]"
-    )
-    parser.add_argument(
-        "--meta_jsonl",
-        default="data",
-        help=f"file, or folder that holds <split>_{names}.jsonl [data]",
-    )
+    add_input_arguments(parser, default="data")
     parser.add_argument(
         "--out_dir", help=f"cache folder [data/cache/<experiment_name>/<split>_{names}]"
     )
@@ -70,20 +65,18 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        meta = Path(args.meta_jsonl)
-        meta = meta / f"{args.split}_{NAMES[media]}.jsonl" if meta.is_dir() else meta
         out_dir = Path(
             args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[media]}"
         )
         if args.verify:
             return verify_cache.main(["--cache_dir", str(out_dir)])
-        records = read_records(meta, media, getattr(args, "prefer", ""))
+        records = input_records(args, media)
         device = choose_device(args.device)
         if device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         tokenizer = build_tokenizer(config.tokenizer, device)
         if rank == 0:
-            print(f"{len(records)} records of {meta} → {out_dir} on {device}")
+            print(f"{len(records)} records of {args.meta_jsonl} → {out_dir} on {device}")
         report = Caching(
             records,
             media,
@@ -92,7 +85,7 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
             config.video,
             config.bucketing,
             config.preprocess,
-            source=str(meta),
+            source=args.meta_jsonl,
             device=device,
             batch_size=args.batch_size,
             rank=rank,

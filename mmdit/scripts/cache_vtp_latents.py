@@ -1,5 +1,5 @@
-"""Encode clips once: JSONL of frame folders or video files → latent cache with every frame.
-Resumable; `torchrun` shares work.
+"""Encode clips once: JSONL of frame folders or video files, or WebDataset tars → latent cache with
+every frame. Resumable; `torchrun` shares work.
 
     mmdit cache-latents --config configs/t2v_vtp_256_smoke.yaml \\
         --meta_jsonl data/train_videos.jsonl \\

@@ -12,11 +12,12 @@ from PIL import Image
 from mmdit.data.batches.data_report import cache_report, compared_with, report_text
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.dataset.records import media_of, read_records
+from mmdit.data.dataset.inputs import media_of_input
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.experiment.build import build_plan
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
+from mmdit.scripts.data_arguments import add_input_arguments, input_records
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import save_image
@@ -25,10 +26,9 @@ from mmdit.training.media import save_image
 def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
     parser.add_argument("--cache_dir", type=Path, required=True, help="packed or not")
-    parser.add_argument(
-        "--meta_jsonl",
-        type=Path,
-        help="tell which items are not in this file, and which of its records not in the cache",
+    add_input_arguments(
+        parser,
+        purpose=": tell which items are not in it, and which of its records not in the cache",
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="of torchrun; the global batch grows with them [1]"
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = build_plan(config, cache, args.processes)
         report = cache_report(cache, plan, config.train.max_steps)
         if args.meta_jsonl:
-            records = read_records(args.meta_jsonl, media_of(args.meta_jsonl))
+            records = input_records(args, media_of_input(args.meta_jsonl))
             report["metadata"] = compared_with(cache, records, config.preprocess)
         failure = None
         if args.samples:

@@ -11,15 +11,16 @@ from typing import get_args
 from mmdit.data.cache.look import look_at, look_text, totals
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.problems import Skip
-from mmdit.data.dataset.records import PATH_KEYS, Media, read_records
+from mmdit.data.dataset.records import PATH_KEYS, Media
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
+from mmdit.scripts.data_arguments import add_input_arguments, input_records
 from mmdit.tokenizers import build_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
-    parser.add_argument("--meta_jsonl", required=True)
+    add_input_arguments(parser)
     parser.add_argument(
         "--kind", choices=get_args(Media), default="image", help="what the lines describe [image]"
     )
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        records = read_records(args.meta_jsonl, args.kind, args.prefer)
+        records = input_records(args, args.kind)
         manifest = CacheManifest.of(
             build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess
         )

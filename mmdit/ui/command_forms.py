@@ -14,7 +14,17 @@ from pathlib import Path
 from mmdit.ui.allowed_folders import AllowedFolders
 
 NO_PATHS = {
-    *("device", "negative", "prefer", "split", "source", "variant", "sizes"),
+    *(
+        "image_column",
+        "caption_key",
+        "device",
+        "negative",
+        "prefer",
+        "split",
+        "source",
+        "variant",
+        "sizes",
+    ),
     *("kind", "offload", "prompts", "solver", "expert"),
 }
 # The configuration has a form of its own, and nobody sits before a job to answer it.

@@ -5,8 +5,8 @@ any moment, it can go on.
 
 A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`, and what was cached
 of it when it was another is taken out; wrong settings stop the run before any work. Under
-`torchrun` each rank takes every world-th record: there is no communication, ranks may finish at
-different times.
+`torchrun` each rank takes every world-th record (or row group of parquet files): there is no
+communication, ranks may finish at different times.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_err
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import latent_video, usable_frames
 from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.inputs import dealt
 from mmdit.data.dataset.jpegs import import_torchvision
 from mmdit.data.dataset.problems import Damaged, Skip, Unusable
 from mmdit.data.dataset.records import Media, Record
@@ -77,7 +78,7 @@ class Caching:
         self.writer = CacheWriter(
             self.out_dir, self.manifest, self.rank, self.world, forgiving=True
         )
-        mine = self.records[self.rank :: self.world]
+        mine = dealt(self.records, self.rank, self.world)
         self.report = CacheReport(
             len(mine),
             empty_captions=sum(not record.caption for record in mine),
@@ -213,7 +214,7 @@ class Caching:
         wanted = [id for crop, id in enumerate(ids) if crop in source.get("crops", [0])]
         entries = [self.writer.entries[id] for id in wanted if id in self.writer.entries]
         fps = self.video.fps if self.media == "video" else 0.0
-        state, stamp = compare_stamp(record.path, source.get("stamp"), fps)
+        state, stamp = compare_stamp(record.source, source.get("stamp"), fps)
         same_picture = [
             entry for entry in entries if entry.source.get("stamp") == source.get("stamp")
         ]

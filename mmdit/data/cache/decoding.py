@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -137,7 +136,7 @@ class Decode(Dataset):
         has one box for all its frames."""
         boxes, frames, source, target = {}, [], (0, 0), (0, 0)
         # before it is decoded: what changes meanwhile is noticed next time
-        stamp = stamp_of(record.path, self.fps)
+        stamp = stamp_of(record.source, self.fps)
         animated, notes = False, set()
         for number, (name, image) in enumerate(pictures(record, self.media, self.fps)):
             if number == 0:
@@ -149,7 +148,7 @@ class Decode(Dataset):
             notes |= set(image.info["notes"])
         chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
         origin: dict = {"size": list(source), "crops": list(boxes), "stamp": stamp}
-        origin |= {"fps": self.fps} if self.fps and os.path.isfile(record.path) else {}
+        origin |= {"fps": self.fps} if self.fps and not record.is_folder else {}
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}
         origin |= {"notes": sorted(notes)} if notes else {}
@@ -171,10 +170,11 @@ class Decode(Dataset):
     def coded(self, record: Record) -> Coded | None:
         """Return a picture that the device will decode; None where Pillow does."""
         wanted = self.media == "image" and self.preprocess.jpeg_decoder == "torchvision"
-        if not wanted or not record.path.lower().endswith((".jpg", ".jpeg")):
+        named = record.member is not None or record.path.lower().endswith((".jpg", ".jpeg"))
+        if not wanted or not named:
             return None
-        stamp = stamp_of(record.path)
-        plain = read_plain(record.path)
+        stamp = stamp_of(record.source)
+        plain = read_plain(record.source)
         if plain is None:
             return None
         data, size = plain
@@ -211,9 +211,9 @@ def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Im
     """Yield (name, picture) for every frame of a record; a video file gives `fps` a second.
     ValueError, OSError: unusable."""
     if media == "image":
-        yield record.path, load_image(record.path)
-    elif os.path.isdir(record.path):
+        yield record.path, load_image(record.source)
+    elif record.is_folder:
         yield from load_frames(record.path)
     else:
-        for number, image in enumerate(read_video(record.path, fps)):
+        for number, image in enumerate(read_video(record.source, fps)):
             yield f"frame {number}", image

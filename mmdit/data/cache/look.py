@@ -3,7 +3,6 @@ functions that caching uses."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,15 +65,15 @@ class _Look(Dataset):
     def open(self, record: Record) -> tuple[Image.Image, dict]:
         """Return the first picture, whole, and the length that names, headers and packets tell."""
         if self.media == "image":
-            return load_image(record.path), {"frames": 1}
-        if not os.path.isdir(record.path):
-            stream = probe(record.path)
+            return load_image(record.source), {"frames": 1}
+        if not record.is_folder:
+            stream = probe(record.source)
             length = {
                 "fps": round(stream.fps, 3),
                 "source_frames": len(stream.stamps),
                 "frames": len(stream.plan(self.video.fps)),
             }
-            return next(read_video(record.path, self.video.fps)), length
+            return next(read_video(record.source, self.video.fps)), length
         paths = frames_in(record.path)
         with naming(paths[0]):
             image = load_image(paths[0])

@@ -6,28 +6,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 
 from PIL import Image
 
+from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.pictures import as_shown, open_picture
 from mmdit.data.dataset.problems import Unusable
-from mmdit.files import open_regular
 
 STARTS = (b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 MOST_FRAMES = 20_000
 SHORTEST = 10  # milliseconds: what is shown for no longer than that, players show for 100
 
 
-def is_picture(path: str | Path) -> bool:
+def is_picture(path: Source) -> bool:
     """Return whether a file begins as pictures do. OSError or ValueError where it cannot be
     opened."""
-    with open_regular(path) as file:
+    with open_source(path) as file:
         head = file.read(12)
     return head.startswith(STARTS) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
 
 
-def animation_times(path: str | Path) -> tuple[tuple[int, int], list[int]]:
+def animation_times(path: Source) -> tuple[tuple[int, int], list[int]]:
     """Return the size as stored, and the milliseconds from the start at which each frame appears.
     Every frame is decoded for it: damage is found."""
     times, now = [], 0
@@ -41,7 +40,7 @@ def animation_times(path: str | Path) -> tuple[tuple[int, int], list[int]]:
         return image.size, times
 
 
-def animation_frames(path: str | Path, wanted: list[int]) -> Iterator[Image.Image]:
+def animation_frames(path: Source, wanted: list[int]) -> Iterator[Image.Image]:
     """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
     gives them."""
     with open_picture(path) as image:

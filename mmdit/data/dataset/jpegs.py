@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -24,8 +23,8 @@ from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.colours import changes_colours
 from mmdit.data.dataset.frames import Box
+from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.pictures import is_upright, open_picture
-from mmdit.files import open_regular
 
 END = b"\xff\xd9"  # of a JPEG file
 
@@ -39,10 +38,10 @@ class CodedPicture:
     boxes: list[Box]
 
 
-def read_plain(path: str | Path) -> tuple[Tensor, Size] | None:
+def read_plain(path: Source) -> tuple[Tensor, Size] | None:
     """Return the bytes of a JPEG file and the size of its picture; None where Pillow has to decode
     it. Errors as of `open_picture`."""
-    with open_regular(path) as file:
+    with open_source(path) as file:
         data = file.read()
     if not data.startswith(b"\xff\xd8") or not data.endswith(END):
         return None

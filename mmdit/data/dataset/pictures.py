@@ -22,8 +22,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, stored_to_srgb, to_srgb
+from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.problems import Unusable
-from mmdit.files import open_regular
 
 # the version of what is done here and in `videos`: raised when pixels change, noted in manifests
 DECODING = 2
@@ -51,13 +51,13 @@ COLOURS = {b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM"}
 
 # ── opening ───────────────────────────────────────────────────────────────────────────────────────
 @contextmanager
-def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
+def open_picture(source: Source | BinaryIO) -> Iterator[Image.Image]:
     """Open a picture without decoding its pixels yet; `info["coding"]` says how its numbers stand
     for light, if not as sRGB's.
 
     ValueError says what is wrong with the file, without its path; an OSError is of the system
     (missing, unreadable)."""
-    with open_regular(source) if isinstance(source, str | Path) else source as file:
+    with open_source(source) if isinstance(source, Source) else source as file:
         head = file.read(HEAD)
         try:
             with _open(file, head) as image:
@@ -190,7 +190,7 @@ def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | Non
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
-def load_image(source: str | Path | BinaryIO) -> Image.Image:
+def load_image(source: Source | BinaryIO) -> Image.Image:
     """Return the picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]`
     says so); `info["notes"]` are keys of `colours.NOTES`. Errors as of `open_picture`."""
     with open_picture(source) as image:

@@ -15,11 +15,12 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mmdit.config import shortened
+from mmdit.data.dataset.members import Member
 
 Media = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -37,12 +38,30 @@ ONE_A_LINE = 'write one object a line, like {"id": …, "caption": …}'
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image file, one folder of frames or one video file."""
+    """One image file, one folder of frames or one video file; `member`: one of an archive."""
 
     id: str
     path: str
     caption: str
     facts: dict = field(default_factory=dict)
+    member: Member | None = None
+
+    @property
+    def source(self) -> str | Member:
+        """Return what is opened."""
+        return self.member or self.path
+
+    @property
+    def is_folder(self) -> bool:
+        """Return whether it is a folder of frames."""
+        return self.member is None and os.path.isdir(self.path)
+
+    def loaded(self) -> Record:
+        """Return the record as another process can open it; see `Member.loaded`."""
+        if self.member is None:
+            return self
+        member = self.member.loaded()
+        return self if member is self.member else replace(self, member=member)
 
 
 def check_id(id: object) -> str:
@@ -114,7 +133,7 @@ def check_storable(value: object, name: str, depth: int = 0) -> None:
         raise ValueError(f'"{name}" holds a {type(value).__name__}, which is no JSON value')
 
 
-def _decoded(line: bytes) -> dict:
+def decoded_object(line: bytes) -> dict:
     """Return the object of one line."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(
@@ -141,7 +160,7 @@ def _decoded(line: bytes) -> dict:
 
 
 def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
-    row = _decoded(line)
+    row = decoded_object(line)
     preferred = (prefer, *PATH_KEYS[media]) if prefer else PATH_KEYS[media]
     wanted = next((name for name in preferred if name in row), PATH_KEYS[media][0])
     for name in ("id", wanted, "caption"):
@@ -153,7 +172,7 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
             hint = f' (it has "{others[0]}": cache it with the other script)'
         raise ValueError(f'has no "{name}"{hint}; keys here: {", ".join(row) or "none"}')
     check_id(row["id"])
-    captions = _captions(row)
+    captions = captions_of(row)
     if not isinstance(row[wanted], str):
         raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be text in quotes')
     if not row[wanted] or "\0" in row[wanted]:
@@ -164,7 +183,7 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
     return Record(row["id"], str(folder / os.path.expanduser(row[wanted])), captions[0], facts)
 
 
-def _captions(row: dict) -> list[str]:
+def captions_of(row: dict) -> list[str]:
     """Return all different captions of a line, that of `caption` first; at least one, perhaps
     empty."""
     if not isinstance(row.get("caption", ""), str):
@@ -177,6 +196,18 @@ def _captions(row: dict) -> list[str]:
         raise ValueError(f'"captions" is {several!r}; must be a list of texts')
     captions = [row["caption"], *several] if "caption" in row else several
     return list(dict.fromkeys(caption.strip() for caption in captions)) or [""]
+
+
+def text_captions(data: bytes, per_line: bool = False) -> list[str]:
+    """Return the captions in a text file: all of it as one, or one a line. ValueError: it is not
+    UTF-8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("the caption is not UTF-8 text") from None
+    lines = text.splitlines() if per_line else [text]
+    captions = dict.fromkeys(" ".join(line.split()) for line in lines)
+    return [caption for caption in captions if caption]
 
 
 def _check_beginning(line: bytes, where: str) -> None:
@@ -234,7 +265,7 @@ def media_of(path: str | Path) -> Media:
     """Return whether the lines of a JSONL file are about images or clips, by the first one; "image"
     if it does not say."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        row = _decoded(next((line for line in file if line.strip(BLANK)), b""))
+        row = decoded_object(next((line for line in file if line.strip(BLANK)), b""))
         if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):
             return "video"
     return "image"

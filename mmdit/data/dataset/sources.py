@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.frames import list_frames
 from mmdit.data.dataset.pictures import SUFFIXES
-from mmdit.data.dataset.records import MAX_ID_BYTES, PATH_KEYS, Record, check_id, holds_half_a_pair
+from mmdit.data.dataset.records import (
+    MAX_ID_BYTES,
+    PATH_KEYS,
+    Record,
+    check_id,
+    holds_half_a_pair,
+    text_captions,
+)
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import open_regular, remove, replace_folder, write_atomically
@@ -112,13 +119,14 @@ def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dic
         try:
             check_id(id)
         except ValueError:
-            id = _hashed(id, file)
-        file_of[_hashed(id, file) if id in file_of else id] = file
+            id = hashed_id(id, file)
+        file_of[hashed_id(id, file) if id in file_of else id] = file
     ids = {file: id for id, file in file_of.items()}
     return {file: ids[file] for file in files}
 
 
-def _hashed(id: str, file: str) -> str:
+def hashed_id(id: str, file: str) -> str:
+    """Return an id fit to be a file name, for a file whose path gives none or one that is taken."""
     clean = re.sub(r"[\x00-\x1f\x7f\\]", "_", id).lstrip(".")
     short = clean.encode()[: MAX_ID_BYTES - 13].decode(errors="ignore")
     return f"{short}-{hashlib.sha256(file.encode()).hexdigest()[:12]}"
@@ -157,14 +165,8 @@ def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
 def read_captions(path: Path, per_line: bool) -> list[str]:
     """Return the captions in a text file: all of it as one, or one a line. ValueError: it is not
     UTF-8; FileNotFoundError."""
-    try:
-        with open_regular(path) as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("the caption is not UTF-8 text") from None
-    lines = text.splitlines() if per_line else [text]
-    captions = dict.fromkeys(" ".join(line.split()) for line in lines)
-    return [caption for caption in captions if caption]
+    with open_regular(path) as file:
+        return text_captions(file.read(), per_line)
 
 
 def prepare_folder(
@@ -240,16 +242,16 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
 
     if folder.is_dir():
         made_from = _read_note(note)  # of an older version: nothing
-        state, stamp = compare_stamp(record.path, made_from.get("stamp"), fps)
+        state, stamp = compare_stamp(record.source, made_from.get("stamp"), fps)
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
             if state in ("renewed", "changed"):
-                write_note(stamp or stamp_of(record.path, fps))
+                write_note(stamp or stamp_of(record.source, fps))
             return len(list_frames(folder))
-    number, stamp = 0, stamp_of(record.path, fps)
+    number, stamp = 0, stamp_of(record.source, fps)
     options: dict[str, Any] = {"quality": 95} if suffix == "jpg" else {}
     with replace_folder(folder) as unfinished:
-        for number, image in enumerate(read_video(record.path, fps), 1):
+        for number, image in enumerate(read_video(record.source, fps), 1):
             image.save(unfinished / f"{number - 1:06d}.{suffix}", **options)
         remove(folder)  # frames of another video
     write_note(stamp)

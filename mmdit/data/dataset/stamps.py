@@ -6,6 +6,9 @@ and times; and of all their bytes. Place and stat are compared at each start, wh
 Only where they differ are the bytes read: a source that was copied, moved or touched is the same
 one, and gets a new stamp; any other is encoded anew.
 
+A member of an archive has the path and the times of the archive in `place` and `stat`. Its content
+is hashed as that of a file, so that pictures which move into a tar stay the same ones.
+
 Older caches hold less: the bytes of a picture or video file, the number of a folder's pictures.
 That is compared as it was.
 """
@@ -18,19 +21,21 @@ import stat
 from typing import Literal
 
 from mmdit.data.dataset.frames import SUFFIXES
+from mmdit.data.dataset.members import Member
+from mmdit.data.dataset.problems import Unusable
 
 State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
 PIECE = 1 << 20  # bytes read at once
 
 
-def stamp_of(path: str, fps: float = 0.0) -> dict[str, str]:
+def stamp_of(path: str | Member, fps: float = 0.0) -> dict[str, str]:
     """Return the stamp of a picture, a folder of pictures or, with the `fps` asked for, a video
     file. OSError: it cannot be read."""
-    return _Source(path, fps).stamp()
+    return _source(path, fps).stamp()
 
 
 def compare_stamp(
-    path: str, stored: dict | int | str | None, fps: float = 0.0
+    path: str | Member, stored: dict | int | str | None, fps: float = 0.0
 ) -> tuple[State, dict[str, str] | None]:
     """Return whether the source at `path` is the one that was `stored`, and its new stamp, if it
     needs one.
@@ -39,9 +44,9 @@ def compare_stamp(
     older stamp can tell; "changed"; "gone": no file is there, but one was; "missing": no file is
     there, nor was."""
     try:
-        source = _Source(path, fps)
+        source = _source(path, fps)
     except OSError:
-        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(path)
+        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(str(path))
         return ("missing" if elsewhere else "gone"), None
     if not isinstance(stored, dict):
         same = stored is not None and stored == source.older_stamp()
@@ -50,9 +55,41 @@ def compare_stamp(
         return "same", None
     try:
         stamp = source.stamp()
-    except OSError:
+    except (OSError, Unusable):
         return "changed", None  # whoever decodes it will say why
     return ("renewed", stamp) if stamp["content"] == stored.get("content") else ("changed", None)
+
+
+def _source(path: str | Member, fps: float) -> _Source | _Inside:
+    return _Inside(path, fps) if isinstance(path, Member) else _Source(path, fps)
+
+
+class _Inside:
+    """A picture or a video file in an archive. What it holds has the same hash as a file of these
+    bytes; what is known without reading it is the state of the archive."""
+
+    def __init__(self, member: Member, fps: float):
+        self.member, self.rate = member, f"{fps:g} fps" if fps else ""
+
+    def quick_stamp(self) -> dict[str, str]:
+        """Return what is known without opening a file."""
+        archive = self.member.archive
+        state = "/".join(map(str, ("", archive.size, *archive.times)))
+        return {"place": _place(self.member.path), "stat": _hash(self.rate, state)}
+
+    def stamp(self) -> dict[str, str]:
+        """Return the whole stamp."""
+        digest = hashlib.sha256(self.rate.encode())
+        with self.member.open() as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest.update(_hash("", str(size)).encode())
+            while piece := file.read(PIECE):
+                digest.update(piece)
+        return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
+
+    def older_stamp(self) -> None:
+        """Return nothing: older versions read no archives."""
 
 
 class _Source:

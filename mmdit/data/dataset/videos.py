@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from PIL import Image
 
 from mmdit.data.dataset.animations import animation_frames, animation_times, is_picture
 from mmdit.data.dataset.colours import BT2020, Coding, coding_of, stored_to_srgb
+from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.pictures import BACKGROUND
 from mmdit.data.dataset.problems import Unusable
-from mmdit.files import open_regular
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"}
 NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30, 25 for 24
@@ -81,7 +80,7 @@ class Probe:
 
 
 @contextmanager
-def _opened(path: str | Path):
+def _opened(path: Source):
     """Open the container and its video stream; whatever the decoder raises becomes a ValueError
     without the path. FFmpeg gets the open file, not its name, and a closed list of containers: none
     that is a list of other files or addresses."""
@@ -93,7 +92,7 @@ def _opened(path: str | Path):
     try:
         # titles that are no UTF-8 are no reason to leave a video out
         reading: dict[str, Any] = {"options": options, "metadata_errors": "replace"}
-        with open_regular(path) as file, av.open(file, **reading) as container:
+        with open_source(path) as file, av.open(file, **reading) as container:
             if not container.streams.video:
                 raise Unusable("no video in the file")
             stream = container.streams.video[0]
@@ -117,7 +116,7 @@ def _check_size(width: int, height: int) -> None:
         raise Unusable("too large", f"frames of {size} are more than {most}; scale it down")
 
 
-def probe(path: str | Path) -> Probe:
+def probe(path: Source) -> Probe:
     """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
     frame, or the file ends before its stated length."""
     if is_picture(path):
@@ -157,7 +156,7 @@ def _square(width: int, height: int, stream) -> int:
     return width
 
 
-def read_video(path: str | Path, fps: float) -> Iterator[Image.Image]:
+def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
     """Yield RGB frames at `fps` a second, one at a time, as a player shows them: turned and
     mirrored as the file says, with square pixels; `info["notes"]` as of `load_image`. ValueError
     says what is wrong with the file; OSError if it is missing."""

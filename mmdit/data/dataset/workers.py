@@ -162,6 +162,10 @@ def _explained(error: Exception, doing: Any) -> Exception:
     return WorkerDied({number for pid, number in pairs if pid and pid not in alive})
 
 
+def _loaded(records: list[Record]) -> list[Record]:
+    return [record.loaded() for record in records]
+
+
 def each(
     dataset: Dataset, parts: list[list[Record]], num_workers: int, pin_memory: bool = False
 ) -> Iterator[tuple[list[Record], Any]]:
@@ -172,7 +176,7 @@ def each(
     while parts:
         done = 0
         try:
-            for result in results(dataset, parts, num_workers, pin_memory):
+            for result in results(dataset, map(_loaded, parts), num_workers, pin_memory):
                 done += 1
                 yield parts[done - 1], result
             break
@@ -191,7 +195,7 @@ def each(
             ]
     for record in suspects:
         try:
-            (result,) = results(dataset, [[record]], 1)
+            (result,) = results(dataset, [_loaded([record])], 1)
         except WorkerDied:
             result = None
         yield [record], result

@@ -1,0 +1,217 @@
+"""What a data set is given as: a JSONL file, WebDataset tars, or parquet files.
+
+    my_images.jsonl, shards/, shards/*.tar, shards-{000000..000127}.tar, data/train.parquet
+
+All of them become the same records, in an order and with ids that depend on the files alone. The
+bytes of pictures are read later, by who decodes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmdit.data.dataset.members import Archive, Sample, Unreadable
+from mmdit.data.dataset.parquets import parquet_samples
+from mmdit.data.dataset.records import Media, Record, check_id, media_of, read_records
+from mmdit.data.dataset.sources import hashed_id
+from mmdit.data.dataset.tars import other_contents, tar_samples
+
+SUFFIXES = (".tar", ".parquet")
+NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
+MOST_FILES = 100_000  # that a pattern may name
+HUB_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.\w+")  # split, number, count, hash
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+def input_files(path: str | Path, media: Media, split: str = "train") -> list[str]:
+    """Return the files of a data set: one JSONL file, or tars or parquet files in the order of
+    their names. `path`: one of them; a folder that holds `<split>_images.jsonl` or files of the
+    other kinds; a pattern with `*` or `{000..127}`. ValueError: there are none, or some are
+    missing."""
+    text = os.path.expanduser(str(path))
+    if os.path.isdir(text):
+        return _files_in(Path(text), media, split)
+    if os.path.exists(text) or not re.search(r"[*?\[{]", text):
+        return [text]
+    names = expand_braces(text)
+    missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(name)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} files that {text} names are missing, the first is"
+            f" {missing[0]}"
+        )
+    files: list[str] = []
+    for name in names:
+        files += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    if not files:
+        raise ValueError(f"no file matches {text}")
+    return _of_one_kind(list(dict.fromkeys(files)), text)
+
+
+def _files_in(folder: Path, media: Media, split: str) -> list[str]:
+    metadata = folder / f"{split}_{NAMES[media]}.jsonl"
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    archives = sorted(name for name in names if name.endswith(SUFFIXES))
+    if metadata.exists() or not archives:
+        return [str(metadata)]
+    splits = [HUB_NAME.fullmatch(name) for name in archives]
+    if all(splits):
+        chosen = [match[0] for match in splits if match and match[1] == split]
+        if not chosen:
+            here = ", ".join(sorted({match[1] for match in splits if match}))
+            raise ValueError(f"{folder} has no split {split!r}; choose one with --split: {here}")
+        archives = chosen
+    return _of_one_kind([str(folder / name) for name in archives], str(folder))
+
+
+def _of_one_kind(files: list[str], where: str) -> list[str]:
+    """Check that there are tars alone, or parquet files alone."""
+    suffixes = sorted({os.path.splitext(file)[1] for file in files})
+    if len(suffixes) > 1 or suffixes[0] not in SUFFIXES:
+        raise ValueError(
+            f"{where} holds files of {', '.join(suffixes)}; name those of one kind, .tar or"
+            f" .parquet, by a pattern (for example {Path(where).parent}/*.tar)"
+        )
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern with `{000..127}` and `{a,b}` stands for, in order.
+    ValueError: they are too many, or an alternative leads to another folder."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+    if span is None:
+        parts = match[1].split(",")
+        if len(parts) < 2 or any("/" in part or ".." in part for part in parts):
+            raise ValueError(
+                f"{{{match[1]}}} in {pattern} is no range like {{000..127}}, and no list like"
+                " {a,b} of parts of names"
+            )
+    else:
+        first, last = int(span[1]), int(span[2])
+        width = len(span[1]) if span[1].startswith("0") else 0
+        _check_count(abs(last - first) + 1, pattern)
+        step = 1 if last >= first else -1
+        parts = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    rest = expand_braces(after)
+    _check_count(len(parts) * len(rest), pattern)
+    return [before + part + end for part in parts for end in rest]
+
+
+def _check_count(count: int, pattern: str) -> None:
+    if count > MOST_FILES:
+        raise ValueError(f"{pattern} stands for {count} files, more than {MOST_FILES}")
+
+
+# ── records ───────────────────────────────────────────────────────────────────────────────────────
+def read_input(
+    path: str | Path,
+    media: Media,
+    prefer: str = "",
+    *,
+    split: str = "train",
+    image_column: str = "",
+    caption_key: str = "",
+    limit: int = 0,
+) -> list[Record]:
+    """Return the records of a data set, in its order, the first `limit` of them if it is not 0; see
+    `input_files` and, for a JSONL file, `read_records`. `image_column`: of parquet files;
+    `caption_key`: of their captions, or of those in the `.json` of tars. ValueError: it holds none,
+    or cannot be read."""
+    if limit < 0:
+        raise ValueError(f"the limit is {limit}, must be at least 1 (0: no limit)")
+    files = input_files(path, media, split)
+    suffix = os.path.splitext(files[0])[1]
+    options = {"--image_column": image_column, "--caption_key": caption_key}
+    unused = ["--image_column"] if suffix == ".tar" else list(options)
+    for name in unused if suffix != ".parquet" else ():
+        if options[name]:
+            raise ValueError(f"{name} is {options[name]!r}, but {files[0]} has no such choice")
+    if suffix not in SUFFIXES:
+        return read_records(files[0], media, prefer)[: limit or None]
+    samples = _samples(files, media, image_column, caption_key)
+    records = list(itertools.islice(_records(samples), limit or None))
+    if not records:
+        what = other_contents(Archive.of(files[0])) if suffix == ".tar" else "no row"
+        raise ValueError(f"{path} holds no {media}; {files[0]} has {what}")
+    return records
+
+
+def _samples(
+    files: list[str], media: Media, image_column: str, caption_key: str
+) -> Iterator[Sample]:
+    """Yield what the files hold; of one that cannot be read, what says why."""
+    for file in tqdm(files, "looking through archives", unit="file", delay=2):
+        try:
+            archive = Archive.of(file)
+        except FileNotFoundError:
+            raise ValueError(f"cannot read {file}: it is not there") from None
+        except OSError as error:
+            raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
+        if file.endswith(".tar"):
+            yield from tar_samples(archive, media, caption_key)
+        else:
+            yield from parquet_samples(archive, media, image_column, caption_key)
+
+
+def _records(samples: Iterable[Sample]) -> Iterator[Record]:
+    """Yield the record of each sample, with an id of its own: its key, with the name of its file in
+    front where an earlier sample has that, and a number where that is taken, too."""
+    taken: set[str] = set()
+    for sample in samples:
+        member, key = sample.member, sample.key.replace("/", "_")
+        stem = member.archive.stem
+        numbered = (f"{stem}_{key}-{number}" for number in itertools.count(2))
+        for id in itertools.chain((key, f"{stem}_{key}"), numbered):
+            id = _fit(id, member.name)
+            if id not in taken:
+                break
+        taken.add(id)
+        yield Record(id, member.path, sample.captions[0], sample.facts, member)
+
+
+def _fit(id: str, name: str) -> str:
+    try:
+        return check_id(id)
+    except ValueError:
+        return hashed_id(id, name)
+
+
+def media_of_input(path: str | Path) -> Media:
+    """Return whether a data set is of pictures or clips; a JSONL file by its first line, an archive
+    by whether there is a picture in it."""
+    file = input_files(path, "image")[0]
+    if not file.endswith(SUFFIXES):
+        return media_of(file)
+    with contextlib.suppress(ValueError):  # a parquet file without pictures
+        for sample in _samples([file], "image", "", ""):
+            if not isinstance(sample.member, Unreadable):
+                return "image"
+    return "video"
+
+
+def dealt(records: list[Record], rank: int, world: int) -> list[Record]:
+    """Return the records of one of `world` processes. Together they get all of them. Records that
+    are read together (a row group of a parquet file) go to one process, unless there are too few
+    such blocks to give each a fair part."""
+    blocks: list[list[Record]] = []
+    if world > 1 and any(record.member and record.member.block for record in records[:1]):
+        blocks = [list(group) for _, group in itertools.groupby(records, _block)]
+    if len(blocks) < 4 * world:
+        return records[rank::world]
+    return list(itertools.chain.from_iterable(blocks[rank::world]))
+
+
+def _block(record: Record) -> object:
+    return record.member.block if record.member else None

@@ -1,0 +1,299 @@
+"""Parquet files as dataset hubs keep them: a column of pictures or clips, `{bytes, path}` or plain
+bytes, and a column of captions.
+
+The columns of text are read when the file is looked through, a part at a time. The bytes are read
+by one process, in the order of the rows, and handed to the workers: a row group can only be read
+from its start. Types that Python would have to unpickle, and other extensions, are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from mmdit.data.dataset.members import Archive, Loaded, Member, Sample, Unreadable
+from mmdit.data.dataset.problems import Unusable
+from mmdit.data.dataset.records import Media
+from mmdit.data.dataset.tars import CAPTION_KEYS, captions_under
+
+ROWS = 1024  # of text that are read at once
+PICTURES = 16  # that are read at once, if they are no larger together than:
+AT_ONCE = 1 << 25  # bytes
+PICTURE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "bytes")
+CLIP_COLUMNS = ("video", "mp4", "clip", "video_bytes", "bytes")
+ID_COLUMNS = ("id", "__key__", "key")
+PICKLED = b"arrow.py_extension_type"
+
+
+def import_parquet() -> tuple[ModuleType, ModuleType]:
+    """Return pyarrow and its parquet module. ValueError: they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            "parquet files need pyarrow: pip install 'mmdit[hf]', or pip install pyarrow"
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _opened(archive: Archive) -> Any:
+    """Open a parquet file. Unusable: it is damaged, or holds pickled types; OSError: it was written
+    to since it was looked through."""
+    pyarrow, parquet = import_parquet()
+    archive.open().close()
+    try:
+        # before anything of the schema is made into Python objects
+        metadata = parquet.read_metadata(archive.path).metadata or {}
+        schema = base64.b64decode(metadata.get(b"ARROW:schema", b""))
+        if PICKLED in schema or any(PICKLED in value for value in metadata.values()):
+            raise Unusable("pickled types in a parquet file", "they would run code; write it anew")
+        return parquet.ParquetFile(archive.path, pre_buffer=False, buffer_size=1 << 16)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> Unusable:
+    if isinstance(error, Unusable):
+        return error
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return Unusable("damaged parquet file", f"{reason}; get it again")
+
+
+# ── columns ───────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns are read. `media`: the path of the leaf that holds the bytes."""
+
+    media: str
+    caption: str
+    id: str  # "": rows have numbers
+    facts: tuple[str, ...]
+
+
+def choose_columns(
+    schema: Any, path: str, media: Media, media_column: str = "", caption_column: str = ""
+) -> Columns:
+    """Return the columns of a file to read, those that are named or those of a usual name.
+    ValueError lists the columns that there are."""
+    import_parquet()
+    fields = {field.name: field for field in schema}
+    usual = PICTURE_COLUMNS if media == "image" else CLIP_COLUMNS
+    leaves = {name: leaf for name, field in fields.items() if (leaf := _leaf(field))}
+    texts = [name for name, field in fields.items() if _is_text(field.type)]
+    here = ", ".join(f"{field.name} ({_type_name(field.type)})" for field in schema)
+    try:
+        chosen = _choose(f"{media}s", media_column, list(leaves), usual, "--image_column")
+        caption = _choose("captions", caption_column, texts, CAPTION_KEYS, "--caption_key")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; columns here: {here}") from None
+    plain = [name for name, field in fields.items() if _is_plain(field.type)]
+    ids = [name for name in ID_COLUMNS if name in plain]
+    used = {chosen, caption, *ids[:1], *("caption", "captions")}
+    facts = tuple(name for name in plain if name not in used)
+    return Columns(leaves[chosen], caption, next(iter(ids), ""), facts)
+
+
+def _choose(what: str, named: str, fit: list[str], usual: Iterable[str], option: str) -> str:
+    """Return the column that is named, else the first of a usual name, else the only one."""
+    if named:
+        if named not in fit:
+            raise ValueError(f"{option} is {named!r}, which is no column of {what}")
+        return named
+    by_name = {name.lower(): name for name in reversed(fit)}
+    for name in usual:
+        if name in by_name:
+            return by_name[name]
+    if len(fit) == 1:
+        return fit[0]
+    raise ValueError(f"which column holds the {what} is not clear; name it with {option}")
+
+
+def _leaf(field: Any) -> str:
+    """Return the path of the bytes of a picture in a column; "" if it holds none."""
+    from pyarrow import types
+
+    def is_bytes(value_type: Any) -> bool:
+        return types.is_binary(value_type) or types.is_large_binary(value_type)
+
+    if is_bytes(field.type):
+        return field.name
+    if not types.is_struct(field.type) or field.type.get_field_index("bytes") < 0:
+        return ""
+    return f"{field.name}.bytes" if is_bytes(field.type.field("bytes").type) else ""
+
+
+def _is_text(value_type: Any) -> bool:
+    """Return whether values are text, or lists of texts."""
+    from pyarrow import types
+
+    if types.is_list(value_type) or types.is_large_list(value_type):
+        value_type = value_type.value_type
+    if types.is_dictionary(value_type):
+        value_type = value_type.value_type
+    return types.is_string(value_type) or types.is_large_string(value_type)
+
+
+def _is_plain(value_type: Any) -> bool:
+    """Return whether values are single numbers, truths or texts, as JSON has them."""
+    from pyarrow import types
+
+    is_one = not (types.is_list(value_type) or types.is_large_list(value_type))
+    numbers = types.is_integer(value_type) or types.is_floating(value_type)
+    return numbers or types.is_boolean(value_type) or (is_one and _is_text(value_type))
+
+
+def _type_name(value_type: Any) -> str:
+    text = str(value_type)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
+def parquet_samples(
+    archive: Archive, media: Media, media_column: str = "", caption_column: str = ""
+) -> Iterator[Sample]:
+    """Yield the rows of a parquet file, in its order, without the bytes of pictures; what cannot be
+    used as `Unreadable`. ValueError: a column is missing, or it is not clear which is meant."""
+    pyarrow, _ = import_parquet()
+    number = 0
+    try:
+        file = _opened(archive)
+        columns = choose_columns(
+            file.schema_arrow, archive.path, media, media_column, caption_column
+        )
+        names = [name for name in (columns.caption, columns.id, *columns.facts) if name]
+        for group in range(file.num_row_groups):
+            first = number
+            parts = file.iter_batches(ROWS, row_groups=[group], columns=names, use_threads=False)
+            for rows in parts:
+                for row in rows.to_pylist():
+                    place = ParquetRow(
+                        archive, f"row {number}", group, number - first, columns.media
+                    )
+                    yield _sample(place, row, columns, number)
+                    number += 1
+    except (pyarrow.ArrowException, OSError, Unusable) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        name = f"from row {number}" if number else "the file"
+        rest = Unreadable(archive, name, _damaged(error))
+        yield Sample(f"{archive.stem}-{number}-end", rest)
+
+
+def _sample(member: ParquetRow, row: dict, columns: Columns, number: int) -> Sample:
+    key = row.get(columns.id)
+    key = f"{member.archive.stem}_{number:06d}" if key in (None, "") else str(key)
+    facts = {}
+    for name in columns.facts:
+        value = row[name]
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        facts[name] = value if is_number else None
+    try:
+        captions = captions_under(row, columns.caption)
+    except ValueError as error:
+        problem = Unusable("its caption cannot be read", str(error))
+        return Sample(key, Unreadable(member.archive, member.name, problem))
+    facts |= {"captions": captions} if len(captions) > 1 else {}
+    return Sample(key, member, tuple(captions), facts)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetRow(Member):
+    """The bytes in one row: the one at `place` of a row group, in the column `leaf`."""
+
+    group: int
+    place: int
+    leaf: str
+
+    @property
+    def block(self) -> object:
+        """Return which row group it is in: see `Member.block`."""
+        return self.archive.path, self.group
+
+    def open(self) -> BinaryIO:
+        """See `Member.open`."""
+        return io.BytesIO(READER.read(self))
+
+    def loaded(self) -> Member:
+        """Return the row with its bytes: read here, by one process."""
+        try:
+            return Loaded(self.archive, self.name, READER.read(self))
+        except (OSError, Unusable) as error:
+            return Unreadable(self.archive, self.name, error)
+
+
+class _Reader:
+    """Reads rows where it stands in a row group; the next one costs little, one before it begins
+    the group again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._group: tuple = ()  # archive, group and column
+        self._error: Unusable | None = None  # of this group
+        self._first = 0  # row of:
+        self._batch: Any = ()
+        self._batches: Iterator = iter(())
+
+    def read(self, row: ParquetRow) -> bytes:
+        """Return the bytes of a row. Unusable: there are none, or the file is damaged; OSError."""
+        group = (row.archive, row.group, row.leaf)
+        with self._lock:
+            if group != self._group:
+                self._error = None
+            if group != self._group or row.place < self._first:
+                self._begin(row)
+                self._group = group
+            while self._error is None and row.place >= self._first + len(self._batch):
+                self._next(row)
+            if self._error is not None:
+                raise self._error
+            value = self._batch[row.place - self._first].as_py()
+        if not value:
+            raise Unusable("no bytes in the row", "a path alone is not followed")
+        return value
+
+    def _begin(self, row: ParquetRow) -> None:
+        """Open the row group of a row, before its first row."""
+        self._first, self._batch, self._batches = 0, (), iter(())
+        try:
+            file = _opened(row.archive)
+        except Unusable as error:
+            self._error = error
+            return
+        size = _mean_bytes(file.metadata.row_group(row.group), row.leaf)
+        self._batches = file.iter_batches(
+            max(1, min(PICTURES, AT_ONCE // size)),
+            row_groups=[row.group],
+            columns=[row.leaf],
+            use_threads=False,
+        )
+
+    def _next(self, row: ParquetRow) -> None:
+        """Go on to the next rows."""
+        pyarrow, _ = import_parquet()
+        self._first += len(self._batch)
+        self._batch = ()
+        try:
+            column = next(self._batches).column(0)
+        except StopIteration:
+            self._error = _damaged(ValueError(f"its row group {row.group} has too few rows"))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            self._error = _damaged(error)
+        else:
+            self._batch = column.flatten()[0] if "." in row.leaf else column
+
+
+def _mean_bytes(group: Any, leaf: str) -> int:
+    """Return about how many bytes one value of a row group has."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    sizes = [part.total_uncompressed_size for part in columns if part.path_in_schema == leaf]
+    return max(1, sum(sizes) // max(1, group.num_rows))
+
+
+READER = _Reader()  # of this process

@@ -448,9 +448,8 @@ def test_samples_can_be_drawn_again_from_their_json(shop, tmp_path):
 def test_an_export_draws_the_same_and_starts_other_runs(shop, tmp_path, capsys):
     base, file = shop.folder / "runs/base", tmp_path / "model.safetensors"
     assert export.main(["--checkpoint", str(base), "--out", str(file), "--dtype", "fp32"]) == 0
-    assert "step 3" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [
-        file.name
-    ]
+    assert "step 3" in capsys.readouterr().out
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors", ".md", ".png", ".webp"}
     for source, name in ((base, "a"), (file, "b")):
         sample.main(
             [

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from mmdit.adapters import is_adapter
-from mmdit.config import apply_overrides, decode
+from mmdit.commands.export_card import Exported, write_card
+from mmdit.config import apply_overrides, decode, encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
@@ -28,16 +29,17 @@ PLACES = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def write_export(args: argparse.Namespace) -> str:
-    """Write what the arguments of `mmdit export` ask for, and return what to say of it. ValueError:
-    they do not go together, or the model cannot be written so."""
-    if args.lora or args.layout:
-        return _write_network(args)
-    return _write_file(args)
+def write_export(args: argparse.Namespace, command: str) -> list[str]:
+    """Write what the arguments of `mmdit export` ask for, and its model card; return what to say.
+    `command`: what was typed. ValueError: they do not go together, or the model cannot be written
+    so."""
+    write = _write_network if args.lora or args.layout else _write_file
+    exported, said = write(args, command)
+    return [*said, *write_card(exported)]
 
 
-def _write_file(args: argparse.Namespace) -> str:
-    """Write the one file of our own, and return what to say of it."""
+def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+    """Write the one file of our own."""
     if args.expert:
         raise ValueError(
             f"--expert is {args.expert}, but the whole model is written: add --lora or --layout"
@@ -55,11 +57,21 @@ def _write_file(args: argparse.Namespace) -> str:
             f"  {key} in it is {path}, which others do not have: before you push it, export it with"
             f" {key}=PLACE"
         )
-    return "\n".join(said)
+    exported = Exported(
+        out,
+        "mmdit",
+        weights.meta.config,
+        weights.source,
+        weights.meta.step,
+        sum(tensor.numel() for tensor in weights.tensors.values()),
+        raw=args.raw_weights,
+        command=command,
+    )
+    return exported, said
 
 
-def _write_network(args: argparse.Namespace) -> str:
-    """Write the adapters alone, or a network in the layout of others, and return what to say."""
+def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+    """Write the adapters alone, or a network in the layout of others."""
     if args.merge or (args.lora and args.layout):
         raise ValueError("--merge, --lora and --layout each make another file: choose one")
     keep = None  # kept apart: what writes a whole model merges them, rounding once
@@ -83,7 +95,23 @@ def _write_network(args: argparse.Namespace) -> str:
         save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
     else:
         save_lora(model, args.out, args.lora, DTYPES[args.dtype or "fp32"])
-    return ": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"
+    sizes = [
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if is_adapter(name) == bool(args.lora)
+    ]
+    exported = Exported(
+        Path(args.out),
+        args.lora or args.layout,
+        encode(config),
+        pipeline.checkpoint,
+        pipeline.step,
+        sum(sizes),
+        is_lora=bool(args.lora),
+        raw=args.raw_weights,
+        command=command,
+    )
+    return exported, [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
 
 
 def shareable(meta: Meta, overrides: list[str]) -> Meta:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+LINE = {"linewidth": 1}  # of curves that are thinned and named
 POINTS = 400  # of a curve that is sent somewhere, at most
 PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "loss": ("loss_ema_100", "loss_ema_10"),
@@ -96,7 +97,16 @@ def _have_values(runs: dict[str, list[dict]], names: tuple[str, ...]) -> bool:
 def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
     """Draw the records of every run, given by its name. Panels without any data are left out.
     ValueError: matplotlib is missing."""
-    canvas = _figure(runs, {}).canvas
+    return _image(_figure(runs, {}))
+
+
+def curves_picture(name: str, records: list[dict]) -> Image.Image:
+    """Return what `curves_svg` shows, as a picture."""
+    return _image(_figure({name: records}, LINE))
+
+
+def _image(figure: Any) -> Image.Image:
+    canvas = figure.canvas
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
@@ -104,7 +114,7 @@ def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
 def curves_svg(name: str, records: list[dict]) -> str:
     """Return the curves of one run as an SVG element, which says in each panel what is drawn.
     ValueError: matplotlib is missing, or there is nothing to draw."""
-    figure, text = _figure({name: records}, {"linewidth": 1}), io.StringIO()
+    figure, text = _figure({name: records}, LINE), io.StringIO()
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmdit"}):

@@ -16,6 +16,7 @@ them into the weights.
 
 from mmdit.commands.export import DTYPES, write_export
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.parsers import typed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        print(write_export(args))
+        print("\n".join(write_export(args, typed("export", argv))))
     return 0
 
 

@@ -1,0 +1,447 @@
+"""The model card beside an export: what it is, how it was made and how it is used, for people and
+for the Hugging Face hub.
+
+A folder gets `README.md`, a file `NAME.safetensors` gets `NAME.md`, with pictures beside it. A page
+that somebody else wrote, or changed since, is never replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+import mmdit
+from mmdit.commands.card_text import escaped, fenced, picture, table
+from mmdit.config import decode, to_yaml
+from mmdit.diagnostics.curves import curves_picture, read_metrics
+from mmdit.diagnostics.run_facts import figures, start_rows
+from mmdit.experiment.card_config import CardConfig
+from mmdit.files import write_atomically
+from mmdit.foreign import read_json
+from mmdit.privacy import NEEDED, last_part, portable_command, portable_config, without_paths
+from mmdit.shipped import shipped_path
+from mmdit.training.media import as_webp, some_frames
+from mmdit.training.run_folder import RunFolder, is_run, modified
+from mmdit.training.run_start import read_starts
+
+LAST_LINE = re.compile(r"<!-- written by mmdit export, CRC-32 (\d+) -->\n?\Z")
+SHEET_SIDE, CLIP_SIDE, CLIP_FRAMES = 1400, 640, 24
+LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
+# What a report of `mmdit evaluate` says beside its scores.
+ABOUT = {"settings", "checkpoint", "step", "raw_weights", "parameters", "machine", "memory_gb"}
+ABOUT |= {"seconds", "attributes", "held_out_attributes"}
+WAN_NAME = re.compile(r"Wan2\.[12]-(?:T2V|I2V|TI2V|FLF2V)-[\w.-]+")
+LIBRARIES = {"diffusers": "diffusers", "peft": "peft", "diffusers_pipeline": "diffusers"}
+NOT_STATED = "not stated"
+UNSTATED_LICENSE = f"{NOT_STATED}. Ask their author before you use or share them"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written to `out`: `form` is `mmdit` for our own file, a format of LoRA, or a layout.
+    `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
+    release; `raw`: the last weights, not their average; `command`: what was typed."""
+
+    out: Path
+    form: str
+    config: dict
+    checkpoint: Path | None
+    step: int | None
+    parameters: int
+    is_lora: bool = False
+    raw: bool = False
+    command: str = ""
+
+
+def write_card(exported: Exported) -> list[str]:
+    """Write the card of an export, with curves and samples of its run, and return what to say of
+    it."""
+    card = Card(exported)
+    if not is_ours(card.path):
+        return [
+            f"{card.path} is no card that mmdit wrote, or was changed since: it stays as it is, and"
+            " no other is written"
+        ]
+    for name, data in card.pictures.items():
+        write_atomically(card.path.with_name(name), data)
+    write_atomically(card.path, signed(card.text()))
+    return [f"its card is {card.path}", *card.notes]
+
+
+def card_path(out: Path) -> Path:
+    """Return where the card of an export stands: in a folder, or beside a file."""
+    return out / "README.md" if out.is_dir() else out.with_suffix(".md")
+
+
+def signed(text: str) -> str:
+    """Return a page with a last line by which it is known again, unless it was changed."""
+    return f"{text}<!-- written by mmdit export, CRC-32 {zlib.crc32(text.encode())} -->\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a page may be replaced: it is not there, or was written by `write_card` and
+    not changed since."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeError):
+        return False
+    last = LAST_LINE.search(text)
+    return last is not None and int(last[1]) == zlib.crc32(text[: last.start()].encode())
+
+
+@dataclass
+class Card:
+    """The page about an export. `notes`: what is missing in it, and why."""
+
+    exported: Exported
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        self.path = card_path(self.exported.out)
+        self.config = portable_config(self.exported.config)
+        self.stated = decode(CardConfig, self.exported.config.get("card") or {})
+        self.run = run_of(self.exported.checkpoint)
+        self.records = self._records()
+
+    @cached_property
+    def pictures(self) -> dict[str, bytes]:
+        """Return the files of pictures by their names."""
+        stem = "" if self.exported.out.is_dir() else f"{self.exported.out.stem}-"
+        parts = {"curves.png": self._curves(), "samples.webp": self._samples()}
+        parts["clips.webp"] = self._clips()
+        return {f"{stem}{name}": data for name, data in parts.items() if data}
+
+    def text(self) -> str:
+        """Return the whole page, but for its last line."""
+        front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True)
+        license = self.stated.license or UNSTATED_LICENSE
+        parts = {
+            "Use": self._use(),
+            "Samples": self._shown_samples(),
+            "Scores": self._scores(),
+            "Training": self._training(),
+            "Data": self._data(),
+            "Licence": f"The licence of these weights is {license}.",
+            "Configuration": self._configuration(),
+        }
+        body = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items() if part)
+        name = self.exported.out.stem if self.exported.out.is_file() else self.exported.out.name
+        return f"---\n{front}---\n\n# {escaped(name)}\n\n{self._about()}\n\n{body}\n"
+
+    # ── what it is ────────────────────────────────────────────────────────────────────────────────
+    @cached_property
+    def task(self) -> str:
+        """Return the task as the hub names it."""
+        if self.config.get("tokenizer", {}).get("picture", "none") != "none":
+            return "image-to-video"
+        frames = self.config.get("video", {}).get("num_frames", 1)
+        return "text-to-image" if frames == 1 else "text-to-video"
+
+    @cached_property
+    def base(self) -> str:
+        """Return the model that was changed, by its name on the hub; nothing if it is not known."""
+        if self.stated.base_model or self.config.get("model", {}).get("type") != "wan":
+            return self.stated.base_model
+        place = str(self.config["model"].get("name_or_path", "")).rstrip("/")
+        name = re.split(r"[/\\]", place)[-1]
+        return f"Wan-AI/{name}" if WAN_NAME.fullmatch(name) else ""
+
+    def _front(self) -> dict:
+        """Return what the hub reads of a card."""
+        exported, lora = self.exported, self.config.get("lora") or {}
+        adapted = bool(lora.get("enabled"))
+        tags = ["mmdit", self.task, str(self.config.get("train", {}).get("objective", "")).strip()]
+        tags.append(str(lora.get("type", "lora")) if adapted else "")
+        front: dict = {"license": self.stated.license} if self.stated.license else {}
+        front["library_name"] = LIBRARIES.get(exported.form, "mmdit")
+        front["pipeline_tag"] = self.task
+        front["tags"] = [tag.replace("_", "-") for tag in tags if tag]
+        if self.base:
+            front["base_model"] = self.base
+            front["base_model_relation"] = "adapter" if exported.is_lora else "finetune"
+        if self.stated.datasets:
+            front["datasets"] = list(self.stated.datasets)
+        return front
+
+    def _about(self) -> str:
+        """Return in sentences what was exported."""
+        exported, lora = self.exported, self.config.get("lora") or {}
+        size = f"{exported.parameters:,} parameters"
+        what = f"A {self.task} model of {size}"
+        if exported.is_lora:
+            what = (
+                f"An adapter of {size} ({escaped(lora.get('type', 'lora'))}, rank"
+                f" {escaped(lora.get('rank'))}) for {self._base_in_words()}"
+            )
+        elif exported.form == "mmdit" and self.base:
+            what = f"What a run trained on {self._base_in_words()}: {size}, without the base"
+        elif exported.form != "mmdit":
+            what = f"A {self.task} transformer of {size} in the layout `{exported.form}`"
+        if exported.is_lora:
+            what += f", in the format `{exported.form}`"
+        start = (self.config.get("train") or {}).get("init_from")
+        began = f" Its training began from {escaped(Path(str(start)).name)}." if start else ""
+        step = "" if exported.step is None else f" It is of step {exported.step:,}"
+        weights = ", the last weights." if exported.raw else ", the average of its weights."
+        ema = (self.config.get("ema") or {}).get("enabled")
+        step += (weights if ema else ".") if step else ""
+        return f"{what}. It was written by mmdit {mmdit.__version__}.{step}{began}"
+
+    def _base_in_words(self) -> str:
+        if self.base:
+            return f"[{escaped(self.base)}](https://huggingface.co/{self.base})"
+        start = (self.config.get("train") or {}).get("init_from")
+        return escaped(Path(str(start)).name) if start else "a base that is not stated"
+
+    # ── how it is used ────────────────────────────────────────────────────────────────────────────
+    def _use(self) -> str:
+        """Return commands that use what was exported."""
+        prompts = self.run.prompts() if self.run else []
+        prompt = " ".join((prompts or ["a prompt"])[0].split())
+        lines = commands_for(self.exported, self.base, without_paths(prompt))
+        return "\n\n".join([fenced("\n".join(lines), "bash"), *self._elsewhere()])
+
+    def _elsewhere(self) -> list[str]:
+        """Return how other programs use what was exported."""
+        name, form = self.exported.out.name, self.exported.form
+        if not self.exported.is_lora or self.config.get("model", {}).get("type") != "wan":
+            return []
+        if form in ("kohya", "comfy"):
+            return ["In ComfyUI it belongs into `models/loras`."]
+        call = f"pipeline.load_lora_weights(FOLDER, weight_name={name!r})"
+        return ["In Diffusers:", fenced(call, "python")] if form == "diffusers" else []
+
+    def _shown_samples(self) -> str:
+        """Return samples of the run, and what was asked for."""
+        shown = [picture("samples", name) for name in self.pictures if name.endswith(".webp")]
+        if not shown or self.run is None:
+            return ""
+        prompts = [f"- {escaped(without_paths(prompt))}" for prompt in self.run.prompts()]
+        step = f"Previews of step {self._preview()['step']:,}, drawn while training, of:"
+        return "\n\n".join([*shown, step, "\n".join(prompts)])
+
+    # ── how it was made ───────────────────────────────────────────────────────────────────────────
+    def _records(self) -> list[dict]:
+        """Return the records of metrics.jsonl up to the step of the export."""
+        if self.run is None:
+            return []
+        try:
+            records = read_metrics(self.run.folder)
+        except ValueError:
+            return []
+        step = self.exported.step
+        return [record for record in records if step is None or record["step"] <= step]
+
+    def _training(self) -> str:
+        """Return figures, curves, starts and the commands."""
+        if self.run is None:
+            return ""
+        parts = []
+        if self.records:
+            said = figures(self.records[-1], self.run.max_steps())
+            parts.append(" · ".join(map(escaped, said)))
+        rows = start_rows(self.run.folder)
+        if len(rows) > 1:
+            parts.append(table(rows))
+        parts += [picture("curves", name) for name in self.pictures if name.endswith("curves.png")]
+        parts.append("Made by these commands, with the configuration below as `config.yaml`:")
+        parts.append(fenced("\n".join(self._commands()), "bash"))
+        return "\n\n".join(parts)
+
+    def _commands(self) -> list[str]:
+        """Return what was typed, but for where things lay."""
+        assert self.run is not None
+        typed: list[str] = []
+        for start in read_starts(self.run.folder):
+            command = start.get("command")
+            if isinstance(command, str) and command and command not in typed:
+                typed.append(command)
+        if not typed:  # the run of an older version
+            typed.append("mmdit train --config config.yaml --train_cache_dir CACHE")
+        if self.exported.command:
+            typed.append(self.exported.command)
+        commands = []
+        for command in typed:
+            try:
+                commands.append(portable_command(command))
+            except ValueError:  # not as a shell quotes
+                continue
+        return commands
+
+    def _curves(self) -> bytes:
+        if not self.records or self.run is None:
+            return b""
+        try:
+            image = curves_picture(self.run.name, self.records)
+        except ValueError as error:
+            self.notes.append(f"it has no curves: {error}")
+            return b""
+        file = BytesIO()
+        image.save(file, format="PNG", optimize=True)
+        return file.getvalue()
+
+    def _preview(self) -> dict:
+        """Return the newest preview up to the step of the export; nothing if there is none."""
+        listed = self.run.previews() if self.run else []
+        step = self.exported.step
+        return next((row for row in reversed(listed) if step is None or row["step"] <= step), {})
+
+    def _samples(self) -> bytes:
+        preview = self._preview()
+        return self._webp(preview, "grid.png", SHEET_SIDE, 1) if preview else b""
+
+    def _clips(self) -> bytes:
+        preview = self._preview()
+        if not preview or not preview["video"]:
+            return b""
+        return self._webp(preview, preview["video"], CLIP_SIDE, CLIP_FRAMES)
+
+    def _webp(self, preview: dict, name: str, side: int, most: int) -> bytes:
+        """Return a picture or a clip of a preview."""
+        assert self.run is not None
+        path = self.run.folder / "samples" / preview["folder"] / name
+        try:
+            frames, seconds = some_frames(path, most)
+        except (OSError, ValueError, ImportError, SyntaxError, Image.DecompressionBombError):
+            self.notes.append(f"it lacks a preview: {path} cannot be read")
+            return b""
+        return as_webp(frames, side, round(1000 * seconds / len(frames)))
+
+    # ── how good it is, and of what ───────────────────────────────────────────────────────────────
+    def _scores(self) -> str:
+        """Return the reports of `mmdit evaluate` that lie in the folder of the run."""
+        parts = []
+        for name, report in self._reports():
+            rows = [["measured by mmdit evaluate", name]]
+            rows += [[title, value] for title, value in score_rows(report)][:MOST_SCORES]
+            machine = report.get("machine") or {}
+            rows.append(["drawn with", settings_in_words(report.get("settings") or {})])
+            rows.append(["on", str(machine.get("device", NOT_STATED))])
+            parts.append(table(rows))
+        return "\n\n".join(parts)
+
+    def _reports(self) -> Iterator[tuple[str, dict]]:
+        """Yield the reports about the very weights that were exported."""
+        if self.run is None or self.exported.checkpoint is None:
+            return
+        for path in sorted(self.run.folder.glob("*.json")):
+            try:
+                report = read_json(path, "report of mmdit evaluate", LARGEST_REPORT)
+            except ValueError:
+                continue
+            if not {"settings", "checkpoint", "machine"} <= report.keys():
+                continue
+            if self._is_about(report, path):
+                yield path.name, report
+            else:
+                self.notes.append(
+                    f"the scores in {path} are of other weights (another step, or --raw_weights)"
+                    " and are left out: evaluate anew"
+                )
+
+    def _is_about(self, report: dict, path: Path) -> bool:
+        assert self.exported.checkpoint is not None
+        if "step" not in report:  # of an older version
+            return modified(path) >= modified(self.exported.checkpoint / "checkpoint.json")
+        same = report["step"] == self.exported.step
+        return same and bool(report.get("raw_weights")) == self.exported.raw
+
+    def _data(self) -> str:
+        """Return what is known of the data: what was stated, and what the run counted."""
+        stated = self.stated
+        rows = [
+            ["data", stated.data or NOT_STATED],
+            ["licence of the data", stated.data_license or NOT_STATED],
+        ]
+        if stated.datasets:
+            rows.append(["data sets", ", ".join(stated.datasets)])
+        parts = [table([["", ""], *rows])]
+        starts = read_starts(self.run.folder) if self.run else []
+        counted = str(starts[-1].get("data") or "") if starts else ""
+        if counted:
+            parts.append(fenced(without_paths(counted)))
+        return "\n\n".join(parts)
+
+    def _configuration(self) -> str:
+        text = to_yaml(self.config)
+        return f"<details><summary>config.yaml</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
+
+
+def run_of(checkpoint: Path | None) -> RunFolder | None:
+    """Return the run that a checkpoint folder belongs to; None for a file, or a lone checkpoint."""
+    if checkpoint is None or checkpoint.is_file():
+        return None
+    for folder in list(checkpoint.resolve().parents)[:3]:
+        if is_run(folder):
+            return RunFolder(folder.parent, folder.name)
+    return None
+
+
+def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
+    """Return commands that use an export; `base`: the name of what adapters change."""
+    name, asked = shlex.quote(exported.out.name), shlex.quote(prompt)
+    train = "mmdit train --config my.yaml --train_cache_dir CACHE"
+    if exported.form == "mmdit":
+        places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
+        sample = f"mmdit sample --checkpoint {name} --prompts {asked} --out samples {places}"
+        return [sample.strip(), f"{train} train.init_from={name}"]
+    if exported.is_lora:
+        place = base.rpartition("/")[2] or "BASE"
+        return [
+            f"mmdit sample --checkpoint {place} --lora {name} --prompts {asked} --out samples",
+            f"{train} train.init_from={name} lora.enabled=true",
+        ]
+    return [f"{train} model.name_or_path={name}"]
+
+
+def needed_places(config: dict) -> list[str]:
+    """Return overrides for what a file needs and does not hold, where that does not ship with
+    mmdit."""
+    words = []
+    for section in NEEDED:
+        place = (config.get(section) or {}).get("name_or_path")
+        if place and not shipped_path(place):
+            words.append(f"{section}.name_or_path={last_part(place)}")
+    return words
+
+
+def settings_in_words(settings: dict) -> str:
+    """Return how the samples of a report were drawn."""
+    sampler = settings.get("sampler") or {}
+    return (
+        f"{sampler.get('solver')}, {sampler.get('steps')} steps, guidance"
+        f" {settings.get('cfg_scale')}, seed {settings.get('seed')}"
+    )
+
+
+def score_rows(report: dict) -> Iterator[tuple[str, str]]:
+    """Yield each score of a report with what it rests on, as a title and a text."""
+    for key, value in report.items():
+        if key not in ABOUT:
+            yield from _rows(key.replace("_", " "), value)
+
+
+def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and isinstance(value.get("value"), int | float):
+        text = f"{value['value']:.3f}"
+        if isinstance(value.get("low"), int | float):
+            text += f" [{value['low']:.3f}, {value['high']:.3f}]"
+        yield title, f"{text} of {value['count']}" if "count" in value else text
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _rows(f"{title}: {key.replace('_', ' ')}", item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield title, f"{value:.6g}"
+    elif isinstance(value, str) and value:
+        yield title, without_paths(value)

@@ -14,7 +14,8 @@ from PIL import Image
 from mmdit import privacy
 from mmdit.commands import export_card
 from mmdit.commands.card_text import escaped, fenced
-from mmdit.commands.export_card import Exported, card_path, commands_for, is_ours, write_card
+from mmdit.commands.export_card import card_path, is_ours, write_card
+from mmdit.commands.exported import Exported, commands_for
 from mmdit.config import encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import evaluate, export, sample, train_t2v

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from mmdit.adapters import is_adapter
-from mmdit.commands.export_card import Exported, write_card
+from mmdit.commands.export_card import write_card
+from mmdit.commands.exported import Exported
 from mmdit.config import apply_overrides, decode, encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline

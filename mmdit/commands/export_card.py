@@ -8,9 +8,7 @@ that somebody else wrote, or changed since, is never replaced.
 from __future__ import annotations
 
 import re
-import shlex
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -20,46 +18,25 @@ import yaml
 from PIL import Image
 
 import mmdit
+from mmdit.commands.card_scores import score_tables
 from mmdit.commands.card_text import escaped, fenced, picture, table
+from mmdit.commands.exported import Exported, commands_for, uses_elsewhere
 from mmdit.config import decode, to_yaml
 from mmdit.diagnostics.curves import curves_picture, read_metrics
 from mmdit.diagnostics.run_facts import figures, start_rows
 from mmdit.experiment.card_config import CardConfig
 from mmdit.files import write_atomically
-from mmdit.foreign import read_json
-from mmdit.privacy import NEEDED, last_part, portable_command, portable_config, without_paths
-from mmdit.shipped import shipped_path
+from mmdit.privacy import portable_command, portable_config, without_paths
 from mmdit.training.media import as_webp, some_frames
-from mmdit.training.run_folder import RunFolder, is_run, modified
+from mmdit.training.run_folder import RunFolder, is_run
 from mmdit.training.run_start import read_starts
 
 LAST_LINE = re.compile(r"<!-- written by mmdit export, CRC-32 (\d+) -->\n?\Z")
 SHEET_SIDE, CLIP_SIDE, CLIP_FRAMES = 1400, 640, 24
-LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
-# What a report of `mmdit evaluate` says beside its scores.
-ABOUT = {"settings", "checkpoint", "step", "raw_weights", "parameters", "machine", "memory_gb"}
-ABOUT |= {"seconds", "attributes", "held_out_attributes"}
 WAN_NAME = re.compile(r"Wan2\.[12]-(?:T2V|I2V|TI2V|FLF2V)-[\w.-]+")
 LIBRARIES = {"diffusers": "diffusers", "peft": "peft", "diffusers_pipeline": "diffusers"}
 NOT_STATED = "not stated"
 UNSTATED_LICENSE = f"{NOT_STATED}. Ask their author before you use or share them"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written to `out`: `form` is `mmdit` for our own file, a format of LoRA, or a layout.
-    `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
-    release; `raw`: the last weights, not their average; `command`: what was typed."""
-
-    out: Path
-    form: str
-    config: dict
-    checkpoint: Path | None
-    step: int | None
-    parameters: int
-    is_lora: bool = False
-    raw: bool = False
-    command: str = ""
 
 
 def write_card(exported: Exported) -> list[str]:
@@ -113,6 +90,9 @@ class Card:
         self.stated = decode(CardConfig, self.exported.config.get("card") or {})
         self.run = run_of(self.exported.checkpoint)
         self.records = self._records()
+        self.scores: list[str] = []
+        if self.run:
+            self.scores, self.notes = score_tables(self.run.folder, self.exported)
 
     @cached_property
     def pictures(self) -> dict[str, bytes]:
@@ -129,7 +109,7 @@ class Card:
         parts = {
             "Use": self._use(),
             "Samples": self._shown_samples(),
-            "Scores": self._scores(),
+            "Scores": "\n\n".join(self.scores),
             "Training": self._training(),
             "Data": self._data(),
             "Licence": f"The licence of these weights is {license}.",
@@ -210,17 +190,7 @@ class Card:
         prompts = self.run.prompts() if self.run else []
         prompt = " ".join((prompts or ["a prompt"])[0].split())
         lines = commands_for(self.exported, self.base, without_paths(prompt))
-        return "\n\n".join([fenced("\n".join(lines), "bash"), *self._elsewhere()])
-
-    def _elsewhere(self) -> list[str]:
-        """Return how other programs use what was exported."""
-        name, form = self.exported.out.name, self.exported.form
-        if not self.exported.is_lora or self.config.get("model", {}).get("type") != "wan":
-            return []
-        if form in ("kohya", "comfy"):
-            return ["In ComfyUI it belongs into `models/loras`."]
-        call = f"pipeline.load_lora_weights(FOLDER, weight_name={name!r})"
-        return ["In Diffusers:", fenced(call, "python")] if form == "diffusers" else []
+        return "\n\n".join([fenced("\n".join(lines), "bash"), *uses_elsewhere(self.exported)])
 
     def _shown_samples(self) -> str:
         """Return samples of the run, and what was asked for."""
@@ -319,44 +289,6 @@ class Card:
         return as_webp(frames, side, round(1000 * seconds / len(frames)))
 
     # ── how good it is, and of what ───────────────────────────────────────────────────────────────
-    def _scores(self) -> str:
-        """Return the reports of `mmdit evaluate` that lie in the folder of the run."""
-        parts = []
-        for name, report in self._reports():
-            rows = [["measured by mmdit evaluate", name]]
-            rows += [[title, value] for title, value in score_rows(report)][:MOST_SCORES]
-            machine = report.get("machine") or {}
-            rows.append(["drawn with", settings_in_words(report.get("settings") or {})])
-            rows.append(["on", str(machine.get("device", NOT_STATED))])
-            parts.append(table(rows))
-        return "\n\n".join(parts)
-
-    def _reports(self) -> Iterator[tuple[str, dict]]:
-        """Yield the reports about the very weights that were exported."""
-        if self.run is None or self.exported.checkpoint is None:
-            return
-        for path in sorted(self.run.folder.glob("*.json")):
-            try:
-                report = read_json(path, "report of mmdit evaluate", LARGEST_REPORT)
-            except ValueError:
-                continue
-            if not {"settings", "checkpoint", "machine"} <= report.keys():
-                continue
-            if self._is_about(report, path):
-                yield path.name, report
-            else:
-                self.notes.append(
-                    f"the scores in {path} are of other weights (another step, or --raw_weights)"
-                    " and are left out: evaluate anew"
-                )
-
-    def _is_about(self, report: dict, path: Path) -> bool:
-        assert self.exported.checkpoint is not None
-        if "step" not in report:  # of an older version
-            return modified(path) >= modified(self.exported.checkpoint / "checkpoint.json")
-        same = report["step"] == self.exported.step
-        return same and bool(report.get("raw_weights")) == self.exported.raw
-
     def _data(self) -> str:
         """Return what is known of the data: what was stated, and what the run counted."""
         stated = self.stated
@@ -386,62 +318,3 @@ def run_of(checkpoint: Path | None) -> RunFolder | None:
         if is_run(folder):
             return RunFolder(folder.parent, folder.name)
     return None
-
-
-def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
-    """Return commands that use an export; `base`: the name of what adapters change."""
-    name, asked = shlex.quote(exported.out.name), shlex.quote(prompt)
-    train = "mmdit train --config my.yaml --train_cache_dir CACHE"
-    if exported.form == "mmdit":
-        places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
-        sample = f"mmdit sample --checkpoint {name} --prompts {asked} --out samples {places}"
-        return [sample.strip(), f"{train} train.init_from={name}"]
-    if exported.is_lora:
-        place = base.rpartition("/")[2] or "BASE"
-        return [
-            f"mmdit sample --checkpoint {place} --lora {name} --prompts {asked} --out samples",
-            f"{train} train.init_from={name} lora.enabled=true",
-        ]
-    return [f"{train} model.name_or_path={name}"]
-
-
-def needed_places(config: dict) -> list[str]:
-    """Return overrides for what a file needs and does not hold, where that does not ship with
-    mmdit."""
-    words = []
-    for section in NEEDED:
-        place = (config.get(section) or {}).get("name_or_path")
-        if place and not shipped_path(place):
-            words.append(f"{section}.name_or_path={last_part(place)}")
-    return words
-
-
-def settings_in_words(settings: dict) -> str:
-    """Return how the samples of a report were drawn."""
-    sampler = settings.get("sampler") or {}
-    return (
-        f"{sampler.get('solver')}, {sampler.get('steps')} steps, guidance"
-        f" {settings.get('cfg_scale')}, seed {settings.get('seed')}"
-    )
-
-
-def score_rows(report: dict) -> Iterator[tuple[str, str]]:
-    """Yield each score of a report with what it rests on, as a title and a text."""
-    for key, value in report.items():
-        if key not in ABOUT:
-            yield from _rows(key.replace("_", " "), value)
-
-
-def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and isinstance(value.get("value"), int | float):
-        text = f"{value['value']:.3f}"
-        if isinstance(value.get("low"), int | float):
-            text += f" [{value['low']:.3f}, {value['high']:.3f}]"
-        yield title, f"{text} of {value['count']}" if "count" in value else text
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _rows(f"{title}: {key.replace('_', ' ')}", item)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield title, f"{value:.6g}"
-    elif isinstance(value, str) and value:
-        yield title, without_paths(value)

@@ -1,0 +1,86 @@
+"""Scores for a model card: the reports of `mmdit evaluate` that lie in the folder of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmdit.commands.card_text import table
+from mmdit.commands.exported import Exported
+from mmdit.foreign import read_json
+from mmdit.privacy import without_paths
+from mmdit.training.run_folder import modified
+
+LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
+# What a report of `mmdit evaluate` says beside its scores.
+ABOUT = {"settings", "checkpoint", "step", "raw_weights", "parameters", "machine", "memory_gb"}
+ABOUT |= {"seconds", "attributes", "held_out_attributes"}
+
+
+def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
+    """Return a table for each report about the very weights that were exported, and a note for each
+    about others."""
+    tables, notes = [], []
+    for path in sorted(run.glob("*.json")):
+        try:
+            report = read_json(path, "report of mmdit evaluate", LARGEST_REPORT)
+        except ValueError:
+            continue
+        if not {"settings", "checkpoint", "machine"} <= report.keys():
+            continue
+        if _is_about(report, path, exported):
+            tables.append(_table(path.name, report))
+        else:
+            notes.append(
+                f"the scores in {path} are of other weights (another step, or --raw_weights) and"
+                " are left out: evaluate anew"
+            )
+    return tables, notes
+
+
+def _is_about(report: dict, path: Path, exported: Exported) -> bool:
+    if exported.checkpoint is None:
+        return False
+    if "step" not in report:  # of an older version
+        return modified(path) >= modified(exported.checkpoint / "checkpoint.json")
+    return report["step"] == exported.step and bool(report.get("raw_weights")) == exported.raw
+
+
+def _table(name: str, report: dict) -> str:
+    rows = [["measured by mmdit evaluate", name]]
+    rows += [[title, value] for title, value in score_rows(report)][:MOST_SCORES]
+    machine = report.get("machine") or {}
+    rows.append(["drawn with", settings_in_words(report.get("settings") or {})])
+    rows.append(["on", str(machine.get("device", "not stated"))])
+    return table(rows)
+
+
+def settings_in_words(settings: dict) -> str:
+    """Return how the samples of a report were drawn."""
+    sampler = settings.get("sampler") or {}
+    return (
+        f"{sampler.get('solver')}, {sampler.get('steps')} steps, guidance"
+        f" {settings.get('cfg_scale')}, seed {settings.get('seed')}"
+    )
+
+
+def score_rows(report: dict) -> Iterator[tuple[str, str]]:
+    """Yield each score of a report with what it rests on, as a title and a text."""
+    for key, value in report.items():
+        if key not in ABOUT:
+            yield from _rows(key.replace("_", " "), value)
+
+
+def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and isinstance(value.get("value"), int | float):
+        text = f"{value['value']:.3f}"
+        if isinstance(value.get("low"), int | float):
+            text += f" [{value['low']:.3f}, {value['high']:.3f}]"
+        yield title, f"{text} of {value['count']}" if "count" in value else text
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _rows(f"{title}: {key.replace('_', ' ')}", item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield title, f"{value:.6g}"
+    elif isinstance(value, str) and value:
+        yield title, without_paths(value)

@@ -1,0 +1,66 @@
+"""What `mmdit export` wrote, and the commands that use it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdit.commands.card_text import fenced
+from mmdit.privacy import NEEDED, last_part
+from mmdit.shipped import shipped_path
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written to `out`: `form` is `mmdit` for our own file, a format of LoRA, or a layout.
+    `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
+    release; `raw`: the last weights, not their average; `command`: what was typed."""
+
+    out: Path
+    form: str
+    config: dict
+    checkpoint: Path | None
+    step: int | None
+    parameters: int
+    is_lora: bool = False
+    raw: bool = False
+    command: str = ""
+
+
+def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
+    """Return commands that use an export; `base`: the name of what adapters change."""
+    name, asked = shlex.quote(exported.out.name), shlex.quote(prompt)
+    train = "mmdit train --config my.yaml --train_cache_dir CACHE"
+    if exported.form == "mmdit":
+        places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
+        sample = f"mmdit sample --checkpoint {name} --prompts {asked} --out samples {places}"
+        return [sample.strip(), f"{train} train.init_from={name}"]
+    if exported.is_lora:
+        place = base.rpartition("/")[2] or "BASE"
+        return [
+            f"mmdit sample --checkpoint {place} --lora {name} --prompts {asked} --out samples",
+            f"{train} train.init_from={name} lora.enabled=true",
+        ]
+    return [f"{train} model.name_or_path={name}"]
+
+
+def needed_places(config: dict) -> list[str]:
+    """Return overrides for what a file needs and does not hold, where that does not ship with
+    mmdit."""
+    words = []
+    for section in NEEDED:
+        place = (config.get(section) or {}).get("name_or_path")
+        if place and not shipped_path(place):
+            words.append(f"{section}.name_or_path={last_part(place)}")
+    return words
+
+
+def uses_elsewhere(exported: Exported) -> list[str]:
+    """Return how other programs use an export, as paragraphs of Markdown."""
+    if not exported.is_lora or (exported.config.get("model") or {}).get("type") != "wan":
+        return []
+    if exported.form in ("kohya", "comfy"):
+        return ["In ComfyUI it belongs into `models/loras`."]
+    call = f"pipeline.load_lora_weights(FOLDER, weight_name={exported.out.name!r})"
+    return ["In Diffusers:", fenced(call, "python")] if exported.form == "diffusers" else []

@@ -147,6 +147,13 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
             os.close(held)
 
 
+def refuse_filled_folder(path: str | Path) -> None:
+    """Raise ValueError if something is at `path` that a new folder would replace."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; choose another place")
+
+
 def abandoned_files(folder: str | Path) -> Iterator[Path]:
     """Yield what killed processes left in `folder`, files and folders, each while nobody can write
     to it."""

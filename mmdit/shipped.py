@@ -10,7 +10,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOTS = (_PACKAGE.parent, _PACKAGE / "shipped_files")
-FOLDERS = ("configs", "assets", "VTP")
+SHIPPED = ("configs", "assets", "VTP", "LICENSE")
 
 
 def shipped_path(name: str | Path) -> Path | None:
@@ -19,7 +19,7 @@ def shipped_path(name: str | Path) -> Path | None:
     `name` is relative to the top level of the repository: `configs/quickstart.yaml`.
     """
     relative = Path(name)
-    if relative.is_absolute() or relative.parts[:1] not in [(folder,) for folder in FOLDERS]:
+    if relative.is_absolute() or relative.parts[:1] not in [(name,) for name in SHIPPED]:
         return None
     candidates = (root / relative for root in ROOTS)
     return next((path for path in candidates if path.exists()), None)

@@ -34,7 +34,13 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
     """Write what the arguments of `mmdit export` ask for, and its model card; return what to say.
     `command`: what was typed. ValueError: they do not go together, or the model cannot be written
     so."""
-    write = _write_network if args.lora or args.layout else _write_file
+    if sum(map(bool, (args.merge, args.lora, args.layout))) > 1:
+        raise ValueError("--merge, --lora and --layout each make another file: choose one")
+    write = _write_file
+    if args.layout == "diffusers_pipeline":
+        write = _write_pipeline
+    elif args.lora or args.layout:
+        write = _write_network
     exported, said = write(args, command)
     return [*said, *write_card(exported)]
 
@@ -73,8 +79,6 @@ def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[
 
 def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
     """Write the adapters alone, or a network in the layout of others."""
-    if args.merge or (args.lora and args.layout):
-        raise ValueError("--merge, --lora and --layout each make another file: choose one")
     keep = None  # kept apart: what writes a whole model merges them, rounding once
     pipeline, config = load_pipeline(
         args.checkpoint,
@@ -89,8 +93,8 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
         said = "both experts, their names under high. and low."
     if args.layout and not config.model.released:
         raise ValueError(
-            f"--layout is for Wan transformers, {args.checkpoint} is a"
-            f" {type(model).__name__}; leave it out"
+            f"--layout {args.layout} is for Wan transformers, {args.checkpoint} is a"
+            f" {type(model).__name__}; leave it out, or write --layout diffusers_pipeline"
         )
     if args.layout:
         save_dit(model, args.out, args.layout, dtype=DTYPES.get(args.dtype))
@@ -132,6 +136,37 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
     if isinstance(origin.get("source"), str):
         origin["source"] = last_part(origin["source"])
     return replace(meta, config=portable_config(config), origin=origin)
+
+
+def _write_pipeline(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+    """Write a whole pipeline of Diffusers."""
+    try:
+        from mmdit.experiment.diffusers_pipeline import save_pipeline
+    except ImportError as error:
+        raise ValueError(
+            f"--layout diffusers_pipeline needs diffusers ({error}); pip install diffusers"
+        ) from None
+    if args.expert:
+        raise ValueError(
+            f"--expert is {args.expert}, but a pipeline holds one network: leave it out"
+        )
+    pipeline, config = load_pipeline(
+        args.checkpoint, "cpu", use_ema=not args.raw_weights, overrides=args.overrides
+    )
+    out = Path(args.out)
+    save_pipeline(pipeline, config, out, DTYPES.get(args.dtype), args.checkpoint)
+    parameters = sum(weight.numel() for weight in pipeline.learner.parameters())
+    exported = Exported(
+        out,
+        args.layout,
+        encode(config),
+        pipeline.checkpoint,
+        pipeline.step,
+        parameters,
+        raw=args.raw_weights,
+        command=command,
+    )
+    return exported, [f"wrote {out}, which Diffusers opens where mmdit is installed too"]
 
 
 def merged(weights: Weights, use_ema: bool) -> Weights:

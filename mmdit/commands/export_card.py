@@ -166,7 +166,7 @@ class Card:
             )
         elif exported.form == "mmdit" and self.base:
             what = f"What a run trained on {self._base_in_words()}: {size}, without the base"
-        elif exported.form != "mmdit":
+        elif exported.form not in ("mmdit", "diffusers_pipeline"):
             what = f"A {self.task} transformer of {size} in the layout `{exported.form}`"
         if exported.is_lora:
             what += f", in the format `{exported.form}`"
@@ -188,9 +188,10 @@ class Card:
     def _use(self) -> str:
         """Return commands that use what was exported."""
         prompts = self.run.prompts() if self.run else []
-        prompt = " ".join((prompts or ["a prompt"])[0].split())
-        lines = commands_for(self.exported, self.base, without_paths(prompt))
-        return "\n\n".join([fenced("\n".join(lines), "bash"), *uses_elsewhere(self.exported)])
+        prompt = without_paths(" ".join((prompts or ["a prompt"])[0].split()))
+        lines = commands_for(self.exported, self.base, prompt)
+        commands = [fenced("\n".join(lines), "bash")] if lines else []
+        return "\n\n".join([*commands, *uses_elsewhere(self.exported, prompt)])
 
     def _shown_samples(self) -> str:
         """Return samples of the run, and what was asked for."""

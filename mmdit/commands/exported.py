@@ -36,6 +36,8 @@ def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
         places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
         sample = f"mmdit sample --checkpoint {name} --prompts {asked} --out samples {places}"
         return [sample.strip(), f"{train} train.init_from={name}"]
+    if exported.form == "diffusers_pipeline":
+        return []
     if exported.is_lora:
         place = base.rpartition("/")[2] or "BASE"
         return [
@@ -56,8 +58,13 @@ def needed_places(config: dict) -> list[str]:
     return words
 
 
-def uses_elsewhere(exported: Exported) -> list[str]:
+def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:
     """Return how other programs use an export, as paragraphs of Markdown."""
+    if exported.form == "diffusers_pipeline":
+        opened = "pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)"
+        call = f"from diffusers import DiffusionPipeline\n\n{opened}\npipe({prompt!r})"
+        said = "In Diffusers, where mmdit is installed too; `pipeline.py` is run, and imports it:"
+        return [said, fenced(call, "python")]
     if not exported.is_lora or (exported.config.get("model") or {}).get("type") != "wan":
         return []
     if exported.form in ("kohya", "comfy"):

@@ -17,9 +17,10 @@ from mmdit.diffusion.path import (
     ddpm_path,
     shift_time,
 )
-from mmdit.diffusion.samplers import Grid, SamplerConfig, Solver, sample, sampling_times
+from mmdit.diffusion.samplers import Callback, Grid, SamplerConfig, Solver, sample, sampling_times
 
 __all__ = [
+    "Callback",
     "CosinePath",
     "Denoise",
     "DiffusionConfig",

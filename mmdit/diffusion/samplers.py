@@ -24,6 +24,8 @@ from mmdit.rng import Draws
 Solver = Literal["ddim", "euler", "heun", "ab2", "dpmpp_2m", "unipc"]
 Grid = Literal["even", "wan", "diffusers"]
 Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
+# (steps done, t reached, x, clean estimate) -> x to go on from, or None for x as it is
+Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sample(
     objective: Objective,
     config: SamplerConfig = SamplerConfig(),
     draws: Draws | None = None,
-    callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    callback: Callback | None = None,
     guess: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """Return latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32.
@@ -106,7 +108,7 @@ def sample(
 
     `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0`
     adds, by sample and step. `callback(steps done, t reached, x, clean estimate)` follows each
-    step: progress, previews.
+    step: progress, previews; the latents that it returns, if any, take the place of `x`.
     """
     if config.eta and draws is None:
         raise ValueError(
@@ -132,7 +134,8 @@ def sample(
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)
         if callback is not None:
-            callback(index + 1, s, x, clean)
+            changed = callback(index + 1, s, x, clean)
+            x = x if changed is None else changed
     return x
 
 

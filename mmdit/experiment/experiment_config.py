@@ -10,7 +10,7 @@ from mmdit import config as config_io
 from mmdit.adapters import LoRAConfig
 from mmdit.config import ConfigError, FilePath, check_sections
 from mmdit.data.batches.data_config import DataConfig
-from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
+from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig, target_sizes
 from mmdit.data.dataset.captions import CaptionsConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig
@@ -97,6 +97,13 @@ class ExperimentConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.experiment_name
+
+    @property
+    def sample_size(self) -> tuple[int, int, int, int]:
+        """Return width, height, frames and frames a second of what is drawn unless another size
+        is asked for; with buckets that of the first one."""
+        width, height = target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)[0]
+        return width, height, self.video.num_frames, self.video.sample_fps
 
 
 def load_experiment_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.config import ConfigError
-from mmdit.files import replace_folder
+from mmdit.files import refuse_filled_folder, replace_folder
 from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
@@ -393,8 +393,7 @@ def save_dit(
     a model is loaded in less. Written aside, then renamed. ValueError: the folder is there and not
     empty, or a weight is no finite number in this type."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; choose another place")
+    refuse_filled_folder(folder)
     if layout not in ("official", "diffusers"):
         raise ValueError(f"layout is {layout!r}; must be 'official' or 'diffusers'")
     rename = diffusers_name if layout == "diffusers" else str

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from typing import get_args
 
-from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diffusion import Solver
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.training.memory.sampling_offload import Offload
@@ -144,14 +143,8 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
 def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:
     """`(width, height, frames, fps)`; with buckets the first one is the default. ValueError for
     what cannot be drawn."""
-    video = config.video
     for name in ("width", "height", "frames", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least 1")
-    width, height = target_sizes(video, config.bucketing, config.tokenizer.latent_f)[0]
-    return (
-        args.width or width,
-        args.height or height,
-        args.frames or video.num_frames,
-        video.sample_fps,
-    )
+    width, height, frames, fps = config.sample_size
+    return args.width or width, args.height or height, args.frames or frames, fps

@@ -6,6 +6,7 @@ train.init_from.
     mmdit export --checkpoint runs/my_run --out my_lora.safetensors --lora comfy
     mmdit export --checkpoint runs/my_run --out merged.safetensors --merge
     mmdit export --checkpoint runs/my_wan --out transformer --layout diffusers
+    mmdit export --checkpoint runs/my_run --out my_pipeline --layout diffusers_pipeline
 
 Two bytes a weight are enough: bf16 reaches as far as fp32, and fp16 keeps eight times the digits of
 bf16 (a weight that it cannot hold is an error), so fp16 draws nearer to what the run drew.
@@ -38,8 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--layout",
-        choices=["official", "diffusers"],
-        help="a Wan transformer as such a folder, adapters merged",
+        choices=["official", "diffusers", "diffusers_pipeline"],
+        help=(
+            "a Wan transformer as such a folder, or a model of our own as a pipeline of Diffusers,"
+            " adapters merged"
+        ),
     )
     parser.add_argument(
         "--merge",

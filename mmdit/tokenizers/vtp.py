@@ -81,16 +81,40 @@ class VTPTokenizer(Tokenizer):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ):
-        self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self._folder = _checkpoint(config.name_or_path)
-        self._model: Any = _load(config, self._folder).requires_grad_(False).to(self.device)
+        network: Any = _load(config, self._folder).requires_grad_(False).to(device)
+        self._take(network, _spec(config, network.config, self._folder), device, dtype)
         self._chunk_size = config.chunk_size
         if config.compile and self.device.type == "cuda":
             for block in self._model.trunk.blocks:
                 block.compile()
-        self.spec = _spec(config, self._model.config, self._folder)
+
+    def _take(
+        self,
+        network: Any,
+        spec: LatentSpec,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._model, self.spec, self.device = network, spec, torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self._chunk_size = VTPTokenizerConfig.chunk_size
         self._standard = Standard(IMAGENET, self.device)
+
+    @classmethod
+    def of_network(
+        cls, network: Any, spec: LatentSpec, fingerprint: str, device: torch.device
+    ) -> VTPTokenizer:
+        """Return the tokenizer of a `VTPModel` that is loaded already, and is on `device`."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(network, spec, device)
+        tokenizer.fingerprint = fingerprint
+        return tokenizer
+
+    @property
+    def network(self) -> Any:
+        """Return the `VTPModel` that encodes and decodes."""
+        return self._model
 
     @cached_property
     def fingerprint(self) -> str:

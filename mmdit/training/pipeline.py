@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmdit.config import ConfigError
 from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import (
+    Callback,
     Denoise,
     SamplerConfig,
     Time,
@@ -226,13 +227,14 @@ class Pipeline:
         image: Tensor | None = None,
         small: tuple[Tensor, float] | None = None,
         seeds: Sequence[int | None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first +
         i`, or of the number that `first` lists for it. `guess`: raw latents to start from, and the
         time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`:
         also the last. `small`: for a model with a condition, the raw latents of the small clips,
         enlarged, and the level they are noised to. `seeds`: samples that have a seed of their own
-        draw its first picture's noise."""
+        draw its first picture's noise. `callback`: see `diffusion.sample`."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height, self.model.patch)
         numbers = numbered(first, len(captions))
@@ -240,7 +242,8 @@ class Pipeline:
         noise = draws.normal(
             "sample", learner.spec.frames(frames), rows, columns, learner.spec.channels
         )
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        autocast = torch.autocast(device.type, half, enabled=self.precision != "fp32")
         eager = torch.compiler.set_stance("force_eager")
         with evaluating(learner, self.model), Calls() as calls, autocast, eager:
             text = learner.text_encoder(
@@ -259,7 +262,9 @@ class Pipeline:
                 if len(tiling.corners) > 1:
                     denoise = self._in_tiles(tiling, text, settings, calls, inputs)
             start = (learner.spec.normalize(guess[0].to(device)), guess[1]) if guess else None
-            clean = sample(denoise, noise, learner.objective, settings.sampler, draws, guess=start)
+            clean = sample(
+                denoise, noise, learner.objective, settings.sampler, draws, callback, start
+            )
         self.finite(clean, numbers, settings)
         return learner.spec.denormalize(clean)
 
@@ -324,7 +329,7 @@ class Pipeline:
             groups.append((numbers, ask))
         return tiled(tiling, groups)
 
-    def _pixels(self, latents: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
+    def pixels(self, latents: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
         """Return the pixels of raw latents on the CPU; ValueError if one is not finite."""
         return self.finite(self.tokenizer.decode(latents).float().cpu(), numbers, settings)
 
@@ -341,9 +346,10 @@ class Pipeline:
         done: Callable[[int], object] | None = None,
         image: Tensor | None = None,
         seeds: Sequence[int | None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time;
-        `done(captions)` follows each batch. `first` and `seeds`: see `latents`."""
+        `done(captions)` follows each batch. `first`, `seeds` and `callback`: see `latents`."""
         parts, numbers = [], numbered(first, len(captions))
         for start in range(0, len(captions), batch_size):
             batch = slice(start, start + batch_size)
@@ -357,8 +363,9 @@ class Pipeline:
                 numbers[batch],
                 image=image,
                 seeds=seeds and seeds[batch],
+                callback=callback,
             )
-            parts.append(self._pixels(latents, numbers[batch], settings))
+            parts.append(self.pixels(latents, numbers[batch], settings))
             if done:
                 done(len(some))
         return torch.cat(parts)
@@ -388,5 +395,5 @@ class Pipeline:
             if seeds:
                 how["seeds"] = [seeds[i]]
             latents = self.latents([caption], width, height, len(clip), settings, first + i, **how)
-            parts.append(self._pixels(latents, [first + i], settings))
+            parts.append(self.pixels(latents, [first + i], settings))
         return torch.cat(parts)

@@ -114,6 +114,9 @@ def test_the_folder_holds_a_licence_and_no_pickle(folder):
     assert files >= weights | settings | code | {"model_index.json", "pipeline.py", "LICENSE"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     assert "MIT" in (folder / "LICENSE").read_text()
+    card = (folder / "README.md").read_text()
+    assert "library_name: diffusers" in card and "trust_remote_code=True" in card
+    assert "`LICENSE` is that of the code" in card and "mmdit sample" not in card
 
 
 def test_its_code_runs_only_if_it_is_trusted(folder):

@@ -112,12 +112,18 @@ class Card:
             "Scores": "\n\n".join(self.scores),
             "Training": self._training(),
             "Data": self._data(),
-            "Licence": f"The licence of these weights is {license}.",
+            "Licence": f"The licence of these weights is {license}.{self._licence_of_code()}",
             "Configuration": self._configuration(),
         }
         body = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items() if part)
         name = self.exported.out.stem if self.exported.out.is_file() else self.exported.out.name
         return f"---\n{front}---\n\n# {escaped(name)}\n\n{self._about()}\n\n{body}\n"
+
+    def _licence_of_code(self) -> str:
+        """Return what the file LICENSE is of, where an export holds code."""
+        if self.exported.form != "diffusers_pipeline":
+            return ""
+        return " The file `LICENSE` is that of the code in `pipeline.py`."
 
     # ── what it is ────────────────────────────────────────────────────────────────────────────────
     @cached_property

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         "--frames", type=int, help="frames of each clip [what one training sample covers]"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variant", default="one", help="one, or many: two or three objects")
+    parser.add_argument(
+        "--variant", default="one", help="one, or many: one to four objects and a task"
+    )
     parser.add_argument("--prune", action="store_true", help="remove items beyond --count")
     parser.add_argument("--device", default="auto")
     args = parser.parse_intermixed_args(argv)

@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--split",
         choices=list(SPLITS),
         default="train",
-        help="held_out: pairs that training never shows",
+        help="held_out: combinations that training never shows",
     )
     parser.add_argument(
-        "--variant", choices=VARIANTS, default="one", help="many: two or three objects in a picture"
+        "--variant", choices=VARIANTS, default="one", help="many: one to four objects and a task"
     )
     parser.add_argument(
         "--workers", type=int, default=0, help="processes (default: as many as pay off)"

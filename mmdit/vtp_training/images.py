@@ -129,7 +129,7 @@ class PictureBatch:
 def _named(facts: moving_shapes.Facts) -> tuple:
     """Return what a caption may name of a still, for comparison."""
     objects = sorted((item.color, item.shape, item.size) for item in facts.objects)
-    return facts.background, tuple(objects)
+    return facts.background, tuple(objects), facts.said
 
 
 def moving_shapes_of(

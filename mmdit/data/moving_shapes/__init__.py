@@ -5,7 +5,8 @@ arithmetic.
 often that was asked for.
 """
 
-from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object, draw
+from mmdit.data.moving_shapes.drawing import draw
+from mmdit.data.moving_shapes.facts import ATTRIBUTES, VERSION, Facts, Object
 from mmdit.data.moving_shapes.oracle import (
     Predictions,
     accuracy,

@@ -1,9 +1,8 @@
-"""What a sample of the moving-shapes data set shows: the vocabulary of version 1, and the draw of
-sample `i`.
+"""What a sample of the moving-shapes data set shows: the vocabulary, and the combinations of words
+that are held out of training.
 
 Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at
-every size of the same aspect ratio. `x` grows to the right and `y` downwards. A sample is a
-function of (version, seed, index) alone: any order of workers and any subset gives the same facts.
+every size of the same aspect ratio. `x` grows to the right and `y` downwards.
 """
 
 from __future__ import annotations
@@ -11,11 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-
-import numpy as np
-import torch
-
-from mmdit.rng import Draws, key
+from itertools import combinations, pairwise
 
 VERSION = 1
 
@@ -41,6 +36,8 @@ SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33
 SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ATTRIBUTES = ("color", "shape", "size", "background", "motion")
+# Where the first of two objects is, as seen from the second.
+RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 TRAVEL = 0.38  # path of a moving object / S
 MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
@@ -56,7 +53,29 @@ TRAIN = tuple(
     (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT
 )
 SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
-VARIANTS = ("one", "many")
+VARIANTS = {"one": VERSION, "many": 2}  # and the version of what they draw
+
+# The tasks of GenEval, and what their captions state besides background and motion.
+TASKS = {
+    "single": ("count", "shape"),
+    "two": ("count", "shape"),
+    "counting": ("count", "shape"),
+    "colors": ("count", "shape", "color"),
+    "position": ("count", "shape", "position"),
+    "attribution": ("count", "shape", "color"),
+}
+# A scene of `many` shows these combinations only where its task is tested on them. `two` has both
+# shapes, in the order of SHAPES; `position` the first left of the second, or above it.
+_NEXT = (*SHAPES, *SHAPES)
+HELD_OUT_OF_TASKS: dict[str, frozenset[tuple]] = {
+    "single": frozenset(zip((*BACKGROUNDS, *BACKGROUNDS), SHAPES, strict=False)),
+    "two": frozenset(zip(SHAPES[:3], SHAPES[3:], strict=True)),
+    "counting": frozenset(zip((2, 3, 4) * 2, SHAPES, strict=True)),
+    "colors": frozenset(HELD_OUT),
+    "position": frozenset(zip(SHAPES, ("left",) * 6, _NEXT[1:], strict=False))
+    | frozenset(zip(SHAPES, ("above",) * 6, _NEXT[2:], strict=False)),
+    "attribution": frozenset(HELD_OUT),
+}
 
 
 @dataclass(frozen=True)
@@ -78,37 +97,109 @@ class Object:
         dx, dy = MOTIONS[self.motion or "still"]
         return dx * TRAVEL, dy * TRAVEL
 
+    def offset(self, other: Object, time: float) -> tuple[float, float]:
+        """Return the way from `other` to this object at a time from 0, the first frame, to 1."""
+        (dx, dy), (other_dx, other_dy) = self.velocity(), other.velocity()
+        x = self.x - other.x + time * (dx - other_dx)
+        return x, self.y - other.y + time * (dy - other_dy)
+
+
+def relation_of(x: float, y: float) -> str:
+    """Return the relation of an object at `(x, y)` as seen from another: it is the one whose axis
+    has the longer part of the way."""
+    if abs(x) > abs(y):
+        return "left" if x < 0 else "right"
+    return "above" if y < 0 else "below"
+
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold one sample: one object, or two or three of different colours that never touch (variant
-    `many`)."""
+    """Hold one sample: one object, or one to four that never touch and a task that says what its
+    caption states (variant `many`)."""
 
     background: str
     objects: tuple[Object, ...]
+    task: str | None = None
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """Return the names that a complete caption of this sample states."""
-        return ATTRIBUTES if self.objects[0].motion is not None else ATTRIBUTES[:-1]
+        if self.task is None:
+            return ATTRIBUTES if self.objects[0].motion is not None else ATTRIBUTES[:-1]
+        moving = () if self.objects[0].motion is None else ("motion",)
+        return (*TASKS[self.task], "background", *moving)
+
+    @property
+    def relations(self) -> tuple[str, ...]:
+        """Return where each object is as seen from the next one, all the time, if that is the
+        task."""
+        if self.task != "position":
+            return ()
+        return tuple(relation_of(*a.offset(b, 0)) for a, b in pairwise(self.objects))
+
+    @property
+    def said(self) -> frozenset[tuple[str, str, str]]:
+        """Return the relations of shapes, each with the word left or above."""
+        shapes = [item.shape for item in self.objects]
+        stated = zip(shapes, self.relations, shapes[1:], strict=False)
+        return frozenset(ordered(*words) for words in stated)
+
+    @property
+    def held_out(self) -> frozenset[str]:
+        """Return the tasks whose held-out combinations this sample shows at any time."""
+        colored = [(item.color, item.shape) for item in self.objects]
+        held = held_out_words(self.background, colored, self.task)
+        for a, b in combinations(self.objects, 2):
+            for time in (0, 0.5, 1):
+                shown = ordered(a.shape, relation_of(*a.offset(b, time)), b.shape)
+                if shown in HELD_OUT_OF_TASKS["position"]:
+                    return held | {"position"}
+        return held
 
     def to_json(self) -> dict:
-        return {
-            "version": VERSION,
+        variant = "one" if self.task is None else "many"
+        record = {
+            "version": VARIANTS[variant],
             "background": self.background,
             "objects": [asdict(item) | {"rgb": list(item.rgb)} for item in self.objects],
         }
+        if self.task is not None:
+            record |= {"task": self.task, "relations": list(self.relations)}
+        return record
 
     @staticmethod
     def from_json(record: dict) -> Facts:
-        if record.get("version") != VERSION:
-            version = record.get("version")
+        if record.get("version") not in VARIANTS.values():
+            version, known = record.get("version"), " and ".join(map(str, VARIANTS.values()))
             raise ValueError(
-                f"facts are of moving shapes version {version!r}, this code knows {VERSION}: make"
+                f"facts are of moving shapes version {version!r}, this code knows {known}: make"
                 " the data again"
             )
         objects = tuple(Object(**{**item, "rgb": tuple(item["rgb"])}) for item in record["objects"])
-        return Facts(record["background"], objects)
+        return Facts(record["background"], objects, record.get("task"))
+
+
+def ordered(first: str, relation: str, second: str) -> tuple[str, str, str]:
+    """Return what is said of two shapes with the words left and above alone."""
+    if relation in ("left", "above"):
+        return first, relation, second
+    return second, {"right": "left", "below": "above"}[relation], first
+
+
+def held_out_words(
+    background: str, colored: list[tuple[str, str]], task: str | None
+) -> frozenset[str]:
+    """Return the tasks whose held-out combinations objects of these `(color, shape)` show on a
+    background, wherever they are."""
+    shapes = [shape for _, shape in colored]
+    shown: dict[str, set[tuple]] = {
+        "single": {(background, shape) for shape in shapes},
+        "two": set(combinations(sorted(shapes, key=SHAPES.index), 2)),
+        "counting": {(len(shapes), shapes[0])} if task == "counting" else set(),
+        "colors": set(colored),
+        "attribution": set(colored),
+    }
+    return frozenset(task for task, seen in shown.items() if seen & HELD_OUT_OF_TASKS[task])
 
 
 def check_canvas(width: int, height: int) -> None:
@@ -125,124 +216,3 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Refuse a value that is none of the known ones."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")
-
-
-def draw(
-    seed: int,
-    indices: Iterable[int],
-    *,
-    video: bool,
-    width: int,
-    height: int,
-    split: str = "train",
-    variant: str = "one",
-) -> list[Facts]:
-    """Return the facts of the samples `indices`. `split`: `train` never shows a held-out (colour,
-    shape) pair, `held_out` only those.
-
-    For one object the named attributes do not depend on the canvas; `width / height` only scales
-    the range of positions."""
-    check_canvas(width, height)
-    check_choice("split", split, SPLITS)
-    check_choice("variant", variant, VARIANTS)
-    indices = torch.as_tensor(list(indices), dtype=torch.int64)
-    pairs = SPLITS[split]
-    stream = key("moving_shapes", VERSION, seed)
-    canvas = (width / min(width, height), height / min(width, height))
-    count = np.ones(len(indices), int)
-    if variant == "many":
-        count += 1 + _below(Draws(stream, 0, indices), "count", 2)
-
-    result: list[Facts | None] = [None] * len(indices)
-    pending, attempt = np.arange(len(indices)), 0
-    # arrangements in which objects touch are drawn again, from the next attempt's key, more at once
-    while len(pending):
-        draws = Draws(stream, attempt, indices[torch.from_numpy(pending)])
-        shape = (1, 1) if variant == "one" else (min(8 * 4**attempt, 1024), 3)
-        drawn = _candidates(draws, pairs, video, canvas, shape)
-        fits = _apart(drawn, count[pending], pairs)
-        first = fits.argmax(1)
-        for row in np.flatnonzero(fits.any(1)):
-            chosen = {name: values[row, first[row]] for name, values in drawn.items()}
-            result[pending[row]] = _facts(chosen, count[pending[row]], pairs, video)
-        pending, attempt = pending[~fits.any(1)], attempt + 1
-    return [facts for facts in result if facts is not None]
-
-
-def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
-    return (draws.uniform(purpose, *shape).double().numpy() * count).astype(int)
-
-
-def _candidates(
-    draws: Draws, pairs: tuple, video: bool, canvas: tuple[float, float], shape: tuple[int, int]
-) -> dict:
-    """Return the numbers of every candidate arrangement and object slot: arrays `(N, candidates,
-    slots, …)`."""
-    pair = _below(draws, "pair", len(pairs), *shape)
-    size = _below(draws, "size", len(SIZES), *shape)
-    size[..., 1:] = 0  # of several objects one may be large: two would seldom fit
-    motion = _below(draws, "motion", len(MOTIONS), *shape) if video else np.zeros_like(pair)
-    low, high = np.moveaxis(np.array(list(SIZES.values()))[size], -1, 0)
-    radius = low + (high - low) * draws.uniform("radius", *shape).double().numpy()
-    velocity = TRAVEL * np.array(list(MOTIONS.values()), float)[motion]
-    near = radius[..., None] + MARGIN + np.maximum(0, -velocity)
-    far = np.array(canvas) - radius[..., None] - MARGIN - np.maximum(0, velocity)
-    start = near + (far - near) * draws.uniform("position", *shape, 2).double().numpy()
-    jitter = _below(draws, "jitter", 2 * JITTER + 1, *shape, 3) - JITTER
-    background = _below(draws, "background", len(BACKGROUNDS))
-    background = np.broadcast_to(background[:, None], pair.shape[:2])
-    return {
-        "pair": pair,
-        "size": size,
-        "motion": motion,
-        "radius": radius,
-        "start": start,
-        "velocity": velocity,
-        "jitter": jitter,
-        "background": background,
-    }
-
-
-def _apart(drawn: dict, count: np.ndarray, pairs: tuple) -> np.ndarray:
-    """Return `(N, candidates)`: whether the first `count` objects differ in colour and never come
-    nearer than GAP."""
-    fits = np.ones(drawn["pair"].shape[:2], bool)
-    color = np.array([list(COLORS).index(name) for name, _ in pairs])[drawn["pair"]]
-    reach = np.array([REACH.get(name, 1.0) for _, name in pairs])[drawn["pair"]] * drawn["radius"]
-    slots = color.shape[-1]
-    for a in range(slots):
-        for b in range(a + 1, slots):
-            offset = drawn["start"][..., a, :] - drawn["start"][..., b, :]
-            drift = drawn["velocity"][..., a, :] - drawn["velocity"][..., b, :]
-            # objects that move alike keep their distance
-            square = np.maximum((drift**2).sum(-1), 1e-12)
-            closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of it
-            distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
-            far = distance >= reach[..., a] + reach[..., b] + GAP
-            differ = color[..., a] != color[..., b]
-            fits &= (far & differ) | (count <= b)[:, None]
-    return fits
-
-
-def _facts(chosen: dict, count: int, pairs: tuple, video: bool) -> Facts:
-    objects = []
-    for slot in range(count):
-        color, shape = pairs[chosen["pair"][slot]]
-        x, y = chosen["start"][slot]
-        red, green, blue = (
-            value + int(delta)
-            for value, delta in zip(COLORS[color], chosen["jitter"][slot], strict=True)
-        )
-        objects.append(
-            Object(
-                color=color,
-                shape=shape,
-                size=list(SIZES)[chosen["size"][slot]],
-                motion=list(MOTIONS)[chosen["motion"][slot]] if video else None,
-                x=round(float(x), 5),
-                y=round(float(y), 5),
-                radius=round(float(chosen["radius"][slot]), 5),
-                rgb=(red, green, blue),
-            )
-        )
-    return Facts(list(BACKGROUNDS)[int(chosen["background"])], tuple(objects))

@@ -2,8 +2,7 @@
 what was asked for.
 
 Axes: b samples, f frames, h rows, w columns; s slots. With `one` object there is one slot, whatever
-its colour; with `many` slot c holds the connected components whose colour is nearest to colour c,
-so that objects are told apart by colour.
+its colour; with `many` a slot holds a connected component, followed from frame to frame.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise, permutations
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from mmdit.data.moving_shapes.facts import (
-    ATTRIBUTES,
     BACKGROUNDS,
     COLORS,
     MOTIONS,
@@ -31,6 +30,7 @@ from mmdit.data.moving_shapes.facts import (
     Facts,
     Object,
     check_choice,
+    relation_of,
 )
 from mmdit.data.moving_shapes.render import render
 from mmdit.pixels import to_uint8, to_unit
@@ -44,6 +44,8 @@ SIDE_LIMIT = SIZES["small"][1] + SQUARE * SIZES["large"][0]
 PATCH = 40  # masks and templates are compared at PATCH x PATCH
 SMALLEST = 0.002  # of S²: a component below it is a speck
 CHUNK_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
+SLOTS = 5  # of `many`: one more than there are objects, for then there is one too many
+LOST = 10.0  # longer than any way of an object from one frame to the next
 UNKNOWN = -1
 
 
@@ -59,6 +61,7 @@ class Predictions:
     shape: Tensor
     size: Tensor
     motion: Tensor | None  # None: a single frame
+    place: Tensor | None = None  # (B, F, S, 2): where objects are, in units of S
 
     def __len__(self) -> int:
         return len(self.background)
@@ -107,7 +110,7 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     mask = (images - backdrop[..., None, None]).square_().sum(1) > CONTRAST**2  # (n, h, w)
     neighbours = F.avg_pool2d(mask[:, None].float(), 3, 1, 1, count_include_pad=False)[:, 0]
     mask &= neighbours > 0.4  # single pixels of noise go, corners of shapes stay
-    masks = mask[:, None] if variant == "one" else _by_color(images, mask)
+    masks = mask[:, None] if variant == "one" else _largest(mask)
     slots = masks.shape[1]
     # only the slots that hold something are looked at
     image, slot = masks.flatten(2).any(-1).nonzero(as_tuple=True)
@@ -118,13 +121,13 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
         every[image, slot] = x
         return rearrange(every, "(b f) s ... -> b f s ...", f=frames)
 
-    holds, color, overlap, side_length, centre = map(per_clip, measured)
+    looks = [per_clip(x) for x in measured]
+    if variant == "many":
+        looks = _followed(*looks)
+    holds, color, overlap, side_length, centre = looks
     present = holds.all(1)
     overlap = overlap.mean(1)
-    if variant == "many":
-        named = torch.arange(slots, device=color.device)[None]
-    else:
-        named = _nearest(color.median(1).values, COLORS)
+    named = _nearest(color.median(1).values, COLORS)
     backdrop = rearrange(backdrop, "(b f) c -> b f c", f=frames)
     size = (side_length.median(1).values > SIDE_LIMIT).long()
     return Predictions(
@@ -135,6 +138,7 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
         shape=overlap.argmax(-1).where(present & (overlap.amax(-1) >= OVERLAP), UNKNOWN),
         size=size.where(present, UNKNOWN),
         motion=_motion(centre).where(present, UNKNOWN) if frames > 1 else None,
+        place=centre,
     )
 
 
@@ -183,26 +187,36 @@ def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
     return (below < below[..., -1:] / 2).sum(-1) / 255 * mask.flatten(1).any(1)[:, None]
 
 
-def _by_color(images: Tensor, mask: Tensor) -> Tensor:
-    """Return the connected components, gathered by the named colour nearest to their mean, as masks
-    `(n, colours, h, w)`."""
+def _largest(mask: Tensor) -> Tensor:
+    """Return the SLOTS largest connected components as masks `(n, SLOTS, h, w)`, without specks."""
     index = _components(mask)
-    flat, count = index.flatten(1), int(index.max()) + 1
-    # the interior decides, where a component has one
-    inner = torch.where(_eroded(mask), 1.0, 1e-3).flatten(1)
-    values = torch.cat(
-        [images.flatten(2) * inner[:, None], inner[:, None], torch.ones_like(inner)[:, None]], dim=1
-    )
-    sums = images.new_zeros(len(mask), 5, count).scatter_add_(
-        2, repeat(flat, "n p -> n c p", c=5), values
-    )
-    nearest = _nearest(
-        rearrange(sums[:, :3] / sums[:, 3:4].clamp(min=1e-6), "n c k -> n k c"), COLORS
-    )
-    nearest = nearest.where(sums[:, 4] >= SMALLEST * min(mask.shape[1:]) ** 2, UNKNOWN)
-    nearest[:, 0] = UNKNOWN
-    of_pixel = nearest.gather(1, flat).reshape(mask.shape)
-    return torch.stack([of_pixel == c for c in range(len(COLORS))], dim=1)
+    flat, count = index.flatten(1), max(int(index.max()), SLOTS) + 1
+    area = flat.new_zeros(len(mask), count).scatter_add_(1, flat, torch.ones_like(flat))
+    area[:, 0] = 0
+    areas, numbers = area.sort(dim=1, descending=True, stable=True)
+    numbers = numbers.where(areas >= SMALLEST * min(mask.shape[1:]) ** 2, UNKNOWN)
+    return torch.stack([index == number[:, None, None] for number in numbers[:, :SLOTS].T], dim=1)
+
+
+def _followed(holds: Tensor, color: Tensor, *others: Tensor) -> list[Tensor]:
+    """Return what was measured of the slots of every frame, `(b, f, s, …)`, with each object in
+    the slot that it has in the first frame: those of the next frame are given to those of the last
+    so that all together go the shortest way, and keep their colours."""
+    looks = [x.clone() for x in (holds, color, *others)]
+    holds, color, *_, centre = looks
+    orders = torch.tensor(list(permutations(range(SLOTS))), device=holds.device)
+    for f in range(1, holds.shape[1]):
+        way = (centre[:, f - 1, :, None] - centre[:, f, None]).norm(dim=-1)
+        way += (color[:, f - 1, :, None] - color[:, f, None]).norm(dim=-1)
+        both = holds[:, f - 1, :, None] & holds[:, f, None]
+        neither = ~holds[:, f - 1, :, None] & ~holds[:, f, None]
+        way = way.where(both, LOST).where(~neither, 0)  # (b, s, s)
+        total = way[:, torch.arange(SLOTS, device=way.device), orders].sum(-1)  # (b, orders)
+        order = orders[total.argmin(1)]
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        for x in looks:
+            x[:, f] = x[:, f][rows, order]
+    return looks
 
 
 def _components(mask: Tensor) -> Tensor:
@@ -314,12 +328,16 @@ VOCABULARY = {
     "size": tuple(SIZES),
     "motion": tuple(MOTIONS),
 }
+JUDGED = ("count", "color", "shape", "size", "position", "background", "motion")
 
 
 def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Tensor]:
     """Return bool `(B,)` per attribute: right for every object of the sample; and `all`: every
     attribute of the sample is right. A canvas with something besides the objects is wrong in
-    `all`."""
+    `all`.
+
+    Which object of the picture is which of the facts is decided in favour of the picture: so that
+    the most of what the caption states is right."""
     if len(predictions) != len(facts):
         raise ValueError(
             f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
@@ -332,23 +350,47 @@ def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Ten
         )
     columns = vars(predictions).items()
     guesses = {name: column.tolist() for name, column in columns if column is not None}
-    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
+    right: dict[str, list[bool]] = {name: [] for name in (*JUDGED, "all")}
     for i, item in enumerate(facts):
-        present, stray = guesses["present"][i], guesses["stray"][i]
-        many = len(present) > 1
-        slots = [list(COLORS).index(shape.color) if many else 0 for shape in item.objects]
-        verdict = {"background": guesses["background"][i] == BACKGROUND.index(item.background)}
+        seen = {name: column[i] for name, column in guesses.items()}
+        verdict = _verdict(seen, item)
+        for name in JUDGED:
+            right[name].append(verdict[name])
+        stated = all(verdict[name] for name in item.attributes)
+        right["all"].append(verdict["count"] and stated)
+    return {name: torch.tensor(values, dtype=torch.bool) for name, values in right.items()}
+
+
+def _verdict(seen: dict[str, Any], item: Facts) -> dict[str, bool]:
+    """Return for each attribute whether what is seen of a sample agrees with its facts."""
+    slots = range(len(seen["present"]))
+    best: dict[str, bool] = {}
+    for chosen in permutations(slots, min(len(item.objects), len(slots))):
+        verdict = {"position": _is_placed(seen, item, chosen)}
         for name, words in VOCABULARY.items():
             asked = [getattr(shape, name) for shape in item.objects]
-            verdict[name] = name in guesses and all(
-                value is None or guesses[name][i][slot] == words.index(value)
-                for value, slot in zip(asked, slots, strict=True)
+            verdict[name] = name in seen and all(
+                value is None or seen[name][slot] == words.index(value)
+                for value, slot in zip(asked, chosen)
             )
-        exact = sum(present) == len(item.objects) and not stray
-        for name in ATTRIBUTES:
-            right[name].append(verdict[name])
-        right["all"].append(exact and all(verdict[name] for name in item.attributes))
-    return {name: torch.tensor(values, dtype=torch.bool) for name, values in right.items()}
+        agree = [verdict.get(name, True) for name in item.attributes]
+        if not best or sum(agree) > sum(best.get(name, True) for name in item.attributes):
+            best = verdict
+    best["background"] = seen["background"] == BACKGROUND.index(item.background)
+    best["count"] = sum(seen["present"]) == len(item.objects) and not seen["stray"]
+    return best
+
+
+def _is_placed(seen: dict[str, Any], item: Facts, chosen: tuple[int, ...]) -> bool:
+    """Return whether the relations of the facts hold between the chosen slots in every frame."""
+    for (a, b), relation in zip(pairwise(chosen), item.relations):
+        if not (seen["present"][a] and seen["present"][b]):
+            return False
+        for places in seen["place"]:
+            (x, y), (other_x, other_y) = places[a], places[b]
+            if relation_of(x - other_x, y - other_y) != relation:
+                return False
+    return True
 
 
 def accuracy(predictions: Predictions, facts: list[Facts]) -> dict:
@@ -356,7 +398,7 @@ def accuracy(predictions: Predictions, facts: list[Facts]) -> dict:
     the samples that have it."""
     right = score_samples(predictions, facts)
     attributes = {}
-    for name in ATTRIBUTES:
+    for name in JUDGED:
         asked = torch.tensor([name in item.attributes for item in facts], dtype=torch.bool)
         if asked.any():
             attributes[name] = rate(right[name][asked])

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.moving_shapes.drawing import draw
 from mmdit.data.moving_shapes.facts import (
     SPLITS,
     VARIANTS,
-    VERSION,
     Facts,
     check_canvas,
     check_choice,
-    draw,
 )
 from mmdit.data.moving_shapes.render import render
 from mmdit.data.moving_shapes.sentences import caption, named_attributes
@@ -45,7 +44,7 @@ class Recipe:
     seed: int = 0
     split: str = "train"
     variant: str = "one"
-    version: int = VERSION
+    version: int = field(init=False)
 
     def __post_init__(self):
         check_canvas(self.width, self.height)
@@ -55,6 +54,7 @@ class Recipe:
             )
         check_choice("split", self.split, SPLITS)
         check_choice("variant", self.variant, VARIANTS)
+        object.__setattr__(self, "version", VARIANTS[self.variant])
 
     @property
     def complete(self) -> bool:

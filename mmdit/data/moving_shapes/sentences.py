@@ -8,11 +8,14 @@ import string
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mmdit.data.moving_shapes.facts import VERSION, Facts, Object, draw
+from mmdit.data.moving_shapes.choices import Choices
+from mmdit.data.moving_shapes.drawing import draw
+from mmdit.data.moving_shapes.facts import VERSION, Facts, Object
 from mmdit.rng import key
 
 DROP = 0.15  # the share of facts that a training caption leaves out
 PROMPTS = 256
+MANY_PROMPTS = 128  # of each task
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SHAPE_WORDS = {
@@ -71,9 +74,21 @@ MANY = (
     ("{things}", " on {background}"),
     ("{background} background, ", "{things}"),
     ("on a {background} background: ", "{things}"),
-    ("{count} shapes, ", "{things}", ", against a {background} background"),
+    ("{things}", ", against a {background} background"),
     ("a {background} backdrop with ", "{things}"),
 )
+NUMBERS = {1: ("a", "one", "a single"), 2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
+GROUPS = ("{} {}", "exactly {} {}", "a group of {} {}")
+JOINED = ("{} and {}", "{} together with {}", "{} along with {}")
+RELATION_WORDS = {
+    "left": ("left of", "to the left of", "on the left of"),
+    "right": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+BESIDE = (" {} ", " is {} ", ", {} ")
+WHICH = (" that is {} ", ", which is {} ")
 
 
 @dataclass(frozen=True)
@@ -84,64 +99,87 @@ class Prompt:
     facts: Facts
 
 
-class _Words:
-    """A stream of choices keyed by the caption it writes."""
-
-    def __init__(self, *parts: object):
-        self.parts, self.drawn = parts, 0
-
-    def below(self, count: int) -> int:
-        self.drawn += 1
-        number = key("moving_shapes caption", VERSION, *self.parts, self.drawn)
-        return ((number >> 20) & 0xFFFF_FFFF) * count >> 32
-
-    def pick(self, options: tuple):
-        return options[self.below(len(options))]
-
-
 def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> frozenset[str]:
-    """Return the attributes that `caption` with the same arguments states. Colours stay when there
-    are several objects: they tell which object is meant."""
+    """Return the attributes that `caption` with the same arguments states. Of a scene with a task,
+    background and motion alone are left out, and colours are added to every other caption that
+    need not state them."""
     if complete:
         return frozenset(facts.attributes)
-    words = _Words(seed, index, "named")
-    kept = [name for name in facts.attributes if words.below(10_000) >= DROP * 10_000]
-    return frozenset([*kept, "color"] if len(facts.objects) > 1 else kept)
+    words = _choices(seed, index, "named")
+    droppable = facts.attributes if facts.task is None else ("background", "motion")
+    kept = []
+    for name in facts.attributes:
+        if name not in droppable or words.below(10_000) >= DROP * 10_000:
+            kept.append(name)
+    if facts.task is not None and words.below(2):
+        kept.append("color")
+    return frozenset(kept)
 
 
 def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
     """Return words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each
     is dropped with probability 0.15 (training). A function of its arguments alone."""
-    named, words = named_attributes(facts, seed, index, complete), _Words(seed, index, "words")
+    named, words = named_attributes(facts, seed, index, complete), _choices(seed, index, "words")
     fields = {}
     if "background" in named:
         fields["background"] = words.pick(BACKGROUND_WORDS[facts.background])
-    if len(facts.objects) == 1:
+    if facts.task is None:
         item = facts.objects[0]
         template = words.pick(IMAGE if item.motion is None else VIDEO)
         fields |= _object_fields(item, named, words)
     else:
         template = words.pick(MANY)
-        phrases = []
-        for item in facts.objects:
-            parts = _object_fields(item, named, words)
-            phrases.append(f"a {parts['thing']} {parts.get('participle', '')}".strip())
-        first = words.below(len(phrases))
-        phrases = phrases[first:] + phrases[:first]
-        fields |= {
-            "things": f"{', '.join(phrases[:-1])} and {phrases[-1]}",
-            "count": {2: "two", 3: "three"}[len(phrases)],
-        }
+        fields["things"] = _things(facts, named, words)
     clauses = [clause for clause in template if _placeholders(clause) <= fields.keys()]
     text = "".join(clauses).format(**fields).strip(" ,:")
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def _choices(seed: int, index: int, purpose: str) -> Choices:
+    return Choices("moving_shapes caption", VERSION, seed, index, purpose)
+
+
+def _things(facts: Facts, named: frozenset[str], words: Choices) -> str:
+    """Return what a caption says of the objects of a scene with a task."""
+    phrases = []
+    for item in facts.objects:
+        fields = _object_fields(item, named, words)
+        phrases.append(f"{fields['thing']} {fields.get('participle', '')}".strip())
+    if facts.task == "position":
+        return _positions([f"a {phrase}" for phrase in phrases], facts, words)
+    if facts.task == "counting":
+        fields = _object_fields(facts.objects[0], named, words)
+        noun = fields["noun"]
+        fields["things"] = noun + ("es" if noun.endswith("s") else "s")
+        names = [name for name in ("color", "things", "participle") if name in fields]
+        group = " ".join(fields[name] for name in names)
+        return words.pick(GROUPS).format(words.pick(NUMBERS[len(phrases)]), group)
+    if len(phrases) == 1:
+        return f"{words.pick(NUMBERS[1])} {phrases[0]}"
+    phrases = [f"a {phrase}" for phrase in words.some(tuple(phrases), len(phrases))]
+    return words.pick(JOINED).format(", ".join(phrases[:-1]), phrases[-1])
+
+
+def _positions(phrases: list[str], facts: Facts, words: Choices) -> str:
+    """Return where each of the phrases' objects is as seen from the next, from either end."""
+    relations = list(facts.relations)
+    if words.below(2):
+        phrases = phrases[::-1]
+        relations = [OPPOSITE[relation] for relation in reversed(relations)]
+    first, *links = [words.pick(RELATION_WORDS[relation]) for relation in relations]
+    # after a motion, "left of" could be read as where it goes
+    opening = BESIDE[:2] if facts.objects[0].motion is None else BESIDE[1:]
+    text = phrases[0] + words.pick(opening).format(first) + phrases[1]
+    for link, phrase in zip(links, phrases[2:], strict=True):
+        text += words.pick(WHICH).format(link) + phrase
+    return text
 
 
 def _placeholders(clause: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(clause) if name}
 
 
-def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[str, str]:
+def _object_fields(item: Object, named: frozenset[str], words: Choices) -> dict[str, str]:
     """Return the placeholders that one object fills. `noun` and `thing` are always there."""
     fields = {"noun": words.pick(SHAPE_WORDS[item.shape if "shape" in named else None])}
     if "color" in named:
@@ -158,15 +196,31 @@ def _object_fields(item: Object, named: frozenset[str], words: _Words) -> dict[s
 
 
 @lru_cache
-def prompts(split: str, video: bool, width: int = 64, height: int = 64) -> tuple[Prompt, ...]:
-    """Return the 256 prompts of `seen` or `held_out`, fixed by the version. The captions do not
-    depend on the canvas; it only scales the drawn positions, which matter where the facts are
-    rendered (the tokenizer's ceiling)."""
+def prompts(
+    split: str, video: bool, width: int = 64, height: int = 64, task: str | None = None
+) -> tuple[Prompt, ...]:
+    """Return the 256 prompts of `seen` or `held_out`, fixed by the version; with a `task` the
+    MANY_PROMPTS ones of that task.
+
+    The captions of one object do not depend on the canvas; it only scales the drawn positions,
+    which matter where the facts are rendered (the tokenizer's ceiling). Those of a task depend on
+    its aspect ratio, for objects must fit."""
     if split not in ("seen", "held_out"):
         raise ValueError(f"prompts are of the split 'seen' or 'held_out', not {split!r}")
-    seed = key("moving_shapes prompts", split)
     source = "train" if split == "seen" else "held_out"
-    facts = draw(seed, range(PROMPTS), video=video, width=width, height=height, split=source)
+    variant, seed, count = "one", key("moving_shapes prompts", split), PROMPTS
+    if task is not None:
+        variant, seed, count = "many", key("moving_shapes prompts", split, task), MANY_PROMPTS
+    facts = draw(
+        seed,
+        range(count),
+        video=video,
+        width=width,
+        height=height,
+        split=source,
+        variant=variant,
+        task=task,
+    )
     return tuple(
         Prompt(caption(item, seed, i, complete=True), item) for i, item in enumerate(facts)
     )

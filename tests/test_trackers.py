@@ -6,8 +6,11 @@ asked in the slow tests, where they are installed (extra `track`)."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,7 +35,8 @@ def library(request, monkeypatch):
     """A stand-in for the library; `library.runs`: of each run how it began, what it was told by
     step, and how it ended."""
     module = ModuleType(request.param)
-    module.runs = []
+    module.__spec__ = ModuleSpec(request.param, None)
+    module.runs, module.teardown = [], lambda: None
 
     def init(**how):
         told = {}
@@ -94,30 +98,123 @@ def test_clips_go_along(shop, library):
     assert path.endswith("step_00000002/video.mp4") and form == "mp4"
 
 
-def test_an_error_of_a_tracker_ends_tracking_alone(shop, library, capsys):
+def back_to(folder, step: int) -> None:
+    """Leave a run as a kill after the checkpoint of `step` would."""
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_steps_that_are_done_again_are_told_once(shop, library):
+    name = library.__name__
+    words = (f"track.type={name}", *PREVIEWS)
+    folder = shop.train(f"killed_{name}", *words)
+    back_to(folder, 2)
+    shop.train(f"killed_{name}", *words, "--resume", "train.max_steps=4")
+    first, second = library.runs
+    assert list(first.told) == [1, 2, 3] and list(second.told) == [4]
+    assert "samples" in second.told[4] and "samples" in first.told[3]
+    kept = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert kept == [1, 2, 3, 4]
+
+
+def test_what_a_kill_took_from_trackio_is_sent_again(shop, library):
+    if library.__name__ == "wandb":
+        pytest.skip("it has a process of its own, which survives")
+    folder = shop.train("lost", "track.type=trackio", *PREVIEWS)
+    back_to(folder, 2)
+    init = library.init
+
+    def knows_one_step(**how):
+        run = init(**how)
+        run._next_step = 2
+        return run
+
+    library.init = knows_one_step
+    shop.train("lost", "track.type=trackio", *PREVIEWS, "--resume", "train.max_steps=4")
+    told = library.runs[1].told
+    assert list(told) == [2, 3, 4]
+    assert [step for step in told if "samples" in told[step]] == [2, 4]
+
+
+def test_a_tracker_that_is_chosen_later_has_the_run_from_its_first_step(shop, library):
+    name = library.__name__
+    folder = shop.train(f"later_{name}", *PREVIEWS)
+    words = (f"track.type={name}", *PREVIEWS, "--resume", "train.max_steps=4")
+    shop.train(f"later_{name}", *words)
+    (run,) = library.runs
+    assert list(run.told) == [1, 2, 3, 4], "in ascending order, as wandb takes them"
+    assert [step for step in run.told if "samples" in run.told[step]] == [2, 3, 4]
+    assert run.told[2]["samples"] == str(folder / "samples/step_00000002/grid.png")
+
+
+def test_an_error_of_a_tracker_ends_tracking_alone(shop, library, capsys, monkeypatch):
     init, name = library.init, library.__name__
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
+
+    def refuse(values, step):
+        raise OSError("https://user:abcdefgh@host is full")
 
     def failing(**how):
         run = init(**how)
-        run.log = lambda values, step: 1 / 0
+        run.log = refuse
         return run
 
     library.init = failing
     folder = shop.train(f"failing_{name}", f"track.type={name}", *PREVIEWS)
     said = capsys.readouterr().out
-    assert said.count(f"{name} failed, and is left out from here on (ZeroDivisionError") == 1
+    message = "left out from here on (OSError: https://user:<SOME_API_KEY>@host is full)"
+    assert said.count(f"{name} failed, and is {message}") == 1 and "abcdefgh" not in said
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (folder / "failures").exists()
 
 
-def test_a_tracker_that_cannot_start_is_one_sentence(shop, library, capsys, monkeypatch):
+def test_a_tracker_that_hangs_is_not_waited_for(shop, library, capsys, monkeypatch):
+    init, name, forever = library.init, library.__name__, threading.Event()
+
+    def hanging(**how):
+        run = init(**how)
+        run.log = lambda values, step: forever.wait()
+        return run
+
+    library.init = hanging
+    monkeypatch.setattr("mmdit.training.trackers.CLOSE_SECONDS", 0.1)
+    folder = shop.train(f"hanging_{name}", f"track.type={name}", *PREVIEWS)
+    assert capsys.readouterr().out.count(f"{name} failed, and is left out") == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    forever.set()
+
+
+def test_a_tracker_that_cannot_start_is_left_out_a_missing_one_refused(
+    shop, library, capsys, monkeypatch
+):
     name = library.__name__
-    words = shop.train_words("never", f"track.type={name}")
     library.init = lambda **how: 1 / 0
-    refused(capsys, train_t2v.main, words, f"track.type is {name}, which cannot start (ZeroDiv")
+    folder = shop.train(f"unstarted_{name}", f"track.type={name}")
+    assert capsys.readouterr().out.count("left out from here on (ZeroDivisionError") == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     monkeypatch.setitem(sys.modules, name, None)
-    refused(capsys, train_t2v.main, words, "cannot be imported", f"pip install {name}")
+    monkeypatch.setattr("mmdit.experiment.run.build_tokenizer", lambda *a, **b: pytest.fail("late"))
+    words = shop.train_words("never", f"track.type={name}")
+    refused(capsys, train_t2v.main, words, "is not installed", f"pip install {name}")
     assert not list((shop.folder / "runs/never").glob("checkpoints/*"))
+
+
+def test_what_cannot_be_sent_is_written_here(shop, library, capsys):
+    if library.__name__ == "trackio":
+        pytest.skip("it sends nothing")
+    init = library.init
+
+    def unreachable(**how):
+        if how["mode"] == "online":
+            raise ConnectionError("no route to host")
+        return init(**how)
+
+    library.init = unreachable
+    shop.train("no_route", "track.type=wandb", "track.mode=online")
+    said = capsys.readouterr().out
+    assert "wandb cannot send this run (ConnectionError: no route" in said and "wandb sync" in said
+    assert list(library.runs[0].told) == [1, 2, 3] and library.runs[0].how["mode"] == "offline"
 
 
 def test_a_failed_training_is_told_as_failed(shop, library, monkeypatch):
@@ -138,6 +235,11 @@ def test_tensorboard_is_the_default_and_none_writes_nothing(shop):
     assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2, 3]
     assert [image.step for image in events.Images("samples")] == [2, 3]
     assert not (folder / "track.json").exists()
+    back_to(folder, 2)
+    shop.train("default", *PREVIEWS, "--resume", "train.max_steps=4")
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [image.step for image in events.Images("samples")] == [2, 4]
     assert not (shop.train("untracked", "track.type=none") / "tensorboard").exists()
 
 

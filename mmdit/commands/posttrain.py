@@ -33,7 +33,7 @@ from mmdit.training.origin import check_origin, sum_of
 from mmdit.training.parallel import ParallelConfig
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
-from mmdit.training.trackers import tracking
+from mmdit.training.trackers import require_library, tracking
 from mmdit.training.train_state import TrainState
 
 
@@ -86,6 +86,7 @@ def posttrain(
         world = stack.enter_context(process_group(device, train.timeout_minutes))
         if not dry_run:
             stack.enter_context(hold(config.run_dir, world))
+        world.share(lambda: require_library(config.track))
         resumed = world.share(lambda: find_start(config, resume, prunes=not dry_run))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)

@@ -35,7 +35,7 @@ from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
-from mmdit.training.trackers import Tracker, tracking
+from mmdit.training.trackers import Tracker, require_library, tracking
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 from mmdit.training.validation import Validation
@@ -54,6 +54,7 @@ def run_training(
     config, sources = resolved(config), sources_of(config, cache_dir)
     train = config.train
     with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
+        world.share(lambda: require_library(config.track))
         start = world.share(lambda: find_start(config, resume))
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         batches = open_batches(config, tokenizer, sources, world)

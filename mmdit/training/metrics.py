@@ -42,6 +42,8 @@ class MetricsLog:
         write_atomically(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.tracker = tracker
+        if tracker and kept:
+            tracker.history(kept)
 
     def write(self, values: dict) -> None:
         self.last = values

@@ -71,20 +71,7 @@ class RunFolder:
 
     def previews(self) -> list[dict]:
         """Return the steps that have a preview, in order, with the names of the files."""
-        shown = []
-        try:
-            entries = sorted(os.scandir(self.folder / "samples"), key=lambda entry: entry.name)
-        except OSError:
-            return []
-        for entry in entries:
-            match = PREVIEW.fullmatch(entry.name)
-            if not match or not entry.is_dir():
-                continue
-            files = set(os.listdir(entry.path))
-            video = next((name for name in VIDEOS if name in files), None)
-            if "grid.png" in files:
-                shown.append({"step": int(match[1]), "folder": entry.name, "video": video})
-        return shown
+        return previews_in(self.folder)
 
     def state(self, last_step: float | None, held: set[int] | None) -> RunState:
         """Return what has become of the training. `held`: the inodes of files that are locked, None
@@ -130,6 +117,25 @@ class RunFolder:
     def skipped(self) -> list[str]:
         """Return the last lines of what steps were skipped, newest first."""
         return text_of(self.folder / "skipped.jsonl").splitlines()[:-21:-1]
+
+
+def previews_in(run: Path) -> list[dict]:
+    """Return `step`, `folder` and `video` (a file name or None) of each preview of a run, in
+    order."""
+    shown = []
+    try:
+        entries = sorted(os.scandir(run / "samples"), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    for entry in entries:
+        match = PREVIEW.fullmatch(entry.name)
+        if not match or not entry.is_dir():
+            continue
+        files = set(os.listdir(entry.path))
+        video = next((name for name in VIDEOS if name in files), None)
+        if "grid.png" in files:
+            shown.append({"step": int(match[1]), "folder": entry.name, "video": video})
+    return shown
 
 
 def is_run(folder: Path) -> bool:

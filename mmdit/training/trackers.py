@@ -1,24 +1,34 @@
 """Figures and previews of a run in a tracker as well: TensorBoard, Weights & Biases or Trackio.
-metrics.jsonl is written whatever becomes of it: an error in a tracker is told, and training goes on
-without it."""
+metrics.jsonl is written whatever becomes of it, and training neither stops nor waits for a tracker:
+it works in a thread of its own, and an error there is told once."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
+import queue
+import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mmdit.config import ConfigError, Section
 from mmdit.files import write_atomically
 from mmdit.training.media import read_back
+from mmdit.training.run_folder import previews_in
 
-IDENTITY = "track.json"  # beside the run: under which id and name a tracker knows it
+IDENTITY = "track.json"  # beside the run: how a tracker knows it, and up to which step
+NOT_FIGURES = ("step", "timestamp")  # of a record; every tracker notes the time itself
+WAITING = 10_000  # calls that may wait for a tracker; one that lets more wait hangs
+START_SECONDS, CLOSE_SECONDS = 30, 60  # patience with a network at the start and at the end
+SECRETS = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 # With these Trackio would send a run to a server, although nobody asked for that here.
 TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID")
 
@@ -50,7 +60,10 @@ class TrackConfig(Section):
 
 
 class Sink(Protocol):
-    """What a library is given."""
+    """What a library is given. `has`: the last step of this run that the library has stored; None
+    where it does not say."""
+
+    has: int | None
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
         """Take the numbers of a report."""
@@ -62,61 +75,171 @@ class Sink(Protocol):
         """Write what is left."""
 
 
-class Tracker:
-    """A sink whose errors end tracking and nothing else."""
+@dataclass
+class Identity:
+    """Under which id and name a tracker knows a run, and the last steps whose figures and preview
+    it was told. It is stored beside the run, unless `path` is None."""
 
-    def __init__(self, sink: Sink, title: str):
-        self.sink: Sink | None = sink
-        self.title = title
+    type: str
+    id: str
+    name: str
+    figures: int = -1
+    preview: int = -1
+    path: Path | None = None
+
+    @staticmethod
+    def of(track: TrackConfig, run_dir: Path, step: int, name: str) -> Identity:
+        """Return what is stored beside a run that continues at `step`; of a new run, or with
+        another tracker, a new one, which is stored."""
+        path = run_dir / IDENTITY
+        if step > 0:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                row = json.loads(path.read_text(encoding="utf-8"))
+                if row["type"] == track.type:
+                    identity = Identity(track.type, str(row["id"]), str(row["name"]), path=path)
+                    # an older version kept no steps, and told all up to the one it stopped at
+                    identity.figures = int(row.get("figures", step))
+                    identity.preview = int(row.get("preview", step))
+                    return identity
+        identity = Identity(track.type, secrets.token_hex(4), name, path=path)
+        identity.store()
+        return identity
+
+    def store(self) -> None:
+        """Write it beside the run."""
+        if self.path:
+            row = {key: value for key, value in vars(self).items() if key != "path"}
+            write_atomically(self.path, json.dumps(row))
+
+
+class Tracker:
+    """Hands figures and previews to a sink, each step once: a resumed run does some steps again. A
+    thread opens the sink and calls it. What fails, hangs or waits for a network there ends tracking
+    and nothing else."""
+
+    def __init__(self, opened: Callable[[], Sink], title: str, progress: Identity, run_dir: Path):
+        self.title, self.progress = title, progress
+        self._opened, self._run_dir = opened, run_dir
+        self._ended = False
+        self._calls: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+
+    def history(self, lines: Sequence[str]) -> None:
+        """Send on what the tracker lacks of `lines`, the records up to where the run continues, and
+        of their previews: a process that is killed may take some with it."""
+        self._ask(lambda sink: self._send_all(sink, lines))
 
     def figures(self, values: Mapping[str, Any]) -> None:
         """Send the numbers of a record of metrics on."""
-        numbers = {
-            name: value
-            for name, value in values.items()
-            if name != "step" and isinstance(value, int | float)
-        }
-        self._attempt(lambda sink: sink.figures(numbers, values["step"]))
+        record = dict(values)
+        self._ask(lambda sink: self._send(sink, record))
 
     def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
         """Send a preview on: its sheet, and the clip if there is one."""
-        self._attempt(lambda sink: sink.preview(step, sheet, clip))
+        self._ask(lambda sink: self._show(sink, step, sheet, clip))
 
     def close(self, failed: bool) -> None:
-        """End tracking; `failed`: the training ended by an error."""
-        self._attempt(lambda sink: sink.close(failed))
-        self.sink = None
+        """End tracking; `failed`: the training ended by an error. What is still to be written has
+        CLOSE_SECONDS."""
+        self._ask(lambda sink: sink.close(failed))
+        with contextlib.suppress(queue.Full):
+            self._calls.put_nowait(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive() and not self._ended:
+            self._end(f"it is not done {CLOSE_SECONDS} seconds after the training")
+        self._ended = True
 
-    def _attempt(self, call: Callable[[Sink], None]) -> None:
-        if self.sink is None:
+    def _send_all(self, sink: Sink, lines: Sequence[str]) -> None:
+        records = [json.loads(line) for line in lines]
+        shown = deque(previews_in(self._run_dir))
+        for record in records:  # libraries take steps in ascending order
+            while shown and shown[0]["step"] < record["step"]:
+                self._show_again(sink, shown.popleft())
+            self._send(sink, record)
+        while shown and shown[0]["step"] <= records[-1]["step"]:
+            self._show_again(sink, shown.popleft())
+
+    def _show_again(self, sink: Sink, preview: Mapping[str, Any]) -> None:
+        folder = self._run_dir / "samples" / preview["folder"]
+        clip = folder / preview["video"] if preview["video"] else None
+        self._show(sink, preview["step"], folder / "grid.png", clip)
+
+    def _show(self, sink: Sink, step: int, sheet: Path, clip: Path | None) -> None:
+        if step > self.progress.preview:
+            sink.preview(step, sheet, clip)
+            self.progress.preview = step
+            self.progress.store()
+
+    def _send(self, sink: Sink, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        if step <= self.progress.figures:
+            return
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if name not in NOT_FIGURES and isinstance(value, int | float)
+        }
+        sink.figures(numbers, step)
+        self.progress.figures = step
+        self.progress.store()
+
+    def _ask(self, call: Callable[[Sink], None]) -> None:
+        if self._ended:
             return
         try:
-            call(self.sink)
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._end(f"{WAITING} calls wait for it")
+
+    def _work(self) -> None:
+        try:
+            sink = self._opened()
+            if sink.has is not None:
+                self.progress.figures = sink.has
+                self.progress.preview = min(self.progress.preview, sink.has)
+            while (call := self._calls.get()) is not None:
+                call(sink)
         except Exception as error:  # whatever goes wrong there, hours of training go on
-            self.sink = None
-            print(
-                f"{self.title} failed, and is left out from here on ({type(error).__name__}:"
-                f" {error}); metrics.jsonl has everything",
-                flush=True,
-            )
+            if not self._ended:
+                self._end(in_words(error))
+
+    def _end(self, why: str) -> None:
+        self._ended = True
+        print(
+            f"{self.title} failed, and is left out from here on ({why}); metrics.jsonl has"
+            " everything",
+            flush=True,
+        )
+
+
+def in_words(error: Exception) -> str:
+    """Return the type and text of an error, without the secrets of the environment."""
+    text = f"{type(error).__name__}: {error}"
+    for name, value in os.environ.items():
+        if SECRETS.search(name) and len(value) >= 6:
+            text = text.replace(value, f"<{name}>")
+    return text
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; those of steps that are done again are purged."""
+    """Event files in a folder; those of steps that are done again, after `step`, are purged."""
 
-    def __init__(self, run_dir: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+    has: int | None = None
 
-        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+    def __init__(self, writer: Any, folder: Path, step: int):
+        self.board = writer(folder, purge_step=step + 1)
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        self.board.flush()  # a process that is killed keeps what it reported
 
     def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
         """Show the sheet alone, which has strips of clips."""
         (pixels,) = read_back(sheet)
         self.board.add_image("samples", pixels, step)
+        self.board.flush()
 
     def close(self, failed: bool) -> None:
         self.board.close()
@@ -127,6 +250,7 @@ class LibraryRun:
 
     library: Any
     run: Any
+    has: int | None = None
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
@@ -139,13 +263,22 @@ class LibraryRun:
 
 
 class Wandb(LibraryRun):
-    """A run of Weights & Biases, which a resume continues under the same id."""
+    """A run of Weights & Biases, which a resume continues under the same id. `config`: the
+    settings that it shows."""
 
-    def __init__(self, library: Any, track: TrackConfig, run_dir: Path, identity: Identity):
+    def __init__(
+        self, library: Any, track: TrackConfig, place: Path, identity: Identity, config: dict
+    ):
         self.library = library
         online = track.mode == "online"
-        quiet = library.Settings(console="off", silent=True, save_code=False, disable_git=True)
-        place = run_dir.parent  # it makes links, which a run folder may not hold
+        quiet = library.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            init_timeout=START_SECONDS,
+            finish_timeout=CLOSE_SECONDS - 10,
+        )
         self.run = library.init(
             project=track.project,
             name=identity.name,
@@ -153,7 +286,7 @@ class Wandb(LibraryRun):
             resume="allow" if online else None,
             mode=track.mode,
             dir=str(place),
-            config=identity.settings,
+            config=config,
             settings=quiet,
         )
         if not online:
@@ -166,45 +299,33 @@ class Wandb(LibraryRun):
 class Trackio(LibraryRun):
     """A run in Trackio's own folder on this machine (`TRACKIO_DIR`), which a resume continues."""
 
-    def __init__(self, library: Any, track: TrackConfig, identity: Identity):
+    def __init__(self, library: Any, track: TrackConfig, identity: Identity, config: dict):
         self.library = library
         # It knows runs by their names: the id tells those of equal names apart.
         self.run = library.init(
             project=track.project,
             name=f"{identity.name}-{identity.id}",
             resume="allow",
-            config=identity.settings,
+            config=config,
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
+        following = getattr(self.run, "_next_step", None)
+        if isinstance(following, int):
+            self.has = following - 1
 
     def close(self, failed: bool) -> None:
         self.run.finish()
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Under which id and name a tracker knows a run, and the settings that it shows."""
-
-    id: str
-    name: str
-    settings: dict[str, Any]
-
-    @staticmethod
-    def of(track: TrackConfig, run_dir: Path, step: int, settings: dict[str, Any]) -> Identity:
-        """Return what is stored beside a run that continues at `step`; of a new run, or with
-        another tracker, a new one, which is stored."""
-        path = run_dir / IDENTITY
-        if step > 0:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                if stored["type"] == track.type:
-                    return Identity(str(stored["id"]), str(stored["name"]), settings)
-        name = track.name or str(settings.get("experiment_name", run_dir.name))
-        row = {"type": track.type, "id": secrets.token_hex(4), "name": name}
-        write_atomically(path, json.dumps(row))
-        return Identity(row["id"], name, settings)
+def require_library(track: TrackConfig) -> None:
+    """Raise ValueError if the library that was asked for is not installed."""
+    if track.type in ("wandb", "trackio") and importlib.util.find_spec(track.type) is None:
+        raise ValueError(
+            f"track.type is {track.type}, which is not installed: install it with pip install"
+            f" {track.type}, or set track.type to none"
+        )
 
 
 @contextlib.contextmanager
@@ -212,9 +333,12 @@ def tracking(
     track: TrackConfig, run_dir: Path, step: int, settings: dict[str, Any], main: bool = True
 ) -> Iterator[Tracker | None]:
     """Open the configured tracker for a run that starts at `step`, in its `main` process alone, and
-    close it when the block ends. `settings`: the whole config as plain data. ValueError: its
-    library is missing, or refuses."""
-    tracker = _opened(track, run_dir, step, settings) if main else None
+    close it when the block ends. `settings`: the whole config as plain data."""
+    tracker = None
+    if main and track.type == "tensorboard":
+        tracker = _board(run_dir, step)
+    elif main and track.type != "none":
+        tracker = _library_run(track, run_dir, step, settings)
     failed = True
     try:
         yield tracker
@@ -224,34 +348,49 @@ def tracking(
             tracker.close(failed)
 
 
-def _opened(
+def _board(run_dir: Path, step: int) -> Tracker | None:
+    """Return a tracker that writes for TensorBoard; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except (ImportError, RuntimeError, OSError):
+        return None
+    folder = run_dir / "tensorboard"
+    last = step if folder.is_dir() else -1
+    identity = Identity("tensorboard", "", "", last, last)
+    return Tracker(
+        lambda: TensorBoard(SummaryWriter, folder, step), "TensorBoard", identity, run_dir
+    )
+
+
+def _library_run(
     track: TrackConfig, run_dir: Path, step: int, settings: dict[str, Any]
 ) -> Tracker | None:
-    if track.type == "none":
-        return None
-    if track.type == "tensorboard":
-        try:
-            return Tracker(TensorBoard(run_dir, step), "TensorBoard")
-        except (ImportError, RuntimeError, OSError):
-            return None
+    """Return a tracker that calls wandb or trackio; None if it cannot be imported, which is
+    told."""
+    require_library(track)
     if track.mode == "offline":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         for name in TRACKIO_SERVERS:
             os.environ.pop(name, None)
     try:
         library = importlib.import_module(track.type)
-    except ImportError as error:
-        raise ValueError(
-            f"track.type is {track.type}, which cannot be imported ({error}): install it with"
-            f" pip install {track.type}, or set track.type to none"
-        ) from None
-    identity = Identity.of(track, run_dir, step, settings)
-    try:
-        if track.type == "wandb":
-            return Tracker(Wandb(library, track, run_dir, identity), "wandb")
-        return Tracker(Trackio(library, track, identity), "trackio")
+        name = track.name or str(settings.get("experiment_name", run_dir.name))
+        identity = Identity.of(track, run_dir, step, name)
     except Exception as error:  # errors of the library's own kinds
-        raise ValueError(
-            f"track.type is {track.type}, which cannot start ({type(error).__name__}: {error}); set"
-            " track.mode to offline, or track.type to none"
-        ) from error
+        print(f"{track.type} is left out ({in_words(error)}); metrics.jsonl has all", flush=True)
+        return None
+
+    def opened() -> Sink:
+        if track.type == "trackio":
+            return Trackio(library, track, identity, settings)
+        place = run_dir.parent  # it makes links, which a run folder may not hold
+        try:
+            return Wandb(library, track, place, identity, settings)
+        except Exception as error:
+            if track.mode == "offline":
+                raise
+            print(f"wandb cannot send this run ({in_words(error)})", flush=True)
+            library.teardown()  # else it takes the id for one in use
+            return Wandb(library, replace(track, mode="offline"), place, identity, settings)
+
+    return Tracker(opened, track.type, identity, run_dir)

@@ -149,6 +149,7 @@ class Decode(Dataset):
         chosen = cached_frames(len(frames), self.video) if self.video else range(len(frames))
         origin: dict = {"size": list(source), "crops": list(boxes), "stamp": stamp}
         origin |= {"fps": self.fps} if self.fps and not record.is_folder else {}
+        origin |= {"span": [record.span.first, record.span.end]} if record.span else {}
         origin |= {"frames": chosen} if self.video else {}
         origin |= {"animated": True} if animated else {}
         origin |= {"notes": sorted(notes)} if notes else {}

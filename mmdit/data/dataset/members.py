@@ -1,5 +1,5 @@
 """Pictures and clips inside of larger files: an archive (a tar or a parquet file), and its members,
-which are opened where a path would be.
+which are opened where a path would be; and some frames of a long video file.
 
 An archive is known as it was when it was looked through. Of one that was written to since, nothing
 is read: the bytes of a member may lie elsewhere now.
@@ -125,13 +125,25 @@ class Sample:
     facts: dict = field(default_factory=dict)
 
 
-Source = str | Path | Member  # of a picture or a video file
+@dataclass(frozen=True, slots=True)
+class VideoSpan:
+    """Some frames of a video file: from number `first` up to, but not including, number `end`, in
+    the order in which they are shown."""
+
+    path: str
+    first: int
+    end: int
+
+
+Source = str | Path | Member | VideoSpan  # of a picture or a video file
 
 
 def open_source(source: Source) -> BinaryIO:
     """Open a picture or a video file for reading, seekable. ValueError or OSError: it cannot be."""
     if isinstance(source, Member):
         return source.open()
+    if isinstance(source, VideoSpan):
+        source = source.path
     return cast(BinaryIO, open_regular(source))
 
 

@@ -1,6 +1,7 @@
 """Metadata: one JSON object a line. Images `{"id", "image_path", "caption"}`, clips `{"id",
 "frames_dir", "caption"}` or, for a video file, `{"id", "video_path", "caption"}` (with both, the
-folder of frames is used).
+folder of frames is used). Beside `video_path`, `"video_span": [first, end]` names some frames of a
+long video: those from number `first` up to, but not including, number `end`.
 
 Paths are relative to the file's own folder; `~` is your home folder. `"captions": […]` gives
 several captions, beside or instead of `caption`; training draws one each time. Further keys are
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmdit.config import shortened
-from mmdit.data.dataset.members import Member
+from mmdit.data.dataset.members import Member, VideoSpan
 
 Media = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -38,23 +39,25 @@ ONE_A_LINE = 'write one object a line, like {"id": …, "caption": …}'
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image file, one folder of frames or one video file; `member`: one of an archive."""
+    """One image file, one folder of frames or one video file; `member`: one of an archive; `span`:
+    some frames of a video file."""
 
     id: str
     path: str
     caption: str
     facts: dict = field(default_factory=dict)
     member: Member | None = None
+    span: VideoSpan | None = None
 
     @property
-    def source(self) -> str | Member:
+    def source(self) -> str | Member | VideoSpan:
         """Return what is opened."""
-        return self.member or self.path
+        return self.member or self.span or self.path
 
     @property
     def is_folder(self) -> bool:
         """Return whether it is a folder of frames."""
-        return self.member is None and os.path.isdir(self.path)
+        return self.source is self.path and os.path.isdir(self.path)
 
     def loaded(self) -> Record:
         """Return the record as another process can open it; see `Member.loaded`."""
@@ -177,10 +180,27 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
         raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be text in quotes')
     if not row[wanted] or "\0" in row[wanted]:
         raise ValueError(f'"{wanted}" is {row[wanted]!r}; must be the path of {WHAT[wanted]}')
-    used = ("id", wanted, "caption", "captions")
+    path = str(folder / os.path.expanduser(row[wanted]))
+    span = _span_of(row, wanted, path)
+    used = ("id", wanted, "caption", "captions", "video_span")
     facts = {name: value for name, value in row.items() if name not in used}
     facts |= {"captions": captions} if len(captions) > 1 else {}
-    return Record(row["id"], str(folder / os.path.expanduser(row[wanted])), captions[0], facts)
+    return Record(row["id"], path, captions[0], facts, span=span)
+
+
+def _span_of(row: dict, wanted: str, path: str) -> VideoSpan | None:
+    """Return which frames of its video file a line names; None: all of them, or it is about a
+    folder of frames."""
+    if "video_span" not in row or wanted != "video_path":
+        return None
+    span = row["video_span"]
+    whole = isinstance(span, list) and all(type(number) is int for number in span)
+    if not (whole and len(span) == 2 and 0 <= span[0] < span[1]):
+        raise ValueError(
+            f'"video_span" is {span!r}; must be [first, end], numbers of frames: the clip ends'
+            " before the second"
+        )
+    return VideoSpan(path, *span)
 
 
 def captions_of(row: dict) -> list[str]:

@@ -15,27 +15,28 @@ That is compared as it was.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
 from typing import Literal
 
 from mmdit.data.dataset.frames import SUFFIXES
-from mmdit.data.dataset.members import Member
+from mmdit.data.dataset.members import Member, VideoSpan
 from mmdit.data.dataset.problems import Unusable
 
 State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
 PIECE = 1 << 20  # bytes read at once
 
 
-def stamp_of(path: str | Member, fps: float = 0.0) -> dict[str, str]:
+def stamp_of(path: str | Member | VideoSpan, fps: float = 0.0) -> dict[str, str]:
     """Return the stamp of a picture, a folder of pictures or, with the `fps` asked for, a video
     file. OSError: it cannot be read."""
     return _source(path, fps).stamp()
 
 
 def compare_stamp(
-    path: str | Member, stored: dict | int | str | None, fps: float = 0.0
+    path: str | Member | VideoSpan, stored: dict | int | str | None, fps: float = 0.0
 ) -> tuple[State, dict[str, str] | None]:
     """Return whether the source at `path` is the one that was `stored`, and its new stamp, if it
     needs one.
@@ -46,7 +47,8 @@ def compare_stamp(
     try:
         source = _source(path, fps)
     except OSError:
-        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(str(path))
+        file = path.path if isinstance(path, Member | VideoSpan) else path
+        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(file)
         return ("missing" if elsewhere else "gone"), None
     if not isinstance(stored, dict):
         same = stored is not None and stored == source.older_stamp()
@@ -60,7 +62,9 @@ def compare_stamp(
     return ("renewed", stamp) if stamp["content"] == stored.get("content") else ("changed", None)
 
 
-def _source(path: str | Member, fps: float) -> _Source | _Inside:
+def _source(path: str | Member | VideoSpan, fps: float) -> _Source | _Inside:
+    if isinstance(path, VideoSpan):
+        return _Frames(path, fps)
     return _Inside(path, fps) if isinstance(path, Member) else _Source(path, fps)
 
 
@@ -129,6 +133,34 @@ class _Source:
             return len(self.files)
         size = self.files[0][1].st_size
         return f"{size} bytes at {self.fps:g} fps" if self.fps else size
+
+
+class _Frames(_Source):
+    """Some frames of a video file. They are others when the file or their numbers are."""
+
+    def __init__(self, span: VideoSpan, fps: float):
+        super().__init__(span.path, fps)
+        self.numbers = f"frames {span.first} to {span.end}"
+
+    def quick_stamp(self) -> dict[str, str]:
+        """Return what is known without opening a file."""
+        whole = super().quick_stamp()
+        return whole | {"stat": _hash(whole["stat"], self.numbers)}
+
+    def stamp(self) -> dict[str, str]:
+        """Return the whole stamp. A file with many clips in it is read once."""
+        content = _content_of(self.path, self.fps, super().quick_stamp()["stat"])
+        return self.quick_stamp() | {"content": _hash(content, self.numbers)}
+
+    def older_stamp(self) -> str:
+        """Return what no stamp is: older versions knew no such clips."""
+        return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _content_of(path: str, fps: float, state: str) -> str:
+    """Return the hash of a video file's bytes, while its `state` is this one."""
+    return _Source(path, fps).stamp()["content"]
 
 
 def _pictures_in(folder: str) -> list[tuple[str, os.stat_result]]:

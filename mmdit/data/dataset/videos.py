@@ -7,9 +7,12 @@ sRGB; where nothing is stated HD is BT.709 and the rest BT.601."""
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 
 from mmdit.data.dataset.animations import animation_frames, animation_times, is_picture
 from mmdit.data.dataset.colours import BT2020, Coding, coding_of, stored_to_srgb
-from mmdit.data.dataset.members import Source, open_source
+from mmdit.data.dataset.members import Source, VideoSpan, open_source
 from mmdit.data.dataset.pictures import BACKGROUND
 from mmdit.data.dataset.problems import Unusable
 
@@ -35,13 +38,23 @@ Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
 @dataclass(frozen=True)
 class Probe:
     """What a file holds, from its packets alone: size as displayed before rotation, when each frame
-    is shown, and the length in seconds that the file states (0 where it does not)."""
+    is shown, the length in seconds that the file states (0 where it does not), and which frames are
+    key frames, where decoding can begin."""
 
     width: int
     height: int
     stamps: tuple[int, ...]  # in units of `tick`, ascending
     tick: float  # seconds
     stated: float
+    keys: tuple[int, ...] = ()  # some of `stamps`
+
+    def part(self, first: int, end: int) -> Probe:
+        """Return what it is from frame `first` up to, but not including, frame `end`. ValueError:
+        there are not so many."""
+        if end > len(self.stamps):
+            problem = "its frames are not there"
+            raise Unusable(problem, f"video_span ends at {end}, of {len(self.stamps)} frames")
+        return replace(self, stamps=self.stamps[first:end])
 
     @property
     def fps(self) -> float:
@@ -118,14 +131,22 @@ def _check_size(width: int, height: int) -> None:
 
 def probe(path: Source) -> Probe:
     """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
-    frame, or the file ends before its stated length."""
+    frame, or the file ends before its stated length. A long video is read once for its clips."""
+    if isinstance(path, VideoSpan):
+        status = os.stat(path.path)
+        state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return _probe_once(path.path, state).part(path.first, path.end)
     if is_picture(path):
         (width, height), times = animation_times(path)
         _check_size(width, height)
         return Probe(width, height, tuple(times), 0.001, 0.0)
     with _opened(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        shown = {packet.pts for packet in packets if not packet.is_discard} - {None}
+        shown, keys = set(), set()
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                shown.add(packet.pts)
+                if packet.is_keyframe:
+                    keys.add(packet.pts)
         if not shown:
             raise Unusable("video without frames")
         tick = float(stream.time_base)
@@ -142,7 +163,13 @@ def probe(path: Source) -> Probe:
         raise Unusable(
             "truncated", f"the video ends at {length:.2f} s, the file states {stated:.2f} s"
         )
-    return Probe(width, height, stamps, tick, stated)
+    return Probe(width, height, stamps, tick, stated, tuple(sorted(keys)))
+
+
+@lru_cache(maxsize=8)
+def _probe_once(path: str, state: tuple[int, int, int]) -> Probe:
+    """Return what a file holds, while its size and times are these."""
+    return probe(path)
 
 
 def _square(width: int, height: int, stream) -> int:
@@ -163,27 +190,109 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
     content = probe(path)
     numbers = content.plan(fps)
     if is_picture(path):
-        yield from animation_frames(path, numbers)
+        skipped = path.first if isinstance(path, VideoSpan) else 0
+        yield from animation_frames(path, [skipped + number for number in numbers])
         return
     wanted = [content.stamps[number] for number in numbers]
     place, matrix = 0, None
-    with _opened(path) as (container, stream):
-        stream.codec_context.thread_count = 1  # the workers are the parallelism
-        for frame in container.decode(stream):
-            if place == len(wanted):
-                break
-            if frame.pts is None or frame.pts < wanted[place]:
-                continue
-            if frame.is_corrupt or frame.pts != wanted[place]:
-                seconds = (wanted[place] - wanted[0]) * content.tick
-                raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
-            matrix = matrix or _matrix(frame)
-            image = _shown(frame, stream, matrix)
-            while place < len(wanted) and wanted[place] == frame.pts:
-                yield image
-                place += 1
+    # one thread: the workers are the parallelism
+    for stream, frame in _decoded_from(path, content.keys, wanted[0], threads=1):
+        if place == len(wanted):
+            break
+        if frame.pts is None or frame.pts < wanted[place]:
+            continue
+        if frame.is_corrupt or frame.pts != wanted[place]:
+            seconds = (wanted[place] - wanted[0]) * content.tick
+            raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
+        matrix = matrix or _matrix(frame)
+        image = _shown(frame, stream, matrix)
+        while place < len(wanted) and wanted[place] == frame.pts:
+            yield image
+            place += 1
     if place < len(wanted):
         raise Unusable("damaged", f"{place} of {len(wanted)} frames could be decoded")
+
+
+def _decoded_from(
+    path: Source, keys: tuple[int, ...], stamp: int, threads: int
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (stream, frame) for the frames of a file, at the latest from the one shown at `stamp`
+    on: from the last key frame before it, or, where the container does not find that, from the
+    first frame. `threads`: of the decoder; 0 is as many as there are cores."""
+    import av
+
+    before = bisect_right(keys, stamp)
+    for key in [keys[before - 1], None] if before > 1 else [None]:
+        with _opened(path) as (container, stream):
+            stream.codec_context.thread_count = threads
+            if threads != 1:
+                stream.thread_type = "AUTO"
+            with suppress(av.error.FFmpegError):  # then the key frame is not met
+                if key is not None:
+                    container.seek(key, stream=stream)
+            met = key is None
+            for frame in container.decode(stream):
+                if not met:
+                    # what is shown before the key frame refers to frames that were not decoded
+                    if frame.pts is None or frame.pts < key:
+                        continue
+                    if frame.pts > key:
+                        break
+                    met = True
+                yield stream, frame
+        if met:
+            return
+
+
+def thumbnails(
+    path: str, size: tuple[int, int], first: int = 0
+) -> Iterator[tuple[float, np.ndarray | None]]:
+    """Yield, for every frame of a video file from number `first` on, when it is shown, in seconds,
+    and a thumbnail of this size (width, height), uint8 YUV `(3, H, W)`; None for a frame that
+    cannot be decoded. ValueError says what is wrong with the whole file."""
+    content = probe(path)
+    seconds = [(stamp - content.stamps[0]) * content.tick for stamp in content.stamps]
+    place = first
+    if is_picture(path):
+        for image in animation_frames(path, list(range(first, len(seconds)))):
+            small = image.resize(size, Image.Resampling.BOX).convert("YCbCr")
+            yield seconds[place], np.asarray(small).transpose(2, 0, 1)
+            place += 1
+    while place < len(seconds):
+        try:
+            for number, thumbnail in _thumbnails_from(path, content, size, place):
+                yield from ((seconds[missing], None) for missing in range(place, number))
+                yield seconds[number], thumbnail
+                place = number + 1
+            following = len(seconds)
+        except Unusable:  # damage: decoding begins again at the next key frame
+            later = content.keys[bisect_right(content.keys, content.stamps[place]) :]
+            following = content.stamps.index(later[0]) if later else len(seconds)
+        yield from ((seconds[missing], None) for missing in range(place, following))
+        place = following
+
+
+def _thumbnails_from(
+    path: str, content: Probe, size: tuple[int, int], first: int
+) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Yield (number, thumbnail) for the frames from number `first` on that the decoder gives; see
+    `thumbnails`."""
+    from av.video.reformatter import VideoReformatter
+
+    reformatter, place = VideoReformatter(), first
+    for _, frame in _decoded_from(path, content.keys, content.stamps[first], threads=0):
+        while place < len(content.stamps) and (frame.pts or 0) > content.stamps[place]:
+            place += 1
+        if place == len(content.stamps):
+            return
+        if frame.pts != content.stamps[place]:
+            continue
+        thumbnail = None
+        if not frame.is_corrupt:
+            small = reformatter.reformat(frame, *size, format="yuv444p", interpolation="AREA")
+            thumbnail = small.to_ndarray()
+        yield place, thumbnail
+        place += 1
 
 
 # ── one frame ─────────────────────────────────────────────────────────────────────────────────────

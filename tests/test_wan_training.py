@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
+from mmdit.commands.cache_text import asked_texts
 from mmdit.commands.inspect_adapter import changes
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.data_config import SourceConfig
@@ -1053,7 +1054,7 @@ def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
         f"text_encoder.cache_dir={tmp_path}/text",
     ]
     config = load_experiment_config(shop.config, words)
-    texts = cache_text.asked_texts(config, [SourceConfig(str(shop.cache()))])
+    texts = asked_texts(config, [SourceConfig(str(shop.cache()))])
     assert {"", "ugly blurry", "zork, a star", "a cat 0", "a cat 16"} <= {*texts}
     assert "zork, ugly blurry" not in texts and "zork" not in texts and "zork, a cat 0" not in texts
     assert any(text.startswith("zork, ") for text in texts)

@@ -4,10 +4,39 @@ what changed.
 
     mmdit pack-cache --cache_dir data/cache/my_images \\
         --out_dir data/cache/my_images_packed
+    mmdit pack-cache --cache_dir data/cache/my_images --format webdataset \\
+        --out_dir data/cache/my_images_tars
+
+The tars of `--format webdataset` are for others, too: latents (.latents.npy), captions (.txt) and
+what is known of each item (.json), and with `--config` the embeddings of the captions (.text.npy).
 """
 
-from mmdit.data.cache.packing import pack_cache
+from typing import get_args
+
+from mmdit.config import ConfigError
+from mmdit.data.cache.packing import Format, pack_cache
+from mmdit.data.cache.tar_shards import Embeddings
+from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.text_encoders import build_text_encoder
+from mmdit.text_encoders.huggingface import HuggingFaceEncoder
+from mmdit.training.distributed import choose_device
+
+
+def embeddings_of(config_path: str, overrides: list[str], device: str) -> Embeddings:
+    """Return the embeddings that `text_encoder.cache_dir` of a config keeps; those that are missing
+    are computed. ConfigError: it keeps none."""
+    config = load_experiment_config(config_path, overrides)
+    encoder = build_text_encoder(config.text_encoder).to(choose_device(device))
+    stored = encoder.stored() if isinstance(encoder, HuggingFaceEncoder) else None
+    if stored is None:
+        raise ConfigError(
+            "text_encoder.cache_dir",
+            "is empty or no key of this encoder; name the folder that cache-text fills",
+        )
+    (example,) = encoder.rows(["a"])
+    dtype = str(example.dtype).removeprefix("torch.")
+    return Embeddings(stored.key, dtype, encoder.rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,9 +44,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache_dir", required=True, help="the cache; it stays as it is")
     parser.add_argument("--out_dir", required=True, help="folder for the shards, new or begun")
     parser.add_argument("--shard_megabytes", type=int, default=1024, help="size of a shard [1024]")
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        default="safetensors",
+        help="of the shards; webdataset: tars [safetensors]",
+    )
+    parser.add_argument(
+        "--config", help="into tars: also the embeddings of its text_encoder, which is frozen"
+    )
+    parser.add_argument("--device", default="auto", help="that computes missing embeddings")
+    parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        made = pack_cache(args.cache_dir, args.out_dir, args.shard_megabytes << 20)
+        if args.format != "webdataset" and args.config:
+            raise ValueError("--config is for --format webdataset, whose tars can hold embeddings")
+        embeddings = None
+        if args.config:
+            embeddings = embeddings_of(args.config, args.overrides, args.device)
+        size = args.shard_megabytes << 20
+        made = pack_cache(args.cache_dir, args.out_dir, size, args.format, embeddings)
         print(
             f"{made['items']} items ({made['gigabytes']} GB) in {made['shards']} shards,"
             f" {made['written']} written now"

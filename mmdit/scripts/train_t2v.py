@@ -8,10 +8,11 @@ Several caches: --train_cache_dir again for each, or `data.sources` in the confi
 --train_jsonl my_images.jsonl, which decodes and encodes while training.
 """
 
+from mmdit.commands.cache_text import encode_captions
 from mmdit.experiment.data_sources import sources_of, with_given
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import run_training
-from mmdit.scripts import cache_text, friendly, run, training_parser
+from mmdit.scripts import friendly, run, training_parser
 from mmdit.scripts.parsers import typed
 
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         config = with_given(config, args.train_cache_dir, args.train_jsonl)
         cache = next(iter(args.train_cache_dir), None)
         if args.cache_only:
-            cache_text.encode_captions(config, sources_of(config, cache), args.device)
+            encode_captions(config, sources_of(config, cache), args.device)
         else:
             run_training(config, cache, args.device, args.resume, typed("train", argv))
     return 0

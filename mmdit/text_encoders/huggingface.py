@@ -165,7 +165,8 @@ class HuggingFaceEncoder(TextEncoder):
         self._recent = RecentEmbeddings(self.config.cache_mb * 2**20)
         self._stored: StoredEmbeddings | None = None
 
-    def _files(self) -> StoredEmbeddings | None:
+    def stored(self) -> StoredEmbeddings | None:
+        """Return where embeddings are kept between runs, if they are."""
         if self._stored is None and self.config.cache_dir:
             # a batch's shape decides its rounding
             settings = (self.config.max_length, GROUP, LENGTH_STEP)
@@ -245,6 +246,13 @@ class HuggingFaceEncoder(TextEncoder):
             input_ids=ids.to(device), attention_mask=mask.to(device)
         ).last_hidden_state
 
+    def rows(self, captions: list[str]) -> list[Tensor]:
+        """Return the tokens `(length, dim)` of each caption on the CPU, as a frozen encoder keeps
+        them."""
+        cleaned = [self.clean(caption) for caption in captions]
+        known = self._remembered(cleaned)
+        return [known[caption] for caption in cleaned]
+
     # ── frozen: every caption once ────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def _remembered(self, captions: list[str]) -> dict[str, Tensor]:
@@ -252,7 +260,7 @@ class HuggingFaceEncoder(TextEncoder):
         precision."""
         known = self.silent | self._recent.load(captions)
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
-        files = self._files() if new else None
+        files = self.stored() if new else None
         if files:
             known |= files.load(new)
             new = [caption for caption in new if caption not in known]

@@ -94,7 +94,8 @@ class StoredEmbeddings:
     """Reads and writes the folder of one key. Several processes may, at once."""
 
     def __init__(self, folder: Path, key: str, dim: int):
-        self.folder, self.dim = folder / key[:32], dim
+        self.key = key[:32]
+        self.folder, self.dim = folder / self.key, dim
         self.folder.mkdir(parents=True, exist_ok=True)
         clean(self.folder, self.folder.parent)
 

@@ -158,7 +158,8 @@ class UMT5Encoder(HuggingFaceEncoder):
             )
             self.encoder = nn.Identity()
 
-    def _files(self) -> StoredEmbeddings | None:
+    def stored(self) -> StoredEmbeddings | None:
+        """Return where embeddings are kept between runs, if they are."""
         config = self.config
         if self._stored is None and config.cache_dir:
             folder = Path(config.cache_dir).expanduser()

@@ -6,6 +6,8 @@
                                        "caption": …, "marks"?: …, "facts"?: …, "source"?: …}
     <folder>/packed.safetensors        the index: columns over all items
 
+Shards may be tars instead, as `tar_shards.py` describes.
+
 The shards are the truth, and any safetensors reader opens them; the index is made from them alone.
 It is mapped into memory, not read: what an opened cache holds does not grow with its texts.
 `mmdit.data.cache.packing` makes these files.
@@ -28,23 +30,25 @@ from torch import Tensor
 
 from mmdit.data.cache.columns import Columns, Lazy, cut_part
 from mmdit.data.cache.items import Entry, dump_json
+from mmdit.data.cache.tar_shards import read_tar_shard
 from mmdit.data.dataset.problems import Damage, Damaged
 from mmdit.files import open_regular, write_atomically
 
 INDEX = "packed.safetensors"
+SUFFIXES = {"safetensors": ".safetensors", "webdataset": ".tar"}  # of shards, by format
 TEXTS = ("ids", "captions", "facts", "sources")
 MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 REMEDY = "delete it and run mmdit.scripts.pack_cache again"
 
 
-def shard_name(number: int) -> str:
+def shard_name(number: int, suffix: str = ".safetensors") -> str:
     """Return the file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
+    return f"shard-{number:05d}{suffix}"
 
 
 def shards_of(folder: Path) -> list[Path]:
     """Return the shards of a folder, in their order."""
-    return sorted(folder.glob("shard-*.safetensors"))
+    return sorted(path for path in folder.glob("shard-*") if path.suffix in SUFFIXES.values())
 
 
 def is_packed(folder: Path) -> bool:
@@ -97,6 +101,8 @@ def read_shard(path: Path) -> list[Entry]:
     """Return the entries of a shard, in its order, without reading the numbers. Damaged: it is
     torn, or was not made by us."""
     try:
+        if path.suffix == ".tar":
+            return read_tar_shard(path)
         size = path.stat().st_size
         with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
@@ -231,9 +237,10 @@ def packed_columns(folder: Path) -> Columns:
     index or the shard that is missing, damaged or changed."""
     columns, path = read_index(folder), folder / INDEX
     files, places = columns["files"], columns["places"]
+    suffix = next((path.suffix for path in shards_of(folder)), ".safetensors")
     firsts = torch.nonzero(files.diff(prepend=files[:1] - 1)).flatten()
     for number, size in zip(files[firsts].tolist(), places[firsts, 0].tolist(), strict=True):
-        shard = folder / shard_name(number)
+        shard = folder / shard_name(number, suffix)
         actual = shard.stat().st_size if shard.exists() else None
         if actual != size:
             state = "it is missing" if actual is None else f"it has {actual} bytes"
@@ -248,7 +255,7 @@ def packed_columns(folder: Path) -> Columns:
         captions=lazy(_text, "captions"),
         facts=lazy(_value, "facts"),
         sources=lazy(_value, "sources"),
-        files=Lazy(len(files), partial(_file, files)),
+        files=Lazy(len(files), partial(_file, files, suffix)),
         shapes=columns["shapes"],
         places=places,
         rates=set(columns["rates"].tolist()),
@@ -256,8 +263,8 @@ def packed_columns(folder: Path) -> Columns:
     )
 
 
-def _file(files: Tensor, index: int) -> str:
-    return shard_name(int(files[index]))
+def _file(files: Tensor, suffix: str, index: int) -> str:
+    return shard_name(int(files[index]), suffix)
 
 
 def _text(path: Path, blob: Tensor, ends: Tensor, index: int) -> str:

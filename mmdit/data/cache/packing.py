@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from mmdit.data.cache.items import Entry
@@ -15,6 +18,7 @@ from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import (
     INDEX,
+    SUFFIXES,
     index_of,
     read_shard,
     shard_header,
@@ -22,6 +26,13 @@ from mmdit.data.cache.packed import (
     shard_texts,
     shards_of,
     write_index,
+)
+from mmdit.data.cache.tar_shards import (
+    TEXT_ENCODER,
+    Embeddings,
+    noted_text_encoder,
+    tar_end,
+    tar_item,
 )
 from mmdit.data.cache.writer import THREADS, explain_disk_errors
 from mmdit.data.dataset.problems import Damaged
@@ -31,18 +42,33 @@ SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limite
 AT_ONCE = 256  # items read ahead
 
 
+Format = Literal["safetensors", "webdataset"]
+
+
 @explain_disk_errors()
-def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 30) -> dict:
-    """Write the items of the cache `folder` as shards of about `shard_bytes` and an index into
-    `out_dir`; return counts. What is there and still true is kept, so a killed run goes on, and one
-    after the cache has grown writes what changed; until it is finished the folder cannot be opened.
-    `folder` is not touched. ValueError: a damaged item, or `out_dir` is another cache.
+def pack_cache(
+    folder: str | Path,
+    out_dir: str | Path,
+    shard_bytes: int = 1 << 30,
+    shard_format: Format = "safetensors",
+    embeddings: Embeddings | None = None,
+) -> dict:
+    """Write the items of the cache `folder` as shards of about `shard_bytes` of latents and an
+    index into `out_dir`; return counts. Into tars `embeddings` of the captions go along. What is
+    there and still true is kept, so a killed run goes on, and one after the cache has grown writes
+    what changed; until it is finished the folder cannot be opened. `folder` is not touched.
+    ValueError: a damaged item, or `out_dir` is another cache, or holds shards of unknown origin.
     """
     folder, out = Path(folder), Path(out_dir)
     if shard_bytes < 1:
         raise ValueError(f"a shard of {shard_bytes} bytes holds nothing; take at least 1")
     if out.resolve() == folder.resolve() or (out.is_dir() and next(out.rglob("*.pt"), None)):
         raise ValueError(f"{out} holds an unpacked cache; pack into a folder of its own")
+    if not (out / "manifest.json").exists() and any(shards_of(out)):
+        raise ValueError(
+            f"{out} holds {shards_of(out)[0].name} but no manifest.json: it is not known to be of a"
+            " packed cache, and would be replaced; use a new folder"
+        )
     cache = open_cache(folder)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "manifest.json").exists():
@@ -54,12 +80,27 @@ def pack_cache(folder: str | Path, out_dir: str | Path, shard_bytes: int = 1 << 
         clean(out)
         for path in folder.glob("skipped*.jsonl"):
             write_atomically(refuse_link(out / path.name), path.read_bytes())
-        return _pack(cache, out, shard_bytes)
+        _note_text_encoder(out, embeddings)
+        return _pack(cache, out, shard_bytes, SUFFIXES[shard_format], embeddings)
 
 
-def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
+def _note_text_encoder(out: Path, embeddings: Embeddings | None) -> None:
+    """Note whose embeddings the tars hold. Tars with those of another are taken out, for an item
+    does not say it."""
+    wanted = embeddings.to_json() if embeddings else None
+    if noted_text_encoder(out) == wanted:
+        return
+    for path in (out / INDEX, *out.glob("shard-*.tar"), out / TEXT_ENCODER):
+        path.unlink(missing_ok=True)
+    if wanted:
+        write_atomically(refuse_link(out / TEXT_ENCODER), json.dumps(wanted) + "\n")
+
+
+def _pack(
+    cache: LatentCache, out: Path, shard_bytes: int, suffix: str, embeddings: Embeddings | None
+) -> dict:
     parts = [range(*pair) for pair in pairwise(_cuts(cache, shard_bytes))]
-    paths = [out / shard_name(number) for number in range(len(parts))]
+    paths = [out / shard_name(number, suffix) for number in range(len(parts))]
     pairs = zip(paths, parts, strict=True)
     stale = {path: part for path, part in pairs if not _is_current(path, _entries(cache, part))}
     extra = set(shards_of(out)) - set(paths)
@@ -69,7 +110,10 @@ def _pack(cache: LatentCache, out: Path, shard_bytes: int) -> dict:
     bar = tqdm(total=len(cache), initial=done, desc=f"packing {cache.folder}", unit="item", delay=2)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for path, part in stale.items():
-            write_atomically(refuse_link(path), _shard(cache, part, pool, bar), flush=True)
+            pieces = _shard(cache, part, pool, bar)
+            if suffix == ".tar":
+                pieces = _tar(cache, part, pool, bar, embeddings)
+            write_atomically(refuse_link(path), pieces, flush=True)
     for path in extra:
         path.unlink()
     if not (out / INDEX).exists():
@@ -112,15 +156,38 @@ def _is_current(path: Path, entries: list[Entry]) -> bool:
 def _shard(
     cache: LatentCache, part: range, pool: ThreadPoolExecutor, bar: tqdm
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of one shard, piece by piece."""
+    """Yield the bytes of one safetensors shard, piece by piece."""
     entries = _entries(cache, part)
     yield shard_header(entries)
+    for numbers in _loaded(cache, part, entries, pool, bar):
+        yield numbers.data.cast("B")
+    yield shard_texts(entries)
+
+
+def _tar(
+    cache: LatentCache,
+    part: range,
+    pool: ThreadPoolExecutor,
+    bar: tqdm,
+    embeddings: Embeddings | None,
+) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of one tar, piece by piece."""
+    entries = _entries(cache, part)
+    loaded = _loaded(cache, part, entries, pool, bar)
+    for entry, numbers in zip(entries, loaded, strict=True):
+        yield from tar_item(entry, numbers, embeddings)
+    yield tar_end()
+
+
+def _loaded(
+    cache: LatentCache, part: range, entries: list[Entry], pool: ThreadPoolExecutor, bar: tqdm
+) -> Iterator[np.ndarray]:
+    """Yield the latents of some items, and put their check sums into the entries."""
     for first in range(0, len(part), AT_ONCE):
         chunk = slice(first, first + AT_ONCE)
         loaded = pool.map(cache.load, part[chunk])
         for entry, latents in zip(entries[chunk], loaded, strict=True):
-            numbers = latents.contiguous().numpy().data.cast("B")
-            entry.crc = zlib.crc32(numbers)
+            numbers = latents.contiguous().numpy()
+            entry.crc = zlib.crc32(numbers.data.cast("B"))
             yield numbers
             bar.update()
-    yield shard_texts(entries)

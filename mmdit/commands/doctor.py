@@ -29,10 +29,11 @@ OPTIONAL = {
     "torchvision": ("jpeg", "JPEG files decoded on the GPU while caching"),
     "timm": ("hf", "feature encoders for metrics and rewards"),
     "pyarrow": ("hf", "parquet files"),
+    "huggingface_hub": ("hf", "models of the hub, by push and pull"),
     "tensorboard": ("track", "curves in TensorBoard"),
     "wandb": ("track", "runs in Weights & Biases, by track.type: wandb"),
     "trackio": ("track", "runs in Trackio, by track.type: trackio"),
-    "matplotlib": ("track", "curves of runs, by plot-run and report"),
+    "matplotlib": ("track", "curves of runs, by plot-run, report and model cards"),
 }
 SHIPPED = (
     "assets/moving_shapes_64.safetensors",

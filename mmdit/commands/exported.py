@@ -28,9 +28,10 @@ class Exported:
     command: str = ""
 
 
-def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
-    """Return commands that use an export; `base`: the name of what adapters change."""
-    name, asked = shlex.quote(exported.out.name), shlex.quote(prompt)
+def commands_for(exported: Exported, base: str, prompt: str, place: str = "") -> list[str]:
+    """Return commands that use an export, which lies in `place` (where they are typed); `base`: the
+    name of what adapters change."""
+    name, asked = shlex.quote(place or exported.out.name), shlex.quote(prompt)
     train = "mmdit train --config my.yaml --train_cache_dir CACHE"
     if exported.form == "mmdit":
         places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
@@ -39,9 +40,9 @@ def commands_for(exported: Exported, base: str, prompt: str) -> list[str]:
     if exported.form == "diffusers_pipeline":
         return []
     if exported.is_lora:
-        place = base.rpartition("/")[2] or "BASE"
+        changed = shlex.quote(base.rpartition("/")[2] or "BASE")
         return [
-            f"mmdit sample --checkpoint {place} --lora {name} --prompts {asked} --out samples",
+            f"mmdit sample --checkpoint {changed} --lora {name} --prompts {asked} --out samples",
             f"{train} train.init_from={name} lora.enabled=true",
         ]
     return [f"{train} model.name_or_path={name}"]
@@ -53,7 +54,7 @@ def needed_places(config: dict) -> list[str]:
     words = []
     for section in NEEDED:
         place = (config.get(section) or {}).get("name_or_path")
-        if place and not shipped_path(place):
+        if isinstance(place, str) and place and not shipped_path(place):
             words.append(f"{section}.name_or_path={last_part(place)}")
     return words
 

@@ -1,0 +1,200 @@
+"""Fetch a model from a repository of the Hugging Face hub: at one commit, only files that mmdit
+reads, each compared with its check sum, and nothing of it executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mmdit.commands.exported import Exported, commands_for
+from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_hub, size_in_words
+from mmdit.commands.push import front_matter
+from mmdit.files import flush_to_disk, lock, refuse_link, remove
+from mmdit.foreign import read_json
+from mmdit.terminal import shown
+
+PART = ".pulling-{}.part"  # a file on its way, by its check sum
+SHOWN = 8
+PIECE = 1 << 22
+
+
+@dataclass
+class Pull:
+    """A repository at one `commit`: `files` by their names with what the hub says of them, and
+    names that are `left_out`."""
+
+    repository: str
+    out: Path
+    revision: str = "main"
+    commit: str = field(default="", init=False)
+    files: dict[str, Any] = field(default_factory=dict, init=False)
+    left_out: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        check_repository(self.repository)
+        self.hub = open_hub()
+        with explain_hub_errors(self.hub, self.repository):
+            self.commit = self.hub.model_info(self.repository, revision=self.revision).sha
+            tree = self.hub.list_repo_tree(self.repository, recursive=True, revision=self.commit)
+            for entry in tree:
+                if not hasattr(entry, "blob_id"):
+                    continue  # a folder
+                if is_read(entry.path):
+                    self.files[entry.path] = entry
+                else:
+                    self.left_out.append(shown(entry.path))
+        if not self.files:
+            raise ValueError(f"{self.repository} holds none of the files that mmdit reads")
+
+    def fetch(self, replace: bool) -> Iterator[str]:
+        """Fetch what is not there yet, and yield a line for each file. ValueError: a file of
+        another content is there and may not be replaced, or one arrived damaged."""
+        missing = [name for name in self.files if not self._is_there(name)]
+        taken = [name for name in missing if (self.out / name).exists()]
+        if taken and not replace:
+            raise ValueError(
+                f"{self.out} holds {len(taken)} files of other content ({', '.join(taken[:3])}):"
+                " choose another --out, or give --replace"
+            )
+        for name in missing:
+            self._fetch(name)
+            yield f"  {size_in_words(self.files[name].size):>10}  {name}"
+        if kept := len(self.files) - len(missing):
+            yield f"  {kept} files were there already"
+        for part in self.out.glob(PART.format("*")):  # of other commits
+            remove(part)
+
+    def _fetch(self, name: str) -> None:
+        """Fetch one file, from where an earlier call was interrupted. It bears its name when it is
+        whole and has the check sum that the hub says."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        entry, target = self.files[name], self.out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = refuse_link(self.out / PART.format(_expected(entry)[:32]))
+        url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.hub.endpoint)
+        with part.open("ab") as file:
+            lock(file, f"another process is fetching {name} into {self.out}: wait for it")
+            begun = file.tell() if file.tell() <= entry.size else 0
+            file.truncate(begun)
+            with explain_hub_errors(self.hub, self.repository):
+                http_get(
+                    url,
+                    file,
+                    resume_size=begun,
+                    headers=build_hf_headers(library_name="mmdit"),
+                    expected_size=entry.size,
+                    displayed_filename=name,
+                )
+        if not _is_whole(part, entry):
+            remove(part)
+            raise ValueError(
+                f"{name} arrived with another check sum than {self.repository} says: it is thrown"
+                " away; try again"
+            )
+        flush_to_disk(part)
+        os.replace(part, target)
+
+    def _is_there(self, name: str) -> bool:
+        """Return whether a file is here and is what the hub says. ValueError: a link is in the
+        way."""
+        path = self.out
+        for part in PurePosixPath(name).parts:
+            path = refuse_link(path / part)
+        return path.is_file() and _is_whole(path, self.files[name])
+
+
+def _expected(entry: Any) -> str:
+    """Return the check sum that the hub says: of large files the SHA-256, of others that of git."""
+    return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+
+
+def _is_whole(path: Path, entry: Any) -> bool:
+    if path.stat().st_size != entry.size:
+        return False
+    begun = hashlib.sha1(f"blob {entry.size}\0".encode()) if entry.lfs is None else hashlib.sha256()
+    return _digest(path, begun) == _expected(entry)
+
+
+def _digest(path: Path, begun: Any) -> str:
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            begun.update(piece)
+    return begun.hexdigest()
+
+
+def is_read(name: str) -> bool:
+    """Return whether a file of a repository is taken: mmdit reads such files, and its name leads
+    nowhere but into the folder."""
+    path = PurePosixPath(name)
+    odd = "\\" in name or ":" in name or name != shown(name) or path.is_absolute()
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not odd and not hidden and path.suffix.lower() in READ
+
+
+def recognise(path: Path) -> Exported | None:
+    """Return what a file or a folder is, as far as commands depend on it; None: nothing that is
+    used by itself, or that can be read."""
+    try:
+        return _recognised(path)
+    except (SafetensorError, ValueError, OSError, AttributeError, RecursionError):
+        return None
+
+
+def _recognised(path: Path) -> Exported | None:
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return Exported(path, "peft", {}, None, None, 0, is_lora=True)
+        name = read_json(path / "config.json", "config of a network").get("_class_name")
+        known = name in ("WanModel", "WanTransformer3DModel")
+        return Exported(path, "official", {}, None, None, 0) if known else None
+    with safe_open(path, "pt") as stored:
+        said, names = (stored.metadata() or {}).get("mmdit"), list(stored.keys())
+    if said is not None:
+        config = json.loads(said)["config"]
+        sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+        return Exported(path, "mmdit", sections, None, None, 0)
+    lora = any("lora" in name or "lokr" in name for name in names)
+    return Exported(path, "lora", {}, None, None, 0, is_lora=True) if lora else None
+
+
+def uses_of(out: Path) -> list[str]:
+    """Return commands that use what was fetched into a folder."""
+    card, base = out / "README.md", ""
+    if card.is_file():
+        stated = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("base_model")
+        base = stated if isinstance(stated, str) else ""
+    lines: list[str] = []
+    for path in [out, *sorted(out.glob("*.safetensors"))]:
+        what = recognise(path)
+        if what is not None:
+            lines += commands_for(what, base, "a prompt", str(path))
+            if path == out:
+                break  # its files are parts of it
+    return lines
+
+
+def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Iterator[str]:
+    """Fetch a repository, and yield what to print meanwhile."""
+    check_repository(repository)
+    out = refuse_link(out or Path(repository.rpartition("/")[2]))
+    wanted = Pull(repository, out, revision)
+    total = size_in_words(sum(entry.size for entry in wanted.files.values()))
+    yield (
+        f"{repository} at commit {wanted.commit} ({revision}): {len(wanted.files)} files, {total},"
+        f" into {out}"
+    )
+    if wanted.left_out:
+        names = ", ".join(wanted.left_out[:SHOWN])
+        yield f"  left out, for mmdit does not read them: {names}"
+    yield from wanted.fetch(replace)
+    yield from (f"next: {line}" for line in uses_of(out))

@@ -1,0 +1,222 @@
+"""Send an export to a repository of the Hugging Face hub, after a look at each file: what could run
+code, what is only of use here and what is nobody else's business is not sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from mmdit.commands.export_card import card_path
+from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_hub, size_in_words
+from mmdit.files import refuse_link
+from mmdit.privacy import local_values, private_parts, secrets
+from mmdit.weights import PICKLES
+
+PICKLED = (*PICKLES, ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
+OF_RUNS = ("optimizer.safetensors", "signs.safetensors", "checkpoint.json", "monitor.json")
+OF_RUNS += ("metrics.jsonl", "starts.jsonl")
+TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".py")
+PIPELINE = "model_index.json"  # beside it code may lie, which its user chooses to run
+LARGEST_TEXT = 64 << 20
+SHOWN = 12  # problems in one message
+
+
+@dataclass
+class Push:
+    """The files of an export, by the names that they get in the repository. ValueError: nothing to
+    send, no card, or something that is not sent."""
+
+    target: Path
+    files: dict[str, Path] = field(default_factory=dict, init=False)
+    left_out: list[str] = field(default_factory=list, init=False)
+    license: str = field(default="", init=False)
+
+    def __post_init__(self):
+        if self.target.is_dir():
+            self._take_folder()
+        elif self.target.is_file():
+            self._take_file()
+        else:
+            raise ValueError(f"{self.target} is not there: give a file or a folder of mmdit export")
+        if "README.md" not in self.files:
+            raise ValueError(
+                f"{self.target} has no model card ({card_path(self.target)}), which says how it was"
+                " made and under which licence it stands: mmdit export writes one"
+            )
+        known = secrets()
+        problems = [
+            f"{name}: {problem}"
+            for name, path in self.files.items()
+            for problem in problems_of(name, path, known, PIPELINE in self.files)
+        ]
+        if not problems:
+            self.license = self._read_license()
+            return
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = "\n  ".join(problems[:SHOWN])
+        raise ValueError(f"nothing is sent, for {self.target} holds\n  {listed}{more}")
+
+    def _take_file(self) -> None:
+        """Take a file, its card and the pictures of the card."""
+        self.files[self.target.name] = self.target
+        card = card_path(self.target)
+        if card.is_file():
+            self.files["README.md"] = card
+        for ending in ("curves.png", "samples.webp", "clips.webp"):
+            beside = self.target.with_name(f"{self.target.stem}-{ending}")
+            if beside.is_file():
+                self.files[beside.name] = beside
+        for path in self.files.values():
+            refuse_link(path)
+
+    def _take_folder(self) -> None:
+        """Take all files of a folder, but for hidden ones."""
+        for path in sorted(self.target.rglob("*")):
+            name = path.relative_to(self.target).as_posix()
+            if any(part.startswith(".") for part in Path(name).parts):
+                self.left_out.append(name)
+                continue
+            refuse_link(path)
+            if path.is_file():
+                self.files[name] = path
+
+    def _read_license(self) -> str:
+        """Return the licence that the card states, or that it states none."""
+        text = self.files["README.md"].read_text(encoding="utf-8")
+        front = front_matter(text)
+        if isinstance(front.get("license"), str):
+            return front["license"]
+        if "not stated" in text:
+            return "not stated"
+        raise ValueError(
+            f"{self.files['README.md']} states no licence: export with card.license=NAME, write"
+            " `license: NAME` into its head, or say in it that the licence is not stated"
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Yield what is sent, for a person."""
+        for name, path in self.files.items():
+            origin = "" if path.name == Path(name).name else f"  (from {path.name})"
+            yield f"  {size_in_words(path.stat().st_size):>10}  {name}{origin}"
+        yield f"  licence: {self.license}"
+        if self.left_out:
+            yield f"  left out, for they are hidden: {', '.join(self.left_out[:SHOWN])}"
+        if code := [name for name in self.files if name.endswith(".py")]:
+            yield f"  {code[0]} is code, which runs where somebody chooses to trust it"
+
+    def send(self, repository: str, public: bool, message: str) -> str:
+        """Send all files as one commit, and return its address. The repository is made where there
+        is none. ValueError: it is public and was not asked to be, or the hub refuses."""
+        check_repository(repository)
+        hub = open_hub()
+        from huggingface_hub import CommitOperationAdd
+
+        with explain_hub_errors(hub, repository):
+            hub.create_repo(repository, private=not public, exist_ok=True)
+            if not hub.repo_info(repository).private and not public:
+                raise ValueError(
+                    f"{repository} is public: give --public to send it there, or choose another"
+                )
+            operations = [CommitOperationAdd(name, str(path)) for name, path in self.files.items()]
+            return str(hub.create_commit(repository, operations, commit_message=message).commit_url)
+
+
+def front_matter(text: str) -> dict:
+    """Return what the head of a card states as plain data. ValueError: it cannot be read."""
+    if not text.startswith("---\n") or "\n---\n" not in text[3:]:
+        return {}
+    try:
+        front = yaml.safe_load(text[4 : text.index("\n---\n", 3) + 1])
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of the card is no YAML: {error}") from None
+    return front if isinstance(front, dict) else {}
+
+
+def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list[str]:
+    """Return why a file is not sent; nothing if it may be. `known`: secrets to look for;
+    `pipeline`: it lies in a folder of Diffusers, where code may be."""
+    suffix = path.suffix.lower()
+    if suffix in PICKLED:
+        return ["is a pickle, which may run code where it is loaded; export it as safetensors"]
+    if path.name in OF_RUNS or "optimizer" in Path(name).parts:
+        return ["is of a run or a checkpoint with the state of its training: send an export"]
+    if path.name in ("manifest.json", "items.jsonl") or suffix in (".tar", ".parquet", ".jsonl"):
+        return ["is of a cache or a data set, which are not models"]
+    if suffix not in READ and not (pipeline and suffix == ".py"):
+        return [f"is none of the files that a model consists of ({', '.join(READ)})"]
+    if suffix == ".safetensors":
+        return _problems_of_weights(path, known)
+    if suffix in TEXTS:
+        return private_parts(_text_of(path), known)
+    try:
+        return private_parts("\n".join(_words_in_media(path)), known)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return [f"cannot be read: {error}"]
+
+
+def _problems_of_weights(path: Path, known: list[str]) -> list[str]:
+    try:
+        with safe_open(path, "pt") as stored:
+            metadata, names = stored.metadata() or {}, list(stored.keys())
+    except (SafetensorError, OSError) as error:
+        return [f"cannot be read as safetensors: {error}"]
+    if any(name.endswith((".exp_avg", ".exp_avg_sq", ".momentum_buffer")) for name in names):
+        return ["holds the state of an optimizer: send an export"]
+    problems = []
+    for key, value in metadata.items():
+        said = private_parts(value, known)
+        if key == "mmdit":
+            places = list(local_values(_config_of(value)))
+            said = [f"{place} = {text}" for place, text in places] or said
+            said += ["export it with these keys set to what others have"] if places else []
+        problems += [f"its metadata hold {what}" for what in said]
+    return problems
+
+
+def _config_of(text: str) -> Any:
+    try:
+        return json.loads(text).get("config", {})
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _text_of(path: Path) -> str:
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"{path} has more than {LARGEST_TEXT} bytes, too many for a text")
+    return path.read_bytes().decode("utf-8", "replace")
+
+
+def _words_in_media(path: Path) -> Iterator[str]:
+    """Yield what a picture or a clip says beside its pixels."""
+    if path.suffix.lower() == ".mp4":
+        try:
+            import av
+        except ImportError:
+            raise ValueError("a look into it needs PyAV: pip install av") from None
+        with av.open(str(path)) as container:
+            yield from container.metadata.values()
+        return
+    with Image.open(path, formats=["PNG", "WEBP"]) as image:
+        for value in image.info.values():
+            yield value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def push(
+    target: Path, repository: str, public: bool, message: str, dry_run: bool = False
+) -> Iterator[str]:
+    """Look at an export, show what is sent, send it; yield what to print meanwhile."""
+    check_repository(repository)
+    sent = Push(target)
+    where = "public" if public else "private"
+    yield "\n".join([f"{target} to {repository} ({where}):", *sent.lines()])
+    if dry_run:
+        yield "nothing is sent (--dry_run)"
+        return
+    yield f"sent: {sent.send(repository, public, message)}"

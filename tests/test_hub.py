@@ -1,0 +1,297 @@
+"""Models that are sent to the hub and fetched from it, with the real huggingface_hub and a
+stand-in for its server: what is sent, what is refused, what is taken, and that tokens stay where
+they are."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+from huggingface_hub import constants  # noqa: E402
+from huggingface_hub import file_download as downloads  # noqa: E402
+
+from mmdit.commands.export_card import card_path  # noqa: E402
+from mmdit.commands.pull import is_read, uses_of  # noqa: E402
+from mmdit.scripts import export, pull, push, sample, train_t2v  # noqa: E402
+from tests.helpers.hub_server import TOKEN, running_hub  # noqa: E402
+from tests.helpers.tiny import Workshop, refused  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = b"---\nlicense: mit\n---\n# x\n"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("hub"))
+    run = shop.train("base", "train.max_steps=1", "train.sample_every_steps=1")
+    out = shop.folder / "out/model.safetensors"
+    export.main(["--checkpoint", str(run), "--out", str(out), "card.license=mit"])
+    return shop
+
+
+@pytest.fixture
+def model(shop, tmp_path):
+    """A file with its card and pictures, to be changed by a test."""
+    shutil.copytree(shop.folder / "out", tmp_path / "out")
+    return tmp_path / "out/model.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server, which the client takes for the hub, and a login."""
+    with running_hub() as server:
+        place = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + place)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+        yield server
+
+
+def sent(server, name) -> dict[str, bytes]:
+    return server.repositories[name].at("main")[1]
+
+
+def test_a_model_is_sent_fetched_and_used(hub, shop, model, tmp_path, capsys):
+    assert push.main([str(model), "me/shapes"]) == 0
+    said = capsys.readouterr().out
+    assert "me/shapes (private)" in said and "model.safetensors" in said and "licence: mit" in said
+    assert hub.repositories["me/shapes"].private
+    files = sent(hub, "me/shapes")
+    assert files["model.safetensors"] == model.read_bytes()
+    assert files["README.md"] == card_path(model).read_bytes()
+    assert {"model-curves.png", "model-samples.webp"} <= files.keys()
+
+    out = tmp_path / "got"
+    assert pull.main(["me/shapes", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert hub.repositories["me/shapes"].head in said and ".gitattributes" in said
+    got = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert got == {name: data for name, data in files.items() if name != ".gitattributes"}
+    command = next(line for line in said.splitlines() if line.startswith("next: mmdit sample"))
+    assert f"--checkpoint {out}/model.safetensors" in command
+    words = command.removeprefix("next: mmdit sample ").replace("'a prompt'", "star").split()
+    assert sample.main([*words[:-1], str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    start = f"train.init_from={out}/model.safetensors"
+    assert train_t2v.main(shop.train_words("again", start, "train.max_steps=1")) == 0
+
+    hub.requests.clear()
+    assert pull.main(["me/shapes", "--out", str(out)]) == 0  # all is there: nothing comes again
+    assert "4 files were there already" in capsys.readouterr().out
+    assert not [path for _, path, *_ in hub.requests if "/resolve/" in path]
+
+
+@pytest.mark.slow
+def test_it_goes_on_by_the_variable_and_the_commands_that_people_use(hub, model, tmp_path):
+    """In processes of their own, where HF_ENDPOINT names the server."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'VTP'}"
+    for words in (["push", "out", "me/x", "--public"], ["pull", "me/x", "--out", "got"]):
+        if words[0] == "push":
+            (tmp_path / "out/model.md").rename(tmp_path / "out/README.md")
+        done = subprocess.run(
+            [sys.executable, "-m", "mmdit", *words],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+    assert not hub.repositories["me/x"].private
+    assert (tmp_path / "got/model.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_what_is_public_is_asked_for(hub, model, capsys):
+    hub.public("me/open", {"README.md": CARD})
+    refused(capsys, push.main, [model, "me/open"], "me/open is public", "--public")
+    assert sent(hub, "me/open") == {"README.md": CARD}
+    assert push.main([str(model), "me/open", "--public"]) == 0
+    assert "model.safetensors" in sent(hub, "me/open")
+
+
+def test_a_look_sends_nothing(hub, model, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert push.main([str(model), "me/x", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "README.md  (from model.md)" in said and "nothing is sent" in said
+    assert hub.requests == []
+
+
+def png_that_says(path: Path, text: str) -> None:
+    facts = PngImagePlugin.PngInfo()
+    facts.add_itxt("mmdit", text)
+    Image.new("RGB", (4, 4)).save(path, pnginfo=facts)
+
+
+def weights_that_say(path: Path, config: dict, **more) -> None:
+    text = json.dumps({"config": config})
+    save_file({"x": torch.zeros(1), **more}, path, {"mmdit": text})
+
+
+@pytest.mark.parametrize(
+    "name, make, expected",
+    [
+        ("w.pt", lambda path: torch.save({}, path), "is a pickle, which may run code"),
+        ("pytorch_model.bin", lambda path: path.touch(), "is a pickle"),
+        ("optimizer.safetensors", lambda path: path.touch(), "state of its training"),
+        ("step_1/checkpoint.json", lambda path: path.touch(), "state of its training"),
+        ("manifest.json", lambda path: path.write_text("{}"), "of a cache"),
+        ("train.jsonl", lambda path: path.touch(), "data set"),
+        ("run.py", lambda path: path.touch(), "none of the files that a model consists of"),
+        ("notes.txt", lambda path: path.write_text(f"key {TOKEN}"), "token"),
+        ("notes.md", lambda path: path.write_text("see /home/jane/runs/a"), "/home/jane/runs/a"),
+        ("a.json", lambda path: path.write_text('{"x": "/scratch/me/a b"}'), "/scratch/me/a"),
+        ("b.yaml", lambda path: path.write_text("x: C:\\Users\\jane\\y"), "C:\\Users\\jane\\y"),
+        ("c.png", lambda path: png_that_says(path, "--out /home/jane/x"), "/home/jane/x"),
+        ("d.webp", lambda path: path.write_bytes(b"no picture"), "cannot be read"),
+        ("e.txt", lambda path: path.write_text("the word Correct-Horse-Battery"), "secret"),
+        (
+            "f.safetensors",
+            lambda path: weights_that_say(path, {"tokenizer": {"name_or_path": "~/vtp"}}),
+            "tokenizer.name_or_path = ~/vtp",
+        ),
+        ("g.safetensors", lambda path: path.write_bytes(b"\x80\x02 pickle"), "cannot be read"),
+        (
+            "h.safetensors",
+            lambda path: weights_that_say(path, {}, **{"q.exp_avg": torch.zeros(1)}),
+            "state of an optimizer",
+        ),
+    ],
+)
+def test_what_is_not_sent(hub, tmp_path, capsys, monkeypatch, name, make, expected):
+    monkeypatch.setenv("SOME_API_KEY", "Correct-Horse-Battery")
+    folder = tmp_path / "out"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "README.md").write_bytes(CARD)
+    make(folder / name)
+    said = refused(capsys, push.main, [folder, "me/x"], "nothing is sent", name, expected)
+    assert TOKEN not in said and "Correct-Horse" not in said
+    assert hub.requests == []
+
+
+def test_a_card_with_a_licence_is_needed_and_links_are_not_followed(hub, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    weights_that_say(folder / "x.safetensors", {})
+    refused(capsys, push.main, [folder, "me/x"], "has no model card", "README.md")
+    refused(capsys, push.main, [folder / "x.safetensors", "me/x"], "has no model card", "x.md")
+    (folder / "README.md").write_text("# x\n")
+    refused(capsys, push.main, [folder, "me/x"], "states no licence", "card.license=NAME")
+    (folder / "README.md").write_text("---\n: [\n---\n# x\n")
+    refused(capsys, push.main, [folder, "me/x"], "no YAML")
+    (folder / "README.md").write_text("# x\nIts licence is not stated.\n")
+    (folder / ".env").write_text(TOKEN)
+    assert push.main([str(folder), "me/x", "--dry_run"]) == 0
+    assert "left out, for they are hidden: .env" in capsys.readouterr().out
+    (folder / "y.txt").symlink_to(tmp_path)
+    refused(capsys, push.main, [folder, "me/x"], "y.txt is a link")
+    refused(capsys, push.main, [tmp_path / "gone", "me/x"], "is not there")
+    refused(capsys, push.main, [folder, "x"], "must be OWNER/NAME")
+    assert hub.requests == []
+
+
+def test_only_what_mmdit_reads_is_taken_and_names_lead_nowhere(hub, tmp_path, capsys):
+    hostile = ["../out.json", "/etc/x.json", "a/../../b.txt", ".git/config.yaml", "c\\d.json"]
+    others = ["model.py", "w.bin", "x.safetensors.exe", "e:f.json", "g\x1b[2J.json"]
+    wanted = ["README.md", "sub/config.json"]
+    hub.public("me/x", dict.fromkeys([*hostile, *others, *wanted], CARD))
+    out = tmp_path / "deep/out"
+    assert pull.main(["me/x", "--out", str(out)]) == 0
+    there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert there == {"deep", "deep/out", *(f"deep/out/{name}" for name in wanted), "deep/out/sub"}
+    assert "\x1b" not in capsys.readouterr().out
+    assert not any(map(is_read, [*hostile, *others])) and all(map(is_read, wanted))
+    hub.public("me/y", {"a.py": b""})
+    refused(capsys, pull.main, ["me/y", "--out", out], "none of the files that mmdit reads")
+
+
+def test_a_revision_is_pinned_and_files_here_are_not_replaced_unasked(hub, tmp_path, capsys):
+    repository, out = hub.public("me/x", {"a.txt": b"first"}), tmp_path / "x"
+    first = repository.head
+    repository.commit({"a.txt": b"second"})
+    assert pull.main(["me/x", "--out", str(out), "--revision", first]) == 0
+    assert (out / "a.txt").read_bytes() == b"first" and first in capsys.readouterr().out
+    refused(capsys, pull.main, ["me/x", "--out", out], "1 files of other content (a.txt)")
+    assert (out / "a.txt").read_bytes() == b"first"
+    assert pull.main(["me/x", "--out", str(out), "--replace"]) == 0
+    assert (out / "a.txt").read_bytes() == b"second"
+    refused(capsys, pull.main, ["me/x", "--out", out, "--revision", "no"], "no such revision")
+    (tmp_path / "link").symlink_to(out)
+    refused(capsys, pull.main, ["me/x", "--out", tmp_path / "link"], "is a link")
+
+
+def test_a_file_that_is_not_what_the_hub_says_does_not_stay(hub, tmp_path, capsys):
+    hub.public("me/x", {"a.safetensors": b"x" * 100, "b.txt": b"fine"})
+    for hub.damaged in ("a.safetensors", "b.txt"):
+        out = tmp_path / hub.damaged
+        refused(capsys, pull.main, ["me/x", "--out", out], hub.damaged, "another check sum")
+        assert not (out / hub.damaged).exists()
+
+
+def test_a_download_that_broke_off_goes_on(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # as it reaches the disk
+    data = bytes(range(256)) * 200
+    hub.public("me/x", {"a.safetensors": data})
+    hub.broken_after = 20_000
+    words = ["me/x", "--out", tmp_path / "x"]
+    refused(capsys, pull.main, words, "answered with status 503")
+    assert not (tmp_path / "x/a.safetensors").exists()
+    hub.broken_after = 0
+    hub.requests.clear()
+    assert pull.main(list(map(str, words))) == 0
+    assert (tmp_path / "x/a.safetensors").read_bytes() == data
+    ranges = [asked for *_, asked in hub.requests if asked]
+    assert ranges == ["bytes=20000-"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a.safetensors"]
+
+
+def test_the_token_stays_where_it_is(hub, model, tmp_path, capsys, caplog, monkeypatch):
+    """It goes to the hub, and into no message, log or file."""
+    monkeypatch.setattr(constants, "HF_DEBUG", True)
+    with caplog.at_level(logging.DEBUG):
+        push.main([str(model), "me/x"])
+        pull.main(["me/x", "--out", str(tmp_path / "x")])
+        said = refused(capsys, push.main, [model, "others/x"], "your login may not do this", "403")
+    assert {authorization for _, path, authorization, _ in hub.requests if "me/x" in path} == {
+        f"Bearer {TOKEN}"
+    }
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    everything = [said, caplog.text, *map(str, capsys.readouterr()), str(written)]
+    assert not any(TOKEN in text for text in everything)
+
+
+def test_what_is_missing_is_one_sentence(hub, model, capsys, monkeypatch, tmp_path):
+    refused(capsys, pull.main, ["me/none"], "there is no me/none", "private")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    refused(capsys, push.main, [model, "me/x"], "needs a login", "hf auth login", "HF_TOKEN")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused(capsys, pull.main, ["me/x"], "http://127.0.0.1:9 was not reached")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(capsys, pull.main, ["me/x"], "pip install 'mmdit[hf]'")
+
+
+def test_what_was_fetched_is_known_again(tmp_path):
+    save_file({"blocks.0.q.lora_A.weight": torch.zeros(1)}, tmp_path / "a b.safetensors")
+    (tmp_path / "README.md").write_text("---\nbase_model: Wan-AI/Wan2.1-T2V-1.3B\n---\n")
+    first, second = uses_of(tmp_path)
+    assert first.startswith("mmdit sample --checkpoint Wan2.1-T2V-1.3B --lora ")
+    assert f"train.init_from='{tmp_path}/a b.safetensors'" in second
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    assert uses_of(tmp_path)[0].endswith(f"model.name_or_path={tmp_path}")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    weights_that_say(tmp_path / "c.safetensors", {"model": 7, "tokenizer": {"name_or_path": []}})
+    (tmp_path / "d.safetensors").write_bytes(b"broken")
+    assert len(uses_of(tmp_path)) == 4

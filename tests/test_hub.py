@@ -260,13 +260,15 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path, capsys, monkeypatch):
 def test_the_token_stays_where_it_is(hub, model, tmp_path, capsys, caplog, monkeypatch):
     """It goes to the hub, and into no message, log or file."""
     monkeypatch.setattr(constants, "HF_DEBUG", True)
+    hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
     with caplog.at_level(logging.DEBUG):
         push.main([str(model), "me/x"])
         pull.main(["me/x", "--out", str(tmp_path / "x")])
         said = refused(capsys, push.main, [model, "others/x"], "your login may not do this", "403")
-    assert {authorization for _, path, authorization, _ in hub.requests if "me/x" in path} == {
-        f"Bearer {TOKEN}"
-    }
+    asked = {path: authorization for _, path, authorization, _ in hub.requests}
+    assert {asked[path] for path in asked if "me/x" in path} == {f"Bearer {TOKEN}"}
+    elsewhere = [asked[path] for path in asked if path.startswith("/storage/")]
+    assert len(elsewhere) == 3 and not any(elsewhere)
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     everything = [said, caplog.text, *map(str, capsys.readouterr()), str(written)]
     assert not any(TOKEN in text for text in everything)

@@ -149,11 +149,11 @@ def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list
         return ["is of a run or a checkpoint with the state of its training: send an export"]
     if path.name in ("manifest.json", "items.jsonl") or suffix in (".tar", ".parquet", ".jsonl"):
         return ["is of a cache or a data set, which are not models"]
-    if suffix not in READ and not (pipeline and suffix == ".py"):
+    if suffix not in READ and path.name != "LICENSE" and not (pipeline and suffix == ".py"):
         return [f"is none of the files that a model consists of ({', '.join(READ)})"]
     if suffix == ".safetensors":
         return _problems_of_weights(path, known)
-    if suffix in TEXTS:
+    if suffix in TEXTS or path.name == "LICENSE":
         return private_parts(_text_of(path), known)
     try:
         return private_parts("\n".join(_words_in_media(path)), known)

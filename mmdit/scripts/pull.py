@@ -1,4 +1,4 @@
-"""Fetch a model from the Hugging Face hub, at one commit: only files that mmdit reads, each
+"""Fetch a model from the Hugging Face hub, at one commit: files that are read here alone, each
 compared with its check sum. Interrupt it whenever you like: the same command goes on.
 
     mmdit pull OWNER/NAME [--out my_folder] [--revision COMMIT]

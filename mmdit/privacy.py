@@ -114,6 +114,14 @@ def secrets() -> list[str]:
     ]
 
 
+def without_secrets(text: str) -> str:
+    """Return a text in which `<secret>` stands for tokens and for values of secret environment
+    variables."""
+    for secret in secrets():
+        text = text.replace(secret, "<secret>")
+    return TOKEN.sub("<secret>", text)
+
+
 def private_parts(text: str, known_secrets: list[str]) -> list[str]:
     """Return what a text says that is nobody else's business, each in words: paths of this
     machine, tokens (which are not repeated), and any of `known_secrets`."""

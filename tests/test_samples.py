@@ -3,6 +3,8 @@ memory and grid stay bounded."""
 
 import io
 import json
+import os
+import shlex
 import weakref
 
 import pytest
@@ -313,6 +315,7 @@ def test_a_file_says_how_it_was_drawn(shop, tmp_path, capsys, frames, monkeypatc
     assert facts["seed"] == facts["settings"]["seed"] == 5 and facts["number"] == 0
     assert facts["size"] == [48, 32, frames] and facts["settings"]["sampler"]["steps"] == 2
     assert facts["command"].startswith("mmdit sample --checkpoint '~/runs/base' --device cpu")
+    assert "p.jsonl" not in facts["command"], "it stands alone"
     assert str(shop.folder) not in json.dumps(facts["command"]) and "--out" not in facts["command"]
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     refused(capsys, sample.main, ["--read", tmp_path / "other.png"], "does not say how it was made")
@@ -328,9 +331,64 @@ def test_prompts_are_read_while_the_model_stays_loaded(shop, tmp_path, capsys, m
     said = type_in("a red star", "", '{"prompt": "a blue star", "seed": 3}', '{"sed": 1}', "{", "x")
     assert said.count("\nready: ") + said.startswith("ready: ") == 1
     assert "0000.png" in said and said.count("error: this line") == 2
-    assert "wrote 3 samples" in said
+    assert "wrote 3 samples" in said and "0002.png, seed 2\n" in said
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("0*")}
     assert "0003.png" in type_in("a fourth") and len(list((tmp_path / "out").glob("0*"))) == 4
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in first.items())
     words = ["--checkpoint", "x", "--interactive", "--prompts", "a"]
     refused(capsys, sample.main, words, "leave out --prompts")
+
+
+def drawn_again(path, out):
+    """Run the command inside a sample, and return the file of its name in `out`."""
+    words = shlex.split(media.read_facts(path)["command"])
+    assert words[:2] == ["mmdit", "sample"]
+    with_home = [os.path.expanduser(word) for word in words[2:]]
+    assert sample.main([*with_home, "--out", str(out)]) == 0
+    return out / path.name
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_command_inside_a_sample_draws_it_again(shop, tmp_path, monkeypatch, frames):
+    run, kept, short = shop.folder / "runs/base", tmp_path / "p.jsonl", ("--frames", frames)
+    monkeypatch.setenv("HOME", str(shop.folder))
+    command(run, tmp_path / "words", *short, "--seed", 5, "--prompts", *PROMPTS[:2])
+    rows = [{"prompt": "-x 'ü' \"$HOME\""}, {"prompt": "b", "seed": 9, "width": 32, "negative": ""}]
+    rows += [{"prompt": "c", "guidance": 2.5}]
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(run, tmp_path / "file", *short, "--prompts_file", kept, "--replace", "--batch_size=1")
+    kept.unlink()  # a sample says everything itself
+    lines = io.StringIO("a\n" + json.dumps({**rows[1], "frames": 1}) + "\nz\n")
+    monkeypatch.setattr("sys.stdin", lines)
+    command(run, tmp_path / "typed", *short, "--interactive")
+    numbers = set()
+    for place, count in (("words", 2), ("file", 3), ("typed", 3)):
+        files = sorted((tmp_path / place).glob("0*"))
+        assert len(files) == count
+        for path in files:
+            out = tmp_path / "again" / place / path.stem
+            again = drawn_again(path, out)
+            if place != "words":  # it is alone there; a line with a seed is its first sample
+                (again,) = out.glob("0*")
+            assert again.read_bytes() == path.read_bytes(), path
+            numbers.add(media.read_facts(path)["number"])
+    assert numbers == {0, 1, 2}
+
+
+def test_no_file_is_written_over_that_samples_json_does_not_list(draw, tmp_path, capsys):
+    draw("out", prompts=PROMPTS[:2])
+    mine = tmp_path / "out/0003.png"
+    mine.write_bytes(b"mine")
+    with pytest.raises(AssertionError, match="it was refused"):
+        draw("out")
+    assert f"{mine} would be replaced" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+    mine.unlink()
+    whole = draw("out")
+    story = tmp_path / "out/samples.json"
+    rows = json.loads(story.read_text())
+    rows["samples"] = rows["samples"][:3]  # as a kill between a sample and its line leaves it
+    story.write_text(json.dumps(rows))
+    assert {name: whole[name] for name in whole if name[0] == "0"}.items() <= draw("out").items()
+    mine.write_bytes(b"mine")
+    story.write_text(json.dumps(rows))
+    assert draw("out", "--replace")["0003.png"] == whole["0003.png"]

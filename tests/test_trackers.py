@@ -150,10 +150,10 @@ def test_a_tracker_that_is_chosen_later_has_the_run_from_its_first_step(shop, li
 
 def test_an_error_of_a_tracker_ends_tracking_alone(shop, library, capsys, monkeypatch):
     init, name = library.init, library.__name__
-    monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
+    monkeypatch.setenv("SOME_API_KEY", "abcdefghijkl")
 
     def refuse(values, step):
-        raise OSError("https://user:abcdefgh@host is full")
+        raise OSError("https://host/?key=abcdefghijkl is full")
 
     def failing(**how):
         run = init(**how)
@@ -163,7 +163,7 @@ def test_an_error_of_a_tracker_ends_tracking_alone(shop, library, capsys, monkey
     library.init = failing
     folder = shop.train(f"failing_{name}", f"track.type={name}", *PREVIEWS)
     said = capsys.readouterr().out
-    message = "left out from here on (OSError: https://user:<SOME_API_KEY>@host is full)"
+    message = "left out from here on (OSError: https://host/?key=<secret> is full)"
     assert said.count(f"{name} failed, and is {message}") == 1 and "abcdefgh" not in said
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (folder / "failures").exists()

@@ -39,6 +39,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--interactive reads prompts from the keyboard; leave out --prompts and --prompts_file"
         )
+    if args.first < 0:
+        raise ValueError(f"--first is {args.first}, must be at least 0")
     check_writable(args.out, folder=True)
     if args.refine and args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(
@@ -47,17 +49,43 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def command_line(words: list[str]) -> str:
-    """Return the command as it can be typed again, without `--out`: a sample is the same file
-    wherever it is written."""
-    kept, words = ["mmdit", "sample"], list(words)
-    while words:
-        word = words.pop(0)
-        if word == "--out":
-            words = words[1:]
-        elif not word.startswith("--out="):
+def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:
+    """Return the command as it can be typed again, without `--out` and `--replace`: a sample is the
+    same file wherever it is written. Of a `request` that came from the keyboard or from a file, return the
+    command that draws it alone, as the sample with the number `first`."""
+    kept = without(words, {"--out": 1, "--replace": 0})
+    if request is not None:
+        flags = {name: f"{value}" for name, value in request.overrides.items()}
+        replaced = {"--interactive": 0, "--prompts": None, "--prompts_file": 1, "--first": 1}
+        replaced |= {f"--{name}": 1 for name in flags}
+        if request.guidance is not None:  # of both experts
+            replaced["--guidance_low"] = 1
+        kept = without(kept, replaced)
+        if first:
+            flags["first"] = f"{first}"
+        flags["prompts"] = request.prompt
+        kept += [f"--{name}={value}" for name, value in flags.items()]
+    return shlex.join(with_tilde(["mmdit", "sample", *kept]))
+
+
+def without(words: list[str], options: Mapping[str, int | None]) -> list[str]:
+    """Return the words of a command without `options`, which have so many values; None: all words
+    up to the next option."""
+    kept, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.partition("=")
+        if name not in options:
             kept.append(word)
-    return shlex.join(with_tilde(kept))
+            continue
+        count = options[name]
+        if count is None:
+            places = (i for i, other in enumerate(left) if other.startswith("--"))
+            count = next(places, len(left))
+        elif equals:
+            count = 0
+        left = left[count:]
+    return kept
 
 
 def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None:
@@ -117,15 +145,17 @@ def size_for(
 @dataclass
 class Drawing:
     """`size`: width, height and frames. `strength`: the noise level at which refining is given
-    the small samples; None is the model's own. `command`: what files say they were drawn by.
-    ValueError: the size or the settings cannot be drawn with."""
+    the small samples; None is the model's own. `words`: of the command, which files say they were
+    drawn by; `alone`: each file names the command that draws it alone. ValueError: the size or the
+    settings cannot be drawn with."""
 
     pipeline: Pipeline
     size: tuple[int, int, int]
     settings: SampleSettings
     image: Tensor | None = None
     strength: float | None = None
-    command: str = ""
+    words: list[str] = field(default_factory=list)
+    alone: bool = False
     refiner: Pipeline | None = field(default=None, init=False)
     redrawn: SampleSettings | None = field(default=None, init=False)
 
@@ -208,8 +238,11 @@ class Drawing:
             "size": list(written),
             "settings": settings,
             "mmdit": mmdit.__version__,
-            "command": self.command,
+            "command": self._command(request, 0 if seeded else number),
         }
+
+    def _command(self, request: Request, number: int) -> str:
+        return command_line(self.words, *((request, number) if self.alone else ()))
 
     def fill(self, folder: SampleFolder, batch_size: int) -> None:
         """Draw what `folder` lacks, and write each batch as it comes."""
@@ -256,17 +289,23 @@ class Drawing:
         )
 
     def converse(self, folder: SampleFolder, lines: Iterable[str]) -> None:
-        """Draw a sample for each of `lines`, a prompt or a JSON object. A line that cannot be drawn
-        is told and passed over."""
+        """Draw a sample for each of `lines`, a prompt or a JSON object. The seed of a line without
+        one is that of the command and the sample's number added up. A line that cannot be drawn is
+        told and passed over."""
         for line in lines:
             if not line.strip():
                 continue
             try:
                 request = read_request(line.strip(), "this line")
-                self.check({max(folder.requests, default=-1) + 1: request})
-                number = folder.ask(request)
+                number = folder.next_number()
+                if request.seed is None:
+                    request = replace(request, seed=self.settings.seed + number)
+                self.check({number: request})
+                folder.requests[number] = request
                 for _ in self.draw(folder, [number]):
-                    print(folder.folder / folder.files[number], flush=True)
+                    print(
+                        f"{folder.folder / folder.files[number]}, seed {request.seed}", flush=True
+                    )
             except ValueError as error:
                 print(f"error: {error}", flush=True)
 

@@ -87,6 +87,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read prompts from the keyboard, or a pipe, while the model stays loaded",
     )
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="number of the first prompt: it names files and, with the seed, decides the noise [0]",
+    )
     parser.add_argument("--read", metavar="FILE", help="print how a sample was drawn, and end")
     parser.add_argument("--out", default="samples", help="folder to write into")
     parser.add_argument(

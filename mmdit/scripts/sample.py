@@ -20,7 +20,6 @@ from pathlib import Path
 from mmdit.commands.sample import (
     Drawing,
     check_arguments,
-    command_line,
     first_frames,
     lay_over,
     size_for,
@@ -68,7 +67,8 @@ def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, d
     if args.shift is None:
         settings = with_published_shift(settings, args, width, height)
     size = (width, height, frames)
-    drawing = Drawing(pipeline, size, settings, image, args.strength, command_line(words))
+    alone = bool(args.interactive or args.prompts_file)
+    drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone)
     if args.refine:
         drawing.refine_with(*load_pipeline(args.refine, args.device, not raw, offload=args.offload))
     return drawing, whole_story(args, drawing), fps
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(read_facts(args.read), indent=1, ensure_ascii=False))
             return 0
         check_arguments(args)
-        requests = {} if args.interactive else dict(enumerate(asked_for(args)))
+        requests = {} if args.interactive else dict(enumerate(asked_for(args), args.first))
         drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv)
         drawing.check(requests)
         if args.interactive:

@@ -21,6 +21,7 @@ from mmdit.files import write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
+    read_facts,
     save_image,
     save_sample,
     sheet_holds,
@@ -112,6 +113,7 @@ class SampleFolder:
         lost = [row["file"] for row in ours if row["file"] not in self.files.values()]
         lost = [name for name in lost if (self.folder / name).is_file()]
         self._report(lost, changed)
+        self._refuse_unlisted({row["file"] for row in ours})
         for name in lost:
             (self.folder / name).unlink(missing_ok=True)
         self._write()
@@ -126,6 +128,27 @@ class SampleFolder:
                 f"and no {STORY} that says how they were drawn; choose another --out, or give "
                 "--replace"
             )
+
+    def _refuse_unlisted(self, listed: set[str]) -> None:
+        """Raise ValueError where samples would be written over files that samples.json does not
+        list. One that says that it is such a sample was left by a kill, and is drawn again."""
+        for path in sorted(self.folder.iterdir()):
+            if not NAME.fullmatch(path.name) or path.name in listed or self.replace:
+                continue
+            request = self.requests.get(int(path.stem))
+            if request and not self._was_left(path, request):
+                raise ValueError(
+                    f"{path} would be replaced, which is not among the samples of {STORY} there;"
+                    " choose another --out, move the file, or give --replace"
+                )
+
+    def _was_left(self, path: Path, request: Request) -> bool:
+        try:
+            facts = read_facts(path)
+        except ValueError:
+            return False
+        kept = (facts.get("prompt"), facts.get("weights"))
+        return kept == (request.prompt, self.story.get("weights"))
 
     def _is_current(self, number: int, row: dict) -> bool:
         """Return whether the file of a sample is there and was asked for in the same words."""
@@ -159,11 +182,11 @@ class SampleFolder:
             if any(number not in self.files for number in numbers):
                 yield numbers
 
-    def ask(self, request: Request) -> int:
-        """Return the number of a further request, which is above all others."""
-        number = max(self.requests, default=-1) + 1
-        self.requests[number] = request
-        return number
+    def next_number(self) -> int:
+        """Return a number above those of all requests and of all files by the names of samples."""
+        names = [path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
+        taken = [*self.requests, *(int(Path(name).stem) for name in names)]
+        return max(taken, default=-1) + 1
 
     def add(self, numbers: Sequence[int], pixels: Tensor, facts: Sequence[Mapping[str, Any]]):
         """Write the samples `numbers` of `pixels (B, F, 3, H, W)` with their `facts` inside, and

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import queue
-import re
 import secrets
 import threading
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from mmdit.config import ConfigError, Section
 from mmdit.files import write_atomically
+from mmdit.privacy import without_secrets
 from mmdit.training.media import read_back
 from mmdit.training.run_folder import previews_in
 
@@ -28,7 +28,6 @@ IDENTITY = "track.json"  # beside the run: how a tracker knows it, and up to whi
 NOT_FIGURES = ("step", "timestamp")  # of a record; every tracker notes the time itself
 WAITING = 10_000  # calls that may wait for a tracker; one that lets more wait hangs
 START_SECONDS, CLOSE_SECONDS = 30, 60  # patience with a network at the start and at the end
-SECRETS = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 # With these Trackio would send a run to a server, although nobody asked for that here.
 TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID")
 
@@ -214,12 +213,8 @@ class Tracker:
 
 
 def in_words(error: Exception) -> str:
-    """Return the type and text of an error, without the secrets of the environment."""
-    text = f"{type(error).__name__}: {error}"
-    for name, value in os.environ.items():
-        if SECRETS.search(name) and len(value) >= 6:
-            text = text.replace(value, f"<{name}>")
-    return text
+    """Return the type and text of an error, without secrets."""
+    return without_secrets(f"{type(error).__name__}: {error}")
 
 
 class TensorBoard:

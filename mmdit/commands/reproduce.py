@@ -25,7 +25,7 @@ from pathlib import Path
 
 import mmdit
 from mmdit.diagnostics.recipe import Recipe, Stage, cache_identity, short_hash, stage_hash
-from mmdit.diagnostics.results_file import RATES, results, training_facts
+from mmdit.diagnostics.results_file import rates_of, results, training_facts
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.files import lock, write_atomically
 from mmdit.training import checkpoint
@@ -194,7 +194,7 @@ class Chain:
             report = read_json(report_path)
             assert report is not None
             row["seconds"][f"scoring {score.name}"] = seconds
-            rates = {key: report[name] for key, name in RATES.items() if name in report}
+            rates = rates_of(report)
             row["scores"][score.name] = {key: without_details(rates[key]) for key in rates}
             row["parameters"] = report["parameters"]
             row["scoring_memory_gb"] = report["memory_gb"]

@@ -52,33 +52,18 @@ def prompt_accuracy_report(
     drawn and encoded. With `frames > 1` there are also `motion_moving` and `left_right` (see
     `motion_report`).
     """
-    if not 2 <= count <= PROMPTS:
-        raise ValueError(
-            f"count is {count}; must be from 2 to {PROMPTS}, the number of fixed prompts"
-        )
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; must be at least 1")
+    check_counts(count, PROMPTS, batch)
     seen, held_out = (
         prompts(split, frames > 1, width, height)[:count] for split in ("seen", "held_out")
     )
     facts = [prompt.facts for prompt in seen]
-
-    def predict(listed: tuple[Prompt, ...], first: int) -> Predictions:
-        parts = []
-        for start in range(0, count, batch):
-            captions = [prompt.caption for prompt in listed[start : start + batch]]
-            pixels = sample(captions, first + start)
-            expected = (len(captions), frames, 3, height, width)
-            if tuple(pixels.shape) != expected:
-                raise ValueError(
-                    f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}"
-                )
-            parts.append(oracle(pixels).map(Tensor.cpu))
-        return Predictions.cat(parts)
-
-    predictions = predict(seen, 0)
+    shape = (frames, 3, height, width)
+    predictions = read_samples(sample, seen, 0, batch, shape)
     on_seen = accuracy(predictions, facts)
-    on_held_out = accuracy(predict(held_out, PROMPTS), [prompt.facts for prompt in held_out])
+    on_held_out = accuracy(
+        read_samples(sample, held_out, PROMPTS, batch, shape),
+        [prompt.facts for prompt in held_out],
+    )
     report = {
         "prompt_accuracy": on_seen["prompt_accuracy"],
         "attributes": on_seen["attributes"],
@@ -93,7 +78,37 @@ def prompt_accuracy_report(
     return report | (motion_report(predictions, facts) if frames > 1 else {})
 
 
-@torch.no_grad()
+def check_counts(count: int, most: int, batch: int) -> None:
+    """Refuse a number of prompts that there are not, and an empty batch."""
+    if not 2 <= count <= most:
+        raise ValueError(f"count is {count}; must be from 2 to {most}, the number of fixed prompts")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; must be at least 1")
+
+
+def read_samples(
+    sample: Sample,
+    listed: tuple[Prompt, ...],
+    first: int,
+    batch: int,
+    shape: tuple[int, int, int, int],
+    variant: str = "one",
+) -> Predictions:
+    """Return what the oracle sees in the samples of the prompts `listed`, of which `first` is the
+    place of the first one. `shape`: frames, channels, height, width of a sample."""
+    parts = []
+    for start in range(0, len(listed), batch):
+        captions = [prompt.caption for prompt in listed[start : start + batch]]
+        pixels = sample(captions, first + start)
+        expected = (len(captions), *shape)
+        if tuple(pixels.shape) != expected:
+            raise ValueError(
+                f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}"
+            )
+        parts.append(oracle(pixels, variant).map(Tensor.cpu))
+    return Predictions.cat(parts)
+
+
 def tokenizer_ceiling(
     tokenizer: Tokenizer,
     facts: list[Facts],
@@ -105,24 +120,46 @@ def tokenizer_ceiling(
 ) -> dict:
     """Return the score of the true pictures after `tokenizer`'s round trip: a rate with the
     `attributes` in it."""
-    parts = []
-    for start in range(0, len(facts), batch):
-        pixels = to_unit(render(facts[start : start + batch], width, height, frames, device))
-        parts.append(oracle(tokenizer.decode(tokenizer.encode(pixels))).map(Tensor.cpu))
-    result = accuracy(Predictions.cat(parts), facts)
+    shape = (frames, 3, height, width)
+    result = accuracy(read_round_trip(tokenizer, facts, batch, shape, device), facts)
     return result["prompt_accuracy"] | {"attributes": result["attributes"]}
 
 
-def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
-    """Score the same predictions against the prompts of other samples: each against up to 8 others,
-    so that a rate near 1 % is known. `chance`: how often two different prompts agree."""
+@torch.no_grad()
+def read_round_trip(
+    tokenizer: Tokenizer | None,
+    facts: list[Facts],
+    batch: int,
+    shape: tuple[int, int, int, int],
+    device: torch.device | str,
+    variant: str = "one",
+) -> Predictions:
+    """Return what the oracle sees in the true pictures after the round trip of a tokenizer, or
+    without one. `shape` is as in `read_samples`."""
+    parts, (frames, _, height, width) = [], shape
+    for start in range(0, len(facts), batch):
+        pixels = to_unit(render(facts[start : start + batch], width, height, frames, device))
+        if tokenizer is not None:
+            pixels = tokenizer.decode(tokenizer.encode(pixels))
+        parts.append(oracle(pixels, variant).map(Tensor.cpu))
+    return Predictions.cat(parts)
+
+
+def shuffled(predictions: Predictions, facts: list[Facts]) -> dict:
+    """Return the `accuracy` of the predictions against the facts of other samples: each against up
+    to 8 others, so that a rate near 1 % is known."""
     count, others = len(facts), min(8, len(facts) - 1)
     shifts = [round(count * k / (others + 1)) for k in range(1, others + 1)]
-    result = accuracy(
+    return accuracy(
         Predictions.cat([predictions] * others),
         [item for s in shifts for item in facts[s:] + facts[:s]],
     )
 
+
+def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
+    """Score the same predictions against the prompts of other samples. `chance`: how often two
+    different prompts agree."""
+    result = shuffled(predictions, facts)
     stated = [vars(item) | vars(item.objects[0]) for item in facts]
 
     def chance(*names: str) -> float:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mmdit.config import ConfigError, FilePath, apply_overrides, load, parse_yaml
+from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.shipped import find
 
 
@@ -33,12 +34,18 @@ class Floors:
     seen: float | None = None
     held_out: float | None = None
     left_right: float | None = None
+    # Of `--variant many`: what the seen prompts of each of its tasks must reach.
+    each_task: float | None = None
 
     def __post_init__(self):
         for field in fields(self):
             floor = getattr(self, field.name)
             if floor is not None and not 0 <= floor <= 1:
                 raise ConfigError(field.name, f"is {floor}, must be a rate from 0 to 1")
+
+    def of(self, rate: str) -> float | None:
+        """Return what a rate must reach, by its name in a results file."""
+        return self.each_task if rate in TASKS else getattr(self, rate)
 
 
 @dataclass(frozen=True)

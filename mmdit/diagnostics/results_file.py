@@ -1,6 +1,7 @@
 """Results files: what the seeds of a recipe reached, pooled, with all that is needed to believe it.
 
-A score has five rates: `seen`, `held_out`, `left_right` (clips), `ceiling` and `control`. Each has
+A score has five rates: `seen`, `held_out`, `left_right` (clips), `ceiling` and `control`; one of
+`--variant many` also those of the seen prompts of each task, by its name. Each has
 `{value, low, high, correct, count}` over the prompts of all seeds with its 95 % Wilson interval,
 the value of every seed, and `accept`: from the least to the greatest end of the seeds' intervals.
 """
@@ -17,6 +18,7 @@ import torch
 
 import mmdit
 from mmdit.data.moving_shapes import wilson
+from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.recipe import Recipe, Score, config_hash, documented_commands
 
 RATES = {  # the name here: the name in a report of `mmdit evaluate`
@@ -26,7 +28,7 @@ RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "ceiling": "tokenizer_ceiling",
     "control": "control",
 }
-COMPARED = ("seen", "held_out", "left_right")
+COMPARED = ("seen", "held_out", "left_right", *TASKS)
 
 
 def machine(device: torch.device) -> dict:
@@ -71,13 +73,19 @@ def pooled(rates: list[dict]) -> dict:
     return result
 
 
-def pooled_score(reports: list[dict]) -> dict:
+def rates_of(report: dict) -> dict:
+    """Return the rates of a report of `mmdit evaluate` by the names that they have here."""
+    rates = {key: report[name] for key, name in RATES.items() if name in report}
+    return rates | {task: row["seen"] for task, row in report.get("tasks", {}).items()}
+
+
+def pooled_score(seeds: list[dict]) -> dict:
     """Return the rates of a score over the prompts of all seeds, by name."""
-    rates = {}
-    for key in RATES:
-        if key in reports[0]:
-            rates[key] = pooled([report[key] for report in reports])
-    return rates
+    score = {}
+    for key in (*RATES, *TASKS):
+        if key in seeds[0]:
+            score[key] = pooled([rates[key] for rates in seeds])
+    return score
 
 
 def mean_of(rows: list[dict]) -> dict:
@@ -178,7 +186,7 @@ def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[
             for key in COMPARED:
                 if key not in rates or rates[key]["value"] is None:
                     continue
-                verdicts = [_beside_floor(rates[key]["value"], getattr(score.at_least, key))]
+                verdicts = [_beside_floor(rates[key]["value"], score.at_least.of(key))]
                 verdicts.append(_beside_published(rates[key], known.get(key)))
                 said = ", ".join(text for text, _ in verdicts if text)
                 holds = holds and all(good for _, good in verdicts)

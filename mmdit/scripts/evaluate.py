@@ -2,13 +2,16 @@
 pictures.
 
     mmdit evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
+    mmdit evaluate --checkpoint runs/shapes_many --variant many [--count 128] [--sheet sheet.png]
     mmdit evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
         --features name=vit_small_patch14_dinov2,weights=dinov2.safetensors,reference=data/pictures
 
 Without --prompts the samples are of moving shapes, and what was asked for is checked in the pixels
 by arithmetic: each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
-shuffled-caption control beside it. With --features the Frechet distance is measured between the
-samples and a folder of pictures, in the features of a timm model whose weights are a local file.
+shuffled-caption control beside it. --variant many asks for one to four objects in GenEval's six
+tasks: each has its score, and what the oracle accepts of true pictures that miss one thing. With
+--features the Frechet distance is measured between the samples and a folder of pictures, in the
+features of a timm model whose weights are a local file.
 """
 
 import json
@@ -16,7 +19,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mmdit.data.moving_shapes.sentences import PROMPTS
+from mmdit.data.moving_shapes.facts import VARIANTS
+from mmdit.data.moving_shapes.sentences import MANY_PROMPTS, PROMPTS
 from mmdit.diagnostics.feature_distance import (
     FEWEST,
     FeatureDistance,
@@ -25,6 +29,7 @@ from mmdit.diagnostics.feature_distance import (
 )
 from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.diagnostics.results_file import machine, peak_memory
+from mmdit.diagnostics.task_accuracy import format_tasks, task_accuracy_report
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
 from mmdit.posttrain.prompt_lists import read_prompt_list
@@ -35,6 +40,12 @@ from mmdit.training.media import contact_sheet, save_image
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_writable
 
+# of each variant: how it is scored, its prompts of each list, and how that is printed
+SCORES = {
+    "one": (prompt_accuracy_report, PROMPTS, format_report),
+    "many": (task_accuracy_report, MANY_PROMPTS, format_tasks),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
@@ -42,7 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--count",
         type=int,
-        help="prompts of each list (default and most: 256); with --prompts samples (default 2048)",
+        help="prompts of each list (default and most: 256, of --variant many 128); with --prompts"
+        " samples (default 2048)",
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="one", help="many: one to four objects, six tasks"
     )
     parser.add_argument(
         "--features",
@@ -55,11 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         help="with --features: a file of prompts (as posttrain.prompts) in place of moving shapes",
     )
     parser.add_argument("--out", help="write the report as JSON")
-    parser.add_argument("--sheet", help="write the first 32 samples as a captioned PNG")
+    parser.add_argument(
+        "--sheet",
+        help="write the first 32 samples as a captioned PNG; of --variant many some of each task",
+    )
     args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.prompts and not args.features:
             raise ValueError("--prompts needs --features: only moving shapes are scored without")
+        if args.prompts and args.variant != "one":
+            raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
         for path in filter(None, (args.out, args.sheet)):
             check_writable(path, folder=False)
         pipeline, config = load_pipeline(
@@ -76,12 +96,13 @@ def main(argv: list[str] | None = None) -> int:
         pipeline.check(width, height, frames, settings)
         offload_pipeline(pipeline, args.offload)
         drawn, distance = [], None
+        shown, most = (32, 32) if args.variant == "one" else (2, 48)  # of a call, and of all
         if args.features:
             distance = FeatureDistance(args.features, width, height, pipeline.device)
 
         def sample(captions: list[str], first: int):
             pixels = pipeline(captions, width, height, frames, settings, first, args.batch_size)
-            drawn.extend(list(zip(pixels, captions))[: 32 - len(drawn)])
+            drawn.extend(list(zip(pixels, captions))[: min(shown, most - len(drawn))])
             if distance:
                 distance.add(pixels)
             return pixels
@@ -92,16 +113,17 @@ def main(argv: list[str] | None = None) -> int:
             count = FEWEST if args.count is None else args.count
             sample_in_turn(sample, prompts, count, args.batch_size)
         else:
-            report = prompt_accuracy_report(
+            score, most_prompts, table = SCORES[args.variant]
+            report = score(
                 sample,
                 pipeline.tokenizer,
                 width=width,
                 height=height,
                 frames=frames,
-                count=PROMPTS if args.count is None else args.count,
+                count=most_prompts if args.count is None else args.count,
                 device=pipeline.device,
             )
-            print(format_report(report))
+            print(table(report))
         if distance:
             report["features"] = distance.report()
             print(format_features(report["features"]))

@@ -337,7 +337,7 @@ def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Ten
     `all`.
 
     Which object of the picture is which of the facts is decided in favour of the picture: so that
-    the most of what the caption states is right."""
+    the most of what the caption states is right, shapes before the others."""
     if len(predictions) != len(facts):
         raise ValueError(
             f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
@@ -363,9 +363,12 @@ def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Ten
 
 def _verdict(seen: dict[str, Any], item: Facts) -> dict[str, bool]:
     """Return for each attribute whether what is seen of a sample agrees with its facts."""
-    slots = range(len(seen["present"]))
+    count = len(item.objects)
+    slots = sorted(range(len(seen["present"])), key=lambda slot: not seen["present"][slot])
+    slots = slots[: max(count, sum(seen["present"]))]  # empty ones where objects are missing
     best: dict[str, bool] = {}
-    for chosen in permutations(slots, min(len(item.objects), len(slots))):
+    most = (-1, False)
+    for chosen in permutations(slots, min(count, len(slots))):
         verdict = {"position": _is_placed(seen, item, chosen)}
         for name, words in VOCABULARY.items():
             asked = [getattr(shape, name) for shape in item.objects]
@@ -373,11 +376,11 @@ def _verdict(seen: dict[str, Any], item: Facts) -> dict[str, bool]:
                 value is None or seen[name][slot] == words.index(value)
                 for value, slot in zip(asked, chosen)
             )
-        agree = [verdict.get(name, True) for name in item.attributes]
-        if not best or sum(agree) > sum(best.get(name, True) for name in item.attributes):
-            best = verdict
+        agree = sum(verdict.get(name, True) for name in item.attributes)
+        if (agree, verdict["shape"]) > most:
+            best, most = verdict, (agree, verdict["shape"])
     best["background"] = seen["background"] == BACKGROUND.index(item.background)
-    best["count"] = sum(seen["present"]) == len(item.objects) and not seen["stray"]
+    best["count"] = sum(seen["present"]) == count and not seen["stray"]
     return best
 
 

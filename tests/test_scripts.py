@@ -500,19 +500,31 @@ def test_evaluate_scores_at_the_size_asked_for_and_by_default_at_the_first_bucke
 ):
     words = ["bucketing={enabled: true, buckets: [[48, 32], [32, 48]]}", "train.max_steps=1"]
     run = shop.train("buckets", *words, cache=shop.cache("buckets", words[0]))
-    scored, real = [], evaluate.prompt_accuracy_report
+    scored, real = [], evaluate.score_variant
 
-    def spy(sample, tokenizer, **sizes):
+    def spy(*given, **sizes):
         scored.append((sizes["width"], sizes["height"], sizes["frames"]))
-        return real(sample, tokenizer, **sizes)
+        return real(*given, **sizes)
 
-    monkeypatch.setattr(evaluate, "prompt_accuracy_report", spy)
+    monkeypatch.setattr(evaluate, "score_variant", spy)
     evaluated = ["--checkpoint", str(run), "--device", "cpu", "--count", "2"]
     for size in ([], ["--width", "64", "--height", "96"], ["--height", "80"]):
         assert evaluate.main([*evaluated, *size]) == 0
     assert scored == [(48, 32, 1), (64, 96, 1), (48, 80, 1)]
     with pytest.raises(SystemExit):
         evaluate.main([*evaluated, "--width", "50"])
+
+
+def test_evaluate_scores_several_objects_by_task(shop, tmp_path, capsys):
+    words = ["--checkpoint", shop.folder / "runs/base", "--device", "cpu", "--variant", "many"]
+    words += ["--count", "2", "--out", tmp_path / "report.json", "--sheet", tmp_path / "sheet.png"]
+    assert evaluate.main([str(word) for word in words]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    tasks = ["single", "two", "counting", "colors", "position", "attribution"]
+    assert list(report["tasks"]) == tasks and report["prompt_accuracy"]["count"] == 12
+    printed = capsys.readouterr().out
+    assert all(f"\n{task} " in printed for task in tasks)
+    assert Image.open(tmp_path / "sheet.png").height > 3 * 48  # two of each call, in rows of 8
 
 
 def test_evaluate_writes_its_report_and_sheet(shop, tmp_path, capsys):

@@ -28,10 +28,12 @@ from mmdit.data.moving_shapes.oracle import (
     rate,
     score_samples,
 )
-from mmdit.data.moving_shapes.sentences import MANY_PROMPTS, prompts
+from mmdit.data.moving_shapes.sentences import MANY_PROMPTS, PROMPTS, prompts
 from mmdit.diagnostics.prompt_accuracy import (
     Sample,
     check_counts,
+    format_report,
+    prompt_accuracy_report,
     read_round_trip,
     read_samples,
     shuffled,
@@ -225,3 +227,19 @@ def format_tasks(report: dict) -> str:
             counts = [f"of {n} {r['value']:.3f}" for n, r in task["by_objects"].items()]
             lines.append(f"{name:12} {', '.join(parts)}; objects: {', '.join(counts)}")
     return "\n".join(lines)
+
+
+SCORES = {  # of each variant: the report, the number of prompts of each list, and the table
+    "one": (prompt_accuracy_report, PROMPTS, format_report),
+    "many": (task_accuracy_report, MANY_PROMPTS, format_tasks),
+}
+
+
+def score_variant(
+    variant: str, sample: Sample, tokenizer: Tokenizer, count: int | None, **options
+) -> tuple[dict, str]:
+    """Return the report of a model on a variant of moving shapes, and its table. `count`: prompts
+    of each list, None for all; `options`: size, frames and device."""
+    report_of, most, table = SCORES[variant]
+    report = report_of(sample, tokenizer, count=most if count is None else count, **options)
+    return report, table(report)

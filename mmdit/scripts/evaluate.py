@@ -19,32 +19,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mmdit.data.moving_shapes.facts import VARIANTS
-from mmdit.data.moving_shapes.sentences import MANY_PROMPTS, PROMPTS
 from mmdit.diagnostics.feature_distance import (
     FEWEST,
     FeatureDistance,
     format_features,
     sample_in_turn,
 )
-from mmdit.diagnostics.prompt_accuracy import format_report, prompt_accuracy_report
 from mmdit.diagnostics.results_file import machine, peak_memory
-from mmdit.diagnostics.task_accuracy import format_tasks, task_accuracy_report
+from mmdit.diagnostics.task_accuracy import SCORES, score_variant
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
 from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.training.expert_choice import describe_pair
-from mmdit.training.media import contact_sheet, save_image
+from mmdit.training.media import save_sheet
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_writable
-
-# of each variant: how it is scored, its prompts of each list, and how that is printed
-SCORES = {
-    "one": (prompt_accuracy_report, PROMPTS, format_report),
-    "many": (task_accuracy_report, MANY_PROMPTS, format_tasks),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         " samples (default 2048)",
     )
     parser.add_argument(
-        "--variant", choices=VARIANTS, default="one", help="many: one to four objects, six tasks"
+        "--variant", choices=SCORES, default="one", help="many: one to four objects, six tasks"
     )
     parser.add_argument(
         "--features",
@@ -113,17 +104,17 @@ def main(argv: list[str] | None = None) -> int:
             count = FEWEST if args.count is None else args.count
             sample_in_turn(sample, prompts, count, args.batch_size)
         else:
-            score, most_prompts, table = SCORES[args.variant]
-            report = score(
+            report, table = score_variant(
+                args.variant,
                 sample,
                 pipeline.tokenizer,
+                args.count,
                 width=width,
                 height=height,
                 frames=frames,
-                count=most_prompts if args.count is None else args.count,
                 device=pipeline.device,
             )
-            print(table(report))
+            print(table)
         if distance:
             report["features"] = distance.report()
             print(format_features(report["features"]))
@@ -141,13 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.out, json.dumps(report, indent=1))
         if args.sheet:
-            import torch
-
-            pixels, captions = zip(*drawn)
-            save_image(
-                contact_sheet(torch.stack(pixels), list(captions), 8 if frames == 1 else 2),
-                Path(args.sheet),
-            )
+            save_sheet(drawn, 8 if frames == 1 else 2, Path(args.sheet))
     return 0
 
 

@@ -106,6 +106,12 @@ def _png_text(facts: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     return text
 
 
+def save_sheet(drawn: list[tuple[Tensor, str]], columns: int, path: Path) -> Path:
+    """Write samples `(F, 3, H, W)` with their captions as a contact sheet; return where."""
+    pixels, captions = zip(*drawn, strict=True)
+    return save_image(contact_sheet(torch.stack(pixels), list(captions), columns), path)
+
+
 def save_image(image: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> Path:
     """Write a PNG, which appears when it is whole; `facts` say inside it how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-# Paths in these sections are needed to load a model again: they stay, the home folder as `~`.
-NEEDED = ("tokenizer", "text_encoder", "model")
+# Places that are needed to load a model again: they stay, the home folder as `~`.
+NEEDED = (
+    "tokenizer.name_or_path",
+    "tokenizer.repo_path",
+    "tokenizer.latent_stats",
+    "text_encoder.name_or_path",
+    "text_encoder.tokenizer_path",
+    "model.name_or_path",
+    "model.clip",
+)
 ABSOLUTE = re.compile(r"/(?!/)|~|[A-Za-z]:[\\/]|\\\\|file:/")
 _PART = r"[^\s/\\\"'`<>|:;,()\[\]{}*?$&]"
 _POSIX = rf"(?:/{_PART}+)+/?"
@@ -64,20 +72,17 @@ def portable_config(config: dict) -> dict:
     """Return a config as plain data that does not say where things lie on this machine: of a path
     the last part stays. One that is needed to load the model stays whole, with `~` for the home
     folder, as `local_values` then tells."""
-    result = {}
-    for key, value in config.items():
-        result[key] = _portable(value, needed=key in NEEDED)
-    return result
+    return _portable(config, "")
 
 
-def _portable(value: Any, needed: bool) -> Any:
+def _portable(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
-        return {key: _portable(item, needed) for key, item in value.items()}
+        return {key: _portable(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(item, needed) for item in value]
+        return [_portable(item, path) for item in value]
     if not isinstance(value, str) or not is_local(value):
         return value
-    return from_home(value) if needed else last_part(value)
+    return from_home(value) if path in NEEDED else last_part(value)
 
 
 def from_home(text: str) -> str:

@@ -78,7 +78,11 @@ def test_a_card_has_what_the_hub_reads_and_its_commands_run(shop, tmp_path, monk
     assert yaml.safe_load(blocks_of(text, "yaml")[0])["card"]["license"] == "mit"
 
     use, made = (shlex.split(block, comments=True) for block in blocks_of(text, "bash"))
-    assert made[:2] == ["mmdit", "train"] and made[made.index("export") - 1] == "mmdit"
+    assert (
+        "average of its weights" in text
+        and made[:2] == ["mmdit", "train"]
+        and made[made.index("export") - 1] == "mmdit"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(shop.config.read_text().replace(str(shop.folder), "."))
     end = use.index("mmdit", 1)
@@ -108,10 +112,13 @@ def test_a_place_that_loading_needs_stays_and_is_told(shop, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
     words = ["--checkpoint", str(shop.folder / "runs/base"), "--out", str(out)]
     vtp = {"tokenizer": {"type": "vtp", "name_or_path": f"{shop.folder}/vtp"}}
-    portable = privacy.portable_config({**vtp, "train": {"init_from": f"{shop.folder}/runs/a"}})
-    assert portable["tokenizer"]["name_or_path"] == "~/vtp" and portable["train"] == {
-        "init_from": "a"
+    others = {
+        "train": {"init_from": f"{shop.folder}/runs/a"},
+        "data": {"sources": [{"path": "/c/d"}]},
     }
+    portable = privacy.portable_config(vtp | others)
+    assert portable["tokenizer"]["name_or_path"] == "~/vtp"
+    assert portable["train"]["init_from"] == "a" and portable["data"]["sources"][0]["path"] == "d"
     assert list(privacy.local_values(portable)) == [("tokenizer.name_or_path", "~/vtp")]
     refused(capsys, export.main, [*words, "model.depth=3"], "model.depth=3", "card.…")
     refused(capsys, export.main, [*words, "card.license=My Own"], "'My Own'", "apache-2.0")
@@ -210,6 +217,8 @@ def test_every_form_has_its_commands():
     config = {"model": {"name_or_path": "~/models/Wan2.1-T2V-1.3B"}, "tokenizer": {}}
     own = commands_for(made("mmdit", config), "", "p")[0]
     assert own.endswith("--out samples model.name_or_path=Wan2.1-T2V-1.3B")
+    config = {"text_encoder": {"name_or_path": "google/t5"}}
+    assert commands_for(made("mmdit", config), "", "p")[0].endswith("name_or_path=google/t5")
     ours = {"tokenizer": {"name_or_path": "VTP/checkpoints/vtp_tiny_f16d64"}}
     assert commands_for(made("mmdit", ours), "", "p")[0].endswith("--out samples")
 

@@ -5,6 +5,7 @@ they are."""
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from huggingface_hub import file_download as downloads  # noqa: E402
 
 from mmdit.commands.export_card import card_path  # noqa: E402
 from mmdit.commands.pull import is_read, uses_of  # noqa: E402
-from mmdit.scripts import export, pull, push, sample, train_t2v  # noqa: E402
+from mmdit.scripts import evaluate, export, pull, push, sample, train_t2v  # noqa: E402
 from tests.helpers.hub_server import TOKEN, running_hub  # noqa: E402
 from tests.helpers.tiny import Workshop, refused  # noqa: E402
 
@@ -82,6 +83,8 @@ def test_a_model_is_sent_fetched_and_used(hub, shop, model, tmp_path, capsys):
     assert f"--checkpoint {out}/model.safetensors" in command
     words = command.removeprefix("next: mmdit sample ").replace("'a prompt'", "star").split()
     assert sample.main([*words[:-1], str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    words = ["--checkpoint", str(out / "model.safetensors"), "--device", "cpu", "--count", "2"]
+    assert evaluate.main(words) == 0
     start = f"train.init_from={out}/model.safetensors"
     assert train_t2v.main(shop.train_words("again", start, "train.max_steps=1")) == 0
 
@@ -89,6 +92,21 @@ def test_a_model_is_sent_fetched_and_used(hub, shop, model, tmp_path, capsys):
     assert pull.main(["me/shapes", "--out", str(out)]) == 0  # all is there: nothing comes again
     assert "4 files were there already" in capsys.readouterr().out
     assert not [path for _, path, *_ in hub.requests if "/resolve/" in path]
+
+
+def test_the_page_about_sharing_can_be_typed(hub, shop, tmp_path, monkeypatch):
+    """Its first block, as it stands, in a folder with the run that it names."""
+    shutil.copytree(shop.folder / "runs/base", tmp_path / "runs/my_run")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/sharing.md").read_text(encoding="utf-8")
+    block = page.split("```bash\n")[1].split("```")[0]
+    commands = {"export": export, "push": push, "pull": pull, "sample": sample}
+    typed = [shlex.split(line)[1:] for line in block.splitlines()]
+    for name, *words in typed:
+        assert commands[name].main(words) == 0
+    assert [name for name, *_ in typed] == ["export", "push", "push", "pull", "sample"]
+    assert hub.repositories["OWNER/NAME"].private
+    assert (tmp_path / "samples/0000.png").is_file()
 
 
 @pytest.mark.slow
@@ -198,6 +216,8 @@ def test_a_card_with_a_licence_is_needed_and_links_are_not_followed(hub, tmp_pat
     (folder / "y.txt").symlink_to(tmp_path)
     refused(capsys, push.main, [folder, "me/x"], "y.txt is a link")
     refused(capsys, push.main, [tmp_path / "gone", "me/x"], "is not there")
+    (tmp_path / "x.pt").touch()
+    refused(capsys, push.main, [tmp_path / "x.pt", "me/x"], "is a pickle")
     refused(capsys, push.main, [folder, "x"], "must be OWNER/NAME")
     assert hub.requests == []
 
@@ -214,6 +234,7 @@ def test_only_what_mmdit_reads_is_taken_and_names_lead_nowhere(hub, tmp_path, ca
     assert "\x1b" not in capsys.readouterr().out
     assert not any(map(is_read, [*hostile, *others])) and all(map(is_read, wanted))
     hub.public("me/y", {"a.py": b""})
+    refused(capsys, pull.main, ["me/x", "--out", out / "README.md"], "is a file, but a folder")
     refused(capsys, pull.main, ["me/y", "--out", out], "none of the files that mmdit reads")
 
 

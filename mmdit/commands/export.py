@@ -16,17 +16,10 @@ from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
-from mmdit.privacy import last_part, local_values, portable_config
+from mmdit.privacy import NEEDED, last_part, local_values, portable_config
 from mmdit.training.checkpoint import Meta, Weights, export, load_weights
 from mmdit.training.expert_choice import joint_choice
 
-PLACES = (
-    "tokenizer.name_or_path",
-    "text_encoder.name_or_path",
-    "text_encoder.tokenizer_path",
-    "model.name_or_path",
-    "model.clip",
-)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -124,9 +117,9 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
     this machine. ValueError: an override is of what the weights decide."""
     for word in overrides:
         key = word.partition("=")[0]
-        if not key.startswith("card.") and key not in PLACES:
+        if not key.startswith("card.") and key not in NEEDED:
             raise ValueError(
-                f"{word}: an export takes card.… and the places {', '.join(PLACES)}; the rest is as"
+                f"{word}: an export takes card.… and the places {', '.join(NEEDED)}; the rest is as"
                 " it was trained"
             )
     config = apply_overrides(meta.config, overrides)

@@ -180,8 +180,8 @@ class Card:
         began = f" Its training began from {escaped(Path(str(start)).name)}." if start else ""
         step = "" if exported.step is None else f" It is of step {exported.step:,}"
         weights = ", the last weights." if exported.raw else ", the average of its weights."
-        ema = (self.config.get("ema") or {}).get("enabled")
-        step += (weights if ema else ".") if step else ""
+        averaged = self.run is not None and (self.config.get("ema") or {}).get("enabled")
+        step += (weights if averaged else ".") if step else ""
         return f"{what}. It was written by mmdit {mmdit.__version__}.{step}{began}"
 
     def _base_in_words(self) -> str:
@@ -193,8 +193,8 @@ class Card:
     # ── how it is used ────────────────────────────────────────────────────────────────────────────
     def _use(self) -> str:
         """Return commands that use what was exported."""
-        prompts = self.run.prompts() if self.run else []
-        prompt = without_paths(" ".join((prompts or ["a prompt"])[0].split()))
+        prompts = (self.config.get("train") or {}).get("sample_prompts") or ["a prompt"]
+        prompt = without_paths(" ".join(str(prompts[0]).split()))
         lines = commands_for(self.exported, self.base, prompt)
         commands = [fenced("\n".join(lines), "bash")] if lines else []
         return "\n\n".join([*commands, *uses_elsewhere(self.exported, prompt)])
@@ -222,29 +222,27 @@ class Card:
 
     def _training(self) -> str:
         """Return figures, curves, starts and the commands."""
-        if self.run is None:
-            return ""
         parts = []
-        if self.records:
+        if self.run and self.records:
             said = figures(self.records[-1], self.run.max_steps())
             parts.append(" · ".join(map(escaped, said)))
-        rows = start_rows(self.run.folder)
+        rows = start_rows(self.run.folder) if self.run else []
         if len(rows) > 1:
             parts.append(table(rows))
         parts += [picture("curves", name) for name in self.pictures if name.endswith("curves.png")]
-        parts.append("Made by these commands, with the configuration below as `config.yaml`:")
-        parts.append(fenced("\n".join(self._commands()), "bash"))
+        if commands := self._commands():
+            parts.append("It was made by these commands; `config.yaml` is below.")
+            parts.append(fenced("\n".join(commands), "bash"))
         return "\n\n".join(parts)
 
     def _commands(self) -> list[str]:
         """Return what was typed, but for where things lay."""
-        assert self.run is not None
         typed: list[str] = []
-        for start in read_starts(self.run.folder):
+        for start in read_starts(self.run.folder) if self.run else []:
             command = start.get("command")
             if isinstance(command, str) and command and command not in typed:
                 typed.append(command)
-        if not typed:  # the run of an older version
+        if self.run and not typed:  # the run of an older version
             typed.append("mmdit train --config config.yaml --train_cache_dir CACHE")
         if self.exported.command:
             typed.append(self.exported.command)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdit.commands.card_text import fenced
-from mmdit.privacy import NEEDED, last_part
+from mmdit.privacy import NEEDED, is_local, last_part
 from mmdit.shipped import shipped_path
 
 
@@ -52,10 +52,12 @@ def needed_places(config: dict) -> list[str]:
     """Return overrides for what a file needs and does not hold, where that does not ship with
     mmdit."""
     words = []
-    for section in NEEDED:
-        place = (config.get(section) or {}).get("name_or_path")
-        if isinstance(place, str) and place and not shipped_path(place):
-            words.append(f"{section}.name_or_path={last_part(place)}")
+    for key in NEEDED:
+        section, _, name = key.partition(".")
+        place = (config.get(section) or {}).get(name)
+        if name == "name_or_path" and isinstance(place, str) and place and not shipped_path(place):
+            known = last_part(place) if is_local(place) else place
+            words.append(f"{key}={known}")
     return words
 
 

@@ -19,6 +19,7 @@ from mmdit.commands.push import front_matter
 from mmdit.files import flush_to_disk, lock, refuse_link, remove
 from mmdit.foreign import read_json
 from mmdit.terminal import shown
+from mmdit.training.samples import check_writable
 
 PART = ".pulling-{}.part"  # a file on its way, by its check sum
 SHOWN = 8
@@ -187,6 +188,7 @@ def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Ite
     """Fetch a repository, and yield what to print meanwhile."""
     check_repository(repository)
     out = refuse_link(out or Path(repository.rpartition("/")[2]))
+    check_writable(out, folder=True)
     wanted = Pull(repository, out, revision)
     total = size_in_words(sum(entry.size for entry in wanted.files.values()))
     yield (

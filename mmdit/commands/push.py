@@ -45,23 +45,26 @@ class Push:
             self._take_file()
         else:
             raise ValueError(f"{self.target} is not there: give a file or a folder of mmdit export")
+        self._look_at_files()
         if "README.md" not in self.files:
             raise ValueError(
                 f"{self.target} has no model card ({card_path(self.target)}), which says how it was"
                 " made and under which licence it stands: mmdit export writes one"
             )
-        known = secrets()
+        self.license = self._read_license()
+
+    def _look_at_files(self) -> None:
+        """Raise ValueError for files that are not sent."""
+        known, pipeline = secrets(), PIPELINE in self.files
         problems = [
             f"{name}: {problem}"
             for name, path in self.files.items()
-            for problem in problems_of(name, path, known, PIPELINE in self.files)
+            for problem in problems_of(name, path, known, pipeline)
         ]
-        if not problems:
-            self.license = self._read_license()
-            return
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n  ".join(problems[:SHOWN])
-        raise ValueError(f"nothing is sent, for {self.target} holds\n  {listed}{more}")
+        if problems:
+            more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+            listed = "\n  ".join([*problems[:SHOWN], *more])
+            raise ValueError(f"nothing is sent, for there is in {self.target}\n  {listed}")
 
     def _take_file(self) -> None:
         """Take a file, its card and the pictures of the card."""

@@ -11,6 +11,9 @@ train.init_from.
 Two bytes a weight are enough: bf16 reaches as far as fp32, and fp16 keeps eight times the digits of
 bf16 (a weight that it cannot hold is an error), so fp16 draws nearer to what the run drew.
 
+A model card is written beside it, NAME.md or README.md of a folder; card.license=… and the like say
+what only you know. Places of this machine are left out of both.
+
 A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold
 them into the weights.
 """

@@ -15,6 +15,7 @@ HELPERS = (
     "__init__",
     "arguments",
     "data_arguments",
+    "metric_arguments",
     "parsers",
     "prompts",
 )  # modules of the folder that are no commands

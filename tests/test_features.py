@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.dataset.frames import load_first_frame
-from mmdit.diagnostics.feature_distance import FeatureDistance, Moments, frechet_distance
+from mmdit.data.dataset.media_sets import Shape
+from mmdit.diagnostics.distribution_distance import Moments, frechet_distance
+from mmdit.diagnostics.feature_distance import FeatureDistance
 from mmdit.interop.feature_encoder import FeatureEncoder
 from mmdit.posttrain.feature_reward import FeatureSimilarity
 from mmdit.posttrain.posttrain_config import PosttrainConfig
@@ -118,7 +120,7 @@ def test_a_folder_is_not_apart_from_itself_and_few_samples_are_warned_of(weights
     folder = pictures(tmp_path / "real", 5)
     (folder / "broken.png").write_bytes(b"no picture")
     setting = f"name=test_vit,weights={weights}/test_vit.safetensors,reference={folder}"
-    distance = FeatureDistance(setting, 64, 48, CPU)
+    distance = FeatureDistance(setting, Shape((64, 48)), CPU)
     assert "skipped" in capsys.readouterr().out
     same = torch.stack([load_first_frame(folder / f"{i}.png", (64, 48)) for i in range(5)])[:, None]
     distance.add(same[:3])
@@ -126,12 +128,12 @@ def test_a_folder_is_not_apart_from_itself_and_few_samples_are_warned_of(weights
     report = distance.report()
     assert report["frechet_distance"] == pytest.approx(0, abs=1e-3)
     assert (report["samples"], report["pictures"]) == (5, 5) and "below 2048" in report["warning"]
-    other = FeatureDistance(setting, 64, 48, CPU)
+    other = FeatureDistance(setting, Shape((64, 48)), CPU)
     other.add(torch.zeros_like(same))
     assert other.report()["frechet_distance"] > 10 * abs(report["frechet_distance"]) + 1e-3
     for bad in ("name=test_vit", f"{setting},more=1", setting.replace(str(folder), "")):
-        with pytest.raises(ValueError, match="must be name=TIMM_MODEL"):
-            FeatureDistance(bad, 64, 48, CPU)
+        with pytest.raises(ValueError, match="must be PATH"):
+            FeatureDistance(bad, Shape((64, 48)), CPU)
 
 
 def test_the_reward_prefers_what_resembles_the_folder(weights, tmp_path):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.render import render
 from mmdit.data.moving_shapes.sentences import prompts
+from mmdit.interop.clip_similarity import from_open_clip
 from mmdit.pixels import to_unit
-from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore, from_open_clip
+from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,

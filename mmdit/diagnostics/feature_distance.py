@@ -1,120 +1,303 @@
-"""Frechet distance of features (Heusel et al. 2017, 1706.08500): how far what a model draws is from
-real pictures, as two Gaussians in the space of a feature encoder."""
+"""How far samples are from real pictures or clips, in the features of one frozen encoder: Frechet
+and kernel distance, precision and recall, density and coverage, and whether samples are copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import get_args
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from mmdit.data.dataset.picture_folder import folder_pictures
-from mmdit.interop.feature_encoder import FeatureEncoder
+from mmdit.data.dataset.media_sets import Shape, media_records, read_media
+from mmdit.data.dataset.records import Record
+from mmdit.diagnostics.distribution_distance import (
+    Moments,
+    frechet_distance,
+    frechet_limit,
+    kernel_distance,
+)
+from mmdit.diagnostics.frame_scores import FrameScores, consistency, steadiness
+from mmdit.diagnostics.neighbours import (
+    DENSITY_NEIGHBOURS,
+    NEIGHBOURS,
+    copy_scores,
+    manifold_scores,
+    nearest_distances,
+)
+from mmdit.interfaces import Tokenizer
+from mmdit.interop.encoders import ClipRule, Encoder, open_encoder
+from mmdit.interop.picture_resizing import WAYS
+from mmdit.pixels import to_uint8, to_unit
+from mmdit.training.media import contact_sheet
 
 FEWEST = 2048  # samples below which the distance says more of their number than of the model
-KEYS = {"name", "weights", "reference"}
+KEYS = ("name", "weights", "resize", "clips", "reference")
 BATCH = 64
+SHOWN = 16  # pairs on the sheet of nearest items
+PENDING_BYTES = 1 << 28  # of samples whose nearest items are looked for at once
 
 
-class Moments:
-    """Count, mean and covariance of features, summed up in float64 as they come."""
+def read_setting(setting: str) -> dict[str, str]:
+    """Return the parts of `--features`: `PATH`, or `key=value` divided by commas. ValueError: a key
+    is unknown or empty, or none names the weights."""
+    first, *rest = setting.split(",")
+    if "=" not in first:
+        first = f"weights={first}"
+    values = dict(part.partition("=")[::2] for part in (first, *rest))
+    wrong = [key for key, value in values.items() if key not in KEYS or not value]
+    if wrong or "weights" not in values:
+        raise ValueError(
+            f"--features is {setting!r}, must be PATH, the word tokenizer, or"
+            " name=TIMM_MODEL,weights=FILE.safetensors; behind it, divided by commas, perhaps"
+            " resize=tensorflow|pytorch|clean, clips=middle|halves and reference=SOURCE"
+        )
+    for key, allowed in (("resize", tuple(WAYS)), ("clips", get_args(ClipRule))):
+        if values.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"--features: {key}={values[key]}, must be one of {allowed}")
+    return values
 
-    def __init__(self):
-        self.count, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, features: Tensor) -> None:
-        """Take in `features (N, D)`."""
-        features = features.double()
-        self.count += len(features)
-        self.total = self.total + features.sum(0)
-        self.products = self.products + features.T @ features
+class FeatureSet:
+    """The features of what was taken in, with their names and the scores of frames."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+        self.parts: list[Tensor] = []
+        self.names: list[str] = []
+        self.moments, self.frames = Moments(), FrameScores()
 
     @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
+    def features(self) -> Tensor:
+        """Return all of them `(N, D)`."""
+        return torch.cat(self.parts)
 
-    @property
-    def covariance(self) -> Tensor:
-        """Return the unbiased `(D, D)`."""
-        return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
-
-
-def frechet_distance(one: Moments, two: Moments) -> float:
-    """Return `|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)`."""
-    if min(one.count, two.count) < 2:
-        raise ValueError("a Frechet distance needs two samples and two reference pictures or more")
-    values, vectors = torch.linalg.eigh(one.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # Σ₁ Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½
-    shared = torch.linalg.eigvalsh(root @ two.covariance @ root).clamp(min=0).sqrt().sum()
-    apart = (one.mean - two.mean).square().sum()
-    return float(apart + one.covariance.trace() + two.covariance.trace() - 2 * shared)
-
-
-def sample_in_turn(
-    sample: Callable[[list[str], int], Tensor], prompts: list[str], count: int, batch: int
-) -> None:
-    """Have `sample(captions, first)` draw `count` samples of the prompts, one after the other and
-    again from the beginning."""
-    if count < 2:
-        raise ValueError(f"--count is {count}, must be at least 2")
-    captions = [prompts[i % len(prompts)] for i in range(count)]
-    for first in range(0, count, batch):
-        sample(captions[first : first + batch], first)
+    def add(self, pixels: Tensor, names: list[str]) -> Tensor:
+        """Take in uint8 `(B, F, 3, H, W)`; return their features `(B, D)`."""
+        features = torch.cat([self.encoder(to_unit(part)) for part in pixels.split(BATCH)])
+        if self.parts and self.parts[0].shape[1] != features.shape[1]:
+            raise ValueError(
+                f"features of {names[0]} have width {features.shape[1]}, those before"
+                f" {self.parts[0].shape[1]}: clips and pictures cannot be compared"
+            )
+        if pixels.shape[1] > 1:
+            self.frames.add("steadiness", steadiness(to_unit(pixels)))
+            if self.encoder.reads == "pictures":
+                for part in pixels.split(BATCH):
+                    of_frames = self.encoder.of_frames(to_unit(part))
+                    self.frames.add("consistency", consistency(of_frames))
+        self.parts.append(features)
+        self.names += names
+        self.moments.add(features)
+        return features
 
 
 class FeatureDistance:
-    """Compares samples with a folder of real pictures, all of one size. `setting`:
-    `name=MODEL,weights=FILE,reference=FOLDER`. Of a clip the middle frame counts."""
+    """Compares samples with real pictures or clips. `setting`: see `read_setting`. `real`: a folder
+    or a JSONL file; the training items, if samples should be looked at as copies of them.
+    `held_out`: likewise, real items that were not trained on. `shape`: what real items are made to
+    be; an encoder that sees one frame of a clip is given one frame of them. `tokenizer`: what that
+    word stands for in the setting.
+    """
 
-    def __init__(self, setting: str, width: int, height: int, device: torch.device):
-        values = dict(part.partition("=")[::2] for part in setting.split(","))
-        if values.keys() != KEYS or not all(values.values()):
-            raise ValueError(
-                f"--features is {setting!r}, must be"
-                " name=TIMM_MODEL,weights=FILE.safetensors,reference=FOLDER"
-            )
-        self.name, self.reference, self.device = values["name"], values["reference"], device
-        self.encoder = FeatureEncoder(self.name, Path(values["weights"]).expanduser()).to(device)
-        self.real, self.drawn = Moments(), Moments()
-        pictures = folder_pictures(Path(self.reference).expanduser(), width, height)
-        while batch := list(islice(pictures, BATCH)):
-            self.real.add(self._features(torch.stack(batch)))
+    def __init__(
+        self,
+        setting: str,
+        shape: Shape,
+        device: torch.device,
+        real: str | None = None,
+        held_out: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        values = read_setting(setting)
+        named = values.pop("reference", None)
+        self.real_source, self.held_out_source = real or named or "", held_out
+        if not self.real_source:
+            raise ValueError("--features needs real items to compare with; give --real SOURCE")
+        if real and named:
+            raise ValueError(f"real items are named twice: --real {real}, reference={named}")
+        self.encoder = open_encoder(device=device, tokenizer=tokenizer, **values)
+        one_frame = self.encoder.reads == "pictures" and not self.encoder.halves
+        self.shape = replace(shape, frames=1, stride=1) if one_frame else shape
+        self.num_workers, self.seed = num_workers, seed
+        self.real, self.drawn = FeatureSet(self.encoder), FeatureSet(self.encoder)
+        self.records: list[Record] = []
+        for records, pixels in self._read(self.real_source):
+            self.real.add(pixels, [record.id for record in records])
+            self.records += records
+        self.held_out = FeatureSet(self.encoder) if held_out else None
+        if self.held_out:
+            for records, pixels in self._read(str(held_out)):
+                self.held_out.add(pixels, [record.id for record in records])
+        self.distances: list[Tensor] = []  # of samples to the nearest real item
+        self.nearest: list[Tensor] = []
+        self.closest: list[tuple[float, str, int, Tensor]] = []  # distance, sample, item, pixels
+        self.pending: list[tuple[Tensor, Tensor, list[str]]] = []
 
-    @torch.no_grad()
-    def _features(self, pictures: Tensor) -> Tensor:
-        return self.encoder(pictures.to(self.device)).cpu()
+    def _read(self, source: str) -> Iterator[tuple[list[Record], Tensor]]:
+        records = media_records(source, self.shape.frames)
+        return read_media(records, self.shape, BATCH, self.num_workers)
 
-    def add(self, pixels: Tensor) -> None:
-        """Take in samples `(B, F, 3, H, W)` in [0, 1]."""
-        for part in pixels[:, pixels.shape[1] // 2].split(BATCH):
-            self.drawn.add(self._features(part))
+    def add(self, pixels: Tensor, names: list[str] | None = None) -> None:
+        """Take in samples `(B, F, 3, H, W)` in [0, 1], rounded as a file would hold them, or as
+        uint8; `names` of them, or their numbers."""
+        stored = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
+        stored, count = stored.cpu(), len(self.drawn.names)
+        names = names or [f"{count + i:04d}" for i in range(len(stored))]
+        self.pending.append((self.drawn.add(stored, names), stored, names))
+        if sum(part.nbytes for _, part, _ in self.pending) > PENDING_BYTES:
+            self._find_nearest()
+
+    def _find_nearest(self) -> None:
+        """Find the nearest real item of each sample that waits, and keep the pixels of the nearest
+        samples."""
+        if not self.pending:
+            return
+        features, stored, names = zip(*self.pending)
+        self.pending = []
+        distances, nearest = nearest_distances(torch.cat(features), self.real.features, 1)
+        self.distances.append(distances[:, 0].sqrt())
+        self.nearest.append(nearest[:, 0])
+        clips = [clip for part in stored for clip in part]
+        rows = zip(self.distances[-1].tolist(), sum(names, []), self.nearest[-1].tolist(), clips)
+        self.closest = sorted([*self.closest, *rows], key=lambda row: row[:2])[:SHOWN]
 
     def report(self) -> dict:
-        """Return the distance with what it rests on, ready for JSON."""
+        """Return the scores with all that they rest on, ready for JSON."""
+        self._find_nearest()
         report = {
-            "encoder": self.name,
-            "reference": self.reference,
-            "frechet_distance": frechet_distance(self.drawn, self.real),
-            "samples": self.drawn.count,
-            "pictures": self.real.count,
-            "width": len(self.real.mean),
+            "encoder": self.encoder.name,
+            "reference": self.real_source,
+            "frechet_distance": frechet_distance(self.drawn.moments, self.real.moments),
         }
-        fewest = min(self.drawn.count, self.real.count)
-        if fewest < FEWEST:
-            report["warning"] = (
-                f"{fewest} samples or pictures: below {FEWEST} the distance is larger than it"
-                " should be; compare it only with one of as many samples and the same folder"
-            )
+        samples, real = self.drawn.features, self.real.features
+        limit = frechet_limit(samples, self.real.moments, self.seed)
+        few = min(len(samples), len(real)) <= max(NEIGHBOURS, DENSITY_NEIGHBOURS)
+        report |= {
+            "frechet_limit": limit,
+            "kernel_distance": kernel_distance(samples, real, self.seed),
+            "neighbours": None if few else manifold_scores(samples, real),
+            "copies": self._copies(),
+            "samples": len(samples),
+            "pictures": len(real),
+            "width": samples.shape[1],
+            "rank": {
+                "samples": self.drawn.moments.root()[1],
+                "pictures": self.real.moments.root()[1],
+            },
+            "seed": self.seed,
+            "k": {"precision, recall": NEIGHBOURS, "density, coverage": DENSITY_NEIGHBOURS},
+            "real_items": asdict(self.shape),
+            **self.encoder.facts,
+        }
+        if self.drawn.frames.values:
+            report["frames"] = {
+                "samples": self.drawn.frames.report(),
+                "real": self.real.frames.report() or None,
+            }
+        if warnings := list(self._warnings(limit, few)):
+            report["warning"] = "\n".join(warnings)
         return report
+
+    def _copies(self) -> dict:
+        """Return `copy_scores`, with what each sample is nearest to."""
+        control = "held-out items"
+        if self.held_out:
+            distances = nearest_distances(self.held_out.features, self.real.features, 1)[0]
+        else:
+            control = "real items among themselves: too near where these repeat each other"
+            features = self.real.features
+            distances = nearest_distances(features, features, 1, same=True)[0]
+        distances_of_samples = torch.cat(self.distances)
+        nearest = [self.real.names[number] for number in torch.cat(self.nearest).tolist()]
+        return {
+            "control": control,
+            "held_out": self.held_out_source,
+            **copy_scores(distances_of_samples, distances[:, 0].sqrt()),
+            "nearest": dict(
+                zip(self.drawn.names, zip(nearest, distances_of_samples.tolist()), strict=True)
+            ),
+        }
+
+    def _warnings(self, limit: dict | None, few: bool) -> Iterator[str]:
+        fewest, width = min(self.drawn.moments.count, self.real.moments.count), self.width
+        if fewest < FEWEST:
+            yield (
+                f"{fewest} samples or pictures: below {FEWEST} the distance is larger than it"
+                " should be; compare it only with one of as many samples and the same folder, or"
+                " look at the kernel distance"
+            )
+        if fewest <= width:
+            yield (
+                f"{fewest} features of width {width} have a singular covariance: nothing is known"
+                " of the directions in which they do not vary"
+            )
+        if limit is None:
+            yield f"no limit of the Frechet distance: it needs {2 * width} samples"
+        if few:
+            yield "too few for precision and recall"
+
+    @property
+    def width(self) -> int:
+        """Return the width of the features."""
+        return len(self.real.moments.mean)
+
+    def copies_sheet(self) -> Image.Image:
+        """Draw the samples that are nearest to a real item, each beside that item."""
+        self._find_nearest()
+        first = self.closest[0][3]
+        size = (first.shape[-1], first.shape[-2])
+        shape = replace(self.shape, size=size)
+        clips, captions = [], []
+        for distance, name, number, clip in self.closest:
+            ((_, items),) = read_media([self.records[number]], shape, 1)
+            frames = len(clip) if len(items[0]) > 1 else 1
+            shown = clip if frames > 1 else clip[len(clip) // 2][None]
+            clips += [_sized(shown, size), items[0]]
+            captions += [f"sample {name}", f"real {self.real.names[number]}, {distance:.4g} away"]
+        return contact_sheet(torch.stack(clips), captions, 4 if self.shape.frames == 1 else 2)
+
+
+def _sized(clip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return uint8 frames at another size (width, height)."""
+    if (clip.shape[-1], clip.shape[-2]) == size:
+        return clip
+    frames = F.interpolate(to_unit(clip), size[::-1], mode="bicubic", antialias=True)
+    return to_uint8(frames)
 
 
 def format_features(report: dict) -> str:
     """Return the report as lines for a person."""
-    line = (
+    kernel, copies = report["kernel_distance"], report["copies"]
+    lines = [
         f"Frechet distance of {report['encoder']} features {report['frechet_distance']:.3f}:"
         f" {report['samples']} samples, {report['pictures']} pictures of {report['reference']}"
-    )
-    return "\n".join([line, f"  {report['warning']}"] if "warning" in report else [line])
+    ]
+    if report["frechet_limit"]:
+        lines.append(f"  for infinitely many samples {report['frechet_limit']['value']:.3f}")
+    spread = "" if kernel["deviation"] is None else f" ± {kernel['deviation']:.3g} over subsets"
+    lines.append(f"  kernel distance {kernel['value']:.4g}{spread} (unbiased)")
+    if report["neighbours"]:
+        scores = report["neighbours"].items()
+        lines.append("  " + ", ".join(f"{name} {value:.3f}" for name, value in scores))
+    medians = [copies[name]["median"] for name in ("sample_distances", "control_distances")]
+    control = copies["control"].partition(":")[0]
+    lines += [
+        f"  nearest real item: {medians[0]:.4g} from a sample, {medians[1]:.4g} from {control}"
+        " (medians)",
+        f"  {copies['suspicious']:.1%} of the samples are nearer than 99 % of those (1 % expected),"
+        f" {copies['identical']} identical; a sample is nearer than one of those with probability"
+        f" {copies['closer']:.3f} (0.5 expected)",
+    ]
+    for which, scores in (report.get("frames") or {}).items():
+        if scores:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            lines.append(f"  frames of {which}: {text}")
+    if "warning" in report:
+        lines += [f"  {warning}" for warning in report["warning"].splitlines()]
+    return "\n".join(lines)

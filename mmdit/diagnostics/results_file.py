@@ -20,6 +20,7 @@ import mmdit
 from mmdit.data.moving_shapes import wilson
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.recipe import Recipe, Score, config_hash, documented_commands
+from mmdit.files import write_atomically
 
 RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "seen": "prompt_accuracy",
@@ -48,6 +49,12 @@ def peak_memory(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+
+
+def write_report(path: str | Path, report: dict) -> None:
+    """Write the report of a command as JSON, with the folders above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=1))
 
 
 def pooled(rates: list[dict]) -> dict:

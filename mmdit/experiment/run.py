@@ -12,9 +12,11 @@ from torch import nn
 from mmdit import config as config_io
 from mmdit.adapters import coverage, lora_state
 from mmdit.adapters.strength import alphas
+from mmdit.config import ConfigError
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
+from mmdit.diagnostics.clip_score import PreviewScore
 from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.data_sources import open_batches, sources_of
 from mmdit.experiment.experiment_config import ExperimentConfig
@@ -209,6 +211,12 @@ class Run:
         if not config.train.sample_every_steps or not (main or learner.sharded):
             return None
         pipeline = Pipeline(learner, self.tokenizer, config.train.precision, config.captions)
+        score = None
+        if config.train.sample_clip and main:
+            try:
+                score = PreviewScore(config.train.sample_clip, self.world.device)
+            except ValueError as error:
+                raise ConfigError("train.sample_clip", f"cannot score previews: {error}") from None
         width, height = target_sizes(config.video, config.bucketing, learner.spec.spatial)[0]
         previews = Previews(
             pipeline,
@@ -221,6 +229,7 @@ class Run:
             config.ema.use_for_sampling,
             writes=main,
             tracker=tracker,
+            score=score,
         )
         if self.start is not None:
             is_missing = partial(previews.is_missing, self.state.step)

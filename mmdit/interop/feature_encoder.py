@@ -6,21 +6,11 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.interop.picture_resizing import square
 from mmdit.pixels import Standard
 from mmdit.weights import Checkpoint, check_numbers, fill
-
-
-def square(images: Tensor, size: int) -> Tensor:
-    """Return `(N, 3, size, size)` in [0, 1]: the middle of `images (N, 3, H, W)`, whose short side
-    becomes `size`."""
-    short = min(images.shape[-2:])
-    if short != size:
-        images = F.interpolate(images, scale_factor=size / short, mode="bicubic", antialias=True)
-    top, left = ((side - size) // 2 for side in images.shape[-2:])
-    return images[..., top : top + size, left : left + size].clamp(0, 1)
 
 
 class FeatureEncoder(nn.Module):
@@ -50,7 +40,7 @@ class FeatureEncoder(nn.Module):
             raise ValueError(f"{weights} must be the .safetensors file of the timm model {name}")
         self.network = timm.create_model(name, pretrained=False, num_classes=0)
         classifier = self.network.pretrained_cfg.get("classifier") or ()
-        _load(self.network, classifier, Checkpoint(weights), weights)
+        load_network(self.network, classifier, Checkpoint(weights), weights)
         self.requires_grad_(False).eval()
         settings = resolve_model_data_config(self.network)
         self.size, self.statistics = settings["input_size"][-1], (settings["mean"], settings["std"])
@@ -61,17 +51,19 @@ class FeatureEncoder(nn.Module):
         return self.network(standard.to_standard(images)).float()
 
 
-def _load(
-    network: nn.Module, classifier: str | tuple[str, ...], stored: Checkpoint, source: str | Path
+def load_network(
+    network: nn.Module, unused: str | tuple[str, ...], stored: Checkpoint, source: str | Path
 ) -> None:
-    """Load weights strictly, but for a classifier in the file; running means are buffers."""
-    names = (classifier,) if isinstance(classifier, str) else classifier
+    """Load weights strictly, but for the parts `unused` in the file, such as a classifier; running
+    means are buffers, and how many batches they were taken from may be absent."""
+    names = (unused,) if isinstance(unused, str) else unused
     prefixes = tuple(f"{name}." for name in names)
     buffers = {n: b for n, b in network.named_buffers() if n in network.state_dict()}
-    if missing := [name for name in buffers if name not in stored.entries]:
+    needed = [name for name in buffers if not name.endswith("num_batches_tracked")]
+    if missing := [name for name in needed if name not in stored.entries]:
         raise ValueError(f"{source} lacks {len(missing)} tensors, first {missing[0]}")
-    unused = [name for name in stored.entries if name.startswith(prefixes)]
-    fill(network, stored, {}, source, ignored=(*buffers, *unused))
+    left_out = [name for name in stored.entries if name.startswith(prefixes)]
+    fill(network, stored, {}, source, ignored=(*buffers, *left_out))
     for name, tensor in stored.tensors():
         if name in buffers:
             if buffers[name].is_floating_point():

@@ -1,37 +1,33 @@
-"""How good a model is: prompt accuracy on moving shapes, and the distance of features from real
-pictures.
+"""How good a model is: prompt accuracy on moving shapes, distances from real pictures or clips, and
+the CLIP score.
 
     mmdit evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
     mmdit evaluate --checkpoint runs/shapes_many --variant many [--count 128] [--sheet sheet.png]
     mmdit evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
-        --features name=vit_small_patch14_dinov2,weights=dinov2.safetensors,reference=data/pictures
+        --features pt_inception-2015-12-05-6726825d.pth --real data/train.jsonl
 
 Without --prompts the samples are of moving shapes, and what was asked for is checked in the pixels
 by arithmetic: each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
 shuffled-caption control beside it. --variant many asks for one to four objects in GenEval's six
 tasks: each has its score, and what the oracle accepts of true pictures that miss one thing. With
---features the Frechet distance is measured between the samples and a folder of pictures, in the
-features of a timm model whose weights are a local file.
+--features the samples are compared with real items in the features of a local encoder, with
+--clip_score with their prompts (see docs/metrics.md).
 """
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mmdit.diagnostics.feature_distance import (
-    FEWEST,
-    FeatureDistance,
-    format_features,
-    sample_in_turn,
-)
-from mmdit.diagnostics.results_file import machine, peak_memory
+from mmdit.data.dataset.media_sets import Shape
+from mmdit.diagnostics.feature_distance import FEWEST
+from mmdit.diagnostics.results_file import machine, peak_memory, write_report
+from mmdit.diagnostics.sample_scores import build_scores, format_scores, sample_in_turn
 from mmdit.diagnostics.task_accuracy import SCORES, score_variant
 from mmdit.experiment.load import load_pipeline
-from mmdit.files import write_atomically
 from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
+from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import save_sheet
 from mmdit.training.memory.sampling_offload import offload_pipeline
@@ -50,15 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variant", choices=SCORES, default="one", help="many: one to four objects, six tasks"
     )
-    parser.add_argument(
-        "--features",
-        metavar="name=MODEL,weights=FILE,reference=FOLDER",
-        help="measure the Frechet distance to the pictures of a folder, by a local timm model",
-    )
+    add_metric_arguments(parser)
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="with --features: a file of prompts (as posttrain.prompts) in place of moving shapes",
+        help=(
+            "a file of prompts (as posttrain.prompts) in place of moving shapes; with --features"
+            " or --clip_score"
+        ),
     )
     parser.add_argument("--out", help="write the report as JSON")
     parser.add_argument(
@@ -67,11 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        if args.prompts and not args.features:
-            raise ValueError("--prompts needs --features: only moving shapes are scored without")
+        if args.prompts and not (args.features or args.clip_score):
+            raise ValueError(
+                "--prompts needs --features or --clip_score: only moving shapes are scored without"
+            )
         if args.prompts and args.variant != "one":
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
-        for path in filter(None, (args.out, args.sheet)):
+        for path in filter(None, (args.out, args.sheet, args.copies)):
             check_writable(path, folder=False)
         pipeline, config = load_pipeline(
             args.checkpoint,
@@ -86,16 +83,17 @@ def main(argv: list[str] | None = None) -> int:
         width, height, frames, _ = sample_size(args, config)
         pipeline.check(width, height, frames, settings)
         offload_pipeline(pipeline, args.offload)
-        drawn, distance = [], None
+        drawn = []
         shown, most = (32, 32) if args.variant == "one" else (2, 48)  # of a call, and of all
-        if args.features:
-            distance = FeatureDistance(args.features, width, height, pipeline.device)
+        shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
+        scores = build_scores(
+            shape, pipeline.device, **metric_values(args), tokenizer=pipeline.tokenizer
+        )
 
         def sample(captions: list[str], first: int):
             pixels = pipeline(captions, width, height, frames, settings, first, args.batch_size)
             drawn.extend(list(zip(pixels, captions))[: min(shown, most - len(drawn))])
-            if distance:
-                distance.add(pixels)
+            scores.add(pixels, captions)
             return pixels
 
         start = time.perf_counter()
@@ -115,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
                 device=pipeline.device,
             )
             print(table)
-        if distance:
-            report["features"] = distance.report()
-            print(format_features(report["features"]))
+        if args.features or args.clip_score:
+            report |= scores.report()
+            print(format_scores(report))
         report |= {
             "settings": asdict(settings),
             "checkpoint": str(args.checkpoint),
@@ -129,8 +127,9 @@ def main(argv: list[str] | None = None) -> int:
             "seconds": time.perf_counter() - start,
         }
         if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.out, json.dumps(report, indent=1))
+            write_report(args.out, report)
+        if args.copies:
+            scores.save_sheet(args.copies)
         if args.sheet:
             save_sheet(drawn, 8 if frames == 1 else 2, Path(args.sheet))
     return 0

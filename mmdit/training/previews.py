@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mmdit.files import write_atomically
 from mmdit.training.errors import record_failure
@@ -23,6 +26,8 @@ from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
+
+SCORES = "scores.jsonl"  # of previews, beside them
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Previews:
     use_ema: bool
     writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
     tracker: Tracker | None = None
+    # of the samples `(B, F, 3, H, W)` and their captions, numbers by name
+    score: Callable[[Tensor, list[str]], dict[str, float]] | None = None
 
     def __post_init__(self):
         self.settings = SampleSettings.of(self.config)
@@ -100,13 +107,25 @@ class Previews:
         clip = None
         if self.frames > 1:
             clip = save_video(grid_video(pixels, 4), folder / "video.mp4", self.fps)
+        if self.score:
+            self._record(step, self.score(pixels, captions))
         self._page()
         if self.tracker:
             self.tracker.preview(step, sheet, clip)
 
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        """Add a line to samples/scores.jsonl, instead of later ones of a run that was killed."""
+        path = self.run_dir / "samples" / SCORES
+        rows = [row for row in read_scores(path) if row["step"] < step] + [{"step": step} | values]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"preview of step {step}: {_score_text(values)}", flush=True)
+        if self.tracker:
+            self.tracker.figures(rows[-1])
+
     def _page(self) -> None:
         """Write samples/index.html, the newest step first."""
         rows = []
+        scores = {row.pop("step"): row for row in read_scores(self.run_dir / "samples" / SCORES)}
         for folder in sorted((self.run_dir / "samples").glob("step_*"), reverse=True):
             video = folder / "video.mp4"
             clip = (
@@ -114,8 +133,26 @@ class Previews:
                 if video.exists()
                 else ""
             )
-            rows.append(
-                f'<h3>{html.escape(folder.name)}</h3><img src="{folder.name}/grid.png">{clip}'
-            )
+            title = html.escape(folder.name)
+            if values := scores.get(int(folder.name.removeprefix("step_"))):
+                title += f": {_score_text(values)}"
+            rows.append(f'<h3>{title}</h3><img src="{folder.name}/grid.png">{clip}')
         page = "<!doctype html><meta charset=utf-8>" + "\n".join(rows)
         write_atomically(self.run_dir / "samples" / "index.html", page)
+
+
+def read_scores(path: Path) -> list[dict]:
+    """Return the lines of samples/scores.jsonl, in the order of steps; none if there is no file.
+    A torn line is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row.get("step"), int) else []
+    return rows
+
+
+def _score_text(values: dict[str, float]) -> str:
+    """Return numbers by name as a person reads them."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -110,6 +110,9 @@ class TrainConfig(Section):
     sample_seed: int = 0
     # The prompts of previews.
     sample_prompts: tuple[str, ...] = field(default=())
+    # The folder of a CLIP (transformers layout) that scores how well previews show their prompts;
+    # null scores none. Scores are in samples/scores.jsonl and in the tracker.
+    sample_clip: FilePath | None = None
 
     def __post_init__(self):
         least(self, 1, "batch_size", "grad_accum_steps", "max_steps", "val_samples")
@@ -164,6 +167,12 @@ class TrainConfig(Section):
                 "sample_prompts",
                 f"is empty but sample_every_steps is {self.sample_every_steps}; write a prompt "
                 "or set it to 0",
+            )
+        if self.sample_clip and not self.sample_every_steps:
+            raise ConfigError(
+                "sample_clip",
+                f"is {self.sample_clip} but sample_every_steps is 0: there is no preview to score;"
+                " set sample_every_steps, or sample_clip to null",
             )
         if not 0 <= self.lr_final <= 1:
             raise ConfigError("lr_final", f"is {self.lr_final}, must be a share of lr, from 0 to 1")

@@ -1,0 +1,165 @@
+"""Pictures or clips to compare with others: all that a folder holds, or a JSONL file lists, at one
+size or each at its own, read by workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmdit.data.dataset.buckets import Size
+from mmdit.data.dataset.frames import PreprocessConfig, check_same_size, crop_box, cut, frames_in
+from mmdit.data.dataset.pictures import SUFFIXES, load_image, open_picture
+from mmdit.data.dataset.problems import Skip, Unusable
+from mmdit.data.dataset.records import Record, media_of, read_records
+from mmdit.data.dataset.sources import files_below
+from mmdit.data.dataset.videos import VIDEO_SUFFIXES, probe, read_video
+from mmdit.data.dataset.workers import KILLED, each
+
+AT_ONCE = 16  # pictures that a worker takes
+SHEETS = ("grid.png",)  # what `mmdit sample` writes beside the samples
+ANIMATIONS = {".gif", ".webp", ".png"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every item is made to be: `size` (width, height), cut from the middle, or None for each
+    its own; `frames` of it, `stride` apart, from the middle; `fps` of video files, None as
+    stored."""
+
+    size: Size | None = None
+    frames: int = 1
+    stride: int = 1
+    fps: float | None = None
+
+    def __post_init__(self):
+        for name in ("frames", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
+
+    def places(self, count: int) -> range:
+        """Return which frames of a clip of `count` are taken. ValueError: it is too short."""
+        needed = (self.frames - 1) * self.stride + 1
+        if count < needed:
+            raise Unusable("too short", f"{count} frames, {needed} are needed")
+        first = (count - needed) // 2
+        return range(first, first + needed, self.stride)
+
+
+def media_records(source: str | Path, frames: int) -> list[Record]:
+    """Return what `source` holds, in a fixed order: the lines of a JSONL file; the pictures below a
+    folder; with `frames > 1`, or if there are none, its video files, animations and folders of
+    frames. ValueError: nothing."""
+    source = Path(source).expanduser()
+    if source.suffix == ".jsonl":
+        return read_records(source, media_of(source))
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder and no .jsonl file")
+    files = [Path(name) for name in files_below(source) if os.path.basename(name) not in SHEETS]
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    names = pictures if frames == 1 else []
+    if not names:
+        names = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        names += _animations(source, pictures)
+        folders = {file.parent for file in pictures if len(file.parts) > 1}
+        names = sorted({*names, *folders - {file.parent for file in names}})
+    if not names:
+        what = "picture" if frames == 1 else "clip, nor a folder of frames"
+        raise ValueError(f"{source} holds no {what}")
+    return [Record(str(name), str(source / name), "") for name in names]
+
+
+def _animations(source: Path, files: list[Path]) -> list[Path]:
+    """Return the animated pictures among `files`, in the folder itself: deeper ones are frames."""
+    animated = []
+    for file in files:
+        if file.suffix.lower() in ANIMATIONS and len(file.parts) == 1:
+            with contextlib.suppress(ValueError), open_picture(source / file) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    animated.append(file)
+    return animated
+
+
+class _Read(Dataset):
+    """Maps a few records to their frames, uint8 `(F, 3, H, W)`, or to why they are skipped."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+
+    def __getitem__(self, records: list[Record]) -> list[Tensor | Skip]:
+        results: list[Tensor | Skip] = []
+        for record in records:
+            try:
+                results.append(self.read(record.path))
+            except Exception as error:  # decoders raise almost anything on damaged files
+                results.append(Skip.of(record.id, record.path, error))
+        return results
+
+    def read(self, path: str) -> Tensor:
+        frames: list[np.ndarray] = []
+        source: Size = (0, 0)
+        for image in self.images(path):
+            source = source if frames else image.size
+            check_same_size(path, image.size, source)
+            size = self.shape.size or source
+            frames.append(cut(image, crop_box(source, size, PreprocessConfig(), ""), size))
+        return torch.from_numpy(np.stack(frames))
+
+    def images(self, path: str) -> Iterator[Image.Image]:
+        """Yield the frames that are taken."""
+        shape = self.shape
+        if os.path.isdir(path):
+            names = frames_in(path)
+            for number in shape.places(len(names)):
+                yield load_image(names[number])
+        elif shape.frames == 1 and Path(path).suffix.lower() not in VIDEO_SUFFIXES:
+            yield load_image(path)
+        else:
+            content = probe(path)
+            fps = shape.fps or content.fps
+            places = shape.places(len(content.plan(fps)))
+            for number, image in enumerate(read_video(path, fps)):
+                if number in places:
+                    yield image
+                if number == places[-1]:
+                    return
+
+
+def read_media(
+    records: list[Record], shape: Shape, batch: int, num_workers: int = 0
+) -> Iterator[tuple[list[Record], Tensor]]:
+    """Yield up to `batch` records of one size, with their frames `(B, F, 3, H, W)` as uint8. What
+    cannot be read is reported and skipped. ValueError: nothing can."""
+    waiting: dict[tuple, list[tuple[Record, Tensor]]] = defaultdict(list)
+    chunk = AT_ONCE if shape.frames == 1 else 1
+    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
+    count = 0
+    for part, results in each(_Read(shape), parts, num_workers):
+        results = results or [Skip.of(record.id, record.path, KILLED) for record in part]
+        for record, result in zip(part, results, strict=True):
+            if isinstance(result, Skip):
+                print(f"skipped: {record.path}: {result.reason}", flush=True)
+                continue
+            count += 1
+            group = waiting[tuple(result.shape)]
+            group.append((record, result))
+            if len(group) == batch:
+                yield _stacked(waiting.pop(tuple(result.shape)))
+    for group in waiting.values():
+        yield _stacked(group)
+    if not count:
+        raise ValueError(f"none of {len(records)} items could be read, first {records[0].path}")
+
+
+def _stacked(group: list[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:
+    records, pixels = zip(*group)
+    return list(records), torch.stack(pixels)

@@ -1,0 +1,127 @@
+"""Scores of samples, whoever drew them: distances from real items, CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmdit.data.dataset.media_sets import Shape, media_records, read_media
+from mmdit.data.dataset.records import Record
+from mmdit.diagnostics.clip_score import ClipScore, format_clip_score
+from mmdit.diagnostics.feature_distance import BATCH, FeatureDistance, format_features
+from mmdit.interfaces import Tokenizer
+from mmdit.pixels import to_unit
+from mmdit.training.media import read_facts, save_image
+
+
+class SampleScores:
+    """What is measured on samples as they come: by an encoder, by CLIP, or by both."""
+
+    def __init__(self, distance: FeatureDistance | None, clip_score: ClipScore | None):
+        self.distance, self.clip_score = distance, clip_score
+
+    def add(
+        self, pixels: Tensor, captions: list[str] | None, names: list[str] | None = None
+    ) -> None:
+        """Take in samples `(B, F, 3, H, W)` in [0, 1], or as uint8."""
+        if self.distance:
+            self.distance.add(pixels, names)
+        if self.clip_score:
+            unit = pixels if pixels.is_floating_point() else to_unit(pixels)
+            self.clip_score.add(unit, captions or [])
+
+    def report(self) -> dict:
+        """Return the scores by what made them, ready for JSON."""
+        report = {}
+        if self.distance:
+            report["features"] = self.distance.report()
+        if self.clip_score:
+            report["clip_score"] = self.clip_score.report()
+        return report
+
+    def save_sheet(self, path: str | Path) -> None:
+        """Write the samples that are nearest to a real item, each beside that item."""
+        assert self.distance is not None, "build_scores refuses a sheet without an encoder"
+        save_image(self.distance.copies_sheet(), Path(path))
+
+
+def build_scores(
+    shape: Shape,
+    device: torch.device,
+    *,
+    features: str | None,
+    real: str | None,
+    held_out: str | None,
+    clip_score: str | None,
+    copies: str | None,
+    num_workers: int,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> SampleScores:
+    """Return what the options of a command ask for; real items are read and encoded. `copies`: the
+    sheet that will be written. ValueError: an option does nothing without another."""
+    for name, value in {"real": real, "held_out": held_out, "copies": copies}.items():
+        if value and not features:
+            raise ValueError(f"--{name} needs --features, an encoder to compare items with")
+    if num_workers < 0:
+        raise ValueError(f"--num_workers is {num_workers}, must be at least 0")
+    score = ClipScore(clip_score, device) if clip_score else None
+    distance = None
+    if features:
+        distance = FeatureDistance(
+            features, shape, device, real, held_out, tokenizer, num_workers, seed
+        )
+    return SampleScores(distance, score)
+
+
+def format_scores(report: dict) -> str:
+    """Return what `SampleScores.report` gave as lines for a person."""
+    lines = []
+    if "features" in report:
+        lines.append(format_features(report["features"]))
+    if "clip_score" in report:
+        lines.append(format_clip_score(report["clip_score"]))
+    return "\n".join(lines)
+
+
+def sample_in_turn(
+    sample: Callable[[list[str], int], Tensor], prompts: list[str], count: int, batch: int
+) -> None:
+    """Have `sample(captions, first)` draw `count` samples of the prompts, one after the other and
+    again from the beginning."""
+    if count < 2:
+        raise ValueError(f"--count is {count}, must be at least 2")
+    captions = [prompts[i % len(prompts)] for i in range(count)]
+    for first in range(0, count, batch):
+        sample(captions[first : first + batch], first)
+
+
+def caption_of(record: Record) -> str:
+    """Return what a sample should show: the caption of its line, or what `mmdit sample` wrote into
+    the file. ValueError: neither says it."""
+    if record.caption:
+        return record.caption
+    try:
+        return str(read_facts(record.path)["prompt"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{record.path} has no caption for the CLIP score ({error}); give --samples FILE.jsonl"
+            " with captions (`mmdit prepare-folder` writes one), or samples of `mmdit sample`"
+        ) from None
+
+
+def score_files(
+    scores: SampleScores, samples: str, shape: Shape, num_workers: int = 0
+) -> SampleScores:
+    """Have `scores` take in all that `samples`, a folder or a JSONL file, holds; return it.
+    `shape`: of real items; of samples the size and the number of frames, which are neighbours."""
+    shape = replace(shape, stride=1, fps=None)
+    records = media_records(samples, shape.frames)
+    for part, pixels in read_media(records, shape, BATCH, num_workers):
+        captions = [caption_of(record) for record in part] if scores.clip_score else None
+        scores.add(pixels, captions, [record.id for record in part])
+    return scores

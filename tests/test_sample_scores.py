@@ -1,0 +1,265 @@
+"""Scores of samples from end to end: the CLIP score and its control, steady frames, two folders
+compared, copies seen, every setting told; and the commands."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from mmdit.config import ConfigError
+from mmdit.data.dataset.media_sets import Shape, media_records, read_media
+from mmdit.diagnostics.clip_score import ClipScore
+from mmdit.diagnostics.feature_distance import read_setting
+from mmdit.diagnostics.frame_scores import consistency, steadiness
+from mmdit.experiment.load import load_pipeline
+from mmdit.interop.clip_similarity import Similarity
+from mmdit.scripts import compare_samples, evaluate
+from mmdit.training.media import save_sample
+from mmdit.training.pipeline import SampleSettings
+from mmdit.training.previews import SCORES
+from mmdit.training.train_config import TrainConfig
+from tests.helpers.tiny import Workshop, refused
+from tests.test_posttrain_rewards import make_clip
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def write_pictures(folder, count: int, seed: int, size=(32, 32)):
+    """Pictures of one colour each, with a little noise."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        colour = torch.randint(40, 216, (1, 1, 3), generator=generator)
+        noise = torch.randint(-20, 21, (*size[::-1], 3), generator=generator)
+        Image.fromarray((colour + noise).to(torch.uint8).numpy()).save(folder / f"{i:03d}.png")
+    return folder
+
+
+# ── captions ──────────────────────────────────────────────────────────────────────────────────────
+def test_the_score_is_the_cosine_of_its_definition_with_other_captions_beside(clip_folder):
+    score = ClipScore(str(clip_folder), CPU)
+    torch.manual_seed(1)
+    pixels, captions = torch.rand(6, 3, 3, 20, 24), ["a red star", "a circle", "a red star"] * 2
+    score.add(pixels[:4], captions[:4])
+    score.add(pixels[4:], captions[4:])
+    report = score.report()
+    similarity = Similarity(clip_folder)
+    with torch.no_grad():
+        cosines = similarity(pixels, captions)
+        frames = similarity.picture_features(pixels.flatten(0, 1)).unflatten(0, (6, 3))
+        other = similarity(
+            pixels, ["a circle" if "red" in text else "a red star" for text in captions]
+        )
+    assert report["cosine"] == pytest.approx(cosines.mean().item(), abs=1e-6)
+    expected = cosines.clamp(min=0).mean().item()
+    assert report["clip_score"] == pytest.approx(100 * expected, abs=1e-4)
+    assert report["clip_score_hessel"] == pytest.approx(2.5 * expected, abs=1e-5)
+    assert report["frame_consistency"] == pytest.approx(consistency(frames).mean().item(), abs=1e-6)
+    # Six samples: each with all five others, of which 2 or 4 say something else.
+    weights = torch.tensor([2.0, 4.0, 2.0] * 2)
+    control = (100 * other.clamp(min=0) * weights).sum() / weights.sum()
+    assert report["control"] == pytest.approx(control.item(), abs=1e-4)
+    assert report["samples"] == 6 and len(report["weights_sha256"]) == 64
+    assert "without a prefix" in report["definition"]
+    alike = ClipScore(str(clip_folder), CPU)
+    alike.add(pixels[:1, :1], captions[:1])
+    report = alike.report()
+    assert report["control"] is None and "frame_consistency" not in report
+    with pytest.raises(ValueError, match="one sample with a caption"):
+        ClipScore(str(clip_folder), CPU).report()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        ClipScore(str(clip_folder / "none"), CPU)
+
+
+# ── frames ────────────────────────────────────────────────────────────────────────────────────────
+def test_steady_frames_have_known_scores():
+    still = torch.rand(2, 1, 3, 4, 4).expand(-1, 5, -1, -1, -1)
+    torch.testing.assert_close(steadiness(still), torch.ones(2).double())
+    flashing = torch.tensor([0.0, 1.0, 0.0, 0.5]).view(1, 4, 1, 1, 1).expand(1, 4, 3, 2, 2)
+    torch.testing.assert_close(steadiness(flashing)[0].item(), 1 - 2.5 / 3)
+    x, y = torch.eye(2)
+    turning = torch.stack([x, y, -x, (x + y) / 2])[None]
+    # cosines with the first: 0, -1 → 0, √½; with the one before: 0, 0, -√½ → 0
+    assert consistency(turning).item() == pytest.approx(0.5**0.5 / 6)
+    assert consistency(3 * torch.stack([x, x, x])[None]).item() == pytest.approx(1)
+
+
+# ── what is compared ──────────────────────────────────────────────────────────────────────────────
+def test_sources_are_folders_of_pictures_clips_frames_and_lines(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures", 3, 0, (40, 24))
+    (folder / "grid.png").write_bytes((folder / "000.png").read_bytes())  # of `mmdit sample`
+    (folder / "torn.png").write_bytes(b"no picture")
+    records = media_records(folder, 1)
+    assert [record.id for record in records] == ["000.png", "001.png", "002.png", "torn.png"]
+    ((read, pixels),) = read_media(records, Shape(), 8)
+    assert pixels.shape == (3, 1, 3, 24, 40) and len(read) == 3
+    assert "torn.png: no picture that can be read" in capsys.readouterr().out
+    ((_, cut),) = read_media(records[:3], Shape((16, 16)), 8)
+    assert cut.shape == (3, 1, 3, 16, 16)
+    lines = [
+        {"id": "b", "image_path": "pictures/001.png", "caption": "two"},
+        {"id": "a", "image_path": "pictures/000.png", "caption": "one"},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = media_records(tmp_path / "lines.jsonl", 1)
+    ((_, found),) = read_media(records, Shape(), 8)
+    assert torch.equal(found, pixels[[1, 0]]) and records[0].caption == "two"
+    clips = tmp_path / "clips"
+    shutil.copytree(folder, clips / "walk")
+    (clips / "walk" / "torn.png").unlink()
+    (clips / "walk" / "grid.png").unlink()
+    torch.manual_seed(0)
+    moving = torch.rand(5, 3, 16, 16)
+    animated = save_sample(moving, clips / "run", 8)
+    records = media_records(clips, 3)
+    assert [record.id for record in records] == [animated.name, "walk"]
+    parts = list(read_media(records, Shape((16, 16), 3), 8))
+    assert sum(len(part) for part, _ in parts) == 2 and parts[0][1].shape[1:] == (3, 3, 16, 16)
+    (short,) = read_media(records, Shape((16, 16), 3, stride=2), 8)  # three frames are too short
+    assert [record.id for record in short[0]] == [animated.name]
+    assert "walk: too short: 3 frames, 5 are needed" in capsys.readouterr().out
+    assert list(Shape(frames=2, stride=2).places(9)) == [3, 5]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no picture"):
+        media_records(tmp_path / "empty", 1)
+    with pytest.raises(ValueError, match="holds no clip, nor a folder of frames"):
+        media_records(tmp_path / "empty", 2)
+    with pytest.raises(ValueError, match="is no folder and no .jsonl"):
+        media_records(tmp_path / "none", 1)
+
+
+def test_a_setting_is_a_path_or_keys():
+    assert read_setting("~/inception.pth") == {"weights": "~/inception.pth"}
+    assert read_setting("tokenizer,clips=middle")["weights"] == "tokenizer"
+    whole = read_setting("name=m,weights=f,resize=clean,reference=r")
+    assert whole == {"name": "m", "weights": "f", "resize": "clean", "reference": "r"}
+    for bad in ("weights=", "a,size=3", "a,resize=bicubic", "a,clips=all", "name=m", ""):
+        with pytest.raises(ValueError, match="--features"):
+            read_setting(bad)
+
+
+# ── commands ──────────────────────────────────────────────────────────────────────────────────────
+def test_two_folders_are_compared_and_copies_are_shown(tmp_path, capsys):
+    real = write_pictures(tmp_path / "real", 20, 1)
+    held_out = write_pictures(tmp_path / "held_out", 9, 2)
+    samples = write_pictures(tmp_path / "samples", 8, 3)
+    shutil.copy(real / "005.png", samples / "002.png")
+    out, sheet = tmp_path / "out" / "report.json", tmp_path / "nearest.png"
+    words = ["--samples", samples, "--real", real, "--held_out", held_out, "--device", "cpu"]
+    words += ["--features", "tokenizer", "--num_workers", "0", "--out", out, "--copies", sheet]
+    assert compare_samples.main(list(map(str, words))) == 0
+    text = capsys.readouterr().out
+    assert "Frechet distance of VTPTokenizer features" in text and "1 identical" in text
+    report = json.loads(out.read_text())["features"]
+    copies = report["copies"]
+    assert copies["nearest"]["002.png"] == ["005.png", 0.0] and copies["identical"] == 1
+    assert copies["control"] == "held-out items" and copies["control_distances"]["count"] == 9
+    assert (report["samples"], report["pictures"], report["width"]) == (8, 20, 320)
+    assert report["rank"] == {"samples": 7, "pictures": 19} and report["frechet_limit"] is None
+    assert "singular covariance" in report["warning"] and "needs 640 samples" in report["warning"]
+    assert set(report["neighbours"]) == {"precision", "recall", "density", "coverage"}
+    assert report["real_items"]["frames"] == 1 and len(report["weights_sha256"]) == 64
+    assert Image.open(sheet).width > 400
+    # the same set against itself, in another order and read by workers
+    words = ["--samples", real, "--real", real, "--features", "tokenizer", "--out", out]
+    assert compare_samples.main(list(map(str, [*words, "--num_workers", "1"]))) == 0
+    report = json.loads(out.read_text())["features"]
+    assert report["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert report["neighbours"]["precision"] == report["neighbours"]["recall"] == 1
+    assert report["copies"]["identical"] == 20
+    assert "among themselves" in report["copies"]["control"]
+
+
+def test_clips_are_compared_with_the_scores_of_their_frames(tmp_path, clip_folder):
+    torch.manual_seed(0)
+    for name in ("real", "samples"):
+        for i in range(7):
+            facts = {"prompt": "a red star" if i % 2 else "a circle"}
+            save_sample(torch.rand(4, 3, 16, 32), tmp_path / name / f"{i:04d}", 8, facts)
+    out = tmp_path / "report.json"
+    words = ["--samples", tmp_path / "samples", "--real", tmp_path / "real", "--frames", "4"]
+    words += ["--features", f"{clip_folder},clips=halves", "--clip_score", clip_folder]
+    words += ["--out", out, "--num_workers", "0", "--copies", tmp_path / "sheet.png"]
+    assert compare_samples.main(list(map(str, words))) == 0
+    report = json.loads(out.read_text())
+    features = report["features"]
+    assert features["width"] == 16 and features["of_a_clip"].startswith("means over both halves")
+    assert features["frames"]["samples"].keys() == {"steadiness", "consistency"}
+    assert features["frames"]["real"]["steadiness"] == pytest.approx(2 / 3, abs=0.15)
+    assert report["clip_score"]["samples"] == 7 and report["clip_score"]["control"] is not None
+    # a picture encoder without halves is given one frame of each real clip
+    words[words.index(f"{clip_folder},clips=halves")] = str(clip_folder)
+    assert compare_samples.main(list(map(str, words))) == 0
+    features = json.loads(out.read_text())["features"]
+    assert features["width"] == 8 and features["real_items"]["frames"] == 1
+    assert features["frames"]["real"] is None
+
+
+def test_options_that_do_nothing_and_samples_without_captions_are_refused(
+    tmp_path, capsys, clip_folder
+):
+    folder = str(write_pictures(tmp_path / "samples", 2, 0))
+    words = ["--samples", folder]
+    for more, message in (
+        ([], "nothing to measure"),
+        (["--real", folder, "--clip_score", "x"], "--real needs --features"),
+        (["--features", "tokenizer"], "--features needs real items"),
+        (["--features", "tokenizer", "--real", folder, "--width", "9"], "are given together"),
+        (["--features", f"tokenizer,reference={folder}", "--real", folder], "named twice"),
+        (["--features", "tokenizer", "--real", folder, "--frames", "0"], "--frames is 0"),
+        (["--clip_score", str(clip_folder), "--num_workers", "0"], "000.png has no caption"),
+    ):
+        refused(capsys, compare_samples.main, [*words, *more], message)
+
+
+def test_a_model_is_evaluated_by_its_own_tokenizer_and_by_clip(tmp_path, capsys, clip_folder):
+    shop = Workshop(tmp_path)
+    run = shop.train("base")
+    (tmp_path / "prompts.yaml").write_text("prompts: [a red circle, a blue star]")
+    real = write_pictures(tmp_path / "real", 8, 1)
+    out, sheet = tmp_path / "report.json", tmp_path / "nearest.png"
+    words = ["--checkpoint", str(run), "--device", "cpu", "--steps", "1", "--out", str(out)]
+    words += ["--prompts", str(tmp_path / "prompts.yaml"), "--count", "7"]
+    scored = ["--features", "tokenizer", "--real", str(real), "--copies", str(sheet)]
+    scored += ["--clip_score", str(clip_folder), "--num_workers", "0"]
+    assert evaluate.main([*words, *scored]) == 0
+    text = capsys.readouterr().out
+    assert "CLIP score" in text and "of 7 samples" in text
+    report = json.loads(out.read_text())
+    assert report["features"]["samples"] == 7 and report["clip_score"]["samples"] == 7
+    assert sheet.is_file() and list(report["features"]["copies"]["nearest"])[0] == "0000"
+    refused(capsys, evaluate.main, words, "--prompts needs --features or --clip_score")
+
+
+def test_previews_are_scored_while_training(tmp_path, capsys, clip_folder):
+    shop = Workshop(tmp_path)
+    words = ["train.sample_every_steps=2", "train.sample_num_images=3", "train.max_steps=4"]
+    words += ["train.sample_prompts=[a red star, a circle]", "train.sample_num_steps=1"]
+    run = shop.train("scored", *words, f"train.sample_clip={clip_folder}")
+    rows = [json.loads(line) for line in (run / "samples" / SCORES).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    score = ClipScore(str(clip_folder), CPU)
+    pipeline, config = load_pipeline(run, "cpu")
+    size = config.video.width, config.video.height, config.video.num_frames
+    captions = ["a red star", "a circle", "a red star"]
+    settings = SampleSettings.of(config.train)
+    score.add(pipeline(captions, *size, settings, batch_size=16), captions)
+    report = score.report()
+    assert rows[1]["preview_clip_score"] == pytest.approx(report["clip_score"], abs=1e-3)
+    assert rows[1]["preview_clip_control"] == pytest.approx(report["control"], abs=1e-3)
+    text = capsys.readouterr().out
+    assert "preview of step 4: preview_clip_score" in text
+    page = (run / "samples" / "index.html").read_text()
+    assert f"step_00000004: preview_clip_score {rows[1]['preview_clip_score']:.3f}" in page
+    with pytest.raises(SystemExit):
+        shop.train("wrong", *words, f"train.sample_clip={tmp_path}")
+    assert "train.sample_clip: cannot score previews" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="sample_every_steps is 0: there is no preview"):
+        TrainConfig(sample_clip="clip")

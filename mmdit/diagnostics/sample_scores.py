@@ -19,10 +19,15 @@ from mmdit.training.media import read_facts, save_image
 
 
 class SampleScores:
-    """What is measured on samples as they come: by an encoder, by CLIP, or by both."""
+    """What is measured on samples as they come: by an encoder, by CLIP, by both or by none."""
 
-    def __init__(self, distance: FeatureDistance | None, clip_score: ClipScore | None):
-        self.distance, self.clip_score = distance, clip_score
+    def __init__(
+        self,
+        distance: FeatureDistance | None,
+        clip_score: ClipScore | None,
+        copies: str | None = None,
+    ):
+        self.distance, self.clip_score, self.copies = distance, clip_score, copies
 
     def add(
         self, pixels: Tensor, captions: list[str] | None, names: list[str] | None = None
@@ -43,10 +48,15 @@ class SampleScores:
             report["clip_score"] = self.clip_score.report()
         return report
 
-    def save_sheet(self, path: str | Path) -> None:
-        """Write the samples that are nearest to a real item, each beside that item."""
-        assert self.distance is not None, "build_scores refuses a sheet without an encoder"
-        save_image(self.distance.copies_sheet(), Path(path))
+    def finish(self, report: dict) -> None:
+        """Add the scores to `report` and print them; write the sheet `copies` of the samples that
+        are nearest to a real item, each beside that item."""
+        scores = self.report()
+        report |= scores
+        if scores:
+            print(format_scores(scores))
+        if self.distance and self.copies:
+            save_image(self.distance.copies_sheet(), Path(self.copies))
 
 
 def build_scores(
@@ -75,7 +85,7 @@ def build_scores(
         distance = FeatureDistance(
             features, shape, device, real, held_out, tokenizer, num_workers, seed
         )
-    return SampleScores(distance, score)
+    return SampleScores(distance, score, copies)
 
 
 def format_scores(report: dict) -> str:

@@ -11,7 +11,7 @@ encoders are read and what each number depends on.
 
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.diagnostics.results_file import machine, write_report
-from mmdit.diagnostics.sample_scores import build_scores, format_scores, score_files
+from mmdit.diagnostics.sample_scores import build_scores, score_files
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
@@ -44,13 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
         scores = build_scores(shape, device, **metric_values(args), seed=args.seed)
         score_files(scores, args.samples, shape, args.num_workers)
-        report = scores.report()
-        print(format_scores(report))
-        report |= {"sample_source": args.samples, "machine": machine(device)}
+        report = {"sample_source": args.samples, "machine": machine(device)}
+        scores.finish(report)
         if args.out:
             write_report(args.out, report)
-        if args.copies:
-            scores.save_sheet(args.copies)
     return 0
 
 

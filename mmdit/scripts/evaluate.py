@@ -21,7 +21,7 @@ from pathlib import Path
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.diagnostics.feature_distance import FEWEST
 from mmdit.diagnostics.results_file import machine, peak_memory, write_report
-from mmdit.diagnostics.sample_scores import build_scores, format_scores, sample_in_turn
+from mmdit.diagnostics.sample_scores import build_scores, sample_in_turn
 from mmdit.diagnostics.task_accuracy import SCORES, score_variant
 from mmdit.experiment.load import load_pipeline
 from mmdit.posttrain.prompt_lists import read_prompt_list
@@ -113,9 +113,7 @@ def main(argv: list[str] | None = None) -> int:
                 device=pipeline.device,
             )
             print(table)
-        if args.features or args.clip_score:
-            report |= scores.report()
-            print(format_scores(report))
+        scores.finish(report)
         report |= {
             "settings": asdict(settings),
             "checkpoint": str(args.checkpoint),
@@ -128,8 +126,6 @@ def main(argv: list[str] | None = None) -> int:
         }
         if args.out:
             write_report(args.out, report)
-        if args.copies:
-            scores.save_sheet(args.copies)
         if args.sheet:
             save_sheet(drawn, 8 if frames == 1 else 2, Path(args.sheet))
     return 0

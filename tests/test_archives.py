@@ -1,15 +1,20 @@
 """WebDataset tars and parquet files give the cache that files give, bit for bit; hostile and
 damaged ones harm nothing, and lose nothing without a word."""
 
+import importlib
 import io
 import json
 import os
+import re
+import shlex
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmdit.__main__ import commands as subcommands
 from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset import parquets, tars
@@ -20,6 +25,7 @@ from mmdit.data.dataset.stamps import stamp_of
 from tests.test_cache import VIDEO, MeanPixels, write_meta
 from tests.test_sources import write_video
 
+ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = BucketingConfig(True, buckets=((32, 32), (48, 32)))
 SHIFTED = PreprocessConfig("shifted", num_crops=2)
 
@@ -520,3 +526,70 @@ def test_a_part_of_a_file_is_a_file(tmp_path):
             assert file.read(count) == data[start:][: count if count >= 0 else None]
         assert file.seek(-4, io.SEEK_END) == len(data) - 4 and file.read() == data[-4:]
     assert file.closed
+
+
+# ── what the page about data says ──
+SETTINGS = """
+experiment_name: x
+video: {width: 32, height: 32, num_frames: 1}
+tokenizer: {type: dummy, latent_d: 4}
+text_encoder: {type: hash}
+model: {dim: 32, depth: 1, num_heads: 2}
+"""
+
+
+def documented(heading):
+    """Return the commands of a section of docs/data.md, and its Python."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition(heading)[2]
+    shell = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
+    python = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    return shell.strip().splitlines(), python
+
+
+def call(command):
+    """Run a command as its line says; return its exit status."""
+    _, name, *words = shlex.split(command)
+    module = importlib.import_module(f"mmdit.scripts.{subcommands()[name]}")
+    return module.main([*words, *(["--device", "cpu"] if name.startswith("cache") else [])])
+
+
+def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(SETTINGS)
+    for folder in ("shards", "hub", "clips"):
+        (tmp_path / folder).mkdir()
+    write_tar(tmp_path / "shards/my-000.tar", pairs(range(3)))
+    write_tar(tmp_path / "shards/my-001.tar", pairs(range(3, 5)))
+    rows = [{"image": picture(i), "text": f"{i}", "title": "x"} for i in range(4)]
+    write_parquet(tmp_path / "hub/train-00000-of-00001.parquet", rows)
+    pytest.importorskip("av")
+    video = write_video(tmp_path / "v.mp4", [i / 16 for i in range(4)]).read_bytes()
+    write_tar(tmp_path / "clips/a.tar", [("a.mp4", video), ("a.txt", b"moves")])
+    commands, _ = documented("## Tars and parquet files")
+    assert len(commands) == 4
+    for command in commands:
+        assert call(command) == 0, command
+    assert "5 records: 5 usable" in capsys.readouterr().out
+    for name, count in {"from_tars": 5, "from_parquet": 4, "clips": 1}.items():
+        assert len(open_cache(f"data/cache/{name}")) == count
+    compare = "mmdit inspect-cache --config my.yaml --cache_dir data/cache/from_tars --samples 0"
+    assert call(f"{compare} --data 'shards/*.tar' --limit 4") == 0
+    assert "0004" in capsys.readouterr().out  # which is not among the first four
+    (tmp_path / "data/cache/from_tars").rename(tmp_path / "data/cache/mine")
+    (command,), code = documented("**For others.**")
+    assert call(command) == 0
+    assert len(open_cache("data/cache/mine_tars")) == 5
+    pytest.importorskip("webdataset")
+    names = {}
+    exec(compile(code, "docs/data.md", "exec"), names)
+    assert names["latents"].shape == (1, 2, 2, 4) and names["caption"] == "picture 4"
+
+
+def test_other_files_are_refused_by_their_names(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ValueError, match="cannot read .*pipe.tar: .*named pipe"):
+        read_input(tmp_path / "pipe.tar", "image")
+    with pytest.raises(ValueError, match="s.tar.gz: it is compressed"):
+        read_input(tmp_path / "s.tar.gz", "image")
+    with pytest.raises(ValueError, match="cannot read pipe:touch ran #.tar: it is not there"):
+        read_input("pipe:touch ran #.tar", "image")

@@ -25,6 +25,7 @@ from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.dataset.tars import other_contents, tar_samples
 
 SUFFIXES = (".tar", ".parquet")
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
 MOST_FILES = 100_000  # that a pattern may name
 HUB_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.\w+")  # split, number, count, hash
@@ -138,6 +139,8 @@ def read_input(
     for name in unused if suffix != ".parquet" else ():
         if options[name]:
             raise ValueError(f"{name} is {options[name]!r}, but {files[0]} has no such choice")
+    if suffix in COMPRESSED:
+        raise ValueError(f"cannot read {files[0]}: it is compressed; unpack it first")
     if suffix not in SUFFIXES:
         return read_records(files[0], media, prefer)[: limit or None]
     samples = _samples(files, media, image_column, caption_key)
@@ -157,8 +160,9 @@ def _samples(
             archive = Archive.of(file)
         except FileNotFoundError:
             raise ValueError(f"cannot read {file}: it is not there") from None
-        except OSError as error:
-            raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot read {file}: {reason}") from None
         if file.endswith(".tar"):
             yield from tar_samples(archive, media, caption_key)
         else:

@@ -95,12 +95,14 @@ def test_a_span_is_read_at_the_rate_that_is_asked_for(tmp_path):
 
 def test_thumbnails_of_the_end_are_those_of_the_whole(tmp_path):
     path = str(write_film(tmp_path / "a.mp4"))
-    whole = list(thumbnails(path, (16, 9)))
+    whole = list(thumbnails(path, probe(path), (16, 9)))
     assert [round(second * 25) for second, _ in whole] == list(range(COUNT))
     assert whole[0][1].shape == (3, 9, 16) and int(whole[30][1][0, 4, 12]) == pytest.approx(
         161, abs=3
     )
-    for (second, thumbnail), (other, again) in zip(whole[23:], thumbnails(path, (16, 9), 23)):
+    for (second, thumbnail), (other, again) in zip(
+        whole[23:], thumbnails(path, probe(path), (16, 9), 23)
+    ):
         assert second == other and (thumbnail == again).all()
 
 
@@ -114,7 +116,9 @@ def test_damage_in_the_middle_costs_frames_up_to_the_next_key_frame(tmp_path):
     data[start : start + size] = bytes(size)  # frame 13, of the group 10 … 19
     path.write_bytes(data)
     lost = [
-        number for number, (_, small) in enumerate(thumbnails(str(path), (8, 8))) if small is None
+        number
+        for number, (_, small) in enumerate(thumbnails(str(path), probe(path), (8, 8)))
+        if small is None
     ]
     assert lost and set(lost) <= set(range(13, 20))
 

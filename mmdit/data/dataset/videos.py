@@ -245,12 +245,11 @@ def _decoded_from(
 
 
 def thumbnails(
-    path: str, size: tuple[int, int], first: int = 0
+    path: str, content: Probe, size: tuple[int, int], first: int = 0
 ) -> Iterator[tuple[float, np.ndarray | None]]:
     """Yield, for every frame of a video file from number `first` on, when it is shown, in seconds,
     and a thumbnail of this size (width, height), uint8 YUV `(3, H, W)`; None for a frame that
-    cannot be decoded. ValueError says what is wrong with the whole file."""
-    content = probe(path)
+    cannot be decoded. `content`: what `probe` says of the file."""
     seconds = [(stamp - content.stamps[0]) * content.tick for stamp in content.stamps]
     place = first
     if is_picture(path):

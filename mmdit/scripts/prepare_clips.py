@@ -1,0 +1,81 @@
+"""Cut long videos into clips of one scene each, without encoding anything: a clip is a line that
+names some frames of its film.
+
+    mmdit prepare-clips --meta_jsonl data/films/train_videos.jsonl --out_dir data/clips
+
+Hard cuts, dissolves and fades are found by how much frames differ. Stop it at any time: the same
+command goes on. Run again with other settings, it cuts anew what is measured already, in seconds.
+"""
+
+from pathlib import Path
+
+from mmdit.data.dataset.records import read_records
+from mmdit.data.preparing.clip_preparation import ClipPreparation
+from mmdit.data.preparing.shots import ShotSettings
+from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.arguments import number
+
+USUAL = ShotSettings()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--meta_jsonl", type=Path, required=True, help="lines with video_path (prepare-folder)"
+    )
+    parser.add_argument("--out_dir", type=Path, required=True, help="where the lines of clips go")
+    parser.add_argument(
+        "--min_seconds",
+        type=number,
+        default=USUAL.min_seconds,
+        help=f"shorter shots are left out [{USUAL.min_seconds:g}]",
+    )
+    parser.add_argument(
+        "--max_seconds",
+        type=number,
+        default=USUAL.max_seconds,
+        help=f"longer shots are cut into equal clips [{USUAL.max_seconds:g}]",
+    )
+    parser.add_argument(
+        "--cut",
+        type=number,
+        default=USUAL.cut,
+        help=f"least difference of two frames at a cut, of 255: less finds more [{USUAL.cut:g}]",
+    )
+    parser.add_argument(
+        "--black",
+        type=number,
+        default=USUAL.black,
+        help=f"frames darker than this share of white are left out; 0 keeps all [{USUAL.black:g}]",
+    )
+    parser.add_argument(
+        "--still",
+        type=number,
+        default=USUAL.still,
+        help=(
+            "clips whose frames, 32 apart, never differ by more, of 255, are left out; 0 keeps all"
+            f" [{USUAL.still:g}]"
+        ),
+    )
+    args = parser.parse_intermixed_args(argv)
+    with friendly():
+        settings = ShotSettings(
+            args.cut, args.min_seconds, args.max_seconds, args.black, args.still
+        )
+        out = args.out_dir / args.meta_jsonl.name
+        if out.resolve() == args.meta_jsonl.resolve():
+            raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by clips")
+        records = read_records(args.meta_jsonl, "video", prefer="video_path")
+        report = ClipPreparation(records, args.out_dir, out.name, settings).run()
+    print(report.text())
+    if report.skipped:
+        print(f"skipped ones, with reasons: {args.out_dir / 'skipped.jsonl'}")
+    if report.interrupted:
+        print("interrupted: what is measured stays; the same command goes on from there")
+        return 130
+    print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out …")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks.model import Bench
+from mmdit.config import ConfigError
 from mmdit.experiment.load import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
@@ -100,6 +101,7 @@ def one_rank(folder: Path, part: str) -> None:
         words = [
             "parallel.type=fsdp",
             "train.batch_size=2",
+            "train.save_in_background=true",
             *ADAPTERS,
             f"train.init_from={folder / 'runs/base'}",
         ]
@@ -350,6 +352,21 @@ def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(mo
     shard(model, World(0, 2))
     assert model.model in cut and (model.text_encoder in cut) == trained
     assert trained or not set(model.text_encoder.modules()) & set(cut)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"type": "ddp", "shard_over": 2}, "is 2 with parallel.type ddp"),
+        ({"type": "fsdp", "shard_over": 3}, "is 3, but 4 processes do not split"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(config, message):
+    section = ParallelConfig(**config)
+    with pytest.raises(ConfigError, match=message):
+        if section.type == "ddp":
+            section.check(None)
+        shard(learner(), World(0, 4), section)
 
 
 @pytest.mark.slow

@@ -482,8 +482,8 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
         checkpoint.load_weights(bad)
 
 
-def run_ranks(folder: Path, size: int, script: str, *words: str):
-    """Run `script FOLDER WORDS` on `size` processes of torchrun."""
+def run_ranks(folder: Path, size: int, script: str, *words: str, options: tuple | list = ()):
+    """Run `script FOLDER WORDS` on `size` processes of torchrun, to which `options` are given."""
     command = [
         sys.executable,
         "-m",
@@ -496,6 +496,7 @@ def run_ranks(folder: Path, size: int, script: str, *words: str):
         "c10d",
         "--rdzv_endpoint",
         "localhost:0",
+        *options,
         str(script),
         str(folder),
         *words,

@@ -16,7 +16,7 @@ from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, start_from, with_sibling
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.experiment.run import find_start
+from mmdit.experiment.run import agree_on_start
 from mmdit.files import write_atomically
 from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
@@ -87,7 +87,7 @@ def posttrain(
         if not dry_run:
             stack.enter_context(hold(config.run_dir, world))
         world.share(lambda: require_library(config.track))
-        resumed = world.share(lambda: find_start(config, resume, prunes=not dry_run))
+        resumed = agree_on_start(config, resume, world, prunes=not dry_run)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         learner = build_learner(config, tokenizer.spec)
         if learner.model.picture != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,9 @@ from mmdit.training.origin import check_origin, frozen_elsewhere, sum_of
 from mmdit.training.parallel import shard
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.previews import Previews
-from mmdit.training.run_start import record_start
+from mmdit.training.run_start import continues, record_start
 from mmdit.training.runs import hold
+from mmdit.training.saving import BackgroundSaves, snapshots
 from mmdit.training.trackers import Tracker, require_library, tracking
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -57,7 +59,7 @@ def run_training(
     train = config.train
     with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
         world.share(lambda: require_library(config.track))
-        start = world.share(lambda: find_start(config, resume))
+        start = agree_on_start(config, resume, world)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         batches = open_batches(config, tokenizer, sources, world)
         run = Run(config, world, tokenizer.plain, batches.plan, start)
@@ -81,20 +83,23 @@ def run_training(
                 Validation(train, batches, world) if train.val_every_steps else None,
                 config.parallel,
                 tracker,
+                run.background,
             ).run()
 
 
 def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> Path | None:
     """Return the checkpoint to continue from, every byte of it looked at, or None for a new run. A
-    folder that holds a run is never written over. `prunes`: remove what a kill left of older
+    folder that holds a run is never written over. A restart by torchrun goes on as `resume` does,
+    or begins anew where nothing was saved yet. `prunes`: remove what a kill left of older
     checkpoints."""
     run_dir, train = config.run_dir, config.train
-    newest = checkpoint.latest(run_dir, None if resume else ())
-    if resume and newest is None:
+    again = continues(run_dir)
+    newest = checkpoint.latest(run_dir, None if resume or again else ())
+    if resume and newest is None and not again:
         raise ValueError(
             f"--resume: no whole checkpoint in {run_dir / 'checkpoints'}; start without --resume"
         )
-    if newest is not None and not resume:
+    if newest is not None and not (resume or again):
         raise ValueError(
             f"{run_dir} already holds a run (step {int(newest.name[5:])}): continue it with"
             " --resume, choose another experiment_name, or remove the folder"
@@ -104,6 +109,22 @@ def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> P
             run_dir, checkpoint.step_of(newest), train.keep_last, train.keep_every_steps
         )
     return newest
+
+
+def agree_on_start(
+    config: ExperimentConfig, resume: bool, world: World, prunes: bool = True
+) -> Path | None:
+    """Return what `find_start` gives on the main process; every process must call. ValueError: a
+    process does not find it on its disk."""
+    start = world.share(lambda: find_start(config, resume, prunes))
+    there = world.gather(start is None or (start / checkpoint.META).is_file())
+    if not all(there):
+        raise ValueError(
+            f"rank {there.index(False)} does not find {start}, from which rank 0 goes on: give all"
+            " machines one output_dir on a disk that they share, or copy the checkpoint to the same"
+            " place on each"
+        )
+    return start
 
 
 @dataclass
@@ -120,6 +141,7 @@ class Run:
     state: TrainState = field(init=False)
     origin: dict[str, Any] = field(init=False)  # of what a resume reads again from elsewhere
     facts: dict[str, Any] = field(init=False)  # of the batches; stored in each checkpoint
+    background: BackgroundSaves | None = field(init=False)  # None: training waits for saves
 
     def __post_init__(self):
         config = self.config
@@ -138,6 +160,7 @@ class Run:
             self.learner, config.train, config.ema, config.alpha_schedule
         )
         self.facts = facts(self.plan.global_batch, self.world.size)
+        self.background = BackgroundSaves(self.world) if config.train.save_in_background else None
 
     def _check_networks(self) -> None:
         """Refuse networks that cannot be trained so, and let those that continue pictures be given
@@ -193,14 +216,15 @@ class Run:
                 files[f"lora_{name}" if name else "lora"] = {
                     key: whole(tensor) for key, tensor in lora_state(part).items()
                 }
-        checkpoint.save(
-            config.run_dir,
-            meta,
-            files,
-            config.train.keep_last,
-            config.train.keep_every_steps,
-            self.world,
-            state.notes() | self.facts,
+        notes = state.notes() | self.facts
+        keep = (config.train.keep_last, config.train.keep_every_steps)
+        if self.background is None:
+            checkpoint.save(config.run_dir, meta, files, *keep, self.world, notes)
+            return
+        files = {name: snapshots(tensors) for name, tensors in files.items()}
+        notes = copy.deepcopy(notes)
+        self.background.start(
+            lambda world: checkpoint.save(config.run_dir, meta, files, *keep, world, notes)
         )
 
     def previews(self, tracker: Tracker | None = None) -> Previews | None:

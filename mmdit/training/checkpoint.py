@@ -141,7 +141,7 @@ def save(
         world.barrier()
         sums: dict[str, list[int]] = {}
         for name, tensors in files.items():
-            sums |= write(unfinished, name, tensors, world.is_main)
+            sums |= write(unfinished, name, tensors, world)
         world.barrier()
         sums |= _part_sums(unfinished, world)
         if world.is_main:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -30,6 +32,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     store: dist.Store | None = None  # shared by the processes of the job
+    group: dist.ProcessGroup | None = None  # in which they talk; None is the default one
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +44,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def share(self, make: Callable[[], T]) -> T:
         """Return on every rank what `make` gives on the main rank; where it raises there, every
@@ -56,7 +59,7 @@ class World:
             message[1] = str(error) or type(error).__name__
             raise
         finally:
-            dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(message, src=0, group=self.group, device=torch.device("cpu"))
         if message[1]:
             raise ValueError(message[1])
         return message[0]
@@ -66,7 +69,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -75,14 +78,36 @@ class World:
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return bool(votes.item())
 
     def sum_(self, *tensors: torch.Tensor) -> None:
         """Sum each tensor over all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
+
+    def apart(self) -> World:
+        """Return the same processes with a group of their own, on the CPU: a thread can use it
+        beside the collectives of this one. Every process must call."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # a rank outside gets a number
+        return replace(self, group=group)
+
+
+def restarts() -> int:
+    """Return how often torchrun has started these processes again (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def torchrun_names() -> list[str]:
+    """Return the rendezvous id (`none` where the user gave none) and the process of the torchrun
+    that started this process; nothing without one. Both stay the same when it starts its processes
+    again."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return [] if name is None else [name, f"{socket.gethostname()}:{os.getppid()}"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -116,6 +141,29 @@ def _end_with_parent() -> None:
     threading.Thread(target=look, name="parent", daemon=True).start()
 
 
+def _of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Return the part of `store` that belongs to the processes of this start. Torchrun gives a
+    restart the store of the start before, where a process would find the addresses of dead ones.
+    So each process asks under a name drawn anew, which rank 0 answers with a name for all."""
+    mine, asked = secrets.token_hex(8), "start/asked/{}".format
+    joined = "start/joined/{}/{}".format
+    if rank > 0:
+        store.set(asked(rank), mine)
+        name = store.get(f"start/answer/{mine}").decode()
+        store.set(joined(name, rank), "")
+        return dist.PrefixStore(name, store)
+    missing, end = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([asked(other)]):  # by this start, or by one before: both are answered
+                store.set(f"start/answer/{store.get(asked(other)).decode()}", mine)
+        missing = {other for other in missing if not store.check([joined(mine, other)])}
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)} did not join within {timeout}")
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
+
+
 @contextmanager
 def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a
@@ -139,6 +187,8 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
     timeout = timedelta(minutes=1.5 * timeout_minutes)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    if torchrun_names():
+        store = _of_this_start(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, device, store)

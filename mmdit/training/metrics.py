@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from mmdit.files import write_atomically
 from mmdit.training.errors import RunError
 from mmdit.training.trackers import Tracker
+
+SLOW = 1.5  # times the median of the others: slower than they ever are among each other
 
 
 def clock(seconds: float) -> str:
@@ -87,6 +94,47 @@ class Timer:
         seconds, waited = now - self.last, self.waited
         self.last, self.waited = now, 0.0
         return seconds, waited / max(seconds, 1e-9)
+
+
+class ForwardTimer:
+    """Seconds of forward passes, measured on their device without waiting for it. Copies of a model
+    do not wait for each other there, as they do in the backward pass."""
+
+    def __init__(self, device: torch.device):
+        self.seconds = 0.0
+        self.is_cuda = device.type == "cuda"
+        self.events: list[list[torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Add the time of the block."""
+        begin = time.perf_counter()
+        if self.is_cuda:
+            self.events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            self.events[-1][0].record()
+        yield
+        if self.is_cuda:
+            self.events[-1][1].record()
+        else:
+            self.seconds += time.perf_counter() - begin
+
+    def read(self) -> float:
+        """Return the seconds so far. It waits for the device."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.seconds += begin.elapsed_time(end) * 1e-3
+        self.events = []
+        return self.seconds
+
+
+def slow_rank(seconds: list[float], step: float) -> int | None:
+    """Return the rank for which the others wait, if there is one. `seconds` by rank: of a step,
+    those in which it waits for no other; `step`: those of a whole step."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])
+    lost = seconds[slowest] - others
+    is_slow = seconds[slowest] > SLOW * others and lost > max(0.05 * step, 0.01)
+    return slowest if is_slow else None
 
 
 def report_line(values: dict, max_steps: int) -> str:

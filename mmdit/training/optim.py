@@ -238,10 +238,12 @@ def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tenso
     """
     gradients = _gradients(optimizer.param_groups)
     norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
-        # All of them are, and each element is in one process.
-        square = norm.square()
-        torch.distributed.all_reduce(square)
+    first = next(iter(gradients), None)
+    if isinstance(first, DTensor):
+        # All of them are, and each element is in one process of those that cut the weights among
+        # themselves: the last dimension of the mesh.
+        square, mesh = norm.square(), first.device_mesh
+        torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
         norm = square.sqrt()
     skipped = (~torch.isfinite(norm)).float()
     optimizer.scale = None

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdit.config import ConfigError, Section
+from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import TextTokens
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
@@ -36,13 +36,25 @@ class ParallelConfig(Section):
     # `ddp`: every process holds everything. `fsdp`: weights, gradients, averages and moments are
     # cut over the processes, and a block is gathered while it computes.
     type: Literal["ddp", "fsdp"] = "ddp"
+    # Under fsdp, so many neighbouring processes, those of a machine, cut the weights among
+    # themselves; between such groups only gradients travel. 0: all processes are one group.
+    shard_over: int = 0
     # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
     # process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self):
+        least(self, 0, "shard_over")
+
     def check(self, run: Any) -> None:
         """Refuse shards of what must be whole."""
         if self.type != "fsdp":
+            if self.shard_over:
+                raise ConfigError(
+                    "parallel.shard_over",
+                    f"is {self.shard_over} with parallel.type {self.type}, which cuts nothing; use"
+                    " fsdp, or leave it out",
+                )
             return
         for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
             if section.enabled:
@@ -71,7 +83,16 @@ def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfi
     warnings.filterwarnings(
         "ignore", "FSDP2-wrapped module", UserWarning
     )  # of in-place changes of outputs: there are none
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    group = config.shard_over or world.size
+    if world.size % group:
+        raise ConfigError(
+            "parallel.shard_over",
+            f"is {group}, but {world.size} processes do not split into groups of that many",
+        )
+    sizes = {"copies": world.size // group, "shards": group}
+    if group == world.size:
+        del sizes["copies"]
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy(
         reduce_dtype=torch.bfloat16 if config.reduce == "bfloat16" else None
     )

@@ -14,7 +14,7 @@ import torch
 
 import mmdit
 from mmdit.files import refuse_link
-from mmdit.training.distributed import World
+from mmdit.training.distributed import World, restarts, torchrun_names
 
 STARTS = "starts.jsonl"
 
@@ -32,6 +32,7 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
         "commit": commit(),
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
         "processes": world.size,
+        "torchrun": torchrun_names(),
         "data": data,
         "command": command,
     }
@@ -54,6 +55,17 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def continues(run_dir: Path) -> bool:
+    """Return whether torchrun started this training again after one of its processes ended, so that
+    it goes on by itself: the last start of this folder was by the same torchrun, or, in a restart,
+    under the same rendezvous id."""
+    names, starts = torchrun_names(), read_starts(run_dir)
+    if not names or not starts or not starts[-1].get("torchrun"):
+        return False
+    (run_id, process), (last_id, last_process) = names, starts[-1]["torchrun"]
+    return process == last_process or (restarts() > 0 and run_id == last_id != "none")
 
 
 @lru_cache

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+import statistics
 import time
 import uuid
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from mmdit.training.alpha.schedule import AlphaSchedule
 from mmdit.training.alpha.trend import BINS, SPANS, LossHistory, StepFacts
 from mmdit.training.distributed import World
 from mmdit.training.errors import StepsSkipped
-from mmdit.training.metrics import MetricsLog, Timer, report_line
+from mmdit.training.metrics import ForwardTimer, MetricsLog, Timer, report_line, slow_rank
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 
@@ -49,6 +50,7 @@ class Window:
         self.device = device
         self.taken: list[TakenStep] = []
         self.flops = 0
+        self.forward = ForwardTimer(device)
         self.steps: list[StepFacts] = []  # once they were read
 
     def add(
@@ -213,6 +215,8 @@ class Reporter:
         self.timer = Timer()
         self.bad_in_a_row, self.seen = 0, 0
         self.damaged: list[str] = []  # items of skipped steps whose cached latents are not finite
+        self.not_finite = 0  # losses of this rank
+        self.slow: int | None = None  # the rank that was told to be slow last
 
     def observe(self, window: Window) -> None:
         """Take in the steps of `window` that were not read yet. It waits for the device, which no
@@ -230,6 +234,7 @@ class Reporter:
         count = sum(counts)
         seconds, waited = self.timer.lap()
         self.monitor.wall += seconds
+        self._tell_slow(waited * seconds, window.forward.read(), seconds, len(facts))
         values = {"step": step, "loss": sum(sums) / count if count else None}
         values |= self.monitor.values(facts, state.schedule, state.alphas())
         short, long = (values[f"loss_ema_{span}"] for span in (SPANS[0], SPANS[-1]))
@@ -253,6 +258,24 @@ class Reporter:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return values | {"eta_seconds": seconds / len(facts) * (self.config.max_steps - step)}
 
+    def _tell_slow(self, wait: float, forward: float, seconds: float, steps: int) -> None:
+        """Name the rank that all others wait for, once. Every rank gives the seconds that it waited
+        for data and that its forward passes took, of the `seconds` of so many `steps`. The first
+        report is passed over: its steps were compiled."""
+        if self.world.size == 1 or self.seen == 0:
+            return
+        by_rank = self.world.gather((wait / steps, forward / steps))
+        slow = slow_rank([sum(pair) for pair in by_rank], seconds / steps)
+        if slow is not None and slow != self.slow:
+            wait, forward = by_rank[slow]
+            median = statistics.median([sum(pair) for pair in by_rank])
+            self.world.print(
+                f"rank {slow} is slow, and all others wait for it: in a step it waits {wait:.3f} s"
+                f" for data, and its forward pass takes {forward:.3f} s; the median of all ranks is"
+                f" {median:.3f} s for both"
+            )
+        self.slow = slow
+
     def write(self, values: dict, window: Window) -> None:
         """Write a record. StepsSkipped: too many steps had no finite loss or gradient."""
         step, skipped = values["step"], values["skipped"]
@@ -275,7 +298,7 @@ class Reporter:
                 f" {self.config.max_skipped_steps}); their items are in"
                 f" {self.run_dir}/skipped*.jsonl. The weights are those before them. Lower train.lr"
                 f" (now {values['lr']:.2e}), use train.precision: fp32, or look at the latents of"
-                f" these items{self._damaged_items()}"
+                f" these items{self._damaged_items()}{self._only_rank()}"
             )
 
     def _damaged_items(self) -> str:
@@ -286,6 +309,17 @@ class Reporter:
         return (
             f": those of {', '.join(self.damaged[:5])}{more} are not finite in the cache;"
             " verify_cache finds all, then cache them again"
+        )
+
+    def _only_rank(self) -> str:
+        """Name the rank that alone met losses that are not finite; every rank must call."""
+        counts = self.world.gather(self.not_finite)
+        ranks = [rank for rank, count in enumerate(counts) if count]
+        if len(counts) == 1 or len(ranks) != 1:
+            return ""
+        return (
+            f". Only rank {ranks[0]} met losses that are not finite: where its latents are sound,"
+            " its GPU may be at fault; leave that one out"
         )
 
     def _record_skipped(self, last_step: int, window: Window) -> None:
@@ -299,6 +333,7 @@ class Reporter:
                 if not step.skipped:
                     continue
                 ids, finite, sound = step.ids, step.finite.tolist(), step.sound.tolist()
+                self.not_finite += finite.count(False)
                 damaged = [id for id, good in zip(ids, sound, strict=True) if not good]
                 self.damaged += [id for id in damaged if id not in self.damaged]
                 row = {

@@ -71,6 +71,9 @@ class TrainConfig(Section):
     log_every_steps: int = 50
     # Steps between two checkpoints.
     save_every_steps: int = 1000
+    # Write checkpoints from a copy while the training goes on. The copy takes as much of the
+    # host's memory as a checkpoint does of the disk.
+    save_in_background: bool = False
     # How many checkpoints are kept; 0 keeps all.
     keep_last: int = 3
     # Besides, those of every n-th step are kept for good; 0 keeps none.

@@ -21,6 +21,7 @@ from mmdit.training.errors import RunError, StepsSkipped, record_failure
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
+from mmdit.training.saving import BackgroundSaves
 from mmdit.training.step_report import Reporter, Window
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
@@ -75,6 +76,7 @@ class Trainer:
     validate: Callable[[TrainState], dict[str, float | None]] | None = None
     parallel: ParallelConfig = ParallelConfig()
     tracker: Tracker | None = None
+    background: BackgroundSaves | None = None  # in which `save` writes; None: at once
     saved: int = field(default=0, init=False)  # the step of the newest checkpoint
     moving: bool = field(default=False, init=False)  # between the old state and the new one
 
@@ -96,6 +98,7 @@ class Trainer:
             StopRequest().listening() as stop,
             watch.running(),
             self._rescuing(lambda: reporter.observe(window)),
+            self.background.running() if self.background else contextlib.nullcontext(),
         ):
             watch.at(state.step + 1, "waiting for data")
             for micro_batches in reporter.timer.waiting(self.batches(state.step, config.max_steps)):
@@ -106,6 +109,8 @@ class Trainer:
                 except torch.OutOfMemoryError as error:
                     raise self._memory_full(micro_batches, error) from error
                 self._advance(reporter, window)
+                if self.background:
+                    self.background.check()
                 stopping = world.any(stop.asked)
                 last = stopping or state.step == config.max_steps
                 reports = (config.log_every_steps, config.save_every_steps, config.val_every_steps)
@@ -164,6 +169,8 @@ class Trainer:
                 try:
                     observe()
                     self.save(self.state)
+                    if self.background:
+                        self.background.wait()
                     line = f"saved at step {self.state.step} before it ends; continue with --resume"
                 except Exception as second:
                     line = f"the steps since {self.saved} could not be saved: {second}"
@@ -207,7 +214,8 @@ class Trainer:
                 )
                 frames, rows, columns = latents.shape[1:4]
                 keep = state.learner.model.draw_keep(rows, columns, self.seed, state.step)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
+                with autocast, window.forward.running():
                     losses, t = wrapped(latents, batch.captions, draws, keep, crops, places, expert)
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach(), latents.isfinite().flatten(1).all(1)))

@@ -54,7 +54,6 @@ class Watch:
             raise
         except RuntimeError as error:
             if self.world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                time.sleep(min(2.0, self.seconds))  # the silent become known by their silence
                 raise RunError(
                     f"rank {self.world.rank} lost another process in step {self._now[0]}"
                     f" ({self._now[1]}):"
@@ -92,6 +91,12 @@ class Watch:
                     faulthandler.dump_traceback(all_threads=True)
                 os._exit(2)
 
+    def _published(self, rank: int) -> list | None:
+        """Return what a rank published last, None for nothing. RuntimeError: no store."""
+        assert self._store is not None
+        key = f"watch/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
     def _advice(self) -> str:
         return checkpoint.how_to_go_on(self.run_dir) if self.run_dir else "Continue with --resume"
 
@@ -101,24 +106,27 @@ class Watch:
                 self._store.set(f"watch/{self.world.rank}", json.dumps([step, phase, time.time()]))
 
     def table(self) -> str:
-        """Return a line a rank of where it is, the silent and the hindmost first."""
+        """Return a line a rank of where it is, the silent and the hindmost first. It takes two
+        seconds, in which the silent become known by their silence: clocks of machines differ."""
         if not self._store:
             return "It is the only process."
+        try:
+            before = [self._published(rank) for rank in range(self.world.size)]
+            time.sleep(min(2.0, self.seconds))
+            now = [self._published(rank) for rank in range(self.world.size)]
+        except RuntimeError:
+            return (
+                "  The store of the process group is gone, and with it the machine of rank 0 or"
+                " its torchrun."
+            )
         rows = []
-        for rank in range(self.world.size):
-            try:
-                if self._store.check([f"watch/{rank}"]):
-                    step, phase, when = json.loads(self._store.get(f"watch/{rank}"))
-                    silent = time.time() - when
-                    alive = silent < 1.5 + self.seconds / 10
-                    sign = "alive" if alive else f"last heard of {silent:.0f} s ago"
-                    rows.append((alive, step, f"  rank {rank}: {sign} in step {step} ({phase})"))
-                else:
-                    rows.append((False, 0, f"  rank {rank}: never heard of"))
-            except RuntimeError:
-                return (
-                    "  The store of the process group is gone, and with it the machine of rank 0 or"
-                    " its torchrun."
-                )
+        for rank, (first, second) in enumerate(zip(before, now, strict=True)):
+            if second is None:
+                rows.append((False, 0, f"  rank {rank}: never heard of"))
+                continue
+            step, phase, _ = second
+            alive = rank == self.world.rank or first != second
+            sign = "alive" if alive else "last heard of"
+            rows.append((alive, step, f"  rank {rank}: {sign} in step {step} ({phase})"))
         more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
         return "\n".join([line for _, _, line in sorted(rows)[:SHOWN]] + more)

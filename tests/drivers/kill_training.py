@@ -71,6 +71,7 @@ def kill_once(folder: Path, name: str, how: str, chance: random.Random, seconds:
     words += [
         f"data.in_memory={chance.choice(('true', 'false'))}"
     ]  # from disk: by a worker process, which must not outlive us
+    words += [f"train.save_in_background={chance.choice(('true', 'false'))}"]
     if how == "operation":
         operation = chance.randrange(60)
 

@@ -30,10 +30,12 @@ SPLITS = {
 }
 STEPS = 6
 FSDP = "parallel.type=fsdp"
+PAIRS = "parallel.shard_over=2"
 MOVES = {
     "moving": [(2,), (4,), (1,)],
     "sharded": [(2, FSDP), (4, FSDP), (1,)],
     "mixed": [(4, FSDP), (2,), (2, FSDP)],
+    "pairs": [(4, FSDP, PAIRS), (2, FSDP), (4, FSDP, PAIRS)],
 }
 QUICK = {"sharded": [(2, FSDP), (2,), (1,)]}
 
@@ -154,7 +156,7 @@ def main() -> int:
             "worlds": worlds(folder, args.quick),
             "preempted": preempted(folder),
             "hangs": lost(folder, "hangs", signal.SIGSTOP, 0.06),
-            "dies": lost(folder, "dies", signal.SIGKILL, 0.06),
+            "dies": lost(folder, "dies", signal.SIGKILL, 30.0),
         }
         print(json.dumps(result))
     return 0

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
+from mmdit.training.distributed import World
 from mmdit.weights import tensor_pieces
 
 SHAPES = "shapes.json"  # beside the parts, the whole shapes: else an absent part goes unnoticed
@@ -107,12 +108,12 @@ class Stored(Mapping[str, Tensor]):
 
 
 def write(
-    folder: Path, name: str, tensors: dict[str, Tensor], is_main: bool = True
+    folder: Path, name: str, tensors: dict[str, Tensor], world: World
 ) -> dict[str, list[int]]:
-    """Write one file by the main process, or, where a tensor is sharded (then every process must
-    call), the folder `name/` by torch.distributed.checkpoint as safetensors: the format it has by
-    default is pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by who reads them.
-    OSError or SafetensorError."""
+    """Write one file by the main process, or, where a tensor is sharded (then every process of
+    `world` must call), the folder `name/` by torch.distributed.checkpoint as safetensors: the
+    format it has by default is pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by
+    who reads them. OSError or SafetensorError."""
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         flat = {
             key: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
@@ -124,14 +125,15 @@ def write(
                 storage_writer=dcp.HuggingFaceStorageWriter(
                     str(folder / name), save_distributed=True
                 ),
+                process_group=world.group,
             )
         except CheckpointException as error:
             raise OSError(f"{list(error.failures.values())[0][0]}") from None
-        if is_main:
+        if world.is_main:
             shapes = json.dumps({key: list(tensor.shape) for key, tensor in flat.items()})
             (folder / name / SHAPES).write_text(shapes, encoding="utf-8")
         return {}
-    if not is_main:
+    if not world.is_main:
         return {}
     total = Sum()
     file = f"{name}.safetensors"

@@ -1,0 +1,86 @@
+"""Checkpoints that are written while the training goes on (`train.save_in_background`)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from mmdit.nn.stored_weights import StoredWeight
+from mmdit.training.distributed import World
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """Return a copy in the memory of the host, which training does not touch; of a sharded tensor
+    each process copies its part. A `StoredWeight` is frozen and is returned as it is."""
+    if isinstance(tensor, StoredWeight):
+        return tensor
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    mesh = tensor.device_mesh
+    if mesh.device_type != "cpu":
+        mesh = init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
+    part = tensor.to_local().to("cpu", copy=True)
+    return DTensor.from_local(
+        part, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def snapshots(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a `snapshot` of each of `tensors`, by name."""
+    return {name: snapshot(tensor) for name, tensor in tensors.items()}
+
+
+class BackgroundSaves:
+    """Runs one save at a time in a thread. Its processes talk in a group of their own, so that they
+    never meet the collectives of the training; every process of the job must make one, and start
+    the same saves."""
+
+    def __init__(self, world: World):
+        self.world = world.apart()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, write: Callable[[World], object]) -> None:
+        """Call `write` with the world of the saves, once the last save is whole."""
+        self.wait()
+
+        def work() -> None:
+            try:
+                write(self.world)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="saving")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the error of a save that failed."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Return when the last save is whole; raise its error."""
+        self._join()
+        self.check()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Leave the block when the last save is whole, or has failed: then raise its error, unless
+        the block itself raised one."""
+        try:
+            yield
+            self.wait()
+        finally:
+            self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

@@ -1,0 +1,276 @@
+"""Checkpoints written while the training goes on, trainings that torchrun starts again, and ranks
+that are named."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from mmdit.experiment.experiment_config import load_experiment_config
+from mmdit.experiment.run import agree_on_start
+from mmdit.scripts import train_t2v
+from mmdit.training import checkpoint
+from mmdit.training.distributed import World
+from mmdit.training.memory.shards import Stored
+from mmdit.training.metrics import slow_rank
+from mmdit.training.run_start import read_starts
+from mmdit.training.step_report import Monitor, Reporter
+from mmdit.training.train_config import TrainConfig
+from mmdit.training.trainer import Trainer
+from tests.helpers.tiny import Workshop, refused
+from tests.test_trainer import ROOT, run_ranks
+
+BACKGROUND = "train.save_in_background=true"
+SAVES = ["train.max_steps=6", "train.save_every_steps=2", "train.keep_last=0"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """`runs/whole` is a run whose training waits for its checkpoints."""
+    shop = Workshop(tmp_path_factory.mktemp("saving"))
+    shop.train("whole", *SAVES)
+    return shop
+
+
+def contents(run: Path, step: int) -> dict[str, bytes]:
+    """Return every number of a checkpoint, by file and name, whole or in parts."""
+    folder = checkpoint.folder_of(run, step)
+    assert not checkpoint.problem_of(folder)
+    names = [name for name in ("model", "ema", "optimizer") if list(folder.glob(f"{name}*"))]
+    stored = {name: Stored(folder / f"{name}.safetensors") for name in names}
+    return {
+        f"{file}/{name}": tensor.numpy().tobytes()
+        for file, tensors in stored.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_a_checkpoint_holds_the_step_it_is_of_however_late_it_is_written(shop, monkeypatch):
+    """Each save waits until the training has taken another step."""
+    save, advance, goes_on = checkpoint.save, Trainer._advance, threading.Event()
+
+    def late(run_dir, meta, *arguments):
+        assert threading.current_thread() is not threading.main_thread()
+        assert meta.step == 6 or goes_on.wait(20)
+        return save(run_dir, meta, *arguments)
+
+    def steps(self, *arguments):
+        advance(self, *arguments)
+        (goes_on.set if self.state.step % 2 else goes_on.clear)()
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(Trainer, "_advance", steps)
+    run = shop.train("late", *SAVES, BACKGROUND)
+    for step in (2, 4, 6):
+        assert contents(run, step) == contents(shop.folder / "runs/whole", step)
+
+
+def test_a_save_that_fails_ends_the_training_and_leaves_earlier_checkpoints(
+    shop, monkeypatch, capsys
+):
+    """The error of a thread reaches the person, as that of a save for which the training waits."""
+    write = checkpoint.write
+
+    def full(folder, *arguments):
+        if "step_00000004" in folder.name:
+            raise OSError("No space left on device")
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    words = [*SAVES, BACKGROUND]
+    expected = ["could not save the checkpoint", "step_00000004", "--resume"]
+    refused(capsys, train_t2v.main, shop.train_words("full", *words), *expected)
+    run = shop.folder / "runs/full"
+    assert contents(run, 2) == contents(shop.folder / "runs/whole", 2)
+    assert not checkpoint.folder_of(run, 4).exists()
+    monkeypatch.undo()
+    train_t2v.main([*shop.train_words("full", *words), "--resume"])
+    assert contents(run, 6) == contents(shop.folder / "runs/whole", 6)
+
+
+def as_torchrun(monkeypatch, job: str, restarts: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+
+
+def ends_after(step: int, monkeypatch) -> None:
+    """Have the process meet an error that saves nothing, amid a step."""
+    advance = Trainer._advance
+
+    def fails(self, *arguments):
+        if self.state.step == step:
+            raise ValueError("the end")
+        advance(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_advance", fails)
+
+
+@pytest.mark.parametrize("job", ["none", "my_job"])  # torchrun without and with --rdzv_id
+def test_a_restart_goes_on_by_itself(shop, monkeypatch, capsys, job):
+    words = shop.train_words(f"restarted_{job}", *SAVES)
+    run = shop.folder / f"runs/restarted_{job}"
+    with monkeypatch.context() as broken:
+        as_torchrun(broken, job, 0)
+        ends_after(1, broken)
+        refused(capsys, train_t2v.main, words, "the end")
+    with monkeypatch.context() as broken:  # nothing was saved yet: from the beginning
+        as_torchrun(broken, job, 1)
+        ends_after(5, broken)
+        refused(capsys, train_t2v.main, words, "the end")
+    as_torchrun(monkeypatch, job, 2)
+    train_t2v.main(words)
+    assert [start["step"] for start in read_starts(run)] == [0, 0, 4]
+    assert contents(run, 6) == contents(shop.folder / "runs/whole", 6)
+
+
+def test_a_restart_leaves_the_run_of_another_job_alone(shop, monkeypatch, capsys):
+    """Of a start that was refused for want of --resume, for one."""
+    for restarts in (0, 1):
+        as_torchrun(monkeypatch, "another", restarts)
+        words = shop.train_words("whole", *SAVES)
+        refused(capsys, train_t2v.main, words, "already holds a run (step 6)")
+
+
+class SomeRanks(World):
+    """Stands for `size` ranks, of which the others answer with `others`."""
+
+    others: ClassVar[list] = []
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def test_a_machine_that_does_not_see_the_checkpoint_is_named(shop, monkeypatch):
+    monkeypatch.setattr(SomeRanks, "others", [True, False])
+    config = load_experiment_config(shop.config, ["experiment_name=whole"])
+    with pytest.raises(ValueError, match="rank 2 does not find .*step_00000006.*on a disk"):
+        agree_on_start(config, True, SomeRanks())
+
+
+@pytest.mark.parametrize(
+    "seconds, step, expected",
+    [
+        ([0.2, 0.2, 0.5, 0.21], 1.0, 2),
+        ([0.5, 0.2], 1.0, 0),
+        ([0.2, 0.25, 0.22], 1.0, None),
+        ([0.2, 0.5], 20.0, None),  # nothing that matters for a step of 20 s
+        ([0.001, 0.009], 0.02, None),  # noise
+    ],
+)
+def test_a_rank_that_all_others_wait_for_is_named(seconds, step, expected):
+    assert slow_rank(seconds, step) == expected
+
+
+def reporter(tmp_path, size: int) -> Reporter:
+    return Reporter(TrainConfig(), 0, SomeRanks(size=size), tmp_path, 0, Monitor())
+
+
+def test_a_slow_rank_is_told_once_and_not_for_compiling(tmp_path, monkeypatch, capsys):
+    told = reporter(tmp_path, 3)
+    monkeypatch.setattr(SomeRanks, "others", [(0.1, 0.9), (0.0, 0.3)])
+    told._tell_slow(0.0, 3.0, 20.0, 10)  # the first report
+    assert not capsys.readouterr().out
+    told.seen = 10
+    told._tell_slow(0.0, 3.0, 20.0, 10)
+    assert "rank 1 is slow" in (line := capsys.readouterr().out)
+    assert "waits 0.100 s for data" in line and "takes 0.900 s" in line and "is 0.300 s" in line
+    told._tell_slow(0.0, 3.0, 20.0, 10)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("others, named", [([0, 4], "Only rank 2 met"), ([2, 4], ""), ([0, 0], "")])
+def test_the_rank_that_alone_meets_losses_that_are_no_numbers_is_named(
+    tmp_path, monkeypatch, others, named
+):
+    monkeypatch.setattr(SomeRanks, "others", others)
+    assert named in (line := reporter(tmp_path, 3)._only_rank()) and bool(named) == bool(line)
+
+
+def one_rank(folder: Path, name: str, kills: bool) -> None:
+    """Train as a rank of torchrun; with `kills`, rank 1 is killed in step 5 of its first life."""
+    if kills and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        advance = Trainer._advance
+
+        def dies(self, *arguments):
+            if self.state.step == 4:
+                self.background.wait()  # else step 4 is whole or not, as it happens
+                os.kill(os.getpid(), signal.SIGKILL)
+            advance(self, *arguments)
+
+        Trainer._advance = dies
+    words = [*SAVES, BACKGROUND, "train.batch_size=2", "parallel.type=fsdp"]
+    train_t2v.main(Workshop(folder).train_words(name, *words))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_sharded_training_whose_process_was_killed(shop):
+    """Its checkpoints are written in the background by both processes, each its shards."""
+    run_ranks(shop.folder, 2, __file__, "undisturbed")
+    run_ranks(shop.folder, 2, __file__, "killed", options=["--max_restarts=1"])
+    runs = [shop.folder / "runs" / name for name in ("undisturbed", "killed")]
+    assert [start["step"] for start in read_starts(runs[1])] == [0, 4]
+    for step in (2, 4, 6):
+        assert (checkpoint.folder_of(runs[1], step) / "optimizer").is_dir()  # in parts
+        assert contents(runs[0], step) == contents(runs[1], step)
+
+
+def machine(folder: Path, number: int, port: int, *words: str) -> subprocess.Popen:
+    """Start the torchrun of one of two machines, in a folder of its own."""
+    shop = Workshop(folder)
+    home = folder / f"machine{number}"
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=both"]
+    command += ["-m", "mmdit.scripts.train_t2v", *shop.train_words("machines", *words)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (home / "log.txt").open("w") as log:
+        return subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_is_named_and_the_training_goes_on(shop):
+    """Two torchruns meet by their rendezvous; the second is killed with its process."""
+    words = ["train.batch_size=2", "train.save_every_steps=4", "parallel.type=fsdp"]
+    endless = [*words, "train.max_steps=100000"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = shop.folder / "runs/machines"
+    first, end = machine(shop.folder, 0, port, *endless), time.monotonic() + 120
+    with socket.socket() as probe:  # it is the one at which they meet
+        while probe.connect_ex(("localhost", port)) and time.monotonic() < end:
+            time.sleep(0.1)
+    second = machine(shop.folder, 1, port, *endless)
+    while not checkpoint.complete(run) and time.monotonic() < end:
+        time.sleep(0.2)
+    ranks = {
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == second.pid
+    }
+    for process in {second.pid, *ranks}:
+        os.kill(process, signal.SIGKILL)
+    second.wait()
+    assert first.wait(60) == 1
+    text = "".join(path.read_text() for path in shop.folder.glob("machine*/log.txt"))
+    assert "lost another process in step" in text
+    assert ": last heard of in step" in text or "with it the machine of rank 0" in text
+    stopped = checkpoint.step_of(checkpoint.latest(run))
+    again = [*words, f"train.max_steps={stopped + 4}", "--resume"]
+    both = [machine(shop.folder, number, port, *again) for number in (0, 1)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert checkpoint.step_of(checkpoint.latest(run)) == stopped + 4
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]), sys.argv[2], kills=sys.argv[2] == "killed")

@@ -98,7 +98,7 @@ class World:
 
 
 def restarts() -> int:
-    """Return how often torchrun has started these processes again (`--max-restarts`)."""
+    """Return how often torchrun has started these processes again (`--max_restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 

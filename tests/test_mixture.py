@@ -16,6 +16,8 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.experiment.data_sources import with_given
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts import train_t2v
 from mmdit.training import checkpoint
@@ -296,4 +298,14 @@ def test_where_sources_are_named_is_told(shop, capsys):
         "one of the two",
     )
     same = [*shop.base, *shop.sources[:2], *shop.sources[:2]]
-    refused(capsys, train_t2v.main, same, "data.sources[1].name", "'pictures'")
+    refused(capsys, train_t2v.main, same, "pictures is given twice", "repeats")
+
+
+def test_caches_of_one_name_are_told_apart_by_their_folders():
+    paths = ["a/x/cache", "b/x/cache", "b/y/cache"]
+    sources = with_given(ExperimentConfig("a"), paths, ()).data.sources
+    assert [source.label for source in sources] == ["a/x/cache", "b/x/cache", "b/y/cache"]
+    sources = with_given(ExperimentConfig("a"), paths[1:], ()).data.sources
+    assert [source.label for source in sources] == ["x/cache", "y/cache"]
+    sources = with_given(ExperimentConfig("a"), ["a/one", "a/two"], ()).data.sources
+    assert [source.name for source in sources] == ["", ""]

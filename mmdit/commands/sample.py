@@ -51,8 +51,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:
     """Return the command as it can be typed again, without `--out` and `--replace`: a sample is the
-    same file wherever it is written. Of a `request` that came from the keyboard or from a file, return the
-    command that draws it alone, as the sample with the number `first`."""
+    same file wherever it is written. Of a `request` that came from the keyboard or from a file,
+    return the command that draws it alone, as the sample with the number `first`."""
     kept = without(words, {"--out": 1, "--replace": 0})
     if request is not None:
         flags = {name: f"{value}" for name, value in request.overrides.items()}

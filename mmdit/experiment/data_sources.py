@@ -40,12 +40,33 @@ def with_given(
         )
     if len(caches) == 1 and not files:
         return config
-    sources = tuple(SourceConfig(path) for path in (*caches, *files))
+    paths = (*caches, *files)
+    sources = tuple(map(SourceConfig, paths, _names(paths)))
     on_the_fly = config.data.on_the_fly or bool(files)
     try:
         return replace(config, data=replace(config.data, sources=sources, on_the_fly=on_the_fly))
     except ConfigError as error:
         raise ConfigError(f"data.{error.path}", error.message) from None
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Return names that tell sources apart: none where the last parts of their paths do, else as
+    many parts as it takes. ValueError: a path is there twice."""
+    all_parts = [Path(path).resolve().parts for path in paths]
+    for i, parts in enumerate(all_parts):
+        if parts in all_parts[:i]:
+            raise ValueError(
+                f"{paths[i]} is given twice; to have it seen more often, name it in data.sources"
+                " with weight or repeats"
+            )
+    names = [Path(path).name for path in paths]
+    if len(set(names)) == len(names):
+        return [""] * len(paths)
+    count = 1
+    while len(set(names)) < len(names):
+        count += 1
+        names = ["/".join(parts[-count:]) for parts in all_parts]
+    return names
 
 
 def sources_of(config: ExperimentConfig, cache_dir: str | Path | None) -> tuple[SourceConfig, ...]:

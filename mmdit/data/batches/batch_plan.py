@@ -323,9 +323,12 @@ class BatchPlan:
         lines = []
         for row in self.table():
             rows, columns = row["grid"]
+            shown = "pictures" if row["frames"] == 1 else f"clips of {row['frames']} frames"
+            if row["steps"] == "images" and self.clips is not None:
+                shown = "single frames of clips"
             line = (
-                f"  {row['steps']} {columns}x{rows} cells, {row['frames']} frames: {row['items']}"
-                f" items, {row['batches']:g} batches of {self.global_batch} an epoch"
+                f"  {shown}, {columns}x{rows} cells: {row['items']} items,"
+                f" {row['batches']:g} batches of {self.global_batch} an epoch"
             )
             if row["repeats"]:
                 times = math.ceil(self.global_batch / row["items"])

@@ -3,6 +3,7 @@
 
 import builtins
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_the_folder_holds_a_licence_and_no_pickle(folder):
     assert files >= weights | settings | code | {"model_index.json", "pipeline.py", "LICENSE"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     assert "MIT" in (folder / "LICENSE").read_text()
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*.*")} - {0o755}
+    assert len(modes) == 1, "weights may be read by whom the rest may be read by"
     card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card and "trust_remote_code=True" in card
     assert "`LICENSE` is that of the code" in card and "mmdit sample" not in card
@@ -231,6 +234,16 @@ def test_half_precision_is_that_of_an_exported_file(run, tmp_path, dtype):
     assert 0 < (drawn - expected).abs().mean() < 0.02
 
 
+def test_adapters_are_merged(tmp_path):
+    run = write_run(tmp_path / "run", lora={"enabled": True, "rank": 2, "train_lora_only": False})
+    folder = write(run, tmp_path / "pipe")
+    drawn = open_folder(folder)(PROMPTS, generator=seeded(7), output_type="pt").frames
+    assert torch.equal(drawn, ours(run, 3, 7))
+    raw = write(run, tmp_path / "raw", "--raw_weights")
+    drawn = open_folder(raw)(PROMPTS, generator=seeded(7), output_type="pt").frames
+    assert torch.equal(drawn, ours(run, 3, 7, use_ema=False))
+
+
 def test_the_scheduler_says_how_it_samples(pipe, folder):
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert (config["solver"], config["steps"], config["guidance_scale"]) == ("ab2", 3, 2.5)
@@ -274,6 +287,13 @@ def test_models_that_are_no_such_pipeline_are_named(tmp_path, capsys, sections, 
     with pytest.raises(SystemExit):
         write(run, tmp_path / "pipe")
     assert message in capsys.readouterr().err and not (tmp_path / "pipe").exists()
+
+
+def test_without_diffusers_the_command_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mmdit.experiment.diffusers_pipeline", None)
+    with pytest.raises(SystemExit):
+        write(run, tmp_path / "pipe")
+    assert "needs diffusers" in capsys.readouterr().err and not (tmp_path / "pipe").exists()
 
 
 def test_nothing_is_replaced(run, folder, capsys):

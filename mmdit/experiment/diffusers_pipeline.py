@@ -297,6 +297,8 @@ class MMDiTPipeline(DiffusionPipeline):
             rows[name] = [CODE_FILE, type(part).__name__]
             (folder / name / f"{CODE_FILE}.py").write_text(CODE, encoding="utf-8")
         index.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        for weights in folder.rglob("*.safetensors"):  # safetensors hides them from other users
+            weights.chmod(index.stat().st_mode)
         (folder / f"{CODE_FILE}.py").write_text(CODE, encoding="utf-8")
         licence = shipped_path("LICENSE")
         assert licence is not None, "it ships with the package"

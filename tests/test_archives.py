@@ -21,6 +21,7 @@ from mmdit.data.dataset import parquets, tars
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.inputs import dealt, expand_braces, input_files, read_input
+from mmdit.data.dataset.records import read_records
 from mmdit.data.dataset.stamps import stamp_of
 from tests.test_cache import VIDEO, MeanPixels, write_meta
 from tests.test_sources import write_video
@@ -156,6 +157,14 @@ def test_a_row_group_is_read_by_one_process_where_there_are_enough(tmp_path):
     assert [len(dealt(records, rank, 4)) for rank in range(4)] == [
         15
     ] * 4  # too few groups for four
+
+
+def test_rows_are_read_in_any_order(tmp_path):
+    rows = [{"id": f"{i}", "jpg": f"bytes {i}".encode(), "caption": ""} for i in range(70)]
+    records = read_input(write_parquet(tmp_path / "a.parquet", rows, row_group_size=40), "image")
+    for number in (0, 39, 20, 3, 69, 40, 41, 0, 0, 17, 16):
+        assert records[number].source.open().read() == rows[number]["jpg"]
+        assert records[number].loaded().member.data == rows[number]["jpg"]
 
 
 # ── what is noticed when a shard changes ──
@@ -393,6 +402,9 @@ def test_a_truncated_tar_gives_what_is_whole_and_says_where_it_ends(tmp_path):
         bad = [s.member.error for s in samples if not isinstance(s.member, tars.TarMember)]
         assert bad and good.items() <= captions.items(), place
     assert last.error is None
+    (tmp_path / "s.tar").write_bytes(whole[: last.offset + 512])
+    *_, end = tars.tar_samples(tars.Archive.of(tmp_path / "s.tar"), "image")
+    assert end.key == "s-end" and end.member.error.problem == "a tar without an end mark"
 
 
 def test_damage_and_lies_of_headers_end_a_tar_with_one_reason(tmp_path):
@@ -591,5 +603,7 @@ def test_other_files_are_refused_by_their_names(tmp_path):
         read_input(tmp_path / "pipe.tar", "image")
     with pytest.raises(ValueError, match="s.tar.gz: it is compressed"):
         read_input(tmp_path / "s.tar.gz", "image")
+    with pytest.raises(ValueError, match="v.tar is no JSONL file, .* cache-images, cache-latents"):
+        read_records(tmp_path / "v.tar", "video")
     with pytest.raises(ValueError, match="cannot read pipe:touch ran #.tar: it is not there"):
         read_input("pipe:touch ran #.tar", "image")

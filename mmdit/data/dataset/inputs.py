@@ -20,11 +20,17 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.members import Archive, Sample, Unreadable
 from mmdit.data.dataset.parquets import parquet_samples
-from mmdit.data.dataset.records import Media, Record, check_id, media_of, read_records
+from mmdit.data.dataset.records import (
+    ARCHIVES,
+    Media,
+    Record,
+    check_id,
+    media_of,
+    read_records,
+)
 from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.dataset.tars import other_contents, tar_samples
 
-SUFFIXES = (".tar", ".parquet")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
 MOST_FILES = 100_000  # that a pattern may name
@@ -60,7 +66,7 @@ def input_files(path: str | Path, media: Media, split: str = "train") -> list[st
 def _files_in(folder: Path, media: Media, split: str) -> list[str]:
     metadata = folder / f"{split}_{NAMES[media]}.jsonl"
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    archives = sorted(name for name in names if name.endswith(SUFFIXES))
+    archives = sorted(name for name in names if name.endswith(ARCHIVES))
     if metadata.exists() or not archives:
         return [str(metadata)]
     splits = [HUB_NAME.fullmatch(name) for name in archives]
@@ -76,7 +82,7 @@ def _files_in(folder: Path, media: Media, split: str) -> list[str]:
 def _of_one_kind(files: list[str], where: str) -> list[str]:
     """Check that there are tars alone, or parquet files alone."""
     suffixes = sorted({os.path.splitext(file)[1] for file in files})
-    if len(suffixes) > 1 or suffixes[0] not in SUFFIXES:
+    if len(suffixes) > 1 or suffixes[0] not in ARCHIVES:
         raise ValueError(
             f"{where} holds files of {', '.join(suffixes)}; name those of one kind, .tar or"
             f" .parquet, by a pattern (for example {Path(where).parent}/*.tar)"
@@ -141,7 +147,7 @@ def read_input(
             raise ValueError(f"{name} is {options[name]!r}, but {files[0]} has no such choice")
     if suffix in COMPRESSED:
         raise ValueError(f"cannot read {files[0]}: it is compressed; unpack it first")
-    if suffix not in SUFFIXES:
+    if suffix not in ARCHIVES:
         return read_records(files[0], media, prefer)[: limit or None]
     samples = _samples(files, media, image_column, caption_key)
     records = list(itertools.islice(_records(samples), limit or None))
@@ -196,7 +202,7 @@ def media_of_input(path: str | Path) -> Media:
     """Return whether a data set is of pictures or clips; a JSONL file by its first line, an archive
     by whether there is a picture in it."""
     file = input_files(path, "image")[0]
-    if not file.endswith(SUFFIXES):
+    if not file.endswith(ARCHIVES):
         return media_of(file)
     with contextlib.suppress(ValueError):  # a parquet file without pictures
         for sample in _samples([file], "image", "", ""):

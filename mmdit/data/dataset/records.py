@@ -31,6 +31,7 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
 WHAT = {"image_path": "an image", "frames_dir": "a folder", "video_path": "a video file"}
 MAX_ID_BYTES = 240  # a file name holds 255 bytes on common file systems, and ours adds a suffix
 MAX_LINE_BYTES = 16 << 20  # of one record
+ARCHIVES = (".tar", ".parquet")  # which `inputs` reads
 BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors write before UTF-8
 UNUSUAL = re.compile(rb"\\u|\d{19}|[eE]\+?\d{3}")  # what may stand in a value that cannot be stored
 MAX_DEPTH = 32  # of lists and objects in each other
@@ -248,6 +249,11 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
     records: list[Record] = []
     errors: list[str] = []
     lines: dict[str, int] = {}  # id → the line that has it
+    if path.suffix in ARCHIVES:
+        raise ValueError(
+            f"{path} is no JSONL file, and nothing else is read here; cache-images, cache-latents"
+            " and inspect-data read tars and parquet files"
+        )
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -21,6 +21,7 @@ from huggingface_hub import constants  # noqa: E402
 from huggingface_hub import file_download as downloads  # noqa: E402
 
 from mmdit.commands.export_card import card_path  # noqa: E402
+from mmdit.commands.hub import explain_hub_errors  # noqa: E402
 from mmdit.commands.pull import is_read, uses_of  # noqa: E402
 from mmdit.scripts import evaluate, export, pull, push, sample, train_t2v  # noqa: E402
 from tests.helpers.hub_server import TOKEN, running_hub  # noqa: E402
@@ -290,6 +291,11 @@ def test_the_token_stays_where_it_is(hub, model, tmp_path, capsys, caplog, monke
     assert {asked[path] for path in asked if "me/x" in path} == {f"Bearer {TOKEN}"}
     elsewhere = [asked[path] for path in asked if path.startswith("/storage/")]
     assert len(elsewhere) == 3 and not any(elsewhere)
+    client = huggingface_hub.HfApi()
+    unreached = pytest.raises(ValueError, match="was not reached")
+    with unreached as stop, explain_hub_errors(client, "me/x"):
+        raise RuntimeError(f"{TOKEN} was sent")
+    said += str(stop.value)
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     everything = [said, caplog.text, *map(str, capsys.readouterr()), str(written)]
     assert not any(TOKEN in text for text in everything)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmdit import privacy
 from mmdit.commands import export_card
+from mmdit.commands.card_scores import score_rows
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
 from mmdit.commands.exported import Exported, commands_for
@@ -203,6 +204,20 @@ def test_scores_of_other_weights_are_left_out(shop, tmp_path, capsys):
     assert "## Scores" not in text and "scores.json are of other weights" in said
     text = write(run / "checkpoints/step_00000002", tmp_path / "b.safetensors")
     assert "## Scores" not in text and "step 2 of 3" in text
+
+
+def test_scores_are_shown_with_what_they_rest_on():
+    rate = {"value": 0.5, "low": 0.25, "high": 0.75, "correct": 4, "count": 8}
+    features = {"frechet_distance": 12.3456789, "encoder": "vtp", "weights": "/home/jane d/clip"}
+    features |= {"warnings": ["few samples"], "nearest": {"a": ["b", 0.1]}, "limit": None}
+    report = {"prompt_accuracy": rate, "attributes": {"color": rate}, "features": features}
+    assert list(score_rows(report | {"settings": {}, "step": 3})) == [
+        ("prompt accuracy", "0.500 [0.250, 0.750] of 8"),
+        ("features: frechet distance", "12.3457"),
+        ("features: encoder", "vtp"),
+        ("features: weights", "clip"),
+        ("features: warnings", "few samples"),
+    ]
 
 
 def test_every_form_has_its_commands():

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmdit.commands.card_text import table
 from mmdit.commands.exported import Exported
 from mmdit.foreign import read_json
-from mmdit.privacy import without_paths
+from mmdit.privacy import is_local, last_part, without_paths
 from mmdit.training.run_folder import modified
 
 LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
@@ -83,4 +83,6 @@ def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield title, f"{value:.6g}"
     elif isinstance(value, str) and value:
-        yield title, without_paths(value)
+        yield title, last_part(value) if is_local(value) else without_paths(value)
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        yield title, without_paths("; ".join(value))

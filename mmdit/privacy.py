@@ -68,21 +68,23 @@ def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, config
 
 
-def portable_config(config: dict) -> dict:
+def portable_config(config: dict, needed: tuple[str, ...] = ()) -> dict:
     """Return a config as plain data that does not say where things lie on this machine: of a path
-    the last part stays. One that is needed to load the model stays whole, with `~` for the home
-    folder, as `local_values` then tells."""
-    return _portable(config, "")
+    the last part stays. Those of the keys `needed` stay whole, with `~` for the home folder, as
+    `local_values` then tells."""
+    return _portable(config, "", needed)
 
 
-def _portable(value: Any, path: str) -> Any:
+def _portable(value: Any, path: str, needed: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _portable(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+        return {
+            key: _portable(item, f"{path}.{key}".lstrip("."), needed) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_portable(item, path) for item in value]
+        return [_portable(item, path, needed) for item in value]
     if not isinstance(value, str) or not is_local(value):
         return value
-    return from_home(value) if path in NEEDED else last_part(value)
+    return from_home(value) if path in needed else last_part(value)
 
 
 def from_home(text: str) -> str:

@@ -8,15 +8,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from mmdit import privacy
-from mmdit.commands import export_card
 from mmdit.commands.card_scores import score_rows
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
 from mmdit.commands.exported import Exported, commands_for
+from mmdit.commands.push import Push
 from mmdit.config import encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import evaluate, export, sample, train_t2v
@@ -117,7 +119,7 @@ def test_a_place_that_loading_needs_stays_and_is_told(shop, tmp_path, capsys):
         "train": {"init_from": f"{shop.folder}/runs/a"},
         "data": {"sources": [{"path": "/c/d"}]},
     }
-    portable = privacy.portable_config(vtp | others)
+    portable = privacy.portable_config(vtp | others, privacy.NEEDED)
     assert portable["tokenizer"]["name_or_path"] == "~/vtp"
     assert portable["train"]["init_from"] == "a" and portable["data"]["sources"][0]["path"] == "d"
     assert list(privacy.local_values(portable)) == [("tokenizer.name_or_path", "~/vtp")]
@@ -254,11 +256,13 @@ def test_adapters_name_their_base(shop, tmp_path, form):
     assert "rank 2" in text and "[me/start](https://huggingface.co/me/start)" in text
 
 
-def test_a_release_is_known_by_the_name_of_its_folder():
-    config = {"model": {"type": "wan", "name_or_path": "/models/Wan2.2-TI2V-5B/"}}
-    card = export_card.Card.__new__(export_card.Card)
-    card.config, card.stated = config, export_card.CardConfig()
-    assert card.base == "Wan-AI/Wan2.2-TI2V-5B"
-    del card.base
-    card.config = {"model": {"type": "wan", "name_or_path": "/models/mine"}}
-    assert card.base == ""
+def test_a_release_is_known_by_the_name_of_its_folder_and_not_by_its_place(tmp_path):
+    out = tmp_path / "adapter.safetensors"
+    save_file({"x": torch.zeros(1)}, out)
+    for name, base in (("Wan2.2-TI2V-5B/", "Wan-AI/Wan2.2-TI2V-5B"), ("mine", None)):
+        config = encode(ExperimentConfig("x"))
+        config["model"] = {"type": "wan", "name_or_path": f"/data/models of jane/{name}"}
+        write_card(Exported(out, "comfy", config, None, None, 1, is_lora=True))
+        text = card_path(out).read_text()
+        assert front_of(text).get("base_model") == base and "jane" not in text
+        assert "ComfyUI" in text and Push(out).license == "not stated"

@@ -128,7 +128,7 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
     origin = dict(meta.origin)
     if isinstance(origin.get("source"), str):
         origin["source"] = last_part(origin["source"])
-    return replace(meta, config=portable_config(config), origin=origin)
+    return replace(meta, config=portable_config(config, NEEDED), origin=origin)
 
 
 def _write_pipeline(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:

@@ -18,7 +18,9 @@ from mmdit.training.run_start import read_starts
 from mmdit.training.trainer import Trainer
 from mmdit.ui import run_report
 from mmdit.ui.run_report import defaults
+from mmdit.vtp_training.pretrain_loop import pretrain
 from tests.helpers.tiny import Workshop, refused
+from tests.test_vtp_train import CPU, configured
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://x onerror=alert(2)>"
 
@@ -135,6 +137,31 @@ def test_a_training_leaves_what_a_report_tells(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         shop.train("base", "--resume", "train.max_steps=6")
     assert "failed: training, step 4: [Errno 28] No space left" in page_of(folder).text
+
+
+def test_a_training_of_a_tokenizer_is_told_too(tmp_path):
+    steps = {"max_steps": 3, "log_every_steps": 1, "eval_every_steps": 2}
+    pretrain(configured(tmp_path / "vtp", **steps), CPU)
+    page = page_of(tmp_path / "vtp")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("svg") == 1 and tags.count("img") == 2, "two sheets of reconstructions"
+    for words in ("losses of a tokenizer", "PSNR of held-out", "PSNR of training pictures"):
+        assert words in page.text
+    assert "generated pictures of 32x32" in page.text and torch.__version__ in page.text
+    assert "train.max_steps: " in page.text and "flow_matching" not in page.text
+
+
+def test_every_reward_and_source_has_a_curve_and_many_starts_stay_short(run):
+    folder = run([])
+    row = {"reward_aesthetic": 0.5, "reward_aesthetic_std": 1, "val_loss/mine": 2}
+    lines = [json.dumps({"step": i, **row}) + "\n" for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    starts = [json.dumps({"step": i, "data": "d"}) + "\n" for i in range(400)]
+    (folder / "starts.jsonl").write_text("".join(starts))
+    page = page_of(folder)
+    assert "reward_aesthetic" in page.text and "val_loss/mine" in page.text
+    assert "aesthetic_std" not in page.text
+    assert [tag for tag, _ in page.tags].count("tr") == 51 and "350 earlier ones" in page.text
 
 
 def test_a_difference_is_from_the_defaults_of_the_chosen_types():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmdit.scripts import report
 from tests.helpers.tiny import CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,13 +102,13 @@ def opened(chromium, address):
     context = chromium.new_context(base_url=address, viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(1000 * SECONDS)
-    problems = []
+    problems, own = [], (address, "data:")
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
     page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
     page.on(
         "request",
-        lambda asked: problems.append(asked.url) if not asked.url.startswith(address) else None,
+        lambda asked: None if asked.url.startswith(own) else problems.append(asked.url),
     )
     page.problems = problems
     yield page
@@ -378,3 +379,20 @@ def test_a_page_of_another_site_cannot_start_or_read(chromium, server, page):
         )
     assert "Refused: the request comes from another site" in foreign.content()
     context.close()
+
+
+def test_a_report_is_a_file_that_asks_for_nothing(chromium, tmp_path):
+    run = tmp_path / HOSTILE.replace("/", "")
+    place = run / "samples/step_00000002"
+    place.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(place / "grid.png")
+    config = {"experiment_name": HOSTILE, "train": {"sample_prompts": [HOSTILE], "max_steps": 2}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    rows = [{"step": step, "loss_ema_100": 1 / step, "lr": 0.1} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "report.html"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    for page in opened(chromium, out.as_uri()):
+        page.goto(out.as_uri())
+        assert HOSTILE in page.inner_text("body") and page.locator("svg").count() == 1
+        assert page.evaluate("[...document.images].map(image => image.naturalWidth)") == [64]

@@ -25,17 +25,25 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "pairs ranked as wanted": ("implicit_accuracy",),
     "drift: squared change of the velocity": ("drift",),
     "share of clipped ratios": ("clip_share",),
-    "gradient norm": ("grad_norm",),
+    "losses of a tokenizer": ("reconstruction", "adversarial", "contrast", "self_supervision"),
+    "PSNR of training pictures, dB": ("train_psnr",),
+    "PSNR of held-out pictures, dB": ("held_out_psnr",),
+    "gradient norm": ("grad_norm", "gradient_norm"),
     "learning rate": ("lr",),
     "agreement of the gradient's signs": ("grad_ema_100", "gradient_stability_avg"),
     "alpha": ("linear_alpha",),
     "samples a second": ("samples_per_second",),
+    "steps a second": ("steps_per_second",),
     "TFLOP/s of one process": ("tflops",),
     "share of the matmul rate": ("tflops_share",),
     "share of time waiting for data": ("data_wait",),
-    "peak memory, GB": ("memory_gb",),
+    "peak memory, GB": ("memory_gb", "memory_gib"),
     "skipped steps": ("skipped",),
 }
+
+# title: how the names in metrics.jsonl begin that belong into a panel as well
+PREFIXES = {"reward of rollouts": "reward_", "validation loss by source": "val_loss/"}
+NO_CURVES = ("_std", "_seconds")
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -64,10 +72,13 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps at which a value is a finite number, and these values."""
+    """Return the steps at which a value is a finite number, and these values; of a value for each
+    of several sizes their mean."""
     steps, values = [], []
     for record in records:
         value = record.get(name)
+        if isinstance(value, dict) and value:
+            value = sum(value.values()) / len(value)
         if isinstance(value, int | float) and math.isfinite(value):
             steps.append(record["step"])
             values.append(value)
@@ -87,6 +98,16 @@ def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[
         chosen |= {first + int(part.argmin()), first + int(part.argmax())}
     places = sorted(chosen)
     return [steps[i] for i in places], [values[i] for i in places]
+
+
+def _panels(runs: dict[str, list[dict]]) -> dict[str, tuple[str, ...]]:
+    """Return the title of each panel that has values, and the names that it shows."""
+    names = dict.fromkeys(name for records in runs.values() for row in records for name in row)
+    panels = dict(PANELS)
+    for title, prefix in PREFIXES.items():
+        more = [n for n in names if n.startswith(prefix) and not n.endswith(NO_CURVES)]
+        panels[title] = tuple(dict.fromkeys([*panels.get(title, ()), *more]))
+    return {title: shown for title, shown in panels.items() if _have_values(runs, shown)}
 
 
 def _have_values(runs: dict[str, list[dict]], names: tuple[str, ...]) -> bool:
@@ -133,7 +154,7 @@ def _figure(runs: dict[str, list[dict]], line: dict[str, Any]) -> Any:
         from matplotlib.lines import Line2D
     except ImportError:
         raise ValueError("curves need matplotlib: pip install matplotlib") from None
-    panels = {title: names for title, names in PANELS.items() if _have_values(runs, names)}
+    panels = _panels(runs)
     if not panels:
         raise ValueError("the runs have no figure yet that is drawn")
     columns = min(2, len(panels))

@@ -16,6 +16,8 @@ FIGURES = {  # name in metrics.jsonl: how it is shown
     "val_loss_ema": "validation loss, averaged weights {:.4g}",
     "val_loss": "validation loss {:.4g}",
     "held_out_prompt_accuracy": "held-out prompt accuracy {:.3f}",
+    "reconstruction": "reconstruction loss {:.4g}",
+    "train_psnr": "PSNR of training pictures {:.2f} dB",
     "samples_per_second": "{:.1f} samples a second",
     "tflops_share": "{:.0%} of the matmul rate",
     "memory_gb": "{:.1f} GB at most",

@@ -138,6 +138,21 @@ def previews_in(run: Path) -> list[dict]:
     return shown
 
 
+def sheets_in(run: Path) -> list[tuple[int, Path, Path | None]]:
+    """Return of each preview of a run, in order, the step, the sheet and the clip if there is one;
+    the training of a tokenizer has sheets alone."""
+    folder = run / "samples"
+    shown: list[tuple[int, Path, Path | None]] = []
+    for preview in previews_in(run):
+        place = folder / preview["folder"]
+        clip = place / preview["video"] if preview["video"] else None
+        shown.append((preview["step"], place / "grid.png", clip))
+    for sheet in folder.glob("step_*.png"):
+        if sheet.stem[5:].isdecimal():
+            shown.append((int(sheet.stem[5:]), sheet, None))
+    return sorted(shown, key=lambda row: row[0])
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds a training."""
     return (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file()

@@ -22,7 +22,7 @@ from mmdit.config import ConfigError, Section
 from mmdit.files import write_atomically
 from mmdit.privacy import without_secrets
 from mmdit.training.media import read_back
-from mmdit.training.run_folder import previews_in
+from mmdit.training.run_folder import sheets_in
 
 IDENTITY = "track.json"  # beside the run: how a tracker knows it, and up to which step
 NOT_FIGURES = ("step", "timestamp")  # of a record; every tracker notes the time itself
@@ -151,18 +151,13 @@ class Tracker:
 
     def _send_all(self, sink: Sink, lines: Sequence[str]) -> None:
         records = [json.loads(line) for line in lines]
-        shown = deque(previews_in(self._run_dir))
+        shown = deque(sheets_in(self._run_dir))
         for record in records:  # libraries take steps in ascending order
-            while shown and shown[0]["step"] < record["step"]:
-                self._show_again(sink, shown.popleft())
+            while shown and shown[0][0] < record["step"]:
+                self._show(sink, *shown.popleft())
             self._send(sink, record)
-        while shown and shown[0]["step"] <= records[-1]["step"]:
-            self._show_again(sink, shown.popleft())
-
-    def _show_again(self, sink: Sink, preview: Mapping[str, Any]) -> None:
-        folder = self._run_dir / "samples" / preview["folder"]
-        clip = folder / preview["video"] if preview["video"] else None
-        self._show(sink, preview["step"], folder / "grid.png", clip)
+        while shown and shown[0][0] <= records[-1]["step"]:
+            self._show(sink, *shown.popleft())
 
     def _show(self, sink: Sink, step: int, sheet: Path, clip: Path | None) -> None:
         if step > self.progress.preview:

@@ -19,14 +19,16 @@ from mmdit.diagnostics.run_facts import figures, start_rows, stored_versions
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.training.media import as_webp, read_frames, some_frames
-from mmdit.training.run_folder import RunFolder
+from mmdit.training.run_folder import RunFolder, sheets_in
 from mmdit.training.run_start import read_starts
 from mmdit.ui.run_folders import held_locks
+from mmdit.vtp_training.pretrain_config import PretrainConfig
 
 MEDIA_BYTES = 5_500_000  # of all pictures and clips; as base64 a third more, and 10 MB in all
 PREVIEWS, SHEET_SIDE = 8, 1400  # steps that are shown; pixels of the longer side of a sheet
 CLIP_SIDE, CLIP_FRAMES = 640, 24
 LONGEST_TEXT = 60_000
+STARTS_SHOWN = 50
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
 h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
@@ -78,7 +80,9 @@ class RunReport:
 
     def _head(self) -> str:
         """Return what has become of the run, and its last figures."""
-        last = self.records[-1] if self.records else {}
+        last: dict = {}
+        for record in self.records[-2:]:  # a tokenizer's training has two of a step
+            last = last | record if last.get("step") == record["step"] else record
         step, most = last.get("step"), self.run.max_steps()
         state = self.run.state(step, held_locks())
         reason = f": {html.escape(state.reason)}" if state.reason else ""
@@ -97,19 +101,18 @@ class RunReport:
 
     def _samples(self) -> str:
         """Return the previews of some steps, evenly chosen, the newest first."""
-        listed = self.run.previews()
+        listed = sheets_in(self.run.folder)
         if not listed:
             return ""
         places = np.linspace(0, len(listed) - 1, min(PREVIEWS, len(listed))).round().astype(int)
         chosen = [listed[place] for place in reversed(places)]
         shown = [_block("\n".join(self.run.prompts()))]
-        for number, preview in enumerate(chosen):
-            folder = self.run.folder / "samples" / preview["folder"]
-            pictures = [self._picture(folder / "grid.png", len(chosen) - number)]
-            if preview["video"]:
-                pictures.append(self._clip(folder / preview["video"], len(chosen) - number))
-            step = f"<figcaption>step {preview['step']}</figcaption>"
-            shown.append(f"<figure>{step}{''.join(pictures)}</figure>")
+        for number, (step, sheet, clip) in enumerate(chosen):
+            pictures = [self._picture(sheet, len(chosen) - number)]
+            if clip:
+                pictures.append(self._clip(clip, len(chosen) - number))
+            step_text = f"<figcaption>step {step}</figcaption>"
+            shown.append(f"<figure>{step_text}{''.join(pictures)}</figure>")
         skipped = len(listed) - len(chosen)
         if skipped:
             shown.append(f"<p>{skipped} previews between these are left out.</p>")
@@ -160,16 +163,20 @@ class RunReport:
         rows = start_rows(self.run.folder)
         if len(rows) == 1:
             return _block(stored_versions(self.run.folder))
+        left_out = rows[1:-STARTS_SHOWN]
         lines = []
-        for row in rows:
+        for row in [rows[0], *rows[1:][-STARTS_SHOWN:]]:
             cells = [f"<td>{html.escape(cell)}</td>" for cell in row]
             lines.append(f"<tr>{''.join(cells)}</tr>")
-        return f"<table>{''.join(lines)}</table>"
+        table = f"<table>{''.join(lines)}</table>"
+        return f"<p>{len(left_out)} earlier ones are left out.</p>{table}" if left_out else table
 
 
 def defaults(stored: dict) -> dict:
     """Return the config that has the defaults of the types that `stored` chooses, as plain data; of
     all types' defaults where these do not go together without other keys."""
+    if "images" in stored and "reconstruction" in stored:  # the training of a tokenizer
+        return encode(PretrainConfig())
     name = str(stored.get("experiment_name", "x"))
     chosen: dict = {}
     for section, hint in get_type_hints(ExperimentConfig).items():

@@ -10,6 +10,8 @@ import torch
 from mmdit.config import to_yaml
 from mmdit.files import write_atomically
 from mmdit.training import checkpoint
+from mmdit.training.distributed import World
+from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
 from mmdit.training.trainer import StopRequest
 from mmdit.vtp_training.pretrain_config import PretrainConfig
@@ -56,6 +58,7 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
             " output_dir"
         )
     write_atomically(trainer.folder / "config.yaml", to_yaml(config))
+    record_start(trainer.folder, World(device=device), trainer.step, _about(config))
     if device.type == "cuda" and config.train.compile:
         # without a working compiler the blocks run as they are
         torch._dynamo.config.suppress_errors = True
@@ -69,6 +72,17 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
         flush=True,
     )
     return trainer
+
+
+def _about(config: PretrainConfig) -> str:
+    """Return in words what is learned from."""
+    images = config.images
+    sizes = [f"{width}x{height} ({weight:g})" for width, height, weight in images.sizes]
+    shares = [f"{name} {share:g}" for name, share in vars(images.mix).items()]
+    return (
+        f"generated pictures of {', '.join(sizes)}: size (weight); {images.patches_per_step:,}"
+        f" patches a step\nshares of the pictures: {', '.join(shares)}"
+    )
 
 
 def _export(trainer: TokenizerTrainer) -> Path:

@@ -10,15 +10,17 @@ from PIL import Image
 
 from mmdit.config import ConfigError
 from mmdit.data.dataset.media_sets import Shape, media_records, read_media
+from mmdit.diagnostics import feature_distance
 from mmdit.diagnostics.clip_score import ClipScore
 from mmdit.diagnostics.feature_distance import read_setting
 from mmdit.diagnostics.frame_scores import consistency, steadiness
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.clip_similarity import Similarity
+from mmdit.pixels import to_unit
 from mmdit.scripts import compare_samples, evaluate
 from mmdit.training.media import save_sample
 from mmdit.training.pipeline import SampleSettings
-from mmdit.training.previews import SCORES
+from mmdit.training.previews import SCORES, Previews
 from mmdit.training.train_config import TrainConfig
 from tests.helpers.tiny import Workshop, refused
 from tests.test_posttrain_rewards import make_clip
@@ -177,6 +179,26 @@ def test_two_folders_are_compared_and_copies_are_shown(tmp_path, capsys):
     assert "among themselves" in report["copies"]["control"]
 
 
+def test_the_nearest_samples_are_kept_whatever_part_they_come_in(tmp_path, monkeypatch):
+    real = write_pictures(tmp_path / "real", 12, 1)
+    pixels = torch.rand(6, 1, 3, 32, 32)
+    names = ["004.png", "009.png"]
+    ((_, found),) = read_media([r for r in media_records(real, 1) if r.id in names], Shape(), 8)
+    pixels[[5, 2]] = to_unit(found)
+    reports = []
+    for pending in (0, 1 << 20):
+        monkeypatch.setattr(feature_distance, "PENDING_BYTES", pending)
+        monkeypatch.setattr(feature_distance, "SHOWN", 2)
+        distance = feature_distance.FeatureDistance("tokenizer", Shape((32, 32)), CPU, str(real))
+        for part in pixels.split(2):
+            distance.add(part)
+        reports.append(distance.report()["copies"])
+        kept = [(row[1], distance.real.names[row[2]]) for row in distance.closest]
+        assert kept == [("0002", "009.png"), ("0005", "004.png")]
+        torch.testing.assert_close(distance.closest[0][3], found[1])
+    assert reports[0] == reports[1] and reports[0]["identical"] == 2
+
+
 def test_clips_are_compared_with_the_scores_of_their_frames(tmp_path, clip_folder):
     torch.manual_seed(0)
     for name in ("real", "samples"):
@@ -258,6 +280,13 @@ def test_previews_are_scored_while_training(tmp_path, capsys, clip_folder):
     assert "preview of step 4: preview_clip_score" in text
     page = (run / "samples" / "index.html").read_text()
     assert f"step_00000004: preview_clip_score {rows[1]['preview_clip_score']:.3f}" in page
+    previews = Previews(None, TrainConfig(), run, 16, 16, 1, 8, False)
+    previews._record(4, {"preview_clip_score": 1.0})  # a resumed run is at this step again
+    rows = [json.loads(line) for line in (run / "samples" / SCORES).read_text().splitlines()]
+    assert [(row["step"], row["preview_clip_score"] == 1) for row in rows] == [
+        (2, False),
+        (4, True),
+    ]
     with pytest.raises(SystemExit):
         shop.train("wrong", *words, f"train.sample_clip={tmp_path}")
     assert "train.sample_clip: cannot score previews" in capsys.readouterr().err

@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmdit import privacy
+from mmdit.commands import export_card
 from mmdit.commands.card_scores import score_rows
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
 from mmdit.commands.exported import Exported, commands_for
 from mmdit.commands.push import Push
 from mmdit.config import encode
+from mmdit.diagnostics.curves import NOT_ABOUT_THE_MODEL, PANELS, curves_svg, learning_curves
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import evaluate, export, sample, train_t2v
 from mmdit.training.checkpoint import load_weights
@@ -185,7 +187,11 @@ def test_one_line_of_markdown_cannot_begin_anything():
     assert fenced("a\n````\nb").startswith("`````\n")
 
 
-def test_pages_of_others_and_changed_ones_stay(shop, tmp_path, capsys):
+def test_pages_of_others_and_changed_ones_stay(shop, tmp_path, capsys, monkeypatch):
+    def without_matplotlib(*arguments):
+        raise ValueError("curves need matplotlib")
+
+    monkeypatch.setattr(export_card, "learning_curves", without_matplotlib)
     out, run = tmp_path / "model.safetensors", shop.folder / "runs/start"
     card = tmp_path / "model.md"
     card.write_text("my own notes")
@@ -193,6 +199,8 @@ def test_pages_of_others_and_changed_ones_stay(shop, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", out.name]
     card.unlink()
     first = write(run, out, "card.license=mit")
+    assert "it has no curves: curves need matplotlib" in capsys.readouterr().out
+    assert "curves.png" not in first
     second = write(run, out, "card.license=apache-2.0")
     assert front_of(first)["license"] == "mit" and front_of(second)["license"] == "apache-2.0"
     card.write_text(second.replace("# model", "# My model"))
@@ -220,6 +228,14 @@ def test_scores_are_shown_with_what_they_rest_on():
         ("features: weights", "clip"),
         ("features: warnings", "few samples"),
     ]
+
+
+def test_what_a_card_does_not_draw_are_panels_of_a_report():
+    assert set(NOT_ABOUT_THE_MODEL) < PANELS.keys()
+    nothing = [{"step": 1, "grad_norm": 1.0, "tflops": 2.0}]
+    with pytest.raises(ValueError, match="no figure yet"):
+        learning_curves("x", nothing)
+    assert "<svg" in curves_svg("x", nothing)
 
 
 def test_every_form_has_its_commands():

@@ -22,7 +22,7 @@ from mmdit.commands.card_scores import score_tables
 from mmdit.commands.card_text import escaped, fenced, picture, table
 from mmdit.commands.exported import Exported, commands_for, uses_elsewhere
 from mmdit.config import decode, to_yaml
-from mmdit.diagnostics.curves import curves_picture, read_metrics
+from mmdit.diagnostics.curves import learning_curves, read_metrics
 from mmdit.diagnostics.run_facts import figures, start_rows
 from mmdit.experiment.card_config import CardConfig
 from mmdit.files import write_atomically
@@ -258,7 +258,7 @@ class Card:
         if not self.records or self.run is None:
             return b""
         try:
-            image = curves_picture(self.run.name, self.records)
+            image = learning_curves(self.run.name, self.records)
         except ValueError as error:
             self.notes.append(f"it has no curves: {error}")
             return b""

@@ -40,6 +40,16 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "peak memory, GB": ("memory_gb", "memory_gib"),
     "skipped steps": ("skipped",),
 }
+NOT_ABOUT_THE_MODEL = (  # but about how its training went
+    "gradient norm",
+    "learning rate",
+    "samples a second",
+    "TFLOP/s of one process",
+    "share of the matmul rate",
+    "share of time waiting for data",
+    "peak memory, GB",
+    "skipped steps",
+)
 
 # title: how the names in metrics.jsonl begin that belong into a panel as well
 PREFIXES = {"reward of rollouts": "reward_", "validation loss by source": "val_loss/"}
@@ -121,9 +131,11 @@ def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
     return _image(_figure(runs, {}))
 
 
-def curves_picture(name: str, records: list[dict]) -> Image.Image:
-    """Return what `curves_svg` shows, as a picture."""
-    return _image(_figure({name: records}, LINE))
+def learning_curves(name: str, records: list[dict]) -> Image.Image:
+    """Return the curves of one run as a picture, without those of its pace and
+    its optimizer. ValueError:
+    matplotlib is missing, or there is nothing to draw."""
+    return _image(_figure({name: records}, LINE, NOT_ABOUT_THE_MODEL))
 
 
 def _image(figure: Any) -> Image.Image:
@@ -145,16 +157,19 @@ def curves_svg(name: str, records: list[dict]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _figure(runs: dict[str, list[dict]], line: dict[str, Any]) -> Any:
-    """Return a matplotlib figure of the records of every run. With properties of a `line`, curves
-    are thinned and named."""
+def _figure(
+    runs: dict[str, list[dict]], line: dict[str, Any], left_out: tuple[str, ...] = ()
+) -> Any:
+    """Return a matplotlib figure of the records of every run, without the panels `left_out`. With
+    properties of a `line`, curves are thinned and named."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
         raise ValueError("curves need matplotlib: pip install matplotlib") from None
-    panels = _panels(runs)
+    everything = _panels(runs)
+    panels = {title: names for title, names in everything.items() if title not in left_out}
     if not panels:
         raise ValueError("the runs have no figure yet that is drawn")
     columns = min(2, len(panels))

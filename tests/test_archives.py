@@ -1,6 +1,7 @@
 """WebDataset tars and parquet files give the cache that files give, bit for bit; hostile and
 damaged ones harm nothing, and lose nothing without a word."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -18,12 +19,12 @@ from PIL import Image
 from mmdit.__main__ import commands as subcommands
 from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.latent_cache import open_cache
-from mmdit.data.dataset import parquets, tars
+from mmdit.data.dataset import inputs, parquets, tars
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.inputs import dealt, expand_braces, input_files, read_input
 from mmdit.data.dataset.pictures import load_image
-from mmdit.data.dataset.records import read_records
+from mmdit.data.dataset.records import check_id, read_records
 from mmdit.data.dataset.stamps import stamp_of
 from tests.test_cache import VIDEO, MeanPixels, write_meta
 from tests.test_sources import write_video
@@ -110,20 +111,20 @@ def test_files_tars_and_parquet_give_the_same_cache(tmp_path, workers):
     write_parquet(tmp_path / "hub/train-00000-of-00002.parquet", column[:15], row_group_size=7)
     write_parquet(tmp_path / "hub/train-00001-of-00002.parquet", column[15:], row_group_size=7)
     write_parquet(tmp_path / "hub/test-00000-of-00001.parquet", column[:1])
-    inputs = {
+    given = {
         "jsonl": write_meta(tmp_path, rows),
         "tars": tmp_path / "tars/a-{000..001}.tar",
         "hub": tmp_path / "hub",
     }
     options = {"bucketing": BUCKETS, "preprocess": SHIFTED, "num_workers": workers}
     made = {}
-    for name, data in inputs.items():
+    for name, data in given.items():
         report = cache_of(data, tmp_path / f"cache_{name}", **options)
         assert report.skipped == []
         made[name] = items(tmp_path / f"cache_{name}")
     assert len(made["jsonl"]) > 40 and made["jsonl"] == made["tars"] == made["hub"]
     tokenizer = MeanPixels()
-    report = cache_of(inputs["tars"], tmp_path / "cache_jsonl", tokenizer=tokenizer, **options)
+    report = cache_of(given["tars"], tmp_path / "cache_jsonl", tokenizer=tokenizer, **options)
     assert (tokenizer.encoded, report.renewed, report.already) == (0, 24, 24)
 
 
@@ -265,6 +266,39 @@ def test_equal_keys_of_several_shards_get_ids_that_do_not_depend_on_later_ones(t
     ids = [record.id for record in read_input(tmp_path, "image")]
     assert ids == ["0000", "b_0000", "c_0000"]
     assert [record.id for record in read_input(tmp_path / "{a,b}.tar", "image")] == ids[:2]
+
+
+def test_rows_of_one_id_get_ids_of_their_own_at_once(tmp_path, monkeypatch):
+    """Try few ids for each: with all that are taken, a million rows would never end."""
+    tried, fit = [], inputs._fit
+    monkeypatch.setattr(inputs, "_fit", lambda id, name: tried.append(id) or fit(id, name))
+    for key in ("same", "long" * 99, "bad\n"):
+        rows = [{"id": key, "jpg": b"x", "caption": ""}] * 500
+        records = read_input(write_parquet(tmp_path / "a.parquet", rows), "image")
+        assert len({check_id(record.id) for record in records}) == 500
+    assert len(tried) < 3 * 3 * 500
+
+
+def test_bytes_changed_at_random_are_refused_or_skipped(tmp_path):
+    rows = [{"image": picture(i, "jpg"), "text": f"{i}", "n": i} for i in range(4)]
+    whole = {
+        "tar": write_tar(tmp_path / "whole.tar", pairs(range(2), "jpg")).read_bytes()[:9000],
+        "parquet": write_parquet(tmp_path / "whole", rows, row_group_size=2).read_bytes(),
+    }
+    opened, random = 0, np.random.default_rng(0)
+    for suffix, data in whole.items():
+        for _ in range(100):
+            changed = np.frombuffer(data, np.uint8).copy()
+            places = random.integers(0, len(changed), random.integers(1, 40))
+            changed[places] = random.integers(0, 256, len(places))
+            path = tmp_path / f"s.{suffix}"
+            path.write_bytes(changed[: random.integers(len(changed) // 2, 2 * len(changed))])
+            with contextlib.suppress(ValueError, OSError):
+                for record in read_input(path, "image"):
+                    with contextlib.suppress(ValueError, OSError):
+                        load_image(record.loaded().source)
+                        opened += 1
+    assert opened > 50
 
 
 def test_clips_are_read_from_tars(tmp_path):

@@ -13,6 +13,7 @@ import glob
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -179,14 +180,15 @@ def _records(samples: Iterable[Sample]) -> Iterator[Record]:
     """Yield the record of each sample, with an id of its own: its key, with the name of its file in
     front where an earlier sample has that, and a number where that is taken, too."""
     taken: set[str] = set()
+    numbers: Counter[str] = Counter()  # the last one given, by what stands before it
     for sample in samples:
         member, key = sample.member, sample.key.replace("/", "_")
-        stem = member.archive.stem
-        numbered = (f"{stem}_{key}-{number}" for number in itertools.count(2))
-        for id in itertools.chain((key, f"{stem}_{key}"), numbered):
-            id = _fit(id, member.name)
-            if id not in taken:
-                break
+        id, longer = _fit(key, member.name), f"{member.archive.stem}_{key}"
+        if id in taken:
+            id = _fit(longer, member.name)
+        while id in taken:
+            numbers[longer] += 1
+            id = _fit(f"{longer}-{numbers[longer] + 1}", member.name)
         taken.add(id)
         yield Record(id, member.path, sample.captions[0], sample.facts, member)
 
@@ -195,7 +197,7 @@ def _fit(id: str, name: str) -> str:
     try:
         return check_id(id)
     except ValueError:
-        return hashed_id(id, name)
+        return hashed_id(id, f"{id} {name}")
 
 
 def media_of_input(path: str | Path) -> Media:

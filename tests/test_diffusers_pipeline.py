@@ -2,6 +2,7 @@
 `mmdit sample` draws."""
 
 import builtins
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -204,6 +205,21 @@ def test_a_callback_sees_changes_and_ends_a_call(pipe):
     end_at = None
     drawn = pipe("x", callback_on_step_end=look, **call).frames
     assert len(seen) == 6 and torch.equal(drawn, pipe.vae.spec.denormalize(torch.zeros(shape)))
+
+
+def test_another_thread_can_interrupt_a_call(pipe, monkeypatch):
+    steps = []
+
+    class Bar(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def update(self):  # what another thread does while a step is computed
+            steps.append(1)
+            pipe._interrupt = True
+
+    monkeypatch.setattr(pipe, "progress_bar", lambda total: Bar(), raising=False)
+    assert len(pipe("x", num_frames=1, num_inference_steps=4).images) == len(steps) == 1
 
 
 def test_offloaded_and_saved_again_it_draws_the_same(run, folder, tmp_path):

@@ -281,9 +281,8 @@ class MMDiTPipeline(DiffusionPipeline):
         width, height, frames, fps = config.sample_size
         tile = list(pipeline.tile) if pipeline.tile else None
         words = encode(pipeline.captions)
-        captions = {
-            name: words[name] for name in ("trigger", "separator")
-        }  # the rest is training's
+        # the other keys are for training
+        captions = {name: words[name] for name in ("trigger", "separator")}
         return cls(*parts, width, height, frames, fps, captions, tile)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -379,24 +378,24 @@ class MMDiTPipeline(DiffusionPipeline):
             raise ValueError("there is nothing to draw: give a prompt, and at least one image each")
         size = self.size(width, height, num_frames)
         seed, seeds = seeds_of(generator, len(captions))
-        given = {
+        asked = {
             "steps": num_inference_steps,
             "cfg_scale": guidance_scale,
             "negative_prompt": one_negative(negative_prompt),
         }
-        settings = changed_settings(self.scheduler.settings, seed, given)
+        settings = changed_settings(self.scheduler.settings, seed, asked)
         drawing = self.drawing()
         drawing.check(*size, settings)
         self._interrupt = False
         with self.progress_bar(total=settings.sampler.steps) as bar:
 
-            def after_step(done: int, t: float, x: Tensor, clean: Tensor) -> Tensor | None:
+            def after_step(done: int, t: float, x: Tensor, clean: Tensor) -> Tensor:
                 bar.update()
-                if callback_on_step_end is None:
-                    return None
-                timestep = self.scheduler.objective.network_time(t)
-                rest = callback_on_step_end(self, done - 1, timestep, {"latents": x}) or {}
-                x = rest.get("latents", x)
+                if callback_on_step_end is not None:
+                    timestep = self.scheduler.objective.network_time(t)
+                    given = {"latents": x}
+                    changed = callback_on_step_end(self, done - 1, timestep, given) or {}
+                    x = changed.get("latents", x)
                 if self._interrupt:
                     raise Interrupted(x)
                 return x
@@ -457,9 +456,9 @@ def one_negative(negative: str | list[str] | None) -> str | None:
     return negative[0]
 
 
-def changed_settings(settings: SampleSettings, seed: int, given: dict[str, Any]) -> SampleSettings:
-    """Return the settings with a seed, and with what is `given` and not None."""
-    values = {name: value for name, value in given.items() if value is not None}
+def changed_settings(settings: SampleSettings, seed: int, asked: dict[str, Any]) -> SampleSettings:
+    """Return the settings with a seed, and with what is `asked` for and not None."""
+    values = {name: value for name, value in asked.items() if value is not None}
     steps = values.pop("steps", settings.sampler.steps)
     sampler: SamplerConfig = replace(settings.sampler, steps=steps)
     return replace(settings, sampler=sampler, seed=seed, **values)

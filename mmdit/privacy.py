@@ -136,7 +136,7 @@ def private_parts(text: str, known_secrets: list[str]) -> list[str]:
     if TOKEN.search(text):
         said.append("what looks like a token or a password")
     if any(secret in text for secret in known_secrets):
-        said.append("the value of a secret environment variable, or the token you logged in with")
+        said.append("the value of an environment variable that is secret by its name")
     home = os.path.expanduser("~")
     if home not in ("~", "/") and re.search(rf"{re.escape(home)}(?![\w-])", text):
         said.append("your home folder")

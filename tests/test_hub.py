@@ -138,6 +138,9 @@ def test_what_is_public_is_asked_for(hub, model, capsys):
     assert sent(hub, "me/open") == {"README.md": CARD}
     assert push.main([str(model), "me/open", "--public"]) == 0
     assert "model.safetensors" in sent(hub, "me/open")
+    hub.public("me/closed", {"README.md": CARD}).private = True
+    refused(capsys, push.main, [model, "me/closed", "--public"], "me/closed is private")
+    assert sent(hub, "me/closed") == {"README.md": CARD}
 
 
 def test_a_look_sends_nothing(hub, model, capsys, monkeypatch):

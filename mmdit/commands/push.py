@@ -116,16 +116,22 @@ class Push:
 
     def send(self, repository: str, public: bool, message: str) -> str:
         """Send all files as one commit, and return its address. The repository is made where there
-        is none. ValueError: it is public and was not asked to be, or the hub refuses."""
+        is none. ValueError: others may see it and should not, or the other way round; or the hub
+        refuses."""
         check_repository(repository)
         hub = open_hub()
         from huggingface_hub import CommitOperationAdd
 
         with explain_hub_errors(hub, repository):
             hub.create_repo(repository, private=not public, exist_ok=True)
-            if not hub.repo_info(repository).private and not public:
+            is_public = not hub.repo_info(repository).private
+            if is_public and not public:
                 raise ValueError(
                     f"{repository} is public: give --public to send it there, or choose another"
+                )
+            if public and not is_public:
+                raise ValueError(
+                    f"{repository} is private: leave out --public, or make it public on its page"
                 )
             operations = [CommitOperationAdd(name, str(path)) for name, path in self.files.items()]
             return str(hub.create_commit(repository, operations, commit_message=message).commit_url)

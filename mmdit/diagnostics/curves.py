@@ -132,9 +132,8 @@ def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
 
 
 def learning_curves(name: str, records: list[dict]) -> Image.Image:
-    """Return the curves of one run as a picture, without those of its pace and
-    its optimizer. ValueError:
-    matplotlib is missing, or there is nothing to draw."""
+    """Return the curves of one run as a picture, without those of its pace and its optimizer.
+    ValueError: matplotlib is missing, or there is nothing to draw."""
     return _image(_figure({name: records}, LINE, NOT_ABOUT_THE_MODEL))
 
 

@@ -20,6 +20,7 @@ JOBS = {  # what may be started, by name and module
     "prepare-moving-shapes": "prepare_moving_shapes",
     "prepare-folder": "prepare_folder",
     "prepare-frames": "prepare_frames",
+    "prepare-clips": "prepare_clips",
     "cache-images": "cache_vtp_images",
     "cache-latents": "cache_vtp_latents",
     "cache-moving-shapes": "cache_moving_shapes",

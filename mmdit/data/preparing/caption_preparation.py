@@ -1,0 +1,354 @@
+"""Captions for the records of a JSONL file, by a captioner; written as the lines that caching
+reads.
+
+Every caption is noted in `captions_made.jsonl` as soon as it is there, with the stamp of its
+source and the settings that it was made with: a run can stop at any moment, and no caption is asked
+for twice. The lines themselves are written anew, whole, from these notes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mmdit.config import ConfigError, differences, least
+from mmdit.data.dataset.problems import Skip, Unusable, by_problem
+from mmdit.data.dataset.records import (
+    BLANK,
+    PATH_KEYS,
+    Media,
+    Record,
+    decoded_object,
+    read_records,
+)
+from mmdit.data.dataset.stamps import compare_stamp, stamp_of
+from mmdit.data.preparing.caption_pictures import shown_pictures
+from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
+from mmdit.data.preparing.caption_texts import clean_caption
+from mmdit.data.preparing.in_threads import done_in_threads
+from mmdit.data.preparing.interruption import interruptible
+from mmdit.files import clean, lock, write_atomically
+
+NOTES = "captions_made.jsonl"
+WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
+HOPELESS = 20  # failures of a server one after the other: it is not there any more
+FATAL = (ServerRefused, torch.OutOfMemoryError)  # whatever record they are met at
+PROMPT = "Describe this image in one or two sentences, as a caption."
+CLIP_PROMPT = (
+    "These are frames of one short video, in order. Describe in one or two sentences, as a caption,"
+    " what is seen and how it moves."
+)
+
+
+class Captioner(Protocol):
+    """Says what is in pictures."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Return what decides its captions, beside pictures, prompt and seed."""
+
+    def __call__(self, pictures: list[Image.Image], prompt: str, seed: int) -> tuple[str, bool]:
+        """Return a caption, and whether it was cut off for its length."""
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """Say what a captioner is asked, and what becomes of its answers."""
+
+    prompts: tuple[str, ...]  # one caption each
+    # Captions by each prompt, with other seeds.
+    count: int = 1
+    # Frames of a clip that are shown.
+    frames: int = 8
+    # The longest side of a picture that is shown.
+    side: int = 768
+    # The most characters of a caption.
+    most_characters: int = 1000
+    seed: int = 0
+
+    def __post_init__(self):
+        least(self, 1, "count", "frames")
+        least(self, 16, "side", "most_characters")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("prompts", "one is empty; must say what to describe")
+
+
+@dataclass
+class CaptionReport:
+    """Count what became of the records of one run."""
+
+    records: int = 0
+    kept: int = 0  # had a caption
+    already: int = 0  # captioned by an earlier run
+    made: int = 0  # records captioned now
+    captions: int = 0  # of those
+    changed_sources: list[str] = field(default_factory=list)  # ids: other pictures than before
+    changed_settings: list[str] = field(default_factory=list)
+    waiting: int = 0  # records without a caption yet
+    skipped: list[Skip] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+
+    def text(self) -> str:
+        """Return the report for people."""
+        lines = [
+            f"{self.records} records: {self.made} captioned in {self.seconds:.1f} s"
+            f" ({self.captions} captions), {self.already} captioned before, {self.kept} had a"
+            f" caption, {len(self.skipped)} skipped"
+        ]
+        if self.changed_settings:
+            lines.append(
+                "other settings than before; captions made with those are kept in"
+                f" {NOTES}, and not used:"
+            )
+            lines += [f"  {line}" for line in self.changed_settings]
+        if self.changed_sources:
+            lines.append(
+                f"{len(self.changed_sources)} records show something else than before, for example"
+                f" {self.changed_sources[0]}: captioned anew"
+            )
+        for skips in by_problem(self.skipped).values():
+            lines.append(
+                f"  skipped {len(skips)}, for example: {skips[0].reason} ({skips[0].path})"
+            )
+        if self.waiting:
+            lines.append(f"{self.waiting} records have no caption yet, and are not written")
+        return "\n".join(lines)
+
+
+@dataclass
+class Note:
+    """The captions of one record, as they are kept."""
+
+    captions: list[str]
+    stamp: dict[str, str]
+
+
+@dataclass
+class CaptionPreparation:
+    """Captions the records of `meta_jsonl` that have no caption, or, with `replace`, all; and
+    writes their lines to a file of the same name in `out_dir`. `run()` does it, once."""
+
+    meta_jsonl: Path
+    media: Media
+    out_dir: Path
+    captioner: Captioner
+    settings: CaptionSettings
+    replace: bool = False
+    threads: int = 0  # 0: one after the other
+    prefer: str = ""  # as of `read_records`
+    progress: bool = True  # show a bar
+
+    @property
+    def out(self) -> Path:
+        """Return the file that is written."""
+        return self.out_dir / self.meta_jsonl.name
+
+    def run(self) -> CaptionReport:
+        """Caption and write; return the report. Ctrl-C and SIGTERM return a report with
+        `interrupted`; the same call goes on from there. ValueError: the metadata is wrong, or the
+        captioner fails on everything."""
+        begin = time.monotonic()
+        self.records = read_records(self.meta_jsonl, self.media, self.prefer)
+        if self.out.resolve() == self.meta_jsonl.resolve():
+            raise ValueError(
+                f"--out_dir is the folder of {self.out}, which would be replaced; name another"
+            )
+        self.report = CaptionReport(len(self.records))
+        self.captions: dict[str, list[str]] = {}  # by id: what earlier runs and this one made
+        self.noting = threading.Lock()  # of captions and notes
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        clean(self.out_dir)
+        with open(self.out_dir / NOTES, "a+b") as notes, interruptible():
+            lock(notes, f"another process is captioning into {self.out_dir}; wait for it")
+            self.notes: IO[bytes] | None = notes
+            pending = self._look(notes)
+            try:
+                self._caption(pending)
+            except KeyboardInterrupt:
+                self.report.interrupted = True
+            finally:
+                with self.noting:
+                    self.notes = None  # for threads that nobody waits for
+                self._write()
+                self._list_skipped()
+        done = self.report.kept + len(self.captions) + len(self.report.skipped)
+        self.report.waiting = len(self.records) - done
+        self.report.made = len(self.captions) - self.report.already
+        self.report.seconds = time.monotonic() - begin
+        if not (self.report.kept or self.captions or self.report.interrupted):
+            examples = [f"  {skip.path}: {skip.reason}" for skip in self.report.skipped[:5]]
+            raise ValueError("\n".join(["none of the records could be captioned:", *examples]))
+        return self.report
+
+    # ── the work ──────────────────────────────────────────────────────────────────────────────────
+    def _look(self, notes: IO[bytes]) -> list[Record]:
+        """Take over what earlier runs have made; return the records that need a caption."""
+        settings = asdict(self.settings) | self.captioner.identity
+        # as JSON gives it back: tuples are lists
+        settings = json.loads(json.dumps(settings))
+        self.made_with = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        before, known = _read_notes(notes, self.made_with)
+        if before != settings:
+            if before:
+                self.report.changed_settings = differences(before, settings)
+            _append(notes, {"settings": settings})
+        pending = []
+        bar = tqdm(self.records, "looking for captions", unit="record", delay=2)
+        for record in bar:
+            if record.caption and not self.replace:
+                self.report.kept += 1
+                continue
+            note = known.get(record.id)
+            if note is None:
+                pending.append(record)
+                continue
+            state, _ = compare_stamp(record.source, note.stamp)
+            if state == "changed":
+                self.report.changed_sources.append(record.id)
+                pending.append(record)
+            elif state in ("gone", "missing"):
+                self._skip(record, Unusable("file not found"))
+            else:
+                self.report.already += 1
+                self.captions[record.id] = note.captions
+        return pending
+
+    def _caption(self, pending: list[Record]) -> None:
+        """Have the pending records captioned."""
+        written, takes, failures = time.monotonic(), 0.0, 0
+        bar = tqdm(
+            total=len(pending),
+            desc=f"captioning {self.meta_jsonl.name}",
+            unit="image" if self.media == "image" else "clip",
+            disable=not (self.progress and pending),
+        )
+        with bar:
+            for record, result in done_in_threads(self._make, pending, self.threads):
+                if result is None:
+                    failures = 0
+                elif isinstance(result, FATAL):
+                    raise result
+                else:
+                    self._skip(record, result)
+                    failures += isinstance(result, ServerFailed)
+                if failures >= HOPELESS:
+                    raise ValueError(
+                        f"{failures} requests failed one after the other, the last: {result}; what"
+                        " is captioned stays, and the same command goes on from there"
+                    )
+                bar.update()
+                bar.set_postfix(skipped=len(self.report.skipped), refresh=False)
+                if time.monotonic() - written > max(WRITE_SECONDS, 20 * takes):
+                    begin = time.monotonic()
+                    self._write()
+                    written = time.monotonic()
+                    takes = written - begin
+
+    def _make(self, record: Record) -> None:
+        """Make the captions of a record, and note them at once; runs in several threads."""
+        stamp = stamp_of(record.source)  # before it is read: a change meanwhile is noticed
+        settings, problem = self.settings, Unusable("empty caption")
+        pictures = shown_pictures(record, self.media, settings.frames, settings.side)
+        captions = []
+        for number, prompt in enumerate(settings.prompts):
+            for sample in range(settings.count):
+                keyed = f"{settings.seed}/{record.id}/{number}/{sample}".encode()
+                seed = int.from_bytes(hashlib.sha256(keyed).digest()[:4], "big") >> 1
+                text, cut_off = self.captioner(pictures, prompt, seed)
+                try:
+                    captions.append(clean_caption(text, settings.most_characters, cut_off))
+                except Unusable as error:
+                    problem = error
+        if not captions:
+            raise problem
+        note = Note(list(dict.fromkeys(captions)), stamp)
+        with self.noting:
+            if self.notes is not None:
+                row = {"id": record.id, "made_with": self.made_with, **asdict(note)}
+                _append(self.notes, row)
+                self.captions[record.id] = note.captions
+                self.report.captions += len(note.captions)
+
+    def _skip(self, record: Record, error: Exception) -> None:
+        self.report.skipped.append(Skip.of(record.id, record.path, error))
+
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────
+    def _write(self) -> None:
+        """Write the lines of all records that have a caption, in their order."""
+        with self.noting:
+            made = dict(self.captions)
+        lines = []
+        rows = _rows(self.meta_jsonl)
+        for record, row in zip(self.records, rows, strict=True):
+            captions = made.get(record.id)
+            if captions is None and (self.replace or not record.caption):
+                continue
+            for key in (key for keys in PATH_KEYS.values() for key in keys):
+                if isinstance(row.get(key), str):
+                    row[key] = self._moved(row[key])
+            if captions:
+                row.pop("captions", None)
+                row |= {"caption": captions[0], "captioned_by": self.captioner.identity["model"]}
+                row |= {"captions": captions} if len(captions) > 1 else {}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_atomically(self.out, "".join(lines))
+
+    def _moved(self, path: str) -> str:
+        """Return a path of the metadata as it is from the folder that is written to."""
+        path = os.path.expanduser(path)
+        if os.path.isabs(path):
+            return path
+        return Path(os.path.relpath(self.meta_jsonl.parent / path, self.out_dir)).as_posix()
+
+    def _list_skipped(self) -> None:
+        """List what this run skipped, with reasons; an older list is removed."""
+        path = self.out_dir / "skipped.jsonl"
+        path.unlink(missing_ok=True)
+        if self.report.skipped:
+            rows = [skip.to_json() for skip in self.report.skipped]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_atomically(path, "".join(lines))
+
+
+def _rows(path: Path) -> list[dict]:
+    """Return the objects of a JSONL file that was read before."""
+    lines = path.read_bytes().split(b"\n")
+    return [decoded_object(line) for line in lines if line.strip(BLANK)]
+
+
+def _append(notes: IO[bytes], row: dict) -> None:
+    notes.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    notes.flush()
+
+
+def _read_notes(notes: IO[bytes], made_with: str) -> tuple[dict | None, dict[str, Note]]:
+    """Return the settings of the last run, and, by id, the notes that were made with the present
+    ones. A line that a kill has cut off is removed, others that cannot be read are passed over."""
+    notes.seek(0)
+    data = notes.read()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        notes.truncate(whole)
+    notes.seek(0, os.SEEK_END)
+    settings, known = None, {}
+    for line in data[:whole].splitlines():
+        try:
+            row = decoded_object(line)
+            if "settings" in row:
+                settings = row["settings"]
+            elif row["made_with"] == made_with and row["captions"]:
+                known[row["id"]] = Note(row["captions"], row["stamp"])
+        except (ValueError, LookupError, TypeError):
+            continue
+    return settings, known

@@ -1,0 +1,164 @@
+"""Captions by a local vision-language model of the transformers library, which runs no code of its
+own, from safetensors alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmdit.foreign import explain_errors
+from mmdit.text_encoders.transformers_loading import check_folder
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+WHAT = "vision-language model of transformers (config, processor and safetensors)"
+
+
+class LocalCaptioner:
+    """`captioner(pictures, prompt, seed)` returns what the model in `folder` says of pictures, and
+    whether it was stopped at `max_tokens`. With a temperature it draws words, by the seed; else it
+    takes the most likely ones. ValueError: no such model, or it does not load."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: str = "auto",
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+    ):
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"--model is {folder}, which is no folder with a config.json; give that of a"
+                " downloaded model, or --server with the name of a model there"
+            )
+        self.folder, self.device = folder, device
+        self.max_tokens, self.temperature = max_tokens, temperature
+        half = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = DTYPES[dtype] or half
+        with explain_errors(folder, WHAT):
+            check_folder(folder)
+        self.processor, self.model = self._load()
+
+    def _load(self) -> tuple[Any, Any]:
+        """Return the processor and the model."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError(
+                f"a local captioner needs the transformers library ({error}): pip install"
+                " transformers"
+            ) from None
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        with (
+            _own_code_refused(self.folder),
+            explain_errors(self.folder, WHAT),
+            _quiet(transformers),
+        ):
+            config = transformers.AutoConfig.from_pretrained(self.folder, **options)
+            processor = transformers.AutoProcessor.from_pretrained(self.folder, **options)
+            recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+            options["dtype" if recent else "torch_dtype"] = self.dtype
+            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                self.folder,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise ValueError(
+                    f"{self.folder} lacks {len(missing)} tensors of {type(model).__name__}, first"
+                    f" {missing[0]}: it is incomplete, or no vision-language model"
+                )
+        return processor, model.to(self.device).eval()
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Return what decides its captions: the name of the folder, and a hash of the sizes of its
+        files and of its config."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted(self.folder.glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+        return {
+            "model": self.folder.resolve().name,
+            "weights": digest.hexdigest()[:16],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def __call__(self, pictures: list[Image.Image], prompt: str, seed: int) -> tuple[str, bool]:
+        """See the class."""
+        inputs = self._inputs(pictures, prompt).to(self.device, self.dtype)
+        choice: dict[str, Any] = {"do_sample": False, "temperature": None}
+        if self.temperature:
+            choice = {"do_sample": True, "temperature": self.temperature}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=self.max_tokens, top_p=None, top_k=None, **choice
+            )[0]
+        given = inputs["input_ids"][0] if "input_ids" in inputs else tokens[:0]
+        if len(given) and torch.equal(tokens[: len(given)], given):  # models that go on writing
+            tokens = tokens[len(given) :]
+        text = self.processor.batch_decode(tokens[None], skip_special_tokens=True)[0]
+        return text, len(tokens) >= self.max_tokens and int(tokens[-1]) not in self._ends()
+
+    def _inputs(self, pictures: list[Image.Image], prompt: str) -> Any:
+        """Return what the model is given: a message with all pictures; of a model that knows no
+        messages, the middle picture and the prompt."""
+        if not getattr(self.processor, "chat_template", None):
+            middle = pictures[len(pictures) // 2]
+            return self.processor(images=middle, text=prompt, return_tensors="pt")
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": picture} for picture in pictures
+        ]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+        return self.processor.apply_chat_template(
+            [message],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _ends(self) -> set[int]:
+        """Return the tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+
+@contextlib.contextmanager
+def _own_code_refused(folder: Path) -> Iterator[None]:
+    """Say in our words that a model brings code of its own: the library's advice is to run it."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} brings code of its own, which is not run: take a model that transformers"
+            " itself knows, or run it as a server and give --server"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the library's warnings and bars while it loads."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

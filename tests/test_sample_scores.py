@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 from mmdit.config import ConfigError
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.media_sets import Shape, media_records, read_media
 from mmdit.diagnostics import feature_distance
 from mmdit.diagnostics.clip_score import ClipScore
 from mmdit.diagnostics.feature_distance import read_setting
 from mmdit.diagnostics.frame_scores import consistency, steadiness
+from mmdit.diagnostics.real_items import RealItems
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.clip_similarity import Similarity
-from mmdit.pixels import to_unit
+from mmdit.pixels import to_shown, to_unit
 from mmdit.scripts import compare_samples, evaluate
 from mmdit.training.media import save_sample
 from mmdit.training.pipeline import SampleSettings
@@ -258,6 +260,23 @@ def test_a_model_is_evaluated_by_its_own_tokenizer_and_by_clip(tmp_path, capsys,
     assert report["features"]["samples"] == 7 and report["clip_score"]["samples"] == 7
     assert sheet.is_file() and list(report["features"]["copies"]["nearest"])[0] == "0000"
     refused(capsys, evaluate.main, words, "--prompts needs --features or --clip_score")
+    # The training set as a cache: its items are decoded by the model's tokenizer.
+    cache = shop.cache("pictures")
+    scored[scored.index("--real") + 1] = str(cache)
+    assert evaluate.main([*words, *scored]) == 0
+    features = json.loads(out.read_text())["features"]
+    opened = open_cache(cache)
+    assert features["pictures"] == len(opened) and features["reference"] == str(cache)
+    assert {name for name, _ in features["copies"]["nearest"].values()} <= set(opened.ids)
+    pipeline, _ = load_pipeline(run, "cpu")
+    items = RealItems(str(cache), Shape(), [pipeline.tokenizer], 0)
+    (records, pixels), *_ = items.read(3)
+    latents = opened.load(opened.ids.index(records[0].id))
+    expected = to_shown(pipeline.tokenizer.decode(latents[None].float())[0])
+    assert torch.equal(pixels[0], expected) and records[0].caption
+    assert items.read_one(records[0], (8, 12)).shape == (1, 3, 12, 8)
+    with pytest.raises(ValueError, match="whose weights are not at hand"):
+        RealItems(str(cache), Shape(), [], 0)
 
 
 def test_previews_are_scored_while_training(tmp_path, capsys, clip_folder):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmdit.data.dataset.media_sets import Shape, media_records, read_media
+from mmdit.data.dataset.media_sets import Shape
 from mmdit.data.dataset.records import Record
 from mmdit.diagnostics.distribution_distance import (
     Moments,
@@ -28,6 +28,7 @@ from mmdit.diagnostics.neighbours import (
     manifold_scores,
     nearest_distances,
 )
+from mmdit.diagnostics.real_items import RealItems
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.encoders import ClipRule, Encoder, open_encoder
 from mmdit.interop.picture_resizing import WAYS
@@ -96,11 +97,11 @@ class FeatureSet:
 
 
 class FeatureDistance:
-    """Compares samples with real pictures or clips. `setting`: see `read_setting`. `real`: a folder
-    or a JSONL file; the training items, if samples should be looked at as copies of them.
-    `held_out`: likewise, real items that were not trained on. `shape`: what real items are made to
-    be; an encoder that sees one frame of a clip is given one frame of them. `tokenizer`: what that
-    word stands for in the setting.
+    """Compares samples with real pictures or clips. `setting`: see `read_setting`. `real`: a
+    folder, a JSONL file or a cache; the training items, if samples should be looked at as copies of
+    them. `held_out`: likewise, real items that were not trained on. `shape`: what real items are
+    made to be; an encoder that sees one frame of a clip is given one frame of them. `tokenizer`:
+    what that word stands for in the setting.
     """
 
     def __init__(
@@ -124,24 +125,24 @@ class FeatureDistance:
         self.encoder = open_encoder(device=device, tokenizer=tokenizer, **values)
         one_frame = self.encoder.reads == "pictures" and not self.encoder.halves
         self.shape = replace(shape, frames=1, stride=1) if one_frame else shape
-        self.num_workers, self.seed = num_workers, seed
+        self.seed = seed
+        known = [tokenizer, self.encoder.tokenizer]
+        tokenizers = [one for one in known if one is not None]
+        self.items = RealItems(self.real_source, self.shape, tokenizers, num_workers)
         self.real, self.drawn = FeatureSet(self.encoder), FeatureSet(self.encoder)
         self.records: list[Record] = []
-        for records, pixels in self._read(self.real_source):
+        for records, pixels in self.items.read(BATCH):
             self.real.add(pixels, [record.id for record in records])
             self.records += records
         self.held_out = FeatureSet(self.encoder) if held_out else None
         if self.held_out:
-            for records, pixels in self._read(str(held_out)):
+            others = RealItems(str(held_out), self.shape, tokenizers, num_workers)
+            for records, pixels in others.read(BATCH):
                 self.held_out.add(pixels, [record.id for record in records])
         self.distances: list[Tensor] = []  # of samples to the nearest real item
         self.nearest: list[Tensor] = []
         self.closest: list[tuple[float, str, int, Tensor]] = []  # distance, sample, item, pixels
         self.pending: list[tuple[Tensor, Tensor, list[str]]] = []
-
-    def _read(self, source: str) -> Iterator[tuple[list[Record], Tensor]]:
-        records = media_records(source, self.shape.frames)
-        return read_media(records, self.shape, BATCH, self.num_workers)
 
     def add(self, pixels: Tensor, names: list[str] | None = None) -> None:
         """Take in samples `(B, F, 3, H, W)` in [0, 1], rounded as a file would hold them, or as
@@ -252,13 +253,12 @@ class FeatureDistance:
         self._find_nearest()
         first = self.closest[0][3]
         size = (first.shape[-1], first.shape[-2])
-        shape = replace(self.shape, size=size)
         clips, captions = [], []
         for distance, name, number, clip in self.closest:
-            ((_, items),) = read_media([self.records[number]], shape, 1)
-            frames = len(clip) if len(items[0]) > 1 else 1
+            item = self.items.read_one(self.records[number], size)
+            frames = len(clip) if len(item) > 1 else 1
             shown = clip if frames > 1 else clip[len(clip) // 2][None]
-            clips += [_sized(shown, size), items[0]]
+            clips += [_sized(shown, size), item]
             captions += [f"sample {name}", f"real {self.real.names[number]}, {distance:.4g} away"]
         return contact_sheet(torch.stack(clips), captions, 4 if self.shape.frames == 1 else 2)
 

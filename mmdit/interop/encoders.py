@@ -65,6 +65,7 @@ class Encoder:
     device: torch.device
     facts: dict[str, Any] = field(default_factory=dict)
     halves: bool = False
+    tokenizer: Tokenizer | None = None  # that gives the features, where it is one
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def _tokenizer(tokenizer: Tokenizer, device: torch.device) -> Encoder:
     def network(pixels: Tensor) -> Tensor:
         return pooled_latents(tokenizer.encode(pixels))
 
-    return Encoder(name, network, "clips", device, facts)
+    return Encoder(name, network, "clips", device, facts, tokenizer=tokenizer)
 
 
 # ── networks of others ────────────────────────────────────────────────────────────────────────────

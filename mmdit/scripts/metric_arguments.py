@@ -17,7 +17,8 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--real", help="real items: a folder or a JSONL file; the training set, to look for copies"
+        "--real",
+        help="real items: a folder, a JSONL file or a cache; the training set, to look for copies",
     )
     parser.add_argument("--held_out", help="real items that were not trained on, for comparison")
     parser.add_argument(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class Shape:
         for name in ("frames", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
+
+    def cut(self, image: Image.Image) -> np.ndarray:
+        """Return the middle of a picture at this size, uint8 `(3, H, W)`."""
+        size = self.size or image.size
+        return cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)
 
     def places(self, count: int) -> range:
         """Return which frames of a clip of `count` are taken. ValueError: it is too short."""
@@ -110,8 +115,7 @@ class _Read(Dataset):
         for image in self.images(path):
             source = source if frames else image.size
             check_same_size(path, image.size, source)
-            size = self.shape.size or source
-            frames.append(cut(image, crop_box(source, size, PreprocessConfig(), ""), size))
+            frames.append(self.shape.cut(image))
         return torch.from_numpy(np.stack(frames))
 
     def images(self, path: str) -> Iterator[Image.Image]:
@@ -139,7 +143,13 @@ def read_media(
 ) -> Iterator[tuple[list[Record], Tensor]]:
     """Yield up to `batch` records of one size, with their frames `(B, F, 3, H, W)` as uint8. What
     cannot be read is reported and skipped. ValueError: nothing can."""
-    waiting: dict[tuple, list[tuple[Record, Tensor]]] = defaultdict(list)
+    yield from batched(_readable(records, shape, num_workers), batch)
+
+
+def _readable(
+    records: list[Record], shape: Shape, num_workers: int
+) -> Iterator[tuple[Record, Tensor]]:
+    """Yield what can be read, and say what cannot."""
     chunk = AT_ONCE if shape.frames == 1 else 1
     parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
     count = 0
@@ -150,14 +160,23 @@ def read_media(
                 print(f"skipped: {record.path}: {result.reason}", flush=True)
                 continue
             count += 1
-            group = waiting[tuple(result.shape)]
-            group.append((record, result))
-            if len(group) == batch:
-                yield _stacked(waiting.pop(tuple(result.shape)))
-    for group in waiting.values():
-        yield _stacked(group)
+            yield record, result
     if not count:
         raise ValueError(f"none of {len(records)} items could be read, first {records[0].path}")
+
+
+def batched(
+    items: Iterable[tuple[Record, Tensor]], batch: int
+) -> Iterator[tuple[list[Record], Tensor]]:
+    """Yield up to `batch` items of one size together, their pixels as `(B, F, 3, H, W)`."""
+    waiting: dict[tuple, list[tuple[Record, Tensor]]] = defaultdict(list)
+    for record, pixels in items:
+        group = waiting[tuple(pixels.shape)]
+        group.append((record, pixels))
+        if len(group) == batch:
+            yield _stacked(waiting.pop(tuple(pixels.shape)))
+    for group in waiting.values():
+        yield _stacked(group)
 
 
 def _stacked(group: list[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:

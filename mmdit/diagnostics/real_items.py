@@ -1,0 +1,86 @@
+"""Real items to compare samples with: a folder, a JSONL file, or a cache of latents, decoded by the
+tokenizer that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdit.data.cache.latent_cache import LatentCache, open_cache
+from mmdit.data.dataset.media_sets import Shape, batched, media_records, read_media
+from mmdit.data.dataset.problems import Damaged, Unusable
+from mmdit.data.dataset.records import Record
+from mmdit.interfaces import Tokenizer
+from mmdit.pixels import to_shown
+from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
+
+
+class RealItems:
+    """The items of `source`, each made to be of `shape`. `tokenizers`: one of them must have made a
+    cache, or the one that comes with mmdit. ValueError: there is nothing, or none of them has."""
+
+    def __init__(self, source: str, shape: Shape, tokenizers: list[Tokenizer], num_workers: int):
+        self.source, self.shape, self.num_workers = source, shape, num_workers
+        self.cache: LatentCache | None = None
+        folder = Path(source).expanduser()
+        if (folder / "manifest.json").is_file():
+            self.cache = open_cache(folder)
+            self.tokenizer = self._maker(self.cache, tokenizers)
+            self.numbers = {id: number for number, id in enumerate(self.cache.ids)}
+
+    def _maker(self, cache: LatentCache, tokenizers: list[Tokenizer]) -> Tokenizer:
+        for tokenizer in (*tokenizers, build_tokenizer(VTPTokenizerConfig())):
+            if tokenizer.fingerprint == cache.manifest.tokenizer:
+                return tokenizer
+        raise ValueError(
+            f"{self.source} is a cache of {cache.manifest.tokenizer_name}, whose weights are not at"
+            " hand: take `mmdit evaluate` with a model that was trained on it, --features with the"
+            " folder of that tokenizer, or a folder or JSONL file of the pictures themselves"
+        )
+
+    def read(self, batch: int) -> Iterator[tuple[list[Record], Tensor]]:
+        """Yield up to `batch` records of one size with their frames, uint8 `(B, F, 3, H, W)`."""
+        if self.cache is None:
+            records = media_records(self.source, self.shape.frames)
+            yield from read_media(records, self.shape, batch, self.num_workers)
+            return
+        yield from batched(self._decoded(self.cache), batch)
+
+    def read_one(self, record: Record, size: tuple[int, int]) -> Tensor:
+        """Return the frames `(F, 3, H, W)` of one item at another size (width, height)."""
+        shape = replace(self.shape, size=size)
+        if self.cache is not None:
+            return self._frames(self.cache, self.numbers[record.id], shape)
+        ((_, pixels),) = read_media([record], shape, 1)
+        return pixels[0]
+
+    def _decoded(self, cache: LatentCache) -> Iterator[tuple[Record, Tensor]]:
+        count = 0
+        for number, id in enumerate(cache.ids):
+            record = Record(id, f"{self.source}/{id}", cache.captions[number])
+            try:
+                yield record, self._frames(cache, number, self.shape)
+                count += 1
+            except (Unusable, Damaged) as error:
+                print(f"skipped: {record.path}: {error}", flush=True)
+        if not count:
+            raise ValueError(f"none of the {len(cache)} items of {self.source} could be read")
+
+    @torch.no_grad()
+    def _frames(self, cache: LatentCache, number: int, shape: Shape) -> Tensor:
+        latents = cache.load(number)
+        if self.tokenizer.spec.temporal == 1:  # frames are decoded one by one: only those needed
+            latents = latents[list(shape.places(len(latents)))]
+        pixels = to_shown(self.tokenizer.decode(latents[None].float())[0])
+        if self.tokenizer.spec.temporal > 1:
+            pixels = pixels[list(shape.places(len(pixels)))]
+        if shape.size in (None, (pixels.shape[-1], pixels.shape[-2])):
+            return pixels
+        images = (Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels)
+        return torch.from_numpy(np.stack([shape.cut(image) for image in images]))

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from mmdit.scripts import posttrain
+from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint, runs
 from tests.helpers.tiny import Workshop, refused
 from tests.test_posttrain_loops import SECTION
@@ -71,3 +72,15 @@ def test_a_model_that_redraws_small_clips_has_none_here(shop, capsys):
     refused(
         capsys, posttrain.main, command(shop, "never", *words), "model.conditioning", "draws them"
     )
+
+
+def test_an_evaluation_that_is_not_finite_names_its_sample(shop, capsys, monkeypatch):
+    decode = DummyTokenizer.decode
+
+    def overflows(self, latents):
+        pixels = decode(self, latents)
+        pixels[1] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(DummyTokenizer, "decode", overflows)
+    refused(capsys, posttrain.main, command(shop, "overflows"), "sample 1: not finite")

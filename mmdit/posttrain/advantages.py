@@ -3,6 +3,7 @@ micro-batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,6 +33,11 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean_of((values.double() - mean).square()).sqrt()
 
 
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of one or several tensors."""
+    return sum(parts[1:], start=parts[0])
+
+
 def advantages(
     rewards: dict[str, Tensor],
     weights: dict[str, float],
@@ -48,7 +54,7 @@ def advantages(
     are equal, or differ by less than rounding may make them, get 0; their share is reported.
     """
     floor = FLOOR * max(1e-9, *(abs(weight) for weight in weights.values()))
-    total = sum(weights[name] * value.double() for name, value in rewards.items())
+    total = added([weights[name] * value.double() for name, value in rewards.items()])
     _, spread = group_moments(total, groups)
     if mode == "gdpo":
         parts = []
@@ -56,7 +62,7 @@ def advantages(
             mean, deviation = group_moments(value, groups)
             scaled = (value.double() - mean) / deviation.clamp(min=FLOOR)
             parts.append(weights[name] * torch.where(deviation > FLOOR, scaled, 0.0))
-        total = sum(parts)
+        total = added(parts)
     centred, flat = total - group_moments(total, groups)[0], spread <= floor
     if mode == "gdpo":
         result = centred / centred.std(correction=0).clamp(min=floor)

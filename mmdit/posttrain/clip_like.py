@@ -10,17 +10,14 @@ from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath
 from mmdit.interop.clip_similarity import Similarity
-from mmdit.posttrain.rewards import Reward, Samples
+from mmdit.posttrain.rewards import Reward, Samples, given
 
 
 @dataclass(frozen=True)
-class ClipReward(Reward):
-    """The similarity of picture and caption by CLIP, from a folder, as a reward or as the scorer of
-    SRPO."""
+class ClipLike(Reward):
+    """The similarity of picture and caption by a network that is built as CLIP."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
-    # Chooses this reward.
-    type: Literal["clip"] = "clip"
     # The folder of a CLIP in the transformers layout.
     path: FilePath = ""
     # hps: the file of its OpenCLIP weights, .safetensors or .pt.
@@ -31,17 +28,31 @@ class ClipReward(Reward):
             similarity = Similarity(self.path, self.weights).to(device)
         except ValueError as error:
             raise ConfigError("posttrain.rewards", f"has a CLIP that fails: {error}") from None
-        object.__setattr__(self, "similarity", similarity)
+        vars(self)["similarity"] = similarity
+
+    @property
+    def similarity(self) -> Similarity:
+        """Return the network that `prepare` loaded."""
+        return vars(self)["similarity"]
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
         return self.similarity(pixels, texts)
 
     def call(self, samples: Samples) -> Tensor:
-        return self.similarity(samples.pixels, samples.captions)
+        return self.similarity(given(samples.pixels), samples.captions)
 
 
 @dataclass(frozen=True)
-class PickScore(ClipReward):
+class ClipReward(ClipLike):
+    """The similarity of picture and caption by CLIP, from a folder, as a reward or as the scorer of
+    SRPO."""
+
+    # Chooses this reward.
+    type: Literal["clip"] = "clip"
+
+
+@dataclass(frozen=True)
+class PickScore(ClipLike):
     """PickScore, from a folder, as a reward or as the scorer of SRPO."""
 
     # Chooses this reward.
@@ -49,7 +60,7 @@ class PickScore(ClipReward):
 
 
 @dataclass(frozen=True)
-class HPS(ClipReward):
+class HPS(ClipLike):
     """HPS v2, from the folder of the CLIP ViT-H and its own weights, as a reward or as the scorer
     of SRPO."""
 

@@ -60,7 +60,8 @@ class Evaluator:
             raw = pipeline.latents(captions[start : start + BATCH], *size, self.settings, place)
             latents.append(setup.learner.spec.normalize(raw))
             decoded = setup.tokenizer.decode(raw).float()
-            pixels.append(pipeline.finite(decoded, place, self.settings))
+            numbers = range(place, place + len(decoded))
+            pixels.append(pipeline.finite(decoded, numbers, self.settings))
         return torch.cat(latents), torch.cat(pixels)
 
     def evaluate(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit.config import ConfigError, FilePath
 from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.interop.feature_encoder import FeatureEncoder
-from mmdit.posttrain.rewards import Reward, Samples
+from mmdit.posttrain.rewards import Reward, Samples, given
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ class FeatureSimilarity(Reward):
         known = F.normalize(torch.stack(rows), dim=-1)
         if self.compare == "mean":
             known = F.normalize(known.mean(0, keepdim=True), dim=-1)
-        object.__setattr__(self, "encoder", encoder)
-        object.__setattr__(self, "known", known)
+        vars(self)["loaded"] = encoder, known
+
+    @property
+    def loaded(self) -> tuple[FeatureEncoder, Tensor]:
+        """Return the encoder, and the normalised features that samples are compared with."""
+        return vars(self)["loaded"]
 
     def call(self, samples: Samples) -> Tensor:
-        pixels = samples.pixels
-        features = F.normalize(self.encoder(pixels.flatten(0, 1)), dim=-1)
-        nearest = (features @ self.known.T).amax(1)
+        pixels, (encoder, known) = given(samples.pixels), self.loaded
+        features = F.normalize(encoder(pixels.flatten(0, 1)), dim=-1)
+        nearest = (features @ known.T).amax(1)
         return nearest.reshape(len(pixels), -1).mean(1)

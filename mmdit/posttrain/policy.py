@@ -39,8 +39,9 @@ class Policy:
 
     def averaged(self) -> dict[str, Tensor]:
         """Return the running average (`ema:`) of the trained weights, by the network's names."""
-        shadow = self.setup.state.ema.shadow
-        return {name.removeprefix("model."): value for name, value in shadow.items()}
+        ema = self.setup.state.ema
+        assert ema is not None, "ema.enabled was checked"
+        return {name.removeprefix("model."): value for name, value in ema.shadow.items()}
 
     @torch.no_grad()
     def renew_old(self, share: float) -> None:
@@ -52,14 +53,15 @@ class Policy:
         """Return the velocity field of the policy, or of a copy of its trained `weights`, which is
         not differentiated, with the guidance that rollouts have."""
         setup = self.setup
-        rollout, networks = setup.config.rollout, dict(setup.model.networks())
+        rollout = setup.config.rollout
+        networks: dict[str, Callable[..., Tensor]] = dict(setup.whole.networks())
         if weights is not None:
             networks[setup.levels.expert] = partial(_call_with, self.model, weights)
         low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
         denoise = guided_by_expert(
             setup.learner.objective,
             networks,
-            setup.model.expert_at,
+            setup.whole.expert_at,
             text,
             {"": rollout.guidance, "high": rollout.guidance, "low": low},
         )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.pixels import to_shown
-from mmdit.posttrain.advantages import ranks
+from mmdit.posttrain.advantages import added, ranks
 from mmdit.rng import Draws
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,12 @@ class Samples:
         return self.each(take)
 
 
+def given(value: T | None) -> T:
+    """Return a field of `Samples` that a reward `needs`, and is therefore given."""
+    assert value is not None, "a reward needs what it looks at"
+    return value
+
+
 @dataclass(frozen=True)
 class Reward:
     """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all
@@ -90,7 +98,7 @@ class Reward:
 
     @property
     def label(self) -> str:
-        return self.name or self.type
+        return self.name or str(getattr(self, "type", ""))
 
     def prepare(self, device: torch.device) -> None:
         """Load what it needs, once."""
@@ -107,7 +115,7 @@ class Brightness(Reward):
     type: Literal["brightness"] = "brightness"
 
     def call(self, samples: Samples) -> Tensor:
-        return samples.pixels.flatten(1).mean(1)
+        return given(samples.pixels).flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,9 @@ class ColorMatch(Reward):
     target: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     def call(self, samples: Samples) -> Tensor:
-        target = torch.tensor(self.target, device=samples.pixels.device)
-        return -(samples.pixels.mean((1, 3, 4)) - target).square().sum(1)
+        pixels = given(samples.pixels)
+        target = torch.tensor(self.target, device=pixels.device)
+        return -(pixels.mean((1, 3, 4)) - target).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Sharpness(Reward):
     type: Literal["sharpness"] = "sharpness"
 
     def call(self, samples: Samples) -> Tensor:
-        pixels = samples.pixels
+        pixels = given(samples.pixels)
         kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=pixels.device) / 8
         edges = F.conv2d(pixels.flatten(0, 2)[:, None].float(), kernel[None, None])
         return edges.abs().reshape(len(pixels), -1).mean(1)
@@ -147,7 +156,7 @@ class Motion(Reward):
     type: Literal["motion"] = "motion"
 
     def call(self, samples: Samples) -> Tensor:
-        pixels = samples.pixels
+        pixels = given(samples.pixels)
         moved = (pixels[:, 1:] - pixels[:, :-1]).abs().flatten(1)
         return moved.mean(1) if moved.shape[1] else pixels.new_zeros(len(pixels))
 
@@ -185,7 +194,7 @@ class BrightnessRank(Reward):
     type: Literal["brightness_rank"] = "brightness_rank"
 
     def call(self, samples: Samples) -> Tensor:
-        return ranks(samples.pixels.flatten(1).mean(1))
+        return ranks(given(samples.pixels).flatten(1).mean(1))
 
 
 @dataclass
@@ -216,7 +225,7 @@ class RewardPool:
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the rewards, `(N,)`."""
-        return sum(self.weights[name] * value for name, value in values.items())
+        return added([self.weights[name] * value for name, value in values.items()])
 
     def submit(self, samples: Samples) -> Future:
         """Return `score(samples)` to come; its error comes with `result()`."""

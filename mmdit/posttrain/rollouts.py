@@ -118,14 +118,13 @@ class Rollouts:
         need: with a tokenizer of single frames only those, with one along time all that comes
         before the last of them."""
         setup, spec = self.setup, self.setup.learner.spec
-        places: list[int] | slice = [place % setup.frames for place in self.config.reward_frames]
+        places = [place % setup.frames for place in self.config.reward_frames]
         if places and spec.temporal == 1:
-            clean, places = clean[:, places], slice(None)
+            clean, places = clean[:, places], []
         elif places:
             clean = clean[:, : 1 + -(-max(places) // spec.temporal)]
-        else:
-            places = slice(None)
-        return setup.tokenizer.decode(spec.denormalize(clean))[:, places].float()
+        pixels = setup.tokenizer.decode(spec.denormalize(clean))
+        return (pixels[:, places] if places else pixels).float()
 
     def gather_rewards(self, rollouts: list[Rollout]) -> dict[str, Tensor]:
         """Return the rewards of the whole epoch, `(samples,)` by name, on every rank."""

@@ -62,10 +62,11 @@ class Setup:
                 "is not flow matching on the linear path, which post-training is made for",
             )
         self.learner, self.device = self.state.learner.eval(), self.world.device
-        self.model = self.learner.model if self.model is None else self.model
-        networks = self.model.networks()
+        self.whole = self.learner.model if self.model is None else self.model
+        self.model = self.whole
+        networks = self.whole.networks()
         trained = next(name for name, part in networks.items() if part is self.learner.model)
-        self.levels = TrainedLevels(self.model, trained, objective)
+        self.levels = TrainedLevels(self.whole, trained, objective)
         self._check_sizes()
         self._prepare_rewards()
         spec = self.learner.spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from mmdit.data import moving_shapes
 from mmdit.data.moving_shapes.facts import COLORS
 from mmdit.data.moving_shapes.sentences import PROMPTS
 from mmdit.posttrain.prompt_lists import Prompts
-from mmdit.posttrain.rewards import Reward, Samples
+from mmdit.posttrain.rewards import Reward, Samples, given
 from mmdit.rng import key
 
 
@@ -24,7 +24,7 @@ def generated_prompts(
 ) -> tuple[Prompts, dict[str, Prompts]]:
     """Return `count` prompts to train on, and at most `held` each of the fixed lists `seen` and
     `held_out`, all with their facts."""
-    size = {"video": video, "width": width, "height": height}
+    size: dict[str, Any] = {"video": video, "width": width, "height": height}
     drawn = key("posttrain prompts", seed)
     facts = moving_shapes.draw(drawn, range(count), split="train", **size)
     captions = [
@@ -50,8 +50,9 @@ class PromptAccuracy(Reward):
     partial: float = 0.0
 
     def call(self, samples: Samples) -> Tensor:
-        right = moving_shapes.score_samples(moving_shapes.oracle(samples.pixels), samples.facts)
-        names = samples.facts[0].attributes
+        facts = given(samples.facts)
+        right = moving_shapes.score_samples(moving_shapes.oracle(given(samples.pixels)), facts)
+        names = facts[0].attributes
         share = torch.stack([right[name].float() for name in names]).mean(0)
         return self.partial * share + (1 - self.partial) * right["all"].float()
 

@@ -104,6 +104,7 @@ def real_latents(session: Session) -> LatentCache:
     few items."""
     path, wanted = session.config.srpo.latents, session.shape
     least = session.config.prompts_per_epoch
+    assert path is not None, "asked for where it is named"
     try:
         cache = open_cache(path)
     except (OSError, ValueError) as error:

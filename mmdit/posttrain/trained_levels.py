@@ -11,6 +11,7 @@ from torch import Tensor
 from mmdit.config import ConfigError
 from mmdit.diffusion import Objective
 from mmdit.interfaces import Denoiser
+from mmdit.nn.experts import Experts
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 
@@ -27,7 +28,7 @@ class TrainedLevels:
     @property
     def boundary(self) -> float | None:
         """Return the noise level between two experts, None for one network."""
-        return self.model.boundary.time if self.expert else None
+        return self.model.boundary.time if isinstance(self.model, Experts) else None
 
     @property
     def between(self) -> tuple[float, float]:

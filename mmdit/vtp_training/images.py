@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,9 +143,9 @@ def moving_shapes_of(
 ) -> PictureBatch:
     """Render `count` frames: about half from the ends and the middle of clips, a tenth with several
     objects, the rest stills."""
-    size = {"width": width, "height": height}
+    size: dict[str, Any] = {"width": width, "height": height}
 
-    def draw(name: str, count: int, **options) -> list[moving_shapes.Facts]:
+    def draw(name: str, count: int, **options: Any) -> list[moving_shapes.Facts]:
         return moving_shapes.draw(rng.key(seed, name), range(count), **options, **size)
 
     clips = draw("clips", count // (2 * CLIP_FRAMES), video=True)

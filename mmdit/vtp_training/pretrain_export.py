@@ -42,6 +42,7 @@ def export_tokenizer(
     stored, storage = _stored(model, config)
     write_checkpoint(folder, model.config.to_dict(), stored)
     if config.freeze_encoder:
+        assert config.init_from is not None, "a frozen encoder comes from there"
         same = (Path(config.init_from) / STATISTICS_FILE).read_bytes()
         write_atomically(folder / STATISTICS_FILE, same)
     else:

@@ -73,9 +73,10 @@ class TokenizerLearner(nn.Module):
         torch._dynamo.config.recompile_limit = max(
             torch._dynamo.config.recompile_limit, 8 * len(self.config.images.sizes)
         )
-        for blocks in (self.model.trunk.blocks, self.model.pixel_decoder.blocks):
-            for block in blocks:
-                block.compile(dynamic=False)
+        decoder = self.model.pixel_decoder
+        assert decoder is not None, "a tokenizer that is trained has one"
+        for block in (*self.model.trunk.blocks, *decoder.blocks):
+            block.compile(dynamic=False)
         self.pixel_loss = torch.compile(reconstruction_loss, dynamic=False)
 
     def generator_parts(self) -> nn.ModuleDict:
@@ -121,17 +122,24 @@ class TokenizerLearner(nn.Module):
     def _contrast(self, class_tokens: Tensor, batch: PictureBatch) -> Tensor:
         count = min(self.config.contrast.pairs, len(batch.facts))
         image = F.normalize(self.model.visual_proj(class_tokens[:count]).float(), dim=-1)
+        assert batch.tokens is not None, "captions are made where this loss has a weight"
         text = self.model.get_clip_text_feature(batch.tokens[:count]).float()
         scale = self.model.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
         return contrast_loss(image, text, scale, batch.facts[:count])
 
     def _frozen_opinion(self, predicted: Tensor) -> Tensor:
-        self.discriminator.requires_grad_(False)
-        scores = self.discriminator(predicted)
-        self.discriminator.requires_grad_(True)
+        critic = self._critic()
+        critic.requires_grad_(False)
+        scores = critic(predicted)
+        critic.requires_grad_(True)
         return scores
+
+    def _critic(self) -> PatchDiscriminator:
+        assert self.discriminator is not None, "the last stage has one"
+        return self.discriminator
 
     def discriminator_loss(self, losses: StepLosses) -> Tensor:
         """Return the discriminator's loss on the step's pictures, after the decoder's update."""
-        real, fake = self.discriminator(losses.target), self.discriminator(losses.predicted)
+        critic = self._critic()
+        real, fake = critic(losses.target), critic(losses.predicted)
         return discriminator_loss(real, fake)

@@ -109,11 +109,13 @@ class TokenizerTrainer:
 
     def _update_critic(self, losses: StepLosses) -> Tensor:
         loss = self.learner.discriminator_loss(losses)
-        self.critic_optimizer.zero_grad()
+        optimizer = self.critic_optimizer
+        assert optimizer is not None, "there is a critic"
+        optimizer.zero_grad()
         loss.backward()
         # a number that is not finite would stay in its weights, and in all later losses
-        clip_and_guard(self.critic_optimizer, 0)
-        self.critic_optimizer.step()
+        clip_and_guard(optimizer, 0)
+        optimizer.step()
         return loss.detach()
 
     def prepare(self) -> None:
@@ -140,7 +142,7 @@ class TokenizerTrainer:
             "ema": self.ema.shadow,
             "optimizer": optimizer_tensors(self.parts, self.optimizer),
         }
-        if self.critic is not None:
+        if self.critic is not None and self.critic_optimizer is not None:
             files["critic_optimizer"] = optimizer_tensors(self.critic, self.critic_optimizer)
         spent = round(time.perf_counter() - self.started, 3)
         times = {"planned_steps": self.planned, "seconds_spent": spent}
@@ -175,7 +177,7 @@ class TokenizerTrainer:
         checkpoint.assign(self.learner.state_dict(), stored("model"), str(folder))
         checkpoint.assign(self.ema.shadow, stored("ema"), str(folder))
         load_optimizer_tensors(self.parts, self.optimizer, stored("optimizer"))
-        if self.critic is not None:
+        if self.critic is not None and self.critic_optimizer is not None:
             load_optimizer_tensors(self.critic, self.critic_optimizer, stored("critic_optimizer"))
         self.step, self.planned = meta.step, meta.config["planned_steps"]
         self.started -= meta.config.get("seconds_spent", 0.0)

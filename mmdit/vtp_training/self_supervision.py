@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vtp.models import DINOHead
+from vtp.models.vision import DinoVisionTransformer
 
 from mmdit.config import ConfigError, least
 from mmdit.rng import Draws
@@ -95,14 +96,16 @@ class SelfSupervision(nn.Module):
     """Student head, and the teacher copies of trunk and head. The student trunk belongs to the
     model and is passed in."""
 
-    def __init__(self, config: SelfSupervisionConfig, trunk: nn.Module):
+    def __init__(self, config: SelfSupervisionConfig, trunk: DinoVisionTransformer):
         super().__init__()
         self.config = config
         self.head = DINOHead(trunk.embed_dim, config.prototypes, hidden_dim=512, bottleneck_dim=128)
         self.teacher_trunk = copy.deepcopy(trunk).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 
-    def loss(self, trunk: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, trunk: DinoVisionTransformer, images: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
         """Return `(class-token term, masked-patch term)` for normalised `images (B, 3, H, W)`."""
         config, (height, width) = self.config, images.shape[-2:]
         size, scale = (height, width), config.crop_scale
@@ -126,9 +129,9 @@ class SelfSupervision(nn.Module):
         class_losses = [cross_entropy(classes, torch.cat([second, first]), temperature)]
         patches = self.head(seen["x_norm_patchtokens"].flatten(0, 1)[flat])
         patch_loss = cross_entropy(patches, patch_target, temperature)
-        local = tuple(max(16, math.ceil(side / 32) * 16) for side in (height, width))
+        rows, columns = (max(16, math.ceil(side / 32) * 16) for side in (height, width))
         for index in range(config.local_crops):
-            crop = random_crops(images, draws, f"local{index}", 0.25, config.crop_scale, local)
+            crop = random_crops(images, draws, f"local{index}", 0.25, scale, (rows, columns))
             seen = trunk(crop, is_training=True, use_bottleneck=False)
             logits = self.head(seen["x_norm_clstoken"])  # it answers for both large crops
             class_losses.append(cross_entropy(logits, (first + second) / 2, temperature))

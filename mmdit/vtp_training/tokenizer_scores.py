@@ -8,6 +8,7 @@ shows. Accuracies are read from the decoded pixels.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -46,7 +47,8 @@ def held_out_shapes(
 ) -> list[moving_shapes.Facts]:
     """Return facts that no training run sees: half `train` pairs under another seed, half held-out
     pairs."""
-    seed, size = key("vtp evaluation"), {"width": width, "height": height, "video": video}
+    seed = key("vtp evaluation")
+    size: dict[str, Any] = {"width": width, "height": height, "video": video}
     seen = moving_shapes.draw(seed, range(count - count // 2), split="train", **size)
     return seen + moving_shapes.draw(seed, range(count // 2), split="held_out", **size)
 

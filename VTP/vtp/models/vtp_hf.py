@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from vtp.models.pretrained import (
 from vtp.models.text import TextTransformer, text_features
 from vtp.models.vision import DinoVisionTransformerWithBottleneck
 
+M = TypeVar("M", bound="VTPPreTrainedModel")
+
 
 class VTPPreTrainedModel(nn.Module):
     """Loading and saving of a model that is built from a `VTPConfig` alone."""
@@ -40,8 +42,8 @@ class VTPPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32
-    ) -> VTPPreTrainedModel:
+        cls: type[M], name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32
+    ) -> M:
         """Return the model in a checkpoint folder (or hub name), in eval mode, its parameters as
         `dtype` whatever the file holds.
 

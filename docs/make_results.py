@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.results_file import shown_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,17 @@ def rows(results: dict) -> list[str]:
             cells += [shown_rate(rates.get(key)) for key in ("seen", "held_out", "left_right")]
             cells += [f"{rates[key]['value']:.3f}" for key in ("ceiling", "control")]
             lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def task_rows(results: dict) -> list[str]:
+    """Return a row of the table of tasks for each score that has them."""
+    lines = []
+    for stage, row in results["stages"].items():
+        for name, rates in row["scores"].items():
+            if rates.keys() >= TASKS.keys():
+                cells = [f"{stage}, {name}", *(shown_rate(rates[task]) for task in TASKS)]
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -64,6 +76,9 @@ def table(names: list[str], folder: Path = RESULTS) -> str:
     """Return the table of these results files, and a line for each that says how it was made."""
     files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     lines = [line for results in files for line in rows(results)]
+    tasks = [line for results in files for line in task_rows(results)]
+    if tasks:
+        lines += ["", f"| seen prompts of | {' | '.join(TASKS)} |", "|---" * 7 + "|", *tasks]
     said = "\n".join(f"- {origin(results)}" for results in files)
     return f"\n{HEAD}" + "\n".join(lines) + f"\n\n{said}\n\n"
 

@@ -2,7 +2,9 @@
 is at the control, the oracle takes no picture that misses one thing; results
 files keep the tasks."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mmdit.data.moving_shapes import accuracy, oracle, prompts, render
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.data.moving_shapes.sentences import MANY_PROMPTS
 from mmdit.diagnostics.recipe import Floors, Recipe
-from mmdit.diagnostics.results_file import comparison, rates_of, results
+from mmdit.diagnostics.results_file import comparison, rates_of, results, shown_rate
 from mmdit.diagnostics.task_accuracy import (
     CHANGES,
     calibration,
@@ -25,6 +27,7 @@ from tests.helpers.tiny import refused
 from tests.test_prompt_accuracy import Pixels
 
 WIDTH, HEIGHT = 112, 64
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def listed(frames):
@@ -134,6 +137,14 @@ def test_results_keep_the_tasks_and_each_must_reach_its_floor(tmp_path):
     assert published["stages"]["a"]["scores"]["s"]["counting"]["correct"] == 4
     lines, holds = comparison(published, None, recipe)
     assert holds and sum("reaches 0.900" in line for line in lines) == 6
+    shown = published | {"machine": {"device": "d", "torch": "t"}}
+    (tmp_path / "n.json").write_text(json.dumps(shown))
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs/make_results.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    cells = f" {shown_rate(rates['two'])} |" * 6
+    assert f"| seen prompts of | {' | '.join(TASKS)} |" in make.table(["n"], tmp_path)
+    assert f"| a, s |{cells}" in make.table(["n"], tmp_path)
     low = rates | {"counting": rates["counting"] | {"value": 0.5, "correct": 2}}
     lines, holds = comparison(results("n", recipe, [record(low)]), None, recipe)
     assert not holds and [line for line in lines if "IS BELOW" in line][0].startswith(

@@ -182,7 +182,7 @@ def weights_that_say(path: Path, config: dict, **more) -> None:
         (
             "f.safetensors",
             lambda path: weights_that_say(path, {"tokenizer": {"name_or_path": "~/vtp"}}),
-            "tokenizer.name_or_path = ~/vtp",
+            "tokenizer.name_or_path = ~/vtp, which others do not have: export it with tokenizer.",
         ),
         ("g.safetensors", lambda path: path.write_bytes(b"\x80\x02 pickle"), "cannot be read"),
         (

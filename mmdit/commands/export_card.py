@@ -146,7 +146,7 @@ class Card:
     def _front(self) -> dict:
         """Return what the hub reads of a card."""
         exported, lora = self.exported, self.config.get("lora") or {}
-        adapted = bool(lora.get("enabled"))
+        adapted = bool(lora.get("enabled")) and (exported.is_lora or exported.form == "mmdit")
         tags = ["mmdit", self.task, str(self.config.get("train", {}).get("objective", "")).strip()]
         tags.append(str(lora.get("type", "lora")) if adapted else "")
         front: dict = {"license": self.stated.license} if self.stated.license else {}

@@ -183,8 +183,10 @@ def _problems_of_weights(path: Path, known: list[str]) -> list[str]:
         said = private_parts(value, known)
         if key == "mmdit":
             places = list(local_values(_config_of(value)))
-            said = [f"{place} = {text}" for place, text in places] or said
-            said += ["export it with these keys set to what others have"] if places else []
+            said = [
+                f"{place} = {text}, which others do not have: export it with {place}=PLACE"
+                for place, text in places
+            ] or said
         problems += [f"its metadata hold {what}" for what in said]
     return problems
 

@@ -639,6 +639,9 @@ def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
     assert "5 records: 5 usable" in capsys.readouterr().out
     for name, count in {"from_tars": 5, "from_parquet": 4, "clips": 1}.items():
         assert len(open_cache(f"data/cache/{name}")) == count
+    with pytest.raises(SystemExit):
+        call(f"{commands[1]} --limit 2 --prune")
+    assert "would remove all that is behind the limit" in capsys.readouterr().err
     compare = "mmdit inspect-cache --config my.yaml --cache_dir data/cache/from_tars --samples 0"
     assert call(f"{compare} --data 'shards/*.tar' --limit 4") == 0
     assert "0004" in capsys.readouterr().out  # which is not among the first four

@@ -142,6 +142,13 @@ def test_formats_replace_each_other_but_never_tars_of_others(cache, tmp_path):
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
 
 
+def test_the_size_of_a_shard_counts_embeddings(cache):
+    without = pack(cache, 5000)["shards"]
+    wide = Embeddings("wide", "float16", lambda texts: [torch.zeros(1, 999).half() for _ in texts])
+    assert pack(cache, 5000, embeddings=wide)["shards"] > 2 * without
+    assert len(open_cache(cache.parent / "tars")) == 25
+
+
 def test_embeddings_come_and_go_with_their_encoder(cache):
     out = cache.parent / "tars"
     pack(cache, embeddings=LETTERS)
@@ -152,7 +159,8 @@ def test_embeddings_come_and_go_with_their_encoder(cache):
     )
     made = pack(cache, embeddings=other)
     assert made["written"] == made["shards"]
-    assert pack(cache)["written"] == made["shards"] and not (out / TEXT_ENCODER).exists()
+    made = pack(cache)
+    assert made["written"] == made["shards"] and not (out / TEXT_ENCODER).exists()
     with tarfile.open(out / "shard-00000.tar") as tar:
         assert not [name for name in tar.getnames() if ".text" in name]
     assert (out / INDEX).exists() and verify_cache(out)[1] == []

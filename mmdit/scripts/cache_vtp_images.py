@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
     # no process group: there is no communication
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with friendly():
+        if args.prune and args.limit:
+            raise ValueError("--prune with --limit would remove all that is behind the limit")
         config = load_experiment_config(args.config, args.overrides)
         out_dir = Path(
             args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[media]}"

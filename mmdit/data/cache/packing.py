@@ -31,10 +31,12 @@ from mmdit.data.cache.tar_shards import (
     TEXT_ENCODER,
     Embeddings,
     noted_text_encoder,
+    stored_form,
     tar_end,
     tar_item,
 )
 from mmdit.data.cache.writer import THREADS, explain_disk_errors
+from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.problems import Damaged
 from mmdit.files import clean, lock, refuse_link, write_atomically
 
@@ -53,7 +55,7 @@ def pack_cache(
     shard_format: Format = "safetensors",
     embeddings: Embeddings | None = None,
 ) -> dict:
-    """Write the items of the cache `folder` as shards of about `shard_bytes` of latents and an
+    """Write the items of the cache `folder` as shards of about `shard_bytes` and an
     index into `out_dir`; return counts. Into tars `embeddings` of the captions go along. What is
     there and still true is kept, so a killed run goes on, and one after the cache has grown writes
     what changed; until it is finished the folder cannot be opened. `folder` is not touched.
@@ -99,7 +101,8 @@ def _note_text_encoder(out: Path, embeddings: Embeddings | None) -> None:
 def _pack(
     cache: LatentCache, out: Path, shard_bytes: int, suffix: str, embeddings: Embeddings | None
 ) -> dict:
-    parts = [range(*pair) for pair in pairwise(_cuts(cache, shard_bytes))]
+    beside = _embedding_bytes(cache, embeddings) if embeddings else 0
+    parts = [range(*pair) for pair in pairwise(_cuts(cache, shard_bytes, beside))]
     paths = [out / shard_name(number, suffix) for number in range(len(parts))]
     pairs = zip(paths, parts, strict=True)
     stale = {path: part for path, part in pairs if not _is_current(path, _entries(cache, part))}
@@ -126,11 +129,20 @@ def _pack(
     }
 
 
-def _cuts(cache: LatentCache, shard_bytes: int) -> list[int]:
+def _embedding_bytes(cache: LatentCache, embeddings: Embeddings) -> int:
+    """Return about how many bytes the embeddings of an item have, by the first items."""
+    first, size = range(min(len(cache), 32)), 0
+    for item in first:
+        captions = all_captions(cache.captions[item], cache.facts[item])
+        size += sum(stored_form(text).nbytes for text in embeddings.rows(captions))
+    return size // len(first)
+
+
+def _cuts(cache: LatentCache, shard_bytes: int, beside: int) -> list[int]:
     """Return the numbers of the items at which a shard begins, and of the end; an item larger than
-    a shard gets one to itself."""
+    a shard gets one to itself. `beside`: bytes of an item that are no latents."""
     cuts, filled = [0], 0
-    for item, size in enumerate((2 * cache.shapes.prod(1)).tolist()):
+    for item, size in enumerate((2 * cache.shapes.prod(1) + beside).tolist()):
         if item > cuts[-1] and (filled + size > shard_bytes or item - cuts[-1] == SHARD_ITEMS):
             cuts.append(item)
             filled = 0

@@ -64,8 +64,13 @@ def tar_item(
         return
     captions = all_captions(entry.caption, entry.facts)
     for number, text in enumerate(embeddings.rows(captions)):
-        wide = text.float() if text.dtype == torch.bfloat16 else text  # which numpy lacks
-        yield from _file(f"{key}.text{number or ''}.npy", *_npy(wide.contiguous().numpy()))
+        embedding = stored_form(text).contiguous().numpy()
+        yield from _file(f"{key}.text{number or ''}.npy", *_npy(embedding))
+
+
+def stored_form(text: Tensor) -> Tensor:
+    """Return an embedding as a tar holds it: numpy has no bfloat16, float32 holds it exactly."""
+    return text.float() if text.dtype == torch.bfloat16 else text
 
 
 def tar_end() -> bytes:

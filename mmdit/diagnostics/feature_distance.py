@@ -229,8 +229,8 @@ class FeatureDistance:
         fewest, width = min(self.drawn.moments.count, self.real.moments.count), self.width
         if fewest < FEWEST:
             yield (
-                f"{fewest} samples or pictures: below {FEWEST} the distance is larger than it"
-                " should be; compare it only with one of as many samples and the same folder, or"
+                f"{fewest} samples or real items: below {FEWEST} the distance is larger than it"
+                " should be; compare it only with one of as many samples and the same items, or"
                 " look at the kernel distance"
             )
         if fewest <= width:
@@ -276,7 +276,7 @@ def format_features(report: dict) -> str:
     kernel, copies = report["kernel_distance"], report["copies"]
     lines = [
         f"Frechet distance of {report['encoder']} features {report['frechet_distance']:.3f}:"
-        f" {report['samples']} samples, {report['pictures']} pictures of {report['reference']}"
+        f" {report['samples']} samples, {report['pictures']} real items of {report['reference']}"
     ]
     if report["frechet_limit"]:
         lines.append(f"  for infinitely many samples {report['frechet_limit']['value']:.3f}")

@@ -1,4 +1,4 @@
-"""What a file that is handed on must not say: where things lie on this machine, and secrets.
+"""Find what a file that is handed on must not say: where things lie on this machine, and secrets.
 
 `portable_config` and `without_paths` take such places out of what is written; `private_parts` finds
 what is left, before something is sent.

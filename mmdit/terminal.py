@@ -1,5 +1,4 @@
-"""What commands print: any text on any terminal, file or pipe, and no text that commands the
-terminal.
+"""Print any text on any terminal, file or pipe, and no text that commands the terminal.
 
 Names of tensors, keys of stored configs and lines of JSONL files are written by others: an escape
 sequence in one of them could

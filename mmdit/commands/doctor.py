@@ -1,4 +1,5 @@
-"""What this machine offers: versions, GPUs, fast paths and why some are off, memory and disk."""
+"""Tell what this machine offers: versions, GPUs, fast paths and why some are off, memory and
+disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mmdit export` wrote, and the commands that use it."""
+"""Describe what `mmdit export` wrote, and the commands that use it."""
 
 from __future__ import annotations
 

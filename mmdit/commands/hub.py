@@ -1,5 +1,5 @@
-"""What `mmdit push` and `mmdit pull` share: the client of the Hugging Face hub, which files they
-know, and errors in words."""
+"""Hold what `mmdit push` and `mmdit pull` share: the client of the Hugging Face hub, which files
+they know, and errors in words."""
 
 from __future__ import annotations
 

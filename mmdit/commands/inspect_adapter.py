@@ -1,4 +1,4 @@
-"""What an adapter does to its base, from files: see `mmdit.scripts.inspect_adapter`."""
+"""Tell what an adapter does to its base, from files: see `mmdit.scripts.inspect_adapter`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How far an adapter moves its base: ‖ΔW‖ / ‖W‖ of each layer, in the Frobenius and the spectral
-norm."""
+"""Measure how far an adapter moves its base: ‖ΔW‖ / ‖W‖ of each layer, in the Frobenius and the
+spectral norm."""
 
 from __future__ import annotations
 

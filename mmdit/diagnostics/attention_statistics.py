@@ -1,5 +1,5 @@
-"""What attention does, before its softmax: how large logits are, how spread the weights, how much
-of them goes to padding.
+"""Measure what attention does, before its softmax: how large logits are, how spread the weights,
+how much of them goes to padding.
 
 With norms on queries and keys, a longer key changes nothing, so q and k adapters are judged here
 and not by ‖ΔW‖.
@@ -86,14 +86,14 @@ def observed(model: nn.Module) -> Iterator[dict[str, Statistics]]:
     """Yield a dictionary that fills with `Statistics` by the names of the attention layers of
     `model` that run inside."""
     statistics: dict[str, Statistics] = {}
-    running: list[tuple[str, nn.Module]] = []
+    running: list[tuple[str, attention.HeadedAttention]] = []
 
     def observe(q: Tensor, k: Tensor, valid: Tensor | None) -> None:
         if running:
             name, module = running[-1]
             statistics.setdefault(name, Statistics(module.num_heads)).add(q, k, valid)
 
-    def enter(name: str, module: nn.Module, _) -> None:
+    def enter(name: str, module: attention.HeadedAttention, _) -> None:
         running.append((name, module))
 
     def leave(*_) -> None:
@@ -101,7 +101,7 @@ def observed(model: nn.Module) -> Iterator[dict[str, Statistics]]:
 
     handles = []
     for name, module in model.named_modules():
-        if hasattr(module, "num_heads") and hasattr(module, "k"):
+        if isinstance(module, attention.HeadedAttention):
             handles.append(module.register_forward_pre_hook(partial(enter, name)))
             handles.append(module.register_forward_hook(leave))
     attention.observers.append(observe)

@@ -1,5 +1,5 @@
-"""How well pictures and clips fit their captions, as cosines of CLIP features (Hessel et al. 2021,
-2104.08718), with other captions as a control."""
+"""Measure how well pictures and clips fit their captions, as cosines of CLIP features (Hessel et
+al. 2021, 2104.08718), with other captions as a control."""
 
 from __future__ import annotations
 

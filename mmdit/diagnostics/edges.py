@@ -1,4 +1,5 @@
-"""How sharp the edges of an object are, and whether an error gathers along the borders of tiles.
+"""Measure how sharp the edges of an object are, and whether an error gathers along the borders of
+tiles.
 
 Axes: f frame · h row · w column · p point of an edge · s step along its normal.
 """

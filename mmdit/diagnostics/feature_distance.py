@@ -1,5 +1,6 @@
-"""How far samples are from real pictures or clips, in the features of one frozen encoder: Frechet
-and kernel distance, precision and recall, density and coverage, and whether samples are copies."""
+"""Measure how far samples are from real pictures or clips, in the features of one frozen encoder:
+Frechet and kernel distance, precision and recall, density and coverage, and whether samples are
+copies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""How steady the frames of clips are, as VBench (Huang et al. 2023, 2311.17982) defines it. A still
-clip scores 1 in all of it: look at real clips beside, and at whether there is motion at all."""
+"""Measure how steady the frames of clips are, as VBench (Huang et al. 2023, 2311.17982) defines it.
+A still clip scores 1 in all of it: look at real clips beside, and at whether there is motion at
+all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nearest neighbours say of samples: precision and recall (Kynkaanniemi et al. 2019,
+"""Measure what nearest neighbours say of samples: precision and recall (Kynkaanniemi et al. 2019,
 1904.06991), density and coverage (Naeem et al. 2020, 2002.09797), and whether samples are copies.
 
 Distances are Euclidean, in float64, and made for a block of rows at a time: memory is

@@ -1,5 +1,5 @@
-"""How often a model shows what its prompt says, judged by the moving-shapes oracle, with the
-controls that give it a meaning.
+"""Measure how often a model shows what its prompt says, judged by the moving-shapes oracle, with
+the controls that give it a meaning.
 
 Beside every score stand the ceiling (the true pictures after the tokenizer's round trip: no model
 over it can be expected to do better) and a control (the same samples scored against other prompts:

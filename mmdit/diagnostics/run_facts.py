@@ -1,4 +1,4 @@
-"""What a run came to, in words for a report or a card: its last figures, and its starts."""
+"""Tell what a run came to, in words for a report or a card: its last figures, and its starts."""
 
 from __future__ import annotations
 

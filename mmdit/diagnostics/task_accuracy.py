@@ -1,5 +1,5 @@
-"""How often a model shows what its prompt says of several objects: GenEval's six tasks on moving
-shapes of variant `many`, judged by the oracle, with what calibrates it beside each.
+"""Measure how often a model shows what its prompt says of several objects: GenEval's six tasks on
+moving shapes of variant `many`, judged by the oracle, with what calibrates it beside each.
 
 The oracle is calibrated on true pictures: as they are drawn (`truth`), after the tokenizer's round
 trip (`ceiling`), and by what it accepts of them for a prompt that they miss in one thing

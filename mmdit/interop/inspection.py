@@ -1,5 +1,5 @@
-"""What a weight file is, from its headers alone: names, shapes, types, and which model or adapter
-they make."""
+"""Tell what a weight file is, from its headers alone: names, shapes, types, and which model or
+adapter they make."""
 
 from __future__ import annotations
 

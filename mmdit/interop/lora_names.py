@@ -1,5 +1,6 @@
-"""How the programs that write adapters name their tensors, and where they keep the strength: one
-table, which `lora_reading` and `lora_writing` both walk. To add a format is to add its entry."""
+"""List how the programs that write adapters name their tensors, and where they keep the strength:
+one table, which `lora_reading` and `lora_writing` both walk. To add a format is to add its
+entry."""
 
 from __future__ import annotations
 

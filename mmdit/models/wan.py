@@ -31,7 +31,7 @@ from torch.utils.checkpoint import (
 
 from mmdit.interfaces import Denoiser, Picture
 from mmdit.models.wan_names import diffusers_name
-from mmdit.nn.attention import attend
+from mmdit.nn.attention import HeadedAttention, attend
 from mmdit.nn.norm import upcast, working_dtype
 
 PATCH = (1, 2, 2)
@@ -139,7 +139,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
-class Attention(nn.Module):
+class Attention(HeadedAttention):
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
         dim, self.num_heads = config.dim, config.num_heads

@@ -1,4 +1,4 @@
-"""What Diffusers calls the modules and parameters of a Wan transformer, one to one. Our names
+"""List what Diffusers calls the modules and parameters of a Wan transformer, one to one. Our names
 are the official ones."""
 
 from __future__ import annotations

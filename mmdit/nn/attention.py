@@ -48,7 +48,14 @@ def gains_of(*norms: nn.Module) -> list[Tensor]:
     return [norm.weight for norm in norms if isinstance(norm, RMSNorm)]
 
 
-class Attention(nn.Module):
+class HeadedAttention(nn.Module):
+    """A layer that calls `attend` with so many heads, or several times as many: what observers look
+    for."""
+
+    num_heads: int
+
+
+class Attention(HeadedAttention):
     """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and
     keys per head (Dehghani et al. 2023), dropout on what is added to the stream. `linear`: the
     class of the linears."""

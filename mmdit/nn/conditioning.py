@@ -1,5 +1,5 @@
-"""What conditions a network besides its input: the time, the crop, a small clip
-and the text."""
+"""Embed what conditions a network besides its input: the time, the crop, a small clip and the
+text."""
 
 from __future__ import annotations
 

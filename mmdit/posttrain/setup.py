@@ -1,4 +1,5 @@
-"""What a run of post-training is built from, and the checks that need more than its config."""
+"""Hold what a run of post-training is built from, with the checks that need more than its
+config."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What post-training knows of moving shapes, the generated data set: prompts that come with their
-facts, a reward that compares pictures with them, and a scorer of colour words."""
+"""Give post-training what it knows of moving shapes, the generated data set: prompts that come with
+their facts, a reward that compares pictures with them, and a scorer of colour words."""
 
 from __future__ import annotations
 

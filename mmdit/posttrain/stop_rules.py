@@ -1,4 +1,4 @@
-"""How far the policy has moved, and when it must go no further."""
+"""Measure how far the policy has moved, and when it must go no further."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What of a rollout is kept, where, and for how many bytes. Positions 0 … T are states (0 noise, T
-clean), steps 0 … T - 1 lie between them."""
+"""Keep what is needed of a rollout, and say where, and for how many bytes. Positions 0 … T are
+states (0 noise, T clean), steps 0 … T - 1 lie between them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How good a model is: prompt accuracy on moving shapes, distances from real pictures or clips, and
-the CLIP score.
+"""Measure how good a model is: prompt accuracy on moving shapes, distances from real pictures or
+clips, and the CLIP score.
 
     mmdit evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
     mmdit evaluate --checkpoint runs/shapes_many --variant many [--count 128] [--sheet sheet.png]

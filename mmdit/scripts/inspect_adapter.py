@@ -1,5 +1,5 @@
-"""What an adapter does to its base: how far it moves the weights, what attention makes of it, and
-the same samples with and without.
+"""Tell what an adapter does to its base: how far it moves the weights, what attention makes of it,
+and the same samples with and without.
 
     mmdit inspect-adapter --base runs/my_run  # the adapter that the run holds
     mmdit inspect-adapter --base Wan2.1-T2V-1.3B --adapter style.safetensors \\

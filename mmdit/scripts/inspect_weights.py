@@ -1,5 +1,5 @@
-"""What a checkpoint or adapter is, from its headers alone: names, shapes, types, blocks, variant,
-experts, prefix, shards.
+"""Tell what a checkpoint or adapter is, from its headers alone: names, shapes, types, blocks,
+variant, experts, prefix, shards.
 
     mmdit inspect-weights PATH [--expert high] [--json]
 

@@ -1,4 +1,4 @@
-"""What every tokenizer asks of its inputs."""
+"""Check what every tokenizer asks of its inputs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What models of super-resolution are trained on: beside the latents of each clip those of the same
-clip as a small model would have drawn it, enlarged, cached as further channels.
+"""Make what models of super-resolution are trained on: beside the latents of each clip those of the
+same clip as a small model would have drawn it, enlarged, cached as further channels.
 
 Axes: b clip · f frame · c channel.
 """

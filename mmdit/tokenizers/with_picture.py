@@ -1,5 +1,5 @@
-"""What I2V models of Wan are trained on: beside the latents of each clip those of its pictures,
-cached as further channels.
+"""Make what I2V models of Wan are trained on: beside the latents of each clip those of its
+pictures, cached as further channels.
 
 Axes: b clip · f frame · c channel.
 """

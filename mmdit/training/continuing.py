@@ -1,4 +1,4 @@
-"""How a run goes on, or begins from another's weights: with another config, other processes, or as
+"""Continue a run, or begin one from another's weights: with another config, other processes, or as
 an older version left it."""
 
 from __future__ import annotations

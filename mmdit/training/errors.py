@@ -1,5 +1,5 @@
-"""What stops a run although nobody wrote anything wrong: a full disk, a loss that is no number, a
-lost process."""
+"""Name and record what stops a run although nobody wrote anything wrong: a full disk, a loss that
+is no number, a lost process."""
 
 import contextlib
 import json

@@ -1,5 +1,5 @@
-"""What is trained: denoiser and text encoder under one objective. This is the module that DDP
-wraps."""
+"""Put denoiser and text encoder under one objective: this is what is trained, and the module that
+DDP wraps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How a learner lies on several processes: copied (DDP), or cut into shards (FSDP2) when it does
-not fit."""
+"""Lay a learner on several processes: copied (DDP), or cut into shards (FSDP2) when it does not
+fit."""
 
 from __future__ import annotations
 

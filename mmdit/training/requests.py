@@ -1,4 +1,4 @@
-"""What a person asks to be drawn: a prompt, and what of the settings is its own."""
+"""Read what a person asks to be drawn: a prompt, and what of the settings is its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a run folder shows of its training: configuration, state and previews, from files alone."""
+"""Read what a run folder shows of its training: configuration, state and previews, from files
+alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a run folder keeps of every start of its training: versions, commit, device, data."""
+"""Keep in a run folder what there is to know of every start of its training: versions, commit,
+device, data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run can start from besides a whole model: a LoRA file of any tool, or one expert of a
+"""Start a run from other things than a whole model: a LoRA file of any tool, or one expert of a
 pair's run."""
 
 from __future__ import annotations

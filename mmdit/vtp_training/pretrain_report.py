@@ -1,4 +1,4 @@
-"""What a tokenizer pre-training reports: metrics.jsonl, progress lines, held-out scores,
+"""Write what a tokenizer pre-training reports: metrics.jsonl, progress lines, held-out scores,
 pictures."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How much GPU memory a training step will take, before there is a GPU: the step itself on tensors
-without memory.
+"""Compute how much GPU memory a training step will take, before there is a GPU: the step itself on
+tensors without memory.
 
 The learner is built, and runs forward and backward, on fake tensors (shapes, types and lifetimes,
 no numbers), while a meter adds up the storages that are alive. So checkpointing, autocast, adapters

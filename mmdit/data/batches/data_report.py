@@ -1,5 +1,5 @@
-"""What training will make of a cache, before it starts: what is used, cropped, repeated and left
-out, and why."""
+"""Report what training will make of a cache, before it starts: what is used, cropped, repeated and
+left out, and why."""
 
 from __future__ import annotations
 

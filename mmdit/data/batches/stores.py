@@ -1,4 +1,4 @@
-"""What batches are gathered from: a whole cache in memory, or its files."""
+"""Hold what batches are gathered from: a whole cache in memory, or its files."""
 
 from __future__ import annotations
 

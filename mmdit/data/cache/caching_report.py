@@ -1,4 +1,4 @@
-"""What became of every record that was to be cached."""
+"""Report what became of every record that was to be cached."""
 
 from __future__ import annotations
 

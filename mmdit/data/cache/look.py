@@ -1,4 +1,4 @@
-"""What caching will make of sources, before anything is encoded. Every decision is made by the
+"""Tell what caching will make of sources, before anything is encoded. Every decision is made by the
 functions that caching uses."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What made a cache: the few settings on which its latents depend, kept beside them and compared
-before they are used."""
+"""Describe what made a cache: the few settings on which its latents depend, kept beside them and
+compared before they are used."""
 
 from __future__ import annotations
 

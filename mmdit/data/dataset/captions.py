@@ -1,5 +1,5 @@
-"""What the text encoder is given for an item at one step: one of its captions, trimmed, thinned,
-shuffled, with the trigger.
+"""Make what the text encoder is given for an item at one step: one of its captions, trimmed,
+thinned, shuffled, with the trigger.
 
 Everything is decided when a batch is made, by draws keyed with (seed, step, index in the global
 batch): the cache keeps the captions as they were written, and changing this section needs no

@@ -1,4 +1,4 @@
-"""What a data set is given as: a JSONL file, WebDataset tars, or parquet files.
+"""Read what a data set is given as: a JSONL file, WebDataset tars, or parquet files.
 
     my_images.jsonl, shards/, shards/*.tar, shards-{000000..000127}.tar, data/train.parquet
 

@@ -1,4 +1,4 @@
-"""What is wrong with a source, or with a file of a cache, as values.
+"""Describe what is wrong with a source, or with a file of a cache, as values.
 
 `Unusable` is raised where a picture, a clip or a caption is read; `Skip` is what remains of it: one
 record that is left out. `Damaged` is raised where a file of a cache is read; `Damage` is what

@@ -1,4 +1,4 @@
-"""What generated samples are drawn on: of which size, and which parts of it a cache holds.
+"""Choose what generated samples are drawn on: of which size, and which parts of it a cache holds.
 
 A sample of a bucketed cache has one of its sizes. Where crops are shifted the canvas is a little
 longer than the size along one axis, so that there is something for a crop to lose, as there is of

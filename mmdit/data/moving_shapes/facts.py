@@ -1,5 +1,5 @@
-"""What a sample of the moving-shapes data set shows: the vocabulary, and the combinations of words
-that are held out of training.
+"""Define what a sample of the moving-shapes data set shows: the vocabulary, and the combinations of
+words that are held out of training.
 
 Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at
 every size of the same aspect ratio. `x` grows to the right and `y` downwards.

@@ -1,5 +1,5 @@
-"""What a picture or clip shows, from pixels alone: no labels, no network; and how often that is
-what was asked for.
+"""Read what a picture or clip shows, from pixels alone: no labels, no network; and how often that
+is what was asked for.
 
 Axes: b samples, f frames, h rows, w columns; s slots. With `one` object there is one slot, whatever
 its colour; with `many` a slot holds a connected component, followed from frame to frame.

@@ -1,4 +1,4 @@
-"""What a captioner is shown of a record: a picture, or some frames of a clip."""
+"""Load what a captioner is shown of a record: a picture, or some frames of a clip."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What was measured of a film, in a file of its own: measuring can stop at any frame and go on from
-there, and other settings for cuts need no other measurement."""
+"""Keep what was measured of a film, in a file of its own: measuring can stop at any frame and go on
+from there, and other settings for cuts need no other measurement."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a detector of cuts needs to know of each frame of a film: some thirty numbers, measured in
-one pass over thumbnails. No more than 65 of these are held at a time, so the length of a film does
-not matter; and a film can be measured in parts, whose numbers are those of the whole.
+"""Measure what a detector of cuts needs to know of each frame of a film: some thirty numbers,
+measured in one pass over thumbnails. No more than 65 of these are held at a time, so the length of
+a film does not matter; and a film can be measured in parts, whose numbers are those of the whole.
 
 `step` compares a frame with the one before it, `change` does so whatever the light does. For `k` of
 LAGS, `far_k` compares it with the frame `k` before. For those of BLENDS, `bend_k` is how far the

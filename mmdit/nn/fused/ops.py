@@ -1,4 +1,4 @@
-"""How kernels (Triton) become operators of torch."""
+"""Make operators of torch from kernels (Triton)."""
 
 from __future__ import annotations
 

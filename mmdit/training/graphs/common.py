@@ -1,5 +1,5 @@
-"""What CUDA graphs of sampling and of training share: when a call may be replayed, the stream of
-captures, and what a failed capture leaves. See torch's notes on CUDA graphs."""
+"""Hold what CUDA graphs of sampling and of training share: when a call may be replayed, the stream
+of captures, and what a failed capture leaves. See torch's notes on CUDA graphs."""
 
 from __future__ import annotations
 

@@ -129,11 +129,11 @@ def independent_combinations(item):
 
 @pytest.mark.parametrize("video", [False, True])
 def test_training_shows_no_held_out_combination_and_each_task_is_tested_on_its_own(video):
-    for item in many(120, video=video):
+    for item in many(80, video=video):
         assert not item.held_out and not independent_combinations(item)
     alike = {"colors", "attribution"}
     for task in TASKS:
-        for item in many(12, video=video, split="held_out", task=task):
+        for item in many(8, video=video, split="held_out", task=task):
             expected = alike if task in alike else {task}
             assert item.held_out == expected == independent_combinations(item)
             if task == "position":
@@ -155,7 +155,7 @@ def test_training_shows_every_word_with_every_task():
 
 @pytest.mark.parametrize("width, video", [(64, True), (112, False)])
 def test_objects_never_touch_and_stay_where_the_relation_says(width, video):
-    facts = many(60, video=video, width=width)
+    facts = many(36, video=video, width=width)
     for item in facts:
         alone = [Facts(item.background, (o,)) for o in item.objects]
         views = render(alone, 2 * width, 128, 5 if video else 1)

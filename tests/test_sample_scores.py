@@ -224,6 +224,7 @@ def test_clips_are_compared_with_the_scores_of_their_frames(tmp_path, clip_folde
     features = json.loads(out.read_text())["features"]
     assert features["width"] == 8 and features["real_items"]["frames"] == 1
     assert features["frames"]["real"] is None
+    assert features["frames"]["samples"].keys() == {"steadiness"}  # one frame is encoded
 
 
 def test_options_that_do_nothing_and_samples_without_captions_are_refused(

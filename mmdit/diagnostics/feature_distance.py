@@ -31,7 +31,7 @@ from mmdit.diagnostics.neighbours import (
 )
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.interfaces import Tokenizer
-from mmdit.interop.encoders import ClipRule, Encoder, open_encoder
+from mmdit.interop.encoders import ClipRule, Encoder, joined_halves, open_encoder
 from mmdit.interop.picture_resizing import WAYS
 from mmdit.pixels import to_uint8, to_unit
 from mmdit.training.media import contact_sheet
@@ -79,7 +79,7 @@ class FeatureSet:
 
     def add(self, pixels: Tensor, names: list[str]) -> Tensor:
         """Take in uint8 `(B, F, 3, H, W)`; return their features `(B, D)`."""
-        features = torch.cat([self.encoder(to_unit(part)) for part in pixels.split(BATCH)])
+        features = torch.cat([self._encoded(to_unit(part)) for part in pixels.split(BATCH)])
         if self.parts and self.parts[0].shape[1] != features.shape[1]:
             raise ValueError(
                 f"features of {names[0]} have width {features.shape[1]}, those before"
@@ -87,13 +87,18 @@ class FeatureSet:
             )
         if pixels.shape[1] > 1:
             self.frames.add("steadiness", steadiness(to_unit(pixels)))
-            if self.encoder.reads == "pictures":
-                for part in pixels.split(BATCH):
-                    of_frames = self.encoder.of_frames(to_unit(part))
-                    self.frames.add("consistency", consistency(of_frames))
         self.parts.append(features)
         self.names += names
         self.moments.add(features)
+        return features
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Return the features of a few items; where every frame is encoded, frames are compared."""
+        if not self.encoder.halves:
+            return self.encoder(pixels)
+        frames = self.encoder.of_frames(pixels)
+        features = joined_halves(frames)
+        self.frames.add("consistency", consistency(frames))
         return features
 
 

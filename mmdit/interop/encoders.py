@@ -74,10 +74,7 @@ class Encoder:
             return self.network(pixels).float().cpu()
         if not self.halves:
             return self.network(pixels[:, pixels.shape[1] // 2]).float().cpu()
-        if pixels.shape[1] < 2:
-            raise ValueError("clips=halves needs clips, of two frames at least; set --frames")
-        halves = [half.mean(1) for half in self.of_frames(pixels).tensor_split(2, dim=1)]
-        return torch.cat(halves, 1)
+        return joined_halves(self.of_frames(pixels))
 
     @torch.no_grad()
     def of_frames(self, pixels: Tensor) -> Tensor:
@@ -86,6 +83,14 @@ class Encoder:
             raise ValueError(f"{self.name} reads whole clips, and has no features of one frame")
         frames = self.network(pixels.to(self.device).flatten(0, 1)).float().cpu()
         return frames.unflatten(0, pixels.shape[:2])
+
+
+def joined_halves(frames: Tensor) -> Tensor:
+    """Return `(N, 2 D)` of the features `(N, F, D)` of frames: their means over the first and over
+    the second half. ValueError: there is one frame."""
+    if frames.shape[1] < 2:
+        raise ValueError("clips=halves needs clips, of two frames at least; set --frames")
+    return torch.cat([half.mean(1) for half in frames.tensor_split(2, dim=1)], 1)
 
 
 def open_encoder(

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import sys
-from pathlib import Path
 
 from mmdit.scripts import run
-
-SCRIPTS = Path(__file__).resolve().parent / "scripts"
-HELPERS = (
-    "__init__",
-    "arguments",
-    "data_arguments",
-    "metric_arguments",
-    "parsers",
-    "prompts",
-)  # modules of the folder that are no commands
-SHORT = {
-    "train_t2v": "train",
-    "cache_vtp_images": "cache-images",
-    "cache_vtp_latents": "cache-latents",
-}
-
-
-def commands() -> dict[str, str]:
-    """Return the name of every subcommand and of the module in `mmdit.scripts` that it runs."""
-    modules = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in HELPERS)
-    return {SHORT.get(module, module.replace("_", "-")): module for module in modules}
-
-
-def summary(module: str) -> str:
-    """Return the first sentence of what a command says of itself, without importing it."""
-    tree = ast.parse((SCRIPTS / f"{module}.py").read_text(encoding="utf-8"))
-    paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
-    return paragraph.partition(". ")[0].rstrip(".")
+from mmdit.scripts.listing import SHORT, commands, summary
 
 
 def overview() -> str:

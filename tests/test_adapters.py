@@ -23,6 +23,7 @@ from mmdit.adapters import (
     select,
 )
 from mmdit.adapters.layers import factorise
+from mmdit.adapters.lora import add_differences
 from mmdit.config import ConfigError, decode
 from mmdit.interop import lora_formats
 from mmdit.interop.inspection import inspect_weights
@@ -327,6 +328,26 @@ def test_merging_a_model_keeps_its_outputs(kind):
     )
     expected = model(*arguments)
     torch.testing.assert_close(merge(model)(*arguments), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_a_share_of_an_adapter_is_that_share_of_its_way(kind):
+    names = list(adapters(adapted(kind)))
+    whole, half, none = (merge(adapted(kind), strength) for strength in (1.0, 0.5, 0.0))
+    for name in names:
+        weights = [model.get_submodule(name).weight for model in (none, half, whole)]
+        assert torch.equal(weights[0], base().get_submodule(name).weight)
+        assert not torch.equal(weights[0], weights[2])
+        torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
+
+
+def test_a_share_of_a_whole_difference_is_taken_too():
+    model = base()
+    before = model.state_dict()
+    name = next(name for name, _ in model.named_parameters() if name.endswith("bias"))
+    add_differences(model, {name: torch.ones_like(before[name])})
+    after = merge(model, 0.25).state_dict()
+    torch.testing.assert_close(after[name], before[name] + 0.25)
 
 
 @torch.no_grad()

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("starlette")
-from mmdit.config import ConfigError, FilePath
+from mmdit.config import ConfigError, FilePath, load
 from mmdit.experiment import config_keys
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.scripts import ui
+from mmdit.scripts.listing import commands
 from mmdit.training.run_folder import text_of
 from mmdit.ui import job_files
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
-from mmdit.ui.command_forms import NO_PATHS, options_of, words_of
+from mmdit.ui.command_forms import NO_PATHS, options_of, takes, words_of
 from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_types
 from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest
@@ -29,6 +30,7 @@ from mmdit.ui.processes import identity, is_alive, terminate
 from tests.helpers.browser import browser, send, workplace
 
 CONFIG = "configs/quickstart.yaml"
+VTP_CONFIG = "VTP/configs/vtp_tiny_f16d64_stage1.yaml"
 HOSTILE = "<script>alert(1)</script>"
 SHELL = "a star; touch pwned $(touch pwned) `touch pwned` | touch pwned\n--out=/etc"
 
@@ -139,25 +141,68 @@ def test_a_value_that_cannot_be_names_its_key(text):
 
 
 # ── forms of commands ──
-@pytest.mark.parametrize("command", ui.JOBS | ui.REPORTS)
-def test_every_option_is_in_the_form_of_its_command(command):
-    parser = ui.parsers()[command]()
-    listed = {option.flag for option in options_of(parser)}
-    known = {word for action in parser._actions for word in action.option_strings[:1]}
-    assert known - listed <= {"-h", "--help", "--config", "--json", "--interactive"}
+@pytest.mark.parametrize("name", ui.offers())
+def test_every_argument_has_a_field_on_the_page_of_its_command(name, tmp_path):
+    """A configuration and its overrides are fields of their own; `--interactive` needs somebody
+    who types."""
+    offer = ui.offers()[name]
+    page = browser(tmp_path / "runs").get(f"/new/{name}").text
+    if 'name="config"' in page:
+        config = CONFIG if offer.root is ExperimentConfig else VTP_CONFIG
+        page = browser(tmp_path / "runs").get(f"/new/{name}", params={"config": config}).text
+        assert all(
+            f'name="set:{key}"' in page for key in all_keys(form_of(load(offer.root, config)))
+        )
+    left_out = {"help", "config", "overrides", "interactive"}
+    known = {action.dest for action in offer.parser()._actions} - left_out
+    assert known and not {one for one in known if f'name="{one}"' not in page}
+    assert ('name="overrides"' in page) == has_free_overrides(offer.parser())
+    assert ('name="nproc_per_node"' in page) == offer.distributed
+
+
+def has_free_overrides(parser):
+    return {"overrides"} == {action.dest for action in parser._actions} & {"overrides", "config"}
+
+
+def test_every_command_is_offered_or_left_out_for_a_reason():
+    left_out = commands().keys() - ui.offers().keys()
+    assert left_out == ui.NOT_OFFERED.keys() and all(ui.NOT_OFFERED.values())
+    assert {"train", "posttrain", "train-vtp", "sample", "evaluate", "export"} <= ui.offers().keys()
+    assert set(ui.REPORTS) | set(ui.DISTRIBUTED) <= ui.offers().keys()
+
+
+@pytest.mark.parametrize("name", ui.offers())
+def test_every_argument_reaches_the_command_line(name, tmp_path):
+    """Each field alone, filled in, and what argparse makes of the words."""
+    parser = ui.offers()[name].parser()
+    options = options_of(parser)
+    for option in options:
+        value = {"flag": "yes", "number": "3"}.get(option.shape, str(tmp_path / "x"))
+        value = option.choices[0] if option.choices else value
+        count = next(action.nargs for action in parser._actions if action.dest == option.name)
+        text = "\n".join([value] * count) if isinstance(count, int) and count else value
+        if count == 2:
+            text = "0.25\n0.5"
+        needed = {one.name: str(tmp_path) for one in options if one.required}
+        fields = needed | {option.name: text}
+        words = words_of(options, lambda key: fields.get(key, ""), AllowedFolders([tmp_path]))
+        if takes(parser, "config"):
+            words.append("--config=x")
+        read = getattr(parser.parse_intermixed_args(words), option.name)
+        assert read not in (None, False, []), (option.flag, words)
 
 
 def test_what_is_listed_as_no_path_names_no_file():
     """Texts that are not listed are looked at as paths; this is the list, and what it is about."""
     texts = {}
-    for parser in ui.parsers().values():
-        texts |= {option.name: option for option in options_of(parser()) if option.is_path}
+    for offer in ui.offers().values():
+        texts |= {one.name: one for one in options_of(offer.parser()) if one.is_path}
     assert {"out", "checkpoint", "image", "lora", "meta_jsonl", "train_cache_dir"} <= texts.keys()
     assert not NO_PATHS & {"out", "out_dir", "cache_dir", "base", "adapter", "prompts_file"}
 
 
 def test_words_begin_with_no_dash_that_a_value_brought(tmp_path):
-    options = options_of(ui.parsers()["sample"]())
+    options = options_of(ui.offers()["sample"].parser())
     allowed = AllowedFolders([tmp_path])
     fields = {"checkpoint": "assets/x", "negative": "--out=/etc", "interval": "0.1\n-0.5"}
     words = words_of(options, lambda name: fields.get(name, ""), allowed)
@@ -165,6 +210,44 @@ def test_words_begin_with_no_dash_that_a_value_brought(tmp_path):
     for name, text in (("prompts", "--out"), ("interval", "--out\n1")):
         with pytest.raises(ValueError, match="dash"):
             words_of(options, lambda key: (fields | {name: text}).get(key, ""), allowed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name=vit,weights=/etc/x,reference={folder}", "name=vit,reference=../../etc", "/etc", "a=~/x"],
+)
+def test_a_path_inside_of_an_option_is_looked_at(tmp_path, text):
+    fields = {"checkpoint": str(tmp_path), "features": text.replace("{folder}", str(tmp_path))}
+    place = workplace(tmp_path / "runs")
+    with pytest.raises(ValueError, match="--features is .*outside"):
+        JobRequest(place, "evaluate", fields).preview()
+    fields["features"] = f"name=vit_small,weights={tmp_path}/x,reference={tmp_path}"
+    assert "--features=name=vit_small" in JobRequest(place, "evaluate", fields).preview()
+    fields["prompts"] = "/etc/prompts.yaml"  # here a file, not what to draw
+    with pytest.raises(ValueError, match="--prompts is .*outside"):
+        JobRequest(place, "evaluate", fields).preview()
+
+
+def test_torchrun_starts_several_processes(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    place = dataclasses.replace(workplace(tmp_path / "runs"), automatic="cuda:0")
+    added = []
+    monkeypatch.setattr(place.store.__class__, "add", lambda store, *given: added.append(given))
+    fields = {"config": CONFIG, "train_cache_dir": str(tmp_path / "cache"), "nproc_per_node": "2"}
+    request = JobRequest(place, "train", fields)
+    line = request.preview()
+    assert line.startswith("torchrun --standalone --nproc_per_node=2 -m mmdit train --config=")
+    request.start()
+    _, words, device, run, out, processes = added[0]
+    job = Job("00001", words, device, 0.0, run, out, processes)
+    assert job.line == line and job.devices == {"cuda:0", "cuda:1"}
+    assert job.argv[1:5] == ["-m", "torch.distributed.run", *line.split()[1:3]]
+    wrong = ({"nproc_per_node": "x"}, {"nproc_per_node": "0"}, {"device": "cuda:1"})
+    for more in wrong:
+        with pytest.raises(ValueError, match="processes"):
+            JobRequest(place, "train", fields | more).start()
+    with pytest.raises(ValueError, match="one process"):
+        JobRequest(place, "sample", {"checkpoint": "x", "nproc_per_node": "2"}).preview()
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc", "~/x", "assets/../../../x", "a\0"])
@@ -212,6 +295,20 @@ def test_an_override_of_a_stored_config_is_looked_at(tmp_path, word):
     allowed = AllowedFolders([tmp_path])
     for good in ("flow_matching.path=linear", "train.sample_cfg_scale=3", "ema.decay="):
         allowed.check_override(good)
+
+
+@pytest.mark.parametrize("outside", ["/etc/x.png", "../../x.png", "~/x.png", "link.png"])
+def test_what_a_metadata_file_names_is_looked_at(tmp_path, outside):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "link.png").symlink_to("/etc/passwd")
+    lines = [{"id": "a", "image_path": "a.png"}, {"id": "b", "image_path": outside}]
+    path = folder / "train.jsonl"
+    path.write_text("no record\n[1]\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="--meta_jsonl, line 4: image_path is .*outside"):
+        AllowedFolders([folder]).check(str(path), "--meta_jsonl")
+    path.write_text(json.dumps(lines[0]))
+    assert AllowedFolders([folder]).check(str(path)) == path
 
 
 def test_keys_that_hold_paths_are_known():
@@ -305,6 +402,35 @@ def test_a_job_outlives_the_server_and_is_found_again(store, monkeypatch):
     wait(again, job, has("stopped"))
 
 
+def test_jobs_that_share_one_of_their_devices_wait(store):
+    first = start(store, WAITS, "cuda:0,cuda:1")
+    wait(store, first, has("running"))
+    second, other = start(store, "", "cuda:1,cuda:2"), start(store, "", "cuda:2")
+    wait(store, second, lambda state: "waits" in state.reason)
+    assert store.state(other).word == "queued"  # behind the second
+    store.stop(first.id)
+    assert wait(store, second, has("finished")) and wait(store, other, has("finished"))
+
+
+def test_a_launcher_is_left_alone_and_its_processes_are_asked(store):
+    """torchrun would kill after 30 seconds what still saves."""
+    child = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+    code = (
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+        f"print('child ended with', subprocess.call([sys.executable, '-c', {child!r}]))"
+    )
+    job = start(store, code, processes=2)
+    wait(store, job, lambda state: "ready\n" in store.log(job.id))
+    store.stop(job.id)
+    wait(store, job, has("stopped"))
+    assert "child ended with 7" in store.log(job.id)
+
+
 def test_a_killed_runner_is_told_and_its_number_is_not_trusted(store):
     job = start(store, WAITS)
     wait(store, job, lambda state: "ready\n" in store.log(job.id))
@@ -395,6 +521,10 @@ def test_a_training_is_continued_with_resume(store, tmp_path):
     answer = send(browser(tmp_path / "runs"), f"/job/{old.id}/again")
     new = store.read(answer.headers["location"].rpartition("/")[2])
     assert new.words == [*words, "--resume"] and new.run == old.run
+    client = browser(tmp_path / "runs")
+    assert client.get(f"/api/job/{new.id}").json()["run"] is None  # its page would find no run
+    (run / "config.yaml").touch()
+    assert client.get(f"/api/job/{new.id}").json()["run"] == "one"
     assert place.store.by_run()[run][0] == new.id
 
 
@@ -438,6 +568,6 @@ def test_pages_open_and_ask_for_nothing_elsewhere(tmp_path, path):
 
 def test_a_command_that_is_not_offered_is_not_started(tmp_path):
     client = browser(tmp_path / "runs")
-    for name in ("ui", "export", "%2e%2e", "quickstart"):
+    for name in ("ui", "push", "%2e%2e", "quickstart"):
         assert client.get(f"/new/{name}").status_code == 404
         assert send(client, f"/new/{name}", do="start").status_code in (404, 405)

@@ -41,6 +41,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, must be at least 0")
+    if args.lora_strength is not None and not (args.lora or args.lora_low):
+        raise ValueError(f"--lora_strength is {args.lora_strength}, but --lora names no file")
     check_writable(args.out, folder=True)
     if args.refine and args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(
@@ -88,14 +90,17 @@ def without(words: list[str], options: Mapping[str, int | None]) -> list[str]:
     return kept
 
 
-def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None:
-    """Merge LoRA files into the network, or into the experts of a pair."""
+def lay_over(
+    pipeline: Pipeline, lora: str | None, lora_low: str | None, strength: float = 1.0
+) -> None:
+    """Merge LoRA files into the network, or into the experts of a pair; see `merge` for
+    `strength`."""
     experts = experts_of(pipeline)
     if lora_low and not experts:
         raise ValueError("--lora_low is given, but this model is no pair of experts")
     if lora and not experts:
         load_lora(pipeline.model, lora)
-        merge(pipeline.model)
+        merge(pipeline.model, strength)
         return
     files = {"high": lora, "low": lora_low}
     named = experts_in(experts["high"], lora) if lora and not lora_low else set()
@@ -105,7 +110,7 @@ def lay_over(pipeline: Pipeline, lora: str | None, lora_low: str | None) -> None
         file = files.get(name)
         if file:
             load_lora(experts[name], file, name)
-            merge(experts[name])
+            merge(experts[name], strength)
             print(f"{file} is laid over the {name}-noise expert")
             if expert_in_name(file) not in (None, name):
                 print(
@@ -324,8 +329,8 @@ def with_published_shift(
 def whole_story(args: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
     """Return what decides the samples of a command, besides prompts and numbers."""
     story = {"checkpoint": args.checkpoint}
-    for name in ("image", "lora", "lora_low", "refine"):
-        if getattr(args, name):
+    for name in ("image", "lora", "lora_low", "lora_strength", "refine"):
+        if getattr(args, name) not in (None, ""):
             story[name] = getattr(args, name)
     rest = {"raw_weights": args.raw_weights, "overrides": args.overrides}
     return story | drawing.story() | rest

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from PIL import Image
 
 LINE = {"linewidth": 1}  # of curves that are thinned and named
 POINTS = 400  # of a curve that is sent somewhere, at most
+EXPERT = re.compile(r"_(high|low)$")
 PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "loss": ("loss_ema_100", "loss_ema_10"),
     "loss by noise level, clear to noisy": tuple(f"loss_level_{i}" for i in range(4)),
+    "loss of each report": ("loss",),
     "validation loss, averaged weights and last": ("val_loss_ema", "val_loss"),
     "validation loss by noise quantile": tuple(f"val_loss_q{i}" for i in range(1, 10)),
     "held-out and seen prompts: accuracy": ("held_out_prompt_accuracy", "seen_prompt_accuracy"),
@@ -32,6 +37,7 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "learning rate": ("lr",),
     "agreement of the gradient's signs": ("grad_ema_100", "gradient_stability_avg"),
     "alpha": ("linear_alpha",),
+    "phase of the alpha schedule": ("phase_idx",),
     "samples a second": ("samples_per_second",),
     "steps a second": ("steps_per_second",),
     "TFLOP/s of one process": ("tflops",),
@@ -54,6 +60,31 @@ NOT_ABOUT_THE_MODEL = (  # but about how its training went
 # title: how the names in metrics.jsonl begin that belong into a panel as well
 PREFIXES = {"reward of rollouts": "reward_", "validation loss by source": "val_loss/"}
 NO_CURVES = ("_std", "_seconds")
+
+
+def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the panels of the quantities `names`, each by its title, and what is drawn in it:
+    what `PANELS` lists, in that order, the same of each expert, and every reward. What belongs to
+    none of them has a panel of its own, behind."""
+    titles = {name: title for title, listed in PANELS.items() for name in listed}
+    order = {name: place for place, name in enumerate(titles)}
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        plain = EXPERT.sub("", name)
+        title = titles.get(name) or titles.get(plain)
+        if title is None and not plain.endswith(NO_CURVES):
+            begun = (title for title, prefix in PREFIXES.items() if name.startswith(prefix))
+            title = next(begun, None)
+        panels.setdefault(title or plain, []).append(name)
+    place_of = {title: place for place, title in enumerate(PANELS | PREFIXES)}
+    for listed in panels.values():
+        listed.sort(key=lambda name: (order.get(EXPERT.sub("", name), len(order)), name))
+    return dict(sorted(panels.items(), key=lambda pair: (place_of.get(pair[0], 99), pair[0])))
+
+
+def is_main(title: str) -> bool:
+    """Return whether a panel is one that is drawn of every run."""
+    return title in PANELS or title in PREFIXES
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -82,17 +113,26 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps at which a value is a finite number, and these values; of a value for each
-    of several sizes their mean."""
+    """Return the steps at which a value is a finite number, and these values."""
     steps, values = [], []
     for record in records:
-        value = record.get(name)
-        if isinstance(value, dict) and value:
-            value = sum(value.values()) / len(value)
-        if isinstance(value, int | float) and math.isfinite(value):
+        value = number_of(record.get(name))
+        if value is not None:
             steps.append(record["step"])
             values.append(value)
     return steps, values
+
+
+def number_of(value: Any) -> float | None:
+    """Return the number that a curve shows of a value, of one for each of several sizes their mean;
+    None if there is no finite one."""
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(x, int | float) for x in value.values())
+    ):
+        value = sum(value.values()) / len(value)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -108,21 +148,6 @@ def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[
         chosen |= {first + int(part.argmin()), first + int(part.argmax())}
     places = sorted(chosen)
     return [steps[i] for i in places], [values[i] for i in places]
-
-
-def _panels(runs: dict[str, list[dict]]) -> dict[str, tuple[str, ...]]:
-    """Return the title of each panel that has values, and the names that it shows."""
-    names = dict.fromkeys(name for records in runs.values() for row in records for name in row)
-    panels = dict(PANELS)
-    for title, prefix in PREFIXES.items():
-        more = [n for n in names if n.startswith(prefix) and not n.endswith(NO_CURVES)]
-        panels[title] = tuple(dict.fromkeys([*panels.get(title, ()), *more]))
-    return {title: shown for title, shown in panels.items() if _have_values(runs, shown)}
-
-
-def _have_values(runs: dict[str, list[dict]], names: tuple[str, ...]) -> bool:
-    """Return whether any of these names has a finite value in any run."""
-    return any(points(records, name)[0] for records in runs.values() for name in names)
 
 
 def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
@@ -156,6 +181,11 @@ def curves_svg(name: str, records: list[dict]) -> str:
     return svg[svg.index("<svg") :]
 
 
+def _has_values(runs: dict[str, list[dict]], name: str) -> bool:
+    """Return whether a name has a finite value in any run."""
+    return any(points(records, name)[0] for records in runs.values())
+
+
 def _figure(
     runs: dict[str, list[dict]], line: dict[str, Any], left_out: tuple[str, ...] = ()
 ) -> Any:
@@ -167,8 +197,13 @@ def _figure(
         from matplotlib.lines import Line2D
     except ImportError:
         raise ValueError("curves need matplotlib: pip install matplotlib") from None
-    everything = _panels(runs)
-    panels = {title: names for title, names in everything.items() if title not in left_out}
+    known = {name for records in runs.values() for record in records for name in record}
+    everything = panels_of(filter(partial(_has_values, runs), known))
+    panels = {
+        title: names
+        for title, names in everything.items()
+        if is_main(title) and title not in left_out
+    }
     if not panels:
         raise ValueError("the runs have no figure yet that is drawn")
     columns = min(2, len(panels))

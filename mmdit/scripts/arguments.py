@@ -111,6 +111,11 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument(
+        "--lora_strength",
+        type=number,
+        help="share of what the LoRA changes: 0 draws without it, 1 as it was trained [1]",
+    )
+    parser.add_argument(
         "--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]"
     )
     parser.add_argument(

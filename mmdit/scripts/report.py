@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--out", help="HTML file to write [report.html in the run folder]")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         report = RunReport(Path(args.run))
         out = Path(args.out or Path(args.run) / "report.html")

@@ -53,7 +53,8 @@ def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, d
     pipeline, config = load_pipeline(
         args.checkpoint, args.device, not raw, overrides=args.overrides, offload=args.offload
     )
-    lay_over(pipeline, args.lora, args.lora_low)
+    strength = 1.0 if args.lora_strength is None else args.lora_strength
+    lay_over(pipeline, args.lora, args.lora_low, strength)
     if pair := describe_pair(pipeline, config):
         print(pair)
     elif args.guidance_low is not None:

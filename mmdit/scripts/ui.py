@@ -9,33 +9,37 @@ token, and --host may name an address that other machines reach. Jobs outlive th
 import argparse
 import importlib
 import os
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.listing import commands, summary
 from mmdit.scripts.parsers import parser_of
+from mmdit.ui.job_requests import Command
+from mmdit.vtp_training.pretrain_config import PretrainConfig
 
-JOBS = {  # what may be started, by name and module
-    "prepare-moving-shapes": "prepare_moving_shapes",
-    "prepare-folder": "prepare_folder",
-    "prepare-frames": "prepare_frames",
-    "prepare-clips": "prepare_clips",
-    "cache-images": "cache_vtp_images",
-    "cache-latents": "cache_vtp_latents",
-    "cache-moving-shapes": "cache_moving_shapes",
-    "cache-text": "cache_text",
-    "train": "train_t2v",
-    "posttrain": "posttrain",
-    "sample": "sample",
+REPORTS = (  # of the page about data
+    *("inspect-data", "inspect-cache", "verify-cache", "plan-memory"),
+    *("inspect-adapter", "inspect-levels", "inspect-weights", "estimate-latent-scale"),
+)
+DISTRIBUTED = ("train", "posttrain", "cache-images", "cache-latents")  # work under torchrun
+# Every other command may be started, one that is new as well.
+NOT_OFFERED = {
+    "ui": "it is running",
+    "quickstart": "the first look, in a terminal",
+    "doctor": "looks at the machine of who installs",
+    "benchmark": "needs a clone of the repository, and the machine for itself",
+    "reproduce": "takes hours and writes results/ of a clone",
+    "prepare-edges2shoes-t2i": "needs a clone of the repository",
+    "push": "sends files to another machine in its user's name",
+    "pull": "brings files of another machine",
 }
-REPORTS = {
-    "inspect-data": "inspect_data",
-    "inspect-cache": "inspect_cache",
-    "verify-cache": "verify_cache",
-    "plan-memory": "plan_memory",
-    "inspect-adapter": "inspect_adapter",
-}
+
+
+def offered() -> dict[str, str]:
+    """Return the name and the module of every command that may be started."""
+    return {name: module for name, module in commands().items() if name not in NOT_OFFERED}
 
 
 @cache
@@ -44,9 +48,19 @@ def parser_of_command(module: str) -> argparse.ArgumentParser:
     return parser_of(importlib.import_module(f"mmdit.scripts.{module}").main)
 
 
-def parsers() -> dict[str, Callable[[], argparse.ArgumentParser]]:
-    """Return what returns the parser of each command that may be started."""
-    return {name: partial(parser_of_command, module) for name, module in (JOBS | REPORTS).items()}
+def offers() -> dict[str, Command]:
+    """Return what the pages know of each command that may be started."""
+    roots = {"train-vtp": PretrainConfig}
+    return {
+        name: Command(
+            partial(parser_of_command, module),
+            summary(module),
+            roots.get(name, ExperimentConfig),
+            name in REPORTS,
+            name in DISTRIBUTED,
+        )
+        for name, module in offered().items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         allowed = allowed_folders.AllowedFolders([args.runs, *(args.allow or [Path.cwd()])])
         automatic = "cuda:0" if torch.cuda.is_available() else "cpu"
         store = job_files.JobStore(args.runs)
-        place = job_requests.Workplace(store, allowed, parsers(), automatic)
+        place = job_requests.Workplace(store, allowed, offers(), automatic)
         guard = access.guard_for(token, args.name)
-        app = server.build_app(server.Settings(args.runs, guard, place, tuple(REPORTS)))
+        app = server.build_app(server.Settings(args.runs, guard, place))
         listening = server.listen(args.host, args.port)
         print(f"runs in {args.runs}: open {server.address_of(listening)} in a browser", flush=True)
         server.serve_pages(app, listening)

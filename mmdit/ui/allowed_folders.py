@@ -4,6 +4,7 @@ that its user named, wherever links lead."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import typing
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mmdit.config import FilePath, parse_yaml
+from mmdit.data.dataset import records
 from mmdit.experiment.config_keys import options, sections
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.files import open_regular
 from mmdit.shipped import find, shipped_path
 
 
@@ -29,6 +32,8 @@ class AllowedFolders:
         path = Path(os.path.expanduser(text))
         real = path.resolve()
         if any(real.is_relative_to(folder) for folder in self.folders):
+            if real.suffix == ".jsonl" and real.is_file():
+                self.check_records(real, what)
             return path
         shipped = shipped_path(path)
         if shipped and ".." not in path.parts and find(path).resolve() == shipped.resolve():
@@ -38,6 +43,27 @@ class AllowedFolders:
             f"{what} is {text}, which lies outside of the folders of this server ({allowed}): start"
             " `mmdit ui` with --allow FOLDER to let it in"
         )
+
+    def check_records(self, path: Path, what: str) -> None:
+        """Look at the files that the lines of a metadata file name. ValueError: one lies outside.
+        What else is wrong is for the command to say."""
+        folders: set[str] = set()  # that were looked at
+        for number, key, text in named_files(path):
+            named = os.path.join(path.parent, os.path.expanduser(text))
+            folder = os.path.dirname(named)
+            if folder not in folders or os.path.islink(named):
+                self.check(named, f"{what}, line {number}: {key}")
+            folders.add(folder)
+
+    def check_text(self, text: str, what: str) -> None:
+        """Look at a path, or at each path in `name=text,name=path`, as some options take it."""
+        if "=" not in text or os.path.exists(text):
+            self.check(text, what)
+            return
+        for part in text.split(","):
+            held = part.rpartition("=")[2]
+            if may_be_path(held):
+                self.check(held, what)
 
     def check_config(self, config: Any) -> None:
         """Look at every path in a decoded configuration. ValueError names the key."""
@@ -52,9 +78,26 @@ class AllowedFolders:
             raise ValueError(f"{word!r} is not of the form section.key=value")
         value = parse_yaml(f"value: {text}")[0]["value"] if text else None
         for name, held in named_texts(key.rpartition(".")[2], value):
-            is_word = os.sep not in held and not held.startswith("~") and not os.path.exists(held)
-            if name in PATH_KEYS and held and not is_word:
+            if name in PATH_KEYS and may_be_path(held):
                 self.check(held, key)
+
+
+def named_files(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield what the records of a metadata file name: the line, the key and the path."""
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            for key in RECORD_KEYS:
+                if isinstance(row, dict) and isinstance(row.get(key), str):
+                    yield number, key, row[key]
+
+
+def may_be_path(text: str) -> bool:
+    """Return whether a text is the name of a file rather than a word that names none."""
+    return bool(text) and (os.sep in text or text.startswith("~") or os.path.exists(text))
 
 
 def paths_in(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -102,3 +145,4 @@ def named_texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 PATH_KEYS = path_keys(ExperimentConfig)
+RECORD_KEYS = [key for keys in records.PATH_KEYS.values() for key in keys]

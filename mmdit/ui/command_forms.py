@@ -28,16 +28,17 @@ NO_PATHS = {
     *("kind", "offload", "prompts", "solver", "expert"),
 }
 # The configuration has a form of its own, and nobody sits before a job to answer it.
-LEFT_OUT = {"help", "config", "overrides", "json", "interactive"}
+LEFT_OUT = {"help", "config", "overrides", "interactive"}
 
 
 @dataclass(frozen=True)
 class Option:
     """An option of a command as a field of a form. `shape`: flag, choice, lines (several values, a
-    line each), number or text."""
+    line each), number or text. `flag` is as on the command line; of a value that stands there
+    without one it is the name that the help shows."""
 
     name: str  # as in a namespace
-    flag: str  # as on the command line
+    flag: str
     shape: str
     about: str
     usual: str
@@ -45,15 +46,12 @@ class Option:
     choices: tuple[str, ...] = ()
     is_path: bool = False
     repeats: bool = False  # the flag stands before each of several values
+    bare: bool = False  # its value stands on the command line without a flag
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[Option]:
     """Return the options of a command in their order."""
-    return [
-        _option(action)
-        for action in parser._actions
-        if action.option_strings and action.dest not in LEFT_OUT
-    ]
+    return [_option(action) for action in parser._actions if action.dest not in LEFT_OUT]
 
 
 def takes(parser: argparse.ArgumentParser, name: str) -> bool:
@@ -71,18 +69,19 @@ def _option(action: argparse.Action) -> Option:
         shape = "lines"
     elif action.type not in (None, str, Path):
         shape = "number"
-    is_text = shape in ("text", "lines") and action.type in (None, str, Path)
+    is_text = shape in ("text", "lines") and action.type in (None, str)
     usual = "" if action.default in (None, False) else action.default
     return Option(
         action.dest,
-        action.option_strings[0],
+        next(iter(action.option_strings), action.metavar or action.dest),
         shape,
         (action.help or "").replace("%%", "%"),
         "\n".join(map(str, usual)) if isinstance(usual, list) else str(usual),
         action.required,
         tuple(map(str, action.choices or ())),
-        is_text and action.dest not in NO_PATHS,
+        action.type is Path or (is_text and action.dest not in NO_PATHS),
         isinstance(action, argparse._AppendAction),
+        not action.option_strings,
     )
 
 
@@ -92,7 +91,7 @@ def words_of(
     """Return the words of a command line that say what a form says; what is as usual is left out.
     ValueError: a value is missing, or names a file outside of the allowed folders."""
     words: list[str] = []
-    for option in options:
+    for option in sorted(options, key=lambda option: not option.bare):  # before lists of values
         text = value_of(option.name)
         if option.required and not text:
             raise ValueError(f"{option.flag} is missing: {option.about}")
@@ -104,7 +103,7 @@ def words_of(
         values = [value.strip() for value in values if value.strip()]
         if option.is_path:
             for value in values:
-                allowed.check(value, option.flag)
+                allowed.check_text(value, option.flag)
         words += _words(option, values)
     return words
 
@@ -114,11 +113,11 @@ def _words(option: Option, values: list[str]) -> list[str]:
         return [option.flag]
     if option.shape == "choice" and values[0] not in option.choices:
         raise ValueError(f"{option.flag} is {values[0]!r}, must be one of {option.choices}")
-    if option.shape == "lines" and not option.repeats:
+    if option.bare or (option.shape == "lines" and not option.repeats):
         for value in values:
             if value.startswith("-") and not _is_number(value):
                 raise ValueError(f"{option.flag}: {value!r} begins with a dash, as options do")
-        return [option.flag, *values]
+        return values if option.bare else [option.flag, *values]
     # one word each: what follows the sign is never taken for an option
     return [f"{option.flag}={value}" for value in values]
 

@@ -21,7 +21,6 @@ from mmdit.experiment.config_keys import (
     options,
     sections,
 )
-from mmdit.experiment.experiment_config import ExperimentConfig
 
 NONE = "none"  # the type of a section that is left out
 GIVEN = "given"  # the only type of a section that may be left out
@@ -52,7 +51,7 @@ class SectionForm:
     about: str
     chosen: str = ""
     types: tuple[str, ...] = ()
-    classes: tuple[type, ...] = ()  # of the types but `none`
+    classes: tuple[type, ...] = ()  # of the types but `none`; of the whole form its root
     keys: list[Key] = field(default_factory=list)
     sections: list[SectionForm] = field(default_factory=list)
 
@@ -67,7 +66,7 @@ def flow(value: Any) -> str:
 
 def form_of(config: Any) -> SectionForm:
     """Return the form of a whole configuration."""
-    return _section(type(config), config, "", "")
+    return _section(type(config), config, "", "", classes=(type(config),))
 
 
 def _section(cls: type, config: Any, path: str, about: str, **choice: Any) -> SectionForm:
@@ -175,11 +174,11 @@ def _chosen(form: SectionForm, fields: Mapping[str, str]) -> SectionForm:
     return _section(cls, None, form.path, form.about, **choice)
 
 
-def config_of(form: SectionForm, fields: Mapping[str, str]) -> ExperimentConfig:
+def config_of(form: SectionForm, fields: Mapping[str, str]) -> Any:
     """Return the configuration that the fields of a form say; what they leave out is as in `form`.
     A section whose type was changed has the defaults of its new type. ConfigError: it cannot be."""
-    fields = current_fields(fields)
-    return decode(ExperimentConfig, _mapping(with_types(form, fields), fields))
+    fields, (root,) = current_fields(fields), form.classes
+    return decode(root, _mapping(with_types(form, fields), fields))
 
 
 def _mapping(form: SectionForm, fields: Mapping[str, str]) -> dict:
@@ -204,20 +203,21 @@ def _value(path: str, text: str) -> Any:
         raise ConfigError(path, f"is {text!r}, which is no YAML: {error.message}") from None
 
 
-def overrides(path: str, old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+def overrides(path: str, old: Any, new: Any) -> list[str]:
     """Return the words that turn the YAML file `path`, which says `old`, into `new`."""
-    words = _words("", old, new)
-    if _loads(path, words) != new:  # a section's own default may be of another type than the file's
+    words, root = _words("", old, new), type(new)
+    # a section's own default may be of another type than the file's
+    if _loads(root, path, words) != new:
         words = []
-        for name in keys(ExperimentConfig):
+        for name in keys(root):
             if getattr(old, name) != getattr(new, name):
                 words.append(f"{name}={flow(getattr(new, name))}")
     return words
 
 
-def _loads(path: str, words: list[str]) -> ExperimentConfig | None:
+def _loads(root: type, path: str, words: list[str]) -> Any:
     try:
-        return load(ExperimentConfig, path, words)
+        return load(root, path, words)
     except ConfigError:
         return None
 

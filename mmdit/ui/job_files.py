@@ -34,8 +34,9 @@ SECRETS = ("MMDIT_UI_TOKEN",)
 
 @dataclass(frozen=True)
 class Job:
-    """`words`: the command line behind `mmdit`. `device`: jobs of one device wait for each other,
-    those of none for nothing. `run` and `out`: the folders that it fills, if any."""
+    """`words`: the command line behind `mmdit`. `device`: jobs that share one of these devices
+    wait for each other, those of none for nothing. `run` and `out`: the folders that it fills, if
+    any. `processes`: more than one are started by torchrun."""
 
     id: str
     words: list[str]
@@ -43,6 +44,12 @@ class Job:
     created: float
     run: str | None = None
     out: str | None = None
+    processes: int = 1
+
+    @property
+    def devices(self) -> set[str]:
+        """Return the names of the devices that the job uses."""
+        return set(self.device.split(",")) if self.device else set()
 
     @property
     def command(self) -> str:
@@ -52,17 +59,27 @@ class Job:
     @property
     def line(self) -> str:
         """Return the command as a person would type it."""
-        return command_line(self.words)
+        return command_line(self.words, self.processes)
 
     @property
     def argv(self) -> list[str]:
         """Return the arguments of the process: no shell reads them."""
-        return [sys.executable, "-m", "mmdit", *self.words]
+        launcher: list[str] = []
+        if self.processes > 1:
+            launcher = ["-m", "torch.distributed.run", *_of_torchrun(self.processes)]
+        return [sys.executable, *launcher, "-m", "mmdit", *self.words]
 
 
-def command_line(words: list[str]) -> str:
+def command_line(words: list[str], processes: int = 1) -> str:
     """Return the words of a command as one line for a shell."""
+    if processes > 1:
+        return shlex.join(["torchrun", *_of_torchrun(processes), "-m", "mmdit", *words])
     return shlex.join(["mmdit", *words])
+
+
+def _of_torchrun(processes: int) -> list[str]:
+    """Return the options of torchrun for processes of this machine alone."""
+    return ["--standalone", f"--nproc_per_node={processes}"]
 
 
 @dataclass(frozen=True)
@@ -128,10 +145,11 @@ class JobStore:
         device: str | None,
         run: str | None = None,
         out: str | None = None,
+        processes: int = 1,
     ) -> Job:
         """Start the job that goes into the reserved folder `path`; it waits for earlier jobs of its
-        device."""
-        job = Job(path.name, words, device, time.time(), run, out)
+        devices."""
+        job = Job(path.name, words, device, time.time(), run, out, processes)
         write_atomically(path / "job.json", json.dumps(asdict(job), ensure_ascii=False, indent=1))
         environment = {name: os.environ[name] for name in os.environ if name not in SECRETS}
         with (path / "log.txt").open("ab") as log:
@@ -158,7 +176,9 @@ class JobStore:
             return JobState("lost", "its process never came to be; the log may say why")
         code, asked = status.get("exit"), status.get("stop_asked")
         if status.get("ended"):
-            return self._ended(job, code, bool(asked))
+            # torchrun ends with 1 where a process was stopped before it could listen
+            fine = (*STOPPED, 1) if job.processes > 1 else STOPPED
+            return self._ended(job, code, bool(asked) and code in (*fine, None))
         if is_alive(status.get("child")):
             return JobState("stopping" if asked else "running")
         if is_alive(status.get("runner")):
@@ -166,10 +186,10 @@ class JobStore:
             return JobState("queued", reason)
         return JobState("lost", "its process is gone and did not say how: killed, or a restart")
 
-    def _ended(self, job: Job, code: int | None, asked: bool) -> JobState:
+    def _ended(self, job: Job, code: int | None, as_asked: bool) -> JobState:
         if code is None:
             return JobState("stopped", "before it was started")
-        if asked and code in STOPPED:
+        if as_asked:
             return JobState("stopped", "on request; it can be continued")
         if code == 0:
             return JobState("finished")
@@ -200,7 +220,7 @@ class JobStore:
         if is_alive(runner):
             terminate(runner)
         elif child:
-            terminate(child)
+            terminate(child, self.read(job).processes > 1)
 
     def by_run(self) -> dict[Path, tuple[str, JobState]]:
         """Return the newest job that trains into each run folder, with what has become of it."""

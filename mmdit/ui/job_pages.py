@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mmdit.shipped import ROOTS
-from mmdit.training.run_folder import text_of
+from mmdit.training.run_folder import is_run, text_of
 from mmdit.ui.config_forms import current_fields
-from mmdit.ui.job_files import Job, command_line
+from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest, Workplace, again
 from mmdit.ui.run_folders import find_runs
 from mmdit.ui.run_pages import SHOWN_FILES, send_picture
@@ -24,18 +24,15 @@ MOST_PICTURES, MOST_SKIPPED, MOST_CONFIGS = 64, 200, 500
 
 
 class JobPages:
-    """`reports`: the commands that belong to the page about data, memory and adapters."""
+    """The list of jobs, a form for each command, and a page for each job."""
 
-    def __init__(
-        self, place: Workplace, templates: Templates, runs: Path, reports: tuple[str, ...] = ()
-    ):
-        self.place, self.templates, self.runs, self.reports = place, templates, runs, reports
+    def __init__(self, place: Workplace, templates: Templates, runs: Path):
+        self.place, self.templates, self.runs = place, templates, runs
 
     def routes(self) -> list[BaseRoute]:
         """Return the addresses of these pages."""
         return [
             Route("/jobs", self.overview),
-            Route("/data", self.data),
             Route("/new/{command}", self.new, methods=["GET", "POST"]),
             Route("/job/{job}", self.job),
             Route("/job/{job}/stop", self.stop, methods=["POST"]),
@@ -44,28 +41,14 @@ class JobPages:
             Route("/job-files/{job}/{rest:path}", self.file),
         ]
 
-    # ── lists ──
-    def _rows(self, jobs: list[Job]) -> list[dict]:
-        return [{"job": job, "state": self.place.store.state(job)} for job in reversed(jobs)]
-
     def overview(self, request: Request) -> Response:
         """Show every job and the commands that may be started."""
         return self.templates.page(
             request,
             "jobs.html",
-            rows=self._rows(self.place.store.jobs()),
-            commands=[name for name in self.place.parsers if name not in self.reports],
+            rows=rows_of(self.place.store, self.place.store.jobs()),
+            commands=self.place.named(reports=False),
         )
-
-    def data(self, request: Request) -> Response:
-        """Show the reports about data, memory and adapters."""
-        jobs = [job for job in self.place.store.jobs() if job.command in self.reports]
-        abouts = {
-            name: (self.place.parser(name).description or "").strip().partition("\n\n")[0]
-            for name in self.reports
-            if name in self.place.parsers
-        }
-        return self.templates.page(request, "data.html", rows=self._rows(jobs), abouts=abouts)
 
     # ── forms ──
     def new(self, request: Request) -> Response:
@@ -93,7 +76,7 @@ class JobPages:
             if request.method == "POST":
                 if fields.get("do") == "start":
                     return RedirectResponse(f"/job/{asked.start().id}", 303)
-                line = command_line(asked.preview())
+                line = asked.preview()
         except (ValueError, OSError) as error:
             problem = str(error)
         return self.templates.page(
@@ -102,7 +85,9 @@ class JobPages:
             400 if problem and request.method == "POST" else 200,
             command=asked.command,
             about=(asked.parser.description or "").strip(),
-            options=[option for option in asked.options() if option.name != "prompts_file"],
+            options=asked.options(),
+            distributed=asked.offer.distributed,
+            beside=asked.beside,
             fields=current_fields(fields),
             config_path=asked.config_path,
             has_overrides=asked.has_overrides,
@@ -138,15 +123,16 @@ class JobPages:
             state=self.place.store.state(job),
             log=self.place.store.log(job.id),
             pictures=pictures_of(job),
-            skipped=skipped_of(job),
+            skipped=skipped_of(Path(job.out)) if job.out else [],
+            is_cache=job.out is not None and job.command.startswith("cache-"),
             run=self._run_name(job),
             created=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created)),
         )
 
     def _run_name(self, job: Job) -> str | None:
-        """Return the name of the run that the job fills, if this server shows it."""
+        """Return the name of the run that the job fills, as soon as this server shows it."""
         root = self.runs.resolve()
-        if job.run and Path(job.run).is_relative_to(root) and Path(job.run).is_dir():
+        if job.run and Path(job.run).is_relative_to(root) and is_run(Path(job.run)):
             return Path(job.run).relative_to(root).as_posix()
         return None
 
@@ -198,6 +184,11 @@ class JobPages:
         return answer or JSONResponse({"error": "there is no such picture"}, 404)
 
 
+def rows_of(store: JobStore, jobs: list[Job]) -> list[dict]:
+    """Return jobs with what has become of them, the newest first."""
+    return [{"job": job, "state": store.state(job)} for job in reversed(jobs)]
+
+
 def pictures_of(job: Job) -> list[str]:
     """Return the names of the pictures and videos in the folder that a job fills, sheets first."""
     if not job.out or not Path(job.out).is_dir():
@@ -207,12 +198,10 @@ def pictures_of(job: Job) -> list[str]:
     return names[:MOST_PICTURES]
 
 
-def skipped_of(job: Job) -> list[dict]:
-    """Return the items that a caching job left out, each with `id` and `reason`."""
-    if not job.out:
-        return []
+def skipped_of(folder: Path) -> list[dict]:
+    """Return the items that were left out of a cache, each with `id` and `reason`."""
     rows = []
-    for path in sorted(Path(job.out).glob("skipped*.jsonl")):
+    for path in sorted(folder.glob("skipped*.jsonl")):
         for line in text_of(path).splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)

@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
+from mmdit.config import load
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import write_atomically
 from mmdit.ui.allowed_folders import AllowedFolders
 from mmdit.ui.command_forms import Option, options_of, takes, words_of
@@ -19,37 +21,74 @@ from mmdit.ui.config_forms import (
     overrides,
     with_types,
 )
-from mmdit.ui.job_files import Job, JobStore
+from mmdit.ui.job_files import Job, JobStore, command_line
 
-BESIDE = {"out": "out", "sheet": "sheet.png"}  # options whose files lie beside the job if left out
+# What a command writes beside its job if its option is left out: files, and folders without suffix.
+BESIDE = {
+    "sample": {"out": "out"},
+    "inspect-adapter": {"out": "out"},
+    "inspect-cache": {"sheet": "sheet.png"},
+    "evaluate": {"out": "report.json", "sheet": "sheet.png"},
+    "evaluate-vtp": {"out": "report.json"},
+    "plot-run": {"out": "curves.png"},
+}
 NEXT = "NUMBER"  # stands for the number of a job that is not there yet
 PROMPTS = "prompts.txt"
+PROCESSES, MOST_PROCESSES = "nproc_per_node", 1024  # of torchrun, on this machine
 FOLDERS = ("out", "out_dir")  # options that name a folder to be filled
 
 
 @dataclass(frozen=True)
+class Command:
+    """What the pages know of a command. `parser` returns its parser; `about`: a sentence; `root`:
+    the class of its configuration, if it has one; `is_report`: it changes nothing; `distributed`:
+    torchrun may start several processes of it."""
+
+    parser: Callable[[], argparse.ArgumentParser]
+    about: str
+    root: type = ExperimentConfig
+    is_report: bool = False
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
 class Workplace:
-    """What jobs are made of: the commands by name, each with what returns its parser; the folders
-    that are allowed; and the device that `auto` means here."""
+    """What jobs are made of: the commands by name, the folders that are allowed, and the device
+    that `auto` means here."""
 
     store: JobStore
     allowed: AllowedFolders
-    parsers: Mapping[str, Callable[[], argparse.ArgumentParser]]
+    commands: Mapping[str, Command]
     automatic: str = "cpu"
 
-    def parser(self, command: str) -> argparse.ArgumentParser:
-        """Return the parser of a command. ValueError: it is not offered here."""
-        if command not in self.parsers:
-            raise ValueError(f"{command!r} is not started from here")
-        return self.parsers[command]()
+    def command(self, name: str) -> Command:
+        """Return a command. ValueError: it is not offered here."""
+        if name not in self.commands:
+            raise ValueError(f"{name!r} is not started from here")
+        return self.commands[name]
 
-    def device(self, parser: argparse.ArgumentParser, given: str) -> str | None:
-        """Return the device for which a job waits; None for a command that uses none."""
+    def named(self, reports: bool) -> dict[str, str]:
+        """Return the names of the reports, or of the other commands, with what each does."""
+        return {
+            name: command.about
+            for name, command in self.commands.items()
+            if command.is_report == reports
+        }
+
+    def device(self, parser: argparse.ArgumentParser, given: str, processes: int) -> str | None:
+        """Return the devices for which a job waits, between commas; None for a command that uses
+        none. ValueError: several processes would share a GPU."""
         if not takes(parser, "device"):
             return None
-        if given in ("", "auto"):
-            return self.automatic
-        return "cuda:0" if given == "cuda" else given
+        device = self.automatic if given in ("", "auto") else given
+        if processes > 1 and device.startswith("cuda"):
+            if given.startswith("cuda:"):
+                raise ValueError(
+                    f"--device is {given} with {processes} processes, must be auto, cuda or cpu:"
+                    " each process takes a GPU of its own"
+                )
+            return ",".join(f"cuda:{number}" for number in range(processes))
+        return "cuda:0" if device == "cuda" else device
 
 
 @dataclass
@@ -60,14 +99,21 @@ class JobRequest:
     place: Workplace
     command: str
     fields: Mapping[str, str]
+    offer: Command = field(init=False)
     parser: argparse.ArgumentParser = field(init=False)
 
     def __post_init__(self):
-        self.parser = self.place.parser(self.command)
+        self.offer = self.place.command(self.command)
+        self.parser = self.offer.parser()
 
     def options(self) -> list[Option]:
         """Return the options of the command."""
         return options_of(self.parser)
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Return the options whose files lie beside the job if they are left out."""
+        return BESIDE.get(self.command, {})
 
     @property
     def has_config(self) -> bool:
@@ -84,16 +130,26 @@ class JobRequest:
         """Return the YAML file that is the base of the configuration; it may not be chosen yet."""
         return self.fields.get("config", "")
 
-    def base(self) -> ExperimentConfig:
+    @property
+    def processes(self) -> int:
+        """Return how many processes torchrun starts; 1 is none of torchrun's."""
+        text = self.fields.get(PROCESSES, "").strip() or "1"
+        if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
+            raise ValueError(f"processes is {text!r}, must be a number from 1 to {MOST_PROCESSES}")
+        if int(text) > 1 and not self.offer.distributed:
+            raise ValueError(f"{self.command} is one process, not {text}")
+        return int(text)
+
+    def base(self) -> Any:
         """Return what the chosen YAML file says."""
         path = self.place.allowed.check(self.config_path, "--config")
-        return load_experiment_config(path)
+        return load(self.offer.root, path)
 
     def form(self) -> SectionForm:
         """Return the form of the configuration, with the types of sections that were chosen."""
         return with_types(form_of(self.base()), current_fields(self.fields))
 
-    def config(self) -> ExperimentConfig:
+    def config(self) -> Any:
         """Return the configuration that was filled in, with every path in it looked at."""
         config = config_of(form_of(self.base()), self.fields)
         self.place.allowed.check_config(config)
@@ -128,25 +184,30 @@ class JobRequest:
                 return ""
             if name == "prompts_file" and prompts:
                 return str(folder / PROMPTS)
-            if name in BESIDE and not text:
-                return str(folder / BESIDE[name])
+            if name in self.beside and not text:
+                return str(folder / self.beside[name])
             return text
 
         return value_of
 
     def _prompts(self) -> list[str]:
-        if not takes(self.parser, "prompts"):
+        """Return the prompts that were typed, of a command that reads them from a file as well."""
+        if not (takes(self.parser, "prompts") and takes(self.parser, "prompts_file")):
             return []
         lines = [line.strip() for line in self.fields.get("prompts", "").splitlines()]
-        return [line for line in lines if line]
+        prompts = [line for line in lines if line]
+        if prompts and self.fields.get("prompts_file", "").strip():
+            raise ValueError("--prompts and --prompts_file are both given: empty one of them")
+        return prompts
 
-    def preview(self) -> list[str]:
+    def preview(self) -> str:
         """Return the command line that `start` would run."""
-        return self.words(self.place.store.folder / NEXT)
+        return command_line(self.words(self.place.store.folder / NEXT), self.processes)
 
     def start(self) -> Job:
         """Start the job."""
         self.preview()  # what is wrong leaves no folder behind
+        device = self.place.device(self.parser, self.fields.get("device", ""), self.processes)
         folder = self.place.store.reserve()
         words = self.words(folder)
         prompts = self._prompts()
@@ -155,24 +216,24 @@ class JobRequest:
         run = None
         if takes(self.parser, "resume"):
             run = str(self.config().run_dir.resolve())
-        device = self.place.device(self.parser, self.fields.get("device", ""))
-        return self.place.store.add(folder, words, device, run, self._out(folder))
+        return self.place.store.add(folder, words, device, run, self._out(folder), self.processes)
 
     def _out(self, folder: Path) -> str | None:
         """Return the folder of which the job's page shows pictures and skipped items."""
         for name in FOLDERS:
             if self.fields.get(name) and takes(self.parser, name):
                 return str(Path(self.fields[name]).expanduser().resolve())
-        if takes(self.parser, "out"):
-            return str((folder / BESIDE["out"]).resolve())
-        return str(folder.resolve()) if takes(self.parser, "sheet") else None
+        for file in self.beside.values():
+            return str((folder if Path(file).suffix else folder / file).resolve())
+        return None
 
 
 def again(place: Workplace, old: Job) -> Job:
     """Start a job once more; it goes on where it was stopped: a training from its newest
     checkpoint, and other commands with what is missing."""
-    parser, words = place.parser(old.command), list(old.words)
+    parser, words = place.command(old.command).parser(), list(old.words)
     has_checkpoint = old.run is not None and any(Path(old.run, "checkpoints").glob("*"))
     if takes(parser, "resume") and has_checkpoint and "--resume" not in words:
         words.append("--resume")
-    return place.store.add(place.store.reserve(), words, old.device, old.run, old.out)
+    folder = place.store.reserve()
+    return place.store.add(folder, words, old.device, old.run, old.out, old.processes)

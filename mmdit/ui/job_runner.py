@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmdit.files import write_atomically
 from mmdit.ui.job_files import JobStore
-from mmdit.ui.processes import identity
+from mmdit.ui.processes import identity, terminate
 
 LOOK_SECONDS = 0.25
 
@@ -30,7 +30,6 @@ class Runner:
         self.job = self.store.read(folder.name)
         self.status: dict = {"runner": identity(os.getpid()), "queued": time.time()}
         self.asked = False
-        self.child: subprocess.Popen | None = None
 
     def note(self, **values) -> None:
         """Write what is new beside the job."""
@@ -38,18 +37,14 @@ class Runner:
         write_atomically(self.folder / "status.json", json.dumps(self.status))
 
     def stop(self, number: int, frame: object) -> None:
-        """Pass a signal on to the command, or leave the queue."""
+        """Remember that the job shall stop: it leaves the queue, or its command is asked to end."""
         self.asked = True
-        if self.child is not None:
-            self.child.send_signal(signal.SIGTERM)
 
     def waits(self) -> bool:
-        """Return whether an earlier job of the same device is not over."""
-        if self.job.device is None:
-            return False
+        """Return whether an earlier job that shares a device is not over."""
         earlier = [job for job in self.store.jobs() if int(job.id) < int(self.job.id)]
         return any(
-            job.device == self.job.device and not self.store.state(job).is_over for job in earlier
+            job.devices & self.job.devices and not self.store.state(job).is_over for job in earlier
         )
 
     def run(self) -> None:
@@ -63,26 +58,16 @@ class Runner:
             return
         print(f"$ {self.job.line}", flush=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        # a handler that comes between must know the child
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        self.child = subprocess.Popen(
-            self.job.argv, stdin=subprocess.DEVNULL, env=environment, preexec_fn=unblock
-        )
-        self.note(child=identity(self.child.pid), started=time.time())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        said = False
-        while self.child.poll() is None:
+        child = subprocess.Popen(self.job.argv, stdin=subprocess.DEVNULL, env=environment)
+        started, said = identity(child.pid), False
+        self.note(child=started, started=time.time())
+        while child.poll() is None:
             if self.asked and not said:
                 said = True
+                terminate(started, self.job.processes > 1)
                 self.note(stop_asked=time.time())
             time.sleep(LOOK_SECONDS)
-        stopped = {"stop_asked": time.time()} if self.asked and not said else {}
-        self.note(ended=time.time(), exit=self.child.returncode, **stopped)
-
-
-def unblock() -> None:
-    """Let a new process receive SIGTERM again."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        self.note(ended=time.time(), exit=child.returncode)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ browser has a bounded number of points."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmdit.diagnostics.curves import PANELS, thinned
+from mmdit.diagnostics.curves import is_main, number_of, panels_of, thinned
 from mmdit.files import open_regular
 
 NO_CURVES = {"step", "timestamp", "images_seen", "wall_s", "eta_seconds"}
@@ -34,12 +33,11 @@ class Series:
             return
         self.last = record
         for name, value in record.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if name not in NO_CURVES and math.isfinite(value):
+            number = None if isinstance(value, bool) else number_of(value)
+            if name not in NO_CURVES and number is not None:
                 steps, values = self.columns.setdefault(name, ([], []))
                 steps.append(step)
-                values.append(float(value))
+                values.append(float(number))
 
 
 class MetricStore:
@@ -74,19 +72,14 @@ class MetricStore:
 def curves(series: list[Series]) -> list[dict]:
     """Return the panels that have values: a title, whether it is a main one, and the curves, each
     with the number of its run, its name, `x` and `y`."""
-    panels = {"loss of each report": (("loss",), True)}
-    panels |= {title: (names, True) for title, names in PANELS.items()}
-    shown = {name for names, _ in panels.values() for name in names}
-    for one in series:
-        panels |= {name: ((name,), False) for name in sorted(one.columns.keys() - shown)}
+    known = {name for one in series for name in one.columns}
     result = []
-    for title, (names, main) in panels.items():
+    for title, names in panels_of(known).items():
         drawn = []
         for number, one in enumerate(series):
             for name in names:
                 if name in one.columns:
                     steps, values = thinned(*one.columns[name])
                     drawn.append({"run": number, "name": name, "x": steps, "y": values})
-        if drawn:
-            result.append({"title": title, "main": main, "curves": drawn})
+        result.append({"title": title, "main": is_main(title), "curves": drawn})
     return result

@@ -10,7 +10,6 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mmdit.shipped import shipped_path
-from mmdit.ui.job_files import command_line
 from mmdit.ui.job_pages import pictures_of
 from mmdit.ui.job_requests import JobRequest, Workplace
 from mmdit.ui.run_folders import find_runs
@@ -18,8 +17,8 @@ from mmdit.ui.templating import Templates
 
 COMMAND = "sample"
 SHOWN = (  # options of `sample`, in this order; its own form has all
-    *("checkpoint", "lora", "prompts", "negative", "width", "height", "frames"),
-    *("steps", "solver", "guidance", "seed", "device"),
+    *("checkpoint", "lora", "lora_strength", "prompts", "negative", "width", "height", "frames"),
+    *("steps", "solver", "guidance", "seed", "refine", "strength", "device"),
 )
 OTHER = ("checkpoint", "lora")  # in which the second model may differ, as `other_…`
 EXAMPLE = "assets/moving_shapes_64.safetensors"
@@ -47,7 +46,7 @@ class Playground:
                 if not fields.get("checkpoint", "").strip():
                     raise ValueError("--checkpoint is missing: choose what to draw with")
                 requests = [JobRequest(self.place, COMMAND, one) for one in models_of(fields)]
-                lines = [command_line(one.preview()) for one in requests]
+                lines = [one.preview() for one in requests]
                 if fields.get("do") == "start":
                     names = [one.start().id for one in requests]
                     return RedirectResponse(filled(fields, names), 303)
@@ -59,6 +58,7 @@ class Playground:
             "playground.html",
             400 if problem else 200,
             options=[options[name] for name in SHOWN],
+            beside={},
             fields=fields,
             problem=problem,
             lines=lines,
@@ -97,7 +97,7 @@ def models_of(fields: dict[str, str]) -> list[dict[str, str]]:
         return [first]
     second = first | {name: text for name, text in others.items() if text}
     if not others["lora"]:
-        second["lora"] = ""  # without the adapter: before and after
+        second |= {"lora": "", "lora_strength": ""}  # without the adapter: before and after
     return [second, first]
 
 

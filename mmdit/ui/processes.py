@@ -33,8 +33,22 @@ def is_alive(process: list | None) -> bool:
     return bool(process) and process[1] is not None and start_of(process[0]) == process[1]
 
 
-def terminate(process: list) -> None:
-    """Send SIGTERM to a process, if it is still the one that is meant."""
-    if is_alive(process):
+def terminate(process: list, is_launcher: bool = False) -> None:
+    """Send SIGTERM to a process, if it is still the one that is meant. In place of a launcher,
+    which would leave those that it started 30 seconds, they are asked themselves."""
+    if not is_alive(process):
+        return
+    started = children_of(process[0]) if is_launcher else []
+    for pid in started or [process[0]]:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process[0], signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the numbers of the processes that a process has started; none without `ps`."""
+    try:
+        done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    except OSError:
+        return []
+    pairs = [line.split() for line in done.stdout.splitlines()]
+    return [int(child) for child, parent in pairs if int(parent) == pid]

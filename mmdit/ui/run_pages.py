@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mmdit.training.run_folder import RunFolder, RunState
+from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
 from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import config_difference, find_runs, held_locks
@@ -31,6 +32,23 @@ def send_picture(path: Path) -> Response | None:
     if media_type is None or not path.is_file():
         return None
     return FileResponse(path, media_type=media_type)
+
+
+def phase_of(record: dict) -> str:
+    """Return the words of a record: the phase of the alpha schedule, and the expert."""
+    words = [
+        f"{name.replace('_', ' ')} {record[name]}"
+        for name in sorted(record)
+        if name.startswith(("phase", "expert")) and isinstance(record[name], str)
+    ]
+    return ", ".join(words)
+
+
+def command_of(config: dict) -> str:
+    """Return the command that trains a run of this configuration."""
+    if "reconstruction" in config:
+        return "train-vtp"
+    return "posttrain" if config.get("posttrain") else "train"
 
 
 class RunPages:
@@ -79,6 +97,7 @@ class RunPages:
             "max_steps": run.max_steps(),
             "figures": {title: last.get(name) for title, name in FIGURES.items()},
             "job": job[0] if job else None,
+            "phase": phase_of(last),
         }
 
     def overview(self, request: Request) -> Response:
@@ -106,7 +125,8 @@ class RunPages:
             config=run.config_text(),
             config_path=str(self.runs / run.name / "config.yaml"),
             checkpoint_path=str(self.runs / run.name),
-            command="posttrain" if run.config().get("posttrain") else "train",
+            command=command_of(run.config()),
+            start=(read_starts(run.folder) or [{}])[-1],
             others=others,
             against=other,
             difference=difference,

@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mmdit.ui.access import COOKIE, SIGN_IN, Access, Guard, sign_in
+from mmdit.ui.data_pages import DataPages
 from mmdit.ui.job_pages import JobPages
 from mmdit.ui.job_requests import Workplace
 from mmdit.ui.playground import Playground
@@ -26,13 +27,11 @@ STATIC = Path(__file__).parent / "static"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server was started with. `runs`: the folder of the runs; `reports`: the commands that
-    are offered on the page about data."""
+    """What a server was started with. `runs`: the folder of the runs."""
 
     runs: Path
     guard: Guard
     place: Workplace
-    reports: tuple[str, ...] = ()
 
 
 def build_app(settings: Settings) -> ASGIApp:
@@ -42,7 +41,8 @@ def build_app(settings: Settings) -> ASGIApp:
     place, runs = settings.place, settings.runs
     rooms = (
         RunPages(runs, templates, place.store.by_run),
-        JobPages(place, templates, runs, settings.reports),
+        JobPages(place, templates, runs),
+        DataPages(place, templates),
         Playground(place, templates, runs),
     )
 

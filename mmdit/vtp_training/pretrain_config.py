@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vtp.models import VTPConfig
 from vtp.tokenizers import ByteTokenizer
 
-from mmdit.config import ConfigError, check_sections, least
+from mmdit.config import ConfigError, FilePath, check_sections, least
 from mmdit.training.ema import EMAConfig
 from mmdit.vtp_training.images import ImagesConfig
 from mmdit.vtp_training.pretrain_losses import (
@@ -132,9 +133,9 @@ class PretrainConfig:
     leaves no tensor in the export."""
 
     # The folder of the run.
-    output_dir: str = "runs/vtp_tiny_f16d64"
+    output_dir: FilePath = "runs/vtp_tiny_f16d64"
     # An exported checkpoint folder of the same network to start from: a further stage.
-    init_from: str | None = None
+    init_from: FilePath | None = None
     # Keys every random draw.
     seed: int = 0
     # The network.
@@ -181,6 +182,11 @@ class PretrainConfig:
                 "is false, but the average is what is exported: set ema.decay to 0 for none",
             )
         check_sections(self)
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the folder of the run."""
+        return Path(self.output_dir)
 
     def network(self) -> VTPConfig:
         """Return the checkpoint's config.json. The text tower exists only when it is trained."""

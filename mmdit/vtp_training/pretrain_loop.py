@@ -25,7 +25,7 @@ EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and th
 def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False) -> Path | None:
     """Train to the planned last step, then export. Return the exported checkpoint folder, None if
     the run was asked to stop before (continue with `resume`)."""
-    with hold(Path(config.output_dir)), StopRequest().listening() as stop:
+    with hold(config.run_dir), StopRequest().listening() as stop:
         trainer = _prepare(config, device, resume)
         report, settings, began = PretrainReport(trainer), config.train, None
         while trainer.step < trainer.planned:

@@ -4,7 +4,6 @@ function of (config, s, state): resume is exact."""
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class TokenizerTrainer:
     CALIBRATION that are still to be measured. `critic`: the discriminator, if there is one."""
 
     def __init__(self, config: PretrainConfig, device: torch.device):
-        self.config, self.device, self.folder = config, device, Path(config.output_dir)
+        self.config, self.device, self.folder = config, device, config.run_dir
         self.step, self.planned, self.windows = 0, config.train.max_steps, dict(CALIBRATION)
         self.started = time.perf_counter()
         torch.manual_seed(rng.key(config.seed, "initial weights") & 0x7FFF_FFFF)

@@ -15,12 +15,12 @@ from mmdit.ui.server import Settings, build_app
 
 def workplace(runs: Path) -> Workplace:
     """Return the jobs of a server that may use the folder around its runs."""
-    return Workplace(JobStore(runs), AllowedFolders([runs, runs.parent]), ui.parsers())
+    return Workplace(JobStore(runs), AllowedFolders([runs, runs.parent]), ui.offers())
 
 
 def browser(runs: Path, token: str = "", names=()) -> TestClient:
     """Return a browser that has opened nothing yet."""
-    settings = Settings(runs, guard_for(token, names), workplace(runs), tuple(ui.REPORTS))
+    settings = Settings(runs, guard_for(token, names), workplace(runs))
     app = build_app(settings)
     return TestClient(app, base_url="http://127.0.0.1:7861", follow_redirects=False)
 

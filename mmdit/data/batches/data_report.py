@@ -32,7 +32,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         fill = 1 - row["repeats"] / plan.global_batch
         groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
     places = sum(row["items"] for row in groups)  # of an epoch
-    crops = _cropped(cache)  # of pictures; what was rendered has none
+    crops = cropped(cache)  # of pictures; what was rendered has none
     repeats = sum(row["items"] * row["repeats"] / plan.global_batch for row in groups)
     return {
         "cache": str(cache.folder),
@@ -49,7 +49,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "cropped": crops,
         "notes": Counter(note for source in cache.sources for note in source.get("notes", ())),
         "older": cache.manifest.older(cache.folder) if crops["items"] else "",
-        "skipped_when_cached": _skipped(Path(cache.folder)),
+        "skipped_when_cached": skipped(Path(cache.folder)),
         "captions": length_report(
             [all_captions(*pair) for pair in zip(cache.captions, cache.facts, strict=True)]
         ),
@@ -94,7 +94,7 @@ def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
     }
 
 
-def _cropped(cache: LatentCache) -> dict:
+def cropped(cache: LatentCache) -> dict:
     """Return what was cropped, from the crop stored with each item; items that were rendered
     straight into the cache have none."""
     rows, enlarged = [], 0
@@ -121,7 +121,8 @@ def _cropped(cache: LatentCache) -> dict:
     }
 
 
-def _skipped(folder: Path) -> dict:
+def skipped(folder: Path) -> dict:
+    """Return how many items caching left out, for which reasons, and some of them."""
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()

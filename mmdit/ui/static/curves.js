@@ -60,7 +60,7 @@
       const opacity = 1 - 0.75 * names.indexOf(curve.name) / Math.max(1, names.length - 1);
       const points = curve.x.map((x, i) => `${across(x).toFixed(1)},${up(curve.y[i]).toFixed(1)}`).join(" ");
       const line = element("polyline", { points, stroke: colour, "stroke-opacity": opacity }, svg);
-      line.dataset.count = curve.x.length;
+      line.dataset.last = curve.x[curve.x.length - 1];
       if (curve.x.length === 1) element("circle", { cx: across(curve.x[0]), cy: up(curve.y[0]), r: 2.5, fill: colour }, svg);
     }
     svg.onmousemove = (event) => {

@@ -45,6 +45,7 @@
         const reason = document.querySelector("#state .reason");
         if (reason) reason.textContent = row.reason;
         find("step").textContent = row.step === null ? "–" : row.step;
+        find("phase").textContent = row.phase;
         previews = row.previews;
         update();
       }

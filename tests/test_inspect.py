@@ -263,6 +263,11 @@ def test_the_commands(tmp_path, capsys):
     assert inspect_data.main(look) == 0
     assert f"d: SKIPPED, file not found, {tmp_path}/d.png" in capsys.readouterr().out
     refused(capsys, inspect_data.main, [*look, "--kind", "video"], 'has no "frames_dir"')
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "frames/0.png")
+    clip = {"id": "e", "frames_dir": "frames", "caption": ""}
+    clips = write_meta(tmp_path, [clip], "clips.jsonl")
+    assert inspect_data.main(["--config", str(config), "--meta_jsonl", str(clips)]) == 0
     nothing = write_meta(
         tmp_path, [{"id": "d", "image_path": "d.png", "caption": ""}], "nothing.jsonl"
     )

@@ -2,7 +2,7 @@
 will be skipped; totals. Exit code 2: not one of them can be used.
 
     mmdit inspect-data --config my.yaml --meta_jsonl my_images.jsonl [--json]
-    mmdit inspect-data --config my.yaml --meta_jsonl my_clips.jsonl --kind video
+    mmdit inspect-data --config my.yaml --meta_jsonl my_clips.jsonl
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import get_args
 from mmdit.data.cache.look import look_at, look_text, totals
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.problems import Skip
-from mmdit.data.dataset.records import PATH_KEYS, Media
+from mmdit.data.dataset.records import PATH_KEYS, Media, media_of
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.scripts.data_arguments import add_input_arguments, input_records
@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
     add_input_arguments(parser)
     parser.add_argument(
-        "--kind", choices=get_args(Media), default="image", help="what the lines describe [image]"
+        "--kind",
+        choices=get_args(Media),
+        help="what the data describe [what a JSONL file says; of archives image]",
     )
     parser.add_argument(
         "--prefer",
@@ -37,14 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        records = input_records(args, args.kind)
+        kind = args.kind or media_of(args.meta_jsonl)
+        records = input_records(args, kind)
         manifest = CacheManifest.of(
             build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess
         )
         workers = config.num_workers if args.num_workers is None else args.num_workers
-        rows = look_at(
-            records, args.kind, manifest.choose, config.preprocess, config.video, workers
-        )
+        rows = look_at(records, kind, manifest.choose, config.preprocess, config.video, workers)
         sums = totals(rows)
         if args.json:
             items = [row.to_json() if isinstance(row, Skip) else row for row in rows]

@@ -7,10 +7,11 @@ import time
 import pytest
 
 pytest.importorskip("starlette")
-from mmdit.diagnostics.curves import POINTS, thinned
+from mmdit.diagnostics.curves import POINTS, is_main, panels_of, thinned
 from mmdit.training.run_folder import RunFolder
 from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import find_runs, held_locks
+from mmdit.ui.run_pages import command_of, phase_of
 from tests.helpers.browser import browser as client
 
 
@@ -168,3 +169,24 @@ def test_a_long_run_opens_in_two_seconds(tmp_path):
     assert time.process_time() - begin < 2
     assert page.status_code == 200 and len(panels.json()["panels"]) == 41
     assert len(panels.content) < 1_000_000
+
+
+def test_experts_rewards_sources_and_phases_have_panels():
+    names = ["loss_ema_100_low", "loss_ema_100", "phase_idx_high", "reward_style", "odd"]
+    panels = panels_of([*names, "reward_style_std", "val_loss/photos"])
+    assert panels == {
+        "loss": ["loss_ema_100", "loss_ema_100_low"],
+        "reward of rollouts": ["reward_style"],
+        "phase of the alpha schedule": ["phase_idx_high"],
+        "validation loss by source": ["val_loss/photos"],
+        "odd": ["odd"],
+        "reward_style_std": ["reward_style_std"],
+    }
+    assert [title for title in panels if not is_main(title)] == ["odd", "reward_style_std"]
+    assert phase_of({"phase_low": "up", "phase_idx": 1, "expert": None}) == "phase low up"
+
+
+def test_a_run_is_continued_by_the_command_that_began_it():
+    assert command_of({"train": {}}) == "train"
+    assert command_of({"posttrain": {"algorithm": {}}}) == "posttrain"
+    assert command_of({"reconstruction": {}}) == "train-vtp"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmdit import privacy
 from mmdit.commands import export_card
-from mmdit.commands.card_scores import score_rows
+from mmdit.commands.card_scores import score_rows, score_tables
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
 from mmdit.commands.exported import Exported, commands_for
@@ -282,3 +282,23 @@ def test_a_release_is_known_by_the_name_of_its_folder_and_not_by_its_place(tmp_p
         text = card_path(out).read_text()
         assert front_of(text).get("base_model") == base and "jane" not in text
         assert "ComfyUI" in text and Push(out).license == "not stated"
+
+
+def test_exports_whose_names_have_dots_do_not_share_a_card(shop, tmp_path):
+    for name in ("v1.5", "v1.6"):
+        write(shop.folder / "runs/start", tmp_path / name)
+    cards = {path.name for path in tmp_path.glob("*.md")}
+    assert cards == {"v1.5.md", "v1.6.md"} and "# v1.5" in (tmp_path / "v1.5.md").read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} <= {"v1.5-curves.png", "v1.6-curves.png"}
+
+
+def test_reports_of_another_form_are_no_scores(tmp_path):
+    """Whatever lies in the folder of a run, the export has its card."""
+    exported = Exported(tmp_path / "x.safetensors", "mmdit", {}, tmp_path, 2, 1)
+    about = {"settings": {"sampler": "euler"}, "checkpoint": "x", "machine": {}, "step": 2}
+    odd = {"a": {"value": 0.5, "low": 0.25, "high": None}, "b": {"value": 0.5, "count": "few"}}
+    (tmp_path / "a.json").write_text(json.dumps(about | odd))
+    for name, part in (("b", {"machine": "mine"}), ("c", {"settings": [1]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(about | part))
+    (table,), notes = score_tables(tmp_path, exported)
+    assert "| a | 0.500 |" in table and "a.json" in table and not notes

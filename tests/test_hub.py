@@ -7,8 +7,10 @@ import logging
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,15 @@ def png_that_says(path: Path, text: str) -> None:
     Image.new("RGB", (4, 4)).save(path, pnginfo=facts)
 
 
+def png_that_says_last(path: Path, text: str) -> None:
+    """Write a text behind the pixels, as other programs do."""
+    Image.new("RGB", (4, 4)).save(path)
+    said = b"tEXt" + f"Comment\0{text}".encode()
+    chunk = struct.pack(">I", len(said) - 4) + said + struct.pack(">I", zlib.crc32(said))
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk + data[-12:])
+
+
 def weights_that_say(path: Path, config: dict, **more) -> None:
     text = json.dumps({"config": config})
     save_file({"x": torch.zeros(1), **more}, path, {"mmdit": text})
@@ -185,6 +196,8 @@ def weights_that_say(path: Path, config: dict, **more) -> None:
             "tokenizer.name_or_path = ~/vtp, which others do not have: export it with tokenizer.",
         ),
         ("g.safetensors", lambda path: path.write_bytes(b"\x80\x02 pickle"), "cannot be read"),
+        ("i.txt", lambda path: path.write_text(TOKEN, encoding="utf-16"), "is no text in UTF-8"),
+        ("j.png", lambda path: png_that_says_last(path, "/home/jane/x"), "/home/jane/x"),
         (
             "h.safetensors",
             lambda path: weights_that_say(path, {}, **{"q.exp_avg": torch.zeros(1)}),
@@ -311,6 +324,9 @@ def test_what_is_missing_is_one_sentence(hub, model, capsys, monkeypatch, tmp_pa
     refused(capsys, push.main, [model, "me/x"], "needs a login", "hf auth login", "HF_TOKEN")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     refused(capsys, pull.main, ["me/x"], "http://127.0.0.1:9 was not reached")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://jane:pass-of-jane@127.0.0.1:9")
+    for main, words in ((pull.main, ["me/x"]), (push.main, [model, "me/x"])):
+        assert "pass-of-jane" not in refused(capsys, main, words, "127.0.0.1:9 was not reached")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(capsys, pull.main, ["me/x"], "pip install 'mmdit[hf]'")
 

@@ -13,7 +13,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.media_sets import Shape, media_records, read_media
 from mmdit.diagnostics import feature_distance
 from mmdit.diagnostics.clip_score import ClipScore
-from mmdit.diagnostics.feature_distance import read_setting
+from mmdit.diagnostics.feature_distance import FeatureDistance, read_setting
 from mmdit.diagnostics.frame_scores import consistency, steadiness
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.experiment.load import load_pipeline
@@ -26,6 +26,7 @@ from mmdit.training.previews import SCORES, Previews
 from mmdit.training.train_config import TrainConfig
 from tests.helpers.tiny import Workshop, refused
 from tests.test_posttrain_rewards import make_clip
+from tests.test_spans import write_film
 
 CPU = torch.device("cpu")
 
@@ -312,3 +313,57 @@ def test_previews_are_scored_while_training(tmp_path, capsys, clip_folder):
     assert "train.sample_clip: cannot score previews" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="sample_every_steps is 0: there is no preview"):
         TrainConfig(sample_clip="clip")
+
+
+# ── what is refused before anything is drawn ──────────────────────────────────────────────────────
+def test_lines_that_name_frames_of_a_film_are_those_frames(tmp_path):
+    pytest.importorskip("av")
+    film = write_film(tmp_path / "film.mp4")
+    spans = {"a": [0, 8], "b": [30, 38], "c": [20, 23]}
+    rows = [
+        {"id": id, "video_path": film.name, "caption": "", "video_span": span}
+        for id, span in spans.items()
+    ]
+    source = tmp_path / "clips.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for frames, first in ((1, {"a": 3, "b": 33, "c": 21}), (4, {"a": 2, "b": 32})):
+        seen = {}
+        for records, pixels in read_media(media_records(source, frames), Shape(None, frames), 1):
+            seen[records[0].id] = pixels[0, :, :, :, 40:].float().mean((1, 2, 3))  # the grey half
+        assert seen.keys() == first.keys()
+        for id, number in first.items():
+            expected = 20 + 5 * torch.arange(number, number + frames)
+            assert torch.allclose(seen[id], expected.float(), atol=2.4)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--width", "0", "--height", "0"], "the size is 0x0"),
+        (["--width", "16", "--height", "-16"], "the size is 16x-16"),
+        (["--fps", "0"], "--fps is 0, must be above 0"),
+        (["--samples", ""], "an empty name"),
+        (["--held_out", "one"], "--held_out: of one 1 item could be read"),
+        (["--real", "one"], "--real: of one 1 item could be read"),
+        (["--samples", "one"], "two real items or more, these are 1 and 2"),
+        (["--samples", "odd"], "0.png: size 33x17 is not a multiple of 16"),
+        (["--features", "tokenizer,resize=clean,resize=clean"], "gives resize 2 times"),
+        (["--out", "a.png", "--copies", "./a.png"], "--out and --copies both are ./a.png"),
+    ],
+)
+def test_what_would_measure_something_else_is_refused(
+    tmp_path, capsys, monkeypatch, words, expected
+):
+    monkeypatch.chdir(tmp_path)
+    for name, count, size in (("one", 1, (16, 16)), ("two", 2, (16, 16)), ("odd", 2, (33, 17))):
+        write_pictures(tmp_path / name, count, 0, size)
+    usual = {"--samples": "two", "--real": "two", "--features": "tokenizer", "--num_workers": "0"}
+    given = usual | dict(zip(words[::2], words[1::2]))
+    refused(capsys, compare_samples.main, sum(map(list, given.items()), []), expected)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_too_few_real_items_are_told_before_samples_are_drawn(tmp_path):
+    write_pictures(tmp_path / "one", 1, 0)
+    with pytest.raises(ValueError, match="two or more are needed"):
+        FeatureDistance("tokenizer", Shape(), CPU, str(tmp_path / "one"))

@@ -26,7 +26,8 @@ def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
             report = read_json(path, "report of mmdit evaluate", LARGEST_REPORT)
         except ValueError:
             continue
-        if not {"settings", "checkpoint", "machine"} <= report.keys():
+        parts = (report.get("settings"), report.get("machine"))
+        if "checkpoint" not in report or not all(isinstance(part, dict) for part in parts):
             continue
         if _is_about(report, path, exported):
             tables.append(_table(path.name, report))
@@ -57,7 +58,8 @@ def _table(name: str, report: dict) -> str:
 
 def settings_in_words(settings: dict) -> str:
     """Return how the samples of a report were drawn."""
-    sampler = settings.get("sampler") or {}
+    sampler = settings.get("sampler")
+    sampler = sampler if isinstance(sampler, dict) else {}
     return (
         f"{sampler.get('solver')}, {sampler.get('steps')} steps, guidance"
         f" {settings.get('cfg_scale')}, seed {settings.get('seed')}"
@@ -74,7 +76,7 @@ def score_rows(report: dict) -> Iterator[tuple[str, str]]:
 def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and isinstance(value.get("value"), int | float):
         text = f"{value['value']:.3f}"
-        if isinstance(value.get("low"), int | float):
+        if all(isinstance(value.get(bound), int | float) for bound in ("low", "high")):
             text += f" [{value['low']:.3f}, {value['high']:.3f}]"
         yield title, f"{text} of {value['count']}" if "count" in value else text
     elif isinstance(value, dict):

@@ -56,7 +56,12 @@ def write_card(exported: Exported) -> list[str]:
 
 def card_path(out: Path) -> Path:
     """Return where the card of an export stands: in a folder, or beside a file."""
-    return out / "README.md" if out.is_dir() else out.with_suffix(".md")
+    return out / "README.md" if out.is_dir() else out.with_name(f"{export_name(out)}.md")
+
+
+def export_name(out: Path) -> str:
+    """Return the name of an export without its suffix: `v1.5` has none."""
+    return out.stem if out.suffix == ".safetensors" else out.name
 
 
 def signed(text: str) -> str:
@@ -97,7 +102,7 @@ class Card:
     @cached_property
     def pictures(self) -> dict[str, bytes]:
         """Return the files of pictures by their names."""
-        stem = "" if self.exported.out.is_dir() else f"{self.exported.out.stem}-"
+        stem = "" if self.exported.out.is_dir() else f"{export_name(self.exported.out)}-"
         parts = {"curves.png": self._curves(), "samples.webp": self._samples()}
         parts["clips.webp"] = self._clips()
         return {f"{stem}{name}": data for name, data in parts.items() if data}
@@ -116,7 +121,7 @@ class Card:
             "Configuration": self._configuration(),
         }
         body = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items() if part)
-        name = self.exported.out.stem if self.exported.out.is_file() else self.exported.out.name
+        name = export_name(self.exported.out)
         return f"---\n{front}---\n\n# {escaped(name)}\n\n{self._about()}\n\n{body}\n"
 
     def _licence_of_code(self) -> str:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mmdit.privacy import without_secrets
+
 # What mmdit reads, and all that `pull` takes: none of it can be executed.
 READ = (".safetensors", ".json", ".yaml", ".yml", ".md", ".txt", ".png", ".webp", ".mp4")
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -49,7 +51,7 @@ def explain_hub_errors(hub: Any, repository: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of a file here: said as it is
         raise ValueError(
-            f"{hub.endpoint} was not reached, or broke off ({_first_line(error, hub)}); the same"
+            f"{_place(hub)} was not reached, or broke off ({_first_line(error, hub)}); the same"
             " command goes on from where it was"
         ) from None
 
@@ -71,16 +73,21 @@ def _status(status: int, repository: str, hub: Any, error: Exception) -> str:
         )
     if status == 404:
         return (
-            f"there is no {repository} at {hub.endpoint}, or no such revision of it, or it is"
+            f"there is no {repository} at {_place(hub)}, or no such revision of it, or it is"
             " private and your login may not see it"
         )
-    return f"{hub.endpoint} answered with status {status}: {_first_line(error, hub)}"
+    return f"{_place(hub)} answered with status {status}: {_first_line(error, hub)}"
 
 
 def _first_line(error: Exception, hub: Any) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     token = _token(hub)
-    return line.replace(token, "…")[:300] if token else line[:300]
+    return without_secrets(line.replace(token, "…") if token else line)[:300]
+
+
+def _place(hub: Any) -> str:
+    """Return the address of the hub, in which a mirror may want a password."""
+    return without_secrets(hub.endpoint)
 
 
 def _token(hub: Any) -> str | None:

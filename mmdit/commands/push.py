@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from mmdit.commands.export_card import card_path
+from mmdit.commands.export_card import card_path, export_name
 from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_hub, size_in_words
 from mmdit.files import refuse_link
-from mmdit.privacy import local_values, private_parts, secrets
+from mmdit.privacy import local_values, private_parts, secrets, without_secrets
 from mmdit.weights import PICKLES
 
 PICKLED = (*PICKLES, ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
@@ -73,7 +73,7 @@ class Push:
         if card.is_file():
             self.files["README.md"] = card
         for ending in ("curves.png", "samples.webp", "clips.webp"):
-            beside = self.target.with_name(f"{self.target.stem}-{ending}")
+            beside = self.target.with_name(f"{export_name(self.target)}-{ending}")
             if beside.is_file():
                 self.files[beside.name] = beside
         for path in self.files.values():
@@ -134,7 +134,8 @@ class Push:
                     f"{repository} is private: leave out --public, or make it public on its page"
                 )
             operations = [CommitOperationAdd(name, str(path)) for name, path in self.files.items()]
-            return str(hub.create_commit(repository, operations, commit_message=message).commit_url)
+            made = hub.create_commit(repository, operations, commit_message=message)
+            return without_secrets(str(made.commit_url))
 
 
 def front_matter(text: str) -> dict:
@@ -163,7 +164,10 @@ def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list
     if suffix == ".safetensors":
         return _problems_of_weights(path, known)
     if suffix in TEXTS or path.name == "LICENSE":
-        return private_parts(_text_of(path), known)
+        try:
+            return private_parts(_text_of(path), known)
+        except UnicodeDecodeError as error:  # in which nothing would be found
+            return [f"is no text in UTF-8 (byte {error.start}); write it anew"]
     try:
         return private_parts("\n".join(_words_in_media(path)), known)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -201,7 +205,7 @@ def _config_of(text: str) -> Any:
 def _text_of(path: Path) -> str:
     if path.stat().st_size > LARGEST_TEXT:
         raise ValueError(f"{path} has more than {LARGEST_TEXT} bytes, too many for a text")
-    return path.read_bytes().decode("utf-8", "replace")
+    return path.read_bytes().decode("utf-8")
 
 
 def _words_in_media(path: Path) -> Iterator[str]:
@@ -212,9 +216,11 @@ def _words_in_media(path: Path) -> Iterator[str]:
         except ImportError:
             raise ValueError("a look into it needs PyAV: pip install av") from None
         with av.open(str(path)) as container:
-            yield from container.metadata.values()
+            for part in (container, *container.streams):
+                yield from part.metadata.values()
         return
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
+        image.load()  # a PNG may say more behind its pixels
         for value in image.info.values():
             yield value.decode("latin-1") if isinstance(value, bytes) else str(value)
 

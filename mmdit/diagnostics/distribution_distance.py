@@ -61,7 +61,10 @@ def frechet_distance(one: Moments, two: Moments) -> float:
     """Return `|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)`. Covariances may be singular. ValueError: a
     set has fewer than two features, or features of another width."""
     if min(one.count, two.count) < 2:
-        raise ValueError("a Frechet distance needs two samples and two reference pictures or more")
+        raise ValueError(
+            f"a Frechet distance needs two samples and two real items or more, these are"
+            f" {one.count} and {two.count}"
+        )
     if one.mean.shape != two.mean.shape:
         raise ValueError(
             f"features of width {len(one.mean)} and {len(two.mean)} cannot be compared: take the"
@@ -111,7 +114,10 @@ def kernel_distance(samples: Tensor, real: Tensor, seed: int = 0) -> dict:
     ValueError: fewer than two.
     """
     if min(len(samples), len(real)) < 2:
-        raise ValueError("a kernel distance needs two samples and two reference pictures or more")
+        raise ValueError(
+            f"a kernel distance needs two samples and two real items or more, these are"
+            f" {len(samples)} and {len(real)}"
+        )
     if max(len(samples), len(real)) <= SUBSET_SIZE:
         value = unbiased_discrepancy(samples, real)
         return {"value": value, "deviation": None, "subsets": 1, "subset_size": None}

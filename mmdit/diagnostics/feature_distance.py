@@ -4,6 +4,7 @@ copies."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import get_args
@@ -49,7 +50,11 @@ def read_setting(setting: str) -> dict[str, str]:
     first, *rest = setting.split(",")
     if "=" not in first:
         first = f"weights={first}"
-    values = dict(part.partition("=")[::2] for part in (first, *rest))
+    parts = [part.partition("=")[::2] for part in (first, *rest)]
+    values = dict(parts)
+    for key, count in Counter(key for key, _ in parts).items():
+        if count > 1:
+            raise ValueError(f"--features is {setting!r}, which gives {key} {count} times")
     wrong = [key for key, value in values.items() if key not in KEYS or not value]
     if wrong or "weights" not in values:
         raise ValueError(
@@ -79,7 +84,10 @@ class FeatureSet:
 
     def add(self, pixels: Tensor, names: list[str]) -> Tensor:
         """Take in uint8 `(B, F, 3, H, W)`; return their features `(B, D)`."""
-        features = torch.cat([self._encoded(to_unit(part)) for part in pixels.split(BATCH)])
+        try:
+            features = torch.cat([self._encoded(to_unit(part)) for part in pixels.split(BATCH)])
+        except ValueError as error:  # a size or a number of frames that the encoder does not take
+            raise ValueError(f"{names[0]}: {error}") from None
         if self.parts and self.parts[0].shape[1] != features.shape[1]:
             raise ValueError(
                 f"features of {names[0]} have width {features.shape[1]}, those before"
@@ -100,6 +108,14 @@ class FeatureSet:
         features = joined_halves(frames)
         self.frames.add("consistency", consistency(frames))
         return features
+
+
+def _check_count(option: str, source: str, items: FeatureSet) -> None:
+    """Raise ValueError for too few real items, before samples are drawn in vain."""
+    if len(items.names) < 2:
+        raise ValueError(
+            f"--{option}: of {source} {len(items.names)} item could be read, two or more are needed"
+        )
 
 
 class FeatureDistance:
@@ -140,11 +156,13 @@ class FeatureDistance:
         for records, pixels in self.items.read(BATCH):
             self.real.add(pixels, [record.id for record in records])
             self.records += records
+        _check_count("real", self.real_source, self.real)
         self.held_out = FeatureSet(self.encoder) if held_out else None
         if self.held_out:
             others = RealItems(str(held_out), self.shape, tokenizers, num_workers)
             for records, pixels in others.read(BATCH):
                 self.held_out.add(pixels, [record.id for record in records])
+            _check_count("held_out", str(held_out), self.held_out)
         self.distances: list[Tensor] = []  # of samples to the nearest real item
         self.nearest: list[Tensor] = []
         self.closest: list[tuple[float, str, int, Tensor]] = []  # distance, sample, item, pixels

@@ -16,7 +16,7 @@ from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.training.distributed import choose_device
-from mmdit.training.samples import check_writable
+from mmdit.training.samples import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,13 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write the report as JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        for path in filter(None, (args.out, args.copies)):
-            check_writable(path, folder=False)
+        check_files(out=args.out, copies=args.copies)
         if not (args.features or args.clip_score):
             raise ValueError("nothing to measure; give --features, --clip_score or both")
         if (args.width is None) != (args.height is None):
             raise ValueError("--width and --height are given together, or none of them")
-        size = (args.width, args.height) if args.width else None
+        size = None if args.width is None else (args.width, args.height)
         shape = Shape(size, args.frames, args.stride, args.fps)
         device = choose_device(args.device)
         scores = build_scores(shape, device, **metric_values(args), seed=args.seed)

@@ -31,7 +31,7 @@ from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import save_sheet
 from mmdit.training.memory.sampling_offload import offload_pipeline
-from mmdit.training.samples import check_writable
+from mmdit.training.samples import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.prompts and args.variant != "one":
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
-        for path in filter(None, (args.out, args.sheet, args.copies)):
-            check_writable(path, folder=False)
+        check_files(out=args.out, sheet=args.sheet, copies=args.copies)
         pipeline, config = load_pipeline(
             args.checkpoint,
             args.device,

@@ -51,6 +51,22 @@ def check_writable(path: str | Path, folder: bool) -> None:
         )
 
 
+def check_files(**paths: str | None) -> None:
+    """Raise ValueError before hours of work if a file, by the name of its option, cannot be written
+    (see `check_writable`), or if two of them are one."""
+    options: dict[Path, str] = {}
+    for name, path in paths.items():
+        if not path:
+            continue
+        check_writable(path, folder=False)
+        other = options.setdefault(Path(path).resolve(), name)
+        if other != name:
+            raise ValueError(
+                f"--{other} and --{name} both are {path}, and one would replace the other: give"
+                " each its name"
+            )
+
+
 @torch.no_grad()
 def weights_digest(networks: dict[str, nn.Module], *more: Tensor | None) -> str:
     """Return what tells these weights from others, and of pictures `more` that samples depend on:

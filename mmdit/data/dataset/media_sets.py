@@ -45,6 +45,13 @@ class Shape:
         for name in ("frames", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
+        if self.size is not None and min(self.size) < 1:
+            width, height = self.size
+            raise ValueError(
+                f"the size is {width}x{height}; --width and --height must be at least 1"
+            )
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"--fps is {self.fps:g}, must be above 0")
 
     def cut(self, image: Image.Image) -> np.ndarray:
         """Return the middle of a picture at this size, uint8 `(3, H, W)`."""
@@ -64,6 +71,8 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
     """Return what `source` holds, in a fixed order: the lines of a JSONL file; the pictures below a
     folder; with `frames > 1`, or if there are none, its video files, animations and folders of
     frames. ValueError: nothing."""
+    if not str(source):
+        raise ValueError("a folder or a JSONL file has an empty name; write . for this folder")
     source = Path(source).expanduser()
     if source.suffix == ".jsonl":
         return read_records(source, media_of(source))
@@ -104,34 +113,34 @@ class _Read(Dataset):
         results: list[Tensor | Skip] = []
         for record in records:
             try:
-                results.append(self.read(record.path))
+                results.append(self.read(record))
             except Exception as error:  # decoders raise almost anything on damaged files
                 results.append(Skip.of(record.id, record.path, error))
         return results
 
-    def read(self, path: str) -> Tensor:
+    def read(self, record: Record) -> Tensor:
         frames: list[np.ndarray] = []
-        source: Size = (0, 0)
-        for image in self.images(path):
-            source = source if frames else image.size
-            check_same_size(path, image.size, source)
+        first: Size = (0, 0)
+        for image in self.images(record):
+            first = first if frames else image.size
+            check_same_size(record.path, image.size, first)
             frames.append(self.shape.cut(image))
         return torch.from_numpy(np.stack(frames))
 
-    def images(self, path: str) -> Iterator[Image.Image]:
+    def images(self, record: Record) -> Iterator[Image.Image]:
         """Yield the frames that are taken."""
-        shape = self.shape
-        if os.path.isdir(path):
+        shape, path = self.shape, Path(record.path)
+        if record.is_folder:
             names = frames_in(path)
             for number in shape.places(len(names)):
                 yield load_image(names[number])
-        elif shape.frames == 1 and Path(path).suffix.lower() not in VIDEO_SUFFIXES:
-            yield load_image(path)
-        else:
-            content = probe(path)
+        elif shape.frames == 1 and not record.span and path.suffix.lower() not in VIDEO_SUFFIXES:
+            yield load_image(record.path)
+        else:  # of a film perhaps some frames only
+            content = probe(record.source)
             fps = shape.fps or content.fps
             places = shape.places(len(content.plan(fps)))
-            for number, image in enumerate(read_video(path, fps)):
+            for number, image in enumerate(read_video(record.source, fps)):
                 if number in places:
                     yield image
                 if number == places[-1]:

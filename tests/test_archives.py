@@ -166,7 +166,7 @@ def test_rows_are_read_in_any_order(tmp_path):
     rows = [{"id": f"{i}", "jpg": f"bytes {i}".encode(), "caption": ""} for i in range(70)]
     records = read_input(write_parquet(tmp_path / "a.parquet", rows, row_group_size=40), "image")
     for number in (0, 39, 20, 3, 69, 40, 41, 0, 0, 17, 16):
-        assert records[number].source.open().read() == rows[number]["jpg"]
+        assert records[number].source.open_binary().read() == rows[number]["jpg"]
         assert records[number].loaded().member.data == rows[number]["jpg"]
 
 
@@ -256,7 +256,7 @@ def test_long_names_of_every_format_are_read(tmp_path):
             tar.addfile(info, io.BytesIO(picture(0)))
         (record,) = read_input(tmp_path / f"{number}.tar", "image")
         assert record.id == name.replace("/", "_")
-        with record.source.open() as file:
+        with record.source.open_binary() as file:
             assert file.read() == picture(0)
 
 
@@ -459,13 +459,13 @@ def test_damage_and_lies_of_headers_end_a_tar_with_one_reason(tmp_path):
         (tmp_path / "s.tar").write_bytes(head + bytes(2048))
         (record,) = read_input(tmp_path / "s.tar", "image")
         with pytest.raises(ValueError, match=problem):
-            record.source.open()
+            record.source.open_binary()
     huge = tarfile.TarInfo("x")
     huge.type, huge.size = tarfile.XHDTYPE, 1 << 21
     (tmp_path / "s.tar").write_bytes(huge.tobuf() + bytes(1 << 22))
     (record,) = read_input(tmp_path / "s.tar", "image")
     with pytest.raises(ValueError, match="a header of 2097152 bytes, more than 1048576"):
-        record.source.open()
+        record.source.open_binary()
     for data, problem in (
         (b"\x1f\x8b" + bytes(600), "gzip"),
         (b"hello", "too short"),
@@ -501,7 +501,9 @@ def test_columns_are_guessed_named_or_listed(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [row])
     (record,) = read_input(path, "image")
     assert (record.id, record.caption) == ("a_000000", "a cat")
-    assert record.facts == {"label": 3, "w": 0.5} and record.source.open().read() == picture(0)
+    assert record.facts == {"label": 3, "w": 0.5} and record.source.open_binary().read() == picture(
+        0
+    )
     row = {"one": picture(0), "two": picture(1), "alt": ["x", "y"], "title": "t", "n": 1 << 40}
     path = write_parquet(tmp_path / "b.parquet", [row])
     with pytest.raises(
@@ -518,7 +520,7 @@ def test_columns_are_guessed_named_or_listed(tmp_path):
         "n": 1 << 40,
         "captions": ["x", "y"],
     }
-    assert record.source.open().read() == picture(1)
+    assert record.source.open_binary().read() == picture(1)
 
 
 def test_rows_that_cannot_be_used_are_skipped_with_their_reasons(tmp_path):
@@ -572,7 +574,7 @@ def test_types_of_extensions_are_refused_and_pickled_ones_never_loaded(tmp_path)
     path = write_parquet(tmp_path / "b.parquet", table)
     (record,) = read_input(path, "image")
     with pytest.raises(ValueError, match="pickled types"):
-        record.source.open()
+        record.source.open_binary()
 
 
 def test_missing_pyarrow_is_told(tmp_path, monkeypatch):
@@ -587,7 +589,7 @@ def test_a_part_of_a_file_is_a_file(tmp_path):
     path = write_tar(tmp_path / "s.tar", pairs(range(2)))
     member = read_input(path, "image")[1].source
     data = picture(1)
-    with member.open() as file:
+    with member.open_binary() as file:
         for start, count in ((0, 10), (len(data) - 3, 99), (5, -1), (len(data) + 9, 4)):
             file.seek(start)
             assert file.read(count) == data[start:][: count if count >= 0 else None]

@@ -348,7 +348,7 @@ def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(mo
     model, cut = learner(), []
     model.text_encoder.requires_grad_(trained)
     monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: cut.append(module))
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda *arguments: None)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *arguments, **options: None)
     shard(model, World(0, 2))
     assert model.model in cut and (model.text_encoder in cut) == trained
     assert trained or not set(model.text_encoder.modules()) & set(cut)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from mmdit.commands.export_card import card_path, export_name
 from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_hub, size_in_words
 from mmdit.files import refuse_link
 from mmdit.privacy import local_values, private_parts, secrets, without_secrets
+from mmdit.training.media import words_in
 from mmdit.weights import PICKLES
 
 PICKLED = (*PICKLES, ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
@@ -169,8 +169,8 @@ def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list
         except UnicodeDecodeError as error:  # in which nothing would be found
             return [f"is no text in UTF-8 (byte {error.start}); write it anew"]
     try:
-        return private_parts("\n".join(_words_in_media(path)), known)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return private_parts("\n".join(words_in(path)), known)
+    except (OSError, ValueError, SyntaxError) as error:
         return [f"cannot be read: {error}"]
 
 
@@ -206,23 +206,6 @@ def _text_of(path: Path) -> str:
     if path.stat().st_size > LARGEST_TEXT:
         raise ValueError(f"{path} has more than {LARGEST_TEXT} bytes, too many for a text")
     return path.read_bytes().decode("utf-8")
-
-
-def _words_in_media(path: Path) -> Iterator[str]:
-    """Yield what a picture or a clip says beside its pixels."""
-    if path.suffix.lower() == ".mp4":
-        try:
-            import av
-        except ImportError:
-            raise ValueError("a look into it needs PyAV: pip install av") from None
-        with av.open(str(path)) as container:
-            for part in (container, *container.streams):
-                yield from part.metadata.values()
-        return
-    with Image.open(path, formats=["PNG", "WEBP"]) as image:
-        image.load()  # a PNG may say more behind its pixels
-        for value in image.info.values():
-            yield value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def push(

@@ -39,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        kind = args.kind or media_of(args.meta_jsonl)
-        records = input_records(args, kind)
+        medium = args.kind or media_of(args.meta_jsonl)
+        records = input_records(args, medium)
         manifest = CacheManifest.of(
             build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess
         )
         workers = config.num_workers if args.num_workers is None else args.num_workers
-        rows = look_at(records, kind, manifest.choose, config.preprocess, config.video, workers)
+        rows = look_at(records, medium, manifest.choose, config.preprocess, config.video, workers)
         sums = totals(rows)
         if args.json:
             items = [row.to_json() if isinstance(row, Skip) else row for row in rows]

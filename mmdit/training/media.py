@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,28 @@ def save_image(image: Image.Image, path: Path, facts: Mapping[str, Any] | None =
     with open_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=_png_text(facts))
     return path
+
+
+def words_in(path: Path) -> Iterator[str]:
+    """Yield what a picture (PNG, WebP) or a clip (MP4) that was made here says beside its pixels.
+    ValueError: PyAV is missing, or too many pixels; OSError: it is damaged."""
+    if path.suffix.lower() == ".mp4":
+        try:
+            import av
+        except ImportError:
+            raise ValueError("a look into it needs PyAV: pip install av") from None
+        with av.open(str(path)) as container:
+            for part in (container, *container.streams):
+                yield from part.metadata.values()
+        return
+    try:
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
+            image.load()  # a PNG may say more behind its pixels
+            said = list(image.info.values())
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    for value in said:
+        yield value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:

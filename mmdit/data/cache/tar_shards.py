@@ -98,7 +98,7 @@ def read_tar_shard(path: Path) -> list[Entry]:
     """Return the entries of a tar, in its order, without reading the numbers. OSError, ValueError,
     KeyError, TypeError or AttributeError: it is torn, or was not made by us."""
     archive = Archive.of(path)
-    with archive.open() as file:
+    with archive.open_binary() as file:
         return [_entry(archive, file, files) for files in _items(archive)]
 
 
@@ -168,7 +168,7 @@ def stored_embeddings(path: Path, dtype: str) -> Iterator[tuple[str, Tensor]]:
     cannot be read."""
     archive = Archive.of(path)
     try:
-        with archive.open() as file:
+        with archive.open_binary() as file:
             for files in _items(archive):
                 entry = _entry(archive, file, files)
                 captions = all_captions(entry.caption, entry.facts)

@@ -38,7 +38,7 @@ class Archive:
         """Return the name without folder and suffix."""
         return Path(self.path).stem
 
-    def open(self) -> io.FileIO:
+    def open_binary(self) -> io.FileIO:
         """Open it for reading. OSError: it is gone, or was written to since it was looked through,
         so that nothing is known of what it holds now."""
         file = cast(io.FileIO, open_regular(self.path, buffered=False))
@@ -65,7 +65,7 @@ class Member:
         """Return where it is, for people."""
         return f"{self.archive.path}/{self.name}"
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """Open it for reading from its first byte, seekable. Unusable or OSError: it cannot be."""
         raise NotImplementedError
 
@@ -87,9 +87,9 @@ class TarMember(Member):
     offset: int
     size: int
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """See `Member.open`."""
-        part = _Part(self.archive.open(), self.offset, self.size)
+        part = _Part(self.archive.open_binary(), self.offset, self.size)
         return cast(BinaryIO, io.BufferedReader(part, READ_AHEAD))
 
 
@@ -99,7 +99,7 @@ class Unreadable(Member):
 
     error: Exception
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """Raise the error."""
         raise self.error
 
@@ -110,7 +110,7 @@ class Loaded(Member):
 
     data: bytes
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """See `Member.open`."""
         return io.BytesIO(self.data)
 
@@ -141,7 +141,7 @@ Source = str | Path | Member | VideoSpan  # of a picture or a video file
 def open_source(source: Source) -> BinaryIO:
     """Open a picture or a video file for reading, seekable. ValueError or OSError: it cannot be."""
     if isinstance(source, Member):
-        return source.open()
+        return source.open_binary()
     if isinstance(source, VideoSpan):
         source = source.path
     return cast(BinaryIO, open_regular(source))

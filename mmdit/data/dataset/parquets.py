@@ -47,7 +47,7 @@ def _opened(archive: Archive) -> Any:
     """Open a parquet file. Unusable: it is damaged, or holds pickled types; OSError: it was written
     to since it was looked through."""
     pyarrow, parquet = import_parquet()
-    archive.open().close()
+    archive.open_binary().close()
     try:
         # before anything of the schema is made into Python objects
         metadata = parquet.read_metadata(archive.path).metadata or {}
@@ -216,7 +216,7 @@ class ParquetRow(Member):
         """Return which row group it is in: see `Member.block`."""
         return self.archive.path, self.group
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """See `Member.open`."""
         return io.BytesIO(READER.read(self))
 

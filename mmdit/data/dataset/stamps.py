@@ -84,7 +84,7 @@ class _Inside:
     def stamp(self) -> dict[str, str]:
         """Return the whole stamp."""
         digest = hashlib.sha256(self.rate.encode())
-        with self.member.open() as file:
+        with self.member.open_binary() as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             digest.update(_hash("", str(size)).encode())

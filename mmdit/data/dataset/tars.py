@@ -75,7 +75,7 @@ def tar_entries(archive: Archive) -> Iterator[TarEntry]:
     """Yield every file of a tar, in its order, by its headers alone. Where the tar is damaged the
     last entry is a `BrokenTar`, under the name of the file that is cut off or one of its own.
     Folders are left out. OSError: the tar cannot be read."""
-    with archive.open() as file:
+    with archive.open_binary() as file:
         try:
             yield from _entries(archive, file)
         except (tarfile.HeaderError, ValueError) as error:
@@ -195,7 +195,7 @@ def tar_samples(archive: Archive, media: Media, caption_key: str = "") -> Iterat
     be read."""
     groups, broken = _groups(archive)
     described = any(TEXTS & group.entries.keys() for group in groups)
-    with archive.open() as file:
+    with archive.open_binary() as file:
         for group in groups:
             last = group in groups[-2:]
             if broken and (described or last) and not TEXTS & group.entries.keys():

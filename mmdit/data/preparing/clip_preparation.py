@@ -127,7 +127,7 @@ class ClipPreparation:
                 if record.is_folder or record.span or record.member:
                     raise Unusable("a clip already", "only whole video files are cut")
                 file = self.out_dir / "films" / f"{record.id}.safetensors"
-                film, changed = FilmSignals.open(record.path, file)
+                film, changed = FilmSignals.of_film(record.path, file)
             except (OSError, ValueError) as error:
                 self._skip(record, error)
                 continue

@@ -44,7 +44,7 @@ class FilmSignals:
         return int(np.isnan(self.signals[:, NAMES.index("bright")]).sum())
 
     @classmethod
-    def open(cls, path: str, file: Path) -> tuple[FilmSignals, bool]:
+    def of_film(cls, path: str, file: Path) -> tuple[FilmSignals, bool]:
         """Return what is known of the film at `path`, and whether what was known is of another one
         that stood there. FileNotFoundError: the film is not there."""
         stored = cls._read(path, file)

@@ -20,7 +20,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import slow_rank
-from mmdit.training.run_start import read_starts
+from mmdit.training.run_start import STARTS, read_starts, record_start
 from mmdit.training.step_report import Monitor, Reporter
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import Trainer
@@ -93,6 +93,14 @@ def test_a_save_that_fails_ends_the_training_and_leaves_earlier_checkpoints(
     monkeypatch.undo()
     train_t2v.main([*shop.train_words("full", *words), "--resume"])
     assert contents(run, 6) == contents(shop.folder / "runs/whole", 6)
+
+
+def test_a_start_behind_a_torn_line_is_known(tmp_path):
+    (tmp_path / STARTS).write_bytes(b'{"step": 0}\n{"step": 4, "torchr')
+    record_start(tmp_path, World(), 6, "")
+    record_start(tmp_path, World(), 8, "")
+    assert [start["step"] for start in read_starts(tmp_path)] == [0, 6, 8]
+    assert (tmp_path / STARTS).read_bytes().count(b"\n") == 4
 
 
 def as_torchrun(monkeypatch, job: str, restarts: int) -> None:

@@ -2,6 +2,7 @@
 trace) for every bad input."""
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 import mmdit.training.checkpoint as checkpoint
 import mmdit.training.memory.shards as stored
+from mmdit.__main__ import commands
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import (
     cache_moving_shapes,
@@ -25,6 +27,7 @@ from mmdit.scripts import (
     sample,
     train_t2v,
 )
+from mmdit.scripts.parsers import parser_of
 from mmdit.training.media import read_back
 from tests.helpers.tiny import Workshop, refused
 
@@ -587,3 +590,42 @@ def test_two_processes_train_the_weights_of_one(shop):
             tensors(shop.folder / "runs/two")[name] - value
         ).norm() / value.norm().clamp_min(1e-3)
         assert difference < 1e-5, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize(
+    "command, option, given, fewest",
+    [
+        ("cache-images", "--num_workers", -1, 0),
+        ("cache-images", "--batch_size", 0, 1),
+        ("cache-latents", "--batch_size", -1, 1),
+        ("cache-text", "--batch_size", 0, 1),
+        ("cache-moving-shapes", "--count", 0, 1),
+        ("cache-moving-shapes", "--frames", 0, 1),
+        ("estimate-latent-scale", "--max_items", -1, 0),
+        ("evaluate-vtp", "--count", 0, 1),
+        ("inspect-adapter", "--frames", 0, 1),
+        ("inspect-data", "--num_workers", -1, 0),
+        ("inspect-levels", "--batch_size", 0, 1),
+        ("inspect-levels", "--count", 0, 1),
+        ("plan-memory", "--words", -4, 1),
+        ("sample", "--columns", -1, 1),
+    ],
+)
+def test_a_count_that_means_nothing_is_refused_by_its_option(
+    capsys, command, option, given, fewest
+):
+    main = importlib.import_module(f"mmdit.scripts.{commands()[command]}").main
+    needed = [
+        [action.option_strings[0], "x"]
+        for action in parser_of(main)._actions
+        if action.required and action.option_strings
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*sum(needed, []), option, str(given)])
+    expected = f"argument {option}: is {given}, must be at least {fewest}"
+    assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_a_cache_is_verified_or_pruned(shop, pictures, capsys):
+    words = ["--config", shop.config, "--data", pictures, "--prune", "--verify"]
+    refused(capsys, cache_vtp_images.main, words, "--verify only reads", "--prune removes")

@@ -7,6 +7,7 @@ from typing import get_args
 
 from mmdit.diffusion import Solver
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.scripts.parsers import at_least
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
 
@@ -116,7 +117,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of what the LoRA changes: 0 draws without it, 1 as it was trained [1]",
     )
     parser.add_argument(
-        "--columns", type=int, help="columns of grid.png [4 for pictures, 1 for clips]"
+        "--columns", type=at_least(1), help="columns of grid.png [4 for pictures, 1 for clips]"
     )
     parser.add_argument(
         "--refine",

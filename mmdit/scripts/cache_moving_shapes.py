@@ -17,6 +17,7 @@ from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -26,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out_dir", required=True, help="cache folder; run again to go on or to add samples"
     )
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--count", type=at_least(1), default=10_000)
     parser.add_argument(
-        "--frames", type=int, help="frames of each clip [what one training sample covers]"
+        "--frames", type=at_least(1), help="frames of each clip [what one training sample covers]"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -11,13 +11,14 @@ from mmdit.commands.cache_text import encode_captions
 from mmdit.data.batches.data_config import SourceConfig
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
     parser.add_argument("--cache_dir", help="the latent cache; a config with posttrain: needs none")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=at_least(1), default=64)
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)

@@ -20,6 +20,7 @@ from mmdit.data.dataset.records import PATH_KEYS, Media
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run, verify_cache
 from mmdit.scripts.data_arguments import add_input_arguments, input_records
+from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 
@@ -33,9 +34,11 @@ def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Nam
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--num_workers", type=int, help="processes that decode [the config's num_workers]"
+        "--num_workers", type=at_least(0), help="processes that decode [the config's num_workers]"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once [64]")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=64, help="images encoded at once [64]"
+    )
     parser.add_argument(
         "--prune",
         action="store_true",
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
     # no process group: there is no communication
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with friendly():
+        if args.prune and args.verify:
+            raise ValueError("--verify only reads the cache, and --prune removes items: choose one")
         if args.prune and args.limit:
             raise ValueError("--prune with --limit would remove all that is behind the limit")
         config = load_experiment_config(args.config, args.overrides)

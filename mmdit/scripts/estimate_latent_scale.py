@@ -11,13 +11,17 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.statistics import latent_statistics
 from mmdit.files import write_atomically
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--cache_dir", required=True)
     parser.add_argument(
-        "--max_items", type=int, default=2000, help="items read, evenly spread over the cache"
+        "--max_items",
+        type=at_least(0),
+        default=2000,
+        help="items read, evenly spread over the cache; 0: all [2000]",
     )
     parser.add_argument(
         "--save", help="write the per-channel statistics as JSON, for tokenizer.latent_stats"

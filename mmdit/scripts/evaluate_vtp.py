@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         help="folder with config.json and model.safetensors",
     )
     parser.add_argument("--images", type=Path, help="folder of pictures to reconstruct as well")
-    parser.add_argument("--count", type=int, default=512, help="moving shapes per score")
+    parser.add_argument("--count", type=at_least(1), default=512, help="moving shapes per score")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--out",

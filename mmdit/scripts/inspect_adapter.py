@@ -23,6 +23,7 @@ from mmdit.files import write_atomically
 from mmdit.interop.wan_release import release_config
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
+from mmdit.scripts.parsers import at_least
 from mmdit.scripts.prompts import read_lines
 from mmdit.training.samples import check_writable
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "--expert", choices=("high", "low"), help="of a pair of experts [the trained one, or high]"
     )
     parser.add_argument("--prompts_file", help="one prompt a line")
-    parser.add_argument("--frames", type=int, help="default: the config's")
+    parser.add_argument("--frames", type=at_least(1), help="default: the config's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder for report.json and before_after.png")
     for name, what in LIMITS.items():

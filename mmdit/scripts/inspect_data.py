@@ -15,6 +15,7 @@ from mmdit.data.dataset.records import PATH_KEYS, Media, media_of
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.scripts.data_arguments import add_input_arguments, input_records
+from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         help="if a clip has both [frames_dir]",
     )
     parser.add_argument(
-        "--num_workers", type=int, help="processes that look [the config's num_workers]"
+        "--num_workers", type=at_least(0), help="processes that look [the config's num_workers]"
     )
     parser.add_argument("--json", action="store_true", help='print {"totals", "items"} as JSON')
     args = parser.parse_intermixed_args(argv)

@@ -16,6 +16,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.diagnostics.caption_levels import caption_levels, format_levels
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 from mmdit.training.pipeline import SampleSettings
 
 
@@ -23,8 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="run, checkpoint or export")
     parser.add_argument("--train_cache_dir", required=True, help="the cache whose items are read")
-    parser.add_argument("--count", type=int, default=64, help="samples that are measured [64]")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument(
+        "--count", type=at_least(1), default=64, help="samples that are measured [64]"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the stored config")
     args = parser.parse_intermixed_args(argv)

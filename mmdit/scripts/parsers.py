@@ -1,4 +1,5 @@
-"""Parsers of command lines that can be looked at: forms are made from them."""
+"""Parsers of command lines that can be looked at, for forms are made from them; whole numbers in
+options."""
 
 import argparse
 import shlex
@@ -37,3 +38,16 @@ def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParse
 def typed(name: str, argv: list[str] | None) -> str:
     """Return the command `mmdit NAME …` as it can be typed again; `argv` as `main` was given it."""
     return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers that are `least` or more, as the value of an option."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {text}, must be at least {least}")
+        return value
+
+    read.__name__ = "int"  # in the message about what is no number
+    return read

@@ -19,6 +19,7 @@ from mmdit.commands.plan_memory.memory_plan import SIZES
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
+from mmdit.scripts.parsers import at_least
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         "--variant", choices=tuple(SIZES), help="of Wan, where model.name_or_path is not there yet"
     )
     parser.add_argument(
-        "--words", type=int, help="of a caption; default: as many as the text encoder reads"
+        "--words", type=at_least(1), help="of a caption; default: as many as the text encoder reads"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("overrides", nargs="*", help="section.key=value")

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if report.interrupted:
         print("interrupted: what is measured stays; the same command goes on from there")
         return 130
-    print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out_dir …")
+    if report.clips:
+        print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out_dir …")
     return 0
 
 

@@ -4,6 +4,7 @@ device, data."""
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -37,8 +38,10 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
         "data": data,
         "command": command,
     }
-    with refuse_link(run_dir / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with refuse_link(run_dir / STARTS).open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in (b"", b"\n")  # a full disk: this line would be lost with it
+        file.write(b"\n" * torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import secrets
@@ -190,6 +191,12 @@ def clean(*folders: str | Path) -> None:
     for folder in folders:
         for path in abandoned_files(folder):
             remove(path)
+
+
+def is_full(error: object) -> bool:
+    """Return whether an error says that no more can be written: the disk or a quota is full, or the
+    file system can only be read. What goes on would lose its work."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def remove(path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Captions by a model in a folder or on a server: each asked for once, whatever fails in between,
 and written as lines that caching reads."""
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.problems import Unusable
 from mmdit.data.dataset.records import read_records
+from mmdit.data.preparing import caption_preparation
 from mmdit.data.preparing.caption_preparation import (
     HOPELESS,
     NOTES,
@@ -514,3 +516,25 @@ def test_a_folder_that_would_run_code_or_lacks_weights_is_refused(images, tmp_pa
     torch.save({}, model / "pytorch_model.bin")
     refused(capsys, prepare_captions.main, words, "is no vision-language model")
     assert torch.load is weights
+
+
+def test_a_full_disk_ends_the_captioning_at_once(images, server, capsys, monkeypatch):
+
+    server.answer, append, noted = describe, caption_preparation._append, []
+
+    def full(notes, row):
+        if noted:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        noted.append(row)
+        append(notes, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_preparation, "_append", full)
+        refused(
+            capsys,
+            prepare_captions.main,
+            words(images, server, "--parallel", "1"),
+            "No space left on device. Free disk space",
+        )
+    assert len(server.requests) <= 2 and lines(images) == [lines(images)[0]]
+    assert prepare_captions.main(words(images, server)) == 0 and captions(images) == ALL

@@ -1,6 +1,7 @@
 """Films are cut where a viewer sees a cut, and nowhere else; stopped at any frame, the command goes
 on from there, and its lines are those of a run that was never stopped."""
 
+import errno
 import json
 import os
 import shutil
@@ -313,3 +314,18 @@ def test_a_clip_is_not_cut_again(films, capsys):
     row = {"id": "a", "video_path": "one.mp4", "video_span": [0, 9], "caption": ""}
     meta = write_meta(films.parent, [row, row | {"id": "b", "video_span": [3, 9]}])
     refused(capsys, prepare_clips.main, words(meta), "a clip already")
+
+
+def test_a_full_disk_ends_the_measuring_and_skips_no_film(films, capsys, monkeypatch):
+    measured_films = []
+
+    def full(file, data, flush=False):
+        measured_films.append(file)
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(film_signals, "write_atomically", full)
+        refused(capsys, prepare_clips.main, words(films), "No space left on device", "Free disk")
+    assert len(measured_films) == 1
+    assert prepare_clips.main(words(films)) == 0
+    assert "0 were measured before" in capsys.readouterr().out

@@ -37,7 +37,7 @@ from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
 from mmdit.data.preparing.caption_texts import clean_caption
 from mmdit.data.preparing.in_threads import done_in_threads
 from mmdit.data.preparing.interruption import interruptible
-from mmdit.files import clean, lock, write_atomically
+from mmdit.files import clean, is_full, lock, write_atomically
 
 NOTES = "captions_made.jsonl"
 WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
@@ -237,7 +237,7 @@ class CaptionPreparation:
             for record, result in done_in_threads(self._make, pending, self.threads):
                 if result is None:
                     failures = 0
-                elif isinstance(result, FATAL):
+                elif isinstance(result, FATAL) or is_full(result):
                     raise result
                 else:
                     self._skip(record, result)

@@ -26,7 +26,7 @@ from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.preparing.film_signals import FilmSignals
 from mmdit.data.preparing.interruption import interruptible
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
-from mmdit.files import clean, write_atomically
+from mmdit.files import clean, is_full, write_atomically
 
 WRITE_SECONDS = 10.0  # so often the lines are written while films are measured
 NOTE = "clips.json"  # what the lines of a folder were made with
@@ -129,6 +129,8 @@ class ClipPreparation:
                 file = self.out_dir / "films" / f"{record.id}.safetensors"
                 film, changed = FilmSignals.of_film(record.path, file)
             except (OSError, ValueError) as error:
+                if is_full(error):
+                    raise
                 self._skip(record, error)
                 continue
             if changed:
@@ -160,6 +162,8 @@ class ClipPreparation:
                             bar.update(before + int(share * sizes[record.id]) - bar.n)
                     self._cut(record, film)
                 except (OSError, ValueError) as error:
+                    if is_full(error):
+                        raise
                     self._skip(record, error)
                 before += sizes[record.id]
                 bar.update(before - bar.n)

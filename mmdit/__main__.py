@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 from mmdit.scripts import run
@@ -40,7 +41,13 @@ def main() -> int:
 
 def start() -> None:
     """Start the command line, with output that suits any terminal."""
-    run(main)
+    try:
+        run(main)
+    except KeyboardInterrupt:  # while a command is loaded, for seconds: later it is told there
+        if os.environ.get("MMDIT_TRACE"):
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -276,6 +276,8 @@ def test_the_scheduler_says_how_it_samples(pipe, folder):
         (dict(prompt="x", num_frames=0), "must be at least 1"),
         (dict(prompt="x", num_inference_steps=0), "steps"),
         (dict(prompt="x", output_type="jpg"), "output_type is 'jpg'"),
+        (dict(prompt=None), "prompt is None; must be a text or a list of texts"),
+        (dict(prompt=["x", 3]), r"prompt is \['x', 3\]; must be"),
         (dict(prompt="x", negative_prompt=["a", "b"]), "2 different texts"),
         (dict(prompt="x", callback_on_step_end_tensor_inputs=["noise"]), "only latents"),
     ],

@@ -13,11 +13,12 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.media_sets import Shape, media_records, read_media
 from mmdit.diagnostics import feature_distance
 from mmdit.diagnostics.clip_score import ClipScore
-from mmdit.diagnostics.feature_distance import FeatureDistance, read_setting
+from mmdit.diagnostics.feature_distance import FeatureDistance, FeatureSet, read_setting
 from mmdit.diagnostics.frame_scores import consistency, steadiness
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.clip_similarity import Similarity
+from mmdit.interop.encoders import Encoder
 from mmdit.pixels import to_shown, to_unit
 from mmdit.scripts import compare_samples, evaluate
 from mmdit.training.media import save_sample
@@ -367,3 +368,13 @@ def test_too_few_real_items_are_told_before_samples_are_drawn(tmp_path):
     write_pictures(tmp_path / "one", 1, 0)
     with pytest.raises(ValueError, match="two or more are needed"):
         FeatureDistance("tokenizer", Shape(), CPU, str(tmp_path / "one"))
+
+
+def test_features_that_are_no_numbers_are_refused():
+    features = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [0.0, torch.inf]])
+    encoder = Encoder("broken", lambda pixels: features[: len(pixels)], "pictures", CPU)
+    items = FeatureSet(encoder)
+    items.add(torch.zeros(1, 1, 3, 4, 4, dtype=torch.uint8), ["a"])
+    with pytest.raises(ValueError, match="features of b and 1 more are nan or infinite"):
+        items.add(torch.zeros(3, 1, 3, 4, 4, dtype=torch.uint8), ["a", "b", "c"])
+    assert items.names == ["a"] and items.moments.count == 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 import mmdit.training.checkpoint as checkpoint
 import mmdit.training.memory.shards as stored
-from mmdit.__main__ import commands
+from mmdit.__main__ import commands, start
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import (
     cache_moving_shapes,
@@ -629,3 +629,14 @@ def test_a_count_that_means_nothing_is_refused_by_its_option(
 def test_a_cache_is_verified_or_pruned(shop, pictures, capsys):
     words = ["--config", shop.config, "--data", pictures, "--prune", "--verify"]
     refused(capsys, cache_vtp_images.main, words, "--verify only reads", "--prune removes")
+
+
+def test_ctrl_c_leaves_no_trace_while_a_command_is_loaded(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmdit.terminal.install", lambda: None)
+    monkeypatch.setattr("mmdit.__main__.main", stopped)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"

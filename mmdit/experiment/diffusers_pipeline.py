@@ -372,7 +372,11 @@ class MMDiTPipeline(DiffusionPipeline):
                 "callback_on_step_end_tensor_inputs is"
                 f" {list(callback_on_step_end_tensor_inputs)}; only latents can be looked at"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not (
+            isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts)
+        ):
+            raise ValueError(f"prompt is {prompt!r:.200}; must be a text or a list of texts")
         captions = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not captions:
             raise ValueError("there is nothing to draw: give a prompt, and at least one image each")

@@ -1,6 +1,7 @@
 """Checkpoints written while the training goes on, trainings that torchrun starts again, and ranks
 that are named."""
 
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import slow_rank
-from mmdit.training.run_start import STARTS, read_starts, record_start
+from mmdit.training.run_start import STARTS, continues, read_starts, record_start
 from mmdit.training.step_report import Monitor, Reporter
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import Trainer
@@ -101,6 +102,15 @@ def test_a_start_behind_a_torn_line_is_known(tmp_path):
     record_start(tmp_path, World(), 8, "")
     assert [start["step"] for start in read_starts(tmp_path)] == [0, 6, 8]
     assert (tmp_path / STARTS).read_bytes().count(b"\n") == 4
+
+
+@pytest.mark.parametrize("torchrun", [3, "job", ["job"], None, {}])
+def test_a_start_of_another_form_continues_nothing(tmp_path, monkeypatch, torchrun):
+    as_torchrun(monkeypatch, "job", 1)
+    (tmp_path / STARTS).write_text(json.dumps({"step": 0, "torchrun": torchrun}) + "\n")
+    assert not continues(tmp_path)
+    record_start(tmp_path, World(), 0, "")
+    assert continues(tmp_path)
 
 
 def as_torchrun(monkeypatch, job: str, restarts: int) -> None:

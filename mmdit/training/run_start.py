@@ -66,9 +66,10 @@ def continues(run_dir: Path) -> bool:
     it goes on by itself: the last start of this folder was by the same torchrun, or, in a restart,
     under the same rendezvous id."""
     names, starts = torchrun_names(), read_starts(run_dir)
-    if not names or not starts or not starts[-1].get("torchrun"):
+    last = starts[-1].get("torchrun") if starts else None
+    if not names or not isinstance(last, list) or len(last) != 2:
         return False
-    (run_id, process), (last_id, last_process) = names, starts[-1]["torchrun"]
+    (run_id, process), (last_id, last_process) = names, last
     return process == last_process or (restarts() > 0 and run_id == last_id != "none")
 
 

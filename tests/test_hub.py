@@ -270,6 +270,23 @@ def test_a_revision_is_pinned_and_files_here_are_not_replaced_unasked(hub, tmp_p
     refused(capsys, pull.main, ["me/x", "--out", tmp_path / "link"], "is a link")
 
 
+def test_what_stands_in_the_way_is_named_and_nothing_is_fetched(hub, tmp_path, capsys):
+    hub.public("me/x", {"a.txt": b"x", "b.txt/c.json": b"{}"})
+    (tmp_path / "one/a.txt").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/b.txt").write_text("mine")
+    for name, expected in (("one", "a.txt is a folder"), ("two", "b.txt is a file")):
+        before = sorted(tmp_path.rglob("*"))
+        words = ["me/x", "--out", tmp_path / name, "--replace"]
+        refused(capsys, pull.main, words, expected, "remove it")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_whose_card_cannot_be_read_is_fetched(hub, tmp_path):
+    hub.public("me/x", {"README.md": b"---\n: [\n---\n", "a.json": b"{}"})
+    assert pull.main(["me/x", "--out", str(tmp_path / "x")]) == 0
+
+
 def test_a_file_that_is_not_what_the_hub_says_does_not_stay(hub, tmp_path, capsys):
     hub.public("me/x", {"a.safetensors": b"x" * 100, "b.txt": b"fine"})
     for hub.damaged in ("a.safetensors", "b.txt"):

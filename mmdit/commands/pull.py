@@ -3,6 +3,7 @@ reads, each compared with its check sum, and nothing of it executed."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,11 +107,15 @@ class Pull:
         os.replace(part, target)
 
     def _is_there(self, name: str) -> bool:
-        """Return whether a file is here and is what the hub says. ValueError: a link is in the
-        way."""
+        """Return whether a file is here and is what the hub says. ValueError: a link is in the way,
+        a folder where the file belongs, or a file where a folder does."""
         path = self.out
         for part in PurePosixPath(name).parts:
+            if path.is_file():
+                raise ValueError(f"{path} is a file, but {name} belongs there: remove it")
             path = refuse_link(path / part)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, but a file belongs there: remove it")
         return path.is_file() and _is_whole(path, self.files[name])
 
 
@@ -172,8 +177,10 @@ def uses_of(out: Path) -> list[str]:
     """Return commands that use what was fetched into a folder."""
     card, base = out / "README.md", ""
     if card.is_file():
-        stated = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("base_model")
-        base = stated if isinstance(stated, str) else ""
+        with contextlib.suppress(ValueError):  # a card of others, which says nothing then
+            text = card.read_text(encoding="utf-8", errors="replace")
+            stated = front_matter(text).get("base_model")
+            base = stated if isinstance(stated, str) else ""
     lines: list[str] = []
     for path in [out, *sorted(out.glob("*.safetensors"))]:
         what = recognise(path)

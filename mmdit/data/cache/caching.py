@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import Decoded, Meta, decoded
 from mmdit.data.cache.half_latents import HalfLatents
-from mmdit.data.cache.items import dump_json, load_item
+from mmdit.data.cache.items import load_item
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_errors
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
@@ -33,10 +33,9 @@ from mmdit.data.dataset.clips import latent_video, usable_frames
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.inputs import dealt
 from mmdit.data.dataset.jpegs import import_torchvision
-from mmdit.data.dataset.problems import Damaged, Skip, Unusable
+from mmdit.data.dataset.problems import Damaged, Skip, Unusable, list_skipped
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.stamps import compare_stamp
-from mmdit.files import write_atomically
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
@@ -97,7 +96,8 @@ class Caching:
         finally:
             self.saver.close()
             self.writer.close()
-            self._list_skipped()
+            name = f"skipped-{self.rank}.jsonl" if self.world > 1 else "skipped.jsonl"
+            list_skipped(Path(self.out_dir) / name, self.report.skipped)
         if self.world == 1:
             self._describe_cache()
         self.report.seconds = time.monotonic() - begin
@@ -255,15 +255,6 @@ class Caching:
         self.report.strangers = sorted(self.writer.entries.keys() - expected)
         if self.prune:
             self.report.pruned = self.writer.remove(self.report.strangers)
-
-    def _list_skipped(self) -> None:
-        """List what this run skipped; an older list is removed, for its items were tried again."""
-        name = f"skipped-{self.rank}.jsonl" if self.world > 1 else "skipped.jsonl"
-        path = Path(self.out_dir) / name
-        path.unlink(missing_ok=True)
-        if self.report.skipped:
-            lines = [dump_json(skip.to_json()) + "\n" for skip in self.report.skipped]
-            write_atomically(path, "".join(lines))
 
     def _describe_cache(self) -> None:
         """Report the sizes of all items, and which clips are too short for a sample."""

@@ -8,10 +8,14 @@ taken apart again.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmdit.files import write_atomically
 
 
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────
@@ -75,6 +79,16 @@ class Skip:
         if not self.path or self.path in self.reason:
             return ""
         return os.path.abspath(self.path)
+
+
+def list_skipped(path: Path, skipped: Iterable[Skip]) -> None:
+    """Write `skipped.jsonl`, a line for each; an older list is removed, for its records were tried
+    again."""
+    path.unlink(missing_ok=True)
+    rows = [skip.to_json() for skip in skipped]
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows]
+    if lines:
+        write_atomically(path, "".join(lines))
 
 
 def by_problem(skips: Iterable[Skip]) -> dict[str, list[Skip]]:

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmdit.config import ConfigError, differences, least
-from mmdit.data.dataset.problems import Skip, Unusable, by_problem
+from mmdit.data.dataset.problems import Skip, Unusable, by_problem, list_skipped
 from mmdit.data.dataset.records import (
     BLANK,
     PATH_KEYS,
@@ -181,7 +181,7 @@ class CaptionPreparation:
                 with self.noting:
                     self.notes = None  # for threads that nobody waits for
                 self._write()
-                self._list_skipped()
+                list_skipped(self.out_dir / "skipped.jsonl", self.report.skipped)
         done = self.report.kept + len(self.captions) + len(self.report.skipped)
         self.report.waiting = len(self.records) - done
         self.report.made = len(self.captions) - self.report.already
@@ -310,15 +310,6 @@ class CaptionPreparation:
         if os.path.isabs(path):
             return path
         return Path(os.path.relpath(self.meta_jsonl.parent / path, self.out_dir)).as_posix()
-
-    def _list_skipped(self) -> None:
-        """List what this run skipped, with reasons; an older list is removed."""
-        path = self.out_dir / "skipped.jsonl"
-        path.unlink(missing_ok=True)
-        if self.report.skipped:
-            rows = [skip.to_json() for skip in self.report.skipped]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_atomically(path, "".join(lines))
 
 
 def _rows(path: Path) -> list[dict]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmdit.config import differences
-from mmdit.data.dataset.problems import Skip, Unusable, by_problem
+from mmdit.data.dataset.problems import Skip, Unusable, by_problem, list_skipped
 from mmdit.data.dataset.records import Record, check_id
 from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.preparing.film_signals import FilmSignals
@@ -113,7 +113,7 @@ class ClipPreparation:
         if not self.rows and not self.report.interrupted:
             examples = [f"  {skip.path}: {skip.reason}" for skip in self.report.skipped[:5]]
             raise ValueError("\n".join(["none of the films could be used:", *examples]))
-        self._list_skipped()
+        list_skipped(self.out_dir / "skipped.jsonl", self.report.skipped)
         return self.report
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────
@@ -219,15 +219,6 @@ class ClipPreparation:
         rows = [row for record in self.records for row in self.rows.get(record.id, [])]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_atomically(self.out_dir / self.name, "".join(lines))
-
-    def _list_skipped(self) -> None:
-        """List what this run skipped, with reasons; an older list is removed."""
-        path = self.out_dir / "skipped.jsonl"
-        path.unlink(missing_ok=True)
-        if self.report.skipped:
-            rows = [skip.to_json() for skip in self.report.skipped]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_atomically(path, "".join(lines))
 
     def _compare_settings(self) -> None:
         """Note which settings differ from those of the last run, and store these."""

@@ -171,6 +171,13 @@ def test_every_command_is_offered_or_left_out_for_a_reason():
     assert set(ui.REPORTS) | set(ui.DISTRIBUTED) <= ui.offers().keys()
 
 
+def test_no_visitor_chooses_where_the_secrets_of_the_environment_go():
+    """A command that is told a server sends it the key that the environment of `mmdit ui` holds."""
+    for name, offer in ui.offers().items():
+        options = {action.dest for action in offer.parser()._actions}
+        assert not options & {"server", "endpoint", "url", "host"}, name
+
+
 @pytest.mark.parametrize("name", ui.offers())
 def test_every_argument_reaches_the_command_line(name, tmp_path):
     """Each field alone, filled in, and what argparse makes of the words."""

@@ -34,6 +34,7 @@ NOT_OFFERED = {
     "prepare-edges2shoes-t2i": "needs a clone of the repository",
     "push": "sends files to another machine in its user's name",
     "pull": "brings files of another machine",
+    "prepare-captions": "sends pictures, and the key in the environment, to the server it is told",
 }
 
 

@@ -13,7 +13,7 @@ from mmdit.shipped import shipped_path
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written to `out`: `form` is `mmdit` for our own file, a format of LoRA, or a layout.
+    """Says what was written to `out`. `form`: `mmdit` for our own file, a format of LoRA, a layout.
     `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
     release; `raw`: the last weights, not their average; `command`: what was typed."""
 

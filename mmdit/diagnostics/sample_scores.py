@@ -19,7 +19,7 @@ from mmdit.training.media import read_facts, save_image
 
 
 class SampleScores:
-    """What is measured on samples as they come: by an encoder, by CLIP, by both or by none."""
+    """Measures samples as they come: by an encoder, by CLIP, by both or by none."""
 
     def __init__(
         self,

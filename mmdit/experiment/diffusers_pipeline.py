@@ -157,8 +157,8 @@ class VTPAutoencoder(ModelMixin, ConfigMixin):
 
 
 class MMDiTScheduler(SchedulerMixin, ConfigMixin):
-    """What decides a sample besides the networks: the objective that they were trained with, the
-    solver and the guidance. Other settings: `pipe.scheduler = MMDiTScheduler.from_config(
+    """Holds what decides a sample besides the networks: the objective that they were trained
+    with, the solver and the guidance. Other settings: `pipe.scheduler = MMDiTScheduler.from_config(
     pipe.scheduler.config, solver="euler")`."""
 
     @register_to_config

@@ -59,7 +59,7 @@ class TrackConfig(Section):
 
 
 class Sink(Protocol):
-    """What a library is given. `has`: the last step of this run that the library has stored; None
+    """Takes what goes to a library. `has`: the last step of this run that the library has stored; None
     where it does not say."""
 
     has: int | None

@@ -32,8 +32,8 @@ ANIMATIONS = {".gif", ".webp", ".png"}
 
 @dataclass(frozen=True)
 class Shape:
-    """What every item is made to be: `size` (width, height), cut from the middle, or None for each
-    its own; `frames` of it, `stride` apart, from the middle; `fps` of video files, None as
+    """Says what every item is made to be: `size` (width, height), cut from the middle, or None for
+    each its own; `frames` of it, `stride` apart, from the middle; `fps` of video files, None as
     stored."""
 
     size: Size | None = None

@@ -95,7 +95,7 @@ class TarMember(Member):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable(Member):
-    """What stands in an archive for a picture, and is none that is read. `error` says why."""
+    """Stands for a picture of an archive that is not read. `error` says why."""
 
     error: Exception
 
@@ -117,7 +117,7 @@ class Loaded(Member):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What an archive says of one picture or clip. `key`: its name there."""
+    """Holds what an archive says of one picture or clip. `key`: its name there."""
 
     key: str
     member: Member

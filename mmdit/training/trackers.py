@@ -59,8 +59,8 @@ class TrackConfig(Section):
 
 
 class Sink(Protocol):
-    """Takes what goes to a library. `has`: the last step of this run that the library has stored; None
-    where it does not say."""
+    """Takes what goes to a library. `has`: the last step of this run that the library has stored;
+    None where it does not say."""
 
     has: int | None
 

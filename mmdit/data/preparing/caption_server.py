@@ -44,7 +44,7 @@ class ServerRefused(ValueError):
 
 
 class _TryAgain(Exception):
-    """Raised where a failure may be over in a moment; `wait` is how long the server asks to wait."""
+    """Raised for what may be over in a moment; `wait` is how long the server asks to wait."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)

@@ -58,7 +58,7 @@ def test_a_recipe_names_configs_stages_and_words_that_exist(name):
             before = next(other for other in recipe.stages if other.name == stage.init_from)
             start = load_experiment_config(ROOT / before.config, before.overrides)
             assert str(start.run_dir) == config.train.init_from
-        assert recipe.cached_by(stage).cache.split()[0] in commands()
+        assert all(maker.cache.split()[0] in commands() for maker in recipe.cached_by(stage))
 
 
 def recipe_of(*stages: dict) -> Recipe:
@@ -74,6 +74,10 @@ def recipe_of(*stages: dict) -> Recipe:
         ([{"name": "../a", "checkpoint": "x"}], "no name of a file"),
         ([{"name": "a", "checkpoint": "x"}] * 2, "twice"),
         ([{"name": "a", "config": "x", "cache_of": "b"}], "must be an earlier stage that trains"),
+        (
+            [{"name": "a", "config": "x", "cache": "cache-moving-shapes", "beside": ["a"]}],
+            r"stages\[0\].beside: is 'a', must be an earlier stage",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused(stages, message):
@@ -110,9 +114,11 @@ def chain(tmp_path_factory):
     score = {"name": "s", "evaluate": "--count 2 --steps 1"}
     first = {"name": "a", "config": str(config), "cache": "cache-moving-shapes --count 8"}
     second = {"name": "b", "config": str(config), "cache_of": "a", "init_from": "a"}
+    third = {"name": "c", "config": str(config), "cache": "cache-moving-shapes --count 4"}
     recipe = recipe_of(
         first | {"scores": [score], "overrides": ["train.batch_size=2"]},
         second | {"scores": [score]},
+        third | {"beside": ["b"]},
     )
     out, stopped = folder / "out", Commands({"b": 2})
     with pytest.raises(RunError, match="b stopped at step 2 of 3"):
@@ -125,8 +131,9 @@ def chain(tmp_path_factory):
 def test_stages_that_are_done_are_not_run_again_and_a_stopped_training_goes_on(chain):
     recipe, out, stopped, resumed, records = chain
     assert stopped.names == ["cache-moving-shapes", "train", "evaluate", "train"]
-    assert resumed.names == ["train", "evaluate", "train", "evaluate", "train", "evaluate"]
-    assert "--resume" in resumed.calls[0] and "--resume" not in resumed.calls[2]
+    scored = ["train", "evaluate"]
+    assert resumed.names == [*scored, "cache-moving-shapes", "train", *scored, *scored, "train"]
+    assert "--resume" in resumed.calls[0] and "--resume" not in resumed.calls[4]
     assert records[0]["stages"]["b"]["attempts"] == 2
     nothing = Commands()
     assert Chain(recipe, 0, out, "cpu", nothing).run() == records[0] and not nothing.calls
@@ -134,11 +141,22 @@ def test_stages_that_are_done_are_not_run_again_and_a_stopped_training_goes_on(c
 
 def test_a_stage_starts_from_the_weights_of_the_one_before_and_of_the_same_seed(chain, capsys):
     _, out, _, resumed, records = chain
-    words = resumed.calls[4]
+    words = resumed.calls[6]
     assert f"train.init_from={out}/seed_1/a" in words and "seed=1" in words
     assert records[0]["stages"]["a"]["training"] != records[1]["stages"]["a"]["training"]
     assert "caching" in records[1]["stages"]["a"]["seconds"], "whichever seed made the cache"
     assert "caching" not in records[1]["stages"]["b"]["seconds"]
+
+
+def test_a_stage_trains_from_the_caches_beside_its_own_as_well(chain):
+    recipe, out, _, resumed, records = chain
+    words = resumed.calls[-1]
+    caches = [words[i + 1] for i, word in enumerate(words) if word == "--train_cache_dir"]
+    assert caches == [f"{out}/cache/c", f"{out}/cache/a"]
+    commands = finished_results("tiny", recipe, records)["stages"]["c"]["commands"]
+    assert "--train_cache_dir data/cache/c --train_cache_dir data/cache/a" in commands[1]
+    alone = recipe_of(*(encode(stage) | {"beside": []} for stage in recipe.stages))
+    assert stage_hash(alone, alone.stages[2]) != stage_hash(recipe, recipe.stages[2])
 
 
 def test_results_hold_what_is_needed_to_believe_them(chain):

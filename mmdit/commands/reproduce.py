@@ -205,10 +205,13 @@ class Chain:
         return stage.checkpoint or str(self.folder / stage.name)
 
     def _cache(self, stage: Stage, place: str) -> dict:
-        """Make the cache unless it is there; return its seconds, which count for the stage that
-        makes it, whichever seed did."""
-        maker = self.recipe.cached_by(stage)
-        folder = self.out / "cache" / maker.name
+        """Make the caches unless they are there; return the seconds of the stage's own, which
+        count for it, whichever seed made it."""
+        seconds = [self._cache_by(maker, place) for maker in self.recipe.cached_by(stage)]
+        return {"caching": seconds[0]} if stage.cache else {}
+
+    def _cache_by(self, maker: Stage, place: str) -> float:
+        folder = self._cache_folder(maker)
         facts_path = folder.with_name(f"{maker.name}.json")
         made_by = short_hash(cache_identity(maker))
         with held(folder.with_name(f"{maker.name}.lock"), wait=True):
@@ -225,10 +228,12 @@ class Chain:
                 seconds = self._timed(words, f"{place} caching")
                 facts = {"made_by": made_by, "seconds": seconds}
                 write_atomically(facts_path, json.dumps(facts, indent=1))
-        return {"caching": facts["seconds"]} if stage.cache else {}
+        return facts["seconds"]
+
+    def _cache_folder(self, maker: Stage) -> Path:
+        return self.out / "cache" / maker.name
 
     def _train(self, stage: Stage, row: dict, place: str) -> None:
-        cache = self.out / "cache" / self.recipe.cached_by(stage).name
         overrides = [*stage.overrides, f"experiment_name={stage.name}", f"seed={self.seed}"]
         overrides += [f"output_dir={self.folder}"]
         if stage.init_from:
@@ -240,7 +245,9 @@ class Chain:
                 " that makes it, as init_from of this stage"
             )
         newest = checkpoint.latest(config.run_dir)
-        words = ["train", "--config", stage.config, "--train_cache_dir", str(cache)]
+        words = ["train", "--config", stage.config]
+        for maker in self.recipe.cached_by(stage):
+            words += ["--train_cache_dir", str(self._cache_folder(maker))]
         words += ["--device", self.device, *(["--resume"] if newest else []), *overrides]
         row["attempts"] += 1
         self._write()

@@ -10,7 +10,8 @@
           - {name: pictures 128 px, evaluate: --count 256, at_least: {seen: 0.95}}
 
 A stage makes its cache, trains from it and is scored. A later one may take the cache (`cache_of`)
-and the weights (`init_from`) of an earlier one. A stage with `checkpoint` is only scored.
+and the weights (`init_from`) of an earlier one, or train from its cache as well (`beside`). A stage
+with `checkpoint` is only scored.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Stage:
     cache: str = ""
     # The earlier stage whose cache this one trains from.
     cache_of: str = ""
+    # Earlier stages whose caches it trains from as well, every item equally often.
+    beside: tuple[str, ...] = ()
     # The earlier stage whose weights this one starts from; without, the config says it.
     init_from: str = ""
     overrides: tuple[str, ...] = ()
@@ -82,7 +85,8 @@ class Stage:
             raise ConfigError("cache", "is needed, or cache_of with an earlier stage")
         if self.cache and not self.cache.startswith("cache-"):
             raise ConfigError("cache", f"is {self.cache!r}, must begin with a caching command")
-        if self.checkpoint and (self.cache or self.cache_of or self.init_from or self.overrides):
+        trains = self.cache or self.cache_of or self.beside or self.init_from or self.overrides
+        if self.checkpoint and trains:
             raise ConfigError("checkpoint", "is only scored: remove cache, init_from, overrides")
 
 
@@ -103,8 +107,8 @@ class Recipe:
         trained: list[str] = []
         for i, stage in enumerate(self.stages):
             check_names(f"stages[{i}].scores", (score.name for score in stage.scores))
-            for key in ("cache_of", "init_from"):
-                name = getattr(stage, key)
+            named = [("cache_of", stage.cache_of), ("init_from", stage.init_from)]
+            for key, name in named + [("beside", name) for name in stage.beside]:
                 if name and name not in trained:
                     raise ConfigError(
                         f"stages[{i}].{key}",
@@ -113,10 +117,18 @@ class Recipe:
             if stage.config:
                 trained.append(stage.name)
 
-    def cached_by(self, stage: Stage) -> Stage:
-        """Return the stage that makes the cache of `stage`."""
+    def stage(self, name: str) -> Stage:
+        """Return a stage by its name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def cached_by(self, stage: Stage) -> list[Stage]:
+        """Return the stages that make the caches of `stage`: its own, then those beside it."""
+        makers = [stage, *map(self.stage, stage.beside)]
+        return [self._cached_by(maker) for maker in makers]
+
+    def _cached_by(self, stage: Stage) -> Stage:
         while stage.cache_of:
-            stage = next(other for other in self.stages if other.name == stage.cache_of)
+            stage = self.stage(stage.cache_of)
         return stage
 
 
@@ -164,10 +176,10 @@ def config_hash(stage: Stage) -> str:
 def stage_hash(recipe: Recipe, stage: Stage) -> str:
     """Return a hash of all that a stage is made by: its config, its cache, its scores, and the
     stages before it. What a score must reach does not count."""
-    names = [stage.cache_of, stage.init_from]
+    names = [stage.cache_of, stage.init_from, *stage.beside]
     before = [stage_hash(recipe, other) for other in recipe.stages if other.name in names]
     scores = [[score.name, score.evaluate] for score in stage.scores]
-    cached = [] if stage.checkpoint else cache_identity(recipe.cached_by(stage))
+    cached = [] if stage.checkpoint else list(map(cache_identity, recipe.cached_by(stage)))
     return short_hash([config_hash(stage), cached, scores, before])
 
 
@@ -184,15 +196,15 @@ def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
     """Return the commands of a stage as a person types them, with runs in `runs/`."""
     lines, checkpoint = [], stage.checkpoint
     if stage.config:
-        cached, checkpoint = recipe.cached_by(stage), f"runs/{stage.name}"
-        cache = f"data/cache/{cached.name}"
+        caches = [f"data/cache/{maker.name}" for maker in recipe.cached_by(stage)]
+        checkpoint = f"runs/{stage.name}"
         if stage.cache:
-            lines.append(f"mmdit {stage.cache} --config {stage.config} --out_dir {cache}")
+            lines.append(f"mmdit {stage.cache} --config {stage.config} --out_dir {caches[0]}")
         words = [*stage.overrides, f"experiment_name={stage.name}"]
         if stage.init_from:
             words.append(f"train.init_from=runs/{stage.init_from}")
-        train = f"mmdit train --config {stage.config} --train_cache_dir {cache}"
-        lines.append(f"{train} {shlex.join(words)}")
+        data = " ".join(f"--train_cache_dir {cache}" for cache in caches)
+        lines.append(f"mmdit train --config {stage.config} {data} {shlex.join(words)}")
     for score in stage.scores:
         lines.append(f"mmdit evaluate --checkpoint {checkpoint} {score.evaluate}".strip())
     return lines

@@ -32,7 +32,7 @@ from mmdit.training.graphs.common import (
 
 # Operations of a block's forward and backward pass. More take an H200 about as long as they take
 # the CPU to launch, or longer.
-SMALL = 1e12
+SMALL = 2e12
 SIGNATURES = 8  # calls with graphs, at most: buckets, pictures or clips, text lengths
 ROOM = 0.05  # share of the GPU's memory for the gradients that the graphs of each signature keep
 

@@ -16,7 +16,7 @@ from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
 from mmdit.training.graphs import training_graphs as replays
-from mmdit.training.graphs.training_graphs import Recorded, Replays, suits
+from mmdit.training.graphs.training_graphs import Recorded, Replays, repeats, suits
 from tests.helpers.tapes import pretended_graphs
 from tests.helpers.tiny import Workshop
 from tests.test_trainer import assert_same, run_ranks
@@ -269,6 +269,32 @@ def test_what_cannot_be_replayed_runs_as_it_is_and_that_is_said_once(tapes, kind
             gradients(model, call, [batch(2)])
     assert [reason in str(line.message) for line in heard] == [True] and not call.able
     assert len(FREED) == (kind == "waits"), "graphs that were made give back their own memory"
+
+
+@pytest.mark.parametrize("size, able", [(1e-6, True), (0.3, False)])
+def test_a_network_that_does_not_repeat_itself_is_replayed_if_it_is_as_near_as_that(
+    tapes, size, able
+):
+    """Kernels that add in any order differ by rounding at every call; graphs may do no more."""
+    model = network()
+    embed = model.time.forward
+    model.time.forward = lambda t: embed(t) * (1 + size * torch.rand(()))
+    call = Replays(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not able else "error")
+        for _ in range(3):
+            gradients(model, call, [batch(2)])
+    assert tapes and call.able == able
+
+
+def test_a_replay_that_is_farther_than_two_calls_are_is_found():
+    value = torch.linspace(-1, 1, 100)
+    near, far = value * (1 + 1e-6), value * (1 + 1e-5)
+    assert repeats([value, None], [value, None], [value.clone(), None])
+    assert repeats([value], [near], [value * (1 - 2e-6)]) and not repeats([value], [near], [far])
+    assert not repeats([value], [value], [near]) and not repeats([value], [near], [None])
+    assert not repeats([0 * value], [0 * value], [near])
+    assert not repeats([value], [value * 1.1], [value * 1.1])
 
 
 def test_only_networks_whose_steps_depend_on_inputs_and_weights_alone_are_replayed():

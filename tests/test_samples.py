@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from mmdit.pixels import to_shown
 from mmdit.scripts import evaluate, sample
@@ -163,6 +165,17 @@ def test_no_more_than_one_batch_is_in_memory(draw, monkeypatch):
     monkeypatch.setattr(Pipeline, "__call__", watched)
     draw("out", prompts=[f"{i}" for i in range(12)])
     assert sizes == [2] * 6 and most[0] <= 2  # the batch that is written, and the next
+
+
+def test_the_steps_of_a_batch_that_takes_long_are_shown(draw, capsys, monkeypatch):
+    draw("quick", "--steps", "3")
+    assert "step" not in capsys.readouterr().err
+    monkeypatch.setattr("mmdit.commands.sample.PATIENCE", 0)
+    monkeypatch.setattr("mmdit.commands.sample.tqdm", partial(tqdm, mininterval=0))
+    draw("slow", "--steps", "3")
+    shown = capsys.readouterr().err
+    assert all(f"a batch: {share}" in shown for share in ("  0%", " 33%", " 67%", "100%"))
+    assert len(draw.calls) == len(PROMPTS), "what is drawn is the same"
 
 
 def test_where_samples_go_is_looked_at_before_anything_is_loaded(shop, capsys, tmp_path):

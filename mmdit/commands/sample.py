@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 import mmdit
 from mmdit.adapters import merge
 from mmdit.data.dataset.frames import PreprocessConfig, crop_box, load_first_frame, load_image
+from mmdit.diffusion.samplers import Callback
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
@@ -29,6 +31,8 @@ from mmdit.training.samples import SampleFolder, check_writable, weights_digest
 
 # noise levels at which refining is given the small samples, where --strength is left out
 REDRAWN, TOLD = 0.5, 0.1
+# seconds that a batch takes before its sampling steps are shown, too
+PATIENCE = 5
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -68,6 +72,19 @@ def command_line(words: list[str], request: Request | None = None, first: int = 
         flags["prompts"] = request.prompt
         kept += [f"--{name}={value}" for name, value in flags.items()]
     return shlex.join(with_tilde(["mmdit", "sample", *kept]))
+
+
+@contextmanager
+def shown_steps(settings: SampleSettings) -> Iterator[Callback]:
+    """Give a callback that shows the sampling steps of a batch as they are done, where it takes
+    long: a clip of many frames is minutes of a CPU."""
+    steps = settings.sampler.steps
+    with tqdm(total=steps, desc="a batch", unit="step", leave=False, delay=PATIENCE) as bar:
+
+        def callback(done: int, t: float, x: Tensor, clean: Tensor) -> None:
+            bar.update(done - bar.n)
+
+        yield callback
 
 
 def without(words: list[str], options: Mapping[str, int | None]) -> list[str]:
@@ -265,15 +282,18 @@ class Drawing:
         facts = [self.facts(*pair, folder.story) for pair in zip(numbers, requests, strict=True)]
         prompts = [request.prompt for request in requests]
         seeds = [request.seed for request in requests]
-        pixels = self.pipeline(
-            prompts,
-            *requests[0].size(self.size),
-            requests[0].settings(self.settings),
-            numbers,
-            len(numbers),
-            image=self.image,
-            seeds=seeds,
-        )
+        settings = requests[0].settings(self.settings)
+        with shown_steps(settings) as callback:
+            pixels = self.pipeline(
+                prompts,
+                *requests[0].size(self.size),
+                settings,
+                numbers,
+                len(numbers),
+                image=self.image,
+                seeds=seeds,
+                callback=callback,
+            )
         if self.refiner is None:
             folder.add(numbers, pixels, facts)
             yield len(numbers)
@@ -288,10 +308,9 @@ class Drawing:
         assert self.refiner is not None and self.redrawn is not None, "refine_with was called"
         assert self.strength is not None
         width, height, _ = self.written_size
-        seeds = [request.seed]
-        return self.refiner.refine(
-            clip, [request.prompt], width, height, self.strength, self.redrawn, number, seeds
-        )
+        how = (width, height, self.strength, self.redrawn, number, [request.seed])
+        with shown_steps(self.redrawn) as callback:
+            return self.refiner.refine(clip, [request.prompt], *how, callback)
 
     def converse(self, folder: SampleFolder, lines: Iterable[str]) -> None:
         """Draw a sample for each of `lines`, a prompt or a JSON object. The seed of a line without

@@ -381,17 +381,18 @@ class Pipeline:
         settings: SampleSettings = SampleSettings(),
         first: int = 0,
         seeds: Sequence[int | None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height` and noised to
         `strength`, one clip at a time. A model with a condition is given that and draws from noise;
         another denoises it (SDEdit). What the small clip says stays; detail below that noise level
-        is drawn anew.
+        is drawn anew. `callback`: see `latents`.
         """
         parts = []
         given = "small" if self.model.conditioning == "low_resolution" else "guess"
         for i, (clip, caption) in enumerate(zip(pixels, captions)):
             enlarged = enlarged_latents(self.tokenizer, clip[None].to(self.device), width, height)
-            how: dict[str, Any] = {given: (enlarged, strength)}
+            how: dict[str, Any] = {given: (enlarged, strength), "callback": callback}
             if seeds:
                 how["seeds"] = [seeds[i]]
             latents = self.latents([caption], width, height, len(clip), settings, first + i, **how)

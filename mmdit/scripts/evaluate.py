@@ -3,6 +3,7 @@ clips, and the CLIP score.
 
     mmdit evaluate --checkpoint runs/shapes [--count 256] [--out report.json]
     mmdit evaluate --checkpoint runs/shapes_many --variant many [--count 128] [--sheet sheet.png]
+    mmdit evaluate --checkpoint runs/shapes --at_steps 400 800 1200 --out report.json
     mmdit evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
         --features pt_inception-2015-12-05-6726825d.pth --real data/train.jsonl
 
@@ -11,27 +12,52 @@ by arithmetic: each attribute on seen and held-out prompts, with the tokenizer's
 shuffled-caption control beside it. --variant many asks for one to four objects in GenEval's six
 tasks: each has its score, and what the oracle accepts of true pictures that miss one thing. With
 --features the samples are compared with real items in the features of a local encoder, with
---clip_score with their prompts (see docs/metrics.md).
+--clip_score with their prompts (see docs/metrics.md). --at_steps scores the checkpoints of several
+steps of a run, one after another: how fast it learnt.
 """
 
-import time
-from dataclasses import asdict
+import argparse
 from pathlib import Path
 
+from mmdit.commands.evaluate import Shown, evaluate
 from mmdit.data.dataset.media_sets import Shape
-from mmdit.diagnostics.feature_distance import FEWEST
-from mmdit.diagnostics.results_file import machine, peak_memory, write_report
-from mmdit.diagnostics.sample_scores import build_scores, sample_in_turn
-from mmdit.diagnostics.task_accuracy import SCORES, score_variant
+from mmdit.diagnostics.results_file import write_report
+from mmdit.diagnostics.sample_scores import build_scores
+from mmdit.diagnostics.task_accuracy import SCORES
 from mmdit.experiment.load import load_pipeline
-from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
+from mmdit.scripts.parsers import at_least
+from mmdit.training.checkpoint import at_steps
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import save_sheet
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_files
+
+
+def score(path: str | Path, args: argparse.Namespace) -> tuple[dict, Shown]:
+    """Return the report of a checkpoint, and samples to show."""
+    pipeline, config = load_pipeline(
+        path,
+        args.device,
+        use_ema=not args.raw_weights,
+        overrides=args.overrides,
+        offload=args.offload,
+    )
+    if pair := describe_pair(pipeline, config):
+        print(pair)
+    settings = sample_settings(args, config)
+    width, height, frames, _ = sample_size(args, config)
+    pipeline.check(width, height, frames, settings)
+    offload_pipeline(pipeline, args.offload)
+    shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
+    scores = build_scores(
+        shape, pipeline.device, **metric_values(args), tokenizer=pipeline.tokenizer
+    )
+    asked = {name: getattr(args, name) for name in ("variant", "prompts", "count", "batch_size")}
+    report, drawn = evaluate(pipeline, shape, settings, scores, **asked)
+    return report | {"checkpoint": str(path), "raw_weights": args.raw_weights}, drawn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +81,14 @@ def main(argv: list[str] | None = None) -> int:
             " or --clip_score"
         ),
     )
+    parser.add_argument(
+        "--at_steps",
+        type=at_least(1),
+        nargs="+",
+        metavar="STEP",
+        help="score these checkpoints of a run, not the newest; the report is of the last of them,"
+        " and has the steps and scores of all as at_steps",
+    )
     parser.add_argument("--out", help="write the report as JSON")
     parser.add_argument(
         "--sheet",
@@ -69,64 +103,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.prompts and args.variant != "one":
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
         check_files(out=args.out, sheet=args.sheet, copies=args.copies)
-        pipeline, config = load_pipeline(
-            args.checkpoint,
-            args.device,
-            use_ema=not args.raw_weights,
-            overrides=args.overrides,
-            offload=args.offload,
-        )
-        if pair := describe_pair(pipeline, config):
-            print(pair)
-        settings = sample_settings(args, config)
-        width, height, frames, _ = sample_size(args, config)
-        pipeline.check(width, height, frames, settings)
-        offload_pipeline(pipeline, args.offload)
-        drawn = []
-        shown, most = (32, 32) if args.variant == "one" else (2, 48)  # of a call, and of all
-        shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
-        scores = build_scores(
-            shape, pipeline.device, **metric_values(args), tokenizer=pipeline.tokenizer
-        )
-
-        def sample(captions: list[str], first: int):
-            pixels = pipeline(captions, width, height, frames, settings, first, args.batch_size)
-            drawn.extend(list(zip(pixels, captions))[: min(shown, most - len(drawn))])
-            scores.add(pixels, captions)
-            return pixels
-
-        start = time.perf_counter()
-        if args.prompts:
-            report, prompts = {}, read_prompt_list(args.prompts)
-            count = FEWEST if args.count is None else args.count
-            sample_in_turn(sample, prompts, count, args.batch_size)
-        else:
-            report, table = score_variant(
-                args.variant,
-                sample,
-                pipeline.tokenizer,
-                args.count,
-                width=width,
-                height=height,
-                frames=frames,
-                device=pipeline.device,
-            )
-            print(table)
-        scores.finish(report)
-        report |= {
-            "settings": asdict(settings),
-            "checkpoint": str(args.checkpoint),
-            "step": pipeline.step,
-            "raw_weights": args.raw_weights,
-            "parameters": sum(weight.numel() for weight in pipeline.learner.parameters()),
-            "machine": machine(pipeline.device),
-            "memory_gb": peak_memory(pipeline.device),
-            "seconds": time.perf_counter() - start,
-        }
+        paths = at_steps(args.checkpoint, args.at_steps) if args.at_steps else [args.checkpoint]
+        scored = [score(path, args) for path in paths]
+        report, drawn = scored[-1]
+        if args.at_steps:
+            report["at_steps"] = [dict(other) for other, _ in scored]
         if args.out:
             write_report(args.out, report)
         if args.sheet:
-            save_sheet(drawn, 8 if frames == 1 else 2, Path(args.sheet))
+            save_sheet(drawn, 8 if len(drawn[0][0]) == 1 else 2, Path(args.sheet))
     return 0
 
 

@@ -321,6 +321,18 @@ def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
     return None
 
 
+def at_steps(run_dir: str | Path, steps: list[int]) -> list[Path]:
+    """Return the checkpoints of these steps of a run. ValueError: one of them is not kept."""
+    kept = {step_of(folder): folder for folder in complete(Path(run_dir))}
+    missing = [step for step in steps if step not in kept]
+    if missing:
+        raise ValueError(
+            f"{run_dir} keeps no checkpoint of the steps {missing}, but of {list(kept)}; a training"
+            " keeps those of every train.keep_every_steps-th step"
+        )
+    return [kept[step] for step in steps]
+
+
 @dataclass
 class Weights:
     """Weights for sampling or for starting another run."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ from mmdit.commands.reproduce import Chain, code_hash, finished_results, held
 from mmdit.config import ConfigError, decode, encode
 from mmdit.data.moving_shapes import wilson
 from mmdit.diagnostics.recipe import Recipe, read_recipe, recipe_names, stage_hash
-from mmdit.diagnostics.results_file import comparison, pooled, training_facts
+from mmdit.diagnostics.results_file import (
+    comparison,
+    curve,
+    first_reaching,
+    pooled,
+    training_facts,
+)
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import evaluate, reproduce
 from mmdit.training.errors import RunError
@@ -115,8 +122,10 @@ def chain(tmp_path_factory):
     first = {"name": "a", "config": str(config), "cache": "cache-moving-shapes --count 8"}
     second = {"name": "b", "config": str(config), "cache_of": "a", "init_from": "a"}
     third = {"name": "c", "config": str(config), "cache": "cache-moving-shapes --count 4"}
+    kept = ["train.save_every_steps=1", "train.keep_every_steps=1"]
+    steps = score | {"evaluate": "--count 2 --steps 1 --at_steps 1 3"}
     recipe = recipe_of(
-        first | {"scores": [score], "overrides": ["train.batch_size=2"]},
+        first | {"scores": [steps], "overrides": ["train.batch_size=2", *kept]},
         second | {"scores": [score]},
         third | {"beside": ["b"]},
     )
@@ -171,6 +180,70 @@ def test_results_hold_what_is_needed_to_believe_them(chain):
     assert json.loads(json.dumps(made)) == made
 
 
+def test_a_score_at_several_steps_is_a_curve_with_the_time_to_an_accuracy(chain, monkeypatch):
+    recipe, _, _, _, records = chain
+    rows = [record["stages"]["a"] for record in records]
+    made = finished_results("tiny", recipe, records)["stages"]["a"]["curves"]["s"]
+    assert [point["step"] for point in made["points"]] == [1, 3]
+    assert [point["held_out"]["count"] for point in made["points"]] == [4, 4]
+    assert rows[0]["curves"]["s"][1]["rates"] == rows[0]["scores"]["s"], "the last is the score"
+    assert made["step_seconds"] == [row["training"]["step_seconds"] for row in rows]
+    assert made["seconds_to"] == [None, None]
+    before, last = (point["rates"]["held_out"] for point in rows[1]["curves"]["s"])
+    monkeypatch.setitem(before, "value", 0.91)
+    monkeypatch.setitem(last, "value", 0.99)
+    monkeypatch.setitem(rows[1]["training"], "step_seconds", 10.0)
+    assert curve(rows, "s")["seconds_to"] == [None, 20.0], "half way from step 1 to step 3"
+
+
+def test_a_step_that_is_not_kept_is_refused(chain, capsys):
+    _, out, _, _, _ = chain
+    words = ["--checkpoint", out / "seed_0" / "b", "--at_steps", 1, "--device", "cpu"]
+    refused(capsys, evaluate.main, words, "no checkpoint of the steps [1], but of [2, 3]")
+
+
+def test_a_level_is_reached_on_the_line_between_two_points():
+    points = [(100, 0.5), (200, 0.9), (300, 0.8)]
+    assert [first_reaching(points, level) for level in (0.4, 0.7, 0.9)] == [100, 150, 200]
+    assert first_reaching(points, 0.95) is None
+
+
+def test_commands_that_share_a_folder_take_the_stages_that_no_other_works_on(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.format(folder=tmp_path))
+    stage = {"config": str(tmp_path / "tiny.yaml")}
+    first = stage | {"name": "a", "cache": "cache-moving-shapes --count 8"}
+    recipe = recipe_of(first, stage | {"name": "b", "cache_of": "a"})
+    here, other = (Chain(recipe, 0, tmp_path, "cpu", Commands(), share=True) for _ in range(2))
+    with held(tmp_path / "seed_0" / "a.lock", wait=False):
+        assert here.run()["stages"].keys() == {"b"}, "with the cache that it made itself"
+    assert "a] is left to the process that works on it" in capsys.readouterr().out
+    assert other.run()["stages"].keys() == {"a", "b"}
+    assert (here.execute.names, other.execute.names) == (
+        ["cache-moving-shapes", "train"],
+        ["train"],
+    )
+
+
+def test_a_record_keeps_what_others_have_added_meanwhile(tmp_path):
+    rows = [{"name": name, "checkpoint": "x"} for name in "ab"]
+    chains = [Chain(recipe_of(*rows), 0, tmp_path) for _ in rows]
+    for chain, row in zip(chains, rows, strict=True):
+        chain.record["stages"][row["name"]] = {"seconds": {}}
+        chain._write(chain.recipe.stage(row["name"]))
+    assert json.loads((tmp_path / "seed_0.json").read_text())["stages"].keys() == {"a", "b"}
+
+
+def test_a_recipe_may_be_made_by_a_program_that_knows_more(chain):
+    recipe, _, _, _, records = chain
+    other = replace(recipe, module="tests.other")
+    made = finished_results("tiny", other, records)
+    assert made["command"] == "python -m tests.other reproduce tiny"
+    lines = made["stages"]["b"]["commands"]
+    assert all(line.startswith("python -m tests.other ") for line in lines)
+    with pytest.raises(RunError, match="`tests.other evaluate` ended with status 1"):
+        Chain(other, 0, Path("x")).execute(["evaluate"])
+
+
 def test_another_recipe_does_not_continue_what_was_begun_and_other_code_is_named(chain):
     recipe, out, _, _, _ = chain
     changed = decode(Recipe, json.loads(json.dumps(encode(recipe)).replace("size=2", "size=1")))
@@ -180,8 +253,8 @@ def test_another_recipe_does_not_continue_what_was_begun_and_other_code_is_named
     record = json.loads(before)
     del record["stages"]["b"]["scores"]["s"]
     record["versions"][0] = {"code": "other", "commit": "c0ffee"}
+    (out / "seed_0.json").write_text(json.dumps(record))
     mixed = Chain(recipe, 0, out, "cpu", Commands())
-    mixed.record = record
     made = finished_results("tiny", recipe, [mixed.run()])
     (out / "seed_0.json").write_text(before)
     assert made["code"] == ["other", code_hash()] and made["commit"][0] == "c0ffee"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmdit.commands.evaluate as scoring
 import mmdit.training.checkpoint as checkpoint
 import mmdit.training.memory.shards as stored
 from mmdit.__main__ import commands, start
@@ -503,13 +504,13 @@ def test_evaluate_scores_at_the_size_asked_for_and_by_default_at_the_first_bucke
 ):
     words = ["bucketing={enabled: true, buckets: [[48, 32], [32, 48]]}", "train.max_steps=1"]
     run = shop.train("buckets", *words, cache=shop.cache("buckets", words[0]))
-    scored, real = [], evaluate.score_variant
+    scored, real = [], scoring.score_variant
 
     def spy(*given, **sizes):
         scored.append((sizes["width"], sizes["height"], sizes["frames"]))
         return real(*given, **sizes)
 
-    monkeypatch.setattr(evaluate, "score_variant", spy)
+    monkeypatch.setattr(scoring, "score_variant", spy)
     evaluated = ["--checkpoint", str(run), "--device", "cpu", "--count", "2"]
     for size in ([], ["--width", "64", "--height", "96"], ["--height", "80"]):
         assert evaluate.main([*evaluated, *size]) == 0

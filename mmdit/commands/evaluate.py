@@ -33,6 +33,7 @@ def evaluate(
     """Return the report of a model, and samples to show. Without the file `prompts` the samples are
     of a variant of moving shapes, and the table of their score is printed. `count`: prompts of each
     list, or samples; None is the default."""
+    assert shape.size is not None, "samples have a size"
     (width, height), frames = shape.size, shape.frames
     drawn: Shown = []
     shown, most = (32, 32) if variant == "one" else (2, 48)  # of a call, and of all

@@ -6,7 +6,8 @@
     OUT/results.json          all seeds pooled
 
 Every command is a process of its own, so that none keeps memory for the next. What the record calls
-done is not run again; a training that was stopped goes on from its checkpoint.
+done is not run again; a training that was stopped goes on from its checkpoint. Several processes
+may work on one folder: each stage of a seed has a lock.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mmdit
@@ -34,10 +36,11 @@ from mmdit.training.errors import RunError
 ROOT = Path(mmdit.__file__).resolve().parents[1]
 
 
-def run_command(words: list[str]) -> None:
-    """Run `mmdit WORDS` and wait. RunError: it failed. A signal that asks this process to stop is
-    passed on, and the command ends as it does alone: a training saves first."""
-    process = subprocess.Popen([sys.executable, "-m", "mmdit", *words])
+def run_command(words: list[str], module: str = "mmdit") -> None:
+    """Run `mmdit WORDS`, or another `module` in place of mmdit, and wait. RunError: it failed. A
+    signal that asks this process to stop is passed on, and the command ends as it does alone: a
+    training saves first."""
+    process = subprocess.Popen([sys.executable, "-m", module, *words])
 
     def stop(signum, frame):
         if signum != signal.SIGINT:  # the terminal has sent that one to the command, too
@@ -55,7 +58,7 @@ def run_command(words: list[str]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if status:
-        raise RunError(f"`mmdit {shlex.join(words)}` ended with status {status}; see above")
+        raise RunError(f"`{module} {shlex.join(words)}` ended with status {status}; see above")
 
 
 def code_hash() -> str:
@@ -118,22 +121,20 @@ def read_json(path: Path) -> dict | None:
 
 @dataclass
 class Chain:
-    """The stages of one seed. `execute`: runs the words of one command."""
+    """The stages of one seed. `share`: go past those that another process works on; without, wait
+    for it. `execute`: runs the words of one command."""
 
     recipe: Recipe
     seed: int
     out: Path
     device: str = "auto"
-    execute: Callable[[list[str]], None] = run_command
+    execute: Callable[[list[str]], None] | None = None
+    share: bool = False
     record: dict = field(init=False)
 
     def __post_init__(self):
-        self.record = read_json(self.path) or {
-            "seed": self.seed,
-            "versions": [],
-            "machine": None,
-            "stages": {},
-        }
+        self.record = self._read()
+        self.execute = self.execute or partial(run_command, module=self.recipe.module)
 
     @property
     def path(self) -> Path:
@@ -145,12 +146,28 @@ class Chain:
 
     def run(self) -> dict:
         """Run what is not done, and return the record."""
-        with held(self.out / f"seed_{self.seed}.lock", wait=False):
-            for number, stage in enumerate(self.recipe.stages, start=1):
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}: {stage.name}]"
+            with ExitStack() as stack:
+                if stage.init_from:
+                    with held(self._lock(stage.init_from), wait=True):
+                        pass  # its weights are whole now
+                try:
+                    stack.enter_context(held(self._lock(stage.name), wait=not self.share))
+                except ValueError:
+                    print(f"{place} is left to the process that works on it", flush=True)
+                    continue
+                self.record = self._read()
                 self._check(stage)
-                place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}"
-                self._stage(stage, f"{place}: {stage.name}]")
+                self._stage(stage, place)
         return self.record
+
+    def _lock(self, stage: str) -> Path:
+        return self.folder / f"{stage}.lock"
+
+    def _read(self) -> dict:
+        new = {"seed": self.seed, "versions": [], "machine": None, "stages": {}}
+        return read_json(self.path) or new
 
     def _check(self, stage: Stage) -> None:
         """Refuse what was done by another recipe or config, and note by which code a stage is
@@ -196,10 +213,13 @@ class Chain:
             row["seconds"][f"scoring {score.name}"] = seconds
             rates = rates_of(report)
             row["scores"][score.name] = {key: without_details(rates[key]) for key in rates}
+            if "at_steps" in report:
+                points = [curve_point(part) for part in report["at_steps"]]
+                row.setdefault("curves", {})[score.name] = points
             row["parameters"] = report["parameters"]
             row["scoring_memory_gb"] = report["memory_gb"]
             self.record["machine"] = report["machine"]
-            self._write()
+            self._write(stage)
 
     def _checkpoint(self, stage: Stage) -> str:
         return stage.checkpoint or str(self.folder / stage.name)
@@ -250,7 +270,7 @@ class Chain:
             words += ["--train_cache_dir", str(self._cache_folder(maker))]
         words += ["--device", self.device, *(["--resume"] if newest else []), *overrides]
         row["attempts"] += 1
-        self._write()
+        self._write(stage)
         begin = time.perf_counter()
         try:
             if newest is None or checkpoint.step_of(newest) < config.train.max_steps:
@@ -258,7 +278,7 @@ class Chain:
         finally:
             spent = round(time.perf_counter() - begin, 2)
             row["seconds"]["training"] = row["seconds"].get("training", 0.0) + spent
-            self._write()
+            self._write(stage)
         newest = checkpoint.latest(config.run_dir)
         step = checkpoint.step_of(newest) if newest else 0
         if step < config.train.max_steps:
@@ -267,23 +287,36 @@ class Chain:
                 " command again to go on"
             )
         row["training"] = training_facts(config.run_dir)
-        self._write()
+        self._write(stage)
 
     def _timed(self, words: list[str], title: str) -> float:
         """Run a command; return its seconds."""
         print(f"\n{title}: mmdit {shlex.join(words)}", flush=True)
         begin = time.perf_counter()
+        assert self.execute is not None, "made with the chain"
         self.execute(words)
         return round(time.perf_counter() - begin, 2)
 
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.record, indent=1))
+    def _write(self, stage: Stage) -> None:
+        """Put what is known of a stage into the record, to which others may have added theirs."""
+        with held(self.out / f"seed_{self.seed}.lock", wait=True):
+            mine, self.record = self.record, self._read()
+            self.record["stages"][stage.name] = mine["stages"][stage.name]
+            versions = self.record["versions"]
+            versions += [version for version in mine["versions"] if version not in versions]
+            self.record["machine"] = mine["machine"] or self.record["machine"]
+            write_atomically(self.path, json.dumps(self.record, indent=1))
 
 
 def without_details(rate: dict) -> dict:
     """Return a rate without the attributes in it."""
     return {key: value for key, value in rate.items() if key not in ("attributes", "chance")}
+
+
+def curve_point(report: dict) -> dict:
+    """Return the step and the rates of one of the reports of `mmdit evaluate --at_steps`."""
+    rates = {key: without_details(rate) for key, rate in rates_of(report).items()}
+    return {"step": report["step"], "rates": rates}
 
 
 def finished_results(name: str, recipe: Recipe, records: list[dict]) -> dict:

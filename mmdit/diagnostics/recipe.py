@@ -97,6 +97,8 @@ class Recipe:
     title: str
     stages: tuple[Stage, ...]
     seeds: tuple[int, ...] = (0,)
+    # The program that makes it, `python -m MODULE`, where mmdit alone lacks a part that it names.
+    module: str = "mmdit"
 
     def __post_init__(self):
         check_names("stages", (stage.name for stage in self.stages))
@@ -116,6 +118,11 @@ class Recipe:
                     )
             if stage.config:
                 trained.append(stage.name)
+
+    @property
+    def program(self) -> str:
+        """Return what a person types in place of `mmdit`."""
+        return "mmdit" if self.module == "mmdit" else f"python -m {self.module}"
 
     def stage(self, name: str) -> Stage:
         """Return a stage by its name."""
@@ -194,17 +201,17 @@ def cache_identity(stage: Stage) -> list:
 
 def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
     """Return the commands of a stage as a person types them, with runs in `runs/`."""
-    lines, checkpoint = [], stage.checkpoint
+    lines, checkpoint, program = [], stage.checkpoint, recipe.program
     if stage.config:
         caches = [f"data/cache/{maker.name}" for maker in recipe.cached_by(stage)]
         checkpoint = f"runs/{stage.name}"
         if stage.cache:
-            lines.append(f"mmdit {stage.cache} --config {stage.config} --out_dir {caches[0]}")
+            lines.append(f"{program} {stage.cache} --config {stage.config} --out_dir {caches[0]}")
         words = [*stage.overrides, f"experiment_name={stage.name}"]
         if stage.init_from:
             words.append(f"train.init_from=runs/{stage.init_from}")
         data = " ".join(f"--train_cache_dir {cache}" for cache in caches)
-        lines.append(f"mmdit train --config {stage.config} {data} {shlex.join(words)}")
+        lines.append(f"{program} train --config {stage.config} {data} {shlex.join(words)}")
     for score in stage.scores:
-        lines.append(f"mmdit evaluate --checkpoint {checkpoint} {score.evaluate}".strip())
+        lines.append(f"{program} evaluate --checkpoint {checkpoint} {score.evaluate}".strip())
     return lines

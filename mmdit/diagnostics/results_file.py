@@ -29,6 +29,7 @@ RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "ceiling": "tokenizer_ceiling",
     "control": "control",
 }
+REACHED = 0.95  # the held-out accuracy whose time is told
 COMPARED = ("seen", "held_out", "left_right", *TASKS)
 
 
@@ -155,10 +156,13 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
             "training": mean_of([row["training"] for row in rows if "training" in row]),
             "scores": scores,
         }
+        curves = {score: curve(rows, score) for score in rows[0].get("curves", {})}
+        if curves:
+            stages[stage.name]["curves"] = curves
     return {
         "name": name,
         "title": recipe.title,
-        "command": f"mmdit reproduce {name}",
+        "command": f"{recipe.program} reproduce {name}",
         "seeds": [record["seed"] for record in records],
         "seconds": round(statistics.fmean(seconds_of(record) for record in records), 1),
         "machine": one_of(record["machine"] for record in records),
@@ -166,6 +170,37 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         "code": one_of(version["code"] for version in versions),
         "stages": stages,
     }
+
+
+def curve(rows: list[dict], score: str) -> dict:
+    """Return how a score grew with training, from the rows of a stage, one a seed: at each step the
+    rates over the prompts of all seeds, and by seed the seconds of a step (the median, so that
+    neither compiling nor a pause counts) and the seconds until the held-out accuracy was REACHED,
+    None where it never was."""
+    points, paces, reached = [], [], []
+    for at, point in enumerate(rows[0]["curves"][score]):
+        seeds = [row["curves"][score][at]["rates"] for row in rows]
+        points.append({"step": point["step"]} | pooled_score(seeds))
+    for row in rows:
+        pace = row["training"].get("step_seconds")
+        held_out = [(at["step"], at["rates"]["held_out"]["value"]) for at in row["curves"][score]]
+        steps = first_reaching(held_out, REACHED)
+        paces.append(pace)
+        reached.append(None if steps is None or pace is None else round(steps * pace, 1))
+    return {"points": points, "step_seconds": paces, "reached": REACHED, "seconds_to": reached}
+
+
+def first_reaching(points: list[tuple[float, float]], level: float) -> float | None:
+    """Return where the line through `points` (x, y), in order of x, first comes to the level: the
+    first x if it begins there; None if it never does."""
+    before: tuple[float, float] | None = None
+    for x, y in points:
+        if y >= level:
+            if before is None:
+                return x
+            return before[0] + (x - before[0]) * (level - before[1]) / (y - before[1])
+        before = (x, y)
+    return None
 
 
 def one_of(values) -> object:

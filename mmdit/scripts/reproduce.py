@@ -3,12 +3,14 @@
     mmdit reproduce --list
     mmdit reproduce moving_shapes_t2i_128 [--seeds 0 1 2] [--device cuda:1]
     mmdit reproduce road --record
+    mmdit reproduce arms_448 --share --device cuda:0
 
 The recipe is results/NAME.yaml: it names the stages, their configs, seeds and scores. What was done
 is kept in --out and not done again, so that a stopped command goes on when it is given once more.
-Seeds may run side by side, each in a command of its own with the same --out; the last command, with
-all seeds, only pools. --record writes results/NAME.json, from which the tables of the documents are
-made (docs/reproducing.md). The exit status is 1 if a score is outside its interval.
+On several GPUs: the same command once for each, with --share and its --device, takes the stages
+that no other works on; a last one without --share waits for them and pools. --record writes
+results/NAME.json, from which the tables of the documents are made (docs/reproducing.md). The exit
+status is 1 if a score is outside its interval.
 """
 
 import json
@@ -47,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the recipe")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="run only the stages that no other command with the same --out works on; pool nothing",
+    )
     parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
     parser.add_argument("--record", action="store_true", help="write results/NAME.json")
     parser.add_argument(
@@ -62,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         recipe = read_recipe(args.results, args.name)
         out = args.out or Path("runs/reproduce") / args.name
         seeds = args.seeds or recipe.seeds
-        records = [Chain(recipe, seed, out, args.device).run() for seed in seeds]
+        chains = [Chain(recipe, seed, out, args.device, share=args.share) for seed in seeds]
+        records = [chain.run() for chain in chains]
+        if args.share:
+            print(f"nothing is left that nobody works on; without --share {out} is pooled")
+            return 0
         new = finished_results(args.name, recipe, records)
         path = args.results / f"{args.name}.json"
         lines, holds = comparison(new, read_json(path), recipe)

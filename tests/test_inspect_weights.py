@@ -89,7 +89,8 @@ def test_our_own_files_and_what_is_none(tmp_path, capsys):
     assert (
         told(capsys, "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors")["kind"] == "VTP tokenizer"
     )
-    assert told(capsys, "assets/moving_shapes_64.safetensors")["kind"] == "mmdit model"
+    for name in ("moving_shapes_64", "moving_shapes_448x256"):
+        assert told(capsys, f"assets/{name}.safetensors")["kind"] == "mmdit model"
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert told(capsys, tmp_path / "x.safetensors")["kind"] == "unknown"
     (tmp_path / "x.safetensors").write_bytes(b"no")

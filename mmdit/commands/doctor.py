@@ -38,6 +38,7 @@ OPTIONAL = {
 }
 SHIPPED = (
     "assets/moving_shapes_64.safetensors",
+    "assets/moving_shapes_448x256.safetensors",
     "configs/quickstart.yaml",
     "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors",
 )

@@ -32,6 +32,7 @@ from mmdit.scripts.parsers import at_least
 from mmdit.training.checkpoint import at_steps
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import save_sheet
+from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_files
 
@@ -51,6 +52,7 @@ def score(path: str | Path, args: argparse.Namespace) -> tuple[dict, Shown]:
     width, height, frames, _ = sample_size(args, config)
     pipeline.check(width, height, frames, settings)
     offload_pipeline(pipeline, args.offload)
+    keep_freed_memory(pipeline.device)
     shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
     scores = build_scores(
         shape, pipeline.device, **metric_values(args), tokenizer=pipeline.tokenizer

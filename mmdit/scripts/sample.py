@@ -37,6 +37,7 @@ from mmdit.scripts.arguments import (
 from mmdit.scripts.prompts import asked_for
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import read_facts
+from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import SampleFolder, stored_requests
 
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         for line in folder.said:
             print(line)
+        keep_freed_memory(drawing.pipeline.device)
         for network in filter(None, (drawing.pipeline, drawing.refiner)):
             offload_pipeline(network, args.offload)
         if args.interactive:

@@ -314,6 +314,12 @@ class Denoiser(Network):
         for, whatever an attention kernel or checkpointing computes twice."""
         raise NotImplementedError
 
+    def share_clips(self, context: Any) -> None:
+        """Have the processes of `context` (an `nn.context_parallel.Context`) share each clip from
+        now on; every one of them must take part in every call, with the same arguments. Asked of
+        networks whose section `shares_clips`."""
+        raise NotImplementedError
+
     def can_be_captured(self, training: bool) -> bool:
         """Return whether a CUDA graph of a call (or of a step of `training`) does what the call
         does: it waits for nothing, and depends on its inputs and weights alone."""
@@ -369,6 +375,11 @@ class ModelSection(Section):
     @property
     def takes_place(self) -> bool:
         """Return whether the network can be told where in its clip a tile lies."""
+        return False
+
+    @property
+    def shares_clips(self) -> bool:
+        """Return whether several processes can share a clip; see `Denoiser.share_clips`."""
         return False
 
     @property

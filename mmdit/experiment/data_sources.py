@@ -101,9 +101,9 @@ def open_batches(
     parts = [
         LatentBatches(
             cache,
-            build_plan(config, cache, world.size, "" if alone else source.label),
-            rank=world.rank,
-            world=world.size,
+            build_plan(config, cache, world.data_size, "" if alone else source.label),
+            rank=world.data_rank,
+            world=world.data_size,
             accum=config.train.grad_accum_steps,
             in_memory=in_memory,
             num_workers=config.num_workers,

@@ -57,7 +57,10 @@ def run_training(
     `command`: what was typed, for the record."""
     config, sources = resolved(config), sources_of(config, cache_dir)
     train = config.train
-    with process_group(device, train.timeout_minutes) as world, hold(config.run_dir, world):
+    with (
+        process_group(device, train.timeout_minutes, config.parallel.context_parallel) as world,
+        hold(config.run_dir, world),
+    ):
         world.share(lambda: require_library(config.track))
         start = agree_on_start(config, resume, world)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
@@ -153,13 +156,16 @@ class Run:
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
         if config.train.precision == "pure_bf16":
             to_bfloat16(self.learner)
+        if self.world.context:
+            for network in self.learner.model.networks().values():
+                network.share_clips(self.world.context)
         if config.parallel.type == "fsdp" and self.world.size > 1:
             shard(self.learner, self.world, config.parallel)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)
         self.state = TrainState.create(
             self.learner, config.train, config.ema, config.alpha_schedule
         )
-        self.facts = facts(self.plan.global_batch, self.world.size)
+        self.facts = facts(self.plan.global_batch, self.world.data_size)
         self.background = BackgroundSaves(self.world) if config.train.save_in_background else None
 
     def _check_networks(self) -> None:
@@ -231,8 +237,9 @@ class Run:
         """Return what draws pictures while training, after drawing those that a kill between a
         checkpoint and its pictures left out. None in a process that has no part in it."""
         config, learner, main = self.config, self.learner, self.world.is_main
-        # A sharded model is drawn with by every process, and the main one writes.
-        if not config.train.sample_every_steps or not (main or learner.sharded):
+        # Where processes compute together, all of them draw, and the main one writes.
+        together = learner.sharded or self.world.context is not None
+        if not config.train.sample_every_steps or not (main or together):
             return None
         pipeline = Pipeline(learner, self.tokenizer, config.train.precision, config.captions)
         score = None
@@ -257,7 +264,7 @@ class Run:
         )
         if self.start is not None:
             is_missing = partial(previews.is_missing, self.state.step)
-            if self.world.share(is_missing) if learner.sharded else is_missing():
+            if self.world.share(is_missing) if together else is_missing():
                 previews(self.state)
         return previews
 

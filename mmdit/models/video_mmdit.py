@@ -30,6 +30,7 @@ from mmdit.nn.conditioning import (
     TextContext,
     TimeEmbedding,
 )
+from mmdit.nn.context_parallel import ClipShare, Context
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
@@ -169,6 +170,10 @@ class VideoMMDiTConfig(ModelSection):
         return True
 
     @property
+    def shares_clips(self) -> bool:
+        return True
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
@@ -235,7 +240,7 @@ class Block(nn.Module):
         )
         x, seen = add_norm(x, change, gate, space)
         seen = self.spatial(seen, places)
-        if x.shape[1] > 1:
+        if x.shape[1] > 1 or frames.share is not None:
             x, seen = add_norm(x, seen, space.gate, motion)
             x, seen = add_norm(x, self.temporal(seen, frames), motion.gate, caption)
         else:
@@ -264,6 +269,7 @@ class VideoMMDiT(Denoiser):
         self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
         self.tread = tread if tread is not None and tread.enabled else None
         self.span = self.tread.span(config.depth) if self.tread else None
+        self.context: Context | None = None  # with whom this process shares clips
         dim = config.dim
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
@@ -315,7 +321,21 @@ class VideoMMDiT(Denoiser):
         return {name for name, _ in self.named_parameters() if name.endswith(".table")}
 
     def can_be_captured(self, training: bool) -> bool:
+        if self.context is not None:  # a replay would not wait for the other processes
+            return False
         return not (training and (self.config.checkpointing or self.config.dropout))
+
+    def share_clips(self, context: Context) -> None:
+        self.context = context
+
+    def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> ClipShare | None:
+        """Return the part of this process in a clip; None: it computes everything, as it does where
+        a process would be left without a frame or a place (pictures)."""
+        windows = grid.counts[0] * grid.counts[1]
+        places = windows * (grid.places if keep is None else len(keep))
+        if self.context is None or min(frames, places) < self.context.size:
+            return None
+        return ClipShare(self.context, frames)
 
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
@@ -392,16 +412,21 @@ class VideoMMDiT(Denoiser):
             last = rearrange(
                 upcast(self.final_modulation(condition)), "b (m d) -> m b 1 1 1 d", m=2
             )
+        dtype, share = x.dtype, self._share(x.shape[1], grid, keep)
+        if share is not None:
+            x, where = share.cut(x, 1), share.cut(where, -4)
+            small = None if small is None else share.cut(small, 1)
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         if self.low_resolution is not None and small is not None:
             clip = self.low_resolution.clip(grid.partition(small.to(self.input.weight.dtype)))
             h = h + in_turn(clip, x)
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
         _, seen = add_norm(
-            *self._run_blocks(h, grid, exact, keep, modulation, read),
+            *self._run_blocks(h, grid, exact, keep, modulation, read, share),
             Modulation(last[0], last[1], last[1]),
         )
-        return grid.merge(self.output(seen)).to(x.dtype)
+        prediction = grid.merge(self.output(seen)).to(dtype)
+        return prediction if share is None else share.whole(prediction)
 
     def _where(
         self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
@@ -424,8 +449,9 @@ class VideoMMDiT(Denoiser):
         keep: Tensor | None,
         modulation: Tensor,
         text: PreparedText,
+        share: ClipShare | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the stream as `Block.forward` does."""
+        """Return the stream as `Block.forward` does, of the frames of this process."""
         if (
             self.config.products == "float8"
             and self.training
@@ -441,7 +467,10 @@ class VideoMMDiT(Denoiser):
 
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             step = self.config.frame_step if self.config.temporal_position else None
-            frames = frame_tables(x.shape[1], x.shape[2] * x.shape[3], step, *table)
+            count, places = x.shape[1], x.shape[2] * x.shape[3]
+            if share is not None:  # they meet along time: all frames of its share of the places
+                count, places = share.frames, share.places(places)
+            frames = frame_tables(count, places, step, *table)._replace(share=share)
             change = gate = None
             for index in range(first, end):
                 block = self.blocks[index]

@@ -133,7 +133,17 @@ class TemporalAttention(Attention):
     """Attend along time at each place, every frame to every frame."""
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """`x (b, f, n, k, h·d)` → the same shape. Without rotary tables the frames are a set."""
+        """`x (b, f, n, k, h·d)` → the same shape. Without rotary tables the frames are a set. Of a
+        clip that processes share, `x` has the frames of this one."""
+        if frames.share is None:
+            return self.along_time(x, frames)
+        n, k = x.shape[2:4]
+        seen = frames.share.to_places(x.flatten(2, 3))
+        seen = self.along_time(seen.unsqueeze(2), frames).squeeze(2)
+        return frames.share.to_frames(seen, n * k).unflatten(2, (n, k))
+
+    def along_time(self, x: Tensor, frames: Frames) -> Tensor:
+        """Return what `forward` does, for `x` with all frames."""
         n, k = x.shape[2:4]
         if frames.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)

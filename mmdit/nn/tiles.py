@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit.nn.context_parallel import ClipShare
 from mmdit.nn.kept import kept
 from mmdit.nn.position import Rotary, temporal_rotary
 
@@ -25,10 +26,12 @@ class Tiles(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What attention along time must know: rotary tables (None: frames are a set) and tiles."""
+    """What attention along time must know: rotary tables (None: frames are a set) and tiles, and
+    where processes share the clip, the part of this one."""
 
     rotary: Rotary | None
     tiles: Tiles | None
+    share: ClipShare | None = None
 
 
 def tiles_of(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:

@@ -17,7 +17,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from mmdit.config import ConfigError
 from mmdit.nn import kernels
+from mmdit.nn.context_parallel import Context
 
 T = TypeVar("T")
 # beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
@@ -33,10 +35,26 @@ class World:
     device: torch.device = torch.device("cpu")
     store: dist.Store | None = None  # shared by the processes of the job
     group: dist.ProcessGroup | None = None  # in which they talk; None is the default one
+    context: Context | None = None  # the neighbours that share each clip with it; None: nobody
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def context_size(self) -> int:
+        """Return how many processes share each clip, and so see the same samples."""
+        return self.context.size if self.context else 1
+
+    @property
+    def data_size(self) -> int:
+        """Return how many processes, or groups that share clips, see samples of their own."""
+        return self.size // self.context_size
+
+    @property
+    def data_rank(self) -> int:
+        """Return the place of this process, or of its group, among those of `data_size`."""
+        return self.rank // self.context_size
 
     def print(self, *words) -> None:
         if self.is_main:
@@ -164,14 +182,32 @@ def _of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     return dist.PrefixStore(mine, store)
 
 
+def _context(rank: int, size: int) -> Context | None:
+    """Return with whom the process `rank` shares clips, `size` neighbours; every one must call."""
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(size)
+    return Context(group.group_name, rank % size, size)
+
+
 @contextmanager
-def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
+def process_group(
+    device_name: str = "auto", timeout_minutes: float = 30.0, context_parallel: int = 1
+):
     """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a
     `World` and leaves the group at the end. A collective waits half as long again as
-    `timeout_minutes`: `training.watch` speaks first, and names who is missing.
+    `timeout_minutes`: `training.watch` speaks first, and names who is missing. `context_parallel`:
+    so many neighbours share each clip.
     """
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if size % context_parallel:
+        raise ConfigError(
+            "parallel.context_parallel",
+            f"is {context_parallel}, but {size} processes do not split into groups of that many;"
+            f" start a multiple of it (torchrun --nproc_per_node={context_parallel}), or set it to"
+            " 1",
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if device.type == "cuda":
@@ -191,6 +227,6 @@ def process_group(device_name: str = "auto", timeout_minutes: float = 30.0):
         store = _of_this_start(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, device, store)
+        yield World(rank, size, device, store, context=_context(rank, context_parallel))
     finally:
         dist.destroy_process_group()

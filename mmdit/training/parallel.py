@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section, least
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 
@@ -42,12 +42,18 @@ class ParallelConfig(Section):
     # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
     # process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
+    # So many neighbouring processes share each clip, for clips that do not fit on one: each
+    # computes some of its frames. A step then sees `batch_size` x `grad_accum_steps` x processes /
+    # this.
+    context_parallel: int = 1
 
     def __post_init__(self):
         least(self, 0, "shard_over")
+        least(self, 1, "context_parallel")
 
     def check(self, run: Any) -> None:
-        """Refuse shards of what must be whole."""
+        """Refuse shards of what must be whole, and clips that cannot be shared."""
+        self._check_clips(run)
         if self.type != "fsdp":
             if self.shard_over:
                 raise ConfigError(
@@ -70,6 +76,25 @@ class ParallelConfig(Section):
                 "is fsdp, which cuts parameters, but train.optimizer other than adamw,"
                 " train.offload_optimizer, train.offload_blocks and model.dtype float8 need whole"
                 " ones; use adamw without these, or ddp",
+            )
+
+    def _check_clips(self, run: Any) -> None:
+        if self.context_parallel == 1:
+            return
+        if not run.model.shares_clips:
+            raise ConfigError(
+                "parallel.context_parallel",
+                f"is {self.context_parallel}, but model.type {run.model.type} computes a clip on"
+                " one process; set it to 1, or use video_mmdit",
+            )
+        frames = run.video.num_frames
+        latent_frames = LatentSpec(1, temporal=run.tokenizer.temporal).frames(frames)
+        if latent_frames < self.context_parallel:
+            raise ConfigError(
+                "parallel.context_parallel",
+                f"is {self.context_parallel}, but clips have {latent_frames} latent frames"
+                f" (video.num_frames {frames}), of which each process needs one; lower it, or train"
+                " on longer clips",
             )
 
 

@@ -81,6 +81,7 @@ class Window:
             return []
         tables = torch.stack([step.table for step in taken])
         world.sum_(tables)
+        tables /= world.context_size  # whose samples are the same
         new = []
         for step, (sums, counts, times) in zip(taken, tables.tolist(), strict=True):
             norm, bad = step.norm.item(), bool(step.skipped)

@@ -220,7 +220,7 @@ class Trainer:
                 (losses.mean() / len(micro_batches)).backward()
             done.append((losses.detach(), t.detach(), latents.isfinite().flatten(1).all(1)))
             flops = state.learner.train_flops((frames, rows, columns), keep)
-            window.flops += len(latents) * flops
+            window.flops += len(latents) * flops // self.world.context_size
         self.moving = True
         norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
         signs = state.signs.compare(expert or "", skipped) if state.signs else None

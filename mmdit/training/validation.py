@@ -57,9 +57,9 @@ class Validation:
             for items in source.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
                 # Every rank takes part in each round, with repeats if need be.
-                rounds = math.ceil(samples / (size * self.world.size))
-                everything = torch.arange(rounds * size * self.world.size)
-                for numbers in everything[self.world.rank :: self.world.size].split(size):
+                rounds = math.ceil(samples / (size * self.world.data_size))
+                everything = torch.arange(rounds * size * self.world.data_size)
+                for numbers in everything[self.world.data_rank :: self.world.data_size].split(size):
                     rows, quantile = (numbers % samples) // QUANTILES, numbers % samples % QUANTILES
                     times = ((quantile + 0.5) / QUANTILES).to(device)
                     draws = FixedTimes(source.plan.seed, 0, items.indices[rows].to(device), times)

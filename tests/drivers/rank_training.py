@@ -1,5 +1,6 @@
-"""The same training on 1, 2 and 4 processes, copied (DDP) and sharded (FSDP2), continued from 2 to
-4 to 1 and from one kind to the other, and with a process preempted, dying or hanging.
+"""The same training on 1, 2 and 4 processes, copied (DDP), sharded (FSDP2) and with pairs that share
+each clip, continued from 2 to 4 to 1 and from one kind to the other, and with a process preempted,
+dying or hanging.
 
     python -m tests.drivers.rank_training          (also: pytest tests/test_processes.py)
 
@@ -31,17 +32,21 @@ SPLITS = {
 STEPS = 6
 FSDP = "parallel.type=fsdp"
 PAIRS = "parallel.shard_over=2"
+CLIPS = "parallel.context_parallel=2"  # each process of a pair has one of the two frames
 MOVES = {
     "moving": [(2,), (4,), (1,)],
     "sharded": [(2, FSDP), (4, FSDP), (1,)],
     "mixed": [(4, FSDP), (2,), (2, FSDP)],
     "pairs": [(4, FSDP, PAIRS), (2, FSDP), (4, FSDP, PAIRS)],
+    "clips": [(2, CLIPS), (4, CLIPS), (1,)],
+    "sharded_clips": [(4, FSDP, CLIPS), (2, FSDP, CLIPS), (4, FSDP, CLIPS, PAIRS)],
 }
-QUICK = {"sharded": [(2, FSDP), (2,), (1,)]}
+QUICK = {"sharded": [(2, FSDP), (2, CLIPS), (1,)]}
 
 
 def run(folder: Path, name: str, world: int, *words: str) -> None:
-    words = [f"experiment_name={name}", *SAME, f"train.max_steps={STEPS}", *SPLITS[world], *words]
+    split = SPLITS[world // 2 if CLIPS in words else world]
+    words = [f"experiment_name={name}", *SAME, f"train.max_steps={STEPS}", *split, *words]
     must([wait(pid) for pid in train(folder, *words, world=world)], folder)
 
 

@@ -1,4 +1,4 @@
-"""The same training on 1, 2 and 4 processes, copied (DDP), sharded (FSDP2) and with pairs that share
+"""The same training on 1, 2 and 4 processes, copied (DDP), sharded (FSDP2) and in pairs that share
 each clip, continued from 2 to 4 to 1 and from one kind to the other, and with a process preempted,
 dying or hanging.
 

@@ -247,6 +247,9 @@ class Denoiser(Network):
     clip_weights: str = ""  # file or folder of the encoder whose states of pictures it is given
     lora_targets: tuple[str, ...] = ("q", "k", "v", "proj")  # adapters' default
     lora_only_if_named: tuple[str, ...] = ()  # layers adapted only by a target that names them
+    # The processes that share each clip (an `nn.context_parallel.Context`), all of which then take
+    # part in every call; set where the section `shares_clips`. None: a clip belongs to one.
+    context: Any = None
 
     def forward(self, x: Tensor, t: Tensor, text: Any, **inputs: Any) -> Tensor:
         """Return the prediction, shaped like `x (B, F, H, W, C)`, for `t (B,)` as the objective
@@ -314,12 +317,6 @@ class Denoiser(Network):
         for, whatever an attention kernel or checkpointing computes twice."""
         raise NotImplementedError
 
-    def share_clips(self, context: Any) -> None:
-        """Have the processes of `context` (an `nn.context_parallel.Context`) share each clip from
-        now on; every one of them must take part in every call, with the same arguments. Asked of
-        networks whose section `shares_clips`."""
-        raise NotImplementedError
-
     def can_be_captured(self, training: bool) -> bool:
         """Return whether a CUDA graph of a call (or of a step of `training`) does what the call
         does: it waits for nothing, and depends on its inputs and weights alone."""
@@ -379,7 +376,7 @@ class ModelSection(Section):
 
     @property
     def shares_clips(self) -> bool:
-        """Return whether several processes can share a clip; see `Denoiser.share_clips`."""
+        """Return whether several processes can share a clip; see `Denoiser.context`."""
         return False
 
     @property

@@ -99,7 +99,7 @@ def compared(name: str, world: World) -> dict:
     model, arguments, inputs = case(name)
     alone = model(*arguments, **inputs)
     expected = gradients(model, alone)
-    model.share_clips(world.context)
+    model.context = world.context
     with counting_frames(model) as seen:
         shared = model(*arguments, **inputs)
     sums = gradients(model, shared)
@@ -118,7 +118,7 @@ def compared(name: str, world: World) -> dict:
 def compiled(world: World) -> float:
     """Return how far compiled blocks, each one graph, are from plain ones on shared clips."""
     model, arguments, _ = case("clip")
-    model.share_clips(world.context)
+    model.context = world.context
     plain = model(*arguments)
     expected = gradients(model, plain)
     for block in model.blocks:
@@ -222,7 +222,7 @@ def test_lengths_are_those_of_tensor_split():
 def test_shared_clips_are_never_replayed():
     model = case("clip")[0]
     assert model.can_be_captured(training=True) and model.can_be_captured(training=False)
-    model.share_clips(Context("group", 0, 2))
+    model.context = Context("group", 0, 2)
     assert not model.can_be_captured(training=True) and not model.can_be_captured(training=False)
 
 

@@ -158,7 +158,7 @@ class Run:
             to_bfloat16(self.learner)
         if self.world.context:
             for network in self.learner.model.networks().values():
-                network.share_clips(self.world.context)
+                network.context = self.world.context
         if config.parallel.type == "fsdp" and self.world.size > 1:
             shard(self.learner, self.world, config.parallel)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)

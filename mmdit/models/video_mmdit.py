@@ -30,7 +30,7 @@ from mmdit.nn.conditioning import (
     TextContext,
     TimeEmbedding,
 )
-from mmdit.nn.context_parallel import ClipShare, Context
+from mmdit.nn.context_parallel import ClipShare
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
@@ -269,7 +269,6 @@ class VideoMMDiT(Denoiser):
         self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
         self.tread = tread if tread is not None and tread.enabled else None
         self.span = self.tread.span(config.depth) if self.tread else None
-        self.context: Context | None = None  # with whom this process shares clips
         dim = config.dim
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
@@ -325,14 +324,10 @@ class VideoMMDiT(Denoiser):
             return False
         return not (training and (self.config.checkpointing or self.config.dropout))
 
-    def share_clips(self, context: Context) -> None:
-        self.context = context
-
     def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> ClipShare | None:
         """Return the part of this process in a clip; None: it computes everything, as it does where
         a process would be left without a frame or a place (pictures)."""
-        windows = grid.counts[0] * grid.counts[1]
-        places = windows * (grid.places if keep is None else len(keep))
+        places = math.prod(grid.counts) * (grid.places if keep is None else len(keep))
         if self.context is None or min(frames, places) < self.context.size:
             return None
         return ClipShare(self.context, frames)

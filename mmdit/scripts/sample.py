@@ -50,9 +50,12 @@ HELP = (
 def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, dict, int]:
     """Load what the command names; return what draws, the story of its samples, and frames a
     second. `words` are the command's own."""
-    raw = args.raw_weights
     pipeline, config = load_pipeline(
-        args.checkpoint, args.device, not raw, overrides=args.overrides, offload=args.offload
+        args.checkpoint,
+        args.device,
+        not args.raw_weights,
+        overrides=args.overrides,
+        offload=args.offload,
     )
     strength = 1.0 if args.lora_strength is None else args.lora_strength
     lay_over(pipeline, args.lora, args.lora_low, strength)
@@ -72,7 +75,9 @@ def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, d
     alone = bool(args.interactive or args.prompts_file)
     drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone)
     if args.refine:
-        drawing.refine_with(*load_pipeline(args.refine, args.device, not raw, offload=args.offload))
+        drawing.refine_with(
+            *load_pipeline(args.refine, args.device, not args.raw_weights, offload=args.offload)
+        )
     return drawing, whole_story(args, drawing), fps
 
 

@@ -8,7 +8,7 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -36,9 +36,15 @@ SCALES = re.compile(  # what only quantised weights come with
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+|\.SCB|\.weight_format"
     r"|\.qweight|\.qzeros|\.g_idx|\.smooth_factor)$"
 )
-
+# Of float8 weights as ComfyUI stores them: the scale of each weight, or of each of its rows, and
+# what is of use to products of float8 activations alone.
+WEIGHT_SCALE = re.compile(r"(?P<layer>.+)\.(scale_weight|weight_scale)$")
+OF_ACTIVATIONS = re.compile(r"(\.(scale_input|input_scale|comfy_quant)|(^|\.)scaled_fp8)$")
+FLOAT8_NAMES = ("F8_E4M3", "float8_e4m3fn")  # in safetensors, in a pickle
 
 Network = TypeVar("Network", bound=nn.Module)
+# what a float8 weight becomes: (its name, its codes, its scale (out, 1) or ()) → the weight
+Unpack = Callable[[str, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,22 @@ class Stored(Protocol):
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+def scaled_float8(name: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weight that float8 codes and their scale stand for."""
+    return codes.float() * scale
+
+
 class Checkpoint:
     """The tensors of one checkpoint. `entries`: what is stored, from the headers alone. `tensors()`
     reads them file by file; at most one tensor is held here. ValueError: a file is missing,
     damaged, of another format, or would run code; shards without an index, unless `parts`.
+
+    Float8 weights with a scale (ComfyUI's `fp8_scaled` files) are weights like others: `scales` has
+    the name of the scale of each, which is no entry, and `unpack` says what they become.
     """
 
-    def __init__(self, path: str | Path, parts: bool = False):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, parts: bool = False, unpack: Unpack = scaled_float8):
+        self.path, self.unpack = Path(path), unpack
         self.files = _files(self.path)
         shard = SHARD.search(self.files[0].name)
         if not parts and shard and len(self.files) < int(shard[1]):
@@ -84,15 +98,53 @@ class Checkpoint:
                     )
                 self.entries[name] = Entry(file, shape, dtype)
         self._check_index()
+        self.scales = self._float8_scales()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(self.scales.values())
+        scales = {name: value for name, value in self._stored(wanted)} if wanted else {}
+        for name, tensor in self._stored(self.entries):
+            if name in self.scales:
+                scale = scales[self.scales[name]].float()
+                scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+                tensor = self.unpack(name, tensor, scale)
+            yield name, tensor
+
+    def _stored(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of these names as they are stored."""
         for file in self.files:
             if file.suffix in PICKLES:
-                yield from self._loaded[file].items()
+                yield from ((n, tensor) for n, tensor in self._loaded[file].items() if n in names)
                 continue
             with safe_open(file, "pt") as handle:
                 for name in list(handle.keys()):
-                    yield name, handle.get_tensor(name)
+                    if name in names:
+                        yield name, handle.get_tensor(name)
+
+    def _float8_scales(self) -> dict[str, str]:
+        """Return the scale's name of each float8 weight that has one, and take what belongs to
+        float8 alone from the entries. Nothing, if anything is quantised in another way."""
+        scales, beside = {}, []
+        for name in filter(SCALES.search, self.entries):
+            if match := WEIGHT_SCALE.match(name):
+                weight = f"{match['layer']}.weight"
+                if not self._scales_float8(weight, name):
+                    return {}
+                scales[weight] = name
+            elif not OF_ACTIVATIONS.search(name):
+                return {}
+            beside.append(name)
+        for name in beside:
+            del self.entries[name]
+        return scales
+
+    def _scales_float8(self, weight: str, scale: str) -> bool:
+        """Return whether `scale` has a number for a float8 matrix, or for each row of it."""
+        entry = self.entries.get(weight)
+        if entry is None or entry.dtype not in FLOAT8_NAMES or len(entry.shape) != 2:
+            return False
+        rows = entry.shape[0]
+        return self.entries[scale].shape in ((), (1,), (1, 1), (rows,), (rows, 1))
 
     def _header(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         if file.suffix in PICKLES:
@@ -274,7 +326,7 @@ def fill(
     if scales := [name for name in stored.entries if SCALES.search(name)]:
         raise ValueError(
             f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16"
-            " or fp16 file"
+            " or fp16 file, or ComfyUI's fp8_scaled one"
         )
     problems = []
     if missing := [name for name in wanted if name not in shapes]:

@@ -33,8 +33,9 @@ TITLES = {  # what a file is that holds a tensor of this name
 
 def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
     """Return a report that JSON can hold: `kind`, `variant`, `layout`, `prefix`, `files`,
-    `parameters`, `bytes`, `dtypes`, `groups` (numbered blocks as one row), `quantised`. ValueError
-    as `Checkpoint` and `locate` raise it.
+    `parameters`, `bytes`, `dtypes`, `groups` (numbered blocks as one row), `scaled` (how
+    many float8 weights have a scale), `quantised` (the names of other scales). ValueError as
+    `Checkpoint` and `locate` raise it.
     """
     path = Path(path)
     experts = set()
@@ -60,6 +61,7 @@ def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
         "parameters": sum(size.values()),
         "bytes": sum(size[n] * BYTES.get(entry.dtype, 1) for n, entry in entries.items()),
         "dtypes": dict(Counter(entry.dtype for entry in entries.values())),
+        "scaled": len(stored.scales),
         "quantised": [name for name in entries if SCALES.search(name)],
     }
     rows = defaultdict(list)
@@ -163,6 +165,8 @@ def format_inspection(report: dict) -> str:
             f" {report['parameters']:,} parameters, {report['bytes'] / 1e9:.2f} GB"
         ),
     ]
+    if report["scaled"]:
+        lines.append(f"{report['scaled']} float8 weights with a scale each")
     if report["quantised"]:
         lines.append(
             f"quantised: {len(report['quantised'])} scale tensors, first "

@@ -27,7 +27,7 @@ from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store_float8
-from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite
+from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
@@ -181,7 +181,8 @@ def _no_transformer(names: Iterable[str], source: object, error: Exception) -> s
     names = list(names)
     if scales := [name for name in names if SCALES.search(name)]:
         return (
-            f"{source} is quantised: it has tensors such as {scales[0]}; take the bf16 or fp16 file"
+            f"{source} is quantised: it has tensors such as {scales[0]}; take the bf16 or fp16"
+            " file, or ComfyUI's fp8_scaled one"
         )
     others = sorted(
         {f"{part}." for name in names if (part := name.partition(".")[0]) in OTHER_PARTS}
@@ -244,16 +245,24 @@ def load_dit(
     device: torch.device | str = "cpu",
     expert: str | None = None,
     model_class: type[WanDiT] = WanDiT,
+    keep_float8: bool = False,
 ) -> WanDiT:
     """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
     modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
-    are read one by one into a model that has no memory before.
+    are read one by one into a model that has no memory before. `keep_float8`: matrices of the
+    blocks that the file holds as float8 with a scale are kept as they are, frozen.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
     tensors missing or unknown."""
     place = locate(path, expert)
-    stored = Checkpoint(place)
+
+    def unpack(name: str, codes: Tensor, scale: Tensor) -> Tensor:
+        if keep_float8 and names[name].startswith("blocks."):
+            return StoredWeight(codes, scale.expand(len(codes), 1), dtype)
+        return scaled_float8(name, codes, scale)
+
+    stored = Checkpoint(place, unpack=unpack)
     names, _, _ = official_names(list(stored.entries))
     if loose := [name for name in names.values() if is_adapter(name)]:
         raise ValueError(
@@ -305,7 +314,13 @@ def load_denoiser(
             torch.float32 if settings.dtype == "float32" else torch.bfloat16,
             expert or settings.expert,
         )
-        model = load_dit(settings.name_or_path, dtype, expert=expert, model_class=WanDenoiser)
+        model = load_dit(
+            settings.name_or_path,
+            dtype,
+            expert=expert,
+            model_class=WanDenoiser,
+            keep_float8=settings.dtype == "float8",
+        )
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None
     config = model.config

@@ -37,7 +37,8 @@ class WanModelConfig(ModelSection):
     # The share of the steps on clips whose first latent frame is given clean (TI2V-5B).
     first_frame: float = 0.0
     # The type of the stored weights; less than float32 only for weights that adapters leave frozen.
-    # float8: the matrices of the blocks, with one scale a row; the rest is bfloat16.
+    # float8: the matrices of the blocks, with one scale a row, or as an fp8_scaled file has them;
+    # the rest is bfloat16.
     dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     # The type of the stream between blocks: float32, or that of autocast, which is half the
     # traffic.

@@ -236,4 +236,6 @@ def store_float8(blocks: nn.Module) -> None:
     """Keep the weights of all linear layers of `blocks` as 8-bit floats, frozen; in place, one
     after the other. Each is unpacked in the type that it had."""
     for layer in linear_layers(blocks.requires_grad_(False)):
+        if isinstance(layer.weight, StoredWeight):
+            continue  # it was read as it is
         layer.weight = nn.Parameter(StoredWeight.float8(layer.weight), requires_grad=False)

@@ -247,9 +247,7 @@ class Denoiser(Network):
     clip_weights: str = ""  # file or folder of the encoder whose states of pictures it is given
     lora_targets: tuple[str, ...] = ("q", "k", "v", "proj")  # adapters' default
     lora_only_if_named: tuple[str, ...] = ()  # layers adapted only by a target that names them
-    # The processes that share each clip (an `nn.context_parallel.Context`), all of which then take
-    # part in every call; set where the section `shares_clips`. None: a clip belongs to one.
-    context: Any = None
+    context: Any = None  # see `share_clips`; of one network
 
     def forward(self, x: Tensor, t: Tensor, text: Any, **inputs: Any) -> Tensor:
         """Return the prediction, shaped like `x (B, F, H, W, C)`, for `t (B,)` as the objective
@@ -317,6 +315,13 @@ class Denoiser(Network):
         for, whatever an attention kernel or checkpointing computes twice."""
         raise NotImplementedError
 
+    def share_clips(self, context: Any) -> None:
+        """Have the processes of `context` (an `nn.context_parallel.Context`; None: nobody) share
+        each clip from now on: all of them take part in every call. A network that does not look at
+        its `context` computes clips whole, which is right, and gains nothing."""
+        for network in self.networks().values():
+            network.context = context
+
     def can_be_captured(self, training: bool) -> bool:
         """Return whether a CUDA graph of a call (or of a step of `training`) does what the call
         does: it waits for nothing, and depends on its inputs and weights alone."""
@@ -372,11 +377,6 @@ class ModelSection(Section):
     @property
     def takes_place(self) -> bool:
         """Return whether the network can be told where in its clip a tile lies."""
-        return False
-
-    @property
-    def shares_clips(self) -> bool:
-        """Return whether several processes can share a clip; see `Denoiser.context`."""
         return False
 
     @property

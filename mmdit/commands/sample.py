@@ -4,10 +4,12 @@ see `mmdit.scripts.sample`."""
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift
 from mmdit.interop.wan_weights import expert_in_name
+from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.requests import Request, read_request
@@ -55,6 +58,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
+@contextmanager
+def all_processes(args: argparse.Namespace) -> Iterator[World]:
+    """Join the processes of torchrun, which then share each clip; without it, this one is alone."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World()
+        return
+    if args.interactive:
+        raise ValueError(
+            f"--interactive reads one keyboard, but {size} processes draw; leave it out, or start"
+            " the command without torchrun"
+        )
+    with process_group(args.device, context_parallel=size) as world:
+        yield world
+
+
 def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:
     """Return the command as it can be typed again, without `--out` and `--replace`: a sample is the
     same file wherever it is written. Of a `request` that came from the keyboard or from a file,
@@ -75,11 +94,13 @@ def command_line(words: list[str], request: Request | None = None, first: int = 
 
 
 @contextmanager
-def shown_steps(settings: SampleSettings) -> Iterator[Callback]:
+def shown_steps(settings: SampleSettings, world: World) -> Iterator[Callback]:
     """Give a callback that shows the sampling steps of a batch as they are done, where it takes
     long: a clip of many frames is minutes of a CPU."""
-    steps = settings.sampler.steps
-    with tqdm(total=steps, desc="a batch", unit="step", leave=False, delay=PATIENCE) as bar:
+    hidden, steps = not world.is_main, settings.sampler.steps
+    with tqdm(
+        total=steps, desc="a batch", unit="step", leave=False, delay=PATIENCE, disable=hidden
+    ) as bar:
 
         def callback(done: int, t: float, x: Tensor, clean: Tensor) -> None:
             bar.update(done - bar.n)
@@ -168,8 +189,9 @@ def size_for(
 class Drawing:
     """`size`: width, height and frames. `strength`: the noise level at which refining is given
     the small samples; None is the model's own. `words`: of the command, which files say they were
-    drawn by; `alone`: each file names the command that draws it alone. ValueError: the size or the
-    settings cannot be drawn with."""
+    drawn by; `alone`: each file names the command that draws it alone. `world`: the processes that
+    draw each sample together, of which the main one writes. ValueError: the size or the settings
+    cannot be drawn with."""
 
     pipeline: Pipeline
     size: tuple[int, int, int]
@@ -178,12 +200,14 @@ class Drawing:
     strength: float | None = None
     words: list[str] = field(default_factory=list)
     alone: bool = False
+    world: World = World()
     refiner: Pipeline | None = field(default=None, init=False)
     redrawn: SampleSettings | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.written_size = self.size
         self.pipeline.check(*self.size, self.settings)
+        self.pipeline.model.share_clips(self.world.context)
 
     def refine_with(self, refiner: Pipeline, config: ExperimentConfig) -> None:
         """Draw the samples again with a second model, at the size of its config. ValueError: not
@@ -191,6 +215,7 @@ class Drawing:
         self.written_size = (config.video.width, config.video.height, self.size[2])
         self.refiner, self.redrawn = refiner, SampleSettings.of(config.train)
         refiner.check(*self.written_size, self.redrawn, refines=True)
+        refiner.model.share_clips(self.world.context)
         conditioned = config.model.conditioning == "low_resolution"
         if self.strength is None:
             self.strength = TOLD if conditioned else REDRAWN
@@ -266,11 +291,23 @@ class Drawing:
     def _command(self, request: Request, number: int) -> str:
         return command_line(self.words, *((request, number) if self.alone else ()))
 
+    def open_folder(
+        self, args: argparse.Namespace, story: dict, requests: dict[int, Request], fps: int
+    ) -> SampleFolder:
+        """Return the folder of the samples, and say what is kept of it and what is replaced."""
+        size, path = self.written_size, Path(args.out)
+        folder = self.world.share(
+            lambda: SampleFolder(path, story, requests, size, fps, args.columns, args.replace)
+        )
+        for line in folder.said:
+            self.world.print(line)
+        return folder
+
     def fill(self, folder: SampleFolder, batch_size: int) -> None:
         """Draw what `folder` lacks, and write each batch as it comes."""
         left = list(folder.missing(batch_size))
-        total = sum(len(numbers) for numbers in left)
-        with tqdm(total=total, desc="sampling", unit="sample") as bar:
+        total, hidden = sum(len(numbers) for numbers in left), not self.world.is_main
+        with tqdm(total=total, desc="sampling", unit="sample", disable=hidden) as bar:
             for numbers in left:
                 for done in self.draw(folder, numbers):
                     bar.update(done)
@@ -283,7 +320,7 @@ class Drawing:
         prompts = [request.prompt for request in requests]
         seeds = [request.seed for request in requests]
         settings = requests[0].settings(self.settings)
-        with shown_steps(settings) as callback:
+        with shown_steps(settings, self.world) as callback:
             pixels = self.pipeline(
                 prompts,
                 *requests[0].size(self.size),
@@ -295,12 +332,19 @@ class Drawing:
                 callback=callback,
             )
         if self.refiner is None:
-            folder.add(numbers, pixels, facts)
+            self._write(folder, numbers, pixels, facts)
             yield len(numbers)
             return
         for i, (number, request) in enumerate(zip(numbers, requests, strict=True)):
-            folder.add([number], self._refined(pixels[i : i + 1], request, number), [facts[i]])
+            refined = self._refined(pixels[i : i + 1], request, number)
+            self._write(folder, [number], refined, [facts[i]])
             yield 1
+
+    def _write(
+        self, folder: SampleFolder, numbers: list[int], pixels: Tensor, facts: list[dict]
+    ) -> None:
+        if self.world.is_main:
+            folder.add(numbers, pixels, facts)
 
     def _refined(self, clip: Tensor, request: Request, number: int) -> Tensor:
         """Return the sample `clip (1, f, 3, h, w)` drawn again: one at a time, for at 720p a clip
@@ -309,7 +353,7 @@ class Drawing:
         assert self.strength is not None
         width, height, _ = self.written_size
         how = (width, height, self.strength, self.redrawn, number, [request.seed])
-        with shown_steps(self.redrawn) as callback:
+        with shown_steps(self.redrawn, self.world) as callback:
             return self.refiner.refine(clip, [request.prompt], *how, callback)
 
     def converse(self, folder: SampleFolder, lines: Iterable[str]) -> None:

@@ -156,9 +156,7 @@ class Run:
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
         if config.train.precision == "pure_bf16":
             to_bfloat16(self.learner)
-        if self.world.context:
-            for network in self.learner.model.networks().values():
-                network.context = self.world.context
+        self.learner.model.share_clips(self.world.context)
         if config.parallel.type == "fsdp" and self.world.size > 1:
             shard(self.learner, self.world, config.parallel)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)

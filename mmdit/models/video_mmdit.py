@@ -30,7 +30,7 @@ from mmdit.nn.conditioning import (
     TextContext,
     TimeEmbedding,
 )
-from mmdit.nn.context_parallel import ClipShare
+from mmdit.nn.context_parallel import Share
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
@@ -167,10 +167,6 @@ class VideoMMDiTConfig(ModelSection):
 
     @property
     def takes_place(self) -> bool:
-        return True
-
-    @property
-    def shares_clips(self) -> bool:
         return True
 
     @property
@@ -324,13 +320,13 @@ class VideoMMDiT(Denoiser):
             return False
         return not (training and (self.config.checkpointing or self.config.dropout))
 
-    def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> ClipShare | None:
+    def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> Share | None:
         """Return the part of this process in a clip; None: it computes everything, as it does where
         a process would be left without a frame or a place (pictures)."""
         places = math.prod(grid.counts) * (grid.places if keep is None else len(keep))
         if self.context is None or min(frames, places) < self.context.size:
             return None
-        return ClipShare(self.context, frames)
+        return Share(self.context, frames)
 
     def windows(self, rows: int, columns: int) -> WindowGrid:
         return WindowGrid.fit(rows, columns, self.config.window_size)
@@ -421,7 +417,7 @@ class VideoMMDiT(Denoiser):
             Modulation(last[0], last[1], last[1]),
         )
         prediction = grid.merge(self.output(seen)).to(dtype)
-        return prediction if share is None else share.whole(prediction)
+        return prediction if share is None else share.gather(prediction, 1)
 
     def _where(
         self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
@@ -444,7 +440,7 @@ class VideoMMDiT(Denoiser):
         keep: Tensor | None,
         modulation: Tensor,
         text: PreparedText,
-        share: ClipShare | None,
+        share: Share | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the stream as `Block.forward` does, of the frames of this process."""
         if (
@@ -464,7 +460,7 @@ class VideoMMDiT(Denoiser):
             step = self.config.frame_step if self.config.temporal_position else None
             count, places = x.shape[1], x.shape[2] * x.shape[3]
             if share is not None:  # they meet along time: all frames of its share of the places
-                count, places = share.frames, share.places(places)
+                count, places = share.length, share.part_of(places)
             frames = frame_tables(count, places, step, *table)._replace(share=share)
             change = gate = None
             for index in range(first, end):

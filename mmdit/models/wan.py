@@ -32,6 +32,7 @@ from torch.utils.checkpoint import (
 from mmdit.interfaces import Denoiser, Picture
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.attention import HeadedAttention, attend
+from mmdit.nn.context_parallel import Share
 from mmdit.nn.norm import upcast, working_dtype
 
 PATCH = (1, 2, 2)
@@ -39,8 +40,8 @@ TI2V_CHANNELS = 48  # of the latents of the one model that takes a given first f
 Residual = Literal["float32", "autocast"]
 ROTARY_BASE = 10_000.0
 PRODUCTS = re.compile(
-    r"(addmm|mm|bmm|_scaled_mm|_scaled_dot_product_\w+)"
-)  # operators whose results are dear
+    r"(addmm|mm|bmm|_scaled_mm|_scaled_dot_product_\w+|wait_tensor)"
+)  # operators whose results are dear; the last one has what other processes sent
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,19 @@ class Attention(HeadedAttention):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], share: Share | None) -> Tensor:
+        """`x (b, l, d)`: of a clip that processes share the tokens of this one, which then attends
+        with some of the heads to all tokens."""
         q, k, v = (
             self.heads(self.norm_q(self.q(x))),
             self.heads(self.norm_k(self.k(x))),
             self.heads(self.v(x)),
         )
         q, k = (rotate_pairs(z, *rotary).to(v.dtype) for z in (q, k))
-        return self.o(self.joined(attend(q, k, v)))
+        if share is None:
+            return self.o(self.joined(attend(q, k, v)))
+        seen = attend(*share.to_whole(torch.stack([q, k, v]), 3, 2))
+        return self.o(self.joined(share.to_part(seen, 2, 1, self.num_heads)))
 
 
 class CrossAttention(Attention):
@@ -220,13 +226,14 @@ class Block(nn.Module):
         text: Tensor,
         bias: Tensor | None,
         image: Tensor | None,
+        share: Share | None = None,
     ) -> Tensor:
         """`x (b, l, d)`; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
         table = (upcast(self.modulation) + time).unbind(1)
         dtype = working_dtype(text)
         shift, scale, gate = (per_token(part, where) for part in table[:3])
         h = (layer_norm(x, self.eps) * (1 + scale) + shift).to(dtype)
-        x = (x + self.self_attn(h, rotary) * gate).to(x.dtype)
+        x = (x + self.self_attn(h, rotary, share) * gate).to(x.dtype)
         x = (x + upcast(self.cross_attn(self.norm3(upcast(x)).to(dtype), text, bias, image))).to(
             x.dtype
         )
@@ -435,10 +442,14 @@ class WanDiT(Denoiser):
         text, bias = self.text_keys(text)
         text = self.text_embedding(text.to(input_dtype(self.text_embedding)))
         image = None if image is None else image.to(text.dtype)
-        rotary = rotary_tables(*grid, config.dim // config.num_heads, x.device)
+        cosine, sine = rotary_tables(*grid, config.dim // config.num_heads, x.device)
+        share = self._share(tokens.shape[1])
+        if share is not None:
+            tokens, where = share.cut(tokens, 1), None if where is None else share.cut(where, 1)
+            cosine, sine = share.cut(cosine, 0), share.cut(sine, 0)
         tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens
         for index, block in enumerate(self.blocks):
-            arguments = (tokens, time, where, rotary, text, bias, image)
+            arguments = (tokens, time, where, (cosine, sine), text, bias, image, share)
             if (
                 self.checkpointing
                 and index % self.checkpoint_every == 0
@@ -449,11 +460,19 @@ class WanDiT(Denoiser):
                 tokens = block(*arguments)
         with torch.autocast(device, enabled=False):
             tokens = self.head(tokens, embedded, where)
+        tokens = tokens if share is None else share.gather(tokens, 1)
         p, q, r = PATCH
         size = dict(zip("fhw", grid, strict=True))
         return rearrange(
             tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", p=p, q=q, r=r, **size
         ).to(x.dtype)
+
+    def _share(self, tokens: int) -> Share | None:
+        """Return the part of this process in a clip; None: it computes everything, as it does where
+        a process would be left without a token or a head."""
+        if self.context is None or min(tokens, self.config.num_heads) < self.context.size:
+            return None
+        return Share(self.context, tokens)
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the rows of `text (b, t, c)` to attend to and a bias `(b, 1, 1, t')` on their

@@ -138,9 +138,9 @@ class TemporalAttention(Attention):
         if frames.share is None:
             return self.along_time(x, frames)
         n, k = x.shape[2:4]
-        seen = frames.share.to_places(x.flatten(2, 3))
+        seen = frames.share.to_whole(x.flatten(2, 3), 1, 2)
         seen = self.along_time(seen.unsqueeze(2), frames).squeeze(2)
-        return frames.share.to_frames(seen, n * k).unflatten(2, (n, k))
+        return frames.share.to_part(seen, 1, 2, n * k).unflatten(2, (n, k))
 
     def along_time(self, x: Tensor, frames: Frames) -> Tensor:
         """Return what `forward` does, for `x` with all frames."""

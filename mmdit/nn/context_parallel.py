@@ -1,13 +1,11 @@
-"""Let several processes share one clip: each computes some of its frames, and around attention
-along time they exchange frames for places, as Jacobs et al. 2023 (2309.14509) exchange tokens for
-heads. All else that a block does stays within one frame.
+"""Let several processes share one clip. Each computes some of its frames or tokens, and attention
+that goes beyond them is divided otherwise: by places, where it goes along time, or by heads (Jacobs
+et al. 2023, 2309.14509). The processes exchange the ones for the others before and after it.
 
 Every process then has the loss of the whole clip, and gradients go back the way that values came:
-to a share come those of the losses of all processes that share the clip. So the mean of the
+to a part come those of the losses of all processes that share the clip. So the mean of the
 gradients over all processes, which DDP and FSDP take, is the gradient of the mean loss, without a
 further factor.
-
-Axes: b sample · f frame · l place in the frame · d width.
 """
 
 from __future__ import annotations
@@ -51,35 +49,35 @@ def exchange(parts: Sequence[Tensor], axis: int, joined: list[int], context: Con
     return torch.cat([piece.view(shape) for piece, shape in pieces], axis)
 
 
-class ClipShare(NamedTuple):
-    """The part of this process in a clip of so many `frames`. The first processes have a frame or a
-    place more than the last where the numbers do not divide."""
+class Share(NamedTuple):
+    """The part of this process in what is `length` long along an axis: the frames of a clip, or its
+    tokens. Where numbers do not divide, the first processes have one more than the last."""
 
     context: Context
-    frames: int
+    length: int
 
     def cut(self, x: Tensor, axis: int) -> Tensor:
-        """Return the frames of this process, which lie along `axis`; one for all stays as it is."""
+        """Return the part of this process along `axis`; one for all stays as it is."""
         if x.shape[axis] == 1:
             return x
         return x.tensor_split(self.context.size, axis)[self.context.rank]
 
-    def places(self, count: int) -> int:
-        """Return how many of `count` places this process has."""
+    def part_of(self, count: int) -> int:
+        """Return how many this process has of `count` others, such as places or heads."""
         return lengths(count, self.context.size)[self.context.rank]
 
-    def to_places(self, x: Tensor) -> Tensor:
-        """Exchange this process's frames with all places `x (b, f, l, d)` for all frames with its
-        places."""
-        parts = x.tensor_split(self.context.size, 2)
-        return exchange(parts, 1, lengths(self.frames, self.context.size), self.context)
+    def to_whole(self, x: Tensor, axis: int, other: int) -> Tensor:
+        """Exchange `x`, this process's part along `axis`, for what is whole along it, and this
+        process's part along `other`."""
+        parts = x.tensor_split(self.context.size, other)
+        return exchange(parts, axis, lengths(self.length, self.context.size), self.context)
 
-    def to_frames(self, x: Tensor, places: int) -> Tensor:
-        """Undo `to_places`, where a frame has so many places."""
-        parts = x.tensor_split(self.context.size, 1)
-        return exchange(parts, 2, lengths(places, self.context.size), self.context)
+    def to_part(self, x: Tensor, axis: int, other: int, count: int) -> Tensor:
+        """Undo `to_whole`, for `count` along `other`."""
+        parts = x.tensor_split(self.context.size, axis)
+        return exchange(parts, other, lengths(count, self.context.size), self.context)
 
-    def whole(self, x: Tensor) -> Tensor:
-        """Return the whole clip of the frames `x (b, f, …)` of each process, on every process."""
+    def gather(self, x: Tensor, axis: int) -> Tensor:
+        """Return the parts of all processes along `axis`, on every process."""
         parts = [x] * self.context.size
-        return exchange(parts, 1, lengths(self.frames, self.context.size), self.context)
+        return exchange(parts, axis, lengths(self.length, self.context.size), self.context)

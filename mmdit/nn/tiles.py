@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.nn.context_parallel import ClipShare
+from mmdit.nn.context_parallel import Share
 from mmdit.nn.kept import kept
 from mmdit.nn.position import Rotary, temporal_rotary
 
@@ -27,11 +27,12 @@ class Tiles(NamedTuple):
 
 class Frames(NamedTuple):
     """What attention along time must know: rotary tables (None: frames are a set) and tiles, and
-    where processes share the clip, the part of this one."""
+    where processes share the clip, this one's part of its
+    frames."""
 
     rotary: Rotary | None
     tiles: Tiles | None
-    share: ClipShare | None = None
+    share: Share | None = None
 
 
 def tiles_of(index: Tensor, names: Tensor, turns: list[Tensor]) -> Tiles | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mmdit.commands.sample import (
     Drawing,
+    all_processes,
     check_arguments,
     first_frames,
     lay_over,
@@ -35,11 +36,12 @@ from mmdit.scripts.arguments import (
     sample_size,
 )
 from mmdit.scripts.prompts import asked_for
+from mmdit.training.distributed import World
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import read_facts
 from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
-from mmdit.training.samples import SampleFolder, stored_requests
+from mmdit.training.samples import stored_requests
 
 HELP = (
     'ready: a prompt a line, or {"prompt": "…", "seed": 1, "width": …, "height": …, "frames": …,'
@@ -47,7 +49,9 @@ HELP = (
 )
 
 
-def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, dict, int]:
+def open_drawing(
+    args: argparse.Namespace, words: list[str], world: World
+) -> tuple[Drawing, dict, int]:
     """Load what the command names; return what draws, the story of its samples, and frames a
     second. `words` are the command's own."""
     pipeline, config = load_pipeline(
@@ -73,7 +77,7 @@ def open_drawing(args: argparse.Namespace, words: list[str]) -> tuple[Drawing, d
         settings = with_published_shift(settings, args, width, height)
     size = (width, height, frames)
     alone = bool(args.interactive or args.prompts_file)
-    drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone)
+    drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone, world)
     if args.refine:
         drawing.refine_with(
             *load_pipeline(args.refine, args.device, not args.raw_weights, offload=args.offload)
@@ -86,21 +90,17 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_arguments(parser, needs_checkpoint=False)
     add_sample_arguments(parser)
     args = parser.parse_intermixed_args(argv)
-    with friendly():
+    with friendly(), all_processes(args) as world:
         if args.read:
             print(json.dumps(read_facts(args.read), indent=1, ensure_ascii=False))
             return 0
         check_arguments(args)
         requests = {} if args.interactive else dict(enumerate(asked_for(args), args.first))
-        drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv)
+        drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv, world)
         drawing.check(requests)
         if args.interactive:
             requests = stored_requests(Path(args.out))
-        folder = SampleFolder(
-            Path(args.out), story, requests, drawing.written_size, fps, args.columns, args.replace
-        )
-        for line in folder.said:
-            print(line)
+        folder = drawing.open_folder(args, story, requests, fps)
         keep_freed_memory(drawing.pipeline.device)
         for network in filter(None, (drawing.pipeline, drawing.refiner)):
             offload_pipeline(network, args.offload)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             drawing.converse(folder, sys.stdin)
         else:
             drawing.fill(folder, args.batch_size)
-        if folder.files:
+        if world.is_main and folder.files:
             files = folder.finish()
             print(f"wrote {len(files)} samples and {folder.folder / 'grid.png'}{folder.grid_note}")
     return 0

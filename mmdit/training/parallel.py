@@ -42,9 +42,8 @@ class ParallelConfig(Section):
     # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
     # process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
-    # So many neighbouring processes share each clip, for clips that do not fit on one: each
-    # computes some of its frames. A step then sees `batch_size` x `grad_accum_steps` x processes /
-    # this.
+    # So many neighbouring processes share each clip, for clips that do not fit on one: each computes
+    # some of it. A step then sees `batch_size` x `grad_accum_steps` x processes / this.
     context_parallel: int = 1
 
     def __post_init__(self):
@@ -81,12 +80,6 @@ class ParallelConfig(Section):
     def _check_clips(self, run: Any) -> None:
         if self.context_parallel == 1:
             return
-        if not run.model.shares_clips:
-            raise ConfigError(
-                "parallel.context_parallel",
-                f"is {self.context_parallel}, but model.type {run.model.type} computes a clip on"
-                " one process; set it to 1, or use video_mmdit",
-            )
         frames = run.video.num_frames
         latent_frames = LatentSpec(1, temporal=run.tokenizer.temporal).frames(frames)
         if latent_frames < self.context_parallel:

@@ -111,9 +111,7 @@ def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfi
     if group == world.size:
         del sizes["copies"]
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    policy = MixedPrecisionPolicy(
-        reduce_dtype=torch.bfloat16 if config.reduce == "bfloat16" else None
-    )
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce))
     trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
     for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
         within: list[nn.Module] = []

@@ -42,8 +42,8 @@ class ParallelConfig(Section):
     # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
     # process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
-    # So many neighbouring processes share each clip, for clips that do not fit on one: each computes
-    # some of it. A step then sees `batch_size` x `grad_accum_steps` x processes / this.
+    # So many neighbouring processes share each clip, for clips that do not fit on one: each
+    # computes some of it. A step then sees `batch_size` x `grad_accum_steps` x processes / this.
     context_parallel: int = 1
 
     def __post_init__(self):

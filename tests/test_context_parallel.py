@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, load
@@ -43,6 +44,14 @@ WAN = {
     "wan": ({}, []),
     "wan_given": ({}, ["given"]),
     "wan_picture": ({"in_dim": 24, "image_dim": 10}, ["y", "clip"]),
+}
+STOP = "train.max_steps=1"
+LORA = "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q, v, ffn.0]}"
+# of adapters of Wan, by name: processes, and what differs from the run of one
+WAN_RUNS = {
+    "shared": (2, []),
+    "sharded": (2, ["parallel.type=fsdp"]),
+    "pairs": (4, ["train.batch_size=1"]),
 }
 STEPS, RATE = 4, 1e-3
 MEASURED = {"loss", "val_loss", "val_loss_ema", "grad_norm", "images_seen"}
@@ -155,6 +164,11 @@ def compiled(name: str, world: World) -> float:
 
 
 def one_rank(folder: Path, part: str, size: int) -> None:
+    if part in WAN_RUNS:
+        words = ["--config", f"{folder}/wan.yaml", "--train_cache_dir", f"{folder}/cache0"]
+        words += ["--device", "cpu", LORA, *WAN_RUNS[part][1], f"experiment_name={part}"]
+        train_t2v.main([*words, f"parallel.context_parallel={size}"])
+        return
     with process_group("cpu", timeout_minutes=1, context_parallel=size) as world:
         report = {name: compared(name, world) for name in (*CASES, *WAN)}
         if part == "compiled":
@@ -236,7 +250,7 @@ def test_a_run_is_that_of_one_process(shop):
     assert not (shared / "failures").exists()
 
 
-def test_samples_are_those_of_one_process_and_written_once(shop):
+def test_samples_are_those_of_one_process(shop):
     alone, shared = (shop.folder / f"{name}_samples" for name in ("alone", "shared"))
     names = sorted(path.name for path in alone.iterdir())
     assert names == sorted(path.name for path in shared.iterdir()) and "0000.mp4" in names
@@ -258,6 +272,24 @@ def test_four_processes_are_two_pairs_or_one_group_and_compiled_blocks_change_no
             assert max(values[key] for key in ("prediction", "drawn", "gradient")) < 1e-10, values
     frames = [report["clip"]["frames"] for report in ranks]
     assert frames == ([3, 2, 3, 2] if size == 2 else [2, 1, 1, 1])
+
+
+@pytest.mark.slow
+def test_adapters_of_wan_are_trained_as_by_one_process(tmp_path):
+    """Compare them after runs by DDP, by FSDP and by two pairs."""
+    pytest.importorskip("transformers")
+    from tests.test_wan_training import Shop
+
+    shop = Shop(tmp_path)
+    expected = load_file(checkpoint.latest(shop.train("alone", LORA)) / "lora.safetensors")
+    begun = load_file(checkpoint.latest(shop.train("one", LORA, STOP)) / "lora.safetensors")
+    assert not any(torch.equal(begun[name], expected[name]) for name in begun if "lora" in name)
+    for name, (processes, _) in WAN_RUNS.items():
+        run_ranks(tmp_path, processes, __file__, name, "2")
+        adapters = load_file(checkpoint.latest(tmp_path / "runs" / name) / "lora.safetensors")
+        assert adapters.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(adapters[key], value, rtol=0, atol=1e-6)
 
 
 def test_lengths_are_those_of_tensor_split():

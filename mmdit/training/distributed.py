@@ -182,11 +182,11 @@ def _of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     return dist.PrefixStore(mine, store)
 
 
-def _context(rank: int, size: int) -> Context | None:
+def _context(rank: int, size: int, timeout: timedelta) -> Context | None:
     """Return with whom the process `rank` shares clips, `size` neighbours; every one must call."""
     if size == 1:
         return None
-    group, _ = dist.new_subgroups(size)
+    group, _ = dist.new_subgroups(size, timeout=timeout)
     return Context(group.group_name, rank % size, size)
 
 
@@ -227,6 +227,6 @@ def process_group(
         store = _of_this_start(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, device, store, context=_context(rank, context_parallel))
+        yield World(rank, size, device, store, context=_context(rank, context_parallel, timeout))
     finally:
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ from mmdit.interfaces import TextTokens
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser
+from mmdit.nn import context_parallel
 from mmdit.nn.context_parallel import Context, lengths
 from mmdit.scripts import sample, train_t2v
 from mmdit.training import checkpoint
@@ -129,6 +130,20 @@ def counting_frames(model: nn.Module):
     handle.remove()
 
 
+@contextmanager
+def counting_exchanges():
+    """Yield a list of how long the part of each process was, exchange by exchange."""
+    real, joined = context_parallel.exchange, []
+
+    def exchange(parts, axis, lengths, context):
+        joined.append(lengths)
+        return real(parts, axis, lengths, context)
+
+    context_parallel.exchange = exchange
+    yield joined
+    context_parallel.exchange = real
+
+
 def compared(name: str, world: World) -> dict:
     """Return how far prediction and gradients of shared clips are from those of one process, and
     how many frames this process computed."""
@@ -180,7 +195,9 @@ def one_rank(folder: Path, part: str, size: int) -> None:
             "shared", *CLIPS, f"parallel.context_parallel={size}", cache=folder / "clips"
         )
         train_t2v.main(words)
-        sample.main(sample_words(folder, "shared"))
+        with counting_exchanges() as joined:
+            sample.main(sample_words(folder, "shared"))
+        (folder / f"sampled{world.rank}.json").write_text(json.dumps(joined))
 
 
 def sample_words(folder: Path, name: str) -> list[str]:
@@ -254,6 +271,8 @@ def test_samples_are_those_of_one_process(shop):
     alone, shared = (shop.folder / f"{name}_samples" for name in ("alone", "shared"))
     names = sorted(path.name for path in alone.iterdir())
     assert names == sorted(path.name for path in shared.iterdir()) and "0000.mp4" in names
+    for rank in (0, 1):
+        assert [3, 2] in json.loads((shop.folder / f"sampled{rank}.json").read_text())
     for name in names[:2]:
         assert torch.equal(read_back(shared / name), read_back(alone / name)), name
 

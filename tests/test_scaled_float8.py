@@ -15,7 +15,10 @@ from mmdit.interop.inspection import inspect_weights
 from mmdit.interop.wan_weights import load_denoiser, load_dit, save_dit
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.stored_weights import StoredWeight
+from mmdit.text_encoders import build_text_encoder
+from mmdit.text_encoders.umt5 import UMT5Config
 from mmdit.weights import Checkpoint
+from tests.test_umt5 import GOLDEN, write_tokenizer
 from tests.test_wan import TINY, random_model, refused
 
 LARGEST = 448.0  # of e4m3
@@ -100,6 +103,26 @@ def test_an_adapter_on_codes_is_that_on_the_weights_they_stand_for(tmp_path):
         gradients.append([x.grad, *(w.grad for w in layer.parameters() if w.grad is not None)])
     for kept, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, plain, rtol=0, atol=0)
+
+
+def test_the_text_encoder_of_a_release_is_read_alike(tmp_path):
+    """Of `umt5_xxl_fp8_e4m3fn_scaled`: the names of transformers, and the vocabulary as bytes."""
+    tensors, plain = {}, load_file(GOLDEN / "official.safetensors")
+    for name, value in list(plain.items()):
+        if value.ndim == 2 and ".attn." in name:
+            codes, scale = scaled(value)
+            plain[name] = codes.float() * scale
+            tensors |= {name: codes, name.removesuffix("weight") + "scale_weight": scale}
+    save_file(plain, tmp_path / "plain.safetensors")
+    save_file(plain | tensors, tmp_path / "scaled.safetensors")
+    assert len(tensors) >= 16
+    write_tokenizer(tmp_path / "tokens")
+    read = []
+    for name in ("plain", "scaled"):
+        path, tokens = tmp_path / f"{name}.safetensors", tmp_path / "tokens"
+        config = UMT5Config(name_or_path=str(path), tokenizer_path=str(tokens), dtype="float32")
+        read.append(build_text_encoder(config)(["a small cat"]).embeddings)
+    assert torch.equal(*read)
 
 
 def test_what_is_read_is_written_as_any_model_is(tmp_path):

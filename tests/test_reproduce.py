@@ -5,12 +5,13 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from mmdit.diagnostics.results_file import (
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import evaluate, reproduce
 from mmdit.training.errors import RunError
+from tests.drivers import gpu_baselines
 from tests.helpers.tiny import CONFIG, TINY_MODEL, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,19 @@ def rate(correct: int, count: int) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_names_configs_stages_and_words_that_exist(name):
     recipe = read_recipe(ROOT / "results", name)
+    with program_of(recipe):
+        check_stages(recipe)
+
+
+def program_of(recipe: Recipe):
+    """Return a context in which configs may say what they may say in the program of the recipe."""
+    if recipe.module == "mmdit":
+        return nullcontext()
+    assert recipe.module == gpu_baselines.__name__
+    return gpu_baselines.baselines()
+
+
+def check_stages(recipe: Recipe) -> None:
     for stage in recipe.stages:
         for score in stage.scores:
             with pytest.raises(SystemExit) as end:
@@ -61,11 +76,20 @@ def test_a_recipe_names_configs_stages_and_words_that_exist(name):
             assert (ROOT / stage.checkpoint).is_file()
             continue
         config = load_experiment_config(ROOT / stage.config, stage.overrides)
+        for step in steps_of(stage):
+            kept = config.train.keep_every_steps and step % config.train.keep_every_steps == 0
+            assert kept or step == config.train.max_steps, "a step whose checkpoint is gone"
         if str(config.train.init_from).startswith("runs/"):
             before = next(other for other in recipe.stages if other.name == stage.init_from)
             start = load_experiment_config(ROOT / before.config, before.overrides)
             assert str(start.run_dir) == config.train.init_from
         assert all(maker.cache.split()[0] in commands() for maker in recipe.cached_by(stage))
+
+
+def steps_of(stage) -> list[int]:
+    """Return the steps at which the scores of a stage are taken."""
+    texts = [re.findall(r"--at_steps((?: \d+)+)", score.evaluate) for score in stage.scores]
+    return [int(step) for found in texts for step in " ".join(found).split()]
 
 
 def recipe_of(*stages: dict) -> Recipe:
@@ -233,6 +257,17 @@ def test_a_record_keeps_what_others_have_added_meanwhile(tmp_path):
     assert json.loads((tmp_path / "seed_0.json").read_text())["stages"].keys() == {"a", "b"}
 
 
+def test_a_stage_that_cannot_be_is_refused_before_anything_is_run(tmp_path):
+    plain = encode(tiny("arms_448"))
+    plain["stages"][3]["overrides"].append("model.spatial=[everything]")
+    with pytest.raises(ValueError, match="stage frame-everywhere: .*model.spatial"):
+        Chain(decode(Recipe, plain), 0, tmp_path, execute=pytest.fail).run()
+    recipe = read_recipe(ROOT / "results", "arms_baselines")
+    told = "stage DiT: .*plain_dit.*made by `python -m tests.drivers.gpu_baselines reproduce"
+    with pytest.raises(ValueError, match=told):
+        Chain(recipe, 0, tmp_path, execute=pytest.fail).run()
+
+
 def test_a_recipe_may_be_made_by_a_program_that_knows_more(chain):
     recipe, _, _, _, records = chain
     other = replace(recipe, module="tests.other")
@@ -294,22 +329,58 @@ def test_a_hash_follows_settings_and_not_comments(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.slow
-def test_the_road_goes_through_with_tiny_networks(tmp_path):
-    """Run every command of the recipe, in its order, on 48x32 clips."""
-    plain = encode(read_recipe(ROOT / "results", "road"))
-    steps = ["batch_size=2", "max_steps=2", "sample_every_steps=0"]
-    tiny = [*TINY_MODEL, "num_workers=0", *(f"train.{word}" for word in steps)]
+def tiny(name: str, *stages: str) -> Recipe:
+    """Return a recipe (or these stages of it) on 48x32 pictures or clips, with tiny networks that
+    are trained for three steps."""
+    plain = encode(read_recipe(ROOT / "results", name))
+    plain["stages"] = [row for row in plain["stages"] if not stages or row["name"] in stages]
+    steps = ["batch_size=2", "max_steps=3", "sample_every_steps=0"]
+    steps += ["log_every_steps=1", "save_every_steps=1", "keep_every_steps=1"]
+    sizes = ["video.width=48", "video.height=32", "bucketing.buckets=[[48,32],[32,32]]"]
+    sizes += ["tread.apply_to=[0,2]"]
     for stage in plain["stages"]:
-        sizes = ["video.width=48", "video.height=32", "bucketing.buckets=[[48,32],[32,32]]"]
-        stage["overrides"] = [*stage["overrides"], *tiny, *sizes]
+        network = [word for word in TINY_MODEL if word.startswith("model.")]
+        if any("type: plain" in word for word in stage["overrides"]):
+            network.remove("model.size=null")
+        stage["overrides"] += [word for word in TINY_MODEL if not word.startswith("model.")]
+        stage["overrides"] += [*network, "num_workers=0", *(f"train.{word}" for word in steps)]
+        stage["overrides"] += sizes
         if stage["cache"]:
             stage["cache"] += " --count 4"
         for score in stage["scores"]:
-            score["evaluate"] = score["evaluate"].replace("256", "32") + " --count 2 --steps 1"
-    record = Chain(decode(Recipe, plain), 0, tmp_path, "cpu", Commands()).run()
+            text = re.sub(r"--at_steps(?: \d+)+", "--at_steps 1 3", score["evaluate"])
+            score["evaluate"] = text.replace("256", "32") + " --count 2 --steps 1"
+    return decode(Recipe, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("road", "arms"))])
+def test_a_long_recipe_goes_through_with_tiny_networks(name, tmp_path):
+    """Run every command of the recipe, in its order."""
+    recipe = tiny(name)
+    with program_of(recipe):
+        record = Chain(recipe, 0, tmp_path, "cpu", Commands()).run()
+        made = finished_results(name, recipe, [record])
     assert all(row["scores"] for row in record["stages"].values())
-    assert "left_right" in record["stages"]["t2v_vtp_256_80f"]["scores"]["A3"]
+    for stage in recipe.stages:
+        assert not steps_of(stage) or "curves" in made["stages"][stage.name]
+    if name == "road":
+        assert "left_right" in record["stages"]["t2v_vtp_256_80f"]["scores"]["A3"]
+
+
+def test_plain_networks_are_trained_and_scored_as_ours_are(tmp_path):
+    """Train a plain DiT on pictures, and a plain Latte on clips."""
+    for name, stages in (
+        ("arms_baselines", ["DiT"]),
+        ("arms_baselines_clips", ["ours", "Latte"]),
+    ):
+        recipe, folder = tiny(name, *stages), tmp_path / name
+        with program_of(recipe):
+            record = Chain(recipe, 0, folder, "cpu", Commands()).run()
+        row = record["stages"][stages[-1]]
+        assert row["training"]["steps"] == 3 and row["scores"] and len(row["curves"]) == 1
+        text = (folder / "seed_0" / stages[-1] / "config.yaml").read_text()
+        assert f"type: plain_{stages[-1].lower()}" in text, "checkpoints say what they are of"
 
 
 # ── results ──

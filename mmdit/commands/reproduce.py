@@ -26,9 +26,10 @@ from functools import partial
 from pathlib import Path
 
 import mmdit
+from mmdit.config import ConfigError
 from mmdit.diagnostics.recipe import Recipe, Stage, cache_identity, short_hash, stage_hash
 from mmdit.diagnostics.results_file import rates_of, results, training_facts
-from mmdit.experiment.experiment_config import load_experiment_config
+from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.files import lock, write_atomically
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
@@ -145,7 +146,11 @@ class Chain:
         return self.out / f"seed_{self.seed}"
 
     def run(self) -> dict:
-        """Run what is not done, and return the record."""
+        """Run what is not done, and return the record. ValueError before anything is run: a stage
+        has a config that cannot be."""
+        for stage in self.recipe.stages:
+            if stage.config:
+                self._config(stage, self._overrides(stage))
         for number, stage in enumerate(self.recipe.stages, start=1):
             place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}: {stage.name}]"
             with ExitStack() as stack:
@@ -253,12 +258,25 @@ class Chain:
     def _cache_folder(self, maker: Stage) -> Path:
         return self.out / "cache" / maker.name
 
-    def _train(self, stage: Stage, row: dict, place: str) -> None:
+    def _overrides(self, stage: Stage) -> list[str]:
         overrides = [*stage.overrides, f"experiment_name={stage.name}", f"seed={self.seed}"]
         overrides += [f"output_dir={self.folder}"]
         if stage.init_from:
             overrides += [f"train.init_from={self.folder / stage.init_from}"]
-        config = load_experiment_config(stage.config, overrides)
+        return overrides
+
+    def _config(self, stage: Stage, overrides: list[str]) -> ExperimentConfig:
+        try:
+            return load_experiment_config(stage.config, overrides)
+        except ConfigError as error:
+            remedy = ""
+            if self.recipe.module != "mmdit":
+                remedy = f"; this recipe is made by `{self.recipe.program} reproduce …`"
+            raise ValueError(f"stage {stage.name}: {error}{remedy}") from None
+
+    def _train(self, stage: Stage, row: dict, place: str) -> None:
+        overrides = self._overrides(stage)
+        config = self._config(stage, overrides)
         if str(config.train.init_from or "").startswith("runs/"):
             raise ValueError(
                 f"{stage.name}: {stage.config} starts from {config.train.init_from}; name the stage"

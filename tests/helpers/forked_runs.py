@@ -156,6 +156,11 @@ def train(folder: Path, *words: str, world: int = 1) -> list[int]:
 
     if world == 1:
         return [fork(work, folder / "log.txt")]
+    return start_ranks(work, folder, world)
+
+
+def start_ranks(work, folder: Path, world: int) -> list[int]:
+    """Start `work()` in `world` processes as torchrun would start them; return their ids."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

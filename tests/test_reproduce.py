@@ -116,6 +116,13 @@ def test_a_recipe_that_cannot_be_run_is_refused(stages, message):
         recipe_of(*stages)
 
 
+@pytest.mark.parametrize("module", ["http.server", "tests.drivers", "tests.drivers.a b", ""])
+def test_a_recipe_runs_no_program_but_ours(module):
+    stage = {"name": "a", "checkpoint": "x"}
+    with pytest.raises(ConfigError, match="must be mmdit or a driver"):
+        decode(Recipe, {"title": "t", "stages": [stage], "module": module})
+
+
 # ── a chain ──
 class Commands:
     """Runs the commands in this process, and keeps their words; `limits` stop a training early."""
@@ -270,12 +277,12 @@ def test_a_stage_that_cannot_be_is_refused_before_anything_is_run(tmp_path):
 
 def test_a_recipe_may_be_made_by_a_program_that_knows_more(chain):
     recipe, _, _, _, records = chain
-    other = replace(recipe, module="tests.other")
+    other = replace(recipe, module="tests.drivers.other")
     made = finished_results("tiny", other, records)
-    assert made["command"] == "python -m tests.other reproduce tiny"
+    assert made["command"] == "python -m tests.drivers.other reproduce tiny"
     lines = made["stages"]["b"]["commands"]
-    assert all(line.startswith("python -m tests.other ") for line in lines)
-    with pytest.raises(RunError, match="`tests.other evaluate` ended with status 1"):
+    assert all(line.startswith("python -m tests.drivers.other ") for line in lines)
+    with pytest.raises(RunError, match="`tests.drivers.other evaluate` ended with status 1"):
         Chain(other, 0, Path("x")).execute(["evaluate"])
 
 

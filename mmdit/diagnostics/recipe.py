@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -26,6 +27,8 @@ from pathlib import Path
 from mmdit.config import ConfigError, FilePath, apply_overrides, load, parse_yaml
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.shipped import find
+
+DRIVER = re.compile(r"tests\.drivers\.\w+")
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,18 @@ class Recipe:
     title: str
     stages: tuple[Stage, ...]
     seeds: tuple[int, ...] = (0,)
-    # The program that makes it, `python -m MODULE`, where mmdit alone lacks a part that it names.
+    # The program that makes it, `python -m MODULE`, where mmdit alone lacks a part that it names: a
+    # driver of ours, for a recipe may be a file of others.
     module: str = "mmdit"
 
     def __post_init__(self):
         check_names("stages", (stage.name for stage in self.stages))
         if not self.stages:
             raise ConfigError("stages", "is empty; list at least one")
+        if self.module != "mmdit" and not DRIVER.fullmatch(self.module):
+            raise ConfigError(
+                "module", f"is {self.module!r}, must be mmdit or a driver, tests.drivers.NAME"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", f"is {list(self.seeds)}, must list seeds, each once")
         trained: list[str] = []

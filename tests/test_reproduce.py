@@ -88,8 +88,8 @@ def check_stages(recipe: Recipe) -> None:
 
 def steps_of(stage) -> list[int]:
     """Return the steps at which the scores of a stage are taken."""
-    texts = [re.findall(r"--at_steps((?: \d+)+)", score.evaluate) for score in stage.scores]
-    return [int(step) for found in texts for step in " ".join(found).split()]
+    listed = [re.findall(r"--at_steps((?: \d+)+)", score.evaluate) for score in stage.scores]
+    return [int(step) for text in listed for step in " ".join(text).split()]
 
 
 def recipe_of(*stages: dict) -> Recipe:
@@ -270,8 +270,8 @@ def test_a_stage_that_cannot_be_is_refused_before_anything_is_run(tmp_path):
     with pytest.raises(ValueError, match="stage frame-everywhere: .*model.spatial"):
         Chain(decode(Recipe, plain), 0, tmp_path, execute=pytest.fail).run()
     recipe = read_recipe(ROOT / "results", "arms_baselines")
-    told = "stage DiT: .*plain_dit.*made by `python -m tests.drivers.gpu_baselines reproduce"
-    with pytest.raises(ValueError, match=told):
+    message = "stage DiT: .*plain_dit.*made by `python -m tests.drivers.gpu_baselines reproduce"
+    with pytest.raises(ValueError, match=message):
         Chain(recipe, 0, tmp_path, execute=pytest.fail).run()
 
 
@@ -461,6 +461,26 @@ def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
     assert f"| 0.850 [{low:.3f}, {high:.3f}], seeds 0.800 … 0.900 |" in new
     assert "`mmdit reproduce tiny`" in new and "2 seeds" in new
     assert make.renewed(new, tmp_path) == new
+
+
+def test_arms_are_compared_at_equal_seconds(make, chain):
+    recipe, _, _, _, records = chain
+    made = finished_results("tiny", recipe, records)
+    slow, fast = json.loads(json.dumps(made)), json.loads(json.dumps(made))
+    for results, pace, name in ((slow, 10.0, "slow"), (fast, 6.0, "fast")):
+        curve = results["stages"]["a"]["curves"]["s"]
+        curve["step_seconds"], curve["seconds_to"] = [pace, pace], [20.0, 30.0]
+        for point, correct in zip(curve["points"], (40, 80), strict=True):
+            point["held_out"] = pooled([rate(correct, 100)] * 2)
+        results["stages"] = {name: results["stages"]["a"]}
+    slow["stages"]["slow"]["curves"]["s"]["seconds_to"] = [None, 30.0]
+    lines = make.arm_lines([slow, fast])
+    assert "held out after 18 s" in lines[1], "the fast one ends at step 3"
+    assert "| slow, s |" in lines[3] and lines[3].endswith("| 0.560 | 1 of 2 seeds: 30 |")
+    assert lines[4].endswith("| 0.800 | 25, seeds 20 … 30 |") and "3 steps, 18 s" in lines[4]
+    fast["stages"]["fast"]["curves"]["s"]["step_seconds"] = [2.0, 2.0]
+    assert "not scored yet" in make.arm_lines([slow, fast])[3]
+    assert make.arm_lines([{"stages": {"x": {}}}]) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)

@@ -186,7 +186,10 @@ def test_every_argument_reaches_the_command_line(name, tmp_path):
     for option in options:
         value = {"flag": "yes", "number": "3"}.get(option.shape, str(tmp_path / "x"))
         value = option.choices[0] if option.choices else value
-        count = next(action.nargs for action in parser._actions if action.dest == option.name)
+        action = next(action for action in parser._actions if action.dest == option.name)
+        count = action.nargs
+        if option.shape == "lines" and action.type not in (None, str, Path):
+            value = "3"
         text = "\n".join([value] * count) if isinstance(count, int) and count else value
         if count == 2:
             text = "0.25\n0.5"

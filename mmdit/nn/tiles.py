@@ -26,9 +26,8 @@ class Tiles(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What attention along time must know: rotary tables (None: frames are a set) and tiles, and
-    where processes share the clip, this one's part of its
-    frames."""
+    """Hold what attention along time must know: rotary tables (None: frames are a set), tiles, and,
+    where processes share the clip, the part of its frames that is this process's."""
 
     rotary: Rotary | None
     tiles: Tiles | None

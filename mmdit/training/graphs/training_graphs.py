@@ -4,9 +4,9 @@ launch each.
 Launching the kernels of a block takes the CPU about three milliseconds whatever the size of the
 block, so a GPU that needs less than that is idle. A replay runs the very kernels that ran before;
 that the numbers are the same is checked when a graph is made: bit for bit, or, where a kernel adds
-in another order at every call (torch's attention within whole frames), as closely as two calls of
-the network itself. It is not `torch.cuda.make_graphed_callables`, which hands out gradients that
-the next micro-batch overwrites, and forbids what other threads do meanwhile."""
+in another order at every call (as torch's attention may), as closely as two calls of the network
+itself. It is not `torch.cuda.make_graphed_callables`, which hands out gradients that the next
+micro-batch overwrites, and forbids what other threads do meanwhile."""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ class Bench:
         self.batch = batch.pin_memory() if device.type == "cuda" else batch
         self.window = Window(device)
         if compile:
-            self.learner.compile_model(replays=self.config.train.replays)
+            self.learner.compile_model()
+        if self.config.train.replays:
+            self.learner.replay_model()
         self.wrapped = wrap(self.learner, world, self.config.parallel)
         self.learner.train()
 

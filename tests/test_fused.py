@@ -29,7 +29,7 @@ def interpreted(*words: str) -> str:
 
 
 # The other cases: tests/drivers/fused_kernels.py, also for GPUs.
-@pytest.mark.parametrize("case", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7))])
 def test_whole_models_agree_with_the_plain_path(case):
     script = Path(__file__).parent / "drivers" / "fused_kernels.py"
     assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5
@@ -52,6 +52,7 @@ NUMBERS = (
     "chunk",
     "keys",
     "tokens",
+    "places",
     "run",
     "width",
     "gate_step",
@@ -74,9 +75,16 @@ NUMBERS = (
         *(("swiglu._swiglu", {"BACKWARD": backward, "D": 1024}) for backward in (False, True)),
         *(("rounding._rows", {"COLUMNS": columns, "D": 8192}) for columns in (False, True)),
         *(
-            (f"residual.{name}", {"D": d, "STAGES": stages})
+            (f"residual.{name}", {"D": d, "ROWS": rows, "STAGES": stages})
             for name in ("_forward", "_backward")
-            for d, stages in ((2048, 4), (4096, 2))
+            for d, rows, stages in ((512, 4, 3), (2048, 1, 4), (4096, 1, 2))
+        ),
+        *(
+            (
+                "heads._heads_kernel",
+                {"HEADS": 5, "ROWS": 64, "D": 64, "NORM": True, "BACKWARD": backward},
+            )
+            for backward in (False, True)
         ),
     ],
 )
@@ -86,6 +94,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     from triton.compiler import ASTSource
 
     from mmdit.nn.fused import attention_kernels as fused_attention
+    from mmdit.nn.fused import heads as fused_heads
     from mmdit.nn.fused import residual as fused_residual
     from mmdit.nn.fused import rounding as fused_rounding
     from mmdit.nn.fused import swiglu as fused_swiglu
@@ -93,6 +102,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     module, name = which.split(".")
     modules = {
         "attention": fused_attention,
+        "heads": fused_heads,
         "swiglu": fused_swiglu,
         "residual": fused_residual,
         "rounding": fused_rounding,

@@ -266,7 +266,7 @@ def test_a_record_keeps_what_others_have_added_meanwhile(tmp_path):
 
 def test_a_stage_that_cannot_be_is_refused_before_anything_is_run(tmp_path):
     plain = encode(tiny("arms_448"))
-    plain["stages"][3]["overrides"].append("model.spatial=[everything]")
+    plain["stages"][2]["overrides"].append("model.spatial=[everything]")
     with pytest.raises(ValueError, match="stage frame-everywhere: .*model.spatial"):
         Chain(decode(Recipe, plain), 0, tmp_path, execute=pytest.fail).run()
     recipe = read_recipe(ROOT / "results", "arms_baselines")

@@ -95,14 +95,25 @@ class Attention(HeadedAttention):
             kernels.can_run(x) and x.shape[-1] // self.num_heads in (32, 64, 128) and not observers
         )
 
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values of `x (…, h·d)`, `(…, 3·h·d)`."""
+        layers = (self.q, self.k, self.v)
+        if joinable(x, *layers):
+            return joined(x, *layers)
+        return torch.cat([layer(x) for layer in layers], -1)
+
     def grouped(self, x: Tensor, tiles: Tiles) -> Tensor:
         """Return `x (…, t, h·d)` after attention within the groups of `tiles`."""
-        layers, gains = (self.q, self.k, self.v), gains_of(self.q_norm, self.k_norm)
-        if joinable(x, *layers):
-            qkv = joined(x, *layers)
-        else:
-            qkv = torch.cat([layer(x) for layer in layers], -1)
+        qkv, gains = self.side_by_side(x), gains_of(self.q_norm, self.k_norm)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
+
+    def in_one_group(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Return `x (b, t, h·d)` after attention of all tokens to all, `rotary` each `(t, 1,
+        d/2)`."""
+        qkv, gains = self.side_by_side(x), gains_of(self.q_norm, self.k_norm)
+        turns = [table.flatten(0, -2) for table in rotary]
+        parts = kernels.heads.split_heads(qkv, gains, turns, self.num_heads)
+        return attend(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2)
 
     def output(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(x))
@@ -118,6 +129,9 @@ class SpatialAttention(Attention):
         if places.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)
         x = gather(x, places)
+        if places.pattern == "frame" and places.same is None and self.fuses(x):
+            x = self.in_one_group(x.flatten(0, 2), places.rotary).view_as(x)
+            return gather(self.output(x), places, back=True)
         parts = self.heads(x, x, places.rotary)
         if places.same is None:
             q, k, v = (rearrange(z, "b f g m h d -> (b f g) h m d") for z in parts)

@@ -22,6 +22,7 @@ _codes = INTERPRETED
 # The modules of kernels by the names that they have here.
 MODULES = {
     "attention": "mmdit.nn.fused.attention_kernels",
+    "heads": "mmdit.nn.fused.heads",
     "residual": "mmdit.nn.fused.residual",
     "swiglu": "mmdit.nn.fused.swiglu",
     "rounding": "mmdit.nn.fused.rounding",
@@ -32,7 +33,8 @@ def _imported(name: str) -> Any:
     return importlib.import_module(MODULES[name]) if _able else None
 
 
-attention, residual = _imported("attention"), _imported("residual")
+attention, heads = _imported("attention"), _imported("heads")
+residual = _imported("residual")
 swiglu, rounding = _imported("swiglu"), _imported("rounding")
 
 

@@ -17,7 +17,7 @@ from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder
 from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
 
-TEXT_STEP = 16  # compiled blocks see 16, 32, 48 … text tokens, the model's null token among them
+TEXT_STEP = 32  # graphs are made for 32, 64, 96 … text tokens, the model's null token among them
 # kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
 GRAPHS = 64
 
@@ -59,17 +59,15 @@ class Learner(nn.Module):
         self.text_tokens = 0  # of the longest caption of the last batch
         self._flops: dict[tuple, int] = {}
 
-    def compile_model(self, backend: str | Callable = "inductor", replays: bool = False) -> None:
+    def compile_model(self, backend: str | Callable = "inductor") -> None:
         """Compile the blocks (all of one structure share a graph), for training: sampling asks for
         eager, as its shapes vary. Without a working compiler torch warns once and the blocks run as
-        they are. `replays`: on CUDA, replay the steps of small networks.
-        """
+        they are."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = (
             GRAPHS  # beyond it blocks would silently run as they are
         )
         self.compiled = True
-        self.replays = Replays(self.model) if replays and suits(self.model) else None
         for block in self.model.blocks:
             if isinstance(block, FSDPModule):
                 # its hooks gather and free weights around what is compiled
@@ -77,6 +75,10 @@ class Learner(nn.Module):
                 whole.forward = torch.compile(whole.forward, dynamic=False, backend=backend)
             else:
                 block.compile(dynamic=False, backend=backend)
+
+    def replay_model(self) -> None:
+        """On CUDA, replay the steps of the network as CUDA graphs where it is small."""
+        self.replays = Replays(self.model) if suits(self.model) else None
 
     @property
     def sharded(self) -> bool:
@@ -120,7 +122,7 @@ class Learner(nn.Module):
         where tiles lie; `expert`: draw its times alone."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
-        if self.compiled:  # few lengths, few graphs; padding changes nothing
+        if self.compiled or self.replays:  # few lengths, few graphs; padding changes nothing
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)

@@ -62,8 +62,7 @@ class TrainConfig(Section):
     timeout_minutes: float = 30.0
     # Compile blocks; `auto`: with CUDA, unless blocks are offloaded.
     compile: Literal["auto", True, False] = "auto"
-    # Replay compiled steps of small networks as CUDA graphs, which saves the time to launch
-    # kernels.
+    # Replay the steps of small networks as CUDA graphs, which saves the time to launch kernels.
     replays: bool = True
     # Start from the weights of another run, checkpoint, export or LoRA file; the step starts at 0.
     init_from: FilePath | None = None

@@ -85,7 +85,9 @@ class Trainer:
         was asked to stop."""
         config, state, world = self.config, self.state, self.world
         if config.compiles(world.device.type):
-            state.learner.compile_model(replays=config.replays)
+            state.learner.compile_model()
+        if config.replays:
+            state.learner.replay_model()
         wrapped = wrap(state.learner, world, self.parallel)
         reporter = Reporter(
             config, self.seed, world, self.run_dir, state.step, state.monitor, self.tracker

@@ -37,6 +37,15 @@ CASES = {  # frames, rows, columns, window, text tokens, more of the model
         6,
         {"products": "float8"},
     ),  # on a GPU, in bfloat16: some 0.3 from exact, by their rounding
+    "whole frames, with padding, larger than a tile": (2, 11, 13, 5, 6, {"spatial": ("frame",)}),
+    "whole frames, no norm of queries and keys": (
+        1,
+        12,
+        12,
+        6,
+        6,
+        {"spatial": ("frame",), "qk_norm": False},
+    ),
     "routed": (2, 4, 8, 4, 6, {"tread": TreadConfig(enabled=True, apply_to=(1, 3))}),
 }
 
@@ -93,7 +102,8 @@ def main() -> None:
         assert kernels.INTERPRETED, "set TRITON_INTERPRET=1: Triton compiles for GPUs only"
     products.FEW = 0
     kernels.check_device(device)
-    kernels.residual.PROGRAMS = 4  # so that a program has several tokens of these small clips
+    # so that a program has several tokens of these small clips
+    kernels.residual.LAYOUTS = {512: (4, 4, 3, 4)}
     for name, case in (list(CASES.items())[number] for number in args.cases):
         for autocast in (False, True)[: 1 + (device.type == "cuda")]:
             plain, fused = (

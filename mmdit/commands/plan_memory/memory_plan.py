@@ -295,7 +295,7 @@ def _plan(
     step = gradients + max(visiting, changed, 10 * signs)
     state += signs // 8  # of the last gradients
     constant = weights - home + slots + state + averaged
-    replayed = train.replays and train.compiles("cuda") and suits(learner.model)
+    replayed = train.replays and suits(learner.model)
     replayed = (
         replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
     )  # its graphs keep gradients

@@ -3,8 +3,8 @@
 `x ← x + gate · change`, `y = norm(x) · (1 + scale) + shift`: one pass over the stream each way,
 where autograd makes several.
 
-Axes: b sample · t token · d width. A program takes a run of tokens of one sample, so that the sums
-over tokens, which the gradients of gate, scale and shift are, stay in registers.
+Axes: b sample · t token · d width. A program takes a run of tokens of one sample, some at a time,
+so that the sums over tokens, which the gradients of gate, scale and shift are, stay in registers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from torch import Tensor
 from mmdit.nn import EPSILON
 from mmdit.nn.fused.ops import launch, operator
 
-PROGRAMS = 528  # about; each leaves its sums to a last reduction
+# By the width of a row, at most: about how many programs (each leaves its sums to a last
+# reduction), rows of a program at a time, steps fetched ahead, and warps. Measured on an H200: of
+# wide rows, several at a time do not fit into the registers.
+LAYOUTS = {512: (2112, 4, 3, 4), 2048: (528, 1, 4, 4), 1 << 30: (528, 1, 2, 8)}
 EPS = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def _vector(source, columns, width):
+    values = tl.load(source + columns, mask=columns < width, other=0.0)
+    return values.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -37,25 +46,28 @@ def _forward(
     shift_step,
     scale_step,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
-    inside = columns < width
-    gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
-    shifts = tl.load(shift + sample * shift_step + columns, mask=inside, other=0.0).to(tl.float32)
-    scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    for token in tl.range(part * run, tl.minimum((part + 1) * run, tokens), num_stages=STAGES):
-        row = (sample * tokens + token) * width + columns
-        added = tl.load(change + row, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + row, mask=inside, other=0.0)
+    inside = (columns < width)[None, :]
+    gates = _vector(gate + sample * gate_step, columns, width)
+    shifts = _vector(shift + sample * shift_step, columns, width)
+    scales = 1 + _vector(scale + sample * scale_step, columns, width)
+    end = tl.minimum((part + 1) * run, tokens)
+    for first in tl.range(part * run, end, ROWS, num_stages=STAGES):
+        token = first + tl.arange(0, ROWS)
+        there = (token < end)[:, None] & inside
+        place = (sample * tokens + token)[:, None] * width + columns[None, :]
+        added = tl.load(change + place, mask=there, other=0.0).to(tl.float32)
+        value = tl.load(x + place, mask=there, other=0.0)
         value = value + (gates * added).to(value.dtype)
-        tl.store(summed + row, value, mask=inside)
+        tl.store(summed + place, value, mask=there)
         value = value.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
-        tl.store(y + row, (value * inverse * scales + shifts).to(y.dtype.element_ty), mask=inside)
+        inverse = tl.rsqrt(tl.sum(value * value, 1) / width + EPS)[:, None]
+        normed = value * inverse * scales + shifts
+        tl.store(y + place, normed.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -75,36 +87,40 @@ def _backward(
     gate_step,
     scale_step,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, D)
-    inside = columns < width
-    gates = tl.load(gate + sample * gate_step + columns, mask=inside, other=0.0).to(tl.float32)
-    scales = 1 + tl.load(scale + sample * scale_step + columns, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    gate_sum, shift_sum = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
-    scale_sum = tl.zeros((D,), tl.float32)
-    for token in tl.range(part * run, tl.minimum((part + 1) * run, tokens), num_stages=STAGES):
-        row = (sample * tokens + token) * width + columns
-        value = tl.load(summed + row, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_y + row, mask=inside, other=0.0).to(tl.float32)
-        passed = tl.load(grad_stream + row, mask=inside, other=0.0)
-        added = tl.load(change + row, mask=inside, other=0.0)
-        inverse = tl.rsqrt(tl.sum(value * value, 0) / width + EPS)
+    inside = (columns < width)[None, :]
+    gates = _vector(gate + sample * gate_step, columns, width)
+    scales = 1 + _vector(scale + sample * scale_step, columns, width)
+    gate_sum, shift_sum = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    scale_sum = tl.zeros((ROWS, D), tl.float32)
+    end = tl.minimum((part + 1) * run, tokens)
+    for first in tl.range(part * run, end, ROWS, num_stages=STAGES):
+        token = first + tl.arange(0, ROWS)
+        there = (token < end)[:, None] & inside
+        place = (sample * tokens + token)[:, None] * width + columns[None, :]
+        value = tl.load(summed + place, mask=there, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + place, mask=there, other=0.0).to(tl.float32)
+        passed = tl.load(grad_stream + place, mask=there, other=0.0)
+        added = tl.load(change + place, mask=there, other=0.0)
+        inverse = tl.rsqrt(tl.sum(value * value, 1) / width + EPS)[:, None]
         value = value * inverse
         shift_sum += grad
         scale_sum += grad * value
         grad = grad * scales
-        total = passed.to(tl.float32) + (grad - value * (tl.sum(grad * value, 0) / width)) * inverse
-        tl.store(grad_x + row, total.to(passed.dtype), mask=inside)
+        along = (tl.sum(grad * value, 1) / width)[:, None]
+        total = passed.to(tl.float32) + (grad - value * along) * inverse
+        tl.store(grad_x + place, total.to(passed.dtype), mask=there)
         gate_sum += total * added.to(tl.float32)
-        tl.store(grad_change + row, (total * gates).to(added.dtype), mask=inside)
+        tl.store(grad_change + place, (total * gates).to(added.dtype), mask=there)
+    inside = columns < width
     target = sums + (sample * tl.num_programs(0) + part) * 3 * width + columns
-    tl.store(target, gate_sum, mask=inside)
-    tl.store(target + width, shift_sum, mask=inside)
-    tl.store(target + 2 * width, scale_sum, mask=inside)
+    tl.store(target, tl.sum(gate_sum, 0), mask=inside)
+    tl.store(target + width, tl.sum(shift_sum, 0), mask=inside)
+    tl.store(target + 2 * width, tl.sum(scale_sum, 0), mask=inside)
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
@@ -112,10 +128,11 @@ def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
     Rows are fetched some steps ahead: without that a program waits for each."""
     samples, width = len(x), x.shape[-1]
     tokens = x.numel() // (samples * width)
-    run = triton.cdiv(tokens * samples, PROGRAMS)
     side = triton.next_power_of_2(width)
-    options = {"STAGES": 4, "num_warps": 4} if side <= 2048 else {"STAGES": 2, "num_warps": 8}
-    return (triton.cdiv(tokens, run), samples), (tokens, run, width), {"D": side, **options}
+    programs, rows, stages, warps = next(layout for most, layout in LAYOUTS.items() if side <= most)
+    run = rows * triton.cdiv(tokens * samples, rows * programs)
+    options = {"D": side, "ROWS": rows, "STAGES": stages, "num_warps": warps}
+    return (triton.cdiv(tokens, run), samples), (tokens, run, width), options
 
 
 @operator

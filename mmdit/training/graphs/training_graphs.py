@@ -225,7 +225,7 @@ class Replays:
         **further: Tensor,
     ) -> Tensor:
         if not (self.able and torch.is_grad_enabled() and can_replay(self.model, x)):
-            return self.model(x, t, text, keep, **further)
+            return self.model(x, t, text, **(further if keep is None else further | {"keep": keep}))
         keep = None if keep is None else keep.to(x.device, non_blocking=True)
         named = {
             "x": x,

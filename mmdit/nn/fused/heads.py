@@ -1,0 +1,211 @@
+"""Queries, keys and values of whole-frame attention from one product, normed and rotated by one
+kernel, forward and backward (Triton, CUDA).
+
+Groups that are too large for a tile (nn/fused/attention_kernels.py) attend through torch's kernels,
+which want queries and keys as they are multiplied. Step by step, norm and rotation read and write
+each of them in float32 several times.
+
+Axes: t token · h head · d width of a head · l row of a program's tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmdit.nn.fused.attention_kernels import _load, _prepare, _store_halves, _unprepare
+from mmdit.nn.fused.ops import launch, operator
+
+ROWS = 64
+
+
+@triton.jit
+def _part(
+    source,
+    target,
+    grad_source,
+    gain,
+    gain_grad,
+    offset,
+    inner,
+    valid,
+    columns,
+    cosine,
+    sine,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Norm and rotate the queries, or the keys, of one head into `target`; backward, `target` holds
+    the gradient of that."""
+    low = _load(source, inner, columns, valid)
+    high = _load(source, inner + HALF, columns, valid)
+    first, second, inverse = _prepare(low, high, gain, columns, cosine, sine, HALF, NORM, True)
+    if not BACKWARD:
+        _store_halves(target, first, second, offset, columns, valid, HALF)
+    else:
+        first, second = (
+            _load(target, offset, columns, valid),
+            _load(target, offset + HALF, columns, valid),
+        )
+        low, high, gain_low, gain_high = _unprepare(
+            first, second, low, high, inverse, gain, columns, cosine, sine, HALF, NORM, True
+        )
+        _store_halves(grad_source, low, high, inner, columns, valid, HALF)
+        if NORM:
+            tl.store(gain_grad + columns, gain_low)
+            tl.store(gain_grad + HALF + columns, gain_high)
+
+
+@triton.jit
+def _heads_kernel(
+    qkv,
+    q,
+    k,
+    v,
+    q_gain,
+    k_gain,
+    cosine,
+    sine,
+    grad_qkv,
+    gain_grads,
+    tokens,
+    places,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    head, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    WIDTH: tl.constexpr = HEADS * D
+    columns, wide = tl.arange(0, HALF), tl.arange(0, D)
+    token = tile * ROWS + tl.arange(0, ROWS)
+    valid = token < tokens
+    offset, inner = token * WIDTH + head * D, token * (3 * WIDTH) + head * D
+    turn = (token % places)[:, None] * HALF + columns[None, :]
+    turn_cos, turn_sin = tl.load(cosine + turn), tl.load(sine + turn)
+    sums = gain_grads + (tile * HEADS + head) * 2 * D
+    _part(
+        qkv,
+        q,
+        grad_qkv,
+        q_gain,
+        sums,
+        offset,
+        inner,
+        valid,
+        columns,
+        turn_cos,
+        turn_sin,
+        HALF,
+        NORM,
+        BACKWARD,
+    )
+    _part(
+        qkv + WIDTH,
+        k,
+        grad_qkv + WIDTH,
+        k_gain,
+        sums + D,
+        offset,
+        inner,
+        valid,
+        columns,
+        turn_cos,
+        turn_sin,
+        HALF,
+        NORM,
+        BACKWARD,
+    )
+    apart, beside = offset[:, None] + wide[None, :], inner[:, None] + 2 * WIDTH + wide[None, :]
+    if not BACKWARD:
+        tl.store(v + apart, tl.load(qkv + beside, mask=valid[:, None]), mask=valid[:, None])
+    else:
+        tl.store(grad_qkv + beside, tl.load(v + apart, mask=valid[:, None]), mask=valid[:, None])
+
+
+def _launch(
+    qkv: Tensor,
+    parts: list[Tensor],
+    gains: list[Tensor],
+    turns: list[Tensor],
+    heads: int,
+    backward: bool,
+) -> list[Tensor]:
+    width = qkv.shape[-1] // 3
+    tokens, d = qkv.numel() // (3 * width), width // heads
+    tiles = triton.cdiv(tokens, ROWS)
+    grad = torch.empty_like(qkv) if backward else qkv
+    sums = qkv
+    if backward and gains:
+        sums = qkv.new_empty((tiles * heads, 2, d), dtype=torch.float32)
+    launch(_heads_kernel)[(heads, tiles)](
+        qkv,
+        *parts,
+        *(gains or (qkv, qkv)),
+        *turns,
+        grad,
+        sums,
+        tokens,
+        len(turns[0]),
+        HEADS=heads,
+        ROWS=ROWS,
+        D=d,
+        NORM=bool(gains),
+        BACKWARD=backward,
+        num_warps=4,
+    )
+    if not backward:
+        return parts
+    return [grad, sums.sum(0)] if gains else [grad]
+
+
+@operator
+def split_heads(qkv: Tensor, gains: list[Tensor], turns: list[Tensor], heads: int) -> list[Tensor]:
+    """Return queries, keys and values, each `(…, t, h, d)`, of `qkv (…, t, 3·h·d)`, which has them
+    side by side; queries and keys normed with `gains`, each `(d,)` float32 (none: not normed), and
+    rotated by `turns`, cosines and sines `(t, d/2)` float32. d is a power of two from 32 on."""
+    qkv = qkv.contiguous()
+    shape = (*qkv.shape[:-1], heads, qkv.shape[-1] // (3 * heads))
+    return _launch(qkv, [qkv.new_empty(shape) for _ in range(3)], gains, turns, heads, False)
+
+
+@split_heads.register_fake
+def _(qkv, gains, turns, heads):
+    shape = (*qkv.shape[:-1], heads, qkv.shape[-1] // (3 * heads))
+    return [qkv.new_empty(shape) for _ in range(3)]
+
+
+@operator
+def split_heads_backward(
+    grads: list[Tensor], qkv: Tensor, gains: list[Tensor], turns: list[Tensor], heads: int
+) -> list[Tensor]:
+    """Return the gradients of qkv and, if there are any, of the gains, `(2, d)`."""
+    grads = [grad.contiguous() for grad in grads]
+    return _launch(qkv.contiguous(), grads, gains, turns, heads, True)
+
+
+@split_heads_backward.register_fake
+def _(grads, qkv, gains, turns, heads):
+    return [qkv.new_empty(qkv.shape), *([torch.stack(gains)] if gains else [])]
+
+
+def _keep(ctx, inputs, output):
+    qkv, gains, turns, ctx.heads = inputs
+    ctx.gains = len(gains)
+    ctx.save_for_backward(qkv, *gains, *turns)
+
+
+def _back(ctx, grads):
+    qkv, *rest = ctx.saved_tensors
+    gains, turns = rest[: ctx.gains], rest[ctx.gains :]
+    grad_qkv, *gain_grads = split_heads_backward(list(grads), qkv, gains, turns, ctx.heads)
+    of_gains = [gradient for both in gain_grads for gradient in both.unbind()]
+    return grad_qkv, of_gains, [None] * len(turns), None
+
+
+split_heads.register_autograd(_back, setup_context=_keep)

@@ -17,7 +17,9 @@ from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder
 from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
 
-TEXT_STEP = 32  # graphs are made for 32, 64, 96 … text tokens, the model's null token among them
+# Compiled blocks see 32, 64, 96 … text tokens, the model's null token among them, so that few
+# graphs are compiled; replayed ones see 16, 32, 48 …: such a graph is made in a second.
+COMPILED_STEP, REPLAYED_STEP = 32, 16
 # kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
 GRAPHS = 64
 
@@ -77,7 +79,7 @@ class Learner(nn.Module):
                 block.compile(dynamic=False, backend=backend)
 
     def replay_model(self) -> None:
-        """On CUDA, replay the steps of the network as CUDA graphs where it is small."""
+        """Have the steps of a small network replayed as CUDA graphs, on CUDA."""
         self.replays = Replays(self.model) if suits(self.model) else None
 
     @property
@@ -123,7 +125,8 @@ class Learner(nn.Module):
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
         if self.compiled or self.replays:  # few lengths, few graphs; padding changes nothing
-            text = text.pad(math.ceil((1 + text.valid.shape[1]) / TEXT_STEP) * TEXT_STEP - 1)
+            step = COMPILED_STEP if self.compiled else REPLAYED_STEP
+            text = text.pad(math.ceil((1 + text.valid.shape[1]) / step) * step - 1)
         if self.caption_dropout and self.training:
             text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
         given = self.model.given_frames(latents.shape[1], draws)

@@ -11,7 +11,8 @@ A row for each second stage, and one for the small clips enlarged without any:
     accuracy    prompts that are right at the large size, and of the small clips
     edge width  10 to 90 %, pixels; and over that of the true clips after the tokenizer
     seams       error along the borders of tiles over that of like pixels elsewhere, in space and
-                in time; against the true clips, or without --oracle_base the enlarged ones
+                in time; against the true clips, or without --oracle_base the enlarged ones.
+                Of the true clips against enlarged true ones: what it is without any tiles
     s, GB       seconds and peak memory of one clip, of at most --memory_gb in all
 """
 
@@ -98,9 +99,9 @@ class Comparison:
         self.rows = {name: Row() for name in ("true", "enlarged", *self.stages)}
         self.of_small: list[Predictions] = []
 
-    def true_clip(self, number: int) -> Tensor:
-        clip = render(self.facts[number : number + 1], *self.large, self.args.frames, self.device)
-        return to_unit(clip)
+    def true_clip(self, number: int, width: int, height: int) -> Tensor:
+        facts = self.facts[number : number + 1]
+        return to_unit(render(facts, width, height, self.args.frames, self.device))
 
     @torch.no_grad()
     def round_trip(self, pixels: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Comparison:
 
     def small_clip(self, number: int) -> Tensor:
         if self.base is None:
-            return self.round_trip(resized(self.true_clip(number), *self.small))
+            return self.round_trip(resized(self.true_clip(number, *self.large), *self.small))
         pipeline, config = self.base
         settings = SampleSettings.of(config.train)
         caption = self.captions[number : number + 1]
@@ -140,11 +141,13 @@ class Comparison:
         small = self.small_clip(number)
         self.of_small.append(oracle(small).map(Tensor.cpu))
         enlarged = resized(small, *self.large)
-        true = self.round_trip(self.true_clip(number))
+        true = self.round_trip(self.true_clip(number, *self.large))
         self.rows["true"].look(true)
+        blurred = resized(self.true_clip(number, *self.small), *self.large)
+        self.compare(self.rows["true"], true[0], blurred[0], next(iter(self.stages.values()))[0])
         self.rows["enlarged"].look(enlarged)
         reference = true if self.base is None else enlarged
-        del true, enlarged
+        del true, enlarged, blurred
         for name, (pipeline, _) in self.stages.items():
             pixels = self.refined(name, small, number)
             self.rows[name].look(pixels)

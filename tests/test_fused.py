@@ -29,7 +29,7 @@ def interpreted(*words: str) -> str:
 
 
 # The other cases: tests/drivers/fused_kernels.py, also for GPUs.
-@pytest.mark.parametrize("case", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7))])
+@pytest.mark.parametrize("case", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8))])
 def test_whole_models_agree_with_the_plain_path(case):
     script = Path(__file__).parent / "drivers" / "fused_kernels.py"
     assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5
@@ -47,12 +47,12 @@ OWN = {
 NUMBERS = (
     "groups",
     "block",
-    "apart",
     "length",
     "chunk",
     "keys",
     "tokens",
-    "places",
+    "steps",
+    "apart",
     "run",
     "width",
     "gate_step",
@@ -82,7 +82,14 @@ NUMBERS = (
         *(
             (
                 "heads._heads_kernel",
-                {"HEADS": 5, "ROWS": 64, "D": 64, "NORM": True, "BACKWARD": backward},
+                {
+                    "HEADS": 5,
+                    "ROWS": 64,
+                    "D": 64,
+                    "NORM": True,
+                    "ROTATE": True,
+                    "BACKWARD": backward,
+                },
             )
             for backward in (False, True)
         ),

@@ -107,13 +107,20 @@ class Attention(HeadedAttention):
         qkv, gains = self.side_by_side(x), gains_of(self.q_norm, self.k_norm)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
-    def in_one_group(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Return `x (b, t, h·d)` after attention of all tokens to all, `rotary` each `(t, 1,
-        d/2)`."""
-        qkv, gains = self.side_by_side(x), gains_of(self.q_norm, self.k_norm)
-        turns = [table.flatten(0, -2) for table in rotary]
-        parts = kernels.heads.split_heads(qkv, gains, turns, self.num_heads)
-        return attend(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2)
+    def own_heads(self, x: Tensor, rotary: Rotary | None, first: int) -> list[Tensor]:
+        """Return what `heads` does of `x (…, h·d)` for queries and keys, by one kernel where it can
+        run. The axes from `first` on are the tokens of a group; `rotary` has a row for each of some
+        equal runs of them."""
+        if not self.fuses(x):
+            return list(self.heads(x, x, rotary))
+        turns = [] if rotary is None else [table.flatten(0, -2) for table in rotary]
+        parts = kernels.heads.split_heads(
+            self.side_by_side(x.flatten(first, -2)),
+            gains_of(self.q_norm, self.k_norm),
+            turns,
+            self.num_heads,
+        )
+        return [part.view(*x.shape[:-1], self.num_heads, -1) for part in parts]
 
     def output(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(x))
@@ -129,10 +136,7 @@ class SpatialAttention(Attention):
         if places.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)
         x = gather(x, places)
-        if places.pattern == "frame" and places.same is None and self.fuses(x):
-            x = self.in_one_group(x.flatten(0, 2), places.rotary).view_as(x)
-            return gather(self.output(x), places, back=True)
-        parts = self.heads(x, x, places.rotary)
+        parts = self.own_heads(x, places.rotary, 3)
         if places.same is None:
             q, k, v = (rearrange(z, "b f g m h d -> (b f g) h m d") for z in parts)
             x = rearrange(attend(q, k, v), "(b f g) h m d -> b f g m (h d)", b=b, f=f)
@@ -161,10 +165,9 @@ class TemporalAttention(Attention):
         n, k = x.shape[2:4]
         if frames.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)
+        parts = self.own_heads(x, frames.rotary, 1)
         # Places as further heads: the layout of the tokens is read as it is, without a copy.
-        parts = (
-            rearrange(z, "b f n k h d -> b (n k h) f d") for z in self.heads(x, x, frames.rotary)
-        )
+        parts = [rearrange(z, "b f n k h d -> b (n k h) f d") for z in parts]
         return self.output(rearrange(attend(*parts), "b (n k h) f d -> b f n k (h d)", n=n, k=k))
 
 

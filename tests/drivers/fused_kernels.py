@@ -38,14 +38,15 @@ CASES = {  # frames, rows, columns, window, text tokens, more of the model
         {"products": "float8"},
     ),  # on a GPU, in bfloat16: some 0.3 from exact, by their rounding
     "whole frames, with padding, larger than a tile": (2, 11, 13, 5, 6, {"spatial": ("frame",)}),
-    "whole frames, no norm of queries and keys": (
+    "windows larger than a tile, no norm of queries and keys": (
         1,
         12,
+        24,
         12,
         6,
-        6,
-        {"spatial": ("frame",), "qk_norm": False},
+        {"spatial": ("window", "shifted"), "qk_norm": False},
     ),
+    "more frames than a tile holds": (130, 1, 2, 2, 6, {}),
     "routed": (2, 4, 8, 4, 6, {"tread": TreadConfig(enabled=True, apply_to=(1, 3))}),
 }
 

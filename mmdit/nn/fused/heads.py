@@ -1,5 +1,5 @@
-"""Queries, keys and values of whole-frame attention from one product, normed and rotated by one
-kernel, forward and backward (Triton, CUDA).
+"""Queries, keys and values from one product, for attention within large groups (whole frames, long
+clips): normed and rotated by one kernel, forward and backward (Triton, CUDA).
 
 Groups that are too large for a tile (nn/fused/attention_kernels.py) attend through torch's kernels,
 which want queries and keys as they are multiplied. Step by step, norm and rotation read and write
@@ -36,13 +36,14 @@ def _part(
     sine,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """Norm and rotate the queries, or the keys, of one head into `target`; backward, `target` holds
     the gradient of that."""
     low = _load(source, inner, columns, valid)
     high = _load(source, inner + HALF, columns, valid)
-    first, second, inverse = _prepare(low, high, gain, columns, cosine, sine, HALF, NORM, True)
+    first, second, inverse = _prepare(low, high, gain, columns, cosine, sine, HALF, NORM, ROTATE)
     if not BACKWARD:
         _store_halves(target, first, second, offset, columns, valid, HALF)
     else:
@@ -51,7 +52,7 @@ def _part(
             _load(target, offset + HALF, columns, valid),
         )
         low, high, gain_low, gain_high = _unprepare(
-            first, second, low, high, inverse, gain, columns, cosine, sine, HALF, NORM, True
+            first, second, low, high, inverse, gain, columns, cosine, sine, HALF, NORM, ROTATE
         )
         _store_halves(grad_source, low, high, inner, columns, valid, HALF)
         if NORM:
@@ -72,11 +73,13 @@ def _heads_kernel(
     grad_qkv,
     gain_grads,
     tokens,
-    places,
+    steps,
+    apart,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     head, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -86,8 +89,11 @@ def _heads_kernel(
     token = tile * ROWS + tl.arange(0, ROWS)
     valid = token < tokens
     offset, inner = token * WIDTH + head * D, token * (3 * WIDTH) + head * D
-    turn = (token % places)[:, None] * HALF + columns[None, :]
-    turn_cos, turn_sin = tl.load(cosine + turn), tl.load(sine + turn)
+    turn_cos = tl.zeros((ROWS, HALF), tl.float32)
+    turn_sin = tl.zeros((ROWS, HALF), tl.float32)
+    if ROTATE:
+        turn = (token // apart % steps)[:, None] * HALF + columns[None, :]
+        turn_cos, turn_sin = tl.load(cosine + turn), tl.load(sine + turn)
     sums = gain_grads + (tile * HEADS + head) * 2 * D
     _part(
         qkv,
@@ -103,6 +109,7 @@ def _heads_kernel(
         turn_sin,
         HALF,
         NORM,
+        ROTATE,
         BACKWARD,
     )
     _part(
@@ -119,6 +126,7 @@ def _heads_kernel(
         turn_sin,
         HALF,
         NORM,
+        ROTATE,
         BACKWARD,
     )
     apart, beside = offset[:, None] + wide[None, :], inner[:, None] + 2 * WIDTH + wide[None, :]
@@ -138,7 +146,7 @@ def _launch(
 ) -> list[Tensor]:
     width = qkv.shape[-1] // 3
     tokens, d = qkv.numel() // (3 * width), width // heads
-    tiles = triton.cdiv(tokens, ROWS)
+    tiles, steps = triton.cdiv(tokens, ROWS), len(turns[0]) if turns else 1
     grad = torch.empty_like(qkv) if backward else qkv
     sums = qkv
     if backward and gains:
@@ -147,15 +155,17 @@ def _launch(
         qkv,
         *parts,
         *(gains or (qkv, qkv)),
-        *turns,
+        *(turns or (qkv, qkv)),
         grad,
         sums,
         tokens,
-        len(turns[0]),
+        steps,
+        qkv.shape[-2] // steps,
         HEADS=heads,
         ROWS=ROWS,
         D=d,
         NORM=bool(gains),
+        ROTATE=bool(turns),
         BACKWARD=backward,
         num_warps=4,
     )
@@ -167,8 +177,9 @@ def _launch(
 @operator
 def split_heads(qkv: Tensor, gains: list[Tensor], turns: list[Tensor], heads: int) -> list[Tensor]:
     """Return queries, keys and values, each `(…, t, h, d)`, of `qkv (…, t, 3·h·d)`, which has them
-    side by side; queries and keys normed with `gains`, each `(d,)` float32 (none: not normed), and
-    rotated by `turns`, cosines and sines `(t, d/2)` float32. d is a power of two from 32 on."""
+    side by side; queries and keys normed with `gains`, each `(d,)` float32, or not (none), and
+    rotated by `turns`, cosines and sines `(s, d/2)` float32 of s equal runs of the t tokens, or not
+    (none). d is a power of two from 32 on."""
     qkv = qkv.contiguous()
     shape = (*qkv.shape[:-1], heads, qkv.shape[-1] // (3 * heads))
     return _launch(qkv, [qkv.new_empty(shape) for _ in range(3)], gains, turns, heads, False)

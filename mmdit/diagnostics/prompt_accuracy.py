@@ -48,9 +48,9 @@ def prompt_accuracy_report(
     `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at
     most `batch` prompts at a time; `offset` is the place of the first caption among all 512
     prompts, whatever `count` and `batch` are: key the noise with it. `count`: how many of the 256
-    seen and of the 256 held-out prompts. `device`: where the true pictures for the ceiling are
-    drawn and encoded. With `frames > 1` there are also `motion_moving` and `left_right` (see
-    `motion_report`).
+    seen and of the 256 held-out prompts. `device`: where samples are judged, and the true pictures
+    for the ceiling drawn and encoded. With `frames > 1` there are also `motion_moving` and
+    `left_right` (see `motion_report`).
     """
     check_counts(count, PROMPTS, batch)
     seen, held_out = (
@@ -58,10 +58,10 @@ def prompt_accuracy_report(
     )
     facts = [prompt.facts for prompt in seen]
     shape = (frames, 3, height, width)
-    predictions = read_samples(sample, seen, 0, batch, shape)
+    predictions = read_samples(sample, seen, 0, batch, shape, device)
     on_seen = accuracy(predictions, facts)
     on_held_out = accuracy(
-        read_samples(sample, held_out, PROMPTS, batch, shape),
+        read_samples(sample, held_out, PROMPTS, batch, shape, device),
         [prompt.facts for prompt in held_out],
     )
     report = {
@@ -92,10 +92,11 @@ def read_samples(
     first: int,
     batch: int,
     shape: tuple[int, int, int, int],
+    device: torch.device | str,
     variant: str = "one",
 ) -> Predictions:
-    """Return what the oracle sees in the samples of the prompts `listed`, of which `first` is the
-    place of the first one. `shape`: frames, channels, height, width of a sample."""
+    """Return what the oracle, on `device`, sees in the samples of the prompts `listed`, of which
+    `first` is the place of the first one. `shape`: frames, channels, height, width of a sample."""
     parts = []
     for start in range(0, len(listed), batch):
         captions = [prompt.caption for prompt in listed[start : start + batch]]
@@ -105,7 +106,7 @@ def read_samples(
             raise ValueError(
                 f"sample gave pixels of shape {tuple(pixels.shape)}; must be {expected}"
             )
-        parts.append(oracle(pixels, variant).map(Tensor.cpu))
+        parts.append(oracle(pixels.to(device), variant).map(Tensor.cpu))
     return Predictions.cat(parts)
 
 

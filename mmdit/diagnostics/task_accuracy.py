@@ -71,8 +71,8 @@ def task_accuracy_report(
         )
         facts = [prompt.facts for prompt in seen]
         first = 2 * number * MANY_PROMPTS
-        shown = read_samples(sample, seen, first, batch, shape, "many")
-        unseen = read_samples(sample, held_out, first + MANY_PROMPTS, batch, shape, "many")
+        shown = read_samples(sample, seen, first, batch, shape, device, "many")
+        unseen = read_samples(sample, held_out, first + MANY_PROMPTS, batch, shape, device, "many")
         on_seen = accuracy(shown, facts)
         tasks[task] = {
             "seen": on_seen["prompt_accuracy"],

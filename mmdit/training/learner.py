@@ -20,14 +20,15 @@ from mmdit.training.graphs.training_graphs import Replays, suits
 # Compiled blocks see 32, 64, 96 … text tokens, the model's null token among them, so that few
 # graphs are compiled; replayed ones see 16, 32, 48 …: such a graph is made in a second.
 COMPILED_STEP, REPLAYED_STEP = 32, 16
-# kinds of compiled blocks: plain or shifted, pictures or clips, each bucket, each text length
+# Kinds of compiled blocks: windows or whole frames, pictures or clips, each bucket, each length of
+# text.
 GRAPHS = 64
 
 
 def beyond_graphs(table: list[dict], compiles: bool | str) -> str:
     """Return a line for a run that has more sizes (rows of `BatchPlan.table`) than its blocks are
-    compiled for; empty if it has not. Each size takes a graph with plain and one with shifted
-    windows."""
+    compiled for; empty if it has not. Each size takes a graph with windows and one with whole
+    frames."""
     sizes = {(*row["grid"], row["steps"]) for row in table}
     if compiles is False or 2 * len(sizes) <= GRAPHS:
         return ""

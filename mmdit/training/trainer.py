@@ -84,9 +84,10 @@ class Trainer:
         """Train to `max_steps`, and save at the end. Return True when it got there, False when it
         was asked to stop."""
         config, state, world = self.config, self.state, self.world
-        if config.compiles(world.device.type):
+        compiles, on_gpu = config.compiles(world.device.type), world.device.type == "cuda"
+        if compiles:
             state.learner.compile_model()
-        if config.replays:
+        if config.replays and (compiles or on_gpu):
             state.learner.replay_model()
         wrapped = wrap(state.learner, world, self.parallel)
         reporter = Reporter(

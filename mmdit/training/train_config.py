@@ -60,7 +60,8 @@ class TrainConfig(Section):
     # A step, save or preview that takes longer ends the job and names the process that stands
     # still.
     timeout_minutes: float = 30.0
-    # Compile blocks; `auto`: with CUDA, unless blocks are offloaded.
+    # Compile blocks; `auto`: with CUDA, unless blocks are offloaded. A small Video MMDiT trains
+    # about as fast without (docs/speed.md), and starts at once.
     compile: Literal["auto", True, False] = "auto"
     # Replay the steps of small networks as CUDA graphs, which saves the time to launch kernels.
     replays: bool = True

@@ -76,6 +76,9 @@ class Plan:
             batch_size=64,
             count=96,
             video_count=12,
+            # After 1,000 steps 0.16 of 256 seen prompts are right, 0.03 without, 0.11 with the
+            # shift alone (docs/install.md).
+            overrides=("flow_matching.shift=4", "train.optimizer=muon", "train.lr=5e-3"),
         )
 
 

@@ -37,11 +37,11 @@ SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
 WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
 
 
-def learner(dropout=0.0) -> Learner:
+def learner(dropout=0.0, depth=2) -> Learner:
     torch.manual_seed(1)
     encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=1, num_heads=2))
     model = build_model(
-        VideoMMDiTConfig(dim=16, depth=2, num_heads=2, window_size=2, dropout=dropout),
+        VideoMMDiTConfig(dim=16, depth=depth, num_heads=2, window_size=2, dropout=dropout),
         3,
         encoder.dim,
     )
@@ -538,3 +538,19 @@ def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs():
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.reset()
     assert 1 <= counter.frame_count <= 2  # a kind of graph, not one for each length
+
+
+def test_the_first_block_is_compiled_with_the_others():
+    """One graph for each pattern: the blocks get inputs of the same kinds, sizes and strides."""
+    counter, limit = CompileCounter(), torch._dynamo.config.recompile_limit
+    compiled = learner(depth=4)
+    torch._dynamo.reset()
+    try:
+        compiled.compile_model(counter)
+        latents = torch.randn(2, 1, 4, 4, SPEC.channels)
+        losses, _ = compiled(latents, ["red", "blue"], Draws.of(0, 0, 2))
+        losses.sum().backward()
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.reset()
+    assert counter.frame_count == len({*compiled.model.config.spatial}) == 3

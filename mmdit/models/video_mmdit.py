@@ -32,7 +32,7 @@ from mmdit.nn.conditioning import (
 )
 from mmdit.nn.context_parallel import Share
 from mmdit.nn.feedforward import GELU, SwiGLU
-from mmdit.nn.norm import Modulation, add_gated, add_norm, upcast, working_dtype
+from mmdit.nn.norm import Modulation, add_gated, add_norm, no_change, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
@@ -198,14 +198,6 @@ class PreparedText:
 def in_turn(rows: Tensor, x: Tensor) -> Tensor:
     """Return `rows (n, …)` repeated for the samples of `x (b, …)`, of which guidance asks twice."""
     return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
-
-
-def no_change(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a `change` and its `gate` that leave the stream `x` as it is. A first block that gets
-    them is compiled to the graph of the blocks behind it, which takes seconds less."""
-    change = torch.zeros_like(x).requires_grad_(x.requires_grad)
-    gates = torch.zeros_like(modulation).requires_grad_(modulation.requires_grad)
-    return change, rearrange(gates, "b m d -> m b 1 1 1 d")[-1]
 
 
 class Block(nn.Module):

@@ -255,6 +255,33 @@ def test_commands_that_share_a_folder_take_the_stages_that_no_other_works_on(tmp
     )
 
 
+def test_nothing_starts_from_a_stage_that_another_process_left_half_trained(tmp_path, monkeypatch):
+    recipe = recipe_of(
+        {"name": "a", "config": "x", "cache": "cache-moving-shapes"},
+        {"name": "b", "config": "x", "cache_of": "a", "init_from": "a"},
+    )
+    chain, trained = Chain(recipe, 0, tmp_path, share=True), []
+    other = ExitStack()
+    other.enter_context(held(tmp_path / "seed_0" / "a.lock", wait=False))
+    monkeypatch.setattr(time, "sleep", lambda seconds: other.close())  # it ends before its stage
+    monkeypatch.setattr(chain, "_config", lambda *_: None)
+    monkeypatch.setattr(chain, "_check", lambda stage: None)
+    monkeypatch.setattr(chain, "_stage", lambda stage, place: trained.append(stage.name))
+    chain.run()
+    assert trained == ["a", "b"]
+    trained.clear()
+    (tmp_path / "seed_0.json").write_text(json.dumps({"stages": {"a": {"training": {}}}}))
+    with held(tmp_path / "seed_0" / "a.lock", wait=False):  # it scores what it has trained
+        chain.run()
+    assert trained == ["b"]
+
+
+def test_seeds_that_count_twice_and_records_of_a_part_are_refused(capsys):
+    words = ["smoke", "--results", ROOT / "results"]
+    refused(capsys, reproduce.main, [*words, "--seeds", 1, 0, 1], "counts twice")
+    refused(capsys, reproduce.main, [*words, "--share", "--record"], "--share pools nothing")
+
+
 def test_a_record_keeps_what_others_have_added_meanwhile(tmp_path):
     rows = [{"name": name, "checkpoint": "x"} for name in "ab"]
     chains = [Chain(recipe_of(*rows), 0, tmp_path) for _ in rows]

@@ -151,21 +151,33 @@ class Chain:
         for stage in self.recipe.stages:
             if stage.config:
                 self._config(stage, self._overrides(stage))
-        for number, stage in enumerate(self.recipe.stages, start=1):
-            place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}: {stage.name}]"
-            with ExitStack() as stack:
-                if stage.init_from:
-                    with held(self._lock(stage.init_from), wait=True):
-                        pass  # its weights are whole now
-                try:
-                    stack.enter_context(held(self._lock(stage.name), wait=not self.share))
-                except ValueError:
-                    print(f"{place} is left to the process that works on it", flush=True)
-                    continue
-                self.record = self._read()
-                self._check(stage)
-                self._stage(stage, place)
+        for stage in self.recipe.stages:
+            self._visit(stage, wait=not self.share)
         return self.record
+
+    def _visit(self, stage: Stage, wait: bool) -> None:
+        """Run what is not done of a stage. Where another process works on it: wait for that one,
+        and do what it left undone, or go past the stage."""
+        if stage.init_from:
+            self._have_weights(self.recipe.stage(stage.init_from))
+        number = self.recipe.stages.index(stage) + 1
+        place = f"[seed {self.seed}, stage {number}/{len(self.recipe.stages)}: {stage.name}]"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self._lock(stage.name), wait))
+            except ValueError:
+                print(f"{place} is left to the process that works on it", flush=True)
+                return
+            self.record = self._read()
+            self._check(stage)
+            self._stage(stage, place)
+
+    def _have_weights(self, stage: Stage) -> None:
+        """Return when a stage is trained to its end. A process that was stopped or failed leaves
+        the checkpoint of some step, from which nothing may start: then this one goes on with it."""
+        self.record = self._read()
+        if "training" not in self.record["stages"].get(stage.name, {}):
+            self._visit(stage, wait=True)
 
     def _lock(self, stage: str) -> Path:
         return self.folder / f"{stage}.lock"

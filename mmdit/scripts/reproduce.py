@@ -67,6 +67,13 @@ def main(argv: list[str] | None = None) -> int:
         from mmdit.commands.reproduce import Chain, finished_results, read_json
 
         recipe = read_recipe(args.results, args.name)
+        if args.share and args.record:
+            raise ValueError(
+                "--record writes what all seeds reached together, and --share pools nothing: give"
+                " the one after all commands with the other have ended"
+            )
+        if args.seeds and len(set(args.seeds)) < len(args.seeds):
+            raise ValueError(f"--seeds is {args.seeds}: a seed that is there twice counts twice")
         out = args.out or Path("runs/reproduce") / args.name
         seeds = args.seeds or recipe.seeds
         chains = [Chain(recipe, seed, out, args.device, share=args.share) for seed in seeds]

@@ -74,6 +74,19 @@ def test_a_model_that_redraws_small_clips_has_none_here(shop, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("train.save_in_background=true", "writes its checkpoints between two updates"),
+        ("video.tile=[48, 16]", "draws clips of 48x32 whole"),
+        ("parallel.reduce=bfloat16", "remove the section"),
+    ],
+)
+def test_a_key_of_training_alone_is_refused_where_it_would_do_nothing(shop, capsys, word, expected):
+    section = word.partition(".")[0]
+    refused(capsys, posttrain.main, command(shop, "never", word), section, expected)
+
+
 def test_an_evaluation_that_is_not_finite_names_its_sample(shop, capsys, monkeypatch):
     decode = DummyTokenizer.decode
 

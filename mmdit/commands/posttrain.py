@@ -50,6 +50,20 @@ def _check(config: ExperimentConfig) -> None:
             f"is {config_io.encode(config.parallel)}; every process has the whole model here, and "
             "gradients are added up in float32: remove the section",
         )
+    if config.train.save_in_background:
+        raise ConfigError(
+            "train.save_in_background",
+            "is true, but post-training writes its checkpoints between two updates; set it to"
+            " false",
+        )
+    width, height, _, _ = config.sample_size
+    tile = config.video.tile
+    if tile is not None and (width > tile[0] or height > tile[1]):
+        raise ConfigError(
+            "video.tile",
+            f"is {list(tile)}, but post-training draws clips of {width}x{height} whole, as the"
+            " model has seen none; set the size to the tile's, or less",
+        )
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError(
             "ema.enabled",

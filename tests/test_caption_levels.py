@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diagnostics.caption_levels import (
     Level,
     caption_levels,
@@ -19,6 +20,7 @@ from mmdit.diffusion import FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.diffusion.objective import DDPM, DiffusionConfig
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.scripts import cache_moving_shapes, inspect_levels
+from tests.helpers.tiny import refused
 
 FLOW = build_objective(
     "flow_matching",
@@ -58,6 +60,26 @@ def test_a_caption_that_tells_two_samples_apart_says_ln_2_where_noise_begins_to_
     most = peak(levels)
     assert most.log_snr == pytest.approx(-2 * math.log(size) + 1, abs=1.5)
     assert all(level.error < 1e-6 * size**2 for level in levels)
+
+
+def test_a_network_of_tiles_is_told_where_each_lies_and_one_of_clips_is_measured_on_clips():
+    asked = []
+
+    def network(x, t, text, place):
+        asked.append((x.flatten().tolist(), place[:, 1].tolist()))
+        return torch.zeros_like(x)
+
+    learner = SimpleNamespace(
+        model=network, text_encoder=encode, objective=FLOW, spec=LatentSpec(1)
+    )
+    places = torch.arange(15).view(3, 5)
+    clean = torch.ones(3, 1, 1, 1, 1)
+    caption_levels(learner, clean, ["plus"] * 3, [0.0], batch_size=2, places=places)
+    assert [rows for _, rows in asked] == [[1, 6], [1, 6], [11], [11]]
+    mixed = VideoConfig(num_frames=4, image_fraction=0.5)
+    assert inspect_levels.of_clips(mixed).image_fraction == 0
+    pictures = VideoConfig(num_frames=4, image_fraction=1.0)
+    assert inspect_levels.of_clips(pictures) == pictures
 
 
 def test_times_and_log_snrs_are_inverse_and_levels_that_no_training_draws_are_left_out():
@@ -114,3 +136,13 @@ def test_the_command_reads_a_run_and_its_cache(tmp_path, capsys):
     assert "log SNR" in lines[-21] and "captions decide" in lines[-1]
     nats = {float(line.split()[0]): float(line.split()[4]) for line in lines[-20:-1]}
     assert nats[-4.0] > 0.5 > 0.1 > nats[-9.0], "an object of a few cells"
+
+
+def test_a_cache_of_another_tokenizer_with_as_many_channels_is_refused(tmp_path, capsys):
+    config = ["--config", "configs/moving_shapes_64_t2i.yaml", "--device", "cpu"]
+    other = [*config, "--count", "2", "tokenizer={type: dummy, latent_d: 64}"]
+    cache_moving_shapes.main([*other, "--out_dir", str(tmp_path / "cache")])
+    words = ["--checkpoint=assets/moving_shapes_64.safetensors", "--device=cpu"]
+    words += [f"--train_cache_dir={tmp_path / 'cache'}", "video.num_frames=1"]
+    words += ["video.image_fraction=0"]
+    refused(capsys, inspect_levels.main, words, "is not what the config asks for", "tokenizer:")

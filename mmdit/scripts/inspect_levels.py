@@ -8,16 +8,27 @@ Where captions say much, training must come often and the sampler must step fine
 or more channels need more noise.
 """
 
+from dataclasses import replace
+
 import torch
 
 from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.data_config import check_together
 from mmdit.data.batches.latent_batches import LatentBatches
 from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diagnostics.caption_levels import caption_levels, format_levels
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.parsers import at_least
 from mmdit.training.pipeline import SampleSettings
+
+
+def of_clips(video: VideoConfig) -> VideoConfig:
+    """Return the section without steps of single frames, unless there are no others: what is
+    measured is a clip where clips are drawn."""
+    return video if video.image_fraction == 1 else replace(video, image_fraction=0.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,8 +51,17 @@ def main(argv: list[str] | None = None) -> int:
                 " draws from captions alone can be measured"
             )
         cache = open_cache(args.train_cache_dir)
-        plan = BatchPlan(cache, config.video, args.count, config.seed)
-        (batch,) = LatentBatches(cache, plan, in_memory=False, captions=config.captions).step(0)
+        wanted = CacheManifest.of(
+            pipeline.tokenizer, config.video, config.bucketing, config.preprocess
+        )
+        check_together([cache], wanted, config.model.patch)
+        (batch,) = LatentBatches(
+            cache,
+            BatchPlan(cache, of_clips(config.video), args.count, config.seed),
+            in_memory=False,
+            captions=config.captions,
+            tile=pipeline.tile and pipeline.tile[1:],
+        ).step(0)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=pipeline.precision != "fp32")
         with autocast:
             levels = caption_levels(
@@ -49,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.latents.to(device).float(),
                 batch.captions,
                 batch_size=args.batch_size,
+                places=batch.places,
             )
         sampler = SampleSettings.of(config.train).sampler
         print(format_levels(learner.objective, levels, batch.latents.shape[1], sampler))

@@ -19,9 +19,11 @@ from mmdit.experiment.run import agree_on_start
 from mmdit.scripts import train_t2v
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import slow_rank
 from mmdit.training.run_start import STARTS, continues, read_starts, record_start
+from mmdit.training.saving import BackgroundSaves
 from mmdit.training.step_report import Monitor, Reporter
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import Trainer
@@ -94,6 +96,26 @@ def test_a_save_that_fails_ends_the_training_and_leaves_earlier_checkpoints(
     monkeypatch.undo()
     train_t2v.main([*shop.train_words("full", *words), "--resume"])
     assert contents(run, 6) == contents(shop.folder / "runs/whole", 6)
+
+
+def test_a_save_that_fails_while_the_next_one_waits_for_it_loses_no_step(shop, monkeypatch, capsys):
+    save, join, waited_for = checkpoint.save, BackgroundSaves._join, threading.Event()
+
+    def fails(run_dir, meta, *arguments):
+        if meta.step == 2 and waited_for.wait(20):
+            raise RunError("the disk was away")
+        return save(run_dir, meta, *arguments)
+
+    def joins(self):
+        if self._thread is not None:
+            waited_for.set()
+        join(self)
+
+    monkeypatch.setattr(checkpoint, "save", fails)
+    monkeypatch.setattr(BackgroundSaves, "_join", joins)
+    words = shop.train_words("away", *SAVES, BACKGROUND)
+    refused(capsys, train_t2v.main, words, "the disk was away")
+    assert contents(shop.folder / "runs/away", 4) == contents(shop.folder / "runs/whole", 4)
 
 
 def test_a_start_behind_a_torn_line_is_known(tmp_path):

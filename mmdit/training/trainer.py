@@ -126,6 +126,8 @@ class Trainer:
                     window = Window(world.device)
                 if self._is_due(config.save_every_steps, last):
                     watch.at(state.step, "saving")
+                    if self.background:
+                        self.background.wait()  # its error would find these steps not saved
                     self.saved = state.step
                     self.save(state)
                 if self._is_due(config.sample_every_steps, last):

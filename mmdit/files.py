@@ -310,6 +310,12 @@ def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader |
         raise
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text as an editor shows them. `str.splitlines` also cuts at form feeds
+    and at the separators of Unicode, which may stand in a caption and within JSON."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         file_type = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "something else")

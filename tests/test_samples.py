@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmdit.pixels import to_shown
 from mmdit.scripts import evaluate, sample
+from mmdit.scripts.prompts import read_requests
 from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
 from mmdit.training.pipeline import Pipeline
@@ -287,6 +288,14 @@ def test_lines_have_settings_of_their_own_and_batches_change_nothing(shop, tmp_p
     sizes.clear()
     command(run, tmp_path / "all", "--prompts_file", text)
     assert not sizes, "finished samples are kept"
+
+
+def test_separators_of_unicode_end_no_line_of_a_prompts_file(tmp_path):
+    prompt = "a red\u2028star\x85 on a page\x0c of navy"
+    row = json.dumps({"prompt": prompt, "seed": 1}, ensure_ascii=False)
+    for name, line in (("p.jsonl", row), ("p.txt", prompt)):
+        (tmp_path / name).write_bytes(f"{line}\r\n\n{line}\n".encode())
+        assert [one.prompt for one in read_requests(str(tmp_path / name))] == [prompt] * 2
 
 
 @pytest.mark.parametrize(

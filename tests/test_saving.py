@@ -121,7 +121,7 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it_loses_no_step(shop, m
 def test_a_start_behind_a_torn_line_is_known(tmp_path):
     (tmp_path / STARTS).write_bytes(b'{"step": 0}\n{"step": 4, "torchr')
     record_start(tmp_path, World(), 6, "")
-    record_start(tmp_path, World(), 8, "")
+    record_start(tmp_path, World(), 8, "", "mmdit train train.sample_prompts=[a\u2028b\x85c]")
     assert [start["step"] for start in read_starts(tmp_path)] == [0, 6, 8]
     assert (tmp_path / STARTS).read_bytes().count(b"\n") == 4
 

@@ -363,9 +363,12 @@ def test_folder_without_media_and_captions_per_line(tmp_path):
     with pytest.raises(ValueError, match="no picture or video in"):
         prepare_folder(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    text = (
+        "one\u2028of a\x0cpage\r\n\rtwo\x85\n"  # what only str.splitlines takes for ends of lines
+    )
+    (tmp_path / "a.txt").write_bytes(text.encode())
     prepare_folder(tmp_path, per_line=True)
     (record,) = read_records(tmp_path / "train_images.jsonl", "image")
-    assert record.facts["captions"] == ["one", "two"]
+    assert record.facts["captions"] == ["one of a page", "two"]
     assert list(files_below(tmp_path)) == ["a.png", "a.txt", "train_images.jsonl"]
     assert VIDEO.fps == 16

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mmdit.config import parse_yaml
+from mmdit.files import lines_of
 from mmdit.shipped import find
 from mmdit.training.requests import Request, read_request
 
@@ -22,7 +23,7 @@ def _text(path: str) -> str:
 
 def read_lines(path: str) -> list[str]:
     """Return the lines of a text file that hold words. ValueError: it is not in UTF-8."""
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+    return [line.strip() for line in lines_of(_text(path)) if line.strip()]
 
 
 def read_requests(path: str) -> list[Request]:
@@ -30,7 +31,7 @@ def read_requests(path: str) -> list[Request]:
     `.yaml` the list `prompts:`, of texts and of sections. ValueError names the line."""
     kind_of_file = Path(path).suffix.lower()
     if kind_of_file == ".jsonl":
-        lines = enumerate(_text(path).splitlines(), 1)
+        lines = enumerate(lines_of(_text(path)), 1)
         return [read_request(line.strip(), f"{path}:{i}") for i, line in lines if line.strip()]
     if kind_of_file not in (".yaml", ".yml"):
         return [Request(line) for line in read_lines(path)]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mmdit.files import lines_of
 from mmdit.shipped import ROOTS
 from mmdit.training.run_folder import is_run, text_of
 from mmdit.ui.config_forms import current_fields
@@ -202,7 +203,7 @@ def skipped_of(folder: Path) -> list[dict]:
     """Return the items that were left out of a cache, each with `id` and `reason`."""
     rows = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        for line in text_of(path).splitlines():
+        for line in lines_of(text_of(path)):
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmdit.config import load
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import write_atomically
+from mmdit.files import lines_of, write_atomically
 from mmdit.ui.allowed_folders import AllowedFolders
 from mmdit.ui.command_forms import Option, options_of, takes, words_of
 from mmdit.ui.config_forms import (
@@ -194,7 +194,7 @@ class JobRequest:
         """Return the prompts that were typed, of a command that reads them from a file as well."""
         if not (takes(self.parser, "prompts") and takes(self.parser, "prompts_file")):
             return []
-        lines = [line.strip() for line in self.fields.get("prompts", "").splitlines()]
+        lines = [line.strip() for line in lines_of(self.fields.get("prompts", ""))]
         prompts = [line for line in lines if line]
         if prompts and self.fields.get("prompts_file", "").strip():
             raise ValueError("--prompts and --prompts_file are both given: empty one of them")

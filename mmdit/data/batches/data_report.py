@@ -16,6 +16,7 @@ from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
+from mmdit.files import lines_of
 
 EXAMPLES = 5
 
@@ -125,7 +126,7 @@ def skipped(folder: Path) -> dict:
     """Return how many items caching left out, for which reasons, and some of them."""
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
         skips += [Skip.from_json(json.loads(line)) for line in lines if line.strip()]
     return {
         "items": len(skips),

@@ -22,6 +22,7 @@ from typing import Literal
 
 from mmdit.config import shortened
 from mmdit.data.dataset.members import Member, VideoSpan
+from mmdit.files import lines_of
 
 Media = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -226,7 +227,7 @@ def text_captions(data: bytes, per_line: bool = False) -> list[str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8 text") from None
-    lines = text.splitlines() if per_line else [text]
+    lines = lines_of(text) if per_line else [text]
     captions = dict.fromkeys(" ".join(line.split()) for line in lines)
     return [caption for caption in captions if caption]
 

@@ -310,6 +310,16 @@ def test_mistakes_are_refused_in_one_sentence(films, capsys):
     refused(capsys, prepare_clips.main, words(bad), "none of the films could be used", "torn.mp4")
 
 
+def test_lines_stay_where_no_film_can_be_reached(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    path = tmp_path / "clips" / "train_videos.jsonl"
+    path.write_text("of an earlier run\n")
+    row = {"id": "a", "video_path": "away/one.mp4", "caption": ""}
+    meta = write_meta(tmp_path, [row], "train_videos.jsonl")
+    refused(capsys, prepare_clips.main, words(meta), "none of the films could be used")
+    assert path.read_text() == "of an earlier run\n"
+
+
 def test_a_clip_is_not_cut_again(films, capsys):
     row = {"id": "a", "video_path": "one.mp4", "video_span": [0, 9], "caption": ""}
     meta = write_meta(films.parent, [row, row | {"id": "b", "video_span": [3, 9]}])

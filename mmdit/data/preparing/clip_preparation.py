@@ -108,7 +108,8 @@ class ClipPreparation:
                 self._measure(pending)
             except KeyboardInterrupt:
                 self.report.interrupted = True
-            self._write()
+            if self.rows:  # else the lines of an earlier run stay: its films may be away for now
+                self._write()
         self.report.waiting = len(self.records) - len(self.rows) - len(self.report.skipped)
         if not self.rows and not self.report.interrupted:
             examples = [f"  {skip.path}: {skip.reason}" for skip in self.report.skipped[:5]]

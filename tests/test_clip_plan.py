@@ -18,6 +18,8 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import cached_frames, clip_plan
 from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.media_sets import Shape
+from mmdit.diagnostics.real_items import RealItems
 from mmdit.interfaces import LatentSpec
 from tests.test_cache import MeanPixels, run, write_meta
 
@@ -36,6 +38,12 @@ class Joining(MeanPixels):
             latents[:, 1:].unflatten(1, (-1, 4)).mean(2) if latents.shape[1] > 1 else latents[:, 1:]
         )
         return torch.cat([latents[:, :1], rest], 1)
+
+    def decode(self, latents):
+        """Return clips whose frames are of the colours of `latents`."""
+        rest = latents[:, 1:].repeat_interleave(4, 1)
+        frames = torch.cat([latents[:, :1], rest], 1).movedim(-1, 2)
+        return frames.repeat_interleave(16, -2).repeat_interleave(16, -1)
 
 
 @pytest.fixture
@@ -168,3 +176,22 @@ def test_other_kinds_of_sizes_and_crops_are_other_caches_but_scale_source_and_ba
         "bucketing.max_pixels_per_frame: the cache has 0, the config asks 4096"
         in center.differences(budget)
     )
+
+
+def test_one_of_the_samples_of_a_cached_clip_is_decoded_to_compare_with(clips, tmp_path):
+    video = replace(VIDEO, num_frames=5)
+    run(clips, tmp_path / "cache", Joining(), kind="video", video=video)
+    assert open_cache(tmp_path / "cache").shapes[:, 0].tolist() == [2, 6]
+
+    def items(**shape) -> RealItems:
+        return RealItems(str(tmp_path / "cache"), Shape(**shape), [Joining()], 0)
+
+    (_, pixels), *_ = items(frames=3, stride=2).read(2)
+    # 4 … 12, and of 1 … 9, 10 … 18, 19 … 27 those in the middle: one frame, a mean of four
+    assert pixels[:, :, 0, 0, 0].tolist() == [[9, 9, 9], [15, 15, 15]]
+    (_, pixels), *_ = items(frames=5, stride=2).read(2)
+    assert pixels[:, :, 0, 0, 0].tolist() == [[4, 9, 9, 9, 9], [10, 15, 15, 15, 15]]
+    (_, pixels), *_ = items().read(2)
+    assert pixels.shape[:2] == (2, 1)
+    with pytest.raises(ValueError, match="clips of stride 2, and stride 1 is asked for"):
+        items(frames=3)

@@ -33,6 +33,8 @@ class RealItems:
             self.cache = open_cache(folder)
             self.tokenizer = self._maker(self.cache, tokenizers)
             self.numbers = {id: number for number, id in enumerate(self.cache.ids)}
+            if shape.frames > 1:
+                self.shape = _as_cached(self.cache, shape)
 
     def _maker(self, cache: LatentCache, tokenizers: list[Tokenizer]) -> Tokenizer:
         for tokenizer in (*tokenizers, build_tokenizer(VTPTokenizerConfig())):
@@ -77,6 +79,8 @@ class RealItems:
         latents = cache.load(number)
         if self.tokenizer.spec.temporal == 1:  # frames are decoded one by one: only those needed
             latents = latents[list(shape.places(len(latents)))]
+        else:
+            latents = self._middle_sample(cache, latents)
         pixels = to_shown(self.tokenizer.decode(latents[None].float())[0])
         if self.tokenizer.spec.temporal > 1:
             pixels = pixels[list(shape.places(len(pixels)))]
@@ -84,3 +88,32 @@ class RealItems:
             return pixels
         images = (Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels)
         return torch.from_numpy(np.stack([shape.cut(image) for image in images]))
+
+    def _middle_sample(self, cache: LatentCache, latents: Tensor) -> Tensor:
+        """Return one of the samples `(F, h, w, C)` that lie one behind the other in a clip of a
+        tokenizer that joins frames, each encoded by itself."""
+        plan, spec = cache.manifest.clip_plan, self.tokenizer.spec
+        length = spec.frames(plan["num_frames"]) if plan else len(latents)
+        first = len(latents) // length // 2 * length
+        return latents[first : first + length]
+
+
+def _as_cached(cache: LatentCache, shape: Shape) -> Shape:
+    """Return the shape of clips counted in the frames that a cache holds: where a tokenizer joins
+    frames, those of a sample were chosen when it was cached. ValueError: they are at another
+    distance in time than `shape` asks."""
+    rates = cache.rates - {shape.fps}
+    if shape.fps is not None and rates:
+        raise ValueError(
+            f"the cache {cache.folder} holds clips of video files at {min(rates):g} frames a"
+            f" second, and {shape.fps:g} are asked for: give clips of one speed"
+        )
+    plan = cache.manifest.clip_plan
+    if not plan:
+        return shape
+    if not plan["shrink_video_to_frames"] and plan["frame_stride"] != shape.stride:
+        raise ValueError(
+            f"the cache {cache.folder} holds clips of stride {plan['frame_stride']}, and stride"
+            f" {shape.stride} is asked for: give clips of one stride"
+        )
+    return replace(shape, stride=1)

@@ -657,6 +657,15 @@ def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch)
     )
 
 
+def test_srpo_refuses_latents_of_another_tokenizer_of_the_same_shape(shop, capsys):
+    other = shop.folder / "of_another"
+    shutil.copytree(shop.cache("pictures"), other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "another"}))
+    words = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={other}"]
+    refused(capsys, posttrain.main, command(shop, "other", *words), "of this tokenizer")
+
+
 def test_adapters_alone_are_trained_when_asked(shop):
     words = [
         "lora.enabled=true",

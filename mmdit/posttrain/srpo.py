@@ -111,7 +111,7 @@ def real_latents(session: Session) -> LatentCache:
         raise ConfigError("posttrain.srpo.latents", f"is {path!r}: {error}") from None
     frames, cells = cache.shapes[:, 0], cache.shapes[:, 1:]
     fits = (frames >= wanted[0]) & (cells == torch.tensor(wanted[1:])).all(1)
-    same_tokenizer = cache.manifest.spec == session.learner.spec
+    same_tokenizer = cache.manifest.tokenizer == session.tokenizer.fingerprint
     if not (same_tokenizer and fits.all() and len(cache) >= least):
         raise ConfigError(
             "posttrain.srpo.latents",

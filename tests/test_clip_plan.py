@@ -19,6 +19,7 @@ from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import cached_frames, clip_plan
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.media_sets import Shape
+from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.interfaces import LatentSpec
 from tests.test_cache import MeanPixels, run, write_meta
@@ -193,5 +194,12 @@ def test_one_of_the_samples_of_a_cached_clip_is_decoded_to_compare_with(clips, t
     assert pixels[:, :, 0, 0, 0].tolist() == [[4, 9, 9, 9, 9], [10, 15, 15, 15, 15]]
     (_, pixels), *_ = items().read(2)
     assert pixels.shape[:2] == (2, 1)
+    lengths = []
+    joining = Joining()
+    joining.decode = lambda latents: (
+        lengths.append(latents.shape[1]) or Joining.decode(joining, latents)
+    )
+    cache_sheet(open_cache(tmp_path / "cache"), joining, 2)
+    assert lengths == [2, 2], "a sheet shows a sample, too"
     with pytest.raises(ValueError, match="clips of stride 2, and stride 1 is asked for"):
         items(frames=3)

@@ -50,7 +50,7 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
     for item in items:
         latents = cache.load(item)
         if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
-            decoded = latents[:shown]
+            decoded = latents[: min(shown, cache.manifest.joined or shown)]
         else:
             decoded = latents[torch.linspace(0, len(latents) - 1, shown).round().long()]
         with torch.inference_mode():

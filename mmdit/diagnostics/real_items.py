@@ -92,8 +92,7 @@ class RealItems:
     def _middle_sample(self, cache: LatentCache, latents: Tensor) -> Tensor:
         """Return one of the samples `(F, h, w, C)` that lie one behind the other in a clip of a
         tokenizer that joins frames, each encoded by itself."""
-        plan, spec = cache.manifest.clip_plan, self.tokenizer.spec
-        length = spec.frames(plan["num_frames"]) if plan else len(latents)
+        length = cache.manifest.joined or len(latents)
         first = len(latents) // length // 2 * length
         return latents[first : first + length]
 

@@ -81,6 +81,13 @@ class CacheManifest:
         """Return (width, height) in pixels of latents of a shape `(F, H, W, C)`."""
         return shape[2] * self.spec.spatial, shape[1] * self.spec.spatial
 
+    @property
+    def joined(self) -> int | None:
+        """Return how many latent frames of a clip were encoded together, one such sample behind the
+        other; None where each frame was encoded alone."""
+        frames = self.clip_plan.get("num_frames")
+        return self.spec.frames(frames) if isinstance(frames, int) else None
+
     def allows(self, size: Size) -> bool:
         """Return whether items of this size belong into the cache."""
         if self.max_pixels_per_frame:

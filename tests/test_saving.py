@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import agree_on_start
 from mmdit.scripts import train_t2v
-from mmdit.training import checkpoint
+from mmdit.training import checkpoint, saving
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
@@ -96,6 +100,25 @@ def test_a_save_that_fails_ends_the_training_and_leaves_earlier_checkpoints(
     monkeypatch.undo()
     train_t2v.main([*shop.train_words("full", *words), "--resume"])
     assert contents(run, 6) == contents(shop.folder / "runs/whole", 6)
+
+
+def test_shards_of_a_gpu_are_copied_onto_one_mesh_however_many_they_are(tmp_path, monkeypatch):
+    """A mesh of copies and shards makes process groups: one for each tensor would use up all
+    files."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+        parts = [distribute_tensor(torch.full((2,), float(i)), mesh) for i in range(3)]
+        host = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+        of_gpus = property(lambda one: "cuda" if one is mesh else "cpu")
+        monkeypatch.setattr(DeviceMesh, "device_type", of_gpus)
+        made = []
+        monkeypatch.setattr(saving, "init_device_mesh", lambda *_, **names: made.append(1) or host)
+        copies = saving.snapshots({str(i): part for i, part in enumerate(parts)})
+        assert [copy.to_local().tolist() for copy in copies.values()] == [[0, 0], [1, 1], [2, 2]]
+        assert len(made) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_save_that_fails_while_the_next_one_waits_for_it_loses_no_step(shop, monkeypatch, capsys):

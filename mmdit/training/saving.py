@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
+
+
+@lru_cache(maxsize=1)
+def _on_host(mesh: DeviceMesh, group: dist.ProcessGroup | None) -> DeviceMesh:
+    """Return the mesh of the same processes on the CPU. It is made once for all tensors and saves:
+    where machines copy each other's shards, each one that is made makes process groups, with the
+    connections of all of them. `group`: the default one, with which all others end."""
+    return init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
@@ -24,7 +34,7 @@ def snapshot(tensor: Tensor) -> Tensor:
         return tensor.to("cpu", copy=True)
     mesh = tensor.device_mesh
     if mesh.device_type != "cpu":
-        mesh = init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
+        mesh = _on_host(mesh, dist.group.WORLD)
     part = tensor.to_local().to("cpu", copy=True)
     return DTensor.from_local(
         part, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()

@@ -56,7 +56,8 @@ class AllowedFolders:
             folders.add(folder)
 
     def check_text(self, text: str, what: str) -> None:
-        """Look at a path, or at each path in `name=text,name=path`, as some options take it."""
+        """Look at a path, or at each path in `name=text,name=path`, as options take it that read
+        files: of one that is to be written all of the text is the path."""
         if "=" not in text or os.path.exists(text):
             self.check(text, what)
             return

@@ -27,6 +27,8 @@ NO_PATHS = {
     ),
     *("kind", "offload", "prompts", "solver", "expert"),
 }
+# Settings with paths in them, `PATH[,key=value…]`; any other text is one path, whatever it holds.
+SETTINGS = {"features"}
 # The configuration has a form of its own, and nobody sits before a job to answer it.
 LEFT_OUT = {"help", "config", "overrides", "interactive"}
 
@@ -102,8 +104,9 @@ def words_of(
         values = text.split("\n") if option.shape == "lines" else [text]
         values = [value.strip() for value in values if value.strip()]
         if option.is_path:
+            look = allowed.check_text if option.name in SETTINGS else allowed.check
             for value in values:
-                allowed.check_text(value, option.flag)
+                look(value, option.flag)
         words += _words(option, values)
     return words
 

@@ -271,6 +271,18 @@ def test_a_path_outside_of_the_folders_is_refused(tmp_path, field, path):
         JobRequest(workplace(tmp_path / "runs"), "sample", fields).preview()
 
 
+def test_a_job_of_another_version_or_of_another_program_stops_no_other(tmp_path):
+    store, whole = JobStore(tmp_path), {"words": ["train"], "device": "cpu", "created": 1.0}
+    rows = {"00001": whole | {"id": "00001", "of_a_later_version": 1}, "00002": [1]}
+    rows |= {"00003": {"id": "00003"}, "00004": whole | {"id": "00004", "words": []}}
+    for name, row in rows.items():
+        (tmp_path / ".jobs" / name).mkdir(parents=True)
+        (tmp_path / ".jobs" / name / "job.json").write_text(json.dumps(row))
+        (tmp_path / ".jobs" / name / "status.json").write_text("[1]")
+    assert [job.id for job in store.jobs()] == ["00001"]
+    assert store.state(store.read("00001")).word == "lost"
+
+
 def test_a_link_out_of_the_folders_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to("/etc")

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mmdit.files import write_atomically
@@ -123,9 +123,17 @@ class JobStore:
         return read
 
     def read(self, job: str) -> Job:
-        """Return a job. ValueError: there is none of that name."""
-        row = json.loads((self.path(job) / "job.json").read_text(encoding="utf-8"))
-        return Job(**row)
+        """Return a job; what a later version says of it besides is left out. ValueError: there is
+        none of that name, or its file is none of ours."""
+        path = self.path(job) / "job.json"
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            read = Job(**{one.name: row[one.name] for one in fields(Job) if one.name in row})
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if not (isinstance(read.words, list) and read.words):
+            raise ValueError(f"{path} names no command")
+        return read
 
     def reserve(self) -> Path:
         """Make the folder of a new job, into which its files may be written before it is added."""
@@ -231,6 +239,7 @@ class JobStore:
 def read_status(folder: Path) -> dict:
     """Return status.json of a job folder, or nothing."""
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return status if isinstance(status, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -87,6 +87,12 @@ def test_a_key_of_training_alone_is_refused_where_it_would_do_nothing(shop, caps
     refused(capsys, posttrain.main, command(shop, "never", word), section, expected)
 
 
+def test_real_clips_of_another_stride_are_refused(shop, capsys):
+    words = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.folder}"]
+    words += ["video.num_frames=4", "video.frame_stride=2"]
+    refused(capsys, posttrain.main, command(shop, "never", *words), "video.frame_stride: is 2")
+
+
 def test_an_evaluation_that_is_not_finite_names_its_sample(shop, capsys, monkeypatch):
     decode = DummyTokenizer.decode
 

@@ -64,6 +64,14 @@ def _check(config: ExperimentConfig) -> None:
             f"is {list(tile)}, but post-training draws clips of {width}x{height} whole, as the"
             " model has seen none; set the size to the tile's, or less",
         )
+    video, real = config.video, settings.algorithm == "srpo" and settings.srpo.latents
+    if real and video.num_frames > 1 and video.frame_stride > 1 and config.tokenizer.temporal == 1:
+        raise ConfigError(
+            "video.frame_stride",
+            f"is {video.frame_stride}, but of the clips in posttrain.srpo.latents the first frames"
+            " are taken one after the other, which move more slowly than the model's; leave"
+            " srpo.latents out, or take a model of stride 1",
+        )
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError(
             "ema.enabled",

@@ -1,4 +1,4 @@
-"""A Wan transformer in bfloat16 is cut over processes: frozen under a LoRA, and trained."""
+"""A Wan transformer is cut over processes, out of its files: frozen under a LoRA, and trained."""
 
 import json
 import sys
@@ -6,9 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from mmdit.adapters import LoRAConfig, inject, is_adapter
+from mmdit.diffusion import build_objective
+from mmdit.interfaces import LatentSpec
+from mmdit.interop.wan_weights import load_dit, save_dit
+from mmdit.models.wan_denoiser import WanDenoiser
+from mmdit.nn.stored_weights import StoredWeight
 from mmdit.scripts import train_t2v
+from mmdit.text_encoders import HashConfig, build_text_encoder
 from mmdit.training import checkpoint
+from mmdit.training.distributed import World
+from mmdit.training.learner import Learner
+from mmdit.training.memory.lean import to_bfloat16
+from mmdit.training.memory.shards import local
+from mmdit.training.parallel import shard
+from tests.helpers.wan_release import random_dit
+from tests.test_scaled_float8 import ONE_HEAD, written
 from tests.test_trainer import run_ranks
 from tests.test_wan_training import LORA, Shop
 
@@ -45,6 +63,97 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+# ── out of the files ──────────────────────────────────────────────────────────────────────────────
+def single_file(folder: Path, dtype: torch.dtype) -> Path:
+    weights = {key: value.to(dtype) for key, value in random_dit(ONE_HEAD).state_dict().items()}
+    save_file(weights, folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def sharded_folder(folder: Path, dtype: torch.dtype) -> Path:
+    """Write what Diffusers would, in several files."""
+    model = random_dit(ONE_HEAD).to(dtype)
+    save_dit(model, folder / "base", "diffusers", shard_bytes=10**5)
+    return folder / "base"
+
+
+def pickle(folder: Path, dtype: torch.dtype) -> Path:
+    weights = {key: value.to(dtype) for key, value in random_dit(ONE_HEAD).state_dict().items()}
+    torch.save(weights, folder / "base.pth")
+    return folder / "base.pth"
+
+
+def scaled_float8(folder: Path, dtype: torch.dtype) -> Path:
+    written(folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def wan_learner(path: Path, dtype: torch.dtype, adapter: str, in_file: bool) -> Learner:
+    """Return a learner of the base in `path`, with adapters of the type `adapter` unless that is
+    empty."""
+    model = load_dit(path, dtype, model_class=WanDenoiser, in_file=in_file)
+    encoder = build_text_encoder(HashConfig(dim=ONE_HEAD.text_dim))
+    objective = build_objective("flow_matching")
+    learner = Learner(model, encoder, objective, LatentSpec(ONE_HEAD.out_dim))
+    if adapter:
+        inject(
+            model, LoRAConfig(enabled=True, type=adapter, rank=3, target_modules=("q", "ffn.0")), 0
+        )
+    return learner
+
+
+def mapped_ranges() -> list[range]:
+    """Return the addresses at which the files of the base are mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    pairs = (line.split()[0].split("-") for line in lines if "/base" in line)
+    return [range(int(first, 16), int(last, 16)) for first, last in pairs]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+@pytest.mark.parametrize(
+    "write, stored, dtype, adapter, pure",
+    [
+        (single_file, torch.bfloat16, torch.bfloat16, "lora", False),
+        (sharded_folder, torch.float32, torch.bfloat16, "dora", False),
+        (pickle, torch.float16, torch.float32, "lokr", False),
+        (scaled_float8, torch.float16, torch.bfloat16, "lora", False),
+        (single_file, torch.bfloat16, torch.float32, "", False),
+        (sharded_folder, torch.float32, torch.float32, "", True),
+    ],
+    ids=["bf16", "float32 as bf16", "pickle", "scaled float8", "trained", "pure_bf16"],
+)
+def test_shards_out_of_the_files_are_those_of_a_base_in_memory(
+    tmp_path, write, stored, dtype, adapter, pure
+):
+    """Compare to the bit, where rows do not divide and where processes get none. Before they are
+    cut no weight of the base takes memory."""
+    path = write(tmp_path, stored)
+    whole = wan_learner(path, dtype, adapter, in_file=False)
+    if pure:
+        to_bfloat16(whole)
+    for size, rank in ((2, 1), (3, 0), (3, 2)):
+        learner = wan_learner(path, dtype, adapter, in_file=True)
+        in_files = mapped_ranges()
+        for name, weight in learner.model.named_parameters():
+            codes = weight.codes if isinstance(weight, StoredWeight) else weight
+            assert is_adapter(name) or any(codes.data_ptr() in places for places in in_files), name
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            shard(learner, World(rank, size), pure_bf16=pure)
+        finally:
+            dist.destroy_process_group()
+        cut: dict[str, nn.Parameter] = dict(learner.model.named_parameters())
+        assert cut.keys() == dict(whole.model.named_parameters()).keys()
+        for name, expected in whole.model.named_parameters():
+            parts = expected.detach().chunk(size)
+            part = parts[rank] if rank < len(parts) else expected[:0]
+            mine = local(cut[name].detach())
+            assert cut[name].requires_grad == expected.requires_grad
+            assert mine.dtype == part.dtype and torch.equal(mine, part), name
+            assert not any(mine.data_ptr() in places for places in in_files), name
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.slow
 def test_a_lora_on_a_base_in_shards_is_the_one_on_copies(folder):
     assert losses(folder / "lora_fsdp") == losses(folder / "lora_ddp")

@@ -21,6 +21,7 @@ from mmdit.interfaces import Boundary, Denoiser, LatentSpec
 from mmdit.interop.wan_weights import load_denoiser
 from mmdit.models import WanModelConfig, build_model
 from mmdit.nn.experts import Experts, shared_copy
+from mmdit.nn.stored_weights import unpack_weights
 from mmdit.rng import key
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training import checkpoint
@@ -42,13 +43,18 @@ SHAPES_WEIGHTS = (
 
 
 def build_network(
-    config: ExperimentConfig, spec: LatentSpec, text_dim: int, expert: Any = None
+    config: ExperimentConfig,
+    spec: LatentSpec,
+    text_dim: int,
+    expert: Any = None,
+    in_file: bool = False,
 ) -> Denoiser:
     """Return the denoiser of `config.model` for latents of `spec` and text tokens of `text_dim`:
     with the weights of its release (those of `expert`, if it has two), else with fresh ones from
-    torch's generator."""
+    torch's generator. `in_file`: those of a release stay in their files until they are cut over
+    processes."""
     if config.model.released:
-        return load_denoiser(cast(WanModelConfig, config.model), spec, text_dim, expert)
+        return load_denoiser(cast(WanModelConfig, config.model), spec, text_dim, expert, in_file)
     return build_model(config.model, spec.channels, text_dim, config.tread)
 
 
@@ -150,6 +156,10 @@ def start_from(
             f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()
         }
     check_adapters(learner.state_dict(), tensors, weights.source)
+    if config.parallel.type == "fsdp":
+        unpack_weights(
+            learner, tensors
+        )  # else float32 would be written into the types of the files
     checkpoint.assign(
         learner.state_dict(),
         tensors,

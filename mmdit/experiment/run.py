@@ -18,7 +18,7 @@ from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diagnostics.clip_score import PreviewScore
-from mmdit.experiment.build import build_learner, start_from
+from mmdit.experiment.build import build_learner, build_network, start_from
 from mmdit.experiment.data_sources import open_batches, sources_of
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Tokenizer
@@ -148,17 +148,20 @@ class Run:
 
     def __post_init__(self):
         config = self.config
-        self.learner = build_learner(config, self.tokenizer.spec)
+        cuts = config.parallel.type == "fsdp" and self.world.size > 1
+        network = partial(build_network, in_file=cuts)
+        self.learner = build_learner(config, self.tokenizer.spec, network)
         self._check_networks()
         self._initialise()
         # What no checkpoint holds is summed before it is moved, cut or rounded.
         frozen = frozen_elsewhere(self.learner)
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
-        if config.train.precision == "pure_bf16":
-            to_bfloat16(self.learner)
+        pure_bf16 = config.train.precision == "pure_bf16"
         self.learner.model.share_clips(self.world.context)
-        if config.parallel.type == "fsdp" and self.world.size > 1:
-            shard(self.learner, self.world, config.parallel)
+        if cuts:
+            shard(self.learner, self.world, config.parallel, pure_bf16)
+        if pure_bf16:
+            to_bfloat16(self.learner)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)
         self.state = TrainState.create(
             self.learner, config.train, config.ema, config.alpha_schedule

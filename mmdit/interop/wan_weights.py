@@ -26,7 +26,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
-from mmdit.nn.stored_weights import StoredWeight, store_float8
+from mmdit.nn.stored_weights import StoredWeight, left_in_file, store_float8
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8
 
 Expert = Literal["high", "low"]
@@ -246,11 +246,13 @@ def load_dit(
     expert: str | None = None,
     model_class: type[WanDiT] = WanDiT,
     keep_float8: bool = False,
+    in_file: bool = False,
 ) -> WanDiT:
     """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
     modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
     are read one by one into a model that has no memory before. `keep_float8`: matrices of the
-    blocks that the file holds as float8 with a scale are kept as they are, frozen.
+    blocks that the file holds as float8 with a scale are kept as they are, frozen. `in_file`: all
+    weights stay in their files, to be read by `unpack_weights` before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
@@ -258,7 +260,7 @@ def load_dit(
     place = locate(path, expert)
 
     def unpack(name: str, codes: Tensor, scale: Tensor) -> Tensor:
-        if keep_float8 and names[name].startswith("blocks."):
+        if in_file or (keep_float8 and names[name].startswith("blocks.")):
             return StoredWeight(codes, scale.expand(len(codes), 1), dtype)
         return scaled_float8(name, codes, scale)
 
@@ -299,15 +301,20 @@ def load_dit(
         device,
         lambda name: WanDiT.stored_dtype(name, dtype),
         ignored,
+        left_in_file if in_file else None,
     )
 
 
 def load_denoiser(
-    settings: WanModelConfig, spec: LatentSpec, text_dim: int, expert: str | None = None
+    settings: WanModelConfig,
+    spec: LatentSpec,
+    text_dim: int,
+    expert: str | None = None,
+    in_file: bool = False,
 ) -> WanDenoiser:
     """Load what the section `model:` of type wan names (of a pair its expert, or `expert`), to be
-    trained on latents of `spec` with text `text_dim` wide. ConfigError, in one sentence: it cannot
-    be read, or they do not belong together.
+    trained on latents of `spec` with text `text_dim` wide. `in_file`: see `load_dit`.
+    ConfigError, in one sentence: it cannot be read, or they do not belong together.
     """
     try:
         dtype, expert = (
@@ -320,6 +327,7 @@ def load_denoiser(
             expert=expert,
             model_class=WanDenoiser,
             keep_float8=settings.dtype == "float8",
+            in_file=in_file,
         )
     except ValueError as error:
         raise ConfigError("model.name_or_path", str(error)) from None

@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.nn.stored_weights import unpack_weights
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
+from mmdit.training.memory.lean import to_bfloat16
 
 # MB of gradients that are reduced at a time, while the backward pass goes on. A reduction keeps
 # processors from the products beside it, whose kernels count on all of them, and each costs the
@@ -91,11 +93,17 @@ class ParallelConfig(Section):
             )
 
 
-def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> None:
+def shard(
+    learner: Learner,
+    world: World,
+    config: ParallelConfig = ParallelConfig(),
+    pure_bf16: bool = False,
+) -> None:
     """Cut the denoiser and a trained text encoder over all processes, block by block, onto
-    `world.device`; in place. A frozen encoder stays whole: it computes captions that its process
-    has not met, so processes call it differently often, and a shard that one of them gathers alone
-    would wait for the others for ever."""
+    `world.device`; in place. Of weights that were left in their files a process reads a block at a
+    time and keeps its part; `pure_bf16` casts each block before. A frozen encoder stays
+    whole: it computes captions that its process has not met, so processes call it differently
+    often, and a shard that one of them gathers alone would wait for the others for ever."""
     with contextlib.suppress(ValueError):  # known from an earlier run in this process
         torch.export.register_dataclass(TextTokens)  # FSDP looks inside for what needs a gradient
     warnings.filterwarnings(
@@ -124,6 +132,9 @@ def shard(learner: Learner, world: World, config: ParallelConfig = ParallelConfi
             *within,
             part,
         ):  # gathered again for the backward pass; kept, a part would miss what changes its weights
+            unpack_weights(module)
+            if pure_bf16:
+                to_bfloat16(module)
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 

@@ -19,7 +19,8 @@ def to_bfloat16(module: nn.Module) -> None:
     """Cast all weights to bfloat16 but those of adapters, which are few and learn by small
     steps."""
     for name, weight in module.named_parameters():
-        weight.data = weight.data if is_adapter(name) else weight.data.bfloat16()
+        if weight.dtype != torch.bfloat16 and not is_adapter(name):
+            weight.data = weight.data.bfloat16()
 
 
 class SplitAdamW(torch.optim.Optimizer):

@@ -19,9 +19,9 @@ from mmdit.diffusion import build_objective
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Boundary, Denoiser, LatentSpec
 from mmdit.interop.wan_weights import load_denoiser
+from mmdit.interop.weights_in_files import unpack_weights
 from mmdit.models import WanModelConfig, build_model
 from mmdit.nn.experts import Experts, shared_copy
-from mmdit.nn.stored_weights import unpack_weights
 from mmdit.rng import key
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training import checkpoint

@@ -23,10 +23,11 @@ from mmdit.config import ConfigError
 from mmdit.files import refuse_filled_folder, replace_folder
 from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
+from mmdit.interop.weights_in_files import left_in_file
 from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
-from mmdit.nn.stored_weights import StoredWeight, left_in_file, store_float8
+from mmdit.nn.stored_weights import StoredWeight, store_float8
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8
 
 Expert = Literal["high", "low"]

@@ -1,7 +1,6 @@
 """Frozen matrices that look like any weight and are kept otherwise: as 8-bit floats with a scale
 per output channel, in the memory of the CPU, or both. Linear layers and adapters over them need no
-change. And weights that stay in their file, in the type that they have there, until they are cut
-over processes.
+change.
 
 torchao has such tensors, too, but its products keep the weight that they unpacked for the backward
 pass, so that a step without checkpointing holds them all; here each pass unpacks (or fetches) its
@@ -10,7 +9,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -137,23 +136,6 @@ class StoredWeight(Tensor):
             weight.pack(args[1])
             return weight
         return _on_copies(func, args, kwargs)
-
-
-def left_in_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight of `dtype` that takes no memory of its own: `tensor`, which is mapped from a
-    file, or what unpacks it."""
-    if isinstance(tensor, StoredWeight):
-        return StoredWeight(tensor.codes, tensor.scale, dtype)
-    return tensor if tensor.dtype == dtype else StoredWeight(tensor, None, dtype)
-
-
-def unpack_weights(module: nn.Module, names: Container[str] | None = None) -> None:
-    """Unpack the stored weights of `module`, or those of them that `names` has, in place."""
-    for name, weight in list(module.named_parameters()):
-        if isinstance(weight, StoredWeight) and (names is None or name in names):
-            place, _, leaf = name.rpartition(".")
-            plain = nn.Parameter(weight.whole(), requires_grad=weight.requires_grad)
-            setattr(module.get_submodule(place), leaf, plain)
 
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import LatentSpec, TextTokens
-from mmdit.nn.stored_weights import unpack_weights
+from mmdit.interop.weights_in_files import unpack_weights
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import to_bfloat16

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdit.config import ConfigError, decode
-from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory import lean
 from mmdit.training.optim import build_optimizer, clip_and_guard
@@ -199,19 +198,6 @@ def test_the_removed_8_bit_moments_are_refused_in_training_but_old_configs_are_r
 def test_what_does_not_go_together_is_said(words, match):
     with pytest.raises(ConfigError, match=match):
         TrainConfig(**words)
-
-
-def test_sharding_needs_the_plain_optimizer():
-    for words in (
-        {"offload_optimizer": True},
-        {"offload_blocks": 1},
-        {"optimizer": "muon"},
-    ):
-        with pytest.raises(ConfigError, match="need whole ones"):
-            decode(
-                ExperimentConfig,
-                {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": words},
-            )
 
 
 def test_the_norm_of_a_step_is_of_every_gradient():

@@ -1,6 +1,6 @@
-"""FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights,
-previews, files that are read by one process, by torch's own reader and by export, and damaged ones
-that are not. And gradients that travel as bfloat16.
+"""FSDP beyond `rank_training.py`: skipped steps, compiled blocks, adapters on frozen weights and
+their alpha schedule, Muon, previews, files that are read by one process, by torch's own reader and
+by export, and damaged ones that are not. And gradients that travel as bfloat16.
 """
 
 import json
@@ -15,10 +15,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks.model import Bench
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, apply_overrides, decode
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.rng import Draws
 from mmdit.scripts import export, train_t2v
@@ -26,6 +30,7 @@ from mmdit.training import checkpoint, parallel
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
+from mmdit.training.optim import GatheredMuon
 from mmdit.training.parallel import ParallelConfig, shard, wrap
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import Workshop, forget_sums
@@ -43,6 +48,14 @@ ADAPTERS = [
 ]
 # of ADAPTERS: AdamW moves by about this much a step, however small a gradient and its rounding are
 LR = 0.05
+PHASES = [
+    "lora.enabled=true",
+    "lora.rank=3",
+    f"train.lr={LR}",
+    "train.max_steps=12",
+    "alpha_schedule.enabled=true",
+    "alpha_schedule.phases=[{name: first, alpha: 16, exit: steps}, {name: second, alpha: 4}]",
+]
 POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "log_every_steps": 4}
 
 
@@ -65,11 +78,13 @@ def one_rank(folder: Path, part: str) -> None:
         with process_group("cpu", timeout_minutes=1) as world:
             trained(folder / "copied", world=world)
             gradients(folder, world)
+            muon(folder, world)
             graphs(folder, world)
             torch.compile = lambda function, **options: compiled(
                 function, **options | {"backend": "eager"}
             )
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
+            trained(folder / "muon", world=world, fsdp=True, optimizer="muon")
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as on a full disk
@@ -89,6 +104,16 @@ def one_rank(folder: Path, part: str) -> None:
         train_t2v.main(
             Workshop(folder).train_words(
                 "sharded", "train.batch_size=2", "parallel.type=fsdp", *words
+            )
+        )
+    elif part == "phases":
+        train_t2v.main(
+            Workshop(folder).train_words(
+                "phases",
+                *PHASES,
+                f"train.init_from={folder / 'runs/base'}",
+                "train.batch_size=2",
+                "parallel.type=fsdp",
             )
         )
     elif part == "reduced":
@@ -147,6 +172,27 @@ def gradients(folder: Path, world: World) -> None:
         }
         if world.is_main or name == "own":
             torch.save(whole, folder / f"{name}{world.rank}.pt")
+
+
+def muon(folder: Path, world: World) -> None:
+    """Step matrices, cut and whole, three times with the same gradients; rows do not divide."""
+    numbers = torch.Generator().manual_seed(0)
+    whole = [nn.Parameter(torch.randn(rows, 4, generator=numbers)) for rows in (5, 1, 8)]
+    mesh = init_device_mesh("cpu", (world.size,))
+    cut = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
+    settings = {"lr": 0.1, "weight_decay": 0.1}
+    optimizers = torch.optim.Muon(whole, **settings), GatheredMuon(cut, **settings)
+    for _ in range(3):
+        for p, part in zip(whole, cut, strict=True):
+            p.grad = torch.randn(p.shape, generator=numbers)
+            part.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    weights = [part.full_tensor().detach() for part in cut]
+    momenta = [optimizers[1].state[part]["momentum_buffer"].full_tensor() for part in cut]
+    expected = [optimizers[0].state[p]["momentum_buffer"] for p in whole]
+    if world.is_main:
+        torch.save((weights, [p.detach() for p in whole], momenta, expected), folder / "muon.pt")
 
 
 def graphs(folder: Path, world: World) -> None:
@@ -233,6 +279,25 @@ def test_gradients_travel_as_bfloat16_and_only_then_are_rounded(shop, way):
             reduced[name], reduced[name].bfloat16().float()
         ), name
     assert any(not torch.equal(reduced[name], gradient) for name, gradient in mean.items())
+
+
+def test_muon_trains_in_shards_as_alone(shop, tmp_path):
+    """Compare roughly: its products are of bfloat16, which show in what order gradients added
+    up."""
+    state = trained(tmp_path, optimizer="muon").learner.state_dict()
+    stored = Stored(checkpoint.folder_of(shop.folder / "muon", 6) / "model.safetensors")
+    start = learner().state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            moved = distance(value, start[name])
+            assert distance(stored[name], value) <= 0.02 * moved + 1e-7, name
+    trained(shop.folder / "muon", steps=7, resume_at=6, optimizer="muon")
+
+
+def test_muon_steps_whole_matrices(shop):
+    weights, expected, momenta, expected_momenta = torch.load(shop.folder / "muon.pt")
+    for found, wanted in zip(weights + momenta, expected + expected_momenta, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_copies_leave_a_compiled_block_whole(shop):
@@ -355,6 +420,22 @@ def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(mo
 
 
 @pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train.offload_optimizer=true", "train.offload_optimizer: is true with .* already"),
+        ("train.offload_blocks=1", "train.offload_blocks: is 1 with .* set it to 0, or use ddp"),
+        ("model={type: wan, name_or_path: x, dtype: float8}", "model.dtype: is float8 .* bfloat16"),
+        ("experts.enabled=true", "experts.enabled: is true with .* model.expert"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_a_remedy(words, message):
+    raw = {"experiment_name": "x", "parallel": {"type": "fsdp"}, "lora": {"enabled": True}}
+    raw["train"] = {"init_from": "y"}
+    with pytest.raises(ConfigError, match=message):
+        decode(ExperimentConfig, apply_overrides(raw, [words]))
+
+
+@pytest.mark.parametrize(
     "config, message",
     [
         ({"type": "ddp", "shard_over": 2}, "is 2 with parallel.type ddp"),
@@ -367,6 +448,28 @@ def test_groups_that_cannot_be_are_refused(config, message):
         if section.type == "ddp":
             section.check(None)
         shard(learner(), World(0, 4), section)
+
+
+@pytest.mark.slow
+def test_alpha_follows_its_phases_in_shards_as_alone(shop):
+    """Rescale one factor of each adapter, its moments and its average, and compare the signs of
+    whole gradients."""
+    words = [*PHASES, f"train.init_from={shop.folder / 'runs/base'}"]
+    alone = shop.train("phases_alone", *words)
+    run_ranks(shop.folder, 2, __file__, "phases")
+    runs = (alone, shop.folder / "runs/phases")
+    expected, found = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in runs
+    )
+    assert [row["phase"] for row in found] == ["first"] * 10 + ["second"] * 2
+    for row, wanted in zip(found, expected, strict=True):
+        for name in ("phase", "linear_alpha", "loss", "grad_norm", "gradient_stability"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3), name
+    for name in ("lora", "signs"):
+        stored, wanted = (load_file(newest(run) / f"{name}.safetensors") for run in reversed(runs))
+        for key, value in wanted.items():
+            assert distance(stored[key].float(), value.float()) < 1e-3 * LR, key
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
-from mmdit.training.memory.shards import local, place
+from mmdit.training.memory.shards import local, place, whole
 
 # adamw8bit: no longer trained with, but configs of old runs, which are still sampled, name it.
 OptimizerName = Literal["adamw", "muon", "adamw8bit"]
@@ -137,6 +137,27 @@ class Optimizer:
             self.parking.put_back(part)
 
 
+class GatheredMuon(torch.optim.Muon):
+    """Muon for matrices that are cut over processes. An update is one of the whole matrix: each is
+    gathered in its turn, with its gradient and momentum, every process computes the same, and
+    keeps its part."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                matrix = nn.Parameter(whole(p.detach()))
+                matrix.grad = whole(p.grad)
+                alone = torch.optim.Muon([{**group, "params": [matrix]}])
+                if state := self.state[p]:
+                    alone.state[matrix]["momentum_buffer"] = whole(state["momentum_buffer"])
+                alone.step()
+                local(p).copy_(local(place(matrix.detach(), p)))
+                state["momentum_buffer"] = place(alone.state[matrix]["momentum_buffer"], p)
+
+
 def _gradients(groups: list[dict]) -> list[Tensor]:
     parameters = (parameter for group in groups for parameter in group["params"])
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -208,7 +229,9 @@ def build_optimizer(
 
     parts: list[torch.optim.Optimizer] = []
     if muon_groups:
-        parts.append(torch.optim.Muon(_settings(muon_groups, lr), adjust_lr_fn="match_rms_adamw"))
+        cut = any(isinstance(p, DTensor) for group in muon_groups.values() for p in group)
+        muon = GatheredMuon if cut else torch.optim.Muon
+        parts.append(muon(_settings(muon_groups, lr), adjust_lr_fn="match_rms_adamw"))
     if adamw_groups:
         rest = _settings(adamw_groups, lr)
         parts += [_adamw(part, betas) for part in (in_chunks(rest) if offload else [rest])]

@@ -63,21 +63,32 @@ class ParallelConfig(Section):
                     " fsdp, or leave it out",
                 )
             return
-        for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
-            if section.enabled:
-                raise ConfigError(
-                    f"{name}.enabled",
-                    "is true with parallel.type fsdp, which cuts what must be whole; use ddp",
-                )
         train = run.train
-        offloads = train.offload_optimizer or train.offload_blocks
-        if train.optimizer != "adamw" or offloads or run.model.dtype == "float8":
-            raise ConfigError(
-                "parallel.type",
-                "is fsdp, which cuts parameters, but train.optimizer other than adamw,"
-                " train.offload_optimizer, train.offload_blocks and model.dtype float8 need whole"
-                " ones; use adamw without these, or ddp",
-            )
+        refused = {
+            "experts.enabled": (
+                run.experts.enabled,
+                "a batch is for one of the two networks, and processes with batches for different"
+                " ones would wait for each other's shards; train one at a time (of Wan:"
+                " model.expert)",
+            ),
+            "train.offload_blocks": (
+                train.offload_blocks,
+                "a block is gathered from the other processes, not from the memory of the CPU; set"
+                " it to 0",
+            ),
+            "train.offload_optimizer": (
+                train.offload_optimizer,
+                "moments are cut over the processes already; set it to false",
+            ),
+            "model.dtype": (
+                run.model.dtype if run.model.dtype == "float8" else None,
+                "codes and their scales are not cut; set it to bfloat16",
+            ),
+        }
+        for key, (value, reason) in refused.items():
+            if value:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                raise ConfigError(key, f"is {shown} with parallel.type fsdp: {reason}, or use ddp")
 
     def _check_clips(self, run: Any) -> None:
         if self.context_parallel == 1:

@@ -56,8 +56,10 @@ class TrainState:
         )
         ema = EMA(ema_config, learner) if ema_config.enabled else None
         state = TrainState(learner, optimizer, ema, Monitor(tuple(learner.parts())))
-        state.signs = _signs(learner)
-        if alpha_schedule and alpha_schedule.enabled:
+        scheduled = alpha_schedule is not None and alpha_schedule.enabled
+        if scheduled or not learner.sharded:  # for them shards are gathered in every step
+            state.signs = _signs(learner)
+        if alpha_schedule and scheduled:
             state.schedule = AlphaSchedule(
                 alpha_schedule, learner.parts(), optimizer, state.averages()
             )
@@ -160,9 +162,8 @@ class TrainState:
 
 
 def _signs(learner: Learner) -> Signs | None:
-    """Return the memory of the adapters' signs; None where an expert trains no adapter, and under
-    FSDP, whose shards would give each rank signs of its part alone."""
-    if not adapters(learner.model) or learner.sharded:
+    """Return the memory of the adapters' signs; None where an expert trains no adapter."""
+    if not adapters(learner.model):
         return None
     trained: dict[str, list[nn.Parameter]] = {}
     for name, part in learner.parts().items():

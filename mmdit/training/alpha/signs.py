@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmdit.training.memory.shards import whole
+
 
 def pack(flags: Tensor) -> Tensor:
     """Pack `(n,)` bool into `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a
@@ -27,7 +29,8 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 class _SignHistory:
     """Remembers, for every element of `parameters`, the sign of its last gradient that was not 0. A
     tensor whose gradients have all been 0 (LoRA's A in the first step) has none yet; an element
-    that was 0 is not counted, and keeps its bit."""
+    that was 0 is not counted, and keeps its bit. Gradients that are cut over processes are
+    gathered."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -39,7 +42,8 @@ class _SignHistory:
 
     def compare(self, skipped: Tensor) -> Tensor:
         gradients = [
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters
+            whole(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in self.parameters
         ]
         flat = torch.cat(gradients)
         positive, nonzero = flat > 0, flat != 0

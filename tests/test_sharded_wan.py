@@ -15,6 +15,7 @@ from mmdit.adapters import LoRAConfig, inject, is_adapter
 from mmdit.diffusion import build_objective
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan_weights import load_dit, save_dit
+from mmdit.interop.weights_in_files import unpack_weights
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.scripts import train_t2v
@@ -151,6 +152,20 @@ def test_shards_out_of_the_files_are_those_of_a_base_in_memory(
             assert cut[name].requires_grad == expected.requires_grad
             assert mine.dtype == part.dtype and torch.equal(mine, part), name
             assert not any(mine.data_ptr() in places for places in in_files), name
+
+
+def test_weights_to_be_replaced_are_unpacked_before(tmp_path):
+    """Write float32 numbers over a base of bfloat16 files that is to be float32: none is rounded,
+    and other weights stay in their file."""
+    learner = wan_learner(single_file(tmp_path, torch.bfloat16), torch.float32, "", in_file=True)
+    name = "model.blocks.0.ffn.0.weight"
+    value = torch.rand_like(learner.get_parameter(name).detach().float())
+    unpack_weights(learner, {name})
+    with torch.no_grad():
+        learner.state_dict()[name].copy_(value)
+    assert torch.equal(learner.get_parameter(name), value)
+    packed = [key for key, p in learner.named_parameters() if isinstance(p, StoredWeight)]
+    assert len(packed) == len(list(learner.model.parameters())) - 1 and name not in packed
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────

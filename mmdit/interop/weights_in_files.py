@@ -25,5 +25,5 @@ def unpack_weights(module: nn.Module, names: Container[str] | None = None) -> No
     for name, weight in list(module.named_parameters()):
         if isinstance(weight, StoredWeight) and (names is None or name in names):
             place, _, leaf = name.rpartition(".")
-            plain = nn.Parameter(weight.whole(), requires_grad=weight.requires_grad)
+            plain = nn.Parameter(weight.now(weight.dtype), requires_grad=weight.requires_grad)
             setattr(module.get_submodule(place), leaf, plain)

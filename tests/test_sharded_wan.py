@@ -37,12 +37,13 @@ WORDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Run both ways on two processes, copied and cut."""
+@pytest.fixture(scope="module", params=[2, 3])
+def folder(request, tmp_path_factory):
+    """Run both ways on two and on three processes, among which rows do not divide, copied and
+    cut."""
     shop = Shop(tmp_path_factory.mktemp("sharded_wan"))
     shop.cache()
-    run_ranks(shop.folder, 2, __file__)
+    run_ranks(shop.folder, request.param, __file__)
     return shop.folder / "runs"
 
 

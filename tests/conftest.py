@@ -11,11 +11,34 @@ os.environ.setdefault(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from einops import rearrange  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "VTP"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+# xdist hands out whole files. Those that take longest come first, so that at the end no process
+# waits for one that began late; left to itself, xdist hands out those with few tests last.
+LONGEST_FIRST = [
+    f"test_{name}.py"
+    for name in (
+        *("processes", "posttrain_loops", "sharded", "memory_ladder", "wan_training", "quickstart"),
+        *("posttrain_wan", "fused", "trainer", "products", "experts", "configs", "replays"),
+        *("context_parallel", "vtp_tokenizer", "wan_pictures", "experiment", "model", "metrics"),
+    )
+]
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # of xdist: else the file with most tests first
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_collection_finish():
@@ -29,3 +52,13 @@ def pytest_collection_finish():
 def seeded():
     """Every test starts from the same random state, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def opaque_einops():
+    """Have Dynamo put `rearrange` into its graphs as it is, without tracing what it does, which
+    takes 0.1 s a call. That it can be traced is a fact of tests/test_model.py."""
+    torch.compiler.allow_in_graph(rearrange)
+    yield
+    torch._dynamo.trace_rules._allowed_callable_ids.remove(id(rearrange))
+    torch._dynamo.reset()

@@ -4,8 +4,6 @@ that rise, rewards that mean nothing, and the command."""
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from mmdit.training.learner import Learner
 from tests.drivers import show_posttrain
 from tests.helpers.tiny import Workshop, refused
 from tests.helpers.toy_posttrain import Colour, Glass, Keep, RedOverBlue, run, session
+from tests.test_processes import drive
 
 ROOT = Path(__file__).resolve().parents[1]
 TWICE = {"updates_per_epoch": 2, "micro_batch": 128}
@@ -846,28 +845,8 @@ def test_two_processes_are_one(shop, words, request):
     name = request.node.callspec.id
     words = [*words, "train.max_steps=4", "ema.enabled=false"]
     posttrain.main(command(shop, f"alone_{name}", *words))
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-    ]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP")))
-    subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            "-m",
-            "mmdit.scripts.posttrain",
-            *command(shop, f"together_{name}", *words),
-        ],
-        cwd=ROOT,
-        timeout=200,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
+    together = command(shop, f"together_{name}", *words)
+    drive("ranks_of_command", "2", "mmdit.scripts.posttrain", *together, seconds=200)
     one, two = (
         read_tensors(latest(shop.folder / "runs" / name) / "model.safetensors")
         for name in (f"alone_{name}", f"together_{name}")

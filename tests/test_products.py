@@ -205,7 +205,7 @@ def test_few_rows_are_left_alone(serving, monkeypatch):
         )
 
 
-def test_blocks_compile_without_breaks(serving):
+def test_blocks_compile_without_breaks(serving, opaque_einops):
     _, coded = models()
     exact = coded(*inputs())
     coded.blocks[0].compile(fullgraph=True, backend="aot_eager")

@@ -2,6 +2,7 @@
 tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from mmdit.commands import quickstart
 from mmdit.commands.quickstart import Plan
 from mmdit.scripts.quickstart import main
+from mmdit.training.pipeline import SampleSettings
+from mmdit.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLE_SETTINGS = SampleSettings.of
 RATES = {
     "prompt_accuracy",
     "color",
@@ -45,6 +49,12 @@ def test_the_shipped_model_draws_what_is_asked(finished):
     assert (folder / "video.mp4").exists() or (folder / "video.png").exists()
 
 
+def half_the_steps(train: TrainConfig) -> SampleSettings:
+    """Return how samples are drawn, in half the steps: most of the time of this file is theirs."""
+    settings = SAMPLE_SETTINGS(train)
+    return replace(settings, sampler=replace(settings.sampler, steps=settings.sampler.steps // 2))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One small run in an empty folder."""
@@ -54,6 +64,7 @@ def finished(tmp_path_factory):
     patch.setattr(quickstart, "DATA", folder / "data")
     patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
     patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=100"])
+    patch.setattr(quickstart.SampleSettings, "of", half_the_steps)
     threads = torch.get_num_threads()
     assert main(["--device", "cpu"]) == 0
     patch.undo()

@@ -23,7 +23,9 @@ from tests.helpers.forked_runs import make, must, train, wait
 # A constant rate: `max_steps` may grow on resume. And a usual one: AdamW moves a weight by the rate
 # however small its gradient, so where that is rounding alone (behind modulation that starts at
 # zero) weights differ by some thousandths of the rate.
+# Moves stop every second step, and a run is validated where it stops.
 SAME = ["model.dropout=0", "lora.dropout=0", "train.lr_schedule=constant", "train.lr=3e-4"]
+SAME += ["train.val_every_steps=2"]
 SPLITS = {
     1: ["train.batch_size=4", "train.grad_accum_steps=2"],
     2: ["train.batch_size=2", "train.grad_accum_steps=2"],

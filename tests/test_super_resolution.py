@@ -290,6 +290,18 @@ def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys
         refused(capsys, sample.main, [*small, *out, "--refine", stage, *words], *expected)
 
 
+def test_previews_are_drawn_in_tiles_as_samples_are(shop, monkeypatch):
+    tiled, drawn = Pipeline._in_tiles, []
+
+    def seen(pipeline, tiling, *rest):
+        drawn.append(tiling.tile)
+        return tiled(pipeline, tiling, *rest)
+
+    monkeypatch.setattr(Pipeline, "_in_tiles", seen)
+    shop.train("previews", *TILES, "train.sample_every_steps=3", cache=shop.large)
+    assert set(drawn) == {(2, 2, 3)}
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [

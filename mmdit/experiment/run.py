@@ -243,6 +243,7 @@ class Run:
         if not config.train.sample_every_steps or not (main or together):
             return None
         pipeline = Pipeline(learner, self.tokenizer, config.train.precision, config.captions)
+        pipeline.tile = config.video.latent_tile(learner.spec)
         score = None
         if config.train.sample_clip and main:
             try:

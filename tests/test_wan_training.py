@@ -199,7 +199,7 @@ def test_a_cache_of_other_windows_is_refused(shop, capsys):
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
-def test_all_weights_are_trained_from_the_released_ones_and_resume_is_exact(shop):
+def test_all_weights_are_trained_from_the_released_ones_and_resume_is_exact(shop, capsys):
     run = shop.train("full")
     stored = load_file(run / "checkpoints/step_00000003/model.safetensors")
     released = load_dit(shop.release).state_dict()
@@ -212,6 +212,9 @@ def test_all_weights_are_trained_from_the_released_ones_and_resume_is_exact(shop
     shop.train("parts", "--resume")
     again = load_file(shop.folder / "runs/parts/checkpoints/step_00000003/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in stored.items())
+    lora = "lora={enabled: true, rank: 2, target_modules: [q, v]}"
+    words = shop.words("lost", lora, f"train.init_from={run}")
+    refused(capsys, train_t2v.main, words, "train.init_from", "leaves frozen", "name_or_path")
 
 
 def test_all_weights_are_trained_in_bfloat16(shop):

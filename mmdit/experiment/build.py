@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from mmdit import config as config_io
 from mmdit.adapters import check_adapters, inject, is_adapter
@@ -122,6 +123,20 @@ def build_plan(
     return BatchPlan(cache, config.video, size, config.seed, held_out, name)
 
 
+def check_kept(learner: Learner, tensors: dict[str, Tensor], source: object) -> None:
+    """Refuse trained weights in place of foreign ones that `learner` leaves frozen: its checkpoints
+    would lack them, and whoever reads those would take the release's."""
+    known = learner.state_dict().keys()
+    lost = [name for name in tensors if name in known and not learner.is_stored(name)]
+    if lost:
+        raise ConfigError(
+            "train.init_from",
+            f"{source} holds trained weights ({len(lost)} tensors, first {lost[0]}) of what this"
+            " run leaves frozen, and its checkpoints would lack them: train them here, too, or"
+            " export that run and name the export as name_or_path",
+        )
+
+
 def start_from(
     learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
 ) -> list[str]:
@@ -156,6 +171,7 @@ def start_from(
             f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()
         }
     check_adapters(learner.state_dict(), tensors, weights.source)
+    check_kept(learner, tensors, weights.source)
     if config.parallel.type == "fsdp":
         unpack_weights(
             learner, tensors

@@ -52,7 +52,7 @@ CONFIG = {
         "keep_last": 2,
         "keep_every_steps": 4,
         "cfg_dropout_prob": 0.3,
-        "val_every_steps": 4,
+        "val_every_steps": 2,
         "val_share": 0.2,
         "val_samples": 3,
     },

@@ -31,7 +31,7 @@ def drive(script: str, *words: str, seconds: int) -> dict:
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training", "--kills", str(kills), "--seed", str(kills), seconds=900)
-    assert result["kills"]["kills"] == kills and result["kills"]["distinct_last_steps"] > 1
+    assert result["kills"]["kills"] >= kills and result["kills"]["distinct_last_steps"] > 1
     assert result["sigterm"]["exit_code"] == 0 and result["full_disk"]["exit_code"] == 2
 
 

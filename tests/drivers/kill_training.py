@@ -102,11 +102,17 @@ def kills(folder: Path, count: int, seed: int) -> dict:
     seconds = time.monotonic() - begin
     whole = folder / "runs" / "whole"
     chance, hows, rounds, attempts, at_steps = random.Random(seed), Counter(), 0, 0, set()
-    while sum(hows.values()) < count:
+
+    def going_on() -> bool:
+        """Return whether more kills are due: a few may all fall before the first step."""
+        killed = sum(hows.values())
+        return killed < count or (len(at_steps) < 2 and killed < 3 * count)
+
+    while going_on():
         rounds += 1
         name, code = f"killed{rounds}", -9
         run = folder / "runs" / name
-        while code and sum(hows.values()) < count:
+        while code and going_on():
             how = ("operation", "saving", "moment")[attempts % 3]
             code, attempts = kill_once(folder, name, how, chance, 0.6 * seconds), attempts + 1
             if code not in (0, -signal.SIGKILL):

@@ -22,7 +22,7 @@ from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import agree_on_start
 from mmdit.scripts import train_t2v
 from mmdit.training import checkpoint, saving
-from mmdit.training.distributed import World
+from mmdit.training.distributed import World, torchrun_names
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import slow_rank
@@ -151,11 +151,42 @@ def test_a_start_behind_a_torn_line_is_known(tmp_path):
 
 @pytest.mark.parametrize("torchrun", [3, "job", ["job"], None, {}])
 def test_a_start_of_another_form_continues_nothing(tmp_path, monkeypatch, torchrun):
-    as_torchrun(monkeypatch, "job", 1)
+    world = World(torchrun=("job", "host:1"))
     (tmp_path / STARTS).write_text(json.dumps({"step": 0, "torchrun": torchrun}) + "\n")
-    assert not continues(tmp_path)
-    record_start(tmp_path, World(), 0, "")
-    assert continues(tmp_path)
+    assert not continues(tmp_path, world)
+    record_start(tmp_path, world, 0, "")
+    assert continues(tmp_path, world)
+
+
+@pytest.mark.parametrize(
+    "now, goes_on",
+    [
+        (("job", "b:1:200:boot"), True),  # the machine of rank 0 is gone, the other is still there
+        (("job", "b:1:200:boot", "c:1:300:boot"), True),
+        (("job", "c:1:300:boot"), False),  # somebody else's torchrun of the same --rdzv_id
+        (("job", "a:1:400:boot"), False),  # in a container of the same name, where it is process 1
+        (("none",), False),
+        ((), False),
+    ],
+)
+def test_a_run_is_continued_by_a_torchrun_that_was_there_at_its_last_start(tmp_path, now, goes_on):
+    record_start(tmp_path, World(torchrun=("job", "a:1:100:boot", "b:1:200:boot")), 0, "")
+    assert continues(tmp_path, World(torchrun=now)) is goes_on
+
+
+def test_a_torchrun_has_a_name_of_its_own_that_its_restarts_keep(monkeypatch):
+    assert torchrun_names() == ()
+    as_torchrun(monkeypatch, "job", 0)
+    first = torchrun_names()
+    as_torchrun(monkeypatch, "job", 1)
+    assert first == torchrun_names() == torchrun_names(lambda name: [name, name])
+    assert torchrun_names(lambda name: ["z", name, "a"]) == ("job", *sorted(["a", "z", first[1]]))
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert first[1] != torchrun_names()[1]
+    stat = Path("/proc/self/stat")
+    if stat.exists():  # else the number alone tells two of them apart
+        began = stat.read_text().rpartition(")")[2].split()[19]
+        assert f":{os.getpid()}:{began}:" in torchrun_names()[1]
 
 
 def as_torchrun(monkeypatch, job: str, restarts: int) -> None:
@@ -194,9 +225,11 @@ def test_a_restart_goes_on_by_itself(shop, monkeypatch, capsys, job):
 
 
 def test_a_restart_leaves_the_run_of_another_job_alone(shop, monkeypatch, capsys):
-    """Of a start that was refused for want of --resume, for one."""
-    for restarts in (0, 1):
-        as_torchrun(monkeypatch, "another", restarts)
+    """Of one that was started under the same rendezvous id, too."""
+    for job in ("none", "job"):
+        ours = World(torchrun=(job, "host:1:100:boot"))
+        record_start(shop.folder / "runs/whole", ours, 6, "")
+        as_torchrun(monkeypatch, job, 1)
         words = shop.train_words("whole", *SAVES)
         refused(capsys, train_t2v.main, words, "already holds a run (step 6)")
 

@@ -90,13 +90,15 @@ def run_training(
             ).run()
 
 
-def find_start(config: ExperimentConfig, resume: bool, prunes: bool = True) -> Path | None:
+def find_start(
+    config: ExperimentConfig, resume: bool, world: World, prunes: bool = True
+) -> Path | None:
     """Return the checkpoint to continue from, every byte of it looked at, or None for a new run. A
     folder that holds a run is never written over. A restart by torchrun goes on as `resume` does,
     or begins anew where nothing was saved yet. `prunes`: remove what a kill left of older
     checkpoints."""
     run_dir, train = config.run_dir, config.train
-    again = continues(run_dir)
+    again = continues(run_dir, world)
     newest = checkpoint.latest(run_dir, None if resume or again else ())
     if resume and newest is None and not again:
         raise ValueError(
@@ -119,7 +121,7 @@ def agree_on_start(
 ) -> Path | None:
     """Return what `find_start` gives on the main process; every process must call. ValueError: a
     process does not find it on its disk."""
-    start = world.share(lambda: find_start(config, resume, prunes))
+    start = world.share(lambda: find_start(config, resume, world, prunes))
     there = world.gather(start is None or (start / checkpoint.META).is_file())
     if not all(there):
         raise ValueError(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,7 @@ class World:
     store: dist.Store | None = None  # shared by the processes of the job
     group: dist.ProcessGroup | None = None  # in which they talk; None is the default one
     context: Context | None = None  # the neighbours that share each clip with it; None: nobody
+    torchrun: tuple[str, ...] = ()  # what started the job: see `torchrun_names`
 
     @property
     def is_main(self) -> bool:
@@ -115,17 +117,26 @@ class World:
         return replace(self, group=group)
 
 
-def restarts() -> int:
-    """Return how often torchrun has started these processes again (`--max_restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def torchrun_names(processes: Callable[[str], list[str]] = lambda name: [name]) -> tuple[str, ...]:
+    """Return the rendezvous id (`none` where the user gave none) and the names of the torchruns,
+    one a machine, that started the processes of this job; nothing without one. They stay the same
+    when torchrun starts its processes again, and are never those of another torchrun, whatever its
+    id. `processes`: gives the names of all processes' torchruns for that of this one."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job is None:
+        return ()
+    return (job, *sorted(set(processes(_name_of(os.getppid())))))
 
 
-def torchrun_names() -> list[str]:
-    """Return the rendezvous id (`none` where the user gave none) and the process of the torchrun
-    that started this process; nothing without one. Both stay the same when it starts its processes
-    again."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return [] if name is None else [name, f"{socket.gethostname()}:{os.getppid()}"]
+def _name_of(process: int) -> str:
+    """Return a name that no other process has: host and number are those of many where containers
+    begin to count at 1, so the moment it began, in ticks since the host started, belongs to it."""
+    name = f"{socket.gethostname()}:{process}"
+    try:
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{name}:{began}:{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except (OSError, IndexError):
+        return name  # not a Linux
 
 
 def choose_device(name: str) -> torch.device:
@@ -217,7 +228,7 @@ def process_group(
         kernels.check_device(device)
         torch.set_num_threads(min(torch.get_num_threads(), CPU_THREADS))
     if size == 1:
-        yield World(device=device)
+        yield World(device=device, torchrun=torchrun_names())
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=1.5 * timeout_minutes)
@@ -227,6 +238,7 @@ def process_group(
         store = _of_this_start(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, device, store, context=_context(rank, context_parallel, timeout))
+        world = World(rank, size, device, store, context=_context(rank, context_parallel, timeout))
+        yield replace(world, torchrun=torchrun_names(world.gather))
     finally:
         dist.destroy_process_group()

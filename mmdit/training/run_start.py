@@ -16,7 +16,7 @@ import torch
 
 import mmdit
 from mmdit.files import lines_of, refuse_link
-from mmdit.training.distributed import World, restarts, torchrun_names
+from mmdit.training.distributed import World
 
 STARTS = "starts.jsonl"
 
@@ -34,7 +34,7 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
         "commit": commit(),
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
         "processes": world.size,
-        "torchrun": torchrun_names(),
+        "torchrun": world.torchrun,
         "data": data,
         "command": command,
     }
@@ -61,16 +61,13 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def continues(run_dir: Path) -> bool:
+def continues(run_dir: Path, world: World) -> bool:
     """Return whether torchrun started this training again after one of its processes ended, so that
-    it goes on by itself: the last start of this folder was by the same torchrun, or, in a restart,
-    under the same rendezvous id."""
-    names, starts = torchrun_names(), read_starts(run_dir)
+    it goes on by itself: one of its torchruns, of which each machine has one, was there at the last
+    start of this folder. The rendezvous id says nothing: somebody else may have taken the same."""
+    starts = read_starts(run_dir)
     last = starts[-1].get("torchrun") if starts else None
-    if not names or not isinstance(last, list) or len(last) != 2:
-        return False
-    (run_id, process), (last_id, last_process) = names, last
-    return process == last_process or (restarts() > 0 and run_id == last_id != "none")
+    return isinstance(last, list) and not set(world.torchrun[1:]).isdisjoint(map(str, last[1:]))
 
 
 @lru_cache

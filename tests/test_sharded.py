@@ -32,7 +32,7 @@ from mmdit.training import checkpoint, parallel
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
-from mmdit.training.optim import GatheredMuon
+from mmdit.training.muon import GatheredMuon, StackedMuon
 from mmdit.training.parallel import ParallelConfig, shard, wrap
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import Workshop, forget_sums
@@ -185,7 +185,7 @@ def muon(folder: Path, world: World) -> None:
     mesh = init_device_mesh("cpu", (world.size,))
     cut = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
     settings = {"lr": 0.1, "weight_decay": 0.1}
-    optimizers = torch.optim.Muon(whole, **settings), GatheredMuon(cut, **settings)
+    optimizers = StackedMuon(whole, **settings), GatheredMuon(cut, **settings)
     for _ in range(3):
         for p, part in zip(whole, cut, strict=True):
             p.grad = torch.randn(p.shape, generator=numbers)

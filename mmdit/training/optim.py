@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
-from mmdit.training.memory.shards import local, place, whole
+from mmdit.training.memory.shards import local, place
+from mmdit.training.muon import GatheredMuon, StackedMuon
 
 # adamw8bit: no longer trained with, but configs of old runs, which are still sampled, name it.
 OptimizerName = Literal["adamw", "muon", "adamw8bit"]
@@ -74,11 +75,11 @@ class Optimizer:
 
     def step(self) -> None:
         for part in self.parts:
-            if isinstance(part, torch.optim.AdamW):
-                # Fused: it looks at found_inf and divides on the device, in its one pass.
-                fused: Any = part
-                fused.found_inf = self.found_inf
-                fused.grad_scale = None if self.scale is None else 1 / self.scale
+            if isinstance(part, (torch.optim.AdamW, StackedMuon)):
+                # They look at found_inf and divide on the device, in their one pass.
+                guarded: Any = part
+                guarded.found_inf = self.found_inf
+                guarded.grad_scale = None if self.scale is None else 1 / self.scale
             elif self.found_inf is not None and self.found_inf.item():
                 continue
             elif self.scale is not None:
@@ -135,27 +136,6 @@ class Optimizer:
         part.state[parameter] = state
         if self.parking:
             self.parking.put_back(part)
-
-
-class GatheredMuon(torch.optim.Muon):
-    """Muon for matrices that are cut over processes. An update is one of the whole matrix: each is
-    gathered in its turn, with its gradient and momentum, every process computes the same, and
-    keeps its part."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                matrix = nn.Parameter(whole(p.detach()))
-                matrix.grad = whole(p.grad)
-                alone = torch.optim.Muon([{**group, "params": [matrix]}])
-                if state := self.state[p]:
-                    alone.state[matrix]["momentum_buffer"] = whole(state["momentum_buffer"])
-                alone.step()
-                local(p).copy_(local(place(matrix.detach(), p)))
-                state["momentum_buffer"] = place(alone.state[matrix]["momentum_buffer"], p)
 
 
 def _gradients(groups: list[dict]) -> list[Tensor]:
@@ -230,8 +210,8 @@ def build_optimizer(
     parts: list[torch.optim.Optimizer] = []
     if muon_groups:
         cut = any(isinstance(p, DTensor) for group in muon_groups.values() for p in group)
-        muon = GatheredMuon if cut else torch.optim.Muon
-        parts.append(muon(_settings(muon_groups, lr), adjust_lr_fn="match_rms_adamw"))
+        muon = GatheredMuon if cut else StackedMuon
+        parts.append(muon(_settings(muon_groups, lr)))
     if adamw_groups:
         rest = _settings(adamw_groups, lr)
         parts += [_adamw(part, betas) for part in (in_chunks(rest) if offload else [rest])]

@@ -348,13 +348,13 @@ def test_what_is_configured_otherwise_than_in_the_base_is_told(shop, capsys):
         "shifted",
         f"train.init_from={shop.folder}/runs/base",
         "flow_matching.shift=3.0",
+        "captions.trigger=zork",
         "train.max_steps=1",
     )
     out = capsys.readouterr().out
-    assert (
-        "configured otherwise there: flow_matching.shift: 1.0 → 3.0" in out
-        and out.count("configured otherwise") == 1
-    )
+    assert "configured otherwise there: flow_matching.shift: 1.0 → 3.0" in out
+    assert "configured otherwise there: captions.trigger: '' → 'zork'" in out
+    assert out.count("configured otherwise") == 2
 
 
 # ── adapters ──────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from mmdit.posttrain.rewards import Brightness
 from mmdit.scripts import posttrain
+from mmdit.text_encoders.byte_level import ByteLevelEncoder
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint, runs
 from tests.helpers.tiny import Workshop, refused
@@ -103,3 +105,28 @@ def test_an_evaluation_that_is_not_finite_names_its_sample(shop, capsys, monkeyp
 
     monkeypatch.setattr(DummyTokenizer, "decode", overflows)
     refused(capsys, posttrain.main, command(shop, "overflows"), "sample 1: not finite")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "srpo"])  # srpo: also captions of real pictures
+def test_prompts_have_the_trigger_word_and_rewards_judge_without_it(shop, monkeypatch, algorithm):
+    asked, judged = set(), set()
+    encode, call = ByteLevelEncoder.forward, Brightness.call
+    monkeypatch.setattr(
+        ByteLevelEncoder, "forward", lambda self, texts: asked.update(texts) or encode(self, texts)
+    )
+    monkeypatch.setattr(
+        Brightness, "call", lambda self, some: judged.update(some.captions) or call(self, some)
+    )
+    words = [f"posttrain.algorithm={algorithm}", "captions.trigger=zork"]
+    if algorithm == "srpo":
+        words.append(f"posttrain.srpo.latents={shop.cache('pictures')}")
+    assert (
+        posttrain.main(
+            command(
+                shop, f"zork_{algorithm}", "posttrain.eval_rewards=[{type: brightness}]", *words
+            )
+        )
+        == 0
+    )
+    assert all(text.startswith("zork, ") for text in asked - {""}) and len(asked) > 8
+    assert judged and not any("zork" in text for text in judged)

@@ -1053,8 +1053,7 @@ def test_the_boundary_is_the_release_s(pair, tmp_path, capsys):
 
 
 def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
-    """The trigger word is for captions, not for what guidance leads away from; prompts of
-    post-training have none."""
+    """The trigger word is for captions, not for what guidance leads away from."""
     (tmp_path / "p.yaml").write_text(
         "prompts: [" + ", ".join(f"a cat {i}" for i in range(17)) + "]"
     )
@@ -1067,19 +1066,19 @@ def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
     ]
     config = load_experiment_config(shop.config, words)
     texts = asked_texts(config, [SourceConfig(str(shop.cache()))])
-    assert {"", "ugly blurry", "zork, a star", "a cat 0", "a cat 16"} <= {*texts}
-    assert "zork, ugly blurry" not in texts and "zork" not in texts and "zork, a cat 0" not in texts
+    assert {"", "ugly blurry", "zork, a star", "zork, a cat 0", "zork, a cat 16"} <= {*texts}
+    assert "zork, ugly blurry" not in texts and "zork" not in texts and "a cat 0" not in texts
     assert any(text.startswith("zork, ") for text in texts)
     assert cache_text.main(["--config", str(shop.config), "--device", "cpu", *words]) == 0
     encoder = build_text_encoder(config.text_encoder)
-    encoder([f"a cat {i}" for i in range(17)] + ["ugly blurry"])
+    encoder([f"zork, a cat {i}" for i in range(17)] + ["ugly blurry"])
     assert isinstance(encoder.encoder, torch.nn.Identity), (
         "all are in files: the network is not loaded"
     )
     encoder(["something new"])
     assert not isinstance(encoder.encoder, torch.nn.Identity)
     for _ in range(IDLE + 1):
-        encoder(["something new", "a cat 3"])
+        encoder(["something new", "zork, a cat 3"])
         encoder.forget()
     assert isinstance(encoder.encoder, torch.nn.Identity), "put away again"
 

@@ -21,10 +21,11 @@ from mmdit.training.distributed import choose_device
 
 def asked_texts(config: ExperimentConfig, sources: Sequence[SourceConfig]) -> list[str]:
     """Return every text that training, its previews and post-training ask the encoder for. What
-    guidance leads away from has no trigger word, nor have the prompts of post-training."""
+    guidance leads away from has no trigger word."""
     texts = ["", config.train.sample_negative_prompt]
+    prompts: list[str] = []
     if sources:
-        texts += [with_trigger(text, config.captions) for text in config.train.sample_prompts]
+        prompts += config.train.sample_prompts
     for source in sources:
         texts += [
             source.caption_prefix + with_trigger(text, config.captions)
@@ -34,9 +35,11 @@ def asked_texts(config: ExperimentConfig, sources: Sequence[SourceConfig]) -> li
     if config.posttrain:
         settings, video = config.posttrain, config.video
         size = target_sizes(video, config.bucketing, config.tokenizer.latent_f)[0]
-        prompts, evaluated = settings.load_prompts(config.seed, video.num_frames > 1, *size)
-        texts += [text for some in (prompts, *evaluated.values()) for text in some.captions]
-    return texts
+        trained, evaluated = settings.load_prompts(config.seed, video.num_frames > 1, *size)
+        prompts += [text for some in (trained, *evaluated.values()) for text in some.captions]
+        if settings.algorithm == "srpo" and settings.srpo.latents:
+            prompts += open_cache(settings.srpo.latents).captions
+    return texts + [with_trigger(text, config.captions) for text in prompts]
 
 
 def _captions(source: SourceConfig) -> Iterator[tuple[str, dict]]:

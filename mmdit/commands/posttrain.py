@@ -176,6 +176,7 @@ def posttrain(
             save=save,
             world=world,
             model=model,
+            captions=config.captions,
         )
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)

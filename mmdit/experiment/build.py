@@ -196,9 +196,9 @@ def start_from(
         for name in SHAPES_WEIGHTS
         for line in config_io.differences(old.get(name), new[name], name)
     ]
-    changed += config_io.differences(
-        (old.get("train") or {}).get("objective"), config.train.objective, "train.objective"
-    )
+    for section, name in (("train", "objective"), ("captions", "trigger")):
+        before = (old.get(section) or {}).get(name)
+        changed += config_io.differences(before, new[section][name], f"{section}.{name}")
     changed = [f"configured otherwise there: {line}" for line in changed] + trained_before(old, new)
     return [
         f"starting from {weights.source}, step {weights.meta.step}",

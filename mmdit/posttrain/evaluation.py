@@ -34,7 +34,8 @@ class Evaluator:
         setup, learner = self.setup, self.setup.learner
         if learner.text_encoder.keeps_files:
             captions = [c for prompts in setup.evaluated.values() for c in prompts.captions]
-            learner.text_encoder([*captions, setup.train.sample_negative_prompt])
+            setup.encode(captions)
+            learner.text_encoder([setup.train.sample_negative_prompt])
         try:
             self.pipeline().check(setup.width, setup.height, setup.frames, self.settings)
             interval = self.settings.cfg_interval
@@ -47,7 +48,8 @@ class Evaluator:
     def pipeline(self) -> Pipeline:
         """Return the policy as it is, of two experts with the frozen one, to sample with."""
         setup = self.setup
-        return Pipeline(setup.learner, setup.tokenizer, setup.train.precision, whole=setup.model)
+        parts = setup.learner, setup.tokenizer, setup.train.precision, setup.captions
+        return Pipeline(*parts, whole=setup.model)
 
     @torch.no_grad()
     def draw(self, captions: list[str], first: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mmdit.config import ConfigError
+from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import LinearPath, sampling_times
-from mmdit.interfaces import Denoiser, Tokenizer
+from mmdit.interfaces import Denoiser, TextTokens, Tokenizer
 from mmdit.posttrain.advantages import check_geometry
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.prompt_lists import Prompts
@@ -51,6 +52,7 @@ class Setup:
     run_dir: Path
     save: Callable[[Files, bool], None]
     world: World = World()
+    captions: CaptionsConfig = CaptionsConfig()
     model: Denoiser | None = None
     tracker: Tracker | None = None
     history: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -82,8 +84,14 @@ class Setup:
                 f"is {config.rollout.guidance_low}, but this model is no pair of experts; leave it"
                 " out",
             )
-        with torch.no_grad():
-            self.text = self.learner.text_encoder(self.prompts.captions).to(self.device)
+        self.text = self.encode(self.prompts.captions)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> TextTokens:
+        """Return what the network is given of prompts: they have the trigger word, as captions had
+        in training. Rewards judge by the prompts as they are."""
+        texts = [with_trigger(caption, self.captions) for caption in captions]
+        return self.learner.text_encoder(texts).to(self.device)
 
     def _check_sizes(self) -> None:
         """Raise ConfigError for counts and frames that do not fit each other."""

@@ -90,8 +90,7 @@ def beginnings(
     of longer clips), or drawn by the policy for prompts."""
     if cache:
         captions = [cache.captions[i] for i in rows.tolist()]
-        with torch.no_grad():
-            text = session.learner.text_encoder(captions).to(session.device)
+        text = session.encode(captions)
         raw = torch.stack([cache.load(i, 0, session.shape[0]) for i in rows.tolist()])
         return text, captions, session.learner.spec.normalize(raw.to(session.device))
     text = session.text[rows.to(session.device)]

@@ -16,6 +16,7 @@ from mmdit.diffusion import SamplerConfig, build_objective
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
+from mmdit.training import pipeline as pipeline_module
 from mmdit.training.learner import Learner
 from mmdit.training.media import contact_sheet, grid_video, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings
@@ -67,6 +68,20 @@ def test_refining_keeps_more_of_the_guess_the_less_noise_it_gets(pipeline):
         for t in (0.01, 0.3, 0.9)
     ]
     assert distances[0] < 0.02 and distances[0] < distances[1] < distances[2]
+
+
+def test_a_guess_is_not_given_the_noise_that_it_was_drawn_from(pipeline, monkeypatch):
+    """It would lie on its own way back, and nothing of it would be drawn anew."""
+    noises, solve = [], pipeline_module.sample
+    monkeypatch.setattr(
+        pipeline_module, "sample", lambda *words: noises.append(words[1]) or solve(*words)
+    )
+    drawn = pipeline.latents(CAPTIONS[:1], 48, 32, 1, SETTINGS)
+    for seeds in (None, [3]):
+        pipeline.latents(CAPTIONS[:1], 48, 32, 1, SETTINGS, guess=(drawn, 0.5), seeds=seeds)
+        pipeline.latents(CAPTIONS[:1], 48, 32, 1, SETTINGS, seeds=seeds)
+        first, second = (noise.flatten() for noise in noises[-2:])
+        assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.3
 
 
 def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):

@@ -258,7 +258,7 @@ def test_batches_are_tiles_and_say_where_they_lie(shop, in_memory):
     assert LatentBatches(cache, plan, num_workers=0).step(0)[0].places is None
 
 
-def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys):
+def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys, monkeypatch):
     """Train both kinds of it, from one cache."""
     words = [*TILES, "train.sample_every_steps=0", "train.lr=1.0e-4", "train.max_steps=2"]
     first = shop.train("first", cache=shop.cache("pictures"))
@@ -279,6 +279,21 @@ def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys
         assert sample.main([*small, "--refine", str(run), "--out", str(out)]) == 0
         drawn[name] = (out / "0000.png").read_bytes()
     assert drawn["redraw"] != drawn["conditioned"]
+    asked, latents = [], Pipeline.latents
+
+    def seen(pipeline, captions, width, height, frames, settings, *rest, **more):
+        asked.append((width, settings.seed, settings.negative_prompt))
+        return latents(pipeline, captions, width, height, frames, settings, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "latents", seen)
+        own = [*small[:2], "--device=cpu", "--refine", str(run), "--out", str(shop.folder / "own")]
+        own += ["--seed=7", "--negative=dull", "--prompts_file", str(shop.folder / "p.jsonl")]
+        lines = '{"prompt": "a"}\n{"prompt": "b", "negative": "loud"}\n'
+        (shop.folder / "p.jsonl").write_text(lines)
+        assert sample.main(own) == 0
+    assert {(7, "dull"), (7, "loud")} == {row[1:] for row in asked}
+    assert len({row[0] for row in asked}) == 2 and len(asked) == 4
     stage = str(shop.folder / "runs/conditioned")
     out = ["--device=cpu", "--out", str(shop.folder / "none")]
     alone = ["--checkpoint", stage, "--prompts", "a", *out]

@@ -209,11 +209,17 @@ class Drawing:
         self.pipeline.check(*self.size, self.settings)
         self.pipeline.model.share_clips(self.world.context)
 
-    def refine_with(self, refiner: Pipeline, config: ExperimentConfig) -> None:
-        """Draw the samples again with a second model, at the size of its config. ValueError: not
-        with this `strength`, or not of samples of this size."""
+    def refine_with(
+        self, refiner: Pipeline, config: ExperimentConfig, negative: str | None = None
+    ) -> None:
+        """Draw the samples again with a second model, at the size of its config and with its
+        settings, but for the seed and the `negative` prompt of the command. ValueError: not with
+        this `strength`, or not of samples of this size."""
         self.written_size = (config.video.width, config.video.height, self.size[2])
-        self.refiner, self.redrawn = refiner, SampleSettings.of(config.train)
+        settings = replace(SampleSettings.of(config.train), seed=self.settings.seed)
+        if negative is not None:
+            settings = replace(settings, negative_prompt=negative)
+        self.refiner, self.redrawn = refiner, settings
         refiner.check(*self.written_size, self.redrawn, refines=True)
         refiner.model.share_clips(self.world.context)
         conditioned = config.model.conditioning == "low_resolution"
@@ -352,7 +358,10 @@ class Drawing:
         assert self.refiner is not None and self.redrawn is not None, "refine_with was called"
         assert self.strength is not None
         width, height, _ = self.written_size
-        how = (width, height, self.strength, self.redrawn, number, [request.seed])
+        settings = self.redrawn
+        if request.negative is not None:
+            settings = replace(settings, negative_prompt=request.negative)
+        how = (width, height, self.strength, settings, number, [request.seed])
         with shown_steps(self.redrawn, self.world) as callback:
             return self.refiner.refine(clip, [request.prompt], *how, callback)
 

@@ -79,9 +79,8 @@ def open_drawing(
     alone = bool(args.interactive or args.prompts_file)
     drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone, world)
     if args.refine:
-        drawing.refine_with(
-            *load_pipeline(args.refine, args.device, not args.raw_weights, offload=args.offload)
-        )
+        second = load_pipeline(args.refine, args.device, not args.raw_weights, offload=args.offload)
+        drawing.refine_with(*second, args.negative)
     return drawing, whole_story(args, drawing), fps
 
 

@@ -239,8 +239,10 @@ class Pipeline:
         rows, columns = learner.spec.grid(width, height, self.model.patch)
         numbers = numbered(first, len(captions))
         draws = noise_of(numbers, seeds, settings.seed, device)
+        # A guess may itself be drawn from the noise of its number: that is not added to it again.
+        purpose = "sample" if guess is None else "redraw"
         noise = draws.normal(
-            "sample", learner.spec.frames(frames), rows, columns, learner.spec.channels
+            purpose, learner.spec.frames(frames), rows, columns, learner.spec.channels
         )
         half = torch.float16 if self.precision == "fp16" else torch.bfloat16
         autocast = torch.autocast(device.type, half, enabled=self.precision != "fp32")

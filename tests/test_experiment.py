@@ -21,7 +21,7 @@ from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import describe
 from mmdit.interop.lora_formats import load_lora
-from mmdit.scripts import export, train_t2v
+from mmdit.scripts import export, pack_cache, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
@@ -249,6 +249,30 @@ def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
     )
     out = capsys.readouterr().out
     assert "items come in another order" in out and "held-out items are others" in out
+
+
+def test_a_resume_with_other_data_says_so_and_one_with_the_same_elsewhere_does_not(shop, capsys):
+    cache, grown = shop.cache("pictures"), shop.folder / "grown"
+    shop.train("data", "train.max_steps=1")
+    shutil.copytree(cache, shop.folder / "moved")
+    packed = shop.folder / "packed"
+    pack_cache.main(["--cache_dir", str(cache), "--out_dir", str(packed)])
+    for step, folder in enumerate(("moved", "packed"), 2):
+        capsys.readouterr()
+        again = ["--resume", f"train.max_steps={step}"]
+        shop.train("data", *again, cache=shop.folder / folder)
+        assert "other data" not in capsys.readouterr().out
+    shop.cache("grown", count=12)
+    shop.train("data", "--resume", "train.max_steps=4", cache=grown)
+    out = capsys.readouterr().out
+    assert f"other data: before 8 items in {shop.folder / 'packed'} (check sum " in out
+    assert f"now 12 items in {grown} (check sum " in out and out.count("other data") == 1
+    meta, texts = grown / "index.jsonl", []
+    for line in meta.read_text(encoding="utf-8").splitlines():
+        texts.append(json.loads(line) | {"caption": "written anew"})
+    meta.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    shop.train("data", "--resume", "train.max_steps=5", cache=grown)
+    assert f"before 12 items in {grown} (check sum " in capsys.readouterr().out
 
 
 def test_clips_after_pictures_in_one_run_find_their_frames_numbered(shop):

@@ -285,6 +285,12 @@ def test_a_run_on_two_sources_resumes_to_the_same_weights(shop, capsys):
         assert low < last["val_loss"] < high
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert "other data" not in log
+    few = shop.cache("few/pictures", count=7)
+    words[words.index(str(shop.folder / "pictures"))] = str(few)
+    assert train_t2v.main([*words, "train.max_steps=5"]) == 0
+    log = capsys.readouterr().out
+    assert log.count("other data") == 1 and f"now 7 items in {few}" in log
 
 
 def test_where_sources_are_named_is_told(shop, capsys):

@@ -129,3 +129,12 @@ def test_a_run_without_a_cache_says_that_it_is_slow(pictures, tmp_path, capsys):
     refused(capsys, train_t2v.main, other, "data.on_the_fly", "is false", "cache-images")
     first = json.loads((tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] > 0
+    rows = pictures.read_text(encoding="utf-8").splitlines()
+    fewer = pictures.with_name("fewer.jsonl")
+    fewer.write_text("\n".join(rows[1:]) + "\n", encoding="utf-8")
+    again = [*words, "--train_jsonl", str(fewer), "--resume", "train.max_steps=2"]
+    capsys.readouterr()
+    assert train_t2v.main(again) == 0
+    log = capsys.readouterr().out
+    assert f"other data: before 8 items in {pictures}" in log
+    assert f"now 7 items in {fewer}" in log

@@ -65,7 +65,8 @@ def run_training(
         start = agree_on_start(config, resume, world)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         batches = open_batches(config, tokenizer, sources, world)
-        run = Run(config, world, tokenizer.plain, batches.plan, start)
+        data = [source.contents() for source in batches.sources] if world.is_main else []
+        run = Run(config, world, tokenizer.plain, batches.plan, start, data)
         run.continue_from_start()
         check_weights(run.learner)
         if world.is_main:
@@ -142,6 +143,7 @@ class Run:
     tokenizer: Tokenizer
     plan: BatchPlan | MixedPlan
     start: Path | None
+    data: list[dict[str, Any]] = field(default_factory=list)  # `contents` of its sources
     learner: Learner = field(init=False)
     state: TrainState = field(init=False)
     origin: dict[str, Any] = field(init=False)  # of what a resume reads again from elsewhere
@@ -168,7 +170,7 @@ class Run:
         self.state = TrainState.create(
             self.learner, config.train, config.ema, config.alpha_schedule
         )
-        self.facts = facts(self.plan.global_batch, self.world.data_size)
+        self.facts = facts(self.plan.global_batch, self.world.data_size, self.data)
         self.background = BackgroundSaves(self.world) if config.train.save_in_background else None
 
     def _check_networks(self) -> None:

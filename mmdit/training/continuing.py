@@ -18,9 +18,10 @@ from mmdit.training.train_state import TrainState
 from mmdit.weights import check_numbers
 
 
-def facts(global_batch: int, processes: int) -> dict:
-    """Return what a checkpoint keeps of how its run saw the data."""
-    return {"order": ORDER, "global_batch": global_batch, "processes": processes}
+def facts(global_batch: int, processes: int, data: list[dict]) -> dict:
+    """Return what a checkpoint keeps of how its run saw the data. `data`: the `contents` of its
+    sources."""
+    return {"order": ORDER, "global_batch": global_batch, "processes": processes, "data": data}
 
 
 def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
@@ -46,7 +47,27 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
             " learning rate means another thing, and the order of items is another one; keep the"
             " product to keep the result"
         )
+    lines += other_data(stored.get("data") or [], now["data"])
     return lines + trained_before(old, new)
+
+
+def other_data(before: list[dict], now: list[dict]) -> list[str]:
+    """Return a line for each source whose items are others than they were, wherever they lie;
+    sources that came or went are told as changed keys."""
+    known, lines = {row["source"]: row for row in before}, []
+    for row in now:
+        old = known.get(row["source"])
+        if old is not None and old["crc32"] != row["crc32"]:
+            lines.append(
+                f"other data: before {_contents(old)}, now {_contents(row)}. It goes on with these;"
+                " if that is not meant, name the data that it began with, or start a new run with"
+                " train.init_from"
+            )
+    return lines
+
+
+def _contents(row: dict) -> str:
+    return f"{row['items']} items in {row['path']} (check sum {row['crc32']:08x})"
 
 
 def _product(config: dict, seen: dict) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +20,13 @@ from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.batches.on_the_fly import Encoding, UnencodedItems
 from mmdit.data.batches.stores import InMemory, OnDisk, Part, open_store
 from mmdit.data.cache.latent_cache import LatentCache
-from mmdit.data.dataset.captions import CaptionsConfig, drawn_captions
+from mmdit.data.dataset.captions import CaptionsConfig, all_captions, drawn_captions
 from mmdit.data.dataset.frames import crop_shares
 from mmdit.data.dataset.workers import results
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws
+
+COMPARED = 4096  # items whose texts tell data from other data: texts are read one by one
 
 
 class StepBatches(Dataset, ABC):
@@ -104,12 +108,26 @@ class LatentBatches(StepBatches):
         self.rank, self.world, self.accum = rank, world, accum
         self.num_workers, self.captions = num_workers, captions or CaptionsConfig()
         self._origins, self.tile, self.prefix = cache.sources if crops else None, tile, prefix
+        self.cache = cache
         self.store: InMemory | OnDisk | Encoding
         if isinstance(cache, UnencodedItems):
             self.store = Encoding(cache, num_workers)
         else:
             self.store = open_store(cache, in_memory, progress=rank == 0)
         self.sources = [self]
+
+    def contents(self) -> dict[str, Any]:
+        """Return what tells this data from other data, whatever its place and layout: the number of
+        its items and a sum of their shapes, of the sums of their latents (files that are encoded
+        while training have none), and of the ids and captions of at most `COMPARED` of them."""
+        cache = self.cache
+        total = zlib.crc32(cache.shapes.numpy().tobytes())
+        total = zlib.crc32(cache.columns.places[:, 2].contiguous().numpy().tobytes(), total)
+        for number in range(0, len(cache), math.ceil(len(cache) / COMPARED)):
+            captions = all_captions(cache.captions[number], cache.facts[number])
+            total = zlib.crc32("\0".join([cache.ids[number], *captions, ""]).encode(), total)
+        path = str(cache.folder.resolve())
+        return {"source": self.plan.name, "path": path, "items": len(cache), "crc32": total}
 
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of `step`. `Batch.indices` are positions in the global batch."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mmdit.pixels import to_shown
 from mmdit.scripts import evaluate, sample
-from mmdit.scripts.prompts import read_requests
+from mmdit.scripts.prompts import read_prompts, read_requests
 from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
 from mmdit.training.pipeline import Pipeline
@@ -194,7 +194,7 @@ def test_where_samples_go_is_looked_at_before_anything_is_loaded(shop, capsys, t
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"\xff\xfe\x00", "p.txt is not in UTF-8"), (b"\n \n", "no prompt")]
+    "content, message", [(b"\xff\xfe\x00", "p.txt is not in UTF-8"), (b"\n \n", "no prompt in")]
 )
 def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
     capsys, tmp_path, content, message
@@ -298,6 +298,16 @@ def test_separators_of_unicode_end_no_line_of_a_prompts_file(tmp_path):
         assert [one.prompt for one in read_requests(str(tmp_path / name))] == [prompt] * 2
 
 
+def test_the_prompts_of_post_training_can_be_drawn(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('\ufeff[{"caption": "a red star"}, {"caption": "b"}]', encoding="utf-8")
+    assert [one.prompt for one in read_requests(str(path))] == ["a red star", "b"]
+    assert read_prompts(str(path)) == ["a red star", "b"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 3}\n')
+    with pytest.raises(ValueError, match=r"prompt 1 has settings of its own \(seed\)"):
+        read_prompts(str(tmp_path / "p.jsonl"))
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
@@ -310,7 +320,11 @@ def test_separators_of_unicode_end_no_line_of_a_prompts_file(tmp_path):
         ("p.jsonl", '{"prompt": "a", "frames": 0}', "p.jsonl:1: frames: is 0; must be at least 1"),
         ("p.yaml", "prompts:\n- a\n- {seed: 1}", "p.yaml:3: prompt: is missing"),
         ("p.yaml", "prompts: []\nseed: 1", "holds prompts, seed, must hold one list"),
-        ("p.yaml", "prompts:\n- 3", "p.yaml:2: is 3"),
+        ("p.yaml", "prompts:\n- 3", "p.yaml:2: is 3, must be text"),
+        ("p.jsonl", '{"prompt": "a"}\n["b"]', "p.jsonl:2: is no JSON object"),
+        ("p.jsonl", "a red star", "p.jsonl:1: is no JSON object"),
+        ("p.json", '{"prompt": "a"}', "p.json', which cannot be read"),
+        ("p.yaml", "prompts: []", "there is no prompt in"),
         ("p.jsonl", '{"prompt": "a", "width": 40}', "prompt 0 ({'width': 40}): "),
     ],
 )

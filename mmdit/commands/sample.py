@@ -46,8 +46,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--interactive reads prompts from the keyboard; leave out --prompts and --prompts_file"
         )
-    if args.first < 0:
-        raise ValueError(f"--first is {args.first}, must be at least 0")
+    if not 0 <= args.first < 1 << 62:
+        raise ValueError(f"--first is {args.first}, must be from 0 to below 2 to the 62nd")
     if args.lora_strength is not None and not (args.lora or args.lora_low):
         raise ValueError(f"--lora_strength is {args.lora_strength}, but --lora names no file")
     check_writable(args.out, folder=True)

@@ -44,7 +44,7 @@ def read_prompt_list(path: Path) -> list[str]:
     """Read YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`."""
     try:
         with explain_errors(path, "list of prompts"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if path.suffix == ".json":
                 captions = [row["caption"] for row in json.loads(text)]
             else:

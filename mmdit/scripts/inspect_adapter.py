@@ -24,7 +24,7 @@ from mmdit.interop.wan_release import release_config
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.parsers import at_least
-from mmdit.scripts.prompts import read_lines
+from mmdit.scripts.prompts import read_prompts
 from mmdit.training.samples import check_writable
 
 LIMITS = {
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {"budget": summarise(changes(args.base, args.adapter, args.expert))}
         print(format_budget(report["budget"]))
         if args.prompts_file:
-            prompts = read_lines(args.prompts_file)
+            prompts = read_prompts(args.prompts_file)
             report |= compare(
                 args.base,
                 args.adapter,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmdit.config import parse_yaml
 from mmdit.files import lines_of
+from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.shipped import find
 from mmdit.training.requests import Request, read_request
 
@@ -21,20 +22,19 @@ def _text(path: str) -> str:
         raise ValueError(f"{path} is not in UTF-8 ({error}); save it so") from None
 
 
-def read_lines(path: str) -> list[str]:
-    """Return the lines of a text file that hold words. ValueError: it is not in UTF-8."""
-    return [line.strip() for line in lines_of(_text(path)) if line.strip()]
-
-
 def read_requests(path: str) -> list[Request]:
     """Return what a file asks for: of text a prompt a line; of `.jsonl` a JSON object a line; of
-    `.yaml` the list `prompts:`, of texts and of sections. ValueError names the line."""
+    `.yaml` the list `prompts:`, of texts and of sections; of `.json` the list of post-training.
+    ValueError names the line."""
     kind_of_file = Path(path).suffix.lower()
     if kind_of_file == ".jsonl":
-        lines = enumerate(lines_of(_text(path)), 1)
-        return [read_request(line.strip(), f"{path}:{i}") for i, line in lines if line.strip()]
+        numbered = enumerate(map(str.strip, lines_of(_text(path))), 1)
+        return [_of_json(line, f"{path}:{number}") for number, line in numbered if line]
+    if kind_of_file == ".json":
+        return [Request(caption) for caption in read_prompt_list(Path(path))]
     if kind_of_file not in (".yaml", ".yml"):
-        return [Request(line) for line in read_lines(path)]
+        lines = map(str.strip, lines_of(_text(path)))
+        return [Request(line) for line in lines if line]
     mapping, numbers = parse_yaml(_text(path), path)
     listed = mapping.get("prompts")
     if not isinstance(listed, list) or len(mapping) > 1:
@@ -45,6 +45,30 @@ def read_requests(path: str) -> list[Request]:
     return [
         Request.read(value, f"{path}:{numbers[f'prompts[{i}]']}") for i, value in enumerate(listed)
     ]
+
+
+def _of_json(line: str, where: str) -> Request:
+    """Return the request of a line of a `.jsonl` file, in which nothing else than an object is."""
+    if not line.startswith("{"):
+        raise ValueError(
+            f'{where}: is no JSON object, like {{"prompt": "…"}}; name a file of a prompt a line'
+            " .txt"
+        )
+    return read_request(line, where)
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the prompts of a file, which must ask for nothing else. See `read_requests`."""
+    requests = read_requests(path)
+    for number, request in enumerate(requests):
+        if request.overrides:
+            raise ValueError(
+                f"{path}: prompt {number} has settings of its own ({', '.join(request.overrides)}),"
+                " which are not used here; leave them out"
+            )
+    if not requests:
+        raise ValueError(f"{path} holds no prompt")
+    return [request.prompt for request in requests]
 
 
 def asked_for(args: argparse.Namespace) -> list[Request]:
@@ -64,6 +88,8 @@ def asked_for(args: argparse.Namespace) -> list[Request]:
             raise ValueError(f"the prompt {prompt!r} is no text in UTF-8; write it anew") from None
     if args.prompts_file:
         requests += read_requests(args.prompts_file)
+        if not requests:
+            raise ValueError(f"there is no prompt in {args.prompts_file}")
     if not requests:
         raise ValueError('no prompt: give --prompts "…", --prompts_file FILE or --interactive')
     return requests

@@ -35,6 +35,8 @@ class Request:
         it stands, the key and what is wrong."""
         if isinstance(value, str):
             return Request(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: is {value!r:.100}, must be text (in quotes) or a section")
         try:
             return decode(Request, value)
         except ConfigError as error:

@@ -361,6 +361,21 @@ def test_a_full_gpu_is_told_in_one_line_with_what_helps_and_a_bug_keeps_its_trac
     assert "train.batch_size" in refused(
         capsys, lambda _: friendly()(fails)(), [], "CUDA out of memory. Tried to allocate 9 GiB."
     )
+
+
+def test_a_full_memory_of_the_host_is_told_and_other_errors_of_torch_keep_their_trace(capsys):
+    def fails(_):
+        with friendly():
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    refused(capsys, fails, [], "memory of this machine is full", "can't allocate", "Take smaller")
+
+    @friendly()
+    def has_a_bug():
+        torch.zeros(2) @ torch.zeros(3)
+
+    with pytest.raises(RuntimeError):
+        has_a_bug()
     with pytest.raises(AssertionError), friendly():
         raise AssertionError("ours")
 

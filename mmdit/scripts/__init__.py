@@ -76,7 +76,7 @@ def with_home(word: str) -> str:
 
 @contextlib.contextmanager
 def friendly():
-    """Print a ValueError (ConfigError included), a RunError, a file error or a full GPU as one
+    """Print a ValueError (ConfigError included), a RunError, a file error or a full memory as one
     message and exit with 2; anything else is a bug of ours and keeps its trace. `MMDIT_TRACE=1`
     shows every trace."""
     import torch
@@ -92,8 +92,9 @@ def _reported(*errors: type[Exception]):
     """End with one message and a status for errors that a person can mend."""
     try:
         yield
-    except (ValueError, OSError, *errors) as error:
-        if os.environ.get("MMDIT_TRACE"):
+    except (ValueError, OSError, MemoryError, RuntimeError, *errors) as error:
+        known = isinstance(error, (ValueError, OSError, *errors)) or _is_memory_full(error)
+        if not known or os.environ.get("MMDIT_TRACE"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -102,14 +103,21 @@ def _reported(*errors: type[Exception]):
         raise SystemExit(130) from None
 
 
+def _is_memory_full(error: Exception) -> bool:
+    """Return whether Python or torch got no memory from the system."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
 def _message(error: Exception) -> str:
     text = str(error)
     # from a data loader's process: what was raised there, without its trace
     if "Original Traceback" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-    ):  # elsewhere than in a training step, which says more
+    full = _is_memory_full(error)
+    if full:
+        text = f"the memory of this machine is full ({text.strip() or type(error).__name__})."
+    # elsewhere than in a training step, which says more
+    if full or type(error).__name__ == "OutOfMemoryError":
         text = (
             f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with"
             " train.grad_accum_steps raised the step stays the same) or --batch_size;"

@@ -90,6 +90,8 @@ _NUMBER = re.compile(
     r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 )  # YAML 1.1 reads 1e-4 as a string; people mean a number
 
+_OCTAL = re.compile(r"[-+]?0[\d_]+")
+
 
 def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
     """Return the mapping in `text` and the line of every dotted path. Safe: no tags are
@@ -147,6 +149,12 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
                 "60, or has too "
                 "many digits; write a plain number, or quote a text",
             )
+        if tag == "int" and _OCTAL.fullmatch(node.value):
+            raise ConfigError(
+                path,
+                f"{name}:{line}: {node.value} begins with 0, by which YAML reads it to the base of"
+                " 8; leave the zeros out, or quote a text",
+            )
         return getattr(loader, f"construct_yaml_{tag}")(node)
 
     try:
@@ -189,6 +197,7 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
         if not equals or not path:
             raise ConfigError("", f"override {word!r} is not of the form section.key=value")
         value, _ = parse_yaml(f"value: {text}" if text else "value: null", f"override {word!r}")
+        _refuse_comment(word, text)
         target = result
         *parents, last = path.split(".")
         for parent in parents:
@@ -200,6 +209,18 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
             target = target[parent]
         target[last] = value["value"]
     return result
+
+
+def _refuse_comment(word: str, text: str) -> None:
+    """Refuse an override of whose value YAML would leave an end out, as a comment."""
+    value = yaml.compose(f"value: {text}").value[0][1]
+    comment = text[max(0, value.end_mark.index - len("value: ")) :].strip()
+    if comment:
+        raise ConfigError(
+            "",
+            f"override {word!r}: YAML reads {comment!r} as a comment and leaves it out; put quotes"
+            " around the value, within those of the shell",
+        )
 
 
 def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:

@@ -120,6 +120,20 @@ def test_overrides(tmp_path):
     assert original == {"shape": {"side": 1}}
 
 
+@pytest.mark.parametrize("text", ["run #2", "#2", '"run" # 2', "é #z", "[a, b] # c"])
+def test_an_override_loses_nothing_to_a_comment(text):
+    with pytest.raises(ConfigError, match="as a comment"):
+        apply_overrides({}, [f"name={text}"])
+    for kept in ('"run #2"', "run#2", "[a#b, c]"):
+        assert "#" in str(apply_overrides({}, [f"name={kept}"])["name"])
+
+
+def test_a_number_that_begins_with_zeros_is_not_taken_to_another_base(tmp_path):
+    with pytest.raises(ConfigError, match=r":2: 010 begins with 0, .* base of 8"):
+        load(Root, write(tmp_path, "name: x\nshape: {type: square, side: 010}"))
+    assert apply_overrides({}, ["limit=0.5", "side=0"]) == {"limit": 0.5, "side": 0}
+
+
 def test_alias_bombs_are_refused(tmp_path):
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))

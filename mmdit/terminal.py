@@ -9,6 +9,7 @@ output goes to a file in cp1252.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -98,3 +99,29 @@ def plain_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def is_memory_full(error: Exception) -> bool:
+    """Return whether Python or torch got no memory from the system."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+def message_of(error: Exception) -> str:
+    """Return what to tell a person of an error, with what helps, where that is known."""
+    text = str(error)
+    # from a data loader's process: what was raised there, without its trace
+    if "Original Traceback" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    full = is_memory_full(error)
+    if full:
+        text = f"the memory of this machine is full ({text.strip() or type(error).__name__})."
+    # elsewhere than in a training step, which says more
+    if full or type(error).__name__ == "OutOfMemoryError":
+        text = (
+            f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with"
+            " train.grad_accum_steps raised the step stays the same) or --batch_size;"
+            " model.checkpointing=true saves memory in training."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"{text.strip()}. Free disk space, then run the same command again"
+    return text.strip()

@@ -3,7 +3,6 @@ stack trace."""
 
 import argparse
 import contextlib
-import errno
 import importlib
 import os
 import sys
@@ -93,36 +92,11 @@ def _reported(*errors: type[Exception]):
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError, *errors) as error:
-        known = isinstance(error, (ValueError, OSError, *errors)) or _is_memory_full(error)
+        known = isinstance(error, (ValueError, OSError, *errors)) or terminal.is_memory_full(error)
         if not known or os.environ.get("MMDIT_TRACE"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {terminal.message_of(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _is_memory_full(error: Exception) -> bool:
-    """Return whether Python or torch got no memory from the system."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
-
-
-def _message(error: Exception) -> str:
-    text = str(error)
-    # from a data loader's process: what was raised there, without its trace
-    if "Original Traceback" in text:
-        text = text.rpartition(f"{type(error).__name__}: ")[2]
-    full = _is_memory_full(error)
-    if full:
-        text = f"the memory of this machine is full ({text.strip() or type(error).__name__})."
-    # elsewhere than in a training step, which says more
-    if full or type(error).__name__ == "OutOfMemoryError":
-        text = (
-            f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with"
-            " train.grad_accum_steps raised the step stays the same) or --batch_size;"
-            " model.checkpointing=true saves memory in training."
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"{text.strip()}. Free disk space, then run the same command again"
-    return text.strip()

@@ -272,6 +272,16 @@ def test_every_orientation_is_set_upright(tmp_path, suffix, orientation):
     assert len(along_rows) == 48  # rows of what is stored are columns of what is shown from 5 on
 
 
+@pytest.mark.parametrize("stated", [0, 9, 99])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, suffix, stated):
+    exif = Image.Exif()
+    exif[0x0112] = stated
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (48, 32)).save(path, exif=exif)
+    assert load_image(path).size == shown_size(path) == (48, 32)
+
+
 # ── what is not opened ────────────────────────────────────────────────────────────────────────────
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 

@@ -227,11 +227,13 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return how EXIF says the picture was held, from 1 (upright) to 8."""
+    """Return how EXIF says the picture was held, from 1 (upright) to 8; a viewer takes what is no
+    such number for upright."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return image.getexif().get(ExifTags.Base.Orientation, 1)
+            stated = image.getexif().get(ExifTags.Base.Orientation)
+            return stated if stated in TURNS else 1
     except Exception:  # EXIF is not the picture: a viewer shows one whose EXIF is broken
         return 1
 

@@ -4,6 +4,7 @@ compared, copies seen, every setting told; and the commands."""
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from mmdit.diagnostics.frame_scores import consistency, steadiness
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.clip_similarity import Similarity
-from mmdit.interop.encoders import Encoder
+from mmdit.interop.encoders import Encoder, open_encoder, small_pixels
 from mmdit.pixels import to_shown, to_unit
 from mmdit.scripts import compare_samples, evaluate
 from mmdit.training.media import save_sample
@@ -197,10 +198,80 @@ def test_the_nearest_samples_are_kept_whatever_part_they_come_in(tmp_path, monke
         for part in pixels.split(2):
             distance.add(part)
         reports.append(distance.report()["copies"])
-        kept = [(row[1], distance.real.names[row[2]]) for row in distance.closest]
+        kept = [(pair.name, distance.real.names[pair.nearest]) for pair in distance.closest]
         assert kept == [("0002", "009.png"), ("0005", "004.png")]
-        torch.testing.assert_close(distance.closest[0][3], found[1])
+        torch.testing.assert_close(distance.closest[0].pixels, found[1])
     assert reports[0] == reports[1] and reports[0]["identical"] == 2
+
+
+def test_each_sample_is_drawn_beside_its_nearest_training_picture(tmp_path, capsys, monkeypatch):
+    """Pictures of two sizes: a copy, a picture as far from the training as held-out ones, and one
+    that shows what another caption asks for."""
+    real, held_out = tmp_path / "real", write_pictures(tmp_path / "held_out", 3, 5)
+    write_pictures(real, 4, 1)
+    wide = write_pictures(tmp_path / "wide", 2, 2, (48, 32))
+    shutil.copy(wide / "000.png", real / "wide.png")
+    captions = {
+        "000": "a red sky",
+        "001": "a green sea",
+        "002": "sand",
+        "003": "ice",
+        "wide": "a fog",
+    }
+    rows = [
+        {"id": name, "image_path": f"{name}.png", "caption": caption}
+        for name, caption in captions.items()
+    ]
+    (real / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = tmp_path / "samples"
+    drawn = {"0": (real / "001.png", "a green sea"), "1": (real / "wide.png", "a fog")}
+    drawn |= {"2": (real / "002.png", "ice"), "3": (held_out / "000.png", "")}
+    for name, (file, prompt) in drawn.items():
+        pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None]
+        save_sample(pixels, samples / name, 8, {"prompt": prompt} if prompt else None)
+    sheets = []
+    kept = feature_distance.contact_sheet
+
+    def sheet(pixels, captions, columns):
+        sheets.append((pixels, captions))
+        return kept(pixels, captions, columns)
+
+    monkeypatch.setattr(feature_distance, "contact_sheet", sheet)
+    monkeypatch.setattr(feature_distance, "PAIRS", 3)
+    out, nearest = tmp_path / "report.json", tmp_path / "nearest.png"
+    words = ["--samples", samples, "--real", real / "train.jsonl", "--held_out", held_out]
+    words += ["--features", "pixels", "--num_workers", "0", "--device", "cpu"]
+    assert compare_samples.main(list(map(str, [*words, "--out", out, "--nearest", nearest]))) == 0
+    copies = json.loads(out.read_text())["features"]["copies"]
+    assert copies["identical"] == 3 and copies["own_caption"] == {"samples": 3, "nearest": 2}
+    assert [copies["nearest"][f"{i}.png"][0] for i in range(3)] == ["001", "wide", "002"]
+    assert "of 3 samples with the caption of a real item 2 are nearest" in capsys.readouterr().out
+    ((cells, texts),) = sheets
+    assert len(cells) == 6 and Image.open(nearest).width > 6 * cells.shape[-1]
+    assert torch.equal(cells[0], cells[1]) and torch.equal(cells[2], cells[3])
+    shown = cells[2, 0, :, : cells.shape[-2] * 2 // 3 - 1]  # a wide picture stands above white
+    assert (cells[2, 0, :, -40:] == 1).all() and shown.mean() < 0.95
+    assert texts[2] == "sample 1.png: a fog"
+    assert texts[3].startswith(
+        "nearest real, 0 away, nearer than 100% of held-out items: wide a fog"
+    )
+    with pytest.raises(SystemExit):
+        compare_samples.main(["--samples", str(samples), "--clip_score", "x", "--nearest", "s.png"])
+    assert "--nearest needs --features" in capsys.readouterr().err
+
+
+def test_the_distance_of_pixels_is_their_root_mean_square():
+    encoder = open_encoder("pixels")
+    dark, bright = torch.full((1, 3, 3, 20, 24), 0.25), torch.full((1, 3, 3, 64, 40), 0.75)
+    bright[:, 0] = 0.25  # in one of three frames there is no difference
+    features = torch.cat([encoder(dark), encoder(bright)])
+    assert features.shape == (2, 3 * 3 * 16 * 16)
+    assert (features[0] - features[1]).norm().item() == pytest.approx(
+        0.5 * (2 / 3) ** 0.5, rel=1e-5
+    )
+    long = torch.linspace(0, 1, 15).view(1, 15, 1, 1, 1).expand(-1, -1, 3, 8, 8)
+    shown = small_pixels(long).unflatten(1, (3, 3, 16, 16)) * (9 * 16 * 16) ** 0.5
+    torch.testing.assert_close(shown[0, :, 0, 0, 0], torch.tensor([0, 0.5, 1]))
 
 
 def test_clips_are_compared_with_the_scores_of_their_frames(tmp_path, clip_folder):

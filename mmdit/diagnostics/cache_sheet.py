@@ -32,7 +32,7 @@ def spread_items(cache: LatentCache, count: int) -> list[int]:
     return chosen
 
 
-def _fitted(pixels: Tensor) -> Tensor:
+def fitted(pixels: Tensor) -> Tensor:
     """Return `(F, 3, H, W)` scaled to fit into a white square of `CELL` pixels."""
     scale = CELL / max(pixels.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
@@ -56,7 +56,7 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
         with torch.inference_mode():
             pixels = tokenizer.decode(decoded[None].float())[0].float().cpu()
         pixels = pixels[torch.linspace(0, len(pixels) - 1, shown).round().long()]
-        cells.append(_fitted(pixels))
+        cells.append(fitted(pixels))
         frames = f", {len(latents)} frames" if len(latents) > 1 else ""
         texts.append(
             f"{cache.ids[item]} {pixels.shape[-1]}x{pixels.shape[-2]}{frames}:"

@@ -7,15 +7,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.data.dataset.records import Record
+from mmdit.diagnostics.cache_sheet import FRAMES, fitted
 from mmdit.diagnostics.distribution_distance import (
     Moments,
     frechet_distance,
@@ -26,6 +26,7 @@ from mmdit.diagnostics.frame_scores import FrameScores, consistency, steadiness
 from mmdit.diagnostics.neighbours import (
     DENSITY_NEIGHBOURS,
     NEIGHBOURS,
+    closer_share,
     copy_scores,
     manifold_scores,
     nearest_distances,
@@ -40,7 +41,8 @@ from mmdit.training.media import contact_sheet
 FEWEST = 2048  # samples below which the distance says more of their number than of the model
 KEYS = ("name", "weights", "resize", "clips", "reference")
 BATCH = 64
-SHOWN = 16  # pairs on the sheet of nearest items
+SHOWN = 16  # pairs on the sheet of copies
+PAIRS = 32  # pairs on the sheet of nearest items
 PENDING_BYTES = 1 << 28  # of samples whose nearest items are looked for at once
 
 
@@ -58,7 +60,7 @@ def read_setting(setting: str) -> dict[str, str]:
     wrong = [key for key, value in values.items() if key not in KEYS or not value]
     if wrong or "weights" not in values:
         raise ValueError(
-            f"--features is {setting!r}, must be PATH, the word tokenizer, or"
+            f"--features is {setting!r}, must be PATH, the word tokenizer or pixels, or"
             " name=TIMM_MODEL,weights=FILE.safetensors; behind it, divided by commas, perhaps"
             " resize=tensorflow|pytorch|clean, clips=middle|halves and reference=SOURCE"
         )
@@ -66,6 +68,15 @@ def read_setting(setting: str) -> dict[str, str]:
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"--features: {key}={values[key]}, must be one of {allowed}")
     return values
+
+
+class Pair(NamedTuple):
+    """A sample, uint8 `(F, 3, H, W)`, and the real item nearest to it, by its number."""
+
+    name: str
+    distance: float
+    nearest: int
+    pixels: Tensor
 
 
 class FeatureSet:
@@ -177,22 +188,30 @@ class FeatureDistance:
             _check_count("held_out", str(held_out), self.held_out)
         self.distances: list[Tensor] = []  # of samples to the nearest real item
         self.nearest: list[Tensor] = []
-        self.closest: list[tuple[float, str, int, Tensor]] = []  # distance, sample, item, pixels
+        self.captions: dict[str, str] = {}  # of samples by their names
+        self.closest: list[Pair] = []
+        self.first: list[Pair] = []  # by the names of the samples
         self.pending: list[tuple[Tensor, Tensor, list[str]]] = []
 
-    def add(self, pixels: Tensor, names: list[str] | None = None) -> None:
+    def add(
+        self,
+        pixels: Tensor,
+        names: list[str] | None = None,
+        captions: list[str] | None = None,
+    ) -> None:
         """Take in samples `(B, F, 3, H, W)` in [0, 1], rounded as a file would hold them, or as
-        uint8; `names` of them, or their numbers."""
+        uint8; `names` of them, or their numbers; what they should show, if that is known."""
         stored = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
         stored, count = stored.cpu(), len(self.drawn.names)
         names = names or [f"{count + i:04d}" for i in range(len(stored))]
+        self.captions |= zip(names, captions or [""] * len(names), strict=True)
         self.pending.append((self.drawn.add(stored, names), stored, names))
         if sum(part.nbytes for _, part, _ in self.pending) > PENDING_BYTES:
             self._find_nearest()
 
     def _find_nearest(self) -> None:
-        """Find the nearest real item of each sample that waits, and keep the pixels of the nearest
-        samples."""
+        """Find the nearest real item of each sample that waits, and keep the pixels of those
+        samples that a sheet shows."""
         if not self.pending:
             return
         features, stored, names = zip(*self.pending)
@@ -201,8 +220,11 @@ class FeatureDistance:
         self.distances.append(distances[:, 0].sqrt())
         self.nearest.append(nearest[:, 0])
         clips = [clip for part in stored for clip in part]
-        rows = zip(self.distances[-1].tolist(), sum(names, []), self.nearest[-1].tolist(), clips)
-        self.closest = sorted([*self.closest, *rows], key=lambda row: row[:2])[:SHOWN]
+        columns = sum(names, []), self.distances[-1].tolist(), self.nearest[-1].tolist(), clips
+        pairs = [Pair(*row) for row in zip(*columns, strict=True)]
+        by_distance = sorted([*self.closest, *pairs], key=lambda pair: (pair.distance, pair.name))
+        self.closest = by_distance[:SHOWN]
+        self.first = sorted([*self.first, *pairs], key=lambda pair: pair.name)[:PAIRS]
 
     def report(self) -> dict:
         """Return the scores with all that they rest on, ready for JSON."""
@@ -241,25 +263,41 @@ class FeatureDistance:
             report["warning"] = "\n".join(warnings)
         return report
 
-    def _copies(self) -> dict:
-        """Return `copy_scores`, with what each sample is nearest to."""
-        control = "held-out items"
+    def _control(self) -> tuple[str, Tensor]:
+        """Return what samples are compared with, and the distances `(K,)` of those items to the
+        nearest real one."""
         if self.held_out:
             distances = nearest_distances(self.held_out.features, self.real.features, 1)[0]
-        else:
-            control = "real items among themselves: too near where these repeat each other"
-            features = self.real.features
-            distances = nearest_distances(features, features, 1, same=True)[0]
+            return "held-out items", distances[:, 0].sqrt()
+        features = self.real.features
+        distances = nearest_distances(features, features, 1, same=True)[0]
+        which = "real items among themselves: too near where these repeat each other"
+        return which, distances[:, 0].sqrt()
+
+    def _copies(self) -> dict:
+        """Return `copy_scores`, with what each sample is nearest to."""
+        control, distances = self._control()
         distances_of_samples = torch.cat(self.distances)
-        nearest = [self.real.names[number] for number in torch.cat(self.nearest).tolist()]
+        nearest = torch.cat(self.nearest).tolist()
+        pairs = zip([self.real.names[number] for number in nearest], distances_of_samples.tolist())
         return {
             "control": control,
             "held_out": self.held_out_source,
-            **copy_scores(distances_of_samples, distances[:, 0].sqrt()),
-            "nearest": dict(
-                zip(self.drawn.names, zip(nearest, distances_of_samples.tolist()), strict=True)
-            ),
+            **copy_scores(distances_of_samples, distances),
+            "own_caption": self._own_caption(nearest),
+            "nearest": dict(zip(self.drawn.names, pairs, strict=True)),
         }
+
+    def _own_caption(self, nearest: list[int]) -> dict[str, int] | None:
+        """Return how many samples have the caption of a real item, and how many of these are
+        nearest to such an item; None if none has."""
+        known = {record.caption for record in self.records if record.caption}
+        captions = [self.captions[name] for name in self.drawn.names]
+        shared = [(caption, n) for caption, n in zip(captions, nearest) if caption in known]
+        if not shared:
+            return None
+        met = sum(caption == self.records[number].caption for caption, number in shared)
+        return {"samples": len(shared), "nearest": met}
 
     def _warnings(self, limit: dict | None, few: bool) -> Iterator[str]:
         fewest, width = min(self.drawn.moments.count, self.real.moments.count), self.width
@@ -287,24 +325,38 @@ class FeatureDistance:
     def copies_sheet(self) -> Image.Image:
         """Draw the samples that are nearest to a real item, each beside that item."""
         self._find_nearest()
-        first = self.closest[0][3]
-        size = (first.shape[-1], first.shape[-2])
-        clips, captions = [], []
-        for distance, name, number, clip in self.closest:
-            item = self.items.read_one(self.records[number], size)
-            frames = len(clip) if len(item) > 1 else 1
-            shown = clip if frames > 1 else clip[len(clip) // 2][None]
-            clips += [_sized(shown, size), item]
-            captions += [f"sample {name}", f"real {self.real.names[number]}, {distance:.4g} away"]
-        return contact_sheet(torch.stack(clips), captions, 4 if self.shape.frames == 1 else 2)
+        return self._sheet(self.closest)
+
+    def nearest_sheet(self) -> Image.Image:
+        """Draw the first samples by name, each beside the real item that is nearest to it."""
+        self._find_nearest()
+        return self._sheet(self.first)
+
+    def _sheet(self, pairs: list[Pair]) -> Image.Image:
+        """Draw samples beside their nearest real items, and say of how many control items the
+        nearest real one is farther away."""
+        control, distances = self._control()
+        of = control.partition(":")[0]
+        cells, captions = [], []
+        for name, distance, number, clip in pairs:
+            record = self.records[number]
+            item = self.items.read_one(record, self.shape.size)
+            if len(item) == 1 < len(clip):
+                clip = clip[len(clip) // 2][None]
+            share = closer_share(torch.tensor([distance], dtype=torch.float64), distances)
+            cells += [_shown(clip), _shown(item)]
+            captions += [
+                f"sample {name}: {self.captions[name]}",
+                f"nearest real, {distance:.4g} away, nearer than {share:.0%} of {of}:"
+                f" {self.real.names[number]} {record.caption}",
+            ]
+        return contact_sheet(torch.stack(cells), captions, 8 if cells[0].shape[0] == 1 else 2)
 
 
-def _sized(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return uint8 frames at another size (width, height)."""
-    if (clip.shape[-1], clip.shape[-2]) == size:
-        return clip
-    frames = F.interpolate(to_unit(clip), size[::-1], mode="bicubic", antialias=True)
-    return to_uint8(frames)
+def _shown(clip: Tensor) -> Tensor:
+    """Return a few frames of uint8 `clip` for a sheet, fitted into squares, in [0, 1]."""
+    places = torch.linspace(0, len(clip) - 1, min(len(clip), FRAMES)).round().long()
+    return fitted(to_unit(clip[places]))
 
 
 def format_features(report: dict) -> str:
@@ -330,6 +382,11 @@ def format_features(report: dict) -> str:
         f" {copies['identical']} identical; a sample is nearer than one of those with probability"
         f" {copies['closer']:.3f} (0.5 expected)",
     ]
+    if shared := copies["own_caption"]:
+        lines.append(
+            f"  of {shared['samples']} samples with the caption of a real item"
+            f" {shared['nearest']} are nearest to such an item"
+        )
     for which, scores in (report.get("frames") or {}).items():
         if scores:
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -54,8 +54,9 @@ class RealItems:
             return
         yield from batched(self._decoded(self.cache), batch)
 
-    def read_one(self, record: Record, size: tuple[int, int]) -> Tensor:
-        """Return the frames `(F, 3, H, W)` of one item at another size (width, height)."""
+    def read_one(self, record: Record, size: tuple[int, int] | None) -> Tensor:
+        """Return the frames `(F, 3, H, W)` of one item at a size (width, height), or at its
+        own."""
         shape = replace(self.shape, size=size)
         if self.cache is not None:
             return self._frames(self.cache, self.numbers[record.id], shape)

@@ -26,15 +26,17 @@ class SampleScores:
         distance: FeatureDistance | None,
         clip_score: ClipScore | None,
         copies: str | None = None,
+        nearest: str | None = None,
     ):
-        self.distance, self.clip_score, self.copies = distance, clip_score, copies
+        self.distance, self.clip_score = distance, clip_score
+        self.copies, self.nearest = copies, nearest
 
     def add(
         self, pixels: Tensor, captions: list[str] | None, names: list[str] | None = None
     ) -> None:
         """Take in samples `(B, F, 3, H, W)` in [0, 1], or as uint8."""
         if self.distance:
-            self.distance.add(pixels, names)
+            self.distance.add(pixels, names, captions)
         if self.clip_score:
             unit = pixels if pixels.is_floating_point() else to_unit(pixels)
             self.clip_score.add(unit, captions or [])
@@ -49,14 +51,16 @@ class SampleScores:
         return report
 
     def finish(self, report: dict) -> None:
-        """Add the scores to `report` and print them; write the sheet `copies` of the samples that
-        are nearest to a real item, each beside that item."""
+        """Add the scores to `report` and print them; write the sheets `copies`, of the samples that
+        are nearest to a real item, and `nearest`, of the first samples, each beside that item."""
         scores = self.report()
         report |= scores
         if scores:
             print(format_scores(scores))
         if self.distance and self.copies:
             save_image(self.distance.copies_sheet(), Path(self.copies))
+        if self.distance and self.nearest:
+            save_image(self.distance.nearest_sheet(), Path(self.nearest))
 
 
 def build_scores(
@@ -68,13 +72,16 @@ def build_scores(
     held_out: str | None,
     clip_score: str | None,
     copies: str | None,
+    nearest: str | None,
     num_workers: int,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> SampleScores:
-    """Return what the options of a command ask for; real items are read and encoded. `copies`: the
-    sheet that will be written. ValueError: an option does nothing without another."""
-    for name, value in {"real": real, "held_out": held_out, "copies": copies}.items():
+    """Return what the options of a command ask for; real items are read and encoded. `copies` and
+    `nearest`: the sheets that will be written. ValueError: an option does nothing without another.
+    """
+    needing = {"real": real, "held_out": held_out, "copies": copies, "nearest": nearest}
+    for name, value in needing.items():
         if value and not features:
             raise ValueError(f"--{name} needs --features, an encoder to compare items with")
     if num_workers < 0:
@@ -85,7 +92,7 @@ def build_scores(
         distance = FeatureDistance(
             features, shape, device, real, held_out, tokenizer, num_workers, seed
         )
-    return SampleScores(distance, score, copies)
+    return SampleScores(distance, score, copies, nearest)
 
 
 def format_scores(report: dict) -> str:
@@ -124,6 +131,16 @@ def caption_of(record: Record) -> str:
         ) from None
 
 
+def _caption(record: Record, needed: bool) -> str:
+    """Return `caption_of` a sample; "" if nothing says it and it is not `needed`."""
+    try:
+        return caption_of(record)
+    except ValueError:
+        if needed:
+            raise
+        return ""
+
+
 def score_files(
     scores: SampleScores, samples: str, shape: Shape, num_workers: int = 0
 ) -> SampleScores:
@@ -132,6 +149,6 @@ def score_files(
     shape = replace(shape, stride=1, fps=None)
     records = media_records(samples, shape.frames)
     for part, pixels in read_media(records, shape, BATCH, num_workers):
-        captions = [caption_of(record) for record in part] if scores.clip_score else None
+        captions = [_caption(record, needed=bool(scores.clip_score)) for record in part]
         scores.add(pixels, captions, [record.id for record in part])
     return scores

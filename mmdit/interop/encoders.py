@@ -2,6 +2,7 @@
 and nothing that could run code is opened.
 
 tokenizer                     latents of a tokenizer: our own frozen features
+pixels                        the small picture itself: distances are differences of pixels
 a folder of VTP               likewise
 a folder of transformers      CLIP, DINOv2, DINOv3, VideoMAE
 a file of Inception V3        pt_inception-2015-12-05-6726825d.pth (pytorch-fid),
@@ -38,7 +39,8 @@ from mmdit.text_encoders.transformers_loading import check_folder
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.weights import Checkpoint
 
-TOKENIZER = "tokenizer"
+TOKENIZER, PIXELS = "tokenizer", "pixels"
+PIXEL_SIDE, PIXEL_FRAMES = 16, 3  # of what is compared pixel by pixel
 ClipRule = Literal["middle", "halves"]
 PICTURE_NETWORKS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INCEPTION_PART, I3D_PART = "Mixed_7c.branch_pool.conv.weight", "Mixed_5c.b3b.conv3d.weight"
@@ -101,14 +103,16 @@ def open_encoder(
     clips: ClipRule = "middle",
     tokenizer: Tokenizer | None = None,
 ) -> Encoder:
-    """Return the encoder at `weights`, a path or `tokenizer`. `name`: of a network of timm, whose
-    file has no other sign. `resize`: for Inception and I3D [tensorflow]. `tokenizer`: what the word
-    stands for; without one the tokenizer that comes with mmdit. ValueError: there is none, it does
-    not fit, or it would run code.
+    """Return the encoder at `weights`, a path, `tokenizer` or `pixels`. `name`: of a network of
+    timm, whose file has no other sign. `resize`: for Inception and I3D [tensorflow]. `tokenizer`:
+    what that word stands for; without one the tokenizer that comes with mmdit. ValueError: there is
+    none, it does not fit, or it would run code.
     """
     path, device = find(weights), torch.device(device)
     if name:
         encoder = _timm(name, path, device)
+    elif weights == PIXELS:
+        encoder = _pixels(device)
     elif weights == TOKENIZER or _model_type(path) == "vtp":
         if weights != TOKENIZER or tokenizer is None:
             tokenizer = _vtp(path if weights != TOKENIZER else None, device)
@@ -196,6 +200,29 @@ def _tokenizer(tokenizer: Tokenizer, device: torch.device) -> Encoder:
         return pooled_latents(tokenizer.encode(pixels))
 
     return Encoder(name, network, "clips", device, facts, tokenizer=tokenizer)
+
+
+# ── pixels ────────────────────────────────────────────────────────────────────────────────────────
+def small_pixels(pixels: Tensor) -> Tensor:
+    """Return `(N, D)` of unit pixels `(N, F, 3, H, W)`: a picture, or the first, the middle and the
+    last frame of a clip, at 16 x 16, divided by √D. So the Euclidean distance of two items is the
+    root mean square of the differences of their small pixels, from 0 to 1."""
+    frames = pixels.shape[1]
+    places = torch.linspace(0, frames - 1, min(frames, PIXEL_FRAMES)).round().long()
+    shown = pixels[:, places.to(pixels.device)].flatten(0, 1)
+    side = (PIXEL_SIDE, PIXEL_SIDE)
+    small = F.interpolate(shown, side, mode="bilinear", antialias=True)
+    features = small.unflatten(0, (len(pixels), len(places))).flatten(1)
+    return features / features.shape[1] ** 0.5
+
+
+def _pixels(device: torch.device) -> Encoder:
+    facts = {
+        "resize": f"{PIXEL_SIDE}x{PIXEL_SIDE}, bilinear with antialiasing",
+        "features": "the small pixels, of clips those of the first, middle and last frame; a"
+        " distance is the root mean square of their differences",
+    }
+    return Encoder(PIXELS, small_pixels, "clips", device, facts)
 
 
 # ── networks of others ────────────────────────────────────────────────────────────────────────────

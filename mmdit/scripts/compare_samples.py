@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write the report as JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        check_files(out=args.out, copies=args.copies)
+        check_files(out=args.out, copies=args.copies, nearest=args.nearest)
         if not (args.features or args.clip_score):
             raise ValueError("nothing to measure; give --features, --clip_score or both")
         if (args.width is None) != (args.height is None):

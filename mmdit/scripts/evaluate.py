@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.prompts and args.variant != "one":
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
-        check_files(out=args.out, sheet=args.sheet, copies=args.copies)
+        check_files(out=args.out, sheet=args.sheet, copies=args.copies, nearest=args.nearest)
         paths = at_steps(args.checkpoint, args.at_steps) if args.at_steps else [args.checkpoint]
         scored = [score(path, args) for path in paths]
         report, drawn = scored[-1]

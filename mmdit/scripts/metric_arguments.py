@@ -11,9 +11,9 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[,key=value…]",
         help=(
             "measure distances, precision, recall and copies in the features of a local encoder:"
-            " the word tokenizer, a folder of transformers (CLIP, DINOv2, VideoMAE), a weight file"
-            " of Inception V3 or I3D, or name=TIMM_MODEL,weights=FILE; behind it perhaps"
-            " resize=tensorflow|pytorch|clean, clips=middle|halves, reference=SOURCE"
+            " the words tokenizer or pixels, a folder of transformers (CLIP, DINOv2, VideoMAE), a"
+            " weight file of Inception V3 or I3D, or name=TIMM_MODEL,weights=FILE; behind it"
+            " perhaps resize=tensorflow|pytorch|clean, clips=middle|halves, reference=SOURCE"
         ),
     )
     parser.add_argument(
@@ -28,11 +28,16 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         "--copies", metavar="PNG", help="draw the samples nearest to a real item beside that item"
     )
     parser.add_argument(
+        "--nearest",
+        metavar="PNG",
+        help="draw the first 32 samples, each beside its nearest real item",
+    )
+    parser.add_argument(
         "--num_workers", type=int, default=4, help="processes that decode real items [4]"
     )
 
 
 def metric_values(args: argparse.Namespace) -> dict[str, Any]:
     """Return the values of `add_metric_arguments`, for `build_scores`."""
-    names = ("features", "real", "held_out", "clip_score", "copies", "num_workers")
+    names = ("features", "real", "held_out", "clip_score", "copies", "nearest", "num_workers")
     return {name: getattr(args, name) for name in names}

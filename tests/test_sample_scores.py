@@ -232,9 +232,9 @@ def test_each_sample_is_drawn_beside_its_nearest_training_picture(tmp_path, caps
     sheets = []
     kept = feature_distance.contact_sheet
 
-    def sheet(pixels, captions, columns):
+    def sheet(pixels, captions, columns, cell):
         sheets.append((pixels, captions))
-        return kept(pixels, captions, columns)
+        return kept(pixels, captions, columns, cell)
 
     monkeypatch.setattr(feature_distance, "contact_sheet", sheet)
     monkeypatch.setattr(feature_distance, "PAIRS", 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.data.dataset.records import Record
-from mmdit.diagnostics.cache_sheet import FRAMES, fitted
+from mmdit.diagnostics.cache_sheet import CELL, FRAMES, fitted
 from mmdit.diagnostics.distribution_distance import (
     Moments,
     frechet_distance,
@@ -350,7 +350,12 @@ class FeatureDistance:
                 f"nearest real, {distance:.4g} away, nearer than {share:.0%} of {of}:"
                 f" {self.real.names[number]} {record.caption}",
             ]
-        return contact_sheet(torch.stack(cells), captions, 8 if cells[0].shape[0] == 1 else 2)
+        shown = torch.stack(cells)
+        drawn_rows = (shown < 1).flatten(0, 2).any(0).any(1).nonzero()
+        height = int(drawn_rows.max()) + 1 if len(drawn_rows) else CELL  # below it all is white
+        return contact_sheet(
+            shown[..., :height, :], captions, 8 if shown.shape[1] == 1 else 2, height
+        )
 
 
 def _shown(clip: Tensor) -> Tensor:

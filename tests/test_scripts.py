@@ -29,6 +29,7 @@ from mmdit.scripts import (
     train_t2v,
 )
 from mmdit.scripts.parsers import parser_of
+from mmdit.training.distributed import choose_device
 from mmdit.training.media import read_back
 from tests.helpers.tiny import Workshop, refused
 
@@ -292,6 +293,32 @@ def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
         "count is 1; must be from 2",
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "gpu"])
+def test_a_device_of_another_type_is_refused(device):
+    with pytest.raises(ValueError, match=f"--device is '{device}', must be auto, cpu, cuda or"):
+        choose_device(device)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="'cuda:2', but this machine has 2 GPUs, from cuda:0"):
+        choose_device("cuda:2")
+
+
+def test_what_is_near_a_checkpoint_is_refused_with_the_checkpoint(shop, tmp_path, capsys):
+    run = shop.folder / "runs/base"
+    step = checkpoint.latest(run)
+    cases = [
+        (run / "checkpoints", f"is a part of a run: give the run's folder, {run}"),
+        (step / "ema.safetensors", f"is a part of a checkpoint: give its folder, {step}"),
+    ]
+    for path, message in cases:
+        refused(capsys, sample.main, ["--checkpoint", path, "--prompts", "a"], message)
+    words = ["--checkpoint", run, "--out", tmp_path / "x.pt"]
+    refused(capsys, export.main, words, "x.pt, a name for files of torch.save")
 
 
 def test_options_and_overrides_may_be_mixed(shop):

@@ -29,6 +29,11 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
     so."""
     if sum(map(bool, (args.merge, args.lora, args.layout))) > 1:
         raise ValueError("--merge, --lora and --layout each make another file: choose one")
+    if Path(args.out).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise ValueError(
+            f"--out is {args.out}, a name for files of torch.save, but safetensors are written:"
+            " end it in .safetensors"
+        )
     write = _write_file
     if args.layout == "diffusers_pipeline":
         write = _write_pipeline

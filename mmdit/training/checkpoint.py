@@ -364,10 +364,13 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                 f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint"
                 " folder or an exported .safetensors file"
             ) from None
+        if text is None and (path.parent / META).is_file():
+            raise ValueError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
         if text is None:
             raise ValueError(
                 f"{path} holds no mmdit config in its metadata: it was not written by"
-                " mmdit.scripts.export"
+                " mmdit.scripts.export (a LoRA is given as --lora, beside the --checkpoint of its"
+                " base)"
             )
         stored = read_tensors(path)
         if "crc32" in metadata and int(metadata["crc32"]) != _export_crc(text, stored):
@@ -382,6 +385,8 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     folder = newest(path)
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
+    if folder is None and path.name == "checkpoints" and newest(path.parent):
+        raise ValueError(f"{path} is a part of a run: give the run's folder, {path.parent}")
     if folder is None:
         raise ValueError(
             f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint"

@@ -147,10 +147,17 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device is {name!r}, must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device is {name!r} but this torch ({torch.__version__}) sees no CUDA GPU; use"
             " --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs, from"
+            " cuda:0 on"
         )
     if "LOCAL_RANK" not in os.environ:  # under torchrun once this process has taken its own GPU
         kernels.check_device(device)

@@ -45,8 +45,9 @@ FLOAT8_NAMES = ("F8_E4M3", "float8_e4m3fn")  # in safetensors, in a pickle
 Network = TypeVar("Network", bound=nn.Module)
 # what a float8 weight becomes: (its name, its codes, its scale (out, 1) or ()) → the weight
 Unpack = Callable[[str, Tensor, Tensor], Tensor]
-# what stands for a tensor that stays in its file: (the tensor, the type of the weight) → the weight
-Keep = Callable[[Tensor, torch.dtype], Tensor]
+# what a stored tensor becomes: (its name in the model, the tensor, the type of the weight) → the
+# weight
+Keep = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def fill(
 ) -> Network:
     """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
     evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
-    `keep`: takes a tensor as it lies in its file, in place of a copy on `device`.
+    `keep`: gives the weight of a tensor as it lies in its file, in place of a copy on `device`.
     ValueError, in one sentence: some lack, are unknown or misshapen.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -353,7 +354,7 @@ def fill(
         if keep is None:
             value = tensor.to(device=device, dtype=dtype(name), copy=True)
         else:
-            value = keep(tensor, dtype(name))
+            value = keep(name, tensor, dtype(name))
         if value.dtype == torch.float16 and not is_finite(value):
             raise ValueError(f"{source}: the weight {name} is too large for float16; use bfloat16")
         module, _, leaf = name.rpartition(".")

@@ -33,8 +33,9 @@ from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Batch, LatentSpec
 from mmdit.interop.wan_weights import load_denoiser
 from mmdit.models.wan_denoiser import WanModelConfig
+from mmdit.nn.encodings import ENCODINGS
 from mmdit.nn.float8 import encode_rows
-from mmdit.nn.stored_weights import StoredWeight, store_float8
+from mmdit.nn.stored_weights import StoredWeight, linear_layers, store
 from mmdit.scripts import plan_memory
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
@@ -87,13 +88,12 @@ def test_each_row_is_kept_to_four_bits_of_its_own_scale():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_products_and_gradients_are_those_of_the_unpacked_weight(autocast):
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_products_and_gradients_are_those_of_the_unpacked_weight(encoding, autocast):
     torch.manual_seed(0)
     layers = [nn.Linear(16, 24).requires_grad_(False) for _ in range(2)]
-    stored = StoredWeight.float8(layers[0].weight)
-    layers[1].weight = nn.Parameter(
-        (stored.codes.float() * stored.scale).clone(), requires_grad=False
-    )
+    stored = StoredWeight.encoded(layers[0].weight, ENCODINGS[encoding])
+    layers[1].weight = nn.Parameter(stored.whole(), requires_grad=False)
     layers[1].bias = layers[0].bias
     layers[0].weight = nn.Parameter(stored, requires_grad=False)
     results, x = [], torch.randn(2, 5, 16)
@@ -118,9 +118,10 @@ def test_products_and_gradients_are_those_of_the_unpacked_weight(autocast):
     assert not torch.equal(results[0][-1], layers[0].weight.whole())
 
 
-def test_nothing_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_nothing_is_kept_for_the_backward_pass(encoding):
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
-    store_float8(nn.Sequential(layer))
+    store(nn.Sequential(layer), encoding)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
@@ -129,10 +130,11 @@ def test_nothing_is_kept_for_the_backward_pass():
     assert saved == []
 
 
-def test_a_release_is_loaded_as_float8_and_trains_adapters_alone(tmp_path):
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_release_is_loaded_in_fewer_bits_and_trains_adapters_alone(tmp_path, encoding):
     release = make_release(tmp_path)
     model = load_denoiser(
-        WanModelConfig(name_or_path=str(release), dtype="float8"), LatentSpec(4), 24
+        WanModelConfig(name_or_path=str(release), dtype=encoding), LatentSpec(4), 24
     )
     plain = load_denoiser(
         WanModelConfig(name_or_path=str(release), dtype="bfloat16"), LatentSpec(4), 24
@@ -149,11 +151,16 @@ def test_a_release_is_loaded_as_float8_and_trains_adapters_alone(tmp_path):
         if torch.equal(weight, model.get_parameter(name))
     }
     assert same == set(dict(plain.named_parameters())) - kept
+    for name in kept:
+        weight, wanted = model.get_parameter(name), plain.get_parameter(name)
+        assert weight.encoding is ENCODINGS[encoding]
+        again = StoredWeight.encoded(wanted, ENCODINGS[encoding])
+        assert torch.equal(weight.whole(), again.whole())
     config = decode(
         ExperimentConfig,
         {
             "experiment_name": "x",
-            "model": {"type": "wan", "name_or_path": str(release), "dtype": "float8"},
+            "model": {"type": "wan", "name_or_path": str(release), "dtype": encoding},
             "tokenizer": {
                 "type": "wan_vae",
                 "name_or_path": str(release),
@@ -162,16 +169,16 @@ def test_a_release_is_loaded_as_float8_and_trains_adapters_alone(tmp_path):
             },
         },
     )
-    with pytest.raises(ConfigError, match="is float8, but these weights are trained"):
+    with pytest.raises(ConfigError, match=f"is {encoding}, but these weights are trained"):
         model.check_trainable(config)
 
 
 # ── offloading ────────────────────────────────────────────────────────────────────────────────────
-def adapted(config=replace(DIT, num_layers=5), checkpointing=False, float8=False):
+def adapted(config=replace(DIT, num_layers=5), checkpointing=False, encoding=None):
     model = random_dit(config)
     model.checkpointing = checkpointing
-    if float8:
-        store_float8(model.blocks)
+    if encoding:
+        store(model.blocks, encoding)
     inject(model, LORA, seed=3)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
@@ -197,12 +204,15 @@ def passes(model, autocast):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("float8,autocast", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "encoding, autocast",
+    [(None, False), (None, True), ("float8", True), ("int8", True), ("nf4", False), ("nf4", True)],
+)
 @pytest.mark.parametrize("blocks", [1, 2, 5])
-def test_offloaded_blocks_compute_the_same_bits(blocks, float8, autocast, checkpointing):
+def test_offloaded_blocks_compute_the_same_bits(blocks, encoding, autocast, checkpointing):
     plain, moved = (
-        adapted(checkpointing=checkpointing, float8=float8),
-        adapted(checkpointing=checkpointing, float8=float8),
+        adapted(checkpointing=checkpointing, encoding=encoding),
+        adapted(checkpointing=checkpointing, encoding=encoding),
     )
     streamer = Streamer(list(moved.blocks[:blocks]), torch.device("cpu"))
     for a, b in zip(passes(plain, autocast), passes(moved, autocast), strict=True):
@@ -272,18 +282,23 @@ def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path,
     )
 
 
-def test_a_run_on_a_float8_base_is_resumed_and_sampled(tmp_path):
+def test_a_run_on_a_base_of_fewer_bits_is_resumed_and_sampled(tmp_path):
     shop = Shop(tmp_path)
     words = [
         "lora={enabled: true, rank: 2, alpha: 4, target_modules: [q]}",
-        "model.dtype=float8",
+        "model.dtype=nf4",
         "train.precision=bf16",
     ]
-    run = shop.train("eighth", *words, "train.max_steps=2")
-    shop.train("eighth", *words, "--resume")
-    assert all(
-        "lora_" in name for name in load_file(run / "checkpoints/step_00000003/model.safetensors")
-    )
+    whole = shop.train("whole", *words)
+    run = shop.train("parted", *words, "train.max_steps=2")
+    shop.train("parted", *words, "--resume")
+    file = "checkpoints/step_00000003/model.safetensors"
+    once, twice = load_file(whole / file), load_file(run / file)
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    with pytest.raises(SystemExit):  # the frozen weights are no longer those of the run
+        shop.train("parted", *words, "model.dtype=int8", "train.max_steps=4", "--resume")
+    assert all("lora_" in name for name in twice)
     network = load_pipeline(run, "cpu")[0].learner.model
     kinds = {
         name.rpartition(".")[0]: type(weight) is StoredWeight
@@ -363,6 +378,7 @@ CASES = [
     ("wan",),
     ("wan", "model.checkpointing=true"),
     ("wan", "model.dtype=float8"),
+    ("wan", "model.dtype=nf4"),
     ("wan", "model.dtype=float32"),
     ("wan", "model.first_frame=1"),
     ("mmdit",),
@@ -463,7 +479,14 @@ def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
     assert plan_training(config, sizes) == without
 
 
-def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_path):
+def row_bytes(encoding: str, columns: int) -> int:
+    """Return the bytes of a row of codes and its scales of 4 bytes."""
+    if encoding == "nf4":
+        return columns // 2 + 4 * -(-columns // 64)
+    return columns + 4
+
+
+def test_checkpointing_fewer_bits_and_offloading_each_save_what_they_promise(tmp_path):
     words = ["video={width: 128, height: 128, num_frames: 9}"]
     config, _, sizes = case("wan", tmp_path, *words)
     sizes = replace(sizes, num_layers=4)
@@ -474,11 +497,16 @@ def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_pat
         and less.weights == alone.weights
         and less.total < alone.total
     )
-    eighth = plan_training(case("wan", tmp_path, *words, "model.dtype=float8")[0], sizes)
     learner = case("wan", tmp_path)[1]().model.blocks[0]
     matrices = [layer.weight for layer in learner.modules() if isinstance(layer, nn.Linear)]
-    saved = 4 * sum(weight.numel() - 4 * len(weight) for weight in matrices)
-    assert alone.weights - eighth.weights == saved and eighth.activations == alone.activations
+    fewer = {}
+    for encoding in ENCODINGS:
+        plan = plan_training(case("wan", tmp_path, *words, f"model.dtype={encoding}")[0], sizes)
+        saved = sum(w.nbytes - len(w) * row_bytes(encoding, w.shape[1]) for w in matrices)
+        assert alone.weights - plan.weights == 4 * saved
+        assert plan.activations == alone.activations
+        fewer[encoding] = plan
+    assert fewer["nf4"].weights < fewer["float8"].weights == fewer["int8"].weights
     away = plan_training(case("wan", tmp_path, *words, "train.offload_blocks=4")[0], sizes)
     block = slot_bytes([learner])[0]
     assert (
@@ -486,6 +514,13 @@ def test_checkpointing_float8_and_offloading_each_save_what_they_promise(tmp_pat
         and alone.weights - away.weights == 2 * block
         and alone.total - away.total == 2 * block
     )
+    store(learner, "nf4")
+    block = slot_bytes([learner])[0]
+    words += ["model.dtype=nf4", "train.offload_blocks=4"]
+    away = plan_training(case("wan", tmp_path, *words)[0], sizes)
+    codes = sum(stored_bytes(layer.weight) for layer in linear_layers(learner))
+    assert away.host == 4 * block
+    assert fewer["nf4"].weights - away.weights == 4 * block - 2 * block == 2 * block >= 2 * codes
 
 
 def test_pairs_count_both_bases_or_share_one(tmp_path):

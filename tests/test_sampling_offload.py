@@ -9,7 +9,7 @@ from mmdit.config import ConfigError
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.models import VideoMMDiTConfig, build_model
-from mmdit.nn.stored_weights import store_float8
+from mmdit.nn.stored_weights import store
 from mmdit.scripts import sample
 from mmdit.training.media import read_back
 from mmdit.training.memory.sampling_offload import VisitingTokenizer, Visits, offload_pipeline
@@ -80,8 +80,8 @@ def test_one_network_at_a_time_is_on_the_device():
 
 def test_what_cannot_be_offloaded_is_one_sentence(pair, monkeypatch):
     pipeline, _ = load_pipeline(pair, "cpu", offload="sequential")
-    store_float8(pipeline.networks()["model"].blocks)
-    with pytest.raises(ConfigError, match="--offload: is sequential, .* float8 .* use model"):
+    store(pipeline.networks()["model"].blocks, "float8")
+    with pytest.raises(ConfigError, match="is sequential, .* float8, int8 or nf4; use model"):
         offload_pipeline(pipeline, "sequential")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ConfigError, match="--offload: is model, which needs accelerate"):

@@ -18,7 +18,7 @@ from mmdit.adapters import LoRAConfig, adapters, inject, merge
 from mmdit.interop.wan_weights import load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_names import diffusers_name
-from mmdit.nn.stored_weights import StoredWeight, store_float8
+from mmdit.nn.stored_weights import StoredWeight, store
 from mmdit.weights import Checkpoint
 from tests.test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
@@ -168,9 +168,10 @@ def test_a_model_with_adapters_is_written_as_it_computes(tmp_path, layout, kind)
 
 
 @torch.no_grad()
-def test_what_is_kept_as_float8_is_written_unpacked_in_the_type_asked_for(tmp_path):
+@pytest.mark.parametrize("encoding", ["float8", "nf4"])
+def test_what_is_kept_in_fewer_bits_is_written_unpacked_in_the_type_asked_for(tmp_path, encoding):
     model = random_model(TINY)
-    store_float8(model.blocks)
+    store(model.blocks, encoding)
     inject(model, LoRAConfig(enabled=True, rank=2, target_modules=("ffn.0",)))
     plain = {
         name: p.whole() if isinstance(p, StoredWeight) else p

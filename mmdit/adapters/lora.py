@@ -373,8 +373,8 @@ def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
         before = parameters[name]
         exact = torch.promote_types(before.dtype, torch.float32)
         value = (before.detach().to(exact) + change.to(before.device, exact)).to(before.dtype)
-        if isinstance(before, StoredWeight) and before.scale is not None:
-            value = StoredWeight.float8(value)
+        if isinstance(before, StoredWeight) and before.encoding is not None:
+            value = StoredWeight.encoded(value, before.encoding)
         after = nn.Parameter(value, requires_grad=before.requires_grad)
         _put(model, before, after)
         added[name] = Difference(change, before, after)

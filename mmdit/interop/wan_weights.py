@@ -27,7 +27,8 @@ from mmdit.interop.weights_in_files import left_in_file
 from mmdit.models.wan import TI2V_CHANNELS, WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
-from mmdit.nn.stored_weights import StoredWeight, store_float8
+from mmdit.nn.encodings import ENCODINGS
+from mmdit.nn.stored_weights import StoredWeight, store
 from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8
 
 Expert = Literal["high", "low"]
@@ -246,14 +247,15 @@ def load_dit(
     device: torch.device | str = "cpu",
     expert: str | None = None,
     model_class: type[WanDiT] = WanDiT,
-    keep_float8: bool = False,
+    encoding: str | None = None,
     in_file: bool = False,
 ) -> WanDiT:
     """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
     modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
-    are read one by one into a model that has no memory before. `keep_float8`: matrices of the
-    blocks that the file holds as float8 with a scale are kept as they are, frozen. `in_file`: all
-    weights stay in their files, to be read by `unpack_weights` before anything is computed.
+    are read one by one into a model that has no memory before. `encoding`: the matrices of the
+    blocks are kept in it, to be frozen; those that the file holds as float8 with a scale stay as
+    they are for float8. `in_file`: all weights stay in their files, to be read by `unpack_weights`
+    before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
@@ -261,9 +263,15 @@ def load_dit(
     place = locate(path, expert)
 
     def unpack(name: str, codes: Tensor, scale: Tensor) -> Tensor:
-        if in_file or (keep_float8 and names[name].startswith("blocks.")):
-            return StoredWeight(codes, scale.expand(len(codes), 1), dtype)
+        if in_file or (encoding == "float8" and names[name].startswith("blocks.")):
+            return StoredWeight(codes, scale.expand(len(codes), 1).contiguous(), dtype)
         return scaled_float8(name, codes, scale)
+
+    def encoded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix = name.startswith("blocks.") and tensor.ndim == 2
+        if encoding is None or not matrix or isinstance(tensor, StoredWeight):
+            return tensor.to(device, dtype, copy=True)
+        return StoredWeight.encoded(tensor.to(device, dtype), ENCODINGS[encoding])
 
     stored = Checkpoint(place, unpack=unpack)
     names, _, _ = official_names(list(stored.entries))
@@ -302,7 +310,7 @@ def load_dit(
         device,
         lambda name: WanDiT.stored_dtype(name, dtype),
         ignored,
-        left_in_file if in_file else None,
+        left_in_file if in_file else encoded,
     )
 
 
@@ -327,7 +335,7 @@ def load_denoiser(
             dtype,
             expert=expert,
             model_class=WanDenoiser,
-            keep_float8=settings.dtype == "float8",
+            encoding=settings.dtype if settings.dtype in ENCODINGS else None,
             in_file=in_file,
         )
     except ValueError as error:
@@ -361,8 +369,8 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
     """Return a loaded network as `settings` ask for it; in place."""
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
-    if settings.dtype == "float8":
-        store_float8(model.blocks)
+    if settings.dtype in ENCODINGS:
+        store(model.blocks, settings.dtype)
     return model
 
 

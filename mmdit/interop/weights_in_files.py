@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mmdit.nn.stored_weights import StoredWeight
 
 
-def left_in_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def left_in_file(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight of `dtype` that takes no memory of its own: `tensor`, which is mapped from a
-    file, or what unpacks it."""
+    file, or what unpacks it. `name` is of no account."""
     if isinstance(tensor, StoredWeight):
         return StoredWeight(tensor.codes, tensor.scale, dtype)
     return tensor if tensor.dtype == dtype else StoredWeight(tensor, None, dtype)

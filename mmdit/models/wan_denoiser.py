@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.wan import PATCH, Residual, WanDiT
+from mmdit.nn.encodings import ENCODINGS
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class WanModelConfig(ModelSection):
     # The share of the steps on clips whose first latent frame is given clean (TI2V-5B).
     first_frame: float = 0.0
     # The type of the stored weights; less than float32 only for weights that adapters leave frozen.
-    # float8: the matrices of the blocks, with one scale a row, or as an fp8_scaled file has them;
-    # the rest is bfloat16.
-    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    # Of the others, the matrices of the blocks are in fewer bits, and the rest is bfloat16.
+    # float8: with one scale a row, or as an fp8_scaled file has them; int8: as large, with one
+    # scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64 weights.
+    dtype: Literal["float32", "bfloat16", "float8", "int8", "nf4"] = "float32"
     # The type of the stream between blocks: float32, or that of autocast, which is half the
     # traffic.
     residual: Residual = "float32"
@@ -125,7 +127,7 @@ class WanModelConfig(ModelSection):
             options.append("model.dtype=bfloat16")
         if not self.checkpointing:
             options.append("model.checkpointing=true")
-        if frozen and self.dtype != "float8":
+        if frozen and self.dtype not in ENCODINGS:
             options.append("model.dtype=float8")
         return options
 

@@ -1,10 +1,11 @@
-"""Frozen matrices that look like any weight and are kept otherwise: as 8-bit floats with a scale
-per output channel, in the memory of the CPU, or both. Linear layers and adapters over them need no
+"""Frozen matrices that look like any weight and are kept otherwise: in fewer bits
+(`nn/encodings.py`), in the memory of the CPU, or both. Linear layers and adapters over them need no
 change.
 
-torchao has such tensors, too, but its products keep the weight that they unpacked for the backward
-pass, so that a step without checkpointing holds them all; here each pass unpacks (or fetches) its
-own.
+torchao and bitsandbytes have such tensors, too, but theirs do not wait on the CPU for their block
+to compute, nor in a file until they are cut over processes; and torchao's products keep the weight
+that they unpacked for the backward pass, so that a step without checkpointing holds them all. Here
+each pass unpacks (or fetches) its own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from mmdit.nn.float8 import encode_rows
+from mmdit.nn.encodings import ENCODINGS, OF_CODES, Encoding
 from mmdit.nn.norm import working_dtype
+
+Parts = tuple[Tensor, Tensor | None]  # codes, and their scales if they have some
 
 
 class StoredWeight(Tensor):
-    """A matrix `(out, in)` of `dtype` to the outside, kept as `codes (out, in)`, times `scale (out,
-    1)` if that is not None. `fetch` gives the codes on `device` where they are needed now; None:
-    they lie there; `changing` is called before they are written to, for others may have copies.
+    """A matrix `(out, in)` of `dtype` to the outside, kept as `codes`: its numbers in another type,
+    or, with `scale`, those of the encoding that the type of the codes tells. `fetch` gives both on
+    `device` where they are needed now; None: they lie there; `changing` is called before they are
+    written to, for others may have copies.
     Products with it (`F.linear`) are differentiable in the input and the bias; anything else sees a
     copy that is unpacked for it. What is written into it is packed again; what would be written
     into a part of such a copy is refused, for it would be lost.
@@ -39,9 +43,10 @@ class StoredWeight(Tensor):
         device: torch.device | None = None,
         *_,
     ):
-        return Tensor._make_wrapper_subclass(
-            cls, codes.shape, dtype=dtype, device=device or codes.device
-        )
+        shape = list(codes.shape)
+        if scale is not None:
+            shape[-1] *= OF_CODES[codes.dtype].per_code
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device or codes.device)
 
     def __init__(
         self,
@@ -49,46 +54,42 @@ class StoredWeight(Tensor):
         scale: Tensor | None,
         dtype: torch.dtype,
         device: torch.device | None = None,
-        fetch: Callable[[], Tensor] | None = None,
+        fetch: Callable[[], Parts] | None = None,
         changing: Callable[[], None] | None = None,
     ):
         self.codes, self.scale, self.fetch, self.changing = codes, scale, fetch, changing
 
     @staticmethod
-    def float8(weight: Tensor) -> StoredWeight:
-        return StoredWeight(*encode_rows(weight.detach()), weight.dtype)
+    def encoded(weight: Tensor, encoding: Encoding) -> StoredWeight:
+        return StoredWeight(*encoding.encode(weight.detach()), weight.dtype)
 
-    def unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Unpack `codes`. They are exact in bfloat16, and their product with the float32 scale is
-        rounded once, to `dtype`."""
-        if self.scale is None:
-            return codes.to(dtype)
-        return codes.to(dtype, copy=True).mul_(self.scale)
+    @property
+    def encoding(self) -> Encoding | None:
+        """Return how the codes are to be read; None: they are the numbers."""
+        return None if self.scale is None else OF_CODES[self.codes.dtype]
 
     def now(self, dtype: torch.dtype) -> Tensor:
         """Unpack the weight for one product: later fetches may overwrite it."""
-        return self.unpacked(self.fetch() if self.fetch else self.codes, dtype)
+        return _unpacked(self.fetch() if self.fetch else (self.codes, self.scale), dtype)
 
     def whole(self) -> Tensor:
         """Return a plain copy in `dtype` on `device`."""
-        return self.unpacked(self.codes.to(self.device, copy=True), self.dtype)
+        scale = None if self.scale is None else self.scale.to(self.device)
+        return _unpacked((self.codes.to(self.device, copy=True), scale), self.dtype)
 
     def pack(self, value: Tensor) -> None:
         """Replace what is kept by `value`."""
         value = value.whole() if isinstance(value, StoredWeight) else value
+        value = value.detach().expand(self.shape)
         if self.changing is not None:
             self.changing()
-        parts = (
-            (value.expand(self.shape),)
-            if self.scale is None
-            else encode_rows(value.detach().expand(self.shape))
-        )
+        parts = (value,) if self.encoding is None else self.encoding.encode(value)
         for part, new in zip((self.codes, self.scale), parts, strict=False):
             if part is not None:
                 part.copy_(new)
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
-        """Return such a weight of changed parts; fetched codes stay where they are kept."""
+        """Return such a weight of changed parts; fetched ones stay where they are kept."""
         if self.fetch:
             return StoredWeight(
                 self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing
@@ -125,7 +126,8 @@ class StoredWeight(Tensor):
             return _on_copies(func, args, kwargs)
         if func is torch.ops.aten.clone.default and weight.fetch:
             # What is written into a clone must not reach the memory that is fetched from.
-            scale = None if weight.scale is None else weight.scale.clone()
+            scale = weight.scale
+            scale = None if scale is None else scale.to(weight.device, copy=True)
             return StoredWeight(weight.codes.to(weight.device, copy=True), scale, weight.dtype)
         if func in _SAME:
             return weight.like(lambda part: func(part, *args[1:], **kwargs))
@@ -136,6 +138,13 @@ class StoredWeight(Tensor):
             weight.pack(args[1])
             return weight
         return _on_copies(func, args, kwargs)
+
+
+def _unpacked(parts: Parts, dtype: torch.dtype) -> Tensor:
+    codes, scale = parts
+    if scale is None:
+        return codes.to(dtype)
+    return OF_CODES[codes.dtype].decode(codes, scale, dtype)
 
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
@@ -183,7 +192,7 @@ class PartOfCopy(Tensor):
         kwargs = kwargs or {}
         if any(isinstance(part, PartOfCopy) for part in _written(func, args, kwargs)):
             raise RuntimeError(
-                "a part of a weight that is kept as float8, or elsewhere, is a copy: what is"
+                "a part of a weight that is kept in codes, or elsewhere, is a copy: what is"
                 " written into it would be lost; write the whole weight, or replace it"
             )
         plain = partial(tree_map_only, PartOfCopy, lambda part: part.copied)
@@ -223,6 +232,13 @@ class _UnpackedProduct(torch.autograd.Function):
         return x, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
+def parts_of(weight: Tensor) -> list[Tensor]:
+    """Return the plain tensors that hold a weight, stored or not."""
+    if not isinstance(weight, StoredWeight):
+        return [weight.detach()]
+    return [weight.codes] if weight.scale is None else [weight.codes, weight.scale]
+
+
 def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
     """Return the linear layers of `blocks`, adapted or not, whose weight is frozen."""
     return [
@@ -232,10 +248,11 @@ def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def store_float8(blocks: nn.Module) -> None:
-    """Keep the weights of all linear layers of `blocks` as 8-bit floats, frozen; in place, one
-    after the other. Each is unpacked in the type that it had."""
+def store(blocks: nn.Module, name: str) -> None:
+    """Keep the weights of all linear layers of `blocks` in the encoding of this name, frozen; in
+    place, one after the other. Each is unpacked in the type that it had."""
     for layer in linear_layers(blocks.requires_grad_(False)):
         if isinstance(layer.weight, StoredWeight):
             continue  # it was read as it is
-        layer.weight = nn.Parameter(StoredWeight.float8(layer.weight), requires_grad=False)
+        stored = StoredWeight.encoded(layer.weight, ENCODINGS[name])
+        layer.weight = nn.Parameter(stored, requires_grad=False)

@@ -42,6 +42,7 @@ def check_origin(meta: Meta, origin: dict, folder: Path) -> None:
     source = meta.origin.get("source") or "frozen weights that it reads from elsewhere"
     raise ValueError(
         f"{folder} began from {source}, and what is read from there is no longer the same (check"
-        f" sum {before}, now {now}): a model, frozen weights or prompts were replaced, or the"
-        " checkpoint is gone. Put them back, or start a new run"
+        f" sum {before}, now {now}): a model, frozen weights, the type that they are kept in"
+        " (model.dtype) or prompts were replaced, or the checkpoint is gone. Put them back, or"
+        " start a new run"
     )

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop.weights_in_files import unpack_weights
+from mmdit.nn.encodings import ENCODINGS
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import to_bfloat16
@@ -81,7 +82,7 @@ class ParallelConfig(Section):
                 "moments are cut over the processes already; set it to false",
             ),
             "model.dtype": (
-                run.model.dtype if run.model.dtype == "float8" else None,
+                run.model.dtype if run.model.dtype in ENCODINGS else None,
                 "codes and their scales are not cut; set it to bfloat16",
             ),
         }

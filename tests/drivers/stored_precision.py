@@ -8,13 +8,14 @@ is seen is the storage alone.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.models.wan import WanConfig, WanDiT
-from mmdit.nn.stored_weights import linear_layers, store_float8
+from mmdit.nn.stored_weights import linear_layers, store
 
 E4M3 = torch.float8_e4m3fn
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -30,11 +31,14 @@ def unscaled(weight: Tensor) -> Tensor:
     return weight.to(E4M3).float()
 
 
-ROUNDINGS = {
+# what a matrix becomes, or the encoding that it is kept in
+WAYS: dict[str, str | Callable[[Tensor], Tensor]] = {
     "bfloat16": lambda weight: weight.bfloat16().float(),
-    "float8, a scale for each row (model.dtype=float8)": None,
+    "int8, a scale for each row (model.dtype=int8)": "int8",
+    "float8, a scale for each row (model.dtype=float8)": "float8",
     "float8, a scale for each matrix (fp8_scaled files)": of_whole_tensor,
     "float8 without a scale (fp8 files)": unscaled,
+    "nf4, a scale for each 64 weights (model.dtype=nf4)": "nf4",
 }
 
 
@@ -79,12 +83,13 @@ def main() -> None:
     text = torch.randn(1, 32, config.text_dim, generator=generator)
     inputs = noise, torch.tensor([700.0]), text
     exact = answers(network(), inputs)
-    for name, rounding in ROUNDINGS.items():
+    for name, way in WAYS.items():
         model = network()
-        if rounding is None:
-            store_float8(model.blocks)
-        for layer in linear_layers(model.blocks.requires_grad_(False)) if rounding else ():
-            layer.weight.data.copy_(rounding(layer.weight))
+        if isinstance(way, str):
+            store(model.blocks, way)
+        else:
+            for layer in linear_layers(model.blocks.requires_grad_(False)):
+                layer.weight.data.copy_(way(layer.weight))
         pairs = zip(answers(model, inputs), exact, strict=True)
         output, gradient = (distance(*pair) for pair in pairs)
         print(f"{name}: output {output:.4f}, gradient {gradient:.4f}", flush=True)

@@ -38,7 +38,7 @@ from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.nn import kernels
-from mmdit.nn.stored_weights import StoredWeight
+from mmdit.nn.stored_weights import parts_of
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
 from mmdit.training.graphs.training_graphs import SMALL, operations, suits
@@ -194,9 +194,7 @@ def without_memory():
 
 
 def stored_bytes(parameter: Tensor) -> int:
-    if isinstance(parameter, StoredWeight):
-        return parameter.codes.nbytes + (0 if parameter.scale is None else parameter.scale.nbytes)
-    return parameter.nbytes
+    return sum(part.nbytes for part in parts_of(parameter))
 
 
 def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:

@@ -4,7 +4,7 @@ of the computation."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError
-from mmdit.nn.stored_weights import StoredWeight, linear_layers
+from mmdit.nn.stored_weights import Parts, StoredWeight, linear_layers, parts_of
 from mmdit.training.learner import Learner
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
@@ -49,22 +49,24 @@ class Streamer:
         pinned = torch.empty(
             offsets[-1], dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda"
         )
-        for layer, codes, offset in zip(layers, kept, offsets, strict=False):
-            view = partial(_view, offset, codes.nbytes, codes.dtype, codes.shape)
-            view(pinned).copy_(codes)
-            scale = getattr(layer.weight, "scale", None)
+        places = iter(offsets)
+        for layer, parts in zip(layers, kept, strict=True):
+            views = []
+            for part in parts:
+                view = partial(_view, next(places), part.nbytes, part.dtype, part.shape)
+                view(pinned).copy_(part)
+                views.append(view)
             stored = StoredWeight(
-                view(pinned),
-                None if scale is None else scale.to(self.device),
+                *_both(views, pinned),
                 layer.weight.dtype,
                 self.device,
-                partial(self._fetch, number, view),
+                partial(self._fetch, number, views),
                 self.forget,
             )
             layer.weight = nn.Parameter(stored, requires_grad=False)
         return pinned
 
-    def _fetch(self, number: int, view) -> Tensor:
+    def _fetch(self, number: int, views: Sequence[Callable[[Tensor], Tensor]]) -> Parts:
         if number != self.last:
             if self.last >= 0:
                 self.direction = 1 if number > self.last else -1
@@ -81,7 +83,7 @@ class Streamer:
                 torch.cuda.current_stream(self.device).wait_event(
                     self.arrived[self.holds.index(number)]
                 )
-        return view(self.slots[self.holds.index(number)])
+        return _both(views, self.slots[self.holds.index(number)])
 
     def forget(self) -> None:
         """Forget what the slots hold, because pinned memory is about to be written to."""
@@ -102,14 +104,18 @@ class Streamer:
             self.arrived[slot].record(self.side)
 
 
-def _layout(layers: list[nn.Linear]) -> tuple[list[Tensor], list[int]]:
-    """Return what is kept of each layer, and the byte where each begins, with the end of all."""
-    kept = [
-        layer.weight.codes if isinstance(layer.weight, StoredWeight) else layer.weight.detach()
-        for layer in layers
-    ]
-    sizes = (-(-codes.nbytes // ALIGNMENT) * ALIGNMENT for codes in kept)
+def _layout(layers: list[nn.Linear]) -> tuple[list[list[Tensor]], list[int]]:
+    """Return what is kept of each layer, and the byte where each part of it begins, with the end of
+    all."""
+    kept = [parts_of(layer.weight) for layer in layers]
+    sizes = (-(-part.nbytes // ALIGNMENT) * ALIGNMENT for parts in kept for part in parts)
     return kept, [0, *accumulate(sizes)]
+
+
+def _both(views: Sequence[Callable[[Tensor], Tensor]], memory: Tensor) -> Parts:
+    """Return codes and scales as they lie in `memory`."""
+    codes, *scale = (view(memory) for view in views)
+    return codes, scale[0] if scale else None
 
 
 def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int]:

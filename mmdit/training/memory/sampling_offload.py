@@ -50,7 +50,9 @@ def offload_pipeline(pipeline: Pipeline, offload: Offload) -> None:
     for network in denoisers:
         if any(isinstance(weight, StoredWeight) for weight in network.parameters()):
             raise ConfigError(
-                "--offload", "is sequential, which cannot move float8 weights; use model"
+                "--offload",
+                "is sequential, which cannot move weights of model.dtype float8, int8 or nf4; use"
+                " model",
             )
         network.register_forward_pre_hook(lambda *_: visits.send_home())
         accelerate.cpu_offload(

@@ -128,24 +128,29 @@ def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` to write into, and rename it when the block ends. After an
-    error it is removed. OSError: by then `path` is something else than an empty folder."""
-    path = Path(path)
-    unfinished = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
+def hidden_folder(parent: str | Path) -> Iterator[Path]:
+    """Make a hidden folder in `parent` to write into, which is removed when the block ends, unless
+    it has got another name by then."""
+    unfinished = Path(parent) / f".writing-{secrets.token_hex(8)}.tmp"
     unfinished.mkdir(parents=True)
     held = os.open(unfinished, os.O_RDONLY) if fcntl else None
     try:
         if held is not None:
             _wait_for_lock(held)
         yield unfinished
-        os.replace(unfinished, path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Make a hidden folder beside `path` to write into, and rename it when the block ends. After an
+    error it is removed. OSError: by then `path` is something else than an empty folder."""
+    with hidden_folder(Path(path).parent) as unfinished:
+        yield unfinished
+        os.replace(unfinished, path)
 
 
 def refuse_filled_folder(path: str | Path) -> None:

@@ -383,11 +383,11 @@ torch.save(model(*saved["inputs"]), folder + "/out.pt")
 
 
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tensors, path, header):
+    def fail(path, pieces, flush):
         path.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(lora_writing, "save_file", fail)
+    monkeypatch.setattr(lora_writing, "write_atomically", fail)
     with pytest.raises(OSError, match="disk full"):
         save_lora(adapted(), tmp_path / "lora.safetensors", "comfy")
     assert not list(tmp_path.iterdir())

@@ -228,6 +228,23 @@ def test_lengths_of_dora_are_of_the_kind_that_a_file_says(tmp_path):
     assert_same(changes_of(tmp_path / "old.safetensors"), changes_of(tmp_path / "new.safetensors"))
 
 
+@pytest.mark.parametrize("format", ["comfy", "peft"])
+def test_whoever_may_read_files_beside_it_may_read_a_lora_and_nothing_else_is_left(
+    tmp_path, format
+):
+    killed = tmp_path / ".writing-0123456789abcdef.tmp"
+    killed.mkdir()
+    (killed / "half.safetensors").touch()
+    (tmp_path / "beside").touch()
+    model = base()
+    inject(model, LoRAConfig(enabled=True, rank=2, target_modules=("cross_attn.k",)))
+    path = tmp_path / ("x.safetensors" if format == "comfy" else "x")
+    save_lora(model, path, format)
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, "beside"}
+    weights = path if path.is_file() else path / "adapter_model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "beside").stat().st_mode
+
+
 def test_numbers_beyond_the_type_are_not_written(tmp_path):
     model = trained("lora")
     with torch.no_grad():

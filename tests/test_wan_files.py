@@ -117,6 +117,10 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
     save_dit(model, tmp_path / "saved", layout, shard_bytes)
     shards = list((tmp_path / "saved").glob("*.safetensors"))
     assert (len(shards) > 1) == (shard_bytes < 10**9)
+    # whoever may read the config may read the weights
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {
+        (tmp_path / "saved/config.json").stat().st_mode
+    }
     again = load_dit(tmp_path / "saved")
     expected = (
         model.config if layout == "official" else replace(model.config, text_len=512)

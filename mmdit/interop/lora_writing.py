@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear
 from mmdit.adapters.lora import adapters, differences
+from mmdit.files import clean, hidden_folder, write_atomically
 from mmdit.interfaces import Denoiser
 from mmdit.interop.lora_names import DIFFERENCES, FORMATS, LoRAFormat
 from mmdit.interop.lora_reading import OVER_BASE, read_lora, stretch_over_base
 from mmdit.interop.lora_settings import CONFIG, HEADER, config_of
-from mmdit.weights import is_finite
+from mmdit.weights import is_finite, tensor_pieces
 
 # the relative error that a saved and reloaded update may have
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -60,13 +59,14 @@ def save_lora(
         values = {form.prefix + key: value for key, value in config.items()}
         header[HEADER] = json.dumps(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        place = weights = Path(folder) / path.name
+    clean(path.parent)
+    with hidden_folder(path.parent) as folder:
+        place = weights = folder / path.name
         if form.strength == "config":
             place.mkdir()
             (place / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
             weights = place / "adapter_model.safetensors"
-        save_file(tensors, weights, header)
+        write_atomically(weights, tensor_pieces(tensors, header), flush=True)
         _compare(model, place, TOLERANCES[dtype])
         os.replace(place, path)
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit.adapters.layers import Adapter, is_adapter
 from mmdit.config import ConfigError
-from mmdit.files import refuse_filled_folder, replace_folder
+from mmdit.files import refuse_filled_folder, replace_folder, write_atomically
 from mmdit.foreign import count_blocks, read_json
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.weights_in_files import left_in_file
@@ -29,7 +28,7 @@ from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
 from mmdit.nn.encodings import ENCODINGS
 from mmdit.nn.stored_weights import StoredWeight, store
-from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8
+from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8, tensor_pieces
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
@@ -457,7 +456,8 @@ def save_dit(
             )
         for file, names in zip(files, shards, strict=True):
             tensors = {rename(name): _written(model, name, dtype) for name in names}
-            save_file(tensors, unfinished / file, {"format": "pt"})
+            pieces = tensor_pieces(tensors, {"format": "pt"})
+            write_atomically(unfinished / file, pieces, flush=True)
         config = json.dumps(config_json(model.config, layout), indent=1)
         (unfinished / "config.json").write_text(config, encoding="utf-8")
 

@@ -28,6 +28,7 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".writing-*.tmp"
+LOCK = ".lock"  # in a folder that belongs to one process at a time
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
 FILE_TYPES = {
     stat.S_IFIFO: "a named pipe",
@@ -271,6 +272,32 @@ def lock(file: IO, refusal: str = "") -> None:
             os.close(nothing)
 
     os.register_at_fork(after_in_child=let_go)
+
+
+def take_folder(folder: Path, refusal: str) -> IO:
+    """Hold a folder, which is made, until `release_folder` is given what this returns. ValueError:
+    another process holds it (`refusal`), or there is a link by the name of the lock."""
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = refuse_link(path).open("ab")
+        try:
+            lock(file, refusal)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the process that held it has just removed it
+
+
+def release_folder(folder: Path, held: IO) -> None:
+    """Let go of a folder that `take_folder` took, and remove it if nothing came to be in it."""
+    with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
+        os.unlink(folder / LOCK)
+        folder.rmdir()  # only if nothing else is in it
+    held.close()
 
 
 def _wait_for_lock(file: IO | int) -> None:

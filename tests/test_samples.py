@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from mmdit.files import release_folder, take_folder
 from mmdit.pixels import to_shown
 from mmdit.scripts import evaluate, sample
 from mmdit.scripts.prompts import read_prompts, read_requests
@@ -288,6 +289,17 @@ def test_lines_have_settings_of_their_own_and_batches_change_nothing(shop, tmp_p
     sizes.clear()
     command(run, tmp_path / "all", "--prompts_file", text)
     assert not sizes, "finished samples are kept"
+
+
+def test_two_commands_do_not_draw_into_one_folder(shop, tmp_path, capsys):
+    """Each would write samples.json without the samples of the other."""
+    run, out = shop.folder / "runs/base", tmp_path / "out"
+    words = ["--checkpoint", run, "--device", "cpu", "--prompts", "a", "--out", out]
+    held = take_folder(out, "")
+    refused(capsys, sample.main, words, f"another process is drawing into {out}")
+    release_folder(out, held)
+    command(run, out, "--prompts", "a")
+    assert {path.name for path in out.iterdir()} == {"0000.png", "grid.png", "samples.json"}
 
 
 def test_separators_of_unicode_end_no_line_of_a_prompts_file(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mmdit.adapters import merge
 from mmdit.data.dataset.frames import PreprocessConfig, crop_box, load_first_frame, load_image
 from mmdit.diffusion.samplers import Callback
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import with_tilde
+from mmdit.files import release_folder, take_folder, with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift
@@ -72,6 +72,23 @@ def all_processes(args: argparse.Namespace) -> Iterator[World]:
         )
     with process_group(args.device, context_parallel=size) as world:
         yield world
+
+
+@contextmanager
+def alone_in(folder: Path, world: World) -> Iterator[None]:
+    """Hold the folder of samples until the block ends. Every process must call. ValueError: another
+    command is drawing into it, whose samples.json would be lost, or this one's."""
+    held: list[IO] = []
+    refusal = (
+        f"another process is drawing into {folder}: wait until it has ended, or choose another"
+        " --out"
+    )
+    try:
+        world.share(lambda: held.append(take_folder(folder, refusal)))
+        yield
+    finally:
+        for file in held:
+            release_folder(folder, file)
 
 
 def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:
@@ -317,6 +334,12 @@ class Drawing:
             for numbers in left:
                 for done in self.draw(folder, numbers):
                     bar.update(done)
+
+    def finish(self, folder: SampleFolder) -> None:
+        """Write grid.png of what `folder` holds, and say so."""
+        if self.world.is_main and folder.files:
+            count, sheet = len(folder.finish()), folder.folder / "grid.png"
+            print(f"wrote {count} samples and {sheet}{folder.grid_note}")
 
     def draw(self, folder: SampleFolder, numbers: list[int]) -> Iterator[int]:
         """Draw and write requests of one batch key together; yield how many are written, each

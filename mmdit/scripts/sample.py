@@ -20,6 +20,7 @@ from pathlib import Path
 from mmdit.commands.sample import (
     Drawing,
     all_processes,
+    alone_in,
     check_arguments,
     first_frames,
     lay_over,
@@ -97,20 +98,19 @@ def main(argv: list[str] | None = None) -> int:
         requests = {} if args.interactive else dict(enumerate(asked_for(args), args.first))
         drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv, world)
         drawing.check(requests)
-        if args.interactive:
-            requests = stored_requests(Path(args.out))
-        folder = drawing.open_folder(args, story, requests, fps)
-        keep_freed_memory(drawing.pipeline.device)
-        for network in filter(None, (drawing.pipeline, drawing.refiner)):
-            offload_pipeline(network, args.offload)
-        if args.interactive:
-            print(HELP, flush=True)
-            drawing.converse(folder, sys.stdin)
-        else:
-            drawing.fill(folder, args.batch_size)
-        if world.is_main and folder.files:
-            files = folder.finish()
-            print(f"wrote {len(files)} samples and {folder.folder / 'grid.png'}{folder.grid_note}")
+        with alone_in(Path(args.out), world):
+            if args.interactive:
+                requests = stored_requests(Path(args.out))
+            folder = drawing.open_folder(args, story, requests, fps)
+            keep_freed_memory(drawing.pipeline.device)
+            for network in filter(None, (drawing.pipeline, drawing.refiner)):
+                offload_pipeline(network, args.offload)
+            if args.interactive:
+                print(HELP, flush=True)
+                drawing.converse(folder, sys.stdin)
+            else:
+                drawing.fill(folder, args.batch_size)
+            drawing.finish(folder)
     return 0
 
 

@@ -12,8 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmdit.config import ConfigError, parse_yaml
-from mmdit.files import open_regular
-from mmdit.training.runs import LOCK
+from mmdit.files import LOCK, open_regular
 
 PREVIEW = re.compile(r"step_(\d{8,})")
 VIDEOS = ("video.mp4", "video.png")

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mmdit.files import clean, lock, refuse_link
+from mmdit.files import clean, refuse_link, release_folder, take_folder
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
-
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -34,30 +32,15 @@ def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
         yield
     finally:
         for file in held:
-            with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
-                os.unlink(run_dir / LOCK)
-                run_dir.rmdir()  # only if nothing else is in it
-            file.close()
+            release_folder(run_dir, file)
 
 
 def _take(run_dir: Path) -> IO:
-    path = run_dir / LOCK
-    while True:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = refuse_link(path).open("ab")
-        try:
-            lock(
-                file,
-                f"another process is training in {run_dir}: wait until it has ended, or "
-                "choose another folder (experiment_name, output_dir)",
-            )
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # the training that held it has just removed it
+    refusal = (
+        f"another process is training in {run_dir}: wait until it has ended, or choose another"
+        " folder (experiment_name, output_dir)"
+    )
+    return take_folder(run_dir, refusal)
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -437,8 +437,14 @@ class ModelSection(Section):
                 "is true without train.init_from: the text encoder would learn for random weights;"
                 " name a run",
             )
+        if self.products == "float8":
+            self.check_products(run)
+
+    def check_products(self, run: Any) -> None:
+        """Refuse products of 8-bit floats where they would be ignored, or a loss would compare
+        them with others."""
         whole = run.train.autocast and not run.lora.enabled and run.posttrain is None
-        if self.products == "float8" and not whole:
+        if not whole:
             raise ConfigError(
                 "model.products",
                 "is float8, for whole models in bfloat16, not with train.precision fp32, lora or"

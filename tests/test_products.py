@@ -4,19 +4,26 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mmdit.adapters import LoRAConfig, inject
 from mmdit.config import ConfigError
 from mmdit.experiment.experiment_config import load_experiment_config
-from mmdit.interfaces import TextTokens
+from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interop.wan_weights import load_denoiser
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.nn import kernels, products
 from mmdit.nn.products import Float8Linear, codes, joinable, joined, multiply
+from mmdit.nn.stored_weights import store
+from mmdit.training.memory.offload import Streamer
+from tests.helpers.wan_release import config_text, make_release
 
 SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
 
@@ -225,6 +232,107 @@ def test_where_no_gpu_has_them_the_model_says_so_once():
     assert [str(w.message) for w in heard] == [
         "model.products is float8, but no kernels of it serve on cpu: autocast's are used"
     ]
+
+
+# ── of frozen weights ─────────────────────────────────────────────────────────────────────────────
+def frozen_layers(multiplies_codes: bool, offloaded: bool) -> nn.Sequential:
+    """Return two blocks of one layer, kept as float8, with a LoRA over each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64)) for _ in range(2)))
+    store(model, "float8", multiplies_codes)
+    inject(model, LoRAConfig(enabled=True, rank=2, target_modules=("0",)), seed=1)
+    for block in model:
+        nn.init.normal_(block[0].lora_B, std=0.1, generator=torch.Generator().manual_seed(2))
+    if offloaded:
+        Streamer(list(model), torch.device("cpu"))
+    return model
+
+
+def passes(model: Iterable[nn.Module], checkpointed: bool = False) -> list[torch.Tensor]:
+    """Return the output, the gradient of the input and those of the adapters."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 30, 64, generator=generator).bfloat16().requires_grad_()
+    y = x
+    with torch.autocast("cpu", torch.bfloat16):
+        for block in model:
+            y = checkpoint(block, y, use_reentrant=False) if checkpointed else block(y)
+    y.float().square().sum().backward()
+    adapters = [w for block in model for w in block.parameters() if w.requires_grad]
+    return [y.detach(), x.grad, *(weight.grad.clone() for weight in adapters)]
+
+
+def test_frozen_codes_take_part_in_products_as_they_are(serving):
+    """Compare with the definition: codes of each row of x, and of the gradient times the scales of
+    the weight, times the kept codes."""
+    layer = frozen_layers(True, False)[0][0]
+    weight, bias = layer.weight, layer.bias.bfloat16()
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    y = F.linear(x, weight, bias)
+    expected = multiply(*codes(x.detach()), weight.codes, weight.scale) + bias
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    code, scale = codes(gradient, weight.scale.flatten())
+    wanted = (code.float() * scale) @ weight.codes.float()
+    torch.testing.assert_close(x.grad, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_lora_on_frozen_codes_trains_near_the_one_on_unpacked_weights(serving, offloaded):
+    coded, plain = (passes(frozen_layers(words, offloaded)) for words in (True, False))
+    for a, b in zip(coded, plain, strict=True):
+        assert 0 < apart_from(a.float(), b.float()) < 0.06
+    again = passes(frozen_layers(True, offloaded), checkpointed=True)
+    assert all(torch.equal(a, b) for a, b in zip(coded, again, strict=True))
+    whole = passes(frozen_layers(True, False))
+    assert all(torch.equal(a, b) for a, b in zip(coded, whole, strict=True))
+
+
+def test_frozen_codes_are_unpacked_where_nothing_trains_or_rows_are_few(serving, monkeypatch):
+    x = torch.randn(10, 64).bfloat16()
+    coded, plain = (frozen_layers(multiplies, False) for multiplies in (True, False))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            assert torch.equal(coded(x), plain(x))
+        assert not torch.equal(coded(x), plain(x))
+        monkeypatch.setattr(products, "FEW", 11)
+        assert torch.equal(coded(x), plain(x))
+        monkeypatch.setattr(products, "FEW", 0)
+    assert torch.equal(coded(x.float()), plain(x.float()))
+
+
+def test_frozen_codes_compile_without_breaks(serving):
+    layer = frozen_layers(True, False)[0]
+    results = [passes([layer])]
+    layer.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results.append(passes([compiled]))
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+FROZEN = ["lora={enabled: true, target_modules: [q]}", "model.products=float8"]
+
+
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        (["model.dtype=float8", "train.precision=bf16"], ""),
+        (["model.dtype=nf4", "train.precision=bf16"], "but model.dtype is nf4"),
+        (["model.dtype=float8", "train.precision=fp32"], "with train.precision bf16"),
+        (["model.dtype=float8", "posttrain={algorithm: grpo}"], "and without posttrain"),
+    ],
+)
+def test_products_of_a_frozen_base_need_its_codes(tmp_path, words, refused):
+    release = make_release(tmp_path)
+    (tmp_path / "wan.yaml").write_text(config_text(release, tmp_path))
+    if refused:
+        with pytest.raises(ConfigError, match=f"model.products: is float8, .*{refused}"):
+            load_experiment_config(tmp_path / "wan.yaml", [*FROZEN, *words])
+        return
+    config = load_experiment_config(tmp_path / "wan.yaml", [*FROZEN, *words])
+    with pytest.raises(ConfigError, match="multiples of 16, but those of the blocks are 24 and 32"):
+        load_denoiser(config.model, LatentSpec(4), 24)
 
 
 @pytest.mark.parametrize(

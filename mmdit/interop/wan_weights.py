@@ -369,7 +369,14 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
     if settings.dtype in ENCODINGS:
-        store(model.blocks, settings.dtype)
+        store(model.blocks, settings.dtype, settings.products == "float8")
+    widths = model.config.dim, model.config.ffn_dim
+    if settings.products == "float8" and any(width % 16 for width in widths):
+        raise ConfigError(
+            "model.products",
+            "is float8, for which widths must be multiples of 16, but those of the blocks are"
+            f" {widths[0]} and {widths[1]}; leave it out",
+        )
     return model
 
 

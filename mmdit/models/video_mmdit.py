@@ -8,7 +8,6 @@ token.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -443,16 +442,8 @@ class VideoMMDiT(Denoiser):
         share: Share | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the stream as `Block.forward` does, of the frames of this process."""
-        if (
-            self.config.products == "float8"
-            and self.training
-            and not kernels.can_encode(x.new_empty(0, dtype=torch.bfloat16))
-        ):
-            warnings.warn(
-                f"model.products is float8, but no kernels of it serve on {x.device}: autocast's"
-                " are used",
-                stacklevel=2,
-            )
+        if self.config.products == "float8" and self.training:
+            kernels.warn_without_codes(x.device)
         table = (self.config.head_dim, x.device, exact)
         layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.wan import PATCH, Residual, WanDiT
+from mmdit.nn import kernels
 from mmdit.nn.encodings import ENCODINGS
 
 
@@ -42,6 +43,10 @@ class WanModelConfig(ModelSection):
     # float8: with one scale a row, or as an fp8_scaled file has them; int8: as large, with one
     # scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64 weights.
     dtype: Literal["float32", "bfloat16", "float8", "int8", "nf4"] = "float32"
+    # The type of the blocks' matrix products in training: that of `train.precision`, or float8: the
+    # codes of `dtype: float8` times codes of the input, and of the gradient (GPUs from Ada and
+    # Hopper on). On other GPUs, and where nothing is trained, it is autocast.
+    products: Literal["autocast", "float8"] = "autocast"
     # The type of the stream between blocks: float32, or that of autocast, which is half the
     # traffic.
     residual: Residual = "float32"
@@ -113,6 +118,15 @@ class WanModelConfig(ModelSection):
                 f"is {run.experts.boundary}: a pair needs model.boundary alike, model.expert null",
             )
 
+    def check_products(self, run: Any) -> None:
+        if self.dtype != "float8" or not run.train.autocast or run.posttrain is not None:
+            raise ConfigError(
+                "model.products",
+                f"is float8, but model.dtype is {self.dtype}: it multiplies the codes of a frozen"
+                " base of model.dtype float8, with train.precision bf16 and without posttrain; set"
+                " these, or leave it out",
+            )
+
     @property
     def between(self) -> tuple[float, float]:
         """Return the times of the expert, once its boundary is known (`expert_choice.resolved`)."""
@@ -152,6 +166,8 @@ class WanDenoiser(WanDiT):
         """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or
         b, f, r, c, 20)`: I2V's mask and picture; `clip (1 or b, i, d)`: states of it.
         `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
+        if self.settings.products == "float8" and self.training:
+            kernels.warn_without_codes(x.device)
         t = t.floor() if whole_times else t
         if given:
             per_frame = x.shape[2] * x.shape[3] // 4

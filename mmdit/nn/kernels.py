@@ -48,6 +48,16 @@ def can_encode(x: Tensor) -> bool:
     return _codes and can_run(x) and x.dtype == torch.bfloat16
 
 
+def warn_without_codes(device: torch.device) -> None:
+    """Warn if `model.products: float8` changes nothing on `device`."""
+    if not can_encode(torch.empty(0, dtype=torch.bfloat16, device=device)):
+        warnings.warn(
+            f"model.products is float8, but no kernels of it serve on {device}: autocast's are"
+            " used",
+            stacklevel=2,
+        )
+
+
 def check_device(device: torch.device) -> None:
     """Leave the kernels alone on a GPU that cannot run them; a warning says so once."""
     global _able, _codes

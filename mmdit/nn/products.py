@@ -5,7 +5,8 @@ With float8 `y = x · Wᵀ` and the gradient of x are products of codes (e4m3: 3
 up to 448), each row of x, of W and of the gradient with a scale of its own (Micikevicius et al.
 2022, 2209.05433; scales a row as in torchao's `rowwise_with_gw_hp`). The gradient of W, a sum over
 all tokens, is a product of bfloat16. Weights stay float32, and whatever does not train uses them
-so."""
+so. (Frozen weights that are kept as such codes take part in the same products:
+nn/stored_weights.py.)"""
 
 from __future__ import annotations
 
@@ -36,7 +37,16 @@ def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
         return torch._scaled_mm(
             a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
-    return ((a.float() * scale_a) @ (b.float() * scale_b).t()).bfloat16()
+    with torch.autocast(a.device.type, enabled=False):
+        return ((a.float() * scale_a) @ (b.float() * scale_b).t()).bfloat16()
+
+
+def input_gradient(grad: Tensor, code: Tensor, scale: Tensor) -> Tensor:
+    """Return `grad (m, n) · W (n, k)` in bfloat16, of the codes of W and the scales `(n, 1)` of its
+    rows. These multiply the columns of the gradient, so that the codes of the forward pass are used
+    here, too."""
+    ones = scale.new_ones(code.shape[1], 1)
+    return multiply(*codes(grad, scale.flatten()), code.t().contiguous(), ones)
 
 
 class _SharedProduct(torch.autograd.Function):
@@ -61,11 +71,7 @@ class _SharedProduct(torch.autograd.Function):
         weights = saved[: len(needs_weights)]
         rows, grad_x = grad.flatten(0, -2), None
         if needs_x and ctx.coded:
-            # The scales of W's rows multiply the gradient's columns, so the codes of the forward
-            # pass are used here, too.
-            code, scale = saved[len(weights) :]
-            ones = scale.new_ones(code.shape[1], 1)
-            grad_x = multiply(*codes(rows, scale.flatten()), code.t().contiguous(), ones).view_as(x)
+            grad_x = input_gradient(rows, *saved[len(weights) :]).view_as(x)
         elif needs_x:
             grad_x = grad @ _stacked([weight.to(grad.dtype) for weight in weights])
         parts = rows.split([len(weight) for weight in weights], -1)
@@ -76,7 +82,7 @@ class _SharedProduct(torch.autograd.Function):
         return grad_x, None, *grads
 
 
-def _many_rows(x: Tensor) -> bool:
+def many_rows(x: Tensor) -> bool:
     return x.numel() >= FEW * x.shape[-1]
 
 
@@ -90,7 +96,7 @@ class Float8Linear(nn.Linear):
 
     def encodes(self, x: Tensor) -> bool:
         """Return whether the product with `x` is one of codes."""
-        return self.training and self.bias is None and kernels.can_encode(x) and _many_rows(x)
+        return self.training and self.bias is None and kernels.can_encode(x) and many_rows(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return _SharedProduct.apply(x, True, self.weight) if self.encodes(x) else super().forward(x)
@@ -101,7 +107,7 @@ def joinable(x: Tensor, *layers: nn.Module) -> bool:
     adapters), and a compiled block puts them together as it casts them, or `x` is large. (Autocast
     casts a single weight once for many calls.)
     """
-    pays = torch.compiler.is_compiling() or _many_rows(x)
+    pays = torch.compiler.is_compiling() or many_rows(x)
     return pays and all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
 
 

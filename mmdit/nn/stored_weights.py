@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from mmdit.nn import kernels, products
 from mmdit.nn.encodings import ENCODINGS, OF_CODES, Encoding
 from mmdit.nn.norm import working_dtype
 
@@ -28,7 +29,8 @@ class StoredWeight(Tensor):
     """A matrix `(out, in)` of `dtype` to the outside, kept as `codes`: its numbers in another type,
     or, with `scale`, those of the encoding that the type of the codes tells. `fetch` gives both on
     `device` where they are needed now; None: they lie there; `changing` is called before they are
-    written to, for others may have copies.
+    written to, for others may have copies. `multiplies_codes`: large products in training are those
+    of 8-bit floats, of the codes as they are kept, where a GPU has them.
     Products with it (`F.linear`) are differentiable in the input and the bias; anything else sees a
     copy that is unpacked for it. What is written into it is packed again; what would be written
     into a part of such a copy is refused, for it would be lost.
@@ -56,8 +58,10 @@ class StoredWeight(Tensor):
         device: torch.device | None = None,
         fetch: Callable[[], Parts] | None = None,
         changing: Callable[[], None] | None = None,
+        multiplies_codes: bool = False,
     ):
         self.codes, self.scale, self.fetch, self.changing = codes, scale, fetch, changing
+        self.multiplies_codes = multiplies_codes
 
     @staticmethod
     def encoded(weight: Tensor, encoding: Encoding) -> StoredWeight:
@@ -68,9 +72,14 @@ class StoredWeight(Tensor):
         """Return how the codes are to be read; None: they are the numbers."""
         return None if self.scale is None else OF_CODES[self.codes.dtype]
 
+    def parts(self) -> Parts:
+        """Return codes and scales on `device`, for one product: later fetches may overwrite
+        them."""
+        return self.fetch() if self.fetch else (self.codes, self.scale)
+
     def now(self, dtype: torch.dtype) -> Tensor:
         """Unpack the weight for one product: later fetches may overwrite it."""
-        return _unpacked(self.fetch() if self.fetch else (self.codes, self.scale), dtype)
+        return _unpacked(self.parts(), dtype)
 
     def whole(self) -> Tensor:
         """Return a plain copy in `dtype` on `device`."""
@@ -90,21 +99,23 @@ class StoredWeight(Tensor):
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
         """Return such a weight of changed parts; fetched ones stay where they are kept."""
-        if self.fetch:
-            return StoredWeight(
-                self.codes, self.scale, self.dtype, self.device, self.fetch, self.changing
-            )
-        return StoredWeight(
-            change(self.codes), None if self.scale is None else change(self.scale), self.dtype
-        )
+        codes, scale = self.codes, self.scale
+        if not self.fetch:
+            codes, scale = change(codes), None if scale is None else change(scale)
+        device = self.device if self.fetch else None
+        further = self.fetch, self.changing, self.multiplies_codes
+        return StoredWeight(codes, scale, self.dtype, device, *further)
 
     def __tensor_flatten__(self):
         names = ["codes"] if self.scale is None else ["codes", "scale"]
-        return names, self.dtype
+        return names, (self.dtype, self.multiplies_codes)
 
     @staticmethod
-    def __tensor_unflatten__(parts, dtype, size, stride):
-        return StoredWeight(parts["codes"], parts.get("scale"), dtype)
+    def __tensor_unflatten__(parts, context, size, stride):
+        dtype, multiplies_codes = context
+        result = StoredWeight(parts["codes"], parts.get("scale"), dtype)
+        result.multiplies_codes = multiplies_codes
+        return result
 
     def __repr__(self, **_):
         return (
@@ -128,7 +139,9 @@ class StoredWeight(Tensor):
             # What is written into a clone must not reach the memory that is fetched from.
             scale = weight.scale
             scale = None if scale is None else scale.to(weight.device, copy=True)
-            return StoredWeight(weight.codes.to(weight.device, copy=True), scale, weight.dtype)
+            codes = weight.codes.to(weight.device, copy=True)
+            further = None, None, weight.multiplies_codes
+            return StoredWeight(codes, scale, weight.dtype, None, *further)
         if func in _SAME:
             return weight.like(lambda part: func(part, *args[1:], **kwargs))
         keeps_dtype = kwargs.get("dtype") in (None, weight.dtype)
@@ -213,8 +226,13 @@ def _written(func, args: tuple, kwargs: dict) -> list:
 
 
 def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
-    dtype = working_dtype(x)
-    return _UnpackedProduct.apply(x.to(dtype), None if bias is None else bias.to(dtype), weight)
+    x = x.to(working_dtype(x))
+    bias = None if bias is None else bias.to(x.dtype)
+    # In training alone. Checkpointed blocks have gradients enabled in both of their passes.
+    trains = weight.multiplies_codes and torch.is_grad_enabled()
+    if trains and products.many_rows(x) and kernels.can_encode(x):
+        return _CodedProduct.apply(x, bias, weight)
+    return _UnpackedProduct.apply(x, bias, weight)
 
 
 class _UnpackedProduct(torch.autograd.Function):
@@ -230,6 +248,27 @@ class _UnpackedProduct(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x = gradient @ ctx.weight.now(gradient.dtype) if ctx.needs_input_grad[0] else None
         return x, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+class _CodedProduct(torch.autograd.Function):
+    """`x Wᵀ + b` and the gradient of x as products of 8-bit floats, in bfloat16: W's codes as they
+    are kept, and x and the gradient encoded row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, weight: StoredWeight) -> Tensor:
+        ctx.weight = weight
+        rows, (code, scale) = products.codes(x.flatten(0, -2)), weight.parts()
+        assert scale is not None, "they are encoded"
+        result = products.multiply(*rows, code, scale).unflatten(0, x.shape[:-1])
+        return result if bias is None else result + bias
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, rows = None, gradient.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            x = products.input_gradient(rows, *ctx.weight.parts())
+            x = x.unflatten(0, gradient.shape[:-1])
+        return x, rows.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 def parts_of(weight: Tensor) -> list[Tensor]:
@@ -248,11 +287,13 @@ def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def store(blocks: nn.Module, name: str) -> None:
+def store(blocks: nn.Module, name: str, multiplies_codes: bool = False) -> None:
     """Keep the weights of all linear layers of `blocks` in the encoding of this name, frozen; in
-    place, one after the other. Each is unpacked in the type that it had."""
+    place, one after the other. Each is unpacked in the type that it had. `multiplies_codes`: as
+    `StoredWeight` has it, for float8."""
     for layer in linear_layers(blocks.requires_grad_(False)):
-        if isinstance(layer.weight, StoredWeight):
-            continue  # it was read as it is
-        stored = StoredWeight.encoded(layer.weight, ENCODINGS[name])
+        stored = layer.weight
+        if not isinstance(stored, StoredWeight):  # else it was read as it is
+            stored = StoredWeight.encoded(stored, ENCODINGS[name])
+        stored.multiplies_codes = multiplies_codes
         layer.weight = nn.Parameter(stored, requires_grad=False)

@@ -4,7 +4,9 @@ output, and the gradient of a LoRA on all its linear layers, as relative L2 dist
     python -m tests.drivers.stored_precision [--dim 1536 --layers 4]
 
 Weights are random, with the scale of trained ones; products are computed in float32, so that what
-is seen is the storage alone.
+is seen is the storage alone. Last come the products themselves, over weights kept as float8: of
+unpacked weights in bfloat16, and of 8-bit floats, which a CPU multiplies as the numbers that they
+stand for.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.models.wan import WanConfig, WanDiT
+from mmdit.nn import kernels, products
 from mmdit.nn.stored_weights import linear_layers, store
 
 E4M3 = torch.float8_e4m3fn
@@ -93,6 +96,15 @@ def main() -> None:
         pairs = zip(answers(model, inputs), exact, strict=True)
         output, gradient = (distance(*pair) for pair in pairs)
         print(f"{name}: output {output:.4f}, gradient {gradient:.4f}", flush=True)
+    kernels.can_encode = lambda x: x.dtype == torch.bfloat16
+    products.FEW = 0
+    for name, multiplies_codes in (("bfloat16", False), ("float8", True)):
+        model = network()
+        store(model.blocks, "float8", multiplies_codes)
+        with torch.autocast("cpu", torch.bfloat16):
+            pairs = zip(answers(model, inputs), exact, strict=True)
+        output, gradient = (distance(*pair) for pair in pairs)
+        print(f"products of {name}: output {output:.4f}, gradient {gradient:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class Streamer:
                 self.device,
                 partial(self._fetch, number, views),
                 self.forget,
+                getattr(layer.weight, "multiplies_codes", False),
             )
             layer.weight = nn.Parameter(stored, requires_grad=False)
         return pinned

@@ -463,6 +463,13 @@ def test_kinds_that_are_not_read_are_named(model, tmp_path, ends, kind):
     refused(kind, "LoRA, DoRA, LoKr", call=lambda: read_lora(model, file))
 
 
+@pytest.mark.parametrize("key", ["lora_te1_x.lora_down.weight", "text_encoders.t5.q.lora_A.weight"])
+def test_a_lora_of_the_text_encoder_is_named(model, tmp_path, key):
+    file = tmp_path / "x.safetensors"
+    save_file({key: torch.ones(2, 64)}, file)
+    refused("LoRA of a text encoder", key, call=lambda: read_lora(model, file))
+
+
 def test_dora_over_lokr_is_named(model, tmp_path):
     file = tmp_path / "x.safetensors"
     save_file(

@@ -40,6 +40,18 @@ def typed(name: str, argv: list[str] | None) -> str:
     return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
 
 
+class Once(argparse.Action):
+    """Stores the value of an option, and refuses a second one, of which the first would be lost."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(
+                f"argument {option_string}: is given twice, {before} and {values}; one can be used"
+            )
+        setattr(namespace, self.dest, values)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return a reader of whole numbers that are `least` or more, as the value of an option."""
 

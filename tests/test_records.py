@@ -62,6 +62,8 @@ def test_wrong_line_is_named_by_file_and_line(tmp_path, line, told):
         ("NaN", "no JSON number"),
         ("-Infinity", "no JSON number"),
         ("[1e400]", "no JSON number"),
+        ('"x", "note": {"deep": 1, "deep": 2}', '"deep" is there twice'),
+        ('"x", "caption": "y", "image_path": "z", "note": 1', "is there twice, and one would"),
         ("[" * 40 + "]" * 40, "deep in each other"),
         ("[" * 5000 + "]" * 5000, "not valid JSON|deep in each other"),
         ('"' + "x" * (17 << 20) + '"', "at most 16777216 are read"),
@@ -125,6 +127,9 @@ def test_text_in_another_encoding_or_form_is_explained(tmp_path):
         ) as told:
             read_records(path, "image")
         assert len(str(told.value).splitlines()) == 1
+    path.write_bytes("\r".join(rows).encode())
+    with pytest.raises(ValueError, match="meta.jsonl:1: .*CR alone"):
+        read_records(path, "image")
     path.write_text(json.dumps(image("a"), indent=2))
     with pytest.raises(ValueError, match="meta.jsonl:1: .*may not be spread over lines"):
         read_records(path, "image")

@@ -331,6 +331,7 @@ def test_the_prompts_of_post_training_can_be_drawn(tmp_path):
             "p.jsonl:2: sed: unknown key (did",
         ),
         ("p.jsonl", '\n{"prompt": "a"', "p.jsonl:2: not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', '"prompt" is there twice'),
         ("p.jsonl", '{"prompt": "a", "frames": 0}', "p.jsonl:1: frames: is 0; must be at least 1"),
         ("p.yaml", "prompts:\n- a\n- {seed: 1}", "p.yaml:3: prompt: is missing"),
         ("p.yaml", "prompts: []\nseed: 1", "holds prompts, seed, must hold one list"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmdit.config import ConfigError, decode, least
+from mmdit.data.dataset.records import JSON
 from mmdit.training.pipeline import SampleSettings
 
 
@@ -84,7 +84,7 @@ def read_request(line: str, where: str) -> Request:
     if not line.startswith("{"):
         return Request(line)
     try:
-        value = json.loads(line)
+        value = JSON.decode(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     return Request.read(value, where)

@@ -102,7 +102,16 @@ def _no_constant(word: str) -> float:
     raise ValueError(f"{word} is no JSON number; write null, or leave the key out")
 
 
-JSON = json.JSONDecoder(parse_constant=_no_constant)
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{json.dumps(repeated)[:80]} is there twice, and one would be lost")
+    return row
+
+
+JSON = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_without_repeats)
 
 
 def check_storable(value: object, name: str, depth: int = 0) -> None:
@@ -153,9 +162,11 @@ def decoded_object(line: bytes) -> dict:
     try:
         row = JSON.decode(text)
     except (ValueError, RecursionError) as error:
-        hint = (
-            f"; an object may not be spread over lines: {ONE_A_LINE}" if text.strip() == "{" else ""
-        )
+        hint = ""
+        if text.strip() == "{":
+            hint = f"; an object may not be spread over lines: {ONE_A_LINE}"
+        elif "\r" in text.strip():
+            hint = "; its lines end in CR alone: save the file with LF between lines"
         raise ValueError(f"is not valid JSON ({error}){hint}") from None
     if not isinstance(row, dict):
         raise ValueError(f"is not an object; {ONE_A_LINE}")

@@ -28,6 +28,7 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".writing-*.tmp"
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 LOCK = ".lock"  # in a folder that belongs to one process at a time
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
 FILE_TYPES = {
@@ -276,11 +277,20 @@ def lock(file: IO, refusal: str = "") -> None:
 
 def take_folder(folder: Path, refusal: str) -> IO:
     """Hold a folder, which is made, until `release_folder` is given what this returns. ValueError:
-    another process holds it (`refusal`), or there is a link by the name of the lock."""
+    another process holds it (`refusal`), nothing can be written there, or there is a link by the
+    name of the lock."""
     path = folder / LOCK
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = refuse_link(path).open("ab")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = refuse_link(path).open("ab")
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise ValueError(
+                f"nothing can be written into {folder} ({error.strerror}: {error.filename}); choose"
+                " another folder"
+            ) from None
         try:
             lock(file, refusal)
             with contextlib.suppress(FileNotFoundError):

@@ -18,6 +18,7 @@ from mmdit.files import (
     open_atomically,
     refuse_link,
     replace_folder,
+    take_folder,
     write_atomically,
 )
 
@@ -47,6 +48,13 @@ def test_what_is_written_is_what_is_there(tmp_path, data):
         else bytes(data)
     )
     assert (tmp_path / "a").read_bytes() == expected and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a_file", "a_file/below"])
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, name):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(ValueError, match=f"nothing can be written into .*{name} .*choose another"):
+        take_folder(tmp_path / name, "held")
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):

@@ -112,6 +112,12 @@ def message_of(error: Exception) -> str:
     # from a data loader's process: what was raised there, without its trace
     if "Original Traceback" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
+    names = sys.getfilesystemencoding()
+    if isinstance(error, UnicodeEncodeError) and names != "utf-8":
+        text = (
+            f"a name or a prompt holds letters that this locale, of {names}, does not have; set"
+            " PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
     full = is_memory_full(error)
     if full:
         text = f"the memory of this machine is full ({text.strip() or type(error).__name__})."

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mmdit.scripts import inspect_data, inspect_weights, prepare_moving_shapes, train_t2v
-from mmdit.terminal import PlainStream, plain, shown
+from mmdit.terminal import PlainStream, message_of, plain, shown
 from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,3 +126,10 @@ def test_a_command_writes_into_a_legacy_pipe(tmp_path):
 
 def test_a_mistake_in_a_recipe_is_one_message(capsys, tmp_path):
     refused(capsys, prepare_moving_shapes.main, ["--out_dir", tmp_path, "--width", "7"], "7")
+
+
+def test_letters_that_the_locale_lacks_are_told_with_what_helps(monkeypatch):
+    error = UnicodeEncodeError("utf-8", "\udce7", 0, 1, "surrogates not allowed")
+    assert "surrogates" in message_of(error)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    assert "this locale, of ascii," in message_of(error) and "PYTHONUTF8=1" in message_of(error)

@@ -133,9 +133,11 @@ def _name_of(process: int) -> str:
     begin to count at 1, so the moment it began, in ticks since the host started, belongs to it."""
     name = f"{socket.gethostname()}:{process}"
     try:
-        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{name}:{began}:{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
-    except (OSError, IndexError):
+        stat = Path(f"/proc/{process}/stat").read_bytes()
+        began = stat.rpartition(b")")[2].split()[19].decode()
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{name}:{began}:{start}"
+    except (OSError, ValueError, IndexError):
         return name  # not a Linux
 
 

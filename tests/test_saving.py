@@ -3,6 +3,7 @@ that are named."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,6 +140,28 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it_loses_no_step(shop, m
     words = shop.train_words("away", *SAVES, BACKGROUND)
     refused(capsys, train_t2v.main, words, "the disk was away")
     assert contents(shop.folder / "runs/away", 4) == contents(shop.folder / "runs/whole", 4)
+
+
+@pytest.mark.parametrize("where", ["problem_of", "read_tensors"])
+def test_a_run_is_read_while_its_training_removes_checkpoints(shop, tmp_path, monkeypatch, where):
+    """As with train.keep_last=1: the newest is gone while it is read, for there is a newer one."""
+    run = tmp_path / "run"
+    shutil.copytree(shop.folder / "runs/whole", run)
+    newest, newer = checkpoint.folder_of(run, 6), tmp_path / "step_00000006"
+    shutil.copytree(newest, newer)
+    for step in (2, 4, 6):
+        shutil.rmtree(checkpoint.folder_of(run, step))
+    place = shutil.copytree(newer, checkpoint.folder_of(run, 4))
+    read = getattr(checkpoint, where)
+
+    def reads(*arguments):
+        if place.exists():
+            shutil.rmtree(place)
+            shutil.move(newer, newest)
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoint, where, reads)
+    assert checkpoint.load_weights(run).source == newest
 
 
 def test_a_start_behind_a_torn_line_is_known(tmp_path):

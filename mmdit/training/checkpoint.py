@@ -47,6 +47,7 @@ META, NOTES = "checkpoint.json", "monitor.json"
 WEIGHTS = ("model", "ema")  # names of the files that sampling reads
 UNSUMMED = f'if a person did that, remove "files" from {META}'
 ALONE = World()
+TRIES = 10  # to read the newest checkpoint of a run that is training
 # What a stored config without the key `model.spatial` meant, before whole frames were the default.
 SPATIAL_BEFORE = ["window", "shifted"]
 
@@ -312,12 +313,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
     """Return the newest checkpoint that has no `problem_of`; damaged ones are named and passed
-    over."""
-    for folder in reversed(complete(run_dir)):
-        problem = problem_of(folder, summed)
-        if not problem:
-            return folder
-        print(f"passing over the damaged checkpoint {folder}: {problem}", flush=True)
+    over. One that a training removes meanwhile, for it has a newer one, is no damaged one."""
+    for _ in range(TRIES):
+        vanished = False
+        for folder in reversed(complete(run_dir)):
+            problem = problem_of(folder, summed)
+            if not problem:
+                return folder
+            vanished |= not folder.exists()
+            if vanished:
+                break
+            print(f"passing over the damaged checkpoint {folder}: {problem}", flush=True)
+        if not vanished and complete(run_dir):
+            return None
     return None
 
 
@@ -382,7 +390,21 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
             for name, tensor in stored.items()
         }
         return Weights(Meta.from_json(text, str(path)), tensors, path)
-    folder = newest(path)
+    for _ in range(TRIES):
+        folder = newest(path)
+        try:
+            return _of_folder(path, folder, use_ema)
+        except Exception:  # whatever a file that is gone is to who reads it
+            if folder in (None, path) or folder.exists():
+                raise
+    raise ValueError(
+        f"the training in {path} removes its checkpoints faster than they can be read; name an"
+        " export, or keep more of them (train.keep_last)"
+    )
+
+
+def _of_folder(path: Path, folder: Path | None, use_ema: bool) -> Weights:
+    """Return the weights of the checkpoint `folder` that is the newest of `path`."""
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None and path.name == "checkpoints" and newest(path.parent):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import mmdit.commands.evaluate as scoring
 import mmdit.training.checkpoint as checkpoint
+import mmdit.training.exporting as exporting
 import mmdit.training.memory.shards as stored
 from mmdit.__main__ import commands, start
 from mmdit.experiment.load import load_pipeline
@@ -360,7 +361,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(shop, capsys, monke
         yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for module in (stored, checkpoint):
+    for module in (stored, exporting):
         monkeypatch.setattr(module, "tensor_pieces", full)
     refused(
         capsys,

@@ -23,6 +23,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.ema import EMAConfig
 from mmdit.training.errors import RunError
+from mmdit.training.exporting import export
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import Stored
 from mmdit.training.optim import LearningRate
@@ -459,7 +460,7 @@ def test_checkpoints_are_pruned_whole_and_checked(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step_00000005"
     weights = checkpoint.load_weights(tmp_path)
     assert weights.meta.step == 5 and weights.meta.spec == SPEC
-    checkpoint.export(weights, tmp_path / "out.safetensors", torch.float32)
+    export(weights, tmp_path / "out.safetensors", torch.float32)
     again = checkpoint.load_weights(tmp_path / "out.safetensors")
     assert again.tensors.keys() == weights.tensors.keys()
     assert all(torch.equal(again.tensors[n], weights.tensors[n]) for n in weights.tensors)

@@ -17,8 +17,9 @@ from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
 from mmdit.privacy import NEEDED, last_part, local_values, portable_config
-from mmdit.training.checkpoint import Meta, Weights, export, load_weights
+from mmdit.training.checkpoint import Meta, Weights, load_weights
 from mmdit.training.expert_choice import joint_choice
+from mmdit.training.exporting import export
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -33,13 +33,13 @@ from torch import Tensor
 import mmdit
 from mmdit.adapters import is_adapter
 from mmdit.config import decode
-from mmdit.files import Sum, clean, flush_to_disk, refuse_link, remove, write_atomically
+from mmdit.files import Sum, flush_to_disk, refuse_link, remove
 from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored, place, write
-from mmdit.weights import bytes_of, check_numbers, is_finite, tensor_pieces
+from mmdit.weights import bytes_of, check_numbers
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
@@ -381,7 +381,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                 " base)"
             )
         stored = read_tensors(path)
-        if "crc32" in metadata and int(metadata["crc32"]) != _export_crc(text, stored):
+        if "crc32" in metadata and int(metadata["crc32"]) != export_crc(text, stored):
             raise ValueError(
                 f"the check sum of {path} is wrong: it was damaged, or changed after it was written"
             )
@@ -425,34 +425,7 @@ def _of_folder(path: Path, folder: Path | None, use_ema: bool) -> Weights:
     return Weights(meta, tensors, folder)
 
 
-def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
-    """Write one file with the weights in `dtype` and the config in its metadata. ValueError: a
-    weight is no finite number, or too large for `dtype`."""
-    tensors = {}
-    for name, tensor in weights.tensors.items():
-        if name.startswith("text_encoder.") and not tensor.is_floating_point():  # positions
-            tensors[name] = tensor.contiguous()
-            continue
-        check_numbers(name, tensor, weights.source)
-        tensors[name] = tensor.to(dtype).contiguous()
-        if not is_finite(tensors[name]):
-            raise ValueError(
-                f"{weights.source}: the weight {name} is too large for {dtype}; choose --dtype "
-                "bf16 or fp32"
-            )
-    text = weights.meta.to_json()
-    metadata = {"mmdit": text, "crc32": str(_export_crc(text, tensors))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clean(path.parent)
-        write_atomically(path, tensor_pieces(tensors, metadata), flush=True)
-    except OSError as error:
-        raise RunError(
-            f"could not write {path}: {error}; free disk space or choose another place"
-        ) from error
-
-
-def _export_crc(text: str, tensors: dict[str, Tensor]) -> int:
+def export_crc(text: str, tensors: dict[str, Tensor]) -> int:
     """Return the CRC-32 of an export: its config and the numbers in the order of their names."""
     total = Sum()
     total.add(text.encode())

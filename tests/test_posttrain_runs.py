@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mmdit.posttrain.rewards import Brightness
-from mmdit.scripts import posttrain
+from mmdit.scripts import export, posttrain
 from mmdit.text_encoders.byte_level import ByteLevelEncoder
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint, runs
@@ -130,3 +130,22 @@ def test_prompts_have_the_trigger_word_and_rewards_judge_without_it(shop, monkey
     )
     assert all(text.startswith("zork, ") for text in asked - {""}) and len(asked) > 8
     assert judged and not any("zork" in text for text in judged)
+
+
+def test_a_resume_with_other_real_samples_says_so_and_an_export_does_not_name_them(
+    shop, tmp_path, capsys
+):
+    first, other = shop.cache("pictures"), shop.cache("others", count=6)
+    words = ["posttrain.algorithm=srpo", "posttrain.srpo.latents={}"]
+    for step, cache in ((2, first), (3, first), (4, other)):
+        capsys.readouterr()
+        more = ["--resume"] if step > 2 else []
+        given = [words[0], words[1].format(cache), f"train.max_steps={step}", *more]
+        assert posttrain.main(command(shop, "real", *given)) == 0
+        out = capsys.readouterr().out
+        assert ("other data: before 8 items in" in out) == (cache == other)
+    assert f"now 6 items in {other}" in out
+    run = shop.folder / "runs/real"
+    assert "others" in (checkpoint.latest(run) / "checkpoint.json").read_text(encoding="utf-8")
+    export.main(["--checkpoint", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert str(shop.folder).encode() not in (tmp_path / "x.safetensors").read_bytes()

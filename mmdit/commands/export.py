@@ -131,7 +131,7 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
     config = apply_overrides(meta.config, overrides)
     if overrides:
         decode(ExperimentConfig, config)
-    origin = dict(meta.origin)
+    origin = {name: value for name, value in meta.origin.items() if name != "data"}
     if isinstance(origin.get("source"), str):
         origin["source"] = last_part(origin["source"])
     return replace(meta, config=portable_config(config, NEEDED), origin=origin)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,12 @@ from mmdit import config as config_io
 from mmdit.adapters import lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
+from mmdit.data.batches.latent_batches import contents
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner, start_from, with_sibling
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.run import agree_on_start
-from mmdit.files import write_atomically
+from mmdit.files import Sum, with_tilde, write_atomically
 from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.session import Session
@@ -25,7 +27,7 @@ from mmdit.posttrain.setup import Files
 from mmdit.posttrain.srpo import real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import check_same_latents
+from mmdit.training.continuing import check_same_latents, other_data
 from mmdit.training.distributed import process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.memory.offload import move_to_device
@@ -178,6 +180,7 @@ def posttrain(
             model=model,
             captions=config.captions,
         )
+        origin["data"] = data = data_of(session)
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
             session.restore(resumed)
@@ -186,6 +189,7 @@ def posttrain(
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
                 *(f"  config changed: {line}" for line in changed),
+                *(f"  {line}" for line in other_data(meta.origin.get("data") or [], data)),
             ]
         about = describe_session(session)
         world.print("\n".join([*lines, *expert_notes(config), *about]))
@@ -204,6 +208,20 @@ def posttrain(
             )
         )
         return post_train(session)
+
+
+def data_of(session: Session) -> list[dict[str, Any]]:
+    """Return what tells the samples that a run learns from, beside its own, from others."""
+    config = session.config
+    if config.algorithm == "srpo" and config.srpo.latents:
+        return [contents(real_latents(session))]
+    if config.algorithm == "dpo" and config.dpo.pairs:
+        pairs = stored_pairs(session)
+        assert pairs is not None, "the config names them"
+        path = Path(config.dpo.pairs)
+        row = {"path": with_tilde(str(path.resolve())), "items": len(pairs["prompts"])}
+        return [{"source": "", **row, "crc32": Sum.of_file(path).crc}]
+    return []
 
 
 def describe_session(session: Session) -> list[str]:

@@ -15,6 +15,7 @@ from mmdit.adapters import coverage, lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import contents
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diagnostics.clip_score import PreviewScore
@@ -65,7 +66,7 @@ def run_training(
         start = agree_on_start(config, resume, world)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         batches = open_batches(config, tokenizer, sources, world)
-        data = [source.contents() for source in batches.sources] if world.is_main else []
+        data = [contents(one.cache, one.plan.name) for one in batches.sources if world.is_main]
         run = Run(config, world, tokenizer.plain, batches.plan, start, data)
         run.continue_from_start()
         check_weights(run.learner)

@@ -63,7 +63,7 @@ class Meta:
     alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
     origin: dict = field(
         default_factory=dict
-    )  # `source` and `crc32` of what it reads elsewhere (training/origin.py)
+    )  # `source`, `crc32` and `data` of what it reads elsewhere (training/origin.py)
 
     def to_json(self, files: dict[str, list[int]] | None = None) -> str:
         """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of

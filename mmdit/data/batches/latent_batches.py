@@ -23,6 +23,7 @@ from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import CaptionsConfig, all_captions, drawn_captions
 from mmdit.data.dataset.frames import crop_shares
 from mmdit.data.dataset.workers import results
+from mmdit.files import with_tilde
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws
 
@@ -75,6 +76,20 @@ class StepBatches(Dataset, ABC):
                     future.cancel()
 
 
+def contents(cache: LatentCache, source: str = "") -> dict[str, Any]:
+    """Return what tells the data of a `source` from other data, whatever its place and layout: the
+    number of its items and a sum of their shapes, of the sums of their latents (files that are
+    encoded while training have none), and of the ids and captions of at most `COMPARED` of
+    them."""
+    total = zlib.crc32(cache.shapes.numpy().tobytes())
+    total = zlib.crc32(cache.columns.places[:, 2].contiguous().numpy().tobytes(), total)
+    for number in range(0, len(cache), math.ceil(len(cache) / COMPARED)):
+        captions = all_captions(cache.captions[number], cache.facts[number])
+        total = zlib.crc32("\0".join([cache.ids[number], *captions, ""]).encode(), total)
+    path = with_tilde(str(cache.folder.resolve()))
+    return {"source": source, "path": path, "items": len(cache), "crc32": total}
+
+
 class LatentBatches(StepBatches):
     """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are
     exactly the plan's global batch. `crops`: batches say which part of its picture each item shows.
@@ -115,19 +130,6 @@ class LatentBatches(StepBatches):
         else:
             self.store = open_store(cache, in_memory, progress=rank == 0)
         self.sources = [self]
-
-    def contents(self) -> dict[str, Any]:
-        """Return what tells this data from other data, whatever its place and layout: the number of
-        its items and a sum of their shapes, of the sums of their latents (files that are encoded
-        while training have none), and of the ids and captions of at most `COMPARED` of them."""
-        cache = self.cache
-        total = zlib.crc32(cache.shapes.numpy().tobytes())
-        total = zlib.crc32(cache.columns.places[:, 2].contiguous().numpy().tobytes(), total)
-        for number in range(0, len(cache), math.ceil(len(cache) / COMPARED)):
-            captions = all_captions(cache.captions[number], cache.facts[number])
-            total = zlib.crc32("\0".join([cache.ids[number], *captions, ""]).encode(), total)
-        path = str(cache.folder.resolve())
-        return {"source": self.plan.name, "path": path, "items": len(cache), "crc32": total}
 
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of `step`. `Batch.indices` are positions in the global batch."""

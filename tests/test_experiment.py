@@ -526,6 +526,7 @@ def test_adapters_end_to_end(shop, capsys):
             "train.sample_num_steps",
         ),
         (["train.lr_final=-3"], "train.lr_final"),
+        (["train.init_from=''"], "train.init_from"),
         (["num_workers=-2"], "num_workers"),
         (["train.betas=[1.5, 0.9]"], "train.betas"),
         (["ema.start_step=-5"], "ema.start_step"),

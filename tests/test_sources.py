@@ -359,6 +359,18 @@ def test_captions_are_found_whatever_their_suffix_is_and_orphans_are_told(tmp_pa
     )
 
 
+def test_captions_are_found_however_accents_are_composed(tmp_path):
+    """A name from a Mac has an `e` and an accent, where a caption from elsewhere has one letter."""
+    for name, letter in (("apart", "e\u0301"), ("whole", "\u00e9")):
+        other = "\u00e9" if letter != "\u00e9" else "e\u0301"
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}{letter}.png")
+        (tmp_path / f"{name}{other}.txt").write_text(name, encoding="utf-8")
+    report = prepare_folder(tmp_path)
+    assert not report.orphans and not report.without_caption
+    records = read_records(tmp_path / "train_images.jsonl", "image")
+    assert sorted(record.caption for record in records) == ["apart", "whole"]
+
+
 def test_folder_without_media_and_captions_per_line(tmp_path):
     with pytest.raises(ValueError, match="no picture or video in"):
         prepare_folder(tmp_path)

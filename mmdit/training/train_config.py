@@ -177,6 +177,8 @@ class TrainConfig(Section):
                 f"is {self.sample_clip} but sample_every_steps is 0: there is no preview to score;"
                 " set sample_every_steps, or sample_clip to null",
             )
+        if self.init_from == "":
+            raise ConfigError("init_from", "is empty; name what to start from, or write null")
         if not 0 <= self.lr_final <= 1:
             raise ConfigError("lr_final", f"is {self.lr_final}, must be a share of lr, from 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):

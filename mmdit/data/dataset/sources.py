@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -150,15 +151,20 @@ def known_ids(paths: Iterable[Path]) -> dict[str, str]:
 
 def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
     """Return picture or clip → its text file, by the name: of `cat.jpg` it is `cat.txt`, else
-    `cat.TXT`, else `cat.jpg.txt`."""
+    `cat.TXT`, else `cat.jpg.txt`. Letters with accents are the same however a system composes
+    them."""
     by_name: dict[str, str] = {}
     for text in sorted(texts, key=lambda text: (not text.endswith(".txt"), text)):
         by_name.setdefault(os.path.splitext(text)[0], text)
+    composed: dict[str, str] = {}
+    for name, text in by_name.items():
+        composed.setdefault(unicodedata.normalize("NFC", name), text)
     text_of = {}
     for file in media:
         for name in (file, os.path.splitext(file)[0]):  # the latter is preferred
-            if name in by_name:
-                text_of[file] = by_name[name]
+            text = by_name.get(name) or composed.get(unicodedata.normalize("NFC", name))
+            if text:
+                text_of[file] = text
     return text_of
 
 

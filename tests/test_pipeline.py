@@ -2,6 +2,7 @@
 
 import builtins
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -106,6 +107,14 @@ def test_rendering_into_a_cache_equals_pictures_on_disk(tmp_path):
     )
     for i in range(7):
         torch.testing.assert_close(direct.load(i).float(), files.load(i).float(), rtol=0, atol=2e-3)
+
+
+def test_a_name_without_spaces_stays_below_its_cell():
+    """Draw two cells, the left one with a long name: right of it and of the gap all is white."""
+    names = ["photo_of_a_mountain_by_a_lake_in_the_north_1234.png", ""]
+    sheet = contact_sheet(torch.zeros(2, 1, 3, 64, 64), names, 2, 64)
+    below = np.array(sheet)[6 + 64 :]
+    assert (below[:, 6 + 66 :] == 255).all() and (below[:, : 6 + 66] < 128).any()
 
 
 def test_files_show_what_was_drawn(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,20 @@ def _image(frame: Tensor) -> Image.Image:
     return Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
 
 
+def _pieces(draw: ImageDraw.ImageDraw, word: str, font, width: int) -> list[str]:
+    """Return a word in pieces that fit into `width`: names of files have no spaces."""
+    length = draw.textlength(word, font=font)
+    if length <= width:
+        return [word]
+    count = max(1, int(0.85 * len(word) * width / length))
+    return [word[first : first + count] for first in range(0, len(word), count)]
+
+
 def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
     lines: list[str] = []
     line = ""
-    for word in text.split():
+    pieces = chain.from_iterable(_pieces(draw, word, font, width) for word in text.split())
+    for word in pieces:
         longer = f"{line} {word}".strip()
         if line and draw.textlength(longer, font=font) > width:
             lines, line = [*lines, line], word

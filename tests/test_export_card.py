@@ -260,6 +260,7 @@ def test_every_form_has_its_commands():
 def test_adapters_name_their_base(shop, tmp_path, form):
     start = shop.folder / "runs/start"
     words = ["lora={enabled: true, rank: 2}", f"train.init_from={start}", "train.max_steps=1"]
+    words.append("captions.trigger=zork")
     run = shop.folder / "runs/adapted"
     if not run.exists():
         shop.train("adapted", *words)
@@ -270,6 +271,8 @@ def test_adapters_name_their_base(shop, tmp_path, form):
     assert front["library_name"] == {"peft": "peft", "comfy": "mmdit"}[form]
     assert card_path(out).name == {"peft": "README.md", "comfy": "adapter.md"}[form]
     assert "rank 2" in text and "[me/start](https://huggingface.co/me/start)" in text
+    assert front["instance_prompt"] == "zork" and "the trigger word zork, which prompts" in text
+    assert "--prompts 'zork, a large red star" in text
 
 
 def test_a_release_is_known_by_the_name_of_its_folder_and_not_by_its_place(tmp_path):

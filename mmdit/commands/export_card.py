@@ -22,6 +22,7 @@ from mmdit.commands.card_scores import score_tables
 from mmdit.commands.card_text import escaped, fenced, picture, table
 from mmdit.commands.exported import Exported, commands_for, uses_elsewhere
 from mmdit.config import decode, to_yaml
+from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
 from mmdit.diagnostics.curves import learning_curves, read_metrics
 from mmdit.diagnostics.run_facts import figures, start_rows
 from mmdit.experiment.card_config import CardConfig
@@ -93,6 +94,9 @@ class Card:
         self.path = card_path(self.exported.out)
         self.config = portable_config(self.exported.config)
         self.stated = decode(CardConfig, self.exported.config.get("card") or {})
+        words = self.exported.config.get("captions")
+        trigger = words.get("trigger") if isinstance(words, dict) else None
+        self.captions = CaptionsConfig(trigger if isinstance(trigger, str) else "")
         self.run = run_of(self.exported.checkpoint)
         self.records = self._records()
         self.scores: list[str] = []
@@ -161,6 +165,8 @@ class Card:
         if self.base:
             front["base_model"] = self.base
             front["base_model_relation"] = "adapter" if exported.is_lora else "finetune"
+        if exported.is_lora and self.captions.trigger:
+            front["instance_prompt"] = without_paths(self.captions.trigger)
         if self.stated.datasets:
             front["datasets"] = list(self.stated.datasets)
         return front
@@ -199,10 +205,14 @@ class Card:
     def _use(self) -> str:
         """Return commands that use what was exported."""
         prompts = (self.config.get("train") or {}).get("sample_prompts") or ["a prompt"]
-        prompt = without_paths(" ".join(str(prompts[0]).split()))
+        prompt = with_trigger(" ".join(str(prompts[0]).split()), self.captions)
+        prompt = without_paths(prompt)
         lines = commands_for(self.exported, self.base, prompt)
-        commands = [fenced("\n".join(lines), "bash")] if lines else []
-        return "\n\n".join([*commands, *uses_elsewhere(self.exported, prompt)])
+        said = [fenced("\n".join(lines), "bash")] if lines else []
+        if self.captions.trigger:
+            trigger = escaped(without_paths(self.captions.trigger))
+            said.append(f"It was trained with the trigger word {trigger}, which prompts must hold.")
+        return "\n\n".join([*said, *uses_elsewhere(self.exported, prompt)])
 
     def _shown_samples(self) -> str:
         """Return samples of the run, and what was asked for."""

@@ -248,6 +248,7 @@ class Denoiser(Network):
     lora_targets: tuple[str, ...] = ("q", "k", "v", "proj")  # adapters' default
     lora_only_if_named: tuple[str, ...] = ()  # layers adapted only by a target that names them
     context: Any = None  # see `share_clips`; of one network
+    encoding: str | None = None  # in which the frozen matrices of `blocks` are (nn/encodings.py)
 
     def forward(self, x: Tensor, t: Tensor, text: Any, **inputs: Any) -> Tensor:
         """Return the prediction, shaped like `x (B, F, H, W, C)`, for `t (B,)` as the objective

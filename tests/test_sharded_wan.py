@@ -14,9 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mmdit.adapters import LoRAConfig, inject, is_adapter
 from mmdit.diffusion import build_objective
 from mmdit.interfaces import LatentSpec
-from mmdit.interop.wan_weights import load_dit, save_dit
+from mmdit.interop.wan_weights import load_denoiser, load_dit, save_dit
 from mmdit.interop.weights_in_files import unpack_weights
-from mmdit.models.wan_denoiser import WanDenoiser
+from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.scripts import train_t2v
 from mmdit.text_encoders import HashConfig, build_text_encoder
@@ -25,6 +25,7 @@ from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import to_bfloat16
 from mmdit.training.memory.shards import local
+from mmdit.training.origin import frozen_elsewhere, sum_of
 from mmdit.training.parallel import shard
 from tests.helpers.wan_release import random_dit
 from tests.test_scaled_float8 import ONE_HEAD, written
@@ -33,6 +34,8 @@ from tests.test_wan_training import LORA, Shop
 
 WORDS = {
     "lora": [LORA, "model.dtype=bfloat16", "train.lr=0.01"],
+    "nf4": [LORA, "model.dtype=nf4", "train.lr=0.01"],
+    "float8": [LORA, "model.dtype=float8", "model.checkpointing=true", "train.lr=0.01"],
     "whole": ["train.precision=pure_bf16"],
 }
 
@@ -49,16 +52,17 @@ def folder(request, tmp_path_factory):
 
 def one_rank(folder: Path) -> None:
     config, cache = folder / "wan.yaml", folder / "cache0"
+    common = ["--config", str(config), "--train_cache_dir", str(cache), "--device", "cpu"]
+
+    def train(name: str, way: str, *words: str) -> None:
+        ways = (f"experiment_name={name}", f"parallel.type={way}")
+        assert not train_t2v.main([*common, *ways, *words])
+
     for name, words in WORDS.items():
         for way in ("ddp", "fsdp"):
-            train_t2v.main(
-                [
-                    *("--config", str(config), "--train_cache_dir", str(cache), "--device", "cpu"),
-                    f"experiment_name={name}_{way}",
-                    f"parallel.type={way}",
-                    *words,
-                ]
-            )
+            train(f"{name}_{way}", way, *words)
+    train("moved", "ddp", *WORDS["nf4"], "train.max_steps=2")
+    train("moved", "fsdp", *WORDS["nf4"], "--resume")
 
 
 def losses(run: Path) -> list[float]:
@@ -155,6 +159,66 @@ def test_shards_out_of_the_files_are_those_of_a_base_in_memory(
             assert not any(mine.data_ptr() in places for places in in_files), name
 
 
+def encoded_learner(path: Path, encoding: str, adapter: str, in_file: bool) -> Learner:
+    """Return a learner of the base in `path`, as `model.dtype` would keep it, with adapters."""
+    settings = WanModelConfig(name_or_path=str(path), dtype=encoding)
+    spec = LatentSpec(ONE_HEAD.out_dim)
+    model = load_denoiser(settings, spec, ONE_HEAD.text_dim, in_file=in_file)
+    encoder = build_text_encoder(HashConfig(dim=ONE_HEAD.text_dim))
+    learner = Learner(model, encoder, build_objective("flow_matching"), spec)
+    rank_and_layers = {"rank": 3, "target_modules": ("q", "ffn.0")}
+    inject(model, LoRAConfig(enabled=True, type=adapter, **rank_and_layers), 0)
+    return learner
+
+
+@pytest.mark.parametrize(
+    "write, stored, encoding, adapter",
+    [
+        (sharded_folder, torch.float32, "nf4", "dora"),
+        (single_file, torch.bfloat16, "int8", "lora"),
+        (scaled_float8, torch.float16, "float8", "lora"),
+        (scaled_float8, torch.float16, "nf4", "lora"),
+    ],
+)
+def test_codes_and_scales_out_of_the_files_are_cut_by_rows(
+    tmp_path, write, stored, encoding, adapter
+):
+    """Compare to the bit with those of a base in memory, of which a checkpoint's sum, and what
+    adapters begin from, must be the same."""
+    path = write(tmp_path, stored)
+    whole = encoded_learner(path, encoding, adapter, in_file=False)
+    for size, rank in ((2, 1), (3, 0), (3, 2)):
+        learner = encoded_learner(path, encoding, adapter, in_file=True)
+        in_files = mapped_ranges()
+        for name, weight in learner.model.named_parameters():
+            expected = whole.model.get_parameter(name).detach()
+            assert torch.equal(local(weight.detach()) + 0, expected + 0), name
+            codes = weight.codes if isinstance(weight, StoredWeight) else weight
+            assert is_adapter(name) or any(codes.data_ptr() in places for places in in_files), name
+        assert sum_of([frozen_elsewhere(learner)]) == sum_of([frozen_elsewhere(whole)])
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            shard(learner, World(rank, size))
+        finally:
+            dist.destroy_process_group()
+        cut: dict[str, nn.Parameter] = dict(learner.model.named_parameters())
+        for name, expected in whole.model.named_parameters():
+            parts, places = [expected.detach()], [name]
+            if isinstance(expected, StoredWeight):
+                layer, original = name.removesuffix(".weight"), "parametrizations.weight.original"
+                parts = [expected.codes, expected.scale]
+                places = [f"{layer}.{original}{number}" for number in (0, 1)]
+            for part, place in zip(parts, places, strict=True):
+                mine, rows = local(cut.pop(place).detach()), part.chunk(size)
+                wanted = rows[rank] if rank < len(rows) else part[:0]
+                assert mine.dtype == wanted.dtype
+                assert torch.equal(mine.float(), wanted.float()), place
+                assert not any(mine.data_ptr() in places for places in in_files), place
+        assert not cut
+        grid = (3, 4, 4)
+        assert learner.model.train_flops(grid, 7) == whole.model.train_flops(grid, 7)
+
+
 def test_weights_to_be_replaced_are_unpacked_before(tmp_path):
     """Write float32 numbers over a base of bfloat16 files that is to be float32: none is rounded,
     and other weights stay in their file."""
@@ -171,15 +235,22 @@ def test_weights_to_be_replaced_are_unpacked_before(tmp_path):
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.slow
-def test_a_lora_on_a_base_in_shards_is_the_one_on_copies(folder):
-    assert losses(folder / "lora_fsdp") == losses(folder / "lora_ddp")
+@pytest.mark.parametrize("name", ["lora", "nf4", "float8"])
+def test_a_lora_on_a_base_in_shards_is_the_one_on_copies(folder, name):
+    assert losses(folder / f"{name}_fsdp") == losses(folder / f"{name}_ddp")
     stored = {}
     for way in ("ddp", "fsdp"):
-        file = checkpoint.latest(folder / f"lora_{way}") / "lora.safetensors"
+        file = checkpoint.latest(folder / f"{name}_{way}") / "lora.safetensors"
         stored[way] = checkpoint.read_tensors(file)
     assert stored["ddp"].keys() == stored["fsdp"].keys()
     for name, value in stored["ddp"].items():
         torch.testing.assert_close(stored["fsdp"][name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_run_on_codes_goes_on_in_shards(folder):
+    assert losses(folder / "moved") == losses(folder / "nf4_ddp")
+    assert len(losses(folder / "moved")) > 2
 
 
 @pytest.mark.slow

@@ -266,11 +266,14 @@ def load_dit(
             return StoredWeight(codes, scale.expand(len(codes), 1).contiguous(), dtype)
         return scaled_float8(name, codes, scale)
 
-    def encoded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         matrix = name.startswith("blocks.") and tensor.ndim == 2
-        if encoding is None or not matrix or isinstance(tensor, StoredWeight):
+        bits = ENCODINGS[encoding] if encoding and matrix else None
+        if in_file:
+            return left_in_file(tensor, dtype, bits)
+        if bits is None or isinstance(tensor, StoredWeight):
             return tensor.to(device, dtype, copy=True)
-        return StoredWeight.encoded(tensor.to(device, dtype), ENCODINGS[encoding])
+        return StoredWeight.encoded(tensor.to(device, dtype), bits)
 
     stored = Checkpoint(place, unpack=unpack)
     names, _, _ = official_names(list(stored.entries))
@@ -309,7 +312,7 @@ def load_dit(
         device,
         lambda name: WanDiT.stored_dtype(name, dtype),
         ignored,
-        left_in_file if in_file else encoded,
+        kept,
     )
 
 
@@ -369,6 +372,7 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
     if settings.dtype in ENCODINGS:
+        model.encoding = settings.dtype
         store(model.blocks, settings.dtype, settings.products == "float8")
     widths = model.config.dim, model.config.ffn_dim
     if settings.products == "float8" and any(width % 16 for width in widths):

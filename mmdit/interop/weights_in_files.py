@@ -8,15 +8,22 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from mmdit.nn.encodings import Encoding
 from mmdit.nn.stored_weights import StoredWeight
 
 
-def left_in_file(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def left_in_file(tensor: Tensor, dtype: torch.dtype, encoding: Encoding | None = None) -> Tensor:
     """Return a weight of `dtype` that takes no memory of its own: `tensor`, which is mapped from a
-    file, or what unpacks it. `name` is of no account."""
+    file, or what unpacks it. `encoding`: of the weight, whatever it is in the file."""
+    codes, scale = tensor, None
     if isinstance(tensor, StoredWeight):
-        return StoredWeight(tensor.codes, tensor.scale, dtype)
-    return tensor if tensor.dtype == dtype else StoredWeight(tensor, None, dtype)
+        codes, scale = tensor.codes, tensor.scale
+        encoding = None if encoding is tensor.encoding else encoding
+    if tensor.dtype == dtype and scale is None and encoding is None:
+        return tensor
+    result = StoredWeight(codes, scale, dtype)
+    result.later = encoding
+    return result
 
 
 def unpack_weights(module: nn.Module, names: Container[str] | None = None) -> None:

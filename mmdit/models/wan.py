@@ -394,7 +394,12 @@ class WanDiT(Denoiser):
         tokens, keys = frames * rows * columns // math.prod(PATCH), text_tokens + 1
 
         def weights(*parts: nn.Module) -> int:
-            two_d = [w for part in parts for w in part.parameters() if w.ndim == 2]
+            two_d: list[Tensor] = []
+            for layer in chain(*(part.modules() for part in parts)):
+                if isinstance(layer, nn.Linear):  # whose weight may be made of parts
+                    beside = layer.named_parameters(recurse=False)
+                    two_d += [w for name, w in beside if w.ndim == 2 and name != "weight"]
+                    two_d.append(layer.weight)
             return sum(w.numel() * (2 + w.requires_grad) for w in two_d)
 
         total = tokens * weights(self.head.head) + keys * weights(self.text_embedding)

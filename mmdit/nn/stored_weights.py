@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mmdit.nn import kernels, products
@@ -30,7 +31,8 @@ class StoredWeight(Tensor):
     or, with `scale`, those of the encoding that the type of the codes tells. `fetch` gives both on
     `device` where they are needed now; None: they lie there; `changing` is called before they are
     written to, for others may have copies. `multiplies_codes`: large products in training are those
-    of 8-bit floats, of the codes as they are kept, where a GPU has them.
+    of 8-bit floats, of the codes as they are kept, where a GPU has them. `later`: the encoding that
+    the numbers, which lie in a file as yet, get whenever they are read.
     Products with it (`F.linear`) are differentiable in the input and the bias; anything else sees a
     copy that is unpacked for it. What is written into it is packed again; what would be written
     into a part of such a copy is refused, for it would be lost.
@@ -59,9 +61,10 @@ class StoredWeight(Tensor):
         fetch: Callable[[], Parts] | None = None,
         changing: Callable[[], None] | None = None,
         multiplies_codes: bool = False,
+        later: Encoding | None = None,
     ):
         self.codes, self.scale, self.fetch, self.changing = codes, scale, fetch, changing
-        self.multiplies_codes = multiplies_codes
+        self.multiplies_codes, self.later = multiplies_codes, later
 
     @staticmethod
     def encoded(weight: Tensor, encoding: Encoding) -> StoredWeight:
@@ -69,13 +72,18 @@ class StoredWeight(Tensor):
 
     @property
     def encoding(self) -> Encoding | None:
-        """Return how the codes are to be read; None: they are the numbers."""
-        return None if self.scale is None else OF_CODES[self.codes.dtype]
+        """Return what the numbers are encoded in; None: in nothing."""
+        kept = None if self.scale is None else OF_CODES[self.codes.dtype]
+        return self.later or kept
 
     def parts(self) -> Parts:
         """Return codes and scales on `device`, for one product: later fetches may overwrite
         them."""
-        return self.fetch() if self.fetch else (self.codes, self.scale)
+        if self.fetch:
+            return self.fetch()
+        if self.later:
+            return self.later.encode(_unpacked((self.codes, self.scale), self.dtype))
+        return self.codes, self.scale
 
     def now(self, dtype: torch.dtype) -> Tensor:
         """Unpack the weight for one product: later fetches may overwrite it."""
@@ -83,6 +91,8 @@ class StoredWeight(Tensor):
 
     def whole(self) -> Tensor:
         """Return a plain copy in `dtype` on `device`."""
+        if self.later:
+            return self.now(self.dtype)
         scale = None if self.scale is None else self.scale.to(self.device)
         return _unpacked((self.codes.to(self.device, copy=True), scale), self.dtype)
 
@@ -92,7 +102,7 @@ class StoredWeight(Tensor):
         value = value.detach().expand(self.shape)
         if self.changing is not None:
             self.changing()
-        parts = (value,) if self.encoding is None else self.encoding.encode(value)
+        parts = (value,) if self.scale is None else OF_CODES[self.codes.dtype].encode(value)
         for part, new in zip((self.codes, self.scale), parts, strict=False):
             if part is not None:
                 part.copy_(new)
@@ -103,7 +113,7 @@ class StoredWeight(Tensor):
         if not self.fetch:
             codes, scale = change(codes), None if scale is None else change(scale)
         device = self.device if self.fetch else None
-        further = self.fetch, self.changing, self.multiplies_codes
+        further = self.fetch, self.changing, self.multiplies_codes, self.later
         return StoredWeight(codes, scale, self.dtype, device, *further)
 
     def __tensor_flatten__(self):
@@ -297,3 +307,34 @@ def store(blocks: nn.Module, name: str, multiplies_codes: bool = False) -> None:
             stored = StoredWeight.encoded(stored, ENCODINGS[name])
         stored.multiplies_codes = multiplies_codes
         layer.weight = nn.Parameter(stored, requires_grad=False)
+
+
+class PutTogether(nn.Module):
+    """Makes a stored weight of its parts, for `torch.nn.utils.parametrize`."""
+
+    def __init__(self, dtype: torch.dtype, encoding: Encoding, multiplies_codes: bool):
+        super().__init__()
+        self.dtype, self.encoding, self.multiplies_codes = dtype, encoding, multiplies_codes
+
+    def forward(self, codes: Tensor, scale: Tensor) -> StoredWeight:
+        result = StoredWeight(codes, scale, self.dtype)
+        result.multiplies_codes = self.multiplies_codes
+        return result
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(weight, StoredWeight):
+            codes, scale = weight.parts()
+            assert scale is not None, "it is encoded, or will be"
+            return codes, scale
+        return self.encoding.encode(weight)
+
+
+def take_apart(block: nn.Module, name: str) -> None:
+    """Make the codes and the scales of the linear layers of `block` parameters of their own, which
+    can be cut by rows, as no stored weight can; in place. A layer puts its weight together of them
+    when it computes. `name`: of the encoding, in which they are or will be from now on."""
+    for layer in linear_layers(block):
+        weight = layer.weight
+        multiplies_codes = isinstance(weight, StoredWeight) and weight.multiplies_codes
+        parts = PutTogether(weight.dtype, ENCODINGS[name], multiplies_codes)
+        parametrize.register_parametrization(layer, "weight", parts)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop.weights_in_files import unpack_weights
-from mmdit.nn.encodings import ENCODINGS
+from mmdit.nn.stored_weights import take_apart
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import to_bfloat16
@@ -81,10 +81,6 @@ class ParallelConfig(Section):
                 train.offload_optimizer,
                 "moments are cut over the processes already; set it to false",
             ),
-            "model.dtype": (
-                run.model.dtype if run.model.dtype in ENCODINGS else None,
-                "codes and their scales are not cut; set it to bfloat16",
-            ),
         }
         for key, (value, reason) in refused.items():
             if value:
@@ -132,6 +128,7 @@ def shard(
         del sizes["copies"]
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce))
+    blocks = list(learner.model.blocks)
     trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
     for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
         within: list[nn.Module] = []
@@ -144,6 +141,8 @@ def shard(
             *within,
             part,
         ):  # gathered again for the backward pass; kept, a part would miss what changes its weights
+            if learner.model.encoding and module in blocks:
+                take_apart(module, learner.model.encoding)
             unpack_weights(module)
             if pure_bf16:
                 to_bfloat16(module)

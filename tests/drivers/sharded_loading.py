@@ -48,6 +48,7 @@ LORA = ["lora={enabled: true, rank: 16, target_modules: [q, k, v, o]}"]
 WAYS = {  # the type of the files, overrides, bytes of a weight in memory
     "LoRA on bfloat16 of bfloat16 files": ("bfloat16", [*LORA, "model.dtype=bfloat16"], 2),
     "LoRA on bfloat16 of float32 files": ("float32", [*LORA, "model.dtype=bfloat16"], 2),
+    "LoRA on nf4 of bfloat16 files": ("bfloat16", [*LORA, "model.dtype=nf4"], 0.5625),
     "all weights in pure_bf16 of float32 files": ("float32", ["train.precision=pure_bf16"], 2),
     "all weights in float32 of bfloat16 files": ("bfloat16", ["train.precision=fp32"], 4),
 }

@@ -162,9 +162,9 @@ def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
     text_of = {}
     for file in media:
         for name in (file, os.path.splitext(file)[0]):  # the latter is preferred
-            text = by_name.get(name) or composed.get(unicodedata.normalize("NFC", name))
-            if text:
-                text_of[file] = text
+            found = by_name.get(name) or composed.get(unicodedata.normalize("NFC", name))
+            if found:
+                text_of[file] = found
     return text_of
 
 

@@ -217,6 +217,8 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
         "--strength is 2.0",
         "at most 1",
     )
+    words = ["--checkpoint", "x", "--prompts", "a", "train.sample_negative_prompt=ugly blurry"]
+    refused(capsys, sample.main, words, "reads like an override")
     two = ["--lora", "a", "--lora", "b", "--checkpoint", "x"]
     refused(capsys, sample.main, two, "--lora: is given twice, a and b")
 

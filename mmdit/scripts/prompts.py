@@ -11,7 +11,7 @@ from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.shipped import find
 from mmdit.training.requests import Request, read_request
 
-OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=\S*")
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
 
 
 def _text(path: str) -> str:

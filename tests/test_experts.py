@@ -203,6 +203,22 @@ def test_samples_find_their_expert_and_a_straddling_training_batch_is_refused():
     ) + sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n), "one base"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("times", [(900.0, 700.0), (900.0, 10.0), (10.0, 20.0)])
+def test_together_both_are_called_whatever_the_times_are(times):
+    """Processes that have a part of each network would wait for each other's parts else."""
+    model = paired(wake=True).model.eval()
+    x, words = torch.randn(2, 1, 2, 4, 3), torch.randn(2, 3, 16)
+    text, calls = TextTokens(words, torch.ones(2, 3, dtype=torch.bool)), []
+    expected = model(x, torch.tensor(times), text)
+    for name in NAMES:
+        network = model.get_submodule(name)
+        network.register_forward_pre_hook(lambda _, inputs, name=name: calls.append(name))
+    model.together = True
+    torch.testing.assert_close(model(x, torch.tensor(times), text), expected)
+    assert calls == ["high", "low"]
+
+
 def wan_pair(config):
     """Two networks with nothing in common, and what they may be told of four samples, by name."""
     networks = {}

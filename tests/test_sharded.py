@@ -428,7 +428,7 @@ def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(mo
     [
         ("train.offload_optimizer=true", "train.offload_optimizer: is true with .* already"),
         ("train.offload_blocks=1", "train.offload_blocks: is 1 with .* set it to 0, or use ddp"),
-        ("experts.enabled=true", "experts.enabled: is true with .* model.expert"),
+        ("experts.enabled=true", "experts.enabled: is true with .* share a base"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_a_remedy(words, message):

@@ -38,6 +38,11 @@ WORDS = {
     "float8": [LORA, "model.dtype=float8", "model.checkpointing=true", "train.lr=0.01"],
     "whole": ["train.precision=pure_bf16"],
 }
+PAIR = [  # both experts, with previews, and a validation in which processes have times of both
+    *(LORA, "model.dtype=nf4", "train.lr=0.01", "experts={enabled: true, switch_every: 1}"),
+    *("train.val_every_steps=1", "train.val_share=0.5", "train.sample_every_steps=2"),
+    *("train.sample_prompts=[a star]", "train.sample_num_images=2", "train.sample_num_steps=4"),
+]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -46,27 +51,32 @@ def folder(request, tmp_path_factory):
     cut."""
     shop = Shop(tmp_path_factory.mktemp("sharded_wan"))
     shop.cache()
+    pair = Shop(shop.folder / "pair", pair=True)
+    pair.cache()
     run_ranks(shop.folder, request.param, __file__)
     return shop.folder / "runs"
 
 
 def one_rank(folder: Path) -> None:
-    config, cache = folder / "wan.yaml", folder / "cache0"
-    common = ["--config", str(config), "--train_cache_dir", str(cache), "--device", "cpu"]
-
-    def train(name: str, way: str, *words: str) -> None:
+    def train(shop: Path, name: str, way: str, *words: str) -> None:
+        files = ["--config", str(shop / "wan.yaml"), "--train_cache_dir", str(shop / "cache0")]
         ways = (f"experiment_name={name}", f"parallel.type={way}")
-        assert not train_t2v.main([*common, *ways, *words])
+        assert not train_t2v.main([*files, "--device", "cpu", *ways, *words])
 
-    for name, words in WORDS.items():
-        for way in ("ddp", "fsdp"):
-            train(f"{name}_{way}", way, *words)
-    train("moved", "ddp", *WORDS["nf4"], "train.max_steps=2")
-    train("moved", "fsdp", *WORDS["nf4"], "--resume")
+    for way in ("ddp", "fsdp"):
+        for name, words in WORDS.items():
+            train(folder, f"{name}_{way}", way, *words)
+        train(folder / "pair", f"pair_{way}", way, *PAIR)
+    train(folder, "moved", "ddp", *WORDS["nf4"], "train.max_steps=2")
+    train(folder, "moved", "fsdp", *WORDS["nf4"], "--resume")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in metrics(run)]
 
 
 # ── out of the files ──────────────────────────────────────────────────────────────────────────────
@@ -245,6 +255,31 @@ def test_a_lora_on_a_base_in_shards_is_the_one_on_copies(folder, name):
     assert stored["ddp"].keys() == stored["fsdp"].keys()
     for name, value in stored["ddp"].items():
         torch.testing.assert_close(stored["fsdp"][name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_pair_in_shards_is_the_one_on_copies(folder):
+    """Compare training, validation, previews and the adapters of both experts."""
+    ways = [folder.parent / "pair" / "runs" / f"pair_{way}" for way in ("ddp", "fsdp")]
+    copied, cut = (metrics(run) for run in ways)
+    assert len(copied) == len(cut) > 2
+    for row, other in zip(copied, cut, strict=True):
+        assert row["loss"] == other["loss"] and row["expert"] == other["expert"]
+        names = [name for name in row if name.startswith("val_loss")]
+        assert len(names) > 9
+        for name in names:
+            assert row[name] == pytest.approx(other[name], rel=1e-5)
+    assert {row["expert"] for row in copied} == {"high", "low"}
+    adapters = [
+        checkpoint.read_tensors(checkpoint.latest(run) / "model.safetensors") for run in ways
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=0, atol=1e-7)
+    previews = [sorted((run / "samples").rglob("*.png")) for run in ways]
+    assert previews[0]
+    for picture, other in zip(*previews, strict=True):
+        assert picture.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.slow

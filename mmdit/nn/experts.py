@@ -40,12 +40,15 @@ class Experts(Denoiser):
     shared once, under the first."""
 
     names = ("high", "low")
+    # Whether processes compute every call together, as those do that have a part of each network.
+    together = False
 
     def __init__(self, high: Denoiser, low: Denoiser, boundary: Boundary):
         super().__init__()
         self.high, self.low, self.boundary = high, low, boundary
         self.patch, self.variant, self.first_frame = high.patch, high.variant, high.first_frame
         self.picture, self.takes_first_frame = high.picture, high.takes_first_frame
+        self.encoding = high.encoding
         self.register_state_dict_post_hook(_store_shared_once)
 
     def networks(self) -> dict[str, Denoiser]:
@@ -69,17 +72,21 @@ class Experts(Denoiser):
     ) -> Tensor:
         """Return the prediction of `expert`, which is known to be right (no waiting for the
         device), or of the one that the times belong to. Training draws the times of a batch for one
-        expert: ValueError if they straddle. In evaluation each sample finds its own."""
+        expert: ValueError if they straddle. In evaluation each sample finds its own; `together`,
+        both are called whatever the times are, for those of other processes may be for both."""
         if expert is not None:
             return self.networks()[expert](x, t, text, **inputs)
         high = self.boundary.is_high(t)
-        if self.training or high.all() or not high.any():
+        both = self.together or (high.any() and not high.all())
+        if self.training or not both:
             return self.networks()[self.expert_at(t)](x, t, text, **inputs)
         result = torch.empty_like(x)
         for rows, network in ((high, self.high), (~high, self.low)):
-            inputs_of_rows = of_samples(inputs, rows)
-            prediction = network(x[rows], t[rows], text[rows], **inputs_of_rows)
-            result[rows] = prediction.to(x.dtype)
+            some = bool(rows.any())
+            asked = rows if some else torch.arange(len(rows), device=rows.device) == 0
+            prediction = network(x[asked], t[asked], text[asked], **of_samples(inputs, asked))
+            if some:
+                result[rows] = prediction.to(x.dtype)
         return result
 
     def spread(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.interop.weights_in_files import unpack_weights
+from mmdit.nn.experts import Experts
 from mmdit.nn.stored_weights import take_apart
 from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
@@ -67,10 +68,8 @@ class ParallelConfig(Section):
         train = run.train
         refused = {
             "experts.enabled": (
-                run.experts.enabled,
-                "a batch is for one of the two networks, and processes with batches for different"
-                " ones would wait for each other's shards; train one at a time (of Wan:"
-                " model.expert)",
+                run.experts.enabled and not run.model.released,
+                "these experts share a base, which cannot be cut for two networks",
             ),
             "train.offload_blocks": (
                 train.offload_blocks,
@@ -129,6 +128,8 @@ def shard(
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce))
     blocks = list(learner.model.blocks)
+    if isinstance(learner.model, Experts):
+        learner.model.together = True
     trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
     for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
         within: list[nn.Module] = []

@@ -288,6 +288,8 @@ class Pipeline:
         networks: dict[str, Any] = {**self.model.networks()}
         if self.execution_device is None:  # else weights come and go, call by call
             networks = {name: partial(calls, network) for name, network in networks.items()}
+        if self.learner.sharded and len(networks) > 1:  # gathered by calls of the whole alone
+            networks = {name: partial(self.model, expert=name) for name in networks}
         low = settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low
         ask = guided_by_expert(
             self.learner.objective,

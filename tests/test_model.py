@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_the_model_equals_a_dense_second_implementation(rows, columns, frames):
         {"qk_norm": False},
         {"temporal_position": False},
         {"frame_step": 0.4},
+        {"joint_position": True},
         {"pooled_text": False},
         {"spatial": ("frame", "shifted")},
     ],
@@ -149,21 +151,26 @@ def test_frames_know_their_number_even_where_all_look_alike():
     )  # pictures know nothing of it
 
 
-def test_numbers_are_drawn_once_before_clips_and_pictures_do_not_see_them():
+@pytest.mark.parametrize("joint", [False, True])
+def test_numbers_are_drawn_once_before_clips_and_pictures_do_not_see_them(joint):
     torch.manual_seed(0)
-    model, text = build_model(SMALL, CHANNELS, TEXT).double(), captions(2)
-    for name, weight in model.named_parameters():
-        if name != "frame.embed.weight":
+    config, text = replace(SMALL, joint_position=joint), captions(2)
+    model = build_model(config, CHANNELS, TEXT).double()
+    drawn = [model.frame, *([model.joint_position] if joint else [])]
+    numbers_of = [part.embed.weight for part in drawn]
+    for weight in model.parameters():
+        if not any(weight is number for number in numbers_of):
             weight.data.add_(0.3 * torch.randn_like(weight))
     picture, alike = clip(2, 1, 4, 4), clip(2, 1, 4, 4).expand(-1, 4, -1, -1, -1)
     before = model(picture, TIMES, text)
     model.number_frames(seed=1)
-    numbers = model.frame.embed.weight.clone()
-    assert numbers.any() and torch.equal(model(picture, TIMES, text), before)
+    numbers = [weight.clone() for weight in numbers_of]
+    assert all(number.any() for number in numbers)
+    assert torch.equal(model(picture, TIMES, text), before)
     output = model(alike, TIMES, text)
     assert min((output[:, i] - output[:, j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
     model.number_frames(seed=2)
-    assert torch.equal(model.frame.embed.weight, numbers)  # trained numbers stay
+    assert all(map(torch.equal, numbers_of, numbers))  # trained numbers stay
 
 
 def test_windows_know_where_they_are():

@@ -14,6 +14,7 @@ from mmdit.diffusion import SamplerConfig, build_objective
 from mmdit.diffusion.tiling import OVERLAP, Tiling, starts, tiled
 from mmdit.interfaces import LatentSpec
 from mmdit.models import build_model
+from mmdit.nn.position import JointPosition
 from mmdit.nn.window import WindowGrid, coordinates, coordinates_of_tiles
 from mmdit.pixels import resized
 from mmdit.rng import Draws
@@ -83,6 +84,18 @@ def test_the_cells_of_a_tile_have_the_coordinates_that_they_have_in_the_frame():
     cells = tile.merge(coordinates_of_tiles(tile, places, torch.float64)[:, None])
     assert torch.equal(cells[0, 0], everywhere[0, 0, 2:6, 5:11])
     assert torch.equal(cells[1, 0], everywhere[0, 0, 5:9, 7:13])
+
+
+def test_a_part_of_a_clip_has_the_joint_positions_of_the_whole():
+    position = JointPosition(4).double()
+    whole, tile = WindowGrid.fit(9, 13, 4), WindowGrid.fit(4, 6, 3)
+    device, dtype = torch.device("cpu"), torch.float64
+    everything = whole.merge(position(coordinates(whole, device, dtype), 12, 0.5)[None])
+    places = torch.tensor([[0, 2, 5, 9, 13], [7, 5, 7, 9, 13]])
+    parts = position(coordinates_of_tiles(tile, places, dtype), 5, 0.5, places[:, 0])
+    found = tile.merge(parts)
+    torch.testing.assert_close(found[0], everything[0, :5, 2:6, 5:11])
+    torch.testing.assert_close(found[1], everything[0, 7:12, 5:9, 7:13])
 
 
 def test_a_place_tells_tiles_apart_and_the_place_of_everything_is_none():

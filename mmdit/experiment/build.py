@@ -141,9 +141,9 @@ def start_from(
     learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
 ) -> list[str]:
     """Start from `train.init_from`, the (averaged) weights of another run under this config's
-    names; new adapters, a new `model.crop` and a new `model.conditioning` stay as initialised.
-    Return lines to report: the source, and how its model or objective was configured otherwise (it
-    fits, but may not be meant).
+    names; new adapters and a new `model.crop`, `joint_position` or `conditioning` stay as they were
+    made. Return lines to report: the source, and how its model or objective was configured
+    otherwise (it fits, but may not be meant).
     """
     source = config.train.init_from
     assert source is not None, "the caller looks whether there is one"
@@ -183,6 +183,7 @@ def start_from(
         fresh=lambda name: (
             is_adapter(name)
             or ".crop." in name
+            or ".joint_position." in name
             or ".low_resolution." in name
             or not learner.is_stored(name)
         ),

@@ -26,13 +26,15 @@ from mmdit.nn.conditioning import (
     CropEmbedding,
     LowResolution,
     PooledText,
+    PreparedText,
     TextContext,
     TimeEmbedding,
+    in_turn,
 )
 from mmdit.nn.context_parallel import Share
 from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, no_change, upcast, working_dtype
-from mmdit.nn.position import FourierPosition, FramePosition
+from mmdit.nn.position import FourierPosition, FramePosition, JointPosition
 from mmdit.nn.products import Float8Linear
 from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import (
@@ -57,8 +59,6 @@ else:
     Chosen = int | None  # null in YAML; a config that is made knows the number
 UNSET: Any = None
 SUBLAYERS = 4
-# moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
-FRAME_NUMBER_STD = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ class VideoMMDiTConfig(ModelSection):
     # Number the frames. False makes them a set: the control that cannot tell left from right
     # motion.
     temporal_position: bool = True
+    # Tell each token its place and its frame together as well, by products of their features. The
+    # sign of a motion is learnt sooner (docs/results.md).
+    joint_position: bool = False
     # The distance of two frames in time. Stages that show the same seconds ever more finely keep
     # one clock with it: 1 where every fifth frame is drawn is 0.2 where all are.
     frame_step: float = 1.0
@@ -184,21 +187,6 @@ class VideoMMDiTConfig(ModelSection):
         return self.spatial[block % len(self.spatial)]
 
 
-@dataclass(frozen=True)
-class PreparedText:
-    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their
-    keys and values; `valid (b, t)`; `pooled (b, d)`, or 0 without."""
-
-    context: list[Tensor | tuple[Tensor, Tensor]]
-    valid: Tensor
-    pooled: Tensor | int
-
-
-def in_turn(rows: Tensor, x: Tensor) -> Tensor:
-    """Return `rows (n, …)` repeated for the samples of `x (b, …)`, of which guidance asks twice."""
-    return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
-
-
 class Block(nn.Module):
     """Space, time, text, MLP, each behind AdaLN-Zero (Peebles & Xie 2023): with closed gates the
     block is the identity. The modulation is the model's shared one plus this block's table (as in
@@ -268,6 +256,7 @@ class VideoMMDiT(Denoiser):
         self.input = nn.Linear(latent_channels, dim)
         self.position = FourierPosition(dim)
         self.frame = FramePosition(dim)
+        self.joint_position = JointPosition(dim) if config.joint_position else None
         self.time = TimeEmbedding(dim)
         self.text = TextContext(text_dim, dim)
         self.pooled = PooledText(dim) if config.pooled_text else None
@@ -292,8 +281,11 @@ class VideoMMDiT(Denoiser):
                     nn.init.zeros_(module.bias)
             if isinstance(module, (TextContext, PooledText)):
                 nn.init.normal_(module.null, std=0.02)
-        for module in (self.modulation, self.final_modulation, self.output, self.frame.embed):
+        for module in (self.modulation, self.final_modulation, self.output):
             nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.frame.embed.weight)
+        if self.joint_position is not None:
+            nn.init.zeros_(self.joint_position.embed.weight)
         if self.crop is not None:
             self.crop.init_weights()
         if self.low_resolution is not None:
@@ -306,10 +298,9 @@ class VideoMMDiT(Denoiser):
         attention in time alone, training soon finds the axis of a motion, but its sign stays a
         coin flip for thousands of steps: it depends on text, frame and place only together
         (tests/test_motion.py)."""
-        weight = self.frame.embed.weight
-        if weight.requires_grad and not weight.any():
-            drawn = torch.randn(weight.shape, generator=rng.generator(seed, "frame numbers"))
-            weight.copy_(FRAME_NUMBER_STD * drawn)
+        self.frame.draw(rng.generator(seed, "frame numbers"))
+        if self.joint_position is not None:
+            self.joint_position.draw(rng.generator(seed, "joint position"))
 
     def undecayed(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".table")}
@@ -423,13 +414,17 @@ class VideoMMDiT(Denoiser):
     ) -> Tensor:
         """Return what tells the tokens of `x (b, f, r, c, …)` their places: `(f or 1, n, k, d)`, or
         `(b, f or 1, n, k, d)` for samples at `place`."""
-        frames, step = (x.shape[1] if self.config.temporal_position else 1), self.config.frame_step
-        if place is None:
-            when = self.frame(frames, step)
-            return self.position(coordinates(grid, x.device, exact)) + when[:, None, None]
-        when = self.frame(frames, step, place[:, 0] if self.config.temporal_position else None)
-        where = self.position(coordinates_of_tiles(grid, place, exact))[:, None]
-        return in_turn(where + when[..., None, None, :], x)
+        frames, step, first = x.shape[1], self.config.frame_step, None
+        at = coordinates(grid, x.device, exact)
+        if place is not None:
+            at, first = coordinates_of_tiles(grid, place, exact), place[:, 0]
+        if not self.config.temporal_position:
+            frames, first = 1, None
+        where = self.position(at).unsqueeze(-4)
+        where = where + self.frame(frames, step, first)[..., None, None, :]
+        if self.joint_position is not None:
+            where = where + self.joint_position(at, frames, step, first)
+        return where if place is None else in_turn(where, x)
 
     def _run_blocks(
         self,

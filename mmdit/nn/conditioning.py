@@ -4,6 +4,7 @@ text."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -124,3 +125,18 @@ class PooledText(nn.Module):
         total = upcast(tokens * valid[..., None]).sum(dim=1)
         pooled = self.mlp((total / count.clamp(min=1)).to(self.null.dtype))
         return torch.where(count > 0, pooled, self.null)
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their
+    keys and values; `valid (b, t)`; `pooled (b, d)`, or 0 without."""
+
+    context: list[Tensor | tuple[Tensor, Tensor]]
+    valid: Tensor
+    pooled: Tensor | int
+
+
+def in_turn(rows: Tensor, x: Tensor) -> Tensor:
+    """Return `rows (n, …)` repeated for the samples of `x (b, …)`, of which guidance asks twice."""
+    return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))

@@ -50,6 +50,21 @@ def temporal_rotary(
         return cosine, sine
 
 
+class FrameNumbers(nn.Module):
+    """Weights that tell frames apart. They are zero until the first training on clips, for which
+    `draw` draws them with the deviation `std`."""
+
+    embed: nn.Linear
+    std: float
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw the weights, unless they are there or frozen."""
+        weight = self.embed.weight
+        if weight.requires_grad and not weight.any():
+            weight.copy_(self.std * torch.randn(weight.shape, generator=generator))
+
+
 class FourierPosition(nn.Module):
     """Where a place lies in the frame: `(…, 2)` coordinates in [-1, 1] → `(…, dim)`. Windows attend
     by relative position only; this is what tells them apart (features as in NeRF, Mildenhall et al.
@@ -63,22 +78,19 @@ class FourierPosition(nn.Module):
         self.embed = nn.Linear(4 * self.octaves, dim)
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        octaves = torch.arange(self.octaves, dtype=coordinates.dtype, device=coordinates.device)
-        powers = math.pi / 2 * 2.0**octaves
-        angles = (coordinates[..., None] * powers).flatten(-2)
-        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.embed(features.to(self.embed.weight.dtype))
+        return self.embed(place_features(coordinates, self.octaves).to(self.embed.weight.dtype))
 
 
-class FramePosition(nn.Module):
+class FramePosition(FrameNumbers):
     """Which frame of its clip a token belongs to: `frames` at the positions 0, `step`, 2 · `step` …
     → `(frames, dim)`, zero for the first, so pictures know nothing of it; `(b, frames, dim)` for
     parts of clips that begin with the frames `first (b,)`. Rotary attention sees differences only,
-    and at high noise, where
-    motion is decided, all frames look alike: an average over equal values cannot tell the first
-    from the last."""
+    and at high noise, where motion is decided, all frames look alike: an average over equal values
+    cannot tell the first from the last."""
 
     pairs = 16
+    # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
+    std = 0.5
 
     def __init__(self, dim: int):
         super().__init__()
@@ -86,9 +98,54 @@ class FramePosition(nn.Module):
 
     def forward(self, frames: int, step: float, first: Tensor | None = None) -> Tensor:
         weight = self.embed.weight
-        ladder = torch.arange(self.pairs, dtype=torch.float64, device=weight.device) / self.pairs
-        numbers = torch.arange(frames, dtype=torch.float64, device=weight.device)
-        if first is not None:
-            numbers = first[:, None] + numbers
-        angles = step * numbers[..., None] * TEMPORAL_BASE**-ladder
-        return self.embed(torch.cat([angles.sin(), 1 - angles.cos()], dim=-1).to(weight.dtype))
+        return self.embed(
+            frame_features(frames, step, first, self.pairs, weight.device).to(weight.dtype)
+        )
+
+
+class JointPosition(FrameNumbers):
+    """Which place in which frame a token is, as products of slow features of the place and features
+    of the frame: coordinates `(n, k, 2)` → `(frames, n, k, dim)`, or `(b, n, k, 2)` and `first
+    (b,)` → `(b, frames, n, k, dim)`; zero in the first frame, as in `FramePosition`.
+
+    Whether an object moves left or right depends on caption, frame and place only together. With
+    their sum alone the network must find a product of three; with their product, of two.
+    """
+
+    octaves = 2
+    std = 0.25  # all products of a feature of the frame together weigh as much as in FramePosition
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embed = nn.Linear(4 * self.octaves * 2 * FramePosition.pairs, dim, bias=False)
+
+    def forward(
+        self, coordinates: Tensor, frames: int, step: float, first: Tensor | None = None
+    ) -> Tensor:
+        weight = self.embed.weight
+        when = frame_features(frames, step, first, FramePosition.pairs, weight.device)
+        where = place_features(coordinates, self.octaves).to(weight.dtype)
+        products = weight.unflatten(1, (where.shape[-1], when.shape[-1]))
+        by_frame = torch.einsum("dpq,...fq->...fdp", products, when.to(weight.dtype))
+        return torch.einsum("...nkp,...fdp->...fnkd", where, by_frame)
+
+
+def place_features(coordinates: Tensor, octaves: int) -> Tensor:
+    """Return `(…, 4 · octaves)`: sines and cosines of the `coordinates (…, 2)`, from half a period
+    over the frame."""
+    ladder = torch.arange(octaves, dtype=coordinates.dtype, device=coordinates.device)
+    angles = (coordinates[..., None] * (math.pi / 2 * 2.0**ladder)).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def frame_features(
+    frames: int, step: float, first: Tensor | None, pairs: int, device: torch.device
+) -> Tensor:
+    """Return `(frames, 2 · pairs)`, or `(b, frames, …)` for parts that begin with the frames `first
+    (b,)`, in float64: features of the frames at the positions 0, `step` …; those of 0 are zero."""
+    ladder = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
+    numbers = torch.arange(frames, dtype=torch.float64, device=device)
+    if first is not None:
+        numbers = first[:, None] + numbers
+    angles = step * numbers[..., None] * TEMPORAL_BASE**-ladder
+    return torch.cat([angles.sin(), 1 - angles.cos()], dim=-1)

@@ -122,7 +122,20 @@ def dense_forward(model, x, t, text, keep=None):
         moments = [config.frame_step * f for f in range(x.shape[1])]
         turned = [[f * 1000.0 ** (-i / 16) for i in range(16)] for f in moments]
         features = [[math.sin(a) for a in row] + [1 - math.cos(a) for a in row] for row in turned]
-        h = h + (torch.tensor(features, dtype=x.dtype) @ model.frame.embed.weight.T)[:, None]
+        features = torch.tensor(features, dtype=x.dtype)
+        h = h + (features @ model.frame.embed.weight.T)[:, None]
+        if config.joint_position:
+            slow = [
+                [
+                    part(math.pi / 2 * 2**o * at)
+                    for part in (math.sin, math.cos)
+                    for at in place
+                    for o in (0, 1)
+                ]
+                for place in where.tolist()
+            ]
+            products = torch.tensor(slow, dtype=x.dtype)[:, :, None] * features[:, None, None]
+            h = h + products.flatten(-2) @ model.joint_position.embed.weight.T
     everything = torch.arange(rows * columns)
     subset = everything
     if keep is not None:

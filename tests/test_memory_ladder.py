@@ -42,6 +42,7 @@ from mmdit.training.learner import Learner
 from mmdit.training.memory import offload
 from mmdit.training.memory.offload import Streamer, move_to_device, slot_bytes
 from mmdit.training.step_report import Window
+from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 from tests.helpers.tiny import CONFIG, Workshop, refused
@@ -658,6 +659,29 @@ def test_compiled_blocks_keep_less(monkeypatch):
     assert (
         compiled.weights == alone.weights and plan_training(tiny(*words)) == alone
     )  # nothing is left behind
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_compiled_products_with_codes_meet_nothing_real(encoding):
+    """A plan's tensors have no memory; one of the process's own would stop it."""
+    with memory_plan.without_memory():
+        layer = nn.Sequential(nn.Linear(64, 32))
+        store(layer, encoding)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+        x = torch.empty(2, 64, requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad.shape == x.shape
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_over_codes_are_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainConfig, "compiles", lambda config, device: True)
+    words = ("video={width: 32, height: 32, num_frames: 5}", "model.dtype=nf4")
+    config, _, sizes = case("wan", tmp_path, *words)
+    learner = case("wan", tmp_path, *words)[1]()
+    assert plan_training(config, sizes).weights == sum(map(stored_bytes, learner.parameters()))
 
 
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():

@@ -72,13 +72,21 @@ def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return first << 4 | second, scale
 
 
+def quantile_pairs(device: torch.device) -> Tensor:
+    """Return the two numbers `(256, 2)` that each byte stands for. They are made anew for each
+    product, of numbers of Python: a product that is compiled or planned must not meet a tensor from
+    outside."""
+    byte = torch.arange(256, device=device)
+    halves = torch.stack([byte >> 4, byte & 15], 1)  # the high one is first
+    pairs = halves.float()
+    for code, quantile in enumerate(QUANTILES):
+        pairs = pairs.masked_fill(halves == code, quantile)
+    return pairs
+
+
 def decode_nf4(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `(out, in)`: the product of quantiles and scales in float32, rounded to `dtype`."""
-    # Made anew for each product: compiled and planned products meet no tensor from outside.
-    quantiles = torch.tensor(QUANTILES, device=codes.device)
-    byte = torch.arange(256, device=codes.device)
-    pairs = quantiles[torch.stack([byte >> 4, byte & 15], 1)]  # the high half of a byte is first
-    values = F.embedding(codes.int(), pairs).flatten(1)
+    values = F.embedding(codes.int(), quantile_pairs(codes.device)).flatten(1)
     whole = values.shape[1] // BLOCK
     blocks, rest = values[:, : whole * BLOCK], values[:, whole * BLOCK :]
     blocks.unflatten(1, (whole, BLOCK)).mul_(scale[:, :whole, None])

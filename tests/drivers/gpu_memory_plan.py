@@ -1,5 +1,5 @@
 """Planned against measured memory on one GPU of 140 GB, for full-size networks with random weights:
-a JSON line a case, some 3 minutes.
+a JSON line a case, some 4 minutes.
 
     python -m tests.drivers.gpu_memory_plan [--only 5B] [--compiled] [--tiny]
 
@@ -29,6 +29,7 @@ from mmdit.config import decode
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Batch, LatentSpec
+from mmdit.nn import kernels
 from mmdit.training.distributed import World
 from mmdit.training.memory.offload import move_to_device
 from mmdit.training.step_report import Window
@@ -90,6 +91,7 @@ def cases(tiny: bool, compiled: bool = False) -> dict[str, tuple[dict, dict]]:
             f"{name}, compiled": (raw | {"train": raw["train"] | {"compile": True}}, cut)
             for name, (raw, cut) in few.items()
         }
+    products = {"dtype": "float8", "products": "float8"}
     return {
         "1.3B": wan("1.3B", tiny),
         "1.3B checkpointing": wan("1.3B", tiny, **checked),
@@ -97,6 +99,10 @@ def cases(tiny: bool, compiled: bool = False) -> dict[str, tuple[dict, dict]]:
         "5B, 18 blocks, float8": wan("5B", tiny, 18, dtype="float8"),
         "5B checkpointing": wan("5B", tiny, **checked),
         "5B checkpointing, float8": wan("5B", tiny, dtype="float8", **checked),
+        "5B checkpointing, float8 and its products": wan("5B", tiny, **products, **checked),
+        "5B checkpointing, int8": wan("5B", tiny, dtype="int8", **checked),
+        "5B checkpointing, nf4": wan("5B", tiny, dtype="nf4", **checked),
+        "5B checkpointing, nf4, offload": wan("5B", tiny, offload=30, dtype="nf4", **checked),
         "5B checkpointing, offload": wan("5B", tiny, offload=30, **checked),
         "5B checkpointing, float8, offload": wan("5B", tiny, offload=30, dtype="float8", **checked),
         "VideoMMDiT-L": mmdit(tiny, 2),
@@ -124,6 +130,7 @@ def planned(case: tuple[dict, dict]) -> dict:
 
 def measured(case: tuple[dict, dict]) -> dict:
     (config, sizes), device = parts(case), torch.device("cuda", 0)
+    kernels.check_device(device)
     shape = latent_shape(config)
     spec = LatentSpec(shape[-1], config.tokenizer.latent_f, temporal=config.tokenizer.temporal)
     learner = build_learner(config, spec, lambda run, *_: random_denoiser(sizes, run.model, device))

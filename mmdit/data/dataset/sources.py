@@ -154,17 +154,17 @@ def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
     `cat.TXT`, else `cat.jpg.txt`. Letters with accents are the same however a system composes
     them."""
     by_name: dict[str, str] = {}
-    for text in sorted(texts, key=lambda text: (not text.endswith(".txt"), text)):
-        by_name.setdefault(os.path.splitext(text)[0], text)
+    for path in sorted(texts, key=lambda path: (not path.endswith(".txt"), path)):
+        by_name.setdefault(os.path.splitext(path)[0], path)
     composed: dict[str, str] = {}
-    for name, text in by_name.items():
-        composed.setdefault(unicodedata.normalize("NFC", name), text)
+    for name, path in by_name.items():
+        composed.setdefault(unicodedata.normalize("NFC", name), path)
     text_of = {}
     for file in media:
         for name in (file, os.path.splitext(file)[0]):  # the latter is preferred
-            found = by_name.get(name) or composed.get(unicodedata.normalize("NFC", name))
-            if found:
-                text_of[file] = found
+            text = by_name.get(name) or composed.get(unicodedata.normalize("NFC", name))
+            if text:
+                text_of[file] = text
     return text_of
 
 

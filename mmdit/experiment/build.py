@@ -173,9 +173,8 @@ def start_from(
     check_adapters(learner.state_dict(), tensors, weights.source)
     check_kept(learner, tensors, weights.source)
     if config.parallel.type == "fsdp":
-        unpack_weights(
-            learner, tensors
-        )  # else float32 would be written into the types of the files
+        # else float32 would be written into the types of the files
+        unpack_weights(learner, tensors)
     checkpoint.assign(
         learner.state_dict(),
         tensors,

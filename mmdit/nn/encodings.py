@@ -24,7 +24,7 @@ WHOLE = 127  # the largest code of int8
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a matrix `(out, in)` becomes codes `(out, in / per_code)` of the type `dtype` and float32
+    """Turn a matrix `(out, in)` into codes `(out, in / per_code)` of the type `dtype` and float32
     scales `(out, …)`. `encode(weight)` returns both; `decode(codes, scales, dtype)` returns their
     product, rounded once."""
 

@@ -39,10 +39,11 @@ class StackedMuon(torch.optim.Muon):
                     self._step_equal(matrices[first : first + count], group)
 
     def _step_equal(self, matrices: list[Tensor], group: dict) -> None:
-        """Step matrices of one shape."""
-        momenta = [
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices
-        ]
+        """Step matrices of one shape by the settings of `group`."""
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         gradients = [p.grad for p in matrices if p.grad is not None]
         gradient = torch.stack(gradients)  # (matrices, rows, columns)
         if self.grad_scale is not None:
@@ -64,7 +65,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Return `matrices (n, rows, columns)` with singular values near 1 (0.7 ... 1.2), in bfloat16,
+    """Return `matrices (n, rows, columns)` with singular values near 1 (0.7 … 1.2), in bfloat16,
     by `steps` of the Newton-Schulz iteration of Jordan et al. (2024), whose three coefficients
     pull small singular values up fastest."""
     x = matrices.bfloat16()

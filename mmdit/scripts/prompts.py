@@ -51,8 +51,8 @@ def _of_json(line: str, where: str) -> Request:
     """Return the request of a line of a `.jsonl` file, in which nothing else than an object is."""
     if not line.startswith("{"):
         raise ValueError(
-            f'{where}: is no JSON object, like {{"prompt": "…"}}; name a file of a prompt a line'
-            " .txt"
+            f'{where}: is no JSON object, like {{"prompt": "…"}}; a file with one prompt a line'
+            " must end in .txt"
         )
     return read_request(line, where)
 

@@ -32,11 +32,12 @@ from mmdit.diagnostics.results_file import (
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import evaluate, reproduce
 from mmdit.training.errors import RunError
-from tests.drivers import gpu_baselines
+from tests.drivers import gpu_arms, gpu_baselines
 from tests.helpers.tiny import CONFIG, TINY_MODEL, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = recipe_names(ROOT / "results")
+PROGRAMS = {gpu_baselines.__name__: gpu_baselines.baselines, gpu_arms.__name__: gpu_arms.arms}
 
 
 def rate(correct: int, count: int) -> dict:
@@ -62,8 +63,7 @@ def program_of(recipe: Recipe):
     """Return a context in which configs may say what they may say in the program of the recipe."""
     if recipe.module == "mmdit":
         return nullcontext()
-    assert recipe.module == gpu_baselines.__name__
-    return gpu_baselines.baselines()
+    return PROGRAMS[recipe.module]()
 
 
 def check_stages(recipe: Recipe) -> None:

@@ -1,0 +1,339 @@
+"""The ablation arms do what they say, leave the network as it is where they are off, and go through
+the product's own training, sampling and scoring."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmdit.config import ConfigError
+from mmdit.diffusion import FlowMatchingConfig
+from mmdit.diffusion.objective import FlowMatching
+from mmdit.experiment import run
+from mmdit.experiment.experiment_config import load_experiment_config
+from mmdit.interfaces import TextTokens
+from mmdit.models import TreadConfig, VideoMMDiT, VideoMMDiTConfig
+from mmdit.rng import Draws
+from mmdit.scripts import evaluate, train_t2v
+from mmdit.tokenizers import build_tokenizer
+from mmdit.training.checkpoint import load_weights, read_tensors
+from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
+from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
+from tests.drivers.gpu_arms import arms
+from tests.helpers.tiny import Workshop, refused
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"dim": 16, "depth": 6, "num_heads": 2, "window_size": 4}
+ROUTED = TreadConfig(enabled=True, selection_rate=0.75)
+each_change = pytest.mark.parametrize("name", CHANGES)
+
+
+def noise(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, T = noise(2, 1, 4, 4, 4), torch.tensor([900.0, 300.2])
+TEXT = TextTokens(noise(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
+
+
+def base(**further) -> VideoMMDiT:
+    torch.manual_seed(0)
+    return VideoMMDiT(VideoMMDiTConfig(**SMALL), 4, 6, **further)
+
+
+def changed(*names: str) -> VideoMMDiT:
+    torch.manual_seed(0)
+    tread = ROUTED if "sprint" in names else None
+    return build_arms(ArmsConfig(**SMALL, changes=names), 4, 6, tread)
+
+
+def awake(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Return `model` with weights none of which is zero, the same ones under the same names."""
+    for name, weight in model.named_parameters():
+        generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+        weight.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+# ── arms of the network ──
+@each_change
+def test_an_arm_leaves_the_other_weights_as_they_are_drawn(name):
+    plain, other = base().state_dict(), changed(name).state_dict()
+    same = [key for key in plain if key in other and other[key].shape == plain[key].shape]
+    assert all(torch.equal(plain[key], other[key]) for key in same)
+    assert plain.keys() != other.keys() or len(same) < len(plain)
+
+
+def switch_off(model: VideoMMDiT) -> None:
+    """Give what an arm adds the weights with which it changes nothing."""
+    dim = model.config.dim
+    for name, weight in model.named_parameters():
+        if name.endswith((".share", ".skip.weight")):
+            weight.data.zero_()
+        if name.endswith(".fuse.weight"):
+            weight.data.copy_(torch.cat([torch.zeros(dim, dim), torch.eye(dim)], 1))
+
+
+@pytest.mark.parametrize("name", [*CHANGES][2:])
+@torch.no_grad()
+def test_an_arm_that_is_off_is_the_base_to_the_bit(name):
+    plain, other = awake(base()).eval(), awake(changed(name)).eval()
+    expected = plain(X, T, TEXT)
+    assert not torch.equal(other(X, T, TEXT), expected), "it does something"
+    switch_off(other)
+    assert torch.equal(other(X, T, TEXT), expected)
+    assert torch.equal(changed().eval()(X, T, TEXT), base().eval()(X, T, TEXT))
+
+
+@torch.no_grad()
+def test_modulation_of_each_block_is_the_shared_one_where_all_blocks_have_the_same():
+    plain, other = awake(base()).eval(), awake(changed("block_modulation")).eval()
+    depth, dim = len(plain.blocks), plain.config.dim
+    for mine, theirs in zip(other.modulation.parameters(), plain.modulation.parameters()):
+        parts = theirs.unflatten(0, (-1, 1, dim)).repeat_interleave(depth, 1)
+        mine.copy_(parts.flatten(0, 2))
+    torch.testing.assert_close(other(X, T, TEXT), plain(X, T, TEXT))
+    other.modulation.bias.unflatten(0, (-1, depth, dim))[:, 3].zero_()
+    assert not torch.allclose(other(X, T, TEXT), plain(X, T, TEXT)), "one block has another"
+
+
+@torch.no_grad()
+def test_values_are_mixed_with_those_of_the_first_block():
+    model = awake(changed("value_residual")).eval()
+    first, third = (model.blocks[i].spatial.v for i in (0, 2))
+    seen = {}
+    for layer in (first, third):
+        layer.register_forward_hook(lambda layer, x, y: seen.update({layer: (x[0], y)}))
+    model(X, T, TEXT)
+    values = F.linear(seen[third][0], third.weight)
+    mixed = values + third.share * (seen[first][1] - values)
+    torch.testing.assert_close(seen[third][1], mixed)
+
+
+@torch.no_grad()
+def test_a_picture_reads_its_caption_and_itself_in_one_softmax():
+    model = awake(changed("joint_text")).eval()
+    block, x = model.blocks[0], noise(2, 1, 1, 16, 16)
+    places = run_tables(model)
+    context, valid = model.text(TEXT)
+    got = block.read(x, context, valid, places)
+    spatial, text = block.spatial, block.cross
+    for row in range(2):
+        q, k, v = (part[row, 0, 0] for part in spatial.heads(x, x, places.rotary))
+        words = context[row, valid[row]]
+        more = (
+            text.k_norm(text.k(words).unflatten(-1, (2, 8))),
+            text.v(words).unflatten(-1, (2, 8)),
+        )
+        k, v = (torch.cat(pair) for pair in zip((k, v), more))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) / 8**0.5).softmax(-1)
+        expected = spatial.proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+        torch.testing.assert_close(got[row, 0, 0], expected, rtol=1e-4, atol=1e-4)
+    prepared = model.prepare(TEXT)
+    torch.testing.assert_close(model(X, T, prepared), model(X, T, TEXT))
+
+
+def run_tables(model: VideoMMDiT):
+    from mmdit.nn.window import place_tables
+
+    grid = model.windows(4, 4)
+    return place_tables(grid, "window", model.config.head_dim, torch.device("cpu"), torch.float32)
+
+
+@torch.no_grad()
+def test_sprint_joins_few_deep_tokens_with_all_shallow_ones():
+    model = awake(changed("sprint")).train()
+    keep, end = model.draw_keep(4, 4, 0, 0), model.span[1]
+    assert len(keep) == 4, "three in four are not computed"
+    seen = {}
+    model.blocks[end].fuse.register_forward_hook(lambda layer, x, y: seen.update(x=x[0]))
+    model(X, torch.tensor([900.1, 300.0]), TEXT, keep=keep)  # the second sample tosses 0: dropped
+    deep, block = seen["x"][..., model.config.dim :], model.blocks[end]
+    masked = (deep == block.mask).all(-1)[:, 0, 0]
+    assert masked[1].all() and masked[0].sum() == 12 and not masked[0, keep].any()
+    shallow = seen["x"][..., : model.config.dim]
+    assert not (shallow == block.mask).all(-1).any()
+    model.eval()(X, T, TEXT)
+    assert not (seen["x"][..., model.config.dim :] == block.mask).all(-1).any(), "all in sampling"
+
+
+TOGETHER = [name for name in CHANGES if name != "sprint"]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in CHANGES), TOGETHER])
+def test_every_weight_of_a_changed_network_is_trained(names):
+    model = awake(changed(*names))
+    keep = model.draw_keep(4, 4, 0, 0)
+    inputs = {} if keep is None else {"keep": keep}
+    for text in (TEXT, TEXT.null()):
+        model(X, T, text, **inputs).square().mean().backward()
+    absent = [name for name, weight in model.named_parameters() if weight.grad is None]
+    still = [name for name, weight in model.named_parameters() if not weight.grad.any()]
+    assert not absent and not [
+        n for n in still if ".temporal." not in n and n != "frame.embed.weight"
+    ]
+
+
+def test_arms_refuse_what_they_are_not_made_for():
+    for shape in ((2, 2, 4, 4, 4), (2, 1, 4, 8, 4)):
+        with pytest.raises(ValueError, match="the arms are for pictures in one window"):
+            changed()(noise(*shape), T, TEXT)
+    with pytest.raises(ConfigError, match="must be enabled for sprint"):
+        build_arms(ArmsConfig(**SMALL, changes=("sprint",)), 4, 6)
+    with pytest.raises(ConfigError, match="value_residual mixes all tokens"):
+        changed("sprint", "value_residual")
+    with pytest.raises(ConfigError, match="alignments need the tokens of every place"):
+        objective_of(ArmsFlowMatchingConfig(self_alignment=1), changed("sprint"))
+
+
+# ── arms of the loss ──
+class Line(torch.nn.Module):
+    """A network that predicts a share of its input."""
+
+    def forward(self, x, t, text):
+        return 0.5 * x
+
+
+def objective_of(section: ArmsFlowMatchingConfig, model=None) -> ArmsFlowMatching:
+    torch.manual_seed(0)
+    vtp = load_experiment_config(ROOT / "configs/moving_shapes_t2i_128.yaml").tokenizer
+
+    class Given:
+        flow_matching, tokenizer = section, vtp
+
+    class Learner:
+        objective, spec = FlowMatching(section), build_tokenizer(vtp, device="cpu").spec
+
+    Learner.model = model
+    return ArmsFlowMatching(Given, Learner)
+
+
+def test_the_contrastive_loss_is_its_closed_form():
+    clean, draws = noise(3, 1, 2, 2, 4), Draws.of(0, 5, 3)
+    parts = objective_of(ArmsFlowMatchingConfig(contrast=0.05)).loss(Line(), clean, None, draws)
+    added, t = draws.normal("noise", 1, 2, 2, 4), draws.uniform("time")
+    for i, other in enumerate([1, 2, 0]):
+        x = (1 - t[i]) * clean[i] + t[i] * added[i]
+        near = (0.5 * x - (added[i] - clean[i])).square().mean()
+        far = (0.5 * x - (added[other] - clean[other])).square().mean()
+        torch.testing.assert_close(parts.per_sample[i], near - 0.05 * far)
+
+
+def test_arms_of_the_loss_that_are_off_are_the_base_to_the_bit():
+    clean, draws, text = noise(2, 1, 4, 4, 4), Draws.of(0, 5, 2), TEXT
+    expected = FlowMatching(FlowMatchingConfig()).loss(awake(base()), clean, text, draws)
+    off = objective_of(ArmsFlowMatchingConfig(), awake(base()))
+    assert torch.equal(off.loss(awake(base()), clean, text, draws).per_sample, expected.per_sample)
+    model = awake(base())
+    on = objective_of(ArmsFlowMatchingConfig(contrast=1, self_alignment=1), model)
+    held_out = on.eval().loss(model.eval(), clean, text, draws)
+    assert torch.equal(held_out.per_sample, expected.per_sample), "in evaluation too"
+    got = on.train().loss(model.train(), clean, text, draws)
+    assert not torch.equal(got.per_sample, expected.per_sample)
+
+
+def test_self_alignment_compares_an_early_block_with_a_late_one_of_a_cleaner_teacher():
+    model = awake(base())
+    objective = objective_of(ArmsFlowMatchingConfig(self_alignment=1), model)
+    arm = objective.alignments["self_alignment"]
+    clean, draws = noise(2, 1, 4, 4, 4), Draws.of(0, 5, 2)
+    parts = objective.loss(model, clean, TEXT, draws)
+    t = parts.t - 0.2 * draws.uniform("teacher")
+    added = draws.normal("noise", 1, 4, 4, 4)
+    early, late = (
+        streams(model, (1 - s.view(-1, 1, 1, 1, 1)) * clean + s.view(-1, 1, 1, 1, 1) * added, s, n)
+        for s, n in ((parts.t, 2), (t.clamp(min=0), 4))
+    )
+    cosine = F.cosine_similarity(arm.projector(early), F.layer_norm(late, (16,)), dim=-1)
+    plain = FlowMatching(FlowMatchingConfig()).loss(awake(base()), clean, TEXT, draws).per_sample
+    torch.testing.assert_close(parts.per_sample, plain + 1 - cosine.flatten(1).mean(1))
+    parts.per_sample.sum().backward()
+    assert all(weight.grad.any() for weight in arm.projector.parameters())
+    assert all(weight.grad is None for weight in arm.teacher.parameters())
+    before = [weight.clone() for weight in arm.teacher.parameters()]
+    for weight in model.parameters():
+        weight.data.add_(1)
+    arm.follow(1000)
+    for old, new in zip(before, arm.teacher.parameters()):
+        torch.testing.assert_close(new - old, torch.full_like(old, 0.01), atol=1e-5, rtol=1e-3)
+
+
+def streams(model, x, t, count: int) -> torch.Tensor:
+    """Return the stream of a plain network behind its first blocks, in rows and columns."""
+    plain = awake(base())
+    plain.blocks = plain.blocks[:count]
+    seen = []
+    plain.blocks[-1].register_forward_hook(lambda block, x, y: seen.append(y[0] + y[2] * y[1]))
+    plain(x, t * 1000, TEXT)
+    return plain.windows(4, 4).merge(seen[0])
+
+
+def test_vtp_alignment_tells_a_middle_state_of_the_decoder_of_clean_latents():
+    torch.manual_seed(0)
+    model = awake(VideoMMDiT(VideoMMDiTConfig(**SMALL), 64, 6))
+    objective = objective_of(ArmsFlowMatchingConfig(vtp_alignment=1), model)
+    arm, clean = objective.alignments["vtp_alignment"], noise(2, 1, 4, 4, 64)
+    decoder, seen = arm.outside["decoder"], []
+    decoder.blocks[3].register_forward_hook(lambda block, x, y: seen.append(y))
+    raw = arm.outside["spec"].denormalize(clean)
+    with torch.no_grad():
+        decoder(raw[:, 0].permute(0, 3, 1, 2))
+    expected = F.layer_norm(seen[0], (256,)).view(2, 1, 4, 4, 256)
+    torch.testing.assert_close(arm.target(clean), expected)
+    objective.loss(model, clean, TEXT, Draws.of(0, 5, 2)).per_sample.sum().backward()
+    assert all(weight.grad.any() for weight in arm.projector.parameters())
+    assert not any("decoder" in name for name in objective.state_dict())
+
+
+# ── the product's commands ──
+@contextmanager
+def workshop(folder):
+    with arms():
+        yield Workshop(folder)
+
+
+EVERYTHING = [
+    "model={type: arms, dim: 16, depth: 4, num_heads: 2, window_size: 4, changes: [value_residual,"
+    " u_skips, block_modulation, joint_text]}",
+    "flow_matching={contrast: 0.05, self_alignment: 0.2}",
+    "train.optimizer=muon",
+]
+SPRINT = [
+    "model={type: arms, dim: 16, depth: 3, num_heads: 2, window_size: 4, changes: [sprint]}",
+    "tread={enabled: true, selection_rate: 0.75, apply_to: [1, 2]}",
+]
+
+
+@pytest.mark.parametrize("words", [EVERYTHING, SPRINT], ids=["together", "sprint"])
+def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, capsys):
+    with workshop(tmp_path) as shop:
+        whole = shop.train("whole", *words)
+        half = shop.train("half", *words, "train.max_steps=2")
+        train_t2v.main(shop.train_words("half", "--resume", *words, "train.max_steps=3"))
+        files = ("model", "ema", "optimizer")
+        for name in files:
+            path = f"checkpoints/step_00000003/{name}.safetensors"
+            one, other = read_tensors(whole / path), read_tensors(half / path)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one), name
+        trained = {key.partition(".")[0] for key in one}
+        assert trained == {"model", "text_encoder"} | ({"objective"} if len(words) == 3 else set())
+        assert not [name for name in load_weights(whole).tensors if name.startswith("objective")]
+        report = tmp_path / "report.json"
+        asked = ["--checkpoint", whole, "--count", 2, "--steps", 1, "--device", "cpu"]
+        assert evaluate.main(list(map(str, [*asked, "--out", report]))) == 0
+        assert report.is_file()
+    refused(capsys, evaluate.main, asked, "arms", "model.type")
+
+
+def test_arms_are_known_inside_their_program_alone():
+    config = ROOT / "configs/moving_shapes_t2i_128.yaml"
+    learner = run.build_learner
+    with arms():
+        assert load_experiment_config(config, ["flow_matching.contrast=0.05"])
+        assert run.build_learner is not learner
+    with pytest.raises(ConfigError, match="contrast: unknown key"):
+        load_experiment_config(config, ["flow_matching.contrast=0.05"])
+    assert run.build_learner is learner

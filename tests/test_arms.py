@@ -1,6 +1,7 @@
 """The ablation arms do what they say, leave the network as it is where they are off, and go through
 the product's own training, sampling and scoring."""
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from mmdit.config import ConfigError
+from mmdit.data.moving_shapes.prepare import Recipe
+from mmdit.data.moving_shapes.sentences import BACKGROUND_WORDS, SHAPE_WORDS, SIZE_WORDS
 from mmdit.diffusion import FlowMatchingConfig
 from mmdit.diffusion.objective import FlowMatching
 from mmdit.experiment import run
@@ -19,6 +22,7 @@ from mmdit.rng import Draws
 from mmdit.scripts import evaluate, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.checkpoint import load_weights, read_tensors
+from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
 from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
 from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
 from tests.drivers.gpu_arms import arms
@@ -287,6 +291,34 @@ def test_vtp_alignment_tells_a_middle_state_of_the_decoder_of_clean_latents():
     assert not any("decoder" in name for name in objective.state_dict())
 
 
+# ── arms of the data ──
+@pytest.mark.parametrize("length", ["cached", "complete", "short"])
+def test_captions_are_longer_or_shorter_and_say_what_is_so(length):
+    facts = Recipe(128, 128).draw(range(40))
+    worded = [Recipe(128, 128).words(i, fact) for i, fact in enumerate(facts)]
+    items = [with_facts(text, {"facts": known}) for text, known in worded]
+    config, draws = ArmsCaptionsConfig(length=length), Draws.of(0, 5, 40)
+    texts = drawn_lengths(items, config, draws)
+    assert texts == drawn_lengths(items, config, Draws.of(0, 6, 40)), "one for each item"
+    cached = [item[0] for item in items]
+    if length == "cached":
+        assert texts == cached
+        return
+    size, expected = sum(map(len, texts)), sum(map(len, cached))
+    stated = [said_of(text, fact) for text, fact in zip(texts, facts)]
+    if length == "complete":
+        assert size > expected and all(map(all, stated)), "every fact is stated"
+    else:
+        assert size < 0.8 * expected and not all(map(all, stated))
+
+
+def said_of(text: str, fact) -> list[bool]:
+    """Return which facts `text` states with the right word."""
+    item = fact.objects[0]
+    words = (BACKGROUND_WORDS[fact.background], SHAPE_WORDS[item.shape], SIZE_WORDS[item.size])
+    return [re.search("|".join(some), text) is not None for some in words]
+
+
 # ── the product's commands ──
 @contextmanager
 def workshop(folder):
@@ -299,6 +331,7 @@ EVERYTHING = [
     " u_skips, block_modulation, joint_text]}",
     "flow_matching={contrast: 0.05, self_alignment: 0.2}",
     "train.optimizer=muon",
+    "captions.length=complete",
 ]
 SPRINT = [
     "model={type: arms, dim: 16, depth: 3, num_heads: 2, window_size: 4, changes: [sprint]}",
@@ -319,7 +352,7 @@ def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, ca
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one), name
         trained = {key.partition(".")[0] for key in one}
-        assert trained == {"model", "text_encoder"} | ({"objective"} if len(words) == 3 else set())
+        assert trained == {"model", "text_encoder"} | ({"objective"} if len(words) == 4 else set())
         assert not [name for name in load_weights(whole).tensors if name.startswith("objective")]
         report = tmp_path / "report.json"
         asked = ["--checkpoint", whole, "--count", 2, "--steps", 1, "--device", "cpu"]

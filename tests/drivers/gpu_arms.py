@@ -4,10 +4,10 @@
     python -m tests.drivers.gpu_arms train --config … flow_matching.contrast=0.05
     python -m tests.drivers.gpu_arms train --config … model.type=arms 'model.changes=[u_skips]'
 
-`flow_matching:` takes the weights `contrast`, `self_alignment` and `vtp_alignment`, and
-`model.type` may be `arms` with `changes`, in this process alone; all else, from the cache to the
-score, is the product's. A recipe names this module (`module:`), so that every command of it is run
-here.
+`flow_matching:` takes the weights `contrast`, `self_alignment` and `vtp_alignment`, `captions:` a
+`length`, and `model.type` may be `arms` with `changes`, in this process alone; all else, from the
+cache to the score, is the product's. A recipe names this module (`module:`), so that every command
+of it is run here. Data are moving shapes.
 """
 
 from contextlib import contextmanager
@@ -16,10 +16,12 @@ from unittest.mock import patch
 import torch
 
 from mmdit.__main__ import start
+from mmdit.data.batches import latent_batches, stores
 from mmdit.experiment import build, experiment_config, run
 from mmdit.models import ModelConfig, build_model
 from mmdit.rng import key
 from mmdit.training import checkpoint
+from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
 from tests.drivers.arms.model import ArmsConfig, build_arms
 from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
 
@@ -60,6 +62,9 @@ def arms():
     with (
         patch.object(experiment_config, "ModelConfig", ModelConfig | ArmsConfig),
         patch.object(experiment_config, "FlowMatchingConfig", ArmsFlowMatchingConfig),
+        patch.object(experiment_config, "CaptionsConfig", ArmsCaptionsConfig),
+        patch.object(stores, "all_captions", with_facts),
+        patch.object(latent_batches, "drawn_captions", drawn_lengths),
         patch.object(build, "build_model", build_any),
         patch.object(run, "build_learner", training_learner),
         patch.object(checkpoint, "_of_folder", weights_of_model),

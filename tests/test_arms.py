@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from mmdit.config import ConfigError
@@ -18,11 +19,13 @@ from mmdit.experiment import run
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.interfaces import TextTokens
 from mmdit.models import TreadConfig, VideoMMDiT, VideoMMDiTConfig
+from mmdit.nn.window import place_tables
 from mmdit.rng import Draws
 from mmdit.scripts import evaluate, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.checkpoint import load_weights, read_tensors
 from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
+from tests.drivers.arms.hidden import reveal
 from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
 from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
 from tests.drivers.gpu_arms import arms
@@ -140,8 +143,6 @@ def test_a_picture_reads_its_caption_and_itself_in_one_softmax():
 
 
 def run_tables(model: VideoMMDiT):
-    from mmdit.nn.window import place_tables
-
     grid = model.windows(4, 4)
     return place_tables(grid, "window", model.config.head_dim, torch.device("cpu"), torch.float32)
 
@@ -178,6 +179,20 @@ def test_every_weight_of_a_changed_network_is_trained(names):
     assert not absent and not [
         n for n in still if ".temporal." not in n and n != "frame.embed.weight"
     ]
+
+
+@pytest.mark.parametrize("names", [["sprint"], TOGETHER])
+def test_a_changed_network_may_be_called_with_other_weights_as_graphs_call_it(names):
+    model, other = awake(changed(*names)), awake(changed(*names), seed=2)
+    keep = model.draw_keep(4, 4, 0, 0)
+    inputs = {} if keep is None else {"keep": keep}
+    if keep is None:
+        reveal(model, 2)
+        reveal(other, 2)
+    weights = {name: weight.detach() for name, weight in other.named_parameters()}
+    called = functional_call(model, weights, (X, T, TEXT), inputs)
+    assert torch.equal(called, other(X, T, TEXT, **inputs))
+    assert called.shape[-1] == (4 + 16 if keep is None else 4)
 
 
 def test_arms_refuse_what_they_are_not_made_for():

@@ -120,6 +120,20 @@ def test_values_are_mixed_with_those_of_the_first_block():
 
 
 @torch.no_grad()
+def test_skips_bring_each_late_block_the_stream_of_its_mirror_image():
+    model, early, late = awake(changed("u_skips")).eval(), {}, {}
+    for i in (0, 1):
+        note = lambda block, x, y, i=i: early.update({i: y[0] + y[2] * y[1]})
+        model.blocks[i].register_forward_hook(note)
+        note = lambda layer, x, y, i=i: late.update({i: x[0]})
+        model.blocks[5 - i].skip.register_forward_hook(note)
+    model(X, T, TEXT)
+    for i in (0, 1):
+        assert torch.equal(late[i][..., 16:], early[i])
+    assert not hasattr(model.blocks[2], "skip") and not model.blocks[0].streams
+
+
+@torch.no_grad()
 def test_a_picture_reads_its_caption_and_itself_in_one_softmax():
     model = awake(changed("joint_text")).eval()
     block, x = model.blocks[0], noise(2, 1, 1, 16, 16)
@@ -274,7 +288,7 @@ def test_self_alignment_compares_an_early_block_with_a_late_one_of_a_cleaner_tea
     before = [weight.clone() for weight in arm.teacher.parameters()]
     for weight in model.parameters():
         weight.data.add_(1)
-    arm.follow(1000)
+    objective.loss(model, clean, TEXT, Draws.of(0, 1000, 2))
     for old, new in zip(before, arm.teacher.parameters()):
         torch.testing.assert_close(new - old, torch.full_like(old, 0.01), atol=1e-5, rtol=1e-3)
 

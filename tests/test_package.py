@@ -71,6 +71,30 @@ def test_importing_the_package_imports_nothing_heavy():
     assert "torch" not in done.stdout and "mmdit" in done.stdout
 
 
+def test_caching_and_sampling_import_no_compiler(tmp_path):
+    """The compiler is a second of the start of each command, and what cuts tensors over processes
+    half a second: neither is imported where nothing is compiled or cut."""
+    code = """
+import sys
+from mmdit.__main__ import main
+
+config, out, weights = sys.argv[1:]
+for words in (
+    f"cache-moving-shapes --config {config} --count 2 --out_dir {out}/cache",
+    f"sample --checkpoint {weights} --frames 1 --steps 1 --prompts square --out {out}/samples",
+):
+    sys.argv = ["mmdit", *words.split()]
+    assert not main()
+heavy = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "sympy"}
+print("imported:", sorted(heavy & set(sys.modules)))
+"""
+    places = ["configs/moving_shapes_64_t2i.yaml", tmp_path, "assets/moving_shapes_64.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *places], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "imported: []", done.stdout + done.stderr
+
+
 def test_every_command_has_a_name_and_a_sentence():
     known = commands()
     assert {"quickstart", "train", "cache-images", "cache-latents", "sample", "doctor"} <= set(

@@ -114,7 +114,10 @@ def test_shards_of_a_gpu_are_copied_onto_one_mesh_however_many_they_are(tmp_path
         of_gpus = property(lambda one: "cuda" if one is mesh else "cpu")
         monkeypatch.setattr(DeviceMesh, "device_type", of_gpus)
         made = []
-        monkeypatch.setattr(saving, "init_device_mesh", lambda *_, **names: made.append(1) or host)
+        monkeypatch.setattr(
+            "torch.distributed.device_mesh.init_device_mesh",
+            lambda *_, **names: made.append(1) or host,
+        )
         copies = saving.snapshots({str(i): part for i, part in enumerate(parts)})
         assert [copy.to_local().tolist() for copy in copies.values()] == [[0, 0], [1, 1], [2, 2]]
         assert len(made) == 1

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed import device_mesh, fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -416,8 +417,8 @@ def test_gradients_are_reduced_in_few_parts_where_that_is_fast(monkeypatch, rate
 def test_a_frozen_encoder_stays_whole_for_processes_call_it_differently_often(monkeypatch, trained):
     model, cut = learner(), []
     model.text_encoder.requires_grad_(trained)
-    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: cut.append(module))
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda *arguments, **options: None)
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: cut.append(module))
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *arguments, **options: None)
     shard(model, World(0, 2))
     assert model.model in cut and (model.text_encoder in cut) == trained
     assert trained or not set(model.text_encoder.modules()) & set(cut)

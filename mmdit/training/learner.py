@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from mmdit.diffusion import Objective
 from mmdit.diffusion.expert_schedule import ExpertSchedule
 from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder
 from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
+from mmdit.training.memory.sharded import gathers_weights
 
 # Compiled blocks see 32, 64, 96 … text tokens, the model's null token among them, so that few
 # graphs are compiled; replayed ones see 16, 32, 48 …: such a graph is made in a second.
@@ -72,12 +73,16 @@ class Learner(nn.Module):
         )
         self.compiled = True
         for block in self.model.blocks:
-            if isinstance(block, FSDPModule):
+            if gathers_weights(block):
                 # its hooks gather and free weights around what is compiled
                 whole: Any = block
                 whole.forward = torch.compile(whole.forward, dynamic=False, backend=backend)
             else:
                 block.compile(dynamic=False, backend=backend)
+
+    def eager(self) -> AbstractContextManager:
+        """Return a context in which compiled blocks run as they are."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def replay_model(self) -> None:
         """Have the steps of a small network replayed as CUDA graphs, on CUDA."""
@@ -87,7 +92,7 @@ class Learner(nn.Module):
     def sharded(self) -> bool:
         """Return whether the denoiser is cut over processes, which then compute every call
         together."""
-        return isinstance(self.model, FSDPModule)
+        return gathers_weights(self.model)
 
     def parts(self) -> dict[str, Denoiser]:
         """Return the networks that are trained, by the name of the expert; one alone is ""."""

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
+from mmdit.training.memory.sharded import is_sharded
 from mmdit.training.memory.shards import local, place
 from mmdit.training.muon import GatheredMuon, StackedMuon
 
@@ -209,7 +209,7 @@ def build_optimizer(
 
     parts: list[torch.optim.Optimizer] = []
     if muon_groups:
-        cut = any(isinstance(p, DTensor) for group in muon_groups.values() for p in group)
+        cut = any(is_sharded(p) for group in muon_groups.values() for p in group)
         muon = GatheredMuon if cut else StackedMuon
         parts.append(muon(_settings(muon_groups, lr)))
     if adamw_groups:
@@ -242,7 +242,7 @@ def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tenso
     gradients = _gradients(optimizer.param_groups)
     norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
     first = next(iter(gradients), None)
-    if isinstance(first, DTensor):
+    if first is not None and is_sharded(first):
         # All of them are, and each element is in one process of those that cut the weights among
         # themselves: the last dimension of the mesh.
         square, mesh = norm.square(), first.device_mesh

@@ -12,9 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section, least
@@ -111,6 +108,9 @@ def shard(
     time and keeps its part; `pure_bf16` casts each block before. A frozen encoder stays
     whole: it computes captions that its process has not met, so processes call it differently
     often, and a shard that one of them gathers alone would wait for the others for ever."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     with contextlib.suppress(ValueError):  # known from an earlier run in this process
         torch.export.register_dataclass(TextTokens)  # FSDP looks inside for what needs a gradient
     warnings.filterwarnings(
@@ -170,6 +170,8 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
     if (
         config.reduce == "bfloat16"
     ):  # a hook of each bucket: gradients travel while the backward pass goes on, as without it
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
         copied.register_comm_hook(None, bf16_compress_hook)
     return copied
 

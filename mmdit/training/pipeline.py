@@ -246,8 +246,7 @@ class Pipeline:
         )
         half = torch.float16 if self.precision == "fp16" else torch.bfloat16
         autocast = torch.autocast(device.type, half, enabled=self.precision != "fp32")
-        eager = torch.compiler.set_stance("force_eager")
-        with evaluating(learner, self.model), Calls() as calls, autocast, eager:
+        with evaluating(learner, self.model), Calls() as calls, autocast, learner.eager():
             text = learner.text_encoder(
                 [with_trigger(caption, self.captions) for caption in captions]
             )

@@ -6,14 +6,17 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
+from mmdit.training.memory.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @lru_cache(maxsize=1)
@@ -21,6 +24,8 @@ def _on_host(mesh: DeviceMesh, group: dist.ProcessGroup | None) -> DeviceMesh:
     """Return the mesh of the same processes on the CPU. It is made once for all tensors and saves:
     where machines copy each other's shards, each one that is made makes process groups, with the
     connections of all of them. `group`: the default one, with which all others end."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
 
 
@@ -30,15 +35,15 @@ def snapshot(tensor: Tensor) -> Tensor:
     if isinstance(tensor, StoredWeight):
         return tensor
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor.to("cpu", copy=True)
-    mesh = tensor.device_mesh
-    if mesh.device_type != "cpu":
-        mesh = _on_host(mesh, dist.group.WORLD)
-    part = tensor.to_local().to("cpu", copy=True)
-    return DTensor.from_local(
-        part, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-    )
+    if is_sharded(tensor):
+        mesh = tensor.device_mesh
+        if mesh.device_type != "cpu":
+            mesh = _on_host(mesh, dist.group.WORLD)
+        part = tensor.to_local().to("cpu", copy=True)
+        return type(tensor).from_local(
+            part, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+    return tensor.to("cpu", copy=True)
 
 
 def snapshots(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

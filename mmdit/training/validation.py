@@ -53,7 +53,7 @@ class Validation:
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast)
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with autocast, state.learner.eager():
             for items in source.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
                 # Every rank takes part in each round, with repeats if need be.

@@ -159,6 +159,13 @@ def make_blocks(depth: int, dim: int, num_heads: int, *options) -> nn.ModuleList
 
 
 @torch.no_grad()
+def init_normal(tensor: Tensor, std: float) -> None:
+    """Fill a tensor with normal numbers. On the meta device there is nothing to fill, and torch
+    would import its compiler for it: a second of the start of every command."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
+
+
 def init_linear(module: nn.Module) -> None:
     """Initialise a linear layer as the release does: weights truncated normal 0.02, biases 0. For
     `Module.apply`."""

@@ -59,8 +59,10 @@ class RotaryEmbedding(nn.Module):
                 f"rotary positions need a head width divisible by 4, got {head_dim}; change"
                 " embed_dim or num_heads"
             )
-        exponents = _round(torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
-        self.register_buffer("periods", (100.0**exponents).bfloat16())
+        # on the meta device torch.arange would import the compiler: a second of every start
+        steps = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device="cpu")
+        periods = (100.0 ** _round(steps / (head_dim // 2))).bfloat16()
+        self.register_buffer("periods", periods.to(torch.get_default_device()))
         self._tables: dict[tuple, Table] = {}
 
     def forward(self, h: int, w: int) -> Table:
@@ -69,7 +71,6 @@ class RotaryEmbedding(nn.Module):
         # under torch.compile a range makes a symbolic size an integer
         return self._constant(len(range(h)), len(range(w)))
 
-    @torch.compiler.assume_constant_result  # a compiler would fuse the roundings away
     def _constant(self, h: int, w: int) -> Table:
         where = (h, w, self.periods.device)
         if where not in self._tables:
@@ -77,6 +78,10 @@ class RotaryEmbedding(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._tables[where] = self._table(h, w)
         return self._tables[where]
+
+    # A compiler would fuse the roundings away. This is what torch.compiler.assume_constant_result
+    # does, which imports the compiler for it: a second of the start of every command.
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _table(self, h: int, w: int) -> Table:
         periods = self.periods.cpu().float()

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vtp.models.layers import LayerScale, init_linear
+from vtp.models.layers import LayerScale, init_linear, init_normal
 
 POOLS = ("argmax", "first", "last", "none")
 
@@ -136,10 +136,10 @@ class TextTransformer(nn.Module):
         elif proj_type != "none":
             self.text_projection = nn.Parameter(torch.empty(embed_dim, embed_dim))
         self.apply(init_linear)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        init_normal(self.token_embedding.weight, 0.02)
+        init_normal(self.positional_embedding, 0.01)
         if isinstance(self.text_projection, nn.Parameter):
-            nn.init.normal_(self.text_projection, std=embed_dim**-0.5)
+            init_normal(self.text_projection, embed_dim**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         return text_features(self, ids)

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtp.models.layers import init_linear, make_blocks, make_norm
+from vtp.models.layers import init_linear, init_normal, make_blocks, make_norm
 from vtp.models.rope import RotaryEmbedding
 
 
@@ -58,7 +58,7 @@ class DinoVisionTransformer(nn.Module):
         self.rope_embed = RotaryEmbedding(embed_dim // num_heads)
         self.norm = make_norm(norm_layer, embed_dim)
         self.apply(init_linear)
-        nn.init.normal_(self.cls_token, std=0.02)
+        init_normal(self.cls_token, 0.02)
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
         """Map (…, D) to (…, C); the trunk without a bottleneck returns its input."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.training.graphs.common import (
@@ -21,6 +20,7 @@ from mmdit.training.graphs.common import (
     reason_of,
     side_stream,
 )
+from mmdit.training.memory.sharded import gathers_weights
 
 Call = Callable[[Tensor, Tensor], Tensor]  # latents, times → prediction
 
@@ -95,7 +95,7 @@ class Calls:
         self, model: Denoiser, x: Tensor, t: Tensor, text: TextTokens, **inputs: Any
     ) -> Tensor:
         # shards are gathered by whole calls alone
-        if inputs or isinstance(model, FSDPModule) or not model.can_be_captured(training=False):
+        if inputs or gathers_weights(model) or not model.can_be_captured(training=False):
             return model(x, t, text, **inputs)
         signature = (id(model), id(text), x.shape, x.dtype)
         if signature not in self.made:

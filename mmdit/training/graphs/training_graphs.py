@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from mmdit.adapters import adapters
@@ -31,6 +30,7 @@ from mmdit.training.graphs.common import (
     reason_of,
     side_stream,
 )
+from mmdit.training.memory.sharded import gathers_weights
 
 # Operations of a block's forward and backward pass. More take an H200 about as long as they take
 # the CPU to launch, or longer.
@@ -46,7 +46,7 @@ def suits(model: Denoiser) -> bool:
     """Return whether steps of `model` can be replayed: not where they depend on more than inputs
     and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards,
     checkpointing)."""
-    if isinstance(model, FSDPModule) or adapters(model):
+    if gathers_weights(model) or adapters(model):
         return False
     return model.can_be_captured(training=True)
 

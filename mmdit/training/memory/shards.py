@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
+from mmdit.training.memory.sharded import is_sharded
 from mmdit.weights import tensor_pieces
 
 SHAPES = "shapes.json"  # beside the parts, the whole shapes: else an absent part goes unnoticed
@@ -114,7 +112,10 @@ def write(
     `world` must call), the folder `name/` by torch.distributed.checkpoint as safetensors: the
     format it has by default is pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by
     who reads them. OSError or SafetensorError."""
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
         flat = {
             key: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
             for key, tensor in tensors.items()
@@ -147,12 +148,14 @@ def place(value: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor on the device and in the type of `like`; where that is sharded, the
     part of this process."""
     value = value.to(like.device, like.dtype)
-    if not isinstance(like, DTensor):
-        return value
-    shard = distribute_tensor(
-        value.reshape(like.shape), like.device_mesh, like.placements, src_data_rank=None
-    )
-    return shard.clone()  # else every part would keep the whole
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        shard = distribute_tensor(
+            value.reshape(like.shape), like.device_mesh, like.placements, src_data_rank=None
+        )
+        return shard.clone()  # else every part would keep the whole
+    return value
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,10 +163,10 @@ def whole(tensor: Tensor) -> Tensor:
     other as it is."""
     if isinstance(tensor, StoredWeight):
         return tensor.whole()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of this process, in the same memory: what works on each element alone needs
     no more."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor

@@ -132,6 +132,8 @@ def origin(results: dict) -> str:
     words.append(f"{results['seconds']:.0f} s a seed in all")
     if commit:
         words.append(f"commit {commit[:10]}")
+    if any(row.get("in_process") for row in results["stages"].values()):
+        words.append("without the start of commands (`--in_process`)")
     return "; ".join(words)
 
 

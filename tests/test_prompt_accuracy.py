@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from mmdit.data.moving_shapes import Predictions, prompts, render
+from mmdit.diagnostics import prompt_accuracy, task_accuracy
 from mmdit.diagnostics.prompt_accuracy import motion_report, prompt_accuracy_report
+from mmdit.experiment import load
 from mmdit.interfaces import LatentSpec
 from mmdit.pixels import to_unit
+from mmdit.scripts import evaluate
+from tests.helpers.tiny import Workshop
 
 
 class Pixels:
@@ -112,3 +116,89 @@ def test_mistakes_are_explained():
         ValueError, match=r"shape \(2, 1, 3, 64, 64\); must be \(2, 1, 3, 128, 128\)"
     ):
         prompt_accuracy_report(perfect(1), Pixels(), width=128, height=128, frames=1, count=2)
+
+
+# ── several checkpoints of a run ──
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("steps"))
+    kept = ["train.save_every_steps=1", "train.keep_every_steps=1"]
+    shop.train("plain", *kept)
+    shop.train("adapted", *kept, "lora={enabled: true, rank: 2, train_lora_only: false}")
+    shop.train("longer", *kept, "train.max_steps=2")
+    shop.train("longer", "--resume", *kept, "train.max_steps=3")
+    return shop
+
+
+def reports(shop, run: str, words: list[str], at: list[int] | None = None) -> list[dict]:
+    """Return the reports of the checkpoints of three steps: of one command for each, or of one for
+    `at` all of them."""
+    path, out = shop.folder / "runs" / run, shop.folder / "report.json"
+    common = ["--steps", "1", "--device", "cpu", "--out", str(out), *words]
+    if at is not None:
+        steps = list(map(str, at))
+        evaluate.main(["--checkpoint", str(path), *common, "--at_steps", *steps])
+        return json.loads(out.read_text())["at_steps"]
+    made = []
+    for step in (1, 2, 3):
+        folder = path / "checkpoints" / f"step_{step:08d}"
+        evaluate.main(["--checkpoint", str(folder), *common])
+        made.append(json.loads(out.read_text()))
+    return made
+
+
+def facts_of(report: dict) -> dict:
+    """Return a report without what is another at every call."""
+    return {key: value for key, value in report.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize(
+    "run, words, built",
+    [
+        ("plain", ["--count", "4"], 1),
+        ("plain", ["--count", "4", "--raw_weights"], 1),
+        ("plain", ["--count", "2", "--variant", "many"], 1),
+        ("plain", ["--count", "4", "--features", "pixels", "--real", "REAL"], 1),
+        ("adapted", ["--count", "4"], 3),  # merged into the weights
+        ("longer", ["--count", "4"], 2),  # its last step has another config
+    ],
+)
+def test_checkpoints_of_a_run_share_what_their_weights_do_not_change(
+    shop, monkeypatch, run, words, built
+):
+    words = [str(shop.cache("pictures")) if word == "REAL" else word for word in words]
+    alone = reports(shop, run, words)
+    made: list[str] = []
+
+    def counted(module, name: str) -> None:
+        real = getattr(module, name)
+        count = lambda *args, **options: (made.append(name), real(*args, **options))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, count)
+
+    counted(load, "build_tokenizer")
+    counted(load, "build_learner")
+    counted(prompt_accuracy, "tokenizer_ceiling")
+    counted(task_accuracy, "calibration")
+    together = reports(shop, run, words, [1, 2, 3])
+    assert list(map(facts_of, together)) == list(map(facts_of, alone))
+    assert all(one.keys() == other.keys() for one, other in zip(together, alone))
+    assert made.count("build_tokenizer") == made.count("build_learner") == built
+    measured = {"tokenizer_ceiling": 0, "calibration": 6} if "many" in words else {}
+    for name, times in ({"tokenizer_ceiling": 1, "calibration": 0} | measured).items():
+        assert made.count(name) == times * built, name
+
+
+def test_weights_change_from_step_to_step_in_one_pipeline(shop):
+    """Compare the averaged weights with those of a pipeline that is loaded alone."""
+    loader, folder = load.Loader("cpu"), shop.folder / "runs" / "plain" / "checkpoints"
+    seen = []
+    for step in (1, 3, 2):
+        path = folder / f"step_{step:08d}"
+        pipeline, _, again = loader.load(path)
+        alone, _ = load.load_pipeline(path, "cpu")
+        expected = alone.learner.state_dict()
+        now = pipeline.learner.state_dict()
+        assert all(torch.equal(now[name], expected[name]) for name in expected)
+        assert (again, pipeline.step, pipeline.checkpoint) == (step != 1, step, path)
+        seen.append({name: value.clone() for name, value in now.items()})
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])

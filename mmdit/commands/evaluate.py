@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.diagnostics.feature_distance import FEWEST
 from mmdit.diagnostics.results_file import machine, peak_memory
-from mmdit.diagnostics.sample_scores import SampleScores, sample_in_turn
+from mmdit.diagnostics.sample_scores import SampleScores, build_scores, sample_in_turn
 from mmdit.diagnostics.task_accuracy import score_variant
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.experiment.load import Loader
 from mmdit.posttrain.prompt_lists import read_prompt_list
+from mmdit.training.expert_choice import describe_pair
+from mmdit.training.memory.host import keep_freed_memory
+from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 Shown = list[tuple[Tensor, str]]  # samples for a sheet, with their captions
@@ -29,10 +36,12 @@ def evaluate(
     prompts: Path | None,
     count: int | None,
     batch_size: int,
+    known: dict | None = None,
 ) -> tuple[dict, Shown]:
     """Return the report of a model, and samples to show. Without the file `prompts` the samples are
     of a variant of moving shapes, and the table of their score is printed. `count`: prompts of each
-    list, or samples; None is the default."""
+    list, or samples; None is the default. `known`: the report of other weights in this
+    pipeline, with the same arguments: what weights do not change is taken from it."""
     assert shape.size is not None, "samples have a size"
     (width, height), frames = shape.size, shape.frames
     drawn: Shown = []
@@ -59,6 +68,7 @@ def evaluate(
             height=height,
             frames=frames,
             device=pipeline.device,
+            known=known,
         )
         print(table)
     scores.finish(report)
@@ -71,3 +81,53 @@ def evaluate(
         "seconds": time.perf_counter() - start,
     }
     return report, drawn
+
+
+@dataclass
+class Scorer:
+    """Scores checkpoints one after another. Of those that share a pipeline, what their weights do
+    not change is built and measured once. `settings` and `size` (width, height, frames, rate):
+    functions of a config; `metrics`: see `build_scores`; the rest: see `evaluate`."""
+
+    loader: Loader
+    settings: Callable[[ExperimentConfig], SampleSettings]
+    size: Callable[[ExperimentConfig], tuple[int, int, int, float]]
+    variant: str
+    prompts: Path | None
+    count: int | None
+    batch_size: int
+    metrics: dict[str, Any]
+    scores: SampleScores | None = field(default=None, init=False)
+    known: dict | None = field(default=None, init=False)
+
+    def score(self, path: str | Path) -> tuple[dict, Shown]:
+        """Return the report of a checkpoint, and samples to show."""
+        pipeline, config, again = self.loader.load(path)
+        settings, (width, height, frames, _) = self.settings(config), self.size(config)
+        shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
+        if again:
+            assert self.scores is not None, "made with the pipeline"
+            self.scores = self.scores.anew()
+        else:
+            if pair := describe_pair(pipeline, config):
+                print(pair)
+            pipeline.check(width, height, frames, settings)
+            offload_pipeline(pipeline, self.loader.offload)
+            keep_freed_memory(pipeline.device)
+            self.known = None
+            self.scores = build_scores(
+                shape, pipeline.device, **self.metrics, tokenizer=pipeline.tokenizer
+            )
+        report, drawn = evaluate(
+            pipeline,
+            shape,
+            settings,
+            self.scores,
+            variant=self.variant,
+            prompts=self.prompts,
+            count=self.count,
+            batch_size=self.batch_size,
+            known=self.known,
+        )
+        self.known = report
+        return report | {"checkpoint": str(path), "raw_weights": not self.loader.use_ema}, drawn

@@ -5,7 +5,8 @@
     OUT/seed_<k>.json         the record: what is done, written after every command
     OUT/results.json          all seeds pooled
 
-Every command is a process of its own, so that none keeps memory for the next. What the record calls
+Every command is a process of its own, so that none keeps memory for the next, unless the chain is
+given another way to run them. What the record calls
 done is not run again; a training that was stopped goes on from its checkpoint. Several processes
 may work on one folder: each stage of a seed has a lock.
 """
@@ -123,7 +124,8 @@ def read_json(path: Path) -> dict | None:
 @dataclass
 class Chain:
     """The stages of one seed. `share`: go past those that another process works on; without, wait
-    for it. `execute`: runs the words of one command."""
+    for it. `execute`: runs the words of one command; `in_process`: it does so in this process, and
+    the seconds of commands are those of their work alone."""
 
     recipe: Recipe
     seed: int
@@ -131,6 +133,7 @@ class Chain:
     device: str = "auto"
     execute: Callable[[list[str]], None] | None = None
     share: bool = False
+    in_process: bool = False
     record: dict = field(init=False)
 
     def __post_init__(self):
@@ -198,8 +201,10 @@ class Chain:
                 f"{self.path}: {stage.name} was made by {row['made_by']}, and recipe and config are"
                 f" now {made_by}: choose another --out, or remove {self.out}"
             )
+        if self._is_done(stage):
+            return
         versions, now = self.record["versions"], {"code": code_hash(), "commit": commit()}
-        if not self._is_done(stage) and now not in versions:
+        if now not in versions:
             if versions:
                 print("the code has changed since this was begun; the results will name both")
             versions.append(now)
@@ -214,6 +219,8 @@ class Chain:
         if self._is_done(stage):
             print(f"{place} done", flush=True)
             return
+        if self.in_process:
+            row["in_process"] = True
         if stage.config and "training" not in row:
             row["seconds"] |= self._cache(stage, place)
             self._train(stage, row, place)

@@ -31,6 +31,10 @@ class ClipScore:
         self.steady: list[Tensor] = []
         self.captions: list[str] = []
 
+    def anew(self) -> ClipScore:
+        """Return one for other samples, by the same CLIP."""
+        return ClipScore(self.folder, self.device, self.similarity)
+
     @torch.no_grad()
     def add(self, pixels: Tensor, captions: list[str]) -> None:
         """Take in samples `(B, F, 3, H, W)` in [0, 1] and what they should show."""

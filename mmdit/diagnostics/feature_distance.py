@@ -4,6 +4,7 @@ copies."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -174,7 +175,7 @@ class FeatureDistance:
         known = [tokenizer, self.encoder.tokenizer]
         tokenizers = [one for one in known if one is not None]
         self.items = RealItems(self.real_source, self.shape, tokenizers, num_workers)
-        self.real, self.drawn = FeatureSet(self.encoder), FeatureSet(self.encoder)
+        self.real = FeatureSet(self.encoder)
         self.records: list[Record] = []
         for records, pixels in self.items.read(BATCH):
             self.real.add(pixels, [record.id for record in records])
@@ -186,12 +187,23 @@ class FeatureDistance:
             for records, pixels in others.read(BATCH):
                 self.held_out.add(pixels, [record.id for record in records])
             _check_count("held_out", str(held_out), self.held_out)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have taken in no sample yet."""
+        self.drawn = FeatureSet(self.encoder)
         self.distances: list[Tensor] = []  # of samples to the nearest real item
         self.nearest: list[Tensor] = []
         self.captions: dict[str, str] = {}  # of samples by their names
         self.closest: list[Pair] = []
         self.first: list[Pair] = []  # by the names of the samples
         self.pending: list[tuple[Tensor, Tensor, list[str]]] = []
+
+    def anew(self) -> FeatureDistance:
+        """Return one for other samples, with the same encoder and real items."""
+        other = copy.copy(self)
+        other._begin()
+        return other
 
     def add(
         self,

@@ -41,6 +41,7 @@ def prompt_accuracy_report(
     count: int = PROMPTS,
     batch: int = 64,
     device: torch.device | str = "cpu",
+    known: dict | None = None,
 ) -> dict:
     """Return the score of a model, ready for JSON; every rate is `{value, low, high, correct,
     count}` with its 95 % Wilson interval.
@@ -50,7 +51,8 @@ def prompt_accuracy_report(
     prompts, whatever `count` and `batch` are: key the noise with it. `count`: how many of the 256
     seen and of the 256 held-out prompts. `device`: where samples are judged, and the true pictures
     for the ceiling drawn and encoded. With `frames > 1` there are also `motion_moving` and
-    `left_right` (see `motion_report`).
+    `left_right` (see `motion_report`). `known`: such
+    a report of other weights, with the same tokenizer and options: its ceiling is taken over.
     """
     check_counts(count, PROMPTS, batch)
     seen, held_out = (
@@ -64,14 +66,16 @@ def prompt_accuracy_report(
         read_samples(sample, held_out, PROMPTS, batch, shape, device),
         [prompt.facts for prompt in held_out],
     )
+    if known is None:
+        ceiling = tokenizer_ceiling(tokenizer, facts, width, height, frames, batch, device)
+    else:
+        ceiling = known["tokenizer_ceiling"]
     report = {
         "prompt_accuracy": on_seen["prompt_accuracy"],
         "attributes": on_seen["attributes"],
         "held_out_accuracy": on_held_out["prompt_accuracy"],
         "held_out_attributes": on_held_out["attributes"],
-        "tokenizer_ceiling": tokenizer_ceiling(
-            tokenizer, facts, width, height, frames, batch, device
-        ),
+        "tokenizer_ceiling": ceiling,
         "control": shuffled_control(predictions, facts),
         "count": count,
     }

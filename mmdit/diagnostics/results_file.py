@@ -159,6 +159,8 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         curves = {score: curve(rows, score) for score in rows[0].get("curves", {})}
         if curves:
             stages[stage.name]["curves"] = curves
+        if any(row.get("in_process") for row in rows):
+            stages[stage.name]["in_process"] = True  # its seconds are without the start of commands
     return {
         "name": name,
         "title": recipe.title,

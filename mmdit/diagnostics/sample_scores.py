@@ -31,6 +31,12 @@ class SampleScores:
         self.distance, self.clip_score = distance, clip_score
         self.copies, self.nearest = copies, nearest
 
+    def anew(self) -> SampleScores:
+        """Return scores of other samples by the same networks, with the same real items."""
+        distance = self.distance.anew() if self.distance else None
+        clip_score = self.clip_score.anew() if self.clip_score else None
+        return SampleScores(distance, clip_score, self.copies, self.nearest)
+
     def add(
         self, pixels: Tensor, captions: list[str] | None, names: list[str] | None = None
     ) -> None:

@@ -41,6 +41,7 @@ from mmdit.diagnostics.prompt_accuracy import (
 from mmdit.diagnostics.results_file import shown_rate
 from mmdit.interfaces import Tokenizer
 
+CALIBRATION = ("truth", "ceiling", "ceiling_control", "one_off")  # what `calibration` returns
 RATES = ("seen", "held_out", "ceiling", "control")
 
 
@@ -54,6 +55,7 @@ def task_accuracy_report(
     count: int = MANY_PROMPTS,
     batch: int = 64,
     device: torch.device | str = "cpu",
+    known: dict | None = None,
 ) -> dict:
     """Return the score of a model, ready for JSON: `tasks` has for each of the six the rates
     `seen`, `held_out`, `control` (the samples of the seen prompts against other prompts of the
@@ -61,7 +63,9 @@ def task_accuracy_report(
     `by_objects`. The names of `prompt_accuracy_report` are over all tasks.
 
     `sample` is as there, with the place of a caption among all 1,536 prompts. `count`: how many of
-    the 128 seen and of the 128 held-out prompts of each task."""
+    the 128 seen and of the 128 held-out prompts of each task.
+    `known`: such a report of other weights, with the same tokenizer and options: its calibration is
+    taken over."""
     check_counts(count, MANY_PROMPTS, batch)
     tasks, shape = {}, (frames, 3, height, width)
     for number, task in enumerate(TASKS):
@@ -74,13 +78,17 @@ def task_accuracy_report(
         shown = read_samples(sample, seen, first, batch, shape, device, "many")
         unseen = read_samples(sample, held_out, first + MANY_PROMPTS, batch, shape, device, "many")
         on_seen = accuracy(shown, facts)
+        if known is None:
+            calibrated = calibration(tokenizer, facts, batch, shape, device)
+        else:
+            calibrated = {name: known["tasks"][task][name] for name in CALIBRATION}
         tasks[task] = {
             "seen": on_seen["prompt_accuracy"],
             "held_out": accuracy(unseen, [p.facts for p in held_out])["prompt_accuracy"],
             "control": shuffled(shown, facts)["prompt_accuracy"],
             "attributes": on_seen["attributes"],
             "by_objects": _by_objects(shown, facts),
-        } | calibration(tokenizer, facts, batch, shape, device)
+        } | calibrated
     names = ("prompt_accuracy", "held_out_accuracy", "tokenizer_ceiling", "control")
     report = {name: _over_all(tasks, key) for name, key in zip(names, RATES, strict=True)}
     return report | {"variant": "many", "tasks": tasks, "count": count}
@@ -239,7 +247,8 @@ def score_variant(
     variant: str, sample: Sample, tokenizer: Tokenizer, count: int | None, **options
 ) -> tuple[dict, str]:
     """Return the report of a model on a variant of moving shapes, and its table. `count`: prompts
-    of each list, None for all; `options`: size, frames and device."""
+    of each list, None for all; `options`: size, frames, device, and what is
+    `known` of the tokenizer."""
     report_of, most, table = SCORES[variant]
     report = report_of(sample, tokenizer, count=most if count is None else count, **options)
     return report, table(report)

@@ -21,9 +21,70 @@ from mmdit.training import checkpoint
 from mmdit.training.continuing import check_same_latents
 from mmdit.training.distributed import choose_device
 from mmdit.training.expert_choice import resolved
+from mmdit.training.learner import Learner
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.trust import check_sizes, refuse_foreign_code, stay_offline
+
+
+class Loader:
+    """Loads checkpoints one after another, as `load_pipeline` does with the same arguments. Those
+    of one run that are configured alike share a pipeline, whose weights alone are changed."""
+
+    def __init__(
+        self,
+        device: str = "auto",
+        use_ema: bool = True,
+        overrides: Sequence[str] = (),
+        offload: Offload = "none",
+    ):
+        self.device, self.use_ema = device, use_ema
+        self.overrides, self.offload = overrides, offload
+        self._last: tuple[Pipeline, ExperimentConfig, checkpoint.Meta] | None = None
+
+    def load(self, path: str | Path) -> tuple[Pipeline, ExperimentConfig, bool]:
+        """Return the pipeline of a checkpoint, its config, and whether it is the pipeline of the
+        call before, which then has other weights."""
+        weights = self._other_weights(path)
+        if weights is None:
+            self._last = None  # there need not be room for two
+            words = (self.device, self.use_ema, True, self.overrides, self.offload)
+            pipeline, config = load_pipeline(path, *words)
+            if pipeline.checkpoint is not None and pipeline.checkpoint.is_dir():
+                self._last = pipeline, config, checkpoint.Meta.read(pipeline.checkpoint)
+            return pipeline, config, False
+        assert self._last is not None, "there is a pipeline that they fit"
+        pipeline, config, _ = self._last
+        _put(weights, pipeline.learner)
+        pipeline.checkpoint, pipeline.step = weights.source, weights.meta.step
+        return pipeline, config, True
+
+    def _other_weights(self, path: str | Path) -> checkpoint.Weights | None:
+        """Return the weights of a checkpoint that take the place of those in the last pipeline;
+        None: it needs one of its own. Merged adapters are no weights of their own any more, and
+        what waits elsewhere is not in its place."""
+        if self._last is None or self.offload != "none":
+            return None
+        _, config, last = self._last
+        if (
+            config.lora.enabled
+            or config.model.expert
+            or not (Path(path) / checkpoint.META).is_file()
+        ):
+            return None
+        meta = checkpoint.Meta.read(Path(path))
+        alike = replace(meta, step=last.step) == last
+        return checkpoint.load_weights(path, self.use_ema) if alike else None
+
+
+def _put(weights: checkpoint.Weights, learner: Learner) -> None:
+    """Give a learner the weights of a checkpoint. ValueError: they do not fit."""
+    checkpoint.assign(
+        learner.state_dict(),
+        weights.tensors,
+        str(weights.source),
+        fresh=lambda name: not learner.is_stored(name),
+    )
 
 
 def load_pipeline(
@@ -63,12 +124,7 @@ def load_pipeline(
         check_sizes(config, weights)
     learner = build_learner(config, tokenizer.spec)
     if weights:
-        checkpoint.assign(
-            learner.state_dict(),
-            weights.tensors,
-            str(source),
-            fresh=lambda name: not learner.is_stored(name),
-        )
+        _put(weights, learner)
         load_alphas(learner.model, weights.meta.alphas)
     if lora is not None:
         (merge if lora else remove)(learner.model)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from mmdit import terminal
+from mmdit.scripts.listing import commands
 from mmdit.scripts.parsers import CommandParser
 
 
@@ -18,6 +19,13 @@ def run(main: Callable[[], int | None]) -> None:
     terminal.install()
     sys.argv[1:] = map(with_home, sys.argv[1:])
     raise SystemExit(main())
+
+
+def call(words: list[str]) -> int:
+    """Run `mmdit WORDS` in this process; return its exit status."""
+    name, *rest = words
+    sys.argv[:] = [f"mmdit {name}", *map(with_home, rest)]
+    return importlib.import_module(f"mmdit.scripts.{commands()[name]}").main()
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:

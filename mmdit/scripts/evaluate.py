@@ -16,50 +16,20 @@ tasks: each has its score, and what the oracle accepts of true pictures that mis
 steps of a run, one after another: how fast it learnt.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from mmdit.commands.evaluate import Shown, evaluate
-from mmdit.data.dataset.media_sets import Shape
+from mmdit.commands.evaluate import Scorer
 from mmdit.diagnostics.results_file import write_report
-from mmdit.diagnostics.sample_scores import build_scores
 from mmdit.diagnostics.task_accuracy import SCORES
-from mmdit.experiment.load import load_pipeline
+from mmdit.experiment.load import Loader
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.scripts.parsers import at_least
 from mmdit.training.checkpoint import at_steps
-from mmdit.training.expert_choice import describe_pair
 from mmdit.training.media import save_sheet
-from mmdit.training.memory.host import keep_freed_memory
-from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.samples import check_files
-
-
-def score(path: str | Path, args: argparse.Namespace) -> tuple[dict, Shown]:
-    """Return the report of a checkpoint, and samples to show."""
-    pipeline, config = load_pipeline(
-        path,
-        args.device,
-        use_ema=not args.raw_weights,
-        overrides=args.overrides,
-        offload=args.offload,
-    )
-    if pair := describe_pair(pipeline, config):
-        print(pair)
-    settings = sample_settings(args, config)
-    width, height, frames, _ = sample_size(args, config)
-    pipeline.check(width, height, frames, settings)
-    offload_pipeline(pipeline, args.offload)
-    keep_freed_memory(pipeline.device)
-    shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
-    scores = build_scores(
-        shape, pipeline.device, **metric_values(args), tokenizer=pipeline.tokenizer
-    )
-    asked = {name: getattr(args, name) for name in ("variant", "prompts", "count", "batch_size")}
-    report, drawn = evaluate(pipeline, shape, settings, scores, **asked)
-    return report | {"checkpoint": str(path), "raw_weights": args.raw_weights}, drawn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +76,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
         check_files(out=args.out, sheet=args.sheet, copies=args.copies, nearest=args.nearest)
         paths = at_steps(args.checkpoint, args.at_steps) if args.at_steps else [args.checkpoint]
-        scored = [score(path, args) for path in paths]
+        loader = Loader(args.device, not args.raw_weights, args.overrides, args.offload)
+        asked = {name: getattr(args, name) for name in ("variant", "prompts", "count")}
+        asked |= {"batch_size": args.batch_size, "metrics": metric_values(args)}
+        of_config = partial(sample_settings, args), partial(sample_size, args)
+        scorer = Scorer(loader, *of_config, **asked)
+        scored = [scorer.score(path) for path in paths]
         report, drawn = scored[-1]
         if args.at_steps:
             report["at_steps"] = [dict(other) for other, _ in scored]

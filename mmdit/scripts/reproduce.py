@@ -4,11 +4,14 @@
     mmdit reproduce moving_shapes_t2i_128 [--seeds 0 1 2] [--device cuda:1]
     mmdit reproduce road --record
     mmdit reproduce arms_448 --share --device cuda:0
+    python -m tests.drivers.gpu_arms reproduce arms_128 --share --in_process --device cuda:0
 
 The recipe is results/NAME.yaml: it names the stages, their configs, seeds and scores. What was done
 is kept in --out and not done again, so that a stopped command goes on when it is given once more.
 On several GPUs: the same command once for each, with --share and its --device, takes the stages
-that no other works on; a last one without --share waits for them and pools. --record writes
+that no other works on; a last one without --share waits for them and pools. --in_process saves the
+start of every command, where stages take seconds; two or three such commands keep a GPU busy that
+one would leave idle. --record writes
 results/NAME.json, from which the tables of the documents are made (docs/reproducing.md). The exit
 status is 1 if a score is outside its interval.
 """
@@ -19,7 +22,7 @@ from pathlib import Path
 from mmdit.diagnostics.recipe import config_hash, read_recipe, recipe_names
 from mmdit.diagnostics.results_file import comparison
 from mmdit.files import write_atomically
-from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts import call, command_parser, friendly, run
 from mmdit.training.metrics import clock
 
 
@@ -54,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="run only the stages that no other command with the same --out works on; pool nothing",
     )
+    parser.add_argument(
+        "--in_process",
+        action="store_true",
+        help="run the commands in this process, one after another: for recipes of many short"
+        " stages, where each would take longer to start (10 to 15 s on a GPU) than to work; the"
+        " seconds of the results are then without that",
+    )
     parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
     parser.add_argument("--record", action="store_true", help="write results/NAME.json")
     parser.add_argument(
@@ -76,7 +86,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--seeds is {args.seeds}: a seed that is there twice counts twice")
         out = args.out or Path("runs/reproduce") / args.name
         seeds = args.seeds or recipe.seeds
-        chains = [Chain(recipe, seed, out, args.device, share=args.share) for seed in seeds]
+        how = {"share": args.share, "in_process": args.in_process}
+        if args.in_process:
+            from mmdit.commands.in_process import InProcess
+
+            how["execute"] = InProcess(call, recipe.module)
+        chains = [Chain(recipe, seed, out, args.device, **how) for seed in seeds]
         records = [chain.run() for chain in chains]
         if args.share:
             print(f"nothing is left that nobody works on; without --share {out} is pooled")

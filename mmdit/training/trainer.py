@@ -31,12 +31,15 @@ from mmdit.training.watch import Watch
 
 class StopRequest:
     """SIGTERM, SIGHUP (the terminal was closed) and SIGINT ask for a stop after the current step; a
-    second SIGINT interrupts at once."""
+    second SIGINT interrupts at once. `heard`: how many came to the trainings of this process."""
+
+    heard = 0
 
     def __init__(self):
         self.asked, self.interrupted = False, False
 
     def _ask(self, signum, frame):
+        StopRequest.heard += 1
         if signum == signal.SIGINT:
             if self.interrupted:
                 raise KeyboardInterrupt

@@ -29,6 +29,12 @@ def give_up() -> None:
     _able = False
 
 
+def try_again() -> None:
+    """Have calls replayed again, for another network than the one with which it failed."""
+    global _able
+    _able = True
+
+
 @lru_cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream of all captures: cuBLAS keeps a workspace for every stream that it has

@@ -75,10 +75,10 @@ class Guided(Pipeline):
         other, (low, high) = self.way.other(text, self.asked), self.way.interval
 
         def denoise(x: Tensor, t) -> Tensor:
-            told = ask(x, t)
+            here = ask(x, t)
             if not low <= float(t) <= high:
-                return told
-            return told + (self.scale - 1) * (told - other(x, t))
+                return here
+            return here + (self.scale - 1) * (here - other(x, t))
 
         return denoise
 
@@ -88,10 +88,12 @@ def without_text(pipeline: Pipeline, text: TextTokens, captions: list[str]) -> D
     return pipeline.learner.objective.denoiser(pipeline.learner.model, text.null())
 
 
-def reads_itself(pipeline: Pipeline, told: bool, text: TextTokens, captions: list[str]) -> Denoise:
+def reads_itself(
+    pipeline: Pipeline, captioned: bool, text: TextTokens, captions: list[str]
+) -> Denoise:
     """Return the estimate of a network that reads captions by its own text encoder."""
     tokens = pipeline.learner.text_encoder(captions)
-    tokens = tokens if told else tokens.null()
+    tokens = tokens if captioned else tokens.null()
     return pipeline.learner.objective.denoiser(pipeline.learner.model, tokens)
 
 
@@ -106,10 +108,10 @@ def ways_of(
     """Return the ways that a network allows, with the same network `early` in its training."""
     low, high = interval
     plain = partial(without_text, pipeline)
-    found = [Way("text", plain), Way("interval", plain, (low, high))]
+    ways = [Way("text", plain), Way("interval", plain, (low, high))]
     if early:
-        found.append(Way("early", partial(reads_itself, early, True)))
-        found.append(Way("early-no-text", partial(reads_itself, early, False)))
+        ways.append(Way("early", partial(reads_itself, early, True)))
+        ways.append(Way("early-no-text", partial(reads_itself, early, False)))
     model = pipeline.learner.model
     if isinstance(model, VideoMMDiT) and model.tread is not None:
         rows, columns = pipeline.learner.spec.grid(*size, model.patch)
@@ -117,8 +119,8 @@ def ways_of(
         keep = draw_keep(model.tread, (window.height, window.width), ROUTED_SEED, 0)
         grid, tokens = (1, rows, columns), 20  # of a caption
         cost = model.train_flops(grid, tokens, len(keep)) / model.train_flops(grid, tokens)
-        found.append(Way("routed", partial(routed, pipeline, keep), cost=cost))
-    return found
+        ways.append(Way("routed", partial(routed, pipeline, keep), cost=cost))
+    return ways
 
 
 def calls(guided: Guided, settings: SampleSettings, frames: int) -> float:

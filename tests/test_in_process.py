@@ -23,6 +23,7 @@ from mmdit.commands import in_process
 from mmdit.commands.in_process import InProcess
 from mmdit.commands.reproduce import Chain
 from mmdit.config import decode
+from mmdit.data.batches import kept_cache, stores
 from mmdit.diagnostics.recipe import Recipe
 from mmdit.diagnostics.results_file import results
 from mmdit.scripts import call, reproduce
@@ -31,7 +32,7 @@ from mmdit.training.checkpoint import read_tensors
 from mmdit.training.errors import RunError
 from mmdit.training.graphs import common
 from tests.drivers import gpu_baselines
-from tests.helpers.tiny import CONFIG, refused
+from tests.helpers.tiny import CONFIG, Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ["train.save_every_steps=1", "train.keep_every_steps=1", "model.dropout=0.1"]
@@ -126,6 +127,82 @@ def test_plain_networks_are_trained_in_the_process_of_their_driver(tmp_path, mon
     assert results("toy", chain.recipe, [record])["stages"]["a"]["in_process"] is True
 
 
+# ── the cache ──
+@pytest.fixture
+def opened(monkeypatch):
+    """Return what caches are opened, and read into memory, from now on."""
+    made: list[str] = []
+    open_cache, read = kept_cache.open_cache, stores.InMemory.__init__
+
+    def opening(*words):
+        made.append("opened")
+        return open_cache(*words)
+
+    def reading(*words):
+        made.append("read")
+        read(*words)
+
+    monkeypatch.setattr(kept_cache, "open_cache", opening)
+    monkeypatch.setattr(stores.InMemory, "__init__", reading)
+    return made
+
+
+def test_trainings_of_one_process_share_a_cache_until_its_files_change(tmp_path, opened):
+    shop, run = Workshop(tmp_path), InProcess(call)
+    first, other = shop.cache("pictures"), shop.cache("others", count=4)
+
+    def train(name: str, cache: Path) -> list[str]:
+        opened.clear()
+        run(["train", *shop.train_words(name, "train.max_steps=1", cache=cache)])
+        return list(opened)
+
+    anew = ["opened", "read"]
+    assert train("a", first) == anew and train("b", first) == []
+    assert train("c", other) == anew and train("d", other) == []
+    item = next(other.glob("**/*.pt"))
+    os.utime(item, ns=(0, 0))
+    assert train("e", other) == anew
+    item.write_bytes(item.read_bytes()[:-1])
+    with pytest.raises(RunError, match="status 2"):
+        train("f", other)
+    run(["cache-moving-shapes", *cache_words(shop, first, 12)])
+    assert train("g", first) == anew and train("h", first) == []
+    with pytest.raises(RunError, match="status 2"):
+        run(["train", *shop.train_words("i", "tokenizer.latent_d=4", cache=first)])
+    opened.clear()
+    shop.train("apart", "train.max_steps=1", cache=first)
+    shop.train("again", "train.max_steps=1", cache=first)
+    assert opened == anew + anew, "nothing is kept outside"
+    one, two = (read_tensors(model_of(tmp_path / "runs" / name)) for name in ("h", "apart"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def cache_words(shop: Workshop, folder: Path, count: int) -> list[str]:
+    words = ["--config", shop.config, "--out_dir", folder, "--count", count, "--device", "cpu"]
+    return list(map(str, words))
+
+
+def model_of(run: Path) -> Path:
+    return run / "checkpoints/step_00000001/model.safetensors"
+
+
+def test_checkpoints_that_are_scored_are_removed_where_that_is_asked(tmp_path):
+    score = {"scores": [{"name": "s", "evaluate": "--count 2 --steps 1"}]}
+    a, b = {"name": "a", **score}, {"name": "b", "init_from": "a", **score}
+    recipe = decode(Recipe, toy(tmp_path, a, b, {"name": "c"}))
+
+    def left(**how) -> list[str]:
+        chain = Chain(recipe, 0, tmp_path, "cpu", InProcess(call), **how)
+        chain.run()
+        folders = tmp_path.glob("seed_0/*/checkpoints/step_*")
+        return sorted({folder.parts[-3] for folder in folders})
+
+    assert left() == ["a", "b", "c"]
+    assert left(discard=True) == ["a", "c"], "b starts from a, and c is not scored"
+    assert left(discard=True) == ["a", "c"], "nothing is made again"
+
+
+# ── programs and help ──
 def test_a_recipe_of_another_program_is_refused(tmp_path, capsys):
     words = [*("--results", tmp_path, "--out", tmp_path / "out"), "toy", "--in_process"]
     toy(tmp_path, {"name": "a"}, module="tests.drivers.gpu_arms")

@@ -224,7 +224,9 @@ def test_a_score_at_several_steps_is_a_curve_with_the_time_to_an_accuracy(chain,
     monkeypatch.setitem(before, "value", 0.91)
     monkeypatch.setitem(last, "value", 0.99)
     monkeypatch.setitem(rows[1]["training"], "step_seconds", 10.0)
-    assert curve(rows, "s")["seconds_to"] == [None, 20.0], "half way from step 1 to step 3"
+    assert curve(rows[1:], "s")["seconds_to"] == [20.0], "half way from step 1 to step 3"
+    monkeypatch.setitem(rows[0]["training"], "step_seconds", 4.0)
+    assert curve(rows, "s")["seconds_to"] == [None, 8.0], "at the pace of the fastest seed"
 
 
 def test_a_step_that_is_not_kept_is_refused(chain, capsys):
@@ -496,7 +498,7 @@ def test_arms_are_compared_at_equal_seconds(make, chain):
     slow, fast = json.loads(json.dumps(made)), json.loads(json.dumps(made))
     for results, pace, name in ((slow, 10.0, "slow"), (fast, 6.0, "fast")):
         curve = results["stages"]["a"]["curves"]["s"]
-        curve["step_seconds"], curve["seconds_to"] = [pace, pace], [20.0, 30.0]
+        curve["step_seconds"], curve["seconds_to"] = [pace, 2 * pace], [20.0, 30.0]
         for point, correct in zip(curve["points"], (40, 80), strict=True):
             point["held_out"] = pooled([rate(correct, 100)] * 2)
         results["stages"] = {name: results["stages"]["a"]}

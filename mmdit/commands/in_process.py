@@ -1,8 +1,9 @@
 """Run commands one after another in this process, in place of one process for each.
 
-What is imported, loaded onto the GPU and compiled by Triton serves the commands that follow. All
-else is as if each began alone: random states, settings of torch, signal handlers, folder,
-environment, and the memory of the command before.
+What is imported, loaded onto the GPU and compiled by Triton serves the commands that follow, and so
+does the cache of the last training, as long as its files stay as they are. All else is as if each
+began alone: random states, settings of torch, signal handlers, folder, environment, and the memory
+of the command before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmdit.data.batches.kept_cache import KeptCache
 from mmdit.diagnostics.recipe import DRIVER
 from mmdit.training.errors import RunError
 from mmdit.training.graphs.common import try_again
@@ -119,13 +121,14 @@ class InProcess:
                 " --in_process out"
             )
         self.run, self.module, self.fresh = run, module, Fresh()
+        self.cache = KeptCache()
 
     def __call__(self, words: list[str]) -> None:
         """Run a command to its end. RunError: it failed. KeyboardInterrupt: a signal asked it to
         stop, and it has ended as it does alone: a training has saved."""
         before = StopRequest.heard
         try:
-            with stoppable() as heard, warnings.catch_warnings():
+            with stoppable() as heard, warnings.catch_warnings(), self.cache.used():
                 status = status_of(self.run, words)
         finally:
             self.fresh.restore()

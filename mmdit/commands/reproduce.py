@@ -31,7 +31,7 @@ from mmdit.config import ConfigError
 from mmdit.diagnostics.recipe import Recipe, Stage, cache_identity, short_hash, stage_hash
 from mmdit.diagnostics.results_file import rates_of, results, training_facts
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
-from mmdit.files import lock, write_atomically
+from mmdit.files import lock, remove, write_atomically
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
 
@@ -125,7 +125,8 @@ def read_json(path: Path) -> dict | None:
 class Chain:
     """The stages of one seed. `share`: go past those that another process works on; without, wait
     for it. `execute`: runs the words of one command; `in_process`: it does so in this process, and
-    the seconds of commands are those of their work alone."""
+    the seconds of commands are those of their work alone. `discard`: remove the checkpoints of a
+    stage once it is scored, unless a stage starts from it."""
 
     recipe: Recipe
     seed: int
@@ -134,6 +135,7 @@ class Chain:
     execute: Callable[[list[str]], None] | None = None
     share: bool = False
     in_process: bool = False
+    discard: bool = False
     record: dict = field(init=False)
 
     def __post_init__(self):
@@ -218,6 +220,7 @@ class Chain:
         row = self.record["stages"][stage.name]
         if self._is_done(stage):
             print(f"{place} done", flush=True)
+            self._discard(stage)
             return
         if self.in_process:
             row["in_process"] = True
@@ -244,6 +247,15 @@ class Chain:
             row["scoring_memory_gb"] = report["memory_gb"]
             self.record["machine"] = report["machine"]
             self._write(stage)
+        self._discard(stage)
+
+    def _discard(self, stage: Stage) -> None:
+        """Remove the checkpoints of a stage that is scored, if they are no longer wanted."""
+        starts = [other.init_from for other in self.recipe.stages]
+        if not self.discard or not stage.config or not stage.scores or stage.name in starts:
+            return
+        for folder in checkpoint.complete(self.folder / stage.name):
+            remove(folder)
 
     def _checkpoint(self, stage: Stage) -> str:
         return stage.checkpoint or str(self.folder / stage.name)

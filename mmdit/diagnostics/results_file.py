@@ -178,16 +178,17 @@ def curve(rows: list[dict], score: str) -> dict:
     """Return how a score grew with training, from the rows of a stage, one a seed: at each step the
     rates over the prompts of all seeds, and by seed the seconds of a step (the median, so that
     neither compiling nor a pause counts) and the seconds until the held-out accuracy was REACHED,
-    None where it never was."""
-    points, paces, reached = [], [], []
+    None where it never was. These are at the pace of the fastest seed, for what others do on the
+    machine meanwhile makes a step longer."""
+    points, reached = [], []
     for at, point in enumerate(rows[0]["curves"][score]):
         seeds = [row["curves"][score][at]["rates"] for row in rows]
         points.append({"step": point["step"]} | pooled_score(seeds))
+    paces = [row["training"].get("step_seconds") for row in rows]
+    pace = min((value for value in paces if value is not None), default=None)
     for row in rows:
-        pace = row["training"].get("step_seconds")
         held_out = [(at["step"], at["rates"]["held_out"]["value"]) for at in row["curves"][score]]
         steps = first_reaching(held_out, REACHED)
-        paces.append(pace)
         reached.append(None if steps is None or pace is None else round(steps * pace, 1))
     return {"points": points, "step_seconds": paces, "reached": REACHED, "seconds_to": reached}
 

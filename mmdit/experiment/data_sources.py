@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mmdit.config import ConfigError
 from mmdit.data.batches.data_config import SourceConfig, check_together, shares_of
+from mmdit.data.batches.kept_cache import opened
 from mmdit.data.batches.latent_batches import LatentBatches, MixedBatches, StepBatches
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.batches.on_the_fly import UnencodedItems
 from mmdit.data.batches.stores import fits_in_memory
-from mmdit.data.cache.latent_cache import LatentCache, open_cache
+from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.experiment.build import build_plan
 from mmdit.experiment.experiment_config import ExperimentConfig
@@ -130,7 +131,7 @@ def _open(
     """Open a cache, or look at the records of a file that will be encoded while training."""
     path = Path(source.path)
     if not path.is_file():
-        return open_cache(path, wanted)
+        return opened(path, wanted)
     if not config.data.on_the_fly:
         raise ConfigError(
             "data.on_the_fly",

@@ -64,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         " stages, where each would take longer to start (10 to 15 s on a GPU) than to work; the"
         " seconds of the results are then without that",
     )
+    parser.add_argument(
+        "--discard_checkpoints",
+        action="store_true",
+        help="remove the checkpoints of a stage once it is scored, unless a stage starts from it:"
+        " of many arms with many steps they would fill a disk",
+    )
     parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
     parser.add_argument("--record", action="store_true", help="write results/NAME.json")
     parser.add_argument(
@@ -87,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or Path("runs/reproduce") / args.name
         seeds = args.seeds or recipe.seeds
         how = {"share": args.share, "in_process": args.in_process}
+        how["discard"] = args.discard_checkpoints
         if args.in_process:
             from mmdit.commands.in_process import InProcess
 

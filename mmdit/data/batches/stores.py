@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.batches import kept_cache
 from mmdit.data.batches.batch_plan import Grid, by_shape
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import all_captions
@@ -30,7 +31,9 @@ def open_store(
     """Return a store of a cache; "auto": in memory, if it takes at most a quarter of it."""
     if in_memory == "auto":
         in_memory = fits_in_memory(cache.nbytes)
-    return InMemory(cache, progress) if in_memory else OnDisk(cache)
+    if not in_memory:
+        return OnDisk(cache)
+    return kept_cache.in_memory(cache, lambda: InMemory(cache, progress))
 
 
 def fits_in_memory(size: int) -> bool:

@@ -34,6 +34,7 @@ from mmdit.scripts import evaluate, reproduce
 from mmdit.training.errors import RunError
 from tests.drivers import gpu_arms, gpu_baselines
 from tests.helpers.tiny import CONFIG, TINY_MODEL, refused
+from tests.test_vtp_train import IMAGES, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = recipe_names(ROOT / "results")
@@ -101,6 +102,10 @@ def recipe_of(*stages: dict) -> Recipe:
     [
         ([{"name": "a", "config": "x", "cache": "rm -r"}], "must begin with a caching command"),
         ([{"name": "a", "config": "x"}], "cache"),
+        (
+            [{"name": "a", "config": "x", "cache": "cache-images", "tokenizer": "train-vtp x"}],
+            "must begin with train-vtp --config",
+        ),
         ([{"name": "a"}], "config"),
         ([{"name": "../a", "checkpoint": "x"}], "no name of a file"),
         ([{"name": "a", "checkpoint": "x"}] * 2, "twice"),
@@ -417,6 +422,49 @@ def test_plain_networks_are_trained_and_scored_as_ours_are(tmp_path):
         assert row["training"]["steps"] == 3 and row["scores"] and len(row["curves"]) == 1
         text = (folder / "seed_0" / stages[-1] / "config.yaml").read_text()
         assert f"type: plain_{stages[-1].lower()}" in text, "checkpoints say what they are of"
+
+
+def test_a_stage_pretrains_the_tokenizer_of_its_cache(tmp_path):
+    """It is done once for all seeds, and goes on where it was stopped."""
+    settings = {"max_steps": 2, "warmup_steps": 1, "evaluation_samples": 4}
+    content = {"output_dir": "unused", "model": TINY, "images": IMAGES, "train": settings}
+    pretraining, config = tmp_path / "vtp.yaml", tmp_path / "tiny.yaml"
+    pretraining.write_text(json.dumps(content))
+    config.write_text(
+        CONFIG.format(folder=tmp_path).replace("dummy, latent_d: 8", "vtp, latent_d: 16")
+    )
+    score = {"name": "s", "evaluate": "--count 2 --steps 1"}
+    tokenizer = f"train-vtp --config {pretraining}"
+    recipe = recipe_of(
+        {"name": "a", "config": str(config), "tokenizer": tokenizer, "scores": [score]}
+        | {"cache": "cache-moving-shapes --count 4"},
+        {"name": "b", "config": str(config), "cache_of": "a", "scores": [score]},
+    )
+    out, ran = tmp_path / "out", Commands()
+    records = [Chain(recipe, seed, out, "cpu", ran).run() for seed in (0, 1)]
+    scored = ["train", "evaluate"]
+    assert ran.names == ["train-vtp", "cache-moving-shapes", *scored, *scored, *scored, *scored]
+    folder = f"{out}/tokenizers/a"
+    assert f"output_dir={folder}" in ran.calls[0]
+    assert all(f"tokenizer.name_or_path={folder}/export" in words for words in ran.calls[1:3])
+    assert all(row["stages"]["a"]["seconds"]["tokenizer"] > 0 for row in records)
+    assert "tokenizer" not in records[0]["stages"]["b"]["seconds"]
+
+    (out / "tokenizers" / "a.json").unlink()  # as if it had been stopped after its last step
+    (out / "cache" / "a.json").unlink()
+    (out / "seed_1.json").unlink()
+    again = Commands()
+    Chain(recipe, 1, out, "cpu", again).run()
+    assert "--resume" in again.calls[0] and again.names[0] == "train-vtp"
+
+    typed = finished_results("tiny", recipe, records)["stages"]["b"]["commands"]
+    named = "tokenizer.name_or_path=runs/tokenizers/a/export"
+    assert named in typed[0] and typed[0].startswith("mmdit train ")
+    first = finished_results("tiny", recipe, records)["stages"]["a"]["commands"]
+    assert first[0] == f"mmdit {tokenizer} output_dir=runs/tokenizers/a" and named in first[1]
+    pretraining.write_text(json.dumps(content | {"seed": 3}))
+    with pytest.raises(ValueError, match="choose another --out"):
+        Chain(recipe, 0, out, "cpu", Commands()).run()
 
 
 # ── results ──

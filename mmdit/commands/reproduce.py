@@ -1,6 +1,7 @@
 """Run the stages of a recipe, seed by seed, and keep what each command took and reached.
 
     OUT/cache/<stage>/        latents, shared by the seeds; <stage>.json says how they were made
+    OUT/tokenizers/<stage>/   likewise, of stages that pre-train one
     OUT/seed_<k>/<stage>/     runs; OUT/seed_<k>/<stage>-<score>.json the reports of evaluate
     OUT/seed_<k>.json         the record: what is done, written after every command
     OUT/results.json          all seeds pooled
@@ -28,7 +29,14 @@ from pathlib import Path
 
 import mmdit
 from mmdit.config import ConfigError
-from mmdit.diagnostics.recipe import Recipe, Stage, cache_identity, short_hash, stage_hash
+from mmdit.diagnostics.recipe import (
+    Recipe,
+    Stage,
+    cache_identity,
+    short_hash,
+    stage_hash,
+    tokenizer_identity,
+)
 from mmdit.diagnostics.results_file import rates_of, results, training_facts
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.files import lock, remove, write_atomically
@@ -263,26 +271,43 @@ class Chain:
     def _cache(self, stage: Stage, place: str) -> dict:
         """Make the caches unless they are there; return the seconds of the stage's own, which
         count for it, whichever seed made it."""
-        seconds = [self._cache_by(maker, place) for maker in self.recipe.cached_by(stage)]
-        return {"caching": seconds[0]} if stage.cache else {}
+        makers = self.recipe.cached_by(stage)
+        tokenizers = [self._tokenizer_by(maker, place) for maker in makers if maker.tokenizer]
+        seconds = [self._cache_by(maker, place) for maker in makers]
+        spent = {"caching": seconds[0]} if stage.cache else {}
+        return spent | ({"tokenizer": tokenizers[0]} if stage.tokenizer else {})
+
+    def _tokenizer_by(self, maker: Stage, place: str) -> float:
+        """Pre-train the tokenizer of a cache unless it is there; return the seconds."""
+        folder = self.out / "tokenizers" / maker.name
+        words = [*shlex.split(maker.tokenizer), "--device", self.device, f"output_dir={folder}"]
+        return self._shared(folder, tokenizer_identity(maker), words, f"{place} the tokenizer")
 
     def _cache_by(self, maker: Stage, place: str) -> float:
+        """Make a cache unless it is there; return the seconds."""
         folder = self._cache_folder(maker)
-        facts_path = folder.with_name(f"{maker.name}.json")
-        made_by = short_hash(cache_identity(maker))
-        with held(folder.with_name(f"{maker.name}.lock"), wait=True):
+        words = [*shlex.split(maker.cache), "--config", maker.config]
+        words += ["--out_dir", str(folder), "--device", self.device]
+        words += [word for word in maker.overrides if not word.startswith("train.")]
+        words += self.recipe.tokenizer_of(maker, self.out / "tokenizers")
+        return self._shared(folder, cache_identity(maker), words, f"{place} caching")
+
+    def _shared(self, folder: Path, identity: list, words: list[str], title: str) -> float:
+        """Run the command that makes a folder that the seeds share, unless it was run; return its
+        seconds. `identity`: all that the folder depends on."""
+        facts_path = folder.with_name(f"{folder.name}.json")
+        made_by = short_hash(identity)
+        with held(folder.with_name(f"{folder.name}.lock"), wait=True):
             facts = read_json(facts_path)
             if facts and facts["made_by"] != made_by:
                 raise ValueError(
-                    f"{folder} was made otherwise than {maker.name} asks: choose another --out, or"
+                    f"{folder} was made otherwise than {folder.name} asks: choose another --out, or"
                     f" remove {folder} and {facts_path}"
                 )
             if not facts:
-                words = [*shlex.split(maker.cache), "--config", maker.config]
-                words += ["--out_dir", str(folder), "--device", self.device]
-                words += [word for word in maker.overrides if not word.startswith("train.")]
-                seconds = self._timed(words, f"{place} caching")
-                facts = {"made_by": made_by, "seconds": seconds}
+                # a pre-training that was stopped goes on, as a caching does by itself
+                resume = ["--resume"] if checkpoint.latest(folder) else []
+                facts = {"made_by": made_by, "seconds": self._timed([*words, *resume], title)}
                 write_atomically(facts_path, json.dumps(facts, indent=1))
         return facts["seconds"]
 
@@ -292,6 +317,7 @@ class Chain:
     def _overrides(self, stage: Stage) -> list[str]:
         overrides = [*stage.overrides, f"experiment_name={stage.name}", f"seed={self.seed}"]
         overrides += [f"output_dir={self.folder}"]
+        overrides += self.recipe.tokenizer_of(stage, self.out / "tokenizers")
         if stage.init_from:
             overrides += [f"train.init_from={self.folder / stage.init_from}"]
         return overrides

@@ -11,7 +11,7 @@
 
 A stage makes its cache, trains from it and is scored. A later one may take the cache (`cache_of`)
 and the weights (`init_from`) of an earlier one, or train from its cache as well (`beside`). A stage
-with `checkpoint` is only scored.
+with `tokenizer` pre-trains the tokenizer of its cache first; one with `checkpoint` is only scored.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Stage:
     name: str
     config: FilePath = ""
     checkpoint: FilePath = ""
+    # The command that pre-trains the tokenizer of the cache, and its words, without output_dir and
+    # --device; without, the config names the tokenizer. The seeds share it, as they do the cache.
+    tokenizer: str = ""
     # The caching command and its words, without --config, --out_dir and --device.
     cache: str = ""
     # The earlier stage whose cache this one trains from.
@@ -88,6 +91,13 @@ class Stage:
             raise ConfigError("cache", "is needed, or cache_of with an earlier stage")
         if self.cache and not self.cache.startswith("cache-"):
             raise ConfigError("cache", f"is {self.cache!r}, must begin with a caching command")
+        if self.tokenizer and not self.tokenizer.startswith("train-vtp --config "):
+            message = f"is {self.tokenizer!r}, must begin with train-vtp --config"
+            raise ConfigError("tokenizer", message)
+        if self.tokenizer and not self.cache:
+            raise ConfigError(
+                "tokenizer", "is that of a cache, but the stage makes none: add cache"
+            )
         trains = self.cache or self.cache_of or self.beside or self.init_from or self.overrides
         if self.checkpoint and trains:
             raise ConfigError("checkpoint", "is only scored: remove cache, init_from, overrides")
@@ -135,6 +145,14 @@ class Recipe:
     def stage(self, name: str) -> Stage:
         """Return a stage by its name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    def tokenizer_of(self, stage: Stage, folder: str | Path) -> list[str]:
+        """Return the override that names the tokenizer of the cache of `stage` where a stage
+        pre-trains it, in `folder`; empty where the config names it."""
+        maker = self._cached_by(stage)
+        if not maker.tokenizer:
+            return []
+        return [f"tokenizer.name_or_path={Path(folder) / maker.name / 'export'}"]
 
     def cached_by(self, stage: Stage) -> list[Stage]:
         """Return the stages that make the caches of `stage`: its own, then those beside it."""
@@ -204,7 +222,16 @@ def cache_identity(stage: Stage) -> list:
     mapping, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     mapping = apply_overrides(mapping, list(stage.overrides))
     read = {key: mapping.get(key) for key in ("video", "tokenizer", "bucketing", "preprocess")}
-    return [stage.cache, read]
+    return [stage.cache, read, *tokenizer_identity(stage)]
+
+
+def tokenizer_identity(stage: Stage) -> list:
+    """Return what the tokenizer that `stage` pre-trains depends on; empty if it does not."""
+    if not stage.tokenizer:
+        return []
+    config = find(shlex.split(stage.tokenizer)[2])
+    mapping, _ = parse_yaml(config.read_text(encoding="utf-8"), str(config))
+    return [stage.tokenizer, mapping]
 
 
 def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
@@ -212,10 +239,14 @@ def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
     lines, checkpoint, program = [], stage.checkpoint, recipe.program
     if stage.config:
         caches = [f"data/cache/{maker.name}" for maker in recipe.cached_by(stage)]
+        tokenizer = recipe.tokenizer_of(stage, "runs/tokenizers")
         checkpoint = f"runs/{stage.name}"
+        if stage.tokenizer:
+            lines.append(f"{program} {stage.tokenizer} output_dir=runs/tokenizers/{stage.name}")
         if stage.cache:
-            lines.append(f"{program} {stage.cache} --config {stage.config} --out_dir {caches[0]}")
-        words = [*stage.overrides, f"experiment_name={stage.name}"]
+            line = f"{program} {stage.cache} --config {stage.config} --out_dir {caches[0]}"
+            lines.append(" ".join([line, *tokenizer]))
+        words = [*stage.overrides, *tokenizer, f"experiment_name={stage.name}"]
         if stage.init_from:
             words.append(f"train.init_from=runs/{stage.init_from}")
         data = " ".join(f"--train_cache_dir {cache}" for cache in caches)

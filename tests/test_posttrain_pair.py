@@ -32,8 +32,10 @@ from mmdit.posttrain.session import Session
 from mmdit.posttrain.trained_levels import TrainedLevels
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
+from mmdit.training.distributed import World
 from mmdit.training.ema import EMAConfig
 from mmdit.training.learner import Learner
+from mmdit.training.parallel import shard
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from tests.helpers.tiny import refused
@@ -82,23 +84,33 @@ def frozen(session: Session) -> nn.Module:
     return other
 
 
-def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **changes) -> Session:
-    """A session that trains one of two different experts, with adapters, captions of unequal length
-    and an evaluation after each update."""
+def paired(
+    folder,
+    algorithm="grpo",
+    trained="low",
+    steps=4,
+    train=None,
+    lora=True,
+    world=World(),
+    cut=False,
+    **changes,
+) -> Session:
+    """Return a session that trains one of two different experts, with adapters or without,
+    captions of unequal length and an evaluation after each update. `cut`: both experts are, over
+    the processes of `world`."""
     torch.manual_seed(0)
     networks = {name: random_expert(TINY, torch.float32, "cpu", False) for name in ("high", "low")}
     model = networks.pop(trained)
     (sibling,) = networks.values()
     sibling.requires_grad_(False).eval()
-    inject(
-        model,
-        LoRAConfig(
-            enabled=True, rank=2, alpha=2, target_modules=("*.cross_attn.[kv]", "*.self_attn.q")
-        ),
-    )
+    if lora:
+        targets = ("*.cross_attn.[kv]", "*.self_attn.q")
+        inject(model, LoRAConfig(enabled=True, rank=2, alpha=2, target_modules=targets))
     between = (0.0, BOUNDARY) if trained == "low" else (BOUNDARY, 1.0)
     objective = FlowMatching(FlowMatchingConfig(between=between))
     learner = Learner(model, Ragged(), objective, Squash.spec)
+    if cut:
+        shard(learner, world, further=[sibling])
     trains_steps = algorithm in ("grpo", "guard")
     rollout = {"steps": 4, "shift": 2.0}  # noise levels 1, 0.857, 0.667, 0.4, 0
     if trains_steps:
@@ -138,9 +150,9 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
     def store(files, best):
         meta = checkpoint.Meta(state.step, {}, Squash.spec, "squash")
         if best:
-            checkpoint.save(folder / "best", meta, {"model": files["model"]}, 1)
+            checkpoint.save(folder / "best", meta, {"model": files["model"]}, 1, world=world)
         else:
-            checkpoint.save(folder, meta, files, 0)
+            checkpoint.save(folder, meta, files, 0, world=world)
 
     return Session(
         config=PosttrainConfig(**settings | changes),
@@ -156,6 +168,7 @@ def paired(folder, algorithm="grpo", trained="low", steps=4, train=None, **chang
         run_dir=folder,
         save=store,
         model=pair_of(model, sibling, trained, BOUNDARY),
+        world=world,
     )
 
 

@@ -80,13 +80,17 @@ def test_a_model_that_redraws_small_clips_has_none_here(shop, capsys):
     "word, expected",
     [
         ("train.save_in_background=true", "writes its checkpoints between two updates"),
-        ("video.tile=[48, 16]", "draws clips of 48x32 whole"),
-        ("parallel.reduce=bfloat16", "remove the section"),
+        ("video.tile=[48,16]", "draws clips of 48x32 whole"),
+        ("parallel.reduce=bfloat16", "parallel.reduce: is bfloat16, but copies add"),
+        (
+            "parallel.context_parallel=2 video.num_frames=2",
+            "each process draws and scores whole clips of its own",
+        ),
     ],
 )
 def test_a_key_of_training_alone_is_refused_where_it_would_do_nothing(shop, capsys, word, expected):
     section = word.partition(".")[0]
-    refused(capsys, posttrain.main, command(shop, "never", word), section, expected)
+    refused(capsys, posttrain.main, command(shop, "never", *word.split()), section, expected)
 
 
 def test_real_clips_of_another_stride_are_refused(shop, capsys):

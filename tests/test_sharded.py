@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks.model import Bench
-from mmdit.commands.posttrain import posttrain
 from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
@@ -437,13 +436,6 @@ def test_what_cannot_be_cut_is_refused_with_a_remedy(words, message):
     raw["train"] = {"init_from": "y"}
     with pytest.raises(ConfigError, match=message):
         decode(ExperimentConfig, apply_overrides(raw, [words]))
-
-
-def test_posttraining_refuses_shards_before_anything_is_loaded():
-    raw = {"experiment_name": "x", "parallel": {"type": "fsdp"}, "train": {"init_from": "y"}}
-    raw["posttrain"] = {"algorithm": "grpo"}
-    with pytest.raises(ConfigError, match=r"parallel: is .*fsdp.* the whole model .* remove"):
-        posttrain(decode(ExperimentConfig, raw), "cpu")
 
 
 @pytest.mark.parametrize(

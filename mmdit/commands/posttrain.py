@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches.latent_batches import contents
 from mmdit.data.dataset.buckets import target_sizes
-from mmdit.experiment.build import build_learner, start_from, with_sibling
+from mmdit.experiment.build import build_learner, build_network, start_from, with_sibling
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.run import agree_on_start
 from mmdit.files import Sum, with_tilde, write_atomically
+from mmdit.interfaces import Denoiser
 from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.session import Session
@@ -28,11 +30,13 @@ from mmdit.posttrain.srpo import real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import check_same_latents, other_data
-from mmdit.training.distributed import process_group
+from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
+from mmdit.training.learner import Learner
 from mmdit.training.memory.offload import move_to_device
+from mmdit.training.memory.shards import whole
 from mmdit.training.origin import check_origin, sum_of
-from mmdit.training.parallel import ParallelConfig
+from mmdit.training.parallel import shard
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
 from mmdit.training.trackers import require_library, tracking
@@ -46,11 +50,17 @@ def _check(config: ExperimentConfig) -> None:
         raise ConfigError(
             "posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}"
         )
-    if config.parallel != ParallelConfig():
+    if config.parallel.context_parallel > 1:
         raise ConfigError(
-            "parallel",
-            f"is {config_io.encode(config.parallel)}; every process has the whole model here, and "
-            "gradients are added up in float32: remove the section",
+            "parallel.context_parallel",
+            f"is {config.parallel.context_parallel}, but in post-training each process draws and"
+            " scores whole clips of its own; set it to 1",
+        )
+    if config.parallel.type == "ddp" and config.parallel.reduce != "float32":
+        raise ConfigError(
+            "parallel.reduce",
+            f"is {config.parallel.reduce}, but copies add their gradients up in float32 in"
+            " post-training; leave it out, or use parallel.type fsdp",
         )
     if config.train.save_in_background:
         raise ConfigError(
@@ -94,6 +104,31 @@ def _check(config: ExperimentConfig) -> None:
         )
 
 
+def _with_first_model(
+    config: ExperimentConfig, meta: checkpoint.Meta | None, world: World
+) -> ExperimentConfig:
+    """Return `config` with the checkpoint that `train.init_from` is, or was when the run that wrote
+    `meta` began: the reference stays."""
+    first = Path(config.train.init_from or "")
+    if meta and Path(meta.origin.get("source") or first).exists():
+        first = Path(meta.origin.get("source") or first)
+    source = world.share(lambda: checkpoint.newest(first))
+    return replace(
+        config, train=replace(config.train, init_from=str(source or config.train.init_from))
+    )
+
+
+def _lay_out(
+    learner: Learner, frozen: list[Denoiser], config: ExperimentConfig, world: World, cuts: bool
+) -> None:
+    """Move the networks to the device, or cut them over the processes."""
+    if cuts:
+        shard(learner, world, config.parallel, further=frozen)
+    move_to_device(learner, config.train.offload_blocks, world.device)
+    for network in frozen:
+        network.to(world.device)
+
+
 def posttrain(
     config: ExperimentConfig,
     device: str = "auto",
@@ -113,7 +148,9 @@ def posttrain(
         world.share(lambda: require_library(config.track))
         resumed = agree_on_start(config, resume, world, prunes=not dry_run)
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
-        learner = build_learner(config, tokenizer.spec)
+        cuts = config.parallel.type == "fsdp" and world.size > 1
+        network = partial(build_network, in_file=cuts)
+        learner = build_learner(config, tokenizer.spec, network)
         if learner.model.picture != "none":
             raise ConfigError(
                 "model.name_or_path",
@@ -122,21 +159,14 @@ def posttrain(
             )
         learner.model.check_trainable(config)
         lines = [f"starting from {config.model.name_or_path}"] if config.model.released else []
-        model = with_sibling(learner, config)
+        model = with_sibling(learner, config, network)
         frozen = [part for part in model.networks().values() if part is not learner.model]
-        for network in frozen:
-            network.to(world.device)
         meta = checkpoint.Meta.read(resumed) if resumed else None
         start = config
         if train.init_from:
-            first = Path(train.init_from)
-            if meta and Path(meta.origin.get("source") or first).exists():
-                first = Path(meta.origin.get("source") or first)
-            source = world.share(lambda: checkpoint.newest(first))
-            start = replace(config, train=replace(train, init_from=str(source or train.init_from)))
+            start = _with_first_model(config, meta, world)
             lines = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
-        move_to_device(learner, config.train.offload_blocks, world.device)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = settings.load_prompts(config.seed, frames > 1, width, height)
@@ -144,6 +174,8 @@ def posttrain(
         origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
         if meta:
             check_origin(meta, origin, resumed)
+        # after the sum, which is the same for any number of processes
+        _lay_out(learner, frozen, config, world, cuts)
         state = TrainState.create(learner, train, config.ema)
 
         def save(files: Files, best: bool) -> None:
@@ -157,7 +189,8 @@ def posttrain(
             )
             folder, keep = config.run_dir, (train.keep_last, train.keep_every_steps)
             if config.lora.enabled:
-                files = {**files, "lora": lora_state(learner.model)}
+                adapted = lora_state(learner.model)
+                files = {**files, "lora": {key: whole(value) for key, value in adapted.items()}}
             if best:  # the weights as they were scored: not averaged
                 folder, keep = config.run_dir / "best", (1, 0)
                 files = {name: files[name] for name in ("model", "lora") if name in files}
@@ -234,6 +267,8 @@ def describe_session(session: Session) -> list[str]:
         f" parameters on {world.device}, {len(session.prompts)} prompts, updates"
         f" {session.state.step} … {session.train.max_steps}"
     ]
+    if session.learner.sharded:
+        rows.append(f"weights and their copies are cut over {world.size} processes")
     levels = [round(t, 3) for t in session.times]
     rows += [
         f"noise levels of a rollout: {levels}",

@@ -99,14 +99,16 @@ def build_learner(
     return learner
 
 
-def with_sibling(learner: Learner, config: ExperimentConfig) -> Denoiser:
+def with_sibling(
+    learner: Learner, config: ExperimentConfig, network: Callable[..., Denoiser] = build_network
+) -> Denoiser:
     """Return the network that draws: the learner's, or, where that is one of a release's two
     experts, both of them, the other as released, frozen and in evaluation. `config` is
-    `resolved`."""
+    `resolved`; `network` gives the other."""
     if config.model.expert is None:
         return learner.model
     other = "low" if config.model.expert == "high" else "high"
-    sibling = build_network(config, learner.spec, learner.text_encoder.dim, other)
+    sibling = network(config, learner.spec, learner.text_encoder.dim, other)
     networks = {config.model.expert: learner.model, other: sibling.requires_grad_(False).eval()}
     assert config.model.boundary is not None, "the config is resolved"
     boundary = Boundary(config.model.boundary, learner.objective.time_scale)

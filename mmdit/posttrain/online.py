@@ -84,9 +84,13 @@ def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
         yield from step_terms(session, rollout, worth)
     elif session.config.algorithm == "dpo":
         best, worst = extremes(worth, rollout.groups)
-        if len(best):
+        has_pairs = len(best) > 0
+        together = session.learner.sharded and session.world.any(has_pairs)
+        if has_pairs:
             clean, prompts, indices = rollout.clean, rollout.prompts[best], rollout.indices[best]
             yield from pair_terms(session, clean[best], clean[worst], prompts, indices)
+        elif together:
+            compute_along(session, rollout)
     else:
         yield from sample_terms(session, rollout, worth)
 
@@ -177,6 +181,15 @@ def extremes(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
             best.append(rows[values.argmax()])
             worst.append(rows[values.argmin()])
     return torch.tensor(best, dtype=torch.long), torch.tensor(worst, dtype=torch.long)
+
+
+def compute_along(session: Session, rollout: Rollout) -> None:
+    """Make the calls of `pair_terms` and their gradients, which are 0, in a process that has no
+    pair: sharded weights are gathered from all processes, for each call of any of them."""
+    row = torch.zeros(1, dtype=torch.long)
+    clean, prompts, indices = rollout.clean[row], rollout.prompts[row], rollout.indices[row]
+    for loss, _ in pair_terms(session, clean, clean, prompts, indices):
+        (0 * loss).backward()
 
 
 def pair_terms(

@@ -6,19 +6,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from mmdit.diffusion import guided_by_expert
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain.losses import wide
 from mmdit.posttrain.setup import Setup
+from mmdit.training.memory.shards import holding, local
 
 Velocity = Callable[[Tensor, float | Tensor], Tensor]  # x (B, ...) and sigma to float32 (B, ...)
-
-
-def _call_with(model: nn.Module, weights: dict[str, Tensor], *inputs: object) -> Tensor:
-    return functional_call(model, weights, inputs)
 
 
 class Policy:
@@ -27,15 +24,13 @@ class Policy:
 
     def __init__(self, setup: Setup):
         self.setup, self.model = setup, setup.learner.model
+        parameters = self.model.named_parameters()
+        self.trained = {name: p for name, p in parameters if p.requires_grad}
         self.reference, self.old = self.snapshot(), self.snapshot()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return a copy of the trained weights, by the network's names."""
-        return {
-            name: parameter.detach().clone()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        """Return a copy of the trained weights, by the network's names, sharded like them."""
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     def averaged(self) -> dict[str, Tensor]:
         """Return the running average (`ema:`) of the trained weights, by the network's names."""
@@ -46,8 +41,16 @@ class Policy:
     @torch.no_grad()
     def renew_old(self, share: float) -> None:
         """Move `old` towards the policy; `share` of it stays as it was."""
-        for name, value in self.snapshot().items():
-            self.old[name].lerp_(value, 1 - share)
+        for name, parameter in self.trained.items():
+            local(self.old[name]).lerp_(local(parameter), 1 - share)
+
+    def _call_with(self, weights: dict[str, Tensor], *inputs: object) -> Tensor:
+        """Call the network with `weights` in place of the trained ones. Where it is sharded it
+        gathers what its parameters hold, whatever a call is given, so the shards change places."""
+        if self.setup.learner.sharded:
+            with holding(self.trained, weights):
+                return self.model(*inputs)
+        return functional_call(self.model, weights, inputs)
 
     def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Velocity:
         """Return the velocity field of the policy, or of a copy of its trained `weights`, which is
@@ -56,7 +59,7 @@ class Policy:
         rollout = setup.config.rollout
         networks: dict[str, Callable[..., Tensor]] = dict(setup.whole.networks())
         if weights is not None:
-            networks[setup.levels.expert] = partial(_call_with, self.model, weights)
+            networks[setup.levels.expert] = partial(self._call_with, weights)
         low = rollout.guidance if rollout.guidance_low is None else rollout.guidance_low
         denoise = guided_by_expert(
             setup.learner.objective,

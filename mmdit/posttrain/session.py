@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mmdit.posttrain.evaluation import Evaluator
 from mmdit.posttrain.policy import Policy
@@ -12,11 +13,23 @@ from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.setup import Files, Setup
 from mmdit.posttrain.stop_rules import StopRules
 from mmdit.training import checkpoint
+from mmdit.training.distributed import World
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
 
 HISTORY_FILE = "marks"
+
+
+def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Give each parameter its mean gradient over all processes. One that has none, as a process
+    without a pair in DPO, counts as zero where another process has one."""
+    there = world.gather([p.grad is not None for p in parameters])
+    moved = [p for p, *flags in zip(parameters, *there, strict=True) if any(flags)]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
+    world.sum_(*gradients)
+    for parameter, gradient in zip(moved, gradients, strict=True):
+        parameter.grad = gradient.div_(world.size)
 
 
 class Session(Setup):
@@ -37,10 +50,8 @@ class Session(Setup):
         state, train, world = self.state, self.train, self.world
         optimizer = state.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        world.sum_(*gradients)
-        if world.size > 1:
-            torch._foreach_div_(gradients, world.size)
+        if world.size > 1 and not self.learner.sharded:  # of shards the mean is there already
+            average_gradients(parameters, world)
         optimizer.set_lr(train.learning_rate().at(state.step + 1))
         norm, skipped = clip_and_guard(optimizer, train.grad_clip)
         optimizer.step()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmdit.config import ConfigError, Section, least
-from mmdit.training.memory.shards import local
+from mmdit.training.memory.shards import holding, local
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,6 @@ class EMA:
             for shadow, weight in zip(shadows, weights, strict=True):
                 shadow.lerp_(weight.float(), share)
 
-    @contextmanager
-    def applied(self):
+    def applied(self) -> AbstractContextManager[None]:
         """Have the parameters of the module hold the average inside the `with` block."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            self._write(self.shadow)
-            yield
-        finally:
-            self._write(kept)
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            local(parameter).copy_(local(values[name]))
+        return holding(self.parameters, self.shadow)

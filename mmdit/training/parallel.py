@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError, Section, least
-from mmdit.interfaces import LatentSpec, TextTokens
+from mmdit.interfaces import Denoiser, LatentSpec, TextTokens
 from mmdit.interop.weights_in_files import unpack_weights
 from mmdit.nn.experts import Experts
 from mmdit.nn.stored_weights import take_apart
@@ -102,10 +103,11 @@ def shard(
     world: World,
     config: ParallelConfig = ParallelConfig(),
     pure_bf16: bool = False,
+    further: Iterable[Denoiser] = (),
 ) -> None:
-    """Cut the denoiser and a trained text encoder over all processes, block by block, onto
-    `world.device`; in place. Of weights that were left in their files a process reads a block at a
-    time and keeps its part; `pure_bf16` casts each block before. A frozen encoder stays
+    """Cut the denoiser, a trained text encoder and `further` networks over all processes, block by
+    block, onto `world.device`; in place. Of weights that were left in their files a process reads a
+    block at a time and keeps its part; `pure_bf16` casts each block before. A frozen encoder stays
     whole: it computes captions that its process has not met, so processes call it differently
     often, and a shard that one of them gathers alone would wait for the others for ever."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -127,11 +129,13 @@ def shard(
         del sizes["copies"]
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce))
-    blocks = list(learner.model.blocks)
     if isinstance(learner.model, Experts):
         learner.model.together = True
     trained = any(parameter.requires_grad for parameter in learner.text_encoder.parameters())
-    for part in [learner.text_encoder, learner.model] if trained else [learner.model]:
+    networks: list[Any] = [learner.model, *further]
+    for part in [learner.text_encoder, *networks] if trained else networks:
+        encoding = part.encoding if isinstance(part, Denoiser) else None
+        blocks = list(part.blocks) if encoding else []
         within: list[nn.Module] = []
         for module in part.modules():
             if isinstance(module, nn.ModuleList) and not any(
@@ -142,8 +146,8 @@ def shard(
             *within,
             part,
         ):  # gathered again for the backward pass; kept, a part would miss what changes its weights
-            if learner.model.encoding and module in blocks:
-                take_apart(module, learner.model.encoding)
+            if encoding and module in blocks:
+                take_apart(module, encoding)
             unpack_weights(module)
             if pure_bf16:
                 to_bfloat16(module)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
@@ -170,3 +171,24 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of this process, in the same memory: what works on each element alone needs
     no more."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have `parameters` hold `values`, sharded like them, inside the `with` block."""
+    kept = {name: local(p.detach()).clone() for name, p in parameters.items()}
+    try:
+        _write(parameters, values)
+        yield
+    finally:
+        _write(parameters, kept)
+        first = next(iter(parameters.values()))
+        if is_sharded(first) and first.device.type == "cuda":
+            # The backward pass of a call before this block gathers on streams that would not wait.
+            torch.cuda.current_stream(first.device).synchronize()
+
+
+@torch.no_grad()
+def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        local(parameter).copy_(local(values[name]))

@@ -26,6 +26,8 @@ from mmdit.config import decode
 from mmdit.data.batches import kept_cache, stores
 from mmdit.diagnostics.recipe import Recipe
 from mmdit.diagnostics.results_file import results
+from mmdit.experiment import load
+from mmdit.experiment import run as training_run
 from mmdit.scripts import call, reproduce
 from mmdit.training import trainer
 from mmdit.training.checkpoint import read_tensors
@@ -177,6 +179,34 @@ def test_trainings_of_one_process_share_a_cache_until_its_files_change(tmp_path,
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_networks_of_a_command_are_gone_when_it_has_ended(tmp_path, monkeypatch):
+    """Follow the learners of trainings, one of which fails in its loop, and of a score."""
+    shop, run, made = Workshop(tmp_path), InProcess(call), []
+
+    def follow(module) -> None:
+        build = module.build_learner
+
+        def following(*words, **options):
+            learner = build(*words, **options)
+            made.append(weakref.ref(learner))
+            return learner
+
+        monkeypatch.setattr(module, "build_learner", following)
+
+    def fails(*_):
+        raise ValueError("of the loop")
+
+    follow(training_run)
+    follow(load)
+    run(["train", *shop.train_words("a", cache=shop.cache("pictures"))])
+    words = ["--checkpoint", str(tmp_path / "runs/a"), "--count", "2", "--steps", "1"]
+    run(["evaluate", *words, "--device", "cpu", "--at_steps", "2", "3"])
+    monkeypatch.setattr(trainer, "clip_and_guard", fails)
+    with pytest.raises(RunError, match="status 2"):
+        run(["train", *shop.train_words("b", cache=shop.cache("pictures"))])
+    assert [learner() for learner in made] == [None, None, None]
+
+
 def cache_words(shop: Workshop, folder: Path, count: int) -> list[str]:
     words = ["--config", shop.config, "--out_dir", folder, "--count", count, "--device", "cpu"]
     return list(map(str, words))
@@ -200,6 +230,25 @@ def test_checkpoints_that_are_scored_are_removed_where_that_is_asked(tmp_path):
     assert left() == ["a", "b", "c"]
     assert left(discard=True) == ["a", "c"], "b starts from a, and c is not scored"
     assert left(discard=True) == ["a", "c"], "nothing is made again"
+
+
+def test_commands_that_share_go_past_a_stage_that_fails(tmp_path, capsys):
+    """Let one fail for all of them, and what starts from it; one command alone tries it again."""
+    broken = {"name": "b", "overrides": [f"train.init_from={tmp_path}/nowhere"]}
+    after = {"name": "c", "init_from": "b"}
+    toy(tmp_path, {"name": "a"}, broken, after, {"name": "d"})
+    words = [*("--results", tmp_path, "--out", tmp_path / "out"), "toy", "--device", "cpu"]
+    words += ["--in_process"]
+    said = refused(capsys, reproduce.main, [*words, "--share"], "these stages failed")
+    assert "b of seed 0, c of seed 0" in said
+    path = tmp_path / "out/seed_0.json"
+    record = json.loads(path.read_text())["stages"]
+    assert record["b"]["attempts"] == 1 and "ended with status 2" in record["b"]["failed"]
+    assert all("training" in record[name] for name in "ad") and "c" not in record
+    said = refused(capsys, reproduce.main, [*words, "--share"], "these stages failed")
+    assert "b of seed 0" not in said and json.loads(path.read_text())["stages"] == record
+    refused(capsys, reproduce.main, words, "train --config", "ended with status 2; see above")
+    assert json.loads(path.read_text())["stages"]["b"]["attempts"] == 2
 
 
 # ── programs and help ──

@@ -80,6 +80,7 @@ class Fresh:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         gc.collect()
+        gc.freeze()  # what is left, imports above all, need not be walked again for half a second
         free_gpus()
 
     def _restore_torch(self) -> None:

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,10 +131,11 @@ def read_json(path: Path) -> dict | None:
 
 @dataclass
 class Chain:
-    """The stages of one seed. `share`: go past those that another process works on; without, wait
-    for it. `execute`: runs the words of one command; `in_process`: it does so in this process, and
-    the seconds of commands are those of their work alone. `discard`: remove the checkpoints of a
-    stage once it is scored, unless a stage starts from it."""
+    """The stages of one seed. `share`: go past those that another process works on, and past those
+    that fail (`failures` says which); without, wait for that process, and end where one fails.
+    `execute`: runs the words of one command; `in_process`: it does so in this process, and the
+    seconds of commands are those of their work alone. `discard`: remove the checkpoints of a stage
+    once it is scored, unless a stage starts from it."""
 
     recipe: Recipe
     seed: int
@@ -145,6 +146,7 @@ class Chain:
     in_process: bool = False
     discard: bool = False
     record: dict = field(init=False)
+    failures: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self):
         self.record = self._read()
@@ -160,12 +162,18 @@ class Chain:
 
     def run(self) -> dict:
         """Run what is not done, and return the record. ValueError before anything is run: a stage
-        has a config that cannot be."""
+        has a config that cannot be. RunError: a stage fails."""
         for stage in self.recipe.stages:
             if stage.config:
                 self._config(stage, self._overrides(stage))
         for stage in self.recipe.stages:
-            self._visit(stage, wait=not self.share)
+            try:
+                self._visit(stage, wait=not self.share)
+            except RunError as error:
+                if not self.share:
+                    raise
+                self.failures.append(f"{stage.name} of seed {self.seed}")
+                print(f"{self.failures[-1]} fails: {error}", flush=True)
         return self.record
 
     def _visit(self, stage: Stage, wait: bool) -> None:
@@ -183,7 +191,19 @@ class Chain:
                 return
             self.record = self._read()
             self._check(stage)
-            self._stage(stage, place)
+            if self.share and self._has_failed(stage):
+                print(f"{place} has failed: a command without --share tries it again", flush=True)
+                return
+            try:
+                self._stage(stage, place)
+            except RunError as error:
+                if self.share:
+                    self.record["stages"][stage.name]["failed"] = str(error)
+                    self._write(stage)
+                raise
+
+    def _has_failed(self, stage: Stage) -> bool:
+        return "failed" in self.record["stages"].get(stage.name, {})
 
     def _have_weights(self, stage: Stage) -> None:
         """Return when a stage is trained to its end. A process that was stopped or failed leaves
@@ -191,6 +211,8 @@ class Chain:
         self.record = self._read()
         if "training" not in self.record["stages"].get(stage.name, {}):
             self._visit(stage, wait=True)
+        if self.share and self._has_failed(stage):
+            raise RunError(f"there are no weights of {stage.name} to start from: it has failed")
 
     def _lock(self, stage: str) -> Path:
         return self.folder / f"{stage}.lock"
@@ -230,6 +252,7 @@ class Chain:
             print(f"{place} done", flush=True)
             self._discard(stage)
             return
+        row.pop("failed", None)
         if self.in_process:
             row["in_process"] = True
         if stage.config and "training" not in row:
@@ -381,6 +404,13 @@ class Chain:
             versions += [version for version in mine["versions"] if version not in versions]
             self.record["machine"] = mine["machine"] or self.record["machine"]
             write_atomically(self.path, json.dumps(self.record, indent=1))
+
+
+def tell_failures(chains: Iterable[Chain]) -> None:
+    """Raise RunError with the stages that failed, if some did."""
+    failures = [line for chain in chains for line in chain.failures]
+    if failures:
+        raise RunError(f"these stages failed, see above: {', '.join(failures)}")
 
 
 def without_details(rate: dict) -> dict:

@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--share",
         action="store_true",
-        help="run only the stages that no other command with the same --out works on; pool nothing",
+        help="run only the stages that no other command with the same --out works on, go past those"
+        " that fail, and pool nothing",
     )
     parser.add_argument(
         "--in_process",
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.list or not args.name:
             print(overview(args.results))
             return 0
-        from mmdit.commands.reproduce import Chain, finished_results, read_json
+        from mmdit.commands.reproduce import Chain, finished_results, read_json, tell_failures
 
         recipe = read_recipe(args.results, args.name)
         if args.share and args.record:
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         chains = [Chain(recipe, seed, out, args.device, **how) for seed in seeds]
         records = [chain.run() for chain in chains]
         if args.share:
+            tell_failures(chains)
             print(f"nothing is left that nobody works on; without --share {out} is pooled")
             return 0
         new = finished_results(args.name, recipe, records)

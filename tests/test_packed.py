@@ -116,7 +116,7 @@ def test_packing_again_writes_only_what_changed(cache):
     )
     (out / "shard-00001.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"shard-00001.safetensors is damaged: it is missing.*pack_cache again"
+        ValueError, match=r"shard-00001.safetensors is damaged: it is missing.*pack-cache again"
     ):
         open_cache(out)
     (out / INDEX).unlink()

@@ -108,7 +108,7 @@ class WanModelConfig(ModelSection):
             raise ConfigError(
                 "train.sample_every_steps",
                 f"is {previews}, but the {self.expert}-noise expert alone draws no pictures; set it"
-                " to 0 and use mmdit.scripts.sample, which loads both",
+                " to 0 and use mmdit sample, which loads both",
             )
         super().check(run)
         boundaries = {self.boundary, run.experts.boundary} - {None}
@@ -216,7 +216,7 @@ class WanDenoiser(WanDiT):
             raise ConfigError(
                 "train.sample_every_steps",
                 f"is {run.train.sample_every_steps}, but {variant} draws from pictures; set it to 0"
-                " and use mmdit.scripts.sample with --image",
+                " and use mmdit sample with --image",
             )
         if self.picture != "none" and settings.first_frame:
             raise ConfigError(

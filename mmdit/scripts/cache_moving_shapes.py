@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
                 "\n".join("  {}x{}: {} items".format(*size, n) for size, n in sorted(sizes.items()))
             )
         print(
-            f"{made} samples made, {args.count - made} were there; next: python -m"
-            f" mmdit.scripts.train_t2v --config {args.config} --train_cache_dir {args.out_dir}"
+            f"{made} samples made, {args.count - made} were there; next: mmdit train"
+            f" --config {args.config} --train_cache_dir {args.out_dir}"
         )
     return 0
 

@@ -49,7 +49,7 @@ def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Nam
         action="store_true",
         help=(
             "cache nothing: read every file of out_dir, list what is damaged "
-            "(as mmdit.scripts.verify_cache)"
+            "(as mmdit verify-cache)"
         ),
     )
     if media == "video":
@@ -109,10 +109,7 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
         print("interrupted: what is written stays; the same command goes on from there")
         return 130
     if rank == 0:
-        print(
-            f"next: python -m mmdit.scripts.train_t2v --config {args.config} --train_cache_dir"
-            f" {out_dir}"
-        )
+        print(f"next: mmdit train --config {args.config} --train_cache_dir {out_dir}")
     return 0
 
 

@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             f" {made['written']} written now"
         )
         print(
-            f"next: --train_cache_dir {args.out_dir}; python -m mmdit.scripts.verify_cache"
-            f" --cache_dir {args.out_dir}"
+            f"next: --train_cache_dir {args.out_dir}; mmdit verify-cache --cache_dir {args.out_dir}"
         )
     return 0
 

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         report = prepare_folder(args.folder, args.out_dir, args.split, args.caption_per_line)
         print(report.text())
     for path in report.written:
-        script = "cache_vtp_images" if path.stem.endswith("images") else "cache_vtp_latents"
-        print(f"next: python -m mmdit.scripts.{script} --config … --meta_jsonl {path} --out_dir …")
+        command = "cache-images" if path.stem.endswith("images") else "cache-latents"
+        print(f"next: mmdit {command} --config … --meta_jsonl {path} --out_dir …")
     return 0
 
 

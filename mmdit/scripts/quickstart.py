@@ -13,9 +13,9 @@ from mmdit.scripts import command_parser, friendly, run
 
 NEXT = """
 Next:
-  python -m mmdit.scripts.sample --checkpoint {model} \\
+  mmdit sample --checkpoint {model} \\
       --prompts "a large red star on a navy background" --out samples
-  python -m mmdit.scripts.evaluate --checkpoint {shipped} --frames 16
+  mmdit evaluate --checkpoint {shipped} --frames 16
   your own pictures: README.md, "Your own images"
 """
 

@@ -179,7 +179,7 @@ def _checkpoint(name_or_path: str) -> Path:
             f"is {name_or_path!r}, which {problem} (looked in {Path.cwd()} and among the files of"
             " mmdit); must be a VTP checkpoint folder. Give that of a release (hf download"
             " MiniMaxAI/VTP-Small-f16d64 --local-dir VTP/checkpoints/vtp_small), or train ours:"
-            " python -m mmdit.scripts.train_vtp --config VTP/configs/vtp_tiny_f16d64.yaml",
+            " mmdit train-vtp --config VTP/configs/vtp_tiny_f16d64.yaml",
         )
     return folder
 

@@ -377,7 +377,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
         if text is None:
             raise ValueError(
                 f"{path} holds no mmdit config in its metadata: it was not written by"
-                " mmdit.scripts.export (a LoRA is given as --lora, beside the --checkpoint of its"
+                " mmdit export (a LoRA is given as --lora, beside the --checkpoint of its"
                 " base)"
             )
         stored = read_tensors(path)

@@ -58,8 +58,7 @@ def card(title: str, training: dict, scores: dict, file_bytes: int) -> str:
         f"{s['steps']:,} steps in {s['minutes']} minutes on one {s['device']}" for s in stages
     )
     commands = "\n".join(
-        f"    python -m mmdit.scripts.train_vtp --config VTP/configs/{s['config']}.yaml"
-        for s in stages
+        f"    mmdit train-vtp --config VTP/configs/{s['config']}.yaml" for s in stages
     )
     return f"""# {title}
 
@@ -74,7 +73,7 @@ Trained for {trained}, from the root of the repository:
 Loss weights: {losses}. Noise on the latents in training: up to
 {config["latent_noise"]:g} of their standard deviation. `training.json` holds the whole config.
 
-| measured with `python -m mmdit.scripts.evaluate_vtp`, {scores["samples"]} samples each | |
+| measured with `mmdit evaluate-vtp`, {scores["samples"]} samples each | |
 |---|---|
 {chr(10).join(f"| {what} | {value} |" for what, value in measured)}
 

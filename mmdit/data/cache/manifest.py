@@ -123,7 +123,7 @@ class CacheManifest:
             raise ConfigError(
                 "",
                 f"{folder} is no latent cache (it has no manifest.json); correct the path, or make"
-                " one with mmdit.scripts.cache_vtp_images or cache_vtp_latents",
+                " one with mmdit cache-images or cache-latents",
             ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = error if isinstance(error, ConfigError) else repr(error)[:1000]

@@ -38,7 +38,7 @@ INDEX = "packed.safetensors"
 SUFFIXES = {"safetensors": ".safetensors", "webdataset": ".tar"}  # of shards, by format
 TEXTS = ("ids", "captions", "facts", "sources")
 MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
-REMEDY = "delete it and run mmdit.scripts.pack_cache again"
+REMEDY = "delete it and run mmdit pack-cache again"
 
 
 def shard_name(number: int, suffix: str = ".safetensors") -> str:
@@ -190,7 +190,7 @@ def read_index(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(
             f"the packed cache {folder} has no index ({INDEX}): packing was not finished; run "
-            "mmdit.scripts.pack_cache again, it goes on from there"
+            "mmdit pack-cache again, it goes on from there"
         )
     try:
         with open_regular(path), safe_open(path, "pt") as stored:

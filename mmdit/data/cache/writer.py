@@ -71,7 +71,7 @@ class CacheWriter:
         if is_packed(self.folder):
             raise ValueError(
                 f"{self.folder} is a packed cache; add items to the cache it was packed from, then"
-                " run mmdit.scripts.pack_cache again"
+                " run mmdit pack-cache again"
             )
         name = f"index-{rank}.jsonl" if world > 1 else "index.jsonl"
         self._index = refuse_link(self.folder / name).open("ab")

@@ -538,6 +538,10 @@ def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
     assert f"| 0.850 [{low:.3f}, {high:.3f}], seeds 0.800 … 0.900 |" in new
     assert "`mmdit reproduce tiny`" in new and "2 seeds" in new
     assert make.renewed(new, tmp_path) == new
+    assert "start of commands" not in new
+    made["stages"]["b"]["in_process"] = True
+    (tmp_path / "tiny.json").write_text(json.dumps(made))
+    assert "without the start of commands (`--in_process`)" in make.renewed(page, tmp_path)
 
 
 def test_arms_are_compared_at_equal_seconds(make, chain):

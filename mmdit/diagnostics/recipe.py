@@ -22,6 +22,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from mmdit.config import ConfigError, FilePath, apply_overrides, load, parse_yaml
@@ -194,6 +195,18 @@ def short_hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def overridden(stage: Stage) -> dict:
+    """Return what the config of a stage says now, with its overrides; nobody changes it."""
+    path = find(stage.config)
+    return _overridden(path.read_text(encoding="utf-8"), str(path), stage.overrides)
+
+
+@lru_cache(maxsize=512)  # each stage is asked for by every seed, and parsing takes 25 ms
+def _overridden(text: str, name: str, overrides: tuple[str, ...]) -> dict:
+    mapping, _ = parse_yaml(text, name)
+    return apply_overrides(mapping, list(overrides))
+
+
 def config_hash(stage: Stage) -> str:
     """Return a hash of what the config of a stage says, its comments and defaults apart, together
     with the stage; of a checkpoint that is only scored, of its bytes."""
@@ -201,9 +214,7 @@ def config_hash(stage: Stage) -> str:
         path = find(stage.checkpoint)
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
         return short_hash([content])
-    path = find(stage.config)
-    mapping, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    return short_hash([apply_overrides(mapping, list(stage.overrides)), stage.init_from])
+    return short_hash([overridden(stage), stage.init_from])
 
 
 def stage_hash(recipe: Recipe, stage: Stage) -> str:
@@ -218,9 +229,7 @@ def stage_hash(recipe: Recipe, stage: Stage) -> str:
 
 def cache_identity(stage: Stage) -> list:
     """Return what the cache that `stage` makes depends on: the command and the sections read."""
-    path = find(stage.config)
-    mapping, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    mapping = apply_overrides(mapping, list(stage.overrides))
+    mapping = overridden(stage)
     read = {key: mapping.get(key) for key in ("video", "tokenizer", "bucketing", "preprocess")}
     return [stage.cache, read, *tokenizer_identity(stage)]
 

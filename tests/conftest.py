@@ -9,6 +9,11 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # a second thread costs more than it brings where tensors are small
 
+# Where an image has Python keep no bytecode, each worker would rewrite the assertions of all files
+# (7 s), and each process that a test starts would compile what it imports (0.3 s).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from einops import rearrange  # noqa: E402

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """Return the syntax tree of a file, which is read once for all tests."""
+    return ast.parse(path.read_text())
+
+
 def part_of(path: Path) -> str | None:
     parts = path.relative_to(ROOT / "mmdit").with_suffix("").parts
     return None if parts == ("__init__",) else parts[0]
@@ -33,7 +40,7 @@ def part_of(path: Path) -> str | None:
 def imports(path: Path):
     """(line, imported mmdit part) for every import in the file, relative ones included."""
     package = list(path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -82,7 +89,7 @@ def statements(tree: ast.AST) -> int:
 def test_modules_and_functions_hold_few_statements(path):
     """A limit of statements, not of lines: a limit of lines rewards packing several thoughts into
     one."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     assert statements(tree) <= (70 if path.parent.name == "scripts" else 320)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -108,7 +115,7 @@ def test_optional_packages_are_not_imported_at_package_import():
         "huggingface_hub",
     }
     for path in FILES + sorted((ROOT / "VTP").rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
+        for node in tree_of(path).body:
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -175,7 +182,7 @@ def missing_names(text: str) -> list[str]:
 
 def docstrings(path: Path) -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
     return "\n".join(ast.get_docstring(node) or "" for node in nodes)
 
 

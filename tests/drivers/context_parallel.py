@@ -27,7 +27,6 @@ from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.nn import context_parallel
 from mmdit.scripts import sample, train_t2v
 from mmdit.training.distributed import World, process_group
-from tests.helpers.forked_runs import must, start_ranks, wait
 from tests.helpers.tiny import Workshop
 
 SAMPLES, ROWS, COLUMNS, CHANNELS = 2, 3, 4, 3
@@ -214,6 +213,8 @@ def sample_words(folder: Path, name: str) -> list[str]:
 
 
 def main() -> int:
+    from tests.helpers.forked_runs import must, start_ranks, wait
+
     folder, parts, size, processes = sys.argv[1:]
     for part in parts.split(","):
         work = partial(one_rank, Path(folder), part, int(size))

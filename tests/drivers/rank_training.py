@@ -17,6 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch.distributed.checkpoint  # else every child that shards would import these
+import torch.distributed.fsdp  # noqa: F401
+
 from mmdit.training import checkpoint
 from tests.helpers.forked_runs import make, must, train, wait
 

@@ -7,6 +7,8 @@ dropout, and a trained text encoder; 17 clips and batches of 4 make most stops f
 Used by drivers only: nothing may compute in their process, for threads do not survive a fork.
 """
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -23,6 +25,11 @@ from mmdit.data.cache.writer import CacheWriter
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
+
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard  # noqa: F401 else every child would import it with its metrics
+
+gc.freeze()  # a child's first collection would walk, and so copy, all that was imported
 
 CONFIG = {
     "experiment_name": "run",

@@ -29,9 +29,11 @@ for folder in (ROOT, ROOT / "VTP"):
 LONGEST_FIRST = [
     f"test_{name}.py"
     for name in (
-        *("processes", "posttrain_loops", "sharded", "memory_ladder", "wan_training", "quickstart"),
-        *("posttrain_wan", "fused", "trainer", "products", "experts", "configs", "replays"),
-        *("context_parallel", "vtp_tokenizer", "wan_pictures", "experiment", "model", "metrics"),
+        *("processes", "posttrain_loops", "memory_ladder", "fused", "sharded", "wan_training"),
+        *("trainer", "posttrain_wan", "quickstart", "configs", "diffusion_samplers", "experts"),
+        *("experiment", "wan_pictures", "ui_jobs", "wan_step", "replays", "products", "wan_files"),
+        *("context_parallel", "vtp_train", "model", "benchmark", "alpha_schedule"),
+        *("posttrain_pair", "vtp_tokenizer", "run_report"),
     )
 ]
 

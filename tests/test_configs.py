@@ -1,6 +1,7 @@
 """Every shipped config decodes, is described by its head comment, trains and draws; stages hand
 their weights on."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from tests.helpers.tiny import TINY_MODEL
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STAGES = ["t2v_vtp_256_16f", "t2v_vtp_256_32f", "t2v_vtp_256_80f"]
+as_shipped = functools.cache(load_experiment_config)
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -54,11 +56,11 @@ def test_the_promised_configs_are_there():
 @every_config
 def test_the_head_comment_says_how_the_run_is_made(path):
     """tests/test_documents.py tests whether its commands parse."""
-    config, text = load_experiment_config(path), head(path)
+    config, text = as_shipped(path), head(path)
     assert f"mmdit train --config configs/{path.name} --train_cache_dir" in text
     assert "ardware:" in text
     assert all((ROOT / name).is_file() for name in re.findall(r"--config (\S+\.yaml)", text))
-    names = {load_experiment_config(other).experiment_name for other in CONFIGS}
+    names = {as_shipped(other).experiment_name for other in CONFIGS}
     assert set(re.findall(r"runs/(\w+)", text)) <= names
     if config.train.init_from:
         assert (
@@ -72,9 +74,9 @@ def test_the_head_comment_says_how_the_run_is_made(path):
 
 @every_config
 def test_a_config_has_the_model_and_tokenizer_of_the_run_that_it_starts_from(path):
-    config = load_experiment_config(path)
+    config = as_shipped(path)
     if config.train.init_from:
-        runs = {str(base.run_dir): base for base in map(load_experiment_config, CONFIGS)}
+        runs = {str(base.run_dir): base for base in map(as_shipped, CONFIGS)}
         base = (
             runs.get(config.train.init_from)
             or load_pipeline(ROOT / config.train.init_from, "cpu")[1]
@@ -94,7 +96,7 @@ def test_a_config_has_the_model_and_tokenizer_of_the_run_that_it_starts_from(pat
 def shrunk(path: Path, folder: Path) -> list[str]:
     """Overrides that keep what a config is about (frames, strides, buckets, objective, sampler) and
     make it tiny."""
-    config = load_experiment_config(path)
+    config = as_shipped(path)
     words = [
         *TINY_MODEL,
         f"output_dir={folder}/runs",

@@ -102,7 +102,7 @@ def test_a_stream_in_bfloat16_is_half_as_large_and_close():
     assert torch.equal(exact(X, T, TEXT), expected)
 
 
-def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recomputed():
+def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recomputed(opaque_einops):
     config = replace(
         VARIANTS["flf2v"], num_layers=1
     )  # its block does what those of all variants do

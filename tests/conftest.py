@@ -15,8 +15,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from einops import rearrange  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "VTP"):
@@ -58,6 +56,8 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, alone or among others."""
+    import torch  # which the process that hands out the tests never needs: its workers begin sooner
+
     torch.manual_seed(0)
 
 
@@ -65,6 +65,9 @@ def seeded():
 def opaque_einops():
     """Have Dynamo put `rearrange` into its graphs as it is, without tracing what it does, which
     takes 0.1 s a call. That it can be traced is a fact of tests/test_model.py."""
+    import torch
+    from einops import rearrange
+
     torch.compiler.allow_in_graph(rearrange)
     yield
     torch._dynamo.trace_rules._allowed_callable_ids.remove(id(rearrange))

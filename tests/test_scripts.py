@@ -210,7 +210,7 @@ def test_a_cache_of_another_tokenizer_size_or_none_is_refused(shop, capsys):
         train_t2v.main,
         shop.train_words("x", cache=shop.folder / "nowhere"),
         "is no latent cache",
-        "cache_vtp_images",
+        "cache-images",
     )
     refused(
         capsys,

@@ -145,7 +145,7 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it_loses_no_step(shop, m
     assert contents(shop.folder / "runs/away", 4) == contents(shop.folder / "runs/whole", 4)
 
 
-@pytest.mark.parametrize("where", ["problem_of", "read_tensors"])
+@pytest.mark.parametrize("where", ["problem_of", "Stored"])
 def test_a_run_is_read_while_its_training_removes_checkpoints(shop, tmp_path, monkeypatch, where):
     """As with train.keep_last=1: the newest is gone while it is read, for there is a newer one."""
     run = tmp_path / "run"

@@ -26,7 +26,7 @@ def check_adapters(
 ) -> None:
     """Raise ConfigError unless each layer that has an adapter in `tensors` has one of the same type
     and sizes `here`: half of one type and half of another computes neither."""
-    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_adapter(name)}
+    stored = {name: tuple(tensors[name].shape) for name in tensors if is_adapter(name)}
     layers = {name.rpartition(".")[0] for name in stored}
     present = {
         name: tuple(tensor.shape)

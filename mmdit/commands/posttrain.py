@@ -17,7 +17,13 @@ from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches.latent_batches import contents
 from mmdit.data.dataset.buckets import target_sizes
-from mmdit.experiment.build import build_learner, build_network, start_from, with_sibling
+from mmdit.experiment.build import (
+    build_learner,
+    build_network,
+    start_from,
+    starts_in_shards,
+    with_sibling,
+)
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.run import agree_on_start
 from mmdit.files import Sum, with_tilde, write_atomically
@@ -109,7 +115,9 @@ def _with_first_model(
 ) -> ExperimentConfig:
     """Return `config` with the checkpoint that `train.init_from` is, or was when the run that wrote
     `meta` began: the reference stays."""
-    first = Path(config.train.init_from or "")
+    if config.train.init_from is None:
+        return config
+    first = Path(config.train.init_from)
     if meta and Path(meta.origin.get("source") or first).exists():
         first = Path(meta.origin.get("source") or first)
     source = world.share(lambda: checkpoint.newest(first))
@@ -162,11 +170,13 @@ def posttrain(
         model = with_sibling(learner, config, network)
         frozen = [part for part in model.networks().values() if part is not learner.model]
         meta = checkpoint.Meta.read(resumed) if resumed else None
-        start = config
-        if train.init_from:
-            start = _with_first_model(config, meta, world)
-            lines = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         learner.text_encoder.requires_grad_(False)
+        start = _with_first_model(config, meta, world)
+        late = cuts and starts_in_shards(learner, start)
+        if late:
+            _lay_out(learner, frozen, config, world, cuts)
+        if train.init_from:
+            lines = start_from(learner, start, tokenizer.spec, tokenizer.fingerprint)
         width, height = target_sizes(config.video, config.bucketing, tokenizer.spec.spatial)[0]
         frames = config.video.num_frames
         prompts, evaluated = settings.load_prompts(config.seed, frames > 1, width, height)
@@ -174,8 +184,8 @@ def posttrain(
         origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
         if meta:
             check_origin(meta, origin, resumed)
-        # after the sum, which is the same for any number of processes
-        _lay_out(learner, frozen, config, world, cuts)
+        if not late:  # the sum is the same for any number of processes
+            _lay_out(learner, frozen, config, world, cuts)
         state = TrainState.create(learner, train, config.ema)
 
         def save(files: Files, best: bool) -> None:

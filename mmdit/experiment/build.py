@@ -3,7 +3,7 @@ weights to start from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from mmdit.training.continuing import check_same_latents, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.low_resolution import SmallClips
+from mmdit.training.memory.shards import renamed
 from mmdit.training.starting import is_lora, one_expert, start_from_lora
 
 SHAPES_WEIGHTS = (
@@ -125,7 +126,7 @@ def build_plan(
     return BatchPlan(cache, config.video, size, config.seed, held_out, name)
 
 
-def check_kept(learner: Learner, tensors: dict[str, Tensor], source: object) -> None:
+def check_kept(learner: Learner, tensors: Mapping[str, Tensor], source: object) -> None:
     """Refuse trained weights in place of foreign ones that `learner` leaves frozen: its checkpoints
     would lack them, and whoever reads those would take the release's."""
     known = learner.state_dict().keys()
@@ -137,6 +138,13 @@ def check_kept(learner: Learner, tensors: dict[str, Tensor], source: object) -> 
             " run leaves frozen, and its checkpoints would lack them: train them here, too, or"
             " export that run and name the export as name_or_path",
         )
+
+
+def starts_in_shards(learner: Learner, config: ExperimentConfig) -> bool:
+    """Return whether `train.init_from` is read after a learner was cut over processes, by each its
+    rows: unless it is a LoRA, or lies over codes, which are called otherwise once they are cut."""
+    source = config.train.init_from
+    return bool(source) and not is_lora(source or "") and not learner.model.encoding
 
 
 def start_from(
@@ -152,7 +160,7 @@ def start_from(
     if is_lora(source):
         return start_from_lora(learner, config)
     try:
-        weights = checkpoint.load_weights(source)
+        weights = checkpoint.load_weights(source, in_file=learner.sharded)
     except ValueError as error:
         raise ConfigError("train.init_from", str(error)) from None
     check_same_latents(weights.meta, spec, fingerprint, weights.source)
@@ -168,14 +176,14 @@ def start_from(
         tensors, stored = one_expert(weights, config)
     elif config.experts.enabled and not pair:  # of one model: both experts start from it
         assert isinstance(learner.model, Experts)
-        tensors = learner.model.spread(tensors, "model.")
+        tensors = renamed(tensors, learner.model.spread(tensors, "model."))
         stored = {
             f"{name}.{layer}": alpha for name in learner.parts() for layer, alpha in stored.items()
         }
     check_adapters(learner.state_dict(), tensors, weights.source)
     check_kept(learner, tensors, weights.source)
-    if config.parallel.type == "fsdp":
-        # else float32 would be written into the types of the files
+    whole = not learner.sharded
+    if config.parallel.type == "fsdp" and whole:  # else float32 would be rounded to a file's type
         unpack_weights(learner, tensors)
     checkpoint.assign(
         learner.state_dict(),

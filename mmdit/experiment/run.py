@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit import config as config_io
 from mmdit.adapters import coverage, lora_state
@@ -19,14 +19,27 @@ from mmdit.data.batches.latent_batches import contents
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diagnostics.clip_score import PreviewScore
-from mmdit.experiment.build import build_learner, build_network, start_from
+from mmdit.experiment.build import (
+    build_learner,
+    build_network,
+    start_from,
+    starts_in_shards,
+)
 from mmdit.experiment.data_sources import open_batches, sources_of
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import check_same_latents, check_weights, facts, go_on, write_config
+from mmdit.training.continuing import (
+    check_same_latents,
+    check_weights,
+    drawn_frames,
+    facts,
+    go_on,
+    number_shards,
+    write_config,
+)
 from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.learner import Learner, beyond_graphs
@@ -157,7 +170,8 @@ class Run:
         network = partial(build_network, in_file=cuts)
         self.learner = build_learner(config, self.tokenizer.spec, network)
         self._check_networks()
-        self._initialise()
+        late = cuts and self.start is None and starts_in_shards(self.learner, config)
+        drawn = self._initialise(late)
         # What no checkpoint holds is summed before it is moved, cut or rounded.
         frozen = frozen_elsewhere(self.learner)
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
@@ -165,6 +179,9 @@ class Run:
         self.learner.model.share_clips(self.world.context)
         if cuts:
             shard(self.learner, self.world, config.parallel, pure_bf16)
+        if late:
+            self._start_from()
+            number_shards(self.learner.model, drawn, self.world)
         if pure_bf16:
             to_bfloat16(self.learner)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)
@@ -182,16 +199,26 @@ class Run:
             if network.picture != "none":
                 self.learner.conditions = Pictures(network, self.tokenizer).of_latents
 
-    def _initialise(self) -> None:
-        """Give the weights of a new run their values at step 0."""
-        config, spec = self.config, self.tokenizer.spec
+    def _initialise(self, late: bool) -> dict[str, Tensor]:
+        """Give the weights of a new run their values at step 0, but those of `train.init_from` if
+        they come `late`; return the frame numbers that were drawn then."""
+        config, model = self.config, self.learner.model
         if self.start is not None:
-            return
-        if config.train.init_from:
-            for line in start_from(self.learner, config, spec, self.tokenizer.fingerprint):
-                self.world.print(line)
-        if config.video.num_frames > 1:
-            self.learner.model.number_frames(config.seed)
+            return {}
+        if config.train.init_from and not late:
+            self._start_from()
+        if config.video.num_frames == 1:
+            return {}
+        if late:
+            return drawn_frames(model, config.seed)
+        model.number_frames(config.seed)
+        return {}
+
+    def _start_from(self) -> None:
+        """Take over the weights of `train.init_from`."""
+        spec, fingerprint = self.tokenizer.spec, self.tokenizer.fingerprint
+        for line in start_from(self.learner, self.config, spec, fingerprint):
+            self.world.print(line)
 
     def continue_from_start(self) -> None:
         """Take over the state of the checkpoint `start`, if there is one."""

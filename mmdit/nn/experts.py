@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -89,18 +89,18 @@ class Experts(Denoiser):
                 result[rows] = prediction.to(x.dtype)
         return result
 
-    def spread(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Return `tensors` of one network under the names of each expert that has them, and names
-        without `prefix` as they are."""
+    def spread(self, stored: Iterable[str], prefix: str) -> dict[str, str]:
+        """Return, for names of one network's tensors, what each is called in each expert that has
+        it, as new name → old name; names without `prefix` are as they were."""
         names, result = self.state_dict().keys(), {}
-        for name, tensor in tensors.items():
+        for name in stored:
             inner = name.removeprefix(prefix)
             places = [f"{expert}.{inner}" for expert in self.names]
             places = [place for place in places if name != inner and place in names]
             for place in places:
-                result[prefix + place] = tensor
+                result[prefix + place] = name
             if not places:
-                result[name] = tensor
+                result[name] = name
         return result
 
     # ── the contract: answers of both networks together, or of the first where they agree ─────────

@@ -38,7 +38,8 @@ from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
-from mmdit.training.memory.shards import Stored, place, write
+from mmdit.training.memory.sharded import is_sharded
+from mmdit.training.memory.shards import Chosen, Stored, local, own_rows, place, write
 from mmdit.weights import bytes_of, check_numbers
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -346,7 +347,7 @@ class Weights:
     """Weights for sampling or for starting another run."""
 
     meta: Meta
-    tensors: dict[str, Tensor]  # names of the learner: model.*, text_encoder.*
+    tensors: Mapping[str, Tensor]  # names of the learner: model.*, text_encoder.*
     source: Path
 
 
@@ -356,11 +357,11 @@ def newest(path: Path) -> Path | None:
     return path if path.is_file() or (path / META).is_file() else latest(path, WEIGHTS)
 
 
-def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
+def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) -> Weights:
     """Load weights from a run folder (its latest checkpoint), a checkpoint folder, or an exported
     file. With
     `use_ema` the averaged parameters replace the raw ones where the checkpoint has them and
-    `ema.start_step` is past."""
+    `ema.start_step` is past. `in_file`: tensors stay in their files until they are asked for."""
     path = find(path)
     if path.is_file():
         try:
@@ -380,20 +381,23 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
                 " mmdit export (a LoRA is given as --lora, beside the --checkpoint of its"
                 " base)"
             )
-        stored = read_tensors(path)
+        stored = Stored(path)
         if "crc32" in metadata and int(metadata["crc32"]) != export_crc(text, stored):
             raise ValueError(
                 f"the check sum of {path} is wrong: it was damaged, or changed after it was written"
             )
+        meta = Meta.from_json(text, str(path))
+        if in_file:
+            return Weights(meta, Chosen({name: (stored, name) for name in stored}), path)
         tensors = {
             name: tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in stored.items()
         }
-        return Weights(Meta.from_json(text, str(path)), tensors, path)
+        return Weights(meta, tensors, path)
     for _ in range(TRIES):
         folder = newest(path)
         try:
-            return _of_folder(path, folder, use_ema)
+            return _of_folder(path, folder, use_ema, in_file)
         except Exception:  # whatever a file that is gone is to who reads it
             if folder in (None, path) or folder.exists():
                 raise
@@ -403,7 +407,7 @@ def load_weights(path: str | Path, use_ema: bool = True) -> Weights:
     )
 
 
-def _of_folder(path: Path, folder: Path | None, use_ema: bool) -> Weights:
+def _of_folder(path: Path, folder: Path | None, use_ema: bool, in_file: bool) -> Weights:
     """Return the weights of the checkpoint `folder` that is the newest of `path`."""
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
@@ -415,17 +419,18 @@ def _of_folder(path: Path, folder: Path | None, use_ema: bool) -> Weights:
             " folder, or a file"
         )
     meta = Meta.read(folder)
-    tensors = read_tensors(folder / "model.safetensors")
+    files = [Stored(folder / "model.safetensors")]
     section = meta.config.get("ema")
     start = section.get("start_step") if isinstance(section, dict) else None
     # An older version kept the initial weights as the average until then.
     averaged = not isinstance(start, int) or meta.step > start
     if use_ema and averaged and any(folder.glob("ema*")):
-        tensors |= read_tensors(folder / "ema.safetensors")
-    return Weights(meta, tensors, folder)
+        files.append(Stored(folder / "ema.safetensors"))
+    chosen = Chosen({name: (stored, name) for stored in files for name in stored})
+    return Weights(meta, chosen if in_file else dict(chosen), folder)
 
 
-def export_crc(text: str, tensors: dict[str, Tensor]) -> int:
+def export_crc(text: str, tensors: Mapping[str, Tensor]) -> int:
     """Return the CRC-32 of an export: its config and the numbers in the order of their names."""
     total = Sum()
     total.add(text.encode())
@@ -441,9 +446,10 @@ def assign(
     fresh: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Copy `tensors` into `current` (a `state_dict()`, sharded or not), strictly: names and shapes
-    must agree, except those for which `fresh(name)` holds (adapters that start new). ValueError
+    must agree, except those for which `fresh(name)` holds (adapters that start new). Of what lies
+    in files and is sharded here a process reads its part, and vouches for that alone. ValueError
     lists what differs, or names a weight that is no finite number."""
-    if isinstance(tensors, Stored):
+    if isinstance(tensors, (Stored, Chosen)):
         stored = tensors.shapes
     else:
         stored = {name: tensor.shape for name, tensor in tensors.items()}
@@ -476,7 +482,13 @@ def assign(
             "of the run that wrote it"
         )
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if current[name].is_floating_point():
-                check_numbers(name, tensor, source)
-            current[name].copy_(place(tensor, current[name]))
+        for name in tensors:
+            like = current[name]
+            if is_sharded(like) and isinstance(tensors, (Stored, Chosen)):
+                value = mine = tensors.rows(name, *own_rows(like))
+            else:
+                value = tensors[name]
+                mine = local(place(value, like))
+            if like.is_floating_point():
+                check_numbers(name, value, source)
+            local(like).copy_(mine)

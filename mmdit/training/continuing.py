@@ -6,14 +6,18 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mmdit import config as config_io
 from mmdit.data.batches.batch_plan import ORDER
 from mmdit.files import write_atomically
-from mmdit.interfaces import LatentSpec
+from mmdit.interfaces import Denoiser, LatentSpec
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
+from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
-from mmdit.training.memory.shards import local
+from mmdit.training.memory.shards import local, own_rows
 from mmdit.training.train_state import TrainState
 from mmdit.weights import check_numbers
 
@@ -119,6 +123,27 @@ def number_frames(state: TrainState, seed: int) -> None:
         for name, parameter in state.ema.parameters.items():
             if not state.ema.shadow[name].any():
                 state.ema.shadow[name].copy_(parameter.detach())
+
+
+def drawn_frames(model: Denoiser, seed: int) -> dict[str, Tensor]:
+    """Have a new model draw its frame numbers; return them by name."""
+    zero = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not isinstance(p, StoredWeight) and not p.any()
+    }
+    model.number_frames(seed)
+    return {name: p.detach().clone() for name, p in zero.items() if p.any()}
+
+
+@torch.no_grad()
+def number_shards(model: Denoiser, drawn: dict[str, Tensor], world: World) -> None:
+    """Give a sharded model the frame numbers `drawn` where it has none."""
+    for name, value in drawn.items():
+        parameter = model.get_parameter(name)
+        if not world.any(bool(local(parameter.detach()).any())):
+            first, count = own_rows(parameter)
+            local(parameter).copy_(value[first : first + count])
 
 
 def check_weights(learner: Learner) -> None:

@@ -4,6 +4,7 @@ pair's run."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmdit.config import ConfigError
 from mmdit.interop.lora_reading import LoRAFile, read_lora
 from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
+from mmdit.training.memory.shards import renamed
 
 KEYS = re.compile(
     r"[._](lora_(A|B|up|down)|lokr_w[12])(_[ab])?(\.|$)"
@@ -111,7 +113,7 @@ def _shapes(layer: Adapter) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in layer.adapter_parameters().items()}
 
 
-def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, float]]:
+def one_expert(weights: Weights, config) -> tuple[Mapping[str, Tensor], dict[str, float]]:
     """Return tensors and alphas of a pair's run under the names of one network: the adapters of the
     expert that `config` trains, and the base, which twins store once. ConfigError: it names no
     expert."""
@@ -122,18 +124,18 @@ def one_expert(weights: Weights, config) -> tuple[dict[str, Tensor], dict[str, f
             f"is {weights.source}, a run of two experts, but this is one model; enable experts "
             "(of Wan, name one: model.expert)",
         )
-    result: dict[str, Tensor] = {}
-    for name, tensor in weights.tensors.items():
+    names: dict[str, str] = {}  # here → there
+    for name in weights.tensors:
         match = re.match(r"model\.(high|low)\.(.+)", name)
         if match is None:
-            result[name] = tensor
+            names[name] = name
         elif match[1] == expert:
-            result[f"model.{match[2]}"] = tensor
+            names[f"model.{match[2]}"] = name
         elif not is_adapter(name):
-            result.setdefault(f"model.{match[2]}", tensor)
+            names.setdefault(f"model.{match[2]}", name)
     alphas = {
         name.removeprefix(prefix): alpha
         for name, alpha in weights.meta.alphas.items()
         if name.startswith(prefix)
     }
-    return result, alphas
+    return renamed(weights.tensors, names), alphas

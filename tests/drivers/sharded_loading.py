@@ -1,5 +1,6 @@
 """Measure the memory of the host that each process takes until a Wan base is cut over processes by
-FSDP, for a random base of the shape of T2V-1.3B, in float32 or bfloat16 files.
+FSDP, for a random base of the shape of T2V-1.3B, in float32 or bfloat16 files; and of a start of
+all its weights from another run's (`train.init_from`): an export, or a checkpoint in parts.
 
     python -m tests.drivers.sharded_loading [--processes 2 4 --layers 30 --only LoRA]
 
@@ -25,11 +26,14 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
+from mmdit.config import encode
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import Run
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.tokenizers import build_tokenizer
+from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
+from mmdit.training.memory.shards import OFFSETS, SHAPES, SHARDING
 from mmdit.weights import INDEX
 
 GB = 1e9
@@ -44,6 +48,7 @@ text_encoder: {{type: hash, dim: 4096}}
 model: {{type: wan, name_or_path: unset}}
 ema: {{enabled: false}}
 """
+EXPORT, PARTS = (f"train.init_from={{folder}}/{name}" for name in ("export.safetensors", "run"))
 LORA = ["lora={enabled: true, rank: 16, target_modules: [q, k, v, o]}"]
 WAYS = {  # the type of the files, overrides, bytes of a weight in memory
     "LoRA on bfloat16 of bfloat16 files": ("bfloat16", [*LORA, "model.dtype=bfloat16"], 2),
@@ -51,6 +56,9 @@ WAYS = {  # the type of the files, overrides, bytes of a weight in memory
     "LoRA on nf4 of bfloat16 files": ("bfloat16", [*LORA, "model.dtype=nf4"], 0.5625),
     "all weights in pure_bf16 of float32 files": ("float32", ["train.precision=pure_bf16"], 2),
     "all weights in float32 of bfloat16 files": ("bfloat16", ["train.precision=fp32"], 4),
+    "all weights in float32 from an export": ("bfloat16", ["train.precision=fp32", EXPORT], 4),
+    "all weights in float32 from parts": ("bfloat16", ["train.precision=fp32", PARTS], 4),
+    "all weights in pure_bf16 from parts": ("bfloat16", ["train.precision=pure_bf16", PARTS], 2),
 }
 
 
@@ -75,6 +83,36 @@ def make_base(folder: Path, config: WanConfig, dtype: torch.dtype) -> int:
     index = folder / f"diffusion_pytorch_model{INDEX}"
     index.write_text(json.dumps({"weight_map": places}))
     return sum(map(math.prod, shapes.values()))
+
+
+def make_start(folder: Path, source: str, base: str) -> None:
+    """Write what a run of all weights would: a float32 checkpoint in two parts, or its export in
+    bfloat16."""
+    config = load_experiment_config(folder / "config.yaml", [f"model.name_or_path={base}"])
+    tokenizer = build_tokenizer(config.tokenizer).plain
+    meta = checkpoint.Meta(1, encode(config), tokenizer.spec, tokenizer.fingerprint)
+    with torch.device("meta"):
+        learner = WanDiT(WanConfig(**json.loads((folder / "sizes.json").read_text())))
+    shapes = {f"model.{name}": p.shape for name, p in learner.named_parameters()}
+    if source == EXPORT:
+        tensors = {name: torch.randn(shape).bfloat16() * 0.02 for name, shape in shapes.items()}
+        text = meta.to_json()
+        about = {"mmdit": text, "crc32": str(checkpoint.export_crc(text, tensors))}
+        save_file(tensors, folder / "export.safetensors", about)
+        return
+    parts = checkpoint.folder_of(folder / "run", 1) / "model"
+    parts.mkdir(parents=True)
+    (parts / SHAPES).write_text(json.dumps({name: list(shape) for name, shape in shapes.items()}))
+    for number in range(2):
+        tensors, offsets = {}, {}
+        for name, shape in shapes.items():
+            first = number * -(-shape[0] // 2)
+            rows = min(shape[0] - first, -(-shape[0] // 2))
+            tensors[name] = torch.randn(rows, *shape[1:]) * 0.02
+            offsets[name] = {OFFSETS: [first, *[0] * (len(shape) - 1)]}
+        about = {SHARDING: json.dumps(offsets)}
+        save_file(tensors, parts / f"shard-{number:05d}.safetensors", about)
+    (parts.parent / checkpoint.META).write_text(meta.to_json())
 
 
 def memory(name: str) -> float:
@@ -140,12 +178,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+        sizes = {"dim": args.dim, "ffn_dim": wide, "num_heads": heads, "num_layers": args.layers}
+        (folder / "sizes.json").write_text(json.dumps(sizes))
         made: dict[str, int] = {}
         for way, (dtype, words, weight_bytes) in WAYS.items():
             if args.only not in way:
                 continue
             if dtype not in made:
                 made[dtype] = make_base(folder / dtype, config, getattr(torch, dtype))
+            source = words[-1]
+            if source in (EXPORT, PARTS) and source not in made:
+                make_start(folder, source, str(folder / dtype))
+                made[source] = made[dtype]
+            words = [word.replace("{folder}", str(folder)) for word in words]
             for processes in args.processes:
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc_per_node", str(processes), __file__, str(folder)]

@@ -99,11 +99,64 @@ class Stored(Mapping[str, Tensor]):
             raise self._damaged(error) from None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # the mixin would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Return `count` rows of a tensor from row `first` on; no others are read."""
+        pieces = []
+        try:
+            for file, shape, offsets in self._parts[name]:
+                begin = offsets[0] if offsets else 0
+                start, stop = max(first - begin, 0), min(first + count - begin, shape[0])
+                if start < stop:
+                    pieces.append(file.get_slice(name)[start:stop])
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+        if not pieces:
+            return torch.empty(0, *self.shapes[name][1:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class Chosen(Mapping[str, Tensor]):
+    """Tensors of one or several `Stored`, by names of their own: `places` says the file and the
+    name there of each. They are read when asked for."""
+
+    def __init__(self, places: Mapping[str, tuple[Stored, str]]):
+        self.places = dict(places)
+        self.shapes = {name: stored.shapes[key] for name, (stored, key) in self.places.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored, key = self.places[name]
+        return stored[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """See `Stored.rows`."""
+        stored, key = self.places[name]
+        return stored.rows(key, first, count)
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Return the tensors that `names`, from new names to those of `tensors`, lists; what lies in
+    files stays there."""
+    if isinstance(tensors, Chosen):
+        return Chosen({name: tensors.places[key] for name, key in names.items()})
+    return {name: tensors[key] for name, key in names.items()}
 
 
 def write(
@@ -143,6 +196,15 @@ def write(
         for piece in tensor_pieces({key: whole(t.detach()) for key, t in tensors.items()}):
             stream.write(total.add(piece))
     return {file: total.as_json()}
+
+
+def own_rows(cut: Tensor) -> tuple[int, int]:
+    """Return the first of the rows that this process has of a sharded tensor, and their number."""
+    assert is_sharded(cut) and cut.placements[-1].is_shard(0), "FSDP cuts rows"
+    rows, mesh = cut.shape[0], cut.device_mesh
+    most = -(-rows // mesh.size(mesh.ndim - 1))
+    first = min(rows, most * mesh.get_local_rank(mesh.ndim - 1))
+    return first, len(local(cut))
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:

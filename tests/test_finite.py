@@ -233,8 +233,8 @@ def test_stored_settings_with_nan_are_refused(damaged, tmp_path, capsys):
 def test_post_training_that_meets_no_number_ends_with_an_error(tmp_path, monkeypatch):
     """Not with exit code 0, as if it had come to its end."""
     from mmdit.posttrain import loop
-    from tests.helpers.toy_posttrain import session
+    from tests.helpers.toy_posttrain import pretrained, session
 
     monkeypatch.setattr(loop, "epochs_of", lambda session: (lambda: {"loss": float("nan")}, 1))
     with pytest.raises(RunError, match="stopped at update .*not finite"):
-        loop.post_train(session(tmp_path, epochs=3))
+        loop.post_train(session(tmp_path, epochs=3, model=pretrained(steps=1)))

@@ -27,6 +27,7 @@ for folder in (ROOT, ROOT / "VTP"):
 LONGEST_FIRST = [
     f"test_{name}.py"
     for name in (
+        "in_process",
         *("processes", "posttrain_loops", "memory_ladder", "fused", "sharded", "wan_training"),
         *("trainer", "posttrain_wan", "quickstart", "configs", "diffusion_samplers", "experts"),
         *("experiment", "wan_pictures", "ui_jobs", "wan_step", "replays", "products", "wan_files"),

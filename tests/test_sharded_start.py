@@ -2,23 +2,30 @@
 start in one process has."""
 
 import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from mmdit.experiment import run
+from mmdit.experiment.build import build_encoder, build_learner
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import Run
+from mmdit.nn.stored_weights import StoredWeight
 from mmdit.scripts import export
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.memory.sharded import is_sharded
 from mmdit.training.memory.shards import Chosen, local
+from mmdit.training.parallel import shard
 from tests.helpers.tiny import Workshop, forget_sums
+from tests.test_sharded_posttrain import one_process
 
 PROCESSES = ((2, 1), (3, 0), (3, 2))  # how many, and which of them: rows do not divide, or are few
 
@@ -96,3 +103,86 @@ def test_each_process_reads_its_rows_of_what_one_starts_from(shop, monkeypatch, 
                 rows = expected.chunk(size)
                 expected = rows[rank] if rank < len(rows) else expected[:0]
             assert value.dtype == expected.dtype and torch.equal(local(value), expected), name
+
+
+# ── a trained UMT5 ────────────────────────────────────────────────────────────────────────────────
+ENCODER = "text_encoder={{type: umt5, name_or_path: {0}, dtype: float32, {1}}}"
+
+
+def in_memory(tensors) -> list[str]:
+    """Return the names of those whose numbers do not lie in a mapped file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    pairs = (line.split()[0].split("-") for line in lines if "umt5" in line)
+    mapped = [range(int(first, 16), int(last, 16)) for first, last in pairs]
+    names = []
+    for name, tensor in tensors:
+        codes = tensor.codes if isinstance(tensor, StoredWeight) else tensor
+        if not any(codes.data_ptr() in places for places in mapped):
+            names.append(name)
+    return names
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+@pytest.mark.parametrize("kind", ["pickle", "bfloat16"])
+@pytest.mark.parametrize("trained", ["freeze: false", "freeze: false, train_blocks: 1"])
+def test_a_trained_umt5_is_cut_out_of_its_files(shop, tmp_path, monkeypatch, kind, trained):
+    pytest.importorskip("transformers")
+    from tests.test_umt5 import GOLDEN, write_tokenizer
+
+    weights = load_file(GOLDEN / "official.safetensors")
+    file = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    write_tokenizer(tmp_path / "google" / "umt5-xxl")
+    if kind == "pickle":
+        torch.save(weights, file)
+    else:
+        file = tmp_path / "umt5.safetensors"
+        save_file({name: value.bfloat16() for name, value in weights.items()}, file)
+        write_tokenizer(tmp_path / "tokenizer")
+        trained += f", tokenizer_path: {tmp_path / 'tokenizer'}"
+    words = [ENCODER.format(file, trained)]
+    expected = begun(shop, World(), *words).learner.text_encoder
+    assert any(p.requires_grad for p in expected.parameters())
+    whole = expected.state_dict()
+    in_files = []
+
+    def look(learner, *arguments, **keywords):
+        in_files.append(in_memory(learner.text_encoder.named_parameters()))
+        shard(learner, *arguments, **keywords)
+
+    monkeypatch.setattr(run, "shard", look)
+    for size, rank in PROCESSES:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            cut = begun(shop, World(rank, size), "parallel.type=fsdp", *words).learner.text_encoder
+        finally:
+            dist.destroy_process_group()
+        assert cut.state_dict().keys() == whole.keys()
+        assert in_memory(cut.state_dict().items()) == list(whole)
+        for name, value in cut.state_dict().items():
+            rows = whole[name].chunk(size)
+            part = rows[rank] if rank < len(rows) else whole[name][:0]
+            assert torch.equal(local(value), part) and value.dtype == torch.float32, name
+            assert cut.is_stored(name) == expected.is_stored(name)
+    assert in_files == [[]] * len(PROCESSES)
+
+
+def test_a_umt5_out_of_its_files_computes_and_learns_as_a_whole_one(shop, tmp_path):
+    pytest.importorskip("transformers")
+    from tests.test_umt5 import GOLDEN, write_tokenizer
+
+    file = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    write_tokenizer(tmp_path / "google" / "umt5-xxl")
+    torch.save(load_file(GOLDEN / "official.safetensors"), file)
+    words = ENCODER.format(file, "freeze: false")
+    config = load_experiment_config(shop.config, [words])
+    spec = build_tokenizer(config.tokenizer).plain.spec
+    whole = build_learner(config, spec).text_encoder
+    learner = build_learner(config, spec, encoder=partial(build_encoder, in_file=True))
+    with one_process() as world:
+        shard(learner, world)
+        outputs = [part(["a red star", "two"]) for part in (learner.text_encoder, whole)]
+        assert torch.equal(outputs[0].embeddings, outputs[1].embeddings)
+        for text in outputs:
+            text.embeddings.square().sum().backward()
+        for name, p in learner.text_encoder.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), whole.get_parameter(name).grad)

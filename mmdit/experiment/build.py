@@ -18,9 +18,9 @@ from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.diffusion import build_objective
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.interfaces import Boundary, Denoiser, LatentSpec
+from mmdit.interfaces import Boundary, Denoiser, LatentSpec, TextEncoder
 from mmdit.interop.wan_weights import load_denoiser
-from mmdit.interop.weights_in_files import unpack_weights
+from mmdit.interop.weights_in_files import left_in_file, unpack_weights
 from mmdit.models import WanModelConfig, build_model
 from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import key
@@ -60,15 +60,28 @@ def build_network(
     return build_model(config.model, spec.channels, text_dim, config.tread)
 
 
+def build_encoder(config: ExperimentConfig, in_file: bool = False) -> TextEncoder:
+    """Return the text encoder. `in_file`: the weights of a UMT5 that is trained stay in their files
+    until they are cut over processes; what is frozen is never cut."""
+    lora = config.lora
+    trained = not config.text_encoder.freeze and not (lora.enabled and lora.train_lora_only)
+    if in_file and trained:
+        return build_text_encoder(config.text_encoder, lambda _, *tensor: left_in_file(*tensor))
+    return build_text_encoder(config.text_encoder)
+
+
 def build_learner(
-    config: ExperimentConfig, spec: LatentSpec, network: Callable[..., Denoiser] = build_network
+    config: ExperimentConfig,
+    spec: LatentSpec,
+    network: Callable[..., Denoiser] = build_network,
+    encoder: Callable[[ExperimentConfig], TextEncoder] = build_encoder,
 ) -> Learner:
     """Return denoiser, text encoder and objective. Fresh weights are a function of `config.seed`
-    alone. `network`: what gives the denoiser."""
+    alone. `network` and `encoder`: what gives the denoiser, and the text encoder."""
     config = resolved(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
-        text_encoder = build_text_encoder(config.text_encoder)
+        text_encoder = encoder(config)
         flow_matching = config.flow_matching
         if config.model.expert:
             flow_matching = replace(flow_matching, between=config.model.between)

@@ -20,6 +20,7 @@ from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.diagnostics.clip_score import PreviewScore
 from mmdit.experiment.build import (
+    build_encoder,
     build_learner,
     build_network,
     start_from,
@@ -168,7 +169,8 @@ class Run:
         config = self.config
         cuts = config.parallel.type == "fsdp" and self.world.size > 1
         network = partial(build_network, in_file=cuts)
-        self.learner = build_learner(config, self.tokenizer.spec, network)
+        encoder = partial(build_encoder, in_file=cuts)
+        self.learner = build_learner(config, self.tokenizer.spec, network, encoder)
         self._check_networks()
         late = cuts and self.start is None and starts_in_shards(self.learner, config)
         drawn = self._initialise(late)

@@ -9,13 +9,15 @@ from mmdit.text_encoders.byte_level import ByteLevelConfig, ByteLevelEncoder
 from mmdit.text_encoders.hashing import HashConfig, HashEncoder
 from mmdit.text_encoders.huggingface import HuggingFaceConfig, HuggingFaceEncoder
 from mmdit.text_encoders.umt5 import UMT5Config, UMT5Encoder
+from mmdit.weights import Keep
 
 TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Config
 
 
-def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+def build_text_encoder(config: TextEncoderConfig, keep: Keep | None = None) -> TextEncoder:
     """Return the encoder of `config`, on the CPU. New weights come from the global generator. A
-    frozen encoder has no parameter that requires a gradient. ConfigError if it cannot be loaded.
+    frozen encoder has no parameter that requires a gradient. `keep`: gives the weights of a UMT5 as
+    they lie in its files, in place of a copy. ConfigError if it cannot be loaded.
     """
     try:
         match config:
@@ -24,7 +26,7 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
             case HashConfig():
                 return HashEncoder(config)
             case UMT5Config():
-                return UMT5Encoder(config)
+                return UMT5Encoder(config, keep)
             case HuggingFaceConfig():
                 return HuggingFaceEncoder(config)
     except ConfigError as error:

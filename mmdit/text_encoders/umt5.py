@@ -30,7 +30,7 @@ from mmdit.text_encoders.huggingface import (
 )
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
 from mmdit.text_encoders.transformers_loading import explained
-from mmdit.weights import Checkpoint, fill, is_wan_release
+from mmdit.weights import Checkpoint, Keep, fill, is_wan_release
 
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
@@ -91,7 +91,8 @@ class UMT5Encoder(HuggingFaceEncoder):
     place: Tensor
     encoder: Any  # UMT5EncoderModel, or nn.Identity while it is not loaded
 
-    def __init__(self, config: UMT5Config):
+    def __init__(self, config: UMT5Config, keep: Keep | None = None):
+        self.keep = keep  # see `weights.fill`
         super().__init__(config)
         self.silent = {}
         self.idle = 0  # calls since the weights were last needed
@@ -107,7 +108,7 @@ class UMT5Encoder(HuggingFaceEncoder):
             encoder = (
                 nn.Identity()
                 if config.cache_dir
-                else _load(stored, path, getattr(torch, config.dtype))
+                else _load(stored, path, getattr(torch, config.dtype), self.keep)
             )
             tokenizer, self.vocabulary = _tokenizer(
                 Path(config.tokenizer_path) if config.tokenizer_path else None, path, stored
@@ -231,7 +232,9 @@ def transformers_name(name: str) -> str:
     return OUTSIDE.get(name, name)
 
 
-def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
+def _load(
+    stored: Checkpoint, place: Path, dtype: torch.dtype, keep: Keep | None = None
+) -> nn.Module:
     import transformers
 
     names = {name: transformers_name(name) for name in stored.entries}
@@ -273,6 +276,7 @@ def _load(stored: Checkpoint, place: Path, dtype: torch.dtype) -> nn.Module:
         f"{place}, read as UMT5,",
         dtype=lambda _: dtype,
         ignored=(*UNTRAINED_LAYOUT, *decoder),
+        keep=keep,
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import os
 import re
@@ -247,10 +246,6 @@ def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
-# reads the annotations of a class, which are texts: most of the time of decoding, if done each time
-_hints_of = functools.cache(typing.get_type_hints)
-
-
 def decode(hint: Any, value: Any, path: str = "") -> Any:
     """Return `value` (plain YAML data) as the type `hint`. Nothing is guessed: only int → float is
     converted."""
@@ -317,7 +312,7 @@ def _decode_dataclass(hint: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(path, f"is {value!r}, must be a section of keys")
     fields = {f.name: f for f in dataclasses.fields(hint) if f.init}
-    hints = _hints_of(hint)
+    hints = typing.get_type_hints(hint)
     for name in value:
         if name not in fields:
             known = ", ".join(fields)
@@ -342,7 +337,9 @@ def _decode_union(options: tuple, value: Any, path: str) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     if all(dataclasses.is_dataclass(option) for option in options) and len(options) > 1:
-        tags = {typing.get_args(_hints_of(option)["type"])[0]: option for option in options}
+        tags = {
+            typing.get_args(typing.get_type_hints(option)["type"])[0]: option for option in options
+        }
         if not isinstance(value, dict):
             raise ConfigError(
                 path, f"is {value!r}, must be a section with a type: {', '.join(tags)}"

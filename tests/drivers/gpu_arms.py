@@ -34,9 +34,9 @@ def build_any(config, latent_channels: int, text_dim: int, tread=None):
     return builder(config, latent_channels, text_dim, tread)
 
 
-def training_learner(config, spec, network=build.build_network):
+def training_learner(config, spec, network=build.build_network, *encoder):
     """Return what `build_learner` does, with the arms of the loss."""
-    learner = build_learner(config, spec, network)
+    learner = build_learner(config, spec, network, *encoder)
     section = config.flow_matching
     arms = isinstance(section, ArmsFlowMatchingConfig) and (
         section.contrast or section.self_alignment or section.vtp_alignment

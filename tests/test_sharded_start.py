@@ -105,6 +105,31 @@ def test_each_process_reads_its_rows_of_what_one_starts_from(shop, monkeypatch, 
             assert value.dtype == expected.dtype and torch.equal(local(value), expected), name
 
 
+def test_a_run_of_pictures_that_goes_on_with_clips_numbers_its_frames_in_shards(shop):
+    words = ["video.num_frames=2", "model.frame_step=1"]
+    start = checkpoint.latest(shop.sources["whole"])
+
+    def gone_on(world: World, *more: str) -> Run:
+        config = load_experiment_config(shop.config, [*words, *more])
+        tokenizer = build_tokenizer(config.tokenizer).plain
+        made = Run(config, world, tokenizer, SimpleNamespace(global_batch=4), start)
+        made.continue_from_start()
+        return made
+
+    whole = gone_on(World())
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        cut = gone_on(World(1, 2), "parallel.type=fsdp")
+    finally:
+        dist.destroy_process_group()
+    name = "model.frame.embed.weight"
+    for part, expected in (
+        (cut.learner.get_parameter(name).detach(), whole.learner.get_parameter(name).detach()),
+        (cut.state.ema.shadow[name], whole.state.ema.shadow[name]),
+    ):
+        assert expected.any() and torch.equal(local(part), expected.chunk(2)[1])
+
+
 # ── a trained UMT5 ────────────────────────────────────────────────────────────────────────────────
 ENCODER = "text_encoder={{type: umt5, name_or_path: {0}, dtype: float32, {1}}}"
 

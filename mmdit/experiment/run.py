@@ -163,6 +163,7 @@ class Run:
     state: TrainState = field(init=False)
     origin: dict[str, Any] = field(init=False)  # of what a resume reads again from elsewhere
     facts: dict[str, Any] = field(init=False)  # of the batches; stored in each checkpoint
+    drawn: dict[str, Tensor] = field(init=False, default_factory=dict)  # frame numbers for shards
     background: BackgroundSaves | None = field(init=False)  # None: training waits for saves
 
     def __post_init__(self):
@@ -173,7 +174,9 @@ class Run:
         self.learner = build_learner(config, self.tokenizer.spec, network, encoder)
         self._check_networks()
         late = cuts and self.start is None and starts_in_shards(self.learner, config)
-        drawn = self._initialise(late)
+        if cuts and config.video.num_frames > 1:  # shards cannot draw them
+            self.drawn = drawn_frames(self.learner.model, config.seed)
+        self._initialise(late)
         # What no checkpoint holds is summed before it is moved, cut or rounded.
         frozen = frozen_elsewhere(self.learner)
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
@@ -183,7 +186,7 @@ class Run:
             shard(self.learner, self.world, config.parallel, pure_bf16)
         if late:
             self._start_from()
-            number_shards(self.learner.model, drawn, self.world)
+            number_shards(self.learner, None, self.drawn, self.world)
         if pure_bf16:
             to_bfloat16(self.learner)
         move_to_device(self.learner, config.train.offload_blocks, self.world.device)
@@ -201,20 +204,16 @@ class Run:
             if network.picture != "none":
                 self.learner.conditions = Pictures(network, self.tokenizer).of_latents
 
-    def _initialise(self, late: bool) -> dict[str, Tensor]:
+    def _initialise(self, late: bool) -> None:
         """Give the weights of a new run their values at step 0, but those of `train.init_from` if
-        they come `late`; return the frame numbers that were drawn then."""
-        config, model = self.config, self.learner.model
-        if self.start is not None:
-            return {}
-        if config.train.init_from and not late:
+        they come `late`."""
+        config = self.config
+        if self.start is not None or late:
+            return
+        if config.train.init_from:
             self._start_from()
-        if config.video.num_frames == 1:
-            return {}
-        if late:
-            return drawn_frames(model, config.seed)
-        model.number_frames(config.seed)
-        return {}
+        if config.video.num_frames > 1:
+            self.learner.model.number_frames(config.seed)
 
     def _start_from(self) -> None:
         """Take over the weights of `train.init_from`."""
@@ -233,6 +232,8 @@ class Run:
         now = config_io.encode(self.config)
         for line in go_on(self.state, self.start, before, now, self.facts):
             self.world.print(line)
+        if (before.get("video") or {}).get("num_frames") == 1:
+            number_shards(self.learner, self.state.ema, self.drawn, self.world)
         max_steps = self.config.train.max_steps
         if self.state.step >= max_steps:
             self.world.print(

@@ -16,6 +16,7 @@ from mmdit.interfaces import Denoiser, LatentSpec
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+from mmdit.training.ema import EMA
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import local, own_rows
 from mmdit.training.train_state import TrainState
@@ -137,13 +138,18 @@ def drawn_frames(model: Denoiser, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def number_shards(model: Denoiser, drawn: dict[str, Tensor], world: World) -> None:
-    """Give a sharded model the frame numbers `drawn` where it has none."""
+def number_shards(
+    learner: Learner, ema: EMA | None, drawn: dict[str, Tensor], world: World
+) -> None:
+    """Give a sharded model, and the average of it, the frame numbers `drawn` where it has none."""
     for name, value in drawn.items():
-        parameter = model.get_parameter(name)
-        if not world.any(bool(local(parameter.detach()).any())):
-            first, count = own_rows(parameter)
-            local(parameter).copy_(value[first : first + count])
+        tensors = [learner.model.get_parameter(name).detach()]
+        if ema:
+            tensors.append(ema.shadow[f"model.{name}"])
+        for tensor in tensors:
+            if not world.any(bool(local(tensor).any())):
+                first, count = own_rows(tensor)
+                local(tensor).copy_(value[first : first + count])
 
 
 def check_weights(learner: Learner) -> None:

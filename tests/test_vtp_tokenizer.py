@@ -123,7 +123,7 @@ def test_configs_that_contradict_the_checkpoint(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer.latent_f: is 8, but .* has 16"):
         vtp(latent_f=8)
     with pytest.raises(
-        ConfigError, match=r"is 'no/such/folder', which is not there .*train_vtp --config"
+        ConfigError, match=r"is 'no/such/folder', which is not there .*train-vtp --config"
     ):
         vtp("no/such/folder")
     with pytest.raises(ConfigError, match="holds no config.json"):

@@ -36,7 +36,7 @@ class KeptCache:
         finally:
             _used = before
 
-    def open(self, folder: Path, wanted: CacheManifest | None) -> LatentCache:
+    def cache_in(self, folder: Path, wanted: CacheManifest | None) -> LatentCache:
         """Return the cache in a folder, as `open_cache` does."""
         files = files_of(folder)
         if self.cache is None or self.files != files or self.cache.folder != folder:
@@ -65,7 +65,7 @@ def opened(folder: Path, wanted: CacheManifest | None) -> LatentCache:
     """Return `open_cache` of a folder, or the cache that was kept of it."""
     if _used is None or not folder.is_dir():
         return open_cache(folder, wanted)
-    return _used.open(folder, wanted)
+    return _used.cache_in(folder, wanted)
 
 
 def in_memory(cache: LatentCache, make: Callable[[], Any]) -> Any:

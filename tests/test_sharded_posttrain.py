@@ -17,8 +17,7 @@ from mmdit.posttrain.posttrain_config import DPOConfig, KLConfig
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World, process_group
-from mmdit.training.memory.sharded import is_sharded
-from mmdit.training.memory.shards import Stored
+from mmdit.training.memory.shards import Stored, is_sharded
 from tests.helpers.tiny import Workshop
 from tests.test_posttrain_loops import SECTION
 from tests.test_posttrain_pair import ALGORITHMS, paired

@@ -21,8 +21,7 @@ from mmdit.scripts import export
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
-from mmdit.training.memory.sharded import is_sharded
-from mmdit.training.memory.shards import Chosen, local
+from mmdit.training.memory.shards import Chosen, is_sharded, local
 from mmdit.training.parallel import shard
 from tests.helpers.tiny import Workshop, forget_sums
 from tests.test_sharded_posttrain import one_process

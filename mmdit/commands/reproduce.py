@@ -7,9 +7,10 @@
     OUT/results.json          all seeds pooled
 
 Every command is a process of its own, so that none keeps memory for the next, unless the chain is
-given another way to run them. What the record calls
-done is not run again; a training that was stopped goes on from its checkpoint. Several processes
-may work on one folder: each stage of a seed has a lock.
+given another way to run them.
+
+What the record calls done is not run again; a training that was stopped goes on from its
+checkpoint. Several processes may work on one folder: each stage of a seed has a lock.
 """
 
 from __future__ import annotations

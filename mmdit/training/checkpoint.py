@@ -38,8 +38,7 @@ from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
-from mmdit.training.memory.sharded import is_sharded
-from mmdit.training.memory.shards import Chosen, Stored, local, own_rows, place, write
+from mmdit.training.memory.shards import Chosen, Stored, is_sharded, local, own_rows, place, write
 from mmdit.weights import bytes_of, check_numbers
 
 _NAME = re.compile(r"step_(\d{8})")

@@ -16,7 +16,7 @@ from mmdit.diffusion.expert_schedule import ExpertSchedule
 from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder
 from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
-from mmdit.training.memory.sharded import gathers_weights
+from mmdit.training.memory.shards import gathers_weights
 
 # Compiled blocks see 32, 64, 96 … text tokens, the model's null token among them, so that few
 # graphs are compiled; replayed ones see 16, 32, 48 …: such a graph is made in a second.

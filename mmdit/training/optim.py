@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
-from mmdit.training.memory.sharded import is_sharded
-from mmdit.training.memory.shards import local, place
+from mmdit.training.memory.shards import is_sharded, local, place
 from mmdit.training.muon import GatheredMuon, StackedMuon
 
 # adamw8bit: no longer trained with, but configs of old runs, which are still sampled, name it.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
-from mmdit.training.memory.sharded import is_sharded
+from mmdit.training.memory.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -20,7 +20,7 @@ from mmdit.training.graphs.common import (
     reason_of,
     side_stream,
 )
-from mmdit.training.memory.sharded import gathers_weights
+from mmdit.training.memory.shards import gathers_weights
 
 Call = Callable[[Tensor, Tensor], Tensor]  # latents, times → prediction
 

@@ -30,7 +30,7 @@ from mmdit.training.graphs.common import (
     reason_of,
     side_stream,
 )
-from mmdit.training.memory.sharded import gathers_weights
+from mmdit.training.memory.shards import gathers_weights
 
 # Operations of a block's forward and backward pass. More take an H200 about as long as they take
 # the CPU to launch, or longer.

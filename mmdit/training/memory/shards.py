@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,11 +18,27 @@ from torch import Tensor, nn
 from mmdit.files import Sum
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
-from mmdit.training.memory.sharded import is_sharded
 from mmdit.weights import tensor_pieces
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SHAPES = "shapes.json"  # beside the parts, the whole shapes: else an absent part goes unnoticed
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
+
+
+# `torch.distributed.tensor` and its tables of operators are half a second of the start of a
+# command. Nothing is cut where they are not imported, so that nothing here imports them to ask.
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether each process holds a part of the tensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathers_weights(module: nn.Module) -> bool:
+    """Return whether the module gathers the weights of its processes for each call."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class Stored(Mapping[str, Tensor]):

@@ -390,6 +390,12 @@ def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, ca
     refused(capsys, evaluate.main, asked, "arms", "model.type")
 
 
+def test_sprint_is_refused_where_all_samples_share_the_digits_of_its_coin(tmp_path, capsys):
+    with workshop(tmp_path) as shop:
+        words = shop.train_words("x", *SPRINT, "train.objective=ddpm")
+        refused(capsys, train_t2v.main, words, "train.objective: is ddpm, but sprint")
+
+
 def test_arms_are_known_inside_their_program_alone():
     config = ROOT / "configs/moving_shapes_t2i_128.yaml"
     learner = run.build_learner

@@ -172,7 +172,11 @@ def test_checkpoints_of_a_run_share_what_their_weights_do_not_change(
 
     def counted(module, name: str) -> None:
         real = getattr(module, name)
-        count = lambda *args, **options: (made.append(name), real(*args, **options))[1]  # noqa: E731
+
+        def count(*args, **options):
+            made.append(name)
+            return real(*args, **options)
+
         monkeypatch.setattr(module, name, count)
 
     counted(load, "build_tokenizer")

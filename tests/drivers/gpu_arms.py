@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from mmdit.__main__ import start
+from mmdit.config import ConfigError
 from mmdit.data.batches import latent_batches, stores
 from mmdit.experiment import build, experiment_config, run
 from mmdit.models import ModelConfig, build_model
@@ -37,6 +38,12 @@ def build_any(config, latent_channels: int, text_dim: int, tread=None):
 def training_learner(config, spec, network=build.build_network, *encoder):
     """Return what `build_learner` does, with the arms of the loss."""
     learner = build_learner(config, spec, network, *encoder)
+    if config.train.objective == "ddpm" and "sprint" in getattr(config.model, "changes", ()):
+        raise ConfigError(
+            "train.objective",
+            "is ddpm, but sprint leaves out parts of samples by the last digits of their times,"
+            " which its levels have in common; use flow_matching",
+        )
     section = config.flow_matching
     arms = isinstance(section, ArmsFlowMatchingConfig) and (
         section.contrast or section.self_alignment or section.vtp_alignment

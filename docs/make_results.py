@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from mmdit.data.moving_shapes.facts import TASKS
-from mmdit.diagnostics.results_file import shown_rate
+from mmdit.diagnostics.results_file import first_reaching, shown_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -18,6 +18,8 @@ PLACE = re.compile(
     r"(?P<head><!-- results: (?P<names>[\w ]+) -->\n).*?(?P<end><!-- end of results -->)",
     re.DOTALL,
 )
+# Student's t of a two-sided 95 % interval, for 1, 2, 3 … degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEAD = """\
 | score | config | training | seen | held-out pairs | left or right | ceiling | control |
 |---|---|---|---|---|---|---|---|
@@ -29,6 +31,8 @@ def rows(results: dict) -> list[str]:
     lines = []
     for stage, row in results["stages"].items():
         for name, rates in row["scores"].items():
+            if name in row.get("curves", {}):
+                continue  # the table of arms has it
             cells = [f"{stage}, {name}", f"`{row['config']}`", training(row)]
             cells += [shown_rate(rates.get(key)) for key in ("seen", "held_out", "left_right")]
             cells += [f"{rates[key]['value']:.3f}" for key in ("ceiling", "control")]
@@ -52,42 +56,102 @@ def curves_of(files: list[dict]) -> list[tuple[str, dict, dict]]:
     arms = []
     for results in files:
         for stage, row in results["stages"].items():
-            for name, curve in row.get("curves", {}).items():
-                arms.append((f"{stage}, {name}", row, curve))
+            curves = row.get("curves", {})
+            for name, curve in curves.items():
+                arms.append((stage if len(curves) == 1 else f"{stage}, {name}", row, curve))
     return arms
 
 
-def arm_lines(files: list[dict]) -> list[str]:
-    """Return the table of all arms, compared at the seconds after which the first of them ends."""
-    arms = [arm for arm in curves_of(files) if None not in arm[2]["step_seconds"]]
+def arm_tables(files: list[dict]) -> list[str]:
+    """Return the table of all arms, and the sentence that explains it. Their accuracies over the
+    checkpoints are compared with those of the first arm; those that were timed also at the seconds
+    after which the first of them ends."""
+    arms = curves_of(files)
     if not arms:
         return []
-    ends = [curve["points"][-1]["step"] * pace_of(curve) for _, _, curve in arms]
-    level, common = arms[0][2]["reached"], min(ends)
-    heads = [f"held out after {common:.0f} s", f"seconds to {level} held out"]
-    titles = ["arm", "parameters", "step", "at the end", "seen", "held-out pairs", *heads]
-    lines = ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for (name, row, curve), end in zip(arms, ends, strict=True):
-        last = curve["points"][-1]
+    ends = [curve["points"][-1]["step"] * pace_of(curve) for *_, curve in arms if pace_of(curve)]
+    first, level, common = arms[0], arms[0][2]["reached"], min(ends, default=0.0)
+    titles = ["arm", "parameters", "steps", "seen", "held-out pairs", "beside the first"]
+    titles += [f"samples to {level} held out", "step", f"held out after {common:.0f} s"]
+    titles += [f"seconds to {level}"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, row, curve in arms:
+        last, batch = curve["points"][-1], batch_of(row)
         parameters = row["parameters"]
-        size = f"{parameters / 1e6:.1f} M" if isinstance(parameters, int) else "several"
-        pace = f"{pace_of(curve) * 1000:.1f} ms"
-        cells = [name, size, pace, f"{last['step']:,} steps, {end:.0f} s"]
-        cells += [shown_rate(last["seen"]), shown_rate(last["held_out"])]
-        cells += [held_out_at(curve, common), shown_seconds(curve["seconds_to"])]
+        cells = [name, f"{parameters / 1e6:.1f} M" if isinstance(parameters, int) else "several"]
+        cells += [f"{last['step']:,} of {batch:.0f}"]
+        cells += [shown_rate(last[key] | {"per_seed": []}) for key in ("seen", "held_out")]
+        cells += [beside(first, (name, row, curve))]
+        samples = [None if steps is None else steps * batch for steps in steps_to(curve, level)]
+        cells += [shown_values(samples)]
+        pace = pace_of(curve)
+        if pace:
+            seconds = shown_values(curve["seconds_to"])
+            cells += [f"{pace * 1000:.1f} ms", held_out_at(curve, pace, common), seconds]
+        else:
+            cells += ["not timed", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return ["\n".join(lines), explanation(first[0], first[2])]
 
 
-def pace_of(curve: dict) -> float:
-    """Return the seconds of a step of the fastest seed."""
-    return min(curve["step_seconds"])
+def batch_of(row: dict) -> float:
+    """Return the samples of a step."""
+    return row["training"]["samples"] / row["training"]["steps"]
 
 
-def held_out_at(curve: dict, seconds: float) -> str:
+def explanation(name: str, curve: dict) -> str:
+    """Return the sentence that says how sure the judge is, and what the columns compare."""
+    last = curve["points"][-1]
+    ceiling, control = (f"{last[key]['value']:.3f}" for key in ("ceiling", "control"))
+    return (
+        f"Of {name}: ceiling {ceiling}, shuffled control {control}. *Beside the first*: the"
+        " accuracy over all checkpoints, seen and held out, less that of the first arm of the same"
+        " seed, with its 95 % interval over the seeds (Student's t)."
+    )
+
+
+def samples_of(row: dict, curve: dict) -> list[float]:
+    """Return the samples seen at each checkpoint."""
+    return [point["step"] * batch_of(row) for point in curve["points"]]
+
+
+def growth(curve: dict) -> list[float]:
+    """Return for each seed the mean accuracy over the checkpoints, of both lists of prompts."""
+    rates = [point[key]["per_seed"] for point in curve["points"] for key in ("seen", "held_out")]
+    return [statistics.fmean(values) for values in zip(*rates, strict=True)]
+
+
+def beside(first: tuple[str, dict, dict], arm: tuple[str, dict, dict]) -> str:
+    """Return the difference of an arm's growth to the first's, seed by seed, with its 95 %
+    interval; nothing where they were scored after other numbers of samples."""
+    curve, its_curve = first[2], arm[2]
+    if curve is its_curve or samples_of(*first[1:]) != samples_of(*arm[1:]):
+        return ""
+    differences = [b - a for a, b in zip(growth(curve), growth(its_curve))]
+    mean = statistics.fmean(differences)
+    if not 2 <= len(differences) <= len(STUDENT) + 1:
+        return f"{mean:+.3f}"
+    reach = STUDENT[len(differences) - 2] * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]"
+
+
+def steps_to(curve: dict, level: float) -> list[float | None]:
+    """Return for each seed the steps until the held-out accuracy was reached, None where it never
+    was."""
+    values = zip(*(point["held_out"]["per_seed"] for point in curve["points"]), strict=True)
+    steps = [point["step"] for point in curve["points"]]
+    return [first_reaching(list(zip(steps, seed)), level) for seed in values]
+
+
+def pace_of(curve: dict) -> float | None:
+    """Return the seconds of a step of the fastest seed; None: no seed was timed."""
+    return min((pace for pace in curve["step_seconds"] if pace is not None), default=None)
+
+
+def held_out_at(curve: dict, pace: float, seconds: float) -> str:
     """Return the held-out accuracy after so many seconds, on the line between two points; nothing
     where that is before the first of them."""
-    points = [(at["step"] * pace_of(curve), at["held_out"]["value"]) for at in curve["points"]]
+    points = [(at["step"] * pace, at["held_out"]["value"]) for at in curve["points"]]
     if seconds < points[0][0]:
         return "not scored yet"
     for (start, low), (end, high) in zip(points, points[1:]):
@@ -96,16 +160,16 @@ def held_out_at(curve: dict, seconds: float) -> str:
     return f"{points[-1][1]:.3f}"  # its end, to rounding
 
 
-def shown_seconds(seconds: list[float | None]) -> str:
+def shown_values(values: list[float | None]) -> str:
     """Return the median over the seeds, with the least and the greatest; if a seed never came
     there, how many did."""
-    reached = [value for value in seconds if value is not None]
-    if len(reached) < len(seconds):
-        text = f"{len(reached)} of {len(seconds)} seeds"
-        return f"{text}: {', '.join(f'{value:.0f}' for value in reached)}" if reached else text
-    text = f"{statistics.median(reached):.0f}"
+    reached = [value for value in values if value is not None]
+    if len(reached) < len(values):
+        text = f"{len(reached)} of {len(values)} seeds"
+        return f"{text}: {', '.join(f'{value:,.0f}' for value in reached)}" if reached else text
+    text = f"{statistics.median(reached):,.0f}"
     if len(reached) > 1:
-        text += f", seeds {min(reached):.0f} … {max(reached):.0f}"
+        text += f", seeds {min(reached):,.0f} … {max(reached):,.0f}"
     return text
 
 
@@ -129,7 +193,8 @@ def origin(results: dict) -> str:
     commit = results["commit"] if isinstance(results["commit"], str) else ""
     words = [f"`{results['command']}`", where or "several machines"]
     words.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
-    words.append(f"{results['seconds']:.0f} s a seed in all")
+    if results["seconds"]:
+        words.append(f"{results['seconds']:.0f} s a seed in all")
     if commit:
         words.append(f"commit {commit[:10]}")
     if any(row.get("in_process") for row in results["stages"].values()):
@@ -142,11 +207,13 @@ def table(names: list[str], folder: Path = RESULTS) -> str:
     files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     lines = [line for results in files for line in rows(results)]
     tasks = [line for results in files for line in task_rows(results)]
+    tables = [HEAD + "\n".join(lines)] if lines else []
     if tasks:
-        lines += ["", f"| seen prompts of | {' | '.join(TASKS)} |", "|---" * 7 + "|", *tasks]
-    lines += arm_lines(files)
-    said = "\n".join(f"- {origin(results)}" for results in files)
-    return f"\n{HEAD}" + "\n".join(lines) + f"\n\n{said}\n\n"
+        heads = [f"| seen prompts of | {' | '.join(TASKS)} |", "|---" * 7 + "|"]
+        tables.append("\n".join([*heads, *tasks]))
+    tables += arm_tables(files)
+    tables.append("\n".join(f"- {origin(results)}" for results in files))
+    return "\n" + "\n\n".join(tables) + "\n\n"
 
 
 def renewed(text: str, folder: Path = RESULTS) -> str:

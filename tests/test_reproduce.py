@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from mmdit.config import ConfigError, decode, encode
 from mmdit.data.moving_shapes import wilson
 from mmdit.diagnostics.recipe import Recipe, read_recipe, recipe_names, stage_hash
 from mmdit.diagnostics.results_file import (
+    TIMES,
     comparison,
     curve,
     first_reaching,
+    mean_of,
     pooled,
     training_facts,
 )
@@ -232,6 +235,37 @@ def test_a_score_at_several_steps_is_a_curve_with_the_time_to_an_accuracy(chain,
     assert curve(rows[1:], "s")["seconds_to"] == [20.0], "half way from step 1 to step 3"
     monkeypatch.setitem(rows[0]["training"], "step_seconds", 4.0)
     assert curve(rows, "s")["seconds_to"] == [None, 8.0], "at the pace of the fastest seed"
+
+
+def test_what_was_trained_beside_other_work_counts_without_its_seconds(chain, tmp_path, make):
+    recipe, _, _, _, records = chain
+    timed = finished_results("tiny", recipe, records)["stages"]["a"]
+    first, second = json.loads(json.dumps(records))
+    second["stages"]["a"]["untimed"] = True
+    row = finished_results("tiny", recipe, [first, second])["stages"]["a"]
+    facts = first["stages"]["a"]
+    assert row["seconds"] == mean_of([facts["seconds"]]) and row["scores"] == timed["scores"]
+    assert row["training"]["step_seconds"] == round(facts["training"]["step_seconds"], 4)
+    assert row["curves"]["s"]["step_seconds"] == [facts["training"]["step_seconds"], None]
+    first["stages"]["a"]["untimed"] = True
+    made = finished_results("tiny", recipe, [first, second])
+    row = made["stages"]["a"]
+    assert made["seconds"] is None and row["seconds"] == {} and row["training"]["steps"] == 3
+    assert not row["training"].keys() & TIMES and row["curves"]["s"]["seconds_to"] == [None, None]
+    (tmp_path / "tiny.json").write_text(json.dumps(made))
+    page = make.renewed("<!-- results: tiny -->\n<!-- end of results -->\n", tmp_path)
+    assert "| not timed |  |  |" in page and "a seed in all" not in page
+
+
+def test_a_command_that_is_untimed_says_so_in_the_record(chain, tmp_path):
+    recipe, out, _, _, _ = chain
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    record = json.loads((copy / "seed_0.json").read_text())
+    del record["stages"]["b"]["scores"]["s"]
+    (copy / "seed_0.json").write_text(json.dumps(record))
+    rows = Chain(recipe, 0, copy, "cpu", Commands(), untimed=True).run()["stages"]
+    assert rows["b"]["untimed"] and "untimed" not in rows["a"], "that one was done before"
 
 
 def test_a_step_that_is_not_kept_is_refused(chain, capsys):
@@ -529,7 +563,7 @@ def test_the_tables_are_what_the_results_files_say(make):
 def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
     recipe, _, _, _, records = chain
     made = finished_results("tiny", recipe, records)
-    made["stages"]["a"]["scores"]["s"]["seen"] = pooled([rate(9, 10), rate(8, 10)])
+    made["stages"]["b"]["scores"]["s"]["seen"] = pooled([rate(9, 10), rate(8, 10)])
     (tmp_path / "tiny.json").write_text(json.dumps(made))
     page = "x\n<!-- results: tiny -->\nold\n<!-- end of results -->\ny\n"
     new = make.renewed(page, tmp_path)
@@ -544,24 +578,35 @@ def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
     assert "without the start of commands (`--in_process`)" in make.renewed(page, tmp_path)
 
 
-def test_arms_are_compared_at_equal_seconds(make, chain):
+def test_arms_are_compared_at_equal_seconds_and_seed_by_seed(make, chain):
     recipe, _, _, _, records = chain
     made = finished_results("tiny", recipe, records)
     slow, fast = json.loads(json.dumps(made)), json.loads(json.dumps(made))
-    for results, pace, name in ((slow, 10.0, "slow"), (fast, 6.0, "fast")):
+    for results, pace, name, more in ((slow, 10.0, "slow", 0), (fast, 6.0, "fast", 10)):
         curve = results["stages"]["a"]["curves"]["s"]
-        curve["step_seconds"], curve["seconds_to"] = [pace, 2 * pace], [20.0, 30.0]
+        curve["step_seconds"], curve["seconds_to"] = [pace, None], [20.0, 30.0]
         for point, correct in zip(curve["points"], (40, 80), strict=True):
-            point["held_out"] = pooled([rate(correct, 100)] * 2)
+            for key in ("seen", "held_out"):
+                point[key] = pooled([rate(correct, 100), rate(correct + 2 * more, 100)])
         results["stages"] = {name: results["stages"]["a"]}
+        results["stages"][name]["training"]["samples"] = 12  # of 3 steps
     slow["stages"]["slow"]["curves"]["s"]["seconds_to"] = [None, 30.0]
-    lines = make.arm_lines([slow, fast])
-    assert "held out after 18 s" in lines[1], "the fast one ends at step 3"
-    assert "| slow, s |" in lines[3] and lines[3].endswith("| 0.560 | 1 of 2 seeds: 30 |")
-    assert lines[4].endswith("| 0.800 | 25, seeds 20 … 30 |") and "3 steps, 18 s" in lines[4]
-    fast["stages"]["fast"]["curves"]["s"]["step_seconds"] = [2.0, 2.0]
-    assert "not scored yet" in make.arm_lines([slow, fast])[3]
-    assert make.arm_lines([{"stages": {"x": {}}}]) == []
+    table, sentence = make.arm_tables([slow, fast])
+    lines = table.splitlines()
+    assert "held out after 18 s" in lines[0] and "fast ends at step 3"
+    assert lines[2].startswith("| slow |") and "3 of 4" in lines[2]
+    assert lines[2].endswith("| 10000.0 ms | 0.560 | 1 of 2 seeds: 30 |")
+    assert lines[3].endswith("| 6000.0 ms | 0.900 | 25, seeds 20 … 30 |")
+    # ahead by 0 and 0.2: 0.1 on average, and half the range is the deviation of the mean
+    assert "| +0.100 [-1.171, +1.371] |" in lines[3] and "Student" in sentence
+    # the seeds end at 0.8 and 1.0 of the held-out pairs: the second is at 0.95 after 2.75 steps
+    assert "| 1 of 2 seeds: 11 |" in lines[3]
+    curve = fast["stages"]["fast"]["curves"]["s"]
+    curve["step_seconds"] = [2.0, 2.0]
+    assert "not scored yet" in make.arm_tables([slow, fast])[0].splitlines()[2]
+    curve["points"][0]["step"] = 2
+    assert "+0.1" not in make.arm_tables([slow, fast])[0], "scored after other numbers of samples"
+    assert make.arm_tables([{"stages": {"x": {}}}]) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)

@@ -38,7 +38,13 @@ from mmdit.diagnostics.recipe import (
     stage_hash,
     tokenizer_identity,
 )
-from mmdit.diagnostics.results_file import rates_of, results, training_facts
+from mmdit.diagnostics.results_file import (
+    curve_point,
+    rates_of,
+    results,
+    training_facts,
+    without_details,
+)
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.files import lock, remove, write_atomically
 from mmdit.training import checkpoint
@@ -136,7 +142,8 @@ class Chain:
     that fail (`failures` says which); without, wait for that process, and end where one fails.
     `execute`: runs the words of one command; `in_process`: it does so in this process, and the
     seconds of commands are those of their work alone. `discard`: remove the checkpoints of a stage
-    once it is scored, unless a stage starts from it."""
+    once it is scored, unless a stage starts from it. `untimed`: others use the device meanwhile,
+    and the seconds of stages that are worked on count for nothing."""
 
     recipe: Recipe
     seed: int
@@ -146,6 +153,7 @@ class Chain:
     share: bool = False
     in_process: bool = False
     discard: bool = False
+    untimed: bool = False
     record: dict = field(init=False)
     failures: list[str] = field(default_factory=list, init=False)
 
@@ -256,6 +264,8 @@ class Chain:
         row.pop("failed", None)
         if self.in_process:
             row["in_process"] = True
+        if self.untimed:
+            row["untimed"] = True
         if stage.config and "training" not in row:
             row["seconds"] |= self._cache(stage, place)
             self._train(stage, row, place)
@@ -412,17 +422,6 @@ def tell_failures(chains: Iterable[Chain]) -> None:
     failures = [line for chain in chains for line in chain.failures]
     if failures:
         raise RunError(f"these stages failed, see above: {', '.join(failures)}")
-
-
-def without_details(rate: dict) -> dict:
-    """Return a rate without the attributes in it."""
-    return {key: value for key, value in rate.items() if key not in ("attributes", "chance")}
-
-
-def curve_point(report: dict) -> dict:
-    """Return the step and the rates of one of the reports of `mmdit evaluate --at_steps`."""
-    rates = {key: without_details(rate) for key, rate in rates_of(report).items()}
-    return {"step": report["step"], "rates": rates}
 
 
 def finished_results(name: str, recipe: Recipe, records: list[dict]) -> dict:

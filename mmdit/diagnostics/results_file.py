@@ -19,8 +19,16 @@ import torch
 import mmdit
 from mmdit.data.moving_shapes import wilson
 from mmdit.data.moving_shapes.facts import TASKS
-from mmdit.diagnostics.recipe import Recipe, Score, config_hash, documented_commands
+from mmdit.diagnostics.recipe import (
+    Recipe,
+    Score,
+    config_hash,
+    documented_commands,
+    read_recipe,
+    recipe_names,
+)
 from mmdit.files import write_atomically
+from mmdit.training.metrics import clock
 
 RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "seen": "prompt_accuracy",
@@ -30,6 +38,15 @@ RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "control": "control",
 }
 REACHED = 0.95  # the held-out accuracy whose time is told
+TIMES = (  # facts of a training that depend on what else its device does
+    "loop_seconds",
+    "first_steps_extra_seconds",
+    "step_seconds",
+    "samples_per_second",
+    "tflops",
+    "tflops_share",
+    "data_wait",
+)
 COMPARED = ("seen", "held_out", "left_right", *TASKS)
 
 
@@ -87,6 +104,17 @@ def rates_of(report: dict) -> dict:
     return rates | {task: row["seen"] for task, row in report.get("tasks", {}).items()}
 
 
+def without_details(rate: dict) -> dict:
+    """Return a rate without the attributes in it."""
+    return {key: value for key, value in rate.items() if key not in ("attributes", "chance")}
+
+
+def curve_point(report: dict) -> dict:
+    """Return the step and the rates of one of the reports of `mmdit evaluate --at_steps`."""
+    rates = {key: without_details(rate) for key, rate in rates_of(report).items()}
+    return {"step": report["step"], "rates": rates}
+
+
 def pooled_score(seeds: list[dict]) -> dict:
     """Return the rates of a score over the prompts of all seeds, by name."""
     score = {}
@@ -141,7 +169,7 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
     versions = list(chain.from_iterable(record["versions"] for record in records))
     stages = {}
     for stage in recipe.stages:
-        rows = [record["stages"][stage.name] for record in records]
+        rows = [without_times(record["stages"][stage.name]) for record in records]
         scores = {}
         for score in stage.scores:
             scores[score.name] = pooled_score([row["scores"][score.name] for row in rows])
@@ -166,7 +194,7 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         "title": recipe.title,
         "command": f"{recipe.program} reproduce {name}",
         "seeds": [record["seed"] for record in records],
-        "seconds": round(statistics.fmean(seconds_of(record) for record in records), 1),
+        "seconds": seconds_of(stages),
         "machine": one_of(record["machine"] for record in records),
         "commit": one_of(version["commit"] for version in versions),
         "code": one_of(version["code"] for version in versions),
@@ -174,12 +202,20 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
     }
 
 
+def without_times(row: dict) -> dict:
+    """Return the record of a stage of one seed, without seconds if it is marked as untimed."""
+    if not row.get("untimed"):
+        return row
+    training = {name: fact for name, fact in row["training"].items() if name not in TIMES}
+    return row | {"seconds": {}, "training": training}
+
+
 def curve(rows: list[dict], score: str) -> dict:
     """Return how a score grew with training, from the rows of a stage, one a seed: at each step the
     rates over the prompts of all seeds, and by seed the seconds of a step (the median, so that
-    neither compiling nor a pause counts) and the seconds until the held-out accuracy was REACHED,
-    None where it never was. These are at the pace of the fastest seed, for what others do on the
-    machine meanwhile makes a step longer."""
+    neither compiling nor a pause counts; None where it was not timed) and the seconds until the
+    held-out accuracy was REACHED, None where it never was. These are at the pace of the fastest
+    seed, for what others do on the machine meanwhile makes a step longer."""
     points, reached = [], []
     for at, point in enumerate(rows[0]["curves"][score]):
         seeds = [row["curves"][score][at]["rates"] for row in rows]
@@ -215,9 +251,12 @@ def one_of(values) -> object:
     return different[0] if len(different) == 1 else different
 
 
-def seconds_of(record: dict) -> float:
-    """Return the seconds of all commands of a seed, with the caches that it trained from."""
-    return sum(sum(stage["seconds"].values()) for stage in record["stages"].values())
+def seconds_of(stages: dict) -> float | None:
+    """Return the seconds of all commands of a seed, with the caches that it trained from, or None
+    where a stage was timed in no seed."""
+    if not all(stage["seconds"] for stage in stages.values()):
+        return None
+    return round(sum(sum(stage["seconds"].values()) for stage in stages.values()), 1)
 
 
 def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[str], bool]:
@@ -274,3 +313,22 @@ def shown_rate(rate: dict | None) -> str:
     if len(seeds) > 1:
         text += f", seeds {min(seeds):.3f} … {max(seeds):.3f}"
     return text
+
+
+def overview(folder: Path) -> str:
+    """Return a line for each recipe: its title, and the seconds that it took."""
+    rows = []
+    for name in recipe_names(folder):
+        recipe, path = read_recipe(folder, name), folder / f"{name}.json"
+        text = "not measured yet"
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            device = known["machine"]["device"] if isinstance(known["machine"], dict) else "several"
+            text = f"{clock(known['seconds'])} a seed" if known["seconds"] else "not timed"
+            text += f" on {device}"
+            hashes = {stage: row["config_hash"] for stage, row in known["stages"].items()}
+            if hashes != {stage.name: config_hash(stage) for stage in recipe.stages}:
+                text += "; the recipe or a config has changed since"
+        sizes = f"stages: {len(recipe.stages)}, seeds: {len(recipe.seeds)}"
+        rows.append(f"{name:24} {recipe.title} ({sizes}; {text})")
+    return "\n".join(rows)

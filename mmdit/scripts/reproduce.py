@@ -11,37 +11,18 @@ is kept in --out and not done again, so that a stopped command goes on when it i
 On several GPUs: the same command once for each, with --share and its --device, takes the stages
 that no other works on; a last one without --share waits for them and pools. --in_process saves the
 start of every command, where stages take seconds; two or three such commands keep a GPU busy that
-one would leave idle. --record writes
-results/NAME.json, from which the tables of the documents are made (docs/reproducing.md). The exit
-status is 1 if a score is outside its interval.
+one would leave idle, but make its steps longer: --untimed then keeps their seconds out of the
+results. --record writes results/NAME.json, from which the tables of the documents are made
+(docs/reproducing.md). The exit status is 1 if a score is outside its interval.
 """
 
 import json
 from pathlib import Path
 
-from mmdit.diagnostics.recipe import config_hash, read_recipe, recipe_names
-from mmdit.diagnostics.results_file import comparison
+from mmdit.diagnostics.recipe import read_recipe
+from mmdit.diagnostics.results_file import comparison, overview
 from mmdit.files import write_atomically
 from mmdit.scripts import call, command_parser, friendly, run
-from mmdit.training.metrics import clock
-
-
-def overview(folder: Path) -> str:
-    """Return a line for each recipe: its title, and the seconds that it took."""
-    rows = []
-    for name in recipe_names(folder):
-        recipe, path = read_recipe(folder, name), folder / f"{name}.json"
-        text = "not measured yet"
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            device = known["machine"]["device"] if isinstance(known["machine"], dict) else "several"
-            text = f"{clock(known['seconds'])} a seed on {device}"
-            hashes = {stage: row["config_hash"] for stage, row in known["stages"].items()}
-            if hashes != {stage.name: config_hash(stage) for stage in recipe.stages}:
-                text += "; the recipe or a config has changed since"
-        sizes = f"stages: {len(recipe.stages)}, seeds: {len(recipe.seeds)}"
-        rows.append(f"{name:24} {recipe.title} ({sizes}; {text})")
-    return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         help="remove the checkpoints of a stage once it is scored, unless a stage starts from it:"
         " of many arms with many steps they would fill a disk",
     )
+    parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="keep no seconds of what is trained now: others use the device, too. A stage is timed"
+        " by its other seeds",
+    )
     parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
     parser.add_argument("--record", action="store_true", help="write results/NAME.json")
     parser.add_argument(
@@ -93,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--seeds is {args.seeds}: a seed that is there twice counts twice")
         out = args.out or Path("runs/reproduce") / args.name
         seeds = args.seeds or recipe.seeds
-        how = {"share": args.share, "in_process": args.in_process}
+        how = {"share": args.share, "in_process": args.in_process, "untimed": args.untimed}
         how["discard"] = args.discard_checkpoints
         if args.in_process:
             from mmdit.commands.in_process import InProcess

@@ -1,14 +1,18 @@
 """The ablation arms do what they say, leave the network as it is where they are off, and go through
 the product's own training, sampling and scoring."""
 
+import copy
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.prepare import Recipe
@@ -24,6 +28,9 @@ from mmdit.rng import Draws
 from mmdit.scripts import evaluate, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.checkpoint import load_weights, read_tensors
+from mmdit.training.graphs.common import can_replay
+from mmdit.training.graphs.training_graphs import Replays, suits
+from tests.drivers.arms import frozen
 from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
 from tests.drivers.arms.hidden import reveal
 from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
@@ -50,10 +57,10 @@ def base(**further) -> VideoMMDiT:
     return VideoMMDiT(VideoMMDiTConfig(**SMALL), 4, 6, **further)
 
 
-def changed(*names: str) -> VideoMMDiT:
+def changed(*names: str, **size: int) -> VideoMMDiT:
     torch.manual_seed(0)
     tread = ROUTED if "sprint" in names else None
-    return build_arms(ArmsConfig(**SMALL, changes=names), 4, 6, tread)
+    return build_arms(ArmsConfig(**SMALL | size, changes=names), 4, 6, tread)
 
 
 def awake(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
@@ -130,7 +137,7 @@ def test_skips_bring_each_late_block_the_stream_of_its_mirror_image():
     model(X, T, TEXT)
     for i in (0, 1):
         assert torch.equal(late[i][..., 16:], early[i])
-    assert not hasattr(model.blocks[2], "skip") and not model.blocks[0].streams
+    assert not hasattr(model.blocks[2], "skip")
 
 
 @torch.no_grad()
@@ -207,6 +214,109 @@ def test_a_changed_network_may_be_called_with_other_weights_as_graphs_call_it(na
     called = functional_call(model, weights, (X, T, TEXT), inputs)
     assert torch.equal(called, other(X, T, TEXT, **inputs))
     assert called.shape[-1] == (4 + 16 if keep is None else 4)
+
+
+# ── as CUDA graphs ──
+def given(model: VideoMMDiT, seed: int) -> dict[str, torch.Tensor]:
+    """Return the inputs of a step of training, other ones for another seed."""
+    times = torch.tensor([900.1, 300.0]).roll(seed)  # the coin of sprint falls for one of two
+    text = {"embeddings": noise(2, 3, 6, seed=seed + 1), "valid": TEXT.valid.roll(seed, 0)}
+    keep = model.draw_keep(4, 4, 0, seed)
+    named = {"x": noise(2, 1, 4, 4, 4, seed=seed), "t": times} | text
+    return named if keep is None else named | {"keep": keep}
+
+
+@pytest.mark.parametrize("names", [*([name] for name in CHANGES), TOGETHER])
+def test_no_arm_watches_calls_so_that_they_may_be_replayed(names):
+    model, gpu = changed(*names), SimpleNamespace(is_cuda=True)
+    assert can_replay(model, gpu) and suits(model)
+    if "sprint" not in names:
+        on = objective_of(ArmsFlowMatchingConfig(self_alignment=1), model)
+        assert can_replay(model, gpu) and can_replay(on.alignments["self_alignment"].teacher, gpu)
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    assert not can_replay(model, gpu), "this is what is asked"
+
+
+@pytest.mark.parametrize("names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5)])
+def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
+    """Record the operations of a step, as a GPU records its kernels: with other numbers they are
+    another step, for nothing is read from a tensor, drawn, or kept from call to call."""
+    model, other = (awake(changed(*names, depth=depth), seed) for seed in (1, 2))
+    if "sprint" not in names:
+        reveal(model, 1)
+    first, second = given(model, 0), given(model, 1)
+    call = Replays(model)._call(tuple(first))
+
+    def step(weights: dict[str, torch.Tensor], *inputs: torch.Tensor) -> list:
+        output = call(weights, *inputs)
+        wanted = list(weights.values())
+        gradients = torch.autograd.grad(output.square().mean(), wanted, allow_unused=True)
+        return [output.detach(), *gradients]
+
+    weights, others = (dict(network.named_parameters()) for network in (model, other))
+    before = torch.get_rng_state()
+    expected = step(weights, *first.values())  # tables are made once
+    assert torch.equal(torch.get_rng_state(), before)
+    recorded = make_fx(step)(weights, *first.values())
+    for known, inputs in ((weights, first), (others, second)):
+        replayed, expected = recorded(known, *inputs.values()), step(known, *inputs.values())
+        there = [gradient is not None for gradient in expected]
+        assert there == [gradient is not None for gradient in replayed] and sum(there) > 50
+        assert all(torch.equal(*pair) for pair in zip(replayed, expected) if pair[0] is not None)
+    for node in recorded.graph.nodes:
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            assert node.target is torch.ops.aten.index.Tensor, node
+            places = [place.meta["val"] for place in node.args[1] if place is not None]
+            assert not [place for place in places if place.dtype == torch.bool], node
+
+
+@pytest.mark.parametrize("names", [["sprint", "u_skips"], TOGETHER])
+def test_a_call_leaves_nothing_behind_and_copies_call_themselves(names):
+    model = awake(changed(*names))
+    if "sprint" not in names:
+        reveal(model, 2)
+    x, t, *words = [*given(model, 0).values()][:4]
+    inputs = x, t, TextTokens(*words), model.draw_keep(4, 4, 0, 0)
+    expected = model(*inputs)
+    for part in model.modules():
+        values = [value for name, value in vars(part).items() if name[0] != "_"]
+        kept = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+        assert not kept, type(part)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(*inputs), expected)
+    for weight in model.parameters():
+        weight.data.zero_()
+    assert torch.equal(other(*inputs), expected)
+    assert [*other.state_dict()] == [*model.state_dict()]
+
+
+@torch.no_grad()
+def test_a_replayed_teacher_reads_its_captions_and_weights_as_they_are_now(monkeypatch):
+    model = awake(base()).train()
+    arm = objective_of(ArmsFlowMatchingConfig(self_alignment=1), model)
+    teacher = arm.alignments["self_alignment"].teacher
+    where = [weight.data_ptr() for weight in teacher.parameters()]
+    seen, calls = [], frozen.Frozen(teacher)
+
+    def recorded(call, x, t):  # a graph reads what is in the memory of its inputs
+        x, t = x.clone(), t.clone()
+        return lambda *now: (seen.append(1), x.copy_(now[0]), t.copy_(now[1]), call(x, t))[-1]
+
+    monkeypatch.setattr(frozen, "can_replay", lambda *_: True)
+    monkeypatch.setattr(frozen, "first_call", lambda call, x, t: call(x, t))
+    monkeypatch.setattr(frozen, "captured", recorded)
+    for seed in (0, 1, 2):
+        x, t, *words = given(teacher, seed).values()
+        text = TextTokens(*words)
+        assert torch.equal(calls(x, t, text), teacher(x, t, text))
+        for weight in model.parameters():
+            weight.add_(0.1)
+        arm.alignments["self_alignment"].follow(seed)
+    assert len(calls.made) == 1 and len(seen) == 3
+    assert where == [weight.data_ptr() for weight in teacher.parameters()]
+    monkeypatch.setattr(frozen, "captured", lambda call, x, t: lambda *_: torch.zeros(1))
+    wrong = frozen.Frozen(teacher)
+    assert all(torch.equal(wrong(x, t, text), teacher(x, t, text)) for _ in range(2))
 
 
 def test_arms_refuse_what_they_are_not_made_for():

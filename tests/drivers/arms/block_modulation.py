@@ -4,10 +4,11 @@ a table of each."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.models import VideoMMDiT
 from mmdit.models.video_mmdit import SUBLAYERS
+from tests.drivers.arms.wrapped import wrap
 
 
 def block_modulation(model: VideoMMDiT) -> None:
@@ -18,11 +19,10 @@ def block_modulation(model: VideoMMDiT) -> None:
     nn.init.zeros_(model.modulation.bias)
     for index, block in enumerate(model.blocks):
         block.part = slice(index * dim, (index + 1) * dim)
-        block.register_forward_pre_hook(take_part)
+        wrap(block, before=take_part)
 
 
-def take_part(block: nn.Module, inputs: tuple) -> tuple:
-    x, change, gate, modulation, *rest = inputs
+def take_part(block, x: Tensor, change, gate, modulation: Tensor, *rest) -> tuple:
     if gate is not None and gate.shape[-1] != x.shape[-1]:  # `no_change`, as wide as all parts
         change = gate = None
     return x, change, gate, modulation[..., block.part], *rest

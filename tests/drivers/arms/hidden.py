@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmdit.config import ConfigError
 from mmdit.models import VideoMMDiT
 from mmdit.nn.norm import add_gated
+from tests.drivers.arms.wrapped import wrap
 
 EARLY = 1 / 3  # the part of the blocks below the student's hidden tokens
 
@@ -18,16 +19,18 @@ def reveal(model: VideoMMDiT, count: int) -> None:
     steps are still replayed as graphs."""
     if model.span is not None:
         raise ConfigError("tread.enabled", "is true, but alignments need the tokens of every place")
-    model.blocks[count - 1].register_forward_hook(keep_stream)
+    wrap(model.blocks[count - 1], behind=keep_stream)
     model.revealed = count - 1
-    model.register_forward_hook(append_stream)
+    wrap(model, behind=append_stream)
 
 
-def keep_stream(block: nn.Module, inputs: tuple, output: tuple) -> None:
-    block.stream = add_gated(*output) if block.training else None
+def keep_stream(block: nn.Module, output: tuple) -> tuple:
+    if block.training:
+        block.stream = add_gated(*output)
+    return output
 
 
-def append_stream(model: VideoMMDiT, inputs: tuple, prediction: Tensor) -> Tensor:
+def append_stream(model: VideoMMDiT, prediction: Tensor) -> Tensor:
     if not model.training:
         return prediction
     block, grid = model.blocks[model.revealed], model.windows(*prediction.shape[2:4])

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from mmdit.models import TreadConfig, VideoMMDiT, VideoMMDiTConfig
 from tests.drivers.arms.block_modulation import block_modulation
 from tests.drivers.arms.joint_text import joint_text
 from tests.drivers.arms.sprint import sprint
 from tests.drivers.arms.u_skips import u_skips
 from tests.drivers.arms.value_residual import value_residual
+from tests.drivers.arms.wrapped import wrap
 
 # In the order in which they are made, whatever the order of the config.
 CHANGES = {
@@ -38,15 +41,16 @@ def build_arms(
     for name, change in CHANGES.items():
         if name in config.changes:
             change(model)
-    model.register_forward_pre_hook(check_size)
+    wrap(model, before=check_size)
     return model
 
 
-def check_size(model: VideoMMDiT, inputs: tuple) -> None:
+def check_size(model: VideoMMDiT, x: Tensor, *rest, **named) -> tuple:
     """Raise ValueError for what arms are not made for."""
-    frames, rows, columns = inputs[0].shape[1:4]
+    frames, rows, columns = x.shape[1:4]
     if frames > 1 or model.windows(rows, columns).counts != (1, 1):
         raise ValueError(
             f"latents have {frames} frames of {rows}x{columns} cells, but the arms are for pictures"
             f" in one window (model.window_size {model.config.window_size}); use video_mmdit"
         )
+    return x, *rest

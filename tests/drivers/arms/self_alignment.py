@@ -14,6 +14,7 @@ from mmdit.diffusion import Objective
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT
 from mmdit.rng import Draws
+from tests.drivers.arms.frozen import Frozen
 from tests.drivers.arms.hidden import projector, reveal
 
 LATE = 2 / 3  # the part of the blocks below the teacher's hidden tokens
@@ -28,22 +29,25 @@ class SelfAlignment(nn.Module):
     def __init__(self, model: VideoMMDiT, objective: Objective):
         super().__init__()
         self.teacher = copy.deepcopy(model).requires_grad_(False)
-        reveal(self.teacher, max(1, round(LATE * len(model.blocks))))
+        count = max(1, round(LATE * len(model.blocks)))
+        self.teacher.blocks = self.teacher.blocks[:count]
+        reveal(self.teacher, count)
         self.projector = projector(model.config.dim, model.config.dim)
+        self.frozen = Frozen(self.teacher)
         self.outside = {"student": model, "objective": objective}  # no part of this module's state
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the teacher towards the weights that the last step made."""
         share = 1 - min(DECAY, (1 + step) / (10 + step))
-        weights = [weight.detach() for weight in self.outside["student"].parameters()]
-        torch._foreach_lerp_(list(self.teacher.parameters()), weights, share)
+        theirs = dict(self.outside["student"].named_parameters())
+        mine = dict(self.teacher.named_parameters())
+        torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], share)
 
-    @torch.no_grad()
     def target(self, clean: Tensor, noise: Tensor, t: Tensor, text: TextTokens) -> Tensor:
         objective = self.outside["objective"]
         x = objective.path.add_noise(clean, noise, t)
-        hidden = self.teacher(x, objective.network_time(t), text)[..., clean.shape[-1] :]
+        hidden = self.frozen(x, objective.network_time(t), text)[..., clean.shape[-1] :]
         return F.layer_norm(hidden, hidden.shape[-1:])
 
     def forward(

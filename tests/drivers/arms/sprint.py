@@ -6,11 +6,12 @@ computed. Sometimes a sample's deep part is left out altogether. Configs enable 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.models import VideoMMDiT
 from mmdit.nn.norm import add_gated
+from tests.drivers.arms.wrapped import wrap
 
 PATH_DROP = 0.05  # the share of samples in training that do without the deep part
 
@@ -26,29 +27,30 @@ def sprint(model: VideoMMDiT) -> None:
     block.fuse.weight = nn.Parameter(torch.cat([half, half], 1))
     block.mask = nn.Parameter(torch.zeros(dim))
     block.shallow = last.shallow = []
-    model.register_forward_pre_hook(note_computed, with_kwargs=True)
-    last.register_forward_hook(remember)
-    block.register_forward_pre_hook(join)
+    wrap(model, before=note_computed)
+    wrap(last, behind=remember)
+    wrap(block, before=join)
 
 
-def note_computed(model: VideoMMDiT, inputs: tuple, named: dict) -> None:
+def note_computed(model: VideoMMDiT, x: Tensor, t: Tensor, *rest, keep=None, **named) -> tuple:
     """Note for which tokens `(b, k)` the deep part is there."""
-    x, t = inputs[:2]
-    keep, places = named.get("keep"), model.windows(*x.shape[2:4]).places
+    places = model.windows(*x.shape[2:4]).places
     computed = torch.ones(len(x), places, dtype=torch.bool, device=x.device)
     if keep is not None:
         computed = torch.zeros_like(computed).index_fill(1, keep.to(x.device), True)
     if model.training:  # a coin of the last digits of t (a drawn real number), for graphs too
         computed = computed & ((t * 256) % 1 >= PATH_DROP)[:, None]
     model.blocks[model.span[1]].computed = computed[:, None, None, :, None]
+    return x, t, *rest
 
 
-def remember(last: nn.Module, inputs: tuple, output: tuple) -> None:
+def remember(last: nn.Module, output: tuple) -> tuple:
     last.shallow[:] = [add_gated(*output)]
+    return output
 
 
-def join(block: nn.Module, inputs: tuple) -> tuple:
-    x, change, gate, *rest = inputs
-    deep = torch.where(block.computed, add_gated(x, change, gate), block.mask.to(x.dtype))
+def join(block: nn.Module, x: Tensor, change, gate, *rest) -> tuple:
+    computed, block.computed = block.computed, None
+    deep = torch.where(computed, add_gated(x, change, gate), block.mask.to(x.dtype))
     fused = block.fuse(torch.cat([block.shallow.pop(), deep], -1))
     return fused.to(x.dtype), None, None, *rest

@@ -5,32 +5,35 @@ change of both."""
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.models import VideoMMDiT
 from mmdit.nn.norm import add_gated
+from tests.drivers.arms.wrapped import wrap
 
 
 def u_skips(model: VideoMMDiT) -> None:
     """Change `model` in place. The changes are zero before training."""
     dim, depth = model.config.dim, len(model.blocks)
-    count, streams = max(1, (depth - 1) // 2), []
-    for block in model.blocks[:count]:
-        block.streams = streams
-        block.register_forward_hook(push)
-    for block in model.blocks[depth - count :]:
-        block.streams = streams
+    count, streams = max(1, (depth - 1) // 2), {}
+    for index in range(count):
+        block = model.blocks[index]
+        block.streams, block.pair = streams, index
+        wrap(block, behind=put)
+        block = model.blocks[depth - 1 - index]
+        block.streams, block.pair = streams, index
         block.skip = nn.Linear(2 * dim, dim, bias=False)
         nn.init.zeros_(block.skip.weight)
-        block.register_forward_pre_hook(join)
+        wrap(block, before=join)
 
 
-def push(block: nn.Module, inputs: tuple, output: tuple) -> None:
-    block.streams.append(add_gated(*output))
+def put(block: nn.Module, output: tuple) -> tuple:
+    block.streams[block.pair] = add_gated(*output)
+    return output
 
 
-def join(block: nn.Module, inputs: tuple) -> tuple:
-    x, change, gate, *rest = inputs
+def join(block: nn.Module, x: Tensor, change, gate, *rest) -> tuple:
     x = add_gated(x, change, gate)
-    x = x + block.skip(torch.cat([x, block.streams.pop()], -1)).to(x.dtype)
+    both = torch.cat([x, block.streams.pop(block.pair)], -1)
+    x = x + block.skip(both).to(x.dtype)
     return x, None, None, *rest

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmdit.config import ConfigError
 from mmdit.models import VideoMMDiT
+from tests.drivers.arms.wrapped import wrap
 
 START = 0.5  # the first block's share before training
 
@@ -42,3 +43,9 @@ def value_residual(model: VideoMMDiT) -> None:
     for index, block in enumerate(model.blocks):
         layer = MixedValues if index else Values
         block.spatial.v = layer(block.spatial.v, first)
+    wrap(model.blocks[-1], behind=forget)
+
+
+def forget(block: nn.Module, output: tuple) -> tuple:
+    block.spatial.v.first.clear()
+    return output

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from mmdit.config import ConfigError
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.data.moving_shapes.sentences import BACKGROUND_WORDS, SHAPE_WORDS, SIZE_WORDS
+from mmdit.diagnostics.recipe import read_recipe
 from mmdit.diffusion import FlowMatchingConfig
 from mmdit.diffusion.objective import FlowMatching
 from mmdit.experiment import run
@@ -449,6 +450,14 @@ def test_captions_are_longer_or_shorter_and_say_what_is_so(length):
         assert size > expected and all(map(all, stated)), "every fact is stated"
     else:
         assert size < 0.8 * expected and not all(map(all, stated))
+
+
+def test_the_last_stage_of_arms_data_sees_every_picture_once():
+    recipe = read_recipe(ROOT / "results", "arms_data")
+    *few, last = recipe.stages
+    train = load_experiment_config(ROOT / last.config, list(last.overrides)).train
+    assert int(last.cache.split()[-1]) == train.batch_size * train.max_steps
+    assert {stage.overrides for stage in few} == {last.overrides}, "equal seconds"
 
 
 def said_of(text: str, fact) -> list[bool]:

@@ -18,6 +18,7 @@ PAGES = {  # documents outside docs/, and the pages they become
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "records/README.md": "records.md",
     "VTP/README.md": "vtp.md",
     "VTP/checkpoints/vtp_tiny_f16d64/README.md": "vtp_tiny_f16d64.md",
 }

@@ -1,5 +1,7 @@
 """Write the tables between `<!-- results: NAME … -->` and `<!-- end of results -->` in README and
-in docs/ from `results/NAME.json`: `python docs/make_results.py`. A test compares."""
+in docs/ from `results/NAME.json`, and those between `<!-- records: TRACK -->` and
+`<!-- end of records -->` from `records/TRACK/*/recipe.json`: `python docs/make_results.py`. A test
+compares."""
 
 from __future__ import annotations
 
@@ -8,18 +10,26 @@ import re
 import statistics
 from pathlib import Path
 
+from mmdit.config import load
 from mmdit.data.moving_shapes.facts import TASKS
+from mmdit.diagnostics.recipe import Recipe
 from mmdit.diagnostics.results_file import first_reaching, shown_rate
+from mmdit.diagnostics.speed_record import probability, rates_of, record_faults, record_seconds
+from mmdit.diagnostics.tracks import TRACKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RESULTS = ROOT / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "records/README.md")
+RESULTS, RECORDS = ROOT / "results", ROOT / "records"
 PLACE = re.compile(
-    r"(?P<head><!-- results: (?P<names>[\w ]+) -->\n).*?(?P<end><!-- end of results -->)",
+    r"(?P<head><!-- (?P<what>results|records): (?P<names>[\w ]+) -->\n).*?"
+    r"(?P<end><!-- end of (?P=what) -->)",
     re.DOTALL,
 )
 # Student's t of a two-sided 95 % interval, for 1, 2, 3 … degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+RECORD_HEAD = (
+    "| record | seconds | first steps | start | caching | held-out pairs | left or right | p |"
+)
 HEAD = """\
 | score | config | training | seen | held-out pairs | left or right | ceiling | control |
 |---|---|---|---|---|---|---|---|
@@ -216,11 +226,57 @@ def table(names: list[str], folder: Path = RESULTS) -> str:
     return "\n" + "\n\n".join(tables) + "\n\n"
 
 
-def renewed(text: str, folder: Path = RESULTS) -> str:
+def record_row(name: str, made: dict, recipe: Recipe, counts: bool) -> str:
+    """Return the row of the table of a track for a record."""
+    track, rates = TRACKS[recipe.track], rates_of(made, recipe)
+    seconds = record_seconds(made, track)
+    cells = [name, *([f"{value:.1f}" for value in seconds] if seconds else ["not timed"] * 4)]
+    if counts:
+        cells[1] = f"**{cells[1]}**"
+    cells += [shown_rate(rates.get(key)) for key in ("held_out", "left_right")]
+    measured = [key for key in track.rates if key in rates]
+    cells.append(", ".join(f"{probability(rates[key]).larger:.2g}" for key in measured))
+    return f"| {' | '.join(cells)} |"
+
+
+def record_table(name: str, folder: Path = RECORDS) -> str:
+    """Return the table of a track, the fastest record first, with what does not count and why, and
+    the recipes that were not run yet."""
+    track, rows, notes, waiting = TRACKS[name], [], [], []
+    for path in sorted((folder / name).glob("*/recipe.yaml")):
+        recipe, title = load(Recipe, path), path.parent.name
+        if not path.with_suffix(".json").is_file():
+            waiting.append(f"- `{title}`: {recipe.title}")
+            continue
+        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        faults = record_faults(made, recipe)
+        place = (bool(faults), record_seconds(made, track) or (0.0,))
+        rows.append((place, record_row(title, made, recipe, counts=not faults)))
+        notes.append(f"- `{title}`: {origin(made)}")
+        for stage, row in made["stages"].items():
+            if "untimed" in row:
+                notes.append(f"- `{title}`: {stage} was not timed with the seeds {row['untimed']}")
+        notes += [f"- `{title}` does not count: {fault}" for fault in faults]
+    lines = ["", f"Aim: {track.title}, in at most {track.aim:.0f} s."]
+    if rows:
+        lines += ["", RECORD_HEAD, "|---" * 8 + "|", *(row for _, row in sorted(rows)), "", *notes]
+    if not any(not faulty for (faulty, _), _ in rows):
+        lines += ["", "There is no record yet."]
+    if waiting:
+        lines += ["", "Recipes that were not run yet:", "", *waiting]
+    return "\n".join([*lines, "", ""])
+
+
+def renewed(text: str, folder: Path = RESULTS, records: Path = RECORDS) -> str:
     """Return a page with its tables made anew."""
 
     def place(match: re.Match) -> str:
-        return match["head"] + table(match["names"].split(), folder) + match["end"]
+        names = match["names"].split()
+        if match["what"] == "records":
+            made = "".join(record_table(name, records) for name in names)
+        else:
+            made = table(names, folder)
+        return match["head"] + made + match["end"]
 
     return PLACE.sub(place, text)
 

@@ -35,13 +35,13 @@ from tests.test_style import VAGUE
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = ("*.md", "docs/*.md", "VTP/*.md", "VTP/checkpoints/*/*.md", "data/*.md", "assets/*.md")
-PATTERNS += ("integrations/*/*.md",)
+PATTERNS += ("integrations/*/*.md", "records/*.md")
 DOCUMENTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 HEADS = [*sorted(ROOT.glob("configs/**/*.yaml")), *sorted(ROOT.glob("VTP/configs/*.yaml"))]
 HEADS += sorted(ROOT.glob("mmdit/scripts/*.py"))
 START = re.compile(r"(?:PYTHONPATH=\S+ )?(?:mmdit [a-z]|(?:python|torchrun) .*-m mmdit\.scripts\.)")
 PLACEHOLDERS = ("my.yaml", "my_")  # configs that a reader puts his own in place of
-FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples|integrations)"
+FILES = r"(?:mmdit|tests|configs|assets|docs|VTP|benchmarks|examples|integrations|records)"
 PARTS = r"(?:nn|diffusion|training|adapters|posttrain|interop|tokenizers|text_encoders|experiment)"
 EXAMPLE = ("x.py", "test_x.py")  # files that a reader adds
 ENDINGS = ("py", "json", "jsonl", "yaml", "md", "png", "mp4", "pt", "safetensors", "html", "txt")

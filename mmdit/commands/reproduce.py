@@ -89,7 +89,8 @@ def code_hash() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of this clone; None where there is no git, or the code has changes."""
+    """Return the commit of this clone; None where there is no git, or the code, a config or the
+    recipe of a record has changes."""
 
     def git(*words: str) -> str | None:
         try:
@@ -99,7 +100,10 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--", "mmdit", "VTP/vtp", "configs")
+    changes = git(
+        *("status", "--porcelain", "--", "mmdit", "VTP/vtp", "configs"),
+        ":(glob)records/**/*.yaml",
+    )
     return git("rev-parse", "HEAD") if changes == "" else None
 
 

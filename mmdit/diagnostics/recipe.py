@@ -1,4 +1,5 @@
-"""A recipe: the stages by which a published figure is made, read from `results/NAME.yaml`.
+"""A recipe: the stages by which a published figure is made, read from `results/NAME.yaml`, or from
+`FOLDER/recipe.yaml` of a record (records/README.md).
 
     title: what is made
     seeds: [0, 1, 2]
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from mmdit.config import ConfigError, FilePath, apply_overrides, load, parse_yaml
 from mmdit.data.moving_shapes.facts import TASKS
+from mmdit.diagnostics.tracks import TRACKS
 from mmdit.shipped import find
 
 DRIVER = re.compile(r"tests\.drivers\.\w+")
@@ -114,8 +116,12 @@ class Recipe:
     # The program that makes it, `python -m MODULE`, where mmdit alone lacks a part that it names: a
     # driver of ours, for a recipe may be a file of others.
     module: str = "mmdit"
+    # Of a record: the track of the record log that it is in.
+    track: str = ""
 
     def __post_init__(self):
+        if self.track and self.track not in TRACKS:
+            raise ConfigError("track", f"is {self.track!r}, must be one of {', '.join(TRACKS)}")
         check_names("stages", (stage.name for stage in self.stages))
         if not self.stages:
             raise ConfigError("stages", "is empty; list at least one")
@@ -175,9 +181,16 @@ def check_names(path: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
+def recipe_path(folder: str | Path, name: str) -> Path:
+    """Return the file of a recipe, beside which its results lie: `folder/NAME.yaml`, or
+    `NAME/recipe.yaml` where NAME is the folder of a record."""
+    record = Path(name) / "recipe.yaml"
+    return record if record.is_file() else Path(folder) / f"{name}.yaml"
+
+
 def read_recipe(folder: str | Path, name: str) -> Recipe:
-    """Read `folder/NAME.yaml`. ValueError: there is none, or it is wrong."""
-    path = Path(folder) / f"{name}.yaml"
+    """Read the recipe of this name. ValueError: there is none, or it is wrong."""
+    path = recipe_path(folder, name)
     if not path.is_file():
         known = ", ".join(recipe_names(folder)) or "none"
         raise ValueError(f"there is no recipe {path}; in {folder} there are: {known}")

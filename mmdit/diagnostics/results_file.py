@@ -26,6 +26,7 @@ from mmdit.diagnostics.recipe import (
     documented_commands,
     read_recipe,
     recipe_names,
+    stage_hash,
 )
 from mmdit.files import write_atomically
 from mmdit.training.metrics import clock
@@ -176,6 +177,7 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         stages[stage.name] = {
             "config": stage.config or stage.checkpoint,
             "config_hash": config_hash(stage),
+            "made_by": stage_hash(recipe, stage),
             "commands": documented_commands(recipe, stage),
             "parameters": one_of(row.get("parameters") for row in rows),
             "scoring_memory_gb": one_of(row.get("scoring_memory_gb") for row in rows),
@@ -189,6 +191,9 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
             stages[stage.name]["curves"] = curves
         if any(row.get("in_process") for row in rows):
             stages[stage.name]["in_process"] = True  # its seconds are without the start of commands
+        untimed = [record["seed"] for record, row in zip(records, rows) if row.get("untimed")]
+        if untimed:
+            stages[stage.name]["untimed"] = untimed
     return {
         "name": name,
         "title": recipe.title,

@@ -3,31 +3,36 @@
     mmdit reproduce --list
     mmdit reproduce moving_shapes_t2i_128 [--seeds 0 1 2] [--device cuda:1]
     mmdit reproduce road --record
+    mmdit reproduce records/pictures_128/001_muon --record
     mmdit reproduce arms_448 --share --device cuda:0
     python -m tests.drivers.gpu_arms reproduce arms_128 --share --in_process --device cuda:0
 
-The recipe is results/NAME.yaml: it names the stages, their configs, seeds and scores. What was done
-is kept in --out and not done again, so that a stopped command goes on when it is given once more.
-On several GPUs: the same command once for each, with --share and its --device, takes the stages
-that no other works on; a last one without --share waits for them and pools. --in_process saves the
-start of every command, where stages take seconds; two or three such commands keep a GPU busy that
-one would leave idle, but make its steps longer: --untimed then keeps their seconds out of the
-results. --record writes results/NAME.json, from which the tables of the documents are made
-(docs/reproducing.md). The exit status is 1 if a score is outside its interval.
+The recipe is results/NAME.yaml, or NAME/recipe.yaml of a record (records/README.md): it names the
+stages, their configs, seeds and scores. What was done is kept in --out and not done again, so that
+a stopped command goes on when it is given once more. On several GPUs: the same command once for
+each, with --share and its --device, takes the stages that no other works on; a last one without
+--share waits for them and pools. --in_process saves the start of every command, where stages take
+seconds; two or three such commands keep a GPU busy that one would leave idle, but make its steps
+longer: --untimed then keeps their seconds out of the results. --record writes the
+results beside the recipe (results/NAME.json, or recipe.json of a record), from which the tables of
+the documents are made (docs/reproducing.md). The exit status is 1 if a score is outside its
+interval, or a record does not count.
 """
 
 import json
+import os
 from pathlib import Path
 
-from mmdit.diagnostics.recipe import read_recipe
+from mmdit.diagnostics.recipe import read_recipe, recipe_path
 from mmdit.diagnostics.results_file import comparison, overview
+from mmdit.diagnostics.speed_record import recipe_faults, verdict
 from mmdit.files import write_atomically
 from mmdit.scripts import call, command_parser, friendly, run
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("name", nargs="?", help="of a recipe: results/NAME.yaml")
+    parser.add_argument("name", nargs="?", help="of a recipe, or the folder of a record")
     parser.add_argument(
         "--list", action="store_true", help="say what there is, and the time needed"
     )
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         " by its other seeds",
     )
     parser.add_argument("--out", type=Path, help="work folder [runs/reproduce/NAME]")
-    parser.add_argument("--record", action="store_true", help="write results/NAME.json")
+    parser.add_argument("--record", action="store_true", help="write NAME.json beside the recipe")
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder of recipes and results"
     )
@@ -70,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from mmdit.commands.reproduce import Chain, finished_results, read_json, tell_failures
 
-        recipe = read_recipe(args.results, args.name)
+        name = Path(os.path.relpath(args.name)).as_posix()  # a folder may be given in many ways
+        recipe = read_recipe(args.results, name)
         if args.share and args.record:
             raise ValueError(
                 "--record writes what all seeds reached together, and --share pools nothing: give"
@@ -78,8 +84,10 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.seeds and len(set(args.seeds)) < len(args.seeds):
             raise ValueError(f"--seeds is {args.seeds}: a seed that is there twice counts twice")
-        out = args.out or Path("runs/reproduce") / args.name
+        out = args.out or Path("runs/reproduce") / name
         seeds = args.seeds or recipe.seeds
+        for fault in recipe_faults(recipe, seeds) if recipe.track else []:
+            print(f"this will not count as a record: {fault}", flush=True)
         how = {"share": args.share, "in_process": args.in_process, "untimed": args.untimed}
         how["discard"] = args.discard_checkpoints
         if args.in_process:
@@ -92,9 +100,12 @@ def main(argv: list[str] | None = None) -> int:
             tell_failures(chains)
             print(f"nothing is left that nobody works on; without --share {out} is pooled")
             return 0
-        new = finished_results(args.name, recipe, records)
-        path = args.results / f"{args.name}.json"
+        new = finished_results(name, recipe, records)
+        path = recipe_path(args.results, name).with_suffix(".json")
         lines, holds = comparison(new, read_json(path), recipe)
+        if recipe.track:
+            said, counts = verdict(new, recipe)
+            lines, holds = [*lines, *said], holds and counts
         for place in (out / "results.json", *([path] if args.record else [])):
             write_atomically(place, json.dumps(new, indent=1) + "\n")
             print(f"written: {place}")

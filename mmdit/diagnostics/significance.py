@@ -1,0 +1,50 @@
+"""Whether a rate lies above a level, and not by luck: two one-sided tests, and the larger of their
+p-values.
+
+The seeds are the units of the first (Student's t): training again gives another rate. The prompts
+of all seeds are those of the second (the exact binomial): so few of them were asked. Either alone
+can be fooled, the first by seeds that agree by chance, the second by seeds that do not.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """Return the probability that Student's t with so many degrees of freedom is `t` or more
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine * cosine * k / (k + 1)
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return (1 - inside) / 2
+
+
+def mean_above(values: Sequence[float], level: float) -> float:
+    """Return the p-value of Student's one-sided test of `mean of values <= level`; 1 of a single
+    value. Values without any spread say nothing of luck: 0 if they lie above the level, else 1."""
+    if len(values) < 2:
+        return 1.0
+    spread = statistics.stdev(values)
+    above = statistics.fmean(values) - level
+    if spread == 0:
+        return 0.0 if above > 0 else 1.0
+    return student_tail(above / (spread / math.sqrt(len(values))), len(values) - 1)
+
+
+def share_above(correct: int, count: int, level: float) -> float:
+    """Return the p-value of the exact one-sided binomial test of `share <= level`: how probable so
+    many correct ones or more are at a share of `level`."""
+    total = 0.0
+    for k in range(correct, count + 1):
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        total += math.exp(ways + k * math.log(level) + (count - k) * math.log1p(-level))
+    return min(total, 1.0)

@@ -126,7 +126,7 @@ def test_a_record_that_keeps_the_rules_counts():
         assert record_faults(made, recipe) == []
         lines, counts = verdict(made, recipe)
         assert counts and lines[-1] == "it counts" and "held_out above 0.95: p = " in lines[2]
-        assert (" s; of it caching 60.0 s; apart: first" in lines[1]) == (name == ROAD)
+        assert (" s; of it caching 60.0 s, apart from it first" in lines[1]) == (name == ROAD)
 
 
 REASONS = {

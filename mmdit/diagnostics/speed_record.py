@@ -198,10 +198,10 @@ def verdict(made: dict, recipe: Recipe) -> tuple[list[str], bool]:
     seconds, rates = record_seconds(made, track), rates_of(made, recipe)
     lines = [f"record of {recipe.track}: aim {track.aim:.0f} s"]
     if seconds:
-        caching = "of it caching" if track.caching else "apart: caching"
+        caching = "of it caching" if track.caching else "apart from it caching"
         lines += [
-            f"{seconds.counted:.1f} s; {caching} {seconds.caching:.1f} s; apart: first steps"
-            f" {seconds.first_steps:.1f} s, start {seconds.start:.1f} s"
+            f"{seconds.counted:.1f} s; {caching} {seconds.caching:.1f} s, apart from it first steps"
+            f" {seconds.first_steps:.1f} s and start {seconds.start:.1f} s"
         ]
     for key in track.rates:
         if key in rates:

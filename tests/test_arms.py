@@ -4,6 +4,7 @@ the product's own training, sampling and scoring."""
 import copy
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from mmdit.config import ConfigError
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.data.moving_shapes.sentences import BACKGROUND_WORDS, SHAPE_WORDS, SIZE_WORDS
 from mmdit.diagnostics.recipe import read_recipe
@@ -32,6 +36,7 @@ from mmdit.training.checkpoint import load_weights, read_tensors
 from mmdit.training.graphs.common import can_replay
 from mmdit.training.graphs.training_graphs import Replays, suits
 from tests.drivers.arms import frozen
+from tests.drivers.arms.both_ways import OPPOSITE, ArmsVideoConfig, opposite
 from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
 from tests.drivers.arms.hidden import reveal
 from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
@@ -452,6 +457,47 @@ def test_captions_are_longer_or_shorter_and_say_what_is_so(length):
         assert size < 0.8 * expected and not all(map(all, stated))
 
 
+def test_a_reversed_clip_is_the_clip_of_the_opposite_direction():
+    recipe = Recipe(64, 64, frames=5)
+    facts = recipe.draw(range(60))
+    others = []
+    for fact in facts:
+        (item,) = fact.objects
+        across, down = item.velocity()  # it begins where the other one ends
+        place = {"x": item.x + across, "y": item.y + down}
+        turned = replace(item, motion=OPPOSITE.get(item.motion, item.motion), **place)
+        others.append(replace(fact, objects=(turned,)))
+    assert len({fact.objects[0].motion for fact in facts}) == 5
+    reversed_clips, clips = recipe.render(facts).flip(1).int(), recipe.render(others).int()
+    assert (reversed_clips - clips).abs().max() <= 1, "rounding"
+    for i, (fact, other) in enumerate(zip(facts, others)):
+        assert opposite(recipe.words(i, fact)[0]) == recipe.words(i, other)[0]
+
+
+def test_a_batch_has_half_of_its_clips_both_ways(tmp_path):
+    sized = ["video.num_frames=4", "train.val_every_steps=1"]
+    with workshop(tmp_path) as shop:
+        cache = open_cache(shop.cache("clips", *sized, count=40))
+        size = {"width": 48, "height": 32, "num_frames": 4}
+
+        def batches(**words) -> LatentBatches:
+            plan = BatchPlan(cache, ArmsVideoConfig(**size, **words), 5, 0, held_out=0.2)
+            return LatentBatches(cache, plan, num_workers=0)
+
+        plain, both = batches().step(3)[0], batches(both_ways=True).step(3)[0]
+        assert both.ids == [*plain.ids[:3], *plain.ids[:2]]
+        expected = torch.cat([plain.latents[:3], plain.latents[:2].flip(1)])
+        assert torch.equal(both.latents, expected)
+        assert both.captions == [*plain.captions[:3], *map(opposite, plain.captions[:2])]
+        assert both.captions[3:] != plain.captions[:2], "some of them move"
+        for one, other in zip(batches().held_out(8), batches(both_ways=True).held_out(8)):
+            assert torch.equal(one.latents, other.latents) and one.captions == other.captions
+        pictures = [batches(image_fraction=1, **word).step(0)[0] for word in ({}, {"both_ways": 1})]
+        assert pictures[0].ids == pictures[1].ids and len(set(pictures[0].ids)) == 5
+        run = shop.train("clips", *sized, "video.both_ways=true", cache=shop.folder / "clips")
+        assert (run / "checkpoints/step_00000003/model.safetensors").is_file()
+
+
 def test_the_last_stage_of_arms_data_sees_every_picture_once():
     recipe = read_recipe(ROOT / "results", "arms_data")
     *few, last = recipe.stages
@@ -506,7 +552,7 @@ def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, ca
         asked = ["--checkpoint", whole, "--count", 2, "--steps", 1, "--device", "cpu"]
         assert evaluate.main(list(map(str, [*asked, "--out", report]))) == 0
         assert report.is_file()
-    refused(capsys, evaluate.main, asked, "arms", "model.type")
+    refused(capsys, evaluate.main, asked, "video.both_ways: unknown key")
 
 
 def test_sprint_is_refused_where_all_samples_share_the_digits_of_its_coin(tmp_path, capsys):

@@ -5,9 +5,9 @@
     python -m tests.drivers.gpu_arms train --config … model.type=arms 'model.changes=[u_skips]'
 
 `flow_matching:` takes the weights `contrast`, `self_alignment` and `vtp_alignment`, `captions:` a
-`length`, and `model.type` may be `arms` with `changes`, in this process alone; all else, from the
-cache to the score, is the product's. A recipe names this module (`module:`), so that every command
-of it is run here. Data are moving shapes.
+`length`, `video:` whether clips come `both_ways`, and `model.type` may be `arms` with `changes`, in
+this process alone; all else, from the cache to the score, is the product's. A recipe names this
+module (`module:`), so that every command of it is run here. Data are moving shapes.
 """
 
 from contextlib import contextmanager
@@ -17,11 +17,12 @@ import torch
 
 from mmdit.__main__ import start
 from mmdit.config import ConfigError
-from mmdit.data.batches import latent_batches, stores
+from mmdit.data.batches import batch_plan, latent_batches, stores
 from mmdit.experiment import build, experiment_config, run
 from mmdit.models import ModelConfig, build_model
 from mmdit.rng import key
 from mmdit.training import checkpoint
+from tests.drivers.arms.both_ways import ArmsVideoConfig, with_reversed, worded
 from tests.drivers.arms.captions import ArmsCaptionsConfig, drawn_lengths, with_facts
 from tests.drivers.arms.model import ArmsConfig, build_arms
 from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
@@ -70,6 +71,9 @@ def arms():
         patch.object(experiment_config, "ModelConfig", ModelConfig | ArmsConfig),
         patch.object(experiment_config, "FlowMatchingConfig", ArmsFlowMatchingConfig),
         patch.object(experiment_config, "CaptionsConfig", ArmsCaptionsConfig),
+        patch.object(experiment_config, "VideoConfig", ArmsVideoConfig),
+        patch.object(batch_plan.BatchPlan, "batch", with_reversed),
+        patch.object(latent_batches.LatentBatches, "_batch", worded),
         patch.object(stores, "all_captions", with_facts),
         patch.object(latent_batches, "drawn_captions", drawn_lengths),
         patch.object(build, "build_model", build_any),

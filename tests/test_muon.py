@@ -13,8 +13,8 @@ SETTINGS = {"lr": 0.02, "weight_decay": 0.1}
 
 
 def matrices() -> list[nn.Parameter]:
-    """Return six matrices, wide, tall and square, two of each."""
-    shapes = [(8, 24), (24, 8), (16, 16)] * 2
+    """Return wide, tall and square matrices, two of each, and more of a shape than it has rows."""
+    shapes = [(8, 24), (24, 8), (16, 16)] * 2 + [(2, 3)] * 5
     numbers = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=numbers)) for shape in shapes]
 

@@ -153,3 +153,18 @@ def test_a_resume_with_other_real_samples_says_so_and_an_export_does_not_name_th
     assert "others" in (checkpoint.latest(run) / "checkpoint.json").read_text(encoding="utf-8")
     export.main(["--checkpoint", str(run), "--out", str(tmp_path / "x.safetensors")])
     assert str(shop.folder).encode() not in (tmp_path / "x.safetensors").read_bytes()
+
+
+def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys):
+    words = ["lora.enabled=true", "lora.rank=2"]
+    posttrain.main(command(shop, "scaled", *words, "train.max_steps=1"))
+    run = shop.folder / "runs/scaled"
+    before = (run / "config.yaml").read_bytes()
+    again = command(shop, "scaled", *words, "--resume", "train.max_steps=1", "train.keep_last=2")
+    refused(
+        capsys, posttrain.main, [*again, "lora.rslora=true"], "lora.rslora is True", "with False"
+    )
+    assert (run / "config.yaml").read_bytes() == before
+    posttrain.main(again)
+    (kept,) = run.glob("config.before-*.yaml")
+    assert kept.read_bytes() == before != (run / "config.yaml").read_bytes()

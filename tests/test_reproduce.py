@@ -15,10 +15,12 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mmdit.__main__ import commands
+from mmdit.commands import reproduce as chains
 from mmdit.commands.reproduce import Chain, code_hash, finished_results, held
 from mmdit.config import ConfigError, decode, encode
 from mmdit.data.moving_shapes import wilson
@@ -315,6 +317,57 @@ def test_nothing_starts_from_a_stage_that_another_process_left_half_trained(tmp_
     with held(tmp_path / "seed_0" / "a.lock", wait=False):  # it scores what it has trained
         chain.run()
     assert trained == ["b"]
+
+
+class Stopped:
+    """Stands for the commands of a stage, each of seven seconds; those at the places `ends` end by
+    an error."""
+
+    def __init__(self, monkeypatch, ends: dict[int, BaseException]):
+        self.seconds, self.calls, self.ends, self.newest = 0.0, [], ends, None
+        clock = SimpleNamespace(perf_counter=lambda: self.seconds)
+        files = SimpleNamespace(latest=lambda folder: self.newest, step_of=lambda folder: 3)
+        monkeypatch.setattr(chains, "time", clock)
+        monkeypatch.setattr(chains, "checkpoint", files)
+        monkeypatch.setattr(chains, "training_facts", lambda folder: {})
+
+    def __call__(self, words: list[str]) -> None:
+        self.calls.append(words)
+        self.seconds += 7
+        if words[0].startswith("cache"):
+            Path(words[words.index("--out_dir") + 1]).mkdir(parents=True, exist_ok=True)
+        if error := self.ends.get(len(self.calls) - 1):
+            raise error
+        if words[0] == "train":
+            self.newest = Path("step_00000003")
+
+
+def lone_stage(folder: Path) -> Recipe:
+    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder))
+    stage = {"name": "a", "config": str(folder / "tiny.yaml"), "cache": "cache-moving-shapes"}
+    return recipe_of(stage)
+
+
+def test_the_seconds_of_every_attempt_count(tmp_path, monkeypatch):
+    recipe = lone_stage(tmp_path)
+    run = Stopped(monkeypatch, {0: KeyboardInterrupt(), 2: KeyboardInterrupt()})
+    for _ in run.ends:
+        with pytest.raises(KeyboardInterrupt):
+            Chain(recipe, 0, tmp_path, execute=run).run()
+    seconds = Chain(recipe, 0, tmp_path, execute=run).run()["stages"]["a"]["seconds"]
+    assert seconds == {"caching": 14, "training": 14}
+    assert [words[0] for words in run.calls] == ["cache-moving-shapes"] * 2 + ["train"] * 2
+    record = Chain(recipe, 1, tmp_path, execute=run).run()
+    assert record["stages"]["a"]["seconds"]["caching"] == 14, "of the seed that made it"
+
+
+def test_a_stage_that_succeeds_has_failed_no_longer(tmp_path, monkeypatch):
+    recipe = lone_stage(tmp_path)
+    run = Stopped(monkeypatch, {1: RunError("a full disk")})
+    record = Chain(recipe, 0, tmp_path, execute=run, share=True).run()
+    assert record["stages"]["a"]["failed"] == "a full disk"
+    record = Chain(recipe, 0, tmp_path, execute=run).run()
+    assert "failed" not in record["stages"]["a"] and len(run.calls) == 3
 
 
 def test_seeds_that_count_twice_and_records_of_a_part_are_refused(capsys):

@@ -217,6 +217,8 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
         "--strength is 2.0",
         "at most 1",
     )
+    words = ["--checkpoint", "x", "--prompts", "a", "--strength", "0.5"]
+    refused(capsys, sample.main, words, "--strength is 0.5", "nothing is drawn again")
     words = ["--checkpoint", "x", "--prompts", "a", "train.sample_negative_prompt=ugly blurry"]
     refused(capsys, sample.main, words, "reads like an override")
     two = ["--lora", "a", "--lora", "b", "--checkpoint", "x"]
@@ -390,6 +392,8 @@ def test_prompts_are_read_while_the_model_stays_loaded(shop, tmp_path, capsys, m
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in first.items())
     words = ["--checkpoint", "x", "--interactive", "--prompts", "a"]
     refused(capsys, sample.main, words, "leave out --prompts")
+    words = ["--checkpoint", "x", "--interactive", "--first", "3"]
+    refused(capsys, sample.main, words, "--first is 3", "numbers its samples after those")
 
 
 def drawn_again(path, out):

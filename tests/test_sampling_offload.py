@@ -96,3 +96,17 @@ def test_the_command_draws_the_same(pair, tmp_path):
     clips = [read_back(tmp_path / name / "0000.mp4") for name in ("none", "model", "sequential")]
     assert all(torch.equal(clip, clips[0]) for clip in clips)
     assert len({(tmp_path / name / "samples.json").read_text() for name in ("none", "model")}) == 1
+
+
+def test_types_and_a_folder_of_embeddings_that_the_command_names_are_heeded(pair, tmp_path):
+    words = ["model.dtype=bfloat16", f"text_encoder.cache_dir={tmp_path}"]
+    pipeline, _ = load_pipeline(pair, "cpu", overrides=words)
+    plain, config = load_pipeline(pair, "cpu")
+    assert config.model.dtype == config.text_encoder.dtype == "float32", "a CPU's own"
+    types = [
+        one.model.networks()["high"].blocks[0].ffn[0].weight.dtype for one in (pipeline, plain)
+    ]
+    assert types == [torch.bfloat16, torch.float32]
+    settings = SampleSettings(SamplerConfig(steps=1), cfg_scale=1.0)
+    assert pipeline.latents(["a star"], 32, 32, 1, settings).isfinite().all()
+    assert any(path.is_file() for path in tmp_path.rglob("*")), "embeddings are kept there"

@@ -179,18 +179,21 @@ def gradients(folder: Path, world: World) -> None:
 
 
 def muon(folder: Path, world: World) -> None:
-    """Step matrices, cut and whole, three times with the same gradients; rows do not divide."""
+    """Step matrices, cut and whole, three times with the same gradients; rows do not divide. The
+    second step is skipped, and the gradients of the last two are divided."""
     numbers = torch.Generator().manual_seed(0)
     whole = [nn.Parameter(torch.randn(rows, 4, generator=numbers)) for rows in (5, 1, 8)]
     mesh = init_device_mesh("cpu", (world.size,))
     cut = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
     settings = {"lr": 0.1, "weight_decay": 0.1}
     optimizers = StackedMuon(whole, **settings), GatheredMuon(cut, **settings)
-    for _ in range(3):
+    four = torch.tensor(4.0)
+    for skip, scale in ((None, None), (torch.ones(()), four), (torch.zeros(()), four)):
         for p, part in zip(whole, cut, strict=True):
             p.grad = torch.randn(p.shape, generator=numbers)
             part.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
         for optimizer in optimizers:
+            optimizer.found_inf, optimizer.grad_scale = skip, scale
             optimizer.step()
     weights = [part.full_tensor().detach() for part in cut]
     momenta = [optimizers[1].state[part]["momentum_buffer"].full_tensor() for part in cut]
@@ -370,7 +373,9 @@ def test_a_full_disk_is_told_by_every_process_and_leaves_nothing(shop):
     assert not list((shop.folder / "full/checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("damage", ["absent", "torn", "elsewhere", "huge", "negative", "shapes"])
+@pytest.mark.parametrize(
+    "damage", ["absent", "torn", "elsewhere", "huge", "negative", "shapes", "unnamed"]
+)
 def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
     run = shutil.copytree(shop.folder / "poisoned", tmp_path / "run")
     forget_sums(newest(run))
@@ -384,6 +389,10 @@ def test_damaged_parts_are_passed_over(shop, tmp_path, damage, capsys):
         part.write_bytes(part.read_bytes()[:-9])
     elif damage == "shapes":
         (part.parent / "shapes.json").write_text("[]")
+    elif damage == "unnamed":
+        shapes = json.loads((part.parent / "shapes.json").read_text())
+        shapes.popitem()
+        (part.parent / "shapes.json").write_text(json.dumps(shapes))
     else:
         place = {"elsewhere": [1], "huge": [10**15], "negative": [-4]}[damage]
         name = next(name for name, tensor in tensors.items() if tensor.ndim == 1 and len(tensor))

@@ -464,6 +464,8 @@ def test_checkpoints_are_pruned_whole_and_checked(tmp_path):
     again = checkpoint.load_weights(tmp_path / "out.safetensors")
     assert again.tensors.keys() == weights.tensors.keys()
     assert all(torch.equal(again.tensors[n], weights.tensors[n]) for n in weights.tensors)
+    with pytest.raises(ValueError, match="one set of weights"):
+        checkpoint.load_weights(tmp_path / "out.safetensors", use_ema=False)
 
 
 def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):

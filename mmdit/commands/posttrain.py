@@ -26,7 +26,7 @@ from mmdit.experiment.build import (
 )
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.run import agree_on_start
-from mmdit.files import Sum, with_tilde, write_atomically
+from mmdit.files import Sum, with_tilde
 from mmdit.interfaces import Denoiser
 from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
@@ -35,7 +35,7 @@ from mmdit.posttrain.setup import Files
 from mmdit.posttrain.srpo import real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import check_same_latents, other_data
+from mmdit.training.continuing import changes, check_same_latents, other_data, write_config
 from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.learner import Learner
@@ -226,9 +226,9 @@ def posttrain(
         origin["data"] = data = data_of(session)
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
-            session.restore(resumed)
             stored = config_io.completed(ExperimentConfig, meta.config)
-            changed = config_io.differences(stored, config)
+            changed = changes(stored, config_io.encode(config))
+            session.restore(resumed)
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
                 *(f"  config changed: {line}" for line in changed),
@@ -239,7 +239,7 @@ def posttrain(
         if dry_run:
             return True
         if world.is_main:
-            write_atomically(config.run_dir / "config.yaml", config_io.to_yaml(config))
+            write_config(config.run_dir, config_io.to_yaml(config))
             record_start(config.run_dir, world, state.step, "\n".join(about), command)
         session.tracker = stack.enter_context(
             tracking(

@@ -15,7 +15,6 @@ checkpoint. Several processes may work on one folder: each stage of a seed has a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import signal
@@ -28,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import mmdit
+from mmdit.commands.code_version import code_hash, commit
 from mmdit.config import ConfigError
 from mmdit.diagnostics.recipe import (
     Recipe,
@@ -49,8 +48,6 @@ from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment
 from mmdit.files import lock, remove, write_atomically
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
-
-ROOT = Path(mmdit.__file__).resolve().parents[1]
 
 
 def run_command(words: list[str], module: str = "mmdit") -> None:
@@ -76,35 +73,6 @@ def run_command(words: list[str], module: str = "mmdit") -> None:
             signal.signal(number, handler)
     if status:
         raise RunError(f"`{module} {shlex.join(words)}` ended with status {status}; see above")
-
-
-def code_hash() -> str:
-    """Return a hash of the source of the package and of the tokenizer's network."""
-    total = hashlib.sha256()
-    files = [path for folder in ("mmdit", "VTP/vtp") for path in (ROOT / folder).rglob("*.py")]
-    for path in sorted(files):
-        total.update(f"{path.relative_to(ROOT)}\0".encode())
-        total.update(path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def commit() -> str | None:
-    """Return the commit of this clone; None where there is no git, or the code, a config or the
-    recipe of a record has changes."""
-
-    def git(*words: str) -> str | None:
-        try:
-            command = ["git", "-C", str(ROOT), *words]
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git(
-        *("status", "--porcelain", "--", "mmdit", "VTP/vtp", "configs"),
-        ":(glob)records/**/*.yaml",
-    )
-    return git("rev-parse", "HEAD") if changes == "" else None
 
 
 @contextmanager
@@ -342,11 +310,19 @@ class Chain:
                     f"{folder} was made otherwise than {folder.name} asks: choose another --out, or"
                     f" remove {folder} and {facts_path}"
                 )
-            if not facts:
+            if not facts or not facts.get("done", True):
                 # a pre-training that was stopped goes on, as a caching does by itself
                 resume = ["--resume"] if checkpoint.latest(folder) else []
-                facts = {"made_by": made_by, "seconds": self._timed([*words, *resume], title)}
-                write_atomically(facts_path, json.dumps(facts, indent=1))
+                facts = {"made_by": made_by, "done": False, **(facts or {"seconds": 0.0})}
+                begin = time.perf_counter()
+                try:
+                    self._timed([*words, *resume], title)
+                    facts["done"] = True
+                finally:  # those of an attempt that was stopped count, too
+                    spent = facts["seconds"] + time.perf_counter() - begin
+                    facts["seconds"] = round(spent, 2)
+                    if folder.exists():
+                        write_atomically(facts_path, json.dumps(facts, indent=1))
         return facts["seconds"]
 
     def _cache_folder(self, maker: Stage) -> Path:

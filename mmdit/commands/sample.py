@@ -46,12 +46,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--interactive reads prompts from the keyboard; leave out --prompts and --prompts_file"
         )
+    if args.interactive and args.first:
+        raise ValueError(
+            f"--first is {args.first}, but --interactive numbers its samples after those that are"
+            " in --out; leave it out"
+        )
     if not 0 <= args.first < 1 << 62:
         raise ValueError(f"--first is {args.first}, must be from 0 to below 2 to the 62nd")
     if args.lora_strength is not None and not (args.lora or args.lora_low):
         raise ValueError(f"--lora_strength is {args.lora_strength}, but --lora names no file")
     check_writable(args.out, folder=True)
-    if args.refine and args.strength is not None and not 0 < args.strength <= 1:
+    if args.strength is not None and not args.refine:
+        raise ValueError(
+            f"--strength is {args.strength}, but nothing is drawn again: name the second"
+            " checkpoint with --refine, or leave it out"
+        )
+    if args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(
             f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
             "and at most 1 (everything is)"

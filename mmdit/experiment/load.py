@@ -24,7 +24,7 @@ from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import Pipeline
-from mmdit.training.trust import check_sizes, refuse_foreign_code, stay_offline
+from mmdit.training.trust import asks_for, check_sizes, refuse_foreign_code, stay_offline
 
 
 class Loader:
@@ -104,11 +104,11 @@ def load_pipeline(
     where, release = choose_device(device), release_config(path)
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)
+    if release and where.type == "cpu":
+        release["model"]["dtype"] = release["text_encoder"]["dtype"] = "float32"
     stored = weights.meta.config if weights else release
     assert stored is not None, "what has no weights of ours is a release"
     raw = config_io.apply_overrides(stored, list(overrides))
-    if release and where.type == "cpu":
-        raw["model"]["dtype"] = raw["text_encoder"]["dtype"] = "float32"
     try:
         config = config_io.decode(ExperimentConfig, raw)
     except ConfigError as error:
@@ -116,7 +116,8 @@ def load_pipeline(
     config = resolved(config)
     refuse_foreign_code(config, list(overrides), source)
     config = stay_offline(config, list(overrides))
-    if config.text_encoder.cache_dir:  # what came with weights names no folder to write into
+    # What came with weights names no folder to write into; the command may.
+    if config.text_encoder.cache_dir and not asks_for("cache_dir", list(overrides)):
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where).plain
     if weights:

@@ -380,6 +380,11 @@ def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) 
                 " mmdit export (a LoRA is given as --lora, beside the --checkpoint of its"
                 " base)"
             )
+        if not use_ema:
+            raise ValueError(
+                f"{path} is an export, which holds one set of weights, not the last ones beside"
+                " their average: give the folder of the run, or leave --raw_weights out"
+            )
         stored = Stored(path)
         if "crc32" in metadata and int(metadata["crc32"]) != export_crc(text, stored):
             raise ValueError(

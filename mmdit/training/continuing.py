@@ -33,12 +33,7 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
     """Return what to tell beside the changed keys: `old` and `new` configs (encoded), and the
     `facts` stored and of now. ValueError: the change would give the stored weights another meaning
     without a word."""
-    scaled, root = (bool((config.get("lora") or {}).get("rslora")) for config in (old, new))
-    if new["lora"]["enabled"] and scaled != root:
-        raise ValueError(
-            f"lora.rslora is {root}, the run was trained with {scaled}: its adapters would count "
-            "by another scale; set it as it was, or start a new run with train.init_from"
-        )
+    _check_same_scale(old, new)
     lines = []
     if stored.get("order") != ORDER:
         lines.append(
@@ -54,6 +49,24 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
         )
     lines += other_data(stored.get("data") or [], now["data"])
     return lines + trained_before(old, new)
+
+
+def _check_same_scale(old: dict, new: dict) -> None:
+    """Raise ValueError where the adapters of a run of the config `old` would count by another scale
+    in one of `new`."""
+    scaled, root = (bool((config.get("lora") or {}).get("rslora")) for config in (old, new))
+    if new["lora"]["enabled"] and scaled != root:
+        raise ValueError(
+            f"lora.rslora is {root}, the run was trained with {scaled}: its adapters would count "
+            "by another scale; set it as it was, or start a new run with train.init_from"
+        )
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """Return a line for each setting of the config `old` that is another one in `new`. ValueError:
+    adapters would count by another scale."""
+    _check_same_scale(old, new)
+    return config_io.differences(old, new)
 
 
 def other_data(before: list[dict], now: list[dict]) -> list[str]:

@@ -31,14 +31,18 @@ def stay_offline(config, overrides: list[str]):
     """Return the config with a text encoder that is not fetched. One that comes with weights may
     name an encoder of the hub; only the command line, by its name or `local_files_only`, has it
     fetched."""
-    encoder, asked = (
-        config.text_encoder,
-        config_io.apply_overrides({}, overrides).get("text_encoder"),
-    )
-    named = isinstance(asked, dict) and asked.keys() & {"name_or_path", "local_files_only"}
-    if named or encoder.local_files_only:
+    encoder = config.text_encoder
+    if encoder.local_files_only or asks_for("name_or_path", overrides):
+        return config
+    if asks_for("local_files_only", overrides):
         return config
     return replace(config, text_encoder=replace(encoder, local_files_only=True))
+
+
+def asks_for(key: str, overrides: list[str]) -> bool:
+    """Return whether the command line sets a key of the section `text_encoder:`."""
+    asked = config_io.apply_overrides({}, overrides).get("text_encoder")
+    return isinstance(asked, dict) and key in asked
 
 
 def check_sizes(config, weights: checkpoint.Weights) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mmdit.config import to_yaml
-from mmdit.files import write_atomically
 from mmdit.training import checkpoint
+from mmdit.training.continuing import write_config
 from mmdit.training.distributed import World
 from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
@@ -57,7 +57,7 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
             f"{trainer.folder} holds checkpoints of an earlier run; add --resume, or choose another"
             " output_dir"
         )
-    write_atomically(trainer.folder / "config.yaml", to_yaml(config))
+    write_config(trainer.folder, to_yaml(config))
     record_start(trainer.folder, World(device=device), trainer.step, _about(config))
     if device.type == "cuda" and config.train.compile:
         # without a working compiler the blocks run as they are

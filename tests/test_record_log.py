@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdit.commands import code_version
 from mmdit.commands import reproduce as command
 from mmdit.commands.reproduce import Chain, code_hash, commit
 from mmdit.config import ConfigError, decode, encode, load
@@ -326,7 +327,7 @@ def test_the_recipe_of_a_record_must_be_committed_and_its_results_need_not_be(
         command = ["git", "-C", str(tmp_path), *person, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(code_version, "ROOT", tmp_path)
     folder = tmp_path / "records" / "track" / "001_a"
     folder.mkdir(parents=True)
     git("init", "-q")

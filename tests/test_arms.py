@@ -90,7 +90,7 @@ def switch_off(model: VideoMMDiT) -> None:
     """Give what an arm adds the weights with which it changes nothing."""
     dim = model.config.dim
     for name, weight in model.named_parameters():
-        if name.endswith((".share", ".skip.weight")):
+        if name.endswith((".share", ".skip.weight")) or "time.mlp.2" in name and "input" in name:
             weight.data.zero_()
         if name.endswith(".fuse.weight"):
             weight.data.copy_(torch.cat([torch.zeros(dim, dim), torch.eye(dim)], 1))
@@ -228,7 +228,8 @@ def given(model: VideoMMDiT, seed: int) -> dict[str, torch.Tensor]:
     times = torch.tensor([900.1, 300.0]).roll(seed)  # the coin of sprint falls for one of two
     text = {"embeddings": noise(2, 3, 6, seed=seed + 1), "valid": TEXT.valid.roll(seed, 0)}
     keep = model.draw_keep(4, 4, 0, seed)
-    named = {"x": noise(2, 1, 4, 4, 4, seed=seed), "t": times} | text
+    channels = 5 if hasattr(model.input, "time") else 4  # with times of tokens
+    named = {"x": noise(2, 1, 4, 4, channels, seed=seed), "t": times} | text
     return named if keep is None else named | {"keep": keep}
 
 
@@ -419,6 +420,53 @@ def streams(model, x, t, count: int) -> torch.Tensor:
     return plain.windows(4, 4).merge(seen[0])
 
 
+@torch.no_grad()
+def test_tokens_are_told_their_times():
+    model = awake(changed("token_times")).eval()
+    times = T[:, None, None, None, None].expand(2, 1, 4, 4, 1).clone()
+    torch.testing.assert_close(model(torch.cat([X, times], -1), T, TEXT), model(X, T, TEXT))
+    model = awake(changed("token_times", depth=1)).eval()
+    model.blocks[0].spatial.proj.weight.zero_()  # no token sees another one
+    before = model(X, T, TEXT)
+    times[0, 0, 1, 2] -= 200
+    apart = (model(torch.cat([X, times], -1), T, TEXT) - before).abs().amax(-1)[:, 0]
+    assert apart[0, 1, 2] > 1e-3 and (apart > 1e-3).sum() == 1
+
+
+def test_some_tokens_are_at_a_second_time_and_the_teacher_sees_the_cleaner_one():
+    model = awake(changed("token_times"))
+    section = ArmsFlowMatchingConfig(self_alignment=1, token_times=0.25)
+    objective, clean = objective_of(section, model), noise(2, 1, 4, 4, 4)
+    arm, draws, seen = objective.alignments["self_alignment"], Draws.of(0, 5, 2), {}
+    frozen_call = arm.frozen
+
+    def teacher(x, t, text):
+        seen["teacher"] = x, t
+        return frozen_call(x, t, text)
+
+    def student(x, t, text):
+        seen["student"] = x, t
+        return model(x, t, text)
+
+    arm.frozen = teacher
+    parts = objective.loss(student, clean, TEXT, draws)
+    first, added = parts.t, draws.normal("noise", 1, 4, 4, 4)
+    (x, t), (teacher_x, teacher_t) = seen["student"], seen["teacher"]
+    second = x[..., 4].flatten(1).min(1).values + x[..., 4].flatten(1).max(1).values
+    second = second / 1000 - first  # of the two times in a sample it is the other one
+    torch.testing.assert_close(t, first * 1000)
+    share = (x[..., 4] != t.view(2, 1, 1, 1)).float().mean()
+    assert 0.05 < share < 0.5 and (first - second).abs().min() > 0.01
+    at = x[..., 4:] / 1000
+    torch.testing.assert_close(x[..., :4], (1 - at) * clean + at * added)
+    cleaner = torch.minimum(first, second)
+    torch.testing.assert_close(teacher_t, cleaner * 1000)
+    at = cleaner.view(2, 1, 1, 1, 1)
+    torch.testing.assert_close(teacher_x, (1 - at) * clean + at * added)
+    parts.per_sample.sum().backward()
+    assert all(weight.grad.any() for weight in model.input.time.parameters())
+
+
 def test_vtp_alignment_tells_a_middle_state_of_the_decoder_of_clean_latents():
     torch.manual_seed(0)
     model = awake(VideoMMDiT(VideoMMDiTConfig(**SMALL), 64, 6))
@@ -522,8 +570,8 @@ def workshop(folder):
 
 EVERYTHING = [
     "model={type: arms, dim: 16, depth: 4, num_heads: 2, window_size: 4, changes: [value_residual,"
-    " u_skips, block_modulation, joint_text]}",
-    "flow_matching={contrast: 0.05, self_alignment: 0.2}",
+    " u_skips, block_modulation, joint_text, token_times]}",
+    "flow_matching={contrast: 0.05, self_alignment: 0.2, token_times: 0.3}",
     "train.optimizer=muon",
     "captions.length=complete",
 ]
@@ -553,6 +601,21 @@ def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, ca
         assert evaluate.main(list(map(str, [*asked, "--out", report]))) == 0
         assert report.is_file()
     refused(capsys, evaluate.main, asked, "video.both_ways: unknown key")
+
+
+def test_times_of_tokens_are_refused_where_nothing_would_see_them(tmp_path, capsys):
+    with workshop(tmp_path) as shop:
+        aligned = ["flow_matching.token_times=0.2", "flow_matching.self_alignment=0.2"]
+        change = ["model.type=arms", "model.changes=[token_times]"]
+        for words in (
+            aligned,
+            aligned[:1] + change,
+            [*aligned, *change, "flow_matching.path=cosine"],
+            [*aligned, *change, "flow_matching.prediction=x0"],
+        ):
+            words = shop.train_words("x", *words, "model.window_size=4")
+            refused(capsys, train_t2v.main, words, "flow_matching.token_times: is 0.2; needs")
+        assert shop.train("good", *aligned, *change, "model.window_size=4").is_dir()
 
 
 def test_sprint_is_refused_where_all_samples_share_the_digits_of_its_coin(tmp_path, capsys):

@@ -4,10 +4,11 @@
     python -m tests.drivers.gpu_arms train --config … flow_matching.contrast=0.05
     python -m tests.drivers.gpu_arms train --config … model.type=arms 'model.changes=[u_skips]'
 
-`flow_matching:` takes the weights `contrast`, `self_alignment` and `vtp_alignment`, `captions:` a
-`length`, `video:` whether clips come `both_ways`, and `model.type` may be `arms` with `changes`, in
-this process alone; all else, from the cache to the score, is the product's. A recipe names this
-module (`module:`), so that every command of it is run here. Data are moving shapes.
+`flow_matching:` takes the weights `contrast`, `self_alignment` and `vtp_alignment`, and the share
+`token_times`, `captions:` a `length`, `video:` whether clips come `both_ways`, and `model.type` may
+be `arms` with `changes`, in this process alone; all else, from the cache to the score, is the
+product's. A recipe names this module (`module:`), so that every command of it is run here. Data are
+moving shapes.
 """
 
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def training_learner(config, spec, network=build.build_network, *encoder):
             " which its levels have in common; use flow_matching",
         )
     section = config.flow_matching
+    if config.train.objective == "flow_matching":
+        check_token_times(config)
     arms = isinstance(section, ArmsFlowMatchingConfig) and (
         section.contrast or section.self_alignment or section.vtp_alignment
     )
@@ -54,6 +57,19 @@ def training_learner(config, spec, network=build.build_network, *encoder):
             torch.manual_seed(key(config.seed, "arms") & (2**63 - 1))
             learner.objective = ArmsFlowMatching(config, learner)
     return learner
+
+
+def check_token_times(config) -> None:
+    """Refuse times of tokens that nothing would see."""
+    section, changes = config.flow_matching, getattr(config.model, "changes", ())
+    linear = (section.path, section.prediction) == ("linear", "velocity")
+    complete = "token_times" in changes and section.self_alignment and linear
+    if getattr(section, "token_times", 0) and not complete:
+        raise ConfigError(
+            "flow_matching.token_times",
+            f"is {section.token_times}; needs model.changes with token_times,"
+            " flow_matching.self_alignment above 0, path linear and prediction velocity",
+        )
 
 
 def weights_of_model(*words):

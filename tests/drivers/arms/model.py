@@ -11,6 +11,7 @@ from mmdit.models import TreadConfig, VideoMMDiT, VideoMMDiTConfig
 from tests.drivers.arms.block_modulation import block_modulation
 from tests.drivers.arms.joint_text import joint_text
 from tests.drivers.arms.sprint import sprint
+from tests.drivers.arms.token_times import token_times
 from tests.drivers.arms.u_skips import u_skips
 from tests.drivers.arms.value_residual import value_residual
 from tests.drivers.arms.wrapped import wrap
@@ -21,9 +22,12 @@ CHANGES = {
     "block_modulation": block_modulation,
     "value_residual": value_residual,
     "u_skips": u_skips,
+    "token_times": token_times,
     "sprint": sprint,
 }
-Change = Literal["joint_text", "block_modulation", "value_residual", "u_skips", "sprint"]
+Change = Literal[
+    "joint_text", "block_modulation", "value_residual", "u_skips", "token_times", "sprint"
+]
 
 
 @dataclass(frozen=True)

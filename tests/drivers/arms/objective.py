@@ -13,6 +13,7 @@ from mmdit.rng import Draws
 from tests.drivers.arms.contrast import Contrast
 from tests.drivers.arms.hidden import EARLY, reveal
 from tests.drivers.arms.self_alignment import SelfAlignment
+from tests.drivers.arms.token_times import at_two_times
 from tests.drivers.arms.vtp_alignment import VTPAlignment
 
 
@@ -21,11 +22,11 @@ class ArmsFlowMatchingConfig(FlowMatchingConfig):
     contrast: float = 0.0  # the weight of each arm; 0 is the plain loss
     self_alignment: float = 0.0
     vtp_alignment: float = 0.0
+    token_times: float = 0.0  # the share of tokens at a second time, in alignment
 
 
 class ArmsFlowMatching(nn.Module, Contrast):
-    """The squared error of the velocity, and what `config.flow_matching` adds; a module, so that
-    its weights are trained and resumed."""
+    """Add to the loss what `config.flow_matching` names; a module, for its weights are trained."""
 
     def __init__(self, config, learner):
         nn.Module.__init__(self)
@@ -44,15 +45,16 @@ class ArmsFlowMatching(nn.Module, Contrast):
     ) -> LossParts:
         if not (self.alignments and self.training):
             return super().loss(model, clean, text, draws, given, **inputs)
-        channels, hidden = clean.shape[-1], []
+        clean, channels, hidden = clean.float(), clean.shape[-1], []
 
-        def call(*words, **further) -> Tensor:
-            output = model(*words, **further)
+        def call(x, t, *words, **further) -> Tensor:
+            x = at_two_times(self, x, t, clean, draws) if self.config.token_times else x
+            output = model(x, t, *words, **further)
             hidden.append(output[..., channels:])
             return output[..., :channels]
 
         parts = super().loss(call, clean, text, draws, given, **inputs)
-        losses, known = parts.per_sample, (hidden[0], clean.float(), parts.t, text, draws)
+        losses, known = parts.per_sample, (hidden[0], clean, parts.t, text, draws)
         for name, align in self.alignments.items():
             losses = losses + getattr(self.config, name) * align(*known)
         return LossParts(losses, parts.t)

@@ -16,6 +16,7 @@ from mmdit.models import VideoMMDiT
 from mmdit.rng import Draws
 from tests.drivers.arms.frozen import Frozen
 from tests.drivers.arms.hidden import projector, reveal
+from tests.drivers.arms.token_times import second_times
 
 LATE = 2 / 3  # the part of the blocks below the teacher's hidden tokens
 DECAY = 0.99  # of the teacher's weights at a step
@@ -40,21 +41,20 @@ class SelfAlignment(nn.Module):
     def follow(self, step: int) -> None:
         """Move the teacher towards the weights that the last step made."""
         share = 1 - min(DECAY, (1 + step) / (10 + step))
-        theirs = dict(self.outside["student"].named_parameters())
-        mine = dict(self.teacher.named_parameters())
-        torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], share)
+        mine, student = dict(self.teacher.named_parameters()), self.outside["student"]
+        theirs = [student.get_parameter(name) for name in mine]
+        torch._foreach_lerp_(list(mine.values()), theirs, share)
 
-    def target(self, clean: Tensor, noise: Tensor, t: Tensor, text: TextTokens) -> Tensor:
+    def target(self, clean: Tensor, t: Tensor, text: TextTokens, draws: Draws) -> Tensor:
         objective = self.outside["objective"]
-        x = objective.path.add_noise(clean, noise, t)
+        x = objective.path.add_noise(clean, draws.normal("noise", *clean.shape[1:]), t)
         hidden = self.frozen(x, objective.network_time(t), text)[..., clean.shape[-1] :]
         return F.layer_norm(hidden, hidden.shape[-1:])
 
-    def forward(
-        self, hidden: Tensor, clean: Tensor, t: Tensor, text: TextTokens, draws: Draws
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, clean: Tensor, t: Tensor, text: TextTokens, draws: Draws):
         self.follow(draws.step)
         cleaner = (t - CLEANER * draws.uniform("teacher")).clamp(min=0)
-        noise = draws.normal("noise", *clean.shape[1:])  # that of the student
-        target = self.target(clean, noise, cleaner, text)
+        if self.outside["objective"].config.token_times:
+            cleaner = torch.minimum(t, second_times(self.outside["objective"], clean, draws))
+        target = self.target(clean, cleaner, text, draws)
         return 1 - F.cosine_similarity(self.projector(hidden), target, dim=-1).flatten(1).mean(1)

@@ -262,19 +262,32 @@ def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
 
     weights, others = (dict(network.named_parameters()) for network in (model, other))
     before = torch.get_rng_state()
-    expected = step(weights, *first.values())  # tables are made once
+    step(weights, *first.values())  # tables are made once
     assert torch.equal(torch.get_rng_state(), before)
     recorded = make_fx(step)(weights, *first.values())
-    for known, inputs in ((weights, first), (others, second)):
-        replayed, expected = recorded(known, *inputs.values()), step(known, *inputs.values())
-        there = [gradient is not None for gradient in expected]
-        assert there == [gradient is not None for gradient in replayed] and sum(there) > 50
-        assert all(torch.equal(*pair) for pair in zip(replayed, expected) if pair[0] is not None)
+    replayed, expected = (call(others, *second.values()) for call in (recorded, step))
+    there = [gradient is not None for gradient in expected]
+    assert there == [gradient is not None for gradient in replayed] and sum(there) > 50
+    assert all(torch.equal(*pair) for pair in zip(replayed, expected) if pair[0] is not None)
     for node in recorded.graph.nodes:
         if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
             assert node.target is torch.ops.aten.index.Tensor, node
             places = [place.meta["val"] for place in node.args[1] if place is not None]
             assert not [place for place in places if place.dtype == torch.bool], node
+
+
+@pytest.mark.parametrize("names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5)])
+@torch.no_grad()
+def test_a_step_of_sampling_with_arms_is_one_graph_of_latents_and_times(names, depth):
+    model = awake(changed(*names, depth=depth)).eval()
+    if "sprint" not in names:
+        reveal(model, 1)
+    text = model.prepare(TEXT)
+    model(X, T, text)  # tables are made once
+    recorded = make_fx(lambda x, t: model(x, t, text))(X, T)
+    later = noise(2, 1, 4, 4, 4, seed=5), torch.tensor([20.0, 700.5])
+    assert torch.equal(recorded(*later), model(*later, text))
+    assert recorded(*later).shape == X.shape
 
 
 @pytest.mark.parametrize("names", [["sprint", "u_skips"], TOGETHER])

@@ -236,6 +236,17 @@ def test_memory_and_disk_give_the_planned_latents(cache):
         assert a.latents[:, :, 0, 0, 1].tolist() == planned.frames.tolist()
 
 
+def test_tiles_say_their_place_and_follow_the_step_of_the_training(cache):
+    batches = make(cache, VideoConfig(num_frames=2, frame_stride=3), tile=(1, 1), num_workers=0)
+    drawn = [batches.at(position, 40)[0] for position in range(6)]
+    first = torch.cat([batch.latents[:, 0, 0, 0, 1].long() for batch in drawn])
+    assert torch.equal(torch.cat([batch.places[:, 0] for batch in drawn]), first // 3)
+    assert first.max() >= 3, "in frames of the sample, not of the clip"
+    again = batches.at(0, 41)[0]
+    corners = [batch.places[:, 1:3] for batch in (again, drawn[0])]
+    assert again.ids == drawn[0].ids and not torch.equal(*corners)
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("where", [True, False])
 def test_iterating_from_any_step_goes_on_as_if_never_stopped(cache, where, workers):

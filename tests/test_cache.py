@@ -230,6 +230,15 @@ def test_latents_that_float16_cannot_hold_are_refused(tmp_path, images):
             writer.add("../up", torch.zeros(1, 2, 2, 3), "")
 
 
+def test_an_item_that_gets_another_size_leaves_its_old_place(tmp_path):
+    sizes = BucketingConfig(True, buckets=((32, 32), (48, 32)))
+    for columns in (2, 3):
+        with CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO, sizes)) as writer:
+            writer.add("a", torch.zeros(1, 2, columns, 3), "")
+    assert [path.parent.name for path in tmp_path.rglob("a.pt")] == ["48x32"]
+    assert open_cache(tmp_path).shapes.tolist() == [[1, 2, 3, 3]]
+
+
 def test_several_crops_are_items_of_their_own_and_repetitions_are_not_written(tmp_path):
     Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None], (32, 1, 3)) * 2).save(
         tmp_path / "wide.png"

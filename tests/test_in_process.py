@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,19 @@ def test_trainings_of_one_process_share_a_cache_until_its_files_change(tmp_path,
     assert opened == anew + anew, "nothing is kept outside"
     one, two = (read_tensors(model_of(tmp_path / "runs" / name)) for name in ("h", "apart"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_kept_cache_is_compared_with_what_is_wanted_and_stands_for_no_other(tmp_path):
+    shop, kept = Workshop(tmp_path), kept_cache.KeptCache()
+    folders = [shop.cache("pictures"), shop.cache("others", count=4)]
+    with kept.used():
+        first, second = (kept_cache.opened(folder, None) for folder in folders)
+        assert kept_cache.opened(folders[1], second.manifest) is second
+        with pytest.raises(ValueError, match="tokenizer"):
+            kept_cache.opened(folders[1], replace(second.manifest, tokenizer="another"))
+        stores = [kept_cache.in_memory(cache, object) for cache in (first, second)]
+        assert stores[0] is not stores[1]
+        assert kept_cache.in_memory(second, object) is stores[1], "it is read once"
 
 
 def test_networks_of_a_command_are_gone_when_it_has_ended(tmp_path, monkeypatch):

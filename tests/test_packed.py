@@ -129,10 +129,14 @@ def test_packing_again_writes_only_what_changed(cache):
             "猫23", plain.load(24), "caption 99", plain.facts[24], plain.sources[24]
         )  # of the same length
     assert pack(cache)["written"] == 1 and open_cache(out).captions[24] == "caption 99"
+    last = [entry.id for entry in read_shard(sorted(out.glob("shard-*"))[-1])]
+    with CacheWriter(cache, MANIFEST) as writer:
+        assert writer.remove(last) == len(last)
+    assert pack(cache)["written"] == 0 and list(open_cache(out).ids) == open_cache(cache).ids
     packing.pack_cache(cache, out, 1 << 20)
     assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(
         open_cache(out)
-    ) == 25
+    ) == 25 - len(last)
 
 
 def test_a_damaged_shard_or_index_is_named(cache):
@@ -205,8 +209,11 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
 
 def test_other_folders_are_refused(cache, tmp_path, capsys):
     pack(cache)
+    for itself in (cache, cache.parent / "packed"):
+        with pytest.raises(ValueError, match="is the cache itself"):
+            packing.pack_cache(itself, itself)
     with pytest.raises(ValueError, match="holds an unpacked cache"):
-        packing.pack_cache(cache, cache)
+        packing.pack_cache(cache.parent / "packed", cache)
     with pytest.raises(
         ValueError, match="is a packed cache; add items to the cache it was packed from"
     ):

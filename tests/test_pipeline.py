@@ -20,7 +20,7 @@ from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training import pipeline as pipeline_module
 from mmdit.training.learner import Learner
 from mmdit.training.media import contact_sheet, grid_video, save_video
-from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.pipeline import Pipeline, SampleSettings, evaluating
 from mmdit.training.requests import Request
 from mmdit.training.samples import SampleFolder
 
@@ -159,3 +159,12 @@ def test_a_grid_of_clips_keeps_each_in_its_place():
     tiled = grid_video(clips, 3)
     assert tiled.shape == (2, 3, 8, 18)
     assert torch.equal(tiled[1, :, 4:, 6:12], clips[4, 1])
+
+
+def test_each_part_has_the_mode_again_that_it_had():
+    trained, frozen = torch.nn.Dropout(), torch.nn.Dropout().eval()
+    both = torch.nn.Sequential(trained, frozen)
+    with pytest.raises(KeyError), evaluating(both):
+        assert not any(part.training for part in both.modules())
+        raise KeyError
+    assert (both.training, trained.training, frozen.training) == (True, True, False)

@@ -3,14 +3,16 @@ identities of the losses."""
 
 import math
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
-from mmdit.posttrain import direct_align, dynamics, losses
+from mmdit.posttrain import direct_align, dynamics, losses, online
 from mmdit.posttrain.advantages import advantages, check_geometry, ranks
+from mmdit.posttrain.posttrain_config import NFTConfig
 from mmdit.posttrain.rewards import (
     Brightness,
     BrightnessRank,
@@ -99,6 +101,13 @@ def test_every_mutant_of_the_sde_is_found(kind):
         return abs(mean - 1) >= 1e-3 or abs(std - 0.5) >= 0.01
 
     assert off(mutant(kind)) and not off(mutant("none"))
+
+
+def test_the_first_step_has_the_noise_of_the_second_level():
+    """At t = 1 Flow-SDE would divide by zero: the denominator is that of the next time."""
+    first, second = (dynamics.step("flow_sde", 0.7, [1.0, 0.8, 0.6, 0.0], i) for i in (0, 1))
+    assert first.std**2 == pytest.approx(0.7**2 * 1.0 / (1 - 0.8) * 0.2)
+    assert second.std**2 == pytest.approx(0.7**2 * 0.8 / (1 - 0.8) * 0.2)
 
 
 def test_an_ode_last_step_leaves_no_noise():
@@ -234,16 +243,18 @@ def test_advantages_have_the_moments_and_invariances_they_should():
     assert advantages({"a": a, "b": b}, weights, GROUPS, "gdpo", clip=1e9)[0].std(
         correction=0
     ) == pytest.approx(1, abs=1e-6)
-    assert advantages({"a": a}, {"a": 1.0}, GROUPS, clip=0.5)[0].abs().max() == 0.5
+    value, report = advantages({"a": a}, {"a": 1.0}, GROUPS, clip=0.5)
+    assert value.min() == -0.5 and value.max() == 0.5
+    assert report["advantage_clipped"] == (value.abs() == 0.5).double().mean(), "on both sides"
 
 
 def test_equal_rewards_give_nothing_and_are_reported_and_a_group_of_one_is_refused():
     for mode in ("sum", "gdpo"):
         for std in ("global", "group"):
-            value, report = advantages(
-                {"a": torch.arange(6.0).repeat_interleave(5)}, {"a": 1.0}, GROUPS, mode, std
-            )
-            assert (value == 0).all() and report["zero_std_share"] == 1.0
+            for rounding in (0.0, 1e-5):
+                rewards = torch.arange(6.0).repeat_interleave(5) + rounding * torch.rand(30)
+                value, report = advantages({"a": rewards}, {"a": 1.0}, GROUPS, mode, std)
+                assert (value == 0).all() and report["zero_std_share"] == 1.0
     with pytest.raises(ValueError, match="single sample"):
         advantages({"a": torch.randn(3)}, {"a": 1.0}, torch.tensor([0, 0, 1]))
     assert ranks(torch.tensor([3.0, 1.0, 3.0, 0.0])).tolist() == pytest.approx(
@@ -403,6 +414,40 @@ def test_nft_has_the_optimum_of_its_derivation(beta):
         0.75,
         1,
     ]
+
+
+def test_nft_divides_by_an_error_that_is_not_differentiated():
+    x, clean, old = torch.randn(3, 4, 6)
+    v, sigma, share = torch.randn(4, 6, requires_grad=True), torch.rand(4), torch.ones(4)
+    weighted, plain = (
+        losses.nft(v, old, x, clean, sigma, share, 1.0, weighted) for weighted in (True, False)
+    )
+    gap = (x - losses.wide(sigma, x) * v - clean).abs().mean(1).detach()
+    torch.testing.assert_close(weighted, plain / gap)
+    (found,) = torch.autograd.grad(weighted.sum(), v)
+    (expected,) = torch.autograd.grad((plain / gap).sum(), v)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_slow_copy_of_nft_stays_behind_more_and_more():
+    nft = NFTConfig(rate=0.01, most=0.5, flat=10)
+    config = SimpleNamespace(algorithm="nft", nft=nft)
+
+    def share(step: int) -> float:
+        return online.share_of_old(SimpleNamespace(config=config, state=SimpleNamespace(step=step)))
+
+    assert [share(step) for step in (0, 10, 20, 60, 99)] == pytest.approx([0, 0, 0.1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "weighting, slope", [("one", 1), ("t", 0.3), ("t2", 0.09), ("huber", 0.15), ("ghuber", 0.3)]
+)
+def test_the_weightings_of_awm_have_their_slope_at_an_error_of_one(weighting, slope):
+    error = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    weight = losses.weigh(error, torch.tensor([0.3, 0.3]), weighting)
+    assert weight[0].item() == pytest.approx(0, abs=1e-12)
+    (found,) = torch.autograd.grad(weight[1], error)
+    assert found[1].item() == pytest.approx(slope, rel=1e-6)
 
 
 def test_awm_on_policy_is_matching_weighted_by_the_advantage():

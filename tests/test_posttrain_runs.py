@@ -3,9 +3,15 @@ step."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from mmdit.config import ConfigError
+from mmdit.posttrain.dpo_offline import read_pairs
+from mmdit.posttrain.posttrain_config import DPOConfig, PosttrainConfig
 from mmdit.posttrain.rewards import Brightness
 from mmdit.scripts import export, posttrain
 from mmdit.text_encoders.byte_level import ByteLevelEncoder
@@ -155,6 +161,28 @@ def test_a_resume_with_other_real_samples_says_so_and_an_export_does_not_name_th
     assert str(shop.folder).encode() not in (tmp_path / "x.safetensors").read_bytes()
 
 
+def test_pairs_of_another_form_are_refused_where_they_are_read(tmp_path):
+    """Pairs that a model can learn from, and the same with one tensor of another kind."""
+    path, shape = tmp_path / "pairs.safetensors", (1, 2, 3, 8)
+    session = SimpleNamespace(shape=shape, prompts=range(5))
+    good = {name: torch.randn(4, *shape).half() for name in ("win", "lose")}
+    good["prompts"] = torch.arange(4, dtype=torch.int32)
+    save_file(good, path)
+    assert read_pairs(path, session)["prompts"].dtype == torch.int64
+    for name, tensor, message in (
+        ("prompts", torch.zeros(4), r"its prompts is float32 \(4,\)"),
+        ("prompts", torch.zeros(4, dtype=torch.bool), "its prompts is bool"),
+        ("prompts", torch.zeros(4, 1, dtype=torch.int64), r"its prompts is int64 \(4, 1\)"),
+        ("win", torch.zeros(4, *shape, dtype=torch.int32), "its win is int32"),
+        ("lose", torch.full((4, *shape), torch.nan), "its lose holds nan"),
+    ):
+        save_file(good | {name: tensor}, path)
+        with pytest.raises(ConfigError, match=message):
+            read_pairs(path, session)
+    with pytest.raises(ConfigError, match="dpo.pairs.*no effect in online dpo"):
+        PosttrainConfig(algorithm="dpo", dpo=DPOConfig(source="online", pairs=str(path)))
+
+
 def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys):
     words = ["lora.enabled=true", "lora.rank=2"]
     posttrain.main(command(shop, "scaled", *words, "train.max_steps=1"))
@@ -164,6 +192,8 @@ def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys
     refused(
         capsys, posttrain.main, [*again, "lora.rslora=true"], "lora.rslora is True", "with False"
     )
+    words = [*again, "posttrain.algorithm=nft"]
+    refused(capsys, posttrain.main, words, "no slow copy", "resume with the algorithm that wrote")
     assert (run / "config.yaml").read_bytes() == before
     posttrain.main(again)
     (kept,) = run.glob("config.before-*.yaml")

@@ -361,6 +361,42 @@ def test_the_seconds_of_every_attempt_count(tmp_path, monkeypatch):
     assert record["stages"]["a"]["seconds"]["caching"] == 14, "of the seed that made it"
 
 
+def test_a_cache_beside_counts_for_the_stage_that_made_it(tmp_path, monkeypatch):
+    first = encode(lone_stage(tmp_path).stages[0])
+    recipe = recipe_of(first, first | {"name": "b", "beside": ["a"]})
+    record = Chain(recipe, 0, tmp_path, execute=Stopped(monkeypatch, {})).run()
+    assert [row["seconds"]["caching"] for row in record["stages"].values()] == [7, 7]
+
+
+def test_a_run_of_this_machine_is_no_start_of_a_recipe(tmp_path, monkeypatch):
+    stage = encode(lone_stage(tmp_path).stages[0]) | {"overrides": ["train.init_from=runs/mine"]}
+    with pytest.raises(ValueError, match="a: .* starts from runs/mine; name the stage that makes"):
+        Chain(recipe_of(stage), 0, tmp_path, execute=Stopped(monkeypatch, {})).run()
+
+
+@pytest.mark.parametrize("number, passed_on", [("SIGTERM", [signal.SIGTERM]), ("SIGINT", [])])
+def test_a_command_is_asked_once_to_stop(monkeypatch, number, passed_on):
+    """A terminal sends Ctrl-C to it, too, and at a second one a training ends without saving."""
+
+    class Command:
+        sent, waits = [], 0
+
+        def send_signal(self, signum):
+            self.sent.append(signum)
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                signal.raise_signal(getattr(signal, number))
+            return 0
+
+    command = Command()
+    monkeypatch.setattr(chains.subprocess, "Popen", lambda words: command)
+    with pytest.raises(KeyboardInterrupt):
+        chains.run_command(["train"])
+    assert command.sent == passed_on and command.waits == 2
+
+
 def test_a_stage_that_succeeds_has_failed_no_longer(tmp_path, monkeypatch):
     recipe = lone_stage(tmp_path)
     run = Stopped(monkeypatch, {1: RunError("a full disk")})

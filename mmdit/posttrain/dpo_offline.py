@@ -18,7 +18,9 @@ from mmdit.foreign import explain_errors
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
-from mmdit.weights import tensor_pieces
+from mmdit.weights import is_finite, tensor_pieces
+
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16)  # types of places in a list of prompts
 
 
 def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
@@ -43,7 +45,7 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
             len(prompts), generator=generator(session.seed, "pairs", session.state.step)
         )
         rows = order[:batch][world.rank :: world.size]
-        win, lose = (pairs[name][rows].to(session.device) for name in ("win", "lose"))
+        win, lose = (pairs[name][rows].to(session.device).float() for name in ("win", "lose"))
         numbers: dict[str, list[Tensor]] = defaultdict(list)
         for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
             loss.backward()
@@ -114,15 +116,26 @@ def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
         with explain_errors(path, "file of pairs"):
             pairs = load_file(path)
             count = len(pairs["prompts"])
+            if pairs["prompts"].ndim != 1 or pairs["prompts"].dtype not in WHOLE_NUMBERS:
+                raise ValueError(f"its prompts is {form_of(pairs['prompts'])}")
             for name in ("win", "lose"):
-                if pairs[name].shape != (count, *shape):
-                    raise ValueError(f"its {name} is {tuple(pairs[name].shape)}")
+                if pairs[name].shape != (count, *shape) or not pairs[name].is_floating_point():
+                    raise ValueError(f"its {name} is {form_of(pairs[name])}")
+                if not is_finite(pairs[name]):
+                    raise ValueError(f"its {name} holds nan or infinity")
+            pairs["prompts"] = pairs["prompts"].long()
             if not ((pairs["prompts"] >= 0) & (pairs["prompts"] < len(session.prompts))).all():
                 raise ValueError("a prompt is not in the list")
     except ValueError as error:
         raise ConfigError(
             "posttrain.dpo.pairs",
             f"is {str(path)!r}: {error}; it must hold win and lose (pairs,"
-            f" {', '.join(map(str, shape))}) and prompts (pairs,): places in the list",
+            f" {', '.join(map(str, shape))}), floats, and prompts (pairs,), int64: places in the"
+            " list",
         ) from None
     return pairs
+
+
+def form_of(tensor: Tensor) -> str:
+    """Return the type and the shape of a tensor, for a message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

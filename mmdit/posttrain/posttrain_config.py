@@ -386,6 +386,11 @@ class PosttrainConfig(Section):
         if algorithm == "srpo" or (algorithm == "dpo" and self.dpo.source == "offline"):
             where = f"{algorithm} without epochs"
             self._refuse("updates_per_epoch", self.updates_per_epoch, 1, where)
+        if algorithm == "dpo" and self.dpo.source == "online":
+            where = "online dpo, which makes its pairs in each epoch"
+            for name in ("pairs", "collect", "batch"):
+                usual = getattr(DPOConfig(), name)
+                self._refuse(f"dpo.{name}", getattr(self.dpo, name), usual, where)
         if self.advantage.mode == "gdpo":
             self._refuse("advantage.std", self.advantage.std, "global", "gdpo, which uses both")
 

@@ -73,6 +73,12 @@ class Session(Setup):
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the reference stays the model that the first run began
         from."""
+        if self.config.keeps_old and not any(folder.glob("old*")):
+            raise ValueError(
+                f"{folder} has no slow copy of the weights, which posttrain.algorithm"
+                f" {self.config.algorithm} follows: resume with the algorithm that wrote it, or"
+                " start a new run with train.init_from"
+            )
         self.state.restore(folder)
         if self.config.keeps_old:
             checkpoint.assign(self.policy.old, Stored(folder / "old.safetensors"), str(folder))

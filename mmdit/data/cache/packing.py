@@ -64,7 +64,9 @@ def pack_cache(
     folder, out = Path(folder), Path(out_dir)
     if shard_bytes < 1:
         raise ValueError(f"a shard of {shard_bytes} bytes holds nothing; take at least 1")
-    if out.resolve() == folder.resolve() or (out.is_dir() and next(out.rglob("*.pt"), None)):
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} is the cache itself; pack into a folder of its own")
+    if out.is_dir() and next(out.rglob("*.pt"), None):
         raise ValueError(f"{out} holds an unpacked cache; pack into a folder of its own")
     if not (out / "manifest.json").exists() and any(shards_of(out)):
         raise ValueError(

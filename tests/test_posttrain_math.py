@@ -10,6 +10,7 @@ import torch
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig
+from mmdit.interfaces import LatentSpec
 from mmdit.posttrain import direct_align, dynamics, losses, online
 from mmdit.posttrain.advantages import advantages, check_geometry, ranks
 from mmdit.posttrain.posttrain_config import NFTConfig
@@ -20,6 +21,8 @@ from mmdit.posttrain.rewards import (
     RewardPool,
     Samples,
 )
+from mmdit.posttrain.rollouts import Rollouts
+from mmdit.posttrain.session import average_gradients
 from mmdit.posttrain.shapes import PromptAccuracy
 from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory, group_id
 from mmdit.rng import Draws
@@ -427,6 +430,67 @@ def test_nft_divides_by_an_error_that_is_not_differentiated():
     (found,) = torch.autograd.grad(weighted.sum(), v)
     (expected,) = torch.autograd.grad((plain / gap).sum(), v)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_epoch_is_shared_out_once_update_by_update(size):
+    config = SimpleNamespace(prompts_per_epoch=4, group_size=4, updates_per_epoch=2, micro_batch=2)
+    ranks = []
+    for rank in range(size):
+        setup = SimpleNamespace(world=SimpleNamespace(rank=rank, size=size))
+        ranks.append(list(Rollouts.rank_indices(SimpleNamespace(setup=setup, config=config))))
+    half = len(ranks[0]) // 2
+    for update, own in enumerate((slice(0, half), slice(half, None))):
+        places = torch.cat([part for batches in ranks for part in batches[own]])
+        assert sorted(places.tolist()) == list(range(8 * update, 8 * update + 8))
+
+
+def test_gradients_of_processes_are_averaged_and_a_missing_one_is_zero():
+    class Two:
+        """Stands for two processes, of which the other one has the gradients 3."""
+
+        size = 2
+
+        def gather(self, there):
+            return [there, [True, True, False]]
+
+        def sum_(self, *gradients):
+            for gradient in gradients:
+                gradient += 3
+
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.ones(2)
+    average_gradients(parameters, Two())
+    found = [None if p.grad is None else p.grad.tolist() for p in parameters]
+    assert found == [[2, 2], [1.5, 1.5], None]
+
+
+def test_no_draw_of_an_update_comes_again_in_another():
+    session = SimpleNamespace(seed=0, device="cpu", frames=1, shape=(6,), state=SimpleNamespace())
+    session.learner = SimpleNamespace(objective=FlowMatching(FlowMatchingConfig()))
+    session.levels = SimpleNamespace(inside=lambda sigma: sigma)
+    levels = []
+    for session.state.step in range(3):
+        for number in range(2):
+            x, noise, sigma = online.noised(session, torch.zeros(1, 6), torch.arange(1), number, 2)
+            torch.testing.assert_close(x, sigma[:, None] * noise)
+            levels.append(sigma.item())
+    assert len(set(levels)) == 6
+
+
+@pytest.mark.parametrize("place, needed", [(0, 1), (1, 2), (4, 2), (5, 3), (-1, 3)])
+def test_as_many_latent_frames_are_decoded_as_rewards_need(place, needed):
+    """Of 9 frames, which are 3 latent ones."""
+
+    def decode(latents):
+        frames = torch.arange(1.0 + 4 * (latents.shape[1] - 1))
+        return frames[None, :, None, None, None] + 100 * latents.shape[1]
+
+    learner = SimpleNamespace(spec=LatentSpec(channels=3, temporal=4))
+    setup = SimpleNamespace(frames=9, learner=learner, tokenizer=SimpleNamespace(decode=decode))
+    rollouts = SimpleNamespace(setup=setup, config=SimpleNamespace(reward_frames=(place,)))
+    pixels = Rollouts.decode(rollouts, torch.zeros(1, 3, 2, 2, 3))
+    assert pixels.flatten().tolist() == [place % 9 + 100 * needed]
 
 
 def test_the_slow_copy_of_nft_stays_behind_more_and_more():

@@ -198,3 +198,19 @@ def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys
     posttrain.main(again)
     (kept,) = run.glob("config.before-*.yaml")
     assert kept.read_bytes() == before != (run / "config.yaml").read_bytes()
+
+
+def test_the_slow_copy_keeps_its_strength_under_another_alpha(shop, capsys):
+    """NFT moves it after the first update, and then no more."""
+    words = ["posttrain.algorithm=nft", "posttrain.nft={flat: 1, rate: 1, most: 1}"]
+    words += ["lora.enabled=true", "lora.rank=2", "train.save_every_steps=1", "train.keep_last=0"]
+    posttrain.main(command(shop, "slow", *words, "lora.alpha=4", "train.max_steps=1"))
+    posttrain.main(command(shop, "slow", *words, "lora.alpha=16", "--resume"))
+    assert "4 → 16: they compute what they did" in capsys.readouterr().out
+    before, after = (
+        checkpoint.read_tensors(folder / "old.safetensors")
+        for folder in checkpoint.complete(shop.folder / "runs/slow")[-2:]
+    )
+    factors = [name for name in before if name.endswith("lora_B")]
+    assert any(before[name].any() for name in factors)
+    assert all(torch.equal(after[name], before[name] / 4) for name in factors)

@@ -228,11 +228,11 @@ def posttrain(
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
             stored = config_io.completed(ExperimentConfig, meta.config)
             changed = changes(stored, config_io.encode(config))
-            session.restore(resumed)
+            notes = session.restore(resumed)
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
                 *(f"  config changed: {line}" for line in changed),
-                *(f"  {line}" for line in other_data(meta.origin.get("data") or [], data)),
+                *(f"  {line}" for line in notes + other_data(meta.origin.get("data") or [], data)),
             ]
         about = describe_session(session)
         world.print("\n".join([*lines, *expert_notes(config), *about]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mmdit.adapters.strength import carry_over
 from mmdit.diffusion import guided_by_expert
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain.losses import wide
@@ -43,6 +44,13 @@ class Policy:
         """Move `old` towards the policy; `share` of it stays as it was."""
         for name, parameter in self.trained.items():
             local(self.old[name]).lerp_(local(parameter), 1 - share)
+
+    def carry_over_old(self, alphas: dict[str, float]) -> None:
+        """Rescale the adapters of `old`, trained with other `alphas`, as those of the policy were:
+        they compute what they did."""
+        with holding(self.trained, self.old):
+            carry_over(self.model, alphas)
+            self.old = self.snapshot()
 
     def _call_with(self, weights: dict[str, Tensor], *inputs: object) -> Tensor:
         """Call the network with `weights` in place of the trained ones. Where it is sharded it

@@ -70,20 +70,22 @@ class Session(Setup):
             files[HISTORY_FILE] = self.history
         return files
 
-    def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint; the reference stays the model that the first run began
-        from."""
+    def restore(self, folder: Path) -> list[str]:
+        """Continue from a checkpoint; the reference stays the model that the first run began from.
+        Return what to tell a person."""
         if self.config.keeps_old and not any(folder.glob("old*")):
             raise ValueError(
                 f"{folder} has no slow copy of the weights, which posttrain.algorithm"
                 f" {self.config.algorithm} follows: resume with the algorithm that wrote it, or"
                 " start a new run with train.init_from"
             )
-        self.state.restore(folder)
+        lines = self.state.restore(folder)
         if self.config.keeps_old:
             checkpoint.assign(self.policy.old, Stored(folder / "old.safetensors"), str(folder))
+            self.policy.carry_over_old(checkpoint.Meta.read(folder).alphas)
         history = folder / f"{HISTORY_FILE}.safetensors"
         self.history = checkpoint.read_tensors(history) if history.is_file() else {}
+        return lines
 
     def evaluate(self) -> dict[str, float]:
         """Return the evaluation rewards, having saved the weights apart if they are the best so

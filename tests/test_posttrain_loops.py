@@ -22,6 +22,7 @@ from mmdit.posttrain.posttrain_config import (
 )
 from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
 from mmdit.posttrain.rollouts import Rollouts
+from mmdit.posttrain.srpo import srpo_updates
 from mmdit.posttrain.stop_rules import StopRules
 from mmdit.posttrain.trajectory import Trajectory
 from mmdit.scripts import posttrain
@@ -459,6 +460,16 @@ def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
 
 
 # ── C6: SRPO ──────────────────────────────────────────────────────────────────────────────────────
+def test_micro_batches_of_srpo_add_up_to_the_mean(tmp_path):
+    """AdamW would hide a wrong sum, but the norm that is clipped would be another one."""
+
+    def norm(size: int) -> float:
+        update = srpo_updates(session(tmp_path, **SRPO | {"srpo": words(), "micro_batch": size}))
+        return update()["grad_norm"]
+
+    assert norm(8) == pytest.approx(norm(32), rel=1e-3)
+
+
 def test_srpo_follows_its_words(tmp_path):
     for name, pair in (("red", ("red", "blue")), ("blue", ("blue", "red"))):
         for branches in (("denoise",), ("denoise", "invert")):

@@ -25,6 +25,7 @@ from mmdit.scripts import export, pack_cache, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
+from mmdit.training.continuing import kept_no_longer
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import Workshop, refused
@@ -198,6 +199,38 @@ def test_adapters_of_another_run_keep_their_strength_whatever_rslora_says(shop, 
     ].learner.state_dict()
     for name, value in load_pipeline(run, "cpu")[0].learner.state_dict().items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_resume_that_keeps_fewer_checkpoints_says_so_before_it_removes_any(shop, capsys):
+    """A forgotten override would cost all milestones of a run."""
+    each = ["train.save_every_steps=1", "train.keep_last=1"]
+    run = shop.train("milestones", *each, "train.keep_every_steps=1")
+    assert len(checkpoint.complete(run)) == 3
+    capsys.readouterr()
+    shop.train("milestones", *each, "--resume")
+    assert "fewer checkpoints are kept than before" in capsys.readouterr().out
+    assert len(checkpoint.complete(run)) == 3, "nothing is saved, and nothing removed"
+    shop.train("milestones", *each, "--resume", "train.max_steps=4")
+    assert [checkpoint.step_of(folder) for folder in checkpoint.complete(run)] == [4]
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ((3, 1000), (3, 0), True),
+        ((3, 1000), (3, 500), False),
+        ((3, 1000), (3, 1500), True),
+        ((3, 1000), (0, 0), False),
+        ((0, 0), (3, 0), True),
+        ((3, 0), (2, 0), True),
+        ((2, 0), (3, 7), False),
+    ],
+)
+def test_what_is_kept_no_longer_is_known(old, new, told):
+    configs = (
+        {"train": {"keep_last": last, "keep_every_steps": every}} for last, every in (old, new)
+    )
+    assert bool(kept_no_longer(*configs)) == told
 
 
 def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):

@@ -64,7 +64,7 @@ def test_the_model_equals_a_dense_second_implementation(rows, columns, frames):
         {"qk_norm": False},
         {"temporal_position": False},
         {"frame_step": 0.4},
-        {"joint_position": True},
+        {"joint_position": True, "frame_step": 0.4},
         {"pooled_text": False},
         {"spatial": ("frame", "shifted")},
     ],

@@ -35,7 +35,13 @@ from mmdit.posttrain.setup import Files
 from mmdit.posttrain.srpo import real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import changes, check_same_latents, other_data, write_config
+from mmdit.training.continuing import (
+    changes,
+    check_same_latents,
+    kept_no_longer,
+    other_data,
+    write_config,
+)
 from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.learner import Learner
@@ -228,7 +234,7 @@ def posttrain(
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
             stored = config_io.completed(ExperimentConfig, meta.config)
             changed = changes(stored, config_io.encode(config))
-            notes = session.restore(resumed)
+            notes = session.restore(resumed) + kept_no_longer(stored, config_io.encode(config))
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
                 *(f"  config changed: {line}" for line in changed),

@@ -113,7 +113,7 @@ def find_start(
     folder that holds a run is never written over. A restart by torchrun goes on as `resume` does,
     or begins anew where nothing was saved yet. `prunes`: remove what a kill left of older
     checkpoints."""
-    run_dir, train = config.run_dir, config.train
+    run_dir = config.run_dir
     again = continues(run_dir, world)
     newest = checkpoint.latest(run_dir, None if resume or again else ())
     if resume and newest is None and not again:
@@ -126,9 +126,11 @@ def find_start(
             " --resume, choose another experiment_name, or remove the folder"
         )
     if newest is not None and prunes:
-        checkpoint.prune(
-            run_dir, checkpoint.step_of(newest), train.keep_last, train.keep_every_steps
-        )
+        # What a changed config no longer keeps stays until the next save: then it was told.
+        stored = config_io.completed(ExperimentConfig, checkpoint.Meta.read(newest).config)
+        kept = stored.get("train") or {}
+        keep = (kept.get("keep_last", 0), kept.get("keep_every_steps", 0))
+        checkpoint.prune(run_dir, checkpoint.step_of(newest), *keep)
     return newest
 
 

@@ -48,7 +48,7 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
             " product to keep the result"
         )
     lines += other_data(stored.get("data") or [], now["data"])
-    return lines + trained_before(old, new)
+    return lines + trained_before(old, new) + kept_no_longer(old, new)
 
 
 def _check_same_scale(old: dict, new: dict) -> None:
@@ -110,6 +110,20 @@ def trained_before(old: dict, new: dict) -> list[str]:
         "the held-out items are others than before (seed, train.val_share, train.val_every_steps):"
         " of the same cache some were trained on, and val_loss is too low by what was learned of"
         " them"
+    ]
+
+
+def kept_no_longer(old: dict, new: dict) -> list[str]:
+    """Return a line if checkpoints that the run of `old` kept are removed by that of `new`."""
+    before, after = (config.get("train") or {} for config in (old, new))
+    last, fewer = before.get("keep_last"), after.get("keep_last")
+    every, other = before.get("keep_every_steps"), after.get("keep_every_steps")
+    milestones = every and (not other or every % other)
+    if not fewer or not (milestones or last == 0 or (last or 0) > fewer):
+        return []
+    return [
+        "fewer checkpoints are kept than before (train.keep_last, train.keep_every_steps), and the"
+        " next save removes the others: to keep them, stop before it and set these as they were"
     ]
 
 

@@ -3,6 +3,8 @@ apart, fixed draws, curves."""
 
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.rng import Draws
 from mmdit.scripts import plot_run
 from mmdit.training import checkpoint
-from mmdit.training.validation import QUANTILES, FixedTimes
+from mmdit.training.distributed import World
+from mmdit.training.validation import QUANTILES, FixedTimes, Validation
 from tests.helpers.tiny import Workshop, refused
 from tests.test_batches import listing
 
@@ -89,6 +92,41 @@ def test_held_out_items_are_in_no_batch_and_stay_held_out_as_the_cache_grows():
     assert crops and all({i - i % 3, i - i % 3 + 1, i - i % 3 + 2} <= set(crops) for i in crops)
     with pytest.raises(ValueError, match=r"val_share 0.0001 holds 0 of the 60 items"):
         BatchPlan(small, video, 4, 1, held_out=0.0001)
+
+
+def test_clips_that_are_too_short_are_not_measured():
+    plan = BatchPlan(listing((30, 9, 2, 2), (30, 2, 2, 2)), VideoConfig(num_frames=4), 4, 1, 0.3)
+    held = plan.held_out
+    assert (held < 30).any() and (held >= 30).any()
+    (planned,) = plan.held_out_batches(99)
+    assert planned.items.tolist() == [item for item in held.tolist() if item < 30]
+
+
+class Quantiles:
+    """Stands for a learner whose losses are the quantile of the time and the number in a caption
+    added up."""
+
+    def __call__(self, latents, captions, draws, crops, places):
+        return draws.quantiles + torch.tensor(list(map(float, captions))), None
+
+    def eval(self):
+        return self
+
+    def eager(self):
+        return nullcontext()
+
+
+def test_validation_measures_the_middles_of_equal_parts_each_item_once():
+    """Two items in batches of four, which the last one of fills up by repetition."""
+    items = SimpleNamespace(ids=["a", "b"], captions=["0", "5"], indices=torch.arange(2))
+    items.latents, items.crops, items.places = torch.zeros(2, 1), None, None
+    source = SimpleNamespace(held_out=lambda most: [items], plan=SimpleNamespace(seed=0))
+    config = SimpleNamespace(batch_size=4, autocast=False, val_samples=2)
+    state = SimpleNamespace(learner=Quantiles(), ema=None)
+    values = Validation(config, SimpleNamespace(sources=[source]), World())(state)
+    for i in range(QUANTILES):
+        assert values[f"val_loss_q{i + 1}"] == pytest.approx((i + 0.5) / QUANTILES + 2.5)
+    assert values["val_loss"] == pytest.approx(0.5 + 2.5)
 
 
 def test_validation_is_fixed_and_touches_no_training(shop):

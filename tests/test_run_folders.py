@@ -201,6 +201,14 @@ def test_what_a_killed_training_left_goes_when_the_next_one_begins(tmp_path):
         assert names(tmp_path) == ["step_00000001"] and not list(preview.iterdir())
 
 
+def test_a_file_that_came_to_a_checkpoint_later_is_told(tmp_path):
+    """Averaged weights of another run would be drawn with."""
+    folder = saved(tmp_path, 1)
+    assert not checkpoint.problem_of(folder)
+    shutil.copy(folder / "model.safetensors", folder / "ema.safetensors")
+    assert "ema.safetensors does not belong to it" in checkpoint.problem_of(folder)
+
+
 def test_resume_removes_what_a_kill_between_saving_and_pruning_left(shop):
     words = ["train.keep_last=1", "train.max_steps=2"]
     run = shop.train("pruned", *words)

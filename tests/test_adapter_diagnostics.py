@@ -187,7 +187,8 @@ def test_the_command_reads_wan_layer_by_layer_and_keeps_to_limits(tmp_path, caps
         capsys,
         inspect_adapter.main,
         [*words, "--max_logit", "3"],
-        "--max_logit needs --prompts_file",
+        "--max_logit is 3.0",
+        "give --prompts_file",
     )
 
 

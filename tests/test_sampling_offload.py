@@ -103,6 +103,8 @@ def test_types_and_a_folder_of_embeddings_that_the_command_names_are_heeded(pair
     pipeline, _ = load_pipeline(pair, "cpu", overrides=words)
     plain, config = load_pipeline(pair, "cpu")
     assert config.model.dtype == config.text_encoder.dtype == "float32", "a CPU's own"
+    with pytest.raises(ValueError, match="is a release, .* leave --raw_weights out"):
+        load_pipeline(pair, "cpu", use_ema=False)
     types = [
         one.model.networks()["high"].blocks[0].ffn[0].weight.dtype for one in (pipeline, plain)
     ]

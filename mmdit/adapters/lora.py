@@ -100,6 +100,14 @@ class LoRAConfig(Section):
             raise ConfigError(
                 "rslora", "is true with type lokr, whose scale it does not define; use lora or dora"
             )
+        of_lokr = {"factor": 8, "full_second": False, "decompose_first": False}
+        for name, usual in of_lokr.items():
+            if self.type != "lokr" and getattr(self, name) != usual:
+                raise ConfigError(
+                    name,
+                    f"is {getattr(self, name)} with type {self.type}: it is of lokr; set that, or"
+                    " leave it out",
+                )
         if self.factor == 0 or self.factor < -1:
             raise ConfigError("factor", f"is {self.factor}; must be positive, or -1")
         for word in self.blocks:

@@ -35,6 +35,7 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
             f"--out is {args.out}, a name for files of torch.save, but safetensors are written:"
             " end it in .safetensors"
         )
+    check_overrides(args.overrides)
     write = _write_file
     if args.layout == "diffusers_pipeline":
         write = _write_pipeline
@@ -118,9 +119,8 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
     return exported, [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
 
 
-def shareable(meta: Meta, overrides: list[str]) -> Meta:
-    """Return what a file says of itself: the config with `overrides`, and without the places of
-    this machine. ValueError: an override is of what the weights decide."""
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ValueError for an override of what the weights decide."""
     for word in overrides:
         key = word.partition("=")[0]
         if not key.startswith("card.") and key not in NEEDED:
@@ -128,6 +128,11 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
                 f"{word}: an export takes card.… and the places {', '.join(NEEDED)}; the rest is as"
                 " it was trained"
             )
+
+
+def shareable(meta: Meta, overrides: list[str]) -> Meta:
+    """Return what a file says of itself: the config with `overrides`, and without the places of
+    this machine."""
     config = apply_overrides(meta.config, overrides)
     if overrides:
         decode(ExperimentConfig, config)

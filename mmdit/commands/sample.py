@@ -283,6 +283,11 @@ class Drawing:
             "weights": weights_digest(networks, self.image),
         }
 
+    def settings_of(self, requests: Mapping[int, Request]) -> list[SampleSettings]:
+        """Return the settings that requests are drawn with, and those of drawing them again."""
+        drawn = [request.settings(self.settings) for request in requests.values()]
+        return [*drawn, self.redrawn] if drawn and self.redrawn else drawn
+
     def check(self, requests: Mapping[int, Request]) -> None:
         """Raise ValueError for requests of sizes or settings that cannot be drawn, before anything
         is."""
@@ -292,6 +297,14 @@ class Drawing:
                 raise ValueError(
                     f"prompt {number} has a size of its own, which {fixed} decides for all; leave "
                     "out its width and height"
+                )
+            if request.negative and not any(
+                settings.guides for settings in self.settings_of({number: request})
+            ):
+                raise ValueError(
+                    f"prompt {number} has a negative prompt, {request.negative!r}, but its guidance"
+                    " is 1, which looks at the prompt alone: give it a guidance above 1, or leave"
+                    " the negative prompt out"
                 )
             try:
                 settings = request.settings(self.settings)
@@ -426,7 +439,8 @@ def with_published_shift(
     """Return `settings` with the time shift of a release that has another one at each size, unless
     the words of the command set one."""
     shift = published_shift(args.checkpoint, width, height)
-    if not shift or any("sample_shift" in word for word in args.overrides):
+    chosen = args.shift is not None or any("sample_shift" in word for word in args.overrides)
+    if chosen or not shift:
         return settings
     return replace(settings, sampler=replace(settings.sampler, shift=shift))
 

@@ -102,6 +102,11 @@ def load_pipeline(
     `offload_pipeline`.
     """
     where, release = choose_device(device), release_config(path)
+    if release and not use_ema:
+        raise ValueError(
+            f"{path} is a release, which holds one set of weights, not the last ones beside their"
+            " average: leave --raw_weights out"
+        )
     weights = None if release else checkpoint.load_weights(path, use_ema)
     source = weights.source if weights else Path(path)
     if release and where.type == "cpu":
@@ -117,7 +122,7 @@ def load_pipeline(
     refuse_foreign_code(config, list(overrides), source)
     config = stay_offline(config, list(overrides))
     # What came with weights names no folder to write into; the command may.
-    if config.text_encoder.cache_dir and not asks_for("cache_dir", list(overrides)):
+    if config.text_encoder.cache_dir and not asks_for("text_encoder.cache_dir", list(overrides)):
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where).plain
     if weights:
@@ -130,7 +135,8 @@ def load_pipeline(
     if lora is not None:
         (merge if lora else remove)(learner.model)
     learner.model = with_sibling(learner, config)
-    precision = config.train.precision if where.type == "cuda" else "fp32"
+    asked = asks_for("train.precision", list(overrides))
+    precision = config.train.precision if where.type == "cuda" or asked else "fp32"
     home = where if offload == "none" else torch.device("cpu")
     pipeline = Pipeline(learner.to(home).eval(), tokenizer, precision, config.captions)
     pipeline.tile = config.video.latent_tile(tokenizer.spec)

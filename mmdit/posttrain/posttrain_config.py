@@ -397,7 +397,8 @@ class PosttrainConfig(Section):
     @staticmethod
     def _refuse(name: str, value: object, usual: object, where: str) -> None:
         if value != usual:
-            raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {usual}")
+            must = "null" if usual is None else usual
+            raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {must}")
 
     def check(self, run: Any) -> None:
         """Refuse what the loops of post-training cannot do, and a model that was never trained."""
@@ -407,6 +408,12 @@ class PosttrainConfig(Section):
                     f"{name}.enabled",
                     "is true with a posttrain section, whose loops know nothing of it; remove one",
                 )
+        low = self.rollout.guidance_low
+        if low is not None and not run.model.released:
+            raise ConfigError(
+                "posttrain.rollout.guidance_low",
+                f"is {low}, but {run.model.type} is no pair of experts; leave it out",
+            )
         if not (run.model.released or run.train.init_from):
             raise ConfigError(
                 "train.init_from",

@@ -28,14 +28,14 @@ def call(words: list[str]) -> int:
     return importlib.import_module(f"mmdit.scripts.{commands()[name]}").main()
 
 
-def command_parser(doc: str | None) -> argparse.ArgumentParser:
+def command_parser(doc: str | None) -> CommandParser:
     """Return a parser whose help begins with the docstring of a command, as it is."""
     return CommandParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def config_parser(
     doc: str | None, config_help: str = "the YAML that training will use"
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """Return a parser for a command that takes the configuration of a training."""
     parser = command_parser(doc)
     parser.add_argument("--config", required=True, help=config_help)
@@ -43,7 +43,7 @@ def config_parser(
     return parser
 
 
-def training_parser(doc: str | None, config_help: str) -> argparse.ArgumentParser:
+def training_parser(doc: str | None, config_help: str) -> CommandParser:
     """Return a parser for a command that trains, and continues a run that was stopped."""
     parser = config_parser(doc, config_help)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

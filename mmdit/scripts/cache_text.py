@@ -9,6 +9,7 @@ when they come up.
 
 from mmdit.commands.cache_text import encode_captions
 from mmdit.data.batches.data_config import SourceConfig
+from mmdit.experiment.data_sources import with_given
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
 from mmdit.scripts.parsers import at_least
@@ -22,9 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
-        sources = config.data.sources
-        if args.cache_dir:
-            sources = (SourceConfig(args.cache_dir),)
+        given = [args.cache_dir] if args.cache_dir else []
+        sources = with_given(config, given, []).data.sources or tuple(map(SourceConfig, given))
         if not sources and config.posttrain is None:
             raise ValueError(
                 "--cache_dir is not given, and the config has no posttrain: section with prompts;"

@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         check_files(out=args.out, copies=args.copies, nearest=args.nearest)
         if not (args.features or args.clip_score):
             raise ValueError("nothing to measure; give --features, --clip_score or both")
+        if not args.features:
+            reason = "nothing is compared with real items: give --features, or leave it out"
+            parser.refuse_idle(args, ["stride", "fps", "seed"], reason)
         if (args.width is None) != (args.height is None):
             raise ValueError("--width and --height are given together, or none of them")
         size = None if args.width is None else (args.width, args.height)

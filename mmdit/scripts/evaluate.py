@@ -16,20 +16,35 @@ tasks: each has its score, and what the oracle accepts of true pictures that mis
 steps of a run, one after another: how fast it learnt.
 """
 
+import argparse
 from functools import partial
 from pathlib import Path
 
 from mmdit.commands.evaluate import Scorer
 from mmdit.diagnostics.results_file import write_report
 from mmdit.diagnostics.task_accuracy import SCORES
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import Loader
 from mmdit.scripts import command_parser, friendly, run
-from mmdit.scripts.arguments import add_sampling_arguments, sample_settings, sample_size
+from mmdit.scripts.arguments import (
+    add_sampling_arguments,
+    sample_settings,
+    sample_size,
+)
+from mmdit.scripts.idle import refuse_idle_overrides, refuse_without_guidance
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.scripts.parsers import at_least
 from mmdit.training.checkpoint import at_steps
 from mmdit.training.media import save_sheet
+from mmdit.training.pipeline import SampleSettings
 from mmdit.training.samples import check_files
+
+
+def checked_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
+    """Return the settings that samples are drawn with. ValueError: an option has no part there."""
+    settings = sample_settings(args, config)
+    refuse_without_guidance(args, [settings])
+    return settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        refuse_idle_overrides(args.overrides)
         if args.prompts and not (args.features or args.clip_score):
             raise ValueError(
                 "--prompts needs --features or --clip_score: only moving shapes are scored without"
@@ -79,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         loader = Loader(args.device, not args.raw_weights, args.overrides, args.offload)
         asked = {name: getattr(args, name) for name in ("variant", "prompts", "count")}
         asked |= {"batch_size": args.batch_size, "metrics": metric_values(args)}
-        of_config = partial(sample_settings, args), partial(sample_size, args)
+        of_config = partial(checked_settings, args), partial(sample_size, args)
         scorer = Scorer(loader, *of_config, **asked)
         scored = [scorer.score(path) for path in paths]
         report, drawn = scored[-1]

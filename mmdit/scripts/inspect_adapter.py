@@ -52,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         if args.out:
             check_writable(args.out, folder=True)
+        if not args.prompts_file:
+            reason = (
+                "nothing is drawn, nor measured on the way: give --prompts_file, or leave it out"
+            )
+            parser.refuse_idle(args, ["frames", "device", "max_logit"], reason)
         if args.prompts_file and not args.out:
             raise ValueError("--prompts_file needs --out, a folder for what is drawn")
         if args.prompts_file and not (
@@ -82,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
             )
         total = report["budget"]["total"]
         logits = [row["max_abs_logit"] for row in report.get("after", {}).values()]
-        if args.max_logit is not None and not logits:
-            raise ValueError("--max_logit needs --prompts_file: logits are measured while drawing")
         figures = {
             "max_ratio": total["ratio"],
             "max_layer_ratio": total["max_ratio"],

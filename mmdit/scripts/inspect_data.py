@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
         medium = args.kind or media_of(args.meta_jsonl)
+        if medium == "image":
+            reason = "these are pictures, each with one path: leave it out, or give --kind video"
+            parser.refuse_idle(args, ["prefer"], reason)
         records = input_records(args, medium)
         manifest = CacheManifest.of(
             build_tokenizer(config.tokenizer), config.video, config.bucketing, config.preprocess

@@ -15,9 +15,9 @@ from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.checkpoint import Meta, latest
 
 
-def inspect_checkpoint(path: str) -> dict | None:
+def inspect_checkpoint(path: str, expert: str | None = None) -> dict | None:
     """Return what each file of a checkpoint of ours is, of a run its latest; None: it is neither.
-    ValueError: no checkpoint is whole."""
+    ValueError: no checkpoint is whole, or an `expert` is asked for, which a release has."""
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
         checkpoint = latest(folder)
@@ -26,6 +26,11 @@ def inspect_checkpoint(path: str) -> dict | None:
         folder = checkpoint
     if not (folder / "checkpoint.json").is_file():
         return None
+    if expert:
+        raise ValueError(
+            f"--expert is {expert}, but {folder} is a checkpoint, and all its files are told: leave"
+            " it out, or name one of them"
+        )
     step = Meta.read(folder).step
     parts = {file.stem: inspect_weights(file) for file in sorted(folder.glob("*.safetensors"))}
     return {"kind": f"checkpoint of step {step}", "path": str(folder), "parts": parts}
@@ -40,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        report = inspect_checkpoint(args.path) or inspect_weights(args.path, args.expert)
+        path, expert = args.path, args.expert
+        report = inspect_checkpoint(path, expert) or inspect_weights(path, expert)
         print(json.dumps(report, indent=1) if args.json else format_inspection(report))
     return 0
 

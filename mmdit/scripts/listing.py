@@ -10,6 +10,7 @@ HELPERS = (
     "__init__",
     "arguments",
     "data_arguments",
+    "idle",
     "metric_arguments",
     "listing",
     "parsers",

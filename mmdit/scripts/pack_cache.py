@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.format != "webdataset" and args.config:
             raise ValueError("--config is for --format webdataset, whose tars can hold embeddings")
         embeddings = None
+        if not args.config:
+            reason = "no embeddings are packed: give --config (of --format webdataset) with it"
+            parser.refuse_idle(args, ["overrides", "device"], reason)
         if args.config:
             embeddings = embeddings_of(args.config, args.overrides, args.device)
         size = args.shard_megabytes << 20

@@ -4,7 +4,7 @@ options."""
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class ParserShown(Exception):
@@ -24,6 +24,26 @@ class CommandParser(argparse.ArgumentParser):
         if args is self.SHOW:
             raise ParserShown(self)
         return super().parse_intermixed_args(args, namespace)
+
+    def refuse_idle(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+        """Raise ValueError for the first of the options `names` that was given another value than
+        its default: `reason` says why nothing would come of it, and what to do."""
+        for name in names:
+            value = getattr(args, name)
+            if value in (self.get_default(name), []):  # no override is an empty list
+                continue
+            if name == "overrides":
+                raise ValueError(f"{' '.join(value)} is given, but {reason}")
+            said = "given" if value is True else self._shown(value)
+            raise ValueError(f"--{name} is {said}, but {reason}")
+
+    def refuse_all_but(self, kept: list[str], args: argparse.Namespace, reason: str) -> None:
+        """Refuse all options but those `kept`, as `refuse_idle` does."""
+        self.refuse_idle(args, [name for name in vars(args) if name not in kept], reason)
+
+    @staticmethod
+    def _shown(value: object) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParser:

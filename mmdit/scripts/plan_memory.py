@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         config = load_experiment_config(args.config, args.overrides)
+        if args.gpu_gb is not None and args.gpu_gb <= 0:
+            raise ValueError(f"--gpu_gb is {args.gpu_gb:g}, must be above 0, for example 24")
+        if not config.model.released:
+            reason = f"model.type is {config.model.type}: it is of Wan, leave it out"
+            parser.refuse_idle(args, ["variant"], reason)
         if config.experts.enabled and not args.json:
             print("two experts of equal shape: the high-noise one computes, both are counted")
         sizes = variant_sizes(config, args.variant)

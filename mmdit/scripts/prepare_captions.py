@@ -24,10 +24,12 @@ from mmdit.data.preparing.caption_server import ServerCaptioner
 from mmdit.interop.vision_language import DTYPES, LocalCaptioner
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
+from mmdit.scripts.idle import refuse_other_captioner
+from mmdit.scripts.parsers import CommandParser
 from mmdit.training.distributed import choose_device
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parser_of_captions() -> CommandParser:
     parser = command_parser(__doc__)
     parser.add_argument("--meta_jsonl", type=Path, required=True, help="pictures or clips")
     parser.add_argument("--out_dir", type=Path, required=True, help="where the new lines go")
@@ -62,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="of a local model")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of a local model")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -80,7 +82,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    parser = parser_of_captions()
+    args = parser.parse_intermixed_args(argv)
     with friendly():
         check(args)
         media = media_of(args.meta_jsonl)
@@ -93,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             args.max_characters,
             args.seed,
         )
+        refuse_other_captioner(parser, args, media)
         writing = (args.max_tokens, args.temperature)
         if args.server:
             captioner = ServerCaptioner(args.server, args.model, *writing, args.timeout)

@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         if args.list or not args.name:
+            reason = "no recipe is run: give its NAME, and no --list, or leave it out"
+            parser.refuse_all_but(["list", "name", "results"], args, reason)
             print(overview(args.results))
             return 0
         from mmdit.commands.reproduce import Chain, finished_results, read_json, tell_failures

@@ -36,6 +36,7 @@ from mmdit.scripts.arguments import (
     sample_settings,
     sample_size,
 )
+from mmdit.scripts.idle import refuse_idle_overrides, refuse_without_guidance
 from mmdit.scripts.prompts import asked_for
 from mmdit.training.distributed import World
 from mmdit.training.expert_choice import describe_pair
@@ -66,16 +67,12 @@ def open_drawing(
     lay_over(pipeline, args.lora, args.lora_low, strength)
     if pair := describe_pair(pipeline, config):
         print(pair)
-    elif args.guidance_low is not None:
-        raise ValueError("--guidance_low is given, but this model is no pair of experts")
     width, height, frames, fps = sample_size(args, config)
     if args.image:
         given = (args.width, args.height)
         width, height = size_for(pipeline, args.image[0], (width, height), given)
     image = first_frames(args.image or [], (width, height))
-    settings = sample_settings(args, config)
-    if args.shift is None:
-        settings = with_published_shift(settings, args, width, height)
+    settings = with_published_shift(sample_settings(args, config), args, width, height)
     size = (width, height, frames)
     alone = bool(args.interactive or args.prompts_file)
     drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone, world)
@@ -92,11 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly(), all_processes(args) as world:
         if args.read:
+            parser.refuse_all_but(["read"], args, "--read says how a file was drawn: give one")
             print(json.dumps(read_facts(args.read), indent=1, ensure_ascii=False))
             return 0
         check_arguments(args)
+        refuse_idle_overrides(args.overrides)
         requests = {} if args.interactive else dict(enumerate(asked_for(args), args.first))
         drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv, world)
+        refuse_without_guidance(args, drawing.settings_of(requests))
         drawing.check(requests)
         with alone_in(Path(args.out), world):
             if args.interactive:

@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        if args.cache_only:
+            reason = "--cache_only trains nothing: leave one of the two out"
+            parser.refuse_idle(args, ["resume"], reason)
         config = load_experiment_config(args.config, args.overrides)
         config = with_given(config, args.train_cache_dir, args.train_jsonl)
         cache = next(iter(args.train_cache_dir), None)

@@ -68,6 +68,11 @@ class SampleSettings:
                 "smaller first; [0, 1] is always",
             )
 
+    @property
+    def guides(self) -> bool:
+        """Return whether guidance changes anything: at scale 1 there is none."""
+        return {self.cfg_scale, self.cfg_scale_low} - {None} != {1.0}
+
     @staticmethod
     def of(train) -> SampleSettings:
         """Return the settings of the `train.sample_*` keys."""
@@ -179,6 +184,11 @@ class Pipeline:
             raise ValueError(
                 "this model redraws small clips (model.conditioning: low_resolution) and draws none"
                 " itself: name it with --refine, beside a --checkpoint that does"
+            )
+        if settings.cfg_scale_low is not None and len(self.model.networks()) == 1:
+            raise ValueError(
+                f"guidance of the low-noise expert is {settings.cfg_scale_low} (--guidance_low, or"
+                " train.sample_cfg_scale_low), but this model is no pair of experts: leave it out"
             )
         spec.grid(width, height, self.model.patch)
         shift = sampler.shift * objective.clip_shift(spec.frames(frames))

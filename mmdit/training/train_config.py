@@ -199,7 +199,15 @@ class TrainConfig(Section):
             raise ConfigError(SAMPLER_KEYS[error.path], error.message) from None
 
     def check(self, run: Any) -> None:
-        """Refuse previews whose sampler has fewer noise levels than steps."""
+        """Refuse guidance of an expert that is not there, and previews whose sampler has fewer
+        noise levels than steps."""
+        low = self.sample_cfg_scale_low
+        if low is not None and not (run.experts.enabled or run.model.released):
+            raise ConfigError(
+                "train.sample_cfg_scale_low",
+                f"is {low}, but experts.enabled is false: there is no low-noise expert; leave it"
+                " out, or set train.sample_cfg_scale",
+            )
         if not self.sample_every_steps:
             return
         objective = build_objective(self.objective, run.diffusion, run.flow_matching)

@@ -32,17 +32,18 @@ def stay_offline(config, overrides: list[str]):
     name an encoder of the hub; only the command line, by its name or `local_files_only`, has it
     fetched."""
     encoder = config.text_encoder
-    if encoder.local_files_only or asks_for("name_or_path", overrides):
+    if encoder.local_files_only or asks_for("text_encoder.name_or_path", overrides):
         return config
-    if asks_for("local_files_only", overrides):
+    if asks_for("text_encoder.local_files_only", overrides):
         return config
     return replace(config, text_encoder=replace(encoder, local_files_only=True))
 
 
 def asks_for(key: str, overrides: list[str]) -> bool:
-    """Return whether the command line sets a key of the section `text_encoder:`."""
-    asked = config_io.apply_overrides({}, overrides).get("text_encoder")
-    return isinstance(asked, dict) and key in asked
+    """Return whether the command line sets a key, by its dotted name."""
+    section, _, name = key.rpartition(".")
+    asked = config_io.apply_overrides({}, overrides).get(section)
+    return isinstance(asked, dict) and name in asked
 
 
 def check_sizes(config, weights: checkpoint.Weights) -> None:

@@ -181,6 +181,18 @@ class PretrainConfig:
                 "ema.enabled",
                 "is false, but the average is what is exported: set ema.decay to 0 for none",
             )
+        if not self.ema.use_for_sampling:
+            raise ConfigError(
+                "ema.use_for_sampling",
+                "is false, but a tokenizer draws no previews; leave it out (ema.decay: 0 is no"
+                " average)",
+            )
+        if self.contrast.keep_text_tower and not self.contrast.weight:
+            raise ConfigError(
+                "contrast.keep_text_tower",
+                "is true with contrast.weight 0, without which there is no text tower; set a"
+                " weight, or it to false",
+            )
         check_sections(self)
 
     @property

@@ -26,6 +26,30 @@ from mmdit.scripts import command_parser, friendly
 from mmdit.scripts.arguments import number
 from mmdit.training.distributed import process_group
 
+# The parts that an option is of, where it is not of all.
+OF_PARTS = {
+    "compile": ("cache", "encode", "train", "wan", "peers"),
+    "shapes": ("train", "sample"),
+    "model": ("train", "sample"),
+    "train": ("train",),
+    "parallel": ("train",),
+    "tread": ("train",),
+    "wan": ("wan",),
+    "wan_model": ("wan",),
+    "lora": ("wan",),
+    "repeats": ("train", "wan", "peers"),
+    "profile": ("train", "wan"),
+    "steps": ("sample",),
+    "peers": ("peers",),
+    "workers": ("cache", "loader"),
+    "pictures": ("cache",),
+    "items": ("loader",),
+    "batch_size": ("cache", "encode"),
+    "seconds": ("encode", "loader"),
+    "vtp": ("cache", "encode"),
+    "folder": ("cache", "encode", "loader"),
+}
+
 
 def shape(text: str) -> tuple[int, ...]:
     numbers = tuple(int(part) if part.isdigit() else 0 for part in text.split("x"))
@@ -131,6 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     torch.set_float32_matmul_precision("high")
     with friendly(), tempfile.TemporaryDirectory() as scratch:
+        for name, parts in OF_PARTS.items():
+            if not set(parts) & set(args.parts):
+                reason = f"--parts is {' '.join(args.parts)}: it is of {', '.join(parts)}"
+                parser.refuse_idle(args, [name], reason)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (
             others := [part for part in args.parts if part != "train"]
         ):

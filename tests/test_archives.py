@@ -128,6 +128,19 @@ def test_files_tars_and_parquet_give_the_same_cache(tmp_path, workers):
     assert (tokenizer.encoded, report.renewed, report.already) == (0, 24, 24)
 
 
+def test_another_column_of_pictures_is_cached_anew(tmp_path):
+    rows = [{"image": picture(i), "depth": picture(i + 50), "caption": f"{i}"} for i in range(4)]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    held = {}
+    for column, written in (("", 4), ("image", 0), ("depth", 4), ("depth", 0), ("", 4)):
+        records = read_input(path, "image", image_column=column)
+        report = cache_of(None, tmp_path / "cache", records=records)
+        assert (report.written, report.already) == (written, 4 - written)
+        held[column] = items(tmp_path / "cache")
+    assert held[""] == held["image"] and held[""].keys() == held["depth"].keys()
+    assert all(held[""][id][0] != held["depth"][id][0] for id in held[""])
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_processes_share_an_archive_and_resume(tmp_path, world):
     write_parquet(

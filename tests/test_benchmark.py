@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model as speed
+from benchmarks.command import OF_PARTS
 from benchmarks.families import family
 from mmdit.scripts import benchmark
+from mmdit.scripts.parsers import parser_of
 from mmdit.training.distributed import World
 from mmdit.training.parallel import ParallelConfig
 from tests.helpers.tiny import refused
@@ -142,6 +144,20 @@ def test_two_processes_train_together_and_one_tells():
         and row["per_s"] == pytest.approx(2 * 2e3 / row["ms"], rel=0.01)
     )
     assert row["clips_per_day"] == pytest.approx(86400 * row["per_s"], rel=0.01)
+
+
+def test_an_option_of_a_part_that_is_not_measured_is_refused(capsys):
+    for words, expected in (
+        (["--steps", "5"], "--steps is 5, but --parts is cache encode loader: it is of sample"),
+        (["--parts", "sample", "--compile"], "--compile is given, but --parts is sample"),
+        (["--parts", "wan", "--model", "dim=32"], "--model is dim=32, but --parts is wan"),
+        (["--parts", "train", "--vtp", "S"], "--vtp is S, but --parts is train"),
+    ):
+        refused(capsys, benchmark.main, words, expected)
+    everywhere = {"parts", "device"}
+    names = {action.dest for action in parser_of(benchmark.main)._actions} - {"help"}
+    assert set(OF_PARTS) == names - everywhere
+    assert {part for parts in OF_PARTS.values() for part in parts} == set(speed.PARTS)
 
 
 def test_other_parts_refuse_torchrun(capsys, monkeypatch):

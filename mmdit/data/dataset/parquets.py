@@ -100,6 +100,16 @@ def choose_columns(
     return Columns(leaves[chosen], caption, next(iter(ids), ""), facts)
 
 
+def _in_place_of_usual(schema: Any, path: str, media: Media, columns: Columns) -> str:
+    """Return what the name of a row says of a column that is read because it was named, and not the
+    usual one: by it a cache knows that it holds the pictures of another column."""
+    try:
+        usual = choose_columns(schema, path, media, caption_column=columns.caption).media
+    except ValueError:  # there is none
+        usual = ""
+    return "" if columns.media == usual else f", {columns.media}"
+
+
 def _choose(what: str, named: str, fit: list[str], usual: Iterable[str], option: str) -> str:
     """Return the column that is named, else the first of a usual name, else the only one."""
     if named:
@@ -167,15 +177,15 @@ def parquet_samples(
         columns = choose_columns(
             file.schema_arrow, archive.path, media, media_column, caption_column
         )
+        named = _in_place_of_usual(file.schema_arrow, archive.path, media, columns)
         names = [name for name in (columns.caption, columns.id, *columns.facts) if name]
         for group in range(file.num_row_groups):
             first = number
             parts = file.iter_batches(ROWS, row_groups=[group], columns=names, use_threads=False)
             for rows in parts:
                 for row in rows.to_pylist():
-                    place = ParquetRow(
-                        archive, f"row {number}", group, number - first, columns.media
-                    )
+                    name = f"row {number}{named}"
+                    place = ParquetRow(archive, name, group, number - first, columns.media)
                     yield _sample(place, row, columns, number)
                     number += 1
     except (pyarrow.ArrowException, OSError, Unusable) as error:

@@ -18,7 +18,7 @@ from mmdit.nn.position import JointPosition
 from mmdit.nn.window import WindowGrid, coordinates, coordinates_of_tiles
 from mmdit.pixels import resized
 from mmdit.rng import Draws
-from mmdit.scripts import sample, train_t2v
+from mmdit.scripts import export, sample, train_t2v
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training import checkpoint
@@ -298,9 +298,12 @@ def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys
         asked.append((width, settings.seed, settings.negative_prompt))
         return latents(pipeline, captions, width, height, frames, settings, *rest, **more)
 
+    file = str(shop.folder / "stage.safetensors")
+    export.main(["--checkpoint", str(run), "--out", file])
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "latents", seen)
-        own = [*small[:2], "--device=cpu", "--refine", str(run), "--out", str(shop.folder / "own")]
+        own = [*small[:2], "--device=cpu", "--refine", file, "--out", str(shop.folder / "own")]
+        own += ["--raw_weights"]  # of the model that has others; the file has its own alone
         own += ["--seed=7", "--negative=dull", "--prompts_file", str(shop.folder / "p.jsonl")]
         lines = '{"prompt": "a"}\n{"prompt": "b", "negative": "loud"}\n'
         (shop.folder / "p.jsonl").write_text(lines)

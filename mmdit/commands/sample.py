@@ -26,6 +26,7 @@ from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift
 from mmdit.interop.wan_weights import expert_in_name
+from mmdit.shipped import find
 from mmdit.training.distributed import World, process_group
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
@@ -66,6 +67,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
             "and at most 1 (everything is)"
         )
+
+
+def refines_averaged(args: argparse.Namespace) -> bool:
+    """Return whether the second model draws with its averaged weights: an export has no others."""
+    return not args.raw_weights or find(args.refine).is_file()
 
 
 @contextmanager

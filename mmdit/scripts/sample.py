@@ -24,6 +24,7 @@ from mmdit.commands.sample import (
     check_arguments,
     first_frames,
     lay_over,
+    refines_averaged,
     size_for,
     whole_story,
     with_published_shift,
@@ -77,7 +78,9 @@ def open_drawing(
     alone = bool(args.interactive or args.prompts_file)
     drawing = Drawing(pipeline, size, settings, image, args.strength, words, alone, world)
     if args.refine:
-        second = load_pipeline(args.refine, args.device, not args.raw_weights, offload=args.offload)
+        second = load_pipeline(
+            args.refine, args.device, refines_averaged(args), offload=args.offload
+        )
         drawing.refine_with(*second, args.negative)
     return drawing, whole_story(args, drawing), fps
 

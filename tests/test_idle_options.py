@@ -5,8 +5,12 @@ import json
 import pytest
 
 from mmdit.config import ConfigError, apply_overrides, decode, parse_yaml
+from mmdit.data.cache.caching import Caching
+from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
+from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.scripts import (
     cache_text,
     compare_samples,
@@ -25,6 +29,7 @@ from mmdit.scripts import (
 )
 from mmdit.scripts.listing import commands
 from mmdit.scripts.parsers import parser_of
+from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training.pipeline import SampleSettings
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from tests.helpers.tiny import Workshop, refused
@@ -176,7 +181,9 @@ def test_a_key_of_what_the_config_has_not_is_refused(shop, word, expected):
     assert str(error.value).startswith(expected)
 
 
-def test_guidance_of_an_expert_that_post_training_does_not_have_is_refused(shop):
+def test_what_post_training_does_not_heed_is_refused(shop):
+    with pytest.raises(ConfigError, match="ratio.norm: is sum, which has no effect in awm"):
+        decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}})
     raw, _ = parse_yaml(shop.config.read_text(), "tiny.yaml")
     words = ["train.init_from=x", "posttrain={rollout: {guidance_low: 2}}"]
     with pytest.raises(ConfigError, match="rollout.guidance_low: is 2.0, but video_mmdit"):
@@ -190,3 +197,12 @@ def test_a_tokenizer_has_no_previews_and_no_tower_without_contrast():
     ):
         with pytest.raises(ConfigError, match=key):
             decode(PretrainConfig, raw)
+
+
+def test_a_decoder_of_pictures_is_not_asked_for_clips(tmp_path):
+    preprocess = PreprocessConfig(jpeg_decoder="torchvision")
+    tokenizer = build_tokenizer(DummyTokenizerConfig(latent_d=8))
+    clips = Caching([], "video", tokenizer, tmp_path / "c", VideoConfig(), preprocess=preprocess)
+    with pytest.raises(ConfigError, match="jpeg_decoder: is torchvision, .* these are clips"):
+        clips.run()
+    assert not (tmp_path / "c").exists()

@@ -80,6 +80,13 @@ def _check(config: ExperimentConfig) -> None:
             "is true, but post-training writes its checkpoints between two updates; set it to"
             " false",
         )
+    for name in ("sample_every_steps", "val_every_steps"):
+        if steps := getattr(config.train, name):
+            raise ConfigError(
+                f"train.{name}",
+                f"is {steps}, but post-training draws no previews and holds no items out: it"
+                " evaluates every posttrain.eval_every_epochs; set it to 0",
+            )
     width, height, _, _ = config.sample_size
     tile = config.video.tile
     if tile is not None and (width > tile[0] or height > tile[1]):

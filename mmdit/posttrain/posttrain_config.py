@@ -57,12 +57,12 @@ class RolloutConfig:
     guidance: float = 1.0
     # Guidance of the low-noise expert of a pair, if it has another.
     guidance_low: float | None = None
-    # How a stochastic step draws its noise; `ode` draws none.
+    # grpo, guard: how a stochastic step draws its noise; `ode` draws none. Others step by the ODE.
     dynamics: Dynamics = "flow_sde"
-    # The size of that noise, above 0 and at most 1.
+    # grpo, guard: the size of that noise, above 0 and at most 1.
     noise_level: float = 0.7
-    # Steps that may be stochastic, and are then trained; empty: all but the last, which would leave
-    # noise.
+    # grpo, guard: steps that may be stochastic, and are then trained; empty: all but the last,
+    # which would leave noise.
     sde_steps: tuple[int, ...] = ()
     # So many of them are drawn for each epoch; 0 takes all. The other steps are the ODE's.
     sde_pick: int = 0
@@ -126,8 +126,8 @@ class AdvantageConfig:
 class RatioConfig:
     """The section `posttrain.ratio:`, for grpo, guard and awm."""
 
-    # How log-ratios are summed over a latent: `sqrt_dim` makes units that do not depend on its
-    # size.
+    # grpo, guard: how log-ratios are summed over a latent; `sqrt_dim` makes units that do not
+    # depend on its size.
     norm: Norm = "sqrt_dim"
     # How far a ratio may be from 1 before it stops counting: [below 0, above 0].
     clip: tuple[float, float] = (-3e-3, 3e-3)
@@ -294,7 +294,7 @@ class PosttrainConfig(Section):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     # What is kept of a sampled trajectory, and where.
     storage: StorageConfig = field(default_factory=StorageConfig)
-    # How rewards become advantages.
+    # grpo, guard, nft, awm: how rewards become advantages.
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     # grpo, guard, awm: the ratio of the new policy to the old one.
     ratio: RatioConfig = field(default_factory=RatioConfig)
@@ -378,6 +378,8 @@ class PosttrainConfig(Section):
         algorithm = self.algorithm
         if algorithm == "srpo":
             self._refuse("kl.beta", self.kl.beta, 0.0, "srpo")
+        if algorithm == "awm":
+            self._refuse("ratio.norm", self.ratio.norm, "sqrt_dim", "awm, which takes the mean")
         if not self.trains_steps:
             where = f"{algorithm}, which compares velocities"
             self._refuse("kl.space", self.kl.space, "v", where)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.config import ConfigError
 from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import Decoded, Meta, decoded
 from mmdit.data.cache.half_latents import HalfLatents
@@ -69,6 +70,12 @@ class Caching:
         written stays and the same call goes on from there. ValueError: the folder holds a cache
         made with other settings, or nothing usable is left."""
         begin = time.monotonic()
+        if self.preprocess.jpeg_decoder == "torchvision" and self.media == "video":
+            raise ConfigError(
+                "preprocess.jpeg_decoder",
+                "is torchvision, which decodes pictures alone, and these are clips; leave it out of"
+                " this caching",
+            )
         if self.preprocess.jpeg_decoder == "torchvision":
             import_torchvision()  # what is missing shows before any work
         self.manifest = CacheManifest.of(

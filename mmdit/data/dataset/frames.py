@@ -43,8 +43,9 @@ class PreprocessConfig(Section):
     num_crops: int = 1
     # Keys the offsets of shifted crops.
     seed: int = 0
-    # Who decodes plain JPEG files while caching. `torchvision` works on the GPU, faster for large
-    # files, with pixels that differ from Pillow's by rounding.
+    # Who decodes the plain JPEG files of pictures while caching (those of clips: Pillow).
+    # `torchvision` works on the GPU, faster for large files, with pixels that differ from Pillow's
+    # by rounding.
     jpeg_decoder: Literal["pillow", "torchvision"] = "pillow"
 
     def __post_init__(self):

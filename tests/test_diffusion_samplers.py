@@ -390,3 +390,19 @@ def test_ab2_is_exact_where_the_velocity_is_linear_in_time_however_uneven_its_st
     )
     exact = start - 0.7 + 0.95 + error_of_euler
     torch.testing.assert_close(reached, exact, rtol=0, atol=1e-9)
+
+
+def test_latents_that_a_callback_returns_take_the_place_of_those_drawn():
+    objective, seen = build_objective("flow_matching"), []
+
+    def callback(done, t, x, clean):
+        seen.append(x.clone())
+        return torch.full_like(x, 3.0) if done == 1 else None
+
+    def denoise(x, t):
+        return x
+
+    noise, config = torch.randn(2, 1, 2), SamplerConfig("euler", 2)
+    drawn = sample(denoise, noise, objective, config, callback=callback)
+    assert len(seen) == 2 and not torch.equal(seen[0], torch.full_like(noise, 3.0))
+    torch.testing.assert_close(drawn, torch.full_like(noise, 3.0))

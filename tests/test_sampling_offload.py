@@ -1,10 +1,12 @@
 """Sampling whose weights wait in the memory of the CPU draws the same samples."""
 
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
+from mmdit.commands.sample import refines_averaged
 from mmdit.config import ConfigError
 from mmdit.diffusion import SamplerConfig
 from mmdit.experiment.load import load_pipeline
@@ -105,6 +107,7 @@ def test_types_and_a_folder_of_embeddings_that_the_command_names_are_heeded(pair
     assert config.model.dtype == config.text_encoder.dtype == "float32", "a CPU's own"
     with pytest.raises(ValueError, match="is a release, .* leave --raw_weights out"):
         load_pipeline(pair, "cpu", use_ema=False)
+    assert refines_averaged(Namespace(refine=str(pair), raw_weights=True)), "a release as it is"
     types = [
         one.model.networks()["high"].blocks[0].ffn[0].weight.dtype for one in (pipeline, plain)
     ]

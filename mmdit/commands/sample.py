@@ -24,7 +24,7 @@ from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import release_folder, take_folder, with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
-from mmdit.interop.wan_release import published_shift
+from mmdit.interop.wan_release import published_shift, variant_of
 from mmdit.interop.wan_weights import expert_in_name
 from mmdit.shipped import find
 from mmdit.training.distributed import World, process_group
@@ -70,8 +70,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def refines_averaged(args: argparse.Namespace) -> bool:
-    """Return whether the second model draws with its averaged weights: an export has no others."""
-    return not args.raw_weights or find(args.refine).is_file()
+    """Return whether the second model draws with its averaged weights: an export and a release have
+    no others."""
+    return not args.raw_weights or find(args.refine).is_file() or bool(variant_of(args.refine))
 
 
 @contextmanager

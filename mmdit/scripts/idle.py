@@ -15,18 +15,20 @@ MEANT = {
     "train.sample_prompts": "give --prompts",
     "ema.enabled": "--raw_weights draws with the last weights",
     "ema.use_for_sampling": "--raw_weights draws with the last weights",
-    "lora.alpha": (
-        "adapters keep the alpha that they were trained with; export them (mmdit export --lora) and"
-        " give --lora FILE --lora_strength"
-    ),
 }
+OF_ADAPTERS = (
+    "adapters are laid over as they were trained; export them (mmdit export --lora) and give --lora"
+    " FILE --lora_strength beside the base"
+)
 
 
 def refuse_idle_overrides(overrides: list[str]) -> None:
     """Raise ValueError for an override that has no part in drawing, where an option has."""
     for word in overrides:
-        if remedy := MEANT.get(word.partition("=")[0]):
-            raise ValueError(f"{word} changes nothing about samples of trained weights: {remedy}")
+        key = word.partition("=")[0]
+        remedy = OF_ADAPTERS if key.startswith("lora.") else MEANT.get(key)
+        if remedy:
+            raise ValueError(f"{word} has no part in drawing from trained weights: {remedy}")
 
 
 def refuse_without_guidance(args: argparse.Namespace, drawn: list[SampleSettings]) -> None:

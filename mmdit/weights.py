@@ -209,6 +209,11 @@ def _files(path: Path) -> list[Path]:
             )
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
+    if not files and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is the folder of a run: `mmdit export --checkpoint {path} --out"
+            " FILE.safetensors` writes its weights to a file, with --lora diffusers its adapters"
+        )
     if not files:
         raise ValueError(f"{path} holds no .safetensors file; name the file")
     shard = SHARD.search(files[0].name)

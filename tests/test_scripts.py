@@ -320,6 +320,11 @@ def test_what_is_near_a_checkpoint_is_refused_with_the_checkpoint(shop, tmp_path
         refused(capsys, sample.main, ["--checkpoint", path, "--prompts", "a"], message)
     words = ["--checkpoint", run, "--out", tmp_path / "x.pt"]
     refused(capsys, export.main, words, "x.pt, a name for files of torch.save")
+    words[-1] = f"{tmp_path}/new/"
+    refused(capsys, export.main, words, "new/, a folder, but one file is written", "model.safe")
+    assert not (tmp_path / "new").exists()
+    words = ["--checkpoint", run, "--prompts", "a", "--lora", run]
+    refused(capsys, sample.main, words, f"{run} is the folder of a run", "mmdit export")
 
 
 def test_options_and_overrides_may_be_mixed(shop):

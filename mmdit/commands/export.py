@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[
     if args.expert:
         raise ValueError(
             f"--expert is {args.expert}, but the whole model is written: add --lora or --layout"
+        )
+    if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
+        raise ValueError(
+            f"--out is {args.out}, a folder, but one file is written: name it, for example"
+            f" {Path(args.out) / 'model.safetensors'}"
         )
     weights = load_weights(args.checkpoint, use_ema=not args.raw_weights)
     if args.merge:

@@ -57,11 +57,6 @@ def run(shop):
         (inspect_adapter.main, "--base x --max_logit 9", "--max_logit is 9.0, but nothing"),
         (inspect_cache.main, "--config x --cache_dir x --limit 2", "--limit is 2, but no data"),
         (
-            inspect_cache.main,
-            "--config x --cache_dir x --samples 0 --sheet a.png",
-            "--sheet is a.png, but --samples is 0",
-        ),
-        (
             pack_cache.main,
             "--cache_dir x --out_dir y text_encoder.cache_dir=z",
             "text_encoder.cache_dir=z is given, but no embeddings are packed",
@@ -170,12 +165,18 @@ def test_the_precision_that_the_command_names_is_heeded_on_a_cpu(run):
     ("word", "expected"),
     [
         ("train.sample_cfg_scale_low=2", "train.sample_cfg_scale_low: is 2.0, but experts.enabled"),
+        ("captions.trim_prob=0.5", "captions.trim_prob: is 0.5 but trim_keywords is empty"),
+        (
+            "alpha_schedule={enabled: true, phases: [{name: a, alpha: 8, high: 4}]}",
+            "alpha_schedule.phases[0].high: is 4, but experts.enabled is false",
+        ),
         ("lora.factor=4", "lora.factor: is 4 with type lora: it is of lokr"),
         ("lora={type: dora, full_second: true}", "lora.full_second: is True with type dora"),
     ],
 )
 def test_a_key_of_what_the_config_has_not_is_refused(shop, word, expected):
     raw, _ = parse_yaml(shop.config.read_text(), "tiny.yaml")
+    raw = apply_overrides(raw, ["lora.enabled=true", "train.init_from=x"])
     decode(ExperimentConfig, raw)
     with pytest.raises(ConfigError) as error:
         decode(ExperimentConfig, apply_overrides(raw, [word]))

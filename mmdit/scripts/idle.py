@@ -6,6 +6,10 @@ from mmdit.data.dataset.records import Media
 from mmdit.scripts.parsers import CommandParser
 from mmdit.training.pipeline import SampleSettings
 
+OF_ADAPTERS = (
+    "adapters are laid over as they were trained; export them (mmdit export --lora) and give --lora"
+    " FILE --lora_strength beside the base"
+)
 # Keys of a config that have no part in drawing from trained weights, and what a person means by
 # them.
 MEANT = {
@@ -15,19 +19,15 @@ MEANT = {
     "train.sample_prompts": "give --prompts",
     "ema.enabled": "--raw_weights draws with the last weights",
     "ema.use_for_sampling": "--raw_weights draws with the last weights",
+    "lora.alpha": OF_ADAPTERS,
+    "lora.rslora": OF_ADAPTERS,
 }
-OF_ADAPTERS = (
-    "adapters are laid over as they were trained; export them (mmdit export --lora) and give --lora"
-    " FILE --lora_strength beside the base"
-)
 
 
 def refuse_idle_overrides(overrides: list[str]) -> None:
     """Raise ValueError for an override that has no part in drawing, where an option has."""
     for word in overrides:
-        key = word.partition("=")[0]
-        remedy = OF_ADAPTERS if key.startswith("lora.") else MEANT.get(key)
-        if remedy:
+        if remedy := MEANT.get(word.partition("=")[0]):
             raise ValueError(f"{word} has no part in drawing from trained weights: {remedy}")
 
 

@@ -47,9 +47,6 @@ def main(argv: list[str] | None = None) -> int:
             of_data = ("split", "image_column", "caption_key", "limit")
             reason = "no data set is compared with the cache: give --meta_jsonl, or leave it out"
             parser.refuse_idle(args, of_data, reason)
-        if not args.samples:
-            reason = "--samples is 0, which draws none: leave one of the two out"
-            parser.refuse_idle(args, ["sheet"], reason)
         if args.processes < 1:
             raise ValueError(f"--processes is {args.processes}, must be at least 1")
         sheet = args.sheet or args.cache_dir / "sheet.png"

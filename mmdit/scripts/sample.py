@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly(), all_processes(args) as world:
         if args.read:
-            parser.refuse_all_but(["read"], args, "--read says how a file was drawn: give one")
+            reason = "--read says how a file was drawn: give one of the two"
+            parser.refuse_all_but(["read", "out"], args, reason)  # a form names a folder always
             print(json.dumps(read_facts(args.read), indent=1, ensure_ascii=False))
             return 0
         check_arguments(args)

@@ -51,6 +51,12 @@ class CaptionsConfig(Section):
             )
         if not 0 <= self.trim_prob <= 1:
             raise ConfigError("trim_prob", f"is {self.trim_prob}; must be from 0 to 1")
+        if self.trim_prob != 1 and not self.trim_keywords:
+            raise ConfigError(
+                "trim_prob",
+                f"is {self.trim_prob} but trim_keywords is empty, so that no caption is trimmed;"
+                " list keywords, or remove it",
+            )
         if not 0 <= self.token_dropout < 1:
             raise ConfigError(
                 "token_dropout",

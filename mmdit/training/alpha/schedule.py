@@ -182,6 +182,16 @@ class AlphaScheduleConfig(Section):
                 "alpha_schedule.on_change",
                 "is ramp: blocks would be compiled anew; set train.compile: false",
             )
+        if not self.enabled or run.experts.enabled:
+            return
+        for number, phase in enumerate(self.phases):
+            for name in ("high", "low"):
+                if (value := getattr(phase, name)) is not None:
+                    raise ConfigError(
+                        f"alpha_schedule.phases[{number}].{name}",
+                        f"is {value:g}, but experts.enabled is false: one set of adapters has the"
+                        f" phase's alpha, {phase.alpha:g}; set that, and leave it out",
+                    )
 
     def describe(self) -> str:
         """Return a line to print before training."""

@@ -164,7 +164,10 @@ def test_the_precision_that_the_command_names_is_heeded_on_a_cpu(run):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("train.sample_cfg_scale_low=2", "train.sample_cfg_scale_low: is 2.0, but experts.enabled"),
+        (
+            "train.sample_cfg_scale_low=2",
+            "train.sample_cfg_scale_low: is 2.0, but experts.enabled is false and",
+        ),
         ("captions.trim_prob=0.5", "captions.trim_prob: is 0.5 but trim_keywords is empty"),
         (
             "alpha_schedule={enabled: true, phases: [{name: a, alpha: 8, high: 4}]}",
@@ -188,7 +191,7 @@ def test_what_post_training_does_not_heed_is_refused(shop):
         decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}})
     raw, _ = parse_yaml(shop.config.read_text(), "tiny.yaml")
     words = ["train.init_from=x", "posttrain={rollout: {guidance_low: 2}}"]
-    with pytest.raises(ConfigError, match="rollout.guidance_low: is 2.0, but video_mmdit"):
+    with pytest.raises(ConfigError, match="rollout.guidance_low: is 2.0, but model.expert is null"):
         decode(ExperimentConfig, apply_overrides(raw, words))
 
 

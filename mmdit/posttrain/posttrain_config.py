@@ -411,10 +411,10 @@ class PosttrainConfig(Section):
                     "is true with a posttrain section, whose loops know nothing of it; remove one",
                 )
         low = self.rollout.guidance_low
-        if low is not None and not run.model.released:
+        if low is not None and not run.model.expert:
             raise ConfigError(
                 "posttrain.rollout.guidance_low",
-                f"is {low}, but {run.model.type} is no pair of experts; leave it out",
+                f"is {low}, but model.expert is null: the model is no pair; leave it out",
             )
         if not (run.model.released or run.train.init_from):
             raise ConfigError(

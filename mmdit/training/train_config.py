@@ -202,11 +202,11 @@ class TrainConfig(Section):
         """Refuse guidance of an expert that is not there, and previews whose sampler has fewer
         noise levels than steps."""
         low = self.sample_cfg_scale_low
-        if low is not None and not (run.experts.enabled or run.model.released):
+        if low is not None and not (run.experts.enabled or run.model.expert):
             raise ConfigError(
                 "train.sample_cfg_scale_low",
-                f"is {low}, but experts.enabled is false: there is no low-noise expert; leave it"
-                " out, or set train.sample_cfg_scale",
+                f"is {low}, but experts.enabled is false and model.expert null: there is no"
+                " low-noise expert; leave it out, or set train.sample_cfg_scale",
             )
         if not self.sample_every_steps:
             return

@@ -186,13 +186,9 @@ def test_a_key_of_what_the_config_has_not_is_refused(shop, word, expected):
     assert str(error.value).startswith(expected)
 
 
-def test_what_post_training_does_not_heed_is_refused(shop):
+def test_a_norm_that_awm_does_not_take_is_refused():
     with pytest.raises(ConfigError, match="ratio.norm: is sum, which has no effect in awm"):
         decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}})
-    raw, _ = parse_yaml(shop.config.read_text(), "tiny.yaml")
-    words = ["train.init_from=x", "posttrain={rollout: {guidance_low: 2}}"]
-    with pytest.raises(ConfigError, match="rollout.guidance_low: is 2.0, but model.expert is null"):
-        decode(ExperimentConfig, apply_overrides(raw, words))
 
 
 def test_a_tokenizer_has_no_previews_and_no_tower_without_contrast():

@@ -410,12 +410,6 @@ class PosttrainConfig(Section):
                     f"{name}.enabled",
                     "is true with a posttrain section, whose loops know nothing of it; remove one",
                 )
-        low = self.rollout.guidance_low
-        if low is not None and not run.model.expert:
-            raise ConfigError(
-                "posttrain.rollout.guidance_low",
-                f"is {low}, but model.expert is null: the model is no pair; leave it out",
-            )
         if not (run.model.released or run.train.init_from):
             raise ConfigError(
                 "train.init_from",

@@ -384,7 +384,8 @@ ADAPTERS = typing.get_args(typing.get_type_hints(LoRAConfig)["type"])
 def test_an_adapter_keeps_its_contract(name):
     """It changes nothing at first; then every one of its weights learns, and no other; merged, the
     model computes the same."""
-    config = LoRAConfig(enabled=True, type=name, rank=2, alpha=3.0, factor=4)
+    more = {"factor": 4} if name == "lokr" else {}
+    config = LoRAConfig(enabled=True, type=name, rank=2, alpha=3.0, **more)
     assert_round_trip(LoRAConfig, config)
     model = build_model(VideoMMDiTConfig(dim=16, depth=1, num_heads=2, window_size=2), 3, 8)
     for weight in model.parameters():

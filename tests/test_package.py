@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmdit import __version__, shipped
 from mmdit.__main__ import commands, overview
+from mmdit.commands import doctor
 
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 
@@ -127,15 +129,22 @@ def test_an_unknown_command_is_one_line_with_the_nearest(tmp_path):
 
 
 def test_the_doctor_says_what_is_there_and_why_fast_paths_are_off(tmp_path):
-    done = mmdit(
-        "doctor", "--device", "cpu", folder=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'VTP'}"
-    )
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'VTP'}"}
+    env["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # whatever is set where the tests run
+    done = mmdit("doctor", "--device", "cpu", folder=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows["mmdit"].startswith(__version__)
     assert rows["fused kernels"].startswith("off: needs a CUDA GPU")
     assert rows["shipped files"] == "all there"
     assert "GB free" in rows["disk"]
+    assert rows["float32 products"] == "in float32"
+
+
+def test_the_doctor_says_where_float32_is_less(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    said = dict(doctor.report(torch.device("cpu")))["float32 products"]
+    assert "float32_matmul_precision is high" in said and "TORCH_ALLOW_TF32" in said
 
 
 def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def report(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
     yield from _gpus()
     yield from _fast_paths(device)
+    yield "float32 products", _float32_products()
     yield (
         "CPU",
         f"{_cpu_cores()} cores for this process, {torch.get_num_threads()} threads of torch",
@@ -91,6 +92,18 @@ def _fast_paths(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "compiled blocks", "on" if triton else "off: Triton is not installed"
     yield "CUDA graphs", "on for small networks (train.replays), and when sampling"
     yield "float8 products", _needs(kernels.CODES, capability, triton)
+
+
+def _float32_products() -> str:
+    """Return whether torch multiplies float32 matrices in float32: images of NVIDIA have it use
+    TF32, by an environment variable."""
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        return "in float32"
+    return (
+        f"in fewer bits: torch's float32_matmul_precision is {precision}, so train.precision fp32"
+        " has about three digits on a GPU; unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for all seven"
+    )
 
 
 def _needs(least: tuple[int, int], capability: tuple[int, int], triton: bool) -> str:

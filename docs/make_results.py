@@ -14,7 +14,13 @@ from mmdit.config import load
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.recipe import Recipe
 from mmdit.diagnostics.results_file import first_reaching, shown_rate
-from mmdit.diagnostics.speed_record import probability, rates_of, record_faults, record_seconds
+from mmdit.diagnostics.significance import mean_reach
+from mmdit.diagnostics.speed_record import (
+    deciding_rates,
+    probability,
+    record_faults,
+    record_seconds,
+)
 from mmdit.diagnostics.tracks import TRACKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +31,6 @@ PLACE = re.compile(
     r"(?P<end><!-- end of (?P=what) -->)",
     re.DOTALL,
 )
-# Student's t of a two-sided 95 % interval, for 1, 2, 3 … degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 RECORD_HEAD = (
     "| record | seconds | first steps | start | caching | held-out pairs | left or right | p |"
 )
@@ -101,7 +105,7 @@ def arm_tables(files: list[dict]) -> list[str]:
         else:
             cells += ["not timed", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return ["\n".join(lines), explanation(first[0], first[2])]
+    return ["\n".join(lines), explanation([curve["points"][-1] for *_, curve in arms])]
 
 
 def batch_of(row: dict) -> float:
@@ -109,15 +113,23 @@ def batch_of(row: dict) -> float:
     return row["training"]["samples"] / row["training"]["steps"]
 
 
-def explanation(name: str, curve: dict) -> str:
-    """Return the sentence that says how sure the judge is, and what the columns compare."""
-    last = curve["points"][-1]
-    ceiling, control = (f"{last[key]['value']:.3f}" for key in ("ceiling", "control"))
-    return (
-        f"Of {name}: ceiling {ceiling}, shuffled control {control}. *Beside the first*: the"
-        " accuracy over all checkpoints, seen and held out, less that of the first arm of the same"
-        " seed, with its 95 % interval over the seeds (Student's t)."
+def explanation(ends: list[dict]) -> str:
+    """Return the sentences that say how sure the judge is at the last checkpoint of each arm, and
+    what the columns compare."""
+    said = (
+        f"Ceiling {shown_range(ends, 'ceiling')}, shuffled control {shown_range(ends, 'control')}."
     )
+    return (
+        f"{said} *Beside the first*: the accuracy over all checkpoints, seen and held out, less"
+        " that of the first arm of the same seed, with its 95 % interval over the seeds (Student's"
+        " t)."
+    )
+
+
+def shown_range(points: list[dict], key: str) -> str:
+    """Return the least and the greatest value of a rate."""
+    values = [point[key]["value"] for point in points]
+    return f"{min(values):.3f} … {max(values):.3f}"
 
 
 def samples_of(row: dict, curve: dict) -> list[float]:
@@ -139,9 +151,9 @@ def beside(first: tuple[str, dict, dict], arm: tuple[str, dict, dict]) -> str:
         return ""
     differences = [b - a for a, b in zip(growth(curve), growth(its_curve))]
     mean = statistics.fmean(differences)
-    if not 2 <= len(differences) <= len(STUDENT) + 1:
+    if len(differences) == 1:
         return f"{mean:+.3f}"
-    reach = STUDENT[len(differences) - 2] * statistics.stdev(differences) / len(differences) ** 0.5
+    reach = mean_reach(differences)
     return f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]"
 
 
@@ -228,7 +240,7 @@ def table(names: list[str], folder: Path = RESULTS) -> str:
 
 def record_row(name: str, made: dict, recipe: Recipe, counts: bool) -> str:
     """Return the row of the table of a track for a record."""
-    track, rates = TRACKS[recipe.track], rates_of(made, recipe)
+    track, rates = TRACKS[recipe.track], deciding_rates(made, recipe)
     seconds = record_seconds(made, track)
     cells = [name, *([f"{value:.1f}" for value in seconds] if seconds else ["not timed"] * 4)]
     if counts:

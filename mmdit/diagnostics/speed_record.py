@@ -1,5 +1,5 @@
-"""Whether what a recipe of the record log reached counts, why not, and its seconds: the rules of
-records/README.md."""
+"""Say whether what a recipe of the record log reached counts, why not, and in how many seconds, by
+the rules of records/README.md."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CACHE_OPTIONS = {"--count", "--frames", "--seed"}
 
 
 class Seconds(NamedTuple):
-    """What a seed took. `counted`: the steps at their pace, with saving, and on a track where it
-    counts the caching. Apart: `first_steps` beyond the pace (compiling, kernels, graphs), `start`
-    (imports, loading, building, the last save) and `caching`."""
+    """Hold the seconds of a seed. `counted`: the steps at their pace, with saving, and on a track
+    where it counts the caching. Apart: `first_steps` beyond the pace (compiling, kernels, graphs),
+    `start` (imports, loading, building, the last save) and `caching`."""
 
     counted: float
     first_steps: float
@@ -50,8 +50,8 @@ def record_seconds(made: dict, track: Track) -> Seconds | None:
 
 
 class Probability(NamedTuple):
-    """How probable such a rate is where the true one is LEVEL: the p-values of the test over the
-    seeds and of that over the prompts."""
+    """Hold the p-values of a rate, by the test over the seeds and by that over the prompts: how
+    probable such a rate is where the true one is LEVEL."""
 
     seeds: float
     prompts: float
@@ -74,7 +74,7 @@ def scored(recipe: Recipe) -> tuple[Stage, Score | None]:
     return stage, stage.scores[-1] if stage.scores else None
 
 
-def rates_of(made: dict, recipe: Recipe) -> dict:
+def deciding_rates(made: dict, recipe: Recipe) -> dict:
     """Return the rates of the score that decides, by name, those that were measured."""
     stage, score = scored(recipe)
     if score is None:
@@ -172,7 +172,7 @@ def record_faults(made: dict, recipe: Recipe) -> list[str]:
 
 def _rate_faults(made: dict, recipe: Recipe) -> list[str]:
     """Return which rates of a record are not shown to lie above LEVEL."""
-    track, rates, faults = TRACKS[recipe.track], rates_of(made, recipe), []
+    track, rates, faults = TRACKS[recipe.track], deciding_rates(made, recipe), []
     for key in track.rates:
         if key not in rates:
             faults.append(f"{key} was not measured")
@@ -195,7 +195,7 @@ def shown_p(p: Probability) -> str:
 def verdict(made: dict, recipe: Recipe) -> tuple[list[str], bool]:
     """Return lines that say whether a record counts, or why not, and whether it does."""
     track, faults = TRACKS[recipe.track], record_faults(made, recipe)
-    seconds, rates = record_seconds(made, track), rates_of(made, recipe)
+    seconds, rates = record_seconds(made, track), deciding_rates(made, recipe)
     lines = [f"record of {recipe.track}: aim {track.aim:.0f} s"]
     if seconds:
         caching = "of it caching" if track.caching else "apart from it caching"

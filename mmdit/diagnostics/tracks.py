@@ -11,8 +11,8 @@ FEWEST_SEEDS = 5
 
 @dataclass(frozen=True)
 class Track:
-    """What a record draws, and what of it must lie above LEVEL. `frames`, `width`, `height`: of the
-    last score of the last stage; `prompts`: the fewest of a list, by seed."""
+    """Name what a record draws, and what of it must lie above LEVEL. `frames`, `width` and `height`
+    are those of the last score of the last stage; `prompts`: the fewest of a list, by seed."""
 
     title: str
     aim: float  # seconds

@@ -533,6 +533,12 @@ class Tokenizer(ABC):
     fingerprint: str  # changes when the weights or the configuration change
 
     @property
+    def precision(self) -> str:
+        """Return in which type pixels are encoded, where the config chooses it: a cache holds
+        latents of one."""
+        return "" if self.plain is self else self.plain.precision
+
+    @property
     def name(self) -> str:
         """Return what manifests and messages call it."""
         return type(self).__name__

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from mmdit.config import ConfigError
 from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import Entry, load_item, make_item, read_entry, running_crcs
@@ -176,6 +177,52 @@ def test_settings_that_differ_are_all_named_and_nothing_is_touched(images, tmp_p
     with pytest.raises(ValueError, match="is no latent cache"):
         open_cache(tmp_path)
     assert contents(tmp_path / "cache") == before
+
+
+class Coarse(MeanPixels):
+    """A tokenizer whose config chooses the type of its arithmetic."""
+
+    precision = "bfloat16"
+
+
+class Fine(MeanPixels):
+    precision = "float32"
+
+
+def test_a_cache_holds_latents_of_one_precision(images, tmp_path):
+    """Captions may be changed and training may go on with any."""
+    out, first = tmp_path / "cache", tmp_path / "first.jsonl"
+    lines = images.read_text().splitlines(keepends=True)
+    first.write_text("".join(lines[:4]))
+    run(first, out, Fine())
+    before = contents(out)
+    expected = (
+        "tokenizer.dtype: is bfloat16, and .*/cache were encoded in float32: set tokenizer.dtype to"
+        " float32, or cache into a new folder"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        run(images, out, Coarse())
+    assert contents(out) == before
+    first.write_text("".join(lines[:4]).replace("picture 0", "another"))
+    assert run(first, out, Coarse()).recaptioned == 1
+    open_cache(out, CacheManifest.of(Coarse(), VIDEO))
+    assert run(images, out, Fine()).written == 6 and "note" not in run(images, out, Fine()).text()
+
+
+def test_an_empty_cache_takes_the_precision_of_what_comes_first(images, tmp_path):
+    with CacheWriter(tmp_path, CacheManifest.of(Fine(), VIDEO)):
+        pass
+    run(images, tmp_path, Coarse())
+    assert CacheManifest.read(tmp_path).precision == "bfloat16"
+
+
+def test_a_cache_that_has_not_noted_its_precision_goes_on_and_says_so(images, tmp_path):
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(images.read_text().splitlines(keepends=True)[:4]))
+    run(first, tmp_path / "cache")
+    report = run(images, tmp_path / "cache", Coarse())
+    assert report.written == 6 and "did not note tokenizer.dtype" in report.text()
+    assert "did not note" not in run(images, tmp_path / "cache", Coarse()).text()
 
 
 def flip(raw):

@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError
+from mmdit.data.cache.latent_cache import open_cache
+from mmdit.scripts import cache_moving_shapes
 from mmdit.tokenizers import WanVAETokenizerConfig, build_tokenizer
 from mmdit.tokenizers.wan_vae import FILES, STATISTICS
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
+from mmdit.tokenizers.with_picture import WithPicture
+from tests.helpers.tiny import Workshop
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"21": {"latent_f": 8, "latent_d": 4}, "22": {"latent_f": 16, "latent_d": 6}}
@@ -89,6 +93,27 @@ def test_the_past_alone_decides(tmp_path, version):
     moved = video.clone()
     moved[:, 8] = 0
     assert error(tokenizer.encode(moved)[:, 2], latents[:, 2]) > 1e-3
+
+
+def test_generated_clips_are_not_added_in_another_precision(tmp_path):
+    (tmp_path / "vae21").mkdir()
+    opened(tmp_path / "vae21", "21")
+    shop = Workshop(tmp_path)
+
+    def cache(count: int, dtype: str) -> None:
+        section = f"{{type: wan_vae, name_or_path: {tmp_path}/vae21, latent_f: 8, latent_d: 4"
+        words = [f"tokenizer={section}, dtype: {dtype}}}", "video.num_frames=5"]
+        arguments = ["--config", str(shop.config), "--out_dir", str(tmp_path / "cache")]
+        cache_moving_shapes.main([*arguments, "--count", str(count), "--device", "cpu", *words])
+
+    cache(2, "bfloat16")
+    cache(2, "float32")  # nothing is encoded
+    with pytest.raises(SystemExit):
+        cache(3, "float32")
+    cache(3, "bfloat16")
+    assert len(open_cache(tmp_path / "cache")) == 3
+    with_picture = WithPicture(opened(tmp_path / "vae21", "21", dtype="bfloat16"), "first")
+    assert with_picture.precision == "bfloat16"
 
 
 @torch.no_grad()

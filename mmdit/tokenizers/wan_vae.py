@@ -146,6 +146,10 @@ class WanVAETokenizer(Tokenizer):
                 digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode clips. ValueError for frames that are not 4n + 1, of which the official code drops
         the last ones silently."""

@@ -123,6 +123,8 @@ class Caching:
         looking = "looking for finished items"
         listed = tqdm(records, desc=looking, disable=len(records) < 20_000)
         pending = [record for record in listed if not self._is_finished(record)]
+        if pending:
+            self.report.precision = self.writer.admit()
         bar = tqdm(
             total=len(records),
             initial=self.report.already,

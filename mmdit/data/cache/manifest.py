@@ -43,6 +43,7 @@ class CacheManifest:
     max_pixels_per_frame: int = 0
     clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
     decoding: int = 1  # version of `pictures` when the cache was begun; the first was not noted
+    precision: str = ""  # of encoding (`Tokenizer.precision`); older caches have not noted it
 
     @staticmethod
     def of(
@@ -68,6 +69,7 @@ class CacheManifest:
             max_pixels_per_frame=bucketing.budget,
             clip_plan=plan,
             decoding=DECODING,
+            precision=tokenizer.precision,
         )
 
     def choose(self, source: Size) -> Size:
@@ -103,6 +105,23 @@ class CacheManifest:
             f"the cache {folder} was begun when pictures and videos were decoded otherwise (version"
             f" {self.decoding}, now {DECODING}: colour profiles, HDR, untagged HD video). It is"
             " usable as it is, and what it holds stays; cache into a new folder to decode all anew"
+        )
+
+    def check_precision(self, folder: str | Path, wanted: CacheManifest) -> str:
+        """Return what to say where it is not known in which precision the latents were encoded that
+        others come to; empty if it is known. ConfigError: those to come have another."""
+        if self.precision == wanted.precision:
+            return ""
+        if not self.precision:
+            return (
+                f"the cache {folder} was begun by a version that did not note tokenizer.dtype;"
+                f" what this run adds is encoded in {wanted.precision}"
+            )
+        raise ConfigError(
+            "tokenizer.dtype",
+            f"is {wanted.precision}, and the latents of the cache {folder} were encoded in"
+            f" {self.precision}: set tokenizer.dtype to {self.precision}, or cache into a new"
+            " folder",
         )
 
     def write(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -77,8 +78,10 @@ class CacheWriter:
         self._index = refuse_link(self.folder / name).open("ab")
         lock(self._index)
         self._threads = ThreadPoolExecutor(THREADS, "cache-files")
+        self._begun = manifest
         if (self.folder / "manifest.json").exists():
-            CacheManifest.read(self.folder).check(self.folder, manifest)
+            self._begun = CacheManifest.read(self.folder)
+            self._begun.check(self.folder, manifest)
         elif any(item_files(self.folder)):
             raise ValueError(
                 f"{self.folder} holds .pt files but no manifest.json: what made them is unknown;"
@@ -132,6 +135,16 @@ class CacheWriter:
             flush_file_system(self.folder)
             self._index.write("".join(lines).encode())
             self._index.flush()
+
+    def admit(self) -> str:
+        """Check that new latents come to latents of their own precision; return what to say where
+        that is not known. ConfigError: those that are there have another."""
+        if self.entries:
+            return self._begun.check_precision(self.folder, self.manifest)
+        if self._begun.precision != self.manifest.precision:  # begun, and nothing was encoded
+            self._begun = replace(self._begun, precision=self.manifest.precision)
+            self._begun.write(self.folder)
+        return ""
 
     def remove(self, ids: Iterable[str]) -> int:
         """Take items out of the cache; return how many of `ids` were there."""

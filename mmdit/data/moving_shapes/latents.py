@@ -75,6 +75,9 @@ def cache_moving_shapes(
             kept = {id for ids in wanted.values() for id in ids}
             writer.remove(sorted(writer.entries.keys() - kept))
         missing = [i for i, ids in wanted.items() if not writer.entries.keys() >= set(ids)]
+        unknown = writer.admit() if missing else ""
+        if unknown:
+            print(unknown)
         with tqdm(
             total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample"
         ) as bar:

@@ -23,6 +23,7 @@ from mmdit.data.preparing.shots import (
     gradual_changes,
     hard_cuts,
 )
+from mmdit.files import release_folder, take_folder
 from mmdit.scripts import prepare_clips
 from tests.helpers.films import Film, Score, join, make_film, shot, write
 from tests.helpers.tiny import refused
@@ -318,6 +319,21 @@ def test_lines_stay_where_no_film_can_be_reached(tmp_path, capsys):
     meta = write_meta(tmp_path, [row], "train_videos.jsonl")
     refused(capsys, prepare_clips.main, words(meta), "none of the films could be used")
     assert path.read_text() == "of an earlier run\n"
+
+
+def test_one_process_at_a_time_cuts_into_a_folder(films, capsys):
+    """Two would each write the lines of their own films over those of the other."""
+    prepare_clips.main(words(films))
+    clips = films.parent / "clips"
+    held = take_folder(clips, "")
+    before = {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()}
+    more = words(films, "--min_seconds", "1")
+    refused(
+        capsys, prepare_clips.main, more, "another process is cutting films into", "wait for it"
+    )
+    assert {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()} == before
+    release_folder(clips, held)
+    assert prepare_clips.main(more) == 0 and not (clips / ".lock").exists()
 
 
 def test_a_clip_is_not_cut_again(films, capsys):

@@ -26,7 +26,7 @@ from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.preparing.film_signals import FilmSignals
 from mmdit.data.preparing.interruption import interruptible
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
-from mmdit.files import clean, is_full, write_atomically
+from mmdit.files import clean, is_full, release_folder, take_folder, write_atomically
 
 WRITE_SECONDS = 10.0  # so often the lines are written while films are measured
 NOTE = "clips.json"  # what the lines of a folder were made with
@@ -96,10 +96,19 @@ class ClipPreparation:
 
     def run(self) -> ClipReport:
         """Measure and cut; return the report. Ctrl-C and SIGTERM return a report with
-        `interrupted`; the same call goes on from there. ValueError: no film could be used."""
+        `interrupted`; the same call goes on from there. ValueError: no film could be used, or
+        another process writes into the folder."""
         self.report = ClipReport(len(self.records))
         self.rows: dict[str, list[dict]] = {}  # id of a film → the lines of its clips
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        refusal = f"another process is cutting films into {self.out_dir}; wait for it"
+        held = take_folder(self.out_dir, refusal)
+        try:
+            self._run()
+        finally:
+            release_folder(self.out_dir, held)
+        return self.report
+
+    def _run(self) -> None:
         clean(self.out_dir, self.out_dir / "films")
         self._compare_settings()
         with interruptible():
@@ -115,7 +124,6 @@ class ClipPreparation:
             examples = [f"  {skip.path}: {skip.reason}" for skip in self.report.skipped[:5]]
             raise ValueError("\n".join(["none of the films could be used:", *examples]))
         list_skipped(self.out_dir / "skipped.jsonl", self.report.skipped)
-        return self.report
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────
     def _look(self) -> list[tuple[Record, FilmSignals]]:

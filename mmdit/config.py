@@ -87,7 +87,7 @@ def _join(prefix: str, name: str) -> str:
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 _NUMBER = re.compile(
-    r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+    r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII
 )  # YAML 1.1 reads 1e-4 as a string; people mean a number
 
 _OCTAL = re.compile(r"[-+]?0[\d_]+")
@@ -396,8 +396,38 @@ def completed(cls: type, mapping: dict) -> dict:
         return mapping
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes texts so that `parse_yaml` gives them back."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Quote what would be read as a number, and what has letters that YAML takes for the end of
+        a line; in a value of one line these are written as escapes."""
+        style = "'" if _NUMBER.fullmatch(text) else None
+        if "\x85" in text or (self.best_width >= ONE_LINE and not text.isprintable()):
+            style = '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+ONE_LINE = 10**9
+
+
 def to_yaml(value: Any) -> str:
-    return yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True)
+    """Return a config, or plain data, as YAML that `parse_yaml` reads back."""
+    return yaml.dump(encode(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def in_one_line(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    text = yaml.dump(
+        encode(value),
+        Dumper=_Dumper,
+        default_flow_style=True,
+        width=ONE_LINE,
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -16,6 +16,7 @@ from mmdit.config import (
     decode,
     differences,
     encode,
+    in_one_line,
     load,
     parse_yaml,
     to_yaml,
@@ -61,6 +62,20 @@ def test_numbers_as_people_write_them():
     root = decode(Root, parse_yaml("name: x\nlimit: 1e-4\nshape: {type: circle, radius: 3}\n")[0])
     assert root.limit == 1e-4 and root.shape == Circle(radius=3.0)
     assert decode(Root, parse_yaml('name: "1e-4"')[0]).name == "1e-4"  # a quoted number stays text
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1e-4", "09", "+1e3", ".5e3", "\u0663", "a\x85b", "two\nlines\n", "~", "1:30"]
+)
+def test_a_text_that_looks_like_something_else_is_that_text_again(text):
+    """A run named "1e5" writes config.yaml, which commands read."""
+    assert decode(Root, parse_yaml(to_yaml(Root(text)))[0]).name == text
+    line = in_one_line(Root(text))
+    assert "\n" not in line and decode(Root, parse_yaml(line)[0]).name == text
+
+
+def test_digits_of_other_scripts_are_text():
+    assert parse_yaml("name: \uff13")[0] == {"name": "\uff13"}
 
 
 def test_round_trip():

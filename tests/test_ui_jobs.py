@@ -42,6 +42,28 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 # ── forms of configurations ──
+@pytest.mark.parametrize("text", ["two\nlines\n", "1e5", "x\x85y", "\xa0", " a: b #", "\t", "~"])
+def test_a_text_of_the_file_is_the_same_after_a_form_and_as_an_override(text):
+    """A field of a form, and a word of a command line, has one line."""
+    Path("plain.yaml").write_text("experiment_name: x\n")
+    plain = load(ExperimentConfig, "plain.yaml")
+    train = dataclasses.replace(plain.train, sample_prompts=(text, "b"))
+    captions = dataclasses.replace(plain.captions, trigger=text)
+    config = dataclasses.replace(plain, train=train, captions=captions)
+    form = form_of(config)
+    fields = {f"set:{key.path}": key.value for key in keys_of(form)}
+    assert not any("\n" in value for value in fields.values())
+    assert config_of(form, fields) == config
+    words = overrides("plain.yaml", plain, config)
+    assert load(ExperimentConfig, "plain.yaml", words) == config
+
+
+def keys_of(form):
+    yield from form.keys
+    for section in form.sections:
+        yield from keys_of(section)
+
+
 def paths_of(cls, path=""):
     """Yield every dotted key that a config of this class may have, whatever types it chooses."""
     hints = typing.get_type_hints(cls)

@@ -14,7 +14,6 @@ from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 import mmdit
@@ -113,7 +112,7 @@ class Card:
 
     def text(self) -> str:
         """Return the whole page, but for its last line."""
-        front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True)
+        front = to_yaml(self._front())
         license = self.stated.license or UNSTATED_LICENSE
         parts = {
             "Use": self._use(),

@@ -12,9 +12,7 @@ import types
 import typing
 from functools import cache
 
-import yaml
-
-from mmdit.config import FilePath, encode
+from mmdit.config import FilePath, encode, in_one_line
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", FilePath: "path"}
 
@@ -102,8 +100,7 @@ def short(value: object) -> object:
 
 def shown(value: object) -> str:
     """Return a value as YAML in one line."""
-    text = yaml.safe_dump(short(value), default_flow_style=True, width=10**6, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return in_one_line(short(value))
 
 
 def default(field: dataclasses.Field) -> str:

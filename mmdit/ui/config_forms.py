@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from mmdit.config import ConfigError, decode, encode, load, parse_yaml
+from mmdit.config import ConfigError, decode, in_one_line, load, parse_yaml
 from mmdit.experiment.config_keys import (
     comment,
     default,
@@ -54,14 +52,6 @@ class SectionForm:
     classes: tuple[type, ...] = ()  # of the types but `none`; of the whole form its root
     keys: list[Key] = field(default_factory=list)
     sections: list[SectionForm] = field(default_factory=list)
-
-
-def flow(value: Any) -> str:
-    """Return a value as YAML in one line."""
-    text = yaml.safe_dump(
-        encode(value), default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
-    )
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def form_of(config: Any) -> SectionForm:
@@ -113,7 +103,7 @@ def _key(hint: Any, value: Any, path: str, about: str, usual: str) -> Key:
         elif option is type(None):
             choices.append("null")
         elif typing.get_origin(option) is typing.Literal:
-            choices += map(flow, typing.get_args(option))
+            choices += map(in_one_line, typing.get_args(option))
         else:
             choices = []
             break
@@ -123,7 +113,7 @@ def _key(hint: Any, value: Any, path: str, about: str, usual: str) -> Key:
         for part in sections(hint)
     )
     name = path.rpartition(".")[2]
-    text = "" if value is dataclasses.MISSING else flow(value)
+    text = "" if value is dataclasses.MISSING else in_one_line(value)
     return Key(path, name, about, in_words(hint), usual, text, tuple(choices), inside)
 
 
@@ -211,7 +201,7 @@ def overrides(path: str, old: Any, new: Any) -> list[str]:
         words = []
         for name in keys(root):
             if getattr(old, name) != getattr(new, name):
-                words.append(f"{name}={flow(getattr(new, name))}")
+                words.append(f"{name}={in_one_line(getattr(new, name))}")
     return words
 
 
@@ -226,7 +216,7 @@ def _words(path: str, old: Any, new: Any) -> list[str]:
     if old == new:
         return []
     if type(old) is not type(new) or not dataclasses.is_dataclass(new):
-        return [f"{path}={flow(new)}"]
+        return [f"{path}={in_one_line(new)}"]
     return [
         word
         for name in keys(type(new))

@@ -12,6 +12,7 @@ from mmdit.training.run_folder import RunFolder
 from mmdit.ui.metric_series import MetricStore, curves
 from mmdit.ui.run_folders import find_runs, held_locks
 from mmdit.ui.run_pages import command_of, phase_of
+from mmdit.ui.run_report import RunReport
 from tests.helpers.browser import browser as client
 
 
@@ -92,6 +93,32 @@ def test_a_file_that_a_resume_wrote_anew_is_read_anew(tmp_path):
     series = store.read(folder)
     assert series.columns == {"loss_ema_100": ([1.0], [9.0])}
     assert series.last["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 4, "loss_ema_100": NaN, "val_loss": Infinity}',
+        f'{{"step": 4, "loss_ema_100": 1{"0" * 400}, "val_loss": {{"32": 1{"0" * 400}}}}}',
+        f'{{"step": 1{"0" * 400}, "loss_ema_100": 1}}',
+        '{"step": NaN, "loss_ema_100": 1}',
+        '{"step": "inf", "loss_ema_100": 1}',
+    ],
+)
+def test_numbers_that_no_curve_can_show_take_no_page_down(tmp_path, line):
+    """A loss that is no number, of one run among others."""
+    make_run(tmp_path / "runs", "sound")
+    folder = make_run(tmp_path / "runs", "odd")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    (folder / "starts.jsonl").write_text('{"time": 1e300}\n')
+    browser = client(tmp_path / "runs")
+    for address in ("/", "/run/odd", "/api/runs?run=odd&run=sound", "/compare?run=odd&run=sound"):
+        assert browser.get(address).status_code == 200
+    panels = browser.get("/api/curves?run=odd").json()["panels"]
+    assert panels[0]["curves"][0]["y"] == [1, 1 / 2, 1 / 3]
+    assert "sound" in browser.get("/").text
+    assert "odd" in RunReport(folder).page()
 
 
 def test_thinning_keeps_ends_and_peaks():

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_metrics(run: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int | float):
+            if isinstance(record["step"], dict) or number_of(record["step"]) is None:
                 raise TypeError
             records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -126,13 +127,12 @@ def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
 def number_of(value: Any) -> float | None:
     """Return the number that a curve shows of a value, of one for each of several sizes their mean;
     None if there is no finite one."""
-    if (
-        isinstance(value, dict)
-        and value
-        and all(isinstance(x, int | float) for x in value.values())
-    ):
-        value = sum(value.values()) / len(value)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    if isinstance(value, dict) and value:
+        numbers = [part for part in map(number_of, value.values()) if part is not None]
+        whole = len(numbers) == len(value)
+        value = sum(part / len(numbers) for part in numbers) if whole else None
+    # a whole number of any length may stand in a file; nan is not below anything
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
 
+from mmdit.diagnostics.curves import number_of
 from mmdit.training.checkpoint import complete
 from mmdit.training.metrics import clock
 from mmdit.training.run_start import read_starts
@@ -32,9 +34,10 @@ def figures(record: dict, most: int | None) -> list[str]:
     if isinstance(record.get("step"), int | float):
         said.append(f"step {record['step']:g} of {most or '?'}")
     for name, text in FIGURES.items():
-        if isinstance(record.get(name), int | float):
-            said.append(text.format(record[name]))
-    if isinstance(record.get("wall_s"), int | float):
+        value = number_of(record.get(name))
+        if value is not None:
+            said.append(text.format(value))
+    if number_of(record.get("wall_s")) is not None:
         said.append(f"{clock(record['wall_s'])} of training")
     return said
 
@@ -47,7 +50,8 @@ def start_rows(run: Path) -> list[list[str]]:
     for start in read_starts(run):
         when = start.get("time")
         if isinstance(when, int | float):
-            start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
+            with contextlib.suppress(OverflowError, ValueError, OSError):  # no time of a clock
+                start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
         rows.append([str(start.get(name)) for name in names])
     return rows
 

@@ -28,15 +28,17 @@ class Series:
         """Take in a record; a line that is none is left out, as in a run that was killed."""
         try:
             record = json.loads(line)
-            step = float(record["step"])
+            step = number_of(record["step"])
         except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        if step is None:
             return
         self.last = record
         for name, value in record.items():
             number = None if isinstance(value, bool) else number_of(value)
             if name not in NO_CURVES and number is not None:
                 steps, values = self.columns.setdefault(name, ([], []))
-                steps.append(step)
+                steps.append(float(step))
                 values.append(float(number))
 
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mmdit.diagnostics.curves import number_of
 from mmdit.training.run_folder import RunFolder, RunState
 from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
@@ -95,7 +96,7 @@ class RunPages:
             "reason": state.reason,
             "step": step,
             "max_steps": run.max_steps(),
-            "figures": {title: last.get(name) for title, name in FIGURES.items()},
+            "figures": {title: number_of(last.get(name)) for title, name in FIGURES.items()},
             "job": job[0] if job else None,
             "phase": phase_of(last),
         }

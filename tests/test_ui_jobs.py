@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from mmdit.ui.command_forms import NO_PATHS, options_of, takes, words_of
 from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_types
 from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest
+from mmdit.ui.job_runner import Runner
 from mmdit.ui.processes import identity, is_alive, terminate
 from tests.helpers.browser import browser, send, workplace
 
@@ -305,6 +307,71 @@ def test_a_job_of_another_version_or_of_another_program_stops_no_other(tmp_path)
     assert store.state(store.read("00001")).word == "lost"
 
 
+ODD_JOBS = [
+    *({"created": value} for value in ("x", None, 1e300, float("nan"))),
+    *({"words": words} for words in ([1], "train")),
+    *({name: 5} for name in ("device", "run", "out")),
+    *({"out": "a\0b"}, {"processes": "2"}, {"id": "../../x"}),
+]
+ODD_STATES = [
+    *({"child": value} for value in ("xy", [1], {"a": 1}, ["1", 2])),
+    *({"runner": value} for value in (5, [], [None, None])),
+    {"ended": 1.0, "exit": "x"},
+]
+
+
+@pytest.mark.parametrize("row", ODD_JOBS, ids=str)
+def test_a_job_file_that_is_none_of_ours_takes_no_page_down(tmp_path, row):
+    """The runs of others are looked at, too."""
+    whole = {"id": "00001", "words": ["train"], "device": "cpu", "created": 1.0, "run": None}
+    folder = tmp_path / "runs" / ".jobs" / "00001"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(whole | row))
+    client = browser(tmp_path / "runs")
+    assert [client.get(path).status_code for path in ("/jobs", "/", "/playground?job=00001")] == [
+        200
+    ] * 3
+    assert client.get("/job/00001").status_code == 404
+
+
+@pytest.mark.parametrize("status", ODD_STATES, ids=str)
+def test_a_state_that_is_none_of_ours_takes_no_page_down(tmp_path, status):
+    folder = tmp_path / "runs" / ".jobs" / "00001"
+    folder.mkdir(parents=True)
+    whole = {"id": "00001", "words": ["train"], "device": "cpu", "created": 1.0}
+    (folder / "job.json").write_text(json.dumps(whole))
+    (folder / "status.json").write_text(json.dumps(status))
+    client = browser(tmp_path / "runs")
+    assert [client.get(path).status_code for path in ("/jobs", "/job/00001")] == [200, 200]
+    assert send(client, "/job/00001/stop").status_code == 303
+
+
+def test_a_job_of_a_clock_that_was_set_back_does_not_hold_its_device(tmp_path):
+    """Its runner never came, and jobs behind it would wait until the old time is reached."""
+    folder = tmp_path / ".jobs" / "00001"
+    folder.mkdir(parents=True)
+    row = {"id": "00001", "words": ["train"], "device": "cpu", "created": time.time() + 9e4}
+    (folder / "job.json").write_text(json.dumps(row))
+    store = JobStore(tmp_path)
+    assert store.state(store.read("00001")).word == "lost"
+
+
+def test_the_runner_of_a_removed_job_writes_nothing_into_the_next_of_its_number(tmp_path):
+    folder = tmp_path / ".jobs" / "00001"
+    for created in (1.0, 2.0):
+        folder.mkdir(parents=True)
+        row = {"id": "00001", "words": ["train"], "device": "cpu", "created": created}
+        (folder / "job.json").write_text(json.dumps(row))
+        if created == 1:
+            runner = Runner(folder)
+            runner.note(started=1.0)
+            assert JobStore(tmp_path).status("00001")["started"] == 1
+            shutil.rmtree(folder)
+            runner.note(stop_asked=2.0)  # nor does it end by an error
+    runner.note(ended=3.0, exit=0)
+    assert JobStore(tmp_path).status("00001") == {}
+
+
 def test_a_link_out_of_the_folders_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to("/etc")
@@ -573,6 +640,28 @@ def test_a_training_is_continued_with_resume(store, tmp_path):
     (run / "config.yaml").touch()
     assert client.get(f"/api/job/{new.id}").json()["run"] == "one"
     assert place.store.by_run()[run][0] == new.id
+
+
+def test_blanks_around_a_folder_are_no_part_of_it(tmp_path):
+    fields = {"config": CONFIG, "meta_jsonl": "x.jsonl", "out_dir": f" {tmp_path}/cache "}
+    request = JobRequest(workplace(tmp_path / "runs"), "cache-images", fields)
+    assert f"--out_dir={tmp_path}/cache" in request.preview()
+    assert request._out(tmp_path) == str(tmp_path / "cache")
+
+
+def test_a_full_disk_is_told_where_a_job_is_run_again(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / ".jobs" / "00001"
+    folder.mkdir(parents=True)
+    row = {"id": "00001", "words": ["train"], "device": "cpu", "created": 1.0}
+    (folder / "job.json").write_text(json.dumps(row))
+    client = browser(tmp_path / "runs")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(JobStore, "reserve", full)
+    answer = send(client, "/job/00001/again")
+    assert answer.status_code == 400 and "No space left on device" in answer.text
 
 
 def test_the_files_of_a_job_are_pictures_in_its_own_folder(store, tmp_path):

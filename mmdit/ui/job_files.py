@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mmdit.files import write_atomically
-from mmdit.ui.processes import is_alive, terminate
+from mmdit.ui.processes import is_alive, is_identity, terminate
 
 FOLDER = ".jobs"
 NAME = re.compile(r"\d{5,}")
@@ -28,6 +28,7 @@ STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of who w
 RUNNER = (sys.executable, "-m", "mmdit.ui.job_runner")
 START_SECONDS = 30  # in which a runner must have said that it is there
 LOG_BYTES = 1 << 16
+LATEST = 1e11  # seconds: a later time is no time of a clock
 # What a job must not inherit: the token is for people.
 SECRETS = ("MMDIT_UI_TOKEN",)
 
@@ -129,10 +130,15 @@ class JobStore:
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
             read = Job(**{one.name: row[one.name] for one in fields(Job) if one.name in row})
-        except (OSError, TypeError) as error:
+        except (OSError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if not (isinstance(read.words, list) and read.words):
             raise ValueError(f"{path} names no command")
+        texts = [*read.words, *(text for text in (read.device, read.run, read.out) if text)]
+        fine = all(isinstance(text, str) and "\0" not in text for text in texts)
+        numbers = type(read.processes) is int and isinstance(read.created, int | float)
+        if not (read.id == job and fine and numbers and 0 <= read.created < LATEST):
+            raise ValueError(f"{path} is none that this program has written")
         return read
 
     def reserve(self) -> Path:
@@ -179,7 +185,8 @@ class JobStore:
         """Return what has become of a job."""
         status = self.status(job.id)
         if not status:
-            if time.time() - job.created < START_SECONDS:
+            # the other way round as well: a clock may have been set back
+            if abs(time.time() - job.created) < START_SECONDS:
                 return JobState("queued", "is being started")
             return JobState("lost", "its process never came to be; the log may say why")
         code, asked = status.get("exit"), status.get("stop_asked")
@@ -237,9 +244,15 @@ class JobStore:
 
 
 def read_status(folder: Path) -> dict:
-    """Return status.json of a job folder, or nothing."""
+    """Return status.json of a job folder, or nothing; what no runner writes is left out."""
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return status if isinstance(status, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(status, dict):
+        return {}
+    known = {name: status[name] for name in ("runner", "child") if is_identity(status.get(name))}
+    for name in ("queued", "started", "stop_asked", "ended", "exit"):
+        if isinstance(status.get(name), int | float | None) and name in status:
+            known[name] = status[name]
+    return known

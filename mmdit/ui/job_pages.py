@@ -171,6 +171,8 @@ class JobPages:
             new = again(self.place, old)
         except ValueError as error:
             return self.templates.problem(request, str(error), 404)
+        except OSError as error:  # a full disk
+            return self.templates.problem(request, str(error))
         return RedirectResponse(f"/job/{new.id}", 303)
 
     def file(self, request: Request) -> Response:

@@ -221,8 +221,9 @@ class JobRequest:
     def _out(self, folder: Path) -> str | None:
         """Return the folder of which the job's page shows pictures and skipped items."""
         for name in FOLDERS:
-            if self.fields.get(name) and takes(self.parser, name):
-                return str(Path(self.fields[name]).expanduser().resolve())
+            given = self.fields.get(name, "").strip()
+            if given and takes(self.parser, name):
+                return str(Path(given).expanduser().resolve())
         for file in self.beside.values():
             return str((folder if Path(file).suffix else folder / file).resolve())
         return None

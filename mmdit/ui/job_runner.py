@@ -6,6 +6,7 @@ what became of it to status.json. It needs no server.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,8 +33,14 @@ class Runner:
         self.asked = False
 
     def note(self, **values) -> None:
-        """Write what is new beside the job."""
+        """Write what is new beside the job. Of one whose folder was removed nothing is written:
+        the next job may have got its number."""
         self.status |= values
+        with contextlib.suppress(ValueError, OSError):
+            if self.store.read(self.folder.name) == self.job:
+                self._write()
+
+    def _write(self) -> None:
         write_atomically(self.folder / "status.json", json.dumps(self.status))
 
     def stop(self, number: int, frame: object) -> None:

@@ -28,6 +28,12 @@ def identity(pid: int) -> list:
     return [pid, start_of(pid)]
 
 
+def is_identity(value: object) -> bool:
+    """Return whether a value, of a file, is what `identity` returns."""
+    pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
+    return type(pair[0]) is int and isinstance(pair[1], str | None)
+
+
 def is_alive(process: list | None) -> bool:
     """Return whether the process with this identity runs."""
     return bool(process) and process[1] is not None and start_of(process[0]) == process[1]

@@ -198,12 +198,31 @@ def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
         load_image(tmp_path / "wide.tif")
 
 
-def test_colours_of_sixteen_bits(tmp_path):
-    def chunk(name, body):
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
+
+@pytest.mark.parametrize("bits, grey", [(1, 0), (1, 255), (2, 85), (2, 0), (4, 102), (8, 102)])
+def test_the_grey_that_means_transparent_is_counted_in_the_bits_of_the_file(tmp_path, bits, grey):
+    """A drawing of few greys: Pillow spreads its pixels over 0 to 255, and not the value."""
+    most = (1 << bits) - 1
+    values = [place % (most + 1) for place in range(8 // bits)]
+    packed = sum(value << (8 - bits * (place + 1)) for place, value in enumerate(values))
+    key = round(grey * most / 255)
+    values[0], packed = key, packed & ((1 << (8 - bits)) - 1) | key << (8 - bits)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", key)),
+        (b"IDAT", zlib.compress(bytes([0, packed]))),
+        (b"IEND", b""),
+    ]
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    shown = [255 if value == key else value * 255 // most for value in values]
+    assert np.asarray(load_image(path))[0, :, 0].tolist() == shown
+
+
+def test_colours_of_sixteen_bits(tmp_path):
     row = np.array([[51400, 15420, 7710], [0x0505, 5, 5]], ">u2").tobytes()
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),

@@ -90,9 +90,13 @@ def _open(file: BinaryIO, head: bytes) -> Image.Image:
     if image.format == "PNG":
         image.info.pop("icc_profile", None)
         key = image.info.get("transparency")
+        bits = head[24]
         # pixels keep their upper 8 bits
-        if image.mode == "RGB" and isinstance(key, tuple) and head[24] == 16:
+        if image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
             image.info["transparency"] = tuple(value >> 8 for value in key)
+        # pixels of 2 or 4 bits are spread over 8
+        if image.mode == "L" and isinstance(key, int) and key < 1 << bits < 256:
+            image.info["transparency"] = key * 255 // ((1 << bits) - 1)
     place = head.find(b"colrnclx")
     has_code_points = image.format == "AVIF" and 0 < place <= len(head) - 12
     if has_code_points and not image.info.get("icc_profile"):

@@ -20,10 +20,18 @@ BROWN = (200, 60, 30)
 
 
 def write_frames(
-    path, frames, codec="mpeg4", layout="yuv420p", equations=None, tags=None, rate=10, options=None
+    path,
+    frames,
+    codec="mpeg4",
+    layout="yuv420p",
+    equations=None,
+    tags=None,
+    rate=10,
+    options=None,
+    start=0,
 ):
     """A file of these uint8 RGB (or RGBA) frames. `equations`: by which they become YUV; `tags`:
-    what the file says of colours."""
+    what the file says of colours; `start`: when the first is shown, in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
@@ -39,10 +47,22 @@ def write_frames(
                 if layout != "rgba"
                 else frame
             )
-            frame.pts, frame.time_base = number, Fraction(1, rate)
+            frame.pts, frame.time_base = start + number, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def test_a_recording_whose_clock_does_not_begin_at_zero_is_whole(tmp_path):
+    """Matroska states when its last frame ends, by the clock of a part cut out of a long stream."""
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(30)]
+    late = write_frames(tmp_path / "late.mkv", frames, start=300)
+    assert len(list(read_video(str(late), 10))) == 30
+    data = write_frames(tmp_path / "cut.mkv", frames).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 3])
+    with pytest.raises(ValueError, match="truncated: the video ends at .* states 3.00 s"):
+        probe(str(tmp_path / "cut.mkv"))
 
 
 def plain(size, colour=BROWN):

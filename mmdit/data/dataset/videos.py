@@ -150,16 +150,17 @@ def probe(path: Source) -> Probe:
         if not shown:
             raise Unusable("video without frames")
         tick = float(stream.time_base)
-        stated = 0.0
+        stated = start = 0.0  # seconds; Matroska may count from zero where its first frame is later
         if stream.duration:
             stated = float(stream.duration * stream.time_base)
         elif container.duration and len(container.streams) == 1:  # else perhaps the sound's length
             stated = container.duration / 1e6
+            start = max(0.0, min(shown) * tick)
         width, height = stream.codec_context.width, stream.codec_context.height
         width = _square(width, height, stream)
     stamps = tuple(sorted(shown))
     length = (stamps[-1] - stamps[0]) * tick
-    if stated > 1 and length < 0.8 * stated - 0.5:
+    if stated > 1 and start + length < 0.8 * stated - 0.5:
         raise Unusable(
             "truncated", f"the video ends at {length:.2f} s, the file states {stated:.2f} s"
         )

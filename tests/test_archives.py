@@ -536,6 +536,34 @@ def test_columns_are_guessed_named_or_listed(tmp_path):
     assert record.source.open_binary().read() == picture(1)
 
 
+@pytest.mark.parametrize(
+    "texts, wanted",
+    [
+        ({"caption": ["a cat", "a pet"]}, ["a cat", "a pet"]),  # as Flickr30k has them
+        ({"captions": "a cat"}, ["a cat"]),
+        ({"caption": "a cat", "captions": ["a pet", "a cat"]}, ["a cat", "a pet"]),
+        ({"caption": None, "captions": ["a cat"]}, ["a cat"]),
+        ({"caption": "a cat", "captions": []}, ["a cat"]),
+        ({"text": ["a cat", "a pet"]}, ["a cat", "a pet"]),
+    ],
+)
+def test_captions_may_be_texts_or_lists_in_rows_and_in_json(tmp_path, texts, wanted):
+    rows = [{"image": picture(0), **texts}, {"image": picture(1), **{key: None for key in texts}}]
+    if texts.get("caption") is None or texts.get("captions") == []:
+        rows[1] = {"image": picture(1), "caption": "", "captions": [""]}  # types are told by values
+    row = read_input(write_parquet(tmp_path / "a.parquet", rows), "image")[0]
+    named = [("0.png", picture(0)), ("0.json", json.dumps(texts).encode())]
+    (member,) = read_input(write_tar(tmp_path / "a.tar", named), "image")
+    for record in (row, member):
+        assert [record.caption, *record.facts.get("captions", [])[1:]] == wanted
+
+
+def test_a_dot_in_the_name_of_a_column_is_a_letter(tmp_path):
+    rows = [{"my.image": picture(number), "text": "a"} for number in range(3)]
+    records = read_input(write_parquet(tmp_path / "a.parquet", rows), "image")
+    assert [one.source.open_binary().read() for one in records] == [picture(i) for i in range(3)]
+
+
 def test_rows_that_cannot_be_used_are_skipped_with_their_reasons(tmp_path):
     rows = [
         {"image": {"bytes": picture(0), "path": None}, "text": "good"},

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from mmdit.data.dataset.members import Archive, Loaded, Member, Sample, Unreadable
 from mmdit.data.dataset.problems import Unusable
 from mmdit.data.dataset.records import Media
-from mmdit.data.dataset.tars import CAPTION_KEYS, captions_under
+from mmdit.data.dataset.tars import BOTH, CAPTION_KEYS, captions_under
 
 ROWS = 1024  # of text that are read at once
 PICTURES = 16  # that are read at once, if they are no larger together than:
@@ -75,6 +75,7 @@ class Columns:
     caption: str
     id: str  # "": rows have numbers
     facts: tuple[str, ...]
+    beside: tuple[str, ...] = ()  # further captions
 
 
 def choose_columns(
@@ -95,9 +96,10 @@ def choose_columns(
         raise ValueError(f"{path}: {error}; columns here: {here}") from None
     plain = [name for name, field in fields.items() if _is_plain(field.type)]
     ids = [name for name in ID_COLUMNS if name in plain]
-    used = {chosen, caption, *ids[:1], *("caption", "captions")}
+    used = {chosen, caption, *ids[:1], *BOTH}
     facts = tuple(name for name in plain if name not in used)
-    return Columns(leaves[chosen], caption, next(iter(ids), ""), facts)
+    beside = tuple(name for name in BOTH if caption in BOTH and name != caption and name in texts)
+    return Columns(leaves[chosen], caption, next(iter(ids), ""), facts, beside)
 
 
 def _in_place_of_usual(schema: Any, path: str, media: Media, columns: Columns) -> str:
@@ -137,6 +139,12 @@ def _leaf(field: Any) -> str:
     if not types.is_struct(field.type) or field.type.get_field_index("bytes") < 0:
         return ""
     return f"{field.name}.bytes" if is_bytes(field.type.field("bytes").type) else ""
+
+
+def _is_struct(value_type: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_struct(value_type)
 
 
 def _is_text(value_type: Any) -> bool:
@@ -179,6 +187,7 @@ def parquet_samples(
         )
         named = _in_place_of_usual(file.schema_arrow, archive.path, media, columns)
         names = [name for name in (columns.caption, columns.id, *columns.facts) if name]
+        names += columns.beside
         for group in range(file.num_row_groups):
             first = number
             parts = file.iter_batches(ROWS, row_groups=[group], columns=names, use_threads=False)
@@ -296,7 +305,8 @@ class _Reader:
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             self._error = _damaged(error)
         else:
-            self._batch = column.flatten()[0] if "." in row.leaf else column
+            # a dot may also stand in the name of a column
+            self._batch = column.flatten()[0] if _is_struct(column.type) else column
 
 
 def _mean_bytes(group: Any, leaf: str) -> int:

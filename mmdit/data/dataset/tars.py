@@ -36,6 +36,7 @@ MAX_HEADER = 1 << 20  # bytes of a long name, or of what a header says beside it
 MAX_TEXT = 1 << 20  # bytes of a caption; JSON has the limit of a line of metadata
 PREFERRED = ("jpg", "jpeg", "png", "webp", "mp4")  # if a key has several pictures or clips
 CAPTION_KEYS = ("caption", "captions", "text", "prompt")
+BOTH = ("caption", "captions")  # of which an item may have both
 LONG_NAME, EXTENDED, GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE
 ABOUT_NEXT = (LONG_NAME, tarfile.GNUTYPE_LONGLINK, EXTENDED, tarfile.SOLARIS_XHDTYPE, GLOBAL)
 TYPES = {
@@ -295,22 +296,22 @@ def _texts(
             captions = captions_under(row, key)
     except ValueError as error:
         raise Unusable("its caption cannot be read", str(error)) from None
-    used = ("caption", "captions", key)
+    used = (*BOTH, key)
     facts = {name: value for name, value in row.items() if name not in used}
     facts |= {"captions": captions} if len(captions) > 1 else {}
     return captions, facts
 
 
 def captions_under(row: dict, key: str) -> list[str]:
-    """Return the captions that a row holds under a key: a text, several in a list, or none.
-    ValueError: it is something else."""
-    if key in ("caption", "captions"):
-        present = {name: row[name] for name in ("caption", "captions") if row.get(name) is not None}
-        return captions_of(present)
-    value = row[key]
-    if value is None:
-        return [""]
-    return captions_of({"captions" if isinstance(value, list) else "caption": value})
+    """Return the captions that a row holds under a key: a text, several in a list, or none; under
+    `caption` and `captions` those of both. ValueError: it is something else."""
+    captions: list[str] = []
+    for name in BOTH if key in BOTH else (key,):
+        value = row.get(name)
+        if value is not None and value != []:
+            form = "captions" if isinstance(value, list) else "caption"
+            captions += captions_of({form: value})
+    return list(dict.fromkeys(captions)) or [""]
 
 
 def _read(file: FileIO, entry: TarEntry, limit: int) -> bytes:

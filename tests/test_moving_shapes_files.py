@@ -89,6 +89,42 @@ def test_the_command_explains_mistakes(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_complete_captions_state_every_fact_on_disk_and_in_a_cache(tmp_path, capsys):
+    words = ["--out_dir", tmp_path / "files", "--count", 40, "--width", 32, "--height", 32]
+    main([*map(str, words), "--complete_captions"])
+    lines = (tmp_path / "files/train_images.jsonl").read_text().splitlines()
+    files = [json.loads(line) for line in lines]
+    facts = draw(0, range(40), video=False, width=32, height=32)
+    assert [line["caption"] for line in files] == [
+        caption(item, 0, i, True) for i, item in enumerate(facts)
+    ]
+    named = [set(line["facts"]["named"]) for line in files]
+    assert named == [set(item.attributes) for item in facts]
+    refused(capsys, main, words, "complete_captions True there and False now")
+    refused(
+        capsys,
+        main,
+        [*words, "--complete_captions", "--split", "held_out"],
+        "--complete_captions is given, but captions of --split held_out state all facts anyway",
+    )
+    config = Workshop(tmp_path).folder / "tiny.yaml"
+    cached = ["--config", config, "--out_dir", tmp_path / "cache", "--device", "cpu"]
+    cache_moving_shapes.main([*map(str, cached), "--count", "40", "--complete_captions"])
+    assert open_cache(tmp_path / "cache").captions == [line["caption"] for line in files]
+
+
+def test_a_folder_older_than_complete_captions_goes_on_with_others_alone(tmp_path):
+    recipe = Recipe(32, 32)
+    prepare_samples(tmp_path, recipe, 2)
+    path = tmp_path / "moving_shapes.json"
+    stored = json.loads(path.read_text())
+    del stored["complete_captions"]
+    path.write_text(json.dumps(stored))
+    prepare_samples(tmp_path, recipe, 3)
+    with pytest.raises(ValueError, match="complete_captions False there and True now"):
+        prepare_samples(tmp_path, replace(recipe, complete_captions=True), 3)
+
+
 def test_a_cache_of_another_recipe_is_refused_and_items_beyond_the_count_are_told(tmp_path, capsys):
     def cache(*words, count=4):
         out = Workshop(tmp_path).folder / "c"
@@ -121,9 +157,10 @@ def test_a_cache_of_another_recipe_is_refused_and_items_beyond_the_count_are_tol
         (["--seed", 1], "seed 0 there and 1 now"),
         (["--variant", "many"], "variant"),
         (["--frames", 2], "frames 1 there"),
+        (["--complete_captions"], "complete_captions False there and True now"),
     )
-    for other, told in others:
-        refused(capsys, cache_moving_shapes.main, [*words, *other], told, "another --out_dir")
+    for other, message in others:
+        refused(capsys, cache_moving_shapes.main, [*words, *other], message, "another --out_dir")
     (tmp_path / "c/moving_shapes.json").unlink()  # a cache of an older version
     for other, _ in others:
         refused(

@@ -17,7 +17,7 @@ TOKENIZER = "VTP/checkpoints/vtp_tiny_f16d64"
 # What a score and a cache may set: how samples are drawn and how many there are, not what is asked.
 SCORE_OPTIONS = {"--count", "--batch_size", "--steps", "--solver", "--guidance", "--interval"}
 SCORE_OPTIONS |= {"--shift", "--eta", "--offload"}
-CACHE_OPTIONS = {"--count", "--frames", "--seed"}
+CACHE_OPTIONS = {"--complete_captions", "--count", "--frames", "--seed"}
 
 
 class Seconds(NamedTuple):

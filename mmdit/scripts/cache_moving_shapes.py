@@ -35,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variant", default="one", help="one, or many: one to four objects and a task"
     )
+    parser.add_argument(
+        "--complete_captions",
+        action="store_true",
+        help="captions state all facts; without it 15 of 100 facts are left out",
+    )
     parser.add_argument("--prune", action="store_true", help="remove items beyond --count")
     parser.add_argument("--device", default="auto")
     args = parser.parse_intermixed_args(argv)
@@ -52,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
                 reason = f"this tokenizer compresses time: clips have video.num_frames, {frames}"
                 raise ValueError(f"--frames is {args.frames}; {reason}")
         recipe = Recipe(
-            config.video.width, config.video.height, frames, args.seed, variant=args.variant
+            config.video.width,
+            config.video.height,
+            frames,
+            args.seed,
+            variant=args.variant,
+            complete_captions=args.complete_captions,
         )
         canvases = Canvases.of(manifest, config.preprocess, recipe)
         made = cache_moving_shapes(

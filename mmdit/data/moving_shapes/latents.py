@@ -97,19 +97,20 @@ def _drawn_on(recipe: Recipe, canvas: Size) -> Recipe:
 def _check_samples(writer: CacheWriter, recipe: Recipe, canvases: Canvases, count: int) -> None:
     """Refuse samples that are there if they are of another recipe, which an older cache has not
     written down: a few are looked at, for nearly every sample of another seed or variant
-    differs."""
+    differs, and half of the captions that may leave out facts."""
     there = [i for i in range(count) if canvases.item_ids(i)[0] in writer.entries]
     frames = writer.manifest.spec.frames(recipe.frames)
     for i in sorted({*there[:8], *there[-8:]}):
         (item,) = _drawn_on(recipe, canvases.canvas(i)).draw([i])
         entry = writer.entries[canvases.item_ids(i)[0]]
         facts = entry.facts.get("facts", {})
-        known = {name: facts.get(name) for name in item.to_json()}
-        if known != item.to_json() or entry.shape[0] != frames:
+        known = {name: facts.get(name) for name in item.to_json()} == item.to_json()
+        if not known or entry.caption != recipe.words(i, item)[0] or entry.shape[0] != frames:
             raise ValueError(
                 f"{writer.folder} holds moving shapes made otherwise (sample {i:06d} has"
-                f" {entry.shape[0]} latent frames or other objects): choose another --out_dir,"
-                " or the --seed, --variant and --frames of it"
+                f" {entry.shape[0]} latent frames, other objects or another caption): choose"
+                " another --out_dir, or the --seed, --variant, --frames and --complete_captions of"
+                " it"
             )
 
 

@@ -44,6 +44,7 @@ class Recipe:
     seed: int = 0
     split: str = "train"
     variant: str = "one"
+    complete_captions: bool = False  # also those for training
     version: int = field(init=False)
 
     def __post_init__(self):
@@ -58,8 +59,9 @@ class Recipe:
 
     @property
     def complete(self) -> bool:
-        """Return whether captions state everything; those for training drop facts now and then."""
-        return self.split != "train"
+        """Return whether captions state everything; those for training drop facts now and then,
+        unless they are asked to be complete."""
+        return self.complete_captions or self.split != "train"
 
     def draw(self, indices: Iterable[int]) -> list[Facts]:
         """Return the facts of these samples."""
@@ -137,6 +139,7 @@ def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             stored = {}
+        stored = {"complete_captions": False} | stored  # folders older than this setting
         names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
         if names:
             differences = ", ".join(

@@ -24,7 +24,7 @@ from mmdit.posttrain.rewards import (
 from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.session import average_gradients
 from mmdit.posttrain.shapes import PromptAccuracy
-from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory, group_id
+from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory
 from mmdit.rng import Draws
 
 
@@ -211,19 +211,11 @@ def test_offloading_copies_and_one_micro_batch_at_a_time_is_on_the_device():
         trajectory = Trajectory(Storage(1))
         trajectory.put(1, torch.randn(2, 3))
         places = torch.arange(2)
-        rollouts.append(Rollout(trajectory, places, places, places, Future()))
+        rollouts.append(Rollout(trajectory, places, places, Future()))
     for rollout in rollouts:
         local = rollout.to("meta")
         assert local.clean.is_meta and not rollout.clean.is_meta
     assert sum(r.clean.is_meta for r in rollouts) == 0
-
-
-def test_group_ids_survive_an_int64_gather_and_do_not_a_float32_one():
-    ids = torch.tensor([group_id(f"prompt {i}") for i in range(20_000)])
-    gathered = torch.zeros(2, 20_000, dtype=torch.int64)
-    gathered[0], gathered[1] = ids, ids
-    assert len(gathered.unique()) == 20_000
-    assert len(ids.float().unique()) < 20_000
 
 
 # ── C3: advantages and rewards ────────────────────────────────────────────────────────────────────

@@ -235,6 +235,7 @@ def posttrain(
             world=world,
             model=model,
             captions=config.captions,
+            start=origin["crc32"],
         )
         origin["data"] = data = data_of(session)
         if meta:

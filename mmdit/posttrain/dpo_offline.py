@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, encode
 from mmdit.files import clean, write_atomically
 from mmdit.foreign import explain_errors
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
+from mmdit.training.origin import sum_of
 from mmdit.weights import is_finite, tensor_pieces
 
+MADE_OF = "mmdit_made_of"  # in the header of a run's own pairs: see `made_of`
 WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16)  # types of places in a list of prompts
 
 
@@ -34,7 +37,8 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
         if world.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             clean(path.parent)
-            write_atomically(path, tensor_pieces(collected))
+            header = {MADE_OF: str(made_of(session))}
+            write_atomically(path, tensor_pieces(collected, header))
         world.barrier()
         pairs = read_pairs(path, session)
     prompts = pairs["prompts"]
@@ -44,15 +48,19 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
         order = torch.randperm(
             len(prompts), generator=generator(session.seed, "pairs", session.state.step)
         )
-        rows = order[:batch][world.rank :: world.size]
-        win, lose = (pairs[name][rows].to(session.device).float() for name in ("win", "lose"))
+        drawn = order[:batch][world.rank :: world.size]
         numbers: dict[str, list[Tensor]] = defaultdict(list)
-        for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
-            loss.backward()
-            for name, value in more.items():
-                numbers[name].append(value.detach())
-        report = session.update()
-        return report | {name: torch.stack(some).mean().item() for name, some in numbers.items()}
+        for rows in drawn.split(max(1, session.config.micro_batch // 2)):  # both of each pair
+            win, lose = (pairs[name][rows].to(session.device).float() for name in ("win", "lose"))
+            share = len(rows) / len(drawn)
+            for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
+                (loss * share).backward()
+                for name, value in more.items():
+                    numbers[name].append(value.detach() * share)
+        report, count = session.update(), session.config.draws_per_sample
+        return report | {
+            name: torch.stack(some).sum().item() / count for name, some in numbers.items()
+        }
 
     return update
 
@@ -63,16 +71,37 @@ def pairs_file(session: Session) -> Path:
 
 
 def stored_pairs(session: Session) -> dict[str, Tensor] | None:
-    """Return the pairs, None if they are still to be made. ConfigError: they do not fit the run, or
-    cannot fill a batch."""
+    """Return the pairs, None if they are still to be made: a new run takes those of an earlier one
+    in its folder, which was ended before its first checkpoint, only if it would make the same.
+    ConfigError: they do not fit the run, or cannot fill a batch."""
     path = pairs_file(session)
-    if session.config.dpo.pairs or path.is_file():
+    made = path.is_file() and (session.state.step > 0 or _stored_sum(path) == made_of(session))
+    if session.config.dpo.pairs or made:
         pairs = read_pairs(path, session)
         _check_batch(session, len(pairs["prompts"]))
         return pairs
     epoch = session.config.prompts_per_epoch
     _check_batch(session, math.ceil(session.config.dpo.collect / epoch) * epoch)
     return None
+
+
+def made_of(session: Session) -> int:
+    """Return a check sum of all that decides the pairs that a run makes itself."""
+    config = session.config
+    names = ("prompts_per_epoch", "group_size", "rollout", "rewards", "reward_frames")
+    decides = {name: encode(getattr(config, name)) for name in names}
+    size = (session.width, session.height, session.frames)
+    words = (config.dpo.collect, session.captions.trigger, session.tokenizer.fingerprint)
+    return sum_of([], session.start, session.seed, size, *words, decides)
+
+
+def _stored_sum(path: Path) -> int | None:
+    """Return what `made_of` was when a file of pairs was written; None: it does not say."""
+    try:
+        with safe_open(path, "pt") as handle:
+            return int((handle.metadata() or {})[MADE_OF])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def _check_batch(session: Session, count: int) -> None:
@@ -92,7 +121,7 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for epoch in range(math.ceil(config.dpo.collect / config.prompts_per_epoch)):
         for rollout in rollouts.collect(epoch, session.policy.reference):
-            best, worst = extremes(rollouts.pool.total(rollout.rewards.result()), rollout.groups)
+            best, worst = extremes(rollouts.pool.total(rollout.rewards.result()), rollout.prompts)
             parts["win"].append(rollout.clean[best].cpu())
             parts["lose"].append(rollout.clean[worst].cpu())
             parts["prompts"].append(rollout.prompts[best])

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.diffusion import guided
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import RewardPool, Samples
 from mmdit.posttrain.setup import Setup
 from mmdit.rng import Draws
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
-BATCH = 256  # samples that are drawn at a time
+BATCH = 256  # samples that are drawn at a time, and no more than posttrain.micro_batch
 
 
 class Evaluator:
@@ -55,32 +56,37 @@ class Evaluator:
     def draw(self, captions: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Return the normalised latents of the samples `first` …, and the pixels decoded from
         them."""
-        setup, pipeline, latents, pixels = self.setup, self.pipeline(), [], []
+        setup, pipeline = self.setup, self.pipeline()
         size = (setup.width, setup.height, setup.frames)
-        for start in range(0, len(captions), BATCH):
-            place = first + start
-            raw = pipeline.latents(captions[start : start + BATCH], *size, self.settings, place)
-            latents.append(setup.learner.spec.normalize(raw))
-            decoded = setup.tokenizer.decode(raw).float()
-            numbers = range(place, place + len(decoded))
-            pixels.append(pipeline.finite(decoded, numbers, self.settings))
-        return torch.cat(latents), torch.cat(pixels)
+        raw = pipeline.latents(captions, *size, self.settings, first)
+        pixels = setup.tokenizer.decode(raw).float()
+        numbers = range(first, first + len(captions))
+        return setup.learner.spec.normalize(raw), pipeline.finite(pixels, numbers, self.settings)
+
+    def score(self, prompts: Prompts, first: int) -> dict[str, Tensor]:
+        """Return what each reward says of the samples `first` …, one of each prompt, `(N,)`."""
+        latents, pixels = self.draw(prompts.captions, first)
+        samples = Samples(
+            captions=prompts.captions,
+            latents=latents,
+            groups=torch.arange(len(prompts)),
+            draws=Draws(self.setup.seed, -2, torch.arange(first, first + len(prompts))),
+            pixels=pixels,
+            facts=prompts.facts,
+        )
+        return self.pool.score(samples)
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean of each evaluation reward, as `seen_…` and `held_out_…`."""
-        values, first = {}, 0
+        values, first, most = {}, 0, min(BATCH, self.setup.config.micro_batch)
         for title, prompts in self.setup.evaluated.items():
-            latents, pixels = self.draw(prompts.captions, first)
-            samples = Samples(
-                captions=prompts.captions,
-                latents=latents,
-                groups=torch.arange(len(prompts)),
-                draws=Draws(self.setup.seed, -2, torch.arange(first, first + len(prompts))),
-                pixels=pixels,
-                facts=prompts.facts,
-            )
-            for name, value in self.pool.score(samples).items():
-                values[f"{title}_{name}"] = value.mean().item()
+            places = range(len(prompts))
+            parts = []
+            for start in places[::most]:
+                some = prompts.at(list(places[start : start + most]))
+                parts.append(self.score(some, first + start))
+            for name in self.pool.weights:
+                values[f"{title}_{name}"] = torch.cat([part[name] for part in parts]).mean().item()
             first += len(prompts)
         return values
 

@@ -3,15 +3,21 @@ rules between them."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+
+import torch
 
 from mmdit.posttrain.dpo_offline import offline_updates
 from mmdit.posttrain.online import online_epoch
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.srpo import srpo_updates
+from mmdit.terminal import is_memory_full
+from mmdit.training import checkpoint
 from mmdit.training.errors import RunError, record_failure
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.trainer import StopRequest
@@ -34,14 +40,16 @@ def post_train(session: Session) -> bool:
     config, train, state, world = session.config, session.train, session.state, session.world
     epoch, updates = epochs_of(session)
     if world.is_main:
+        put_other_best_aside(session)
         session.log = MetricsLog(session.run_dir, state.step or -1, session.tracker)
     if state.step == 0:
         session.report({"step": 0, "drift": 0.0, **session.evaluate()})
     ended = has_ended(session)
-    with StopRequest().listening() as stop:
+    with StopRequest().listening() as stop, rescuing(session) as kept:
         while not ended:
             begin = time.perf_counter()
             values = epoch()
+            kept.look()
             seconds = time.perf_counter() - begin
             drift = session.stop_rules.drift()
             values |= {"step": state.step, "seconds": seconds, "drift": drift}
@@ -58,15 +66,14 @@ def post_train(session: Session) -> bool:
             session.report(values)
             if ended or asked or state.step % train.save_every_steps < updates:
                 session.save(session.files(), False)
+                kept.saved = state.step
             if reason:
                 world.print(f"stopped at update {state.step}: {reason}")
             if broken:
-                error = RunError(
+                raise RunError(
                     f"stopped at update {state.step}: {reason}; what was saved before is whole."
                     " Look at the rewards and at train.lr, and start again from there"
                 )
-                record_failure(session.run_dir, "training", state.step, world.rank, error)
-                raise error
             if asked and not ended:
                 world.print(f"stopped on request at update {state.step}; continue with --resume")
                 return False
@@ -77,6 +84,66 @@ def post_train(session: Session) -> bool:
             update = int(session.history["best"][1])
             print(f"the best on evaluation prompts, of update {update}: {best}")
     return True
+
+
+def put_other_best_aside(session: Session) -> None:
+    """Give `best/` another name where it is of an attempt that this run does not go on from: until
+    there is a better one it would be taken for this run's."""
+    folder = session.run_dir / "best"
+    steps = {checkpoint.step_of(path) for path in checkpoint.complete(folder)}
+    best = session.history.get("best")
+    if steps and (best is None or int(best[1]) not in steps):
+        elsewhere = folder.with_name(f"best.before-{secrets.token_hex(4)}")
+        folder.rename(elsewhere)
+        print(f"{folder} is of an earlier attempt: it is now {elsewhere.name}", flush=True)
+
+
+class Kept:
+    """The newest state that a run can go on from, which lies between two epochs. `saved`: the
+    update of the newest checkpoint."""
+
+    def __init__(self, session: Session):
+        self.session, self.saved = session, session.state.step
+        self.look()
+
+    def look(self) -> None:
+        """Note that the state is whole now."""
+        self.step, self.history = self.session.state.step, dict(self.session.history)
+
+    def save(self) -> None:
+        """Save the updates since the last checkpoint, where no other has begun; say so."""
+        session, step = self.session, self.session.state.step
+        if session.world.size > 1 or session.moving or not self.saved < step == self.step:
+            return
+        session.history = self.history
+        session.save(session.files(), False)
+        print(f"saved at update {step} before it ends; continue with --resume", flush=True)
+
+
+@contextlib.contextmanager
+def rescuing(session: Session) -> Iterator[Kept]:
+    """Save the updates since the last checkpoint before an error ends the run, and note the error:
+    a reward that fails does not make the weights worse. One of several processes cannot know that
+    the others are as far."""
+    kept, config = Kept(session), session.config
+    try:
+        yield kept
+    except Exception as error:
+        step, rank = session.state.step, session.world.rank
+        record_failure(session.run_dir, "training", step, rank, error)
+        try:
+            kept.save()
+        except Exception as second:
+            print(f"the updates since {kept.saved} could not be saved: {second}", flush=True)
+        if isinstance(error, torch.OutOfMemoryError) or is_memory_full(error):
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(
+                f"the memory is full in update {step + 1} on rank {rank} with micro-batches of"
+                f" {config.micro_batch} samples ({first}). Reduce posttrain.micro_batch (an update"
+                " stays the same) or the size, or set model.checkpointing: true."
+                f" {checkpoint.how_to_go_on(session.run_dir)}"
+            ) from error
+        raise
 
 
 def has_ended(session: Session) -> bool:

@@ -83,7 +83,7 @@ def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
     if session.config.trains_steps:
         yield from step_terms(session, rollout, worth)
     elif session.config.algorithm == "dpo":
-        best, worst = extremes(worth, rollout.groups)
+        best, worst = extremes(worth, rollout.prompts)
         has_pairs = len(best) > 0
         together = session.learner.sharded and session.world.any(has_pairs)
         if has_pairs:

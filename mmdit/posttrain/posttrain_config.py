@@ -351,6 +351,12 @@ class PosttrainConfig(Section):
                 "rollout.dynamics",
                 f"is ode, but {algorithm} needs noise in its steps; use flow_sde",
             )
+        if self.trains_steps and not rollout.candidates:
+            raise ConfigError(
+                "rollout.steps",
+                f"is {rollout.steps}, but {algorithm} trains the noisy steps, which are all but the"
+                " last: nothing would be trained; take 2 or more",
+            )
         if self.trains_steps and rollout.steps - 1 in rollout.sde_steps:
             raise ConfigError(
                 "rollout.sde_steps",

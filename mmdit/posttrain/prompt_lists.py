@@ -29,15 +29,21 @@ class Prompts:
 
 def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]:
     """Return the prompts of a file to train on, and by name to evaluate on: `seen` and `held_out`,
-    at most `held` of each. Of 16 prompts or more every eighth is held out."""
+    at most `held` of each. Of 16 different prompts or more every eighth is held out, wherever it
+    stands; one that stands twice is trained on twice."""
     captions = read_prompt_list(path)
     if not held:
         return Prompts(captions), {}
-    if len(captions) < 16:
-        return Prompts(captions), {"seen": Prompts(captions[:held])}
-    trained = [caption for i, caption in enumerate(captions) if i % 8]
-    held_out = captions[::8][:held]
-    return Prompts(trained), {"seen": Prompts(trained[:held]), "held_out": Prompts(held_out)}
+    different = list(dict.fromkeys(captions))
+    if len(different) < 16:
+        return Prompts(captions), {"seen": Prompts(different[:held])}
+    held_out = dict.fromkeys(different[::8])
+    trained = [caption for caption in captions if caption not in held_out]
+    seen = list(dict.fromkeys(trained))
+    return Prompts(trained), {
+        "seen": Prompts(seen[:held]),
+        "held_out": Prompts(list(held_out)[:held]),
+    }
 
 
 def read_prompt_list(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from mmdit.posttrain import dynamics
 from mmdit.posttrain.policy import Policy, Velocity
 from mmdit.posttrain.rewards import RewardPool, Samples
 from mmdit.posttrain.setup import Setup
-from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory, group_id
+from mmdit.posttrain.trajectory import Rollout, Storage, Trajectory
 from mmdit.rng import Draws, generator
 
 
@@ -99,17 +99,16 @@ class Rollouts:
             velocity = self.policy.velocity(setup.text[places.to(setup.device)], weights)
             trajectory = self.sample(velocity, draws, noisy, storage, first)
             asked = setup.prompts.at(places.tolist())
-            groups = torch.tensor([group_id(caption) for caption in asked.captions])
             clean = trajectory.clean
             samples = Samples(
                 captions=asked.captions,
                 latents=clean,
-                groups=groups,
+                groups=places,
                 draws=draws,
                 pixels=self.decode(clean) if self.pool.needs_pixels else None,
                 facts=asked.facts,
             )
-            rollout = Rollout(trajectory, places, groups, indices, self.pool.submit(samples))
+            rollout = Rollout(trajectory, places, indices, self.pool.submit(samples))
             rollouts.append(rollout.to("cpu") if config.storage.offload else rollout)
         return rollouts
 

@@ -43,6 +43,7 @@ class Session(Setup):
         self.rollouts = Rollouts(self, self.policy)
         self.stop_rules = StopRules(self, self.policy, self.rollouts)
         self.log: MetricsLog | None = None
+        self.moving = False  # between the old weights and the new ones
 
     def update(self) -> dict[str, float]:
         """Take an optimizer step with the gradients that micro-batches have summed up, their mean
@@ -53,12 +54,14 @@ class Session(Setup):
         if world.size > 1 and not self.learner.sharded:  # of shards the mean is there already
             average_gradients(parameters, world)
         optimizer.set_lr(train.learning_rate().at(state.step + 1))
+        self.moving = True
         norm, skipped = clip_and_guard(optimizer, train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
         if state.ema:
             state.ema.update(state.step)
+        self.moving = False
         return {"grad_norm": norm.item(), "skipped": skipped.item()}
 
     def files(self) -> Files:

@@ -36,7 +36,7 @@ class Setup:
     `save(files, best)` writes a checkpoint, with `best` the weights alone. `history` holds scalars
     that a resumed run must know: `best` (score and update of the best evaluation), and of SRPO
     `std` and `latent_std` (the latents' deviation at first and now) and `invert` (the first score
-    of that branch).
+    of that branch). `start`: the check sum of the networks and prompts that the run began from.
     """
 
     config: PosttrainConfig
@@ -55,6 +55,7 @@ class Setup:
     captions: CaptionsConfig = CaptionsConfig()
     model: Denoiser | None = None
     tracker: Tracker | None = None
+    start: int | None = None
     history: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self):

@@ -22,8 +22,8 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
     level and one pair of words, and each goes through the branches.
 
     The denoise branch is left alone above `hinge`. The invert branch scores with swapped words and
-    falls as training succeeds, so it ends when it lies `hinge` below where it began; it would never
-    end otherwise.
+    falls as training succeeds, so it ends when it lies `hinge` below where it began, the mean of
+    all samples of the first update; it would never end otherwise.
     """
     config, settings, world = session.config, session.config.srpo, session.world
     cache = real_latents(session) if settings.latents else None
@@ -60,24 +60,22 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
                     *texts,
                     discount(ends, settings.sigma_window, landed),
                 )
-                if denoises:
-                    ascends = score < settings.hinge
-                else:
-                    if "invert" not in history:
-                        history["invert"] = score.detach().mean()
-                        world.sum_(history["invert"])
-                        history["invert"] /= world.size
-                    ascends = score > history["invert"] - settings.hinge
+                ascends = score < settings.hinge
+                if not denoises:
+                    begun = history.get("invert", torch.tensor(-torch.inf))
+                    ascends = score > begun.to(score) - settings.hinge
                 loss = (-score * ascends).mean() * len(rows) / per_rank / len(settings.branches)
                 loss.backward()
-                numbers[f"score_{branch}"].append(score.detach().mean())
-                numbers[f"active_{branch}"].append(ascends.float().mean())
-                numbers["latent_std"].append(recovered.detach().std())
-        means = torch.stack([torch.stack(values).mean() for values in numbers.values()])
+                numbers[f"score_{branch}"].append(score.detach().float())
+                numbers[f"active_{branch}"].append(ascends.float())
+                numbers["latent_std"].append(recovered.detach().std()[None])
+        means = torch.stack([torch.cat(values).mean() for values in numbers.values()])
         world.sum_(means)
         report = dict(zip(numbers, (means / world.size).tolist()))
         history["latent_std"] = torch.tensor(report["latent_std"])
         history.setdefault("std", history["latent_std"].clone())
+        if "score_invert" in report:
+            history.setdefault("invert", torch.tensor(report["score_invert"]))
         return report | session.update()
 
     return update

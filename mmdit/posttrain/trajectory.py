@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmdit.rng import key
-
 
 @dataclass(frozen=True)
 class Storage:
@@ -77,12 +75,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One micro-batch of samples: `prompts (B,)` are places in the prompt list, `groups (B,)` int64
-    ids, `indices (B,)` places in the epoch; `rewards`: to come, `(B,)` by name."""
+    """One micro-batch of samples: `prompts (B,)` are places in the prompt list, which also tell the
+    groups that are compared (two places may have the same words), `indices (B,)` places in the
+    epoch; `rewards`: to come, `(B,)` by name."""
 
     trajectory: Trajectory
     prompts: Tensor
-    groups: Tensor
     indices: Tensor
     rewards: Future
 
@@ -93,9 +91,3 @@ class Rollout:
     def to(self, device: torch.device | str) -> Rollout:
         """Return a copy with the latents on `device`; the small tensors stay on the CPU."""
         return replace(self, trajectory=self.trajectory.to(device))
-
-
-def group_id(prompt: str) -> int:
-    """Return a number of signed 64 bits for samples that are compared: those of one prompt. It must
-    be kept in int64, for float32 would merge groups."""
-    return key("group", prompt, "", "")

@@ -1,0 +1,211 @@
+"""What post-training must not do in silence: learn from an earlier attempt's samples, lose updates
+to a reward that fails, take more at a time than it was allowed, train nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from mmdit.config import ConfigError
+from mmdit.posttrain.dpo_offline import collect_pairs, offline_updates
+from mmdit.posttrain.evaluation import Evaluator
+from mmdit.posttrain.posttrain_config import DPOConfig, PosttrainConfig, RolloutConfig
+from mmdit.posttrain.prompt_lists import Prompts, written_prompts
+from mmdit.posttrain.rewards import Brightness
+from mmdit.posttrain.srpo import srpo_updates
+from mmdit.scripts import posttrain
+from mmdit.training import checkpoint
+from mmdit.training.ema import EMA
+from tests.helpers.tiny import Workshop, refused
+from tests.helpers.toy_posttrain import Net, session
+from tests.test_posttrain_loops import SECTION, SRPO, words
+
+BRIGHT = [f"posttrain.{name}=[{{type: brightness}}]" for name in ("rewards", "eval_rewards")]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Workshop(tmp_path_factory.mktemp("posttrain_limits"))
+    base = shop.train("base")
+    shop.section = shop.folder / "post.yaml"
+    text = shop.config.read_text(encoding="utf-8").replace(
+        "train:", f"train:\n  init_from: {base}", 1
+    )
+    shop.section.write_text(text + SECTION, encoding="utf-8")
+    return shop
+
+
+def command(shop, name: str, *words: str) -> list[str]:
+    named = ["--config", str(shop.section), "--device", "cpu", f"experiment_name={name}"]
+    return [*named, "train.max_steps=2", *words]
+
+
+# ── earlier attempts ──────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("word", ["seed=3", "posttrain.rewards=[{type: brightness, weight: -1}]"])
+def test_pairs_of_an_attempt_that_saved_nothing_are_taken_only_where_they_would_be_made_again(
+    shop, word
+):
+    name = f"pairs_{word[:4]}"
+    run = shop.folder / "runs" / name
+    given = ["posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 1}", BRIGHT[0]]
+
+    def pairs(*more: str) -> bytes:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # as if it was killed before
+        assert posttrain.main(command(shop, name, *given, *more)) == 0
+        return (run / "pairs.safetensors").read_bytes()
+
+    first = pairs()
+    marked = run / "pairs.safetensors"
+    begun = marked.stat().st_mtime_ns
+    assert pairs() == first and marked.stat().st_mtime_ns == begun, "the same would be made"
+    other = pairs(word)
+    shutil.rmtree(run)
+    assert pairs(word) == other != first
+
+
+def test_the_best_of_an_earlier_attempt_is_not_taken_for_that_of_this_one(
+    shop, monkeypatch, capsys
+):
+    run, scores = shop.folder / "runs/attempts", iter([0.1, 0.2, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(Evaluator, "evaluate", lambda _: {"held_out_brightness": next(scores)})
+    given = [*BRIGHT, "posttrain.eval_every_epochs=1"]
+    posttrain.main(command(shop, "attempts", *given, "train.max_steps=1"))
+    assert checkpoint.complete(run / "best")
+    shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    posttrain.main(command(shop, "attempts", *given))
+    out = capsys.readouterr().out
+    assert not (run / "best").exists() and "best on evaluation prompts" not in out
+    (moved,) = run.glob("best.before-*")
+    assert f"{run / 'best'} is of an earlier attempt: it is now {moved.name}" in out
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ValueError("the scorer is gone"), "the scorer is gone"),
+        (torch.OutOfMemoryError("no memory left"), "Reduce posttrain.micro_batch"),
+    ],
+)
+def test_a_reward_that_fails_costs_no_update_before_it(shop, monkeypatch, capsys, error, message):
+    """And what is saved goes on as the run that did not fail."""
+    given, name = [BRIGHT[0], "posttrain.eval_prompts=0"], type(error).__name__
+    posttrain.main(command(shop, f"whole_{name}", *given, "train.max_steps=4"))
+    call, calls = Brightness.call, iter(range(1000))
+
+    def fails(self, samples):
+        if next(calls) == 7:  # the second half of the fourth epoch
+            raise error
+        return call(self, samples)
+
+    monkeypatch.setattr(Brightness, "call", fails)
+    given.append("train.max_steps=4")
+    cut = [*given, "train.save_every_steps=100"]
+    refused(capsys, posttrain.main, command(shop, f"cut_{name}", *cut), message)
+    monkeypatch.setattr(Brightness, "call", call)
+    run = shop.folder / "runs" / f"cut_{name}"
+    assert checkpoint.latest(run).name == "step_00000003"
+    (noted,) = (run / "failures").iterdir()
+    assert json.loads(noted.read_text(encoding="utf-8"))["step"] == 3
+    posttrain.main(command(shop, f"cut_{name}", *given, "--resume"))
+    one, two = (
+        checkpoint.read_tensors(
+            checkpoint.latest(shop.folder / "runs" / f"{which}_{name}") / "model.safetensors"
+        )
+        for which in ("whole", "cut")
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_an_error_within_an_update_saves_nothing(shop, monkeypatch, capsys):
+    """Half of the weights have moved then."""
+    calls = iter(range(1000))
+
+    def fails(self, at):
+        if next(calls) == 1:
+            raise ValueError("half way")
+
+    monkeypatch.setattr(EMA, "update", fails)
+    given = command(shop, "half", BRIGHT[0], "posttrain.eval_prompts=0", "train.max_steps=4")
+    refused(capsys, posttrain.main, [*given, "train.save_every_steps=100"], "half way")
+    assert not checkpoint.complete(shop.folder / "runs/half")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "guard"])
+def test_a_rollout_without_a_noisy_step_is_refused_where_noisy_steps_are_trained(algorithm):
+    with pytest.raises(ConfigError, match=r"rollout\.steps: is 1, but .*nothing would be trained"):
+        PosttrainConfig(algorithm=algorithm, rollout=RolloutConfig(steps=1))
+    PosttrainConfig(algorithm=algorithm, rollout=RolloutConfig(steps=2))
+    PosttrainConfig(algorithm="awm", rollout=RolloutConfig(steps=1))
+
+
+# ── groups and prompts ────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("micro_batch", [4, 16, 32])
+def test_prompts_of_the_same_words_are_groups_of_their_own(tmp_path, micro_batch):
+    """However many go through the network together."""
+    running = session(
+        tmp_path,
+        algorithm="dpo",
+        dpo=DPOConfig(collect=8, batch=8),
+        prompts_per_epoch=8,
+        group_size=4,
+        micro_batch=micro_batch,
+    )
+    running.prompts = Prompts(["class 0"] * 8)
+    running.text = running.encode(running.prompts.captions)
+    assert sorted(collect_pairs(running)["prompts"].tolist()) == list(range(8))
+
+
+def test_a_prompt_that_stands_twice_is_held_out_wherever_it_stands(tmp_path):
+    different = [f"prompt {i}" for i in range(24)]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"caption": text} for text in [*different, *different]]))
+    trained, evaluated = written_prompts(path, 100)
+    held_out, seen = evaluated["held_out"].captions, evaluated["seen"].captions
+    assert held_out == different[::8] and not set(held_out) & set(trained.captions)
+    assert len(trained) == 42 and seen == [text for text in different if text not in held_out]
+    path.write_text(json.dumps([{"caption": "one"}] * 40))
+    trained, evaluated = written_prompts(path, 100)
+    assert len(trained) == 40 and evaluated.keys() == {"seen"}
+
+
+# ── micro-batches ─────────────────────────────────────────────────────────────────────────────────
+def test_no_more_samples_go_through_the_network_than_a_micro_batch(tmp_path, monkeypatch):
+    """Hold in updates on stored pairs and in evaluation, which are the same for any of its sizes.
+    (AdamW would hide a wrong sum, but the norm that is clipped would be another one.)"""
+    forward, sizes = Net.forward, []
+    monkeypatch.setattr(
+        Net, "forward", lambda self, x, *rest: sizes.append(len(x)) or forward(self, x, *rest)
+    )
+    reports, evaluations = [], []
+    for micro_batch in (8, 6, 256):
+        running = session(
+            tmp_path / str(micro_batch),
+            algorithm="dpo",
+            dpo=DPOConfig(collect=24, batch=12),
+            draws_per_sample=2,
+            prompts_per_epoch=12,
+            group_size=2,
+            micro_batch=min(micro_batch, 24),
+        )
+        running.evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(20)])}
+        update = offline_updates(running)
+        sizes.clear()
+        evaluations.append(running.evaluator.evaluate())
+        reports.append(update())
+        assert max(sizes) <= micro_batch and (micro_batch < 256 or max(sizes) == 24)
+    for first, second in ((0, 1), (0, 2)):
+        assert reports[first] == pytest.approx(reports[second], rel=1e-3, abs=1e-6)
+        assert evaluations[first] == pytest.approx(evaluations[second], rel=1e-4)
+
+
+def test_the_invert_branch_of_srpo_began_where_all_samples_did(tmp_path):
+    begun = []
+    for micro_batch in (1, 8, 32):
+        running = session(tmp_path, **SRPO | {"srpo": words(), "micro_batch": micro_batch})
+        report = srpo_updates(running)()
+        begun.append(running.history["invert"].item())
+        assert begun[-1] == pytest.approx(report["score_invert"])
+    assert begun[0] == pytest.approx(begun[1], rel=1e-4) == pytest.approx(begun[2], rel=1e-4)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import adapters
 from mmdit.commands import inspect_adapter as adapter_report
@@ -15,6 +15,7 @@ from mmdit.interop.lora_formats import load_lora
 from mmdit.models.wan import WanDiT
 from mmdit.nn.attention import attend, observers
 from mmdit.scripts import inspect_adapter
+from mmdit.training import checkpoint
 from tests.helpers.tiny import Workshop, refused
 from tests.test_adapters import KINDS, adapted, base
 from tests.test_wan import GOLDEN, INPUTS, META, TINY
@@ -141,6 +142,37 @@ def test_every_attention_of_our_model_is_seen_head_by_head():
     assert kinds == {"spatial", "temporal", "cross"} and len(found) == 9
     assert all(len(statistics.result()["logit_std"]) == 2 for statistics in found.values())
     json.dumps({name: statistics.result() for name, statistics in found.items()})
+
+
+def test_whole_differences_are_measured_beside_updates(tmp_path, capsys, monkeypatch):
+    """Of distilled models: a limit that looks at the updates alone would pass them."""
+    base = str(GOLDEN / "official.safetensors")
+    weights, k = load_file(base), "blocks.0.self_attn.q"
+    changes = {f"{k}.weight": "diff", f"{k}.bias": "diff_b", "blocks.0.norm3.weight": "diff"}
+    tensors = {}
+    for name, end in changes.items():
+        tensors[f"diffusion_model.{name.rpartition('.')[0]}.{end}"] = 2 * weights[name]
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(adapter_report, "infer_config", lambda *_: TINY)
+    words = ["--base", base, "--adapter", str(tmp_path / "x.safetensors"), "--out", str(tmp_path)]
+    assert inspect_adapter.main(words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["budget"]
+    assert report["layers"].keys() == changes.keys()
+    for row in (report["total"], *report["layers"].values()):
+        assert row["ratio"] == pytest.approx(2) == pytest.approx(row["max_spectral_ratio"])
+    assert inspect_adapter.main([*words, "--max_ratio", "1.9"]) == 1
+
+
+def test_differences_over_a_run_are_measured_against_what_was_before(shop, tmp_path):
+    run = shop.train("for_differences", "train.max_steps=1")
+    weights = checkpoint.load_weights(run).tensors
+    name = "blocks.0.spatial.q.weight"
+    change = 3 * weights[f"model.{name}"]
+    save_file(
+        {f"diffusion_model.{name.removesuffix('weight')}diff": change}, tmp_path / "x.safetensors"
+    )
+    (found,) = adapter_report.changes(str(run), str(tmp_path / "x.safetensors"), None)
+    assert found.layer == name and found.ratio == pytest.approx(3, rel=1e-5)
 
 
 def test_the_command_reads_wan_layer_by_layer_and_keeps_to_limits(tmp_path, capsys, monkeypatch):

@@ -182,6 +182,25 @@ def test_lokr_is_the_kronecker_product():
     ) * torch.linalg.matrix_rank(second)
 
 
+@torch.no_grad()
+def test_the_alpha_of_lokr_with_factors_of_two_ranks_is_over_that_of_the_second(tmp_path):
+    """As ComfyUI has it, whichever of the tensors comes first in the file."""
+    sizes = {"w1_a": (4, 2), "w1_b": (2, 4), "w2_a": (8, 3), "w2_b": (3, 8)}
+    model, name = base(), "blocks.0.spatial.q"
+    before = model.get_submodule(name).weight.clone()
+    assert before.shape == (32, 32)
+    parts = {end: torch.randn(size) for end, size in sizes.items()}
+    tensors = {f"diffusion_model.{name}.lokr_{end}": part for end, part in parts.items()}
+    tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(6.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora_formats.load_lora(model, tmp_path / "x.safetensors")
+    expected = 6 / 3 * torch.kron(parts["w1_a"] @ parts["w1_b"], parts["w2_a"] @ parts["w2_b"])
+    lora_formats.save_lora(model, tmp_path / "y.safetensors", "kohya")
+    again = lora_formats.load_lora(base(), tmp_path / "y.safetensors")
+    assert again == [name]
+    torch.testing.assert_close(merge(model).get_submodule(name).weight - before, expected)
+
+
 def test_dora_is_a_length_and_a_direction(x):
     """Equation 5, and the norm has no gradient: with the length fixed, a row's gradient is that of
     W' times length / norm."""
@@ -243,6 +262,23 @@ def test_what_is_included_excluded_and_in_which_blocks():
         (
             {"per_module": ({"modules": ("nope",), "rank": 2, "alpha": 1.0},)},
             ("lora.per_module", "nope"),
+        ),
+        (
+            {
+                "target_modules": ("q",),
+                "per_module": ({"modules": ("k",), "rank": 2, "alpha": 1.0},),
+            },
+            ("lora.per_module[0]: k are layers that get no adapter",),
+        ),
+        (
+            {
+                "target_modules": ("q",),
+                "per_module": (
+                    {"modules": ("q",), "rank": 2, "alpha": 1.0},
+                    {"modules": ("spatial.q",), "rank": 4, "alpha": 1.0},
+                ),
+            },
+            ("lora.per_module[1]", "an entry before it counts"),
         ),
     ):
         with pytest.raises(ValueError) as caught:

@@ -276,6 +276,9 @@ def test_a_lora_of_t2v_on_i2v_is_laid_over_what_both_have_and_told(tmp_path):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        words_alone = random_model(VARIANTS["i2v 2.1"])
+        inject(words_alone, LoRAConfig(enabled=True, rank=2))
+        save_lora(words_alone, tmp_path / "words.safetensors", "comfy")  # it was made for I2V
         load_lora(random_model(VARIANTS["i2v 2.1"]), both["i2v 2.1"])
         load_lora(random_model(VARIANTS["t2v"]), both["t2v"])
     refused(
@@ -493,6 +496,7 @@ def test_dora_over_lokr_is_named(model, tmp_path):
         ({"alpha": torch.tensor(math.nan)}, ("alpha", "nan")),
         ({"alpha": torch.tensor(0.0)}, ("alpha", "0.0")),
         ({"alpha": torch.ones(2)}, ("alpha", "[1.0, 1.0]")),
+        ({"alpha": torch.tensor(2 + 0j)}, ("alpha", "(2+0j)")),
         ({"dora_scale": torch.full((64, 1), math.nan)}, ("dora_scale", "nan")),
         ({"lora_down.weight": A.clone()}, ("blocks.0.self_attn.q.lora_A twice", "lora_down")),
     ],

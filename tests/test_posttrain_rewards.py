@@ -260,6 +260,18 @@ def open_clip_tensors(own: dict, scale: float = 1.0) -> dict:
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
+def test_a_text_that_is_longer_than_clip_reads_is_told_once(clip_folder, caplog):
+    reward = ClipReward(path=str(clip_folder))
+    reward.prepare(torch.device("cpu"))
+    pixels = torch.rand(1, 1, 3, 16, 16)
+    reward(pixels, ["a red blue star a red"])  # 8 tokens with its marks, as many as are read
+    assert not caplog.records
+    for word in ("circle", "star"):
+        reward(pixels, [f"a red blue star a red {word}"])
+    (record,) = caplog.records
+    assert "a text has 9 tokens, CLIP reads 8: the rest is not judged" in record.getMessage()
+
+
 def test_hps_weights_in_open_clip_names_replace_those_of_the_folder(clip_folder, tmp_path):
     own = load_file(clip_folder / "model.safetensors")
     theirs = open_clip_tensors(own, scale=2)

@@ -327,6 +327,36 @@ def test_what_is_near_a_checkpoint_is_refused_with_the_checkpoint(shop, tmp_path
     refused(capsys, sample.main, words, f"{run} is the folder of a run", "mmdit export")
 
 
+@pytest.mark.parametrize("option", ["lora", "lora_low", "refine", "image"])
+def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(
+    tmp_path, capsys, monkeypatch, option
+):
+    """Of 14 B weights that takes minutes."""
+    monkeypatch.setattr(sample, "load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
+    words = ["--checkpoint", "x", "--prompts", "a", "--out", tmp_path / "out", f"--{option}"]
+    refused(
+        capsys, sample.main, [*words, tmp_path / "none.png"], f"--{option}", "none.png", "exist"
+    )
+    if option == "image":
+        (tmp_path / "text.png").write_text("no picture")
+        words += [tmp_path / "text.png"]
+        refused(capsys, sample.main, words, "--image", "text.png: no picture that can be read")
+
+
+def test_adapters_of_a_base_that_was_trained_too_are_not_handed_on_as_the_whole(
+    shop, tmp_path, capsys
+):
+    base = f"train.init_from={shop.folder / 'runs/base'}"
+    for name, alone in (("both", "false"), ("alone", "true")):
+        adapted = f"lora={{enabled: true, rank: 2, train_lora_only: {alone}}}"
+        run = shop.train(name, base, adapted, "train.max_steps=1")
+        capsys.readouterr()
+        out = tmp_path / f"{name}.safetensors"
+        export.main(["--checkpoint", str(run), "--out", str(out), "--lora", "comfy"])
+        told = capsys.readouterr().out
+        assert ("its base was trained, too" in told) == ("--merge" in told) == (alone == "false")
+
+
 def test_options_and_overrides_may_be_mixed(shop):
     run = shop.folder / "runs/mixed"
     first, *rest = shop.train_words("mixed", "train.max_steps=1")

@@ -102,6 +102,16 @@ def test_cleaning_and_token_numbers(tmp_path):
     ]
 
 
+def test_a_caption_that_is_cut_is_told_once(tmp_path, caplog):
+    encoder = opened(tmp_path, max_length=9)
+    encoder(["abcdefg"])  # with its first mark and the end it is as long as may be
+    assert not caplog.records
+    encoder(["abcdefgh", "abcdefghi"])
+    encoder(["abcdefghj"])
+    (record,) = caplog.records
+    assert "10 tokens, text_encoder.max_length is 9: the rest is not read" in record.getMessage()
+
+
 def test_sentencepiece_files_serve_as_well(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     stream = io.BytesIO()

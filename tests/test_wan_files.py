@@ -4,6 +4,7 @@ no such file."""
 import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -415,6 +416,16 @@ def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):
     file = tmp_path / "repo" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(64)}, file)
     load_dit(tmp_path / "repo")  # which Diffusers ignores, too
+
+
+def test_null_in_a_config_is_the_usual_number(folder, tmp_path):
+    """Not 0: with that epsilon a norm of nothing is no number."""
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    stored = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(stored | {"eps": None, "text_len": None}))
+    config = load_dit(whole).config
+    assert (config.eps, config.text_len) == (1e-6, 512)
 
 
 def test_headers_tell_before_anything_is_read(folder):

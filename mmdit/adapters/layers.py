@@ -276,15 +276,13 @@ class LoKrLinear(Adapter):
 
     @property
     def rank(self) -> int:
-        """Return the rank of the products; 1 where both factors are whole."""
-        return next(
-            (
-                len(parameter)
-                for name, parameter in self.adapter_parameters().items()
-                if name.endswith("_b")
-            ),
-            1,
-        )
+        """Return the rank of the products, of two that of the second; 1 where both factors are
+        whole."""
+        parameters = self.adapter_parameters()
+        for name in ("lokr_w2_b", "lokr_w1_b"):
+            if name in parameters:
+                return len(parameters[name])
+        return 1
 
     @property
     def outer(self) -> nn.Parameter:

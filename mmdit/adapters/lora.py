@@ -134,12 +134,18 @@ class LoRAConfig(Section):
                     "is true, but lora.enabled is false: it is about adapters; set both or none",
                 )
 
+    def entry_of(self, name: str) -> ModuleRank | None:
+        """Return the entry of `per_module` that counts for the layer `name`: the first that chooses
+        it."""
+        for entry in self.per_module:
+            if any(_matches(name, word) for word in entry.modules):
+                return entry
+        return None
+
     def maker(self, name: str) -> Make:
         """Return the function that makes the adapter of the layer `name`."""
-        rank, alpha = self.rank, self.alpha
-        for entry in reversed(self.per_module):
-            if any(_matches(name, word) for word in entry.modules):
-                rank, alpha = entry.rank, entry.alpha
+        entry = self.entry_of(name)
+        rank, alpha = (self.rank, self.alpha) if entry is None else (entry.rank, entry.alpha)
         layer_type: type[Adapter] = LoRALinear
         options: dict[str, Any] = {"rslora": self.rslora}
         if self.type == "dora":
@@ -193,6 +199,14 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
             "lora: target_modules without exclude_modules, within lora.blocks, leave no"
             f" layer{note}"
         )
+    counted = [config.entry_of(name) for name in chosen]
+    for i, entry in enumerate(config.per_module):
+        if not any(one is entry for one in counted):
+            raise ValueError(
+                f"lora.per_module[{i}]: {', '.join(entry.modules)} are layers that get no adapter,"
+                " or an entry before it counts for them: choose them in lora.target_modules, or"
+                " remove it"
+            )
     return [name for name in linears if name in chosen]
 
 
@@ -394,6 +408,14 @@ def differences(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what `add_differences` added, by the name of the parameter."""
     return {
         name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()
+    }
+
+
+def before_differences(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what the parameters of `differences` were before, by their names."""
+    return {
+        name: difference.before.detach()
+        for name, difference in model.__dict__.get(DIFFERENCES, {}).items()
     }
 
 

@@ -122,7 +122,14 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
         raw=args.raw_weights,
         command=command,
     )
-    return exported, [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
+    lines = [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
+    if args.lora and not config.lora.train_lora_only:
+        remedy = "--layout" if config.model.released else "--merge"
+        lines.append(
+            "  its base was trained, too (lora.train_lora_only: false), and is not in it: laid over"
+            f" another base it draws something else; {remedy} writes the whole"
+        )
+    return exported, lines
 
 
 def check_overrides(overrides: list[str]) -> None:

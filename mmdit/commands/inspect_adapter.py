@@ -10,7 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit.adapters import adapters, merge, remove
-from mmdit.diagnostics.adapter_norms import Change, delta_budget
+from mmdit.adapters.lora import before_differences, differences
+from mmdit.diagnostics.adapter_norms import Change, delta_budget, difference_budget
 from mmdit.diagnostics.attention_statistics import mean_over_heads, observed
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
@@ -24,17 +25,19 @@ from mmdit.weights import Checkpoint
 
 
 def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
-    """Return the change of each adapted layer: of a run with its own adapter or another, or of Wan
-    weights. ValueError: there is no adapter."""
+    """Return the change of each adapted layer, and of each parameter with a whole difference: of a
+    run with its own adapter or another, or of Wan weights. ValueError: there is no adapter."""
     if adapter and not is_ours(base):
         return wan_changes(base, adapter, expert)
     pipeline, config = load_pipeline(base, "cpu", lora=None)
     name, model = _chosen(pipeline, config, expert, base)
     if adapter:
         load_lora(remove(model), adapter, name)
-    if not adapters(model):
+    whole = differences(model)
+    if not adapters(model) and not whole:
         raise ValueError(f"{base} holds no adapter: name one with --adapter")
-    return delta_budget(adapters(model).items())
+    before = before_differences(model)
+    return delta_budget(adapters(model).items()) + difference_budget(whole, before)
 
 
 def _chosen(
@@ -56,7 +59,8 @@ def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items() if name in names}
     with torch.device("meta"):
         model = WanDiT(infer_config(shapes, base))
-    updates, changes = read_lora(model, adapter, expert).updates, []
+    content, changes = read_lora(model, adapter, expert), []
+    updates = content.updates
     count = len(stored.entries)
     for key, tensor in tqdm(stored.tensors(), total=count, desc="layers", unit="tensor"):
         layer = names.get(key, "").removesuffix(".weight")
@@ -64,6 +68,10 @@ def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
             linear = torch.nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
             linear.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
             changes += delta_budget([(layer, updates[layer].adapter(linear))])
+        if names.get(key) in content.differences:
+            name = names[key]
+            change = {name: content.differences[name]}
+            changes += difference_budget(change, {name: tensor})
     return changes
 
 

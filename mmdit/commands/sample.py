@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,6 +58,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.lora_strength is not None and not (args.lora or args.lora_low):
         raise ValueError(f"--lora_strength is {args.lora_strength}, but --lora names no file")
     check_writable(args.out, folder=True)
+    for name in ("lora", "lora_low", "refine"):
+        path = getattr(args, name)
+        if path and not find(path).exists():
+            raise ValueError(f"--{name} is {path}, which does not exist")
+    for path in args.image or []:
+        opened(path)
     if args.strength is not None and not args.refine:
         raise ValueError(
             f"--strength is {args.strength}, but nothing is drawn again: name the second"
@@ -191,11 +198,20 @@ def lay_over(
                 )
 
 
+def opened(path: str) -> Image.Image:
+    """Return a picture of the command line. ValueError names a file that cannot be used."""
+    try:
+        return load_image(path)
+    except (ValueError, OSError) as error:
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"--image {path}: {why}") from None
+
+
 def first_frames(paths: list[str], size: tuple[int, int]) -> Tensor | None:
     """Return the given pictures cut to `size`, `(n, 3, height, width)`, and say what is lost of
     them; None without any."""
     for path in paths:
-        source = load_image(path).size
+        source = opened(path).size
         left, top, right, bottom = crop_box(source, size, PreprocessConfig(), "")
         lost = 1 - (right - left) * (bottom - top) / (source[0] * source[1])
         if lost > 0.01:
@@ -215,7 +231,7 @@ def size_for(
     if None not in given or (model.picture == "none" and not model.takes_first_frame):
         return size
     multiple = model.patch * pipeline.learner.spec.spatial
-    area, aspect = size[0] * size[1], load_image(picture).size
+    area, aspect = size[0] * size[1], opened(picture).size
     return size_of_aspect(aspect, area, multiple, given, closest=model.takes_first_frame)
 
 

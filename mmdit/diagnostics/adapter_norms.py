@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ EXACT = 1024  # up to this width a spectral norm comes from an eigenvalue
 
 @dataclass(frozen=True)
 class Change:
-    """Hold the norms of one layer's weight and of its update."""
+    """Hold the norms of one layer's weight and of its update, or of a parameter and its whole
+    difference."""
 
     layer: str
     weight: float
@@ -82,6 +83,22 @@ def delta_budget(layers: Iterable[tuple[str, Adapter]]) -> list[Change]:
         weight = layer.weight.double().norm().item()
         changes.append(Change(name, weight, delta, spectral_norm(layer.weight), spectral))
     return changes
+
+
+@torch.no_grad()
+def difference_budget(changes: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[Change]:
+    """Measure whole differences, by the names of their parameters, against those `before` them. Of
+    what is no matrix the spectral norm is the other one."""
+    result = []
+    for name, change in changes.items():
+        norms = []
+        for value in (before[name], change):
+            check_numbers(name, value.detach(), "the base or its adapter")
+            norm = value.double().norm().item()
+            norms.append((norm, spectral_norm(value.double()) if value.ndim == 2 else norm))
+        (weight, spectral_weight), (delta, spectral_delta) = norms
+        result.append(Change(name, weight, delta, spectral_weight, spectral_delta))
+    return result
 
 
 def summarise(changes: list[Change]) -> dict:

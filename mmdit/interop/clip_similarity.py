@@ -4,6 +4,7 @@ anything."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mmdit.interop.picture_resizing import square
 from mmdit.pixels import CLIP, Standard
 from mmdit.text_encoders.transformers_loading import check_folder
 from mmdit.weights import Checkpoint, check_numbers
+
+logger = logging.getLogger(__name__)
 
 
 class Similarity(nn.Module):
@@ -46,6 +49,7 @@ class Similarity(nn.Module):
                 self.clip.load_state_dict(from_open_clip(stored, self.clip.state_dict()))
         for name, value in self.clip.named_parameters():
             check_numbers(name, value.detach(), weights or folder)
+        self.reported = False
         self.requires_grad_(False).eval()
 
     @property
@@ -62,17 +66,33 @@ class Similarity(nn.Module):
         )
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """Return `(N, D)` of texts, which are cut where CLIP ends."""
+        """Return `(N, D)` of texts, which are cut where CLIP ends; that is said once."""
         clip = self.clip
         unique = list(dict.fromkeys(texts))
         longest = clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             unique, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
+        self._report_length(unique, tokens.attention_mask.sum(1).tolist(), longest)
         tokens = tokens.to(clip.visual_projection.weight.device)
         read = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         features = clip.text_projection(read.pooler_output)
         return features[[unique.index(text) for text in texts]]
+
+    def _report_length(self, texts: list[str], lengths: list[int], longest: int) -> None:
+        for text, length in zip(texts, lengths, strict=True):
+            if self.reported or length < longest:
+                continue
+            whole = len(self.tokenizer(text, verbose=False)["input_ids"])
+            if whole > longest:
+                logger.warning(
+                    "a text has %d tokens, CLIP reads %d: the rest is not judged (said once)"
+                    ": %.80s",
+                    whole,
+                    longest,
+                    text,
+                )
+                self.reported = True
 
     def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
         seen = F.normalize(self.picture_features(pixels.flatten(0, 1)), dim=-1)

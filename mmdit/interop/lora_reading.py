@@ -204,7 +204,8 @@ def _marked(file: Path) -> bool:
 
 
 def _alpha(name: str, tensor: Tensor, path: Path) -> float:
-    value = tensor.item() if tensor.numel() == 1 else math.nan
+    plain = tensor.numel() == 1 and not tensor.is_complex()
+    value = tensor.item() if plain else math.nan
     if not math.isfinite(value) or value == 0:
         raise ValueError(
             f"{path}: {name} is {tensor.tolist()!r:.100}, must be one finite number other than 0"
@@ -263,8 +264,8 @@ def _warn_of_pictures(path: Path, names: dict[str, str], content: LoRAFile) -> N
     if of_pictures and of_text and not content.updates.keys() & of_pictures:
         warnings.warn(
             f"{path} adapts {len(of_text)} layers that read the text and none of the"
-            f" {len(of_pictures)} that read the picture: it was made for a T2V model, and this I2V"
-            " model keeps those as they are",
+            f" {len(of_pictures)} that read the picture: it was made for a T2V model, or for words"
+            " alone, and this I2V model keeps those as they are",
             stacklevel=5,
         )
 

@@ -218,6 +218,9 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
             for key, value in stored.items()
         }
         written = {key: value for key, value in renamed.items() if key in known}
+        for key in ("eps", "text_len"):  # null is no number, but the usual one
+            if stored.get(key, 0) is None:
+                written.pop(key, None)
         if foreign:
             written["dim"] = stored["attention_head_dim"] * stored["num_attention_heads"]
     except (KeyError, TypeError) as error:

@@ -215,13 +215,14 @@ class HuggingFaceEncoder(TextEncoder):
         tokens = self.tokenizer(filled, truncation=True, max_length=limit)["input_ids"]
         for caption, ids in zip(filled, tokens, strict=True):
             if len(ids) == limit and not self.reported:
-                self._report_length(caption)
+                whole = self.tokenizer(caption, verbose=False)["input_ids"]
+                self._report_length(caption, len(whole))
         remaining = iter(tokens)
         return [next(remaining) if caption else [] for caption in captions]
 
-    def _report_length(self, caption: str) -> None:
-        length = len(self.tokenizer(caption, verbose=False)["input_ids"])
-        if length > self.config.max_length:
+    def _report_length(self, caption: str, length: int) -> None:
+        """Say once that a caption of `length` tokens is longer than what is read."""
+        if length > self.config.max_length and not self.reported:
             logger.warning(
                 "a caption has %d tokens, text_encoder.max_length is %d: the rest is not read"
                 " (said once): %.80s",

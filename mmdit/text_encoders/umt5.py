@@ -204,7 +204,11 @@ class UMT5Encoder(HuggingFaceEncoder):
         return re.sub(r"\s+", " ", html.unescape(html.unescape(caption)).strip()).strip()
 
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
-        return [[*ids[: self.config.max_length - 1], END] for ids in self.tokenizer(captions)]
+        tokens = [[*ids, END] for ids in self.tokenizer(captions)]
+        for caption, ids in zip(captions, tokens, strict=True):
+            self._report_length(caption, len(ids))
+        most = self.config.max_length - 1
+        return [[*ids[:-1][:most], END] for ids in tokens]
 
     def forward(self, captions: list[str]) -> TextTokens:
         text = super().forward([*captions, ""])

@@ -58,12 +58,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.lora_strength is not None and not (args.lora or args.lora_low):
         raise ValueError(f"--lora_strength is {args.lora_strength}, but --lora names no file")
     check_writable(args.out, folder=True)
-    for name in ("lora", "lora_low", "refine"):
-        path = getattr(args, name)
-        if path and not find(path).exists():
-            raise ValueError(f"--{name} is {path}, which does not exist")
-    for path in args.image or []:
-        opened(path)
     if args.strength is not None and not args.refine:
         raise ValueError(
             f"--strength is {args.strength}, but nothing is drawn again: name the second"
@@ -74,6 +68,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--strength is {args.strength}, must be above 0 (nothing is drawn anew) "
             "and at most 1 (everything is)"
         )
+    for name in ("lora", "lora_low", "refine"):
+        path = getattr(args, name)
+        if path and not find(path).exists():
+            raise ValueError(f"--{name} is {path}, which does not exist")
+    for path in args.image or []:
+        opened(path)
 
 
 def refines_averaged(args: argparse.Namespace) -> bool:

@@ -87,6 +87,11 @@ class Pictures:
             raise ValueError(
                 f"{model.variant} continues a picture, and takes {what}; it got {count}"
             )
+        if wanted == 2 and frames < 2:
+            raise ValueError(
+                f"{model.variant} goes from a first picture to a last, but the clip has 1 frame:"
+                " give --frames 5 or more"
+            )
         if pictures is None:
             return {}, None
         if model.picture == "none":

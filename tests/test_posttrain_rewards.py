@@ -1,6 +1,8 @@
 """Rewards that look at pictures: analytic ones, the oracle on true pictures, and CLIP-like networks
 from local weights."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -258,6 +260,31 @@ def open_clip_tensors(own: dict, scale: float = 1.0) -> dict:
         parts = [theirs.pop(f"{stem}{letter}_proj.{kind}") for letter in "qkv"]
         theirs[f"{stem}in_proj_{kind}"] = torch.cat(parts)
     return {name: value.contiguous() for name, value in theirs.items()}
+
+
+def test_a_clip_that_is_incomplete_or_of_half_precision(clip_folder, tmp_path):
+    """What is missing would be drawn anew at each start; half precision is for storing alone."""
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    file = tmp_path / "clip/model.safetensors"
+    whole = load_file(file)
+    pixels, scores = torch.rand(1, 1, 3, 16, 16), {}
+    config = tmp_path / "clip/config.json"
+    stored = json.loads(config.read_text())
+    for kind in ("half", "float32"):
+        named = "float16" if kind == "half" else "float32"
+        config.write_text(json.dumps(stored | {"dtype": named, "torch_dtype": named}))
+        tensors = {n: v.half() if v.is_floating_point() else v for n, v in whole.items()}
+        if kind == "float32":
+            tensors = {n: v.float() if v.is_floating_point() else v for n, v in tensors.items()}
+        save_file(tensors, file, {"format": "pt"})
+        reward = ClipReward(path=str(tmp_path / "clip"))
+        reward.prepare(torch.device("cpu"))
+        scores[kind] = reward(pixels, ["a red star"])
+    torch.testing.assert_close(scores["half"], scores["float32"], rtol=1e-6, atol=0)
+    del whole["text_projection.weight"]
+    save_file(whole, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks 1 tensors of CLIP, first text_projection.weight"):
+        ClipReward(path=str(tmp_path / "clip")).prepare(torch.device("cpu"))
 
 
 def test_a_text_that_is_longer_than_clip_reads_is_told_once(clip_folder, caplog):

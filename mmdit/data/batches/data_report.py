@@ -3,6 +3,7 @@ left out, and why."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -13,7 +14,7 @@ from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.dataset.captions import all_captions, length_report
 from mmdit.data.dataset.clips import usable_frames
 from mmdit.data.dataset.colours import NOTES
-from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.frames import PreprocessConfig, crop_of
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
 from mmdit.files import lines_of
@@ -48,7 +49,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         "held_out": len(plan.held_out),
         "frames": _frames(cache, plan),
         "cropped": crops,
-        "notes": Counter(note for source in cache.sources for note in source.get("notes", ())),
+        "notes": Counter(note for source in cache.sources for note in _notes(source)),
         "older": cache.manifest.older(cache.folder) if crops["items"] else "",
         "skipped_when_cached": skipped(Path(cache.folder)),
         "captions": length_report(
@@ -98,14 +99,16 @@ def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
 def cropped(cache: LatentCache) -> dict:
     """Return what was cropped, from the crop stored with each item; items that were rendered
     straight into the cache have none."""
-    rows, enlarged = [], 0
+    rows: list[dict] = []
+    enlarged = 0
     for id, source, shape in zip(cache.ids, cache.sources, cache.shapes.tolist(), strict=True):
-        if "crop" not in source:
+        known = crop_of(source)
+        if known is None:
             continue
-        left, top, right, bottom = source["crop"]
+        size, (left, top, right, bottom) = known
         width, height = cache.manifest.size_of(shape)
-        kept = round((right - left) * (bottom - top) / math.prod(source["size"]), 4)
-        rows.append({"id": id, "size": source["size"], "kept": kept})
+        kept = round((right - left) * (bottom - top) / math.prod(size), 4)
+        rows.append({"id": id, "size": list(size), "kept": kept})
         if width > right - left + 0.5 or height > bottom - top + 0.5:
             enlarged += 1
     if not rows:
@@ -122,12 +125,19 @@ def cropped(cache: LatentCache) -> dict:
     }
 
 
+def _notes(source: dict) -> list[str]:
+    notes = source.get("notes")
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
+
 def skipped(folder: Path) -> dict:
-    """Return how many items caching left out, for which reasons, and some of them."""
+    """Return how many items caching left out, for which reasons, and some of them. Lines that no
+    caching writes are passed over."""
     skips = []
-    for path in sorted(folder.glob("skipped*.jsonl")):
-        lines = lines_of(path.read_text(encoding="utf-8"))
-        skips += [Skip.from_json(json.loads(line)) for line in lines if line.strip()]
+    for path in sorted(filter(Path.is_file, folder.glob("skipped*.jsonl"))):
+        for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+                skips.append(Skip.from_json(json.loads(line)))
     return {
         "items": len(skips),
         "reasons": {problem: len(group) for problem, group in by_problem(skips).items()},

@@ -66,7 +66,7 @@ class Columns:
             files=[entry.file for entry in ordered],
             shapes=torch.tensor([entry.shape for entry in ordered], dtype=torch.int64),
             places=torch.tensor(places, dtype=torch.int64),
-            rates={entry.source["fps"] for entry in ordered if "fps" in entry.source},
+            rates={entry.fps for entry in ordered if entry.fps is not None},
             frame_crcs=Lazy(len(ordered), partial(cut_part, values, ends)),
         )
 

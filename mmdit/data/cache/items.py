@@ -50,6 +50,12 @@ class Entry:
         crcs = {"marks": self.frame_crcs} if self.frame_crcs else {}
         return {**head, **self.sections(), **place, **crcs}
 
+    @property
+    def fps(self) -> float | None:
+        """Return the rate at which the frames of a video file were taken, if it was one."""
+        rate = self.source.get("fps")
+        return rate if isinstance(rate, int | float) and math.isfinite(rate) else None
+
     def sections(self) -> dict[str, dict]:
         """Return the facts and the source, each if there is anything to say."""
         return {name: getattr(self, name) for name in ("facts", "source") if getattr(self, name)}

@@ -153,8 +153,8 @@ def index_of(shards: Iterable[list[Entry]]) -> dict[str, Tensor]:
             files.append(number)
             crcs.extend(entry.frame_crcs)
             crc_ends.append(len(crcs))
-            if "fps" in entry.source:
-                rates.add(entry.source["fps"])
+            if entry.fps is not None:
+                rates.add(entry.fps)
             facts, source = (dump_json(row) if row else "" for row in (entry.facts, entry.source))
             texts = (entry.id, entry.caption, facts, source)
             for name, text in zip(TEXTS, texts, strict=True):

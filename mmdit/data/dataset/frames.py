@@ -3,6 +3,7 @@ a quarter of the traffic of floats from worker to device."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -127,12 +128,25 @@ def check_same_size(name: str, size: Size, first: Size) -> None:
         raise Unusable("frames of different sizes", f"{name} is {size}, the first is {first}")
 
 
+def crop_of(source: dict) -> tuple[Size, Box] | None:
+    """Return the size of the picture that an item was cut from, and the crop; None where it stores
+    none, or the cache of another program says something else."""
+    size, crop = source.get("size"), source.get("crop")
+    if not (isinstance(size, list | tuple) and isinstance(crop, list | tuple)):
+        return None
+    plain = all(isinstance(value, int | float) and math.isfinite(value) for value in (*size, *crop))
+    if not (plain and len(size) == 2 and len(crop) == 4 and min(size) > 0):
+        return None
+    return (size[0], size[1]), (crop[0], crop[1], crop[2], crop[3])
+
+
 def crop_shares(source: dict) -> Box:
     """Return what part of its picture an item shows: left, top, right, bottom as shares of it.
     `source`: as an item stores it; generated items store no crop and show all of the picture."""
-    if "crop" not in source:
+    known = crop_of(source)
+    if known is None:
         return 0.0, 0.0, 1.0, 1.0
-    (width, height), (left, top, right, bottom) = source["size"], source["crop"]
+    (width, height), (left, top, right, bottom) = known
     return left / width, top / height, right / width, bottom / height
 
 

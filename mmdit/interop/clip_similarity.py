@@ -37,12 +37,23 @@ class Similarity(nn.Module):
         with explain_errors(folder, "CLIP in the transformers layout"):
             check_folder(Path(folder))
             attention = "sdpa" if getattr(CLIPModel, "_supports_sdpa", False) else "eager"
-            self.clip = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, attn_implementation=attention
+            clip, report = CLIPModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation=attention,
+                output_loading_info=True,
             )
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+        missing = sorted(report["missing_keys"])
+        if missing and weights is None:  # the library would draw them
+            raise ValueError(
+                f"{folder} lacks {len(missing)} tensors of CLIP, first {missing[0]}: it is"
+                " incomplete; fetch it again"
+            )
+        self.clip = clip.float()  # some files are of half precision, and stay so as they are read
         if weights is not None:
             with explain_errors(weights, "HPS state dict of OpenCLIP"):
                 stored = dict(Checkpoint(weights).tensors())

@@ -16,7 +16,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
-from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.frames import PreprocessConfig, crop_shares
 from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import read_records
 from mmdit.diagnostics.cache_sheet import cache_sheet, spread_items
@@ -136,6 +136,36 @@ def test_clips_become_what_was_said(tmp_path):
         found["mixed"].reason
         == "frames of different sizes: 1.png is (40, 64), the first is (64, 40)"
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"size": [0, 0], "crop": [0, 0, 0, 0]},
+        *({"size": [32, 32], "crop": crop} for crop in ("x", [1, 2], [0, 0, "a", 1], None)),
+        {"size": [32, 32], "notes": 5, "fps": []},
+        {"crop": [0, 0, 32, 32], "notes": [["a"]], "fps": "ten"},
+    ],
+)
+def test_a_cache_of_another_program_is_reported_without_what_cannot_be_understood(tmp_path, source):
+    """Nor do lines in the list of what was left out that no caching writes end the report."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = [{"id": id, "image_path": "a.png", "caption": id} for id in ("a", "b")]
+    cache = tmp_path / "cache"
+    run(write_meta(tmp_path, rows), cache, video=VideoConfig(32, 32))
+    lines = [json.loads(line) for line in (cache / "index.jsonl").read_text().splitlines()]
+    lines[0]["source"] = source
+    (cache / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skips = ['{"id": "c", "reason": "too dark"}', "torn", "[1]", '{"id": 1}', "5"]
+    (cache / "skipped.jsonl").write_text("\n".join(skips))
+    opened = open_cache(cache)
+    plan = BatchPlan(opened, VideoConfig(32, 32), 2, seed=0)
+    report = cache_report(opened, plan, 10)
+    assert report["cropped"]["items"] == 1 and report["notes"] == {}
+    assert report["skipped_when_cached"]["reasons"] == {"too dark": 1}
+    assert crop_shares(source) == (0.0, 0.0, 1.0, 1.0)
+    pack_cache(cache, tmp_path / "packed")
+    assert len(open_cache(tmp_path / "packed")) == 2
 
 
 def test_the_report_counts_what_is_used_cropped_repeated_left_out_and_skipped(tmp_path):

@@ -134,7 +134,7 @@ def skipped(folder: Path) -> dict:
     """Return how many items caching left out, for which reasons, and some of them. Lines that no
     caching writes are passed over."""
     skips = []
-    for path in sorted(filter(Path.is_file, folder.glob("skipped*.jsonl"))):
+    for path in sorted(folder.glob("skipped*.jsonl")):
         for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
             with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
                 skips.append(Skip.from_json(json.loads(line)))

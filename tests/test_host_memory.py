@@ -1,13 +1,12 @@
 """Memory that tensors free is used again, not mapped and zeroed anew."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mmdit.training.memory.host import keep_freed_memory
+from tests.helpers import warm
 
 MEGABYTES = 128
 COUNT = f"""
@@ -30,7 +29,7 @@ print(mapped, faults(4))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
 def test_large_tensors_find_the_memory_of_those_before_them():
-    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
+    done = warm.run("-c", COUNT)
     mapped, kept = map(int, done.stdout.split())
     pages = MEGABYTES << 8  # of 4 kB
     assert mapped >= pages and kept < pages / 10

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ from mmdit.training.checkpoint import read_tensors
 from mmdit.training.errors import RunError
 from mmdit.training.graphs import common
 from tests.drivers import gpu_baselines
+from tests.helpers import warm
 from tests.helpers.tiny import CONFIG, Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,18 +57,10 @@ def toy(folder: Path, *stages: dict, module: str = "mmdit") -> dict:
     return recipe
 
 
-def started(folder: Path, out: str, *words: str, module: str = "mmdit") -> subprocess.Popen:
+def started(folder: Path, out: str, *words: str, module: str = "mmdit") -> warm.Process:
     """Start `mmdit reproduce toy`, or that of another program."""
-    command = [sys.executable, "-m", module, "reproduce", "toy", "--results", str(folder)]
-    path = f"{ROOT / 'VTP'}{os.pathsep}{ROOT}"
-    return subprocess.Popen(
-        [*command, "--device", "cpu", "--out", str(folder / out), *words],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = ["tests.drivers.forked_commands", module, "reproduce", "toy", "--results", folder]
+    return warm.Process("-m", *command, "--device", "cpu", "--out", folder / out, *words)
 
 
 def test_weights_and_scores_are_those_of_separate_processes_to_the_bit(tmp_path):
@@ -80,7 +72,7 @@ def test_weights_and_scores_are_those_of_separate_processes_to_the_bit(tmp_path)
     toy(tmp_path, *stages, module=driver)
     ways = {"apart": (), "together": ("--in_process",)}
     running = {out: started(tmp_path, out, *words, module=driver) for out, words in ways.items()}
-    said = {out: process.communicate()[0] for out, process in running.items()}
+    said = {out: (process.wait(), process.outputs()) for out, process in running.items()}
     made = {out: json.loads((tmp_path / out / "results.json").read_text()) for out in ways}
     assert made["together"]["stages"]["arm"]["scores"] == made["apart"]["stages"]["arm"]["scores"]
     for stage in ("base", "arm"):
@@ -102,16 +94,16 @@ def test_a_training_that_is_asked_to_stop_saves_and_ends_and_goes_on(tmp_path):
     first = started(tmp_path, "out", "--in_process")
     while not (tmp_path / "out/seed_0/a/metrics.jsonl").exists():
         time.sleep(0.05)
-        assert first.poll() is None, first.stdout.read()
+        assert not first.ended(), first.outputs()
     first.send_signal(signal.SIGTERM)
-    said = first.communicate()[0]
-    assert first.returncode == 130 and "stopped on request" in said and "Traceback" not in said
+    assert first.wait() == 130
+    said = "".join(first.outputs())
+    assert "stopped on request" in said and "Traceback" not in said
     saved = list((tmp_path / "out/seed_0/a/checkpoints").glob("step_*"))
     assert len(saved) == 1 and 0 < int(saved[0].name[5:]) < 200
     assert not (tmp_path / "out/seed_0/b").exists(), "the next command is not begun"
     second = started(tmp_path, "out", "--in_process")
-    said = second.communicate()[0]
-    assert second.returncode == 0, said
+    assert second.wait() == 0, second.outputs()
     record = json.loads((tmp_path / "out/seed_0.json").read_text())
     assert (
         record["stages"]["a"]["attempts"] == 2 and record["stages"]["b"]["training"]["steps"] == 3

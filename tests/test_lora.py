@@ -1,10 +1,6 @@
 """LoRA: an adapter starts as nothing, ends as a weight, and travels without its base."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +24,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import Denoiser
 from mmdit.interop import lora_writing
 from mmdit.interop.lora_formats import save_lora
+from tests.helpers import warm
 
 
 class Attention(nn.Module):
@@ -372,11 +369,7 @@ model.load_state_dict(saved["base"])
 load_lora(model, folder + "/lora.safetensors")
 torch.save(model(*saved["inputs"]), folder + "/out.pt")
 """
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], check=True, cwd=root, env=environment
-    )
+    warm.run("-c", script, tmp_path).check_returncode()
     torch.testing.assert_close(
         torch.load(tmp_path / "out.pt", weights_only=True), model(*inputs), rtol=1e-6, atol=1e-6
     )

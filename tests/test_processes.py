@@ -3,27 +3,15 @@
 GPUs are measured with (`gpu_checks.py`)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import warm
 
 
 def drive(script: str, *words: str, seconds: int) -> dict:
     """Run a driver in a process of its own (it forks); its last line is its result."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "VTP")))
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.drivers.{script}", *words],
-        cwd=ROOT,
-        timeout=seconds,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
+    done = warm.run("-m", f"tests.drivers.{script}", *words, timeout=seconds)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -68,6 +68,7 @@ def test_wrong_line_is_named_by_file_and_line(tmp_path, line, told):
         ("[" * 5000 + "]" * 5000, "not valid JSON|deep in each other"),
         ('"' + "x" * (17 << 20) + '"', "at most 16777216 are read"),
     ],
+    ids=lambda value: value[:40],  # else xdist sends an id of 17 MB to and fro
 )
 @pytest.mark.parametrize("key", ["caption", "image_path", "note"])
 def test_what_cannot_be_stored_is_refused_at_its_line(tmp_path, key, value, told):

@@ -397,6 +397,14 @@ def test_a_command_is_asked_once_to_stop(monkeypatch, number, passed_on):
     assert command.sent == passed_on and command.waits == 2
 
 
+def test_a_command_is_a_process_whose_status_is_heeded(capfd):
+    chains.run_command(["--help"])
+    assert "usage: mmdit COMMAND" in capfd.readouterr().out
+    with pytest.raises(RunError, match="`mmdit trian` ended with status 2; see above"):
+        chains.run_command(["trian"])
+    assert "did you mean train?" in capfd.readouterr().err
+
+
 def test_a_stage_that_succeeds_has_failed_no_longer(tmp_path, monkeypatch):
     recipe = lone_stage(tmp_path)
     run = Stopped(monkeypatch, {1: RunError("a full disk")})

@@ -3,8 +3,6 @@ sums; none is lost."""
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from mmdit.scripts import export, train_t2v
 from mmdit.training import checkpoint, runs
 from mmdit.training.media import save_video
 from mmdit.training.origin import check_origin, sum_of
+from tests.helpers import warm
 from tests.helpers.tiny import Workshop, forget_sums, refused
 
 SPEC = LatentSpec(4)
@@ -173,7 +172,7 @@ def test_a_lock_outlives_no_process_and_a_failed_start_leaves_no_folder(tmp_path
     code = "import os, sys; from pathlib import Path; from mmdit.training import runs\n"
     code += "with runs.hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     run = tmp_path / "run"
-    assert subprocess.run([sys.executable, "-c", code, str(run)]).returncode == -9
+    assert warm.run("-c", code, run).returncode == -9
     assert (run / ".lock").exists()
     with runs.hold(run):
         with pytest.raises(ValueError, match="another process is training"), runs.hold(run):

@@ -33,8 +33,9 @@ from mmdit.training.step_report import Monitor, Reporter
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.trainer import Trainer
 from tests.helpers.tiny import Workshop, refused
-from tests.test_trainer import ROOT, run_ranks
+from tests.test_trainer import run_ranks
 
+ROOT = Path(__file__).resolve().parents[1]
 BACKGROUND = "train.save_in_background=true"
 SAVES = ["train.max_steps=6", "train.save_every_steps=2", "train.keep_last=0"]
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mmdit.scripts import inspect_data, inspect_weights, prepare_moving_shapes, train_t2v
 from mmdit.terminal import PlainStream, message_of, plain, shown
+from tests.helpers import warm
 from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,13 +116,9 @@ def test_a_command_writes_into_a_legacy_pipe(tmp_path):
         timeout=100,
     )
     assert done.returncode == 0 and b"\\u2192" in done.stdout, done.stderr
-    done = subprocess.run(
-        [*command, "--out_dir", str(tmp_path), "--split", "\x1b[2J→"],
-        env=env,
-        capture_output=True,
-        timeout=100,
-    )
-    assert done.returncode == 2 and b"invalid choice" in done.stderr and b"\x1b" not in done.stderr
+    words = ["--out_dir", tmp_path, "--split", "\x1b[2J→"]
+    done = warm.run(*command[1:], *words, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 2 and "invalid choice" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_a_mistake_in_a_recipe_is_one_message(capsys, tmp_path):

@@ -4,10 +4,8 @@ what was read before."""
 import json
 import logging
 import random
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from mmdit.text_encoders import byte_level as byte_level_module
 from mmdit.text_encoders import words as words_module
 from mmdit.text_encoders.byte_level import WORD_BYTES, byte_rows, spell
 from mmdit.text_encoders.words import split_words
+from tests.helpers import warm
 
 try:
     import transformers
@@ -425,10 +424,7 @@ def test_hash_is_the_same_in_every_process_and_rank():
         " encoder(['blue and other words first'])\nprint(encoder(['red star',"
         " 'blue']).embeddings.double().flatten().tolist())"
     )
-    root = Path(__file__).parent.parent
-    theirs = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
-    ).stdout
+    theirs = warm.run("-c", script).stdout
     ours = build_text_encoder(HashConfig(dim=16))(["red star", "blue"]).embeddings
     assert ours.double().flatten().tolist() == json.loads(theirs)
 

@@ -2,8 +2,6 @@
 previews touch no randomness."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +30,8 @@ from mmdit.training.previews import Previews
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
+from tests.helpers import warm
 
-ROOT = Path(__file__).resolve().parents[1]
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
 WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
 
@@ -357,9 +355,7 @@ def test_a_step_that_never_ends_is_ended_and_told(tmp_path):
         "with Watch(World(), 0.005).running() as watch: watch.at(7, 'waiting for data');"
         " time.sleep(30)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    done = warm.run("-c", code, timeout=60)
     assert (
         done.returncode == 2
         and "rank 0 stood still for 0 s in step 7 (waiting for data)" in done.stderr
@@ -487,28 +483,8 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
 
 def run_ranks(folder: Path, size: int, script: str, *words: str, options: tuple | list = ()):
     """Run `script FOLDER WORDS` on `size` processes of torchrun, to which `options` are given."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(size),
-        "--master_port",
-        "0",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        *options,
-        str(script),
-        str(folder),
-        *words,
-    ]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, env=env, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    ranks = ["-m", "tests.drivers.forked_torchrun", f"--nproc_per_node={size}", *options]
+    done = warm.run(*ranks, str(script), str(folder), *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 

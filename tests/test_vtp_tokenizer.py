@@ -2,9 +2,7 @@
 clone of the VTP code."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mmdit.tokenizers import (
     VTPTokenizerConfig,
     build_tokenizer,
 )
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/vtp_tiny"
@@ -223,20 +222,14 @@ except ConfigError as error:
 
 
 def test_a_clone_elsewhere_gives_the_same_latents(tmp_path):
-    """In a fresh process without transformers; a second code base in the same process is
+    """In a process without transformers; a second code base in the same process is
     refused."""
     clone = tmp_path / "clone"
     shutil.copytree(
         ROOT / "VTP/vtp", clone / "vtp", ignore=shutil.ignore_patterns("__pycache__", "train")
     )
     out = tmp_path / "latents.pt"
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(GOLDEN), str(clone), str(out)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'VTP'}{os.pathsep}{ROOT}"},
-    )
+    child = warm.run("-c", CHILD, GOLDEN, clone, out, cwd=tmp_path)
     assert child.returncode == 0, child.stderr
     assert "has already imported that of" in child.stdout and str(clone) in child.stdout
     pixels = torch.rand(1, 1, 3, 48, 32, generator=torch.Generator().manual_seed(5))
@@ -270,13 +263,7 @@ print(code.__file__, sum(place.endswith("VTP") for place in sys.path))
 
 
 def test_a_source_tree_that_was_never_installed_has_the_package_too(tmp_path):
-    child = subprocess.run(
-        [sys.executable, "-c", NEVER_INSTALLED],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    child = warm.run("-c", NEVER_INSTALLED, cwd=tmp_path)
     assert child.stdout.split() == [str(ROOT / "VTP/vtp/models/vtp_hf.py"), "1"], child.stderr
 
 

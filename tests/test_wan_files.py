@@ -5,8 +5,6 @@ import json
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store
 from mmdit.weights import Checkpoint
+from tests.helpers import warm
 from tests.test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
 
@@ -32,6 +31,7 @@ def folder(tmp_path) -> Path:
 MEASURE = """
 import sys, threading, time, torch
 from mmdit.interop.wan_weights import load_dit
+from tests.helpers import warm
 def own_memory():
     lines = open('/proc/self/status').read().splitlines()
     return int(next(line for line in lines if line.startswith('RssAnon')).split()[1]) * 1024
@@ -90,10 +90,8 @@ def hollow_release(folder: Path, config: WanConfig, dtype: str = "BF16", shards:
 def test_loading_takes_the_memory_of_the_model_alone(tmp_path, config):
     """As bfloat16, from float32 files, which is harder."""
     hollow_release(tmp_path / "wan", config, "F32")
-    words = [sys.executable, "-c", MEASURE, str(tmp_path / "wan")]
-    result = subprocess.run(
-        words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
-    )
+    result = warm.run("-c", MEASURE, tmp_path / "wan")
+    assert result.returncode == 0, result.stderr
     taken, own = map(int, result.stdout.split())
     assert own > 200e6 and taken < own + 20e6, (
         f"{taken / 1e6:.0f} MB for a model of {own / 1e6:.0f} MB"

@@ -101,6 +101,15 @@ def plain_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def typed_text(words: str) -> str:
+    """Return words of the command line as text; a locale of ASCII leaves their bytes as they were.
+    ValueError: they are no text in UTF-8."""
+    try:
+        return os.fsencode(words).decode()
+    except UnicodeError:
+        raise ValueError(f"the prompt {words!r} is no text in UTF-8; write it anew") from None
+
+
 def is_memory_full(error: Exception) -> bool:
     """Return whether Python or torch got no memory from the system."""
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)

@@ -11,7 +11,7 @@ from mmdit.config import ConfigError
 from mmdit.posttrain.dpo_offline import collect_pairs, offline_updates
 from mmdit.posttrain.evaluation import Evaluator
 from mmdit.posttrain.posttrain_config import DPOConfig, PosttrainConfig, RolloutConfig
-from mmdit.posttrain.prompt_lists import Prompts, written_prompts
+from mmdit.posttrain.prompt_lists import Prompts, read_prompt_list, written_prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.srpo import srpo_updates
 from mmdit.scripts import posttrain
@@ -169,6 +169,15 @@ def test_a_prompt_that_stands_twice_is_held_out_wherever_it_stands(tmp_path):
     path.write_text(json.dumps([{"caption": "one"}] * 40))
     trained, evaluated = written_prompts(path, 100)
     assert len(trained) == 40 and evaluated.keys() == {"seen"}
+
+
+def test_what_a_file_of_prompts_says_besides_is_refused_and_half_a_letter_too(tmp_path):
+    (tmp_path / "p.yaml").write_text("prompts: [a]\nnegative: ugly\n")
+    with pytest.raises(ConfigError, match="beside prompts it holds negative"):
+        read_prompt_list(tmp_path / "p.yaml")
+    (tmp_path / "p.json").write_text('[{"caption": "a"}, {"caption": "b \\ud83d"}]')
+    with pytest.raises(ConfigError, match="prompt 1 holds half a surrogate pair"):
+        read_prompt_list(tmp_path / "p.json")
 
 
 # ── micro-batches ─────────────────────────────────────────────────────────────────────────────────

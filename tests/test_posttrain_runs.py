@@ -177,6 +177,7 @@ def test_pairs_of_another_form_are_refused_where_they_are_read(tmp_path):
         ("prompts", torch.zeros(4, 1, dtype=torch.int64), r"its prompts is int64 \(4, 1\)"),
         ("win", torch.zeros(4, *shape, dtype=torch.int32), "its win is int32"),
         ("lose", torch.full((4, *shape), torch.nan), "its lose holds nan"),
+        ("lose", torch.cat([torch.zeros(2, *shape), good["win"][2:]]).half(), "2 of its .* in 2:"),
     ):
         save_file(good | {name: tensor}, path)
         with pytest.raises(ConfigError, match=message):

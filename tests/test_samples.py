@@ -198,8 +198,10 @@ def test_where_samples_go_is_looked_at_before_anything_is_loaded(shop, capsys, t
     "content, message", [(b"\xff\xfe\x00", "p.txt is not in UTF-8"), (b"\n \n", "no prompt in")]
 )
 def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
-    capsys, tmp_path, content, message
+    shop, capsys, tmp_path, content, message
 ):
+    words = ["--checkpoint", shop.folder / "runs/base", "--prompts", "a", "--negative", "\ud83d"]
+    refused(capsys, sample.main, [*words, "--out", tmp_path / "half"], "is no text in UTF-8")
     (tmp_path / "p.txt").write_bytes(content)
     refused(
         capsys, sample.main, ["--checkpoint", "x", "--prompts_file", tmp_path / "p.txt"], message
@@ -210,6 +212,16 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
         ["--checkpoint", "x", "--prompts", "half \ud83d"],
         "is no text in UTF-8",
     )
+    half = {
+        "p.jsonl": ('{"prompt": "a \\ud83d"}', "p.jsonl:1: prompt: holds half a surrogate pair"),
+        "q.jsonl": ('\n{"prompt": "a", "negative": "\\ud83d"}', "q.jsonl:2: negative: holds half"),
+        "p.yaml": ('prompts:\n- "a \\ud83d"', "p.yaml:2: prompt: holds half"),
+        "p.json": ('[{"caption": "a \\ud83d"}]', "prompt 0 holds half"),
+    }
+    for name, (text, told) in half.items():
+        (tmp_path / name).write_text(text)
+        words = ["--checkpoint", "x", "--prompts_file", tmp_path / name]
+        refused(capsys, sample.main, words, told)
     refused(
         capsys,
         sample.main,

@@ -152,6 +152,12 @@ def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
                     raise ValueError(f"its {name} is {form_of(pairs[name])}")
                 if not is_finite(pairs[name]):
                     raise ValueError(f"its {name} holds nan or infinity")
+            same = (pairs["win"] == pairs["lose"]).flatten(1).all(1).nonzero()[:, 0].tolist()
+            if same:
+                raise ValueError(
+                    f"win and lose are one sample in {len(same)} of its pairs, first in {same[0]}:"
+                    " nothing but rounding would be learned from those"
+                )
             pairs["prompts"] = pairs["prompts"].long()
             if not ((pairs["prompts"] >= 0) & (pairs["prompts"] < len(session.prompts))).all():
                 raise ValueError("a prompt is not in the list")

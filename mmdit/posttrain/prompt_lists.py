@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit.config import ConfigError, parse_yaml
+from mmdit.data.dataset.records import holds_half_a_pair
 from mmdit.foreign import explain_errors
 
 
@@ -54,11 +55,17 @@ def read_prompt_list(path: Path) -> list[str]:
             if path.suffix == ".json":
                 captions = [row["caption"] for row in json.loads(text)]
             else:
-                captions = parse_yaml(text, str(path))[0]["prompts"]
+                mapping = parse_yaml(text, str(path))[0]
+                captions = mapping.pop("prompts")
+                if mapping:
+                    raise ValueError(f"beside prompts it holds {', '.join(mapping)}: remove that")
             if not (isinstance(captions, list) and captions):
                 raise ValueError("it holds no list")
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError("a prompt is no text")
+            for place, caption in enumerate(captions):
+                if holds_half_a_pair(caption):
+                    raise ValueError(f"prompt {place} holds half a surrogate pair; write it anew")
     except ValueError as error:
         raise ConfigError(
             "posttrain.prompts",

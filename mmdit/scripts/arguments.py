@@ -8,6 +8,7 @@ from typing import get_args
 from mmdit.diffusion import Solver
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts.parsers import Once, at_least
+from mmdit.terminal import typed_text
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
 
@@ -149,9 +150,10 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
         base.sampler, **given(steps=args.steps, solver=args.solver, shift=args.shift, eta=args.eta)
     )
     interval = tuple(args.interval) if args.interval else None
+    negative = args.negative and typed_text(args.negative)
     scales = given(cfg_scale=args.guidance, cfg_scale_low=args.guidance_low, cfg_interval=interval)
     return replace(
-        base, sampler=sampler, **scales, **given(negative_prompt=args.negative, seed=args.seed)
+        base, sampler=sampler, **scales, **given(negative_prompt=negative, seed=args.seed)
     )
 
 

@@ -1,7 +1,6 @@
 """Prompts, as commands take them: words of the command line and lines of a file."""
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from mmdit.config import parse_yaml
 from mmdit.files import lines_of
 from mmdit.posttrain.prompt_lists import read_prompt_list
 from mmdit.shipped import find
+from mmdit.terminal import typed_text
 from mmdit.training.requests import Request, read_request
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
@@ -81,11 +81,7 @@ def asked_for(args: argparse.Namespace) -> list[Request]:
                 f"--prompts took {prompt!r}, which reads like an override: write "
                 "overrides before --prompts"
             )
-        try:
-            # a locale of ASCII leaves bytes as they were
-            requests.append(Request(os.fsencode(prompt).decode()))
-        except UnicodeError:
-            raise ValueError(f"the prompt {prompt!r} is no text in UTF-8; write it anew") from None
+        requests.append(Request(typed_text(prompt)))
     if args.prompts_file:
         requests += read_requests(args.prompts_file)
         if not requests:

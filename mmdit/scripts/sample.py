@@ -81,7 +81,7 @@ def open_drawing(
         second = load_pipeline(
             args.refine, args.device, refines_averaged(args), offload=args.offload
         )
-        drawing.refine_with(*second, args.negative)
+        drawing.refine_with(*second, args.negative and settings.negative_prompt)
     return drawing, whole_story(args, drawing), fps
 
 

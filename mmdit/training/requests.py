@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmdit.config import ConfigError, decode, least
-from mmdit.data.dataset.records import JSON
+from mmdit.data.dataset.records import JSON, holds_half_a_pair
 from mmdit.training.pipeline import SampleSettings
 
 
@@ -26,6 +26,9 @@ class Request:
 
     def __post_init__(self):
         least(self, 1, "width", "height", "frames")
+        for name in ("prompt", "negative"):
+            if holds_half_a_pair(getattr(self, name) or ""):
+                raise ConfigError(name, "holds half a surrogate pair, no text; write it anew")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ConfigError("guidance", f"is {self.guidance}, must be a finite number")
 
@@ -33,12 +36,10 @@ class Request:
     def read(value: str | Mapping[str, Any], where: str) -> Request:
         """Return a prompt, or a mapping of the names above, as a request. ValueError names `where`
         it stands, the key and what is wrong."""
-        if isinstance(value, str):
-            return Request(value)
-        if not isinstance(value, Mapping):
+        if not isinstance(value, str | Mapping):
             raise ValueError(f"{where}: is {value!r:.100}, must be text (in quotes) or a section")
         try:
-            return decode(Request, value)
+            return Request(value) if isinstance(value, str) else decode(Request, value)
         except ConfigError as error:
             raise ValueError(f"{where}: {error}") from None
 

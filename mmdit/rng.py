@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -57,11 +57,14 @@ def _mix(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Draws:
     """Keyed draws for the samples `indices (B,)` of one step's global batch. `seed`: one for all,
-    or one for each of them."""
+    or one for each of them. One number a sample (an empty `shape`) lies where the indices lie:
+    on the CPU, in training, since launching its fifty kernels on a GPU takes longer. Numbers of a
+    shape lie on `device`; None: there, too."""
 
     seed: int | tuple[int, ...]
     step: int
     indices: Tensor
+    device: torch.device | None = field(default=None, kw_only=True)
 
     @staticmethod
     def of(seed: int, step: int, count: int, device: torch.device | str = "cpu") -> Draws:
@@ -76,6 +79,8 @@ class Draws:
             each = [key(seed, purpose, self.step) for seed in self.seed]
             keys = torch.tensor(each, dtype=torch.int64, device=self.indices.device)
         rows = _mix(_mix(self.indices.long() * _GOLDEN + keys))
+        if shape and self.device is not None:
+            rows = rows.to(self.device, non_blocking=True)
         count = math.prod(shape)
         columns = torch.arange(1, count + 1, device=rows.device) * _GOLDEN
         return _mix(rows[:, None] + columns).reshape(len(rows), *shape)
@@ -94,4 +99,4 @@ class Draws:
 
     def __getitem__(self, index) -> Draws:
         assert isinstance(self.seed, int), "training has one seed"
-        return Draws(self.seed, self.step, self.indices[index])
+        return replace(self, indices=self.indices[index])

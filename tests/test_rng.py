@@ -12,6 +12,15 @@ def test_a_rank_draws_exactly_its_part():
     assert torch.equal(whole[2:4].uniform("t"), whole.uniform("t")[2:4])
 
 
+def test_one_number_a_sample_is_drawn_where_the_indices_lie_and_others_where_they_are_asked_for():
+    here, elsewhere = Draws(1, 2, torch.arange(3)), torch.device("meta")
+    there = Draws(1, 2, torch.arange(3), device=elsewhere)
+    assert torch.equal(there.normal("time"), here.normal("time"))
+    assert torch.equal(there.uniform("time"), here.uniform("time"))
+    assert there.normal("noise", 4, 5).is_meta and there.normal("noise", 4, 5).shape == (3, 4, 5)
+    assert there[1:].normal("noise", 4).is_meta and here.normal("noise", 4).is_cpu
+
+
 def test_every_part_of_the_key_matters():
     base = Draws.of(1, 7, 4).bits("noise", 16)
     for other in (

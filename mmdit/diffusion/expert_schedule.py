@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -80,7 +80,7 @@ class FixedTimes(Draws):
         return super().normal(purpose, *shape)
 
     def __getitem__(self, index) -> FixedTimes:
-        return FixedTimes(self.seed, self.step, self.indices[index], self.quantiles[index])
+        return replace(self, indices=self.indices[index], quantiles=self.quantiles[index])
 
 
 class ExpertSchedule:
@@ -164,4 +164,5 @@ class ExpertSchedule:
         within = (
             draws.uniform("time").double() + 2.0**-25
         )  # the middles of 2**24 steps: neither end is reached
-        return FixedTimes(draws.seed, draws.step, draws.indices, low + (high - low) * within)
+        times = low + (high - low) * within
+        return FixedTimes(draws.seed, draws.step, draws.indices, times, device=draws.device)

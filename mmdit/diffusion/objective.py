@@ -96,13 +96,13 @@ class Objective(ABC):
         given: int = 0,
         **network_inputs,
     ) -> LossParts:
-        """Return the losses of one batch. `clean (B, ..., C)`: normalised latents on the device of
-        `draws`. Everything but the network computes in float32, under autocast too. The first
-        `given` frames (axis 1) stay clean, the network gets their number, and the loss leaves them
-        out."""
+        """Return the losses of one batch. `clean (B, ..., C)`: normalised latents, on the device
+        where `draws` has numbers of a shape. Everything but the network computes in float32, under
+        autocast too. The first `given` frames (axis 1) stay clean, the network gets their number,
+        and the loss leaves them out."""
         clean = clean.float()
         noise = draws.normal("noise", *clean.shape[1:])
-        t = self.draw_time(draws, clean.shape[1])
+        t = self.draw_time(draws, clean.shape[1]).to(clean.device, non_blocking=True)
         x = self.path.add_noise(clean, noise, t)
         if given:
             x = torch.cat([clean[:, :given], x[:, given:]], 1)

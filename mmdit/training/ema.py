@@ -65,7 +65,7 @@ class EMA:
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
         shadows = [local(self.shadow[name]) for name in names]
-        weights = [local(self.parameters[name].detach()) for name in names]
+        weights = [local(self.parameters[name]) for name in names]
         share = 1.0 - self.decay_at(step)
         if all(weight.dtype == torch.float32 for weight in weights):
             torch._foreach_lerp_(shadows, weights, share)

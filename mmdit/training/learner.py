@@ -134,7 +134,8 @@ class Learner(nn.Module):
             step = COMPILED_STEP if self.compiled else REPLAYED_STEP
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / step) * step - 1)
         if self.caption_dropout and self.training:
-            text = text.drop(draws.uniform("caption_dropout") < self.caption_dropout)
+            dropped = draws.uniform("caption_dropout") < self.caption_dropout
+            text = text.drop(dropped.to(latents.device, non_blocking=True))
         given = self.model.given_frames(latents.shape[1], draws)
         inputs: dict[str, Any] = {} if keep is None else {"keep": keep}
         if crops is not None:

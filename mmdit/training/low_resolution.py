@@ -41,6 +41,6 @@ class SmallClips:
         clips, small = latents.chunk(2, -1)
         if self.augmentation is None:
             return clips, {}
-        level = self.augmentation * draws.uniform("augmentation level")
+        level = self.augmentation * draws.uniform("augmentation level").to(latents.device)
         with torch.autocast(latents.device.type, enabled=False):
             return clips, noised(self.spec.normalize(small), level, draws)

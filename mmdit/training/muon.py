@@ -51,17 +51,19 @@ class StackedMuon(torch.optim.Muon):
         before = torch.stack(momenta)
         momentum = before.lerp(gradient, 1 - group["momentum"])
         update = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group["ns_steps"])
-        update = update.to(gradient.dtype)
-        decay = gradient.new_full((), 1 - group["lr"] * group["weight_decay"])
+        # A rate on the device is read at each replay of a graph, a number is not.
+        lr = group["lr"]
+        lr = lr if isinstance(lr, Tensor) else torch.full((), lr, device=gradient.device)
+        update = update.to(gradient.dtype) * (lr * (0.2 * math.sqrt(max(gradient.shape[1:]))))
+        decay = 1 - lr * group["weight_decay"]
         if self.found_inf is not None:
             skip = self.found_inf > 0
             momentum = torch.where(skip, before, momentum)
             update.masked_fill_(skip, 0)
-            decay = torch.where(skip, 1, decay)
+            decay = torch.where(skip, torch.ones_like(decay), decay)
         torch._foreach_copy_(momenta, momentum.unbind())
         torch._foreach_mul_(matrices, decay)
-        rate = group["lr"] * 0.2 * math.sqrt(max(gradient.shape[1:]))
-        torch._foreach_add_(matrices, update.unbind(), alpha=-rate)
+        torch._foreach_sub_(matrices, update.unbind())
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:

@@ -4,6 +4,7 @@ step."""
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,9 +69,15 @@ class Optimizer:
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def set_lr(self, lr: float) -> None:
+        """Set the rates, which float32 can hold, so that a rate on the device is the same."""
         for group in self.param_groups:
-            rate = lr * group["lr_scale"]
+            rate = struct.unpack("f", struct.pack("f", lr * group["lr_scale"]))[0]
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+
+    def hold_rates(self) -> None:
+        """Keep the rates on the device of the weights, where graphs read them."""
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
 
     def step(self) -> None:
         for part in self.parts:
@@ -91,8 +98,8 @@ class Optimizer:
                 self.parking.put_back(part)
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for parameter in self.part_of:
+            parameter.grad = None
 
     @torch.no_grad()
     def rescale(self, parameter: nn.Parameter, ratio: float) -> None:

@@ -63,7 +63,8 @@ class TrainConfig(Section):
     # Compile blocks; `auto`: with CUDA, unless blocks are offloaded. A small Video MMDiT trains
     # about as fast without (docs/speed.md), and starts at once.
     compile: Literal["auto", True, False] = "auto"
-    # Replay the steps of small networks as CUDA graphs, which saves the time to launch kernels.
+    # Replay steps and updates of small networks as CUDA graphs, which saves the time to launch
+    # kernels.
     replays: bool = True
     # Start from the weights of another run, checkpoint, export or LoRA file; the step starts at 0.
     init_from: FilePath | None = None

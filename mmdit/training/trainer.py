@@ -18,6 +18,7 @@ from mmdit.rng import Draws, key
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError, StepsSkipped, record_failure
+from mmdit.training.graphs import update_graph
 from mmdit.training.metrics import Timer
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
@@ -82,6 +83,7 @@ class Trainer:
     background: BackgroundSaves | None = None  # in which `save` writes; None: at once
     saved: int = field(default=0, init=False)  # the step of the newest checkpoint
     moving: bool = field(default=False, init=False)  # between the old state and the new one
+    updates: update_graph.ReplayedUpdates | None = field(default=None, init=False)
 
     def run(self) -> bool:
         """Train to `max_steps`, and save at the end. Return True when it got there, False when it
@@ -92,6 +94,8 @@ class Trainer:
             state.learner.compile_model()
         if config.replays and (compiles or on_gpu):
             state.learner.replay_model()
+            if update_graph.suits(state.optimizer) and not state.signs:
+                self.updates = update_graph.ReplayedUpdates(state.optimizer, config.grad_clip)
         wrapped = wrap(state.learner, world, self.parallel)
         reporter = Reporter(
             config, self.seed, world, self.run_dir, state.step, state.monitor, self.tracker
@@ -215,7 +219,7 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             with accumulating(wrapped, last=i + 1 == len(micro_batches)):
                 latents = batch.latents.to(device, non_blocking=True)
-                draws = Draws(self.seed, state.step, batch.indices.to(device, non_blocking=True))
+                draws = Draws(self.seed, state.step, batch.indices, device=device)
                 crops, places = (
                     None if values is None else values.to(device, non_blocking=True)
                     for values in (batch.crops, batch.places)
@@ -230,9 +234,12 @@ class Trainer:
             flops = state.learner.train_flops((frames, rows, columns), keep)
             window.flops += len(latents) * flops // self.world.context_size
         self.moving = True
-        norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
-        signs = state.signs.compare(expert or "", skipped) if state.signs else None
-        state.optimizer.step()
+        if self.updates:
+            norm, skipped, signs = *self.updates(), None
+        else:
+            norm, skipped = clip_and_guard(state.optimizer, config.grad_clip)
+            signs = state.signs.compare(expert or "", skipped) if state.signs else None
+            state.optimizer.step()
         state.optimizer.zero_grad()
         ids = [id for batch in micro_batches for id in batch.ids]
         losses, t, sound = map(torch.cat, zip(*done))

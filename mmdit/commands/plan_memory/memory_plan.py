@@ -42,6 +42,7 @@ from mmdit.nn.stored_weights import parts_of
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
 from mmdit.training.graphs.training_graphs import SMALL, operations, suits
+from mmdit.training.graphs.update_graph import MOST_WEIGHTS
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import CHUNK, to_bfloat16
 from mmdit.training.memory.offload import slot_bytes
@@ -297,6 +298,16 @@ def _plan(
     replayed = (
         replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
     )  # its graphs keep gradients
+    if (
+        train.replays
+        and not narrow
+        and not visiting
+        and sum(p.numel() for p in trained) <= MOST_WEIGHTS
+    ):
+        # The graph of the update keeps gradients, too; while it is made, all that it changes is
+        # there three times.
+        constant += gradients
+        step = max(step, gradients + 2 * (sum(p.nbytes for p in trained) + state))
     peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
     return MemoryPlan(
         weights - home + slots,

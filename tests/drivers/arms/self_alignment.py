@@ -53,7 +53,7 @@ class SelfAlignment(nn.Module):
 
     def forward(self, hidden: Tensor, clean: Tensor, t: Tensor, text: TextTokens, draws: Draws):
         self.follow(draws.step)
-        cleaner = (t - CLEANER * draws.uniform("teacher")).clamp(min=0)
+        cleaner = (t - CLEANER * draws.uniform("teacher").to(t.device)).clamp(min=0)
         if self.outside["objective"].config.token_times:
             cleaner = torch.minimum(t, second_times(self.outside["objective"], clean, draws))
         target = self.target(clean, cleaner, text, draws)

@@ -44,7 +44,8 @@ def tell(layer: nn.Module, tokens: Tensor) -> Tensor:
 
 def second_times(objective: FlowMatching, clean: Tensor, draws: Draws) -> Tensor:
     """Return the second times `(b,)`, of the same law as the first."""
-    return objective.draw_time(replace(draws, seed=key(draws.seed, "second time")), clean.shape[1])
+    times = replace(draws, seed=key(draws.seed, "second time"))
+    return objective.draw_time(times, clean.shape[1]).to(clean.device)
 
 
 def at_two_times(objective: FlowMatching, x: Tensor, t: Tensor, clean: Tensor, draws: Draws):

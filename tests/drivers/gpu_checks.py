@@ -363,7 +363,7 @@ class Checks:
         told = [
             line
             for line in (self.folder / f"{name}.log").read_text().splitlines()
-            if "without CUDA graphs" in line
+            if "without CUDA graphs" in line or "without a CUDA graph" in line
         ]
         result |= {
             "gpus": processes,

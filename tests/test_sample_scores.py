@@ -3,6 +3,7 @@ compared, copies seen, every setting told; and the commands."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from PIL import Image
 
 from mmdit.config import ConfigError
 from mmdit.data.cache.latent_cache import open_cache
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.writer import CacheWriter
+from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.media_sets import Shape, media_records, read_media
 from mmdit.diagnostics import feature_distance
 from mmdit.diagnostics.clip_score import ClipScore
@@ -22,6 +26,7 @@ from mmdit.interop.clip_similarity import Similarity
 from mmdit.interop.encoders import Encoder, open_encoder, small_pixels
 from mmdit.pixels import to_shown, to_unit
 from mmdit.scripts import compare_samples, evaluate
+from mmdit.tokenizers.dummy import DummyTokenizer, DummyTokenizerConfig
 from mmdit.training.media import save_sample
 from mmdit.training.pipeline import SampleSettings
 from mmdit.training.previews import SCORES, Previews
@@ -74,6 +79,8 @@ def test_the_score_is_the_cosine_of_its_definition_with_other_captions_beside(cl
     control = (100 * other.clamp(min=0) * weights).sum() / weights.sum()
     assert report["control"] == pytest.approx(control.item(), abs=1e-4)
     assert report["samples"] == 6 and len(report["weights_sha256"]) == 64
+    spread = 100 * (cosines - cosines.mean()).square().sum().div(5).sqrt() / 6**0.5
+    assert report["standard_error"] == pytest.approx(spread.item(), rel=1e-4)
     assert "without a prefix" in report["definition"]
     alike = ClipScore(str(clip_folder), CPU)
     alike.add(pixels[:1, :1], captions[:1])
@@ -200,6 +207,7 @@ def test_the_nearest_samples_are_kept_whatever_part_they_come_in(tmp_path, monke
         reports.append(distance.report()["copies"])
         kept = [(pair.name, distance.real.names[pair.nearest]) for pair in distance.closest]
         assert kept == [("0002", "009.png"), ("0005", "004.png")]
+        assert [pair.name for pair in distance.first] == [f"{number:04}" for number in range(6)]
         torch.testing.assert_close(distance.closest[0].pixels, found[1])
     assert reports[0] == reports[1] and reports[0]["identical"] == 2
 
@@ -385,6 +393,29 @@ def test_previews_are_scored_while_training(tmp_path, capsys, clip_folder):
     assert "train.sample_clip: cannot score previews" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="sample_every_steps is 0: there is no preview"):
         TrainConfig(sample_clip="clip")
+
+
+def test_of_a_cached_clip_of_several_samples_the_middle_one_is_compared():
+    """Each was encoded by itself: a part that spans two of them is no clip."""
+    items, latents = object.__new__(RealItems), torch.arange(7)
+    for joined, expected in (
+        (2, [2, 3]),
+        (3, [3, 4, 5]),
+        (7, list(range(7))),
+        (None, list(range(7))),
+    ):
+        cache = SimpleNamespace(manifest=SimpleNamespace(joined=joined))
+        assert items._middle_sample(cache, latents).tolist() == expected
+
+
+def test_clips_of_another_speed_are_not_compared(tmp_path):
+    tokenizer = DummyTokenizer(DummyTokenizerConfig(latent_d=8))
+    manifest = CacheManifest.of(tokenizer, VideoConfig(32, 32))
+    with CacheWriter(tmp_path, manifest) as writer:
+        writer.add("a", torch.rand(4, 2, 2, 8), "a", source={"fps": 12.0})
+    RealItems(str(tmp_path), Shape(None, 4, fps=12.0), [tokenizer], 0)
+    with pytest.raises(ValueError, match="at 12 frames a second, and 24 are asked for"):
+        RealItems(str(tmp_path), Shape(None, 4, fps=24.0), [tokenizer], 0)
 
 
 # ── what is refused before anything is drawn ──────────────────────────────────────────────────────

@@ -39,6 +39,7 @@ from mmdit.vtp_training.self_supervision import (
     SelfSupervision,
     SelfSupervisionConfig,
     balanced_assignments,
+    random_crops,
 )
 from mmdit.vtp_training.tokenizer_scores import psnr
 
@@ -96,6 +97,14 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert {config.size_at(7, step) for step in range(20)} == {(32, 32), (48, 32)}
     for width, height, _ in config.sizes:
         assert config.batch_size(width, height) * width * height == 48 * 256
+
+
+def test_textures_are_others_after_some_steps_whichever_step_a_run_begins_with():
+    config = decode(ImagesConfig, IMAGES | {"refresh_every": 3})
+    source, resumed = PictureSource(config, 7, CPU), PictureSource(config, 7, CPU)
+    first, same, later = (source.textures(32, 32, step) for step in (0, 2, 3))
+    assert torch.equal(first, same) and not torch.equal(first, later)
+    assert torch.equal(later, resumed.textures(32, 32, 5))
 
 
 def test_mix_counts_add_up_and_follow_the_weights():
@@ -161,6 +170,24 @@ def test_reconstruction_loss_is_zero_only_for_a_copy_and_a_blurred_edge_costs_mo
         reconstruction_loss(blurred, target, **terms)[0]
         > reconstruction_loss(offset, target, **terms)[0]
     )
+
+
+def test_edges_are_compared_at_every_level_with_equal_weight():
+    """A slope of 0.01 a pixel is one of 0.02 and of 0.04 in the halved pictures."""
+    slope = (0.01 * torch.arange(32)).expand(1, 3, 32, 32)
+    flat = torch.zeros(1, 3, 32, 32)
+    for levels, expected in ((1, 0.01), (2, 0.015), (3, 0.07 / 3)):
+        loss, _ = reconstruction_loss(slope, flat, l1=0, l2=0, gradient=1, levels=levels)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_half_of_the_crops_are_mirrored():
+    slope = torch.linspace(-1, 1, 32).expand(64, 3, 32, 32)
+    crops = random_crops(slope, Draws.of(0, 0, 64), "view", 1.0, 1.0, (32, 32))
+    rises = crops.diff(dim=-1).mean((1, 2, 3))
+    mirrored = int((rises < 0).sum())
+    assert 20 < mirrored < 44 and rises.abs().min() > 0.04
+    assert crops.diff(dim=-2).abs().max() < 1e-5  # never upside down
 
 
 def test_contrast_treats_equal_facts_as_positives():

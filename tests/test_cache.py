@@ -2,6 +2,7 @@
 refused by name."""
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.statistics import latent_statistics
 from mmdit.data.cache.verify import verify_cache
 from mmdit.data.cache.writer import CacheWriter, SavingThreads
+from mmdit.data.dataset import pictures
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
@@ -223,6 +225,29 @@ def test_a_cache_that_has_not_noted_its_precision_goes_on_and_says_so(images, tm
     report = run(images, tmp_path / "cache", Coarse())
     assert report.written == 6 and "did not note tokenizer.dtype" in report.text()
     assert "did not note" not in run(images, tmp_path / "cache", Coarse()).text()
+
+
+def test_an_item_stays_while_the_file_system_does_not_give_its_picture(
+    images, tmp_path, monkeypatch
+):
+    """A share that is away says nothing of what was cached of it; a damaged picture does."""
+    out = tmp_path / "cache"
+    run(images, out)
+    for number in (0, 1):
+        Image.new("RGB", (40, 40), (0, 0, 250)).save(tmp_path / f"{number}.png")
+    original = pictures.open_source
+
+    def away(source):
+        if str(source).endswith("0.png"):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        return original(source)
+
+    monkeypatch.setattr(pictures, "open_source", away)
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    report = run(images, out)
+    assert {skip.id for skip in report.skipped} == {"画0", "画2"}
+    ids = open_cache(out).ids
+    assert "画0" in ids and "画2" not in ids and len(ids) == 9
 
 
 def flip(raw):

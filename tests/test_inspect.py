@@ -219,6 +219,7 @@ def test_the_report_counts_what_is_used_cropped_repeated_left_out_and_skipped(tm
     assert report["frames"]["items_by_frames_used"] == {"4": 3}
     assert report["cropped"]["mean_kept"] == 0.875 and report["cropped"]["enlarged"] == 1
     assert report["cropped"]["examples"][0] == {"id": "long", "size": [64, 32], "kept": 0.5}
+    assert report["cropped"]["items_below_80_percent"] == 1
     assert report["skipped_when_cached"]["reasons"] == {"file not found": 1}
     assert [row["fill"] for row in report["groups"]] == [1.0, 1.0]
     assert report["captions"]["captions"] == 5 and report["captions"]["empty"] == 3

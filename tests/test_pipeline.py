@@ -21,7 +21,7 @@ from mmdit.training import pipeline as pipeline_module
 from mmdit.training.learner import Learner
 from mmdit.training.media import contact_sheet, grid_video, save_video
 from mmdit.training.pipeline import Pipeline, SampleSettings, evaluating
-from mmdit.training.requests import Request
+from mmdit.training.requests import Request, batches
 from mmdit.training.samples import SampleFolder
 
 SETTINGS = SampleSettings(SamplerConfig("ab2", 4), cfg_scale=2.0, seed=3)
@@ -43,6 +43,20 @@ def pipeline() -> Pipeline:
 
 
 CAPTIONS = ["a red ball", "", "two blue boxes", "a star"]
+
+
+def test_requests_are_drawn_together_where_they_share_all_but_prompt_and_seed():
+    asked = [
+        {"guidance": 2.0},
+        {},
+        {"guidance": 2.0},
+        {"seed": 5},
+        {"negative": "x"},
+        {"width": 32},
+    ]
+    requests = {number: Request(f"{number}", **own) for number, own in enumerate(asked)}
+    assert list(batches(requests, 8)) == [[0, 2], [1, 3], [4], [5]]
+    assert list(batches(requests, 1)) == [[0], [2], [1], [3], [4], [5]]
 
 
 def test_a_picture_depends_on_its_caption_seed_and_place_but_not_on_the_batch(pipeline):

@@ -181,6 +181,11 @@ def test_two_folders_are_compared_and_copies_are_shown(tmp_path, capsys):
     assert set(report["neighbours"]) == {"precision", "recall", "density", "coverage"}
     assert report["real_items"]["frames"] == 1 and len(report["weights_sha256"]) == 64
     assert Image.open(sheet).width > 400
+    # without held-out items real ones are compared with each other, and none with itself
+    near = FeatureDistance("tokenizer", Shape((32, 32)), CPU, str(real))
+    near.add(to_unit(torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8)))
+    report = near.report()["copies"]
+    assert report["control_distances"]["count"] == 20 and report["control_distances"]["least"] > 0
     # the same set against itself, in another order and read by workers
     words = ["--samples", real, "--real", real, "--features", "tokenizer", "--out", out]
     assert compare_samples.main(list(map(str, [*words, "--num_workers", "1"]))) == 0

@@ -642,6 +642,17 @@ def test_a_training_is_continued_with_resume(store, tmp_path):
     assert place.store.by_run()[run][0] == new.id
 
 
+def test_a_training_that_has_saved_nothing_begins_again_without_resume(store, tmp_path):
+    """With it the command would end, for there is nothing to go on from."""
+    run = tmp_path / "runs" / "one"
+    (run / "checkpoints").mkdir(parents=True)
+    words = ["train", f"--config={CONFIG}", "--train_cache_dir=x"]
+    old = store.add(store.reserve(), words, "cpu", str(run))
+    wait(store, old, lambda state: state.is_over)
+    answer = send(browser(tmp_path / "runs"), f"/job/{old.id}/again")
+    assert store.read(answer.headers["location"].rpartition("/")[2]).words == words
+
+
 def test_blanks_around_a_folder_are_no_part_of_it(tmp_path):
     fields = {"config": CONFIG, "meta_jsonl": "x.jsonl", "out_dir": f" {tmp_path}/cache "}
     request = JobRequest(workplace(tmp_path / "runs"), "cache-images", fields)

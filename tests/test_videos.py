@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmdit.data.dataset import videos
-from mmdit.data.dataset.videos import probe, read_video
+from mmdit.data.dataset.videos import Probe, probe, read_video
 from mmdit.training.media import read_back, save_video
 from tests.test_pictures import GOLDEN, looked, near
 from tests.test_sources import write_video
@@ -51,6 +51,16 @@ def write_frames(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def test_frames_at_uneven_times_are_taken_by_their_times_also_where_their_mean_rate_fits():
+    """Ten a second on average, of which the first five come in a fifth of a second."""
+    times = (0, 40, 80, 120, 160, 400, 520, 640, 760, 900)
+    uneven = Probe(32, 32, times, 0.001, 0.0)
+    assert uneven.fps == pytest.approx(10)
+    assert uneven.plan(10) == [0, 2, 4, 4, 5, 5, 6, 7, 8, 9]
+    steady = Probe(32, 32, tuple(range(0, 1000, 100)), 0.001, 0.0)
+    assert steady.plan(10) == list(range(10))
 
 
 def test_a_recording_whose_clock_does_not_begin_at_zero_is_whole(tmp_path):

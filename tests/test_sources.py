@@ -1,7 +1,9 @@
 """Video files move as a player shows them; a folder of media becomes metadata with every file
 accounted for."""
 
+import errno
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.dataset.videos import probe, read_video
+from mmdit.files import release_folder, take_folder
 from mmdit.scripts import cache_vtp_images
 from mmdit.scripts import prepare_folder as folder_script
 from mmdit.scripts import prepare_frames as frames_script
+from tests.helpers.tiny import refused
 from tests.test_cache import VIDEO, MeanPixels, contents, run, write_meta
 
 av = pytest.importorskip("av")
@@ -195,6 +199,44 @@ def test_frames_are_extracted_whole_and_once(tmp_path):
     with pytest.raises(ValueError):
         extract_frames(Record("cut", str(tmp_path / "cut.mkv"), ""), tmp_path / "frames/cut", 10)
     assert not (tmp_path / "frames/cut").exists()  # a folder of frames is whole or not there
+
+
+def test_a_full_disk_ends_the_extraction_and_drops_no_clip(tmp_path, capsys, monkeypatch):
+    """The lines of an earlier run stay, and no clip is called unusable."""
+    rows = [{"id": id, "video_path": f"{id}.mp4", "caption": ""} for id in "ab"]
+    for row in rows:
+        write_video(tmp_path / row["video_path"], np.arange(6) / 30)
+    meta = write_meta(tmp_path, rows, "train_videos.jsonl")
+    words = ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]
+    assert frames_script.main(words) == 0
+    before = (tmp_path / "out/train_videos.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "out/frames_10fps/b")
+    original = Image.Image.save
+
+    def full(image, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    refused(capsys, frames_script.main, words, "No space left", "frames_10fps/b", "Free disk space")
+    assert (tmp_path / "out/train_videos.jsonl").read_bytes() == before
+    monkeypatch.setattr(Image.Image, "save", original)
+    assert frames_script.main(words) == 0
+    assert (tmp_path / "out/train_videos.jsonl").read_bytes() == before
+
+
+def test_frames_are_written_beside_no_lines_of_videos_and_by_one_process(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", np.arange(6) / 30)
+    row = {"id": "a", "video_path": "a.mp4", "caption": ""}
+    meta = write_meta(tmp_path, [row], "train_videos.jsonl")
+    before = meta.read_bytes()
+    here = ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path), "--fps", "10"]
+    refused(capsys, frames_script.main, here, "would be replaced by frames")
+    assert meta.read_bytes() == before
+    words = ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]
+    held = take_folder(tmp_path / "out", "")
+    refused(capsys, frames_script.main, words, "another process is writing frames into")
+    release_folder(tmp_path / "out", held)
+    assert frames_script.main(words) == 0
 
 
 def test_frames_of_a_video_that_is_another_now_are_extracted_anew(tmp_path):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmdit.data.dataset.records import read_records
+from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames
-from mmdit.files import clean, write_atomically
+from mmdit.files import clean, is_full, release_folder, take_folder, write_atomically
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -29,42 +29,64 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--format", choices=["png", "jpg"], default="png")
     args = parser.parse_intermixed_args(argv)
-    lines, skipped = [], []
     with friendly():
         if args.fps <= 0:
             raise ValueError(f"--fps is {args.fps}, must be greater than 0")
+        out = args.out_dir / args.meta_jsonl.name
+        if out.resolve() == args.meta_jsonl.resolve():
+            raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by frames")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
-        top = args.out_dir / f"frames_{args.fps:g}fps"
-        clean(top)
-        for record in tqdm(records, desc=f"writing {args.out_dir}", unit="clip"):
-            folder = top / record.id
-            try:
-                frames = extract_frames(record, folder, args.fps, args.format)
-            except (OSError, ValueError) as error:
-                skipped.append(f"{record.id}: {error}")
-                continue
-            facts = {
-                name: value
-                for name, value in record.facts.items()
-                if name not in ("frames_dir", "video_path")
-            }
-            row = {
-                "id": record.id,
-                "frames_dir": folder.relative_to(args.out_dir).as_posix(),
-                "caption": record.caption,
-                **facts,
-                "num_frames": frames,
-                "frames_fps": args.fps,
-            }
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        if not lines:
-            raise ValueError(
-                "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
-            )
-        write_atomically(args.out_dir / args.meta_jsonl.name, "".join(lines))
-    summary = f"{len(lines)} clips in {args.out_dir / args.meta_jsonl.name}"
+        held = take_folder(
+            args.out_dir, f"another process is writing frames into {args.out_dir}; wait for it"
+        )
+        try:
+            lines, skipped = write_frames(records, args.out_dir, args.fps, args.format)
+            if not lines:
+                raise ValueError(
+                    "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
+                )
+            write_atomically(out, "".join(lines))
+        finally:
+            release_folder(args.out_dir, held)
+    summary = f"{len(lines)} clips in {out}"
     print("\n".join([f"{summary}, {len(skipped)} skipped", *skipped]))
     return 0
+
+
+def write_frames(
+    records: list[Record], out_dir: Path, fps: float, suffix: str
+) -> tuple[list[str], list[str]]:
+    """Write the frames of each clip; return the lines of those that could be used, and why others
+    could not. OSError: the disk is full."""
+    lines, skipped = [], []
+    top = out_dir / f"frames_{fps:g}fps"
+    clean(top)
+    for record in tqdm(records, desc=f"writing {out_dir}", unit="clip"):
+        folder = top / record.id
+        try:
+            frames = extract_frames(record, folder, fps, suffix)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_full(
+                error
+            ):  # of the clips behind it none would be written either
+                raise OSError(error.errno, error.strerror, str(folder)) from None
+            skipped.append(f"{record.id}: {error}")
+            continue
+        facts = {
+            name: value
+            for name, value in record.facts.items()
+            if name not in ("frames_dir", "video_path")
+        }
+        row = {
+            "id": record.id,
+            "frames_dir": folder.relative_to(out_dir).as_posix(),
+            "caption": record.caption,
+            **facts,
+            "num_frames": frames,
+            "frames_fps": fps,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return lines, skipped
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def curves_of(files: list[dict]) -> list[tuple[str, dict, dict]]:
 
 def arm_tables(files: list[dict]) -> list[str]:
     """Return the table of all arms, and the sentence that explains it. Their accuracies over the
-    checkpoints are compared with those of the first arm; those that were timed also at the seconds
+    checkpoints are compared with those of the first arm; where arms were timed, also at the seconds
     after which the first of them ends."""
     arms = curves_of(files)
     if not arms:
@@ -86,8 +86,9 @@ def arm_tables(files: list[dict]) -> list[str]:
     ends = [curve["points"][-1]["step"] * pace_of(curve) for *_, curve in arms if pace_of(curve)]
     first, level, common = arms[0], arms[0][2]["reached"], min(ends, default=0.0)
     titles = ["arm", "parameters", "steps", "seen", "held-out pairs", "beside the first"]
-    titles += [f"samples to {level} held out", "step", f"held out after {common:.0f} s"]
-    titles += [f"seconds to {level}"]
+    titles += [f"samples to {level} held out"]
+    if ends:
+        titles += ["step", f"held out after {common:.0f} s", f"seconds to {level}"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row, curve in arms:
         last, batch = curve["points"][-1], batch_of(row)
@@ -102,7 +103,7 @@ def arm_tables(files: list[dict]) -> list[str]:
         if pace:
             seconds = shown_values(curve["seconds_to"])
             cells += [f"{pace * 1000:.1f} ms", held_out_at(curve, pace, common), seconds]
-        else:
+        elif ends:
             cells += ["not timed", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines), explanation([curve["points"][-1] for *_, curve in arms])]

@@ -255,8 +255,13 @@ def test_what_was_trained_beside_other_work_counts_without_its_seconds(chain, tm
     assert made["seconds"] is None and row["seconds"] == {} and row["training"]["steps"] == 3
     assert not row["training"].keys() & TIMES and row["curves"]["s"]["seconds_to"] == [None, None]
     (tmp_path / "tiny.json").write_text(json.dumps(made))
-    page = make.renewed("<!-- results: tiny -->\n<!-- end of results -->\n", tmp_path)
-    assert "| not timed |  |  |" in page and "a seed in all" not in page
+    template = "<!-- results: tiny -->\n<!-- end of results -->\n"
+    page = make.renewed(template, tmp_path)
+    assert "samples to 0.95 held out |\n" in page, "no column of seconds where no arm has any"
+    assert "a seed in all" not in page
+    made["stages"]["b"] = timed
+    (tmp_path / "tiny.json").write_text(json.dumps(made))
+    assert "| not timed |  |  |" in make.renewed(template, tmp_path)
 
 
 def test_a_command_that_is_untimed_says_so_in_the_record(chain, tmp_path):

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError
+from mmdit.posttrain import online
 from mmdit.posttrain.dpo_offline import collect_pairs, offline_updates
 from mmdit.posttrain.evaluation import Evaluator
-from mmdit.posttrain.posttrain_config import DPOConfig, PosttrainConfig, RolloutConfig
+from mmdit.posttrain.online import step_terms
+from mmdit.posttrain.posttrain_config import DPOConfig, KLConfig, PosttrainConfig, RolloutConfig
 from mmdit.posttrain.prompt_lists import Prompts, read_prompt_list, written_prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.srpo import srpo_updates
@@ -18,7 +20,7 @@ from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
 from tests.helpers.tiny import Workshop, refused
-from tests.helpers.toy_posttrain import Net, session
+from tests.helpers.toy_posttrain import Bright, Keep, Net, session
 from tests.test_posttrain_loops import SECTION, SRPO, words
 
 BRIGHT = [f"posttrain.{name}=[{{type: brightness}}]" for name in ("rewards", "eval_rewards")]
@@ -79,6 +81,32 @@ def test_the_best_of_an_earlier_attempt_is_not_taken_for_that_of_this_one(
     assert not (run / "best").exists() and "best on evaluation prompts" not in out
     (moved,) = run.glob("best.before-*")
     assert f"{run / 'best'} is of an earlier attempt: it is now {moved.name}" in out
+
+
+def test_scores_of_another_measure_are_not_compared(shop, capsys):
+    """With more prompts, or other rewards, a score is of another thing."""
+    run, given = shop.folder / "runs/measures", [*BRIGHT, "posttrain.eval_every_epochs=1"]
+    first = "train.max_steps=1"
+    posttrain.main(command(shop, "measures", *given, first, "train.lr=0.001"))
+    score = checkpoint.read_tensors(checkpoint.latest(run) / "marks.safetensors")["best"][0]
+    capsys.readouterr()
+    given += ["posttrain.eval_rewards=[{type: brightness, weight: -1}]", "--resume"]
+    posttrain.main(command(shop, "measures", *given))
+    assert "evaluation measures another thing than before" in capsys.readouterr().out
+    best = checkpoint.read_tensors(checkpoint.latest(run) / "marks.safetensors")["best"]
+    assert score > 0 > best[0] and best[1] == 2
+    posttrain.main(command(shop, "measures", *given, "train.max_steps=3"))
+    assert "evaluation measures" not in capsys.readouterr().out
+
+
+def test_a_resume_within_an_epoch_of_more_updates_is_refused(shop, capsys):
+    """It would begin the epoch again, and go on beyond train.max_steps."""
+    given = [BRIGHT[0], "posttrain.eval_prompts=0", "posttrain.micro_batch=1"]
+    posttrain.main(command(shop, "within", *given, "train.max_steps=3"))
+    given += ["posttrain.updates_per_epoch=2", "train.max_steps=6", "--resume"]
+    words = command(shop, "within", *given)
+    refused(capsys, posttrain.main, words, "posttrain.updates_per_epoch: is 2", "at update 3")
+    posttrain.main([word for word in words if "updates_per_epoch" not in word])
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -218,3 +246,58 @@ def test_the_invert_branch_of_srpo_began_where_all_samples_did(tmp_path):
         begun.append(running.history["invert"].item())
         assert begun[-1] == pytest.approx(report["score_invert"])
     assert begun[0] == pytest.approx(begun[1], rel=1e-4) == pytest.approx(begun[2], rel=1e-4)
+
+
+# ── sums ──────────────────────────────────────────────────────────────────────────────────────────
+def test_the_losses_of_an_update_are_means_over_its_noisy_steps(tmp_path):
+    """AdamW would hide another factor; clipping by norm would not."""
+    common = {"algorithm": "grpo", "prompts_per_epoch": 2, "group_size": 2, "micro_batch": 4}
+    running = session(tmp_path, **common, kl=KLConfig(beta=0.5))
+    (rollout,) = running.rollouts.collect(0)
+    worth = torch.tensor([1.0, -1.0, 0.5, -0.5])[rollout.indices]
+    with torch.no_grad():  # a policy that has moved
+        for parameter in running.learner.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    losses, parts = zip(*step_terms(running, rollout, worth))
+    each = [part["policy_loss"] + 0.5 * part["kl"] for part in parts]
+    assert len(each) == 9 and sum(losses).item() == pytest.approx(sum(each).item() / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["nft", "awm", "dpo"])
+def test_the_losses_of_an_update_are_means_over_its_draws(tmp_path, monkeypatch, algorithm):
+    """Of draws that are all the same, three give what one does."""
+    draw, sums = online.noised, []
+    monkeypatch.setattr(
+        online, "noised", lambda running, clean, places, *_: draw(running, clean, places, 0, 1)
+    )
+    for draws in (1, 3):
+        running = session(
+            tmp_path,
+            algorithm=algorithm,
+            ema=0.9,
+            draws_per_sample=draws,
+            prompts_per_epoch=2,
+            group_size=2,
+            micro_batch=4,
+            kl=KLConfig(beta=0.5),
+            dpo=DPOConfig(source="online"),
+        )
+        (rollout,) = running.rollouts.collect(0)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in running.learner.model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        worth = torch.tensor([1.0, -1.0, 0.5, -0.5])[rollout.indices]
+        sums.append(sum(loss.item() for loss, _ in online.terms(running, rollout, worth)))
+    assert sums[0] != 0 and sums[1] == pytest.approx(sums[0], rel=1e-5)
+
+
+def test_the_best_is_of_the_weighted_rewards_and_above_what_was(tmp_path):
+    running = session(tmp_path, eval_rewards=(Keep(weight=2.0), Bright(weight=-1.0)))
+    found = []
+    for keep, bright in ((0.5, 0.5), (0.6, 0.9), (0.5, 0.3), (0.5, 0.3), (0.4, 0.0)):
+        found.append(running.evaluator.is_best({"seen_keep": keep, "seen_bright": bright}))
+        running.state.step += 1
+    # 0.5 is the start, then 0.3, 0.7, the same again, and 0.8
+    assert found == [False, False, True, False, True]
+    assert running.history["best"].tolist() == pytest.approx([0.8, 4])

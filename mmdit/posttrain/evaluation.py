@@ -3,15 +3,18 @@ it. Samples have fixed noise, the sampler of `train.sample_*`, and the weights a
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, encode
 from mmdit.diffusion import guided
 from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import RewardPool, Samples
 from mmdit.posttrain.setup import Setup
 from mmdit.rng import Draws
+from mmdit.training.origin import sum_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 BATCH = 256  # samples that are drawn at a time, and no more than posttrain.micro_batch
@@ -90,6 +93,23 @@ class Evaluator:
             first += len(prompts)
         return values
 
+    def measure(self) -> int:
+        """Return a check sum of all that decides a score, but the weights."""
+        setup = self.setup
+        prompts = {name: some.captions for name, some in setup.evaluated.items()}
+        size = (setup.width, setup.height, setup.frames)
+        words = (prompts, size, setup.captions.trigger, asdict(self.settings))
+        return sum_of([], *words, encode(self.pool.rewards))
+
+    def continue_from(self, history: dict[str, Tensor]) -> list[str]:
+        """Forget the best score of an earlier part of the run where that measured otherwise: the
+        two cannot be compared. Return what to tell a person."""
+        before = history.get("measure")
+        if before is None or int(before) == self.measure() or "best" not in history:
+            return []
+        del history["best"]
+        return ["evaluation measures another thing than before: the best score begins anew"]
+
     def is_best(self, values: dict[str, float]) -> bool:
         """Remember the weighted rewards on held-out prompts (on seen ones, without these) if they
         are the highest so far, and return whether they are above those of the start: rewards rise
@@ -104,5 +124,6 @@ class Evaluator:
         starts = "best" not in setup.history
         if not setup.world.any(starts or score > setup.history["best"][0].item()):
             return False
+        setup.history["measure"] = torch.tensor(self.measure())
         setup.history["best"] = torch.tensor([score, setup.state.step], dtype=torch.float64)
         return not starts

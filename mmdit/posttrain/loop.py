@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from mmdit.config import ConfigError
 from mmdit.posttrain.dpo_offline import offline_updates
 from mmdit.posttrain.online import online_epoch
 from mmdit.posttrain.session import Session
@@ -39,6 +40,12 @@ def post_train(session: Session) -> bool:
     False when it was asked to stop."""
     config, train, state, world = session.config, session.train, session.state, session.world
     epoch, updates = epochs_of(session)
+    if state.step % updates:
+        raise ConfigError(
+            "posttrain.updates_per_epoch",
+            f"is {updates}, but the run stands at update {state.step}, within an epoch of so many;"
+            " set it as it was, and change it at an update that it divides",
+        )
     if world.is_main:
         put_other_best_aside(session)
         session.log = MetricsLog(session.run_dir, state.step or -1, session.tracker)

@@ -88,7 +88,7 @@ class Session(Setup):
             self.policy.carry_over_old(checkpoint.Meta.read(folder).alphas)
         history = folder / f"{HISTORY_FILE}.safetensors"
         self.history = checkpoint.read_tensors(history) if history.is_file() else {}
-        return lines
+        return lines + self.evaluator.continue_from(self.history)
 
     def evaluate(self) -> dict[str, float]:
         """Return the evaluation rewards, having saved the weights apart if they are the best so

@@ -34,7 +34,8 @@ class Setup:
     learner's).
 
     `save(files, best)` writes a checkpoint, with `best` the weights alone. `history` holds scalars
-    that a resumed run must know: `best` (score and update of the best evaluation), and of SRPO
+    that a resumed run must know: `best` (score and update of the best evaluation) and `measure`
+    (what that score is of), and of SRPO
     `std` and `latent_std` (the latents' deviation at first and now) and `invert` (the first score
     of that branch). `start`: the check sum of the networks and prompts that the run began from.
     """

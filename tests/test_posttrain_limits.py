@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError
-from mmdit.posttrain import online
+from mmdit.posttrain import losses, online, srpo
 from mmdit.posttrain.dpo_offline import collect_pairs, offline_updates
 from mmdit.posttrain.evaluation import Evaluator
 from mmdit.posttrain.online import step_terms
-from mmdit.posttrain.posttrain_config import DPOConfig, KLConfig, PosttrainConfig, RolloutConfig
+from mmdit.posttrain.posttrain_config import (
+    AdvantageConfig,
+    DPOConfig,
+    KLConfig,
+    PosttrainConfig,
+    RolloutConfig,
+)
 from mmdit.posttrain.prompt_lists import Prompts, read_prompt_list, written_prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.posttrain.srpo import srpo_updates
@@ -301,3 +307,46 @@ def test_the_best_is_of_the_weighted_rewards_and_above_what_was(tmp_path):
     # 0.5 is the start, then 0.3, 0.7, the same again, and 0.8
     assert found == [False, False, True, False, True]
     assert running.history["best"].tolist() == pytest.approx([0.8, 4])
+
+
+def test_branches_of_srpo_enter_from_both_sides_with_words_in_turn(tmp_path, monkeypatch):
+    calls, recover, score = [], srpo.recover, srpo.relative_score
+
+    def recovered(x, velocity, noise, entered, landed):
+        calls.append([entered > landed, abs(entered - landed)])
+        return recover(x, velocity, noise, entered, landed)
+
+    def scored(scorer, pixels, first, second, share):
+        calls[-1] += [first[0].partition(".")[0], second[0].partition(".")[0]]
+        return score(scorer, pixels, first, second, share)
+
+    monkeypatch.setattr(srpo, "recover", recovered)
+    monkeypatch.setattr(srpo, "relative_score", scored)
+    several = words(positive=("red", "warm"), negative=("blue", "cold", "dark"))
+    running = session(tmp_path, **SRPO | {"srpo": several})
+    update = srpo_updates(running)
+    for _ in range(3):
+        update()
+    width = pytest.approx(several.step)
+    pairs = [("red", "blue"), ("warm", "cold"), ("red", "dark")]
+    expected = [
+        side for one, two in pairs for side in ([True, width, one, two], [False, width, two, one])
+    ]
+    assert calls == expected
+
+
+def test_advantages_of_nft_count_by_their_largest(tmp_path, monkeypatch):
+    """So that kl.beta and the clipped norm mean the same whatever posttrain.advantage.clip is."""
+    monkeypatch.setattr(losses, "nft", lambda v, *_: v.flatten(1).sum(1) * 0 + 1)
+    for most in (2.0, 5.0):
+        running = session(
+            tmp_path,
+            algorithm="nft",
+            prompts_per_epoch=2,
+            group_size=2,
+            micro_batch=4,
+            advantage=AdvantageConfig(clip=most),
+        )
+        (rollout,) = running.rollouts.collect(0)
+        ((loss, _),) = online.terms(running, rollout, torch.zeros(4))
+        assert loss.item() == pytest.approx(most)

@@ -511,6 +511,26 @@ def test_what_is_no_number_is_named(model, tmp_path, change, words):
     assert not adapters(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@torch.no_grad()
+def test_a_share_of_differences_of_any_type(tmp_path, dtype):
+    """And a bias that comes with an update, on top of one."""
+    file, layer = tmp_path / "x.safetensors", "diffusion_model.blocks.0.self_attn.q"
+    ends = {"lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": torch.randn(64)}
+    ends |= {"diff": torch.randn(64, 64), "diff_b": torch.randn(64)}
+    tensors = {f"{layer}.{end}": tensor.to(dtype) for end, tensor in ends.items()}
+    save_file(tensors, file)
+    before, model = random_model(TINY), random_model(TINY)
+    load_lora(model, file)
+    merge(model, 0.5)
+    stored = {end: tensors[f"{layer}.{end}"].float() for end in ends}
+    weight = stored["diff"] + stored["lora_B.weight"] @ stored["lora_A.weight"]
+    bias = stored["diff_b"] + stored["lora_B.bias"]
+    for name, change in (("weight", weight), ("bias", bias)):
+        moved = [getattr(one.blocks[0].self_attn.q, name) for one in (before, model)]
+        torch.testing.assert_close(moved[1] - moved[0], change / 2, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("format", ["kohya", "comfy"])
 def test_a_distilled_lora_is_handed_on_whole(model, tmp_path, format):
     """Its differences go with it; formats that cannot hold them refuse."""

@@ -187,7 +187,8 @@ def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Pa
             continue
         check_numbers(name, tensor, path)
         if part in WHOLE:
-            content.differences[ours] = tensor
+            # there is no arithmetic of float8
+            content.differences[ours] = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             continue
         update = content.updates.setdefault(module, Update())
         update.written, update.over_base = keys[name].written, over_base

@@ -2,6 +2,7 @@
 accounted for."""
 
 import errno
+import json
 import os
 import shutil
 from fractions import Fraction
@@ -199,6 +200,37 @@ def test_frames_are_extracted_whole_and_once(tmp_path):
     with pytest.raises(ValueError):
         extract_frames(Record("cut", str(tmp_path / "cut.mkv"), ""), tmp_path / "frames/cut", 10)
     assert not (tmp_path / "frames/cut").exists()  # a folder of frames is whole or not there
+
+
+def test_what_was_written_into_the_lines_by_hand_stays_when_the_folder_is_read_again(tmp_path):
+    """Captions without a text file, and facts; text files decide where they are."""
+    for name in "abc":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("of the file")
+    prepare_folder(tmp_path)
+    path = tmp_path / "train_images.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"caption": "by hand", "licence": "CC0"}
+    rows[1] |= {"caption": "by hand", "captions": ["by hand", "too"], "author": "me"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (32, 32)).save(tmp_path / "d.png")
+    report = prepare_folder(tmp_path)
+    records = {record.id: record for record in read_records(path, "image")}
+    assert records["a"].caption == "of the file" and records["a"].facts == {"licence": "CC0"}
+    assert records["b"].caption == "by hand"
+    assert records["b"].facts == {"captions": ["by hand", "too"], "author": "me"}
+    assert records["c"].caption == records["d"].caption == "" and report.without_caption == 2
+    assert "1 captions have no text file, and stay" in report.text()
+
+
+def test_lines_of_parts_of_videos_are_not_replaced_by_whole_videos(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", np.arange(6) / 30)
+    row = {"video_path": "a.mp4", "caption": ""}
+    rows = [row | {"id": f"a{n}", "video_span": [n, n + 3]} for n in (0, 3)]
+    path = write_meta(tmp_path, rows, "train_videos.jsonl")
+    before = path.read_bytes()
+    refused(capsys, folder_script.main, ["--folder", str(tmp_path)], "names frames of videos")
+    assert path.read_bytes() == before
 
 
 def test_a_full_disk_ends_the_extraction_and_drops_no_clip(tmp_path, capsys, monkeypatch):

@@ -27,7 +27,9 @@ from mmdit.data.dataset.records import (
     MAX_ID_BYTES,
     PATH_KEYS,
     Record,
+    captions_of,
     check_id,
+    decoded_object,
     holds_half_a_pair,
     text_captions,
 )
@@ -35,6 +37,7 @@ from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import open_regular, remove, replace_folder, write_atomically
 
+OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 
@@ -46,6 +49,7 @@ class FolderReport:
     images: int = 0
     videos: int = 0
     without_caption: int = 0  # no text file, or an empty one
+    kept_captions: int = 0  # of an earlier line, for there is no text file
     # "path: why it is not used, or used without its caption"
     problems: list[str] = field(default_factory=list)
     # suffix → how many are neither media nor captions
@@ -58,6 +62,11 @@ class FolderReport:
             f"{self.images} images and {self.videos} video files, {self.without_caption} of them"
             " without a caption (trained as unconditional)"
         ]
+        if self.kept_captions:
+            lines.append(
+                f"{self.kept_captions} captions have no text file, and stay as the lines that were"
+                " there have them"
+            )
         if self.other_files:
             counts = self.other_files.most_common(8)
             names = [f"{count} {suffix or 'without suffix'}" for suffix, count in counts]
@@ -133,19 +142,26 @@ def hashed_id(id: str, file: str) -> str:
     return f"{short}-{hashlib.sha256(file.encode()).hexdigest()[:12]}"
 
 
-def known_ids(paths: Iterable[Path]) -> dict[str, str]:
-    """Return path → id, as the lines have them of files that an earlier run wrote. What cannot be
-    read is left out."""
+def known_rows(paths: Iterable[Path]) -> dict[str, dict]:
+    """Return path → line, of files that an earlier run wrote, perhaps edited since. What cannot be
+    read is left out. ValueError: a line names frames of a video, of which there may be several."""
     keys = [key for keys in PATH_KEYS.values() for key in keys]
     known = {}
     for path in filter(Path.is_file, paths):
-        for line in path.read_bytes().splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
-                row = json.loads(line)
+                row = decoded_object(line)
                 source = next(row[key] for key in keys if key in row)
-                known[source] = check_id(row["id"])
+                check_id(row["id"])
+                captions_of(row)
+                known[source] = row
             except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
                 continue
+            if "video_span" in row:
+                raise ValueError(
+                    f"{path} names frames of videos, and would be replaced by a line for each file;"
+                    " name another --out_dir or --split"
+                )
     return known
 
 
@@ -200,8 +216,9 @@ def prepare_folder(
             media.append(file)
     lines: dict[str, list[str]] = {"images": [], "videos": []}
     places = {file: Path(os.path.relpath(folder / file, out_dir)).as_posix() for file in media}
-    known = known_ids(out_dir / f"{split}_{name}.jsonl" for name in lines)
-    ids = ids_for(media, {file: known[place] for file, place in places.items() if place in known})
+    known = known_rows(out_dir / f"{split}_{name}.jsonl" for name in lines)
+    before = {file: known[place] for file, place in places.items() if place in known}
+    ids = ids_for(media, {file: row["id"] for file, row in before.items()})
     text_of = _texts_of(media, texts)
     for file in media:
         is_video = os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES
@@ -211,14 +228,19 @@ def prepare_folder(
             captions = read_captions(folder / text, per_line) if text else []
         except (OSError, ValueError) as error:
             report.problems.append(f"{file}: used without its caption, {error}")
+        earlier = before.get(file, {})
+        if not text and earlier:  # perhaps written into the lines by hand
+            captions = [caption for caption in captions_of(earlier) if caption]
+            report.kept_captions += bool(captions)
         if not captions:
             report.without_caption += 1
-        row: dict[str, str | list[str]] = {
+        row: dict[str, Any] = {
             "id": ids[file],
             "video_path" if is_video else "image_path": places[file],
             "caption": captions[0] if captions else "",
         }
         row |= {"captions": captions} if len(captions) > 1 else {}
+        row |= {key: value for key, value in earlier.items() if key not in OF_A_LINE}
         lines["videos" if is_video else "images"].append(json.dumps(row, ensure_ascii=False) + "\n")
     report.orphans = sorted(set(texts) - set(text_of.values()))
     report.images, report.videos = len(lines["images"]), len(lines["videos"])

@@ -114,6 +114,23 @@ def test_each_picture_without_a_caption_gets_one(images, server, capsys, monkeyp
         assert b"secret" not in file.read_bytes()
 
 
+@pytest.mark.parametrize("change", [reversed, lambda rows: rows[:-1], lambda rows: rows[1:]])
+def test_lines_that_are_edited_meanwhile_get_no_caption_of_another(images, server, capsys, change):
+    """The lines are read again to be written, and a caption belongs to an id."""
+
+    def edited(request):
+        rows = images.read_text().splitlines(keepends=True)
+        if len(server.requests) == 1:
+            images.write_text("".join(change(rows)))
+        return describe(request)
+
+    server.answer = edited
+    refused(capsys, prepare_captions.main, words(images, server), "was changed while its records")
+    assert not (images.parent / "out" / images.name).exists()
+    assert prepare_captions.main(words(images, server)) == 0
+    assert captions(images).items() <= ALL.items() and len(server.requests) == 3
+
+
 def preparation(meta, server, waits=None, threads=1, media="image", **options):
     settings = options.pop("settings", CaptionSettings(("What is it?",)))
     sleep = (waits if waits is not None else []).append

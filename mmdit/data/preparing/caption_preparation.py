@@ -290,6 +290,11 @@ class CaptionPreparation:
             made = dict(self.captions)
         lines = []
         rows = _rows(self.meta_jsonl)
+        if [row.get("id") for row in rows] != [record.id for record in self.records]:
+            raise ValueError(
+                f"{self.meta_jsonl} was changed while its records were captioned; what is captioned"
+                " stays, give the same command again"
+            )
         for record, row in zip(self.records, rows, strict=True):
             captions = made.get(record.id)
             if captions is None and (self.replace or not record.caption):

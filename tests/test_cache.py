@@ -36,6 +36,8 @@ from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
 from mmdit.interfaces import LatentSpec, Tokenizer
+from mmdit.scripts import estimate_latent_scale
+from tests.helpers.tiny import refused
 
 VIDEO = VideoConfig(32, 32)
 
@@ -413,6 +415,27 @@ def test_statistics_equal_those_of_all_values_together(tmp_path):
     )
     assert stats["std"] == pytest.approx(rows.std(0, unbiased=False).tolist())
     assert stats["scale"] == pytest.approx(1 / rows.std(unbiased=False).item())
+
+
+def test_a_scale_has_digits_and_what_never_changes_has_none(tmp_path, capsys):
+    manifest = CacheManifest.of(MeanPixels(), VIDEO)
+    random = torch.randn(4, 1, 2, 2, 3)
+    still = random * torch.tensor([1.0, 1.0, 0.0])
+    values = {"still": still, "flat": torch.full_like(random, 3), "large": random * 20_000}
+    for name, latents in values.items():
+        with CacheWriter(tmp_path / name, manifest) as writer:
+            writer.add_many([*"abcd"], latents, [""] * 4)
+    words = lambda name: ["--cache_dir", str(tmp_path / name)]
+    refused(capsys, estimate_latent_scale.main, words("flat"), "are all 3, and have no scale")
+    save = ["--save", str(tmp_path / "stats.json")]
+    refused(capsys, estimate_latent_scale.main, [*words("still"), *save], "channel 2 (1 in all)")
+    assert not (tmp_path / "stats.json").exists()
+    assert estimate_latent_scale.main(words("still")) == 0
+    capsys.readouterr()
+    assert estimate_latent_scale.main(words("large")) == 0
+    scale = float(capsys.readouterr().out.split("latent_scale: ")[1])
+    expected = 1 / latents.half().double().std(correction=0)
+    assert scale == pytest.approx(float(expected), rel=1e-4)
 
 
 class Slow(MeanPixels):

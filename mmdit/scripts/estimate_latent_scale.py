@@ -33,13 +33,19 @@ def main(argv: list[str] | None = None) -> int:
             f"# {stats['items']} items, {stats['values']} values a channel; "
             f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}"
         )
+        still = [number for number, std in enumerate(stats["std"]) if not std]
+        if args.save and still:
+            raise ValueError(
+                f"channel {still[0]} ({len(still)} in all) is the same in all items, and nothing"
+                " can be divided by its deviation: leave out --save, or look at the tokenizer"
+            )
         if args.save:
             write_atomically(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:
             print(
                 "# per-channel statistics are better: --save latent_stats.json\n"
-                f"tokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.4f}"
+                f"tokenizer:\n  latent_stats: none\n  latent_scale: {stats['scale']:.5g}"
             )
     return 0
 

@@ -11,7 +11,7 @@ from mmdit.data.cache.latent_cache import LatentCache
 def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
     """Return the per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over
     all channels together (the single factor of latent diffusion, Rombach et al. 2022). Merged item
-    by item in float64 (Chan et al. 1983), so exact.
+    by item in float64 (Chan et al. 1983), so exact. ValueError: all latents are one number.
     """
     count = min(len(cache), max_items or len(cache))
     chosen = torch.linspace(0, len(cache) - 1, count, dtype=torch.float64).round().long().tolist()
@@ -26,6 +26,11 @@ def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
         mean, values = mean + delta * (len(rows) / total), total
     variance = squares / values
     overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
+    if not overall:
+        raise ValueError(
+            f"the latents of {count} items of {cache.folder} are all {float(mean.mean()):g}, and"
+            " have no scale: look at its pictures (mmdit inspect-cache) and at its tokenizer"
+        )
     return {
         "items": count,
         "values": values,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -246,6 +247,12 @@ def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the types of the attributes of `cls`, which take a while to read."""
+    return typing.get_type_hints(cls)
+
+
 def decode(hint: Any, value: Any, path: str = "") -> Any:
     """Return `value` (plain YAML data) as the type `hint`. Nothing is guessed: only int → float is
     converted."""
@@ -312,7 +319,8 @@ def _decode_dataclass(hint: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(path, f"is {value!r}, must be a section of keys")
     fields = {f.name: f for f in dataclasses.fields(hint) if f.init}
-    hints = typing.get_type_hints(hint)
+    # of the root they are read anew: a program may add to the sections that it names
+    hints = hints_of(hint) if path else typing.get_type_hints(hint)
     for name in value:
         if name not in fields:
             known = ", ".join(fields)
@@ -337,9 +345,7 @@ def _decode_union(options: tuple, value: Any, path: str) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     if all(dataclasses.is_dataclass(option) for option in options) and len(options) > 1:
-        tags = {
-            typing.get_args(typing.get_type_hints(option)["type"])[0]: option for option in options
-        }
+        tags = {typing.get_args(hints_of(option)["type"])[0]: option for option in options}
         if not isinstance(value, dict):
             raise ConfigError(
                 path, f"is {value!r}, must be a section with a type: {', '.join(tags)}"

@@ -81,6 +81,33 @@ def seeded():
         torch.cuda.manual_seed_all(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_curves(request):
+    """Have exports draw no curves, which takes longer than the export, save where they are the
+    fact."""
+    from PIL import Image
+
+    from mmdit.commands import export_card
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_export_card.py":
+            nothing = Image.new("L", (1, 1))
+            patch.setattr(export_card, "learning_curves", lambda name, records: nothing)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tokenizers_are_read_once(request):
+    """Keep networks of tokenizers, save where how they are read is the fact."""
+    from tests.helpers.kept_tokenizers import kept_tokenizers
+
+    if request.path.name in ("test_vtp_tokenizer.py", "test_wan_vae.py", "test_security.py"):
+        yield
+    else:
+        with kept_tokenizers():
+            yield
+
+
 @pytest.fixture
 def opaque_einops():
     """Have Dynamo put `rearrange` into its graphs as it is, without tracing what it does, which

@@ -10,8 +10,10 @@ import torch
 
 from mmdit.commands import quickstart
 from mmdit.commands.quickstart import Plan
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.experiment.load import load_pipeline
 from mmdit.scripts.quickstart import main
-from mmdit.training.pipeline import SampleSettings
+from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +57,12 @@ def half_the_steps(train: TrainConfig) -> SampleSettings:
     return replace(settings, sampler=replace(settings.sampler, steps=settings.sampler.steps // 2))
 
 
+def with_short_clips(*words) -> tuple[Pipeline, ExperimentConfig]:
+    """Open a model whose clips have 4 frames in place of 16."""
+    pipeline, config = load_pipeline(*words)
+    return pipeline, replace(config, video=replace(config.video, num_frames=4))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One small run in an empty folder."""
@@ -65,6 +73,7 @@ def finished(tmp_path_factory):
     patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
     patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=100"])
     patch.setattr(quickstart.SampleSettings, "of", half_the_steps)
+    patch.setattr(quickstart, "load_pipeline", with_short_clips)
     threads = torch.get_num_threads()
     assert main(["--device", "cpu"]) == 0
     patch.undo()

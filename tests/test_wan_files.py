@@ -31,7 +31,6 @@ def folder(tmp_path) -> Path:
 MEASURE = """
 import sys, threading, time, torch
 from mmdit.interop.wan_weights import load_dit
-from tests.helpers import warm
 def own_memory():
     lines = open('/proc/self/status').read().splitlines()
     return int(next(line for line in lines if line.startswith('RssAnon')).split()[1]) * 1024

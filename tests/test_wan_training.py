@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
-from mmdit.commands import export_card
 from mmdit.commands.cache_text import asked_texts
 from mmdit.commands.inspect_adapter import changes
 from mmdit.data.batches.batch_plan import BatchPlan
@@ -109,14 +108,6 @@ class Shop:
     def learner(self, *words):
         config = load_experiment_config(self.config, list(words))
         return build_learner(config, build_tokenizer(config.tokenizer).spec)
-
-
-@pytest.fixture(autouse=True)
-def small_curves(monkeypatch):
-    """Have exports draw no curves, which takes longer than the export (test_export_card.py)."""
-    monkeypatch.setattr(
-        export_card, "learning_curves", lambda name, records: Image.new("L", (1, 1))
-    )
 
 
 @pytest.fixture(scope="module")

@@ -484,7 +484,7 @@ def test_srpo_follows_its_words(tmp_path):
 def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
     for branches in (("denoise",), ("denoise", "invert")):
         folder = tmp_path / str(len(branches))
-        long = run(session(folder, epochs=300, srpo=words(branches=branches), **SRPO))
+        long = run(session(folder, epochs=200, srpo=words(branches=branches), **SRPO))
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         early = next(record for record in records if record["step"] == 100)
         assert (

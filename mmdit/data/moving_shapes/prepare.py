@@ -122,7 +122,12 @@ def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: in
 
 
 def _in_processes(work, chunks: list[range], workers: int):
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
+    # A fork is unsafe once torch has started threads; a server of forks, which has not, imports torch
+    # once for all of them. Windows has none.
+    servers = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if servers else "spawn")
+    if servers:
+        context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:

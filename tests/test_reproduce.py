@@ -319,6 +319,7 @@ def test_nothing_starts_from_a_stage_that_another_process_left_half_trained(tmp_
     assert trained == ["a", "b"]
     trained.clear()
     (tmp_path / "seed_0.json").write_text(json.dumps({"stages": {"a": {"training": {}}}}))
+    monkeypatch.setattr(chain, "_has_weights", lambda stage: True)
     with held(tmp_path / "seed_0" / "a.lock", wait=False):  # it scores what it has trained
         chain.run()
     assert trained == ["b"]
@@ -454,6 +455,27 @@ def test_a_recipe_may_be_made_by_a_program_that_knows_more(chain):
     assert all(line.startswith("python -m tests.drivers.other ") for line in lines)
     with pytest.raises(RunError, match="`tests.drivers.other evaluate` ended with status 1"):
         Chain(other, 0, Path("x")).execute(["evaluate"])
+
+
+def test_what_lost_its_weights_is_trained_anew_if_they_are_still_wanted(chain, tmp_path, capsys):
+    # A record that was brought from another machine has neither runs nor caches beside it.
+    recipe, out, _, _, _ = chain
+    path = tmp_path / "seed_0.json"
+    record = json.loads((out / "seed_0.json").read_text())
+    path.write_text(json.dumps(record))
+    again = Commands()
+    assert Chain(recipe, 0, tmp_path, "cpu", again).run() == record, "nothing is wanted any more"
+    assert not again.calls
+    del record["stages"]["b"]["scores"]["s"]
+    path.write_text(json.dumps(record))
+    facts = json.loads((out / "cache" / "a.json").read_text())
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "a.json").write_text(json.dumps(facts))
+    rows = Chain(recipe, 0, tmp_path, "cpu", again).run()["stages"]
+    assert again.names == ["cache-moving-shapes", "train", "train", "evaluate"], "a, for b"
+    assert "b] was trained, but its weights are gone" in capsys.readouterr().out
+    assert [rows[name]["attempts"] for name in "ab"] == [1, 1]
+    assert rows["b"]["scores"]["s"]["seen"]["count"] == 2
 
 
 def test_another_recipe_does_not_continue_what_was_begun_and_other_code_is_named(chain):

@@ -190,7 +190,8 @@ class Chain:
         """Return when a stage is trained to its end. A process that was stopped or failed leaves
         the checkpoint of some step, from which nothing may start: then this one goes on with it."""
         self.record = self._read()
-        if "training" not in self.record["stages"].get(stage.name, {}):
+        row = self.record["stages"].get(stage.name, {})
+        if "training" not in row or not self._has_weights(stage):
             self._visit(stage, wait=True)
         if self.share and self._has_failed(stage):
             raise RunError(f"there are no weights of {stage.name} to start from: it has failed")
@@ -225,7 +226,25 @@ class Chain:
     def _is_done(self, stage: Stage) -> bool:
         row = self.record["stages"][stage.name]
         trained = bool(stage.checkpoint) or "training" in row
-        return trained and all(score.name in row["scores"] for score in stage.scores)
+        scored = all(score.name in row["scores"] for score in stage.scores)
+        return trained and scored and not self._misses_weights(stage)
+
+    def _misses_weights(self, stage: Stage) -> bool:
+        """Return whether weights that are still to be scored or started from are gone, as where
+        the record was brought from another machine without them."""
+        if stage.checkpoint or self._has_weights(stage):
+            return False
+        rows = self.record["stages"]
+        if any(score.name not in rows[stage.name]["scores"] for score in stage.scores):
+            return True
+        followers = [other for other in self.recipe.stages if other.init_from == stage.name]
+        return any(
+            "training" not in rows.get(follower.name, {}) or self._misses_weights(follower)
+            for follower in followers
+        )
+
+    def _has_weights(self, stage: Stage) -> bool:
+        return checkpoint.latest(self.folder / stage.name) is not None
 
     def _stage(self, stage: Stage, place: str) -> None:
         row = self.record["stages"][stage.name]
@@ -238,6 +257,11 @@ class Chain:
             row["in_process"] = True
         if self.untimed:
             row["untimed"] = True
+        if "training" in row and self._misses_weights(stage):
+            print(f"{place} was trained, but its weights are gone: it is trained anew", flush=True)
+            del row["training"]
+            row["seconds"].pop("training", None)
+            row["attempts"] = 0
         if stage.config and "training" not in row:
             row["seconds"] |= self._cache(stage, place)
             self._train(stage, row, place)
@@ -310,6 +334,8 @@ class Chain:
                     f"{folder} was made otherwise than {folder.name} asks: choose another --out, or"
                     f" remove {folder} and {facts_path}"
                 )
+            if facts and not folder.exists():
+                facts = None  # brought from another machine
             if not facts or not facts.get("done", True):
                 # a pre-training that was stopped goes on, as a caching does by itself
                 resume = ["--resume"] if checkpoint.latest(folder) else []

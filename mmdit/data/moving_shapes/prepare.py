@@ -122,8 +122,8 @@ def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: in
 
 
 def _in_processes(work, chunks: list[range], workers: int):
-    # A fork is unsafe once torch has started threads; a server of forks, which has not, imports torch
-    # once for all of them. Windows has none.
+    # A fork is unsafe once torch has started threads; a server of forks, which has not, imports
+    # torch once for all of them. Windows has none.
     servers = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if servers else "spawn")
     if servers:

@@ -18,12 +18,13 @@ from vtp.tokenizers import ByteTokenizer
 
 from mmdit.config import ConfigError, decode, load
 from mmdit.data import moving_shapes
+from mmdit.diagnostics.curves import read_metrics
 from mmdit.pixels import to_unit
 from mmdit.rng import Draws
 from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
-from mmdit.vtp_training import textures
+from mmdit.vtp_training import pretrain_report, textures
 from mmdit.vtp_training.glyphs import letters
 from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
 from mmdit.vtp_training.pretrain_config import PretrainConfig
@@ -34,6 +35,7 @@ from mmdit.vtp_training.pretrain_losses import (
     discriminator_loss,
     reconstruction_loss,
 )
+from mmdit.vtp_training.pretrain_report import PretrainReport
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer, windows_after
 from mmdit.vtp_training.self_supervision import (
     SelfSupervision,
@@ -609,3 +611,47 @@ def test_shipped_configs_decode_and_fit_the_size_limit(name):
     )
     assert 2 * exported < 16e6
     assert Path(config.output_dir).name == name
+
+
+def test_steps_that_are_done_again_after_a_kill_are_reported_once(tmp_path, monkeypatch):
+    """And a line that the kill has torn ends no report: it would be one with the next."""
+    config = configured(tmp_path, max_steps=4, log_every_steps=1, save_every_steps=2)
+    path, original, seen = tmp_path / "metrics.jsonl", PretrainReport.progress, []
+
+    def killed(report, scalars):
+        original(report, scalars)
+        seen.append(report.trainer.step)
+        if seen == [1, 2, 3]:
+            with path.open("a") as file:
+                file.write('{"step": 3, "held_out')
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PretrainReport, "progress", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, CPU)
+    pretrain(config, CPU, resume=True)
+    assert seen == [1, 2, 3, 3, 4]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
+    assert len(path.read_text().splitlines()) == 5
+
+
+def test_a_disk_that_is_full_is_named_when_metrics_cannot_be_written(tmp_path, monkeypatch):
+    config = configured(tmp_path, max_steps=2, log_every_steps=1)
+
+    class Full(type(tmp_path)):
+        def open(self, *_, **__):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrain_report, "refuse_link", Full)
+    with pytest.raises(RunError, match="could not write .*metrics.jsonl: .*No space left"):
+        pretrain(config, CPU)
+
+
+def test_a_decoder_of_an_encoder_without_statistics_is_exported_without(tmp_path):
+    """Latents are normalised as before; the file was missed only when the training was done."""
+    start = pretrain(configured(tmp_path / "a", max_steps=2), CPU)
+    (start / "latent_stats.json").unlink()
+    config = configured(tmp_path / "b", max_steps=2)
+    export = pretrain(replace(config, init_from=str(start), freeze_encoder=True), CPU)
+    assert not (export / "latent_stats.json").exists()
+    assert VTPTokenizer(VTPTokenizerConfig(name_or_path=str(export), latent_d=16)).spec.mean == ()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from vtp.models import VTPConfig, VTPModel
-from vtp.models.pretrained import write_checkpoint
+from vtp.models.pretrained import checkpoint_folder, write_checkpoint
 from vtp.pixels import normalize
 
 from mmdit.config import encode
@@ -43,8 +43,11 @@ def export_tokenizer(
     write_checkpoint(folder, model.config.to_dict(), stored)
     if config.freeze_encoder:
         assert config.init_from is not None, "a frozen encoder comes from there"
-        same = (Path(config.init_from) / STATISTICS_FILE).read_bytes()
-        write_atomically(folder / STATISTICS_FILE, same)
+        same = checkpoint_folder(config.init_from) / STATISTICS_FILE
+        if same.is_file():
+            write_atomically(folder / STATISTICS_FILE, same.read_bytes())
+        else:  # it stays without: with them latents would be normalised otherwise
+            (folder / STATISTICS_FILE).unlink(missing_ok=True)
     else:
         write_json(folder / STATISTICS_FILE, channel_statistics(model, source))
     loaded = VTPModel.from_pretrained(folder).to(model.device)

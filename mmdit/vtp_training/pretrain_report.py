@@ -3,6 +3,7 @@ pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 from vtp.models import VTPModel
 from vtp.pixels import STD
 
-from mmdit.files import refuse_link
+from mmdit.files import lines_of, refuse_link, write_atomically
 from mmdit.pixels import to_shown
 from mmdit.training.errors import RunError
 from mmdit.training.media import save_image
@@ -30,17 +31,31 @@ def five_digits(value: float) -> float | None:
 
 
 class PretrainReport:
-    """Losses are read from the device once per report."""
+    """Losses are read from the device once per report. Records of steps that are done again, after
+    a kill, and a line that it has torn are dropped."""
 
     def __init__(self, trainer: TokenizerTrainer):
-        self.trainer, self.path = trainer, trainer.folder / "metrics.jsonl"
+        self.trainer, self.path = trainer, refuse_link(trainer.folder / "metrics.jsonl")
+        kept = []
+        if self.path.exists():
+            for line in lines_of(self.path.read_text(encoding="utf-8", errors="replace")):
+                with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                    if json.loads(line)["step"] <= trainer.step:
+                        kept.append(line + "\n")
+        write_atomically(self.path, "".join(kept))
         self.since, self.at_step = time.perf_counter(), trainer.step
         self.skipped: list[Tensor] = []  # of each step since the last report
         self.bad_in_a_row = 0
 
     def _write(self, record: dict) -> None:
-        with refuse_link(self.path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with refuse_link(self.path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space"
+                " and start the run again, with --resume if it has a checkpoint"
+            ) from error
 
     def progress(self, scalars: dict[str, Tensor]) -> None:
         """Report the last step and the speed since the report before. RunError: too many steps had

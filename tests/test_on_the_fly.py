@@ -116,6 +116,30 @@ def test_a_source_that_goes_while_training_is_named(clips, tmp_path):
         UnencodedItems(meta, MeanPixels(), video, *vars(PLAIN).values())
 
 
+def test_a_source_that_is_another_while_training_is_named(tmp_path):
+    """A picture that now belongs into another bucket, a clip that is shorter."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    meta = write_meta(tmp_path, [{"id": "a", "image_path": "a.png", "caption": ""}])
+    buckets = BucketingConfig(True, buckets=((32, 32), (64, 32)))
+    items = UnencodedItems(meta, MeanPixels(), VideoConfig(32, 32), buckets, PLAIN.preprocess)
+    assert items.pixels(0).shape == (1, 3, 32, 32)
+    Image.new("RGB", (80, 32)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png has changed since the training began"):
+        items.pixels(0)
+    (tmp_path / "clip").mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / "clip" / f"{number}.png")
+    row = {"id": "c", "frames_dir": "clip", "caption": ""}
+    meta = write_meta(tmp_path, [row], "train_videos.jsonl")
+    clip = UnencodedItems(
+        meta, MeanPixels(), VideoConfig(32, 32), BucketingConfig(), PLAIN.preprocess
+    )
+    assert clip.pixels(0).shape == (4, 3, 32, 32)
+    (tmp_path / "clip" / "3.png").unlink()
+    with pytest.raises(ValueError, match="clip has changed since the training began"):
+        clip.pixels(0)
+
+
 def test_a_run_without_a_cache_says_that_it_is_slow(pictures, tmp_path, capsys):
     shop = Workshop(tmp_path)
     words = ["--config", str(shop.config), "--device", "cpu", "train.max_steps=1"]

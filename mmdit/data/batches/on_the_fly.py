@@ -109,9 +109,17 @@ class UnencodedItems(LatentCache):
             )
         for pixels, metas in result.groups:
             for crop, meta in zip(pixels, metas, strict=True):
-                if meta.id == id:
+                if meta.id == id and self._fits(crop, item):
                     return crop
         raise ValueError(f"{record.path} has changed since the training began; start it again")
+
+    def _fits(self, pixels: Tensor, item: int) -> bool:
+        """Return whether `pixels (F, 3, H, W)` have the size, and a clip the frames, that the
+        training was planned with."""
+        frames, rows, columns, _ = self.shapes[item].tolist()
+        cell = self.manifest.spec.spatial
+        same_size = pixels.shape[2:] == (rows * cell, columns * cell)
+        return same_size and (bool(self.window) or len(pixels) == frames)
 
 
 class Encoding:

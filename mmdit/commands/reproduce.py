@@ -226,8 +226,11 @@ class Chain:
     def _is_done(self, stage: Stage) -> bool:
         row = self.record["stages"][stage.name]
         trained = bool(stage.checkpoint) or "training" in row
-        scored = all(score.name in row["scores"] for score in stage.scores)
-        return trained and scored and not self._misses_weights(stage)
+        return (
+            trained
+            and all(score.name in row["scores"] for score in stage.scores)
+            and not self._misses_weights(stage)
+        )
 
     def _misses_weights(self, stage: Stage) -> bool:
         """Return whether weights that are still to be scored or started from are gone, as where
@@ -235,10 +238,9 @@ class Chain:
         if stage.checkpoint or self._has_weights(stage):
             return False
         rows = self.record["stages"]
-        if any(score.name not in rows[stage.name]["scores"] for score in stage.scores):
-            return True
+        unscored = any(score.name not in rows[stage.name]["scores"] for score in stage.scores)
         followers = [other for other in self.recipe.stages if other.init_from == stage.name]
-        return any(
+        return unscored or any(
             "training" not in rows.get(follower.name, {}) or self._misses_weights(follower)
             for follower in followers
         )

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from mmdit.config import ConfigError, decode
 from mmdit.data.dataset.frames import load_first_frame
 from mmdit.data.dataset.media_sets import Shape
+from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.diagnostics.distribution_distance import Moments, frechet_distance
 from mmdit.diagnostics.feature_distance import FeatureDistance
 from mmdit.interop.feature_encoder import FeatureEncoder
@@ -148,6 +150,18 @@ def test_the_reward_prefers_what_resembles_the_folder(weights, tmp_path):
         pixels[1] = torch.rand(2, 3, 40, 40)
         value = reward.call(samples(pixels))
         assert value[0] == pytest.approx(1, abs=1e-4) and value[1] < value[0]
+    several = pictures(tmp_path / "several", 3)
+    values = {}
+    for compare in ("mean", "nearest"):
+        reward = FeatureSimilarity(**rows | {"reference": str(several), "compare": compare})
+        reward.prepare(CPU)
+        encoder, _ = reward.loaded
+        shown = list(folder_pictures(str(several), encoder.size, encoder.size))
+        values[compare] = reward.call(samples(torch.stack([picture[None] for picture in shown])))
+    directions = F.normalize(torch.stack([encoder(picture[None])[0] for picture in shown]), dim=-1)
+    mean = F.normalize(directions.mean(0), dim=-1)
+    torch.testing.assert_close(values["mean"], directions @ mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values["nearest"], torch.ones(3), rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="reference.*is empty"):
         decode(PosttrainConfig, {"rewards": [{**rows, "reference": ""}]})
     (tmp_path / "none").mkdir()

@@ -413,6 +413,10 @@ def test_the_high_expert_of_a_pair_by_diffusers_is_not_laid_over_the_low(model, 
         assert {name: update.scale for name, update in updates.items()} == {
             f"blocks.0.self_attn.{layer}": scale
         }
+    deep = {key.replace("_2.", "_2.module."): value for key, value in tensors.items()}
+    save_file(deep, file, {"lora_adapter_metadata": json.dumps(header)})
+    assert list(read_lora(model, file, "high").updates) == ["blocks.0.self_attn.q"]
+    assert list(read_lora(model, file, "low").updates) == ["blocks.0.self_attn.k"]
     save_file({key: value for key, value in tensors.items() if "_2" not in key}, file)
     assert (
         len(read_lora(model, file, "low").updates) == 1

@@ -309,6 +309,11 @@ def test_a_wrong_reward_is_an_error_with_its_name_and_prompt():
     for workers in (0, 1):
         with pytest.raises(ValueError, match="'brightness' gave nan for 'c5'"):
             RewardPool((Brightness(),), workers).submit(bad).result()
+    for pixel in (3.0, -0.5):
+        wrong = samples()
+        wrong.pixels[5] = pixel
+        with pytest.raises(ValueError, match=rf"'brightness' gave {pixel} for 'c5'; .* 0.0 … 1.0"):
+            RewardPool((Brightness(),), 0).submit(wrong)
     with pytest.raises(ValueError, match="'prompt_accuracy' needs facts"):
         RewardPool((PromptAccuracy(),)).score(samples())
     with pytest.raises(ConfigError, match="must differ"):

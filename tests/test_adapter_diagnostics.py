@@ -144,6 +144,17 @@ def test_every_attention_of_our_model_is_seen_head_by_head():
     json.dumps({name: statistics.result() for name, statistics in found.items()})
 
 
+def test_a_base_that_is_damaged_or_of_another_network_is_one_sentence(tmp_path, capsys):
+    adapter = str(GOLDEN / "lora_kohya.safetensors")
+    words = ["--adapter", adapter, "--base", str(tmp_path / "base.safetensors")]
+    (tmp_path / "base.safetensors").write_bytes(b"half")
+    refused(capsys, inspect_adapter.main, words, "cannot be read as safetensors")
+    save_file({"patch_embedding.weight": torch.ones(2)}, tmp_path / "base.safetensors")
+    refused(
+        capsys, inspect_adapter.main, words, "is no Wan transformer: its tensors have other names"
+    )
+
+
 def test_whole_differences_are_measured_beside_updates(tmp_path, capsys, monkeypatch):
     """Of distilled models: a limit that looks at the updates alone would pass them."""
     base = str(GOLDEN / "official.safetensors")

@@ -14,6 +14,7 @@ from mmdit.models.wan import WanConfig
 from mmdit.scripts import inspect_weights
 from mmdit.training import checkpoint
 from mmdit.weights import Checkpoint
+from tests.helpers.tiny import refused
 from tests.test_wan import GOLDEN, TINY, VARIANTS, random_model
 from tests.test_wan_files import hollow_release
 
@@ -126,6 +127,10 @@ def test_checkpoints_runs_and_what_lies_beside_adapters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         inspect_weights.main([str(tmp_path / "none")])
     assert "run without a whole checkpoint" in capsys.readouterr().err
+    save_file({}, tmp_path / "empty.safetensors")
+    refused(capsys, inspect_weights.main, [tmp_path / "empty.safetensors"], "holds no tensor")
+    save_file({"x.lora_A.weight": torch.tensor(1.0)}, tmp_path / "number.safetensors")
+    assert told(capsys, tmp_path / "number.safetensors")["ranks"] == {}
     save_file(
         {
             "diffusion_model.blocks.0.norm3.diff": torch.ones(4),

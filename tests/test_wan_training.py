@@ -1173,6 +1173,9 @@ def test_a_lora_of_any_tool_goes_on(shop, tmp_path, form, capsys):
         ((3000, 1000), (832, 480), 16, False, (1088, 352)),
         ((1280, 704), (1280, 704), 32, True, (1280, 704)),
         ((704, 1280), (1280, 704), 32, True, (704, 1280)),
+        ((1024, 1024), (1280, 704), 32, True, (960, 928)),
+        ((300, 400), (1280, 704), 32, True, (800, 1088)),
+        ((400, 300), (1280, 704), 32, True, (1088, 800)),
     ],
 )
 def test_a_clip_has_its_picture_s_aspect_at_the_release_s_area(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
@@ -121,5 +121,8 @@ def is_ours(base: str) -> bool:
         return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    with safe_open(path, "pt") as handle:
-        return "mmdit" in (handle.metadata() or {})
+    try:
+        with safe_open(path, "pt") as handle:
+            return "mmdit" in (handle.metadata() or {})
+    except SafetensorError:  # who reads it as Wan weights says what is wrong
+        return False

@@ -52,6 +52,8 @@ def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
     place = locate(path, expert)
     stored = Checkpoint(place, parts=True)
     entries = stored.entries
+    if not entries:
+        raise ValueError(f"{place} holds no tensor")
     size = {name: math.prod(entry.shape) for name, entry in entries.items()}
     report = {
         "path": str(place),
@@ -128,7 +130,7 @@ def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
     ranks = Counter(
         entries[name].shape[0]
         for name, (_, part) in parts.items()
-        if part in ("lora_A", "lokr_w2_b")
+        if part in ("lora_A", "lokr_w2_b") and entries[name].shape
     )
     return {
         "kind": title,

@@ -32,7 +32,7 @@ def size_of_aspect(
 ) -> tuple[int, int]:
     """Return width and height, in multiples of `multiple`, of the aspect of `picture` (width,
     height) and at most `area`, as the published code chooses them; a `given` side stays. `closest`
-    (TI2V): of two sizes the one whose aspect is nearer.
+    (TI2V): of two sizes the one whose aspect is nearer, of a square the wider one.
     """
 
     def whole(length: float) -> int:
@@ -47,9 +47,14 @@ def size_of_aspect(
     sides = math.sqrt(area * ratio), math.sqrt(area / ratio)
     if not closest:
         return whole(sides[0]), whole(sides[1])
+
+    def distance(size: tuple[int, int]) -> float:
+        aspect = size[0] / size[1]
+        return max(ratio / aspect, aspect / ratio)
+
     first, second = whole(sides[0]), whole(sides[1])
-    sizes = (first, whole(area / first)), (whole(area / second), second)
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+    by_width, by_height = (first, whole(area / first)), (whole(area / second), second)
+    return by_width if distance(by_width) < distance(by_height) else by_height
 
 
 @dataclass

@@ -193,6 +193,8 @@ def _no_transformer(names: Iterable[str], source: object, error: Exception) -> s
             f"{source} holds a whole pipeline in one file ({', '.join(others)} beside "
             f"{PREFIXES[0]}); take the transformer, the VAE and the text encoder each by itself"
         )
+    if not isinstance(error, KeyError):
+        return f"{source} is no Wan transformer: its tensors have other names or shapes"
     return f"{source} is no Wan transformer: {error} is missing among its {len(names)} tensors"
 
 

@@ -129,8 +129,10 @@ def test_checkpoints_runs_and_what_lies_beside_adapters(tmp_path, capsys):
     assert "run without a whole checkpoint" in capsys.readouterr().err
     save_file({}, tmp_path / "empty.safetensors")
     refused(capsys, inspect_weights.main, [tmp_path / "empty.safetensors"], "holds no tensor")
-    save_file({"x.lora_A.weight": torch.tensor(1.0)}, tmp_path / "number.safetensors")
-    assert told(capsys, tmp_path / "number.safetensors")["ranks"] == {}
+    tensors = {"x.lora_A.weight": torch.tensor(1.0), "x.codes": torch.zeros(3, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "number.safetensors")
+    report = told(capsys, tmp_path / "number.safetensors")
+    assert (report["ranks"], report["bytes"]) == ({}, 4 + 3)
     save_file(
         {
             "diffusion_model.blocks.0.norm3.diff": torch.ones(4),

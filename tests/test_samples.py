@@ -19,7 +19,9 @@ from mmdit.scripts import evaluate, sample
 from mmdit.scripts.prompts import read_prompts, read_requests
 from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
-from mmdit.training.pipeline import Pipeline
+from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.requests import Request
+from mmdit.training.samples import weights_digest
 from tests.helpers.tiny import Workshop, refused
 
 PROMPTS = [f"a {color} star" for color in ("red", "blue", "green", "white", "grey")]
@@ -192,6 +194,27 @@ def test_where_samples_go_is_looked_at_before_anything_is_loaded(shop, capsys, t
         refused(
             capsys, evaluate.main, [*words, option, tmp_path], "is a folder, but a file is to be"
         )
+
+
+def test_the_sum_of_weights_knows_every_part_of_them():
+    """A LoRA, or a picture, may change a few numbers alone."""
+    torch.manual_seed(0)
+    network, picture = torch.nn.Linear(8, 4), torch.rand(3, 4)
+    sums = {weights_digest({"model": network}, picture)}
+    for weight in (network.weight, network.bias, picture):
+        for place in (0, weight.numel() // 2, weight.numel() - 1):
+            with torch.no_grad():
+                weight.view(-1)[place] += 1e-3
+            sums.add(weights_digest({"model": network}, picture))
+    assert len(sums) == 10 and len(sums | {weights_digest({"other": network}, picture)}) == 11
+
+
+def test_guidance_of_a_prompt_is_for_both_experts():
+    common = SampleSettings(cfg_scale=4.0, cfg_scale_low=3.0)
+    alone = Request("a").settings(common)
+    own = Request("a", guidance=1.0).settings(common)
+    assert (alone.cfg_scale, alone.cfg_scale_low) == (4.0, 3.0)
+    assert (own.cfg_scale, own.cfg_scale_low) == (1.0, None) and not own.guides
 
 
 @pytest.mark.parametrize(

@@ -507,6 +507,30 @@ def test_a_release_of_diffusers_draws_the_same(pair):
     assert torch.equal(ours, theirs)
 
 
+def test_each_expert_draws_with_its_own_guidance(pair):
+    """One without guidance is asked for the prompt alone; another strength is another clip."""
+    pipeline, _ = load_pipeline(pair.release, "cpu")
+    asked, drawn = {}, {}
+    hooks = [
+        network.register_forward_pre_hook(
+            lambda _, inputs, name=name: asked.setdefault(name, set()).add(len(inputs[0]))
+        )
+        for name, network in pipeline.model.networks().items()
+    ]
+    sampler = SamplerConfig("unipc", 3, shift=12.0, grid="wan")
+    calls = {(1.0, 3.0): (1, 2), (3.0, 1.0): (2, 1), (3.0, 5.0): (2, 2), (3.0, None): (2, 2)}
+    for scales, (high, low) in calls.items():
+        asked.clear()
+        settings = SampleSettings(sampler, scales[0], cfg_scale_low=scales[1])
+        drawn[scales] = pipeline.latents(["a cat"], 64, 32, 5, settings)
+        assert asked == {"high": {high}, "low": {low}}
+    for hook in hooks:
+        hook.remove()
+    assert not torch.equal(drawn[3.0, 5.0], drawn[3.0, None])
+    alike = SampleSettings(sampler, 3.0, cfg_scale_low=3.0)
+    assert torch.equal(pipeline.latents(["a cat"], 64, 32, 5, alike), drawn[3.0, None])
+
+
 def test_experts_guidance_and_whole_times_follow_the_official_rules(pair):
     pipeline, config = load_pipeline(pair.release, "cpu")
     seen = []

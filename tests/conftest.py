@@ -81,6 +81,18 @@ def seeded():
         torch.cuda.manual_seed_all(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """Leave to the system when it writes: tests would wait for thousands of files, 4 ms each. That
+    they are flushed is a fact of tests/test_files.py."""
+    from mmdit.data.cache import writer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        patch.setattr(writer, "flush_file_system", os.stat)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_curves(request):
     """Have exports draw no curves, which takes longer than the export, save where they are the

@@ -14,6 +14,7 @@ import pytest
 from mmdit.files import (
     abandoned_files,
     clean,
+    flush_file_system,
     lock,
     open_atomically,
     refuse_link,
@@ -124,6 +125,44 @@ def test_two_writers_of_one_name_never_mix(tmp_path):
         with open_atomically(tmp_path / "c") as file:
             tokens.add(file.name)
     assert len(tokens) == 50
+
+
+def test_a_file_is_flushed_before_it_has_its_name_and_its_folder_then(tmp_path, monkeypatch):
+    flushed = []
+
+    def flush(handle: int) -> None:
+        flushed.append((os.fstat(handle).st_ino, (tmp_path / "a").exists()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_atomically(tmp_path / "a", b"x")
+    assert not flushed, "it was not asked for"
+    write_atomically(tmp_path / "a", b"y", flush=True)
+    assert [number for number, _ in flushed] == [
+        (tmp_path / "a").stat().st_ino,
+        tmp_path.stat().st_ino,
+    ]
+    (tmp_path / "a").unlink()
+    flushed.clear()
+    write_atomically(tmp_path / "a", b"z", flush=True)
+    assert [there for _, there in flushed] == [False, True]
+
+
+def test_a_file_system_is_flushed_by_its_own_call_or_with_all_others(tmp_path, monkeypatch):
+    called = []
+
+    class Library:
+        @staticmethod
+        def syncfs(handle: int) -> int:
+            called.append(os.fstat(handle).st_ino)
+            return 0
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library)
+    flush_file_system(tmp_path)
+    assert called == [tmp_path.stat().st_ino]
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # of a system that has none
+    monkeypatch.setattr(os, "sync", lambda: called.append("all"), raising=False)
+    flush_file_system(tmp_path)
+    assert called[1:] == ["all"]
 
 
 @pytest.mark.parametrize("how", ["open_atomically", "replace_folder"])

@@ -272,7 +272,7 @@ def kill_writers(folder: Path) -> int:
 
 
 def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
-    """They are forked by a process that holds little, which takes less than by that of the tests."""
+    """They are forked by a process that holds little, unlike that of the tests."""
     code = "import sys, pathlib, tests.test_metrics as tested\n"
     code += "print(tested.kill_writers(pathlib.Path(sys.argv[1])))"
     done = warm.run("-c", code, tmp_path)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import agree_on_start
+from mmdit.interfaces import LatentSpec
 from mmdit.scripts import train_t2v
 from mmdit.training import checkpoint, saving
 from mmdit.training.distributed import World, torchrun_names
@@ -330,6 +331,18 @@ def one_rank(folder: Path, name: str, kills: bool) -> None:
         Trainer._advance = dies
     words = [*SAVES, BACKGROUND, "train.batch_size=2", "parallel.type=fsdp"]
     train_t2v.main(Workshop(folder).train_words(name, *words))
+
+
+def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
+    final, flushed = checkpoint.folder_of(tmp_path, 3), []
+    monkeypatch.setattr(
+        checkpoint, "flush_to_disk", lambda path: flushed.append((path.name, final.exists()))
+    )
+    meta = checkpoint.Meta(3, {}, LatentSpec(4), "x")
+    checkpoint.save(tmp_path, meta, {"model": {"a": torch.ones(2)}}, 0)
+    *before, last = flushed
+    assert {"model.safetensors", "checkpoint.json"} < {name for name, _ in before}
+    assert not any(named for _, named in before) and last == ("checkpoints", True)
 
 
 @pytest.mark.slow

@@ -438,6 +438,13 @@ def test_a_scale_has_digits_and_what_never_changes_has_none(tmp_path, capsys):
     assert scale == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_folder_that_cannot_be_written_to_is_no_full_disk(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="nothing can be written there; choose another folder"):
+            run(images, out)
+
+
 class Slow(MeanPixels):
     name = "MeanPixels"
 

@@ -26,7 +26,14 @@ from mmdit.data.cache.plain import (
 )
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.records import check_id
-from mmdit.files import clean, flush_file_system, lock, refuse_link, write_atomically
+from mmdit.files import (
+    UNWRITABLE,
+    clean,
+    flush_file_system,
+    lock,
+    refuse_link,
+    write_atomically,
+)
 
 FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
 WAITING = 4  # batches that may wait to be saved
@@ -41,10 +48,13 @@ def explain_disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"{error}; what is written stays: free disk space, if that is it, and give the same"
-            " command again, it goes on from there"
-        ) from None
+        remedy = (
+            "what is written stays: free disk space, if that is it, and give the same command"
+            " again, it goes on from there"
+        )
+        if error.errno in UNWRITABLE:  # a folder of others, a file in its place
+            remedy = "nothing can be written there; choose another folder"
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 class CacheWriter:

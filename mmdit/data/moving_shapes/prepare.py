@@ -144,6 +144,7 @@ def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             stored = {}
+        stored = stored if isinstance(stored, dict) else {}
         stored = {"complete_captions": False} | stored  # folders older than this setting
         names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
         if names:

@@ -417,6 +417,12 @@ def test_the_high_expert_of_a_pair_by_diffusers_is_not_laid_over_the_low(model, 
     save_file(deep, file, {"lora_adapter_metadata": json.dumps(header)})
     assert list(read_lora(model, file, "high").updates) == ["blocks.0.self_attn.q"]
     assert list(read_lora(model, file, "low").updates) == ["blocks.0.self_attn.k"]
+    both = {
+        f"diffusion_model.blocks.1.self_attn.v.lora_{x}.weight": t for x, t in zip("AB", (A, B))
+    }
+    save_file(tensors | both, file)  # what names no expert is for both
+    for expert in ("high", "low"):
+        assert "blocks.1.self_attn.v" in read_lora(model, file, expert).updates
     save_file({key: value for key, value in tensors.items() if "_2" not in key}, file)
     assert (
         len(read_lora(model, file, "low").updates) == 1

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.commands.cache_text import asked_texts
 from mmdit.commands.inspect_adapter import changes
+from mmdit.commands.sample import with_published_shift
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.data_config import SourceConfig
 from mmdit.data.cache.latent_cache import open_cache
@@ -1246,5 +1247,13 @@ def test_i2v_14b_has_another_shift_at_each_size(tmp_path, monkeypatch):
     for name, shift, width in (("Wan2.1-I2V-14B-480P", 3, 832), ("Wan2.1-I2V-14B-720P", 5, 1280)):
         config = release_config(tmp_path / name)
         assert (config["train"]["sample_shift"], config["video"]["width"]) == (shift, width)
+    chosen = SampleSettings(SamplerConfig("unipc", 3, shift=7.0))
+    for words, shift in (
+        ({"shift": None, "overrides": []}, 5.0),
+        ({"shift": 7.0, "overrides": []}, 7.0),
+        ({"shift": None, "overrides": ["train.sample_shift=7"]}, 7.0),
+    ):
+        args = SimpleNamespace(checkpoint=tmp_path, **words)
+        assert with_published_shift(chosen, args, 1280, 720).sampler.shift == shift
     monkeypatch.setattr(wan_release, "_release", lambda path: ("T2V-14B", DIT, False))
     assert published_shift(tmp_path, 1280, 720) is None

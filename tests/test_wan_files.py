@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge
-from mmdit.interop.wan_weights import load_dit, official_names, save_dit
+from mmdit.interop.wan_weights import config_json, load_dit, official_names, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store
@@ -413,6 +413,25 @@ def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):
     file = tmp_path / "repo" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(64)}, file)
     load_dit(tmp_path / "repo")  # which Diffusers ignores, too
+
+
+def test_heads_that_no_release_has_must_be_said(tmp_path):
+    """Weights do not tell them: 192 numbers are one head of 128 and a half."""
+    save_dit(random_model(replace(TINY, dim=192, num_heads=2)), tmp_path / "x")
+    assert load_dit(tmp_path / "x").config.num_heads == 2
+    (tmp_path / "x/config.json").unlink()
+    with pytest.raises(ValueError, match="a width of 192 is no multiple of 128"):
+        load_dit(tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_config_says_whether_pictures_have_keys_of_their_own(kind):
+    """Else Diffusers makes no layers for them."""
+    config = VARIANTS[kind]
+    stored = config_json(config, "diffusers")
+    expected = config.dim if config.image_dim else None
+    assert stored["added_kv_proj_dim"] == expected
+    assert stored["image_dim"] == (config.image_dim or None)
 
 
 def test_null_in_a_config_is_the_usual_number(folder, tmp_path):

@@ -558,6 +558,17 @@ def test_captions_may_be_texts_or_lists_in_rows_and_in_json(tmp_path, texts, wan
         assert [record.caption, *record.facts.get("captions", [])[1:]] == wanted
 
 
+def test_numbers_that_no_json_has_become_nothing_among_the_facts_of_a_row(tmp_path):
+    """They could not be stored beside the latents, nor in an index."""
+    numbers = (0.5, float("nan"), float("inf"))
+    rows = [{"image": picture(i), "text": "a", "score": x} for i, x in enumerate(numbers)]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    assert [one.facts for one in read_input(path, "image")] == [
+        {"score": score} for score in (0.5, None, None)
+    ]
+    assert cache_of(path, tmp_path / "cache").written == 3
+
+
 def test_a_dot_in_the_name_of_a_column_is_a_letter(tmp_path):
     rows = [{"my.image": picture(number), "text": "a"} for number in range(3)]
     records = read_input(write_parquet(tmp_path / "a.parquet", rows), "image")

@@ -336,6 +336,14 @@ def test_one_process_at_a_time_cuts_into_a_folder(films, capsys):
     assert prepare_clips.main(more) == 0 and not (clips / ".lock").exists()
 
 
+def test_what_a_line_says_of_frames_of_its_film_is_not_said_of_its_clips(films):
+    rows = [json.loads(line) for line in films.read_text().splitlines()]
+    rows[0] |= {"num_frames": 120, "frames_fps": 24, "author": "me"}
+    prepare_clips.main(words(write_meta(films.parent, rows, films.name)))
+    assert "num_frames" not in lines(films)[0] and "frames_fps" not in lines(films)[0]
+    assert lines(films)[0]["author"] == "me"
+
+
 def test_a_clip_is_not_cut_again(films, capsys):
     row = {"id": "a", "video_path": "one.mp4", "video_span": [0, 9], "caption": ""}
     meta = write_meta(films.parent, [row, row | {"id": "b", "video_span": [3, 9]}])

@@ -60,6 +60,13 @@ def test_a_text_of_the_file_is_the_same_after_a_form_and_as_an_override(text):
     assert load(ExperimentConfig, "plain.yaml", words) == config
 
 
+def test_a_field_that_is_emptied_is_null_and_not_the_default():
+    base = form_of(ExperimentConfig("x"))
+    with pytest.raises(ConfigError, match="train.lr: is None"):
+        config_of(base, {"set:train.lr": ""})
+    assert config_of(base, {"set:model.size": " "}).model.size is None
+
+
 def keys_of(form):
     yield from form.keys
     for section in form.sections:

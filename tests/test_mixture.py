@@ -166,6 +166,7 @@ def test_shares_epochs_and_counts_are_told(folders):
     assert pictures["share"] == 0.75 and pictures["steps"] + clips["steps"] == 40
     assert clips["counted"] == clips["steps"] / 40
     items = plan.plans[0].items
+    assert pictures["epochs"] == pytest.approx(pictures["steps"] * 4 / items)
     assert pictures["epoch_steps"] == pytest.approx(items / 4 / 0.75)
     assert clips["epoch_steps"] == pytest.approx(plan.plans[1].items / 4 / 0.75 / 0.25)
     report = plan.report()

@@ -97,7 +97,8 @@ class RunFolder:
         if held is not None:
             return inode in held
         newest = max(modified(self.folder / "metrics.jsonl"), modified(lock))
-        return time.time() - newest < QUIET_SECONDS
+        # the other way round as well: a clock may have been set back
+        return abs(time.time() - newest) < QUIET_SECONDS
 
     def _failure(self, last_step: float | None) -> str:
         """Return the error that ended the training, if one was recorded at its last step."""

@@ -413,9 +413,9 @@ def test_a_file_says_how_it_was_drawn(shop, tmp_path, capsys, frames, monkeypatc
 
 
 def test_prompts_are_read_while_the_model_stays_loaded(shop, tmp_path, capsys, monkeypatch):
-    def type_in(*lines):
+    def type_in(*lines, out="out", more=()):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        command(shop.folder / "runs/base", tmp_path / "out", "--interactive")
+        command(shop.folder / "runs/base", tmp_path / out, "--interactive", *more)
         return capsys.readouterr().out
 
     said = type_in("a red star", "", '{"prompt": "a blue star", "seed": 3}', '{"sed": 1}', "{", "x")
@@ -423,6 +423,8 @@ def test_prompts_are_read_while_the_model_stays_loaded(shop, tmp_path, capsys, m
     assert "0000.png" in said and said.count("error: this line") == 2
     assert "wrote 3 samples" in said and "0002.png, seed 2\n" in said
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("0*")}
+    seeded = type_in("a", '{"prompt": "b", "seed": 3}', "c", out="seeded", more=["--seed", 40])
+    assert all(f"000{i}.png, seed {seed}\n" in seeded for i, seed in enumerate((40, 3, 42)))
     assert "0003.png" in type_in("a fourth") and len(list((tmp_path / "out").glob("0*"))) == 4
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in first.items())
     words = ["--checkpoint", "x", "--interactive", "--prompts", "a"]

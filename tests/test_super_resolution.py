@@ -1,6 +1,7 @@
 """The second stage: a model that is given a small clip and redraws it larger, and drawing in tiles.
 Nothing changes until it is trained; what it is told matters afterwards; tiles leave no trace."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -291,6 +292,8 @@ def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys
         out = shop.folder / name
         assert sample.main([*small, "--refine", str(run), "--out", str(out)]) == 0
         drawn[name] = (out / "0000.png").read_bytes()
+        strength = json.loads((out / "samples.json").read_text())["strength"]
+        assert strength == (0.1 if new else 0.5)
     assert drawn["redraw"] != drawn["conditioned"]
     asked, latents = [], Pipeline.latents
 

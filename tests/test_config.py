@@ -74,6 +74,12 @@ def test_a_text_that_looks_like_something_else_is_that_text_again(text):
     assert "\n" not in line and decode(Root, parse_yaml(line)[0]).name == text
 
 
+@pytest.mark.parametrize("steps", [0, 10**6, 10**50])
+def test_a_number_of_sampling_steps_that_cannot_be_meant_is_refused_by_its_key(steps):
+    with pytest.raises(ConfigError, match="train.sample_num_steps: is 1?0+; must be"):
+        decode(ExperimentConfig, {"experiment_name": "x", "train": {"sample_num_steps": steps}})
+
+
 def test_digits_of_other_scripts_are_text():
     assert parse_yaml("name: \uff13")[0] == {"name": "\uff13"}
 

@@ -21,6 +21,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig, load_first_frame, load_frames
 from mmdit.data.dataset.pictures import load_image, shown_size
+from mmdit.data.dataset.problems import Unusable
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import prepare_folder, read_captions
 from tests.test_cache import MeanPixels, run, write_meta
@@ -196,6 +197,15 @@ def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
     Image.fromarray(np.array([[0, 1 << 20]], np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(ValueError, match="numbers from 0 to 1048576 have no stated range"):
         load_image(tmp_path / "wide.tif")
+
+
+@pytest.mark.parametrize("head", [b"P6 4\xf2 4 255\n", b"P6 4 4 2\x00\n", b"P6 " + b"4" * 99])
+def test_damage_is_one_problem_whatever_the_decoder_says_of_it(tmp_path, head):
+    """Reports count by it: what stands in a broken header would make each file a problem."""
+    (tmp_path / "a.ppm").write_bytes(head + bytes(64))
+    with pytest.raises(Unusable) as caught:
+        load_image(tmp_path / "a.ppm")
+    assert caught.value.problem == "damaged picture" and caught.value.detail
 
 
 def chunk(name, body):

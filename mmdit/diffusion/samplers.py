@@ -28,6 +28,9 @@ Step = Callable[[int, Tensor, float, float], tuple[Tensor, Tensor]]
 Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]
 
 
+MOST_STEPS = 100_000
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the
@@ -45,8 +48,10 @@ class SamplerConfig:
     grid: Grid = "even"
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ConfigError("steps", f"is {self.steps}; must be 1 or more; 20 … 50 are usual")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ConfigError(
+                "steps", f"is {self.steps}; must be from 1 to {MOST_STEPS}; 20 … 50 are usual"
+            )
         if not 0 <= self.eta <= 1:
             raise ConfigError(
                 "eta", f"is {self.eta}; must be between 0 and 1; use 0 for a deterministic sampler"

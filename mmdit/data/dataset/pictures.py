@@ -69,7 +69,7 @@ def open_picture(source: Source | BinaryIO) -> Iterator[Image.Image]:
             raise Unusable(
                 "too large", f"more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
             ) from None
-        except (MemoryError, ValueError):
+        except (MemoryError, Unusable):
             raise
         except Exception as error:  # decoders raise almost anything on damaged files
             if isinstance(error, OSError) and error.errno is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError
+from mmdit.diffusion import FlowMatching
 from mmdit.posttrain import losses, online, srpo
 from mmdit.posttrain.dpo_offline import collect_pairs, offline_updates
 from mmdit.posttrain.evaluation import Evaluator
@@ -350,3 +351,14 @@ def test_advantages_of_nft_count_by_their_largest(tmp_path, monkeypatch):
         (rollout,) = running.rollouts.collect(0)
         ((loss, _),) = online.terms(running, rollout, torch.zeros(4))
         assert loss.item() == pytest.approx(most)
+
+
+def test_rollouts_of_clips_have_the_shift_that_the_model_has_for_clips(tmp_path, monkeypatch):
+    monkeypatch.setattr(FlowMatching, "clip_shift", lambda _, frames: 1.0 + frames)
+    picture, clip = (
+        session(tmp_path, frames=frames, rollout={"steps": 4, "shift": 3.0}) for frames in (1, 3)
+    )
+    for running, shift in ((picture, 3.0 * 2), (clip, 3.0 * 4)):
+        even = torch.linspace(1, 0, 5, dtype=torch.float64)
+        expected = shift * even / (1 + (shift - 1) * even)
+        assert running.times == pytest.approx(expected.tolist())

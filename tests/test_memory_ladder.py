@@ -685,8 +685,20 @@ def test_compiled_blocks_over_codes_are_planned(tmp_path, monkeypatch):
 
 
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
-    once, twice = plan_training(tiny()), plan_training(tiny("train.grad_accum_steps=2"))
+    # making the graph of the update would be the peak of so small a network
+    launched = "train.replays=false"
+    once = plan_training(tiny(launched))
+    twice = plan_training(tiny(launched, "train.grad_accum_steps=2"))
     assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
+
+
+def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
+    replayed, launched = plan_training(tiny()), plan_training(tiny("train.replays=false"))
+    more = 2 * (launched.weights + launched.optimizer)
+    assert replayed.total - launched.total > more / 2
+    away = "train.offload_optimizer=true"  # then only the graphs of steps keep something: gradients
+    replayed, launched = plan_training(tiny(away)), plan_training(tiny(away, "train.replays=false"))
+    assert replayed.total - launched.total == launched.gradients
 
 
 def test_rungs_leave_out_what_is_chosen_already():

@@ -30,20 +30,20 @@ WIDE = BINS // LEVELS
 class TakenStep(NamedTuple):
     """One step of this rank, on its device: `norm` and `skipped ()`."""
 
-    # (3, BINS): sums and counts of the finite losses by noise level, sums of times.
-    table: Tensor
+    # (n,): of its samples.
+    losses: Tensor
+    t: Tensor
     norm: Tensor
     skipped: Tensor
     expert: str
     # (2,): elements of the gradient that agree in sign with the last, elements compared.
     signs: Tensor | None
     ids: list[str]
-    finite: Tensor  # their losses are
-    sound: Tensor  # their cached latents are finite
+    sound: Tensor  # (n,): their cached latents are finite
 
 
 class Window:
-    """What happened since the last report: sums on the device, so that no step waits for them.
+    """What happened since the last report: tensors on the device, so that no step waits for them.
     `flops`: of this rank."""
 
     def __init__(self, device: torch.device):
@@ -66,12 +66,7 @@ class Window:
     ) -> None:
         """Add one step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound
         (n,)`: their latents are finite."""
-        level = (t * BINS).long().clamp(0, BINS - 1)
-        finite = torch.isfinite(losses)
-        table = torch.zeros(3, BINS, device=self.device)
-        for row, values in enumerate((losses, torch.ones_like(losses), t)):
-            table[row].index_add_(0, level, torch.where(finite, values, 0.0).float())
-        self.taken.append(TakenStep(table, norm, skipped, expert, signs, ids, finite, sound))
+        self.taken.append(TakenStep(losses, t, norm, skipped, expert, signs, ids, sound))
 
     def read(self, world: World) -> list[StepFacts]:
         """Return the steps since the last read, of all ranks (which must all ask). It waits for the
@@ -79,7 +74,7 @@ class Window:
         taken = self.taken[len(self.steps) :]
         if not taken:
             return []
-        tables = torch.stack([step.table for step in taken])
+        tables = level_tables(taken)
         world.sum_(tables)
         tables /= world.context_size  # whose samples are the same
         new = []
@@ -89,6 +84,21 @@ class Window:
             new.append(StepFacts(sums, counts, sum(times), norm, bad, step.expert, *signs))
         self.steps += new
         return new
+
+
+def level_tables(steps: list[TakenStep]) -> Tensor:
+    """Return `(steps, 3, BINS)`: sums and counts of the finite losses by noise level, sums of their
+    times. Made of many steps at once, it costs none of them a launch."""
+    losses = torch.cat([step.losses for step in steps])
+    t = torch.cat([step.t for step in steps])
+    sizes = torch.tensor([len(step.losses) for step in steps])
+    place = torch.arange(len(steps)).repeat_interleave(sizes).to(t.device)
+    level = place * BINS + (t * BINS).long().clamp(0, BINS - 1)
+    finite = torch.isfinite(losses)
+    table = torch.zeros(3, len(steps) * BINS, device=t.device)
+    for row, values in enumerate((losses, torch.ones_like(losses), t)):
+        table[row].index_add_(0, level, torch.where(finite, values, 0.0).float())
+    return table.unflatten(1, (len(steps), BINS)).transpose(0, 1).contiguous()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 16) -> float | None:
@@ -333,7 +343,7 @@ class Reporter:
             for number, step in enumerate(window.taken):
                 if not step.skipped:
                     continue
-                ids, finite, sound = step.ids, step.finite.tolist(), step.sound.tolist()
+                ids, finite, sound = step.ids, step.losses.isfinite().tolist(), step.sound.tolist()
                 self.not_finite += finite.count(False)
                 damaged = [id for id, good in zip(ids, sound, strict=True) if not good]
                 self.damaged += [id for id in damaged if id not in self.damaged]

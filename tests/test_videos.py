@@ -1,6 +1,7 @@
 """Videos and animated pictures come out in the colours and the position in which a player shows
 them."""
 
+import errno
 import os
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmdit.data.dataset import videos
+from mmdit.data.dataset.problems import Unusable
 from mmdit.data.dataset.videos import Probe, probe, read_video
 from mmdit.training.media import read_back, save_video
 from tests.test_pictures import GOLDEN, looked, near
@@ -61,6 +63,25 @@ def test_frames_at_uneven_times_are_taken_by_their_times_also_where_their_mean_r
     assert uneven.plan(10) == [0, 2, 4, 4, 5, 5, 6, 7, 8, 9]
     steady = Probe(32, 32, tuple(range(0, 1000, 100)), 0.001, 0.0)
     assert steady.plan(10) == list(range(10))
+
+
+def test_frames_that_all_come_at_once_are_one_frame_and_end_no_caching():
+    """Two frames a tenth of a millisecond apart, as damaged times have them."""
+    for fps in (1, 12, 60):
+        assert Probe(32, 32, (0, 1), 0.0001, 0.0).plan(fps) == [0]
+
+
+@pytest.mark.parametrize("number, reason", [(errno.ENOTSUP, Unusable), (errno.EIO, OSError)])
+def test_what_a_codec_lacks_is_no_failure_of_the_disk(tmp_path, monkeypatch, number, reason):
+    """A source on a disk that fails keeps what was cached of it; one that is damaged does not."""
+    path = write_frames(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)] * 2)
+
+    def fail(*_):
+        raise OSError(number, "as FFmpeg says it")
+
+    monkeypatch.setattr(videos, "_rgb", fail)
+    with pytest.raises(reason, match="as FFmpeg says it"):
+        list(read_video(str(path), 10))
 
 
 def test_a_recording_whose_clock_does_not_begin_at_zero_is_whole(tmp_path):

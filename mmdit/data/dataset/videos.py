@@ -7,6 +7,7 @@ sRGB; where nothing is stated HD is BT.709 and the rest BT.601."""
 
 from __future__ import annotations
 
+import errno
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ class Probe:
             # frame stays a mean gap
             wanted = np.arange(0, times[-1] + gaps.mean() - 0.1 / fps, 1 / fps)
             chosen = (np.searchsorted(times, wanted + 0.05 / fps, side="right") - 1).tolist()
+            chosen = chosen or [0]  # all of it is shorter than a frame
         if len(chosen) > MAX_FRAMES:
             raise Unusable(
                 "too long",
@@ -120,6 +122,18 @@ def _opened(path: Source):
         raise Unusable(
             "unreadable video", getattr(error, "strerror", None) or type(error).__name__
         ) from None
+
+
+@contextmanager
+def _converting() -> Iterator[None]:
+    """Raise Unusable for pixels that FFmpeg cannot convert: what it lacks comes as an error of the
+    system, which is not to blame."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise Unusable("unreadable video", str(error.strerror)) from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -206,7 +220,8 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
             seconds = (wanted[place] - wanted[0]) * content.tick
             raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
         matrix = matrix or _matrix(frame)
-        image = _shown(frame, stream, matrix)
+        with _converting():
+            image = _shown(frame, stream, matrix)
         while place < len(wanted) and wanted[place] == frame.pts:
             yield image
             place += 1
@@ -289,8 +304,9 @@ def _thumbnails_from(
             continue
         thumbnail = None
         if not frame.is_corrupt:
-            small = reformatter.reformat(frame, *size, format="yuv444p", interpolation="AREA")
-            thumbnail = small.to_ndarray()
+            with _converting():
+                small = reformatter.reformat(frame, *size, format="yuv444p", interpolation="AREA")
+                thumbnail = small.to_ndarray()
         yield place, thumbnail
         place += 1
 

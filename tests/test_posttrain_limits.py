@@ -26,28 +26,17 @@ from mmdit.posttrain.srpo import srpo_updates
 from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
-from tests.helpers.tiny import Workshop, refused
+from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.tiny import refused
 from tests.helpers.toy_posttrain import Bright, Keep, Net, session
-from tests.test_posttrain_loops import SECTION, SRPO, words
+from tests.test_posttrain_loops import SRPO, words
 
 BRIGHT = [f"posttrain.{name}=[{{type: brightness}}]" for name in ("rewards", "eval_rewards")]
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    shop = Workshop(tmp_path_factory.mktemp("posttrain_limits"))
-    base = shop.train("base")
-    shop.section = shop.folder / "post.yaml"
-    text = shop.config.read_text(encoding="utf-8").replace(
-        "train:", f"train:\n  init_from: {base}", 1
-    )
-    shop.section.write_text(text + SECTION, encoding="utf-8")
-    return shop
-
-
-def command(shop, name: str, *words: str) -> list[str]:
-    named = ["--config", str(shop.section), "--device", "cpu", f"experiment_name={name}"]
-    return [*named, "train.max_steps=2", *words]
+    return PosttrainShop(tmp_path_factory.mktemp("posttrain_limits"))
 
 
 # ── earlier attempts ──────────────────────────────────────────────────────────────────────────────

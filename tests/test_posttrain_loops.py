@@ -31,7 +31,8 @@ from mmdit.training.checkpoint import latest, read_tensors
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from tests.drivers import show_posttrain
-from tests.helpers.tiny import Workshop, refused
+from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.tiny import refused
 from tests.helpers.toy_posttrain import Colour, Glass, Keep, RedOverBlue, run, session
 from tests.test_processes import drive
 
@@ -549,38 +550,9 @@ def test_four_epochs_are_two_and_two_bit_for_bit(tmp_path, settings):
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────
-SECTION = """
-posttrain:
-  prompts_per_epoch: 2
-  group_size: 2
-  micro_batch: 2
-  rollout: {steps: 3}
-  rewards: [{type: brightness}, {type: prompt_accuracy, partial: 0.5}]
-  eval_prompts: 2
-"""
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    shop = Workshop(tmp_path_factory.mktemp("posttrain"))
-    base = shop.train("base")
-    shop.section = shop.folder / "post.yaml"
-    shop.section.write_text(
-        shop.config.read_text().replace("train:", f"train:\n  init_from: {base}", 1) + SECTION
-    )
-    return shop
-
-
-def command(shop, name: str, *words: str) -> list[str]:
-    return [
-        "--config",
-        str(shop.section),
-        "--device",
-        "cpu",
-        f"experiment_name={name}",
-        "train.max_steps=2",
-        *words,
-    ]
+    return PosttrainShop(tmp_path_factory.mktemp("posttrain"))
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "guard", "nft", "awm", "srpo", "dpo"])

@@ -17,32 +17,13 @@ from mmdit.scripts import export, posttrain
 from mmdit.text_encoders.byte_level import ByteLevelEncoder
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint, runs
-from tests.helpers.tiny import Workshop, refused
-from tests.test_posttrain_loops import SECTION
+from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.tiny import refused
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    shop = Workshop(tmp_path_factory.mktemp("posttrain_runs"))
-    base = shop.train("base")
-    shop.section = shop.folder / "post.yaml"
-    text = shop.config.read_text(encoding="utf-8").replace(
-        "train:", f"train:\n  init_from: {base}", 1
-    )
-    shop.section.write_text(text + SECTION, encoding="utf-8")
-    return shop
-
-
-def command(shop, name: str, *words: str) -> list[str]:
-    return [
-        "--config",
-        str(shop.section),
-        "--device",
-        "cpu",
-        f"experiment_name={name}",
-        "train.max_steps=2",
-        *words,
-    ]
+    return PosttrainShop(tmp_path_factory.mktemp("posttrain_runs"))
 
 
 def test_the_reference_stays_though_its_run_trains_on(shop, capsys):

@@ -13,12 +13,11 @@ import torch
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.interfaces import Denoiser, TextTokens
 from mmdit.models import VideoMMDiTConfig, build_model
-from mmdit.training import checkpoint
 from mmdit.training.distributed import process_group
 from mmdit.training.graphs import training_graphs as replays
 from mmdit.training.graphs.training_graphs import Recorded, Replays, repeats, suits
 from tests.helpers.tapes import pretended_graphs
-from tests.helpers.tiny import Workshop
+from tests.helpers.tiny import Workshop, trained_tensors
 from tests.test_trainer import assert_same, run_ranks
 from tests.test_trainer import trained as of_words
 
@@ -63,11 +62,7 @@ def trained(
     folder = workshop.train(
         name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=6", *words
     )
-    tensors = {}
-    for file in ("model", "ema", "optimizer"):
-        found = checkpoint.read_tensors(checkpoint.latest(folder) / f"{file}.safetensors")
-        tensors |= {f"{file} {key}": value for key, value in found.items()}
-    return tensors
+    return trained_tensors(folder)
 
 
 @pytest.mark.parametrize(

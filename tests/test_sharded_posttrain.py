@@ -18,8 +18,8 @@ from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World, process_group
 from mmdit.training.memory.shards import Stored, is_sharded
+from tests.helpers.posttrain_shop import SECTION
 from tests.helpers.tiny import Workshop
-from tests.test_posttrain_loops import SECTION
 from tests.test_posttrain_pair import ALGORITHMS, paired
 from tests.test_processes import drive
 from tests.test_sharded import distance

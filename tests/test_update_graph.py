@@ -15,7 +15,7 @@ from mmdit.training.graphs.update_graph import ReplayedUpdates
 from mmdit.training.muon import StackedMuon
 from mmdit.training.optim import Optimizer, clip_and_guard
 from tests.helpers.tapes import pretended_graphs
-from tests.helpers.tiny import Workshop
+from tests.helpers.tiny import Workshop, trained_tensors
 
 WORDS = ("train.compile=true", "train.max_steps=8")
 FREED: list[object] = []  # pools of captures that failed
@@ -31,13 +31,8 @@ def tapes(monkeypatch):
 
 
 def trained(workshop: Workshop, name: str, *words: str) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments after eight steps."""
-    folder = workshop.train(name, *WORDS, *words)
-    tensors = {}
-    for file in ("model", "ema", "optimizer"):
-        stored = checkpoint.read_tensors(checkpoint.latest(folder) / f"{file}.safetensors")
-        tensors |= {f"{file} {key}": value for key, value in stored.items()}
-    return tensors
+    """Return weights, averages and moments after eight steps."""
+    return trained_tensors(workshop.train(name, *WORDS, *words))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class TakenStep(NamedTuple):
 
 
 class Window:
-    """What happened since the last report: tensors on the device, so that no step waits for them.
-    `flops`: of this rank."""
+    """Hold what happened since the last report: tensors on the device, so that no step waits for
+    them. `flops`: of this rank."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -2,10 +2,13 @@
 calls them."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from mmdit.scripts import cache_moving_shapes, train_t2v
+from mmdit.training import checkpoint
 
 TOKENIZER = "tokenizer={type: dummy, latent_d: 8}"
 TINY_MODEL = [
@@ -86,10 +89,19 @@ class Workshop:
         return self.folder / "runs" / name
 
 
-def forget_sums(checkpoint):
+def trained_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights, averages and moments of the newest checkpoint of a run."""
+    tensors = {}
+    for file in ("model", "ema", "optimizer"):
+        stored = checkpoint.read_tensors(checkpoint.latest(run) / f"{file}.safetensors")
+        tensors |= {f"{file} {key}": value for key, value in stored.items()}
+    return tensors
+
+
+def forget_sums(folder):
     """Make a changed checkpoint look as one of an earlier version, whose files have no check
     sums."""
-    path = checkpoint / "checkpoint.json"
+    path = folder / "checkpoint.json"
     row = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({key: row[key] for key in row if key != "files"}), encoding="utf-8")
 

@@ -337,6 +337,18 @@ def with_tilde(value: Any) -> Any:
     return f"{option}{equals}~{path[len(home) :]}"
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` as the home folder. `~name` of a user whom this machine does not know
+    stays: it may be the name of a file."""
+    return Path(os.path.expanduser(path))
+
+
+def real_path(path: str | Path) -> Path:
+    """Return where a path leads. A ring of links leads to itself, and nothing can be opened
+    there."""
+    return Path(os.path.realpath(path))
+
+
 # ── reading what others wrote ─────────────────────────────────────────────────────────────────────
 def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader | io.FileIO:
     """Open a regular file for reading. ValueError: something else is there. A named pipe among

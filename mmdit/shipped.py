@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmdit.files import expanded
+
 _PACKAGE = Path(__file__).resolve().parent
 ROOTS = (_PACKAGE.parent, _PACKAGE / "shipped_files")
 SHIPPED = ("configs", "assets", "VTP", "LICENSE")
@@ -30,7 +32,7 @@ def find(path: str | Path) -> Path:
 
     So `configs/quickstart.yaml` means the same from any folder; a file of one's own comes first.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if given.exists():
         return given
     return shipped_path(path) or given

@@ -14,9 +14,11 @@ import pytest
 from mmdit.files import (
     abandoned_files,
     clean,
+    expanded,
     flush_file_system,
     lock,
     open_atomically,
+    real_path,
     refuse_link,
     replace_folder,
     take_folder,
@@ -223,3 +225,13 @@ def test_a_lock_keeps_others_out_and_says_so_at_once(tmp_path):
             lock(other, "busy")
     with (tmp_path / "lock").open("ab") as free:
         lock(free)
+
+
+def test_a_ring_of_links_and_a_user_whom_nobody_knows_are_names_as_others(tmp_path, monkeypatch):
+    (tmp_path / "ring").symlink_to("ring")
+    assert real_path(tmp_path / "ring") == tmp_path / "ring"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/x") == Path("/home/me/x")
+    assert expanded("~nobody_of_this_name/x") == Path("~nobody_of_this_name/x")
+    # pathlib raises RuntimeError for such a user, which is no message to a person
+    assert not [path for path in ROOT.glob("mmdit/**/*.py") if ".expanduser()" in path.read_text()]

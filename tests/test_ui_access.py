@@ -6,9 +6,11 @@ import re
 import pytest
 
 pytest.importorskip("starlette")
+from mmdit.scripts import ui
 from mmdit.ui.access import COOKIE, Guard, check_token, guard_for
 from tests.helpers.browser import browser as client
 from tests.helpers.browser import secret_of
+from tests.helpers.tiny import refused
 
 TOKEN = "a token of many letters"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
@@ -46,6 +48,21 @@ def test_an_address_of_others_needs_a_token_of_some_length():
     for token, host in (("", "0.0.0.0"), ("", "192.0.2.1"), ("short", "127.0.0.1")):
         with pytest.raises(ValueError, match="MMDIT_UI_TOKEN"):
             check_token(token, host)
+
+
+@pytest.mark.parametrize(
+    "option, named",
+    [
+        ("--port=99999", "cannot listen on 127.0.0.1, port 99999: .* choose another with --port"),
+        ("--runs=a.yaml", "a.yaml is no folder; name one with --runs"),
+        ("--allow=ring", "ring is no folder"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch, capsys, option, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").touch()
+    (tmp_path / "ring").symlink_to("ring")
+    assert re.search(named, refused(capsys, ui.main, [option]))
 
 
 @pytest.mark.parametrize("path", ["/", "/run/one", "/compare?run=one", "/nothing"])
@@ -209,5 +226,10 @@ def test_a_link_out_of_the_runs_is_not_followed(runs):
     (runs / "away").symlink_to(runs.parent)
     (runs.parent / "metrics.jsonl").write_text('{"step": 1}\n')
     assert client(runs).get("/files/one/samples/step_00000010/link.png").status_code == 404
-    assert client(runs).get("/run/away").status_code == 404
+    (runs / "ring").symlink_to("ring")
+    assert (
+        client(runs).get("/run/away").status_code
+        == client(runs).get("/run/ring").status_code
+        == 404
+    )
     assert "away" not in client(runs).get("/").text

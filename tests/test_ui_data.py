@@ -32,9 +32,10 @@ def test_a_cache_is_found_and_shown(cache, tmp_path):
     assert "Decoded samples" not in page  # nobody has asked for them yet
 
 
-@pytest.mark.parametrize("path", ["/etc", "", "runs", "../..", "absent"])
+@pytest.mark.parametrize("path", ["/etc", "", "runs", "../..", "absent", "ring"])
 def test_what_is_no_cache_or_outside_is_refused(cache, tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ring").symlink_to("ring")
     answer = browser(tmp_path / "runs").get("/cache", params={"path": path})
     assert answer.status_code == 404 and "problem" in answer.text
 
@@ -53,9 +54,11 @@ def test_the_jobs_of_a_cache_are_those_whose_command_names_it(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
     named = [["cache-images", "--out_dir=cache"], ["train", f"--train_cache_dir={tmp_path}/cache"]]
+    (tmp_path / "ring").symlink_to("ring")
     other = [["train", "--train_cache_dir=other", "train.lr=cache"], ["doctor"]]
+    other += [["sample", "--negative=~blurred"], ["train", "--train_cache_dir=ring"]]
     found = [names(Job("00001", words, None, 0.0), tmp_path / "cache") for words in named + other]
-    assert found == [True, True, False, False]
+    assert found == [True, True, False, False, False, False]
 
 
 def test_a_path_below_the_working_directory_is_as_one_types_it(tmp_path, monkeypatch):

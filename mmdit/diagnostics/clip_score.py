@@ -3,13 +3,12 @@ al. 2021, 2104.08718), with other captions as a control."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.diagnostics.frame_scores import consistency
+from mmdit.files import expanded
 from mmdit.interop.clip_similarity import Similarity
 from mmdit.interop.encoders import digest
 from mmdit.weights import Checkpoint
@@ -26,7 +25,7 @@ class ClipScore:
         self, folder: str, device: torch.device | str, similarity: Similarity | None = None
     ):
         self.folder, self.device = folder, device
-        self.similarity = similarity or Similarity(Path(folder).expanduser()).to(device)
+        self.similarity = similarity or Similarity(expanded(folder)).to(device)
         self.seen: list[Tensor] = []
         self.steady: list[Tensor] = []
         self.captions: list[str] = []
@@ -70,7 +69,7 @@ class ClipScore:
         if not self.captions:
             raise ValueError("a CLIP score needs one sample with a caption or more")
         cosines, others = self.cosines()
-        weights = Checkpoint(Path(self.folder).expanduser())
+        weights = Checkpoint(expanded(self.folder))
         report = {
             "clip_score": float(100 * cosines.clamp(min=0).mean()),
             "clip_score_hessel": float(2.5 * cosines.clamp(min=0).mean()),
@@ -100,7 +99,7 @@ class PreviewScore:
 
     def __init__(self, folder: str, device: torch.device):
         self.folder, self.device = folder, device
-        self.similarity = Similarity(Path(folder).expanduser())
+        self.similarity = Similarity(expanded(folder))
 
     def __call__(self, pixels: Tensor, captions: list[str]) -> dict[str, float]:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.data.dataset.media_sets import Shape, batched, media_records, read_media
 from mmdit.data.dataset.problems import Damaged, Unusable
 from mmdit.data.dataset.records import Record
+from mmdit.files import expanded
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_shown
 from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
@@ -28,7 +28,7 @@ class RealItems:
     def __init__(self, source: str, shape: Shape, tokenizers: list[Tokenizer], num_workers: int):
         self.source, self.shape, self.num_workers = source, shape, num_workers
         self.cache: LatentCache | None = None
-        folder = Path(source).expanduser()
+        folder = expanded(source)
         if (folder / "manifest.json").is_file():
             self.cache = open_cache(folder)
             self.tokenizer = self._maker(self.cache, tokenizers)

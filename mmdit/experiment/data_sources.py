@@ -17,6 +17,7 @@ from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.experiment.build import build_plan
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.files import real_path
 from mmdit.interfaces import Tokenizer
 from mmdit.training.distributed import World
 
@@ -53,7 +54,7 @@ def with_given(
 def _names(paths: Sequence[str]) -> list[str]:
     """Return names that tell sources apart: none where the last parts of their paths do, else as
     many parts as it takes. ValueError: a path is there twice."""
-    all_parts = [Path(path).resolve().parts for path in paths]
+    all_parts = [real_path(path).parts for path in paths]
     for i, parts in enumerate(all_parts):
         if parts in all_parts[:i]:
             raise ValueError(

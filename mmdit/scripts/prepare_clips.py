@@ -12,6 +12,7 @@ from pathlib import Path
 from mmdit.data.dataset.records import read_records
 from mmdit.data.preparing.clip_preparation import ClipPreparation
 from mmdit.data.preparing.shots import ShotSettings
+from mmdit.files import real_path
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             args.cut, args.min_seconds, args.max_seconds, args.black, args.still
         )
         out = args.out_dir / args.meta_jsonl.name
-        if out.resolve() == args.meta_jsonl.resolve():
+        if real_path(out) == real_path(args.meta_jsonl):
             raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by clips")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
         report = ClipPreparation(records, args.out_dir, out.name, settings).run()

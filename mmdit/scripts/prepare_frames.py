@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames
-from mmdit.files import clean, is_full, release_folder, take_folder, write_atomically
+from mmdit.files import clean, is_full, real_path, release_folder, take_folder, write_atomically
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.fps <= 0:
             raise ValueError(f"--fps is {args.fps}, must be greater than 0")
         out = args.out_dir / args.meta_jsonl.name
-        if out.resolve() == args.meta_jsonl.resolve():
+        if real_path(out) == real_path(args.meta_jsonl):
             raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by frames")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
         held = take_folder(

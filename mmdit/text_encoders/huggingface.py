@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
+from mmdit.files import expanded
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.text_encoders.stored import RecentEmbeddings, StoredEmbeddings, encoder_key
 from mmdit.text_encoders.transformers_loading import load_encoder, most_tokens
@@ -171,7 +171,7 @@ class HuggingFaceEncoder(TextEncoder):
             # a batch's shape decides its rounding
             settings = (self.config.max_length, GROUP, LENGTH_STEP)
             key = encoder_key(self.encoder, self.tokenizer, *settings)
-            self._stored = StoredEmbeddings(Path(self.config.cache_dir).expanduser(), key, self.dim)
+            self._stored = StoredEmbeddings(expanded(self.config.cache_dir), key, self.dim)
         return self._stored
 
     def _apply(self, *arguments, **keywords):

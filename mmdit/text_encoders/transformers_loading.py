@@ -4,6 +4,7 @@ their weights can run code, and that whatever is wrong with them is one sentence
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[An
         ) from None
     source = name_or_path
     if source.startswith("~"):
-        source = str(Path(source).expanduser())
+        source = os.path.expanduser(source)
     folder = Path(source)
     if not folder.is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
         raise ConfigError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import ConfigError, FilePath
+from mmdit.files import expanded
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.huggingface import (
     GROUP,
@@ -102,7 +103,7 @@ class UMT5Encoder(HuggingFaceEncoder):
 
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
-        path = _locate(Path(config.name_or_path).expanduser())
+        path = _locate(expanded(config.name_or_path))
         with explained("weights", config.name_or_path, config.local_files_only):
             stored = Checkpoint(path)
             encoder = (
@@ -127,7 +128,7 @@ class UMT5Encoder(HuggingFaceEncoder):
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         if isinstance(self.encoder, nn.Identity):
-            path = _locate(Path(self.config.name_or_path).expanduser())
+            path = _locate(expanded(self.config.name_or_path))
             logger.info("a caption is not in %s: loading the text encoder", self.config.cache_dir)
             self.encoder = (
                 _load(Checkpoint(path), path, getattr(torch, self.config.dtype))
@@ -163,8 +164,8 @@ class UMT5Encoder(HuggingFaceEncoder):
         """Return where embeddings are kept between runs, if they are."""
         config = self.config
         if self._stored is None and config.cache_dir:
-            folder = Path(config.cache_dir).expanduser()
-            files = Checkpoint(_locate(Path(config.name_or_path).expanduser())).files
+            folder = expanded(config.cache_dir)
+            files = Checkpoint(_locate(expanded(config.name_or_path))).files
             settings = (config.dtype, config.max_length, GROUP, LENGTH_STEP, self.vocabulary)
             self._stored = StoredEmbeddings(folder, files_key(files, folder, *settings), self.dim)
         return self._stored

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mmdit.config import ConfigError, FilePath, least
+from mmdit.files import expanded
 from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import LatentSpec, Tokenizer, TokenizerSection
 from mmdit.pixels import from_signed, to_signed
@@ -119,7 +120,7 @@ class WanVAETokenizer(Tokenizer):
         self.device, self.tile = torch.device(device), config.tile // config.latent_f
         self.dtype = dtype or getattr(torch, config.dtype)
         try:
-            place = _locate(Path(config.name_or_path).expanduser())
+            place = _locate(expanded(config.name_or_path))
             self._model = _load(place).requires_grad_(False).to(self.device)
             mean, std = _statistics(place, self._model.sizes.channels)
         except ValueError as error:

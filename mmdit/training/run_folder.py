@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmdit.config import ConfigError, parse_yaml
-from mmdit.files import LOCK, open_regular
+from mmdit.files import LOCK, open_regular, real_path
 
 PREVIEW = re.compile(r"step_(\d{8,})")
 VIDEOS = ("video.mp4", "video.png")
@@ -37,8 +37,8 @@ class RunFolder:
     folder: Path = field(init=False)
 
     def __post_init__(self):
-        root, parts = self.runs.resolve(), Path(self.name).parts
-        folder = (root / self.name).resolve()
+        root, parts = real_path(self.runs), Path(self.name).parts
+        folder = real_path(root / self.name)
         hidden = any(part.startswith(".") for part in parts)
         inside = folder != root and folder.is_relative_to(root) and "\0" not in self.name
         if hidden or not inside or not is_run(folder):

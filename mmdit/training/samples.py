@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.files import write_atomically
+from mmdit.files import real_path, write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -59,7 +59,7 @@ def check_files(**paths: str | None) -> None:
         if not path:
             continue
         check_writable(path, folder=False)
-        other = options.setdefault(Path(path).resolve(), name)
+        other = options.setdefault(real_path(path), name)
         if other != name:
             raise ValueError(
                 f"--{other} and --{name} both are {path}, and one would replace the other: give"

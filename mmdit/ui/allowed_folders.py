@@ -15,7 +15,7 @@ from mmdit.config import FilePath, parse_yaml
 from mmdit.data.dataset import records
 from mmdit.experiment.config_keys import options, sections
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import open_regular
+from mmdit.files import expanded, open_regular, real_path
 from mmdit.shipped import find, shipped_path
 
 
@@ -23,14 +23,18 @@ class AllowedFolders:
     """Folders, and what ships with the package."""
 
     def __init__(self, folders: list[Path]):
-        self.folders = [folder.expanduser().resolve() for folder in folders]
+        """ValueError: one is something else than a folder; it need not be there yet."""
+        for folder in map(expanded, folders):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ValueError(f"{folder} is no folder; name one with --runs and --allow")
+        self.folders = [real_path(expanded(folder)) for folder in folders]
 
     def check(self, text: str, what: str = "the path") -> Path:
         """Return the path that a person wrote; it need not exist. ValueError: it lies outside."""
         if "\0" in text or not text:
             raise ValueError(f"{what} is {text!r}, must be the name of a file or folder")
-        path = Path(os.path.expanduser(text))
-        real = path.resolve()
+        path = expanded(text)
+        real = real_path(path)
         if any(real.is_relative_to(folder) for folder in self.folders):
             if real.suffix == ".jsonl" and real.is_file():
                 self.check_records(real, what)

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from mmdit.data.batches.data_report import cropped, skipped
 from mmdit.data.cache.latent_cache import LatentCache, open_cache
 from mmdit.data.dataset.captions import all_captions, length_report
+from mmdit.files import expanded, real_path
 from mmdit.ui.job_files import Job
 from mmdit.ui.job_pages import pictures_of, rows_of, skipped_of
 from mmdit.ui.job_requests import Workplace
@@ -94,8 +95,8 @@ def from_here(path: Path) -> str:
 def names(job: Job, path: Path) -> bool:
     """Return whether the command of a job names a folder."""
     values = [word.partition("=")[2] for word in job.words if word.startswith("--")]
-    real = path.resolve()
-    return any(Path(value).expanduser().resolve() == real for value in values if value)
+    real = real_path(path)
+    return any(real_path(expanded(value)) == real for value in values if value)
 
 
 def cache_facts(cache: LatentCache) -> dict:

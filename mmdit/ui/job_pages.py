@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mmdit.files import lines_of
+from mmdit.files import lines_of, real_path
 from mmdit.shipped import ROOTS
 from mmdit.training.run_folder import is_run, text_of
 from mmdit.ui.config_forms import current_fields
@@ -181,8 +181,8 @@ class JobPages:
         with contextlib.suppress(ValueError):
             job = self.place.store.read(request.path_params["job"])
             if job.out:
-                folder = Path(job.out).resolve()
-                path = (folder / request.path_params["rest"]).resolve()
+                folder = real_path(job.out)
+                path = real_path(folder / request.path_params["rest"])
                 answer = send_picture(path) if path.is_relative_to(folder) else None
         return answer or JSONResponse({"error": "there is no such picture"}, 404)
 

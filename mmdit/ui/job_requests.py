@@ -10,7 +10,7 @@ from typing import Any
 
 from mmdit.config import load
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import lines_of, write_atomically
+from mmdit.files import expanded, lines_of, real_path, write_atomically
 from mmdit.ui.allowed_folders import AllowedFolders
 from mmdit.ui.command_forms import Option, options_of, takes, words_of
 from mmdit.ui.config_forms import (
@@ -215,7 +215,7 @@ class JobRequest:
             write_atomically(folder / PROMPTS, "\n".join(prompts) + "\n")
         run = None
         if takes(self.parser, "resume"):
-            run = str(self.config().run_dir.resolve())
+            run = str(real_path(self.config().run_dir))
         return self.place.store.add(folder, words, device, run, self._out(folder), self.processes)
 
     def _out(self, folder: Path) -> str | None:
@@ -223,9 +223,9 @@ class JobRequest:
         for name in FOLDERS:
             given = self.fields.get(name, "").strip()
             if given and takes(self.parser, name):
-                return str(Path(given).expanduser().resolve())
+                return str(real_path(expanded(given)))
         for file in self.beside.values():
-            return str((folder if Path(file).suffix else folder / file).resolve())
+            return str(real_path(folder if Path(file).suffix else folder / file))
         return None
 
 

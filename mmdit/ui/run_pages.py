@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mmdit.diagnostics.curves import number_of
+from mmdit.files import real_path
 from mmdit.training.run_folder import RunFolder, RunState
 from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
@@ -184,6 +185,6 @@ class RunPages:
             run = RunFolder(self.runs, name)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404)
-        path = (run.folder / "samples" / rest).resolve()
+        path = real_path(run.folder / "samples" / rest)
         answer = send_picture(path) if path.is_relative_to(run.folder / "samples") else None
         return answer or JSONResponse({"error": "there is no such picture"}, 404)

@@ -17,6 +17,7 @@ from mmdit.config import ConfigError, decode, differences, encode, shortened
 from mmdit.diagnostics.curves import curves_svg, read_metrics
 from mmdit.diagnostics.run_facts import figures, start_rows, stored_versions
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.files import real_path
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.training.media import as_webp, read_frames, some_frames
 from mmdit.training.run_folder import RunFolder, sheets_in
@@ -48,7 +49,7 @@ class RunReport:
     left: int = field(init=False)  # bytes that pictures may still take
 
     def __post_init__(self):
-        folder = self.folder.resolve()
+        folder = real_path(self.folder)
         self.run = RunFolder(folder.parent, folder.name)
         self.left = MEDIA_BYTES
         self.records: list[dict] = []

@@ -79,7 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ValueError(
             f"cannot listen on {host}, port {port}: {error}; choose another with --port"
         ) from None

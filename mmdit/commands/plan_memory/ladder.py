@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from mmdit.config import ConfigError
 from mmdit.data.dataset.buckets import target_sizes
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.files import expanded
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.wan_weights import locate, read_config, stored_sizes
 from mmdit.models import WanModelConfig
@@ -197,7 +197,7 @@ def _stand_in_encoder(config: ExperimentConfig, sizes: WanConfig | None) -> Expe
 def encoder_bytes(config: HuggingFaceConfig) -> int:
     """Return the bytes of a frozen encoder, from the headers of its weight file, or of those in its
     folder. ConfigError: they cannot be read."""
-    path = Path(config.name_or_path).expanduser()
+    path = expanded(config.name_or_path)
     files = [*sorted(path.glob("*t5*enc*.pth")), *sorted(path.glob("text_encoder")), path]
     place = path if path.is_file() else files[0]
     try:

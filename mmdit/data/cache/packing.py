@@ -38,7 +38,7 @@ from mmdit.data.cache.tar_shards import (
 from mmdit.data.cache.writer import THREADS, explain_disk_errors
 from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.problems import Damaged
-from mmdit.files import clean, lock, refuse_link, write_atomically
+from mmdit.files import clean, lock, real_path, refuse_link, write_atomically
 
 SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limited
 AT_ONCE = 256  # items read ahead
@@ -64,7 +64,7 @@ def pack_cache(
     folder, out = Path(folder), Path(out_dir)
     if shard_bytes < 1:
         raise ValueError(f"a shard of {shard_bytes} bytes holds nothing; take at least 1")
-    if out.resolve() == folder.resolve():
+    if real_path(out) == real_path(folder):
         raise ValueError(f"{out} is the cache itself; pack into a folder of its own")
     if out.is_dir() and next(out.rglob("*.pt"), None):
         raise ValueError(f"{out} holds an unpacked cache; pack into a folder of its own")

@@ -24,6 +24,7 @@ from mmdit.data.dataset.records import Record, media_of, read_records
 from mmdit.data.dataset.sources import files_below
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, probe, read_video
 from mmdit.data.dataset.workers import KILLED, each
+from mmdit.files import expanded
 
 AT_ONCE = 16  # pictures that a worker takes
 SHEETS = ("grid.png",)  # what `mmdit sample` writes beside the samples
@@ -73,7 +74,7 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
     frames. ValueError: nothing."""
     if not str(source):
         raise ValueError("a folder or a JSONL file has an empty name; write . for this folder")
-    source = Path(source).expanduser()
+    source = expanded(source)
     if source.suffix == ".jsonl":
         return read_records(source, media_of(source))
     if not source.is_dir():

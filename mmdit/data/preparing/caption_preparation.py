@@ -37,7 +37,7 @@ from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
 from mmdit.data.preparing.caption_texts import clean_caption
 from mmdit.data.preparing.in_threads import done_in_threads
 from mmdit.data.preparing.interruption import interruptible
-from mmdit.files import clean, is_full, lock, write_atomically
+from mmdit.files import clean, is_full, lock, real_path, write_atomically
 
 NOTES = "captions_made.jsonl"
 WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
@@ -160,7 +160,7 @@ class CaptionPreparation:
         captioner fails on everything."""
         begin = time.monotonic()
         self.records = read_records(self.meta_jsonl, self.media, self.prefer)
-        if self.out.resolve() == self.meta_jsonl.resolve():
+        if real_path(self.out) == real_path(self.meta_jsonl):
             raise ValueError(
                 f"--out_dir is the folder of {self.out}, which would be replaced; name another"
             )

@@ -324,6 +324,14 @@ def test_a_second_stage_trains_from_the_first_and_redraws_its_clips(shop, capsys
         refused(capsys, sample.main, [*small, *out, "--refine", stage, *words], *expected)
 
 
+def test_held_out_tiles_are_read_from_the_disk_in_bfloat16_too(shop):
+    words = ["train.precision=bf16", "data.in_memory=false", "train.max_steps=1"]
+    held_out = ["train.val_every_steps=1", "train.val_share=0.3"]
+    run = shop.train("held_out", *TILES, *words, *held_out, cache=shop.large)
+    *_, line = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["val_loss"] > 0
+
+
 def test_previews_are_drawn_in_tiles_as_samples_are(shop, monkeypatch):
     tiled, drawn = Pipeline._in_tiles, []
 

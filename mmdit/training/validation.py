@@ -53,7 +53,7 @@ class Validation:
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast)
-        with autocast, state.learner.eager():
+        with state.learner.eager():
             for items in source.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
                 # Every rank takes part in each round, with repeats if need be.
@@ -68,9 +68,11 @@ class Validation:
                         None if values is None else values[rows].to(device)
                         for values in (items.crops, items.places)
                     )
-                    losses, _ = state.learner(
-                        items.latents[rows].to(device), captions, draws, crops=crops, places=places
-                    )
+                    latents = items.latents[rows].to(device)
+                    with autocast:  # batches are made outside it, which would refuse float16
+                        losses, _ = state.learner(
+                            latents, captions, draws, crops=crops, places=places
+                        )
                     counted = (numbers < samples).to(device)
                     values = torch.stack(
                         [torch.where(counted, losses, 0.0).double(), counted.double()]

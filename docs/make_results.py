@@ -197,11 +197,13 @@ def shown_values(values: list[float | None]) -> str:
 
 
 def training(row: dict) -> str:
-    """Return what the training of a stage cost."""
+    """Return what the training of a stage cost; without seconds where it was not timed."""
     facts, seconds = row["training"], row["seconds"]
     if not facts:
         return ""
-    parts = [f"{facts['steps']:,.0f} steps", f"{seconds['training']:.0f} s"]
+    parts = [f"{facts['steps']:,.0f} steps"]
+    if "training" in seconds:
+        parts.append(f"{seconds['training']:.0f} s")
     if "memory_gb" in facts:
         parts.append(f"{facts['memory_gb']:.1f} GB")
     if "tflops_share" in facts:

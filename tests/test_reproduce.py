@@ -710,6 +710,9 @@ def test_a_table_shows_the_rates_of_its_file(make, chain, tmp_path):
     made["stages"]["b"]["in_process"] = True
     (tmp_path / "tiny.json").write_text(json.dumps(made))
     assert "without the start of commands (`--in_process`)" in make.renewed(page, tmp_path)
+    made["stages"]["b"] |= {"training": {"steps": 3}, "seconds": {"training": 7.4}}
+    assert make.training(made["stages"]["b"]) == "3 steps, 7 s"
+    assert make.training(made["stages"]["b"] | {"seconds": {}}) == "3 steps", "was not timed"
 
 
 def test_arms_are_compared_at_equal_seconds_and_seed_by_seed(make, chain):

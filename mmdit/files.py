@@ -241,12 +241,14 @@ def flush_file_system(folder: str | Path) -> None:
 
 def refuse_link(path: Path) -> Path:
     """Return `path`, which may not be there yet. ValueError if it is a link, by which one would
-    write elsewhere."""
+    write elsewhere, or a pipe and the like."""
     if path.is_symlink():
         raise ValueError(
             f"{path} is a link, and would be written elsewhere: replace it by what it leads to, or"
             " remove it"
         )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no regular file, and is not written to; remove it")
     return path
 
 
@@ -362,6 +364,29 @@ def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader |
     except BaseException:
         os.close(handle)
         raise
+
+
+@contextlib.contextmanager
+def regular_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a regular file as `open_regular` does. OSError, with its name, where something else is
+    there, too."""
+    try:
+        file = open_regular(path)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    with file:
+        yield file
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return what a regular file holds; see `regular_file`."""
+    with regular_file(path) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """Return the text, in UTF-8, of a regular file; see `regular_file`."""
+    return read_bytes(path).decode("utf-8", errors)
 
 
 def lines_of(text: str) -> list[str]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mmdit.data.cache.plain import read_entries
+from mmdit.data.dataset.records import read_records
+from mmdit.diagnostics.curves import read_metrics
 from mmdit.files import (
     abandoned_files,
     clean,
@@ -24,6 +27,8 @@ from mmdit.files import (
     take_folder,
     write_atomically,
 )
+from mmdit.training import checkpoint
+from mmdit.training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVE = """
@@ -111,6 +116,8 @@ def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
     for path in ("/dev/null", tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"):
         with pytest.raises(ValueError, match="no regular file"):
             write_atomically(path, b"x")
+    with pytest.raises(ValueError, match="pipe is no regular file, and is not written to"):
+        refuse_link(tmp_path / "pipe")
     assert names(tmp_path) == ["folder", "link", "pipe"]
 
 
@@ -235,3 +242,30 @@ def test_a_ring_of_links_and_a_user_whom_nobody_knows_are_names_as_others(tmp_pa
     assert expanded("~nobody_of_this_name/x") == Path("~nobody_of_this_name/x")
     # pathlib raises RuntimeError for such a user, which is no message to a person
     assert not [path for path in ROOT.glob("mmdit/**/*.py") if ".expanduser()" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "read, name",
+    [
+        (lambda folder: read_records(folder / "meta.jsonl", "image"), "meta.jsonl"),
+        (lambda folder: read_entries(folder, 4), "index.jsonl"),
+        (checkpoint.Meta.read, "checkpoint.json"),
+        (checkpoint.read_notes, "monitor.json"),
+        (read_metrics, "metrics.jsonl"),
+        (lambda folder: MetricsLog(folder, 3), "metrics.jsonl"),
+    ],
+)
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path, read, name):
+    os.mkfifo(tmp_path / name)
+
+    def stop(number, frame):
+        raise TimeoutError("waits for the pipe")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        with pytest.raises((ValueError, OSError), match=f"{name}.*named pipe|named pipe.*{name}"):
+            read(tmp_path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -45,7 +45,7 @@ from mmdit.diagnostics.results_file import (
     without_details,
 )
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
-from mmdit.files import lock, remove, write_atomically
+from mmdit.files import lock, read_text, remove, write_atomically
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
 
@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it, and its part is made anew"

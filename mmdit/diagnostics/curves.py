@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmdit.files import read_text
+
 LINE = {"linewidth": 1}  # of curves that are thinned and named
 POINTS = 400  # of a curve that is sent somewhere, at most
 EXPERT = re.compile(r"_(high|low)$")
@@ -93,7 +95,7 @@ def read_metrics(run: Path) -> list[dict]:
     ValueError names a file that is none."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"no metrics at {run}: {error}; give a run folder or its metrics.jsonl"

@@ -28,7 +28,7 @@ from mmdit.diagnostics.recipe import (
     recipe_names,
     stage_hash,
 )
-from mmdit.files import write_atomically
+from mmdit.files import read_text, write_atomically
 from mmdit.training.metrics import clock
 
 RATES = {  # the name here: the name in a report of `mmdit evaluate`
@@ -140,7 +140,7 @@ def training_facts(run_dir: Path) -> dict:
     """Read from the metrics of a run what its training cost. `first_steps_extra_seconds`: what the
     first report took beyond the pace of the later ones, which is compiling and the like; None where
     there are fewer than three reports."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = read_text(run_dir / "metrics.jsonl").splitlines()
     rows = [json.loads(line) for line in lines]
     last, later = rows[-1], rows[1:] or rows
     facts = {
@@ -327,7 +327,7 @@ def overview(folder: Path) -> str:
         recipe, path = read_recipe(folder, name), folder / f"{name}.json"
         text = "not measured yet"
         if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = json.loads(read_text(path))
             device = known["machine"]["device"] if isinstance(known["machine"], dict) else "several"
             text = f"{clock(known['seconds'])} a seed" if known["seconds"] else "not timed"
             text += f" on {device}"

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from mmdit.diagnostics.curves import number_of
+from mmdit.files import read_text
 from mmdit.training.checkpoint import complete
 from mmdit.training.metrics import clock
 from mmdit.training.run_start import read_starts
@@ -61,7 +62,7 @@ def stored_versions(run: Path) -> str:
     can be read."""
     for folder in reversed(complete(run)):
         try:
-            row = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+            row = json.loads(read_text(folder / "checkpoint.json"))
             return f"checkpoint of step {row['step']}: {row['versions']}"
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue

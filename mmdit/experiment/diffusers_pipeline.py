@@ -37,7 +37,7 @@ from mmdit.config import decode, encode
 from mmdit.data.dataset.captions import CaptionsConfig
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import refuse_filled_folder, replace_folder
+from mmdit.files import read_text, refuse_filled_folder, replace_folder
 from mmdit.interfaces import Denoiser, LatentSpec, TextEncoder, TextTokens, Tokenizer
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.pixels import to_shown
@@ -290,7 +290,7 @@ class MMDiTPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         index = folder / self.config_name
-        rows = json.loads(index.read_text(encoding="utf-8"))
+        rows = json.loads(read_text(index))
         rows["_class_name"] = [CODE_FILE, type(self).__name__]
         for name, part in self.components.items():
             rows[name] = [CODE_FILE, type(part).__name__]

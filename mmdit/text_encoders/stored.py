@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.files import clean, write_atomically
+from mmdit.files import clean, read_text, write_atomically
 from mmdit.weights import bytes_of, tensor_pieces
 
 
@@ -46,7 +46,7 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
     takes seconds, so `folder` remembers the hash of a file by its path, size and time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
+        known = json.loads(read_text(memory))
     except (OSError, ValueError):
         known = {}
     for file in files:

@@ -33,7 +33,7 @@ from torch import Tensor
 import mmdit
 from mmdit.adapters import is_adapter
 from mmdit.config import decode
-from mmdit.files import Sum, flush_to_disk, refuse_link, remove
+from mmdit.files import Sum, flush_to_disk, read_text, refuse_link, remove
 from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
@@ -99,7 +99,7 @@ class Meta:
         """Read `checkpoint.json` from a checkpoint folder."""
         path = folder / "checkpoint.json"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         return Meta.from_json(text, str(path))
@@ -252,7 +252,7 @@ def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
     """
     try:
         Meta.read(folder)
-        row = json.loads((folder / META).read_text(encoding="utf-8"))
+        row = json.loads(read_text(folder / META))
         if "files" not in row:
             parts = {path.parent for path in folder.glob("*/*.safetensors")}
             for path in {folder / "model.safetensors", *folder.glob("*.safetensors"), *parts}:
@@ -292,7 +292,7 @@ def read_notes(folder: Path) -> dict | None:
     step than the checkpoint."""
     path = folder / "monitor.json"
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
+        notes = json.loads(read_text(path))
         step = notes["step"]
     except FileNotFoundError:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmdit import config as config_io
 from mmdit.data.batches.batch_plan import ORDER
-from mmdit.files import write_atomically
+from mmdit.files import read_bytes, write_atomically
 from mmdit.interfaces import Denoiser, LatentSpec
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training import checkpoint
@@ -209,7 +209,7 @@ def write_config(run_dir: Path, text: str) -> None:
     path = run_dir / "config.yaml"
     if path.exists():  # a resume with another config: keep the earlier one
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        before = path.read_bytes()
+        before = read_bytes(path)
         if before != text.encode():
             write_atomically(run_dir / f"config.before-{stamp}.yaml", before)
     write_atomically(path, text)

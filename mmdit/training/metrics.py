@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.files import write_atomically
+from mmdit.files import read_text, write_atomically
 from mmdit.training.errors import RunError
 from mmdit.training.trackers import Tracker
 
@@ -37,7 +37,7 @@ class MetricsLog:
         self.last: dict = {}  # the newest record
         text = ""
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            text = read_text(self.path, "replace")
         for line in text.splitlines():
             try:
                 record = json.loads(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit.files import write_atomically
+from mmdit.files import read_text, write_atomically
 from mmdit.training.errors import record_failure
 from mmdit.training.media import (
     contact_sheet,
@@ -146,7 +146,7 @@ def read_scores(path: Path) -> list[dict]:
     A torn line is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 row = json.loads(line)
                 rows += [row] if isinstance(row.get("step"), int) else []

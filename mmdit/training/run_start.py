@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mmdit
-from mmdit.files import lines_of, refuse_link
+from mmdit.files import lines_of, read_text, refuse_link
 from mmdit.training.distributed import World
 
 STARTS = "starts.jsonl"
@@ -48,7 +48,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts of a run, in order; none for one of an older version."""
     rows = []
     try:
-        lines = lines_of((run_dir / STARTS).read_text(encoding="utf-8", errors="replace"))
+        lines = lines_of(read_text(run_dir / STARTS, "replace"))
     except OSError:
         return []
     for line in lines:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.files import real_path, write_atomically
+from mmdit.files import read_text, real_path, write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -247,7 +247,7 @@ def _row(file: str, request: Request) -> dict[str, Any]:
 def _stored_story(folder: Path) -> dict:
     """Return what samples.json says; nothing if it is none of ours."""
     try:
-        old = json.loads((folder / STORY).read_text(encoding="utf-8"))
+        old = json.loads(read_text(folder / STORY))
         rows = old["samples"]
         good = isinstance(rows, list) and all(
             isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mmdit.config import ConfigError, Section
-from mmdit.files import write_atomically
+from mmdit.files import read_text, write_atomically
 from mmdit.privacy import without_secrets
 from mmdit.training.media import read_back
 from mmdit.training.run_folder import sheets_in
@@ -93,7 +93,7 @@ class Identity:
         path = run_dir / IDENTITY
         if step > 0:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                row = json.loads(path.read_text(encoding="utf-8"))
+                row = json.loads(read_text(path))
                 if row["type"] == track.type:
                     identity = Identity(track.type, str(row["id"]), str(row["name"]), path=path)
                     # an older version kept no steps, and told all up to the one it stopped at

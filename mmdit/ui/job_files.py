@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mmdit.files import write_atomically
+from mmdit.files import read_text, write_atomically
 from mmdit.ui.processes import is_alive, is_identity, terminate
 
 FOLDER = ".jobs"
@@ -128,7 +128,7 @@ class JobStore:
         none of that name, or its file is none of ours."""
         path = self.path(job) / "job.json"
         try:
-            row = json.loads(path.read_text(encoding="utf-8"))
+            row = json.loads(read_text(path))
             read = Job(**{one.name: row[one.name] for one in fields(Job) if one.name in row})
         except (OSError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
@@ -246,7 +246,7 @@ class JobStore:
 def read_status(folder: Path) -> dict:
     """Return status.json of a job folder, or nothing; what no runner writes is left out."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = json.loads(read_text(folder / "status.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(status, dict):

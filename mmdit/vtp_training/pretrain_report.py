@@ -15,7 +15,7 @@ from torch import Tensor
 from vtp.models import VTPModel
 from vtp.pixels import STD
 
-from mmdit.files import lines_of, refuse_link, write_atomically
+from mmdit.files import lines_of, read_text, refuse_link, write_atomically
 from mmdit.pixels import to_shown
 from mmdit.training.errors import RunError
 from mmdit.training.media import save_image
@@ -38,7 +38,7 @@ class PretrainReport:
         self.trainer, self.path = trainer, refuse_link(trainer.folder / "metrics.jsonl")
         kept = []
         if self.path.exists():
-            for line in lines_of(self.path.read_text(encoding="utf-8", errors="replace")):
+            for line in lines_of(read_text(self.path, "replace")):
                 with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                     if json.loads(line)["step"] <= trainer.step:
                         kept.append(line + "\n")

@@ -17,7 +17,7 @@ from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import PreprocessConfig, crop_of
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
-from mmdit.files import lines_of
+from mmdit.files import lines_of, read_text
 
 EXAMPLES = 5
 
@@ -135,7 +135,7 @@ def skipped(folder: Path) -> dict:
     caching writes are passed over."""
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+        for line in lines_of(read_text(path, "replace")):
             with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
                 skips.append(Skip.from_json(json.loads(line)))
     return {

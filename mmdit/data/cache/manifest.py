@@ -145,7 +145,11 @@ class CacheManifest:
                 " one with mmdit cache-images or cache-latents",
             ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = error if isinstance(error, ConfigError) else repr(error)[:1000]
+            reason = (
+                error
+                if isinstance(error, ConfigError)
+                else f"{type(error).__name__}: {error}"[:1000]
+            )
             raise ConfigError(
                 "", f"{path} is damaged ({reason}); cache again into a new folder"
             ) from None

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mmdit.data.cache.items import Entry, dump_json, read_entry
 from mmdit.data.dataset.problems import Damaged
+from mmdit.files import regular_file
 
 _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
 
@@ -63,12 +64,12 @@ def removal_line(id: str, file: str) -> str:
 def index_lines(path: Path) -> Iterator[tuple[int, str, Entry | None]]:
     """Yield (line number, id, entry) of an index file: no entry where the item was taken out, and
     no id either where the line cannot be read. Empty lines are where a killed run was resumed."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with regular_file(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 entry = None if row.get("removed") else Entry.from_json(row)
                 yield number, row["id"], entry
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

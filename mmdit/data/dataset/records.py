@@ -16,13 +16,14 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mmdit.config import shortened
 from mmdit.data.dataset.members import Member, VideoSpan
-from mmdit.files import lines_of
+from mmdit.files import lines_of, regular_file
 
 Media = Literal["image", "video"]
 PATH_KEYS: dict[str, tuple[str, ...]] = {
@@ -266,29 +267,24 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
             f"{path} is no JSONL file, and nothing else is read here; cache-images, cache-latents"
             " and inspect-data read tars and parquet files"
         )
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not records and not errors:
-                    _check_beginning(line, f"{path}:{number}")
-                if not line.strip(BLANK):
-                    continue
-                try:
-                    record = _parse(line, media, path.parent, prefer)
-                    first = lines.setdefault(record.id, number)
-                    if first != number:
-                        raise ValueError(
-                            f"id {record.id!r} was already used in line {first}; every id must be"
-                            " used once"
-                        )
-                    records.append(record)
-                except ValueError as error:
-                    errors.append(f"{path}:{number}: {shortened(str(error), 600)}")
-                    if len(errors) == 10:
-                        errors.append("… and perhaps more; reading stopped at the tenth")
-                        break
-    except OSError as error:
-        raise ValueError(f"cannot read the metadata {path}: {error.strerror or error}") from None
+    for number, line in enumerate(_lines_in(path), 1):
+        if not records and not errors:
+            _check_beginning(line, f"{path}:{number}")
+        if not line.strip(BLANK):
+            continue
+        try:
+            record = _parse(line, media, path.parent, prefer)
+            first = lines.setdefault(record.id, number)
+            if first != number:
+                raise ValueError(
+                    f"id {record.id!r} was already used in line {first}; every id must be used once"
+                )
+            records.append(record)
+        except ValueError as error:
+            errors.append(f"{path}:{number}: {shortened(str(error), 600)}")
+            if len(errors) == 10:
+                errors.append("… and perhaps more; reading stopped at the tenth")
+                break
     if errors:
         raise ValueError("\n".join(errors))
     if not records:
@@ -299,11 +295,21 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
     return records
 
 
+def _lines_in(path: str | Path) -> Iterator[bytes]:
+    """Yield the lines of a file. ValueError: it cannot be read, or is a pipe and the like, of which
+    a second look would find nothing."""
+    try:
+        with regular_file(path) as file:
+            yield from file
+    except OSError as error:
+        raise ValueError(f"cannot read the metadata {path}: {error.strerror or error}") from None
+
+
 def media_of(path: str | Path) -> Media:
     """Return whether the lines of a JSONL file are about images or clips, by the first one; "image"
     if it does not say."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        row = decoded_object(next((line for line in file if line.strip(BLANK)), b""))
+    with contextlib.suppress(ValueError):
+        row = decoded_object(next((line for line in _lines_in(path) if line.strip(BLANK)), b""))
         if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):
             return "video"
     return "image"

@@ -35,7 +35,14 @@ from mmdit.data.dataset.records import (
 )
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
-from mmdit.files import open_regular, remove, replace_folder, write_atomically
+from mmdit.files import (
+    open_regular,
+    read_bytes,
+    read_text,
+    remove,
+    replace_folder,
+    write_atomically,
+)
 
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
@@ -148,7 +155,7 @@ def known_rows(paths: Iterable[Path]) -> dict[str, dict]:
     keys = [key for keys in PATH_KEYS.values() for key in keys]
     known = {}
     for path in filter(Path.is_file, paths):
-        for line in path.read_bytes().split(b"\n"):
+        for line in read_bytes(path).split(b"\n"):
             try:
                 row = decoded_object(line)
                 source = next(row[key] for key in keys if key in row)
@@ -289,7 +296,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
 def _read_note(path: Path) -> dict:
     """Return what a folder of frames was made from."""
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}

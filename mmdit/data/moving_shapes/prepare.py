@@ -25,7 +25,7 @@ from mmdit.data.moving_shapes.facts import (
 )
 from mmdit.data.moving_shapes.render import render
 from mmdit.data.moving_shapes.sentences import caption, named_attributes
-from mmdit.files import clean, open_atomically, replace_folder, write_atomically
+from mmdit.files import clean, open_atomically, read_text, replace_folder, write_atomically
 
 DESCRIPTION = "moving_shapes.json"
 METADATA = ("train_images.jsonl", "train_videos.jsonl")
@@ -141,7 +141,7 @@ def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
     wanted = asdict(recipe) | (further or {})
     if path.exists():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(read_text(path))
         except ValueError:
             stored = {}
         stored = stored if isinstance(stored, dict) else {}

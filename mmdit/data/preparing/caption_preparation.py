@@ -37,7 +37,7 @@ from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
 from mmdit.data.preparing.caption_texts import clean_caption
 from mmdit.data.preparing.in_threads import done_in_threads
 from mmdit.data.preparing.interruption import interruptible
-from mmdit.files import clean, is_full, lock, real_path, write_atomically
+from mmdit.files import clean, is_full, lock, read_bytes, real_path, write_atomically
 
 NOTES = "captions_made.jsonl"
 WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
@@ -319,7 +319,7 @@ class CaptionPreparation:
 
 def _rows(path: Path) -> list[dict]:
     """Return the objects of a JSONL file that was read before."""
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     return [decoded_object(line) for line in lines if line.strip(BLANK)]
 
 

@@ -26,7 +26,7 @@ from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.preparing.film_signals import FilmSignals
 from mmdit.data.preparing.interruption import interruptible
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
-from mmdit.files import clean, is_full, release_folder, take_folder, write_atomically
+from mmdit.files import clean, is_full, read_text, release_folder, take_folder, write_atomically
 
 WRITE_SECONDS = 10.0  # so often the lines are written while films are measured
 NOTE = "clips.json"  # what the lines of a folder were made with
@@ -234,7 +234,7 @@ class ClipPreparation:
         path = self.out_dir / NOTE
         settings = asdict(self.settings)
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = json.loads(read_text(path))
         except (OSError, ValueError):
             before = None
         if isinstance(before, dict):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.files import Sum
+from mmdit.files import Sum, read_text
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
 from mmdit.weights import tensor_pieces
@@ -59,9 +59,7 @@ class Stored(Mapping[str, Tensor]):
             if files == [path]:
                 self.shapes = {name: torch.Size(parts[0][1]) for name, parts in self._parts.items()}
             else:
-                self._check_parts(
-                    json.loads((path.with_suffix("") / SHAPES).read_text(encoding="utf-8"))
-                )
+                self._check_parts(json.loads(read_text(path.with_suffix("") / SHAPES)))
         except (
             SafetensorError,
             OSError,

@@ -19,6 +19,7 @@ from torch import nn
 from mmdit.adapters import LoRAConfig, inject, merge
 from mmdit.commands.plan_memory import memory_plan
 from mmdit.commands.plan_memory.ladder import (
+    changed,
     clip_bytes,
     latent_shape,
     memory_options,
@@ -710,6 +711,26 @@ def test_rungs_leave_out_what_is_chosen_already():
             for more in ((), ("train.offload_optimizer=true",))
         ],
     ]
+
+
+ADAPTED = ["lora={enabled: true}", "train.init_from=base"]
+
+
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        (["train.optimizer=muon"], {"train.precision=pure_bf16", "train.offload_optimizer=true"}),
+        (["train.betas=[0.9, 0.999]"], {"train.precision=pure_bf16"}),
+        (["parallel.type=fsdp"], {"train.offload_optimizer=true"}),
+        ([*ADAPTED, "train.compile=true"], {"train.offload_blocks=2"}),
+        ([*ADAPTED, "experts={enabled: true}"], {"train.offload_blocks=2"}),
+    ],
+)
+def test_rungs_are_configs_that_can_be_trained(words, refused):
+    config = tiny(*words)
+    options = list(memory_options(config, 2))
+    assert all(changed(config, option) for option in options)
+    assert "model.checkpointing=true" in options[-1] and refused.isdisjoint(options[-1])
 
 
 @pytest.mark.slow

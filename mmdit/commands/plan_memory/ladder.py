@@ -4,7 +4,7 @@ make it fit."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -210,14 +210,15 @@ def encoder_bytes(config: HuggingFaceConfig) -> int:
 
 def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
     """Yield overrides of `config`, each list saving more memory, and costing more time, than the
-    one before; the first is empty."""
+    one before; the first is empty. What the rest of the config does not go with is left out."""
     train, steps = config.train, []
+    shared = config.experts.enabled and not config.model.released  # the blocks of both experts
     frozen = config.model.freeze or (config.lora.enabled and config.lora.train_lora_only)
     if train.batch_size > 1:
         accumulated = train.batch_size * train.grad_accum_steps
         steps.append(("train.batch_size=1", f"train.grad_accum_steps={accumulated}"))
     steps += [(option,) for option in config.model.memory_options(frozen)]
-    if frozen and train.offload_blocks < blocks:
+    if frozen and not shared and train.offload_blocks < blocks:
         steps.append((f"train.offload_blocks={blocks}",))
     if not frozen and train.precision != "pure_bf16":
         steps.append(("train.precision=pure_bf16",))
@@ -226,9 +227,19 @@ def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str,
     chosen: dict[str, str] = {}  # by key: a later step may set the same one
     yield ()
     for step in steps:
-        for word in step:
-            chosen[word.partition("=")[0]] = word
+        wanted = chosen | {word.partition("=")[0]: word for word in step}
+        try:
+            changed(config, wanted.values())
+        except ConfigError:
+            continue
+        chosen = wanted
         yield tuple(chosen.values())
+
+
+def changed(config: ExperimentConfig, words: Iterable[str]) -> ExperimentConfig:
+    """Return `config` with overrides. ConfigError: they do not go with it."""
+    raw = config_io.apply_overrides(config_io.encode(config), list(words))
+    return config_io.decode(ExperimentConfig, raw)
 
 
 def plans_until_fit(
@@ -243,8 +254,7 @@ def plans_until_fit(
         sizes = released_sizes(config.model, "high" if config.experts.enabled else None)
     blocks = sizes.num_layers if sizes else config.model.depth
     for changes in memory_options(config, blocks):
-        raw = config_io.apply_overrides(config_io.encode(config), list(changes))
-        plan = plan_training(config_io.decode(ExperimentConfig, raw), sizes, words)
+        plan = plan_training(changed(config, changes), sizes, words)
         yield changes, plan
         if fits(plan, gpu_gb):
             return

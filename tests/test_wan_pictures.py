@@ -15,9 +15,18 @@ from mmdit.interop.wan_pictures import Pictures
 from mmdit.interop.wan_release import release_config
 from mmdit.interop.wan_weights import load_dit
 from mmdit.scripts import sample, train_t2v
+from mmdit.training.memory.lean import to_bfloat16
 from mmdit.training.pipeline import SampleSettings
 from tests.helpers.tiny import refused
-from tests.helpers.wan_release import DIT, FLF2V, I2V, I2V_21, make_diffusers_release, make_release
+from tests.helpers.wan_release import (
+    DIT,
+    FLF2V,
+    I2V,
+    I2V_21,
+    make_diffusers_release,
+    make_release,
+    random_dit,
+)
 from tests.test_wan_training import LORA, Shop
 
 KINDS = {"i2v a14b": (I2V, "first"), "i2v 2.1": (I2V_21, "first"), "flf2v": (FLF2V, "first_last")}
@@ -159,6 +168,18 @@ def test_releases_of_both_layouts_draw_the_same_and_see_the_pictures(tmp_path, c
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
     other = pipeline.latents(["a", "b"], 64, 32, 9, SETTINGS, image=pictures.flip(-1))
     assert not torch.allclose(drawn[1], other, rtol=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [I2V_21, FLF2V], ids=["i2v 2.1", "flf2v"])
+def test_pictures_are_read_where_all_weights_are_bfloat16(config):
+    """As `train.precision: pure_bf16` has them."""
+    embedding = random_dit(config).img_emb
+    states = torch.randn(2, config.image_positions or 257, config.image_dim)
+    exact = embedding(states)
+    to_bfloat16(embedding)
+    rounded = embedding(states)
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_half_a_pair_is_no_release(tmp_path):

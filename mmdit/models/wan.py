@@ -308,7 +308,9 @@ class ImageEmbedding(nn.Module):
         states = states.to(input_dtype(self.proj))
         if self.emb_pos is not None:
             states = states + self.emb_pos
-        return self.proj(states)
+        before, first, gelu, second, after = self.proj
+        # a norm gives float32 whatever the layer behind it is kept in
+        return after(second(gelu(first(before(states).to(input_dtype(self.proj))))))
 
 
 class WanDiT(Denoiser):

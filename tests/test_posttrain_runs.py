@@ -67,6 +67,7 @@ def test_a_model_that_redraws_small_clips_has_none_here(shop, capsys):
     "word, expected",
     [
         ("train.save_in_background=true", "writes its checkpoints between two updates"),
+        ("train.precision=pure_bf16", "keeps the weights that it trains in float32: use bf16"),
         ("train.sample_every_steps=5", "is 5, but post-training draws no previews"),
         ("train.val_every_steps=5", "train.val_every_steps: is 5, but"),
         ("video.tile=[48,16]", "draws clips of 48x32 whole"),

@@ -80,6 +80,12 @@ def _check(config: ExperimentConfig) -> None:
             "is true, but post-training writes its checkpoints between two updates; set it to"
             " false",
         )
+    if config.train.precision == "pure_bf16":
+        raise ConfigError(
+            "train.precision",
+            "is pure_bf16, but post-training keeps the weights that it trains in float32: use bf16,"
+            " and adapters (lora.enabled) where memory is short",
+        )
     for name in ("sample_every_steps", "val_every_steps"):
         if steps := getattr(config.train, name):
             raise ConfigError(

@@ -147,6 +147,13 @@ def test_it_draws_the_samples_of_mmdit_bit_for_bit(run, pipe, frames):
     assert not torch.equal(pixels, raw), "the average is what was written"
 
 
+def test_an_encoder_without_weights_is_opened_too(tmp_path):
+    run = write_run(tmp_path / "run", text_encoder={"type": "hash", "dim": 16})
+    pipe = open_folder(write(run, tmp_path / "pipe"))
+    drawn = pipe(PROMPTS, num_frames=1, generator=seeded(7), output_type="pt")
+    torch.testing.assert_close(drawn.images[:, None], ours(run, 1, 7), rtol=0, atol=1e-3)
+
+
 def test_it_draws_the_files_that_the_command_writes(run, pipe, tmp_path):
     out = tmp_path / "samples"
     words = ["--checkpoint", run, "--out", out, "--frames", "1", "--seed", "3", "--prompts"]

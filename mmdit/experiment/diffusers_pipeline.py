@@ -108,6 +108,8 @@ class CaptionEncoder(ModelMixin, TextEncoder, ConfigMixin):
         super().__init__()
         section: Any = decode(TextEncoderConfig, text_encoder, "text_encoder")
         self.network = build_text_encoder(section)
+        if not self.network.state_dict():  # Diffusers writes no file then, and opens none
+            self.register_buffer("no_weights", torch.zeros(1))
 
     def forward(self, captions: list[str]) -> TextTokens:
         return self.network(captions)

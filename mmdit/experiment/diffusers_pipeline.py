@@ -109,7 +109,7 @@ class CaptionEncoder(ModelMixin, TextEncoder, ConfigMixin):
         section: Any = decode(TextEncoderConfig, text_encoder, "text_encoder")
         self.network = build_text_encoder(section)
         if not self.network.state_dict():  # Diffusers writes no file then, and opens none
-            self.register_buffer("no_weights", torch.zeros(1))
+            self.register_buffer("no_weights", torch.zeros(1, device="cpu"))
 
     def forward(self, captions: list[str]) -> TextTokens:
         return self.network(captions)

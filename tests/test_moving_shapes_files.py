@@ -81,9 +81,9 @@ def test_prepared_clips_do_not_depend_on_the_number_of_processes(tmp_path, monke
 def test_the_command_explains_mistakes(tmp_path, capsys):
     main(["--out_dir", str(tmp_path), "--count", "2", "--width", "32", "--height", "32"])
     for words, message in (
-        (["--count", "0"], "count is 0"),
+        (["--count", "0"], "--count: is 0"),
         (["--width", "50"], "multiple of 16"),
-        (["--frames", "0"], "frames is 0"),
+        (["--frames", "0"], "--frames: is 0"),
     ):
         refused(capsys, main, ["--out_dir", tmp_path / "other", *words], message)
     assert not (tmp_path / "other").exists()

@@ -426,7 +426,7 @@ def test_mistakes_are_refused_in_one_sentence(images, server, capsys, tmp_path):
     local = ["--meta_jsonl", str(images), "--out_dir", str(tmp_path / "out"), "--model"]
     for more, *expected in [
         (words(images, server, "--count", "3"), "would be the same", "--temperature"),
-        (words(images, server, "--parallel", "0"), "--parallel is 0"),
+        (words(images, server, "--parallel", "0"), "--parallel: is 0"),
         (words(images, server, "--temperature=-1"), "must be at least 0"),
         (words(images, server, "--frames", "0"), "frames: is 0"),
         (words(images, server, "--prompts", " "), "prompts: one is empty"),

@@ -26,6 +26,8 @@ from mmdit.scripts import (
     evaluate,
     export,
     friendly,
+    inspect_levels,
+    prepare_moving_shapes,
     sample,
     train_t2v,
 )
@@ -719,3 +721,33 @@ def test_ctrl_c_leaves_no_trace_while_a_command_is_loaded(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         start()
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("words", [["--lora", ""], ["--lora="], ["--out", "", "--seed", "1"]])
+def test_a_value_of_nothing_is_refused_but_for_the_empty_prompt(capsys, words):
+    """Such words are what a shell makes of `--lora "$LORA"` where the variable is not set."""
+    option = words[0].rstrip("=")
+    refused(capsys, sample.main, [*words, "--checkpoint", "x"], f"argument {option}: is empty")
+    parser = parser_of(sample.main)
+    empty = parser.parse_intermixed_args(["--prompts", "", "a", "--negative="])
+    assert empty.prompts == ["", "a"] and empty.negative == ""
+
+
+@pytest.mark.parametrize(
+    "main, option, value, most",
+    [
+        (sample.main, "--width", 10**21, 2**63 - 1),
+        (cache_vtp_images.main, "--batch_size", 2**31, 2**31 - 1),
+        (prepare_moving_shapes.main, "--frames", 10**9, 65536),
+        (inspect_levels.main, "--count", 10**12, 65536),
+    ],
+)
+def test_numbers_that_nothing_can_hold_are_refused_by_their_option(
+    capsys, main, option, value, most
+):
+    refused(capsys, main, [option, value], f"argument {option}: is {value}, must be at most {most}")
+
+
+def test_a_picture_of_a_million_columns_is_refused(shop, capsys):
+    words = ["--checkpoint", shop.folder / "runs/base", "--prompts", "a", "--width", 10**6]
+    refused(capsys, sample.main, words, "--width is 1000000, must be at most 65536")

@@ -12,6 +12,8 @@ from mmdit.terminal import typed_text
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
 
+MOST_PIXELS = 1 << 16  # of a side that is drawn, and frames
+
 
 def number(text: str) -> float:
     """Read a finite number, as the value of an option: `float` alone takes nan and inf, with
@@ -161,7 +163,10 @@ def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int
     """`(width, height, frames, fps)`; with buckets the first one is the default. ValueError for
     what cannot be drawn."""
     for name in ("width", "height", "frames", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}, must be at least 1")
+        if name != "batch_size" and value is not None and value > MOST_PIXELS:
+            raise ValueError(f"--{name} is {value}, must be at most {MOST_PIXELS}")
     width, height, frames, fps = config.sample_size
     return args.width or width, args.height or height, args.frames or frames, fps

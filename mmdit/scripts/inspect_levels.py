@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="run, checkpoint or export")
     parser.add_argument("--train_cache_dir", required=True, help="the cache whose items are read")
     parser.add_argument(
-        "--count", type=at_least(1), default=64, help="samples that are measured [64]"
+        "--count", type=at_least(1, 1 << 16), default=64, help="samples that are measured [64]"
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=16)
+    parser.add_argument("--batch_size", type=at_least(1, 1 << 16), default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("overrides", nargs="*", help="section.key=value over the stored config")
     args = parser.parse_intermixed_args(argv)

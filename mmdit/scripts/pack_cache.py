@@ -18,6 +18,7 @@ from mmdit.data.cache.packing import Format, pack_cache
 from mmdit.data.cache.tar_shards import Embeddings
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.parsers import at_least
 from mmdit.text_encoders import build_text_encoder
 from mmdit.text_encoders.huggingface import HuggingFaceEncoder
 from mmdit.training.distributed import choose_device
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--cache_dir", required=True, help="the cache; it stays as it is")
     parser.add_argument("--out_dir", required=True, help="folder for the shards, new or begun")
-    parser.add_argument("--shard_megabytes", type=int, default=1024, help="size of a shard [1024]")
+    parser.add_argument(
+        "--shard_megabytes", type=at_least(1), default=1024, help="size of a shard [1024]"
+    )
     parser.add_argument(
         "--format",
         choices=get_args(Format),

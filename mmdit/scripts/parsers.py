@@ -6,6 +6,9 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 
+MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
+MOST_COUNT, MOST_INT = 2**31 - 1, 2**63 - 1  # of what is counted, and of any number of 64 bits
+
 
 class ParserShown(Exception):
     """Carries the parser of a command to who asked for it."""
@@ -16,13 +19,26 @@ class ParserShown(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that can be looked at: see `parser_of`."""
+    """A parser that can be looked at: see `parser_of`. It refuses numbers beyond 64 bits, and
+    values of nothing, which a variable of the shell leaves that was not set: a command would read
+    or write the working directory, or do without what was asked for."""
 
     SHOW: list[str] = []  # this very list, given as arguments, asks for the parser
+
+    def __init__(self, *args, **values):
+        super().__init__(*args, **values)
+        self.register("type", int, _int_between(-MOST_INT, MOST_INT))
 
     def parse_intermixed_args(self, args=None, namespace=None):
         if args is self.SHOW:
             raise ParserShown(self)
+        words = sys.argv[1:] if args is None else [str(word) for word in args]
+        for before, word in zip(["", *words], words, strict=False):
+            option = before if not word else word.removesuffix("=")
+            if option == word or not option.startswith("--") or "=" in option:
+                continue
+            if not any(name.startswith(option) for name in MAY_BE_EMPTY):
+                self.error(f"argument {option}: is empty; give a value, or leave it out")
         return super().parse_intermixed_args(args, namespace)
 
     def refuse_idle(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
@@ -72,13 +88,18 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers that are `least` or more, as the value of an option."""
+def at_least(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` to `most`, as the value of an option."""
+    return _int_between(least, most)
 
+
+def _int_between(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"is {text}, must be at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"is {text}, must be at most {most}")
         return value
 
     read.__name__ = "int"  # in the message about what is no number

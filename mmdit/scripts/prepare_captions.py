@@ -25,7 +25,7 @@ from mmdit.interop.vision_language import DTYPES, LocalCaptioner
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.idle import refuse_other_captioner
-from mmdit.scripts.parsers import CommandParser
+from mmdit.scripts.parsers import CommandParser, at_least
 from mmdit.training.distributed import choose_device
 
 
@@ -49,7 +49,7 @@ def parser_of_captions() -> CommandParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_tokens", type=int, default=256, help="of a caption [256]")
     parser.add_argument(
-        "--max_characters", type=int, default=1000, help="longer captions are cut [1000]"
+        "--max_characters", type=at_least(16), default=1000, help="longer captions are cut [1000]"
     )
     parser.add_argument("--frames", type=int, default=8, help="of a clip that are shown [8]")
     parser.add_argument(
@@ -58,7 +58,9 @@ def parser_of_captions() -> CommandParser:
     parser.add_argument(
         "--replace", action="store_true", help="caption records, too, that have a caption"
     )
-    parser.add_argument("--parallel", type=int, default=8, help="requests at a time [8]")
+    parser.add_argument(
+        "--parallel", type=at_least(1, 1024), default=8, help="requests at a time [8]"
+    )
     parser.add_argument(
         "--timeout", type=number, default=120.0, help="seconds for an answer of the server [120]"
     )
@@ -69,7 +71,7 @@ def parser_of_captions() -> CommandParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers that mean nothing."""
-    for name in ("parallel", "max_tokens", "timeout"):
+    for name in ("max_tokens", "timeout"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be greater than 0")
     if args.temperature < 0:

@@ -14,19 +14,24 @@ from __future__ import annotations
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.arguments import MOST_PIXELS
+from mmdit.scripts.parsers import at_least
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--out_dir", default="data/moving_shapes")
-    parser.add_argument("--count", type=int, default=4096, help="samples (default: 4096)")
+    parser.add_argument("--count", type=at_least(1), default=4096, help="samples (default: 4096)")
     parser.add_argument(
-        "--width", type=int, default=64, help="pixels, a multiple of 16 (default: 64)"
+        "--width",
+        type=at_least(1, MOST_PIXELS),
+        default=64,
+        help="pixels, a multiple of 16 (default: 64)",
     )
-    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--height", type=at_least(1, MOST_PIXELS), default=64)
     parser.add_argument(
         "--frames",
-        type=int,
+        type=at_least(1, MOST_PIXELS),
         default=1,
         help="1: images (default); more: a folder of frames for each clip",
     )
@@ -46,7 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="captions for training state all facts; without it 15 of 100 facts are left out",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes (default: as many as pay off)"
+        "--workers",
+        type=at_least(0, 1024),
+        default=0,
+        help="processes (default: as many as pay off)",
     )
     options = parser.parse_intermixed_args(arguments)
     with friendly():

@@ -316,18 +316,19 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     (folder / "notes.pdf").touch()
     os.symlink(folder, folder / "sub/loop")
     os.symlink(folder / "gone.png", folder / "dangling.png")
+    os.symlink("ring.png", folder / "ring.png")
     assert folder_script.main(["--folder", str(folder), "--out_dir", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "10 images and 5 video files, 13 of them without a caption" in told and "1 .pdf" in told
+    assert "11 images and 5 video files, 14 of them without a caption" in told and "1 .pdf" in told
     assert "cmyk.jpg: used without its caption, the caption is not UTF-8" in told
     records = read_records(tmp_path / "train_images.jsonl", "image")
-    assert len({record.id for record in records}) == 10
+    assert len({record.id for record in records}) == 11
     assert [record.caption for record in records if record.caption] == ["a good one"] * 2
     report = run(tmp_path / "train_images.jsonl", tmp_path / "cache")
-    assert report.written == 6 and report.written + len(report.skipped) == report.records == 10
+    assert report.written == 6 and report.written + len(report.skipped) == report.records == 11
     assert report.animated == 1 and "1 items from animated pictures" in report.text()
     skipped = sorted(skip.path.rpartition("/")[2] for skip in report.skipped)
-    assert skipped == ["cut.jpg", "dangling.png", "text.png", "zero.png"]
+    assert skipped == ["cut.jpg", "dangling.png", "ring.png", "text.png", "zero.png"]
     clips = run(tmp_path / "train_videos.jsonl", tmp_path / "clips", kind="video")
     assert clips.records == 5 and sorted(skip.id for skip in clips.skipped) == ["no frame", "torn"]
     cached = open_cache(tmp_path / "clips")

@@ -130,7 +130,7 @@ def previews_in(run: Path) -> list[dict]:
         return []
     for entry in entries:
         match = PREVIEW.fullmatch(entry.name)
-        if not match or not entry.is_dir():
+        if not match or not os.path.isdir(entry.path):
             continue
         files = set(os.listdir(entry.path))
         video = next((name for name in VIDEOS if name in files), None)

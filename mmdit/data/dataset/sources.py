@@ -109,7 +109,7 @@ def files_below(folder: str | Path) -> Iterator[str]:
             name = os.path.join(inner, entry.name)
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # of a ring of links entry.is_dir raises
                 real = os.path.realpath(entry.path)
                 if real not in seen:
                     seen.add(real)

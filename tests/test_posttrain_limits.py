@@ -199,6 +199,9 @@ def test_what_a_file_of_prompts_says_besides_is_refused_and_half_a_letter_too(tm
     (tmp_path / "p.yaml").write_text("prompts: [a]\nnegative: ugly\n")
     with pytest.raises(ConfigError, match="beside prompts it holds negative"):
         read_prompt_list(tmp_path / "p.yaml")
+    (tmp_path / "p.yaml").write_text("prompts: [a, on]\n")
+    with pytest.raises(ConfigError, match=r"prompt 1 is True, must be text \(in quotes\)"):
+        read_prompt_list(tmp_path / "p.yaml")
     (tmp_path / "p.json").write_text('[{"caption": "a"}, {"caption": "b \\ud83d"}]')
     with pytest.raises(ConfigError, match="prompt 1 holds half a surrogate pair"):
         read_prompt_list(tmp_path / "p.json")

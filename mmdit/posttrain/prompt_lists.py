@@ -56,14 +56,14 @@ def read_prompt_list(path: Path) -> list[str]:
                 captions = [row["caption"] for row in json.loads(text)]
             else:
                 mapping = parse_yaml(text, str(path))[0]
-                captions = mapping.pop("prompts")
+                captions = mapping.pop("prompts", None)
                 if mapping:
                     raise ValueError(f"beside prompts it holds {', '.join(mapping)}: remove that")
             if not (isinstance(captions, list) and captions):
                 raise ValueError("it holds no list")
-            if not all(isinstance(caption, str) for caption in captions):
-                raise ValueError("a prompt is no text")
             for place, caption in enumerate(captions):
+                if not isinstance(caption, str):
+                    raise ValueError(f"prompt {place} is {caption!r}, must be text (in quotes)")
                 if holds_half_a_pair(caption):
                     raise ValueError(f"prompt {place} holds half a surrogate pair; write it anew")
     except ValueError as error:

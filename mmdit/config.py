@@ -66,6 +66,9 @@ def check_sections(run: Any) -> None:
             section.check(run)
 
 
+MOST_INT = 2**63 - 1  # what arrays and files can hold
+
+
 def least(section: object, bound: float, *names: str, above: bool = False) -> None:
     """ConfigError for a number of `section` below `bound` (or, with `above`, not above it); None is
     none."""
@@ -74,6 +77,15 @@ def least(section: object, bound: float, *names: str, above: bool = False) -> No
         if value is not None and (value < bound or (above and value == bound)):
             limit = "above" if above else "at least"
             raise ConfigError(name, f"is {value}; must be {limit} {bound:g}")
+
+
+def most(section: object, bound: int, *names: str) -> None:
+    """ConfigError for a number of `section` above `bound`, which no machine could hold; None is
+    none."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value > bound:
+            raise ConfigError(name, f"is {value}; must be at most {bound}")
 
 
 def shortened(text: str, most: int) -> str:
@@ -295,7 +307,10 @@ def decode(hint: Any, value: Any, path: str = "") -> Any:
         except OverflowError:
             raise ConfigError(path, "is too large for a floating-point number") from None
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e5 steps
+        value = int(value)  # 1e5 steps
+    if hint is int and isinstance(value, int) and abs(value) > MOST_INT:
+        number = value if value.bit_length() < 256 else "too large"
+        raise ConfigError(path, f"is {number}; must be at most {MOST_INT}, a number of 64 bits")
     if hint is type(None):
         fits = value is None
     else:

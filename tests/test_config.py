@@ -276,3 +276,19 @@ def test_a_tilde_in_a_path_is_the_home_folder_and_in_a_text_it_is_none(tmp_path,
     words = ["--out_dir=~/x", "~/y", "--prompt=a ~/b", "a=~/c", "--out", "~"]
     told = ["--out_dir=/home/someone/x", "/home/someone/y", "--prompt=a ~/b", "a=~/c", "--out", "~"]
     assert [with_home(word) for word in words] == told
+
+
+@pytest.mark.parametrize(
+    "key, value, limit",
+    [
+        ("train.batch_size", 10**20, 2**63 - 1),
+        ("seed", -(2**64), 2**63 - 1),
+        ("train.max_steps", 1e20, 2**63 - 1),
+        ("train.batch_size", 10**18, 2**20),
+        ("train.grad_accum_steps", 2_000_000, 2**20),
+    ],
+)
+def test_whole_numbers_that_nothing_holds_are_refused_by_their_key(key, value, limit):
+    config = apply_overrides({"experiment_name": "x"}, [f"{key}={value}"])
+    with pytest.raises(ConfigError, match=f"{key}: is .*must be at most {limit}"):
+        decode(ExperimentConfig, config)

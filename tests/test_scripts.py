@@ -279,8 +279,8 @@ def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
         "before --prompts",
     )
     refused(capsys, sample.main, [*draw, "--width", "40"], "40x32 is not a multiple of 16")
-    refused(capsys, sample.main, [*draw, "--frames", "0"], "--frames is 0")
-    refused(capsys, sample.main, [*draw, "--batch_size", "0"], "--batch_size is 0")
+    refused(capsys, sample.main, [*draw, "--frames", "0"], "--frames: is 0")
+    refused(capsys, sample.main, [*draw, "--batch_size", "0"], "--batch_size: is 0")
     refused(capsys, sample.main, [*draw, "--steps", "0"], "steps: is 0")
     (tmp_path / "foreign.safetensors").write_bytes(b"\x80\x04 a pickle")
     refused(
@@ -736,7 +736,7 @@ def test_a_value_of_nothing_is_refused_but_for_the_empty_prompt(capsys, words):
 @pytest.mark.parametrize(
     "main, option, value, most",
     [
-        (sample.main, "--width", 10**21, 2**63 - 1),
+        (sample.main, "--seed", 10**21, 2**63 - 1),
         (cache_vtp_images.main, "--batch_size", 2**31, 2**31 - 1),
         (prepare_moving_shapes.main, "--frames", 10**9, 65536),
         (inspect_levels.main, "--count", 10**12, 65536),
@@ -750,4 +750,4 @@ def test_numbers_that_nothing_can_hold_are_refused_by_their_option(
 
 def test_a_picture_of_a_million_columns_is_refused(shop, capsys):
     words = ["--checkpoint", shop.folder / "runs/base", "--prompts", "a", "--width", 10**6]
-    refused(capsys, sample.main, words, "--width is 1000000, must be at most 65536")
+    refused(capsys, sample.main, words, "--width: is 1000000, must be at most 65536")

@@ -11,8 +11,7 @@ from mmdit.scripts.parsers import Once, at_least
 from mmdit.terminal import typed_text
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
-
-MOST_PIXELS = 1 << 16  # of a side that is drawn, and frames
+from mmdit.training.requests import MOST_PIXELS
 
 
 def number(text: str) -> float:
@@ -30,10 +29,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, needs_checkpoint: bo
         required=needs_checkpoint,
         help="run folder, checkpoint folder or exported .safetensors",
     )
-    parser.add_argument("--width", type=int, help="pixels; default: the config's")
-    parser.add_argument("--height", type=int)
     parser.add_argument(
-        "--frames", type=int, help="1 draws pictures; default: the config's video.num_frames"
+        "--width", type=at_least(1, MOST_PIXELS), help="pixels; default: the config's"
+    )
+    parser.add_argument("--height", type=at_least(1, MOST_PIXELS))
+    parser.add_argument(
+        "--frames",
+        type=at_least(1, MOST_PIXELS),
+        help="1 draws pictures; default: the config's video.num_frames",
     )
     parser.add_argument("--steps", type=int, help="sampling steps; default: train.sample_num_steps")
     parser.add_argument("--solver", choices=get_args(Solver))
@@ -55,7 +58,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, needs_checkpoint: bo
     parser.add_argument("--shift", type=number, help="time shift of the sampling grid")
     parser.add_argument("--eta", type=number, help="noise added by ddim; 0 = deterministic")
     parser.add_argument("--seed", type=int, help="default: train.sample_seed")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=at_least(1), default=64)
     parser.add_argument(
         "--raw_weights", action="store_true", help="the last weights instead of their average"
     )
@@ -160,13 +163,6 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
 
 
 def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:
-    """`(width, height, frames, fps)`; with buckets the first one is the default. ValueError for
-    what cannot be drawn."""
-    for name in ("width", "height", "frames", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, must be at least 1")
-        if name != "batch_size" and value is not None and value > MOST_PIXELS:
-            raise ValueError(f"--{name} is {value}, must be at most {MOST_PIXELS}")
+    """`(width, height, frames, fps)`; with buckets the first one is the default."""
     width, height, frames, fps = config.sample_size
     return args.width or width, args.height or height, args.frames or frames, fps

@@ -6,8 +6,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 
+from mmdit.config import MOST_INT
+
 MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
-MOST_COUNT, MOST_INT = 2**31 - 1, 2**63 - 1  # of what is counted, and of any number of 64 bits
+MOST_COUNT = 2**31 - 1
 
 
 class ParserShown(Exception):
@@ -27,17 +29,16 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
-        self.register("type", int, _int_between(-MOST_INT, MOST_INT))
+        self.register("type", int, at_least(-MOST_INT, MOST_INT))
 
     def parse_intermixed_args(self, args=None, namespace=None):
         if args is self.SHOW:
             raise ParserShown(self)
         words = sys.argv[1:] if args is None else [str(word) for word in args]
         for before, word in zip(["", *words], words, strict=False):
-            option = before if not word else word.removesuffix("=")
-            if option == word or not option.startswith("--") or "=" in option:
-                continue
-            if not any(name.startswith(option) for name in MAY_BE_EMPTY):
+            option = word.removesuffix("=") if word else before
+            empty = option != word and option.startswith("--") and "=" not in option
+            if empty and not any(name.startswith(option) for name in MAY_BE_EMPTY):
                 self.error(f"argument {option}: is empty; give a value, or leave it out")
         return super().parse_intermixed_args(args, namespace)
 
@@ -90,10 +91,7 @@ class Once(argparse.Action):
 
 def at_least(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
     """Return a reader of whole numbers from `least` to `most`, as the value of an option."""
-    return _int_between(least, most)
 
-
-def _int_between(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         value = int(text)
         if value < least:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from mmdit.data.moving_shapes.facts import SPLITS, VARIANTS
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.scripts import command_parser, friendly, run
-from mmdit.scripts.arguments import MOST_PIXELS
 from mmdit.scripts.parsers import at_least
+from mmdit.training.requests import MOST_PIXELS
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mmdit.config import ConfigError, decode, least
+from mmdit.config import ConfigError, decode, least, most
 from mmdit.data.dataset.records import JSON, holds_half_a_pair
 from mmdit.training.pipeline import SampleSettings
+
+MOST_PIXELS = 1 << 16  # of a side that is drawn, and frames
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Request:
 
     def __post_init__(self):
         least(self, 1, "width", "height", "frames")
+        most(self, MOST_PIXELS, "width", "height", "frames")
         for name in ("prompt", "negative"):
             if holds_half_a_pair(getattr(self, name) or ""):
                 raise ConfigError(name, "holds half a surrogate pair, no text; write it anew")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmdit.config import ConfigError, FilePath, Section, least
+from mmdit.config import ConfigError, FilePath, Section, least, most
 from mmdit.diffusion import Grid, SamplerConfig, Solver, build_objective, sampling_times
 from mmdit.interfaces import LatentSpec
 from mmdit.training.optim import LearningRate, OptimizerName
@@ -120,6 +120,7 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         least(self, 1, "batch_size", "grad_accum_steps", "max_steps", "val_samples")
+        most(self, 1 << 20, "batch_size", "grad_accum_steps")
         least(self, 1, "log_every_steps", "save_every_steps")
         least(self, 1, "sample_num_images", "sample_num_steps")
         least(self, 0, "warmup_steps", "max_skipped_steps", "keep_last", "keep_every_steps")

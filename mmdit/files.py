@@ -66,20 +66,15 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
         )
     name, file = "", None
     try:
-        name, file = _open_temporary(os.path.dirname(path) or ".")
-        yield file
-        file.flush()
-        if flush:
-            os.fsync(file.fileno())
-        os.close(os.dup(file.fileno()))  # a network file system reports a full disk only now
-        os.replace(name, path)
-        name = ""
-    except OSError as error:
-        ours = error.filename is None or ".writing-" in str(error.filename)
-        if ours and error.errno is not None:
-            # with the name that a person knows
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        with naming(path):
+            name, file = _open_temporary(os.path.dirname(path) or ".")
+            yield file
+            file.flush()
+            if flush:
+                os.fsync(file.fileno())
+            os.close(os.dup(file.fileno()))  # a network file system reports a full disk only now
+            os.replace(name, path)
+            name = ""
     finally:
         if name:
             with contextlib.suppress(OSError):
@@ -90,6 +85,19 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
                 file.close()
     if flush:
         flush_to_disk(os.path.dirname(path) or ".")
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of a write the name that a person knows, where it has none or a hidden one:
+    "No space left on device" alone does not say where."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.filename is None or ".writing-" in str(error.filename)
+        if ours and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 class Sum:

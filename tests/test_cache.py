@@ -569,3 +569,12 @@ def test_caches_of_older_versions_are_read_and_go_on(tmp_path):
         assert writer.entries.keys() == {"a", "猫"}
     assert contents(tmp_path / "caches/plain") == before
     assert pack_cache(tmp_path / "caches/plain", tmp_path / "caches/packed")["written"] == 0
+
+
+def test_an_index_that_cannot_be_written_is_named(tmp_path):
+    """ "No space left on device" alone does not say on which."""
+    writer = CacheWriter(tmp_path, CacheManifest.of(MeanPixels(), VIDEO))
+    writer.close()
+    writer._index = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer._flush(["a line"])

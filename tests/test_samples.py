@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from mmdit.files import release_folder, take_folder
 from mmdit.pixels import to_shown
-from mmdit.scripts import evaluate, sample
+from mmdit.scripts import (
+    estimate_latent_scale,
+    evaluate,
+    evaluate_vtp,
+    inspect_cache,
+    plot_run,
+    report,
+    sample,
+)
 from mmdit.scripts.prompts import read_prompts, read_requests
 from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
@@ -189,11 +197,27 @@ def test_where_samples_go_is_looked_at_before_anything_is_loaded(shop, capsys, t
         capsys, sample.main, [*words, tmp_path / "file"], "file is a file, but a folder is to be"
     )
     refused(capsys, sample.main, [*words, tmp_path / "file/deep"], "cannot be written", "no folder")
-    words = ["--checkpoint", shop.folder / "nothing"]
-    for option in ("--out", "--sheet"):
+    checkpoint = ["--checkpoint", tmp_path / "nothing"]
+    sheet = tmp_path / "sheet.png"
+    sheet.mkdir()
+    for main, words, option in (
+        (evaluate.main, checkpoint, "--out"),
+        (evaluate.main, checkpoint, "--sheet"),
+        (evaluate_vtp.main, checkpoint, "--out"),
+        (estimate_latent_scale.main, ["--cache_dir", "nothing"], "--save"),
+        (inspect_cache.main, ["--cache_dir", "nothing", "--config", "nothing"], "--sheet"),
+        (plot_run.main, ["--runs", shop.folder / "runs/base"], "--out"),
+    ):
         refused(
-            capsys, evaluate.main, [*words, option, tmp_path], "is a folder, but a file is to be"
+            capsys, main, [*words, option, sheet], f"{option} {sheet} is a folder, but a file is"
         )
+
+
+def test_the_folder_of_what_is_written_is_made(shop, tmp_path):
+    report.main([str(shop.folder / "runs/base"), "--out", str(tmp_path / "a/report.html")])
+    words = ["--cache_dir", str(shop.cache("pictures")), "--save", str(tmp_path / "b/scale.json")]
+    estimate_latent_scale.main(words)
+    assert (tmp_path / "a/report.html").is_file() and (tmp_path / "b/scale.json").is_file()
 
 
 def test_the_sum_of_weights_knows_every_part_of_them():
@@ -379,6 +403,11 @@ def test_the_prompts_of_post_training_can_be_drawn(tmp_path):
         ("p.jsonl", "a red star", "p.jsonl:1: is no JSON object"),
         ("p.json", '{"prompt": "a"}', "p.json', which cannot be read"),
         ("p.yaml", "prompts: []", "there is no prompt in"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "width": 99999}',
+            "p.jsonl:1: width: is 99999; must be at most 65536",
+        ),
         ("p.jsonl", '{"prompt": "a", "width": 40}', "prompt 0 ({'width': 40}): "),
     ],
 )

@@ -6,12 +6,14 @@ deviation 1.
 """
 
 import json
+from pathlib import Path
 
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.statistics import latent_statistics
 from mmdit.files import write_atomically
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.parsers import at_least
+from mmdit.training.samples import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        check_files(save=args.save)
         stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
         print(
             f"# {stats['items']} items, {stats['values']} values a channel; "
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
                 " can be divided by its deviation: leave out --save, or look at the tokenizer"
             )
         if args.save:
+            Path(args.save).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
         else:

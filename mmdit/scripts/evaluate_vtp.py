@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from vtp.models import VTPModel
 
     from mmdit.training.distributed import choose_device
+    from mmdit.training.samples import check_writable
     from mmdit.vtp_training.model_card import SCORES_FILE, write_card, write_json
     from mmdit.vtp_training.tokenizer_scores import tokenizer_scores
 
@@ -39,9 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         if args.count < 2:
             raise ValueError(f"--count is {args.count}, must be at least 2")
+        out = args.out or args.checkpoint / SCORES_FILE
+        check_writable(out, folder=False)
         model = VTPModel.from_pretrained(args.checkpoint).to(choose_device(args.device))
         report = tokenizer_scores(model, args.count, args.images)
-        write_json(args.out or args.checkpoint / SCORES_FILE, report)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, report)
         if args.out is None:
             write_card(args.checkpoint)
         print(json.dumps(report, indent=1))

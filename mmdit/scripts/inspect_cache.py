@@ -21,6 +21,7 @@ from mmdit.scripts.data_arguments import add_input_arguments, input_records
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import save_image
+from mmdit.training.samples import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--sheet is {sheet} and --samples {args.samples}; must end with .png, and be at"
                 " least 0"
             )
+        check_files(sheet=args.sheet)
         config = load_experiment_config(args.config, args.overrides)
         tokenizer = build_tokenizer(config.tokenizer, choose_device(args.device))
         wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)

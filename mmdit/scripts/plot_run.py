@@ -8,6 +8,7 @@ from pathlib import Path
 from mmdit.diagnostics.curves import draw_curves, read_metrics
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.media import save_image
+from mmdit.training.samples import check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(args.out)
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out is {args.out!r}, must end in .png")
+        check_writable(out, folder=False)
         save_image(draw_curves({run: read_metrics(Path(run)) for run in args.runs}), out)
         print(f"wrote {out}")
     return 0

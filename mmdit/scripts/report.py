@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         report = RunReport(Path(args.run))
         out = Path(args.out or Path(args.run) / "report.html")
         check_writable(out, folder=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, report.page())
         print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

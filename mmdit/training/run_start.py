@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mmdit
-from mmdit.files import lines_of, read_text, refuse_link
+from mmdit.files import lines_of, naming, read_text, refuse_link
 from mmdit.training.distributed import World
 
 STARTS = "starts.jsonl"
@@ -38,7 +38,7 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
         "data": data,
         "command": command,
     }
-    with refuse_link(run_dir / STARTS).open("a+b") as file:
+    with naming(run_dir / STARTS), refuse_link(run_dir / STARTS).open("a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         torn = file.read() not in (b"", b"\n")  # a full disk: this line would be lost with it
         file.write(b"\n" * torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -34,19 +34,21 @@ NAME = re.compile(r"\d{4,}\.(png|mp4)")  # what this module writes, and therefor
 ELEMENTS = 4096  # of each weight, for `weights_digest`
 
 
-def check_writable(path: str | Path, folder: bool) -> None:
-    """Raise ValueError before hours of work if the file or folder `path` cannot be made where
-    it is asked for."""
+def check_writable(path: str | Path, folder: bool, option: str = "out") -> None:
+    """Raise ValueError before hours of work if the file or folder `path`, of this option, cannot be
+    made where it is asked for."""
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         there, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise ValueError(f"{path} is {there}, but {wanted} is to be written there; choose another")
+        raise ValueError(
+            f"--{option} {path} is {there}, but {wanted} is to be written there; choose another"
+        )
     nearest = path if folder else path.parent
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
-            f"--out {path} cannot be written: {nearest} is no folder that you may write to; "
+            f"--{option} {path} cannot be written: {nearest} is no folder that you may write to; "
             "choose another place"
         )
 
@@ -58,7 +60,7 @@ def check_files(**paths: str | None) -> None:
     for name, path in paths.items():
         if not path:
             continue
-        check_writable(path, folder=False)
+        check_writable(path, False, name)
         other = options.setdefault(real_path(path), name)
         if other != name:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit.files import refuse_link
+from mmdit.files import naming, refuse_link
 from mmdit.training.alpha.schedule import AlphaSchedule
 from mmdit.training.alpha.trend import BINS, SPANS, LossHistory, StepFacts
 from mmdit.training.distributed import World
@@ -338,7 +338,8 @@ class Reporter:
         rank has an id in `non_finite_loss`, the gradient alone overflowed. `step` counts the steps
         finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
-        with refuse_link(self.run_dir / name).open("a", encoding="utf-8") as file:
+        path = self.run_dir / name
+        with naming(path), refuse_link(path).open("a", encoding="utf-8") as file:
             first = last_step - len(window.steps)
             for number, step in enumerate(window.taken):
                 if not step.skipped:

@@ -31,6 +31,7 @@ from mmdit.files import (
     clean,
     flush_file_system,
     lock,
+    naming,
     refuse_link,
     write_atomically,
 )
@@ -143,8 +144,9 @@ class CacheWriter:
         memory."""
         if lines:
             flush_file_system(self.folder)
-            self._index.write("".join(lines).encode())
-            self._index.flush()
+            with naming(self._index.name):
+                self._index.write("".join(lines).encode())
+                self._index.flush()
 
     def admit(self) -> str:
         """Check that new latents come to latents of their own precision; return what to say where

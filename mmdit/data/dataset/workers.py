@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from mmdit.data.dataset.records import Record
+from mmdit.files import naming
 
 KILLED = "the process that read it was killed (out of memory?)"
 
@@ -102,7 +103,8 @@ def results(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     workers = min(num_workers, cores)
-    doing = multiprocessing.RawArray("q", 2 * workers + 1)
+    with naming("shared memory, /dev/shm"):
+        doing = multiprocessing.RawArray("q", 2 * workers + 1)
     loader = DataLoader(
         _Job(dataset, doing),
         batch_size=None,

@@ -357,7 +357,7 @@ def test_a_hostile_folder_ends_with_every_file_accounted_for(tmp_path, capsys):
     twice = (tmp_path / "train_images.jsonl").read_text().splitlines()
     (tmp_path / "train_images.jsonl").write_text("\n".join([*twice, twice[0]]))
     with pytest.raises(
-        ValueError, match=r"train_images.jsonl:11: id .* was already used in line 1"
+        ValueError, match=r"train_images.jsonl:12: id .* was already used in line 1"
     ):
         read_records(tmp_path / "train_images.jsonl", "image")
     (tmp_path / "train_images.jsonl").write_text("\n".join(twice))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from mmdit.config import MOST_INT
 
 MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
-MOST_COUNT = 2**31 - 1
 
 
 class ParserShown(Exception):
@@ -89,7 +88,7 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def at_least(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
+def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Return a reader of whole numbers from `least` to `most`, as the value of an option."""
 
     def read(text: str) -> int:

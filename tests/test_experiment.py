@@ -18,6 +18,7 @@ from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
+from mmdit.experiment.idle_keys import idle_keys
 from mmdit.experiment.load import load_pipeline
 from mmdit.experiment.run import describe
 from mmdit.interop.lora_formats import load_lora
@@ -687,3 +688,55 @@ def test_more_sizes_than_are_compiled_are_told(tmp_path, capsys, count):
     learner = SimpleNamespace(model=nn.Linear(1, 1), text_encoder=nn.Linear(1, 1))
     describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan, tmp_path / "x")
     assert ("33 sizes: where blocks are compiled" in capsys.readouterr().out) == (count == 33)
+
+
+ADAPTED = ["lora.enabled=true", "train.init_from=base"]
+CLIPS = ["video.num_frames=4", "model.temporal_position=false"]
+
+
+@pytest.mark.parametrize(
+    "words, keys, reason",
+    [
+        (["diffusion.prediction_type=eps"], "diffusion.prediction_type", "objective is flow"),
+        (["train.objective=ddpm", "flow_matching.shift=3"], "flow_matching.shift", "is ddpm"),
+        (["train.lr_final=0.1"], "train.lr_final", "lr_schedule is constant"),
+        (["train.val_share=0.2"], "train.val_share", "val_every_steps is 0"),
+        ([*CLIPS, "model.joint_position=true"], "model.joint_position", "have no number"),
+        (["model.checkpoint_every=2"], "model.checkpoint_every", "checkpointing is false"),
+        (["model.augmentation=0.2"], "model.augmentation", "conditioning is none"),
+        (["lora.rank=4", "lora.alpha=2"], "lora.rank, lora.alpha", "lora.enabled is false"),
+        (
+            [*ADAPTED, "experts={enabled: true, train: low, switch_every: 2}"],
+            "experts.switch_every",
+            "experts.train is low",
+        ),
+        (
+            [*ADAPTED, "alpha_schedule={enabled: true, phases: [{name: a, alpha: 2}]}"]
+            + ["alpha_schedule.ramp_steps=5"],
+            "alpha_schedule.ramp_steps",
+            "on_change is preserve",
+        ),
+    ],
+)
+def test_keys_without_a_part_in_a_training_are_told(shop, words, keys, reason):
+    config = load_experiment_config(shop.config, words)
+    (line,) = idle_keys(config)
+    assert f": {keys} (" in line and reason in line
+    assert not idle_keys(load_experiment_config(shop.config))
+
+
+@torch.no_grad()
+def test_the_line_about_idle_keys_is_true_and_printed(shop, tmp_path, capsys):
+    words = [*CLIPS, "model.joint_position=true", f"output_dir={tmp_path}"]
+    config = load_experiment_config(shop.config, words)
+    learner = build_learner(config, build_tokenizer(config.tokenizer).spec)
+    plan = SimpleNamespace(report=lambda: "", table=list)
+    describe(config, learner, plan, tmp_path / "x")
+    assert "model.joint_position (model.temporal_position is false" in capsys.readouterr().out
+    model, text = learner.model.eval(), learner.text_encoder(["a"])
+    for weight in model.parameters():
+        weight.add_(0.1)
+    x, t = torch.randn(1, 4, 2, 3, 8), torch.tensor([500.0])
+    before = model(x, t, text)
+    model.joint_position.embed.weight.add_(1)
+    assert torch.equal(model(x, t, text), before) and before.any()

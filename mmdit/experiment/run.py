@@ -28,6 +28,7 @@ from mmdit.experiment.build import (
 )
 from mmdit.experiment.data_sources import open_batches, sources_of
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.experiment.idle_keys import idle_keys
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.tokenizers import build_tokenizer
@@ -326,7 +327,7 @@ def describe(
     if config.experts.enabled:
         assert learner.experts is not None
         print(learner.experts.describe())
-    for line in expert_notes(config):
+    for line in [*expert_notes(config), *idle_keys(config)]:
         print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())

@@ -1,0 +1,62 @@
+"""Tell which settings of a configuration have no part in a training, as others have it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from mmdit.experiment.experiment_config import ExperimentConfig
+
+
+def idle_keys(config: ExperimentConfig) -> list[str]:
+    """Return a line for the settings that a person has changed, and that another setting leaves
+    without a part in training. They stand in configs that switch between two ways, so they are no
+    error; but who meant them should know."""
+    lines = []
+    for reason, section, names in _rows(config):
+        changed = [f"{section}.{name}" for name in _changed(getattr(config, section), names)]
+        if changed:
+            lines.append(f"without a part in this training: {', '.join(changed)} ({reason})")
+    return lines
+
+
+def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield why, in which section, and which keys of it (none: all) have no part."""
+    train, model, experts = config.train, config.model, config.experts
+    for section in ("bucketing", "tread", "lora", "alpha_schedule", "experts", "ema"):
+        if not getattr(config, section).enabled:
+            yield f"{section}.enabled is false", section, ()
+    other = {"ddpm": "flow_matching", "flow_matching": "diffusion"}[train.objective]
+    yield f"train.objective is {train.objective}", other, ()
+    if train.lr_schedule == "constant":
+        yield "train.lr_schedule is constant", "train", ("lr_final",)
+    if not train.val_every_steps:
+        yield "train.val_every_steps is 0", "train", ("val_share", "val_samples")
+    if not getattr(model, "checkpointing", True):
+        yield "model.checkpointing is false", "model", ("checkpoint_every",)
+    if not getattr(model, "temporal_position", True):
+        names = ("joint_position", "frame_step")
+        yield "model.temporal_position is false: frames have no number", "model", names
+    if model.conditioning == "none":
+        yield "model.conditioning is none", "model", ("augmentation",)
+    if experts.enabled and len(experts.trained) == 1:
+        yield f"experts.train is {experts.train}", "experts", ("routing", "switch_every")
+    elif experts.enabled and experts.routing == "by_sigma":
+        yield "experts.routing is by_sigma", "experts", ("switch_every",)
+    if config.alpha_schedule.enabled and config.alpha_schedule.on_change != "ramp":
+        reason = f"alpha_schedule.on_change is {config.alpha_schedule.on_change}"
+        yield reason, "alpha_schedule", ("ramp_steps",)
+
+
+def _changed(section: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of the keys `names` (none: of all) of a section that have not their default."""
+    changed = []
+    for field in dataclasses.fields(section):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        asked = field.name in names or (not names and field.name != "enabled")
+        if asked and getattr(section, field.name) != default:
+            changed.append(field.name)
+    return changed

@@ -140,7 +140,7 @@ def umt5(folder: Path) -> UMT5Config:
 
 
 TEXT_ENCODERS = {
-    ByteLevelConfig: lambda folder: ByteLevelConfig(dim=16, depth=1, num_heads=2),
+    ByteLevelConfig: lambda folder: ByteLevelConfig(dim=16, depth=1, num_heads=2, convolution=3),
     HashConfig: lambda folder: HashConfig(dim=16),
     HuggingFaceConfig: t5,
     UMT5Config: umt5,

@@ -25,7 +25,7 @@ from mmdit.text_encoders import (
 )
 from mmdit.text_encoders import byte_level as byte_level_module
 from mmdit.text_encoders import words as words_module
-from mmdit.text_encoders.byte_level import WORD_BYTES, byte_rows, spell
+from mmdit.text_encoders.byte_level import WORD_BYTES, byte_rows, side_by_side, spell
 from mmdit.text_encoders.words import split_words
 from tests.helpers import warm
 
@@ -445,6 +445,20 @@ def test_hash_words_are_independent_and_of_unit_variance():
 
 
 # ── byte level ────────────────────────────────────────────────────────────────────────────────────
+def test_a_convolution_tells_a_word_of_those_beside_it_and_of_no_other():
+    torch.manual_seed(0)
+    encoder = build_text_encoder(ByteLevelConfig(dim=16, depth=0, convolution=3))
+    tokens = encoder(["a red star on gray", "a blue star on gray", "star"]).embeddings
+    same = (tokens[0] == tokens[1]).all(dim=-1)
+    assert same.tolist() == [False, False, False, True, True]
+    words = torch.arange(6.0).view(1, 3, 2)
+    beside = [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 0]]
+    assert side_by_side(words, 3).tolist() == [beside]
+    assert side_by_side(words, 1).equal(words)
+    with pytest.raises(ConfigError, match="odd"):
+        ByteLevelConfig(convolution=4)
+
+
 def test_byte_level_output_has_unit_scale():
     torch.manual_seed(0)
     text = build_text_encoder(ByteLevelConfig())(
@@ -453,9 +467,10 @@ def test_byte_level_output_has_unit_scale():
     assert 0.9 < text.embeddings.square().mean().sqrt() < 1.1
 
 
-def test_byte_level_trains_every_parameter_even_on_empty_captions():
+@pytest.mark.parametrize("convolution", [1, 3])
+def test_byte_level_trains_every_parameter_even_on_empty_captions(convolution):
     torch.manual_seed(0)
-    encoder = build_text_encoder(ByteLevelConfig(dim=16, num_heads=2))
+    encoder = build_text_encoder(ByteLevelConfig(dim=16, num_heads=2, convolution=convolution))
     encoder(["a red star", "", "blue"]).embeddings.square().mul(torch.randn(16)).sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name

@@ -37,6 +37,10 @@ class ByteLevelConfig(TextEncoderSection):
     depth: int = 2
     # Heads of attention; must divide `dim`.
     num_heads: int = 4
+    # Words that a convolution mixes before the layers, an odd number: 5 are a word and two on each
+    # side of it; 1 mixes none. Which colour, number or place belongs to which noun is then there
+    # from the first step.
+    convolution: int = 1
     # The most words of a caption that are read; a word of more than 16 bytes counts for several.
     max_length: int = 77
     # Leave its weights as they are.
@@ -55,6 +59,12 @@ class ByteLevelConfig(TextEncoderSection):
             if getattr(self, name) < least:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
         check_length(self.max_length)
+        if self.convolution < 1 or self.convolution % 2 == 0:
+            raise ConfigError(
+                "convolution",
+                f"is {self.convolution}; must be odd and at least 1, which mixes no words: a word"
+                " has as many neighbours before it as behind it",
+            )
         if self.dim % 2 or self.dim % self.num_heads:
             raise ConfigError(
                 "dim",
@@ -89,6 +99,14 @@ def byte_rows(words: list[str]) -> Tensor:
     return rows
 
 
+def side_by_side(words: Tensor, count: int) -> Tensor:
+    """Return for each of the words `(b, t, d)` the `count` words around it, an odd number, one
+    behind the other: `(b, t, count·d)`, with zeros beyond both ends."""
+    length, reach = words.shape[1], count // 2
+    padded = F.pad(words, (0, 0, reach, reach))
+    return torch.cat([padded[:, first : first + length] for first in range(count)], dim=-1)
+
+
 class Layer(nn.Module):
     """Pre-norm self-attention and MLP over the words of a caption."""
 
@@ -110,8 +128,8 @@ class Layer(nn.Module):
 
 class ByteLevelEncoder(TextEncoder):
     """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an
-    MLP makes a token of it (once per distinct word of the batch), then attention reads the words in
-    their order."""
+    MLP makes a token of it (once per distinct word of the batch), a convolution may add its
+    neighbours, then attention reads the words in their order."""
 
     def __init__(self, config: ByteLevelConfig):
         super().__init__()
@@ -122,6 +140,9 @@ class ByteLevelEncoder(TextEncoder):
             1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE
         )  # standard normal: words differ at once
         self.word_mlp = GELU(dim, ratio=2)
+        self.convolution = config.convolution
+        if config.convolution > 1:
+            self.neighbours = nn.Linear(config.convolution * dim, dim, bias=False)
         self.layers = nn.ModuleList(Layer(dim, config.num_heads) for _ in range(config.depth))
         self.norm = RMSNorm(dim)
         self.positions: Tensor
@@ -136,7 +157,11 @@ class ByteLevelEncoder(TextEncoder):
         words = rms_norm(self.bytes(rows).sum(dim=1))  # (u, dim)
         words = words + self.word_mlp(words)
         length = index.shape[1]
-        x = F.embedding(index, words) + self.positions[:length]
+        x = F.embedding(index, words)
+        if self.convolution > 1:
+            read = torch.where(valid[..., None], x, 0.0)
+            x = x + self.neighbours(side_by_side(read, self.convolution))
+        x = x + self.positions[:length]
         # An empty caption reads its first padding: a softmax over nothing is no number on some
         # devices.
         readable = valid | (

@@ -227,6 +227,7 @@ def test_a_link_out_of_the_runs_is_not_followed(runs):
     (runs.parent / "metrics.jsonl").write_text('{"step": 1}\n')
     assert client(runs).get("/files/one/samples/step_00000010/link.png").status_code == 404
     (runs / "ring").symlink_to("ring")
+    assert client(runs).get(f"/run/{'a' * 5000}").status_code == 404
     assert (
         client(runs).get("/run/away").status_code
         == client(runs).get("/run/ring").status_code

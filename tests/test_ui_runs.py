@@ -228,3 +228,25 @@ def test_a_run_is_continued_by_the_command_that_began_it():
     assert command_of({"train": {}}) == "train"
     assert command_of({"posttrain": {"algorithm": {}}}) == "posttrain"
     assert command_of({"reconstruction": {}}) == "train-vtp"
+
+
+def test_what_nobody_may_look_into_hides_no_other_run(tmp_path, monkeypatch):
+    """As folders of other users of a machine are; who tests may be allowed everything."""
+    make_run(tmp_path, "open")
+    make_run(tmp_path, "private")
+    (tmp_path / "open/samples/step_00000001").mkdir(parents=True)
+
+    def refusing(look, part):
+        def refuse(path, *arguments, **options):
+            if part in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return look(path, *arguments, **options)
+
+        return refuse
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat, "private/"))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir, "step_00000001"))
+    page = client(tmp_path).get("/")
+    assert page.status_code == 200 and "/run/open" in page.text and "private" not in page.text
+    assert client(tmp_path).get("/run/open").status_code == 200
+    assert client(tmp_path).get("/run/private").status_code == 404

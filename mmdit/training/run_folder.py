@@ -84,7 +84,7 @@ class RunFolder:
         wanted = self.max_steps()
         if last_step is not None and wanted is not None and last_step >= wanted:
             return RunState("finished")
-        if (self.folder / LOCK).exists():
+        if os.path.exists(self.folder / LOCK):
             return RunState("failed", "the process was killed; it goes on with --resume")
         return RunState("stopped", "it goes on with --resume")
 
@@ -130,9 +130,12 @@ def previews_in(run: Path) -> list[dict]:
         return []
     for entry in entries:
         match = PREVIEW.fullmatch(entry.name)
-        if not match or not os.path.isdir(entry.path):
+        if not match:
             continue
-        files = set(os.listdir(entry.path))
+        try:
+            files = set(os.listdir(entry.path))
+        except OSError:  # no folder, or nobody may look into it
+            continue
         video = next((name for name in VIDEOS if name in files), None)
         if "grid.png" in files:
             shown.append({"step": int(match[1]), "folder": entry.name, "video": video})
@@ -155,8 +158,8 @@ def sheets_in(run: Path) -> list[tuple[int, Path, Path | None]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a training."""
-    return (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file()
+    """Return whether a folder holds a training; not if nobody may look into it."""
+    return any(os.path.isfile(folder / name) for name in ("config.yaml", "metrics.jsonl"))
 
 
 def modified(path: Path) -> float:

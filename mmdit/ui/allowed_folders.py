@@ -36,7 +36,7 @@ class AllowedFolders:
         path = expanded(text)
         real = real_path(path)
         if any(real.is_relative_to(folder) for folder in self.folders):
-            if real.suffix == ".jsonl" and real.is_file():
+            if real.suffix == ".jsonl" and os.path.isfile(real):
                 self.check_records(real, what)
             return path
         shipped = shipped_path(path)

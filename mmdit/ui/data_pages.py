@@ -73,7 +73,7 @@ class DataPages:
 
 def find_caches(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """Yield the latent caches in a folder and its folders, without looking into one."""
-    if (folder / "manifest.json").is_file():
+    if os.path.isfile(folder / "manifest.json"):
         yield folder
         return
     try:

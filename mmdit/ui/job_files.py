@@ -105,13 +105,13 @@ class JobStore:
     def path(self, job: str) -> Path:
         """Return the folder of a job. ValueError: there is none of that name."""
         path = self.folder / job
-        if not NAME.fullmatch(job) or not (path / "job.json").is_file():
+        if not NAME.fullmatch(job) or not os.path.isfile(path / "job.json"):
             raise ValueError(f"there is no job {job!r}")
         return path
 
     def names(self) -> list[str]:
         """Return the names of all jobs, the oldest first."""
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             return []
         return sorted(filter(NAME.fullmatch, os.listdir(self.folder)), key=int)
 

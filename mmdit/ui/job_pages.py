@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -194,9 +195,11 @@ def rows_of(store: JobStore, jobs: list[Job]) -> list[dict]:
 
 def pictures_of(job: Job) -> list[str]:
     """Return the names of the pictures and videos in the folder that a job fills, sheets first."""
-    if not job.out or not Path(job.out).is_dir():
+    try:
+        names = os.listdir(job.out or "")
+    except OSError:  # it is not there, or nobody may look into it
         return []
-    names = [path.name for path in Path(job.out).iterdir() if path.suffix.lower() in SHOWN_FILES]
+    names = [name for name in names if Path(name).suffix.lower() in SHOWN_FILES]
     names.sort(key=lambda name: (name[:1].isdigit(), name))
     return names[:MOST_PICTURES]
 

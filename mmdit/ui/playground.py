@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -80,7 +81,9 @@ class Playground:
 
     def _checkpoints(self) -> list[str]:
         """Return what may be drawn with: runs with a checkpoint, exports, and the shipped model."""
-        runs = [run.folder for run in find_runs(self.runs) if (run.folder / "checkpoints").is_dir()]
+        runs = [
+            run.folder for run in find_runs(self.runs) if os.path.isdir(run.folder / "checkpoints")
+        ]
         exports = [
             path for folder in self.place.allowed.folders for path in folder.glob("*.safetensors")
         ]

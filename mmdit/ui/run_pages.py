@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ FIGURES = {  # of the list: a heading and the name in metrics.jsonl
 def send_picture(path: Path) -> Response | None:
     """Return a picture or video; None for any other file, which a browser might run."""
     media_type = SHOWN_FILES.get(path.suffix.lower())
-    if media_type is None or not path.is_file():
+    if media_type is None or not os.path.isfile(path):
         return None
     return FileResponse(path, media_type=media_type)
 

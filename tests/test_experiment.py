@@ -16,7 +16,7 @@ from torch import nn
 from mmdit import config as config_io
 from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
-from mmdit.experiment.build import build_learner
+from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.idle_keys import idle_keys
 from mmdit.experiment.load import load_pipeline
@@ -740,3 +740,28 @@ def test_the_line_about_idle_keys_is_true_and_printed(shop, tmp_path, capsys):
     before = model(x, t, text)
     model.joint_position.embed.weight.add_(1)
     assert torch.equal(model(x, t, text), before) and before.any()
+
+
+@pytest.fixture(scope="module")
+def trained(shop):
+    return shop.train("trained", "train.max_steps=2", "ema.enabled=false")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "lokr"])
+def test_new_adapters_leave_the_model_that_a_run_starts_from_as_it_is(
+    shop, trained, adapter, experts
+):
+    """DoRA has the lengths of that model's rows, not of the weights that it has replaced."""
+    words = [f"lora={{enabled: true, rank: 2, type: {adapter}}}", f"train.init_from={trained}"]
+    words += ["experts={enabled: true, boundary: 0.5}"] * experts
+    config = load_experiment_config(shop.config, words)
+    tokenizer = build_tokenizer(config.tokenizer)
+    learner = build_learner(config, tokenizer.spec).eval()
+    start_from(learner, config, tokenizer.spec, tokenizer.fingerprint)
+    pipeline, _ = load_pipeline(trained, "cpu")
+    x, t, text = torch.randn(1, 1, 2, 3, 8), torch.tensor([500.0]), learner.text_encoder(["a"])
+    expected = pipeline.learner.model(x, t, text)
+    for network in learner.model.networks().values():
+        assert torch.equal(network(x, t, text), expected) and expected.any()

@@ -3,7 +3,7 @@ weights to start from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmdit import config as config_io
-from mmdit.adapters import check_adapters, inject, is_adapter
+from mmdit.adapters import adapters, check_adapters, inject, is_adapter
+from mmdit.adapters.layers import DoRALinear
 from mmdit.adapters.strength import carry_over, same_strength
 from mmdit.config import ConfigError
 from mmdit.data.batches.batch_plan import BatchPlan
@@ -30,7 +31,7 @@ from mmdit.training.continuing import check_same_latents, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.low_resolution import SmallClips
-from mmdit.training.memory.shards import renamed
+from mmdit.training.memory.shards import local, renamed
 from mmdit.training.starting import is_lora, one_expert, start_from_lora
 
 SHAPES_WEIGHTS = (
@@ -153,6 +154,21 @@ def check_kept(learner: Learner, tensors: Mapping[str, Tensor], source: object) 
         )
 
 
+@torch.no_grad()
+def measure_new_lengths(learner: Learner, loaded: Iterable[str]) -> None:
+    """Give new DoRA adapters the lengths of the rows that they are laid over, where these are among
+    the weights that were `loaded`: theirs are of the weights that were there before."""
+    named = dict(learner.named_parameters(remove_duplicate=False))  # experts share a base
+    changed = {id(named[name]) for name in loaded if name in named}
+    for layer in adapters(learner.model).values():
+        if not isinstance(layer, DoRALinear) or id(layer.weight) not in changed:
+            continue
+        if id(layer.lora_magnitude) not in changed:
+            rows = local(layer.weight.detach()).to(layer.precise)
+            lengths = rows.square().sum(1).clamp(min=1e-30).sqrt()
+            local(layer.lora_magnitude).copy_(lengths)
+
+
 def starts_in_shards(learner: Learner, config: ExperimentConfig) -> bool:
     """Return whether `train.init_from` is read after a learner was cut over processes, by each its
     rows: unless it is a LoRA, or lies over codes, which are called otherwise once they are cut."""
@@ -210,6 +226,7 @@ def start_from(
             or not learner.is_stored(name)
         ),
     )
+    measure_new_lengths(learner, tensors)
     carry_over(
         learner.model,
         same_strength(learner.model, stored, bool((old.get("lora") or {}).get("rslora"))),

@@ -226,6 +226,8 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
 
 def _refuse_comment(word: str, text: str) -> None:
     """Refuse an override of whose value YAML would leave an end out, as a comment."""
+    if "#" not in text and "\n" not in text:
+        return
     value = yaml.compose(f"value: {text}").value[0][1]
     comment = text[max(0, value.end_mark.index - len("value: ")) :].strip()
     if comment:
